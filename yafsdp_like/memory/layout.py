@@ -1,0 +1,108 @@
+"""Integers that say where a parameter lies: in its shard, and in the slot it is gathered into.
+
+Nothing here touches a tensor. A layout proves itself when it is made: segments are aligned, in order, and disjoint.
+
+[Note: zero-copy layout]
+A parameter of ``rows`` rows is split over ``W`` ranks as ``torch.chunk`` does on dim 0: every rank holds
+``ceil(rows / W)`` rows, the last ones fewer or none, padded. Its full tensor in a slot is the ranks' chunks one after the
+other, so that rank ``r``'s chunk lands straight at its place, and the first ``rows`` rows are the parameter, contiguous.
+A unit's shard on one rank is one flat range: its chunk of each parameter, each at a multiple of 256 bytes. A collective is
+therefore one piece per parameter with nothing to pack before or to unpack after:
+
+    slot             | p0: r0 r1 .. | p1: r0 r1 .. | p2: r0 r1 .. |
+    shard of rank r  | p0: r | p1: r | p2: r |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ALIGNMENT_NBYTES = 256
+
+
+def aligned(nbytes: int, alignment_nbytes: int = ALIGNMENT_NBYTES) -> int:
+    """``nbytes`` rounded up to a multiple of ``alignment_nbytes``."""
+    return -(-nbytes // alignment_nbytes) * alignment_nbytes
+
+
+@dataclass(frozen=True)
+class RowShards:
+    """How one parameter's rows (dim 0) are split over ``world_size`` ranks; counts are elements unless they say rows."""
+
+    shape: tuple[int, ...]
+    world_size: int
+
+    def __post_init__(self) -> None:
+        if not self.shape:
+            raise ValueError("a parameter needs at least one dimension to be split by rows, found shape ()")
+        if self.world_size < 1:
+            raise ValueError(f"world size must be at least 1, found {self.world_size}")
+
+    @property
+    def row_numel(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
+    def rows_per_rank(self) -> int:
+        return -(-self.shape[0] // self.world_size)
+
+    @property
+    def chunk_numel(self) -> int:
+        """Elements of one rank's chunk, padding included: the same on every rank."""
+        return self.rows_per_rank * self.row_numel
+
+    @property
+    def padded_numel(self) -> int:
+        """Elements that the full parameter takes in a slot, padding included."""
+        return self.chunk_numel * self.world_size
+
+    def row_range(self, rank: int) -> tuple[int, int]:
+        """The rows ``[start, stop)`` of the full parameter that ``rank`` holds; empty ranges are possible."""
+        start = min(rank * self.rows_per_rank, self.shape[0])
+        return start, min(start + self.rows_per_rank, self.shape[0])
+
+    def local_shape(self, rank: int) -> tuple[int, ...]:
+        start, stop = self.row_range(rank)
+        return (stop - start, *self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Bytes ``[offset_nbytes, offset_nbytes + nbytes)`` of a region."""
+
+    offset_nbytes: int
+    nbytes: int
+
+    @property
+    def end_nbytes(self) -> int:
+        return self.offset_nbytes + self.nbytes
+
+    def overlaps(self, other: Segment) -> bool:
+        return self.offset_nbytes < other.end_nbytes and other.offset_nbytes < self.end_nbytes
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """One segment per parameter in one flat region, in order, each aligned, none overlapping."""
+
+    segments: tuple[Segment, ...]
+    nbytes: int
+
+    def __post_init__(self) -> None:
+        end = 0
+        for segment in self.segments:
+            assert segment.offset_nbytes % ALIGNMENT_NBYTES == 0, f"misaligned {segment}"
+            assert segment.offset_nbytes >= end and segment.nbytes >= 0, f"{segment} overlaps what ends at {end}"
+            end = segment.end_nbytes
+        assert aligned(end) == self.nbytes, f"segments end at {end}, the region at {self.nbytes}"
+
+    @classmethod
+    def pack(cls, sizes_nbytes: Sequence[int]) -> FlatLayout:
+        """Segments of the given sizes, in order, as close together as alignment allows."""
+        segments, offset = [], 0
+        for nbytes in sizes_nbytes:
+            segments.append(Segment(offset, nbytes))
+            offset = aligned(offset + nbytes)
+        return cls(tuple(segments), offset)

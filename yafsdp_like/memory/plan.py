@@ -1,0 +1,166 @@
+"""The memory plan: every long-lived region by name and bytes, and slots placed by live range. Integers only.
+
+[Note: live ranges]
+Time is counted in ticks: one each time a module that belongs to a unit starts, through forward and then backward. A slot's
+live range is the set of ticks from the start of its gather to the end of its last reader. Two slots may share bytes when
+their live ranges never meet, so the slots of a chain of equal blocks take two blocks' bytes, and a large embedding
+shares bytes with blocks it never meets instead of inflating every slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from yafsdp_like.memory.layout import Segment, aligned
+
+
+@dataclass(frozen=True)
+class LiveRange:
+    """Closed intervals of ticks, ``(first, last)`` each, in which a slot's bytes are spoken for."""
+
+    intervals: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        assert all(first <= last for first, last in self.intervals), f"an interval ends before it starts: {self}"
+
+    def meets(self, other: LiveRange) -> bool:
+        return any(a <= d and c <= b for a, b in self.intervals for c, d in other.intervals)
+
+    def ticks(self) -> Iterable[int]:
+        return (tick for first, last in self.intervals for tick in range(first, last + 1))
+
+
+@dataclass(frozen=True)
+class SlotRequest:
+    """A slot that wants a place: whose it is, its size, and when it is live."""
+
+    name: str
+    nbytes: int
+    live: LiveRange
+
+
+def _place_in_order(requests: Sequence[SlotRequest], order: Sequence[int]) -> list[int]:
+    """Each request, in ``order``, at the lowest offset that no placed request whose live range it meets covers."""
+    offsets: dict[int, int] = {}
+    for index in order:
+        request = requests[index]
+        taken = sorted(
+            (offsets[i], offsets[i] + aligned(requests[i].nbytes)) for i in offsets if request.live.meets(requests[i].live)
+        )
+        offset = 0
+        for start, end in taken:
+            if offset + aligned(request.nbytes) <= start:
+                break
+            offset = max(offset, end)
+        offsets[index] = offset
+    return [offsets[i] for i in range(len(requests))]
+
+
+def _extent(requests: Sequence[SlotRequest], offsets: Sequence[int]) -> int:
+    return max((o + aligned(r.nbytes) for r, o in zip(requests, offsets, strict=True)), default=0)
+
+
+def place(requests: Sequence[SlotRequest]) -> tuple[tuple[Segment, ...], int]:
+    """Places slots so that two whose live ranges meet never share a byte.
+
+    Greedy, lowest fitting offset first, tried once in order of size and once in the order given; the smaller result wins
+    (the problem itself, dynamic storage allocation, is NP-hard). Returns a segment per request and the bytes in all.
+    """
+    by_size = sorted(range(len(requests)), key=lambda i: (-requests[i].nbytes, i))
+    tries = [_place_in_order(requests, order) for order in (by_size, range(len(requests)))]
+    offsets = min(tries, key=lambda offsets: _extent(requests, offsets))
+    segments = tuple(Segment(o, aligned(r.nbytes)) for r, o in zip(requests, offsets, strict=True))
+    return segments, _extent(requests, offsets)
+
+
+def live_nbytes_peak(requests: Sequence[SlotRequest]) -> int:
+    """The most bytes live at any one tick: no placement can take less."""
+    per_tick: dict[int, int] = {}
+    for request in requests:
+        for tick in set(request.live.ticks()):
+            per_tick[tick] = per_tick.get(tick, 0) + aligned(request.nbytes)
+    return max(per_tick.values(), default=0)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A named range of memory that an arena holds for as long as the plan lives."""
+
+    name: str
+    kind: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class SlotPlace:
+    """Where in its region one unit's slot lies, and when the plan expects it to be live."""
+
+    name: str
+    kind: str
+    segment: Segment
+    live: LiveRange
+
+
+KINDS = {
+    "main_shard": "what the optimizer updates",
+    "compute_shard": "the same in param_dtype: what peers gather",
+    "grad_shard": "reduced gradients",
+    "gather slots": "units' full parameters, shared by live range",
+    "gradient slots": "units' full gradients, shared by live range",
+    "unsynced gradients": "full gradients kept while set_requires_gradient_sync(False)",
+    "spill": "slots that the order of execution asked for beyond the plan",
+}
+
+
+def _readable(nbytes: int) -> str:
+    """Bytes in the largest unit that leaves at least one digit before the point."""
+    value, suffixes = float(nbytes), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(suffixes) > 1:
+        value, suffixes = value / 1024, suffixes[1:]
+    return f"{value:.0f} B" if suffixes[0] == "B" else f"{value:.2f} {suffixes[0]}"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Every region that the runtime holds on one rank, in bytes. Equal on all ranks, since shards are padded.
+
+    ``nbytes`` is what the arenas hold once allocated (law: the plan is the truth). Not in it: activations and transient
+    gradients (PyTorch's allocator), optimizer states (the optimizer), and the communication library's own buffers.
+    """
+
+    world_size: int
+    regions: tuple[Region, ...]
+    slots: tuple[SlotPlace, ...] = field(default=())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(region.nbytes for region in self.regions)
+
+    def nbytes_of(self, kind: str) -> int:
+        assert kind in KINDS, f"unknown kind of region: {kind}"
+        return sum(region.nbytes for region in self.regions if region.kind == kind)
+
+    def __str__(self) -> str:
+        lines = [f"memory plan of one rank of {self.world_size}: {_readable(self.nbytes)} ({self.nbytes:,} bytes)"]
+        for kind, meaning in KINDS.items():
+            regions = [r for r in self.regions if r.kind == kind and r.nbytes]
+            if not regions:
+                continue
+            count = f"{len(regions)} regions" if len(regions) > 1 else "1 region"
+            lines.append(f"  {kind:<18} {_readable(sum(r.nbytes for r in regions)):>12}   {count:<12} {meaning}")
+            lines += self._slot_lines(kind)
+        return "\n".join(lines)
+
+    def _slot_lines(self, kind: str) -> list[str]:
+        """One line per distinct place, naming the units that share it: ``[offset, end)  units``."""
+        places: dict[tuple[int, int], list[str]] = {}
+        for slot in self.slots:
+            if slot.kind == kind:
+                places.setdefault((slot.segment.offset_nbytes, slot.segment.end_nbytes), []).append(slot.name)
+        return [f"    [{start:>13,}, {end:>13,})  {_names(names)}" for (start, end), names in sorted(places.items())]
+
+
+def _names(names: Sequence[str], most: int = 4) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown}, ... ({len(names)} units)"

@@ -1,0 +1,380 @@
+"""The public surface: ``fully_shard``, the methods of a sharded module, and what the user's mistakes are told.
+
+Names, arguments and behaviour are those of ``torch.distributed.fsdp``, so that code written for FSDP2 runs unchanged; the
+policies are FSDP2's own classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._composable.contract import contract
+from torch.distributed._composable_state import _State
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from yafsdp_like.memory.plan import MemoryPlan
+from yafsdp_like.memory.streams import COMPUTE, GATHER, Event
+from yafsdp_like.shard.engine import Engine, Report, engine_for
+from yafsdp_like.shard.hooks import abandon, install
+from yafsdp_like.shard.unit import Ownership, ShardedParam, Unit, UnitPolicy, ownership_of, unit_of
+
+Owners = dict[nn.Parameter, list[tuple[nn.Module, str]]]  # which modules register a parameter, and under what name
+
+
+class ShardState(_State):
+    """What ``fully_shard.state(module)`` returns; ``unit`` is what the call made."""
+
+    unit: Unit
+
+
+@contract(state_cls=ShardState)
+def fully_shard(
+    module: Any,
+    *,
+    mesh: DeviceMesh | None = None,
+    reshard_after_forward: bool | int | None = None,
+    shard_placement_fn: Callable[[nn.Parameter], Any] | None = None,
+    mp_policy: MixedPrecisionPolicy = MixedPrecisionPolicy(),  # noqa: B008 (frozen)
+    offload_policy: OffloadPolicy = OffloadPolicy(),  # noqa: B008 (frozen)
+    ignored_params: set[nn.Parameter] | None = None,
+    dp_mesh_dims: Any = None,
+) -> Any:
+    """Shards the parameters of ``module`` (or of a list of modules, as one unit) over the ranks of ``mesh``, in place.
+
+    A call takes every parameter below ``module`` that no earlier call took, so shard bottom-up: blocks first, the root last.
+    Each becomes a ``DTensor`` with ``Shard(0)``; modules compute on full parameters, which are gathered before forward and
+    backward into the slots of a memory plan (``print(module.memory_plan())``) that is made at the first forward.
+
+    ``.grad`` of a sharded parameter is a view of planned memory too: once it is set to None, the next backward writes there
+    again, so clone a gradient that is to outlive its step.
+
+    Args:
+        module: a module with a ``forward``, or a list of such modules, gathered and released together.
+        mesh: a 1-D mesh; all ranks by default. One rank works.
+        reshard_after_forward: whether full parameters are released after forward and gathered again for backward. None:
+            for all but the root.
+        mp_policy: ``param_dtype`` to gather and compute in, ``reduce_dtype`` to reduce gradients in, ``output_dtype``, and
+            ``cast_forward_inputs``. Sharded parameters, their ``.grad`` and the optimizer keep the original dtype.
+        ignored_params: parameters that are left alone.
+        shard_placement_fn, offload_policy, dp_mesh_dims: FSDP2's; only their defaults are supported yet.
+
+    Returns:
+        its first argument; each module's class becomes ``FSDP<Class>``, a subclass of ``FSDPModule`` and of ``<Class>``.
+
+    Raises:
+        ValueError, AssertionError, NotImplementedError: for meshes, containers and parameters that cannot be sharded.
+    """
+    modules: list[nn.Module] = [module] if isinstance(module, nn.Module) else list(module)
+    _check_modules(modules)
+    _check_supported(reshard_after_forward, shard_placement_fn, offload_policy, dp_mesh_dims)
+    mesh = mesh if mesh is not None else _default_mesh()
+    _check_mesh(mesh)
+    owners = _params_below(modules, ignored_params or set())
+    _check_params(owners)
+    device = _device_of(mesh)
+    new = {param: places for param, places in owners.items() if ownership_of(param) is None}
+    params = [ShardedParam(param, places, mesh) for param, places in new.items()]
+    unit = Unit(modules, params, UnitPolicy(mp_policy, reshard_after_forward), mesh, device)
+    for p, param in zip(params, new, strict=True):
+        param._yafsdp_ownership = p.sharded._yafsdp_ownership = Ownership(unit, p)  # type: ignore[attr-defined]
+        p.register(p.sharded)
+    for param, places in owners.items():
+        if param not in new:
+            _tie(param, places)
+    _move_buffers(modules, device)
+    for m in modules:
+        vars(m)["_yafsdp_unit"] = unit
+        install(unit, m)
+        _become_fsdp_module(m)
+    for m in {owner: None for p in params for owner, _ in p.owners}:
+        _keep_state_dict_sharded(unit, m)
+    fully_shard.state(modules[0]).unit = unit
+    return module
+
+
+def _params_below(modules: Sequence[nn.Module], ignored: set[nn.Parameter]) -> Owners:
+    """Parameters of ``modules`` and of what is below them, except below modules that were sharded earlier."""
+    owners: Owners = {}
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module) -> None:
+        if module in seen or (unit_of(module) is not None and module not in modules):
+            return
+        seen.add(module)
+        for name, param in module._parameters.items():
+            if param is not None and param not in ignored:
+                owners.setdefault(param, []).append((module, name))
+        for child in module.children():
+            walk(child)
+
+    for module in modules:
+        walk(module)
+    return owners
+
+
+def _tie(param: nn.Parameter, places: Sequence[tuple[nn.Module, str]]) -> None:
+    """``param`` is sharded in another unit already: that unit is gathered for these modules too."""
+    ownership = ownership_of(param)
+    assert ownership is not None and ownership.unit is not None and ownership.param is not None
+    for module, name in places:
+        ownership.param.owners.append((module, name))
+        if module not in ownership.unit.modules:
+            ownership.unit.modules.append(module)
+            install(ownership.unit, module)
+            _keep_state_dict_sharded(ownership.unit, module)
+    ownership.param.register(ownership.param.sharded)
+
+
+def _keep_state_dict_sharded(unit: Unit, module: nn.Module) -> None:
+    """State dicts hold and load the sharded parameters, whatever is registered at the time."""
+
+    def reshard(*_: Any) -> None:
+        if unit.engine is not None:
+            unit.engine.reshard(unit)
+
+    def adopt(*_: Any) -> None:
+        unit.materialize()
+
+    module.register_state_dict_pre_hook(reshard)
+    module.register_load_state_dict_pre_hook(reshard)
+    module.register_load_state_dict_post_hook(adopt)
+
+
+def _move_buffers(modules: Sequence[nn.Module], device: torch.device) -> None:
+    for module in modules:
+        for buffer in module.buffers():
+            if buffer.device != device and not buffer.is_meta:
+                buffer.data = buffer.to(device)
+
+
+# --- what cannot be sharded ----------------------------------------------------------------------------------------------
+
+
+def _check_modules(modules: Sequence[nn.Module]) -> None:
+    if not modules:
+        raise ValueError("fully_shard expects a module or a list of at least one module but got an empty list")
+    for module in modules:
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is nn.Module.forward:
+            raise ValueError(f"fully_shard does not support containers that do not implement forward: {module}")
+
+
+def _check_mesh(mesh: DeviceMesh) -> None:
+    if mesh.ndim not in (1, 2):
+        raise ValueError(f"fully_shard expects a 1D or 2D DeviceMesh but got {mesh}")
+    if mesh.ndim == 2:
+        if mesh.mesh_dim_names is None:
+            raise AssertionError("Please init the 2D mesh for HSDP with mesh_dim_names specified")
+        raise NotImplementedError(
+            f"2D meshes (HSDP) are not supported yet, got {mesh}; shard over one dimension of it, "
+            f"mesh[{mesh.mesh_dim_names[1]!r}]"
+        )
+
+
+def _check_params(owners: Owners) -> None:
+    for param, places in owners.items():
+        name = places[0][1]
+        if ownership_of(param) is not None:
+            continue
+        if isinstance(param, DTensor):
+            raise NotImplementedError(f"{name} is a DTensor on {param.device_mesh}; composing with it is not supported yet")
+        if param.dim() == 0:
+            raise ValueError(f"fully_shard cannot shard a scalar. Change {name} to a 1D tensor with numel equal to 1.")
+        if not param.is_contiguous():
+            raise NotImplementedError(
+                f"FSDP does not support non-contiguous parameters: {name} has shape {tuple(param.shape)} and strides "
+                f"{param.stride()}; make it contiguous first"
+            )
+
+
+def _check_supported(reshard_after_forward: Any, shard_placement_fn: Any, offload_policy: Any, dp_mesh_dims: Any) -> None:
+    if reshard_after_forward is not None and not isinstance(reshard_after_forward, bool):
+        raise NotImplementedError(
+            f"reshard_after_forward as a number of ranks is not supported yet, got {reshard_after_forward!r}; "
+            "use True, False or None"
+        )
+    if shard_placement_fn is not None or dp_mesh_dims is not None:
+        raise NotImplementedError("shard_placement_fn and dp_mesh_dims are not supported yet; parameters are sharded by rows")
+    if type(offload_policy) is not OffloadPolicy:
+        raise NotImplementedError(f"offloading is not supported yet, got {offload_policy!r}")
+
+
+def _default_mesh() -> DeviceMesh:
+    if not dist.is_initialized():
+        dist.init_process_group()
+    return init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),))
+
+
+def _device_of(mesh: DeviceMesh) -> torch.device:
+    return torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+
+
+def _refuse_parameters_from_before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """An optimizer built before ``fully_shard`` holds parameters that nothing trains any more: FSDP2 says nothing then."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            ownership = ownership_of(param)
+            if ownership is not None and ownership.param is not None and param is not ownership.param.sharded:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} holds {ownership.param.name!r} as it was before it was sharded, and would "
+                    "train nothing: build the optimizer after fully_shard, from model.parameters()"
+                )
+
+
+register_optimizer_step_pre_hook(_refuse_parameters_from_before)
+
+
+# --- the sharded module --------------------------------------------------------------------------------------------------
+
+_sharded_classes: dict[type[nn.Module], type[nn.Module]] = {}  # a module's class -> the class it gets
+
+
+def _become_fsdp_module(module: nn.Module) -> None:
+    cls = type(module)
+    if cls not in _sharded_classes:
+        members = {"__deepcopy__": _refuse_deepcopy, "__module__": cls.__module__, "__doc__": cls.__doc__}
+        _sharded_classes[cls] = type(f"FSDP{cls.__name__}", (FSDPModule, cls), members)
+    module.__class__ = _sharded_classes[cls]
+
+
+def _refuse_deepcopy(*_: Any) -> NoReturn:
+    raise AssertionError("FSDP does not support deepcopy. Use a state dict to copy a sharded module.")
+
+
+class UnshardHandle:
+    """What ``unshard(async_op=True)`` returns."""
+
+    def __init__(self, engine: Engine, unit: Unit) -> None:
+        self._engine, self._unit = engine, unit
+
+    def wait(self) -> None:
+        """Makes the full parameters readable and registers them. Does not block the CPU on CUDA."""
+        self._engine.unshard(self._unit.gather_slot, refresh=True)
+
+
+class FSDPModule:
+    """The methods that a module has after ``fully_shard``, beside its own."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Slicing a sharded container makes a container of its class again: a plain one."""
+        plain = cls.__mro__[2]
+        made = plain.__new__(plain)
+        made.__init__(*args, **kwargs)  # type: ignore[misc]
+        return made  # type: ignore[return-value]
+
+    # --- the memory plan
+
+    def memory_plan(self) -> MemoryPlan:
+        """Every region of the runtime on this rank, in bytes; with this module as the root until a forward said otherwise.
+
+        Before the first forward nothing is allocated for it, and parameters may still be on the meta device.
+        """
+        return self._engine().plan()
+
+    def memory_report(self) -> Report:
+        """The bytes held now, and what did not go by the plan: spills, evictions, gathers that nobody read."""
+        return self._engine().report()
+
+    # --- running
+
+    def unshard(self, async_op: bool = False) -> UnshardHandle | None:
+        """Gathers this module's own parameters, which stay gathered until ``reshard`` or the end of its next backward.
+
+        With ``async_op`` the parameters are registered only by the returned handle's ``wait()``.
+        """
+        engine, unit = self._engine(), self._unit()
+        engine.build_if_changed()
+        engine.streams.wait(GATHER, engine.streams.record(COMPUTE))
+        if blockers := engine.blockers(unit.gather_slot):
+            engine.isolate(unit, f"unshard() was called while {[b.unit.name for b in blockers]} is unsharded")
+        handle = UnshardHandle(engine, unit)
+        if async_op:
+            engine.prefetch(unit, refresh=True)
+            return handle
+        handle.wait()
+        return None
+
+    def reshard(self) -> None:
+        """Releases this module's own full parameters and registers the sharded ones."""
+        unit = self._unit()
+        if unit.engine is not None:
+            unit.engine.reshard(unit)
+
+    def reset_iter_state(self) -> None:
+        """Forgets a forward or backward that raised. Not needed: the next forward does it. Drops unsynced gradients."""
+        abandon(self._engine())
+
+    def set_requires_gradient_sync(self, requires_gradient_sync: bool, *, recurse: bool = True) -> None:
+        """Whether backward reduces gradients, or adds them up unsharded until a backward that does.
+
+        The first False gives each unit a gradient slot of its own, as large as its full gradients, at the next forward.
+        """
+        for unit in self._units(recurse):
+            unit.policy.requires_gradient_sync = requires_gradient_sync
+            if not requires_gradient_sync:
+                unit.own_gradient_slot = unit.unsynced_gradients = True
+
+    def set_is_last_backward(self, is_last_backward: bool) -> None:
+        """Whether the end of the next backward waits for its reductions; gradients are complete only after one that does."""
+        self._engine().is_last_backward = is_last_backward
+
+    def set_reshard_after_forward(self, reshard_after_forward: bool, recurse: bool = True) -> None:
+        """Overrides the argument of ``fully_shard``. After the first forward it is a hint: the plan may have no room."""
+        for unit in self._units(recurse):
+            unit.policy.reshard_after_forward = reshard_after_forward
+
+    def set_reshard_after_backward(self, reshard_after_backward: bool, *, recurse: bool = True) -> None:
+        """Whether parameters are released after backward. After the first forward it is a hint: the plan may have no room."""
+        for unit in self._units(recurse):
+            unit.policy.reshard_after_backward = reshard_after_backward
+
+    def set_unshard_in_backward(self, unshard_in_backward: bool) -> None:
+        """False: this module's parameters are not needed in backward, like an embedding's."""
+        self._unit().policy.unshard_in_backward = unshard_in_backward
+
+    def set_modules_to_forward_prefetch(self, modules: list[FSDPModule]) -> None:
+        """The modules to gather when this one's forward starts, instead of the next one. Widens the plan if set before it."""
+        self._unit().policy.forward_prefetch = [m._unit() for m in modules]
+
+    def set_modules_to_backward_prefetch(self, modules: list[FSDPModule]) -> None:
+        """The modules to gather when this one's backward starts, instead of the next one. Widens the plan if set before it."""
+        self._unit().policy.backward_prefetch = [m._unit() for m in modules]
+
+    def set_gradient_divide_factor(self, factor: float) -> None:
+        """What this module's own gradients are divided by, instead of the number of ranks."""
+        self._unit().policy.gradient_divisor = factor
+
+    def set_force_sum_reduction_for_comms(self, enable: bool) -> None:
+        """Reduces with sums and divides separately, for backends or transports without a mean."""
+        self._unit().policy.sum_only = enable
+
+    def set_post_optim_event(self, event: Event) -> None:
+        """Gathers of the next forward wait for ``event`` too (they wait for the current stream in any case)."""
+        self._engine().streams.wait(GATHER, event)
+
+    # --- nn.Module
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """``.to()``, ``.to_empty()`` and their like act on the sharded parameters, which then move back into the arena."""
+        self.reshard()
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        self._unit().materialize()
+        return result
+
+    def _unit(self) -> Unit:
+        unit = unit_of(self)  # type: ignore[arg-type]
+        assert unit is not None, "an FSDPModule without a unit"
+        return unit
+
+    def _units(self, recurse: bool) -> Iterator[Unit]:
+        modules = list(self.modules()) if recurse else [self]  # type: ignore[attr-defined]
+        return iter({unit: None for m in modules if (unit := unit_of(m)) is not None})
+
+    def _engine(self) -> Engine:
+        return engine_for(self._unit(), self)  # type: ignore[arg-type]

@@ -1,0 +1,165 @@
+"""From units and their schedule to the memory plan, and from the plan to shards and slots on an arena.
+
+Drawing is integers only: it works before anything is allocated, on the meta device too. Building allocates the plan, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from yafsdp_like.memory.arena import Arena, Place
+from yafsdp_like.memory.layout import FlatLayout, Segment
+from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, place
+from yafsdp_like.shard.schedule import Residency, Schedule, gather_starts
+from yafsdp_like.shard.unit import GatherSlot, GradientSlot, Unit, UnitLayout
+
+AnySlot = TypeVar("AnySlot", GatherSlot, GradientSlot)
+
+GATHER_SLOTS, GRADIENT_SLOTS = "gather slots", "gradient slots"  # the two regions that slots share
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """The plan and what it was made from: the units' layouts, and the slots' places in the shared regions."""
+
+    plan: MemoryPlan
+    layouts: Mapping[Unit, UnitLayout]
+    gather_places: Mapping[Unit, Segment]
+    gradient_places: Mapping[Unit, Segment]
+
+    def with_region(self, region: Region) -> Blueprint:
+        """The same with one more region, which execution asked for."""
+        return replace(self, plan=replace(self.plan, regions=(*self.plan.regions, region)))
+
+
+def draw(units: Sequence[Unit], schedule: Schedule, root: Unit | None) -> Blueprint:
+    """The plan for ``units`` as they are now; ``root`` is the unit that by default stays gathered after forward."""
+    layouts = {unit: unit.plan_layout() for unit in units}
+    gather_live = _gather_ranges(units, schedule, root)
+    gradient_live = {unit: schedule.gradient_range(i) for i, unit in enumerate(units)}
+    gather = {u: x.gather_slot.nbytes for u, x in layouts.items() if not u.own_gather_slot}
+    gradient = {u: x.gradient_slot.nbytes for u, x in layouts.items() if not u.own_gradient_slot}
+    gather_places, gather_nbytes = _place_shared(gather, gather_live)
+    gradient_places, gradient_nbytes = _place_shared(gradient, gradient_live)
+    regions = [Region(f"{unit.name}.{shard.kind}", shard.kind, shard.nbytes) for unit in units for shard in _shards(layouts[unit])]
+    regions += [Region(GATHER_SLOTS, GATHER_SLOTS, gather_nbytes), Region(GRADIENT_SLOTS, GRADIENT_SLOTS, gradient_nbytes)]
+    regions += [region for unit in units for region in own_slot_regions(unit, layouts[unit])]
+    slots = [SlotPlace(u.name, GATHER_SLOTS, segment, gather_live[u]) for u, segment in gather_places.items()]
+    slots += [SlotPlace(u.name, GRADIENT_SLOTS, segment, gradient_live[u]) for u, segment in gradient_places.items()]
+    plan = MemoryPlan(units[0].mesh.size(), tuple(regions), tuple(slots))
+    return Blueprint(plan, layouts, gather_places, gradient_places)
+
+
+def _shards(layout: UnitLayout) -> list[Region]:
+    layouts = {"main_shard": layout.main_shard, "compute_shard": layout.compute_shard, "grad_shard": layout.grad_shard}
+    return [Region(kind, kind, flat.nbytes) for kind, flat in layouts.items()]
+
+
+def own_slot_regions(unit: Unit, layout: UnitLayout) -> list[Region]:
+    """The regions of slots that ``unit`` shares with nobody."""
+    regions = []
+    if unit.own_gather_slot:
+        regions.append(Region(f"{unit.name}.gather_slot", "spill", layout.gather_slot.nbytes))
+    if unit.own_gradient_slot:
+        kind = "unsynced gradients" if unit.unsynced_gradients else "spill"
+        regions.append(Region(f"{unit.name}.gradient_slot", kind, layout.gradient_slot.nbytes))
+    return regions
+
+
+def _gather_ranges(units: Sequence[Unit], schedule: Schedule, root: Unit | None) -> dict[Unit, LiveRange]:
+    index = {unit: i for i, unit in enumerate(units)}
+    forward = {i: [index[t] for t in u.policy.forward_prefetch if t in index] for u, i in index.items()}
+    backward = {i: [index[t] for t in u.policy.backward_prefetch if t in index] for u, i in index.items()}
+    forward_from = gather_starts(schedule.forward_order, [schedule.forward_start(i) for i in index.values()], forward)
+    backward_from = gather_starts(schedule.backward_order, [schedule.backward_start(i) for i in index.values()], backward)
+    return {
+        unit: schedule.gather_range(i, forward_from[i], backward_from[i], _residency(unit, root))
+        for unit, i in index.items()
+    }
+
+
+def _residency(unit: Unit, root: Unit | None) -> Residency:
+    return Residency(
+        after_forward=not reshards_after_forward(unit, root), after_backward=not unit.policy.reshard_after_backward
+    )
+
+
+def reshards_after_forward(unit: Unit, root: Unit | None) -> bool:
+    """What the user said, or the default: the root stays gathered, since its backward comes next."""
+    asked = unit.policy.reshard_after_forward
+    return unit is not root if asked is None else asked
+
+
+def _place_shared(nbytes: Mapping[Unit, int], live: Mapping[Unit, LiveRange]) -> tuple[dict[Unit, Segment], int]:
+    units = [unit for unit in nbytes if nbytes[unit]]
+    segments, total = place([SlotRequest(unit.name, nbytes[unit], live[unit]) for unit in units])
+    return dict(zip(units, segments, strict=True)), total
+
+
+def build(blueprint: Blueprint) -> Arena:
+    """Allocates everything but the main shards, which units hold already, and gives every unit its shards and slots."""
+    units = list(blueprint.layouts)
+    arena = Arena(units[0].device)
+    arena.reserve([region for region in blueprint.plan.regions if region.kind != "main_shard"])
+    for unit, layout in blueprint.layouts.items():
+        _place_shards(unit, layout, arena)
+        unit.gather_slot = _gather_slot(unit, blueprint, arena)
+        unit.gradient_slot = _gradient_slot(unit, blueprint, arena)
+    _introduce([unit.gather_slot for unit in units if unit.gather_slot is not None])
+    _introduce([unit.gradient_slot for unit in units if unit.gradient_slot is not None])
+    return arena
+
+
+def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
+    for p, compute, grad in zip(unit.params, layout.compute_shard.segments, layout.grad_shard.segments, strict=True):
+        p.compute = p.main
+        if p.compute_dtype != p.main_dtype:
+            shard = arena.place(f"{unit.name}.compute_shard").part(compute)
+            p.compute = shard.tensor(p.compute_dtype, (p.shards.chunk_numel,))
+        if p.trainable:
+            p.place_grad(arena.place(f"{unit.name}.grad_shard").part(grad))
+
+
+def _gather_slot(unit: Unit, blueprint: Blueprint, arena: Arena) -> GatherSlot:
+    layout = blueprint.layouts[unit]
+    if unit in blueprint.gather_places:
+        return slot_at(unit, arena.place(GATHER_SLOTS).part(blueprint.gather_places[unit]), layout.gather_slot)
+    if unit.own_gather_slot:
+        return slot_at(unit, arena.place(f"{unit.name}.gather_slot"), layout.gather_slot)
+    return _slot_on_shards(unit, layout, arena)
+
+
+def slot_at(unit: Unit, extent: Place, layout: FlatLayout) -> GatherSlot:
+    return GatherSlot(unit, [extent.part(segment) for segment in layout.segments], extent)
+
+
+def _slot_on_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> GatherSlot:
+    """On one rank a shard is the full parameter already: the slot is the compute shard, or the main shard."""
+    places = []
+    for p, main, compute in zip(unit.params, layout.main_shard.segments, layout.compute_shard.segments, strict=True):
+        if p.compute_dtype == p.main_dtype:
+            places.append(unit.arena.place("main_shard").part(main))
+        else:
+            places.append(arena.place(f"{unit.name}.compute_shard").part(compute))
+    return GatherSlot(unit, places, None)
+
+
+def _gradient_slot(unit: Unit, blueprint: Blueprint, arena: Arena) -> GradientSlot | None:
+    layout = blueprint.layouts[unit].gradient_slot
+    if unit in blueprint.gradient_places:
+        return GradientSlot(unit, arena.place(GRADIENT_SLOTS).part(blueprint.gradient_places[unit]), layout)
+    if unit.own_gradient_slot:
+        return GradientSlot(unit, arena.place(f"{unit.name}.gradient_slot"), layout)
+    return None
+
+
+def _introduce(slots: Sequence[AnySlot]) -> None:
+    """Tells every slot which others share bytes with it."""
+    for slot in slots:
+        slot.neighbours = [other for other in slots if other is not slot and _share_bytes(slot, other)]
+
+
+def _share_bytes(slot: AnySlot, other: AnySlot) -> bool:
+    return slot.extent is not None and other.extent is not None and slot.extent.overlaps(other.extent)

@@ -1,0 +1,423 @@
+"""The runtime of one sharded model: fills, reads and releases slots in stream order, and reduces gradients.
+
+The engine owns the plan, the arena of everything but main shards, and every transition of a slot's state. It knows nothing
+of autograd or of module hooks: ``hooks.py`` tells it what starts and what ends.
+
+    gather slot      EMPTY --gather--> FILLED --unshard--> HELD --keep--> KEPT --unshard--> HELD --release--> EMPTY
+                     FILLED or KEPT --a neighbour needs the bytes--> EMPTY
+    gradient slot    EMPTY --first gradient--> HELD --reduce--> EMPTY
+
+[Note: spills]
+When a unit needs its slot while a neighbour's is HELD, execution has left the order that the plan was made for. In forward
+the unit then gets a slot of its own, allocated once and kept, counted in ``spills`` and reported by a warning; the next
+iteration finds it there. In backward an address cannot change any more, and the only honest answer is an error.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from yafsdp_like.comm.process_group import ProcessGroupTransport
+from yafsdp_like.comm.transport import Transport
+from yafsdp_like.memory.arena import Arena, Place
+from yafsdp_like.memory.plan import MemoryPlan, Region
+from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event, streams_of
+from yafsdp_like.shard.blueprint import Blueprint, build, draw, own_slot_regions, reshards_after_forward, slot_at
+from yafsdp_like.shard.schedule import schedule_of
+from yafsdp_like.shard.unit import GatherSlot, GradientSlot, ShardedParam, SlotState, Unit, Use, unit_of
+
+if TYPE_CHECKING:
+    from yafsdp_like.shard.hooks import Call
+
+EMPTY, FILLED, HELD, KEPT = SlotState.EMPTY, SlotState.FILLED, SlotState.HELD, SlotState.KEPT
+
+
+class SpillWarning(UserWarning):
+    """A unit was given memory beyond the plan, because modules ran in an order that the plan did not expect."""
+
+
+@dataclass(frozen=True)
+class Spill:
+    """A unit that got a slot of its own at run time, why, and for how many bytes."""
+
+    region: str
+    reason: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Bytes held now, and what did not go by the plan since the model was sharded: nothing, in a well-planned run."""
+
+    arena_nbytes: int
+    spills: tuple[Spill, ...]
+    wasted_prefetches: int  # gathers ahead of time that nobody read
+    evictions: int  # units that were to stay gathered and had to make room
+
+
+class Engine:
+    """One root module and the units below it, in order of registration."""
+
+    def __init__(self, root: nn.Module, units: Sequence[Unit]) -> None:
+        self.units = list(units)
+        self.root_unit = next((unit for unit in units if root in unit.modules), None)
+        self.streams = streams_of(units[0].device)
+        self.schedule = schedule_of(root, _units_of_modules(self.units), len(self.units))
+        self.after_in_forward = _following(self.units, self.schedule.forward_order)
+        self.after_in_backward = _following(self.units, self.schedule.backward_order)
+        self.transports: dict[Unit, Transport] = {}  # filled by build, like what follows
+        self.blueprint: Blueprint | None = None
+        self.arena: Arena | None = None
+        self.built_for: tuple[object, ...] = ()  # the units' signatures when the slots were made
+        self.spills: list[Spill] = []
+        self.wasted_prefetches = 0
+        self.evictions = 0
+        self.last_reduce: Event = None  # the end of the latest reduction; None once compute has waited for it
+        self.is_last_backward = True  # whether the end of a backward waits for its reductions
+        self.iteration: Call | None = None  # the forward that everything running now is part of
+        self.tasks: dict[int, list[Use]] = {}  # running backwards by autograd's number, and the uses they reached
+        for unit in self.units:
+            unit.engine = self
+
+    # --- the plan ------------------------------------------------------------------------------------------------------
+
+    def plan(self) -> MemoryPlan:
+        """What the arenas hold; before they are built, what they will hold. Allocates nothing."""
+        if self.blueprint is not None and self.built_for == self._signatures():
+            return self.blueprint.plan
+        return draw(self.units, self.schedule, self.root_unit).plan
+
+    @property
+    def arena_nbytes(self) -> int:
+        """The bytes held now, main shards included."""
+        return sum(unit.arena.nbytes for unit in self.units) + (self.arena.nbytes if self.arena else 0)
+
+    def report(self) -> Report:
+        return Report(self.arena_nbytes, tuple(self.spills), self.wasted_prefetches, self.evictions)
+
+    def build_if_changed(self) -> None:
+        """Makes shards and slots before the first iteration, and again when parameters were moved, cast or (un)frozen.
+
+        Slots that autograd still refers to live on until their graph is gone. Raises the same error on every rank when a
+        rank cannot go on, or when ranks shard different models.
+        """
+        if self.arena is not None and self.built_for == self._signatures():
+            return
+        if not self.transports:
+            self.transports = _transports(self.units)
+        error: Exception | None = None
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._build()
+        except Exception as e:
+            error = e
+        for transport in dict.fromkeys(self.transports.values()):
+            transport.agree(self._fingerprint(), error)
+
+    def _build(self) -> None:
+        for unit in self.units:
+            self.reshard(unit)
+            unit.materialize()
+        on_meta = [name for unit in self.units for name in unit.meta_params()]
+        if on_meta:
+            raise RuntimeError(
+                "FSDP parameters should be materialized from meta device before training, but the following were still "
+                f"on meta device: {on_meta}\nCall model.to_empty(device=...), then initialize or load the parameters"
+            )
+        for stream in (GATHER, REDUCE):  # the old arena's bytes go back to the allocator, which knows only compute
+            self.streams.wait(COMPUTE, self.streams.record(stream))
+        unsynced = [unit.gradient_slot for unit in self.units if unit.gradient_slot and unit.gradient_slot.arrived]
+        self.arena = None
+        for unit in self.units:
+            unit.gather_slot = unit.gradient_slot = None
+        self.blueprint = draw(self.units, self.schedule, self.root_unit)
+        self.arena = build(self.blueprint)
+        for unit in self.units:
+            self._watch(unit.gather_slot)
+        for slot in unsynced:
+            for k in slot.arrived:
+                self.accumulate(slot.unit, k, slot.views[k])
+        self.built_for = self._signatures()
+
+    def _watch(self, slot: GatherSlot) -> None:
+        """From now on, gradients that autograd completes for the slot's parameters move into the gradient slot."""
+        for k in slot.unit.trainable:
+            slot.params[k].register_post_accumulate_grad_hook(partial(self._take_gradient, slot.unit, k))
+
+    def _take_gradient(self, unit: Unit, k: int, param: torch.Tensor) -> None:
+        grad, param.grad = param.grad, None
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"{unit.params[k].name}: expected a dense gradient to reduce, found {grad.layout}; "
+                "sparse gradients cannot be sharded, use sparse=False"
+            )
+        self.accumulate(unit, k, grad)
+
+    def _signatures(self) -> tuple[object, ...]:
+        return tuple(unit.signature for unit in self.units)
+
+    def _fingerprint(self) -> list[str]:
+        return [
+            f"{p.name} {list(p.shards.shape)} of unit {unit.name!r}, {p.main_dtype} computed in {p.compute_dtype} and "
+            f"reduced in {p.reduce_dtype}, {'trainable' if p.trainable else 'frozen'}"
+            for unit in self.units
+            for p in unit.params
+        ]
+
+    # --- gather slots --------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A forward starts: what compute wrote (optimizer, loaded weights) comes before all gathers; stale slots go."""
+        self.build_if_changed()
+        self.streams.wait(GATHER, self.streams.record(COMPUTE))
+        for unit in self.units:
+            slot = unit.gather_slot
+            if slot.state in (FILLED, KEPT, HELD) and slot.versions != unit.versions():
+                self.release(slot)
+
+    def gather(self, slot: GatherSlot, refresh: bool) -> None:
+        """Issues the gather of an EMPTY slot whose neighbours are all EMPTY; the slot is FILLED. Does not wait.
+
+        ``refresh`` casts the main shard first: in forward, and not in backward, which must see forward's values again.
+        """
+        assert slot.state is EMPTY and all(other.state is EMPTY for other in slot.neighbours)
+        unit = slot.unit
+        with torch.profiler.record_function(f"yafsdp::gather {unit.name}"), self.streams.on(GATHER), torch.no_grad():
+            self._wait_for_readers(GATHER, slot)
+            if refresh:
+                unit.refresh_compute_shard()
+            self.transports[unit].all_gather(slot.outputs, [p.compute for p in unit.params])
+        slot.ready = self.streams.record(GATHER)
+        slot.versions = unit.versions()
+        slot.state = FILLED
+
+    def _wait_for_readers(self, stream: str, slot: GatherSlot | GradientSlot) -> None:
+        """Orders ``stream``, the only writer of these slots, after the last access of every other stream to their bytes."""
+        for other in (slot, *slot.neighbours):
+            if other.released is not None:
+                self.streams.wait(stream, other.released)
+                other.released = None
+
+    def prefetch(self, unit: Unit, refresh: bool) -> None:
+        """Gathers ahead when the unit's bytes are free; otherwise the unit waits for its own turn."""
+        slot = unit.gather_slot
+        if slot.state is EMPTY and all(other.state in (EMPTY, FILLED) for other in slot.neighbours):
+            self._make_room(slot)
+            self.gather(slot, refresh)
+
+    def unshard(self, slot: GatherSlot, refresh: bool) -> None:
+        """Makes the slot's full parameters readable by compute and visible to modules: the slot is HELD.
+
+        Its HELD neighbours must be asked about before, with ``blockers``.
+        """
+        if slot.state is EMPTY:
+            self._make_room(slot)
+            self.gather(slot, refresh)
+        if slot.state is FILLED:
+            self.streams.wait(COMPUTE, slot.ready)
+        slot.state = HELD
+        slot.unit.register(slot)
+
+    def blockers(self, slot: GatherSlot) -> list[GatherSlot]:
+        """Neighbours in use, whose bytes ``slot`` would need and cannot have."""
+        if slot.state is not EMPTY:
+            return []
+        return [other for other in slot.neighbours if other.state is HELD]
+
+    def _make_room(self, slot: GatherSlot) -> None:
+        for other in slot.neighbours:
+            if other.state is FILLED:
+                self.wasted_prefetches += 1
+                other.state = EMPTY  # only GATHER has touched it, and GATHER runs in order
+            elif other.state is KEPT:
+                self.evictions += 1
+                self.release(other)
+
+    def keep(self, slot: GatherSlot) -> None:
+        """The work on the slot is over, but the user wants it to stay gathered."""
+        slot.state = KEPT
+
+    def release(self, slot: GatherSlot) -> None:
+        """All reads of the slot have been issued: its bytes are free after them, and modules see the shards again."""
+        if slot.state is FILLED:  # a gather that nobody read: compute may write the shards only after it
+            self.streams.wait(COMPUTE, slot.ready)
+        elif slot.state in (HELD, KEPT):
+            slot.released = self.streams.record(COMPUTE)
+        slot.state = EMPTY
+        if slot.unit.registered is slot:
+            slot.unit.register(None)
+
+    def reshard(self, unit: Unit) -> None:
+        for slot in {s: None for s in (unit.gather_slot, unit.registered) if s is not None}:
+            self.release(slot)
+
+    def reshards_after_forward(self, unit: Unit) -> bool:
+        return reshards_after_forward(unit, self.root_unit)
+
+    def settle_prefetches(self) -> None:
+        """An iteration ends: gathers that nobody read are dropped, so that the optimizer may write the shards."""
+        for unit in self.units:
+            if unit.gather_slot.state is FILLED:
+                self.wasted_prefetches += 1
+                self.release(unit.gather_slot)
+
+    # --- gradient slots ------------------------------------------------------------------------------------------------
+
+    def accumulate(self, unit: Unit, k: int, grad: torch.Tensor) -> None:
+        """Parameter ``k``'s full gradient, ``(rows, ...)``, has been computed: moves it into the gradient slot."""
+        slot = unit.gradient_slot
+        if slot.state is EMPTY:
+            slot = self._acquire_gradient_slot(unit)
+        with torch.no_grad():
+            if k in slot.arrived:
+                slot.views[k].add_(grad)
+            else:
+                slot.views[k].copy_(grad)
+                slot.arrived[k] = None
+
+    def _acquire_gradient_slot(self, unit: Unit) -> GradientSlot:
+        slot = unit.gradient_slot
+        held = [other.unit.name for other in slot.neighbours if other.state is HELD]
+        if held:
+            self.isolate_gradients(unit, f"its gradients arrived before those of {held} were complete")
+            slot = unit.gradient_slot
+        self._wait_for_readers(COMPUTE, slot)
+        slot.state = HELD
+        return slot
+
+    def reduce(self, unit: Unit) -> None:
+        """Reduces the gradients that have arrived into the gradient shard and sets or adds to ``.grad``; frees the slot."""
+        slot = unit.gradient_slot
+        if slot is None or slot.state is EMPTY:
+            return
+        params = [unit.params[k] for k in slot.arrived]
+        complete = self.streams.record(COMPUTE)
+        with torch.profiler.record_function(f"yafsdp::reduce {unit.name}"), self.streams.on(REDUCE), torch.no_grad():
+            self.streams.wait(REDUCE, complete)
+            direct = all(p.sharded.grad is None and p.reduce_dtype == p.main_dtype for p in params)
+            chunks = [p.grad if direct else slot.chunks[k] for k, p in zip(slot.arrived, params, strict=True)]
+            inputs = [slot.inputs[k] for k in slot.arrived]
+            self.transports[unit].reduce_scatter(chunks, inputs, unit.reduction())
+            _deliver(params, chunks)
+            for p in params:
+                _run_post_accumulate_hooks(p)
+        self.last_reduce = slot.released = self.streams.record(REDUCE)
+        slot.state = EMPTY
+        slot.arrived.clear()
+
+    def wait_for_reductions(self) -> None:
+        """A backward ends: what follows on compute (clipping, the optimizer) sees every gradient."""
+        if self.last_reduce is not None:
+            self.streams.wait(COMPUTE, self.last_reduce)
+            self.last_reduce = None
+
+    def discard_gradients(self) -> None:
+        """Drops gradients that are complete in part only, after a backward that failed."""
+        for unit in self.units:
+            if unit.gradient_slot is not None:
+                unit.gradient_slot.state = EMPTY
+                unit.gradient_slot.arrived.clear()
+
+    # --- leaving the plan ----------------------------------------------------------------------------------------------
+
+    def isolate(self, unit: Unit, reason: str) -> None:
+        """Gives ``unit`` a gather slot of its own, from its next forward on."""
+        self.release(unit.gather_slot)  # of a gather ahead of time
+        unit.own_gather_slot = True
+        layout = self.blueprint.layouts[unit]
+        place = self._reserve(unit, own_slot_regions(unit, layout)[0], reason)
+        unit.gather_slot = slot_at(unit, place, layout.gather_slot)
+        self._watch(unit.gather_slot)
+
+    def isolate_gradients(self, unit: Unit, reason: str) -> None:
+        """Gives ``unit`` a gradient slot of its own, from its next gradient on."""
+        unit.own_gradient_slot = True
+        layout = self.blueprint.layouts[unit]
+        place = self._reserve(unit, own_slot_regions(unit, layout)[-1], reason)
+        unit.gradient_slot = GradientSlot(unit, place, layout.gradient_slot)
+
+    def _reserve(self, unit: Unit, region: Region, reason: str) -> Place:
+        self.arena.reserve([region])
+        self.blueprint = self.blueprint.with_region(region)
+        self.spills.append(Spill(region.name, reason, region.nbytes))
+        warnings.warn(
+            f"{region.name} takes {region.nbytes:,} bytes beyond the memory plan: {reason}. Numbers are right, and later "
+            "iterations reuse the slot. To plan for it, register modules in the order in which they run, and set "
+            "reshard_after_forward=False on a unit whose forward runs another that is not its submodule",
+            SpillWarning,
+            stacklevel=2,
+        )
+        return self.arena.place(region.name)
+
+
+def engine_for(unit: Unit, module: nn.Module) -> Engine:
+    """The engine that runs ``unit``. The first module to run becomes the root of all units below it.
+
+    When a module above runs later, it becomes the root, and takes its units over with a plan of its own.
+    """
+    if unit.engine is None:
+        units = {found: None for m in module.modules() if (found := unit_of(m)) is not None}
+        _name(module, list(units))
+        return Engine(module, list(units))
+    return unit.engine
+
+
+def _name(root: nn.Module, units: Sequence[Unit]) -> None:
+    """Full names from the root, for units and their parameters."""
+    names = {module: name for name, module in root.named_modules()}
+    for unit in units:
+        unit.name = ", ".join(names[m] or "root" for m in unit.modules if m in names)
+        for p in unit.params:
+            module, attribute = p.owners[0]
+            p.name = f"{names[module]}.{attribute}" if names.get(module) else attribute
+
+
+def _transports(units: Sequence[Unit]) -> dict[Unit, Transport]:
+    """One transport per mesh."""
+    by_mesh: dict[DeviceMesh, Transport] = {}
+    for unit in units:
+        if unit.mesh not in by_mesh:
+            by_mesh[unit.mesh] = ProcessGroupTransport(unit.mesh.get_group())
+    return {unit: by_mesh[unit.mesh] for unit in units}
+
+
+def _units_of_modules(units: Sequence[Unit]) -> dict[nn.Module, list[int]]:
+    units_of: dict[nn.Module, list[int]] = {}
+    for index, unit in enumerate(units):
+        for module in unit.modules:
+            units_of.setdefault(module, []).append(index)
+    return units_of
+
+
+def _following(units: Sequence[Unit], order: Sequence[int]) -> dict[Unit, list[Unit]]:
+    """For each unit, those expected after it, nearest first; units without parameters have nothing to gather."""
+    ordered = [units[i] for i in order]
+    return {unit: [u for u in ordered[position + 1 :] if u.params] for position, unit in enumerate(ordered)}
+
+
+def _deliver(params: Sequence[ShardedParam], chunks: Sequence[torch.Tensor]) -> None:
+    """Sets ``.grad`` to what was reduced, or adds to the ``.grad`` that is there, as backward does on plain parameters."""
+    fresh = [(p, chunk) for p, chunk in zip(params, chunks, strict=True) if p.sharded.grad is None]
+    copies = [(p.grad, chunk) for p, chunk in fresh if chunk is not p.grad]
+    if copies:
+        torch._foreach_copy_([grad for grad, _ in copies], [chunk for _, chunk in copies])
+    for p, chunk in zip(params, chunks, strict=True):
+        if p.sharded.grad is None:
+            p.sharded.grad = p.grad_dtensor
+        else:
+            local = p.sharded.grad.to_local()
+            local.add_(chunk[: local.numel()].view(local.shape))
+
+
+def _run_post_accumulate_hooks(p: ShardedParam) -> None:
+    """The user's hooks on the sharded parameter; autograd never accumulates into it, so the engine calls them."""
+    for hook in (getattr(p.sharded, "_post_accumulate_grad_hooks", None) or {}).values():
+        hook(p.sharded)

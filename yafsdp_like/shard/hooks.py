@@ -1,0 +1,296 @@
+"""From a module's forward and autograd's backward to the engine: what starts, what ends, and what failed.
+
+[Note: the life of a use]
+Every forward call of a unit under grad mode is a ``Use``. Its outputs carry a hook that fires before the first gradient
+enters the unit (``start_backward``: gather again), and its inputs pass through a node that runs after the last one left it
+(``end_backward``: release, reduce). When no input needs a gradient there is no such node, and the end is the end of the
+whole backward. A unit's gradients are reduced once all its parameters' have arrived, or no other use is outstanding, or at
+the end of that backward, whichever comes first; so a block used twice is reduced once.
+
+[Note: one backward in another]
+Backwards are told apart by autograd's task number, since one may run inside another (reentrant activation checkpointing),
+and since one that failed never runs its final callback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import Variable
+
+from yafsdp_like.shard.engine import Engine, engine_for
+from yafsdp_like.shard.nested import cast_floating, map_tensors, tensors_in
+from yafsdp_like.shard.unit import GatherSlot, GradientSlot, SlotState, Unit, Use
+
+
+@dataclass(eq=False)
+class Call:
+    """One running forward of one module of a unit."""
+
+    use: Use | None  # None without grad mode, and while a checkpointed forward is recomputed
+    recomputes: bool
+    starts_iteration: bool
+    outer_error: BaseException | None  # what the caller was handling already when the forward began
+
+
+def backward_task() -> int | None:
+    """Autograd's number of the backward that runs on this thread, or None outside of backward."""
+    task = torch._C._current_graph_task_id()
+    return None if task == -1 else task
+
+
+class _EndOfBackward(torch.autograd.Function):
+    """Identity on a unit's inputs; in backward it runs when the unit has computed all their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, end: Callable[[], None], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.end = end
+        ctx.set_materialize_grads(False)
+        return inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        ctx.end()
+        return (None, *grads)
+
+
+class _StartOfBackward(torch.autograd.Function):
+    """Identity on one output that a tensor hook would not stay with: a view, which an in-place operation rebases, or a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Callable[[], None], output: torch.Tensor) -> torch.Tensor:
+        ctx.start = start
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        ctx.start()
+        return None, grad
+
+
+def install(unit: Unit, module: nn.Module) -> None:
+    """Runs the unit's gather and release around ``module``'s forward, also when that raises."""
+    module.register_forward_pre_hook(partial(_before_forward, unit), prepend=True, with_kwargs=True)
+    module.register_forward_hook(partial(_after_forward, unit), always_call=True)
+
+
+# --- forward -----------------------------------------------------------------------------------------------------------
+
+
+def _before_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    engine = engine_for(unit, module)
+    if engine.iteration is not None and engine.iteration in unit.calls:
+        abandon(engine)  # the last forward was torn away by what is no Exception, Ctrl-C say
+    task = backward_task()
+    call = Call(None, _recomputes(unit, task), False, sys.exc_info()[1])
+    if task is None and engine.iteration is None:
+        _begin_iteration(engine, call)
+        args, kwargs = map_tensors(lambda t: t.to(unit.device, non_blocking=True), (args, kwargs))
+    unit.calls.append(call)
+    if unit.policy.mp.cast_forward_inputs:
+        args, kwargs = cast_floating((args, kwargs), unit.policy.mp.param_dtype)
+    if not call.recomputes:
+        args, kwargs = _enter(engine, unit, call, (args, kwargs))
+    return args, kwargs
+
+
+def _recomputes(unit: Unit, task: int | None) -> bool:
+    """Whether a checkpointed forward runs again inside this unit's own backward, for which the unit is gathered already."""
+    return task is not None and unit.registered is not None and bool(unit.registered.active)
+
+
+def _begin_iteration(engine: Engine, call: Call) -> None:
+    if engine.tasks:
+        abandon(engine)  # the last backward raised
+    engine.begin()
+    call.starts_iteration, engine.iteration = True, call
+
+
+def _enter(engine: Engine, unit: Unit, call: Call, inputs: Any) -> Any:
+    """Gathers the unit for this forward, and the next unit behind it; returns the inputs, watched for backward's end."""
+    if not unit.to_run:
+        unit.to_run = list(unit.modules)
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in(inputs))
+    _choose_slot(engine, unit, open_ended=torch.is_grad_enabled() and not differentiable)
+    refresh = backward_task() is None
+    engine.unshard(unit.gather_slot, refresh)
+    if refresh:
+        for target in unit.policy.forward_prefetch or engine.after_in_forward[unit][:1]:
+            engine.prefetch(target, refresh)
+    if torch.is_grad_enabled():
+        call.use = Use(unit.gather_slot)
+        unit.pending.add(call.use)
+    return _watch_inputs(partial(_end_backward, engine, unit, call.use), inputs) if differentiable else inputs
+
+
+def _choose_slot(engine: Engine, unit: Unit, open_ended: bool) -> None:
+    """Moves the unit to a slot of its own where its planned one would be taken from under somebody. See [Note: spills].
+
+    A unit none of whose inputs needs a gradient is in backward until the very end (``open_ended``): units that ran before
+    it, and so run backward after it, must not share its bytes.
+    """
+    if blockers := engine.blockers(unit.gather_slot):
+        engine.isolate(unit, f"its forward began inside that of {[b.unit.name for b in blockers]}")
+    if open_ended and unit.trainable:
+        if waiting := _pending_neighbours(unit.gather_slot):
+            engine.isolate(unit, f"no input of it needs a gradient, so its backward ends after that of {waiting} begins")
+        if waiting := _pending_neighbours(unit.gradient_slot):
+            engine.isolate_gradients(unit, f"its gradients are complete only after those of {waiting} arrive")
+
+
+def _pending_neighbours(slot: GatherSlot | GradientSlot) -> list[str]:
+    free = slot.state in (SlotState.EMPTY, SlotState.FILLED)
+    return [other.unit.name for other in slot.neighbours if other.unit.pending] if free else []
+
+
+def _after_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    call = unit.calls.pop()
+    failed = sys.exc_info()[1] is not call.outer_error
+    engine = unit.engine
+    if not call.recomputes:
+        if not failed and call.use is not None:
+            output = _watch_outputs(partial(_start_backward, engine, unit, call.use), output)
+        if module in unit.to_run:
+            unit.to_run.remove(module)
+        if failed or not unit.to_run:
+            _leave(engine, unit)
+        if call.starts_iteration:
+            _end_iteration(engine, failed)
+    return cast_floating(output, unit.policy.mp.output_dtype)
+
+
+def _leave(engine: Engine, unit: Unit) -> None:
+    """The unit's forward is over: its slot is released or kept, unless another call of the unit still runs."""
+    unit.to_run.clear()
+    if unit.calls or unit.registered is None:
+        return
+    if backward_task() is None and engine.reshards_after_forward(unit):
+        engine.reshard(unit)
+    else:
+        engine.keep(unit.registered)
+
+
+def _end_iteration(engine: Engine, failed: bool) -> None:
+    for unit in engine.units:
+        if unit.to_run:  # some of the unit's modules did not run in this pass
+            _leave(engine, unit)
+        if failed:
+            engine.reshard(unit)
+    engine.settle_prefetches()
+    engine.iteration = None
+
+
+# --- backward ----------------------------------------------------------------------------------------------------------
+
+
+def _watch_inputs(end: Callable[[], None], inputs: Any) -> Any:
+    """``inputs`` with every tensor that needs a gradient passed through one node that calls ``end``."""
+    watched = iter(_EndOfBackward.apply(end, *(t for t in tensors_in(inputs) if t.requires_grad)))
+    return map_tensors(lambda t: next(watched) if t.requires_grad else t, inputs)
+
+
+def _watch_outputs(start: Callable[[], None], output: Any) -> Any:
+    """``output`` with ``start`` called before any gradient of it enters the unit."""
+
+    def watch(t: torch.Tensor) -> torch.Tensor:
+        if not t.requires_grad:
+            return t
+        if t.is_leaf or t._is_view():
+            return _StartOfBackward.apply(start, t)
+        t.register_hook(lambda grad: start())
+        return t
+
+    return map_tensors(watch, output)
+
+
+def _start_backward(engine: Engine, unit: Unit, use: Use) -> None:
+    """A gradient is about to enter the unit: its full parameters must be where forward had them."""
+    task = backward_task()
+    if use.task == task:
+        return  # another output's gradient came before
+    if task not in engine.tasks:
+        engine.tasks[task] = []
+        Variable._execution_engine.queue_callback(partial(_end_task, engine, task))
+    use.task = task
+    engine.tasks[task].append(use)
+    unit.pending.add(use)
+    if unit.policy.unshard_in_backward:
+        if blockers := engine.blockers(use.slot):
+            raise RuntimeError(
+                f"backward of {unit.name!r} needs its gather slot while {[b.unit.name for b in blockers]} still computes on "
+                f"the same bytes (rank {engine.transports[unit].rank}); their backwards were expected one after the other. "
+                "Set reshard_after_forward=False on one of these units"
+            )
+        engine.unshard(use.slot, refresh=False)
+    use.slot.active[use] = None
+    _prefetch_in_backward(engine, unit)
+
+
+def _prefetch_in_backward(engine: Engine, unit: Unit) -> None:
+    """Gathers the next unit that has a backward to come; units that were skipped in forward are not gathered."""
+    following = unit.policy.backward_prefetch or engine.after_in_backward[unit]
+    expected = (u for u in following if u.pending and u.policy.unshard_in_backward)
+    for target in list(expected) if unit.policy.backward_prefetch else filter(None, [next(expected, None)]):
+        engine.prefetch(target, refresh=False)
+
+
+def _end_backward(engine: Engine, unit: Unit, use: Use) -> None:
+    """The unit has computed all gradients of this use: its slot is free, and its gradients may be complete."""
+    if use not in use.slot.active:
+        return
+    unit.pending.discard(use)
+    _finish_use(engine, unit, use)
+    if unit.policy.requires_gradient_sync and unit.gradient_slot is not None:
+        complete = len(unit.gradient_slot.arrived) == len(unit.trainable)
+        if complete or not unit.pending:
+            engine.reduce(unit)
+
+
+def _finish_use(engine: Engine, unit: Unit, use: Use) -> None:
+    use.task = None
+    use.slot.active.pop(use, None)
+    if not use.slot.active and use.slot.state is SlotState.HELD:
+        if unit.policy.reshard_after_backward:
+            engine.release(use.slot)
+        else:
+            engine.keep(use.slot)
+
+
+def _end_task(engine: Engine, task: int) -> None:
+    """A backward is over: ends the uses that no node ended, and reduces what has arrived and waits for nothing more."""
+    for use in engine.tasks.pop(task, []):
+        if use.task == task:
+            use.slot.unit.pending.discard(use)
+            _finish_use(engine, use.slot.unit, use)
+    for unit in engine.units:
+        if unit.gather_slot.active or (unit.registered and unit.registered.active):
+            continue  # in an outer backward
+        if unit.policy.requires_gradient_sync:
+            engine.reduce(unit)
+        if unit.policy.reshard_after_backward and unit.registered and not unit.calls:
+            engine.reshard(unit)
+    engine.settle_prefetches()
+    if engine.is_last_backward:
+        engine.wait_for_reductions()
+
+
+def abandon(engine: Engine) -> None:
+    """After an exception: every slot is free, and gradients that had arrived in part are dropped."""
+    engine.tasks.clear()
+    engine.iteration = None
+    for unit in engine.units:
+        unit.calls.clear()
+        unit.to_run.clear()
+        for use in unit.pending:
+            use.task = None
+            use.slot.active.clear()
+        unit.pending.clear()
+        engine.reshard(unit)
+    engine.discard_gradients()
+    engine.wait_for_reductions()

@@ -1,0 +1,69 @@
+"""Tensors inside whatever a module takes or returns: tuples, dicts, dataclasses and named tuples, to any depth."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """``value`` with every tensor replaced by ``function`` of it, in a fixed order.
+
+    Containers are copied only where something in them changes, so that what is left alone keeps its identity.
+    """
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return _copied_where_changed(function, value, dict(value), _set_item)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return _copied_where_changed(function, value, fields, object.__setattr__)
+    if isinstance(value, (list, tuple)):
+        items = [map_tensors(function, item) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a named tuple takes them apart
+    return value
+
+
+def _set_item(mapping: Any, key: Any, value: Any) -> None:
+    mapping[key] = value
+
+
+def _copied_where_changed(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    value: Any,
+    items: dict[Any, Any],
+    assign: Callable[[Any, Any, Any], None],
+) -> Any:
+    mapped = {key: map_tensors(function, item) for key, item in items.items()}
+    changed = {key: item for key, item in mapped.items() if item is not items[key]}
+    if not changed:
+        return value
+    result = copy.copy(value)
+    for key, item in changed.items():
+        assign(result, key, item)
+    return result
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Every tensor in ``value``, in the order of ``map_tensors``."""
+    found: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, value)
+    return found
+
+
+def cast_floating(value: Any, dtype: torch.dtype | None) -> Any:
+    """``value`` with every floating-point tensor in ``dtype``; unchanged when ``dtype`` is None."""
+    if dtype is None:
+        return value
+    return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, value)

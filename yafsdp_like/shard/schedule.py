@@ -1,0 +1,114 @@
+"""When each unit is expected to be needed, from the structure of the module tree alone. Integers only, no tensors.
+
+[Note: order is a hint]
+The schedule says which unit to gather next and which slots may share bytes. It comes from the order of modules in the tree,
+never from a recorded iteration, since the next one may be an evaluation. Execution may differ: a wrong guess costs a gather
+that waits or a slot of its own, never a wrong number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from yafsdp_like.memory.plan import LiveRange
+
+
+@dataclass(frozen=True)
+class Span:
+    """The forward ticks of one unit: when its first module starts, and the last tick inside its last module."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Residency:
+    """How long one unit stays gathered, by the user's policy."""
+
+    after_forward: bool  # its parameters stay until its backward
+    after_backward: bool  # and beyond, into the next iteration
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Spans of units in one forward of ``num_ticks`` ticks; backward mirrors it, from tick ``num_ticks`` on.
+
+    ``forward_order`` and ``backward_order`` list units by index in the order they are expected to start. In
+    backward a parent starts before its children, the last child first.
+    """
+
+    spans: tuple[Span, ...]
+    num_ticks: int
+
+    @property
+    def forward_order(self) -> list[int]:
+        return sorted(range(len(self.spans)), key=lambda u: (self.spans[u].first, u))
+
+    @property
+    def backward_order(self) -> list[int]:
+        return sorted(range(len(self.spans)), key=lambda u: (-self.spans[u].last, self.spans[u].first, u))
+
+    def forward_start(self, unit: int) -> int:
+        return self.spans[unit].first
+
+    def backward_start(self, unit: int) -> int:
+        return 2 * self.num_ticks - 1 - self.spans[unit].last
+
+    def backward_end(self, unit: int) -> int:
+        return 2 * self.num_ticks - 1 - self.spans[unit].first
+
+    def gather_range(self, unit: int, forward_from: int, backward_from: int, residency: Residency) -> LiveRange:
+        """When the unit's gather slot is live, its gathers starting at ticks ``forward_from`` and ``backward_from``."""
+        end = 2 * self.num_ticks - 1
+        if residency.after_backward:
+            return LiveRange(((0, end),))
+        if residency.after_forward:
+            return LiveRange(((forward_from, self.backward_end(unit)),))
+        return LiveRange(((forward_from, self.spans[unit].last), (backward_from, self.backward_end(unit))))
+
+    def gradient_range(self, unit: int) -> LiveRange:
+        """When the unit's gradient slot is live: until the next unit in backward is done, behind which it is reduced."""
+        return LiveRange(((self.backward_start(unit), self.backward_end(unit) + 1),))
+
+
+def schedule_of(root: nn.Module, units_of: Mapping[nn.Module, Sequence[int]], num_units: int) -> Schedule:
+    """Walks the tree in order of registration; ``units_of`` says which units each module's forward needs."""
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    tick = -1
+
+    def walk(module: nn.Module, seen: set[nn.Module]) -> None:
+        nonlocal tick
+        if module in seen:
+            return
+        seen.add(module)
+        units = units_of.get(module, ())
+        tick += bool(units)
+        for unit in units:
+            first.setdefault(unit, tick)
+        for child in module.children():
+            walk(child, seen)
+        for unit in units:
+            last[unit] = tick
+
+    walk(root, set())
+    return Schedule(tuple(Span(first[u], last[u]) for u in range(num_units)), tick + 1)
+
+
+def gather_starts(
+    order: Sequence[int], starts: Sequence[int], prefetches: Mapping[int, Sequence[int]]
+) -> list[int]:
+    """The tick at which each unit's gather is issued: when the unit that prefetches it starts.
+
+    ``starts[u]`` is unit ``u``'s own tick. By default every unit prefetches the next in ``order``; a unit in ``prefetches``
+    names its own list instead.
+    """
+    issued = list(starts)
+    for position, unit in enumerate(order):
+        targets = prefetches.get(unit) or order[position + 1 : position + 2]
+        for target in targets:
+            issued[target] = min(issued[target], starts[unit])
+    return issued

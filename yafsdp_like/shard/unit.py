@@ -1,0 +1,381 @@
+"""A unit: the parameters gathered together, their shards on this rank, and the slots they are gathered into.
+
+This file owns the tensors: it knows which bytes of the arena a parameter's shard, full value and gradients are, and which
+modules register the parameter. It does not decide when anything is gathered or released (``engine.py`` does).
+
+[Note: one address per unit]
+Autograd saves views of a unit's full parameters in forward and reads them in backward. They must find the same values at
+the same address, so a slot belongs to one unit for good: slots share bytes with other units' slots (``neighbours``), never
+addresses with "any free slot". When execution asks for two slots at once that share bytes, one unit moves to a slot of its
+own for its later forwards, while what was saved earlier keeps the old slot (``Use.slot``).
+"""
+
+from __future__ import annotations
+
+import enum
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Shard
+
+from yafsdp_like.comm.transport import Reduction
+from yafsdp_like.memory.arena import Arena, Place
+from yafsdp_like.memory.layout import FlatLayout, RowShards
+from yafsdp_like.memory.plan import Region
+from yafsdp_like.memory.streams import Event
+
+if TYPE_CHECKING:
+    from yafsdp_like.shard.engine import Engine
+    from yafsdp_like.shard.hooks import Call
+
+
+class SlotState(enum.Enum):
+    """What a slot's bytes are to the compute stream. The transitions are in ``engine.py``; no others happen."""
+
+    EMPTY = "nobody's: any neighbour may take the bytes"
+    FILLED = "gathered ahead, not yet read: a neighbour in need may still take the bytes"
+    HELD = "being read or written by running work: nobody may touch the bytes"
+    KEPT = "idle but left unsharded on purpose: given up when a neighbour needs the bytes"
+
+
+class ShardedParam:
+    """One parameter: its ``Shard(0)`` DTensor, who registers it, and this rank's flat chunks of it.
+
+    ``main``, ``compute`` and ``grad`` are ``(chunk_numel,)``, padding included, in ``main_dtype``, ``compute_dtype`` and
+    ``main_dtype``; the DTensor and its gradient are views of their first ``local_shape`` elements.
+    """
+
+    def __init__(self, param: nn.Parameter, owners: list[tuple[nn.Module, str]], mesh: DeviceMesh) -> None:
+        self.name = owners[0][1]  # the full name from the root, once the root is known
+        self.owners = owners
+        self.mesh = mesh
+        self.rank = mesh.get_local_rank()
+        self.shards = RowShards(tuple(param.shape), mesh.size())
+        self.sharded = self._shard(param)
+        self.compute_dtype = self.reduce_dtype = param.dtype
+        self.main: torch.Tensor | None = None  # filled by Unit.materialize
+        self.placed: torch.Tensor | None = None  # what ``local`` was then
+        self.compute: torch.Tensor | None = None  # filled by the engine's build, like the rest
+        self.grad: torch.Tensor | None = None
+        self.grad_dtensor: DTensor | None = None
+
+    def _shard(self, param: torch.Tensor) -> nn.Parameter:
+        """The parameter's DTensor on this rank's rows; the rows are not copied yet."""
+        start, stop = self.shards.row_range(self.rank)
+        sharded = nn.Parameter(self._dtensor(param.detach()[start:stop]), requires_grad=param.requires_grad)
+        vars(sharded).update(vars(param))
+        return sharded
+
+    def _dtensor(self, local: torch.Tensor) -> DTensor:
+        full = torch.empty(self.shards.shape, device="meta")
+        return DTensor.from_local(
+            local, self.mesh, (Shard(0),), run_check=False, shape=full.shape, stride=full.stride()
+        )
+
+    @property
+    def local(self) -> torch.Tensor:
+        """This rank's rows as the DTensor holds them, ``local_shape``."""
+        return self.sharded._local_tensor  # type: ignore[attr-defined]
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        return self.local.dtype
+
+    @property
+    def trainable(self) -> bool:
+        return self.sharded.requires_grad
+
+    def set_dtypes(self, policy: MixedPrecisionPolicy) -> None:
+        """Compute and reduce dtypes by the policy; integers, which only frozen parameters are, keep their own."""
+        dtype = self.main_dtype
+        self.compute_dtype = (policy.param_dtype or dtype) if dtype.is_floating_point else dtype
+        self.reduce_dtype = policy.reduce_dtype or self.compute_dtype
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return self.shards.local_shape(self.rank)
+
+    def adopt_registered(self) -> None:
+        """Takes over a parameter that the user put in this one's place (``load_state_dict(assign=True)``, say).
+
+        Raises ``ValueError`` when its global shape differs.
+        """
+        module, attribute = self.owners[0]
+        found = module._parameters[attribute]
+        if found is self.sharded:
+            return
+        if found is None or tuple(found.shape) != self.shards.shape:
+            shape = None if found is None else tuple(found.shape)
+            raise ValueError(f"{self.name}: expected a parameter of shape {self.shards.shape} in its place, found {shape}")
+        self.sharded = found if isinstance(found, DTensor) else self._shard(found)
+        self.main = None
+
+    def place_main(self, place: Place) -> None:
+        """Moves this rank's rows to ``place``, where the DTensor holds them from now on."""
+        local = place.tensor(self.main_dtype, self.local_shape)
+        with torch.no_grad():
+            local.copy_(self.local)
+        self.sharded._local_tensor = self.placed = local  # type: ignore[attr-defined]
+        self.main = place.tensor(self.main_dtype, (self.shards.chunk_numel,))
+
+    def place_grad(self, place: Place) -> None:
+        self.grad = place.tensor(self.main_dtype, (self.shards.chunk_numel,))
+        self.grad_dtensor = self._dtensor(place.tensor(self.main_dtype, self.local_shape))
+
+    def register(self, value: nn.Parameter) -> None:
+        """Makes ``value`` what every owning module sees under this parameter's name."""
+        for module, attribute in self.owners:
+            if type(module).__setattr__ is nn.Module.__setattr__:
+                module._parameters[attribute] = value
+            else:  # e.g. nn.LSTM, which keeps a list of its weights beside the dict
+                setattr(module, attribute, value)
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """The five flat layouts of a unit; a parameter that a layout does not hold has an empty segment in it."""
+
+    main_shard: FlatLayout
+    compute_shard: FlatLayout  # only parameters whose compute dtype differs from their main dtype
+    grad_shard: FlatLayout  # only trainable parameters, as in the gradient slot
+    gather_slot: FlatLayout
+    gradient_slot: FlatLayout
+
+    @classmethod
+    def of(cls, params: Sequence[ShardedParam]) -> UnitLayout:
+        def chunks(dtypes: Sequence[torch.dtype | None]) -> FlatLayout:
+            return FlatLayout.pack([p.shards.chunk_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)])
+
+        def full(dtypes: Sequence[torch.dtype | None]) -> FlatLayout:
+            return FlatLayout.pack([p.shards.padded_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)])
+
+        return cls(
+            main_shard=chunks([p.main_dtype for p in params]),
+            compute_shard=chunks([p.compute_dtype if p.compute_dtype != p.main_dtype else None for p in params]),
+            grad_shard=chunks([p.main_dtype if p.trainable else None for p in params]),
+            gather_slot=full([p.compute_dtype if p.shards.world_size > 1 else None for p in params]),
+            gradient_slot=full([p.reduce_dtype if p.trainable else None for p in params]),
+        )
+
+
+class GatherSlot:
+    """A unit's full parameters at a fixed address.
+
+    ``params[k]`` is the ``nn.Parameter`` that modules compute on; ``outputs[k]``, ``(padded_numel,)``, is the same bytes
+    for the collective to write. They are different tensors: see [Note: version counters].
+    ``places`` has one place per parameter; ``extent`` covers them all, or is None when the slot is the shard (one rank).
+    """
+
+    def __init__(self, unit: Unit, places: Sequence[Place], extent: Place | None) -> None:
+        self.unit = unit
+        self.extent = extent
+        self.neighbours: list[GatherSlot] = []  # slots that share bytes with this one
+        self.state = SlotState.EMPTY
+        self.ready: Event = None  # the gather has arrived
+        self.released: Event = None  # the last reader is done; None once a gather has waited for it
+        self.versions: tuple[int, ...] = ()  # of the main shards when they were gathered
+        self.active: dict[Use, None] = {}  # uses whose backward is running
+        self.params = [_full_param(p, place) for p, place in zip(unit.params, places, strict=True)]
+        self.outputs = [
+            place.tensor(p.compute_dtype, (p.shards.padded_numel,))
+            for p, place in zip(unit.params, places, strict=True)
+        ]
+
+
+def _full_param(p: ShardedParam, place: Place) -> nn.Parameter:
+    full = nn.Parameter(place.tensor(p.compute_dtype, p.shards.shape), requires_grad=p.trainable)
+    vars(full).update(vars(p.sharded))
+    return full
+
+
+class GradientSlot:
+    """A unit's full gradients, in reduce dtype, from their arrival in backward until they are reduced.
+
+    For each trainable parameter ``k``: ``views[k]`` has its shape, ``inputs[k]`` is ``(padded_numel,)``, and ``chunks[k]``
+    this rank's part of that, ``(chunk_numel,)``. ``arrived`` are those whose gradient is in the slot. Padding holds anything.
+    """
+
+    def __init__(self, unit: Unit, extent: Place, layout: FlatLayout) -> None:
+        self.unit = unit
+        self.extent = extent
+        self.neighbours: list[GradientSlot] = []
+        self.state = SlotState.EMPTY
+        self.released: Event = None  # the reduction is done; None once compute has waited for it
+        self.arrived: dict[int, None] = {}  # an ordered set
+        self.views: dict[int, torch.Tensor] = {}
+        self.inputs: dict[int, torch.Tensor] = {}
+        self.chunks: dict[int, torch.Tensor] = {}
+        for k in unit.trainable:
+            p, place = unit.params[k], extent.part(layout.segments[k])
+            self.views[k] = place.tensor(p.reduce_dtype, p.shards.shape)
+            self.inputs[k] = place.tensor(p.reduce_dtype, (p.shards.padded_numel,))
+            self.chunks[k] = self.inputs[k].view(p.shards.world_size, -1)[p.rank]
+
+
+@dataclass(eq=False)
+class Use:
+    """One forward call of a unit whose backward may come: which slot its saved tensors point to.
+
+    Held by the autograd graph only, so that it dies with a graph that is never run backward.
+    """
+
+    slot: GatherSlot
+    task: int | None = None  # the running backward that has reached it, by autograd's number
+
+
+@dataclass(eq=False)
+class UnitPolicy:
+    """What the user asked of one unit; the setters of ``FSDPModule`` write here."""
+
+    mp: MixedPrecisionPolicy
+    reshard_after_forward: bool | None  # None: the root keeps its parameters, others reshard
+    reshard_after_backward: bool = True
+    requires_gradient_sync: bool = True
+    unshard_in_backward: bool = True
+    gradient_divisor: float | None = None  # None: the number of ranks
+    sum_only: bool = False
+    forward_prefetch: list[Unit] = field(default_factory=list)
+    backward_prefetch: list[Unit] = field(default_factory=list)
+
+
+class Unit:
+    """Parameters that one ``fully_shard`` call took, in order of registration, and all that is known of them.
+
+    ``modules`` are those whose forward needs the parameters: the call's own, and any that a parameter is tied into.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        params: Sequence[ShardedParam],
+        policy: UnitPolicy,
+        mesh: DeviceMesh,
+        device: torch.device,
+    ) -> None:
+        self.modules = list(modules)
+        self.params = list(params)
+        self.policy = policy
+        self.mesh = mesh
+        self.device = device
+        self.name = type(modules[0]).__name__  # the modules' full names, once the root is known
+        self.arena = Arena(device)  # of the main shard, which is needed before the root is known
+        self.layout: UnitLayout | None = None  # None until materialized
+        self.moves = 0  # how often main shards were put somewhere else
+        self.engine: Engine | None = None  # of the root module, once that is known
+        self.registered: GatherSlot | None = None  # whose parameters the modules see; None: the sharded ones
+        self.gather_slot: GatherSlot | None = None  # for forwards to come; filled by the engine's build
+        self.gradient_slot: GradientSlot | None = None  # likewise
+        self.own_gather_slot = False  # by a spill; later plans keep to it
+        self.own_gradient_slot = False  # by a spill, or because unsynced gradients stay in it between backwards
+        self.unsynced_gradients = False  # set_requires_gradient_sync(False) was called
+        self.pending: weakref.WeakSet[Use] = weakref.WeakSet()  # uses whose backward has not ended
+        self.to_run: list[nn.Module] = []  # of several modules: those that have not run in this forward pass
+        self.calls: list[Call] = []  # forwards that are running, the innermost last
+        self.materialize()
+
+    def __repr__(self) -> str:
+        return f"Unit({self.name!r}, {len(self.params)} parameters)"
+
+    @property
+    def trainable(self) -> list[int]:
+        return [k for k, p in enumerate(self.params) if p.trainable]
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """What the plan was made for; a change of it asks for a new plan."""
+        return (self.unsynced_gradients, self.moves, *((p.trainable, p.local is p.placed) for p in self.params))
+
+    def versions(self) -> tuple[int, ...]:
+        """Counters of in-place writes to the main shard, one per parameter."""
+        return tuple(p.local._version for p in self.params)
+
+    def meta_params(self) -> list[str]:
+        return [p.name for p in self.params if p.local.is_meta]
+
+    def plan_layout(self) -> UnitLayout:
+        """The layout for the dtypes and ``requires_grad`` of now, without touching memory."""
+        for p in self.params:
+            p.set_dtypes(self.policy.mp)
+        return UnitLayout.of(self.params)
+
+    def materialize(self) -> None:
+        """Puts the main shard into the arena, or back into it after the user moved, cast or replaced parameters.
+
+        Does nothing while a parameter is on the meta device. Parameters must be registered sharded.
+        """
+        for p in self.params:
+            p.adopt_registered()
+        if self.meta_params():
+            return
+        layout = self.plan_layout()
+        if self.layout is None or layout.main_shard != self.layout.main_shard or self._changed_dtype():
+            self.arena = Arena(self.device)
+            self.arena.reserve([Region("main_shard", "main_shard", layout.main_shard.nbytes)])
+            for p in self.params:
+                p.main = None
+        self.layout = layout
+        for p, segment in zip(self.params, layout.main_shard.segments, strict=True):
+            if p.main is None or p.local is not p.placed:
+                self.moves += 1
+                place = self.arena.place("main_shard").part(segment)
+                p.place_main(place)
+
+    def _changed_dtype(self) -> bool:
+        return any(p.main is not None and p.main.dtype != p.main_dtype for p in self.params)
+
+    def register(self, slot: GatherSlot | None) -> None:
+        """Makes the modules see ``slot``'s full parameters, or the sharded ones for None."""
+        if slot is not self.registered:
+            values = [p.sharded for p in self.params] if slot is None else slot.params
+            for p, value in zip(self.params, values, strict=True):
+                p.register(value)
+            self.registered = slot
+
+    def refresh_compute_shard(self) -> None:
+        """Casts what the optimizer updated into what peers gather. Nothing to do where the two are the same memory."""
+        pairs = [(p.compute, p.main) for p in self.params if p.compute is not p.main]
+        if pairs:
+            torch._foreach_copy_([compute for compute, _ in pairs], [main for _, main in pairs])
+
+    def reduction(self) -> Reduction:
+        """How this unit's gradients are divided: by the number of ranks, or by the user's own factor.
+
+        In fp16, whose range is small, the division is split evenly before and after the sum, as FSDP2 does.
+        """
+        divisor = self.policy.gradient_divisor or float(self.mesh.size())
+        if any(p.reduce_dtype == torch.float16 for p in self.params):
+            pre = 1.0
+            while divisor % pre == 0 and divisor / pre > pre:
+                pre *= 2
+            return Reduction(mean=False, pre_divisor=pre, post_divisor=divisor / pre)
+        if self.policy.sum_only or divisor != self.mesh.size():
+            return Reduction(mean=False, post_divisor=divisor)
+        return Reduction()
+
+
+def unit_of(module: nn.Module) -> Unit | None:
+    """The unit that ``fully_shard`` made of ``module``, alone or in a list."""
+    return vars(module).get("_yafsdp_unit")
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Marks a parameter, as it was before sharding and after, with where it lives now. Not pickled with the parameter."""
+
+    unit: Unit | None
+    param: ShardedParam | None
+
+    def __reduce__(self) -> tuple[type[Ownership], tuple[None, None]]:
+        return Ownership, (None, None)
+
+
+def ownership_of(param: torch.Tensor) -> Ownership | None:
+    """Which unit has sharded ``param``, or None if none has."""
+    found = vars(param).get("_yafsdp_ownership")
+    return found if found is not None and found.unit is not None else None
