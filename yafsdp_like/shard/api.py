@@ -52,8 +52,8 @@ def fully_shard(
     Each becomes a ``DTensor`` with ``Shard(0)``; modules compute on full parameters, which are gathered before forward and
     backward into the slots of a memory plan (``print(module.memory_plan())``) that is made at the first forward.
 
-    ``.grad`` of a sharded parameter is a view of planned memory too: once it is set to None, the next backward writes there
-    again, so clone a gradient that is to outlive its step.
+    ``.grad`` of a sharded parameter is a view of planned memory too. Once it is set to None the next backward writes there
+    again: a gradient that is still held then is moved out of the way, but what ``to_local()`` made of it earlier is not.
 
     Args:
         module: a module with a ``forward``, or a list of such modules, gathered and released together.

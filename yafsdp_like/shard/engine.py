@@ -1,7 +1,7 @@
 """The runtime of one sharded model: fills, reads and releases slots in stream order, and reduces gradients.
 
 The engine owns the plan, the arena of everything but main shards, and every transition of a slot's state. It knows nothing
-of autograd or of module hooks: ``hooks.py`` tells it what starts and what ends.
+of module hooks and autograd graphs: ``hooks.py`` tells it what starts and what ends.
 
     gather slot      EMPTY --gather--> FILLED --unshard--> HELD --keep--> KEPT --unshard--> HELD --release--> EMPTY
                      FILLED or KEPT --a neighbour needs the bytes--> EMPTY
@@ -16,6 +16,7 @@ iteration finds it there. In backward an address cannot change any more, and the
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -141,25 +142,11 @@ class Engine:
         self.blueprint = draw(self.units, self.schedule, self.root_unit)
         self.arena = build(self.blueprint)
         for unit in self.units:
-            self._watch(unit.gather_slot)
+            watch_gradients(unit.gather_slot)
         for slot in unsynced:
             for k in slot.arrived:
                 self.accumulate(slot.unit, k, slot.views[k])
         self.built_for = self._signatures()
-
-    def _watch(self, slot: GatherSlot) -> None:
-        """From now on, gradients that autograd completes for the slot's parameters move into the gradient slot."""
-        for k in slot.unit.trainable:
-            slot.params[k].register_post_accumulate_grad_hook(partial(self._take_gradient, slot.unit, k))
-
-    def _take_gradient(self, unit: Unit, k: int, param: torch.Tensor) -> None:
-        grad, param.grad = param.grad, None
-        if grad.layout is not torch.strided:
-            raise RuntimeError(
-                f"{unit.params[k].name}: expected a dense gradient to reduce, found {grad.layout}; "
-                "sparse gradients cannot be sharded, use sparse=False"
-            )
-        self.accumulate(unit, k, grad)
 
     def _signatures(self) -> tuple[object, ...]:
         return tuple(unit.signature for unit in self.units)
@@ -281,7 +268,12 @@ class Engine:
                 slot.views[k].add_(grad)
             else:
                 slot.views[k].copy_(grad)
-                slot.arrived[k] = None
+        slot.arrived[k] = backward_task()
+
+    def gradients_complete(self, unit: Unit) -> bool:
+        """Whether the running backward has brought every gradient that the unit can get from it."""
+        slot, task = unit.gradient_slot, backward_task()
+        return slot is not None and all(slot.arrived.get(k) == task for k in unit.trainable)
 
     def _acquire_gradient_slot(self, unit: Unit) -> GradientSlot:
         slot = unit.gradient_slot
@@ -302,6 +294,8 @@ class Engine:
         complete = self.streams.record(COMPUTE)
         with torch.profiler.record_function(f"yafsdp::reduce {unit.name}"), self.streams.on(REDUCE), torch.no_grad():
             self.streams.wait(REDUCE, complete)
+            for p in params:
+                p.spare_kept_grad()
             direct = all(p.sharded.grad is None and p.reduce_dtype == p.main_dtype for p in params)
             chunks = [p.grad if direct else slot.chunks[k] for k, p in zip(slot.arrived, params, strict=True)]
             inputs = [slot.inputs[k] for k in slot.arrived]
@@ -335,7 +329,7 @@ class Engine:
         layout = self.blueprint.layouts[unit]
         place = self._reserve(unit, own_slot_regions(unit, layout)[0], reason)
         unit.gather_slot = slot_at(unit, place, layout.gather_slot)
-        self._watch(unit.gather_slot)
+        watch_gradients(unit.gather_slot)
 
     def isolate_gradients(self, unit: Unit, reason: str) -> None:
         """Gives ``unit`` a gradient slot of its own, from its next gradient on."""
@@ -356,6 +350,31 @@ class Engine:
             stacklevel=2,
         )
         return self.arena.place(region.name)
+
+
+def watch_gradients(slot: GatherSlot) -> None:
+    """From now on, gradients that autograd completes for the slot's parameters move into the unit's gradient slot."""
+    for k in slot.unit.trainable:
+        # Weak, since the garbage collector does not see through a parameter's hooks.
+        slot.params[k].register_post_accumulate_grad_hook(partial(_take_gradient, weakref.ref(slot.unit), k))
+
+
+def _take_gradient(unit_ref: weakref.ref[Unit], k: int, param: torch.Tensor) -> None:
+    unit, grad = unit_ref(), param.grad
+    assert unit is not None and unit.engine is not None and grad is not None
+    param.grad = None
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"{unit.params[k].name}: expected a dense gradient to reduce, found {grad.layout}; "
+            "sparse gradients cannot be sharded, use sparse=False"
+        )
+    unit.engine.accumulate(unit, k, grad)
+
+
+def backward_task() -> int | None:
+    """Autograd's number of the backward that runs on this thread, or None outside of backward."""
+    task = torch._C._current_graph_task_id()
+    return None if task == -1 else task
 
 
 def engine_for(unit: Unit, module: nn.Module) -> Engine:

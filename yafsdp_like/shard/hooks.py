@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
-from yafsdp_like.shard.engine import Engine, engine_for
+from yafsdp_like.shard.engine import Engine, backward_task, engine_for
 from yafsdp_like.shard.nested import cast_floating, map_tensors, tensors_in
 from yafsdp_like.shard.unit import GatherSlot, GradientSlot, SlotState, Unit, Use
 
@@ -37,12 +37,6 @@ class Call:
     recomputes: bool
     starts_iteration: bool
     outer_error: BaseException | None  # what the caller was handling already when the forward began
-
-
-def backward_task() -> int | None:
-    """Autograd's number of the backward that runs on this thread, or None outside of backward."""
-    task = torch._C._current_graph_task_id()
-    return None if task == -1 else task
 
 
 class _EndOfBackward(torch.autograd.Function):
@@ -246,10 +240,8 @@ def _end_backward(engine: Engine, unit: Unit, use: Use) -> None:
         return
     unit.pending.discard(use)
     _finish_use(engine, unit, use)
-    if unit.policy.requires_gradient_sync and unit.gradient_slot is not None:
-        complete = len(unit.gradient_slot.arrived) == len(unit.trainable)
-        if complete or not unit.pending:
-            engine.reduce(unit)
+    if unit.policy.requires_gradient_sync and (engine.gradients_complete(unit) or not unit.pending):
+        engine.reduce(unit)
 
 
 def _finish_use(engine: Engine, unit: Unit, use: Use) -> None:

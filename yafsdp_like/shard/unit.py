@@ -13,6 +13,7 @@ own for its later forwards, while what was saved earlier keeps the old slot (``U
 from __future__ import annotations
 
 import enum
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -128,6 +129,14 @@ class ShardedParam:
         self.grad = place.tensor(self.main_dtype, (self.shards.chunk_numel,))
         self.grad_dtensor = self._dtensor(place.tensor(self.main_dtype, self.local_shape))
 
+    def spare_kept_grad(self) -> None:
+        """A gradient that the user still holds after ``.grad = None`` keeps its values: it moves to memory of its own."""
+        assert self.grad_dtensor is not None
+        if self.sharded.grad is None and sys.getrefcount(self.grad_dtensor) > 2:  # more than this object's and the call's
+            kept, local = self.grad_dtensor, self.grad_dtensor._local_tensor
+            kept._local_tensor = local.clone()
+            self.grad_dtensor = self._dtensor(local)
+
     def register(self, value: nn.Parameter) -> None:
         """Makes ``value`` what every owning module sees under this parameter's name."""
         for module, attribute in self.owners:
@@ -207,7 +216,7 @@ class GradientSlot:
         self.neighbours: list[GradientSlot] = []
         self.state = SlotState.EMPTY
         self.released: Event = None  # the reduction is done; None once compute has waited for it
-        self.arrived: dict[int, None] = {}  # an ordered set
+        self.arrived: dict[int, int | None] = {}  # parameter -> the backward in which it arrived last
         self.views: dict[int, torch.Tensor] = {}
         self.inputs: dict[int, torch.Tensor] = {}
         self.chunks: dict[int, torch.Tensor] = {}
@@ -292,8 +301,8 @@ class Unit:
         return (self.unsynced_gradients, self.moves, *((p.trainable, p.local is p.placed) for p in self.params))
 
     def versions(self) -> tuple[int, ...]:
-        """Counters of in-place writes to the main shard, one per parameter."""
-        return tuple(p.local._version for p in self.params)
+        """Counters of in-place writes to the main shard: through each DTensor, and to its local tensor itself."""
+        return tuple(version for p in self.params for version in (p.sharded._version, p.local._version))
 
     def meta_params(self) -> list[str]:
         return [p.name for p in self.params if p.local.is_meta]
