@@ -54,7 +54,7 @@ class ProcessGroupTransport:
             _copy_unless_same(outputs, inputs)
         else:
             options = ReduceScatterOptions()
-            options.reduceOp = dist.ReduceOp.AVG if reduction.mean else dist.ReduceOp.SUM
+            options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG if reduction.mean else dist.ReduceOp.SUM)
             options.asyncOp = False
             for out, inp in _by_dtype(outputs, inputs):
                 _finish(getattr(self._reduce_group, _REDUCE)(out, inp, options))
@@ -118,7 +118,7 @@ def _first_difference(lines_by_rank: Sequence[Sequence[str]]) -> str:
         if len(found) > 1:
             told = "; ".join(f"rank {', '.join(map(str, ranks))}: {line}" for line, ranks in found.items())
             return (
-                f"ranks shard different models; the first difference is entry {position}: {told}. Build the same modules, "
-                "and call fully_shard on them in the same order with the same arguments, on every rank"
+                f"ranks shard different models; the first difference is entry {position}: {told}. Build the same "
+                "modules, and call fully_shard on them in the same order with the same arguments, on every rank"
             )
     raise AssertionError("ranks disagree, yet no line differs")

@@ -1,7 +1,8 @@
 """What the engine asks of the ranks that share one unit's parameters.
 
-A transport moves pieces between buffers it is given; it owns no memory, keeps no state between calls, and knows nothing of
-units or schedules. It issues work on the stream that is current when it is called and does not block the CPU.
+A transport moves pieces between buffers it is given; it owns no memory, keeps no state between calls, and knows
+nothing of units or schedules. It issues work on the stream that is current when it is called and does not block the
+CPU.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch
 class Reduction:
     """How gradients are combined: the mean over ranks, or ``sum / divisor`` for a divisor of the user's.
 
-    ``pre_divisor`` is applied to every rank's input before the sum and ``post_divisor`` to the result after it; together
-    with the mean (when ``mean`` is set) they make up the whole division.
+    ``pre_divisor`` is applied to every rank's input before the sum and ``post_divisor`` to the result after it;
+    together with the mean (when ``mean`` is set) they make up the whole division.
     """
 
     mean: bool = True

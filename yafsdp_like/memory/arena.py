@@ -67,7 +67,9 @@ class Place:
     def part(self, segment: Segment) -> Place:
         """The sub-range ``segment``, counted from the start of this one."""
         assert segment.end_nbytes <= self.segment.nbytes, f"{segment} ends outside {self.segment}"
-        return Place(self.arena, self.region, Segment(self.segment.offset_nbytes + segment.offset_nbytes, segment.nbytes))
+        return Place(
+            self.arena, self.region, Segment(self.segment.offset_nbytes + segment.offset_nbytes, segment.nbytes)
+        )
 
     def overlaps(self, other: Place) -> bool:
         return self.arena is other.arena and self.region == other.region and self.segment.overlaps(other.segment)
@@ -77,9 +79,10 @@ class Place:
 
         [Note: version counters]
         Tensors cut from one tensor share its version counter, and a write through one makes autograd refuse the others
-        that it saved. Every tensor made here has a counter of its own (``set_`` on the block's storage), also two on the
-        same bytes. So a gather that writes through one tensor never disturbs the parameter that autograd saved through
-        another: that the bytes are the same again in backward is the engine's promise, not autograd's to check.
+        that it saved. Every tensor made here has a counter of its own (``set_`` on the block's storage), also two on
+        the same bytes. So a gather that writes through one tensor never disturbs the parameter that autograd saved
+        through another: that the bytes are the same again in backward is the engine's promise, not autograd's to
+        check.
         """
         numel = math.prod(shape)
         assert numel * dtype.itemsize <= self.segment.nbytes, f"{shape} of {dtype} does not fit {self.segment}"

@@ -4,10 +4,10 @@ Nothing here touches a tensor. A layout proves itself when it is made: segments 
 
 [Note: zero-copy layout]
 A parameter of ``rows`` rows is split over ``W`` ranks as ``torch.chunk`` does on dim 0: every rank holds
-``ceil(rows / W)`` rows, the last ones fewer or none, padded. Its full tensor in a slot is the ranks' chunks one after the
-other, so that rank ``r``'s chunk lands straight at its place, and the first ``rows`` rows are the parameter, contiguous.
-A unit's shard on one rank is one flat range: its chunk of each parameter, each at a multiple of 256 bytes. A collective is
-therefore one piece per parameter with nothing to pack before or to unpack after:
+``ceil(rows / W)`` rows, the last ones fewer or none, padded. Its full tensor in a slot is the ranks' chunks one after
+the other, so that rank ``r``'s chunk lands straight at its place, and the first ``rows`` rows are the parameter,
+contiguous. A unit's shard on one rank is one flat range: its chunk of each parameter, each at a multiple of 256
+bytes. A collective is therefore one piece per parameter with nothing to pack before or to unpack after:
 
     slot             | p0: r0 r1 .. | p1: r0 r1 .. | p2: r0 r1 .. |
     shard of rank r  | p0: r | p1: r | p2: r |
@@ -29,7 +29,7 @@ def aligned(nbytes: int, alignment_nbytes: int = ALIGNMENT_NBYTES) -> int:
 
 @dataclass(frozen=True)
 class RowShards:
-    """How one parameter's rows (dim 0) are split over ``world_size`` ranks; counts are elements unless they say rows."""
+    """How one parameter's rows (dim 0) are split over ``world_size`` ranks; counts are elements unless named so."""
 
     shape: tuple[int, ...]
     world_size: int

@@ -1,10 +1,10 @@
 """The memory plan: every long-lived region by name and bytes, and slots placed by live range. Integers only.
 
 [Note: live ranges]
-Time is counted in ticks: one each time a module that belongs to a unit starts, through forward and then backward. A slot's
-live range is the set of ticks from the start of its gather to the end of its last reader. Two slots may share bytes when
-their live ranges never meet, so the slots of a chain of equal blocks take two blocks' bytes, and a large embedding
-shares bytes with blocks it never meets instead of inflating every slot.
+Time is counted in ticks: one each time a module that belongs to a unit starts, through forward and then backward. A
+slot's live range is the set of ticks from the start of its gather to the end of its last reader. Two slots may share
+bytes when their live ranges never meet, so the slots of a chain of equal blocks take two blocks' bytes, and a large
+embedding shares bytes with blocks it never meets instead of inflating every slot.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def _place_in_order(requests: Sequence[SlotRequest], order: Sequence[int]) -> li
     for index in order:
         request = requests[index]
         taken = sorted(
-            (offsets[i], offsets[i] + aligned(requests[i].nbytes)) for i in offsets if request.live.meets(requests[i].live)
+            (offsets[i], offsets[i] + aligned(requests[i].nbytes))
+            for i in offsets
+            if request.live.meets(requests[i].live)
         )
         offset = 0
         for start, end in taken:
@@ -64,8 +66,9 @@ def _extent(requests: Sequence[SlotRequest], offsets: Sequence[int]) -> int:
 def place(requests: Sequence[SlotRequest]) -> tuple[tuple[Segment, ...], int]:
     """Places slots so that two whose live ranges meet never share a byte.
 
-    Greedy, lowest fitting offset first, tried once in order of size and once in the order given; the smaller result wins
-    (the problem itself, dynamic storage allocation, is NP-hard). Returns a segment per request and the bytes in all.
+    Greedy, lowest fitting offset first, tried once in order of size and once in the order given; the smaller result
+    wins (the problem itself, dynamic storage allocation, is NP-hard). Returns a segment per request and the bytes in
+    all.
     """
     by_size = sorted(range(len(requests)), key=lambda i: (-requests[i].nbytes, i))
     tries = [_place_in_order(requests, order) for order in (by_size, range(len(requests)))]

@@ -2,8 +2,8 @@
 
 [Note: stream order]
 Three streams touch an arena: ``COMPUTE`` (whatever stream the user's code runs on), ``GATHER`` and ``REDUCE``. Every
-dependency between them is an event recorded after the last access on one and waited for before the next access on the other.
-The CPU never waits, and ``record_stream`` is never used, since arena memory is not returned to the allocator.
+dependency between them is an event recorded after the last access on one and waited for before the next access on the
+other. The CPU never waits, and ``record_stream`` is never used, since arena memory is not returned to the allocator.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ Event = Any  # what ``record`` returned; opaque to everyone but the streams that
 
 
 class Streams(Protocol):
-    """What the engine asks of streams. Implementations: CUDA, a CPU that runs in order, and a vector-clock test double."""
+    """What the engine asks of streams. Implementations: CUDA, a CPU that runs in order, and a vector-clock test
+    double.
+    """
 
     def on(self, stream: str) -> AbstractContextManager[Any]:
         """Work issued inside runs on ``stream``."""

@@ -1,13 +1,13 @@
 """The public surface: ``fully_shard``, the methods of a sharded module, and what the user's mistakes are told.
 
-Names, arguments and behaviour are those of ``torch.distributed.fsdp``, so that code written for FSDP2 runs unchanged; the
-policies are FSDP2's own classes.
+Names, arguments and behaviour are those of ``torch.distributed.fsdp``, so that code written for FSDP2 runs unchanged;
+the policies are FSDP2's own classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -48,25 +48,29 @@ def fully_shard(
 ) -> Any:
     """Shards the parameters of ``module`` (or of a list of modules, as one unit) over the ranks of ``mesh``, in place.
 
-    A call takes every parameter below ``module`` that no earlier call took, so shard bottom-up: blocks first, the root last.
-    Each becomes a ``DTensor`` with ``Shard(0)``; modules compute on full parameters, which are gathered before forward and
-    backward into the slots of a memory plan (``print(module.memory_plan())``) that is made at the first forward.
+    A call takes every parameter below ``module`` that no earlier call took, so shard bottom-up: blocks first, the
+    root last. Each becomes a ``DTensor`` with ``Shard(0)``; modules compute on full parameters, which are gathered
+    before forward and backward into the slots of a memory plan (``print(module.memory_plan())``) that is made at the
+    first forward.
 
-    ``.grad`` of a sharded parameter is a view of planned memory too. Once it is set to None the next backward writes there
-    again: a gradient that is still held then is moved out of the way, but what ``to_local()`` made of it earlier is not.
+    ``.grad`` of a sharded parameter is a view of planned memory too. Once it is set to None the next backward writes
+    there again: a gradient that is still held then is moved out of the way, but what ``to_local()`` made of it
+    earlier is not.
 
     Args:
         module: a module with a ``forward``, or a list of such modules, gathered and released together.
         mesh: a 1-D mesh; all ranks by default. One rank works.
         reshard_after_forward: whether full parameters are released after forward and gathered again for backward. None:
             for all but the root.
-        mp_policy: ``param_dtype`` to gather and compute in, ``reduce_dtype`` to reduce gradients in, ``output_dtype``, and
+        mp_policy: ``param_dtype`` to gather and compute in, ``reduce_dtype`` to reduce gradients in,
+        ``output_dtype``, and
             ``cast_forward_inputs``. Sharded parameters, their ``.grad`` and the optimizer keep the original dtype.
         ignored_params: parameters that are left alone.
         shard_placement_fn, offload_policy, dp_mesh_dims: FSDP2's; only their defaults are supported yet.
 
     Returns:
-        its first argument; each module's class becomes ``FSDP<Class>``, a subclass of ``FSDPModule`` and of ``<Class>``.
+        its first argument; each module's class becomes ``FSDP<Class>``, a subclass of ``FSDPModule`` and of
+        ``<Class>``.
 
     Raises:
         ValueError, AssertionError, NotImplementedError: for meshes, containers and parameters that cannot be sharded.
@@ -81,7 +85,7 @@ def fully_shard(
     device = _device_of(mesh)
     new = {param: places for param, places in owners.items() if ownership_of(param) is None}
     params = [ShardedParam(param, places, mesh) for param, places in new.items()]
-    unit = Unit(modules, params, UnitPolicy(mp_policy, reshard_after_forward), mesh, device)
+    unit = Unit(modules, params, UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward)), mesh, device)
     for p, param in zip(params, new, strict=True):
         param._yafsdp_ownership = p.sharded._yafsdp_ownership = Ownership(unit, p)  # type: ignore[attr-defined]
         p.register(p.sharded)
@@ -154,7 +158,8 @@ def _move_buffers(modules: Sequence[nn.Module], device: torch.device) -> None:
                 buffer.data = buffer.to(device)
 
 
-# --- what cannot be sharded ----------------------------------------------------------------------------------------------
+# --- what cannot be sharded
+# ----------------------------------------------------------------------------------------------
 
 
 def _check_modules(modules: Sequence[nn.Module]) -> None:
@@ -183,7 +188,9 @@ def _check_params(owners: Owners) -> None:
         if ownership_of(param) is not None:
             continue
         if isinstance(param, DTensor):
-            raise NotImplementedError(f"{name} is a DTensor on {param.device_mesh}; composing with it is not supported yet")
+            raise NotImplementedError(
+                f"{name} is a DTensor on {param.device_mesh}; composing with it is not supported yet"
+            )
         if param.dim() == 0:
             raise ValueError(f"fully_shard cannot shard a scalar. Change {name} to a 1D tensor with numel equal to 1.")
         if not param.is_contiguous():
@@ -193,14 +200,18 @@ def _check_params(owners: Owners) -> None:
             )
 
 
-def _check_supported(reshard_after_forward: Any, shard_placement_fn: Any, offload_policy: Any, dp_mesh_dims: Any) -> None:
+def _check_supported(
+    reshard_after_forward: Any, shard_placement_fn: Any, offload_policy: Any, dp_mesh_dims: Any
+) -> None:
     if reshard_after_forward is not None and not isinstance(reshard_after_forward, bool):
         raise NotImplementedError(
             f"reshard_after_forward as a number of ranks is not supported yet, got {reshard_after_forward!r}; "
             "use True, False or None"
         )
     if shard_placement_fn is not None or dp_mesh_dims is not None:
-        raise NotImplementedError("shard_placement_fn and dp_mesh_dims are not supported yet; parameters are sharded by rows")
+        raise NotImplementedError(
+            "shard_placement_fn and dp_mesh_dims are not supported yet; parameters are sharded by rows"
+        )
     if type(offload_policy) is not OffloadPolicy:
         raise NotImplementedError(f"offloading is not supported yet, got {offload_policy!r}")
 
@@ -212,25 +223,46 @@ def _default_mesh() -> DeviceMesh:
 
 
 def _device_of(mesh: DeviceMesh) -> torch.device:
-    return torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+    return (
+        torch.device(mesh.device_type, torch.cuda.current_device())
+        if mesh.device_type == "cuda"
+        else torch.device("cpu")
+    )
 
 
-def _refuse_parameters_from_before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """An optimizer built before ``fully_shard`` holds parameters that nothing trains any more: FSDP2 says nothing then."""
+def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Runs before every optimizer step of the process, and does nothing to those without sharded parameters."""
+    _refuse_parameters_from_before(optimizer)
+    _make_room_for_states(optimizer)
+
+
+def _make_room_for_states(optimizer: torch.optim.Optimizer) -> None:
+    """States are made in the first step and stay. Cut from cached blocks of activations, they would keep those
+    from being used again whole, and the next step would need more memory: so the cache is given back before, once."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if params and params[0].is_cuda and not optimizer.state and ownership_of(params[0]) is not None:
+        torch.cuda.empty_cache()
+
+
+def _refuse_parameters_from_before(optimizer: torch.optim.Optimizer) -> None:
+    """An optimizer built before ``fully_shard`` holds parameters that nothing trains any more: FSDP2 says nothing
+    then.
+    """
     for group in optimizer.param_groups:
         for param in group["params"]:
             ownership = ownership_of(param)
             if ownership is not None and ownership.param is not None and param is not ownership.param.sharded:
                 raise RuntimeError(
-                    f"{type(optimizer).__name__} holds {ownership.param.name!r} as it was before it was sharded, and would "
-                    "train nothing: build the optimizer after fully_shard, from model.parameters()"
+                    f"{type(optimizer).__name__} holds {ownership.param.name!r} as it was before it was sharded, and "
+                    "would train nothing: build the optimizer after fully_shard, from model.parameters()"
                 )
 
 
-register_optimizer_step_pre_hook(_refuse_parameters_from_before)
+register_optimizer_step_pre_hook(_before_optimizer_step)
 
 
-# --- the sharded module --------------------------------------------------------------------------------------------------
+# --- the sharded module
+# --------------------------------------------------------------------------------------------------
 
 _sharded_classes: dict[type[nn.Module], type[nn.Module]] = {}  # a module's class -> the class it gets
 
@@ -263,15 +295,14 @@ class FSDPModule:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Slicing a sharded container makes a container of its class again: a plain one."""
-        plain = cls.__mro__[2]
-        made = plain.__new__(plain)
-        made.__init__(*args, **kwargs)  # type: ignore[misc]
-        return made  # type: ignore[return-value]
+        plain: Any = cls.__mro__[2]
+        return plain(*args, **kwargs)
 
     # --- the memory plan
 
     def memory_plan(self) -> MemoryPlan:
-        """Every region of the runtime on this rank, in bytes; with this module as the root until a forward said otherwise.
+        """Every region of the runtime on this rank, in bytes; with this module as the root until a forward said
+        otherwise.
 
         Before the first forward nothing is allocated for it, and parameters may still be on the meta device.
         """
@@ -321,16 +352,20 @@ class FSDPModule:
                 unit.own_gradient_slot = unit.unsynced_gradients = True
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:
-        """Whether the end of the next backward waits for its reductions; gradients are complete only after one that does."""
+        """Whether the end of the next backward waits for its reductions; gradients are complete only after one that
+        does.
+        """
         self._engine().is_last_backward = is_last_backward
 
     def set_reshard_after_forward(self, reshard_after_forward: bool, recurse: bool = True) -> None:
-        """Overrides the argument of ``fully_shard``. After the first forward it is a hint: the plan may have no room."""
+        """Overrides the argument of ``fully_shard``. After the first forward it only a hint, if the plan has room."""
         for unit in self._units(recurse):
             unit.policy.reshard_after_forward = reshard_after_forward
 
     def set_reshard_after_backward(self, reshard_after_backward: bool, *, recurse: bool = True) -> None:
-        """Whether parameters are released after backward. After the first forward it is a hint: the plan may have no room."""
+        """Whether parameters are released after backward. After the first forward it is a hint: the plan may have no
+        room.
+        """
         for unit in self._units(recurse):
             unit.policy.reshard_after_backward = reshard_after_backward
 
@@ -339,11 +374,15 @@ class FSDPModule:
         self._unit().policy.unshard_in_backward = unshard_in_backward
 
     def set_modules_to_forward_prefetch(self, modules: list[FSDPModule]) -> None:
-        """The modules to gather when this one's forward starts, instead of the next one. Widens the plan if set before it."""
+        """The modules to gather when this one's forward starts, instead of the next one. Widens the plan if set
+        before it.
+        """
         self._unit().policy.forward_prefetch = [m._unit() for m in modules]
 
     def set_modules_to_backward_prefetch(self, modules: list[FSDPModule]) -> None:
-        """The modules to gather when this one's backward starts, instead of the next one. Widens the plan if set before it."""
+        """The modules to gather when this one's backward starts, instead of the next one. Widens the plan if set
+        before it.
+        """
         self._unit().policy.backward_prefetch = [m._unit() for m in modules]
 
     def set_gradient_divide_factor(self, factor: float) -> None:
@@ -361,20 +400,22 @@ class FSDPModule:
     # --- nn.Module
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        """``.to()``, ``.to_empty()`` and their like act on the sharded parameters, which then move back into the arena."""
+        """``.to()``, ``.to_empty()`` and their like act on the sharded parameters, which then move back into the
+        arena.
+        """
         self.reshard()
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         self._unit().materialize()
         return result
 
     def _unit(self) -> Unit:
-        unit = unit_of(self)  # type: ignore[arg-type]
+        unit = unit_of(cast(nn.Module, self))
         assert unit is not None, "an FSDPModule without a unit"
         return unit
 
     def _units(self, recurse: bool) -> Iterator[Unit]:
         modules = list(self.modules()) if recurse else [self]  # type: ignore[attr-defined]
-        return iter({unit: None for m in modules if (unit := unit_of(m)) is not None})
+        return iter({unit: None for m in modules if (unit := unit_of(cast(nn.Module, m))) is not None})
 
     def _engine(self) -> Engine:
         return engine_for(self._unit(), self)  # type: ignore[arg-type]

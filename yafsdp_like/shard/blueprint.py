@@ -1,6 +1,7 @@
 """From units and their schedule to the memory plan, and from the plan to shards and slots on an arena.
 
-Drawing is integers only: it works before anything is allocated, on the meta device too. Building allocates the plan, once.
+Drawing is integers only: it works before anything is allocated, on the meta device too. Building allocates the plan,
+once.
 """
 
 from __future__ import annotations
@@ -43,8 +44,15 @@ def draw(units: Sequence[Unit], schedule: Schedule, root: Unit | None) -> Bluepr
     gradient = {u: x.gradient_slot.nbytes for u, x in layouts.items() if not u.own_gradient_slot}
     gather_places, gather_nbytes = _place_shared(gather, gather_live)
     gradient_places, gradient_nbytes = _place_shared(gradient, gradient_live)
-    regions = [Region(f"{unit.name}.{shard.kind}", shard.kind, shard.nbytes) for unit in units for shard in _shards(layouts[unit])]
-    regions += [Region(GATHER_SLOTS, GATHER_SLOTS, gather_nbytes), Region(GRADIENT_SLOTS, GRADIENT_SLOTS, gradient_nbytes)]
+    regions = [
+        Region(f"{unit.name}.{shard.kind}", shard.kind, shard.nbytes)
+        for unit in units
+        for shard in _shards(layouts[unit])
+    ]
+    regions += [
+        Region(GATHER_SLOTS, GATHER_SLOTS, gather_nbytes),
+        Region(GRADIENT_SLOTS, GRADIENT_SLOTS, gradient_nbytes),
+    ]
     regions += [region for unit in units for region in own_slot_regions(unit, layouts[unit])]
     slots = [SlotPlace(u.name, GATHER_SLOTS, segment, gather_live[u]) for u, segment in gather_places.items()]
     slots += [SlotPlace(u.name, GRADIENT_SLOTS, segment, gradient_live[u]) for u, segment in gradient_places.items()]
@@ -73,7 +81,9 @@ def _gather_ranges(units: Sequence[Unit], schedule: Schedule, root: Unit | None)
     forward = {i: [index[t] for t in u.policy.forward_prefetch if t in index] for u, i in index.items()}
     backward = {i: [index[t] for t in u.policy.backward_prefetch if t in index] for u, i in index.items()}
     forward_from = gather_starts(schedule.forward_order, [schedule.forward_start(i) for i in index.values()], forward)
-    backward_from = gather_starts(schedule.backward_order, [schedule.backward_start(i) for i in index.values()], backward)
+    backward_from = gather_starts(
+        schedule.backward_order, [schedule.backward_start(i) for i in index.values()], backward
+    )
     return {
         unit: schedule.gather_range(i, forward_from[i], backward_from[i], _residency(unit, root))
         for unit, i in index.items()
@@ -107,8 +117,8 @@ def build(blueprint: Blueprint) -> Arena:
         _place_shards(unit, layout, arena)
         unit.gather_slot = _gather_slot(unit, blueprint, arena)
         unit.gradient_slot = _gradient_slot(unit, blueprint, arena)
-    _introduce([unit.gather_slot for unit in units if unit.gather_slot is not None])
-    _introduce([unit.gradient_slot for unit in units if unit.gradient_slot is not None])
+    _introduce([unit.gather_slot for unit in units])
+    _introduce([unit.gradient_slot for unit in units])
     return arena
 
 
@@ -146,13 +156,13 @@ def _slot_on_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> GatherSlot:
     return GatherSlot(unit, places, None)
 
 
-def _gradient_slot(unit: Unit, blueprint: Blueprint, arena: Arena) -> GradientSlot | None:
+def _gradient_slot(unit: Unit, blueprint: Blueprint, arena: Arena) -> GradientSlot:
     layout = blueprint.layouts[unit].gradient_slot
     if unit in blueprint.gradient_places:
         return GradientSlot(unit, arena.place(GRADIENT_SLOTS).part(blueprint.gradient_places[unit]), layout)
     if unit.own_gradient_slot:
         return GradientSlot(unit, arena.place(f"{unit.name}.gradient_slot"), layout)
-    return None
+    return GradientSlot(unit, None, layout)
 
 
 def _introduce(slots: Sequence[AnySlot]) -> None:

@@ -1,16 +1,17 @@
 """The runtime of one sharded model: fills, reads and releases slots in stream order, and reduces gradients.
 
-The engine owns the plan, the arena of everything but main shards, and every transition of a slot's state. It knows nothing
-of module hooks and autograd graphs: ``hooks.py`` tells it what starts and what ends.
+The engine owns the plan, the arena of everything but main shards, and every transition of a slot's state. It knows
+nothing of module hooks and autograd graphs: ``hooks.py`` tells it what starts and what ends.
 
     gather slot      EMPTY --gather--> FILLED --unshard--> HELD --keep--> KEPT --unshard--> HELD --release--> EMPTY
                      FILLED or KEPT --a neighbour needs the bytes--> EMPTY
     gradient slot    EMPTY --first gradient--> HELD --reduce--> EMPTY
 
 [Note: spills]
-When a unit needs its slot while a neighbour's is HELD, execution has left the order that the plan was made for. In forward
-the unit then gets a slot of its own, allocated once and kept, counted in ``spills`` and reported by a warning; the next
-iteration finds it there. In backward an address cannot change any more, and the only honest answer is an error.
+When a unit needs its slot while a neighbour's is HELD, execution has left the order that the plan was made for. In
+forward the unit then gets a slot of its own, allocated once and kept, counted in ``spills`` and reported by a
+warning; the next iteration finds it there. In backward an address cannot change any more, and the only honest answer
+is an error.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from yafsdp_like.comm.process_group import ProcessGroupTransport
 from yafsdp_like.comm.transport import Transport
 from yafsdp_like.memory.arena import Arena, Place
-from yafsdp_like.memory.plan import MemoryPlan, Region
+from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event, streams_of
 from yafsdp_like.shard.blueprint import Blueprint, build, draw, own_slot_regions, reshards_after_forward, slot_at
 from yafsdp_like.shard.schedule import schedule_of
-from yafsdp_like.shard.unit import GatherSlot, GradientSlot, ShardedParam, SlotState, Unit, Use, unit_of
+from yafsdp_like.shard.unit import GatherSlot, GradientSlot, ShardedParam, SlotState, Unit, UnitLayout, Use, unit_of
 
 if TYPE_CHECKING:
     from yafsdp_like.shard.hooks import Call
@@ -75,8 +76,8 @@ class Engine:
         self.after_in_forward = _following(self.units, self.schedule.forward_order)
         self.after_in_backward = _following(self.units, self.schedule.backward_order)
         self.transports: dict[Unit, Transport] = {}  # filled by build, like what follows
-        self.blueprint: Blueprint | None = None
-        self.arena: Arena | None = None
+        self._blueprint: Blueprint | None = None
+        self._arena: Arena | None = None
         self.built_for: tuple[object, ...] = ()  # the units' signatures when the slots were made
         self.spills: list[Spill] = []
         self.wasted_prefetches = 0
@@ -88,18 +89,19 @@ class Engine:
         for unit in self.units:
             unit.engine = self
 
-    # --- the plan ------------------------------------------------------------------------------------------------------
+    # --- the plan
+    # ------------------------------------------------------------------------------------------------------
 
     def plan(self) -> MemoryPlan:
         """What the arenas hold; before they are built, what they will hold. Allocates nothing."""
-        if self.blueprint is not None and self.built_for == self._signatures():
-            return self.blueprint.plan
+        if self._blueprint is not None and self.built_for == self._signatures():
+            return self._blueprint.plan
         return draw(self.units, self.schedule, self.root_unit).plan
 
     @property
     def arena_nbytes(self) -> int:
         """The bytes held now, main shards included."""
-        return sum(unit.arena.nbytes for unit in self.units) + (self.arena.nbytes if self.arena else 0)
+        return sum(unit.arena.nbytes for unit in self.units) + (self._arena.nbytes if self._arena else 0)
 
     def report(self) -> Report:
         return Report(self.arena_nbytes, tuple(self.spills), self.wasted_prefetches, self.evictions)
@@ -107,10 +109,10 @@ class Engine:
     def build_if_changed(self) -> None:
         """Makes shards and slots before the first iteration, and again when parameters were moved, cast or (un)frozen.
 
-        Slots that autograd still refers to live on until their graph is gone. Raises the same error on every rank when a
-        rank cannot go on, or when ranks shard different models.
+        Slots that autograd still refers to live on until their graph is gone. Raises the same error on every rank
+        when a rank cannot go on, or when ranks shard different models.
         """
-        if self.arena is not None and self.built_for == self._signatures():
+        if self._arena is not None and self.built_for == self._signatures():
             return
         if not self.transports:
             self.transports = _transports(self.units)
@@ -135,12 +137,12 @@ class Engine:
             )
         for stream in (GATHER, REDUCE):  # the old arena's bytes go back to the allocator, which knows only compute
             self.streams.wait(COMPUTE, self.streams.record(stream))
-        unsynced = [unit.gradient_slot for unit in self.units if unit.gradient_slot and unit.gradient_slot.arrived]
-        self.arena = None
+        unsynced = [slot for unit in self.units if (slot := unit.unsynced()) is not None]
+        self._arena = None
         for unit in self.units:
-            unit.gather_slot = unit.gradient_slot = None
-        self.blueprint = draw(self.units, self.schedule, self.root_unit)
-        self.arena = build(self.blueprint)
+            unit.forget_slots()
+        self._blueprint = draw(self.units, self.schedule, self.root_unit)
+        self._arena = build(self._blueprint)
         for unit in self.units:
             watch_gradients(unit.gather_slot)
         for slot in unsynced:
@@ -159,7 +161,8 @@ class Engine:
             for p in unit.params
         ]
 
-    # --- gather slots --------------------------------------------------------------------------------------------------
+    # --- gather slots
+    # --------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """A forward starts: what compute wrote (optimizer, loaded weights) comes before all gathers; stale slots go."""
@@ -187,7 +190,9 @@ class Engine:
         slot.state = FILLED
 
     def _wait_for_readers(self, stream: str, slot: GatherSlot | GradientSlot) -> None:
-        """Orders ``stream``, the only writer of these slots, after the last access of every other stream to their bytes."""
+        """Orders ``stream``, the only writer of these slots, after the last access of every other stream to their
+        bytes.
+        """
         for other in (slot, *slot.neighbours):
             if other.released is not None:
                 self.streams.wait(stream, other.released)
@@ -243,7 +248,7 @@ class Engine:
             slot.unit.register(None)
 
     def reshard(self, unit: Unit) -> None:
-        for slot in {s: None for s in (unit.gather_slot, unit.registered) if s is not None}:
+        for slot in unit.slots:
             self.release(slot)
 
     def reshards_after_forward(self, unit: Unit) -> bool:
@@ -256,7 +261,8 @@ class Engine:
                 self.wasted_prefetches += 1
                 self.release(unit.gather_slot)
 
-    # --- gradient slots ------------------------------------------------------------------------------------------------
+    # --- gradient slots
+    # ------------------------------------------------------------------------------------------------
 
     def accumulate(self, unit: Unit, k: int, grad: torch.Tensor) -> None:
         """Parameter ``k``'s full gradient, ``(rows, ...)``, has been computed: moves it into the gradient slot."""
@@ -273,7 +279,7 @@ class Engine:
     def gradients_complete(self, unit: Unit) -> bool:
         """Whether the running backward has brought every gradient that the unit can get from it."""
         slot, task = unit.gradient_slot, backward_task()
-        return slot is not None and all(slot.arrived.get(k) == task for k in unit.trainable)
+        return all(slot.arrived.get(k) == task for k in unit.trainable)
 
     def _acquire_gradient_slot(self, unit: Unit) -> GradientSlot:
         slot = unit.gradient_slot
@@ -286,9 +292,11 @@ class Engine:
         return slot
 
     def reduce(self, unit: Unit) -> None:
-        """Reduces the gradients that have arrived into the gradient shard and sets or adds to ``.grad``; frees the slot."""
+        """Reduces the gradients that have arrived into the gradient shard and sets or adds to ``.grad``; frees the
+        slot.
+        """
         slot = unit.gradient_slot
-        if slot is None or slot.state is EMPTY:
+        if slot.state is EMPTY:
             return
         params = [unit.params[k] for k in slot.arrived]
         complete = self.streams.record(COMPUTE)
@@ -316,40 +324,41 @@ class Engine:
     def discard_gradients(self) -> None:
         """Drops gradients that are complete in part only, after a backward that failed."""
         for unit in self.units:
-            if unit.gradient_slot is not None:
-                unit.gradient_slot.state = EMPTY
-                unit.gradient_slot.arrived.clear()
+            unit.gradient_slot.state = EMPTY
+            unit.gradient_slot.arrived.clear()
 
-    # --- leaving the plan ----------------------------------------------------------------------------------------------
+    # --- leaving the plan
+    # ----------------------------------------------------------------------------------------------
 
     def isolate(self, unit: Unit, reason: str) -> None:
         """Gives ``unit`` a gather slot of its own, from its next forward on."""
         self.release(unit.gather_slot)  # of a gather ahead of time
         unit.own_gather_slot = True
-        layout = self.blueprint.layouts[unit]
-        place = self._reserve(unit, own_slot_regions(unit, layout)[0], reason)
+        place, layout = self._reserve_own(unit, 0, reason)
         unit.gather_slot = slot_at(unit, place, layout.gather_slot)
         watch_gradients(unit.gather_slot)
 
     def isolate_gradients(self, unit: Unit, reason: str) -> None:
         """Gives ``unit`` a gradient slot of its own, from its next gradient on."""
         unit.own_gradient_slot = True
-        layout = self.blueprint.layouts[unit]
-        place = self._reserve(unit, own_slot_regions(unit, layout)[-1], reason)
+        place, layout = self._reserve_own(unit, -1, reason)
         unit.gradient_slot = GradientSlot(unit, place, layout.gradient_slot)
 
-    def _reserve(self, unit: Unit, region: Region, reason: str) -> Place:
-        self.arena.reserve([region])
-        self.blueprint = self.blueprint.with_region(region)
+    def _reserve_own(self, unit: Unit, which: int, reason: str) -> tuple[Place, UnitLayout]:
+        assert self._blueprint is not None and self._arena is not None
+        layout = self._blueprint.layouts[unit]
+        region = own_slot_regions(unit, layout)[which]
+        self._arena.reserve([region])
+        self._blueprint = self._blueprint.with_region(region)
         self.spills.append(Spill(region.name, reason, region.nbytes))
         warnings.warn(
-            f"{region.name} takes {region.nbytes:,} bytes beyond the memory plan: {reason}. Numbers are right, and later "
-            "iterations reuse the slot. To plan for it, register modules in the order in which they run, and set "
+            f"{region.name} takes {region.nbytes:,} bytes beyond the memory plan: {reason}. Numbers are right, and "
+            "later iterations reuse the slot. To plan for it, register modules in the order in which they run, and set "
             "reshard_after_forward=False on a unit whose forward runs another that is not its submodule",
             SpillWarning,
             stacklevel=2,
         )
-        return self.arena.place(region.name)
+        return self._arena.place(region.name), layout
 
 
 def watch_gradients(slot: GatherSlot) -> None:
@@ -423,7 +432,9 @@ def _following(units: Sequence[Unit], order: Sequence[int]) -> dict[Unit, list[U
 
 
 def _deliver(params: Sequence[ShardedParam], chunks: Sequence[torch.Tensor]) -> None:
-    """Sets ``.grad`` to what was reduced, or adds to the ``.grad`` that is there, as backward does on plain parameters."""
+    """Sets ``.grad`` to what was reduced, or adds to the ``.grad`` that is there, as backward does on plain
+    parameters.
+    """
     fresh = [(p, chunk) for p, chunk in zip(params, chunks, strict=True) if p.sharded.grad is None]
     copies = [(p.grad, chunk) for p, chunk in fresh if chunk is not p.grad]
     if copies:
@@ -432,7 +443,7 @@ def _deliver(params: Sequence[ShardedParam], chunks: Sequence[torch.Tensor]) -> 
         if p.sharded.grad is None:
             p.sharded.grad = p.grad_dtensor
         else:
-            local = p.sharded.grad.to_local()
+            local = p.sharded.grad.to_local()  # type: ignore[attr-defined]  # a DTensor
             local.add_(chunk[: local.numel()].view(local.shape))
 
 

@@ -2,14 +2,14 @@
 
 [Note: the life of a use]
 Every forward call of a unit under grad mode is a ``Use``. Its outputs carry a hook that fires before the first gradient
-enters the unit (``start_backward``: gather again), and its inputs pass through a node that runs after the last one left it
-(``end_backward``: release, reduce). When no input needs a gradient there is no such node, and the end is the end of the
-whole backward. A unit's gradients are reduced once all its parameters' have arrived, or no other use is outstanding, or at
-the end of that backward, whichever comes first; so a block used twice is reduced once.
+enters the unit (``start_backward``: gather again), and its inputs pass through a node that runs after the last one
+left it (``end_backward``: release, reduce). When no input needs a gradient there is no such node, and the end is the
+end of the whole backward. A unit's gradients are reduced once all its parameters' have arrived, or no other use is
+outstanding, or at the end of that backward, whichever comes first; so a block used twice is reduced once.
 
 [Note: one backward in another]
-Backwards are told apart by autograd's task number, since one may run inside another (reentrant activation checkpointing),
-and since one that failed never runs its final callback.
+Backwards are told apart by autograd's task number, since one may run inside another (reentrant activation
+checkpointing), and since one that failed never runs its final callback.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from yafsdp_like.shard.unit import GatherSlot, GradientSlot, SlotState, Unit, Us
 class Call:
     """One running forward of one module of a unit."""
 
-    use: Use | None  # None without grad mode, and while a checkpointed forward is recomputed
-    recomputes: bool
-    starts_iteration: bool
+    module: nn.Module
     outer_error: BaseException | None  # what the caller was handling already when the forward began
+    recomputes: bool = False  # a checkpointed forward runs again inside the unit's own backward
+    starts_iteration: bool = False
+    use: Use | None = None  # None without grad mode, and when it recomputes
 
 
 class _EndOfBackward(torch.autograd.Function):
@@ -55,7 +56,9 @@ class _EndOfBackward(torch.autograd.Function):
 
 
 class _StartOfBackward(torch.autograd.Function):
-    """Identity on one output that a tensor hook would not stay with: a view, which an in-place operation rebases, or a leaf."""
+    """Identity on one output that a tensor hook would not stay with: a view, which an in-place operation rebases, or
+    a leaf.
+    """
 
     @staticmethod
     def forward(ctx: Any, start: Callable[[], None], output: torch.Tensor) -> torch.Tensor:
@@ -74,19 +77,21 @@ def install(unit: Unit, module: nn.Module) -> None:
     module.register_forward_hook(partial(_after_forward, unit), always_call=True)
 
 
-# --- forward -----------------------------------------------------------------------------------------------------------
+# --- forward
+# -----------------------------------------------------------------------------------------------------------
 
 
+@torch.compiler.disable
 def _before_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     engine = engine_for(unit, module)
     if engine.iteration is not None and engine.iteration in unit.calls:
         abandon(engine)  # the last forward was torn away by what is no Exception, Ctrl-C say
     task = backward_task()
-    call = Call(None, _recomputes(unit, task), False, sys.exc_info()[1])
+    call = Call(module, sys.exc_info()[1], recomputes=_in_own_backward(unit, task))
+    unit.calls.append(call)
     if task is None and engine.iteration is None:
         _begin_iteration(engine, call)
         args, kwargs = map_tensors(lambda t: t.to(unit.device, non_blocking=True), (args, kwargs))
-    unit.calls.append(call)
     if unit.policy.mp.cast_forward_inputs:
         args, kwargs = cast_floating((args, kwargs), unit.policy.mp.param_dtype)
     if not call.recomputes:
@@ -94,8 +99,7 @@ def _before_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs
     return args, kwargs
 
 
-def _recomputes(unit: Unit, task: int | None) -> bool:
-    """Whether a checkpointed forward runs again inside this unit's own backward, for which the unit is gathered already."""
+def _in_own_backward(unit: Unit, task: int | None) -> bool:
     return task is not None and unit.registered is not None and bool(unit.registered.active)
 
 
@@ -107,7 +111,7 @@ def _begin_iteration(engine: Engine, call: Call) -> None:
 
 
 def _enter(engine: Engine, unit: Unit, call: Call, inputs: Any) -> Any:
-    """Gathers the unit for this forward, and the next unit behind it; returns the inputs, watched for backward's end."""
+    """Gathers the unit for its forward, and the next unit behind it; returns the inputs, watched for backward's end."""
     if not unit.to_run:
         unit.to_run = list(unit.modules)
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in(inputs))
@@ -117,23 +121,26 @@ def _enter(engine: Engine, unit: Unit, call: Call, inputs: Any) -> Any:
     if refresh:
         for target in unit.policy.forward_prefetch or engine.after_in_forward[unit][:1]:
             engine.prefetch(target, refresh)
-    if torch.is_grad_enabled():
-        call.use = Use(unit.gather_slot)
-        unit.pending.add(call.use)
+    if not torch.is_grad_enabled():
+        return inputs
+    call.use = Use(unit.gather_slot)
+    unit.pending.add(call.use)
     return _watch_inputs(partial(_end_backward, engine, unit, call.use), inputs) if differentiable else inputs
 
 
 def _choose_slot(engine: Engine, unit: Unit, open_ended: bool) -> None:
     """Moves the unit to a slot of its own where its planned one would be taken from under somebody. See [Note: spills].
 
-    A unit none of whose inputs needs a gradient is in backward until the very end (``open_ended``): units that ran before
-    it, and so run backward after it, must not share its bytes.
+    A unit none of whose inputs needs a gradient is in backward until the very end (``open_ended``): units that ran
+    before it, and so run backward after it, must not share its bytes.
     """
     if blockers := engine.blockers(unit.gather_slot):
         engine.isolate(unit, f"its forward began inside that of {[b.unit.name for b in blockers]}")
     if open_ended and unit.trainable:
         if waiting := _pending_neighbours(unit.gather_slot):
-            engine.isolate(unit, f"no input of it needs a gradient, so its backward ends after that of {waiting} begins")
+            engine.isolate(
+                unit, f"no input of it needs a gradient, so its backward ends after that of {waiting} begins"
+            )
         if waiting := _pending_neighbours(unit.gradient_slot):
             engine.isolate_gradients(unit, f"its gradients are complete only after those of {waiting} arrive")
 
@@ -143,10 +150,13 @@ def _pending_neighbours(slot: GatherSlot | GradientSlot) -> list[str]:
     return [other.unit.name for other in slot.neighbours if other.unit.pending] if free else []
 
 
+@torch.compiler.disable
 def _after_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    call = unit.calls.pop()
+    if not unit.calls or unit.calls[-1].module is not module:
+        return output  # the forward failed before this unit knew of it
+    call, engine = unit.calls.pop(), unit.engine
     failed = sys.exc_info()[1] is not call.outer_error
-    engine = unit.engine
+    assert engine is not None
     if not call.recomputes:
         if not failed and call.use is not None:
             output = _watch_outputs(partial(_start_backward, engine, unit, call.use), output)
@@ -156,7 +166,7 @@ def _after_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], output:
             _leave(engine, unit)
         if call.starts_iteration:
             _end_iteration(engine, failed)
-    return cast_floating(output, unit.policy.mp.output_dtype)
+    return output if failed else cast_floating(output, unit.policy.mp.output_dtype)
 
 
 def _leave(engine: Engine, unit: Unit) -> None:
@@ -180,7 +190,8 @@ def _end_iteration(engine: Engine, failed: bool) -> None:
     engine.iteration = None
 
 
-# --- backward ----------------------------------------------------------------------------------------------------------
+# --- backward
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _watch_inputs(end: Callable[[], None], inputs: Any) -> Any:
@@ -206,6 +217,7 @@ def _watch_outputs(start: Callable[[], None], output: Any) -> Any:
 def _start_backward(engine: Engine, unit: Unit, use: Use) -> None:
     """A gradient is about to enter the unit: its full parameters must be where forward had them."""
     task = backward_task()
+    assert task is not None
     if use.task == task:
         return  # another output's gradient came before
     if task not in engine.tasks:
@@ -217,9 +229,9 @@ def _start_backward(engine: Engine, unit: Unit, use: Use) -> None:
     if unit.policy.unshard_in_backward:
         if blockers := engine.blockers(use.slot):
             raise RuntimeError(
-                f"backward of {unit.name!r} needs its gather slot while {[b.unit.name for b in blockers]} still computes on "
-                f"the same bytes (rank {engine.transports[unit].rank}); their backwards were expected one after the other. "
-                "Set reshard_after_forward=False on one of these units"
+                f"backward of {unit.name!r} needs its gather slot while {[b.unit.name for b in blockers]} still "
+                f"computes on the same bytes (rank {engine.transports[unit].rank}); their backwards were expected one "
+                "after the other. Set reshard_after_forward=False on one of these units"
             )
         engine.unshard(use.slot, refresh=False)
     use.slot.active[use] = None

@@ -26,7 +26,9 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
         items = [map_tensors(function, item) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a named tuple takes them apart
+        return (
+            type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        )  # a named tuple takes them apart
     return value
 
 

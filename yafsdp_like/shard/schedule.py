@@ -1,9 +1,9 @@
 """When each unit is expected to be needed, from the structure of the module tree alone. Integers only, no tensors.
 
 [Note: order is a hint]
-The schedule says which unit to gather next and which slots may share bytes. It comes from the order of modules in the tree,
-never from a recorded iteration, since the next one may be an evaluation. Execution may differ: a wrong guess costs a gather
-that waits or a slot of its own, never a wrong number.
+The schedule says which unit to gather next and which slots may share bytes. It comes from the order of modules in the
+tree, never from a recorded iteration, since the next one may be an evaluation. Execution may differ: a wrong guess
+costs a gather that waits or a slot of its own, never a wrong number.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Schedule:
         return LiveRange(((forward_from, self.spans[unit].last), (backward_from, self.backward_end(unit))))
 
     def gradient_range(self, unit: int) -> LiveRange:
-        """When the unit's gradient slot is live: until the next unit in backward is done, behind which it is reduced."""
+        """When its gradient slot is live: until the next unit in backward is done, behind which it is reduced."""
         return LiveRange(((self.backward_start(unit), self.backward_end(unit) + 1),))
 
 
@@ -98,13 +98,11 @@ def schedule_of(root: nn.Module, units_of: Mapping[nn.Module, Sequence[int]], nu
     return Schedule(tuple(Span(first[u], last[u]) for u in range(num_units)), tick + 1)
 
 
-def gather_starts(
-    order: Sequence[int], starts: Sequence[int], prefetches: Mapping[int, Sequence[int]]
-) -> list[int]:
+def gather_starts(order: Sequence[int], starts: Sequence[int], prefetches: Mapping[int, Sequence[int]]) -> list[int]:
     """The tick at which each unit's gather is issued: when the unit that prefetches it starts.
 
-    ``starts[u]`` is unit ``u``'s own tick. By default every unit prefetches the next in ``order``; a unit in ``prefetches``
-    names its own list instead.
+    ``starts[u]`` is unit ``u``'s own tick. By default every unit prefetches the next in ``order``; a unit in
+    ``prefetches`` names its own list instead.
     """
     issued = list(starts)
     for position, unit in enumerate(order):

@@ -1,13 +1,14 @@
 """A unit: the parameters gathered together, their shards on this rank, and the slots they are gathered into.
 
-This file owns the tensors: it knows which bytes of the arena a parameter's shard, full value and gradients are, and which
-modules register the parameter. It does not decide when anything is gathered or released (``engine.py`` does).
+This file owns the tensors: it knows which bytes of the arena a parameter's shard, full value and gradients are, and
+which modules register the parameter. It does not decide when anything is gathered or released (``engine.py`` does).
 
 [Note: one address per unit]
-Autograd saves views of a unit's full parameters in forward and reads them in backward. They must find the same values at
-the same address, so a slot belongs to one unit for good: slots share bytes with other units' slots (``neighbours``), never
-addresses with "any free slot". When execution asks for two slots at once that share bytes, one unit moves to a slot of its
-own for its later forwards, while what was saved earlier keeps the old slot (``Use.slot``).
+Autograd saves views of a unit's full parameters in forward and reads them in backward. They must find the same values
+at the same address, so a slot belongs to one unit for good: slots share bytes with other units' slots
+(``neighbours``), never addresses with "any free slot". When execution asks for two slots at once that share bytes,
+one unit moves to a slot of its own for its later forwards, while what was saved earlier keeps the old slot
+(``Use.slot``).
 """
 
 from __future__ import annotations
@@ -45,11 +46,14 @@ class SlotState(enum.Enum):
     KEPT = "idle but left unsharded on purpose: given up when a neighbour needs the bytes"
 
 
+NOWHERE = torch.empty(0, device="meta")  # stands for a shard that has no place yet
+
+
 class ShardedParam:
     """One parameter: its ``Shard(0)`` DTensor, who registers it, and this rank's flat chunks of it.
 
-    ``main``, ``compute`` and ``grad`` are ``(chunk_numel,)``, padding included, in ``main_dtype``, ``compute_dtype`` and
-    ``main_dtype``; the DTensor and its gradient are views of their first ``local_shape`` elements.
+    ``main``, ``compute`` and ``grad`` are ``(chunk_numel,)``, padding included, in ``main_dtype``, ``compute_dtype``
+    and ``main_dtype``; the DTensor and its gradient are views of their first ``local_shape`` elements.
     """
 
     def __init__(self, param: nn.Parameter, owners: list[tuple[nn.Module, str]], mesh: DeviceMesh) -> None:
@@ -60,10 +64,8 @@ class ShardedParam:
         self.shards = RowShards(tuple(param.shape), mesh.size())
         self.sharded = self._shard(param)
         self.compute_dtype = self.reduce_dtype = param.dtype
-        self.main: torch.Tensor | None = None  # filled by Unit.materialize
-        self.placed: torch.Tensor | None = None  # what ``local`` was then
-        self.compute: torch.Tensor | None = None  # filled by the engine's build, like the rest
-        self.grad: torch.Tensor | None = None
+        self.placed: torch.Tensor | None = None  # ``local`` as Unit.materialize left it; None: not in the arena
+        self.main = self.compute = self.grad = NOWHERE  # filled by Unit.materialize, and the others by the build
         self.grad_dtensor: DTensor | None = None
 
     def _shard(self, param: torch.Tensor) -> nn.Parameter:
@@ -113,9 +115,11 @@ class ShardedParam:
             return
         if found is None or tuple(found.shape) != self.shards.shape:
             shape = None if found is None else tuple(found.shape)
-            raise ValueError(f"{self.name}: expected a parameter of shape {self.shards.shape} in its place, found {shape}")
+            raise ValueError(
+                f"{self.name}: expected a parameter of shape {self.shards.shape} in its place, found {shape}"
+            )
         self.sharded = found if isinstance(found, DTensor) else self._shard(found)
-        self.main = None
+        self.placed = None
 
     def place_main(self, place: Place) -> None:
         """Moves this rank's rows to ``place``, where the DTensor holds them from now on."""
@@ -130,9 +134,13 @@ class ShardedParam:
         self.grad_dtensor = self._dtensor(place.tensor(self.main_dtype, self.local_shape))
 
     def spare_kept_grad(self) -> None:
-        """A gradient that the user still holds after ``.grad = None`` keeps its values: it moves to memory of its own."""
+        """A gradient that the user still holds after ``.grad = None`` keeps its values: it moves to memory of its
+        own.
+        """
         assert self.grad_dtensor is not None
-        if self.sharded.grad is None and sys.getrefcount(self.grad_dtensor) > 2:  # more than this object's and the call's
+        if (
+            self.sharded.grad is None and sys.getrefcount(self.grad_dtensor) > 2
+        ):  # more than this object's and the call's
             kept, local = self.grad_dtensor, self.grad_dtensor._local_tensor
             kept._local_tensor = local.clone()
             self.grad_dtensor = self._dtensor(local)
@@ -159,10 +167,14 @@ class UnitLayout:
     @classmethod
     def of(cls, params: Sequence[ShardedParam]) -> UnitLayout:
         def chunks(dtypes: Sequence[torch.dtype | None]) -> FlatLayout:
-            return FlatLayout.pack([p.shards.chunk_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)])
+            return FlatLayout.pack(
+                [p.shards.chunk_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
+            )
 
         def full(dtypes: Sequence[torch.dtype | None]) -> FlatLayout:
-            return FlatLayout.pack([p.shards.padded_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)])
+            return FlatLayout.pack(
+                [p.shards.padded_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
+            )
 
         return cls(
             main_shard=chunks([p.main_dtype for p in params]),
@@ -176,9 +188,9 @@ class UnitLayout:
 class GatherSlot:
     """A unit's full parameters at a fixed address.
 
-    ``params[k]`` is the ``nn.Parameter`` that modules compute on; ``outputs[k]``, ``(padded_numel,)``, is the same bytes
-    for the collective to write. They are different tensors: see [Note: version counters].
-    ``places`` has one place per parameter; ``extent`` covers them all, or is None when the slot is the shard (one rank).
+    ``params[k]`` is the ``nn.Parameter`` that modules compute on; ``outputs[k]``, ``(padded_numel,)``, is the same
+    bytes for the collective to write. They are different tensors: see [Note: version counters]. ``places`` has one
+    place per parameter; ``extent`` covers them all, or is None when the slot is the shard (one rank).
     """
 
     def __init__(self, unit: Unit, places: Sequence[Place], extent: Place | None) -> None:
@@ -206,13 +218,14 @@ def _full_param(p: ShardedParam, place: Place) -> nn.Parameter:
 class GradientSlot:
     """A unit's full gradients, in reduce dtype, from their arrival in backward until they are reduced.
 
-    For each trainable parameter ``k``: ``views[k]`` has its shape, ``inputs[k]`` is ``(padded_numel,)``, and ``chunks[k]``
-    this rank's part of that, ``(chunk_numel,)``. ``arrived`` are those whose gradient is in the slot. Padding holds anything.
+    For each trainable parameter ``k``: ``views[k]`` has its shape, ``inputs[k]`` is ``(padded_numel,)``, and
+    ``chunks[k]`` this rank's part of that, ``(chunk_numel,)``. ``arrived`` are those whose gradient is in the slot.
+    Padding holds anything.
     """
 
-    def __init__(self, unit: Unit, extent: Place, layout: FlatLayout) -> None:
+    def __init__(self, unit: Unit, extent: Place | None, layout: FlatLayout) -> None:
         self.unit = unit
-        self.extent = extent
+        self.extent = extent  # None: nothing is trainable
         self.neighbours: list[GradientSlot] = []
         self.state = SlotState.EMPTY
         self.released: Event = None  # the reduction is done; None once compute has waited for it
@@ -221,6 +234,7 @@ class GradientSlot:
         self.inputs: dict[int, torch.Tensor] = {}
         self.chunks: dict[int, torch.Tensor] = {}
         for k in unit.trainable:
+            assert extent is not None
             p, place = unit.params[k], extent.part(layout.segments[k])
             self.views[k] = place.tensor(p.reduce_dtype, p.shards.shape)
             self.inputs[k] = place.tensor(p.reduce_dtype, (p.shards.padded_numel,))
@@ -278,8 +292,8 @@ class Unit:
         self.moves = 0  # how often main shards were put somewhere else
         self.engine: Engine | None = None  # of the root module, once that is known
         self.registered: GatherSlot | None = None  # whose parameters the modules see; None: the sharded ones
-        self.gather_slot: GatherSlot | None = None  # for forwards to come; filled by the engine's build
-        self.gradient_slot: GradientSlot | None = None  # likewise
+        self._gather_slot: GatherSlot | None = None  # see the property
+        self._gradient_slot: GradientSlot | None = None
         self.own_gather_slot = False  # by a spill; later plans keep to it
         self.own_gradient_slot = False  # by a spill, or because unsynced gradients stay in it between backwards
         self.unsynced_gradients = False  # set_requires_gradient_sync(False) was called
@@ -290,6 +304,39 @@ class Unit:
 
     def __repr__(self) -> str:
         return f"Unit({self.name!r}, {len(self.params)} parameters)"
+
+    @property
+    def gather_slot(self) -> GatherSlot:
+        """Where forwards to come find the full parameters; made by the engine's build."""
+        assert self._gather_slot is not None, f"{self.name!r} has no slot before its engine is built"
+        return self._gather_slot
+
+    @gather_slot.setter
+    def gather_slot(self, slot: GatherSlot) -> None:
+        self._gather_slot = slot
+
+    @property
+    def gradient_slot(self) -> GradientSlot:
+        """Where the next backward's gradients go; made by the engine's build."""
+        assert self._gradient_slot is not None, f"{self.name!r} has no slot before its engine is built"
+        return self._gradient_slot
+
+    @gradient_slot.setter
+    def gradient_slot(self, slot: GradientSlot) -> None:
+        self._gradient_slot = slot
+
+    def unsynced(self) -> GradientSlot | None:
+        """The gradient slot, if gradients that no backward has reduced yet are in it."""
+        return self._gradient_slot if self._gradient_slot is not None and self._gradient_slot.arrived else None
+
+    def forget_slots(self) -> None:
+        """Before the engine makes new ones. What autograd saved keeps the old ones alive as long as it needs them."""
+        self._gather_slot = self._gradient_slot = None
+
+    @property
+    def slots(self) -> list[GatherSlot]:
+        """Slots that may hold the unit's parameters now: that of forwards to come, and the one that modules see."""
+        return [slot for slot in dict.fromkeys((self._gather_slot, self.registered)) if slot is not None]
 
     @property
     def trainable(self) -> list[int]:
@@ -327,16 +374,16 @@ class Unit:
             self.arena = Arena(self.device)
             self.arena.reserve([Region("main_shard", "main_shard", layout.main_shard.nbytes)])
             for p in self.params:
-                p.main = None
+                p.placed = None
         self.layout = layout
         for p, segment in zip(self.params, layout.main_shard.segments, strict=True):
-            if p.main is None or p.local is not p.placed:
+            if p.local is not p.placed:
                 self.moves += 1
                 place = self.arena.place("main_shard").part(segment)
                 p.place_main(place)
 
     def _changed_dtype(self) -> bool:
-        return any(p.main is not None and p.main.dtype != p.main_dtype for p in self.params)
+        return any(p.main is not NOWHERE and p.main.dtype != p.main_dtype for p in self.params)
 
     def register(self, slot: GatherSlot | None) -> None:
         """Makes the modules see ``slot``'s full parameters, or the sharded ones for None."""
@@ -375,7 +422,9 @@ def unit_of(module: nn.Module) -> Unit | None:
 
 @dataclass(frozen=True)
 class Ownership:
-    """Marks a parameter, as it was before sharding and after, with where it lives now. Not pickled with the parameter."""
+    """Marks a parameter, as it was before sharding and after, with where it lives now. Not pickled with the
+    parameter.
+    """
 
     unit: Unit | None
     param: ShardedParam | None

@@ -1,0 +1,47 @@
+# make test       lint, type checks and every test that needs no GPU; makes its own environment in .venv
+# make test-gpu   the tests that need two GPUs
+# make bench      ours against stock FSDP2 and the unsharded floor; see scripts/results/README.md
+#
+# PYTHON is any Python >= 3.11. pip takes its own settings (indexes, wheel directories) from PIP_* variables.
+
+PYTHON ?= python3
+VENV ?= .venv
+NPROC ?= 2
+BENCH_ARGS ?= --model 8b --seq-len 1024,2048,4096,8192
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Where there is no GPU, torch comes first and pinned, so that a CPU build satisfies what follows.
+TORCH_FIRST := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo torch==2.13.0)
+
+.PHONY: test lint format test-cpu test-gpu bench clean
+
+test: lint test-cpu
+
+$(STAMP): setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11: run make PYTHON=<a newer one>"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_FIRST),$(BIN)/python -m pip install --quiet $(TORCH_FIRST))
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-cpu: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(STAMP)
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) scripts/bench_train.py $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

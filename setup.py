@@ -1,0 +1,30 @@
+"""Packaging: the core needs torch, numpy, pyyaml and safetensors; everything else is an extra."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"]
+BENCH = ["deepspeed", "transformers", "matplotlib"]
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "yafsdp_like" / "__init__.py").read_text(), re.MULTILINE
+)
+assert VERSION is not None
+
+setup(
+    name="yafsdp_like",
+    version=VERSION[1],
+    description="Sharded training for PyTorch on planned, preallocated memory, with FSDP2's interface",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["yafsdp_like", "yafsdp_like.*", "launch", "launch.*"]),
+    package_data={"yafsdp_like": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=["torch>=2.11", "numpy", "pyyaml", "safetensors"],
+    extras_require={"test": TEST, "bench": BENCH, "dev": TEST + BENCH},
+)
