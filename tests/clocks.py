@@ -1,0 +1,139 @@
+"""A device without order: streams as vector clocks, and a detector of accesses that no event orders.
+
+Owns two doubles. `VectorClocks` stands for the engine's streams and keeps, per stream, how far each other stream
+is known to have come. `RaceDetector` sees every operation, notes which bytes of the watched storages it reads and
+writes on which stream, and calls a race whatever touches bytes that another stream may still be writing (or
+writes bytes that it may still be reading). Everything runs in program order on the CPU, so numbers are right even
+where a race is found: what is checked is that a GPU could not have run it otherwise.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE
+
+Clock = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """An event: whose it is, and what its stream knew when it was recorded."""
+
+    stream: str
+    clock: Clock
+
+
+class VectorClocks:
+    """The engine's streams. `forgets` lists pairs (waiting stream, stream of the event) whose waits are left out."""
+
+    def __init__(self, forgets: Sequence[tuple[str, str]] = ()) -> None:
+        self.clocks: dict[str, Clock] = {
+            s: dict.fromkeys((COMPUTE, GATHER, REDUCE), 0) for s in (COMPUTE, GATHER, REDUCE)
+        }
+        self.current = COMPUTE
+        self.forgets = set(forgets)
+        self.waits: dict[tuple[str, str], int] = {}
+
+    @contextlib.contextmanager
+    def on(self, stream: str) -> Iterator[None]:
+        outer, self.current = self.current, stream
+        yield
+        self.current = outer
+
+    def record(self, stream: str) -> Stamp:
+        return Stamp(stream, dict(self.clocks[stream]))
+
+    def wait(self, stream: str, event: Stamp) -> None:
+        pair = (stream, event.stream)
+        self.waits[pair] = self.waits.get(pair, 0) + 1
+        if pair not in self.forgets:
+            mine = self.clocks[stream]
+            for other, time in event.clock.items():
+                mine[other] = max(mine[other], time)
+
+    def tick(self) -> tuple[str, int]:
+        """The current stream does something: its name, and the time of that."""
+        self.clocks[self.current][self.current] += 1
+        return self.current, self.clocks[self.current][self.current]
+
+    def has_seen(self, stream: str, time: int) -> bool:
+        return self.clocks[self.current][stream] >= time
+
+
+@dataclass(frozen=True)
+class Access:
+    """One operation's touch of bytes `[start, end)` of the machine's memory."""
+
+    start: int
+    end: int
+    writes: bool
+    stream: str
+    time: int
+    operation: str
+
+
+class RaceDetector(TorchDispatchMode):
+    """While entered, checks every operation's accesses to storages that `watches` names."""
+
+    def __init__(self, streams: VectorClocks) -> None:
+        super().__init__()
+        self.streams = streams
+        self.watched: list[tuple[int, int]] = []
+        self.accesses: dict[tuple[int, int, bool, str], Access] = {}
+        self.races: list[str] = []
+
+    def watch(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.watched.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not _is_view(func):
+            written = [
+                a for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write
+            ]
+            written += [
+                kwargs[s.name]
+                for s in func._schema.arguments
+                if s.name in kwargs and s.alias_info and s.alias_info.is_write
+            ]
+            self.note([t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)], False, str(func))
+            self.note([t for t in tree_iter(written) if isinstance(t, torch.Tensor)], True, str(func))
+        return func(*args, **kwargs)
+
+    def note(self, tensors: Sequence[torch.Tensor], writes: bool, operation: str) -> None:
+        """The current stream reads or writes `tensors` in one operation."""
+        stream, time = self.streams.tick()
+        for tensor in tensors:
+            local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+            extent = _extent(local)
+            if extent is not None and any(low <= extent[0] and extent[1] <= high for low, high in self.watched):
+                self._check(Access(*extent, writes, stream, time, operation))
+
+    def _check(self, new: Access) -> None:
+        for old in self.accesses.values():
+            conflicts = (old.writes or new.writes) and old.start < new.end and new.start < old.end
+            if conflicts and old.stream != new.stream and not self.streams.has_seen(old.stream, old.time):
+                self.races.append(f"{new.operation} on {new.stream} does not wait for {old.operation} on {old.stream}")
+        self.accesses[new.start, new.end, new.writes, new.stream] = new
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operation only makes another tensor on the same bytes, or another tensor's shape."""
+    returns_alias = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+    return returns_alias or func._schema.name in ("aten::set_", "aten::detach", "aten::lift_fresh")
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int] | None:
+    if tensor.is_meta or tensor.numel() == 0:
+        return None
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    start = tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.itemsize
+    return start, start + reach * tensor.itemsize
