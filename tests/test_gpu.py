@@ -1,0 +1,175 @@
+"""What only a GPU can show: allocator counters, streams that overlap, compiled blocks. Two GPUs, NCCL."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tests.ranks import run_ranks
+from tests.zoo import world_mesh
+from yafsdp_like import MixedPrecisionPolicy, fully_shard
+from yafsdp_like.models import Decoder, DecoderConfig
+from yafsdp_like.shard.engine import Engine
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = DecoderConfig(dim=1024, num_layers=8, num_heads=8, num_kv_heads=4, ffn_dim=4096, vocab_size=4096)
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def sharded_decoder(compiled: bool = False) -> Any:
+    with torch.device("meta"):
+        model = Decoder(CONFIG)
+    for layer in model.layers:
+        if compiled:
+            layer.compile(dynamic=False)
+        fully_shard(layer, mesh=world_mesh("cuda"), mp_policy=BF16)
+    fully_shard(model, mesh=world_mesh("cuda"), mp_policy=BF16)
+    model.to_empty(device="cuda")
+    model.init_weights()
+    return model
+
+
+def batch(seq_len: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(CONFIG.vocab_size, (1, seq_len + 1), generator=torch.Generator().manual_seed(0)).cuda()
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def train(model: Any, steps: int) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    losses = []
+    for _ in range(steps):
+        loss = model(*batch())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_no_device_memory_is_asked_for_after_the_second_step() -> None:
+    for mallocs, retries, overhead in run_ranks(count_device_allocations, device="cuda", timeout=120):
+        assert mallocs == retries == 0
+        assert overhead < 1.10  # small blocks round up; the 8B shape is measured in scripts/results
+
+
+def count_device_allocations() -> tuple[int, int, float]:
+    model = sharded_decoder()
+    train(model, 2)
+    before = torch.cuda.memory_stats()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    for _ in range(5):
+        model(*batch()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = torch.cuda.memory_stats()
+    peaks = after["reserved_bytes.all.peak"] / after["allocated_bytes.all.peak"]
+    names = ("num_device_alloc", "num_alloc_retries")
+    mallocs, retries = (after[name] - before[name] for name in names)
+    return mallocs, retries, peaks
+
+
+ENGINE_WORK = (
+    "begin",
+    "gather",
+    "prefetch",
+    "unshard",
+    "keep",
+    "release",
+    "accumulate",
+    "reduce",
+    "wait_for_reductions",
+)
+
+
+def test_the_runtime_itself_allocates_nothing_on_the_gpu_after_warm_up() -> None:
+    for requests in run_ranks(count_runtime_allocations, device="cuda", timeout=120):
+        assert requests == [0] * len(requests) and len(requests) > 100
+
+
+def count_runtime_allocations() -> list[int]:
+    """Requests to the CUDA allocator inside each call of the engine's, in steps after the first."""
+    model = sharded_decoder()
+    train(model, 2)
+    requests: list[int] = []
+
+    def counted(work: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before = torch.cuda.memory_stats()["allocation.all.allocated"]
+            result = work(*args, **kwargs)
+            requests.append(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
+            return result
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ENGINE_WORK:
+            patch.setattr(Engine, name, counted(getattr(Engine, name)))
+        train(model, 2)
+    return requests
+
+
+def test_the_plan_is_what_the_gpu_holds() -> None:
+    for planned, held in run_ranks(compare_plan_with_allocator, device="cuda", timeout=120):
+        assert 0 <= held - planned < 0.01 * planned  # the allocator rounds blocks up
+
+
+def compare_plan_with_allocator() -> tuple[int, int]:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    model = sharded_decoder()
+    model.unshard()  # makes the arena
+    model.reshard()
+    torch.cuda.synchronize()
+    return model.memory_plan().nbytes, torch.cuda.memory_allocated() - before
+
+
+def test_initialization_from_meta_stays_near_the_shards() -> None:
+    for peak, shards, largest_unit in run_ranks(peak_of_initialization, device="cuda", timeout=120):
+        assert peak <= shards + 2 * largest_unit
+
+
+def peak_of_initialization() -> tuple[int, int, int]:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = sharded_decoder()
+    peak = torch.cuda.max_memory_allocated() - before
+    shards = [region.nbytes for region in model.memory_plan().regions if region.kind == "main_shard"]
+    return peak, sum(shards), max(shards)
+
+
+def test_gathers_and_reductions_run_beside_compute() -> None:
+    """Counts kernels that run at the same time on other streams; says nothing of speed."""
+    for overlapped in run_ranks(count_overlapped_collectives, device="cuda", timeout=120):
+        assert overlapped["AllGather"] >= CONFIG.num_layers
+        assert overlapped["ReduceScatter"] >= CONFIG.num_layers // 2
+
+
+def count_overlapped_collectives() -> dict[str, int]:
+    """Collectives during which some kernel of the compute stream ran, by name, in one step."""
+    model = sharded_decoder()
+    train(model, 3)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        train(model, 1)
+        torch.cuda.synchronize()
+    kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    compute = [e.time_range for e in kernels if "nccl" not in e.name]
+    counts = {"AllGather": 0, "ReduceScatter": 0}
+    for event in kernels:
+        for name in counts:
+            if "nccl" in event.name and name in event.name:
+                window = event.time_range
+                counts[name] += any(c.start < window.end and window.start < c.end for c in compute)
+    return counts
+
+
+def test_compiled_blocks_train_as_eager_ones_do() -> None:
+    for eager, compiled in run_ranks(train_both_ways, device="cuda", timeout=300):
+        assert compiled == pytest.approx(eager, rel=2e-3)
+
+
+def train_both_ways() -> tuple[list[float], list[float]]:
+    return train(sharded_decoder(), 4), train(sharded_decoder(compiled=True), 4)
