@@ -6,6 +6,7 @@ the policies are FSDP2's own classes.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, Self, cast
 
@@ -87,7 +88,7 @@ def fully_shard(
     params = [ShardedParam(param, places, mesh) for param, places in new.items()]
     unit = Unit(modules, params, UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward)), mesh, device)
     for p, param in zip(params, new, strict=True):
-        param._yafsdp_ownership = p.sharded._yafsdp_ownership = Ownership(unit, p)  # type: ignore[attr-defined]
+        param._yafsdp_ownership = Ownership(unit, p)  # type: ignore[attr-defined]
         p.register(p.sharded)
     for param, places in owners.items():
         if param not in new:
@@ -158,8 +159,7 @@ def _move_buffers(modules: Sequence[nn.Module], device: torch.device) -> None:
                 buffer.data = buffer.to(device)
 
 
-# --- what cannot be sharded
-# ----------------------------------------------------------------------------------------------
+# --- what cannot be sharded ---
 
 
 def _check_modules(modules: Sequence[nn.Module]) -> None:
@@ -230,6 +230,9 @@ def _device_of(mesh: DeviceMesh) -> torch.device:
     )
 
 
+_stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
 def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Runs before every optimizer step of the process, and does nothing to those without sharded parameters."""
     _refuse_parameters_from_before(optimizer)
@@ -239,9 +242,11 @@ def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 def _make_room_for_states(optimizer: torch.optim.Optimizer) -> None:
     """States are made in the first step and stay. Cut from cached blocks of activations, they would keep those
     from being used again whole, and the next step would need more memory: so the cache is given back before, once."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if params and params[0].is_cuda and not optimizer.state and ownership_of(params[0]) is not None:
-        torch.cuda.empty_cache()
+    if optimizer not in _stepped:
+        _stepped.add(optimizer)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if any(p.is_cuda and ownership_of(p) is not None for p in params):
+            torch.cuda.empty_cache()
 
 
 def _refuse_parameters_from_before(optimizer: torch.optim.Optimizer) -> None:
@@ -261,8 +266,7 @@ def _refuse_parameters_from_before(optimizer: torch.optim.Optimizer) -> None:
 register_optimizer_step_pre_hook(_before_optimizer_step)
 
 
-# --- the sharded module
-# --------------------------------------------------------------------------------------------------
+# --- the sharded module ---
 
 _sharded_classes: dict[type[nn.Module], type[nn.Module]] = {}  # a module's class -> the class it gets
 

@@ -89,8 +89,7 @@ class Engine:
         for unit in self.units:
             unit.engine = self
 
-    # --- the plan
-    # ------------------------------------------------------------------------------------------------------
+    # --- the plan ---
 
     def plan(self) -> MemoryPlan:
         """What the arenas hold; before they are built, what they will hold. Allocates nothing."""
@@ -161,8 +160,7 @@ class Engine:
             for p in unit.params
         ]
 
-    # --- gather slots
-    # --------------------------------------------------------------------------------------------------
+    # --- gather slots ---
 
     def begin(self) -> None:
         """A forward starts: what compute wrote (optimizer, loaded weights) comes before all gathers; stale slots go."""
@@ -261,8 +259,7 @@ class Engine:
                 self.wasted_prefetches += 1
                 self.release(unit.gather_slot)
 
-    # --- gradient slots
-    # ------------------------------------------------------------------------------------------------
+    # --- gradient slots ---
 
     def accumulate(self, unit: Unit, k: int, grad: torch.Tensor) -> None:
         """Parameter ``k``'s full gradient, ``(rows, ...)``, has been computed: moves it into the gradient slot."""
@@ -298,15 +295,16 @@ class Engine:
         slot = unit.gradient_slot
         if slot.state is EMPTY:
             return
-        params = [unit.params[k] for k in slot.arrived]
+        arrived = sorted(slot.arrived)  # the same order on every rank
+        params = [unit.params[k] for k in arrived]
         complete = self.streams.record(COMPUTE)
         with torch.profiler.record_function(f"yafsdp::reduce {unit.name}"), self.streams.on(REDUCE), torch.no_grad():
             self.streams.wait(REDUCE, complete)
             for p in params:
                 p.spare_kept_grad()
             direct = all(p.sharded.grad is None and p.reduce_dtype == p.main_dtype for p in params)
-            chunks = [p.grad if direct else slot.chunks[k] for k, p in zip(slot.arrived, params, strict=True)]
-            inputs = [slot.inputs[k] for k in slot.arrived]
+            chunks = [p.grad if direct else slot.chunks[k] for k, p in zip(arrived, params, strict=True)]
+            inputs = [slot.inputs[k] for k in arrived]
             self.transports[unit].reduce_scatter(chunks, inputs, unit.reduction())
             _deliver(params, chunks)
             for p in params:
@@ -327,8 +325,7 @@ class Engine:
             unit.gradient_slot.state = EMPTY
             unit.gradient_slot.arrived.clear()
 
-    # --- leaving the plan
-    # ----------------------------------------------------------------------------------------------
+    # --- leaving the plan ---
 
     def isolate(self, unit: Unit, reason: str) -> None:
         """Gives ``unit`` a gather slot of its own, from its next forward on."""

@@ -77,8 +77,7 @@ def install(unit: Unit, module: nn.Module) -> None:
     module.register_forward_hook(partial(_after_forward, unit), always_call=True)
 
 
-# --- forward
-# -----------------------------------------------------------------------------------------------------------
+# --- forward ---
 
 
 @torch.compiler.disable
@@ -190,8 +189,7 @@ def _end_iteration(engine: Engine, failed: bool) -> None:
     engine.iteration = None
 
 
-# --- backward
-# ----------------------------------------------------------------------------------------------------------
+# --- backward ---
 
 
 def _watch_inputs(end: Callable[[], None], inputs: Any) -> Any:

@@ -62,6 +62,7 @@ class ShardedParam:
         self.mesh = mesh
         self.rank = mesh.get_local_rank()
         self.shards = RowShards(tuple(param.shape), mesh.size())
+        self.attributes = dict(vars(param))  # the user's own, which a cast or move of the module would lose
         self.sharded = self._shard(param)
         self.compute_dtype = self.reduce_dtype = param.dtype
         self.placed: torch.Tensor | None = None  # ``local`` as Unit.materialize left it; None: not in the arena
@@ -71,9 +72,7 @@ class ShardedParam:
     def _shard(self, param: torch.Tensor) -> nn.Parameter:
         """The parameter's DTensor on this rank's rows; the rows are not copied yet."""
         start, stop = self.shards.row_range(self.rank)
-        sharded = nn.Parameter(self._dtensor(param.detach()[start:stop]), requires_grad=param.requires_grad)
-        vars(sharded).update(vars(param))
-        return sharded
+        return nn.Parameter(self._dtensor(param.detach()[start:stop]), requires_grad=param.requires_grad)
 
     def _dtensor(self, local: torch.Tensor) -> DTensor:
         full = torch.empty(self.shards.shape, device="meta")
@@ -120,6 +119,12 @@ class ShardedParam:
             )
         self.sharded = found if isinstance(found, DTensor) else self._shard(found)
         self.placed = None
+
+    def mark(self, unit: Unit) -> None:
+        """Gives the DTensor the parameter's attributes, and a note of whose it is."""
+        for name, value in self.attributes.items():
+            vars(self.sharded).setdefault(name, value)
+        self.sharded._yafsdp_ownership = Ownership(unit, self)  # type: ignore[attr-defined]
 
     def place_main(self, place: Place) -> None:
         """Moves this rank's rows to ``place``, where the DTensor holds them from now on."""
@@ -367,6 +372,7 @@ class Unit:
         """
         for p in self.params:
             p.adopt_registered()
+            p.mark(self)
         if self.meta_params():
             return
         layout = self.plan_layout()
