@@ -80,7 +80,7 @@ class Segment:
         return self.offset_nbytes + self.nbytes
 
     def overlaps(self, other: Segment) -> bool:
-        return self.offset_nbytes < other.end_nbytes and other.offset_nbytes < self.end_nbytes
+        return max(self.offset_nbytes, other.offset_nbytes) < min(self.end_nbytes, other.end_nbytes)
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,12 @@ class Engine:
                 self._build()
         except Exception as e:
             error = e
-        for transport in dict.fromkeys(self.transports.values()):
-            transport.agree(self._fingerprint(), error)
+        try:
+            for transport in dict.fromkeys(self.transports.values()):
+                transport.agree(self._fingerprint(), error)
+        except BaseException:
+            self._forget_build()  # so that every rank comes back here, once the model is mended
+            raise
 
     def _build(self) -> None:
         for unit in self.units:
@@ -137,9 +141,7 @@ class Engine:
         for stream in (GATHER, REDUCE):  # the old arena's bytes go back to the allocator, which knows only compute
             self.streams.wait(COMPUTE, self.streams.record(stream))
         unsynced = [slot for unit in self.units if (slot := unit.unsynced()) is not None]
-        self._arena = None
-        for unit in self.units:
-            unit.forget_slots()
+        self._forget_build()
         self._blueprint = draw(self.units, self.schedule, self.root_unit)
         self._arena = build(self._blueprint)
         for unit in self.units:
@@ -149,15 +151,27 @@ class Engine:
                 self.accumulate(slot.unit, k, slot.views[k])
         self.built_for = self._signatures()
 
+    def _forget_build(self) -> None:
+        self._arena = self._blueprint = None
+        self.built_for = ()
+        for unit in self.units:
+            unit.forget_slots()
+
     def _signatures(self) -> tuple[object, ...]:
         return tuple(unit.signature for unit in self.units)
 
     def _fingerprint(self) -> list[str]:
+        """What must be the same on every rank: a line for each parameter, and one for each unit's policy."""
         return [
             f"{p.name} {list(p.shards.shape)} of unit {unit.name!r}, {p.main_dtype} computed in {p.compute_dtype} and "
             f"reduced in {p.reduce_dtype}, {'trainable' if p.trainable else 'frozen'}"
             for unit in self.units
             for p in unit.params
+        ] + [
+            f"unit {unit.name!r} with reshard_after_forward={self.reshards_after_forward(unit)}, "
+            f"reshard_after_backward={unit.policy.reshard_after_backward}, {unit.reduction()}, prefetching "
+            f"{[u.name for u in unit.policy.forward_prefetch]} and {[u.name for u in unit.policy.backward_prefetch]}"
+            for unit in self.units
         ]
 
     # --- gather slots ---

@@ -1,0 +1,273 @@
+"""The memory plan: slots that meet never share bytes, the others do where they can, and the plan is the truth.
+
+Memory laws are equations between named sizes: E an embedding, H a head, b a block, all multiples of the alignment.
+"""
+
+from itertools import combinations
+
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.ranks import on_ranks
+from tests.zoo import SPECIMENS, Chain, Specimen, Twins, layers_of, ours, tokens, world_mesh
+from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
+from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, live_nbytes_peak, place
+
+properties = settings(deadline=None, max_examples=60)  # no deadline: the machine may be busy
+
+NUM_TICKS = 8
+ticks = st.integers(0, NUM_TICKS - 1)
+intervals = st.tuples(ticks, ticks).map(sorted).map(tuple)
+live_ranges = st.lists(intervals, min_size=1, max_size=3).map(tuple).map(LiveRange)
+requests = st.lists(st.builds(SlotRequest, st.just("unit"), st.integers(1, 2000), live_ranges), max_size=10)
+multiples = st.integers(1, 8).map(lambda count: count * ALIGNMENT_NBYTES)
+
+
+def chain(sizes_nbytes: list[int]) -> list[SlotRequest]:
+    """Gather slots of units that run one after the other, each gathered when the one before it starts.
+
+    Unit i of n runs in forward at tick i and in backward at tick 2n - 1 - i.
+    """
+    n = len(sizes_nbytes)
+    return [
+        SlotRequest(f"unit{i}", nbytes, LiveRange(((max(0, i - 1), i), (max(n, 2 * n - 2 - i), 2 * n - 1 - i))))
+        for i, nbytes in enumerate(sizes_nbytes)
+    ]
+
+
+# --- live ranges ---
+
+
+@properties
+@given(live_ranges, live_ranges)
+def test_ranges_meet_where_they_share_a_tick(one: LiveRange, other: LiveRange) -> None:
+    assert one.meets(other) == other.meets(one) == bool(set(one.ticks()) & set(other.ticks()))
+
+
+def test_ranges_that_touch_at_their_ends_meet() -> None:
+    """Prevents: half-open arithmetic on ticks, which would gather over what is still read in the same tick."""
+    assert LiveRange(((0, 3),)).meets(LiveRange(((3, 5),)))
+    assert not LiveRange(((0, 3),)).meets(LiveRange(((4, 5),)))
+
+
+def test_a_range_meets_in_the_gaps_of_another_only_what_is_there() -> None:
+    forward_and_backward = LiveRange(((0, 1), (8, 9)))
+    assert not forward_and_backward.meets(LiveRange(((2, 7),)))
+    assert forward_and_backward.meets(LiveRange(((2, 3), (7, 8))))
+
+
+def test_an_interval_that_ends_before_it_starts_is_refused() -> None:
+    with pytest.raises(AssertionError, match="ends before it starts"):
+        LiveRange(((0, 1), (5, 4)))
+
+
+# --- placement ---
+
+
+@settings(properties, max_examples=300)  # slots that nest inside others without meeting them are rare
+@given(requests)
+def test_slots_whose_ranges_meet_never_share_a_byte(slots: list[SlotRequest]) -> None:
+    places, _ = place(slots)
+    for i, j in combinations(range(len(slots)), 2):
+        if slots[i].live.meets(slots[j].live):
+            first, second = sorted((places[i], places[j]), key=lambda segment: segment.offset_nbytes)
+            assert first.end_nbytes <= second.offset_nbytes
+
+
+@properties
+@given(requests)
+def test_places_are_aligned_and_as_large_as_asked(slots: list[SlotRequest]) -> None:
+    places, nbytes = place(slots)
+    assert [segment.nbytes for segment in places] == [aligned(slot.nbytes) for slot in slots]
+    assert all(segment.offset_nbytes % ALIGNMENT_NBYTES == 0 for segment in places)
+    assert nbytes == max((segment.end_nbytes for segment in places), default=0)
+
+
+@properties
+@given(requests)
+def test_the_extent_lies_between_the_peak_and_the_sum(slots: list[SlotRequest]) -> None:
+    """live_nbytes_peak <= extent <= the sum of all slots; the peak is that of the tick with the most bytes live."""
+    _, nbytes = place(slots)
+    by_tick = [
+        sum(aligned(slot.nbytes) for slot in slots if tick in set(slot.live.ticks())) for tick in range(NUM_TICKS)
+    ]
+    assert live_nbytes_peak(slots) == max(by_tick)
+    assert max(by_tick) <= nbytes <= sum(aligned(slot.nbytes) for slot in slots)
+
+
+@properties
+@given(requests)
+def test_equal_requests_get_equal_places_whatever_they_are_called(slots: list[SlotRequest]) -> None:
+    """Prevents: ranks that place slots differently because something iterated a set or compared names."""
+    renamed = [SlotRequest(f"other{i}", slot.nbytes, slot.live) for i, slot in enumerate(slots)]
+    assert place(slots) == place(list(slots)) == place(renamed)
+
+
+def test_places_of_a_known_case() -> None:
+    """Literal, so that a change of placement is seen. B and D lie where A was before; C meets all of them."""
+    a = SlotRequest("a", 1000, LiveRange(((0, 1),)))
+    b = SlotRequest("b", 300, LiveRange(((2, 3),)))
+    c = SlotRequest("c", 256, LiveRange(((1, 2),)))
+    d = SlotRequest("d", 200, LiveRange(((2, 2),)))
+    assert place([a, b, c, d]) == ((Segment(0, 1024), Segment(0, 512), Segment(1024, 256), Segment(512, 256)), 1280)
+
+
+def test_no_request_takes_no_bytes() -> None:
+    assert place([]) == ((), 0)
+    assert live_nbytes_peak([]) == 0
+
+
+@properties
+@given(st.integers(2, 20), multiples)
+def test_a_chain_of_equal_blocks_takes_two_blocks(n: int, b: int) -> None:
+    """total = 2 b: the block that computes and the one gathered ahead, however many there are."""
+    slots = chain([b] * n)
+    places, nbytes = place(slots)
+    assert nbytes == live_nbytes_peak(slots) == 2 * b
+    assert [segment.offset_nbytes for segment in places] == [i % 2 * b for i in range(n)]
+
+
+@properties
+@given(st.integers(1, 12), multiples, multiples, st.booleans())
+def test_one_large_unit_at_an_end_costs_itself_and_one_block(n: int, b: int, extra: int, first: bool) -> None:
+    """total = E + b < 2 E for an embedding E > b at either end of n blocks, where two slots of the largest take 2 E."""
+    E = b + extra
+    slots = chain([E, *[b] * n] if first else [*[b] * n, E])
+    _, nbytes = place(slots)
+    assert nbytes == live_nbytes_peak(slots) == E + b < 2 * E
+
+
+@properties
+@given(st.integers(1, 12), multiples, multiples, multiples)
+def test_large_units_at_both_ends_share_bytes(n: int, b: int, more: int, extra: int) -> None:
+    """total = max(E, H) + b for E, H >= 2 b at the two ends of n blocks: E and H lie in the same bytes."""
+    E, H = 2 * b + more, 2 * b + extra
+    slots = chain([E, *[b] * n, H])
+    _, nbytes = place(slots)
+    assert nbytes == live_nbytes_peak(slots) == max(E, H) + b
+
+
+# --- the plan ---
+
+
+def test_the_total_is_the_sum_of_all_kinds() -> None:
+    regions = (
+        Region("a.main_shard", "main_shard", 512),
+        Region("b.main_shard", "main_shard", 256),
+        Region("gather slots", "gather slots", 1024),
+    )
+    plan = MemoryPlan(2, regions)
+    assert plan.nbytes == 512 + 256 + 1024
+    assert plan.nbytes_of("main_shard") == 512 + 256
+    assert plan.nbytes_of("gather slots") == 1024
+    assert plan.nbytes_of("spill") == 0
+
+
+def test_a_kind_that_no_plan_has_is_refused() -> None:
+    """Prevents: a misspelt kind that counts as zero bytes."""
+    with pytest.raises(AssertionError, match="unknown kind of region: slots"):
+        MemoryPlan(1, ()).nbytes_of("slots")
+
+
+def test_the_printed_plan() -> None:
+    """Kinds in a fixed order, those without bytes left out; one line per place with the units that share it."""
+    live = LiveRange(((0, 1),))
+    plan = MemoryPlan(
+        4,
+        (
+            Region("root.main_shard", "main_shard", 768),
+            Region("layers.0.main_shard", "main_shard", 3 * 2**19),
+            Region("root.compute_shard", "compute_shard", 0),
+            Region("layers.0.grad_shard", "grad_shard", 2**20),
+            Region("gather slots", "gather slots", 5 * 2**30),
+            Region("layers.3.gather_slot", "spill", 2048),
+        ),
+        (
+            *(SlotPlace(f"layers.{i}", "gather slots", Segment(0, 2**30), live) for i in range(6)),
+            SlotPlace("root", "gather slots", Segment(2**30, 2**32), live),
+        ),
+    )
+    assert str(plan) == (
+        "memory plan of one rank of 4: 5.00 GiB (5,371,333,376 bytes)\n"
+        "  main_shard             1.50 MiB   2 regions    what the optimizer updates\n"
+        "  grad_shard             1.00 MiB   1 region     reduced gradients\n"
+        "  gather slots           5.00 GiB   1 region     units' full parameters, shared by live range\n"
+        "    [            0, 1,073,741,824)  layers.0, layers.1, layers.2, layers.3, ... (6 units)\n"
+        "    [1,073,741,824, 5,368,709,120)  root\n"
+        "  spill                  2.00 KiB   1 region     slots that the order of execution asked for beyond the plan"
+    )
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (2**20 - 1024, "1023.00 KiB"), (2**50, "1048576.00 GiB")],
+)
+def test_bytes_are_printed_in_the_largest_unit_that_fits(nbytes: int, text: str) -> None:
+    assert str(MemoryPlan(1, (Region("r", "spill", nbytes),))).startswith(
+        f"memory plan of one rank of 1: {text} ({nbytes:,} bytes)"
+    )
+
+
+# --- the plan of a model ---
+
+ROWS, WIDTH = 512, 32
+lookup = Specimen(  # planned here, never run
+    lambda: Chain([nn.Embedding(ROWS, WIDTH), *(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))]),
+    tokens,
+    layers_of,
+)
+
+
+@on_ranks()
+def test_the_plan_of_a_model_is_an_equation_between_its_layers() -> None:
+    """An embedding E and four layers b on two ranks, in fp32: every byte has a term."""
+    E, b = 4 * ROWS * WIDTH, 4 * WIDTH * WIDTH
+    model = lookup.wrap(lookup.fresh(), ours.fully_shard, mesh=world_mesh())
+    plan = model.memory_plan()
+    assert plan.nbytes_of("main_shard") == (E + 4 * b) / 2
+    assert plan.nbytes_of("compute_shard") == 0  # the same bytes as the main shard
+    assert plan.nbytes_of("grad_shard") == (E + 4 * b) / 2
+    assert plan.nbytes_of("gather slots") == E + b
+    assert plan.nbytes_of("gradient slots") == E + b
+    assert str(plan) == (
+        "memory plan of one rank of 2: 216.00 KiB (221,184 bytes)\n"
+        "  main_shard            40.00 KiB   5 regions    what the optimizer updates\n"
+        "  grad_shard            40.00 KiB   5 regions    reduced gradients\n"
+        "  gather slots          68.00 KiB   1 region     units' full parameters, shared by live range\n"
+        "    [            0,         4,096)  layers.2, layers.4\n"
+        "    [            0,        65,536)  layers.0\n"
+        "    [        4,096,         8,192)  layers.3\n"
+        "    [       65,536,        69,632)  layers.1\n"
+        "  gradient slots        68.00 KiB   1 region     units' full gradients, shared by live range\n"
+        "    [            0,         4,096)  layers.2, layers.4\n"
+        "    [            0,        65,536)  layers.0\n"
+        "    [        4,096,         8,192)  layers.3\n"
+        "    [       65,536,        69,632)  layers.1"
+    )
+
+
+@pytest.mark.parametrize("name", SPECIMENS)
+@on_ranks()
+def test_the_plan_is_what_the_arenas_hold(name: str) -> None:
+    """plan.nbytes == arena.nbytes, from before the first step to after it, and no byte beyond the plan."""
+    twins = Twins(SPECIMENS[name])
+    planned = twins.sharded.memory_plan()
+    twins.train(0, 1)
+    report = twins.sharded.memory_report()
+    assert twins.sharded.memory_plan() == planned
+    assert report.arena_nbytes == planned.nbytes
+    assert report.spills == ()
+
+
+@on_ranks()
+def test_a_plan_can_be_drawn_before_there_is_memory() -> None:
+    """Prevents: planning that needs what it plans for. Sizes are those of the same model with memory."""
+    plans = []
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            model = lookup.build()
+        plans.append(lookup.wrap(model, ours.fully_shard, mesh=world_mesh()).memory_plan())
+    assert plans[0] == plans[1]
