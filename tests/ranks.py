@@ -287,6 +287,7 @@ def _join(seat: Seat) -> None:
     torch.set_num_threads(1)
     if seat.device == "cuda":
         torch.cuda.set_device(seat.rank)
+        torch.backends.cudnn.deterministic = True  # tests compare bits
     store = dist.TCPStore("127.0.0.1", seat.store_port, is_master=False)
     dist.init_process_group(BACKENDS[seat.device], store=store, rank=seat.rank, world_size=seat.world_size)
     gc.freeze()  # what was imported so far is left out of the collection after each job

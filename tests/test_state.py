@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.ranks import on_ranks, run_ranks
@@ -43,9 +42,6 @@ from tests.zoo import (
     vectors,
     world_mesh,
 )
-
-stock_fails = pytest.mark.skipif(os.environ.get("YAFSDP_TEST_IMPL") == "stock", reason="x")
-pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 
 every_specimen = pytest.mark.parametrize("name", SPECIMENS)
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -160,13 +156,37 @@ def test_one_rank_needs_no_mesh_of_more() -> None:
     assert all(isinstance(parameter, DTensor) for parameter in twins.sharded.parameters())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would shard over GPUs")
 @on_ranks()
 def test_without_a_mesh_all_ranks_share() -> None:
     """Prevents: the shortest call, fully_shard(model), needing more."""
-    if torch.cuda.is_available():
-        pytest.skip("would shard over GPUs")
     model = ours.fully_shard(nn.Linear(4, 2))
     assert model.weight.device_mesh == world_mesh()
+
+
+def compare_over(mesh: DeviceMesh) -> None:
+    """One backward of a model sharded over `mesh`, against one on all of its ranks' data."""
+    specimen = SPECIMENS["decoder"]
+    model, plain = specimen.wrap(specimen.fresh(), ours.fully_shard, mesh=mesh), specimen.fresh()
+    specimen.loss_of(model, 0, mesh.get_local_rank()).backward()
+    for rank in range(mesh.size()):
+        (specimen.loss_of(plain, 0, rank) / mesh.size()).backward()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(full(model.get_parameter(name).grad), parameter.grad)
+
+
+@on_ranks()
+def test_a_mesh_may_come_from_a_process_group() -> None:
+    """Prevents: needing the mesh to know how it was made."""
+    compare_over(DeviceMesh.from_group(dist.group.WORLD, "cpu"))
+
+
+@on_ranks(4)
+def test_a_mesh_may_be_one_dimension_of_a_larger_one() -> None:
+    """Prevents: taking world ranks for ranks of the mesh."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    compare_over(mesh["dp"])
+    compare_over(mesh["tp"])
 
 
 # --- tied parameters across units ---
@@ -179,7 +199,6 @@ class Tied(Decoder):
         super().__init__(tied=True)
 
 
-@stock_fails
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("reshard_after_forward", [True, False, None])
 def test_parameters_tied_across_units_follow_the_unsharded_model(
@@ -214,21 +233,19 @@ def test_state_dicts_have_the_unsharded_keys_in_order_and_load_back(name: str) -
     other.load_state_dict(state)
     assert_tensors_equal(full_parameters(other), full_parameters(plain))
     plain.load_state_dict({key: full(value) * 2 for key, value in state.items()})  # full, into a plain model
-    torch.testing.assert_close(
-        full_parameters(plain), {key: full(p) * 2 for key, p in model.named_parameters()}
-    )
+    torch.testing.assert_close(full_parameters(plain), {key: full(p) * 2 for key, p in model.named_parameters()})
 
 
 @on_ranks()
-def test_a_state_dict_taken_after_a_forward_is_sharded_and_current() -> None:
-    """Prevents: whole tensors in the state dict of a model whose root is still gathered."""
+def test_a_state_dict_taken_between_forward_and_backward_is_sharded_and_harmless() -> None:
+    """Prevents: whole tensors in the state dict of a model whose root is gathered, or a root that stays sharded."""
     twins = Twins(SPECIMENS["nested"])
-    twins.train(0)
-    loss, _ = twins.losses(1)
-    twins.sharded.reshard()
-    assert all(isinstance(value, DTensor) for value in twins.sharded.state_dict().values())
-    torch.testing.assert_close(full_parameters(twins.sharded), full_parameters(twins.plain))
-    loss.backward()
+    for step in range(3):
+        losses = twins.losses(step)
+        assert all(isinstance(value, DTensor) for value in twins.sharded.state_dict().values())
+        for loss in losses:
+            loss.backward()
+        twins.step()
 
 
 @on_ranks()
@@ -264,9 +281,7 @@ def test_training_goes_on_bit_for_bit_from_full_model_and_optimizer_states(name:
     optimizer = adam(model)
     train(name, model, optimizer, 0, 1)
     model_state = get_model_state_dict(model, options=FULL)
-    optimizer_state = copy.deepcopy(
-        get_optimizer_state_dict(model, optimizer, options=FULL)
-    )  # it shares `step`
+    optimizer_state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=FULL))  # it shares `step`
     other = scrambled(name)
     other_optimizer = adam(other)
     set_model_state_dict(other, model_state, options=BROADCAST)
@@ -353,8 +368,7 @@ def test_a_sharded_state_dict_may_be_assigned_to_a_model_on_meta() -> None:
     twins = Twins(simple)
     model = on_meta(simple)
     state = {
-        key: distribute_tensor(value, world_mesh(), [Shard(0)])
-        for key, value in simple.fresh().state_dict().items()
+        key: distribute_tensor(value, world_mesh(), [Shard(0)]) for key, value in simple.fresh().state_dict().items()
     }
     model.load_state_dict(state, assign=True, strict=False)
     twins.sharded = model
@@ -368,9 +382,7 @@ def test_a_sharded_state_dict_may_be_assigned_to_a_model_on_meta() -> None:
 def test_a_cast_of_the_module_between_sharding_and_the_first_forward_holds(dtype: torch.dtype) -> None:
     """Prevents: slots, gradients or metadata of the dtype that parameters had when they were sharded."""
     model, plain = sharded("odd").to(dtype), SPECIMENS["odd"].fresh().to(dtype)
-    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(dist.get_rank()), dtype=torch.float64).to(
-        dtype
-    )
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(dist.get_rank()), dtype=torch.float64).to(dtype)
     for parameter in model.parameters():
         assert (parameter.dtype, parameter._spec.tensor_meta.dtype) == (dtype, dtype)
     output = model(x)
@@ -524,6 +536,16 @@ def test_what_cannot_work_is_refused_with_fsdp2s_words(
     dist.barrier()  # nobody is left behind in a collective
 
 
+@on_ranks(3)
+def test_ranks_that_shard_different_models_are_told_the_first_difference() -> None:
+    """Prevents: a hang, or gradients added to other parameters' gradients."""
+    hidden = 10 if dist.get_rank() < 2 else 12
+    model = ours.fully_shard(Block(hidden=hidden), mesh=world_mesh())
+    with pytest.raises(RuntimeError, match=r"rise\.weight \[10, 6\][\s\S]*rank 2: rise\.weight \[12, 6\]"):
+        model(torch.ones(2, FEATURES))
+    dist.barrier()
+
+
 @on_ranks()
 def test_containers_with_a_forward_are_welcome() -> None:
     """Prevents: refusing by class what works by behaviour."""
@@ -535,7 +557,6 @@ def test_containers_with_a_forward_are_welcome() -> None:
     assert ours.fully_shard(Stack([nn.Linear(2, 3)]), mesh=world_mesh())(torch.ones(2)).shape == (3,)
 
 
-@stock_fails
 @pytest.mark.parametrize("foreach", [True, False])
 @on_ranks()
 def test_an_optimizer_built_before_sharding_is_an_error_at_its_first_step(foreach: bool) -> None:

@@ -5,7 +5,6 @@ depends on (specimen, step, rank) alone, so that two implementations, or a model
 same data. Knows nothing of how `fully_shard` works: an implementation is a module with FSDP2's names.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -21,10 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-if os.environ.get("YAFSDP_TEST_IMPL") == "stock":
-    ours = stock
-else:
-    import yafsdp_like as ours
+import yafsdp_like as ours
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"ours": ours, "stock": stock}
 Unit = nn.Module | list[nn.Module]
@@ -152,9 +148,7 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, D = x.shape
-        q, k, v = (
-            self.qkv(self.attention_norm(x)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        )
+        q, k, v = self.qkv(self.attention_norm(x)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.dropout(self.out(mixed.transpose(1, 2).reshape(B, T, D)))
         return self.feed_forward(x)
@@ -358,6 +352,11 @@ def sequences(generator: torch.Generator, step: int) -> Batch:
     return Batch((torch.randn(2, 4, FEATURES, generator=generator),))
 
 
+def encoder() -> nn.Sequential:
+    """Torch's own encoder layers, whose evaluation takes another path and reads weights of their submodules."""
+    return nn.Sequential(*(nn.TransformerEncoderLayer(FEATURES, 2, 10, batch_first=True) for _ in range(2)))
+
+
 def blocks(num: int) -> list[Block]:
     """`num` residual blocks."""
     return [Block() for _ in range(num)]
@@ -384,6 +383,7 @@ SPECIMENS: dict[str, Specimen] = {
     "convnet": Specimen(ConvNet, images, layers_of),
     "waster": Specimen(Waster, vectors(FEATURES), lambda model: [*model.layers, model.spare]),
     "dicts": Specimen(DictModel, dict_batch, lambda model: [*model.layers, *model.heads.values()]),
+    "encoder": Specimen(encoder, sequences, list),
     "lstm": Specimen(Recurrent, sequences, lambda model: [model.lstm]),
 }
 
@@ -494,9 +494,7 @@ def accumulate(specimen: Specimen, model: nn.Module, step: int, recipe: Recipe) 
 
 def clip(model: nn.Module, recipe: Recipe) -> float:
     """Clip by the recipe's norm and return what it was before."""
-    norm = nn.utils.clip_grad_norm_(
-        model.parameters(), recipe.max_norm, recipe.norm_type, foreach=recipe.foreach
-    )
+    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_norm, recipe.norm_type, foreach=recipe.foreach)
     return full(norm).item()
 
 
@@ -536,9 +534,7 @@ class Twins:
         self.plain: Any = specimen.fresh()
         self.sharded: Any = specimen.wrap(specimen.fresh(), ours.fully_shard, mesh=world_mesh(), **options)
         self.parameters = [dict(model.named_parameters()) for model in self]
-        self.optimizers = [
-            torch.optim.SGD(parameters.values(), lr=0.1, momentum=0.9) for parameters in self.parameters
-        ]
+        self.optimizers = [torch.optim.SGD(parameters.values(), lr=0.1, momentum=0.9) for parameters in self.parameters]
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.sharded, self.plain))
