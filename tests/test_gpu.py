@@ -3,6 +3,7 @@
 import json
 import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def test_no_device_memory_is_asked_for_after_the_second_step() -> None:
 
 def count_device_allocations() -> tuple[int, int, float]:
     model = sharded_decoder()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     for number in range(7):
         if number == 2:
             before = torch.cuda.memory_stats()
@@ -156,9 +157,10 @@ def count_overlapped_collectives() -> dict[str, int]:
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         train(model, 1)
         torch.cuda.synchronize()
-    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
-        profiler.export_chrome_trace(trace.name)
-        events = json.load(trace)["traceEvents"]
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
     kernels = [(e["name"], e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "kernel"]
     compute = [(start, end) for name, start, end in kernels if "nccl" not in name]
     counts = {"AllGather": 0, "ReduceScatter": 0}

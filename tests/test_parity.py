@@ -56,7 +56,7 @@ def train_twins(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk:UserWarning")
 @pytest.mark.parametrize("name", SPECIMENS)
 def test_on_gpus_too_twenty_steps_equal_stock_bit_for_bit(name: str) -> None:
-    """All but the norms, whose kernel sums in another order for aligned addresses, as ours are: so nothing is clipped."""
+    """All but norms, whose kernel sums aligned addresses, like ours, in another order: nothing is clipped."""
     recipe = Recipe(steps=20, max_norm=1e9, device="cuda")
     for ours, stock in run_ranks(train_both, name, recipe, device="cuda"):
         assert ours.norms == pytest.approx(stock.norms, rel=1e-5)
