@@ -201,15 +201,16 @@ class Tied(Decoder):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("reshard_after_forward", [True, False, None])
+@pytest.mark.parametrize("parts", [("embedding", "head"), ("embedding",), ("head",)])
 def test_parameters_tied_across_units_follow_the_unsharded_model(
-    world_size: int, reshard_after_forward: bool | None
+    parts: tuple[str, ...], world_size: int, reshard_after_forward: bool | None
 ) -> None:
-    """Prevents: two copies of one parameter that drift apart, or half of its gradient."""
-    run_ranks(follow_tied, reshard_after_forward, world_size=world_size)
+    """Prevents: two copies of one parameter drifting apart, or half of its gradient. What is no unit, the root has."""
+    run_ranks(follow_tied, parts, reshard_after_forward, world_size=world_size)
 
 
-def follow_tied(reshard_after_forward: bool | None) -> None:
-    specimen = Specimen(Tied, tokens, lambda model: [model.embedding, *model.layers, model.head])
+def follow_tied(parts: tuple[str, ...], reshard_after_forward: bool | None) -> None:
+    specimen = Specimen(Tied, tokens, lambda model: [*model.layers, *(getattr(model, part) for part in parts)])
     twins = Twins(specimen, reshard_after_forward=reshard_after_forward)
     assert twins.sharded.head.weight is twins.sharded.embedding.weight
     assert list(twins.sharded.state_dict()) == list(twins.plain.state_dict())

@@ -35,7 +35,6 @@ class ShardState(_State):
     unit: Unit
 
 
-@contract(state_cls=ShardState)
 def fully_shard(
     module: Any,
     *,
@@ -64,8 +63,8 @@ def fully_shard(
         reshard_after_forward: whether full parameters are released after forward and gathered again for backward. None:
             for all but the root.
         mp_policy: ``param_dtype`` to gather and compute in, ``reduce_dtype`` to reduce gradients in,
-        ``output_dtype``, and
-            ``cast_forward_inputs``. Sharded parameters, their ``.grad`` and the optimizer keep the original dtype.
+            ``output_dtype``, and ``cast_forward_inputs``. Sharded parameters, their ``.grad`` and the optimizer keep
+            the original dtype.
         ignored_params: parameters that are left alone.
         shard_placement_fn, offload_policy, dp_mesh_dims: FSDP2's; only their defaults are supported yet.
 
@@ -83,16 +82,22 @@ def fully_shard(
     _check_mesh(mesh)
     owners = _params_below(modules, ignored_params or set())
     _check_params(owners)
+    new: Owners = {}
+    for param, places in owners.items():
+        if ownership_of(param) is None:
+            new[param] = places
+        else:
+            _tie(param, places)
+    return _shard(module, modules, new, mesh, UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward)))
+
+
+def _make_unit(module: Any, modules: Sequence[nn.Module], owners: Owners, mesh: DeviceMesh, policy: UnitPolicy) -> Any:
     device = _device_of(mesh)
-    new = {param: places for param, places in owners.items() if ownership_of(param) is None}
-    params = [ShardedParam(param, places, mesh) for param, places in new.items()]
-    unit = Unit(modules, params, UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward)), mesh, device)
-    for p, param in zip(params, new, strict=True):
+    params = [ShardedParam(param, places, mesh) for param, places in owners.items()]
+    unit = Unit(modules, params, policy, mesh, device)
+    for p, param in zip(params, owners, strict=True):
         param._yafsdp_ownership = Ownership(unit, p)  # type: ignore[attr-defined]
         p.register(p.sharded)
-    for param, places in owners.items():
-        if param not in new:
-            _tie(param, places)
     _move_buffers(modules, device)
     for m in modules:
         vars(m)["_yafsdp_unit"] = unit
@@ -100,8 +105,14 @@ def fully_shard(
         _become_fsdp_module(m)
     for m in {owner: None for p in params for owner, _ in p.owners}:
         _keep_state_dict_sharded(unit, m)
-    fully_shard.state(modules[0]).unit = unit
+    _shard.state(modules[0]).unit = unit
     return module
+
+
+# Torch's other composable APIs (replicate, checkpoint) recognize a sharded module by this contract and this name.
+_make_unit.__name__ = fully_shard.__name__
+_shard = contract(state_cls=ShardState)(_make_unit)
+fully_shard.state = _shard.state  # type: ignore[attr-defined]
 
 
 def _params_below(modules: Sequence[nn.Module], ignored: set[nn.Parameter]) -> Owners:
@@ -129,6 +140,8 @@ def _tie(param: nn.Parameter, places: Sequence[tuple[nn.Module, str]]) -> None:
     ownership = ownership_of(param)
     assert ownership is not None and ownership.unit is not None and ownership.param is not None
     for module, name in places:
+        if (module, name) in ownership.param.owners:
+            continue  # the call is repeated, and refused further on
         ownership.param.owners.append((module, name))
         if module not in ownership.unit.modules:
             ownership.unit.modules.append(module)
