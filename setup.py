@@ -5,7 +5,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"]
+TRAIN = ["jsonargparse", "rich", "tensorboard", "tokenizers", "matplotlib"]
+TEST = [*TRAIN, "transformers", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"]
 BENCH = ["deepspeed", "transformers", "matplotlib"]
 
 ROOT = Path(__file__).parent
@@ -26,5 +27,5 @@ setup(
     package_data={"yafsdp_like": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=["torch>=2.11", "numpy", "pyyaml", "safetensors"],
-    extras_require={"test": TEST, "bench": BENCH, "dev": TEST + BENCH},
+    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH, "dev": TEST + BENCH},
 )

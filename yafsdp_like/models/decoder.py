@@ -1,10 +1,10 @@
-"""A Llama-shaped decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""A Llama- or Qwen-shaped decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Owns the shapes, the forward pass and the initial weights of a dense decoder. It must not know how it is
-sharded: weights are ordinary parameters, and the only place that meets a DTensor is `_fill_normal_`, which
-writes the rows this rank has.
+Owns the shapes, the forward pass and the initial weights of a decoder. It must not know how it is sharded: weights
+are ordinary parameters, and the only place that meets a DTensor is `_fill_normal_`, which writes the rows this rank
+has.
 
-Parameters carry the names of Hugging Face's Llama checkpoints (less their `model.` prefix).
+Parameters carry the names of Hugging Face's Llama and Qwen checkpoints (less their `model.` prefix).
 
 Shapes: B batch, T tokens, D model, N heads, K kv heads, H head dim, V vocabulary.
 """
@@ -18,15 +18,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-IGNORE_INDEX = -100  # a target of this value takes no part in the loss
+from yafsdp_like.models.loss import linear_cross_entropy
+from yafsdp_like.models.moe import ExpertsConfig, MixtureOfExperts
+from yafsdp_like.models.rope import Rope, RopeScaling, apply_rope
 
 _INIT_STD = 0.02
 _ROWS_PER_DRAW = 1024
+_INTO_THE_RESIDUAL = ("o_proj.weight", "down_proj.weight", "experts.down_proj")  # ends of names
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a decoder; what is derived from it are integers, known before anything is allocated."""
+    """The shape of a decoder; what is derived from it are integers, known before anything is allocated.
+
+    `num_kv_heads` of `num_heads` is multi-head attention, 1 is multi-query, anything between is grouped-query.
+    Raises ValueError for a shape that cannot be.
+    """
 
     dim: int
     num_layers: int
@@ -34,35 +41,100 @@ class DecoderConfig:
     num_kv_heads: int
     ffn_dim: int
     vocab_size: int
+    custom_head_dim: int | None = None  # None: dim / num_heads
+    qkv_bias: bool = False
+    qk_norm: bool = False  # an RMSNorm over each head of queries and of keys, before they are turned
+    sliding_window: int | None = None  # keys that a query sees, its own included; None: all before it
+    windowed_layers: tuple[int, ...] | None = None  # where the window holds; None: in every layer
+    max_seq_len: int = 131_072
     rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    experts: ExpertsConfig | None = None  # instead of one feed-forward; ffn_dim is then each expert's
+    loss_chunk_size: int = 2048  # tokens whose logits exist at once while the loss is computed
 
     def __post_init__(self) -> None:
-        if self.dim % (2 * self.num_heads):
+        self._check_sizes()
+        if self.custom_head_dim is None and self.dim % (2 * self.num_heads):
             raise ValueError(
                 f"dim must be a multiple of 2 * num_heads (rotary positions turn pairs of elements), "
-                f"got dim {self.dim} and num_heads {self.num_heads}"
+                f"got dim {self.dim} and num_heads {self.num_heads}; or set custom_head_dim"
+            )
+        if self.custom_head_dim is not None and self.custom_head_dim % 2:
+            raise ValueError(
+                f"custom_head_dim must be even, since rotary positions turn pairs of elements, "
+                f"got {self.custom_head_dim}"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
             )
+        self._check_windowed_layers()
+
+    def _check_sizes(self) -> None:
+        """Every number is there for a positive amount of something."""
+        for name in (
+            "dim",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "ffn_dim",
+            "vocab_size",
+            "custom_head_dim",
+            "sliding_window",
+            "max_seq_len",
+            "rope_theta",
+            "norm_eps",
+            "loss_chunk_size",
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+    def _check_windowed_layers(self) -> None:
+        if self.windowed_layers is None:
+            return
+        if self.sliding_window is None:
+            raise ValueError(f"windowed_layers {self.windowed_layers} need a sliding_window")
+        if not set(self.windowed_layers) <= set(range(self.num_layers)):
+            raise ValueError(f"windowed_layers must be below num_layers {self.num_layers}, got {self.windowed_layers}")
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.num_heads
+        return self.dim // self.num_heads if self.custom_head_dim is None else self.custom_head_dim
+
+    @property
+    def rope(self) -> Rope:
+        return Rope(self.head_dim, self.rope_theta, self.rope_scaling)
+
+    def window_of(self, layer_index: int) -> int | None:
+        """Keys that a query of this layer sees at most, or None."""
+        if self.windowed_layers is None or layer_index in self.windowed_layers:
+            return self.sliding_window
+        return None
 
     @property
     def block_num_weights(self) -> int:
-        """Elements of one block's matrices: attention's four and the feed-forward's three."""
-        attention = 2 * self.dim * self.dim + 2 * self.dim * self.num_kv_heads * self.head_dim
-        return attention + 3 * self.dim * self.ffn_dim
+        """Elements of one block's matrices: attention's four and the feed-forward's three, or all experts'."""
+        return self._block_num_weights(1 if self.experts is None else self.experts.num_experts)
+
+    @property
+    def block_num_active_weights(self) -> int:
+        """Elements of those of one block's matrices that one token meets."""
+        return self._block_num_weights(1 if self.experts is None else self.experts.experts_per_token)
+
+    def _block_num_weights(self, num_ffns: int) -> int:
+        attention = 2 * self.dim * (self.num_heads + self.num_kv_heads) * self.head_dim
+        router = 0 if self.experts is None else self.dim * self.experts.num_experts
+        return attention + router + num_ffns * 3 * self.dim * self.ffn_dim
 
     @property
     def block_num_params(self) -> int:
-        """Elements of one block: its matrices and its two norms."""
-        return self.block_num_weights + 2 * self.dim
+        """Elements of one block: its matrices, its biases, and its two norms or four."""
+        biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim if self.qkv_bias else 0
+        head_norms = 2 * self.head_dim if self.qk_norm else 0
+        return self.block_num_weights + biases + 2 * self.dim + head_norms
 
     @property
     def num_params(self) -> int:
@@ -74,18 +146,73 @@ class DecoderConfig:
     def train_flops(self, batch_size: int, seq_len: int) -> int:
         """Floating-point operations of one forward and backward over (B, T) tokens, without recomputation.
 
-        Chowdhery et al., "PaLM", 2022, appendix B: 6 per weight and token, plus 12 * layers * dim * T per
-        token for attention. Two refinements: only weights that enter a matrix product count (the embedding is
-        a lookup, norms are negligible), and attention is causal, which halves its term.
+        Chowdhery et al., "PaLM", 2022, appendix B: 6 per weight and token, plus 12 * layers * heads * head dim * T
+        per token for attention. Refinements: only weights that a token meets in a matrix product count (the embedding
+        is a lookup, norms are negligible, of the experts it visits few), and of the T x T pairs of attention only
+        those that causality and the window leave, T^2 / 2 or W T - W^2 / 2.
         """
-        num_matmul_weights = self.num_layers * self.block_num_weights + self.vocab_size * self.dim
-        attention_per_token = 6 * self.num_layers * self.dim * seq_len
-        return batch_size * seq_len * (6 * num_matmul_weights + attention_per_token)
+        num_matmul_weights = self.num_layers * self.block_num_active_weights + self.vocab_size * self.dim
+        twice_num_pairs = 0
+        for layer_index in range(self.num_layers):
+            window = min(self.window_of(layer_index) or seq_len, seq_len)
+            twice_num_pairs += 2 * window * seq_len - window * window
+        attention = 6 * self.num_heads * self.head_dim * twice_num_pairs
+        return batch_size * (6 * seq_len * num_matmul_weights + attention)
 
 
-# Llama 3.1 8B, and Llama 3.2 3B and 1B, whose heads are tied; `tiny` is for tests.
+# `tiny` and `small` are for a laptop. The others have the shapes of SmolLM2 135M, Qwen3 0.6B and 30B-A3B, Llama 3.2 1B
+# and 3B, Llama 3.1 8B and 70B; those of Llama without the scaling of their rotary positions, which no size depends on.
 PRESETS = {
     "tiny": DecoderConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=176, vocab_size=512),
+    "small": DecoderConfig(
+        dim=256,
+        num_layers=6,
+        num_heads=8,
+        num_kv_heads=4,
+        ffn_dim=704,
+        vocab_size=4096,
+        rope_theta=10_000.0,
+        tie_embeddings=True,
+    ),
+    "135m": DecoderConfig(
+        dim=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        ffn_dim=1536,
+        vocab_size=49152,
+        max_seq_len=8192,
+        rope_theta=100_000.0,
+        tie_embeddings=True,
+    ),
+    "0.6b": DecoderConfig(
+        dim=1024,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        ffn_dim=3072,
+        vocab_size=151936,
+        custom_head_dim=128,
+        qk_norm=True,
+        max_seq_len=40960,
+        rope_theta=1_000_000.0,
+        norm_eps=1e-6,
+        tie_embeddings=True,
+    ),
+    "30b-a3b": DecoderConfig(
+        dim=2048,
+        num_layers=48,
+        num_heads=32,
+        num_kv_heads=4,
+        ffn_dim=768,
+        vocab_size=151936,
+        custom_head_dim=128,
+        qk_norm=True,
+        max_seq_len=40960,
+        rope_theta=1_000_000.0,
+        norm_eps=1e-6,
+        experts=ExpertsConfig(num_experts=128, experts_per_token=8),
+    ),
     "1b": DecoderConfig(
         dim=2048,
         num_layers=16,
@@ -105,6 +232,7 @@ PRESETS = {
         tie_embeddings=True,
     ),
     "8b": DecoderConfig(dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, ffn_dim=14336, vocab_size=128256),
+    "70b": DecoderConfig(dim=8192, num_layers=80, num_heads=64, num_kv_heads=8, ffn_dim=28672, vocab_size=128256),
 }
 
 
@@ -114,22 +242,48 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        kv_dim = config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+        q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Hidden states x (B, T, D) and rotary tables (T, H) to (B, T, D)."""
-        q = apply_rope(self._heads(self.q_proj(x)), cos, sin)  # (B, N, T, H)
-        k = apply_rope(self._heads(self.k_proj(x)), cos, sin)  # (B, K, T, H)
-        v = self._heads(self.v_proj(x))  # (B, K, T, H)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, N, T, H)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Hidden states x (B, T, D), rotary tables (T, H) and which keys a query sees (T, T) to (B, T, D).
+
+        Without a mask a query sees every key up to its own.
+        """
+        q, k, v = self.qkv(x, cos, sin)
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, N, T, H), keys and values (B, K, T, H) of hidden states (B, T, D): what a cache would keep."""
+        q = apply_rope(self.q_norm(self._heads(self.q_proj(x))), cos, sin)
+        k = apply_rope(self.k_norm(self._heads(self.k_proj(x))), cos, sin)
+        return q, k, self._heads(self.v_proj(x))
 
     def _heads(self, x: Tensor) -> Tensor:  # (B, T, heads * H) -> (B, heads, T, H)
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of queries (B, N, T, H) over keys and values (B, K, T, H), causal or by `mask` (T, T).
+
+    With a mask the kv heads are repeated, since the only fused kernel that takes one knows no groups.
+    """
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, N, T, H)
+    num_groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(num_groups, dim=1), v.repeat_interleave(num_groups, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, N, T, H)
+
+
+def window_mask(positions: Tensor, window: int) -> Tensor:
+    """Whether the query at position i sees the key at position j: 0 <= i - j < window. (T,) -> (T, T)."""
+    distance = positions[:, None] - positions[None, :]
+    return (distance >= 0) & (distance < window)
 
 
 class FeedForward(nn.Module):
@@ -153,12 +307,30 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.mlp = FeedForward(config)
+        self.mlp = (
+            FeedForward(config)
+            if config.experts is None
+            else MixtureOfExperts(config.dim, config.ffn_dim, config.experts)
+        )
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Hidden states x (B, T, D) and rotary tables (T, H) to (B, T, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Hidden states x (B, T, D), rotary tables (T, H) and an optional mask (T, T) to (B, T, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Head(nn.Linear):
+    """The last projection, to logits or, chunk by chunk, to the loss.
+
+    The loss is computed in here because this is where the weight is sure to be whole, also when the head is sharded
+    as a unit of its own.
+    """
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, chunk_size: int = 0) -> Tensor:
+        """Hidden states x (B, T, D) to logits (B, T, V); with targets (B, T), to the mean loss, an fp32 scalar."""
+        if targets is None:
+            return super().forward(x)
+        return linear_cross_entropy(x.flatten(0, 1), self.weight, targets.flatten(), chunk_size)
 
 
 class Decoder(nn.Module):
@@ -174,90 +346,74 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self._tie_head()
+        self.lm_head = Head(config.dim, config.vocab_size, bias=False)
+        self.tie_head()
         if not self.embed_tokens.weight.is_meta:
             self.init_weights()
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T); with targets (B, T), the mean loss instead, an fp32 scalar."""
+        """Logits (B, T, V) of tokens (B, T); with targets (B, T), the mean loss instead, an fp32 scalar.
+
+        The loss is over the targets that are not `IGNORE_INDEX`, and no more than `loss_chunk_size` tokens' logits
+        exist at once. Raises ValueError for more than `max_seq_len` tokens.
+        """
+        if tokens.shape[1] > self.config.max_seq_len:
+            raise ValueError(f"{tokens.shape[1]} tokens are more than max_seq_len {self.config.max_seq_len}")
         x = self.embed_tokens(tokens)  # (B, T, D)
-        cos, sin = rope_tables(self.config, x)
-        for layer in self.layers:
-            x = layer(x, cos, sin)
-        logits = self.lm_head(self.norm(x))
-        return logits if targets is None else next_token_loss(logits, targets)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        cos, sin = self.config.rope.tables(positions, x.dtype)
+        mask = self._window_mask(positions)
+        for layer_index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, mask if self.config.window_of(layer_index) else None)
+        return self.lm_head(self.norm(x), targets, self.config.loss_chunk_size)
+
+    def _window_mask(self, positions: Tensor) -> Tensor | None:  # (T,) -> (T, T)
+        """None where the window is as long as the text: then causal attention is the same, and faster."""
+        window = self.config.sliding_window
+        return None if window is None or window >= len(positions) else window_mask(positions, window)
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Fill every parameter: norms with 1, matrices from a normal distribution of standard deviation 0.02.
+        """Fill every parameter: norms with 1, biases with 0, matrices from a normal distribution.
 
-        Matrices that write into the residual stream are scaled by 1 / sqrt(2 * layers) (Radford et al.,
-        "Language Models are Unsupervised Multitask Learners", 2019, section 2.3). The values depend on `seed`
-        and the device type alone, not on the sharding, the world size or torch's global generators: a sharded
-        model starts from the bits of an unsharded one. Raises RuntimeError while a parameter is on the meta
-        device.
+        Its standard deviation is 0.02; that of matrices that write into the residual stream is scaled by
+        1 / sqrt(2 * layers) (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section
+        2.3). The values depend on `seed` and the device type alone, not on the sharding, the world size or torch's
+        global generators: a sharded model starts from the bits of an unsharded one. Raises RuntimeError while a
+        parameter is on the meta device.
         """
-        self._tie_head()  # to_empty gives each of two names a tensor of its own
+        self.tie_head()  # to_empty gives each of two names a tensor of its own
         residual_std = _INIT_STD * (2 * self.config.num_layers) ** -0.5
         for param_index, (name, param) in enumerate(self.named_parameters()):
             if param.is_meta:
                 raise RuntimeError(f"'{name}' is on the meta device: call to_empty(device=...) before init_weights()")
             if param.dim() == 1:
-                param.fill_(1.0)
+                param.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else _INIT_STD
+                std = residual_std if name.endswith(_INTO_THE_RESIDUAL) else _INIT_STD
                 _fill_normal_(param, std, f"{seed}.{param_index}")
 
-    def _tie_head(self) -> None:
+    def tie_head(self) -> None:
+        """Make the head's weight the embedding's again, where the configuration says so; `to_empty` parts them."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
 
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy of logits (B, T, V) over the targets (B, T) that are not `IGNORE_INDEX`, in fp32.
-
-    The logits keep their dtype, since an fp32 copy of them would be the largest activation of a step (softmax
-    accumulates in fp32 inside its kernel in any case); only the mean over tokens is taken in fp32.
-    """
-    losses = F.cross_entropy(  # (B * T,)
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-    )
-    return losses.float().sum() / (targets != IGNORE_INDEX).sum()
-
-
-def rope_tables(config: DecoderConfig, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, H) for hidden states x (B, T, D), in their dtype and on their device.
-
-    Su et al., "RoFormer", 2021, section 3.4.2. Computed in fp32 once a forward, a handful of small kernels: a
-    table kept on the module would be lost by `to_empty`, and one cached at first use may be a fake tensor or
-    one of inference mode.
-    """
-    exponents = torch.arange(0, config.head_dim, 2, device=x.device, dtype=torch.float32) / config.head_dim
-    positions = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
-    angles = torch.outer(positions, config.rope_theta**-exponents).repeat(1, 2)
-    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (B, heads, T, H) by the angles of its positions; element i is paired with element i + H / 2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 def _fill_normal_(param: Tensor, std: float, key: str) -> None:
-    """Fill this rank's rows of `param` (rows, cols); equal keys give equal values under any sharding.
+    """Fill this rank's rows of `param` (rows, cols) or (rows, cols, depth); equal keys give equal values under any
+    sharding.
 
     Rows are drawn in groups, each from its own generator, so that a rank draws little more than its own rows
-    and never holds a full matrix.
+    and never holds a full matrix. A row of three dimensions, one expert's matrix, is a group of its own.
     """
     local, row_start, col_start = _local_rows(param)
-    num_rows, num_cols = param.shape
+    rows_per_draw = _ROWS_PER_DRAW if param.dim() == 2 else 1
+    num_rows, *row_shape = param.shape
     row_end = row_start + local.shape[0]
-    for start in range(row_start - row_start % _ROWS_PER_DRAW, row_end, _ROWS_PER_DRAW):
+    for start in range(row_start - row_start % rows_per_draw, row_end, rows_per_draw):
         generator = torch.Generator(local.device).manual_seed(zlib.crc32(f"{key}.{start}".encode()))
-        end = min(start + _ROWS_PER_DRAW, num_rows)
-        draw = torch.empty(end - start, num_cols, device=local.device, dtype=torch.float32)
+        end = min(start + rows_per_draw, num_rows)
+        draw = torch.empty(end - start, *row_shape, device=local.device, dtype=torch.float32)
         draw.normal_(std=std, generator=generator)
         low, high = max(start, row_start), min(end, row_end)
         cols = slice(col_start, col_start + local.shape[1])
@@ -265,7 +421,7 @@ def _fill_normal_(param: Tensor, std: float, key: str) -> None:
 
 
 def _local_rows(param: Tensor) -> tuple[Tensor, int, int]:
-    """The part of `param` (rows, cols) in this rank's memory, and the row and column at which it starts."""
+    """The part of `param` (rows, cols, ...) in this rank's memory, and the row and column at which it starts."""
     if not isinstance(param, DTensor):
         return param, 0, 0
     _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)

@@ -1,0 +1,383 @@
+"""Hugging Face directories: the same numbers as transformers, from every family, there and back, sharded and not."""
+
+import dataclasses
+import functools
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.ranks import RankError, run_ranks
+from yafsdp_like import fully_shard
+from yafsdp_like.checkpoint import safetensors
+from yafsdp_like.checkpoint.safetensors import TensorSpec, TensorWriter, stored_tensors
+from yafsdp_like.models import IGNORE_INDEX, PRESETS, Decoder, DecoderConfig
+from yafsdp_like.models.hf import config_from_hf, config_to_hf, load_hf_config, load_hf_weights, save_hf
+from yafsdp_like.models.rope import LinearScaling, YarnScaling
+
+transformers = pytest.importorskip("transformers")
+
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 88,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.1,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama, tied, llama3 rope": ("Llama", {"tie_word_embeddings": True, "rope_theta": 500.0, "rope_scaling": LLAMA3}),
+    "llama, linear rope": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    "llama, yarn rope": ("Llama", {"rope_scaling": YARN, "rms_norm_eps": 1e-3}),
+    "llama, multi-query, wide heads": ("Llama", {"num_key_value_heads": 1, "head_dim": 16}),
+    "qwen2": ("Qwen2", {"rope_theta": 1000.0}),
+    "qwen2, a window in later layers": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": 6}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 16,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3_moe, not normalized": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 3}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}),
+    "mistral, no window": ("Mistral", {"sliding_window": None}),
+}
+NUM_TOKENS = 24  # more than any window, and than the lengths that scaled positions were made for
+
+
+@functools.cache
+def directory_of(family: str) -> Path:
+    """A directory that transformers wrote: a random model whose every weight matters."""
+    name, changes = FAMILIES[family]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**(SHAPE | changes)))
+    with torch.no_grad():
+        for param_name, param in model.named_parameters():
+            if param.dim() == 1:  # made of ones or zeros, which would hide a norm or bias that was not loaded
+                param.normal_(std=0.3).add_(0.0 if param_name.endswith("bias") else 1.0)
+    path = scratch() / name / str(len(list(scratch().rglob("config.json"))))
+    model.save_pretrained(path)
+    return path
+
+
+@functools.cache
+def scratch() -> Path:
+    scratch_directory = tempfile.TemporaryDirectory(prefix="hf-")
+    KEPT.append(scratch_directory)
+    return Path(scratch_directory.name)
+
+
+KEPT: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_leftovers() -> Iterator[None]:
+    yield
+    for kept in KEPT:
+        kept.cleanup()
+
+
+def tokens() -> Tensor:
+    return torch.randint(SHAPE["vocab_size"], (2, NUM_TOKENS), generator=torch.Generator().manual_seed(3))
+
+
+def theirs(directory: Path) -> nn.Module:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return model.eval()
+
+
+def ours(directory: Path) -> Decoder:
+    config = dataclasses.replace(load_hf_config(directory), loss_chunk_size=7)
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.to_empty(device="cpu")
+    load_hf_weights(model, directory)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_and_loss_are_those_of_transformers_there_and_back(family: str, tmp_path: Path) -> None:
+    directory = directory_of(family)
+    model, reference = ours(directory), theirs(directory)
+    expected = reference(tokens()).logits
+    torch.testing.assert_close(model(tokens()), expected, rtol=1e-5, atol=1e-5)
+    targets = tokens().roll(-1, dims=1)
+    targets[:, -1] = IGNORE_INDEX
+    loss = F.cross_entropy(expected.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+    torch.testing.assert_close(model(tokens(), targets), loss)
+    save_hf(model, tmp_path / "back")
+    again = theirs(tmp_path / "back")
+    assert type(again) is (transformers.LlamaForCausalLM if family == "mistral, no window" else type(reference))
+    assert torch.equal(again(tokens()).logits, expected)
+    assert load_hf_config(tmp_path / "back") == load_hf_config(directory)
+
+
+@torch.no_grad()
+def test_every_weight_of_a_checkpoint_changes_the_logits() -> None:
+    """Prevents: a name that is accepted and read by nobody."""
+    model = ours(directory_of("qwen2"))
+    before = model(tokens())
+    for name, param in model.named_parameters():
+        kept = param.clone()
+        param.mul_(1.1)
+        assert not torch.equal(model(tokens()), before), name
+        param.copy_(kept)
+
+
+def test_a_window_shorter_than_the_text_matters() -> None:
+    """The families' tests would pass with windows ignored if none of them hid anything."""
+    windowed = ours(directory_of("mistral"))
+    unlimited = Decoder(dataclasses.replace(windowed.config, sliding_window=None))
+    unlimited.load_state_dict(windowed.state_dict())
+    assert not torch.allclose(windowed(tokens())[:, 6:], unlimited(tokens())[:, 6:], atol=1e-3)
+
+
+@pytest.mark.parametrize("old_keys", [False, True])
+def test_both_spellings_of_rotary_positions_are_read(old_keys: bool) -> None:
+    raw = {"model_type": "llama", **SHAPE}
+    raw |= (
+        {"rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+        if old_keys
+        else {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}}
+    )
+    config = config_from_hf(raw)
+    assert (config.rope_theta, config.rope_scaling) == (7.0, LinearScaling(2.0))
+
+
+def test_yarn_scales_of_deepseek_become_one_amplitude() -> None:
+    rope = YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}
+    scaling = config_from_hf({"model_type": "llama", **SHAPE, "rope_scaling": rope}).rope_scaling
+    assert isinstance(scaling, YarnScaling)
+    log_factor = torch.tensor(4.0).log().item()
+    assert scaling.amplitude == pytest.approx((0.1 * log_factor + 1) / (0.05 * log_factor + 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of llama, mistral, mixtral, qwen2"),
+        ({"hidden_act": "gelu"}, "expected hidden_act 'silu', found 'gelu'"),
+        ({"attention_bias": True}, "expected attention_bias False, found True"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "unscaled or scaled by linear, llama3 or yarn"),
+        ({"quantization_config": {"bits": 4}}, "expected quantization_config None"),
+        ({"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads"),
+        ({"hidden_size": None}, "lacks 'hidden_size'"),
+    ],
+)
+def test_a_configuration_that_the_decoder_is_no_equal_of_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    raw = {"model_type": "llama", **SHAPE, **change}
+    raw = {key: value for key, value in raw.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=message):
+        load_hf_config(tmp_path)
+
+
+def test_a_directory_that_is_none_of_theirs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected a Hugging Face directory, but .* has no config.json"):
+        load_hf_config(tmp_path)
+    with pytest.raises(ValueError, match=r"expected model.safetensors or other safetensors files"):
+        load_hf_weights(Decoder(PRESETS["tiny"]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"qkv_bias": True, "qk_norm": True},
+        {"sliding_window": 4, "windowed_layers": (0,)},
+    ],
+)
+def test_a_model_without_an_equal_in_transformers_is_not_written(change: dict[str, Any], tmp_path: Path) -> None:
+    model = Decoder(dataclasses.replace(PRESETS["tiny"], **change))
+    with pytest.raises(ValueError, match="no family of transformers has"):
+        save_hf(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_preset_has_an_equal_in_transformers() -> None:
+    for config in PRESETS.values():
+        back = config_from_hf(config_to_hf(config))
+        assert back == dataclasses.replace(config, loss_chunk_size=back.loss_chunk_size)
+
+
+def test_one_error_names_what_is_missing_unexpected_and_misshapen(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Decoder(PRESETS["tiny"])
+    save_hf(model, tmp_path / "whole")
+    entries = {name: stored.spec for name, stored in stored_tensors(tmp_path / "whole").items()}
+    del entries["model.norm.weight"]
+    entries["model.layers.0.self_attn.rotary_emb.inv_freq"] = TensorSpec(torch.float32, (8,))  # old files have it
+    entries["model.layers.0.self_attn.q_proj.bias"] = TensorSpec(torch.float32, (64,))
+    entries["lm_head.weight"] = TensorSpec(torch.float32, (500, 64))
+    with TensorWriter(tmp_path / "odd", entries, 1 << 30) as writer:
+        for name, spec in entries.items():
+            writer.write(name, torch.zeros(spec.shape))
+    with pytest.raises(ValueError) as caught:
+        load_hf_weights(model, tmp_path / "odd")
+    assert str(caught.value).split("; ")[1:] == [
+        "missing: model.norm.weight",
+        "unexpected: model.layers.0.self_attn.q_proj.bias",
+        "of another shape: lm_head.weight (expected (512, 64), found (500, 64))",
+    ]
+
+
+def test_loading_into_the_meta_device_names_the_fix() -> None:
+    directory = directory_of("llama")
+    with torch.device("meta"):
+        model = Decoder(load_hf_config(directory))
+    with pytest.raises(RuntimeError, match=r"is on the meta device: call to_empty"):
+        load_hf_weights(model, directory)
+
+
+# --- sharded ---
+
+
+def sharded(config: DecoderConfig) -> Decoder:
+    with torch.device("meta"):
+        model = Decoder(config)
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model.to_empty(device="cpu")
+
+
+def load_and_save_sharded(directory: Path, back: Path) -> tuple[Tensor, int, int]:
+    """Logits after loading, bytes read of weights, and bytes of this rank's rows; saved again after a forward."""
+    model = sharded(load_hf_config(directory))
+    read: list[int] = []
+    read_into = safetensors._read_into
+
+    def spy(path: Path, offset_nbytes: int, buffer: memoryview) -> None:
+        read.append(len(buffer))
+        read_into(path, offset_nbytes, buffer)
+
+    safetensors._read_into = spy
+    try:
+        load_hf_weights(model, directory)
+    finally:
+        safetensors._read_into = read_into
+    length, header, *rows = read
+    assert length == 8 and header < 10_000
+    own_nbytes = sum(param.to_local().nbytes for param in model.parameters())
+    logits = model(tokens()).detach()  # leaves the root gathered: what is saved is the shards all the same
+    save_hf(model, back, max_file_nbytes=20_000)
+    return logits, sum(rows), own_nbytes
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mixtral", "qwen3_moe"])
+def test_a_sharded_load_equals_a_plain_one_and_reads_own_bytes(family: str, world_size: int, tmp_path: Path) -> None:
+    directory = directory_of(family)
+    plain = ours(directory)
+    results = run_ranks(load_and_save_sharded, directory, tmp_path / "back", world_size=world_size)
+    for logits, read_nbytes, own_nbytes in results:
+        torch.testing.assert_close(logits, plain(tokens()), rtol=1e-6, atol=1e-6)
+        assert read_nbytes == own_nbytes
+    assert sum(read_nbytes for _, read_nbytes, _ in results) == sum(p.nbytes for p in plain.parameters())
+    assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tmp_path / "back")(tokens()).logits, theirs(directory)(tokens()).logits)
+
+
+def save_sharded(directory: Path) -> None:
+    model = sharded(PRESETS["tiny"])
+    model.init_weights()
+    save_hf(model, directory)
+    dist.barrier()
+
+
+def test_a_save_that_fails_on_rank_0_leaves_no_rank_in_a_gather(tmp_path: Path) -> None:
+    """The failing rank gathers to the end before it raises; the others wait at the barrier that the test put there."""
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(RankError) as caught:
+        run_ranks(save_sharded, tmp_path)
+    kind, message = caught.value.errors[0]
+    assert kind == "FileExistsError" and "already holds weights: model.safetensors" in message
+
+
+# --- precision and files ---
+
+
+@torch.no_grad()
+def test_bf16_files_load_into_fp32_and_fp32_models_save_in_bf16(tmp_path: Path) -> None:
+    model = ours(directory_of("llama"))
+    save_hf(model, tmp_path, dtype=torch.bfloat16, extra={"eos_token_id": 5})
+    assert {stored.spec.dtype for stored in stored_tensors(tmp_path).values()} == {torch.bfloat16}
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert (raw["torch_dtype"], raw["eos_token_id"]) == ("bfloat16", 5)
+    again = ours(tmp_path)
+    for param, rounded in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(param.bfloat16().float(), rounded)
+    native = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert native.dtype == torch.bfloat16 and native.config.eos_token_id == 5
+
+
+def test_the_package_safetensors_reads_what_is_written(tmp_path: Path) -> None:
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    written = {f"t{index}": torch.randn(3, index).to(dtype) for index, dtype in enumerate([torch.float32, torch.half])}
+    specs = {name: TensorSpec(it.dtype, tuple(it.shape)) for name, it in written.items()}
+    with TensorWriter(tmp_path, specs, 1 << 30) as writer:
+        for name, tensor in written.items():
+            writer.write(name, tensor)
+    read = load_file(tmp_path / "model.safetensors")
+    for name, tensor in written.items():
+        assert torch.equal(read[name], tensor)
+        stored = stored_tensors(tmp_path)[name]
+        assert torch.equal(stored.read_rows(1, 3), tensor[1:])
+
+
+def test_tensors_out_of_order_and_missing_tensors_are_refused(tmp_path: Path) -> None:
+    specs = {"a": TensorSpec(torch.float32, (2,)), "b": TensorSpec(torch.float32, (3,))}
+    with pytest.raises(ValueError, match="expected 'a'"), TensorWriter(tmp_path / "1", specs, 1 << 30) as writer:
+        writer.write("b", torch.zeros(3))
+    with pytest.raises(RuntimeError, match="'b' and what follows"), TensorWriter(tmp_path / "2", specs, 8) as writer:
+        writer.write("a", torch.zeros(2))
+
+
+@pytest.mark.parametrize("num_kept", [0, 7, 100, -1])
+def test_a_file_cut_short_is_refused(num_kept: int, tmp_path: Path) -> None:
+    model = Decoder(PRESETS["tiny"])
+    save_hf(model, tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:num_kept])
+    with pytest.raises(ValueError, match=r"model.safetensors is no whole safetensors file"):
+        load_hf_weights(model, tmp_path)
+
+
+def test_an_index_that_names_absent_files_is_refused(tmp_path: Path) -> None:
+    model = Decoder(PRESETS["tiny"])
+    save_hf(model, tmp_path, max_file_nbytes=100_000)
+    gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(ValueError, match=f"names files that are not there: {gone.name}"):
+        load_hf_weights(model, tmp_path)

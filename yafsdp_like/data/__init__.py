@@ -1,0 +1,19 @@
+"""Text into batches: documents, a tokenizer, packed tokens on disk, and an order whose whole state is one integer."""
+
+from yafsdp_like.data.order import Batches, SequenceOrder
+from yafsdp_like.data.shards import DataConfig, Header, PackedText, open_packed, prepare, unigram_entropy
+from yafsdp_like.data.text import TextSource
+from yafsdp_like.data.tokenizer import Tokenizer
+
+__all__ = [
+    "Batches",
+    "DataConfig",
+    "Header",
+    "PackedText",
+    "SequenceOrder",
+    "TextSource",
+    "Tokenizer",
+    "open_packed",
+    "prepare",
+    "unigram_entropy",
+]
