@@ -1,4 +1,5 @@
-# make test       lint, type checks and every test that needs no GPU; makes its own environment in .venv
+# make train      a small model on the carried text, two ranks, a few minutes; makes its own environment in .venv
+# make test       lint, type checks and every test that needs no GPU; makes .venv too
 # make test-gpu   the tests that need two GPUs
 # make bench      ours against stock FSDP2 and the unsharded floor; see scripts/results/README.md
 #
@@ -7,24 +8,38 @@
 PYTHON ?= python3
 VENV ?= .venv
 NPROC ?= 2
+TRAIN_ARGS ?= configs/tiny.yaml --resume=auto
 BENCH_ARGS ?= --model 8b --seq-len 1024,2048,4096,8192
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BASE := $(VENV)/.base
+TRAIN_STAMP := $(VENV)/.installed-train
 # Where there is no GPU, torch comes first and pinned, so that a CPU build satisfies what follows.
 TORCH_FIRST := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo torch==2.13.0)
 
-.PHONY: test lint format test-cpu test-gpu bench clean
+.PHONY: train test lint format test-cpu test-gpu bench clean
 
 test: lint test-cpu
 
-$(STAMP): setup.py pyproject.toml
+$(BASE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11: run make PYTHON=<a newer one>"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_FIRST),$(BIN)/python -m pip install --quiet $(TORCH_FIRST))
+	touch $@
+
+$(STAMP): setup.py pyproject.toml | $(BASE)
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	touch $@
+
+$(TRAIN_STAMP): setup.py pyproject.toml | $(BASE)
+	$(BIN)/python -m pip install --quiet -e '.[train]'
+	touch $@
+
+# Two ranks: on GPUs where there are two, otherwise on the CPU.
+train: $(TRAIN_STAMP)
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m launch.train $(TRAIN_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""Commands of the package: `python -m launch.train`, or under torchrun."""

@@ -1,0 +1,66 @@
+"""From a recipe to a sharded model and its optimizer.
+
+Owns how a model is cut into units, and which parameters decay. Knows nothing of data or steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from launch.config import Config
+from launch.recipe import Recipe
+from launch.world import World
+from yafsdp_like import MixedPrecisionPolicy, fully_shard
+from yafsdp_like.models import DecoderConfig
+
+
+def build_model(recipe: Recipe, config: Config, world: World) -> Any:
+    """The model, sharded block by block; its memory plan can be read, and nothing is allocated for it yet."""
+    policy = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, config.precision.param_dtype),
+        reduce_dtype=getattr(torch, config.precision.reduce_dtype),
+    )
+    model, blocks = recipe.make()
+    for block in blocks:
+        if config.model.compile:
+            block.compile(dynamic=False)
+        fully_shard(block, mesh=world.mesh, mp_policy=policy)
+    return fully_shard(model, mesh=world.mesh, mp_policy=policy)
+
+
+def build_optimizer(model: torch.nn.Module, config: Config, world: World) -> torch.optim.Optimizer:
+    """AdamW over the sharded parameters; only matrices decay."""
+    options = config.optimizer
+    matrices = [param for param in model.parameters() if param.dim() > 1]
+    others = [param for param in model.parameters() if param.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        fused=world.device.type == "cuda",
+    )
+
+
+def describe_plan(model: Any, world: World) -> str:
+    """The memory plan, and AdamW's moments beside it."""
+    num_local = sum(-(-param.numel() // world.size) for param in model.parameters())
+    moments_mib = 2 * 4 * num_local / 2**20
+    return f"{model.memory_plan()}\n  AdamW's moments, {moments_mib:,.2f} MiB, and activations come on top"
+
+
+def flops_per_step(model: Any, config: Config) -> int | None:
+    """Floating-point operations of one optimizer step over all ranks, by the model's formula; None without one."""
+    formula = getattr(model, "config", None)
+    if not isinstance(formula, DecoderConfig):
+        return None
+    return formula.train_flops(config.global_batch_size, config.seq_len)
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A tensor on every rank of what may be a DTensor."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

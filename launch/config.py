@@ -1,0 +1,249 @@
+"""What a run is told: dataclasses filled from one YAML file and dotted overrides, and checked before anything starts.
+
+Owns the names, defaults and limits of every option. Knows nothing of models, ranks or files but the one it reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import typing
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from yafsdp_like.data import DataConfig
+
+USAGE = "usage: [torchrun --nproc-per-node N] -m launch.train CONFIG.yaml [--section.key=value ...]"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model: a preset by name, a Hugging Face directory, or a function that returns any module (set one)."""
+
+    preset: str | None = "tiny"
+    hf_dir: str | None = None  # configuration and weights in safetensors
+    overrides: dict[str, Any] = field(default_factory=dict)  # fields of the preset's or the directory's configuration
+    factory: str | None = None  # "package.module:function"
+    blocks: str = ""  # of the factory's module: the container of the blocks to shard one by one, such as "model.layers"
+    compile: bool = False  # torch.compile each block
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW, its warm-up and cosine."""
+
+    lr: float = 3e-4
+    final_lr_ratio: float = 0.1
+    num_warmup_steps: int = 100
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices; norms and biases have none
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class PrecisionOptions:
+    """What modules compute in and what gradients are summed in; parameters and moments are fp32."""
+
+    param_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Step-N directories under the run's directory."""
+
+    every: int = 0  # steps; 0: at the end only
+    keep: int = 3
+    asynchronous: bool = True  # write behind the next steps
+    export: bool = True  # the weights also as a Hugging Face directory, `hf`, tokenizer included
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Loss on held-out text."""
+
+    every: int = 0  # steps; 0: at the end only
+    num_batches: int = 8  # global batches
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """What is said, and how often."""
+
+    every: int = 10  # steps; ranks meet and the device is synchronised then
+    tensorboard: bool = True
+    peak_tflops: float | None = None  # of one device, for MFU; none: known by the device's name
+    profile_step: int | None = None  # trace this step and the next
+    memory_snapshot: bool = False  # the allocator's history to the end of the run; needs GPUs
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Text generated at the end."""
+
+    prompt: str = "It was"
+    num_tokens: int = 80  # 0: none
+    top_k: int = 40  # 1: greedy
+    temperature: float = 0.8
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run is told."""
+
+    output_dir: str
+    resume: str = "no"  # "no", "auto" (the last complete checkpoint, if any), or a step-N directory
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    num_steps: int = 1000
+    seq_len: int = 256
+    global_batch_size: int = 32  # sequences per optimizer step, over all ranks
+    micro_batch_size: int = 8  # sequences per rank and forward
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    precision: PrecisionOptions = field(default_factory=PrecisionOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+    sample: SampleOptions = field(default_factory=SampleOptions)
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "num_steps": (self.num_steps, 1),
+            "seq_len": (self.seq_len, 1),
+            "global_batch_size": (self.global_batch_size, 1),
+            "micro_batch_size": (self.micro_batch_size, 1),
+            "checkpoint.every": (self.checkpoint.every, 0),
+            "checkpoint.keep": (self.checkpoint.keep, 1),
+            "evaluation.every": (self.evaluation.every, 0),
+            "evaluation.num_batches": (self.evaluation.num_batches, 1),
+            "log.every": (self.log.every, 1),
+            "sample.num_tokens": (self.sample.num_tokens, 0),
+            "sample.top_k": (self.sample.top_k, 1),
+        }
+        for key, (value, low) in at_least.items():
+            if value < low:
+                raise ValueError(f"{key} must be at least {low}, got {value}")
+        if [self.model.preset, self.model.hf_dir, self.model.factory].count(None) != 2:
+            raise ValueError("give exactly one of model.preset, model.hf_dir and model.factory; set the others to null")
+
+    def num_accumulated(self, world_size: int) -> int:
+        """Forwards per rank and optimizer step; ValueError unless the global batch divides evenly."""
+        per_forward = self.micro_batch_size * world_size
+        if self.global_batch_size % per_forward:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size} × {world_size} ranks = {per_forward}; change one of them"
+            )
+        return self.global_batch_size // per_forward
+
+
+def load(arguments: Sequence[str]) -> Config:
+    """The configuration of a command line: one YAML file, then `--section.key=value` (or `--section.key value`).
+
+    Raises ValueError, in one line, for an unreadable file, an unknown key (with the nearest known one) and a value of
+    the wrong type.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(f"no configuration file given; {USAGE}")
+    path, overrides = Path(arguments[0]), list(arguments[1:])
+    _check_keys(_keys_of(_read_yaml(path)), str(path))
+    _check_keys(_override_keys(overrides), "the command line")
+    return _fill(path, overrides)
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Plain lists, numbers and strings, as YAML and JSON hold them."""
+    plain: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config))))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _fill(path: Path, overrides: Sequence[str]) -> Config:
+    import jsonargparse  # here: the names above serve without the `train` extra
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action=jsonargparse.ActionConfigFile)  # type: ignore[attr-defined]
+    parser.add_class_arguments(Config)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of jsonargparse's own future
+            values = parser.instantiate_classes(parser.parse_args(["--config", str(path), *overrides]))
+    except (argparse.ArgumentError, TypeError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the configuration {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold keys and values, found {type(content).__name__}")
+    return content
+
+
+def _keys_of(content: Mapping[str, Any], cls: type = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of nested mappings, down to where options end."""
+    sections = _sections(cls)
+    for key, value in content.items():
+        if key in sections and isinstance(value, Mapping):
+            yield from _keys_of(value, sections[key], f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _override_keys(overrides: Sequence[str]) -> Iterator[str]:
+    expects_value = False
+    for word in overrides:
+        if word.startswith("--"):
+            key, equals, _ = word[2:].partition("=")
+            expects_value = not equals
+            yield key
+        elif expects_value:
+            expects_value = False
+        else:
+            raise ValueError(f"unexpected argument {word!r}; {USAGE}")
+
+
+def _check_keys(keys: Iterator[str], where: str) -> None:
+    known = list(_known_keys(Config))
+    for key in keys:
+        if key in known or key.startswith("model.overrides."):
+            continue
+        leaves = {name: name.rpartition(".")[2] for name in known}
+        near = difflib.get_close_matches(key, known, 1, 0.6) or [
+            name for name, leaf in leaves.items() if difflib.get_close_matches(key.rpartition(".")[2], [leaf], 1, 0.7)
+        ]
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+        raise ValueError(f"unknown key '{key}' in {where}; {hint}")
+
+
+def _known_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    sections = _sections(cls)
+    for f in dataclasses.fields(cls):
+        yield f"{prefix}{f.name}"
+        if f.name in sections:
+            yield from _known_keys(sections[f.name], f"{prefix}{f.name}.")
+
+
+def _sections(cls: type) -> dict[str, type]:
+    hints = typing.get_type_hints(cls)
+    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint) and isinstance(hint, type)}

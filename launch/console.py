@@ -1,0 +1,54 @@
+"""What a person sees: a progress bar on a terminal, one line per record elsewhere, nothing on other ranks."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from launch.metrics import Record
+
+COLUMNS = (
+    ("loss", "loss {:.4f}"),
+    ("held_out_loss", "held out {:.4f}"),
+    ("lr", "lr {:.2e}"),
+    ("grad_norm", "norm {:.2f}"),
+    ("tokens_per_s_per_device", "{:,.0f} tokens/s per device"),
+    ("tflops_per_device", "{:.3g} TFLOP/s"),
+    ("mfu", "MFU {:.1%}"),
+    ("reserved_gib", "{:.1f} GiB reserved"),
+)
+
+
+class Console:
+    """Lines and progress of one run; `num_steps` is where the bar ends, `step` where it starts."""
+
+    def __init__(self, speaks: bool, num_steps: int, step: int = 0) -> None:
+        self._speaks, self._num_steps = speaks, num_steps
+        self._progress: Any = None
+        if speaks and sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self._progress = Progress(*columns)
+            self._task = self._progress.add_task("", total=num_steps, completed=step)
+            self._progress.start()
+
+    def say(self, text: str) -> None:
+        """A line of its own, on the first rank."""
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        elif self._speaks:
+            print(text, flush=True)
+
+    def show(self, record: Record) -> None:
+        """The state after a step."""
+        parts = [form.format(record[name]) for name, form in COLUMNS if record.get(name) is not None]
+        if self._progress is not None:
+            self._progress.update(self._task, completed=record["step"], description=" · ".join(parts[:4]))
+        if self._progress is None or "held_out_loss" in record:
+            self.say(f"step {record['step']}/{self._num_steps}  " + "  ".join(parts))
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

@@ -1,0 +1,179 @@
+"""What a run measures and where it is written: times of phases, speed, memory; metrics.jsonl and TensorBoard.
+
+Owns the clocks and the files. Knows nothing of the model but its FLOPs per step, and never synchronises the device
+between two records.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections import defaultdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.world import World
+
+GIB = 2**30
+Record = dict[str, Any]
+Mark = torch.cuda.Event | float
+
+# Dense bf16 TFLOP/s in NVIDIA's data sheets, by a part of the device's name.
+PEAK_TFLOPS = {
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100": 989.4,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "L40S": 362.05,
+    "L4": 121.0,
+    "A10": 125.0,
+}
+
+
+def peak_tflops(world: World, given: float | None) -> float | None:
+    """What MFU is a share of: the given number, or the device's by name; None on a CPU or an unknown device."""
+    if given is not None or world.device.type != "cuda":
+        return given
+    name = torch.cuda.get_device_name(world.device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+class Timeline:
+    """Where the time of a step goes. Marks are events of the compute stream on a GPU, the clock elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._spans: list[tuple[str, Mark]] = []
+        self._begin = self._now()
+
+    def end(self, phase: str) -> None:
+        """What has run since the last mark was `phase`."""
+        self._spans.append((phase, self._now()))
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each phase since the last call. Waits for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        seconds: dict[str, float] = defaultdict(float)
+        for phase, mark in self._spans:
+            seconds[phase] += _seconds(self._begin, mark)
+            self._begin = mark
+        self._spans.clear()
+        return dict(seconds)
+
+    def _now(self) -> Mark:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds(begin: Mark, end: Mark) -> float:
+    if isinstance(begin, float) or isinstance(end, float):
+        assert isinstance(begin, float) and isinstance(end, float)
+        return end - begin
+    return begin.elapsed_time(end) / 1e3
+
+
+def speed(seconds: dict[str, float], num_tokens: int, flops: int | None, world: World, peak: float | None) -> Record:
+    """Per device, over an interval of several steps, evaluation left out: tokens/s, TFLOP/s, MFU, shares of phases."""
+    phases = {phase: taken for phase, taken in seconds.items() if phase != "evaluation"}
+    total = sum(phases.values())
+    tflops = None if flops is None else flops / total / world.size / 1e12
+    return {
+        "tokens_per_s_per_device": num_tokens / total / world.size,
+        "tflops_per_device": tflops,
+        "mfu": None if tflops is None or peak is None else tflops / peak,
+        "peak_tflops": peak,
+        "shares": {phase: taken / total for phase, taken in phases.items()},
+    }
+
+
+def memory(device: torch.device) -> Record:
+    """Peaks so far: of the allocator on a GPU, of the process on a host."""
+    record: Record = {"allocated_gib": None, "reserved_gib": None, "host_gib": _host_peak_nbytes() / GIB}
+    if device.type == "cuda":
+        record["allocated_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+        record["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
+    return record
+
+
+def _host_peak_nbytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Recorder:
+    """metrics.jsonl, one object per line, and TensorBoard; made on the first rank only."""
+
+    def __init__(self, directory: Path, tensorboard: bool, first_step: int) -> None:
+        self._path = directory / "metrics.jsonl"
+        _keep_lines_before(self._path, first_step)
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+
+    def write(self, records: list[Record]) -> None:
+        """Append, so that everything said so far is in the file when this returns."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+        for record in records if self._writer is not None else ():
+            for name, value in record.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._writer.add_scalar(name, value, record["step"])
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_records(directory: Path) -> list[Record]:
+    """All whole lines of a run's metrics.jsonl."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _keep_lines_before(path: Path, first_step: int) -> None:
+    """Steps that are about to be trained again (a killed run got further than its checkpoint) leave the file."""
+    kept = [record for record in read_records(path.parent) if record["step"] < first_step]
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def environment(world: World) -> Record:
+    """Versions and hardware, as saved beside the configuration."""
+    on_gpu = world.device.type == "cuda"
+    packages = ("torch", "numpy", "tokenizers", "transformers", "yafsdp_like")
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
+        "device_memory_gib": torch.cuda.mem_get_info(world.device)[1] / GIB if on_gpu else None,
+        "ranks": world.size,
+        "cpu_cores": os.cpu_count(),
+        "threads_per_rank": torch.get_num_threads(),
+        "system": platform.platform(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

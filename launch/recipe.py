@@ -1,0 +1,178 @@
+"""Which model is trained: our decoder by preset or Hugging Face directory, or any module that a function returns.
+
+Owns what differs between them: how they are made, filled and written for others. Knows nothing of sharding or training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from launch.config import ModelOptions
+from yafsdp_like.models import PRESETS, Decoder, DecoderConfig
+from yafsdp_like.models.hf import load_hf_config, load_hf_weights, save_hf
+
+
+class Recipe(Protocol):
+    """A model that can be made on every rank."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def make(self) -> tuple[nn.Module, list[nn.Module]]:
+        """The model, unsharded and the same on all ranks, and the blocks to shard one by one.
+
+        Called with tokens (B, T) it gives logits (B, T, V); with targets (B, T) too, the mean loss.
+        """
+
+    def fill(self, model: Any, device: torch.device, from_checkpoint: bool) -> None:
+        """Give the sharded model its first values on `device`; a checkpoint may overwrite them."""
+
+    def export(self, model: Any, directory: Path, dtype: torch.dtype, token_ids: Mapping[str, int | None]) -> None:
+        """Write what transformers loads; called on all ranks, fails only after the last collective."""
+
+
+def recipe_of(options: ModelOptions, seed: int) -> Recipe:
+    """What the options ask for; ValueError if there is no such thing."""
+    if options.factory is not None:
+        return FactoryRecipe(options.factory, options.blocks, seed)
+    return DecoderRecipe(decoder_config(options), options.hf_dir, seed)
+
+
+# --- our decoder ---
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderRecipe:
+    """Made on the meta device; filled from a Hugging Face directory, each rank reading its own rows, or from a seed."""
+
+    config: DecoderConfig
+    hf_dir: str | None
+    seed: int
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def make(self) -> tuple[nn.Module, list[nn.Module]]:
+        with torch.device("meta"):
+            model = Decoder(self.config)
+        return model, list(model.layers)
+
+    def fill(self, model: Any, device: torch.device, from_checkpoint: bool) -> None:
+        model.to_empty(device=device)
+        if self.hf_dir is None or from_checkpoint:
+            model.init_weights(self.seed)
+        else:
+            load_hf_weights(model, Path(self.hf_dir))
+
+    def export(self, model: Any, directory: Path, dtype: torch.dtype, token_ids: Mapping[str, int | None]) -> None:
+        save_hf(model, directory, dtype=dtype, extra=token_ids)
+
+
+def decoder_config(options: ModelOptions) -> DecoderConfig:
+    """The decoder's shape; ValueError for a preset, a directory or a field that does not exist."""
+    if options.hf_dir is not None:
+        config = load_hf_config(Path(options.hf_dir))
+    elif options.preset in PRESETS:
+        config = PRESETS[options.preset]
+    else:
+        raise ValueError(f"unknown model.preset '{options.preset}'; {_nearest(str(options.preset), PRESETS)}")
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    for name, value in options.overrides.items():
+        if name not in fields:
+            raise ValueError(f"unknown key 'model.overrides.{name}'; {_nearest(name, fields)}")
+        like = fields[name]
+        if like is not None and type(value) is not type(like) and (type(like), type(value)) != (float, int):
+            raise ValueError(f"model.overrides.{name} is like {like!r}, got {value!r}")
+    try:
+        return dataclasses.replace(config, **options.overrides)
+    except TypeError as error:
+        raise ValueError(f"model.overrides {options.overrides} do not fit: {error}") from error
+
+
+def _nearest(word: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+
+
+# --- any other module ---
+
+
+@dataclasses.dataclass(frozen=True)
+class FactoryRecipe:
+    """`factory` is "package.module:function"; what it returns is made whole on every rank, on the CPU, and then cut.
+
+    The module takes tokens (B, T) and gives logits (B, T, V), or an object that has them as `logits`, as transformers'.
+    """
+
+    factory: str
+    blocks: str  # dotted name of the container of its blocks; "": the whole module is one unit
+    seed: int
+
+    @property
+    def vocab_size(self) -> int:
+        with torch.device("meta"):
+            module = self._module()
+        sizes = [child.num_embeddings for child in module.modules() if isinstance(child, nn.Embedding)]
+        if not sizes:
+            raise ValueError(f"the module of model.factory '{self.factory}' has no nn.Embedding to put tokens into")
+        return max(sizes)
+
+    def make(self) -> tuple[nn.Module, list[nn.Module]]:
+        torch.manual_seed(self.seed)
+        module = self._module()
+        try:
+            blocks = list(module.get_submodule(self.blocks).children()) if self.blocks else []
+        except AttributeError as error:
+            raise ValueError(f"model.blocks '{self.blocks}' is not in the module of model.factory: {error}") from error
+        return WithLoss(module), blocks
+
+    def fill(self, model: Any, device: torch.device, from_checkpoint: bool) -> None:
+        model.to(device)
+
+    def export(self, model: Any, directory: Path, dtype: torch.dtype, token_ids: Mapping[str, int | None]) -> None:
+        """For modules of transformers. Rank 0 alone holds the whole model, in host memory."""
+        whole = {}
+        for name, param in model.module.state_dict().items():
+            value = param.full_tensor() if isinstance(param, DTensor) else param
+            if dist.get_rank() == 0:
+                whole[name] = value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
+        if dist.get_rank() == 0:
+            if not hasattr(model.module, "save_pretrained"):
+                raise ValueError(f"{type(model.module).__name__} has no save_pretrained; set --checkpoint.export=false")
+            model.module.save_pretrained(directory, state_dict=whole)
+
+    def _module(self) -> nn.Module:
+        module_name, _, name = self.factory.partition(":")
+        try:
+            module = getattr(importlib.import_module(module_name), name)()
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"model.factory '{self.factory}' is not a package.module:function: {error}") from error
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"model.factory '{self.factory}' returned {type(module).__name__}, expected an nn.Module")
+        return module
+
+
+class WithLoss(nn.Module):
+    """A language model, and the loss beside its logits."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of tokens (B, T); with targets (B, T), the mean loss instead, an fp32 scalar."""
+        output: Any = self.module(tokens)
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

@@ -1,0 +1,85 @@
+"""This process's place among the ranks: joining and leaving the process group, with torchrun and without.
+
+Owns the process group and the choice of device. Knows nothing of models or files.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+TIMEOUT = datetime.timedelta(minutes=10)  # of one collective; the first step compiles, rank 0 may tokenize
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank and device of this process, and the mesh of all ranks."""
+
+    rank: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def size(self) -> int:
+        return self.mesh.size()
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over ranks of `values`, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+
+def rank_from_environment() -> int:
+    """This process's rank before there is a process group; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def join(device_type: str) -> World:
+    """Start the process group that torchrun (or SLURM through it) describes, or one of this process alone.
+
+    "auto" takes GPUs where the host has one for each of its ranks. Host memory travels over gloo in any case.
+    """
+    local_rank, local_size = (int(os.environ.get(key, default)) for key, default in _LOCAL)
+    num_devices = torch.cuda.device_count()
+    if device_type == "auto":
+        device_type = "cuda" if num_devices >= local_size else "cpu"
+    if device_type == "cuda" and local_size > num_devices:
+        raise ValueError(
+            f"device cuda: this host starts {local_size} ranks and has {num_devices} GPUs; start fewer ranks, or say "
+            "--device=cpu"
+        )
+    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+    return World(dist.get_rank(), device, mesh)
+
+
+_LOCAL = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+
+
+def leave() -> None:
+    """End the process group; harmless where there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

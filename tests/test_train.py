@@ -1,0 +1,410 @@
+"""The main job on tiny models: it learns, goes on where it stopped, and says in one line what is wrong."""
+
+import json
+import math
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from torch.distributed.device_mesh import init_device_mesh
+
+from launch import config, metrics
+from launch.sample import draw
+from launch.train import run
+from launch.world import World
+from tests.ranks import RankError, run_ranks
+from yafsdp_like.checkpoint import steps
+from yafsdp_like.models import Decoder
+from yafsdp_like.models.hf import load_hf_config, load_hf_weights
+from yafsdp_like.optim.schedule import WarmupCosine
+
+ROOT = Path(__file__).parent.parent
+OPTIONS: dict[str, Any] = {
+    "num_steps": 6,
+    "seq_len": 16,
+    "global_batch_size": 8,
+    "micro_batch_size": 2,
+    "model": {"preset": "tiny", "overrides": {"num_layers": 1, "dim": 32, "ffn_dim": 48, "vocab_size": 300}},
+    "data": {"vocab_size": 300},
+    "optimizer": {"lr": 0.01, "num_warmup_steps": 2},
+    "precision": {"param_dtype": "float32"},
+    "checkpoint": {"every": 2, "keep": 3, "export": False},
+    "evaluation": {"every": 3, "num_batches": 2},
+    "log": {"every": 2, "tensorboard": False},
+    "sample": {"num_tokens": 3, "prompt": "the"},
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some hundreds of sentences out of a few words, and a cache beside them that all tests share."""
+    words = ["the", "a", "whale", "ship", "sea", "saw", "sailed", "over", "under", "great", "white", "old", "captain"]
+    rng = random.Random(0)
+    sentences = [" ".join(rng.choices(words, k=8)) + ".\n" for _ in range(800)]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("<|endoftext|>\n".join("".join(sentences[i : i + 40]) for i in range(0, 800, 40)))
+    return path
+
+
+@pytest.fixture
+def file(text: Path, tmp_path: Path) -> Path:
+    """A configuration file of the smallest run, whose output goes to `run` beside it."""
+    path = tmp_path / "config.yaml"
+    data = {**OPTIONS["data"], "paths": [str(text)], "cache": str(text.parent / "cache")}
+    path.write_text(yaml.safe_dump({**OPTIONS, "output_dir": str(tmp_path / "run"), "data": data}))
+    return path
+
+
+def run_here(arguments: list[str]) -> None:
+    """The whole run on this worker, as one of its ranks."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    run(config.load(arguments), World(dist.get_rank(), torch.device("cpu"), mesh))
+
+
+def train(file: Path, *overrides: str, world_size: int = 2, output: str = "run") -> list[metrics.Record]:
+    """Train in workers that are there already; what metrics.jsonl then says."""
+    directory = file.parent / output
+    run_ranks(run_here, [str(file), f"--output_dir={directory}", *overrides], world_size=world_size)
+    return metrics.read_records(directory)
+
+
+def losses(records: list[metrics.Record]) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in records}
+
+
+def stop_at(file: Path, step: int, output: str) -> None:
+    """Make `output` what a run of `file`, killed right after its save of `step`, would leave."""
+    train(file, output=output)
+    for path in steps.complete_checkpoints(file.parent / output):
+        if steps.step_of(path) > step:
+            for part in sorted(path.rglob("*"), reverse=True):
+                part.rmdir() if part.is_dir() else part.unlink()
+            path.rmdir()
+
+
+# --- what a run does ---
+
+
+def test_a_run_learns_and_leaves_its_files(file: Path) -> None:
+    logs = ["--log.tensorboard=true", "--log.profile_step=4"]
+    records = train(file, "--num_steps=40", "--checkpoint.every=20", *logs)
+    assert [record["step"] for record in records] == list(range(1, 41))
+    assert records[0]["loss"] == pytest.approx(math.log(300), abs=0.2)
+    assert records[-1]["loss"] < records[0]["loss"] - 1.5
+    assert [record["step"] for record in records if "held_out_loss" in record] == [*range(3, 40, 3), 40]
+    last = records[-1]
+    assert last["tokens"] == 40 * 8 * 16 and last["lr"] == pytest.approx(0.001)
+    assert last["mfu"] is None and last["tokens_per_s_per_device"] > 0 and last["tflops_per_device"] > 0
+    assert sum(last["shares"].values()) == pytest.approx(1)
+    output = file.parent / "run"
+    names = {"config.yaml", "environment.json", "loss.png", "tensorboard", "trace-rank0.json.gz", "trace-rank1.json.gz"}
+    assert {path.name for path in output.iterdir()} >= names
+    assert [path.name for path in steps.complete_checkpoints(output)] == ["step-20", "step-40"]
+    assert config.load([str(output / "config.yaml")]).num_steps == 40
+    assert json.loads((output / "environment.json").read_text())["ranks"] == 2
+
+
+def test_resuming_equals_not_stopping_bit_for_bit(file: Path) -> None:
+    whole = train(file)
+    stop_at(file, 4, "stopped")
+    resumed = train(file, "--resume=auto", output="stopped")
+    assert losses(resumed) == losses(whole)
+    assert [r["grad_norm"] for r in resumed] == [r["grad_norm"] for r in whole]
+    assert resumed[-1]["held_out_loss"] == whole[-1]["held_out_loss"]
+
+
+def test_another_number_of_ranks_sees_the_same_text_and_stays_close(file: Path) -> None:
+    whole = train(file)
+    stop_at(file, 2, "stopped")
+    for world_size, last in ((1, 4), (4, 6)):  # 2 -> 1 -> 4 ranks
+        overrides = [f"--num_steps={last}", "--resume=auto"]
+        resumed = train(file, *overrides, *_same_rates(), world_size=world_size, output="stopped")
+    reference = train(file, *_same_rates(), output="reference")
+    assert losses(resumed) == pytest.approx(losses(reference), rel=1e-5)
+    assert losses(whole)[1] == losses(reference)[1]
+
+
+def _same_rates() -> list[str]:
+    """A rate that does not depend on where the run ends."""
+    return ["--optimizer.final_lr_ratio=1.0"]
+
+
+def test_a_finished_run_resumed_shows_its_end_again(file: Path) -> None:
+    assert train(file) == train(file, "--resume=auto")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_weights_of_a_checkpoint_load_in_transformers_and_here_with_equal_logits(file: Path, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    records = train(file, "--checkpoint.export=true", f"--model.overrides.tie_embeddings={tied}".lower())
+    directory = file.parent / "run" / "step-6" / "hf"
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokens = torch.tensor([tokenizer("the old whale saw a ship.")["input_ids"]])
+    (logits,) = run_ranks(logits_of, directory, tokens, world_size=1)
+    torch.testing.assert_close(model(tokens).logits, logits, rtol=1e-4, atol=1e-5)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    again = train(
+        file,
+        "--model.preset=null",
+        "--model.overrides={}",
+        f"--model.hf_dir={directory}",
+        f"--data.tokenizer={directory}",
+        "--num_steps=1",
+        "--optimizer.lr=0",
+        output="again",
+    )
+    assert again[0]["held_out_loss"] == pytest.approx(records[-1]["held_out_loss"], rel=1e-5)
+
+
+def logits_of(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
+    model = Decoder(load_hf_config(directory))
+    load_hf_weights(model, directory)
+    with torch.no_grad():
+        return model(tokens)
+
+
+def llama() -> torch.nn.Module:
+    """A model of transformers, small and random."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes))
+
+
+def test_a_model_of_transformers_trains_resumes_and_is_written(file: Path) -> None:
+    foreign = ["--model.preset=null", "--model.overrides={}", "--model.factory=tests.test_train:llama"]
+    foreign += ["--model.blocks=model.layers", "--checkpoint.export=true"]
+    records = train(file, "--num_steps=4", *foreign)
+    assert records[-1]["loss"] < records[0]["loss"] - 0.1
+    assert load_hf_config(file.parent / "run" / "step-4" / "hf").num_layers == 2
+    resumed = train(file, "--num_steps=5", "--resume=auto", *foreign)
+    assert [record["step"] for record in resumed] == [1, 2, 3, 4, 5]
+    assert resumed[-1]["loss"] < records[-1]["loss"]
+
+
+# --- the command line ---
+
+
+def test_overrides_win_and_the_global_batch_is_the_users_number(file: Path) -> None:
+    options = config.load([str(file), "--optimizer.lr", "1e-4", "--model.overrides.num_layers=3", "--log.every=7"])
+    assert options.optimizer.lr == 1e-4 and options.model.overrides["num_layers"] == 3 and options.log.every == 7
+    assert [options.num_accumulated(world_size) for world_size in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(ValueError, match=r"global_batch_size 8 is not a multiple of micro_batch_size 2 × 3 ranks = 6"):
+        options.num_accumulated(3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer.lrr=1"], r"unknown key 'optimizer\.lrr' in the command line; did you mean 'optimizer\.lr'\?"),
+        (["--lr=1"], r"unknown key 'lr' .*did you mean 'optimizer\.lr'"),
+        (["--num_steps=many"], r"num_steps.*int.*many"),
+        (["--optimizer.lr=fast"], r"optimizer\.lr.*float.*fast"),
+        (["--num_steps=0"], r"num_steps must be at least 1, got 0"),
+        (["--precision.param_dtype=float8"], r"param_dtype.*float8"),
+        (["--model.preset=null"], r"exactly one of model\.preset, model\.hf_dir"),
+        (["extra"], r"unexpected argument 'extra'"),
+    ],
+)
+def test_a_mistyped_command_line_is_one_clear_line(file: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        config.load([str(file), *arguments])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("output_dir: x\noptimiser:\n  lr: 1\n", r"unknown key 'optimiser' .*did you mean 'optimizer'\?"),
+        ("output_dir: x\noptimizer:\n  lear: 1\n", r"unknown key 'optimizer\.lear' .*did you mean 'optimizer\."),
+        ("output_dir: x\noptimizer: [\n", r"is not YAML"),
+        ("- a\n", r"must hold keys and values, found list"),
+        ("num_steps: 3\n", r"output_dir"),
+    ],
+)
+def test_a_mistyped_file_is_one_clear_line(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        config.load([str(tmp_path / "config.yaml")])
+
+
+def test_without_a_file_the_usage_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="usage"):
+        config.load([])
+    with pytest.raises(ValueError, match="cannot read the configuration"):
+        config.load([str(tmp_path / "nothing.yaml")])
+
+
+# --- what cannot be trained ---
+
+
+def refusal(file: Path, *overrides: str, output: str = "run") -> str:
+    """The words that all ranks fail with."""
+    with pytest.raises(RankError) as caught:
+        train(file, *overrides, output=output)
+    (error,) = set(caught.value.errors.values())
+    assert sorted(caught.value.errors) == [0, 1] and error[0] == "AgreedError"
+    return error[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--data.paths=['/nowhere.txt']"], r"/nowhere\.txt does not exist"),
+        (["--model.overrides.vocab_size=280"], r"the tokenizer has 300 tokens, the model's vocabulary only 280"),
+        (["--model.overrides.layers=2"], r"unknown key 'model\.overrides\.layers'; did you mean 'num_layers'\?"),
+        (["--model.overrides.num_layers=two"], r"model\.overrides\.num_layers is like 1, got 'two'|is like 2"),
+        (["--model.preset=tinny"], r"unknown model\.preset 'tinny'; did you mean 'tiny'\?"),
+        (["--seq_len=1000000"], r"lower seq_len"),
+        (["--micro_batch_size=3"], r"is not a multiple of micro_batch_size 3 × 2 ranks = 6"),
+        (["--resume=nowhere"], r"nowhere is not a complete checkpoint"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_on_every_rank(file: Path, overrides: list[str], message: str) -> None:
+    assert re.search(message, refusal(file, *overrides))
+
+
+def test_an_empty_text_is_refused(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert "no text in" in refusal(file, f"--data.paths=['{tmp_path / 'empty.txt'}']")
+
+
+def test_an_output_directory_that_is_a_file_is_refused(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    assert "cannot write to output_dir" in refusal(file, output="taken")
+
+
+def test_a_checkpoint_of_another_model_or_order_is_refused_and_an_earlier_run_not_overwritten(file: Path) -> None:
+    train(file, "--num_steps=2")
+    words = refusal(file, "--resume=auto", "--model.overrides.ffn_dim=64")
+    assert re.search(r"is a checkpoint of another model: layers\.0\.mlp\.\w+\.weight is \[48, 32\] there", words)
+    assert "in another order: seed is 0 there and 1 here" in refusal(file, "--resume=auto", "--seed=1")
+    assert "holds step-2 of an earlier run; say --resume=auto" in refusal(file)
+
+
+# --- processes ---
+
+
+def command(file: Path, *overrides: str, num_ranks: int = 0) -> list[str]:
+    """With torchrun, or without (0)."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)] if num_ranks else []
+    return [sys.executable, *launcher, "-m", "launch.train", str(file), *overrides]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@contextmanager
+def started(arguments: list[str]) -> Iterator["subprocess.Popen[str]"]:
+    """A command in a process group of its own, of which nothing is left afterwards."""
+    process = subprocess.Popen(
+        arguments, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_one_process_without_torchrun_trains_and_says_what_it_does(file: Path) -> None:
+    result = subprocess.run(command(file), env=ENVIRONMENT, capture_output=True, text=True, timeout=170, check=False)
+    assert result.returncode == 0, result.stderr
+    for words in ("memory plan of one rank of 1", "step 6/6  loss", "sample: the", "loss.png", "step-6"):
+        assert words in result.stdout
+
+
+def test_kill_9_of_all_ranks_then_resume_loses_only_steps_since_the_last_save(file: Path) -> None:
+    many = ["--num_steps=2000", "--checkpoint.every=1", "--log.every=1"]
+    with started(command(file, *many)) as process:
+        wait_for(lambda: _latest_step(file) >= 3, process)
+        os.killpg(process.pid, signal.SIGKILL)
+    last = _latest_step(file)
+    resumed = train(file, f"--num_steps={last + 2}", "--resume=auto", world_size=1)
+    assert [record["step"] for record in resumed] == list(range(1, last + 3))
+
+
+def _latest_step(file: Path) -> int:
+    latest = steps.find_latest(file.parent / "run")
+    return 0 if latest is None else steps.step_of(latest)
+
+
+def wait_for(condition: Any, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_rank_that_dies_ends_the_run_within_seconds(file: Path) -> None:
+    with started(command(file, "--num_steps=100000", "--checkpoint.every=1", num_ranks=2)) as process:
+        wait_for(lambda: _latest_step(file) >= 1, process)
+        victim = max(children_of(process.pid))
+        os.kill(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        process.wait(timeout=60)
+        assert time.monotonic() - killed < 30 and process.returncode != 0
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that `pid` has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_bad_input_is_one_line_and_a_non_zero_exit_under_torchrun(file: Path) -> None:
+    arguments = command(file, "--data.paths=['/nowhere.txt']", num_ranks=2)
+    result = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=170, check=False)
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "/nowhere.txt does not exist" in errors[0]
+    assert "Traceback" not in result.stderr.split("error: ")[0]
+
+
+def test_two_launchers_meet_as_two_hosts_would(file: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "7"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node", "1", "-m", "launch.train"]
+    with started([*launcher, str(file)]) as first, started([*launcher, str(file)]) as second:
+        said = [host.communicate(timeout=170)[0] for host in (first, second)]
+        assert (first.returncode, second.returncode) == (0, 0), said
+    assert sorted("step 6/6  loss" in words for words in said) == [False, True]  # the first rank speaks
+    assert "memory plan of one rank of 2" in "".join(said)
+
+
+# --- parts ---
+
+
+def test_the_rate_warms_up_linearly_and_ends_at_its_floor() -> None:
+    rate = WarmupCosine(peak=1.0, num_warmup_steps=4, num_steps=11, final_ratio=0.1)
+    assert [rate(step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rate(7) == pytest.approx(0.55) and rate(10) == pytest.approx(0.1)
+    assert all(rate(step) >= rate(step + 1) for step in range(4, 10))
+    with pytest.raises(ValueError, match="between 0 and all of the 3 steps, got 4"):
+        WarmupCosine(1.0, 4, 3)
+
+
+def test_top_1_is_greedy_and_top_k_never_leaves_the_k_likeliest() -> None:
+    logits = torch.tensor([0.0, 3.0, 1.0, 2.9])
+    generator = torch.Generator().manual_seed(0)
+    assert draw(logits, config.SampleOptions(top_k=1), generator).tolist() == [1]
+    drawn = {int(draw(logits, config.SampleOptions(top_k=2), generator)) for _ in range(50)}
+    assert drawn == {1, 3}

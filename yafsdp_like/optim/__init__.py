@@ -1,0 +1,1 @@
+"""What turns gradients into updates: so far the learning rate's schedule."""
