@@ -355,23 +355,24 @@ def evaluate(model: nn.Module) -> None:
 
 
 @on_ranks()
-def test_an_evaluation_is_a_forward_and_its_root_stays_gathered() -> None:
-    """The next forward finds the root as it was left."""
+def test_an_evaluation_releases_the_root_too() -> None:
+    """Its backward will not come, and modules are to show the sharded parameters again."""
     model = chain()
-    assert_order(events_of(evaluate, model), CHAIN_FORWARD)
-    assert_order(events_of(evaluate, model), CHAIN_FORWARD[1:])
-    assert_order(events_of(train, model), CHAIN_STEP[1:])
+    evaluation = [*CHAIN_FORWARD[:-1], *forward("release root")]
+    assert CHAIN_FORWARD[-1:] == forward("keep root")
+    assert_order(events_of(evaluate, model), evaluation)
+    assert_order(events_of(evaluate, model), evaluation)
     assert_order(events_of(train, model), CHAIN_STEP)
 
 
 @on_ranks()
 def test_after_an_update_the_next_forward_gathers_what_was_kept_again() -> None:
-    model: Any = chain()
+    model: Any = chain(reshard_after_forward=False)
     bias = model.bias  # the sharded one; the root's modules see the full one while it is kept
     evaluate(model)
     with torch.no_grad():
         bias.add_(1)
-    assert_order(events_of(evaluate, model), [*forward("release root"), *CHAIN_FORWARD])
+    assert_order(events_of(evaluate, model)[:2], forward("release root", "gather root"))
 
 
 @on_ranks()

@@ -480,6 +480,29 @@ def test_recomputation_may_be_nested_and_repeated(reshard_after_forward: bool | 
     Twins(specimen, reshard_after_forward=reshard_after_forward).train(0, 1, 2)
 
 
+@on_ranks()
+def test_gradients_can_be_cleared_on_the_model_after_an_evaluation() -> None:
+    """Prevents: an evaluation that leaves whole parameters registered, whose gradients are nobody's."""
+    twins = Twins(SPECIMENS["nested"])
+    twins.backward(0)
+    with torch.no_grad():
+        twins.losses(50)
+    for model in twins:
+        model.zero_grad()
+    assert all(parameter.grad is None for parameter in twins.sharded.parameters())
+    twins.train(1, 2)
+
+
+@on_ranks()
+def test_gradients_of_gradients_are_refused() -> None:
+    """Prevents: wrong numbers without a word; the next step is right again."""
+    twins = Twins(SPECIMENS["nested"])
+    loss = twins.specimen.loss_of(twins.sharded, 0, 0)
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        loss.backward(create_graph=True)
+    twins.train(1, 2)
+
+
 # --- exceptions ---
 
 

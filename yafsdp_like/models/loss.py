@@ -89,7 +89,7 @@ def _by_chunks(
         if needs_weight:
             grad_weight = _plus_product(grad_weight, grad_logits, hidden[rows] * counted[rows], len(hidden))
     if grad_weight is not None:
-        grad_weight = (grad_weight / num_counted).to(weight.dtype)
+        grad_weight = grad_weight.div_(num_counted).to(weight.dtype)
     return loss_sum / num_counted, grad_hidden, grad_weight
 
 

@@ -173,7 +173,10 @@ def _leave(engine: Engine, unit: Unit) -> None:
     unit.to_run.clear()
     if unit.calls or unit.registered is None:
         return
-    if backward_task() is None and engine.reshards_after_forward(unit):
+    # By default the root stays gathered for its backward. Where none will come, modules must show the sharded
+    # parameters again, or zero_grad() and clipping over model.parameters() would miss the gradients.
+    idle = unit.policy.reshard_after_forward is None and not torch.is_grad_enabled()
+    if backward_task() is None and (idle or engine.reshards_after_forward(unit)):
         engine.reshard(unit)
     else:
         engine.keep(unit.registered)
@@ -218,6 +221,11 @@ def _start_backward(engine: Engine, unit: Unit, use: Use) -> None:
     assert task is not None
     if use.task == task:
         return  # another output's gradient came before
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"backward of {unit.name!r} runs with create_graph=True (rank {engine.transports[unit].rank}): gradients "
+            "of gradients of sharded parameters are not supported, and would silently be wrong; use create_graph=False"
+        )
     if task not in engine.tasks:
         engine.tasks[task] = []
         Variable._execution_engine.queue_callback(partial(_end_task, engine, task))
