@@ -61,7 +61,7 @@ def fully_shard(
         module: a module with a ``forward``, or a list of such modules, gathered and released together.
         mesh: a 1-D mesh; all ranks by default. One rank works.
         reshard_after_forward: whether full parameters are released after forward and gathered again for backward. None:
-            for all but the root.
+            for all but the root, and for the root too after a forward without grad mode, which has no backward.
         mp_policy: ``param_dtype`` to gather and compute in, ``reduce_dtype`` to reduce gradients in,
             ``output_dtype``, and ``cast_forward_inputs``. Sharded parameters, their ``.grad`` and the optimizer keep
             the original dtype.
