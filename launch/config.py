@@ -61,8 +61,8 @@ class CheckpointOptions:
 
     every: int = 0  # steps; 0: at the end only
     keep: int = 3
-    asynchronous: bool = True  # write behind the next steps
-    export: bool = True  # the weights also as a Hugging Face directory, `hf`, tokenizer included
+    asynchronous: bool = True  # write behind the next steps, from a copy in host memory that is kept to the end
+    export: bool = True  # also a Hugging Face directory, `hf`, made from the shards; whole in the first host's memory
     export_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -103,6 +103,7 @@ class Config:
     resume: str = "no"  # "no", "auto" (the last complete checkpoint, if any), or a step-N directory
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
+    deterministic: bool = False  # the same bits run after run on GPUs too, from slower kernels; CPUs give them anyway
     num_steps: int = 1000
     seq_len: int = 256
     global_batch_size: int = 32  # sequences per optimizer step, over all ranks

@@ -118,26 +118,49 @@ class Recorder:
     def __init__(self, directory: Path, tensorboard: bool, first_step: int) -> None:
         self._path = directory / "metrics.jsonl"
         _keep_lines_before(self._path, first_step)
-        self._writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+        self._events = EventFile(directory / "tensorboard", first_step) if tensorboard else None
 
     def write(self, records: list[Record]) -> None:
-        """Append, so that everything said so far is in the file when this returns."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
-        for record in records if self._writer is not None else ():
-            for name, value in record.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._writer.add_scalar(name, value, record["step"])
-        if self._writer is not None:
-            self._writer.flush()
+        """Append, so that everything said so far is in the files when this returns; OSError where they take no more."""
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
+            if self._events is not None:
+                self._events.write(records)
+        except OSError as error:
+            raise OSError(f"cannot write metrics to {self._path.parent}: {error}") from error
 
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+
+class EventFile:
+    """TensorBoard's file. Its own writer has a thread, which is not heard when the disk is full; this one has none."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog  # type: ignore[import-untyped]
+
+        directory.mkdir(exist_ok=True)
+        self._path = directory / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+        starts = SessionLog(status=SessionLog.START)  # hides what an earlier file says of this step and later ones
+        self._append([{"file_version": "brain.Event:2"}, {"step": first_step, "session_log": starts}])
+
+    def write(self, records: list[Record]) -> None:
+        """Every number of each record, under its step."""
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+        events = []
+        for record in records:
+            numbers = {key: value for key, value in record.items() if key != "step" and isinstance(value, (int, float))}
+            values = [Summary.Value(tag=key, simple_value=value) for key, value in numbers.items()]
+            events.append({"step": record["step"], "summary": Summary(value=values)})
+        self._append(events)
+
+    def _append(self, events: list[dict[str, Any]]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+
+        with self._path.open("ab") as file:
+            writer = RecordWriter(file)
+            for event in events:
+                writer.write(Event(wall_time=time.time(), **event).SerializeToString())
 
 
 def read_records(directory: Path) -> list[Record]:

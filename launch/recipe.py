@@ -5,22 +5,24 @@ Owns what differs between them: how they are made, filled and written for others
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from launch.config import ModelOptions
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig
-from yafsdp_like.models.hf import load_hf_config, load_hf_weights, save_hf
+from yafsdp_like.models.hf import config_to_hf, load_hf_config, load_hf_weights, save_hf
+
+# Writes whole weights, by name, as a directory that transformers loads; the ids of tokens go into its config.json.
+Exporter = Callable[[dict[str, Tensor], Path, Mapping[str, int | None]], None]
 
 
 class Recipe(Protocol):
@@ -38,8 +40,8 @@ class Recipe(Protocol):
     def fill(self, model: Any, device: torch.device, from_checkpoint: bool) -> None:
         """Give the sharded model its first values on `device`; a checkpoint may overwrite them."""
 
-    def export(self, model: Any, directory: Path, dtype: torch.dtype, token_ids: Mapping[str, int | None]) -> None:
-        """Write what transformers loads; called on all ranks, fails only after the last collective."""
+    def exporter(self) -> Exporter:
+        """What writes such a model, without the model itself; ValueError where transformers has no equal."""
 
 
 def recipe_of(options: ModelOptions, seed: int) -> Recipe:
@@ -76,8 +78,17 @@ class DecoderRecipe:
         else:
             load_hf_weights(model, Path(self.hf_dir))
 
-    def export(self, model: Any, directory: Path, dtype: torch.dtype, token_ids: Mapping[str, int | None]) -> None:
-        save_hf(model, directory, dtype=dtype, extra=token_ids)
+    def exporter(self) -> Exporter:
+        config_to_hf(self.config)
+        with torch.device("meta"):  # now: this context is not one thread's own, and a checkpoint has one
+            blank = Decoder(self.config)
+
+        def write(weights: dict[str, Tensor], directory: Path, token_ids: Mapping[str, int | None]) -> None:
+            model = copy.deepcopy(blank)
+            model.load_state_dict(weights, assign=True)
+            save_hf(model, directory, extra=token_ids)
+
+        return write
 
 
 def decoder_config(options: ModelOptions) -> DecoderConfig:
@@ -141,17 +152,18 @@ class FactoryRecipe:
     def fill(self, model: Any, device: torch.device, from_checkpoint: bool) -> None:
         model.to(device)
 
-    def export(self, model: Any, directory: Path, dtype: torch.dtype, token_ids: Mapping[str, int | None]) -> None:
-        """For modules of transformers. Rank 0 alone holds the whole model, in host memory."""
-        whole = {}
-        for name, param in model.module.state_dict().items():
-            value = param.full_tensor() if isinstance(param, DTensor) else param
-            if dist.get_rank() == 0:
-                whole[name] = value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
-        if dist.get_rank() == 0:
-            if not hasattr(model.module, "save_pretrained"):
-                raise ValueError(f"{type(model.module).__name__} has no save_pretrained; set --checkpoint.export=false")
-            model.module.save_pretrained(directory, state_dict=whole)
+    def exporter(self) -> Exporter:
+        """For modules of transformers, which have a configuration of their own: token ids are not changed."""
+        with torch.device("meta"):
+            blank: Any = self._module()
+        if not hasattr(blank, "save_pretrained"):
+            raise ValueError(f"{type(blank).__name__} has no save_pretrained; set --checkpoint.export=false")
+
+        def write(weights: dict[str, Tensor], directory: Path, token_ids: Mapping[str, int | None]) -> None:
+            inner = {name.removeprefix("module."): value for name, value in weights.items()}  # of WithLoss
+            blank.save_pretrained(directory, state_dict=inner)
+
+        return write
 
     def _module(self) -> nn.Module:
         module_name, _, name = self.factory.partition(":")

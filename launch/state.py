@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -23,15 +24,14 @@ from torch.distributed.checkpoint.state_dict import (
 
 from launch.config import Config, as_dict
 from launch.metrics import environment
-from launch.recipe import Recipe
+from launch.recipe import Exporter
+from launch.trainer import Trainer
 from launch.world import World
 from yafsdp_like.checkpoint import steps
+from yafsdp_like.checkpoint.safetensors import TensorSpec
 from yafsdp_like.comm.agreement import together
 
 HF_DIR = "hf"  # inside a checkpoint
-
-if TYPE_CHECKING:
-    from launch.train import Trainer
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def _replace(path: Path, content: str) -> None:
 class RunState:
     """A trainer's way to and from its checkpoints."""
 
-    def __init__(self, trainer: Trainer, recipe: Recipe) -> None:
+    def __init__(self, trainer: Trainer, exporter: Exporter | None) -> None:
         options = trainer.options.checkpoint
-        self._trainer, self._recipe = trainer, recipe
+        self._trainer, self._exporter = trainer, exporter
         self._directory = Path(trainer.options.output_dir)
         self._checkpoints = steps.StepCheckpoints(self._directory, options.keep, options.asynchronous)
 
@@ -108,11 +108,13 @@ class RunState:
             steps.set_random_state(state["random"][str(trainer.world.rank)], trainer.world.device)
         trainer.step, trainer.position = start.step, int(facts["position"])
 
-    def save(self) -> None:
-        """Write a checkpoint of the trainer as it is now, perhaps behind the following steps."""
-        trainer = self._trainer
-        export = self._export if trainer.options.checkpoint.export else None
-        self._checkpoints.save(trainer.step, self._state(with_random=True), self._facts(), export)
+    def save(self, behind: bool) -> None:
+        """Write a checkpoint of the trainer as it is now, `behind` the following steps if the options allow it."""
+        state = self._state(with_random=True)
+        export = None
+        if self._exporter is not None:
+            export = partial(self._export, self._exporter, self._exported(state["model"]))
+        self._checkpoints.save(self._trainer.step, state, self._facts(), export, behind)
 
     def check(self) -> None:
         """Raise what a save under way has failed with."""
@@ -137,14 +139,26 @@ class RunState:
             state["random"] = {str(trainer.world.rank): steps.random_state(trainer.world.device)}
         return state
 
-    def _export(self, directory: Path) -> None:
-        """Write what transformers loads as a model and as its tokenizer."""
-        trainer, tokenizer = self._trainer, self._trainer.corpus.tokenizer
+    def _exported(self, weights: dict[str, Any]) -> dict[str, TensorSpec]:
+        """What is to be written for others: the same names, whole, floating-point values in the dtype asked for."""
+        dtype = getattr(torch, self._trainer.options.checkpoint.export_dtype)
+        return {
+            name: TensorSpec(dtype if value.is_floating_point() else value.dtype, tuple(value.shape))
+            for name, value in weights.items()
+        }
+
+    def _export(self, exporter: Exporter, specs: dict[str, TensorSpec], checkpoint: Path) -> None:
+        """Write what transformers loads as a model and as its tokenizer.
+
+        Weights come from the checkpoint's shards: nothing is gathered, and the model may be training. The first rank's
+        host holds all of them meanwhile.
+        """
+        weights = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+        steps.load_whole(checkpoint, {"model": weights})
+        tokenizer = self._trainer.corpus.tokenizer
         ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
-        dtype = getattr(torch, trainer.options.checkpoint.export_dtype)
-        self._recipe.export(trainer.model, directory / HF_DIR, dtype, ids)
-        if trainer.world.is_first:
-            tokenizer.save(directory / HF_DIR)
+        exporter(weights, checkpoint / HF_DIR, ids)
+        tokenizer.save(checkpoint / HF_DIR)
 
     def _facts(self) -> steps.Facts:
         trainer = self._trainer

@@ -15,105 +15,22 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from launch import build, config, curve, metrics, sample
 from launch.config import Config
 from launch.console import Console
+from launch.log import Log
 from launch.profiling import Profiling
 from launch.recipe import recipe_of
 from launch.state import RunState, find_start, prepare_directory
-from launch.world import World, join, leave, rank_from_environment
+from launch.trainer import Trainer
+from launch.world import World, deterministic, join, leave, rank_from_environment
 from yafsdp_like.comm.agreement import AgreedError, together
-from yafsdp_like.data import Batches, PackedText, prepare, unigram_entropy
-from yafsdp_like.optim.schedule import WarmupCosine
+from yafsdp_like.data import PackedText, prepare, unigram_entropy
 
 LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed? ?out|remote process exited")
 GRACE_SECONDS = 5.0  # a launcher ends all ranks when one has ended; the first rank is to say why before
-
-
-@dataclass
-class Log:
-    """Where numbers go: the clock, the files and the console; and steps whose numbers are still on the device."""
-
-    timeline: metrics.Timeline
-    recorder: metrics.Recorder | None  # the first rank's
-    console: Console
-    peak_tflops: float | None
-    flops_per_step: int | None
-    start: float = field(default_factory=time.perf_counter)
-    pending: list[tuple[int, Tensor, Tensor, float]] = field(default_factory=list)  # step, loss, norm, rate
-
-
-class Trainer:
-    """One run on one rank."""
-
-    def __init__(self, options: Config, world: World, corpus: PackedText, model: Any) -> None:
-        self.options, self.world, self.corpus, self.model = options, world, corpus, model
-        self.train_batches = corpus.train_batches(options.seq_len, options.seed)
-        self.held_out_batches = corpus.heldout_batches(options.seq_len)
-        self.num_accumulated = options.num_accumulated(world.size)
-        self.optimizer = build.build_optimizer(model, options, world)
-        num_warmup_steps = min(options.optimizer.num_warmup_steps, options.num_steps)
-        self.rate = WarmupCosine(
-            options.optimizer.lr, num_warmup_steps, options.num_steps, options.optimizer.final_lr_ratio
-        )
-        self.step = 0  # optimizer steps done
-        self.position = 0  # sequences of the training text seen by all ranks together
-
-    def train_step(self, log: Log) -> None:
-        """One optimizer step over one global batch."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.step)
-        batch = self._batch(self.train_batches, self.position)
-        log.timeline.end("data")
-        loss = self._forward_backward(*batch)
-        log.timeline.end("forward_backward")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.optimizer.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        log.timeline.end("optimizer")
-        log.pending.append((self.step + 1, loss, norm, self.rate(self.step)))
-        self.step += 1
-        self.position += self.options.global_batch_size
-
-    @torch.no_grad()
-    def evaluate(self) -> float:
-        """The mean loss over the first `num_batches` global batches of the held-out text."""
-        self.model.eval()
-        total = torch.zeros((), device=self.world.device)
-        num_batches = self.options.evaluation.num_batches
-        for batch_index in range(num_batches):
-            tokens, targets = self._batch(self.held_out_batches, batch_index * self.options.global_batch_size)
-            for micro in zip(*self._split(tokens, targets), strict=True):
-                total += self.model(*micro) / self.num_accumulated / num_batches
-        self.model.train()
-        return self.world.mean(total).item()
-
-    def _forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Gradients of this rank's rows (B, T), reduced over ranks; the rows' mean loss."""
-        total = torch.zeros((), device=self.world.device)
-        for micro in zip(*self._split(tokens, targets), strict=True):
-            loss = self.model(*micro) / self.num_accumulated
-            loss.backward()
-            total += loss.detach()
-        return total
-
-    def _split(self, *rows: Tensor) -> list[tuple[Tensor, ...]]:
-        return [tensor.split(self.options.micro_batch_size) for tensor in rows]
-
-    def _batch(self, batches: Batches, position: int) -> list[Tensor]:
-        """Tokens and targets (B, T): this rank's rows of the global batch at `position`."""
-        world = self.world
-        pair = batches.batch(position, self.options.global_batch_size, world.rank, world.size)
-        if world.device.type == "cuda":
-            return [rows.pin_memory().to(world.device, non_blocking=True) for rows in pair]
-        return list(pair)
 
 
 def run(options: Config, world: World) -> None:
@@ -122,6 +39,7 @@ def run(options: Config, world: World) -> None:
         options.num_accumulated(world.size)
         recipe = recipe_of(options.model, options.seed)
         model_vocab_size = recipe.vocab_size
+        exporter = recipe.exporter() if options.checkpoint.export else None
         start = find_start(options)
         if world.is_first:
             prepare_directory(options, world)
@@ -135,19 +53,17 @@ def run(options: Config, world: World) -> None:
         recipe.fill(model, world.device, from_checkpoint=start.path is not None)
     with together():
         trainer = Trainer(options, world, corpus, model)
-    state = RunState(trainer, recipe)
+    state = RunState(trainer, exporter)
     state.restore(start)
-    log = open_log(options, world, trainer, console)
+    log = Log(options, world, console, build.flops_per_step(model, options), trainer.step)
     profiling = Profiling(options.log, world, Path(options.output_dir))
-    console.say(opening_words(trainer))
+    log.say(opening_words(trainer, log.peak_tflops))
     try:
         train(trainer, state, log, profiling)
         finish(trainer, state, log)
     finally:
-        console.close()
         profiling.close()
-        if log.recorder is not None:
-            log.recorder.close()
+        console.close()
 
 
 def train(trainer: Trainer, state: RunState, log: Log, profiling: Profiling) -> None:
@@ -166,36 +82,16 @@ def train(trainer: Trainer, state: RunState, log: Log, profiling: Profiling) -> 
             held_out_loss = trainer.evaluate()
             log.timeline.end("evaluation")
         if saves or evaluates or _is_due(trainer.step, options.log.every):
-            write_log(trainer, log, held_out_loss)
+            log.write(held_out_loss)
             state.check()
         if saves:
-            state.save()
+            state.save(behind=not is_last)
             log.timeline.end("checkpoint")
     state.close()
 
 
-def write_log(trainer: Trainer, log: Log, held_out_loss: float | None) -> None:
-    """Bring the numbers of all steps since the last call to the host, average them over ranks, write them."""
-    world, options = trainer.world, trainer.options
-    losses = world.mean(torch.stack([loss for _, loss, _, _ in log.pending])).tolist()
-    norms = [float(build.whole(norm)) for _, _, norm, _ in log.pending]
-    tokens_per_step = options.global_batch_size * options.seq_len
-    records = [
-        {"step": step, "tokens": step * tokens_per_step, "loss": loss, "grad_norm": norm, "lr": rate}
-        for (step, _, _, rate), loss, norm in zip(log.pending, losses, norms, strict=True)
-    ]
-    num_steps = len(log.pending)
-    log.pending.clear()
-    flops = None if log.flops_per_step is None else num_steps * log.flops_per_step
-    records[-1] |= metrics.speed(
-        log.timeline.take(), num_steps * tokens_per_step, flops, world, log.peak_tflops
-    ) | metrics.memory(world.device)
-    if held_out_loss is not None:
-        records[-1]["held_out_loss"] = held_out_loss
-    with together():
-        if log.recorder is not None:
-            log.recorder.write(records)
-    log.console.show(records[-1])
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def finish(trainer: Trainer, state: RunState, log: Log) -> None:
@@ -204,35 +100,20 @@ def finish(trainer: Trainer, state: RunState, log: Log) -> None:
     if options.sample.num_tokens:
         prompt = corpus.tokenizer.encode(options.sample.prompt)
         tokens = sample.generate(trainer.model, prompt, options.sample, options.seq_len, trainer.world)
-        log.console.say(f"sample: {corpus.tokenizer.decode(tokens)}")
+        log.say(f"sample: {corpus.tokenizer.decode(tokens)}")
     output = Path(options.output_dir)
     with together():
-        if log.recorder is not None:
+        if trainer.world.is_first:
             curve.draw(metrics.read_records(output), unigram_entropy(corpus.train), output / "loss.png")
-    log.console.say(closing_words(trainer, log))
-    log.console.say(f"loss curve: {output / 'loss.png'}\nlast checkpoint: {state.latest()}")
+    log.say(f"step {trainer.step} after {log.totals()}")
+    log.say(f"loss curve: {output / 'loss.png'}\nlast checkpoint: {state.latest()}")
 
 
-def open_log(options: Config, world: World, trainer: Trainer, console: Console) -> Log:
-    """The clock and the files of this run, cut back to where it starts."""
-    recorder = None
-    with together():
-        if world.is_first:
-            recorder = metrics.Recorder(Path(options.output_dir), options.log.tensorboard, trainer.step + 1)
-    return Log(
-        metrics.Timeline(world.device),
-        recorder,
-        console,
-        metrics.peak_tflops(world, options.log.peak_tflops),
-        build.flops_per_step(trainer.model, options),
-    )
-
-
-def opening_words(trainer: Trainer) -> str:
+def opening_words(trainer: Trainer, peak_tflops: float | None) -> str:
+    """The sizes of this run, and what its loss and MFU are to be compared with."""
     options, world = trainer.options, trainer.world
-    peak = metrics.peak_tflops(world, options.log.peak_tflops)
     num_params = sum(param.numel() for param in trainer.model.parameters())
-    mfu = f"MFU is of {peak} TFLOP/s" if peak else "no MFU: no peak is known"
+    mfu = f"MFU is of {peak_tflops} TFLOP/s" if peak_tflops else "no MFU: no peak is known"
     return (
         f"{num_params:,} parameters on {world.size} × {world.device.type}; a global batch of "
         f"{options.global_batch_size} sequences of {options.seq_len} tokens is {options.micro_batch_size} × "
@@ -240,17 +121,6 @@ def opening_words(trainer: Trainer) -> str:
         f"{unigram_entropy(trainer.corpus.train):.3f} nats; {mfu}; "
         f"starting at step {trainer.step} of {options.num_steps}"
     )
-
-
-def closing_words(trainer: Trainer, log: Log) -> str:
-    """Time and memory of the whole run, on the first rank."""
-    peaks = metrics.memory(trainer.world.device)
-    held = (
-        f"{peaks['host_gib']:.2f} GiB of host memory"
-        if peaks["allocated_gib"] is None
-        else f"{peaks['allocated_gib']:.2f} GiB allocated, {peaks['reserved_gib']:.2f} GiB reserved"
-    )
-    return f"{time.perf_counter() - log.start:.0f} s to step {trainer.step}; peak on one rank: {held}"
 
 
 def open_text(options: Config, model_vocab_size: int) -> PackedText:
@@ -267,16 +137,13 @@ def open_text(options: Config, model_vocab_size: int) -> PackedText:
     return corpus
 
 
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, and return the exit status."""
     rank = rank_from_environment()
     try:
         options = config.load(sys.argv[1:] if arguments is None else arguments)
-        run(options, join(options.device))
+        with deterministic(options.deterministic):
+            run(options, join(options.device))
     except (ValueError, AgreedError) as error:  # the same on all ranks, so that a launcher ends the others unheard
         if rank > 0:
             time.sleep(GRACE_SECONDS)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of one collective; the first step compiles, rank 0 may tokenize
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,37 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def join(device_type: str) -> World:
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """If `wanted`, torch has only kernels that give the same bits each time, or RuntimeError, until this is left.
+
+    To be entered before CUDA starts. cuBLAS picks a workspace per call, and the order of its sums goes by what it got;
+    told to have workspaces of one size only (eight of 4 MiB), it has no choice. It is told through the environment,
+    which it reads once.
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), os.environ.get(CUBLAS_WORKSPACE)
+    os.environ[CUBLAS_WORKSPACE] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        if before[1] is None:
+            del os.environ[CUBLAS_WORKSPACE]
+        else:
+            os.environ[CUBLAS_WORKSPACE] = before[1]
+
+
+def join(device_type: str, timeout: datetime.timedelta = TIMEOUT) -> World:
     """Start the process group that torchrun (or SLURM through it) describes, or one of this process alone.
 
     "auto" takes GPUs where the host has one for each of its ranks. Host memory travels over gloo in any case.
+    `timeout` is that of one collective.
     """
-    local_rank, local_size = (int(os.environ.get(key, default)) for key, default in _LOCAL)
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     num_devices = torch.cuda.device_count()
     if device_type == "auto":
         device_type = "cuda" if num_devices >= local_size else "cpu"
@@ -64,19 +92,16 @@ def join(device_type: str) -> World:
             f"device cuda: this host starts {local_size} ranks and has {num_devices} GPUs; start fewer ranks, or say "
             "--device=cpu"
         )
-    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
-    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    device, backend = torch.device("cpu"), "gloo"
     if device_type == "cuda":
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("shard",))
     return World(dist.get_rank(), device, mesh)
-
-
-_LOCAL = (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
 
 
 def leave() -> None:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from launch import config, metrics
 from launch.sample import draw
 from launch.train import run
-from launch.world import World
+from launch.world import CUBLAS_WORKSPACE, World, deterministic
 from tests.ranks import RankError, run_ranks
 from yafsdp_like.checkpoint import steps
 from yafsdp_like.models import Decoder
@@ -32,6 +32,7 @@ from yafsdp_like.models.hf import load_hf_config, load_hf_weights
 from yafsdp_like.optim.schedule import WarmupCosine
 
 ROOT = Path(__file__).parent.parent
+KILLS = int(os.environ.get("KILLS", "2"))  # how often a run is killed in one test
 OPTIONS: dict[str, Any] = {
     "num_steps": 6,
     "seq_len": 16,
@@ -113,8 +114,28 @@ def test_a_run_learns_and_leaves_its_files(file: Path) -> None:
     names = {"config.yaml", "environment.json", "loss.png", "tensorboard", "trace-rank0.json.gz", "trace-rank1.json.gz"}
     assert {path.name for path in output.iterdir()} >= names
     assert [path.name for path in steps.complete_checkpoints(output)] == ["step-20", "step-40"]
+    assert read_events(output / "tensorboard", "loss") == pytest.approx(losses(records))
     assert config.load([str(output / "config.yaml")]).num_steps == 40
     assert json.loads((output / "environment.json").read_text())["ranks"] == 2
+
+
+def read_events(directory: Path, tag: str) -> dict[int, float]:
+    """What TensorBoard shows under a name, by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(directory))
+    accumulator.Reload()
+    return {event.step: event.value for event in accumulator.Scalars(tag)}
+
+
+def test_tensorboard_shows_a_step_that_was_trained_again_as_it_was_then(file: Path) -> None:
+    stop_at(file, 4, "run")
+    again = train(file, "--resume=auto", "--log.tensorboard=true")
+    assert [record["step"] for record in again] == [1, 2, 3, 4, 5, 6]
+    first = metrics.EventFile(file.parent / "events", 1)
+    first.write([{"step": step, "loss": 1.0} for step in range(1, 7)])
+    metrics.EventFile(file.parent / "events", 5).write([{"step": step, "loss": 2.0} for step in (5, 6)])
+    assert read_events(file.parent / "events", "loss") == {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 2.0, 6: 2.0}
 
 
 def test_resuming_equals_not_stopping_bit_for_bit(file: Path) -> None:
@@ -158,16 +179,8 @@ def test_the_weights_of_a_checkpoint_load_in_transformers_and_here_with_equal_lo
     (logits,) = run_ranks(logits_of, directory, tokens, world_size=1)
     torch.testing.assert_close(model(tokens).logits, logits, rtol=1e-4, atol=1e-5)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    again = train(
-        file,
-        "--model.preset=null",
-        "--model.overrides={}",
-        f"--model.hf_dir={directory}",
-        f"--data.tokenizer={directory}",
-        "--num_steps=1",
-        "--optimizer.lr=0",
-        output="again",
-    )
+    source = ["--model.preset=null", "--model.overrides={}", f"--model.hf_dir={directory}"]
+    again = train(file, *source, f"--data.tokenizer={directory}", "--num_steps=1", "--optimizer.lr=0", output="again")
     assert again[0]["held_out_loss"] == pytest.approx(records[-1]["held_out_loss"], rel=1e-5)
 
 
@@ -195,6 +208,45 @@ def test_a_model_of_transformers_trains_resumes_and_is_written(file: Path) -> No
     resumed = train(file, "--num_steps=5", "--resume=auto", *foreign)
     assert [record["step"] for record in resumed] == [1, 2, 3, 4, 5]
     assert resumed[-1]["loss"] < records[-1]["loss"]
+
+
+class Checked(torch.nn.Module):
+    """A bigram model that trains only where every kernel must be deterministic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = torch.nn.Embedding(300, 300)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert torch.are_deterministic_algorithms_enabled()
+        return self.logits(tokens)
+
+
+FACTORY = ["--model.preset=null", "--model.overrides={}", "--checkpoint.export=false"]
+
+
+def test_a_deterministic_run_says_so_and_has_only_such_kernels(file: Path) -> None:
+    checked = [*FACTORY, "--model.factory=tests.test_train:Checked", "--deterministic=true"]
+    result = finished(command(file, *checked, "--num_steps=2"))
+    assert result.returncode == 0, result.stderr
+    assert config.load([str(file.parent / "run" / "config.yaml")]).deterministic
+
+
+def test_determinism_is_asked_for_before_cuda_starts_and_ends_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def state() -> tuple[bool, str | None]:
+        return torch.are_deterministic_algorithms_enabled(), os.environ.get(CUBLAS_WORKSPACE)
+
+    monkeypatch.delenv(CUBLAS_WORKSPACE, raising=False)
+    with deterministic(False):
+        assert state() == (False, None)
+    with pytest.raises(KeyError), deterministic(True):
+        assert state() == (True, ":4096:8")
+        raise KeyError
+    assert state() == (False, None)
+    monkeypatch.setenv(CUBLAS_WORKSPACE, ":16:8")
+    with deterministic(True):
+        assert state() == (True, ":4096:8")
+    assert state() == (False, ":16:8")
 
 
 # --- the command line ---
@@ -279,6 +331,20 @@ def test_what_cannot_be_trained_is_refused_on_every_rank(file: Path, overrides: 
     assert re.search(message, refusal(file, *overrides))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([*FACTORY, "--model.factory=tests.test_train:Checked"], "Checked has no save_pretrained"),
+        (["--model.overrides.qkv_bias=true", "--model.overrides.qk_norm=true"], "no family of transformers has qkv_b"),
+    ],
+)
+def test_what_could_not_be_written_for_others_is_refused_before_it_is_trained(
+    file: Path, overrides: list[str], message: str
+) -> None:
+    assert message in refusal(file, *overrides, "--checkpoint.export=true")
+    assert not (file.parent / "run").exists()
+
+
 def test_an_empty_text_is_refused(file: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     assert "no text in" in refusal(file, f"--data.paths=['{tmp_path / 'empty.txt'}']")
@@ -312,32 +378,52 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 @contextmanager
 def started(arguments: list[str]) -> Iterator["subprocess.Popen[str]"]:
     """A command in a process group of its own, of which nothing is left afterwards."""
-    process = subprocess.Popen(
+    with subprocess.Popen(
         arguments, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def finished(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
+    """A command that ends by itself."""
+    return subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=170, check=False)
+
+
+def errors_in(words: str) -> list[str]:
+    return [line for line in words.splitlines() if line.startswith("error: ")]
 
 
 def test_one_process_without_torchrun_trains_and_says_what_it_does(file: Path) -> None:
-    result = subprocess.run(command(file), env=ENVIRONMENT, capture_output=True, text=True, timeout=170, check=False)
+    result = finished(command(file))
     assert result.returncode == 0, result.stderr
     for words in ("memory plan of one rank of 1", "step 6/6  loss", "sample: the", "loss.png", "step-6"):
         assert words in result.stdout
 
 
-def test_kill_9_of_all_ranks_then_resume_loses_only_steps_since_the_last_save(file: Path) -> None:
-    many = ["--num_steps=2000", "--checkpoint.every=1", "--log.every=1"]
-    with started(command(file, *many)) as process:
-        wait_for(lambda: _latest_step(file) >= 3, process)
-        os.killpg(process.pid, signal.SIGKILL)
-    last = _latest_step(file)
-    resumed = train(file, f"--num_steps={last + 2}", "--resume=auto", world_size=1)
-    assert [record["step"] for record in resumed] == list(range(1, last + 3))
+@pytest.mark.timeout(120 + 30 * KILLS)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_kill_9_during_saves_then_resume_loses_only_steps_since_the_last_save(file: Path, asynchronous: bool) -> None:
+    """With KILLS=10 in the environment: ten times each. In the end the losses are those of a run never killed."""
+    steady = ["--checkpoint.every=1", "--log.every=1", "--evaluation.every=0", "--checkpoint.export=true"]
+    steady += ["--optimizer.final_lr_ratio=1.0", f"--checkpoint.asynchronous={asynchronous}".lower()]
+    last = 0
+    for seed in range(KILLS):
+        with started(command(file, *steady, "--num_steps=2000", "--resume=auto")) as process:
+            wait_for(lambda last=last: _latest_step(file) >= last + 2, process)
+            time.sleep(random.Random(seed).random() * 0.05)
+            os.killpg(process.pid, signal.SIGKILL)
+        logged = [record["step"] for record in metrics.read_records(file.parent / "run")]
+        last = _latest_step(file)
+        assert logged == list(range(1, len(logged) + 1))
+        assert last >= logged[-1] - 2  # its own save may not have begun; asynchronously, the one before be under way
+        print(f"kill {seed + 1}: step {logged[-1]} was logged, step {last} is complete")
+    overrides = [*steady, f"--num_steps={last + 2}"]
+    resumed = train(file, *overrides, "--resume=auto", world_size=1)
+    assert losses(resumed) == losses(train(file, *overrides, world_size=1, output="whole"))
 
 
 def _latest_step(file: Path) -> int:
@@ -345,7 +431,7 @@ def _latest_step(file: Path) -> int:
     return 0 if latest is None else steps.step_of(latest)
 
 
-def wait_for(condition: Any, process: "subprocess.Popen[str]") -> None:
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -353,39 +439,95 @@ def wait_for(condition: Any, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.02)
 
 
-def test_a_rank_that_dies_ends_the_run_within_seconds(file: Path) -> None:
-    with started(command(file, "--num_steps=100000", "--checkpoint.every=1", num_ranks=2)) as process:
-        wait_for(lambda: _latest_step(file) >= 1, process)
-        victim = max(children_of(process.pid))
-        os.kill(victim, signal.SIGKILL)
-        killed = time.monotonic()
-        process.wait(timeout=60)
-        assert time.monotonic() - killed < 30 and process.returncode != 0
+class Dying(torch.nn.Module):
+    """A bigram model whose second rank is killed in its third forward: within a step, perhaps while one is saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = torch.nn.Embedding(300, 300)
+        self.num_forwards = 0
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.num_forwards += 1
+        if self.num_forwards == 3 and dist.get_rank() == 1:
+            print(f"killed at {time.time()}", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.logits(tokens)
 
 
-def children_of(pid: int) -> list[int]:
-    """The processes that `pid` has started."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+DYING = [*FACTORY, "--model.factory=tests.test_train:Dying", "--checkpoint.every=1"]
 
 
-def test_bad_input_is_one_line_and_a_non_zero_exit_under_torchrun(file: Path) -> None:
-    arguments = command(file, "--data.paths=['/nowhere.txt']", num_ranks=2)
-    result = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=170, check=False)
+def test_a_rank_killed_in_the_middle_of_a_step_ends_the_run_within_seconds(file: Path) -> None:
+    with started(command(file, *DYING, num_ranks=2)) as process:
+        words = process.communicate(timeout=120)[0]
+    killed = re.search(r"killed at ([\d.]+)", words)
+    assert killed is not None and time.time() - float(killed[1]) < 15 and process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in words and "Traceback (most recent call last)" not in words.split("failed (exit")[0]
+
+
+def test_a_rank_killed_on_another_host_ends_this_one_too(file: Path) -> None:
+    """The survivor says that it lost a rank, unless its launcher ends it first."""
+    with two_hosts(file, *DYING) as hosts:
+        said = "".join(host.communicate(timeout=120)[0] for host in hosts)
+        assert all(host.returncode != 0 for host in hosts)
+    killed = re.search(r"killed at ([\d.]+)", said)
+    assert killed is not None and time.time() - float(killed[1]) < 40
+    assert all("lost another rank" in error for error in errors_in(said))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--data.paths=['/nowhere.txt']", "/nowhere.txt does not exist"),
+        ("--optimizer.lrr=1", "did you mean 'optimizer.lr'?"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_non_zero_exit_under_torchrun(file: Path, override: str, message: str) -> None:
+    result = finished(command(file, override, num_ranks=2))
     assert result.returncode != 0
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "/nowhere.txt does not exist" in errors[0]
-    assert "Traceback" not in result.stderr.split("error: ")[0]
+    (error,) = errors_in(result.stderr)
+    assert message in error and "Traceback" not in result.stderr.split("error: ")[0]
 
 
-def test_two_launchers_meet_as_two_hosts_would(file: Path) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "limit_kib", "message"),
+    [
+        (["--log.every=1", "--checkpoint.every=0", "--log.tensorboard=true"], 8, r"cannot write metrics to \S+run: "),
+        ([], 64, r"the checkpoint \S+\.step-2\.partial could not be written, with"),
+    ],
+)
+def test_a_disk_that_takes_no_more_is_one_line_and_a_non_zero_exit(
+    file: Path, overrides: list[str], limit_kib: int, message: str
+) -> None:
+    """A limit on the size of files stands for the disk: writing fails in the same places, without a mount."""
+    train(file, "--num_steps=1", output="cached")  # so that text and tokenizer are there
+    limited = ["bash", "-c", f'ulimit -f {limit_kib} && exec "$@"', "bash"]
+    begin = time.monotonic()
+    result = finished([*limited, *command(file, "--num_steps=100000", *overrides, num_ranks=2)])
+    assert result.returncode != 0 and time.monotonic() - begin < 90
+    (error,) = errors_in(result.stderr)
+    assert re.search(message, error) and "Traceback" not in result.stderr.split("error: ")[0]
+    assert steps.find_latest(file.parent / "run") is None
+
+
+@contextmanager
+def two_hosts(file: Path, *overrides: str) -> Iterator[list["subprocess.Popen[str]"]]:
+    """Two launchers of one rank each, which meet as two hosts would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "7"]
     launcher = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node", "1", "-m", "launch.train"]
-    with started([*launcher, str(file)]) as first, started([*launcher, str(file)]) as second:
-        said = [host.communicate(timeout=170)[0] for host in (first, second)]
-        assert (first.returncode, second.returncode) == (0, 0), said
+    arguments = [*launcher, str(file), *overrides]
+    with started(arguments) as first, started(arguments) as second:
+        yield [first, second]
+
+
+def test_two_launchers_meet_as_two_hosts_would(file: Path) -> None:
+    with two_hosts(file) as hosts:
+        said = [host.communicate(timeout=170)[0] for host in hosts]
+        assert [host.returncode for host in hosts] == [0, 0], said
     assert sorted("step 6/6  loss" in words for words in said) == [False, True]  # the first rank speaks
     assert "memory plan of one rank of 2" in "".join(said)
 

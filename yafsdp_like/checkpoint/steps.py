@@ -2,7 +2,7 @@
 
 Owns the directories' names, what makes one complete, and what is in it: `shards/` (torch's distributed checkpoint:
 each rank writes and reads its own rows), `facts.json` (plain values that the caller saves with them) and whatever the
-caller exports beside them. Knows nothing of training.
+caller makes of the shards beside them. Knows nothing of training.
 
 [Note: complete or not there]
 A checkpoint is written to `.step-N.partial`, which no reader looks at. Only when every rank has written and every file
@@ -25,11 +25,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 
 from yafsdp_like.comm.agreement import host_group, together
 
@@ -37,7 +39,7 @@ SHARDS, FACTS = "shards", "facts.json"
 STEP_NAME = re.compile(r"step-(\d+)")
 
 Facts = dict[str, Any]
-Export = Callable[[Path], None]  # writes below a directory; called on every rank, fails after its last collective
+Export = Callable[[Path], None]  # adds to a checkpoint what it makes of the shards there, on the first rank alone
 
 
 def find_latest(directory: Path) -> Path | None:
@@ -75,41 +77,54 @@ def load_into(path: Path, state: dict[str, Any]) -> None:
     load(state, storage_reader=FileSystemReader(path / SHARDS))
 
 
+def load_whole(path: Path, state: dict[str, Any]) -> None:
+    """As `load_into`, on this rank alone: plain tensors, whole and in their own dtype, of what the ranks have saved."""
+    _load_state_dict(state, FileSystemReader(path / SHARDS), no_dist=True)  # `load` does so, and warns
+
+
 class StepCheckpoints:
     """The checkpoints of one run, written one at a time, behind the following steps if so wished.
 
-    Every method is called by all ranks together, and raises on all if it fails on one.
+    Behind them, from a copy in host memory, which is kept for the next one: on GPUs it is pinned, and pinning takes
+    longer than copying. Every method is called by all ranks together, and raises on all if it fails on one.
     """
 
     def __init__(self, directory: Path, keep: int, asynchronous: bool) -> None:
         self._directory, self._keep, self._asynchronous = directory, keep, asynchronous
         self._group = host_group()
         self._is_first = dist.get_rank() == 0
+        self._host_copy = HostCopy(on_gpu=torch.cuda.is_initialized())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         with together(self._group):
             if self._is_first:
                 _remove_leftovers(directory)
 
-    def save(self, step: int, state: dict[str, Any], facts: Facts, export: Export | None = None) -> None:
+    def save(
+        self, step: int, state: dict[str, Any], facts: Facts, export: Export | None = None, behind: bool = True
+    ) -> None:
         """Write `step-<step>`. When this returns, `state` may change; asynchronously, the files are not there yet.
 
-        Raises what an earlier asynchronous save failed with.
+        Not `behind`, it is written as it is, without a copy, before this returns. Raises what an earlier asynchronous
+        save failed with.
         """
+        partial = self._begin(step)
+        if self._asynchronous and behind:
+            copy = self._host_copy.take(state)
+            self._pending = self._thread.submit(self._write, partial, copy, facts, export)
+        else:
+            with together(self._group):
+                self._write(partial, state, facts, export)
+
+    def _begin(self, step: int) -> Path:
+        """An empty directory to write `step` to, once the save under way is done."""
         self.wait()
         partial = self._directory / f".step-{step}.partial"
         with together(self._group):
             if self._is_first:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        with together(self._group):
-            if export is not None:
-                export(partial)
-        if self._asynchronous:
-            self._pending = self._thread.submit(self._write, partial, snapshot(state), facts)
-        else:
-            with together(self._group):
-                self._write(partial, state, facts)
+        return partial
 
     def wait(self) -> None:
         """Wait for the save under way, if any; raise what it failed with."""
@@ -128,23 +143,28 @@ class StepCheckpoints:
     def close(self) -> None:
         """End the thread; a save under way is finished first."""
         self._thread.shutdown(wait=True)
+        self._host_copy.close()
 
-    def _write(self, partial: Path, state: dict[str, Any], facts: Facts) -> None:
+    def _write(self, partial: Path, state: dict[str, Any], facts: Facts, export: Export | None) -> None:
+        """Everything between a state that does not change and `step-N`; OSError where the disk does not take it."""
         try:
             save(state, storage_writer=FileSystemWriter(partial / SHARDS), process_group=self._group)
+            if self._is_first:  # which has learned last that all ranks have written
+                if export is not None:
+                    export(partial)
+                self._publish(partial, facts)
         except CheckpointException as error:  # the same on all ranks, with every rank's traceback in it
             rank, failure = next(iter(error.failures.items()))
-            free_mib = shutil.disk_usage(self._directory).free / 2**20
-            raise OSError(
-                f"the checkpoint {partial} could not be written, with {free_mib:,.0f} MiB free there: "
-                f"{failure[0]} (rank {rank})"
-            ) from None
-        self._publish(partial, facts)
+            raise self._unwritten(partial, f"{failure[0]} (rank {rank})") from None
+        except OSError as error:
+            raise self._unwritten(partial, str(error)) from error
+
+    def _unwritten(self, partial: Path, why: str) -> OSError:
+        free_mib = shutil.disk_usage(self._directory).free / 2**20
+        return OSError(f"the checkpoint {partial} could not be written, with {free_mib:,.0f} MiB free there: {why}")
 
     def _publish(self, partial: Path, facts: Facts) -> None:
-        """See [Note: complete or not there]. The first rank learns last that all have written."""
-        if not self._is_first:
-            return
+        """See [Note: complete or not there]."""
         (partial / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         _sync_tree(partial)
         final = self._directory / partial.name.removeprefix(".").removesuffix(".partial")
@@ -155,15 +175,41 @@ class StepCheckpoints:
             _remove(path)
 
 
-def snapshot(state: Any) -> Any:
-    """A copy in host memory of the tensors in nested containers: training goes on while it is written."""
-    if isinstance(state, dict):
-        return {key: snapshot(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(snapshot(value) for value in state)
-    if isinstance(state, DTensor):  # built by hand: `from_local` would move the copy back to the mesh's device
-        return DTensor(state.to_local().detach().to("cpu", copy=True), state._spec, requires_grad=False)
-    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
+class HostCopy:
+    """A copy in host memory of the tensors in nested containers; the next copy overwrites it.
+
+    Memory is made per storage, by torch's stager; `on_gpu` it is pinned, exactly as large as the storage.
+    """
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+        self._stager = StateDictStager(pin_memory=on_gpu)  # 2.11's `DefaultStager` would pin anew for each copy
+
+    def take(self, state: Any) -> Any:
+        """The same containers with copies, when they hold what `state` does now."""
+        leaves, structure = pytree.tree_flatten(state)
+        copies = self._stager.stage([_local(leaf) for leaf in leaves], non_blocking=self._on_gpu)
+        if self._on_gpu:
+            torch.cuda.current_stream().synchronize()
+        placed = [_placed_as(leaf, copy) for leaf, copy in zip(leaves, copies, strict=True)]
+        return pytree.tree_unflatten(placed, structure)
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._stager.close()
+
+
+def _local(leaf: Any) -> Any:
+    """This rank's part of a tensor; torch's stager does not take DTensors of a mesh of CPUs."""
+    if isinstance(leaf, DTensor):
+        return leaf.to_local().detach()
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _placed_as(leaf: Any, local: Any) -> Any:
+    if isinstance(leaf, DTensor):  # built by hand: `from_local` would move the copy back to the mesh's device
+        return DTensor(local, leaf._spec, requires_grad=False)
+    return local
 
 
 def _remove(path: Path) -> None:

@@ -10,7 +10,8 @@ Shapes: B batch, T tokens, D model, N heads, K kv heads, H head dim, V vocabular
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -160,79 +161,27 @@ class DecoderConfig:
         return batch_size * (6 * seq_len * num_matmul_weights + attention)
 
 
-# `tiny` and `small` are for a laptop. The others have the shapes of SmolLM2 135M, Qwen3 0.6B and 30B-A3B, Llama 3.2 1B
-# and 3B, Llama 3.1 8B and 70B; those of Llama without the scaling of their rotary positions, which no size depends on.
+def _qwen3(dim: int, num_layers: int, num_heads: int, num_kv_heads: int, ffn_dim: int, **more: Any) -> DecoderConfig:
+    """What all of Qwen3 have in common."""
+    shape = DecoderConfig(dim, num_layers, num_heads, num_kv_heads, ffn_dim, vocab_size=151_936, custom_head_dim=128)
+    return replace(shape, qk_norm=True, max_seq_len=40_960, rope_theta=1_000_000.0, norm_eps=1e-6, **more)
+
+
+# In order: dim, num_layers, num_heads, num_kv_heads, ffn_dim. `tiny` and `small` are for a laptop. The others have the
+# shapes of SmolLM2 135M, Qwen3 0.6B and 30B-A3B, Llama 3.2 1B and 3B, Llama 3.1 8B and 70B; those of Llama without the
+# scaling of their rotary positions, which no size depends on.
 PRESETS = {
-    "tiny": DecoderConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=176, vocab_size=512),
-    "small": DecoderConfig(
-        dim=256,
-        num_layers=6,
-        num_heads=8,
-        num_kv_heads=4,
-        ffn_dim=704,
-        vocab_size=4096,
-        rope_theta=10_000.0,
-        tie_embeddings=True,
-    ),
+    "tiny": DecoderConfig(64, 2, 4, 2, 176, vocab_size=512),
+    "small": DecoderConfig(256, 6, 8, 4, 704, vocab_size=4096, rope_theta=10_000.0, tie_embeddings=True),
     "135m": DecoderConfig(
-        dim=576,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        ffn_dim=1536,
-        vocab_size=49152,
-        max_seq_len=8192,
-        rope_theta=100_000.0,
-        tie_embeddings=True,
+        576, 30, 9, 3, 1536, vocab_size=49_152, max_seq_len=8192, rope_theta=100_000.0, tie_embeddings=True
     ),
-    "0.6b": DecoderConfig(
-        dim=1024,
-        num_layers=28,
-        num_heads=16,
-        num_kv_heads=8,
-        ffn_dim=3072,
-        vocab_size=151936,
-        custom_head_dim=128,
-        qk_norm=True,
-        max_seq_len=40960,
-        rope_theta=1_000_000.0,
-        norm_eps=1e-6,
-        tie_embeddings=True,
-    ),
-    "30b-a3b": DecoderConfig(
-        dim=2048,
-        num_layers=48,
-        num_heads=32,
-        num_kv_heads=4,
-        ffn_dim=768,
-        vocab_size=151936,
-        custom_head_dim=128,
-        qk_norm=True,
-        max_seq_len=40960,
-        rope_theta=1_000_000.0,
-        norm_eps=1e-6,
-        experts=ExpertsConfig(num_experts=128, experts_per_token=8),
-    ),
-    "1b": DecoderConfig(
-        dim=2048,
-        num_layers=16,
-        num_heads=32,
-        num_kv_heads=8,
-        ffn_dim=8192,
-        vocab_size=128256,
-        tie_embeddings=True,
-    ),
-    "3b": DecoderConfig(
-        dim=3072,
-        num_layers=28,
-        num_heads=24,
-        num_kv_heads=8,
-        ffn_dim=8192,
-        vocab_size=128256,
-        tie_embeddings=True,
-    ),
-    "8b": DecoderConfig(dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, ffn_dim=14336, vocab_size=128256),
-    "70b": DecoderConfig(dim=8192, num_layers=80, num_heads=64, num_kv_heads=8, ffn_dim=28672, vocab_size=128256),
+    "0.6b": _qwen3(1024, 28, 16, 8, 3072, tie_embeddings=True),
+    "30b-a3b": _qwen3(2048, 48, 32, 4, 768, experts=ExpertsConfig(num_experts=128, experts_per_token=8)),
+    "1b": DecoderConfig(2048, 16, 32, 8, 8192, vocab_size=128_256, tie_embeddings=True),
+    "3b": DecoderConfig(3072, 28, 24, 8, 8192, vocab_size=128_256, tie_embeddings=True),
+    "8b": DecoderConfig(4096, 32, 32, 8, 14336, vocab_size=128_256),
+    "70b": DecoderConfig(8192, 80, 64, 8, 28672, vocab_size=128_256),
 }
 
 

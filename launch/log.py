@@ -1,0 +1,87 @@
+"""The numbers of a run on their way from the device to its files and the console.
+
+Owns when ranks meet for them: once every few steps, so that no step waits. Knows nothing of how they come about.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from launch import metrics
+from launch.build import whole
+from launch.config import Config
+from launch.console import Console
+from launch.world import World
+from yafsdp_like.comm.agreement import together
+
+
+class Pending(NamedTuple):
+    """A step whose numbers are still on the device."""
+
+    step: int
+    loss: Tensor  # () this rank's
+    norm: Tensor  # () of all ranks, a DTensor perhaps
+    rate: float
+
+
+class Log:
+    """The clock, the first rank's files, and the console, from `step` on."""
+
+    def __init__(self, options: Config, world: World, console: Console, flops_per_step: int | None, step: int) -> None:
+        self._options, self._world, self._console, self._flops_per_step = options, world, console, flops_per_step
+        self.timeline = metrics.Timeline(world.device)
+        self.peak_tflops = metrics.peak_tflops(world, options.log.peak_tflops)
+        self._start = time.perf_counter()
+        self._pending: list[Pending] = []
+        self._recorder: metrics.Recorder | None = None
+        with together():
+            if world.is_first:
+                self._recorder = metrics.Recorder(Path(options.output_dir), options.log.tensorboard, step + 1)
+
+    def say(self, text: str) -> None:
+        """A line of its own, on the first rank."""
+        self._console.say(text)
+
+    def add(self, step: int, loss: Tensor, norm: Tensor, rate: float) -> None:
+        """Keep the numbers of a step; nothing is waited for."""
+        self._pending.append(Pending(step, loss, norm, rate))
+
+    def write(self, held_out_loss: float | None) -> None:
+        """Bring the numbers of all steps since the last call to the host, average them over ranks, write them."""
+        losses = self._world.mean(torch.stack([done.loss for done in self._pending])).tolist()
+        num_tokens = self._options.global_batch_size * self._options.seq_len  # of one step
+        records: list[metrics.Record] = [
+            {
+                "step": done.step,
+                "tokens": done.step * num_tokens,
+                "loss": loss,
+                "grad_norm": float(whole(done.norm)),
+                "lr": done.rate,
+            }
+            for done, loss in zip(self._pending, losses, strict=True)
+        ]
+        records[-1] |= self._speed(len(records), num_tokens) | metrics.memory(self._world.device)
+        if held_out_loss is not None:
+            records[-1]["held_out_loss"] = held_out_loss
+        self._pending.clear()
+        with together():
+            if self._recorder is not None:
+                self._recorder.write(records)
+        self._console.show(records[-1])
+
+    def _speed(self, num_steps: int, num_tokens: int) -> metrics.Record:
+        flops = None if self._flops_per_step is None else num_steps * self._flops_per_step
+        return metrics.speed(self.timeline.take(), num_steps * num_tokens, flops, self._world, self.peak_tflops)
+
+    def totals(self) -> str:
+        """Time and memory of the whole run, on this rank."""
+        peaks = metrics.memory(self._world.device)
+        held = f"{peaks['host_gib']:.2f} GiB of host memory"
+        if peaks["allocated_gib"] is not None:
+            held = f"{peaks['allocated_gib']:.2f} GiB allocated, {peaks['reserved_gib']:.2f} GiB reserved"
+        return f"{time.perf_counter() - self._start:.0f} s; peak on one rank: {held}"
