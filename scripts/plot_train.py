@@ -1,56 +1,135 @@
-"""Plot a results file of bench_train.py: forward and backward relative to the floor, and memory, against length.
+"""Plot results of bench_train.py against sequence length: time with the floor, time over the floor, and memory.
 
-    python scripts/plot_train.py scripts/results/FILE.json OUT.png
+    python scripts/plot_train.py scripts/results/A.json scripts/results/B.json ... OUT.png
 
-Needs matplotlib (extra `bench`).
+Files of one model on one machine are drawn together, those with compiled blocks dashed; where two hold the same
+measurement, the later one's is drawn. Ratios are of each file's own floor. Needs matplotlib (extra `bench`).
 """
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator, ScalarFormatter
 
-NAMES = {"ours": "yafsdp_like", "fsdp2": "FSDP2 (stock)", "unsharded": "unsharded, the floor"}
-COLORS = {"ours": "#1b7f5c", "fsdp2": "#c2571a", "unsharded": "#777777"}
+FLOOR = "unsharded"
+NAMES = {
+    "ours": "yafsdp_like",
+    "ours-nccl": "yafsdp_like over NCCL",
+    "fsdp2": "FSDP2",
+    "deepspeed": "DeepSpeed ZeRO-3",
+    "deepspeed-blocks": "DeepSpeed ZeRO-3, whole blocks",
+    FLOOR: "unsharded, the floor",
+}
+COLORS = {
+    "ours": "#1b7f5c",
+    "ours-nccl": "#7fc4a8",
+    "fsdp2": "#c2571a",
+    "deepspeed": "#3b5fa8",
+    "deepspeed-blocks": "#8aa4d6",
+    FLOOR: "#777777",
+}
+
+Report = dict[str, Any]
+Row = dict[str, Any]
 
 
-def rows_of(report: dict[str, Any], impl: str) -> list[dict[str, Any]]:
-    """One implementation's rows that ran, by sequence length."""
-    rows = [row for row in report["rows"] if row["impl"] == impl and row["status"] == "ok"]
-    return sorted(rows, key=lambda row: row["seq_len"])
+@dataclass(frozen=True)
+class Series:
+    """One line of the plot."""
+
+    impl: str
+    compiled: bool
+    reduce_dtype: str | None  # None for the floor, which reduces nothing
+
+    def label(self, several_dtypes: bool) -> str:
+        parts = [NAMES.get(self.impl, self.impl)]
+        if several_dtypes and self.reduce_dtype is not None:
+            parts.append(f"{self.reduce_dtype} reduce")
+        return ", ".join([*parts, "compiled"] if self.compiled else parts)
+
+    def style(self, several_dtypes: bool) -> dict[str, Any]:
+        return {
+            "color": COLORS.get(self.impl, "#000000"),
+            "linestyle": "--" if self.compiled else "-",
+            "marker": "s" if several_dtypes and self.reduce_dtype == "fp32" else "o",
+            "markersize": 4,
+            "label": self.label(several_dtypes),
+        }
 
 
-def plot(report: dict[str, Any], out: Path) -> None:
-    figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for impl in dict.fromkeys(row["impl"] for row in report["rows"]):
-        rows = rows_of(report, impl)
-        lengths = [str(row["seq_len"]) for row in rows]
-        style = {"color": COLORS.get(impl), "label": NAMES.get(impl, impl), "marker": "o"}
-        time_axes.plot(lengths, [row["ratio_to_floor"] for row in rows], **style)
-        if impl != "unsharded":  # no optimizer, no sharding: its memory compares with nothing
-            memory_axes.plot(lengths, [row["peak_reserved_gib"] for row in rows], **style)
-            memory_axes.plot(lengths, [row["peak_allocated_gib"] for row in rows], **style | {"label": None}, ls=":")
-    time_axes.set(title="forward + backward, relative to unsharded", xlabel="tokens per GPU", ylim=(0.95, None))
-    memory_axes.set(title="peak GiB: reserved (line), allocated (dots)", xlabel="tokens per GPU", ylim=(0, None))
-    for axes in (time_axes, memory_axes):
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    hardware, options = report["hardware"], report["options"]
-    figure.suptitle(
-        f"Llama-3-8B shape, {hardware['ranks']} × {hardware['device']}, "
-        f"gradients reduced in {options['reduce_dtype']}, torch {report['versions']['torch']}"
-    )
+def merged(reports: Sequence[Report]) -> dict[Series, list[Row]]:
+    """Rows that ran, by series and ascending length. Raises ValueError where models or machines differ."""
+    series: dict[Series, dict[int, Row]] = {}
+    for report in reports:
+        for field in ("model", "hardware"):
+            if report[field] != reports[0][field]:
+                raise ValueError(f"one plot is of one {field}, found {reports[0][field]} and {report[field]}")
+        options = report["options"]
+        for row in report["rows"]:
+            if row["status"] == "ok":
+                dtype = None if row["impl"] == FLOOR else options["reduce_dtype"]
+                key = Series(row["impl"], options["compile"], dtype)
+                series.setdefault(key, {})[row["seq_len"]] = row
+    return {key: [rows[seq_len] for seq_len in sorted(rows)] for key, rows in series.items()}
+
+
+def draw_line(axes: Axes, rows: list[Row], values: list[float | None], style: dict[str, Any]) -> None:
+    """Values against length, without those that were not measured."""
+    points = [(row["seq_len"], value) for row, value in zip(rows, values, strict=True) if value is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)
+
+
+def draw(series: dict[Series, list[Row]], title: str, out: Path) -> None:
+    figure, (time_axes, ratio_axes, memory_axes) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
+    several_dtypes = len({key.reduce_dtype for key in series} - {None}) > 1
+    for key, rows in series.items():
+        style = key.style(several_dtypes)
+        draw_line(time_axes, rows, [row["forward_backward_ms"]["median"] for row in rows], style)
+        draw_line(ratio_axes, rows, [row["ratio_to_floor"] for row in rows], style)
+        if key.impl != FLOOR:  # no optimizer, no sharding: its memory compares with nothing
+            draw_line(memory_axes, rows, [row["peak_reserved_gib"] for row in rows], style)
+    time_axes.set(title="forward + backward, ms", yscale="log")
+    ratio_axes.set(title="forward + backward, relative to unsharded", yscale="log")
+    memory_axes.set(title="peak reserved memory, GiB", ylim=(0, None))
+    lengths = sorted({row["seq_len"] for rows in series.values() for row in rows})
+    for axes in (time_axes, ratio_axes, memory_axes):
+        axes.set(xlabel="tokens per sequence", xscale="log")
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.3, which="both")
+    for axes in (time_axes, ratio_axes):
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
+    time_axes.legend(frameon=False, fontsize="small")
+    figure.suptitle(title)
     figure.savefig(out, dpi=120)
+    plt.close(figure)
 
 
-def main() -> None:
+def title_of(reports: Sequence[Report]) -> str:
+    hardware, model = reports[0]["hardware"], reports[0]["model"]
+    dtypes = sorted({report["options"]["reduce_dtype"] for report in reports})
+    versions = sorted({report["versions"]["torch"] for report in reports})
+    return (
+        f"{model['num_params'] / 1e9:.1f}B parameters, {hardware['ranks']} × {hardware['device']}, "
+        f"gradients reduced in {' and '.join(dtypes)}, torch {', '.join(versions)}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", type=Path)
+    parser.add_argument("reports", type=Path, nargs="+", metavar="REPORT")
     parser.add_argument("out", type=Path)
-    arguments = parser.parse_args()
-    plot(json.loads(arguments.report.read_text()), arguments.out)
+    options = parser.parse_args(arguments)
+    reports = [json.loads(path.read_text()) for path in options.reports]
+    draw(merged(reports), title_of(reports), options.out)
 
 
 if __name__ == "__main__":

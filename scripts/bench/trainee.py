@@ -1,0 +1,109 @@
+"""What is compared: a model that can be trained, and the function that builds it.
+
+Knows no runtime. What differs between runtimes is in `implementations.py` and `zero3.py`.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.options import Options
+from launch.world import World
+from yafsdp_like.models import Decoder
+
+NUM_EAGER = 2  # calls before one is recorded
+
+
+@dataclass
+class Trainee:
+    """A model ready to train; override a method where a runtime brings its own."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer | None
+
+    def forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Run both on (B, T) tokens and targets, and return the loss."""
+        loss: Tensor = self.model(tokens, targets)
+        loss.backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Apply and clear the gradients; without an optimizer, zero them in place."""
+        if self.optimizer is None:
+            self.model.zero_grad(set_to_none=False)
+        else:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def close(self) -> None:
+        """Undo what a runtime did outside its own objects; nothing, for most."""
+
+
+@dataclass
+class Graphed(Trainee):
+    """One whose forward and backward are replayed."""
+
+    step: Callable[[Tensor, Tensor], Tensor]
+
+    def forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return self.step(tokens, targets)
+
+
+class PlainGraph:
+    """`function` of two tensors as CUDA graphs, one for each shape, without sharding; run as it is elsewhere."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._function = function
+        self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+        self._calls: Counter[torch.Size] = Counter()
+
+    def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        shape = tokens.shape
+        self._calls[shape] += 1
+        if not tokens.is_cuda or self._calls[shape] <= NUM_EAGER:
+            return self._function(tokens, targets)
+        if shape not in self._graphs:
+            graph, own = torch.cuda.CUDAGraph(), (tokens.clone(), targets.clone())
+            with torch.cuda.graph(graph):
+                loss = self._function(*own)
+            self._graphs[shape] = graph, *own, loss
+        graph, own_tokens, own_targets, loss = self._graphs[shape]
+        own_tokens.copy_(tokens)
+        own_targets.copy_(targets)
+        graph.replay()
+        return loss.clone()
+
+
+Builder = Callable[[Options, World], Trainee]
+
+
+def nothing(world: World) -> str | None:
+    """No obstacle."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """How a runtime's trainee is built, and a question: what stands in its way on this rank, in one line, or None."""
+
+    build: Builder
+    obstacle: Callable[[World], str | None] = nothing
+
+
+def meta_model(options: Options) -> Decoder:
+    """The decoder without bytes, its blocks compiled where that was asked for."""
+    with torch.device("meta"):
+        model = Decoder(options.config)
+    if options.compile:
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+    return model
+
+
+def materialized(model: Decoder, world: World) -> Decoder:
+    """The same model with memory and initial values, which are the same under any sharding."""
+    model.to_empty(device=world.device)
+    model.init_weights()
+    return model
