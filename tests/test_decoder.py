@@ -20,6 +20,7 @@ from yafsdp_like.models.decoder import Attention, apply_rope, attend, window_mas
 from yafsdp_like.models.loss import linear_cross_entropy
 from yafsdp_like.models.moe import MixtureOfExperts
 from yafsdp_like.models.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
+from yafsdp_like.shard.linear import attach
 
 TINY = PRESETS["tiny"]
 ODD = DecoderConfig(dim=36, num_layers=3, num_heads=3, num_kv_heads=1, ffn_dim=100, vocab_size=101)
@@ -290,6 +291,41 @@ def test_logits_of_a_chunk_are_all_that_exists_of_them() -> None:
     with LargestResult() as largest:
         linear_cross_entropy(hidden, weight, torch.randint(vocab_size, (num_tokens,)), chunk_size).backward()
     assert largest.numel == chunk_size * vocab_size
+
+
+@dataclasses.dataclass
+class Slot:
+    """Where a weight's gradient is to be written; holds garbage before the first."""
+
+    view: Tensor
+    num_opened: int = 0
+
+    def open(self) -> tuple[Tensor, bool]:
+        self.num_opened += 1
+        return self.view, self.num_opened > 1
+
+
+@pytest.mark.parametrize("chunk_size", [4, 100])
+@pytest.mark.parametrize("num_tokens", [13, 61])  # below and above what makes keeping the logits' gradient worth it
+@pytest.mark.parametrize("slot_dtype", [torch.bfloat16, torch.float32])
+def test_the_heads_gradient_is_written_where_its_weight_says(
+    num_tokens: int, chunk_size: int, slot_dtype: torch.dtype
+) -> None:
+    hidden, plain, targets = head_case(num_tokens, torch.bfloat16)
+    (3 * linear_cross_entropy(hidden, plain, targets, chunk_size)).backward()
+    weight = torch.nn.Parameter(plain.detach().clone())
+    slot = Slot(torch.full_like(plain.detach(), 7, dtype=slot_dtype))
+    attach(weight, slot)
+    completed = []
+    weight.register_post_accumulate_grad_hook(lambda p: completed.append(p.grad))
+    (expected,) = torch.autograd.grad(3 * linear_cross_entropy(hidden, weight, targets, chunk_size), weight)
+    torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, chunk_size), hidden)
+    assert slot.num_opened == 0
+    for times in (1, 2):
+        (3 * linear_cross_entropy(hidden, weight, targets, chunk_size)).backward()
+        torch.testing.assert_close(slot.view.bfloat16(), times * plain.grad)
+    assert torch.equal(expected, plain.grad)
+    assert completed == [None, None]
 
 
 class LargestResult(TorchDispatchMode):

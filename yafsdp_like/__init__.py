@@ -5,11 +5,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.shard.api import FSDPModule, UnshardHandle, fully_shard
 from yafsdp_like.shard.engine import SpillWarning
+from yafsdp_like.shard.graph import GraphedStep
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FSDPModule",
+    "GraphedStep",
     "MemoryPlan",
     "MixedPrecisionPolicy",
     "OffloadPolicy",

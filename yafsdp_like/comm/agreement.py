@@ -6,7 +6,8 @@ nothing of what the ranks are doing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -45,6 +46,44 @@ def share(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def agree(group: dist.ProcessGroup, lines: Sequence[str], error: BaseException | None) -> None:
+    """Raises on every rank of `group` unless all pass the same `lines` and none an `error`.
+
+    A rank with an error raises it as it is. `RuntimeError` on the others, and on all for lines that differ: it names
+    the first difference.
+    """
+    if group.size() == 1:
+        if error is not None:
+            raise error
+        return
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    reports = share((digest, None if error is None else f"{type(error).__name__}: {error}"), group)
+    if error is not None:
+        raise error
+    failed = [(rank, message) for rank, (_, message) in enumerate(reports) if message is not None]
+    if failed:
+        raise RuntimeError("\n".join(f"rank {rank} failed to shard the model: {m}" for rank, m in failed))
+    if any(other != digest for other, _ in reports):
+        raise RuntimeError(_first_difference(share(list(lines), group)))
+
+
+def _first_difference(lines_by_rank: Sequence[Sequence[str]]) -> str:
+    """Names the first unit or parameter on which ranks differ, and what each rank has there."""
+    longest = max(len(lines) for lines in lines_by_rank)
+    padded = [[*lines, *["(nothing)"] * (longest - len(lines))] for lines in lines_by_rank]
+    for position in range(longest):
+        found: dict[str, list[int]] = {}
+        for rank, lines in enumerate(padded):
+            found.setdefault(lines[position], []).append(rank)
+        if len(found) > 1:
+            told = "; ".join(f"rank {', '.join(map(str, ranks))}: {line}" for line, ranks in found.items())
+            return (
+                f"ranks shard different models; the first difference is entry {position}: {told}. Build the same "
+                "modules, and call fully_shard on them in the same order with the same arguments, on every rank"
+            )
+    raise AssertionError("ranks disagree, yet no line differs")
 
 
 def host_group() -> dist.ProcessGroup:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
-from yafsdp_like.comm.transport import Reduction
+from yafsdp_like.comm.agreement import agree
+from yafsdp_like.comm.transport import Gather, Reduce, Reduction
+from yafsdp_like.memory.arena import Block
 
 # Torch 2.12 renamed the coalesced collectives and kept the old names with a warning.
 _NEW_NAMES = hasattr(dist.ProcessGroup, "all_gather_single_coalesced")
@@ -32,20 +33,55 @@ def _reduce_group_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
 class ProcessGroupTransport:
     """Coalesced collectives: one call, one group launch, one piece per parameter, nothing packed or unpacked."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    maps_memory = False
+
+    def __init__(self, group: dist.ProcessGroup, reason: str) -> None:
         self.rank, self.world_size = group.rank(), group.size()
+        self.description = f"process group: {reason}"
         self._gather_group = group
         self._reduce_group = _reduce_group_of(group) if self.world_size > 1 else group
 
-    def all_gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
-        if self.world_size == 1:
-            return
+    def connect(self, blocks: Sequence[Block]) -> None:
+        pass
+
+    def meet(self, stream: str) -> None:
+        pass
+
+    def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Gather:
+        pieces = _by_dtype(outputs, inputs) if self.world_size > 1 else []
+        return partial(self._all_gather, pieces)
+
+    def _all_gather(self, pieces: Pieces) -> None:
         options = AllgatherOptions()
         options.asyncOp = False  # on the current stream, not on one of the group's own
-        for out, inp in _by_dtype(outputs, inputs):
+        for out, inp in pieces:
             _finish(getattr(self._gather_group, _GATHER)(out, inp, options))
 
-    def reduce_scatter(
+    def reduce(
+        self,
+        outputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        dtypes: Sequence[torch.dtype],
+        scratch: torch.Tensor,
+    ) -> Reduce:
+        assert [i.dtype for i in inputs] == list(dtypes), "a collective sums in the dtype that it sends"
+        # In place into this rank's chunk of the inputs when a cast or an addition follows, straight away otherwise.
+        chunks = [i.view(self.world_size, -1)[self.rank] for i in inputs]
+        same_dtype = all(out.dtype == inp.dtype for out, inp in zip(outputs, inputs, strict=True))
+
+        def run(reduction: Reduction, accumulate: bool) -> None:
+            if same_dtype and not accumulate:
+                self._reduce_scatter(outputs, inputs, reduction)
+                return
+            self._reduce_scatter(chunks, inputs, reduction)
+            if accumulate:
+                torch._foreach_add_(list(outputs), chunks)
+            else:
+                torch._foreach_copy_(list(outputs), chunks)
+
+        return run
+
+    def _reduce_scatter(
         self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], reduction: Reduction
     ) -> None:
         if reduction.pre_divisor != 1.0:
@@ -62,24 +98,7 @@ class ProcessGroupTransport:
             torch._foreach_div_(list(outputs), reduction.post_divisor)
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
-        if self.world_size == 1:
-            if error is not None:
-                raise error
-            return
-        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-        reports = self._share((digest, None if error is None else f"{type(error).__name__}: {error}"))
-        if error is not None:
-            raise error
-        failed = [(rank, message) for rank, (_, message) in enumerate(reports) if message is not None]
-        if failed:
-            raise RuntimeError("\n".join(f"rank {rank} failed to shard the model: {m}" for rank, m in failed))
-        if any(other != digest for other, _ in reports):
-            raise RuntimeError(_first_difference(self._share(list(lines))))
-
-    def _share(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._gather_group)
-        return values
+        agree(self._gather_group, lines, error)
 
 
 def _finish(work: dist.Work | None) -> None:
@@ -88,9 +107,10 @@ def _finish(work: dist.Work | None) -> None:
         work.wait()
 
 
-def _by_dtype(
-    outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
-) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+Pieces = list[tuple[list[torch.Tensor], list[torch.Tensor]]]  # outputs and inputs of one dtype each
+
+
+def _by_dtype(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Pieces:
     """One pair of lists per dtype, in order of first appearance; pieces without elements are left out."""
     groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for out, inp in zip(outputs, inputs, strict=True):
@@ -105,20 +125,3 @@ def _copy_unless_same(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Te
     pairs = [(o, i) for o, i in zip(outputs, inputs, strict=True) if o.data_ptr() != i.data_ptr()]
     if pairs:
         torch._foreach_copy_([o for o, _ in pairs], [i for _, i in pairs])
-
-
-def _first_difference(lines_by_rank: Sequence[Sequence[str]]) -> str:
-    """Names the first unit or parameter on which ranks differ, and what each rank has there."""
-    longest = max(len(lines) for lines in lines_by_rank)
-    padded = [[*lines, *["(nothing)"] * (longest - len(lines))] for lines in lines_by_rank]
-    for position in range(longest):
-        found: dict[str, list[int]] = {}
-        for rank, lines in enumerate(padded):
-            found.setdefault(lines[position], []).append(rank)
-        if len(found) > 1:
-            told = "; ".join(f"rank {', '.join(map(str, ranks))}: {line}" for line, ranks in found.items())
-            return (
-                f"ranks shard different models; the first difference is entry {position}: {told}. Build the same "
-                "modules, and call fully_shard on them in the same order with the same arguments, on every rank"
-            )
-    raise AssertionError("ranks disagree, yet no line differs")

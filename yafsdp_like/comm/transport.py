@@ -1,17 +1,22 @@
 """What the engine asks of the ranks that share one unit's parameters.
 
-A transport moves pieces between buffers it is given; it owns no memory, keeps no state between calls, and knows
+A transport moves pieces between buffers it is given; it owns no memory that lives longer than a call, and knows
 nothing of units or schedules. It issues work on the stream that is current when it is called and does not block the
-CPU.
+CPU, except where that is said.
+
+Buffers never move, so what is to be moved is said once (``gather``, ``reduce``) and done many times by calling what
+came back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from yafsdp_like.memory.arena import Block
 
 
 @dataclass(frozen=True)
@@ -27,24 +32,44 @@ class Reduction:
     post_divisor: float = 1.0
 
 
+Gather = Callable[[], None]
+Reduce = Callable[[Reduction, bool], None]  # how to combine, and whether to add to the outputs or to replace them
+
+
 class Transport(Protocol):
     """The ranks of one shard mesh dimension."""
 
     rank: int
     world_size: int
+    description: str  # what moves the bytes, and why this transport was chosen
+    maps_memory: bool  # inputs must lie in blocks that ``connect`` was given, since peers read them where they are
 
-    def all_gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
-        """``outputs[i]``, ``(world_size * n_i,)``, receives every rank's ``inputs[i]``, ``(n_i,)``, in order of rank.
+    def connect(self, blocks: Sequence[Block]) -> None:
+        """Makes the ranks' blocks readable by each other. Called by all ranks with blocks of the same sizes, in the
+        same order; blocks the CPU."""
+
+    def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Gather:
+        """``outputs[i]``, ``(world_size * n_i,)``, will receive every rank's ``inputs[i]``, ``(n_i,)``, in order of
+        rank.
 
         At world size 1 the engine makes outputs and inputs the same memory, and there is nothing to do.
         """
 
-    def reduce_scatter(
-        self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], reduction: Reduction
-    ) -> None:
-        """``outputs[i]``, ``(n_i,)``, receives chunk ``rank`` of the reduction of all ranks' ``inputs[i]``,
-        ``(world_size * n_i,)``. An output may be that very chunk of its input; otherwise inputs are scratch afterwards
-        only if ``pre_divisor`` is not 1."""
+    def reduce(
+        self,
+        outputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        dtypes: Sequence[torch.dtype],
+        scratch: torch.Tensor,
+    ) -> Reduce:
+        """``outputs[i]``, ``(n_i,)``, will receive, or have added to it, chunk ``rank`` of the reduction of all ranks'
+        ``inputs[i]``, ``(world_size * n_i,)``, rounded to ``dtypes[i]`` before it is cast to the output's own dtype.
+        Inputs are scratch afterwards. ``scratch``, ``(nbytes,)`` uint8, is written by every reduction of the
+        stream, and may be empty where no memory is mapped."""
+
+    def meet(self, stream: str) -> None:
+        """Work that ranks issue to ``stream``, the current one, from here on starts after all that any rank issued to
+        it before. Only where memory is mapped: collectives meet by themselves."""
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
         """Raises the same error on every rank unless all ranks pass the same ``lines`` and no ``error``.

@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 import math
+import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch.distributed import _symmetric_memory
 
 from yafsdp_like.memory.layout import Segment, aligned
 from yafsdp_like.memory.plan import Region
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One allocation of memory that other processes of this host can map, zeroed."""
+
+    bytes: torch.Tensor  # (nbytes,) uint8
+    file: Path | None  # under which they find it, of host memory
+
+    @classmethod
+    def allocate(cls, nbytes: int, device: torch.device) -> Block:
+        """Symmetric memory of a GPU, or a file in the host's shared memory."""
+        if device.type == "cuda":
+            block = cls(_symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device), None)
+            block.bytes.zero_()
+            return block
+        directory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+        with tempfile.NamedTemporaryFile(prefix="yafsdp_", dir=directory, delete=False) as file:
+            file.truncate(nbytes)
+        block = cls(torch.from_file(file.name, shared=True, size=nbytes, dtype=torch.uint8), Path(file.name))
+        weakref.finalize(block.bytes, Path(file.name).unlink, missing_ok=True)  # should nobody map it
+        return block
+
+    def find(self, part: torch.Tensor) -> tuple[int, int] | None:
+        """Where in this block the contiguous tensor ``part`` lies, as (offset, size) in bytes; None if elsewhere."""
+        offset = part.data_ptr() - self.bytes.data_ptr()
+        nbytes = part.numel() * part.itemsize
+        return (offset, nbytes) if 0 <= offset and offset + nbytes <= self.bytes.numel() else None
 
 
 class Arena:
@@ -21,6 +53,7 @@ class Arena:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.regions: dict[str, Region] = {}
+        self.blocks: list[Block] = []  # those that peers map
         self._places: dict[str, tuple[torch.UntypedStorage, int]] = {}  # region name -> (block, offset in bytes)
 
     @property
@@ -28,15 +61,25 @@ class Arena:
         return sum(region.nbytes for region in self.regions.values())
 
     def reserve(self, regions: Sequence[Region]) -> None:
-        """Allocates one block that holds ``regions`` one after the other. Sizes must be multiples of the alignment.
+        """Allocates one block that holds ``regions`` one after the other, and another for those that peers map (to be
+        found in ``blocks``). Sizes must be multiples of the alignment.
 
         Raises ``torch.OutOfMemoryError`` (CUDA) or ``RuntimeError`` (CPU) when the device has no room for the block.
         """
         for region in regions:
             assert region.name not in self.regions, f"region {region.name!r} is reserved already"
             assert aligned(region.nbytes) == region.nbytes, f"region {region.name!r}: {region.nbytes} is not aligned"
+        for mapped in (False, True):
+            self._reserve([r for r in regions if r.mapped is mapped], mapped)
+
+    def _reserve(self, regions: Sequence[Region], mapped: bool) -> None:
+        nbytes = sum(r.nbytes for r in regions)
         with torch.inference_mode(False):
-            block = torch.zeros(sum(r.nbytes for r in regions), dtype=torch.uint8, device=self.device)
+            if mapped and nbytes:
+                self.blocks.append(Block.allocate(nbytes, self.device))
+                block = self.blocks[-1].bytes
+            else:
+                block = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
         offset = 0
         for region in regions:
             self.regions[region.name] = region

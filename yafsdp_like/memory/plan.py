@@ -93,6 +93,7 @@ class Region:
     name: str
     kind: str
     nbytes: int
+    mapped: bool = False  # read by peers where it is
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ KINDS = {
     "gather slots": "units' full parameters, shared by live range",
     "gradient slots": "units' full gradients, shared by live range",
     "unsynced gradients": "full gradients kept while set_requires_gradient_sync(False)",
+    "staging": "peers' chunks of gradients while they are added up",
     "spill": "slots that the order of execution asked for beyond the plan",
 }
 

@@ -8,6 +8,7 @@ other. The CPU never waits, and ``record_stream`` is never used, since arena mem
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Protocol
@@ -67,6 +68,68 @@ class InOrder:
 
     def wait(self, stream: str, event: Event) -> None:
         pass
+
+
+class Recording:
+    """Work on fixed places that is done again and again, at the cost of one launch.
+
+    ``branches`` run side by side and must not depend on each other, nor allocate. On a GPU they are recorded as a CUDA
+    graph by the first call, on the stream that is current then; elsewhere, and inside a graph that somebody else
+    records, they are issued one by one.
+    """
+
+    def __init__(self, device: torch.device, branches: Sequence[Callable[[], None]]) -> None:
+        self._device = device
+        self._branches = list(branches)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self._device.type != "cuda":
+            for branch in self._branches:
+                branch()
+        elif torch.cuda.is_current_stream_capturing():
+            self._issue()
+        else:
+            if self._graph is None:
+                self._graph = self._recorded()
+            self._graph.replay()
+
+    def _recorded(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            self._issue()
+        finally:
+            graph.capture_end()
+        return graph
+
+    def _issue(self) -> None:
+        current, begin = torch.cuda.current_stream(self._device), torch.cuda.Event()
+        begin.record(current)
+        ends = []
+        for branch in self._branches[1:]:
+            side = torch.cuda.Stream(self._device)
+            side.wait_event(begin)
+            with torch.cuda.stream(side):
+                branch()
+            ends.append(side.record_event())
+        self._branches[0]()
+        for end in ends:
+            current.wait_event(end)
+
+
+class StepRecording:
+    """One call of ``work``, allocations included, recorded as a CUDA graph on ``stream``; ``result`` is what it
+    returned, and is written again by every ``replay``.
+    """
+
+    def __init__(self, work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self.result = work()
+
+    def replay(self) -> None:
+        self._graph.replay()
 
 
 @cache

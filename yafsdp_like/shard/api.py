@@ -6,7 +6,6 @@ the policies are FSDP2's own classes.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, Self, cast
 
@@ -18,13 +17,15 @@ from torch.distributed._composable_state import _State
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from yafsdp_like.comm.choice import TransportName, transport_of
 from yafsdp_like.memory.plan import MemoryPlan
-from yafsdp_like.memory.streams import COMPUTE, GATHER, Event
+from yafsdp_like.memory.streams import GATHER, Event
 from yafsdp_like.shard.engine import Engine, Report, engine_for
 from yafsdp_like.shard.hooks import abandon, install
+from yafsdp_like.shard.linear import install as install_linear
 from yafsdp_like.shard.unit import Ownership, ShardedParam, Unit, UnitPolicy, ownership_of, unit_of
+from yafsdp_like.shard.update import watch_optimizers
 
 Owners = dict[nn.Parameter, list[tuple[nn.Module, str]]]  # which modules register a parameter, and under what name
 
@@ -45,6 +46,7 @@ def fully_shard(
     offload_policy: OffloadPolicy = OffloadPolicy(),  # noqa: B008 (frozen)
     ignored_params: set[nn.Parameter] | None = None,
     dp_mesh_dims: Any = None,
+    transport: TransportName = "auto",
 ) -> Any:
     """Shards the parameters of ``module`` (or of a list of modules, as one unit) over the ranks of ``mesh``, in place.
 
@@ -66,6 +68,8 @@ def fully_shard(
             ``output_dtype``, and ``cast_forward_inputs``. Sharded parameters, their ``.grad`` and the optimizer keep
             the original dtype.
         ignored_params: parameters that are left alone.
+        transport: what moves bytes between ranks; not FSDP2's. "auto" takes "peer" (ranks of one host read each other's
+            memory) between GPUs that can, and "process_group" (NCCL, gloo) otherwise; the plan says which, and why.
         shard_placement_fn, offload_policy, dp_mesh_dims: FSDP2's; only their defaults are supported yet.
 
     Returns:
@@ -88,13 +92,21 @@ def fully_shard(
             new[param] = places
         else:
             _tie(param, places)
-    return _shard(module, modules, new, mesh, UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward)))
+    policy = UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward))
+    return _shard(module, modules, new, mesh, policy, transport)
 
 
-def _make_unit(module: Any, modules: Sequence[nn.Module], owners: Owners, mesh: DeviceMesh, policy: UnitPolicy) -> Any:
+def _make_unit(
+    module: Any,
+    modules: Sequence[nn.Module],
+    owners: Owners,
+    mesh: DeviceMesh,
+    policy: UnitPolicy,
+    transport: TransportName,
+) -> Any:
     device = _device_of(mesh)
     params = [ShardedParam(param, places, mesh) for param, places in owners.items()]
-    unit = Unit(modules, params, policy, mesh, device)
+    unit = Unit(modules, params, policy, mesh, transport_of(mesh.get_group(), device, transport), device)
     for p, param in zip(params, owners, strict=True):
         param._yafsdp_ownership = Ownership(unit, p)  # type: ignore[attr-defined]
         p.register(p.sharded)
@@ -105,6 +117,7 @@ def _make_unit(module: Any, modules: Sequence[nn.Module], owners: Owners, mesh: 
         _become_fsdp_module(m)
     for m in {owner: None for p in params for owner, _ in p.owners}:
         _keep_state_dict_sharded(unit, m)
+        install_linear(m)
     _shard.state(modules[0]).unit = unit
     return module
 
@@ -243,40 +256,7 @@ def _device_of(mesh: DeviceMesh) -> torch.device:
     )
 
 
-_stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-
-
-def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Runs before every optimizer step of the process, and does nothing to those without sharded parameters."""
-    _refuse_parameters_from_before(optimizer)
-    _make_room_for_states(optimizer)
-
-
-def _make_room_for_states(optimizer: torch.optim.Optimizer) -> None:
-    """States are made in the first step and stay. Cut from cached blocks of activations, they would keep those
-    from being used again whole, and the next step would need more memory: so the cache is given back before, once."""
-    if optimizer not in _stepped:
-        _stepped.add(optimizer)
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        if any(p.is_cuda and ownership_of(p) is not None for p in params):
-            torch.cuda.empty_cache()
-
-
-def _refuse_parameters_from_before(optimizer: torch.optim.Optimizer) -> None:
-    """An optimizer built before ``fully_shard`` holds parameters that nothing trains any more: FSDP2 says nothing
-    then.
-    """
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            ownership = ownership_of(param)
-            if ownership is not None and ownership.param is not None and param is not ownership.param.sharded:
-                raise RuntimeError(
-                    f"{type(optimizer).__name__} holds {ownership.param.name!r} as it was before it was sharded, and "
-                    "would train nothing: build the optimizer after fully_shard, from model.parameters()"
-                )
-
-
-register_optimizer_step_pre_hook(_before_optimizer_step)
+watch_optimizers()
 
 
 # --- the sharded module ---
@@ -338,7 +318,7 @@ class FSDPModule:
         """
         engine, unit = self._engine(), self._unit()
         engine.build_if_changed()
-        engine.streams.wait(GATHER, engine.streams.record(COMPUTE))
+        engine.publish()
         if blockers := engine.blockers(unit.gather_slot):
             engine.isolate(unit, f"unshard() was called while {[b.unit.name for b in blockers]} is unsharded")
         handle = UnshardHandle(engine, unit)

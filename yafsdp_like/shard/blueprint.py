@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import torch
+
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import FlatLayout, Segment
 from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, place
@@ -19,6 +21,8 @@ from yafsdp_like.shard.unit import GatherSlot, GradientSlot, Unit, UnitLayout
 AnySlot = TypeVar("AnySlot", GatherSlot, GradientSlot)
 
 GATHER_SLOTS, GRADIENT_SLOTS = "gather slots", "gradient slots"  # the two regions that slots share
+STAGING = "staging"
+MOST_STAGING_NBYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,12 @@ def draw(units: Sequence[Unit], schedule: Schedule, root: Unit | None) -> Bluepr
     gradient = {u: x.gradient_slot.nbytes for u, x in layouts.items() if not u.own_gradient_slot}
     gather_places, gather_nbytes = _place_shared(gather, gather_live)
     gradient_places, gradient_nbytes = _place_shared(gradient, gradient_live)
-    regions = [
-        Region(f"{unit.name}.{shard.kind}", shard.kind, shard.nbytes)
-        for unit in units
-        for shard in _shards(layouts[unit])
-    ]
+    regions = [shard for unit in units for shard in _shards(unit, layouts[unit])]
     regions += [
         Region(GATHER_SLOTS, GATHER_SLOTS, gather_nbytes),
-        Region(GRADIENT_SLOTS, GRADIENT_SLOTS, gradient_nbytes),
+        Region(GRADIENT_SLOTS, GRADIENT_SLOTS, gradient_nbytes, any(u.transport.maps_memory for u in units)),
     ]
+    regions += _staging(layouts)
     regions += [region for unit in units for region in own_slot_regions(unit, layouts[unit])]
     slots = [SlotPlace(u.name, GATHER_SLOTS, segment, gather_live[u]) for u, segment in gather_places.items()]
     slots += [SlotPlace(u.name, GRADIENT_SLOTS, segment, gradient_live[u]) for u, segment in gradient_places.items()]
@@ -60,9 +61,20 @@ def draw(units: Sequence[Unit], schedule: Schedule, root: Unit | None) -> Bluepr
     return Blueprint(plan, layouts, gather_places, gradient_places)
 
 
-def _shards(layout: UnitLayout) -> list[Region]:
-    layouts = {"main_shard": layout.main_shard, "compute_shard": layout.compute_shard, "grad_shard": layout.grad_shard}
-    return [Region(kind, kind, flat.nbytes) for kind, flat in layouts.items()]
+def _shards(unit: Unit, layout: UnitLayout) -> list[Region]:
+    return [
+        Region(f"{unit.name}.main_shard", "main_shard", layout.main_shard.nbytes),
+        Region(
+            f"{unit.name}.compute_shard", "compute_shard", layout.compute_shard.nbytes, unit.transport.maps_memory
+        ),
+        Region(f"{unit.name}.grad_shard", "grad_shard", layout.grad_shard.nbytes),
+    ]
+
+
+def _staging(layouts: Mapping[Unit, UnitLayout]) -> list[Region]:
+    """Where peers' chunks of one unit's gradients wait for their sum; large units go through it in several rounds."""
+    needs = [x.gradient_slot.nbytes for unit, x in layouts.items() if unit.transport.maps_memory]
+    return [Region(STAGING, STAGING, min(max(needs), MOST_STAGING_NBYTES))] if needs else []
 
 
 def own_slot_regions(unit: Unit, layout: UnitLayout) -> list[Region]:
@@ -72,7 +84,8 @@ def own_slot_regions(unit: Unit, layout: UnitLayout) -> list[Region]:
         regions.append(Region(f"{unit.name}.gather_slot", "spill", layout.gather_slot.nbytes))
     if unit.own_gradient_slot:
         kind = "unsynced gradients" if unit.unsynced_gradients else "spill"
-        regions.append(Region(f"{unit.name}.gradient_slot", kind, layout.gradient_slot.nbytes))
+        mapped = unit.transport.maps_memory
+        regions.append(Region(f"{unit.name}.gradient_slot", kind, layout.gradient_slot.nbytes, mapped))
     return regions
 
 
@@ -117,6 +130,10 @@ def build(blueprint: Blueprint) -> Arena:
         _place_shards(unit, layout, arena)
         unit.gather_slot = _gather_slot(unit, blueprint, arena)
         unit.gradient_slot = _gradient_slot(unit, blueprint, arena)
+    if STAGING in arena.regions:
+        staging = arena.place(STAGING).tensor(torch.uint8, (arena.regions[STAGING].nbytes,))
+        for unit in units:
+            unit.staging = staging
     _introduce([unit.gather_slot for unit in units])
     _introduce([unit.gradient_slot for unit in units])
     return arena
@@ -125,7 +142,7 @@ def build(blueprint: Blueprint) -> Arena:
 def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
     for p, compute, grad in zip(unit.params, layout.compute_shard.segments, layout.grad_shard.segments, strict=True):
         p.compute = p.main
-        if p.compute_dtype != p.main_dtype:
+        if compute.nbytes:
             shard = arena.place(f"{unit.name}.compute_shard").part(compute)
             p.compute = shard.tensor(p.compute_dtype, (p.shards.chunk_numel,))
         if p.trainable:
@@ -149,7 +166,7 @@ def _slot_on_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> GatherSlot:
     """On one rank a shard is the full parameter already: the slot is the compute shard, or the main shard."""
     places = []
     for p, main, compute in zip(unit.params, layout.main_shard.segments, layout.compute_shard.segments, strict=True):
-        if p.compute_dtype == p.main_dtype:
+        if p.compute is p.main:
             places.append(unit.arena.place("main_shard").part(main))
         else:
             places.append(arena.place(f"{unit.name}.compute_shard").part(compute))

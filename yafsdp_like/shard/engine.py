@@ -4,7 +4,8 @@ The engine owns the plan, the arena of everything but main shards, and every tra
 nothing of module hooks and autograd graphs: ``hooks.py`` tells it what starts and what ends.
 
     gather slot      EMPTY --gather--> FILLED --unshard--> HELD --keep--> KEPT --unshard--> HELD --release--> EMPTY
-                     FILLED or KEPT --a neighbour needs the bytes--> EMPTY
+                                                           HELD --rest--> IDLE --unshard--> HELD
+                     FILLED, KEPT or IDLE --a neighbour needs the bytes--> EMPTY
     gradient slot    EMPTY --first gradient--> HELD --reduce--> EMPTY
 
 [Note: spills]
@@ -19,27 +20,30 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from yafsdp_like.comm.process_group import ProcessGroupTransport
-from yafsdp_like.comm.transport import Transport
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event, streams_of
 from yafsdp_like.shard.blueprint import Blueprint, build, draw, own_slot_regions, reshards_after_forward, slot_at
-from yafsdp_like.shard.schedule import schedule_of
+from yafsdp_like.shard.linear import attach
+from yafsdp_like.shard.schedule import Schedule, schedule_of
 from yafsdp_like.shard.unit import GatherSlot, GradientSlot, ShardedParam, SlotState, Unit, UnitLayout, Use, unit_of
 
 if TYPE_CHECKING:
     from yafsdp_like.shard.hooks import Call
 
-EMPTY, FILLED, HELD, KEPT = SlotState.EMPTY, SlotState.FILLED, SlotState.HELD, SlotState.KEPT
+EMPTY, FILLED, HELD = SlotState.EMPTY, SlotState.FILLED, SlotState.HELD
+KEPT, IDLE = SlotState.KEPT, SlotState.IDLE
+
+
+EARLY_NUMEL = 1 << 23  # a reduction of fewer elements costs more in latency than it hides
 
 
 class SpillWarning(UserWarning):
@@ -75,7 +79,7 @@ class Engine:
         self.schedule = schedule_of(root, _units_of_modules(self.units), len(self.units))
         self.after_in_forward = _following(self.units, self.schedule.forward_order)
         self.after_in_backward = _following(self.units, self.schedule.backward_order)
-        self.transports: dict[Unit, Transport] = {}  # filled by build, like what follows
+        self.transports = list(dict.fromkeys(unit.transport for unit in units))
         self._blueprint: Blueprint | None = None
         self._arena: Arena | None = None
         self.built_for: tuple[object, ...] = ()  # the units' signatures when the slots were made
@@ -83,6 +87,7 @@ class Engine:
         self.wasted_prefetches = 0
         self.evictions = 0
         self.last_reduce: Event = None  # the end of the latest reduction; None once compute has waited for it
+        self.reduced_early = _reduced_early(self.units, self.schedule)
         self.is_last_backward = True  # whether the end of a backward waits for its reductions
         self.iteration: Call | None = None  # the forward that everything running now is part of
         self.tasks: dict[int, list[Use]] = {}  # running backwards by autograd's number, and the uses they reached
@@ -113,8 +118,6 @@ class Engine:
         """
         if self._arena is not None and self.built_for == self._signatures():
             return
-        if not self.transports:
-            self.transports = _transports(self.units)
         error: Exception | None = None
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -122,8 +125,11 @@ class Engine:
         except Exception as e:
             error = e
         try:
-            for transport in dict.fromkeys(self.transports.values()):
+            for transport in self.transports:
                 transport.agree(self._fingerprint(), error)
+            for transport in self.transports:
+                if transport.maps_memory and self._arena is not None:
+                    transport.connect(self._arena.blocks)
         except BaseException:
             self._forget_build()  # so that every rank comes back here, once the model is mended
             raise
@@ -179,26 +185,68 @@ class Engine:
     def begin(self) -> None:
         """A forward starts: what compute wrote (optimizer, loaded weights) comes before all gathers; stale slots go."""
         self.build_if_changed()
-        self.streams.wait(GATHER, self.streams.record(COMPUTE))
+        self.publish()
         for unit in self.units:
             slot = unit.gather_slot
-            if slot.state in (FILLED, KEPT, HELD) and slot.versions != unit.versions():
+            if slot.state is not EMPTY and slot.generation != unit.generation():
                 self.release(slot)
+
+    def publish(self) -> None:
+        """Gathers from here on, of any rank, bring what this rank's main shards are now.
+
+        Where peers read compute shards in place, all are made current between two meetings: the first says that
+        nobody reads them any more, the second that they are written. Otherwise each is when it is gathered.
+        """
+        self.streams.wait(GATHER, self.streams.record(COMPUTE))
+        mapping = [transport for transport in self.transports if transport.maps_memory]
+        if not mapping:
+            return
+        with self.streams.on(GATHER), torch.no_grad():
+            for transport in mapping:
+                transport.meet(GATHER)
+            for unit in self.units:
+                if unit.transport.maps_memory:
+                    unit.refresh_compute_shard()
+            for transport in mapping:
+                transport.meet(GATHER)
+        self.streams.wait(COMPUTE, self.streams.record(GATHER))  # the next update of the main shards comes after
+
+    def before_update(self) -> None:
+        """An optimizer will write compute shards from here on: on no rank a gather reads them any more."""
+        self.streams.wait(COMPUTE, self.streams.record(GATHER))
+        for transport in self.transports:
+            transport.meet(COMPUTE)
+
+    def after_update(self, unit: Unit) -> None:
+        """An optimizer has written the unit's main and compute shards: gathers it for the next forward, if its bytes
+        are free.
+        """
+        unit.cast = unit.generation()
+        slot = unit.gather_slot
+        if unit.transport.world_size == 1 or any(s.state not in (EMPTY, IDLE) for s in (slot, *slot.neighbours)):
+            return
+        self._make_room(slot)
+        slot.state = EMPTY  # the values in it are from before the update
+        self.streams.wait(GATHER, self.streams.record(COMPUTE))
+        with self.streams.on(GATHER):
+            unit.transport.meet(GATHER)
+        self.gather(slot, refresh=False)
 
     def gather(self, slot: GatherSlot, refresh: bool) -> None:
         """Issues the gather of an EMPTY slot whose neighbours are all EMPTY; the slot is FILLED. Does not wait.
 
         ``refresh`` casts the main shard first: in forward, and not in backward, which must see forward's values again.
+        Compute shards that peers read in place are left to ``publish``.
         """
         assert slot.state is EMPTY and all(other.state is EMPTY for other in slot.neighbours)
         unit = slot.unit
-        with torch.profiler.record_function(f"yafsdp::gather {unit.name}"), self.streams.on(GATHER), torch.no_grad():
+        with label("gather", unit), self.streams.on(GATHER), torch.no_grad():
             self._wait_for_readers(GATHER, slot)
-            if refresh:
+            if refresh and not unit.transport.maps_memory:
                 unit.refresh_compute_shard()
-            self.transports[unit].all_gather(slot.outputs, [p.compute for p in unit.params])
+            slot.gather()
         slot.ready = self.streams.record(GATHER)
-        slot.versions = unit.versions()
+        slot.generation = unit.cast
         slot.state = FILLED
 
     def _wait_for_readers(self, stream: str, slot: GatherSlot | GradientSlot) -> None:
@@ -213,7 +261,7 @@ class Engine:
     def prefetch(self, unit: Unit, refresh: bool) -> None:
         """Gathers ahead when the unit's bytes are free; otherwise the unit waits for its own turn."""
         slot = unit.gather_slot
-        if slot.state is EMPTY and all(other.state in (EMPTY, FILLED) for other in slot.neighbours):
+        if slot.state is EMPTY and all(other.state in (EMPTY, FILLED, IDLE) for other in slot.neighbours):
             self._make_room(slot)
             self.gather(slot, refresh)
 
@@ -226,9 +274,13 @@ class Engine:
             self._make_room(slot)
             self.gather(slot, refresh)
         if slot.state is FILLED:
-            self.streams.wait(COMPUTE, slot.ready)
+            self._wait_until_ready(slot)
         slot.state = HELD
         slot.unit.register(slot)
+
+    def _wait_until_ready(self, slot: GatherSlot) -> None:
+        if slot.ready is not None:
+            self.streams.wait(COMPUTE, slot.ready)
 
     def blockers(self, slot: GatherSlot) -> list[GatherSlot]:
         """Neighbours in use, whose bytes ``slot`` would need and cannot have."""
@@ -244,15 +296,22 @@ class Engine:
             elif other.state is KEPT:
                 self.evictions += 1
                 self.release(other)
+            elif other.state is IDLE:
+                other.state = EMPTY
 
     def keep(self, slot: GatherSlot) -> None:
         """The work on the slot is over, but the user wants it to stay gathered."""
         slot.state = KEPT
 
+    def rest(self, slot: GatherSlot) -> None:
+        """As ``release``, but who comes back before a neighbour took the bytes finds them filled."""
+        self.release(slot)
+        slot.state = IDLE
+
     def release(self, slot: GatherSlot) -> None:
         """All reads of the slot have been issued: its bytes are free after them, and modules see the shards again."""
         if slot.state is FILLED:  # a gather that nobody read: compute may write the shards only after it
-            self.streams.wait(COMPUTE, slot.ready)
+            self._wait_until_ready(slot)
         elif slot.state in (HELD, KEPT):
             slot.released = self.streams.record(COMPUTE)
         slot.state = EMPTY
@@ -275,22 +334,39 @@ class Engine:
 
     # --- gradient slots ---
 
-    def accumulate(self, unit: Unit, k: int, grad: torch.Tensor) -> None:
-        """Parameter ``k``'s full gradient, ``(rows, ...)``, has been computed: moves it into the gradient slot."""
+    def accumulate(self, unit: Unit, k: int, grad: torch.Tensor | None) -> None:
+        """Parameter ``k``'s full gradient of the running backward, ``(rows, ...)``, is complete: what was not written
+        to the gradient slot as it was computed is moved there now.
+        """
+        if grad is not None:
+            view, holds_some = self.open_gradient(unit, k)
+            with torch.no_grad():
+                if holds_some:
+                    view.add_(grad)
+                else:
+                    view.copy_(grad)
+        slot = unit.gradient_slot
+        if k not in slot.holds:
+            return  # no gradient came
+        slot.arrived[k] = backward_task()
+        if unit.policy.requires_gradient_sync and k in self.reduced_early.get(unit, ()):
+            slot.early[k] = self._reduce_arrived(unit)
+
+    def open_gradient(self, unit: Unit, k: int) -> tuple[torch.Tensor, bool]:
+        """Where to write parameter ``k``'s full gradient, and whether to add it to what is there already."""
         slot = unit.gradient_slot
         if slot.state is EMPTY:
             slot = self._acquire_gradient_slot(unit)
-        with torch.no_grad():
-            if k in slot.arrived:
-                slot.views[k].add_(grad)
-            else:
-                slot.views[k].copy_(grad)
-        slot.arrived[k] = backward_task()
+        if k in slot.early:
+            self.streams.wait(COMPUTE, slot.early.pop(k))
+        holds_some = k in slot.holds
+        slot.holds.add(k)
+        return slot.views[k], holds_some
 
     def gradients_complete(self, unit: Unit) -> bool:
         """Whether the running backward has brought every gradient that the unit can get from it."""
         slot, task = unit.gradient_slot, backward_task()
-        return all(slot.arrived.get(k) == task for k in unit.trainable)
+        return all(k in slot.early or slot.arrived.get(k) == task for k in unit.trainable)
 
     def _acquire_gradient_slot(self, unit: Unit) -> GradientSlot:
         slot = unit.gradient_slot
@@ -303,29 +379,35 @@ class Engine:
         return slot
 
     def reduce(self, unit: Unit) -> None:
-        """Reduces the gradients that have arrived into the gradient shard and sets or adds to ``.grad``; frees the
-        slot.
-        """
+        """Reduces the gradients that have arrived, and frees the slot, unless it holds parts of others."""
         slot = unit.gradient_slot
-        if slot.state is EMPTY:
+        if not slot.arrived and not slot.early:
             return
+        slot.released = self._reduce_arrived(unit) if slot.arrived else self.last_reduce
+        if not slot.holds:
+            slot.early.clear()
+            slot.state = EMPTY
+
+    def _reduce_arrived(self, unit: Unit) -> Event:
+        """Reduces into the gradient shard, sets or adds to ``.grad``, and returns when that is done."""
+        slot = unit.gradient_slot
         arrived = sorted(slot.arrived)  # the same order on every rank
-        params = [unit.params[k] for k in arrived]
         complete = self.streams.record(COMPUTE)
-        with torch.profiler.record_function(f"yafsdp::reduce {unit.name}"), self.streams.on(REDUCE), torch.no_grad():
+        with label("reduce", unit), self.streams.on(REDUCE), torch.no_grad():
             self.streams.wait(REDUCE, complete)
-            for p in params:
-                p.spare_kept_grad()
-            direct = all(p.sharded.grad is None and p.reduce_dtype == p.main_dtype for p in params)
-            chunks = [p.grad if direct else slot.chunks[k] for k, p in zip(arrived, params, strict=True)]
-            inputs = [slot.inputs[k] for k in arrived]
-            self.transports[unit].reduce_scatter(chunks, inputs, unit.reduction())
-            _deliver(params, chunks)
-            for p in params:
-                _run_post_accumulate_hooks(p)
-        self.last_reduce = slot.released = self.streams.record(REDUCE)
-        slot.state = EMPTY
+            adding = [k for k in arrived if unit.params[k].has_own_grad]
+            setting = [k for k in arrived if k not in adding]
+            for k in setting:
+                unit.params[k].spare_kept_grad()
+            for which, adds in ((setting, False), (adding, True)):
+                if which:
+                    slot.reduce(which)(unit.reduction(), adds)
+            for k in arrived:
+                _deliver(unit.params[k], k in adding)
+        self.last_reduce = self.streams.record(REDUCE)
+        slot.holds.difference_update(arrived)
         slot.arrived.clear()
+        return self.last_reduce
 
     def wait_for_reductions(self) -> None:
         """A backward ends: what follows on compute (clipping, the optimizer) sees every gradient."""
@@ -337,7 +419,61 @@ class Engine:
         """Drops gradients that are complete in part only, after a backward that failed."""
         for unit in self.units:
             unit.gradient_slot.state = EMPTY
+            unit.gradient_slot.holds.clear()
+            unit.gradient_slot.early.clear()
             unit.gradient_slot.arrived.clear()
+
+    # --- steps that are recorded (graph.py) ---
+
+    def repeatable_state(self) -> tuple[object, ...] | None:
+        """What a step that starts now would decide by; None when it cannot be repeated as it is: something is running
+        or held between steps, or ``.grad`` is none of ours.
+        """
+        if self._arena is None or self.built_for != self._signatures():
+            return None
+        busy = self.iteration is not None or self.tasks or not self.is_last_backward
+        if busy or not all(unit.policy.requires_gradient_sync for unit in self.units):
+            return None
+        state: list[object] = []
+        for unit in self.units:
+            slot, is_current = unit.gather_slot, unit.cast == unit.generation()
+            if slot.state is IDLE or (slot.state is FILLED and not is_current):
+                self.release(slot)
+            if slot.state not in (EMPTY, FILLED) or unit.gradient_slot.state is not EMPTY:
+                return None
+            grads = tuple(p.has_own_grad for p in unit.params)
+            if any(p.sharded.grad is not None and not p.has_own_grad for p in unit.params):
+                return None
+            state.append((slot.state is FILLED, is_current, grads))
+        return tuple(state)
+
+    def fork_streams(self) -> None:
+        """Side streams start here."""
+        for stream in (GATHER, REDUCE):
+            self.streams.wait(stream, self.streams.record(COMPUTE))
+
+    def join_streams(self) -> None:
+        """Compute waits for all that side streams were given, so that no event is left to wait for."""
+        for stream in (GATHER, REDUCE):
+            self.streams.wait(COMPUTE, self.streams.record(stream))
+        self.last_reduce = None
+        for unit in self.units:
+            unit.gather_slot.ready = unit.gather_slot.released = unit.gradient_slot.released = None
+
+    def after_recording(self, state: tuple[object, ...] | None, reduced: Sequence[ShardedParam]) -> None:
+        """Nothing of the step has run yet: back to what it was recorded from."""
+        assert state is not None
+        for unit, (was_filled, *_) in zip(self.units, cast("list[tuple[bool, ...]]", state), strict=True):
+            unit.gather_slot.state = FILLED if was_filled else EMPTY
+        for p in reduced:
+            p.sharded.grad = None
+
+    def after_replay(self, reduced: Sequence[ShardedParam]) -> None:
+        for unit in self.units:
+            unit.gather_slot.state = EMPTY
+            unit.cast = unit.generation()
+        for p in reduced:
+            p.sharded.grad = p.grad_dtensor
 
     # --- leaving the plan ---
 
@@ -359,7 +495,10 @@ class Engine:
         assert self._blueprint is not None and self._arena is not None
         layout = self._blueprint.layouts[unit]
         region = own_slot_regions(unit, layout)[which]
+        known = len(self._arena.blocks)
         self._arena.reserve([region])
+        if region.mapped:
+            unit.transport.connect(self._arena.blocks[known:])
         self._blueprint = self._blueprint.with_region(region)
         self.spills.append(Spill(region.name, reason, region.nbytes))
         warnings.warn(
@@ -372,18 +511,48 @@ class Engine:
         return self._arena.place(region.name), layout
 
 
+def label(work: str, unit: Unit) -> AbstractContextManager[Any]:
+    """Names ``work`` in profiles; costs nothing without a profiler."""
+    if torch.autograd.profiler._is_profiler_enabled:
+        return torch.profiler.record_function(f"yafsdp::{work} {unit.name}")
+    return nullcontext()
+
+
 def watch_gradients(slot: GatherSlot) -> None:
     """From now on, gradients that autograd completes for the slot's parameters move into the unit's gradient slot."""
     for k in slot.unit.trainable:
         # Weak, since the garbage collector does not see through a parameter's hooks.
-        slot.params[k].register_post_accumulate_grad_hook(partial(_take_gradient, weakref.ref(slot.unit), k))
+        unit_ref = weakref.ref(slot.unit)
+        slot.params[k].register_post_accumulate_grad_hook(partial(_take_gradient, unit_ref, k))
+        if slot.params[k].dim() == 2:
+            attach(slot.params[k], GradientSink(unit_ref, k))
+
+
+@dataclass(frozen=True)
+class GradientSink:
+    """Where linear layers write the gradient of parameter ``k`` of a unit: its place in the gradient slot."""
+
+    unit: weakref.ref[Unit]
+    k: int
+
+    def open(self) -> tuple[torch.Tensor, bool] | None:
+        """Nowhere, unless the gradient to come is all that the slot will hold, in the dtype that it is computed in:
+        sums over several uses are left to autograd, whose order and rounding they then have, and which needs no slot
+        before the last of them.
+        """
+        unit = self.unit()
+        assert unit is not None and unit.engine is not None
+        p = unit.params[self.k]
+        if p.gradient_dtype != p.compute_dtype or len(unit.pending) > 1 or self.k in unit.gradient_slot.holds:
+            return None
+        return unit.engine.open_gradient(unit, self.k)
 
 
 def _take_gradient(unit_ref: weakref.ref[Unit], k: int, param: torch.Tensor) -> None:
     unit, grad = unit_ref(), param.grad
-    assert unit is not None and unit.engine is not None and grad is not None
+    assert unit is not None and unit.engine is not None
     param.grad = None
-    if grad.layout is not torch.strided:
+    if grad is not None and grad.layout is not torch.strided:
         raise RuntimeError(
             f"{unit.params[k].name}: expected a dense gradient to reduce, found {grad.layout}; "
             "sparse gradients cannot be sharded, use sparse=False"
@@ -419,15 +588,6 @@ def _name(root: nn.Module, units: Sequence[Unit]) -> None:
             p.name = f"{names[module]}.{attribute}" if names.get(module) else attribute
 
 
-def _transports(units: Sequence[Unit]) -> dict[Unit, Transport]:
-    """One transport per mesh."""
-    by_mesh: dict[DeviceMesh, Transport] = {}
-    for unit in units:
-        if unit.mesh not in by_mesh:
-            by_mesh[unit.mesh] = ProcessGroupTransport(unit.mesh.get_group())
-    return {unit: by_mesh[unit.mesh] for unit in units}
-
-
 def _units_of_modules(units: Sequence[Unit]) -> dict[nn.Module, list[int]]:
     units_of: dict[nn.Module, list[int]] = {}
     for index, unit in enumerate(units):
@@ -436,29 +596,31 @@ def _units_of_modules(units: Sequence[Unit]) -> dict[nn.Module, list[int]]:
     return units_of
 
 
+def _reduced_early(units: Sequence[Unit], schedule: Schedule) -> dict[Unit, set[int]]:
+    """Large parameters of units whose backward contains that of others: they do not wait for the unit's end.
+
+    A head's gradient is then reduced behind the blocks, and only an embedding's is left for the end.
+    """
+    outer = (unit for unit, span in zip(units, schedule.spans, strict=True) if schedule.surrounds(span))
+    return {u: {k for k in u.trainable if u.params[k].shards.padded_numel >= EARLY_NUMEL} for u in outer}
+
+
 def _following(units: Sequence[Unit], order: Sequence[int]) -> dict[Unit, list[Unit]]:
     """For each unit, those expected after it, nearest first; units without parameters have nothing to gather."""
     ordered = [units[i] for i in order]
     return {unit: [u for u in ordered[position + 1 :] if u.params] for position, unit in enumerate(ordered)}
 
 
-def _deliver(params: Sequence[ShardedParam], chunks: Sequence[torch.Tensor]) -> None:
-    """Sets ``.grad`` to what was reduced, or adds to the ``.grad`` that is there, as backward does on plain
-    parameters.
+def _deliver(p: ShardedParam, was_added: bool) -> None:
+    """Sets ``.grad`` to the gradient shard, where a reduction has just ended, or adds that to another ``.grad`` of the
+    user's; then runs the user's hooks: autograd never accumulates into the sharded parameter, so the engine does.
     """
-    fresh = [(p, chunk) for p, chunk in zip(params, chunks, strict=True) if p.sharded.grad is None]
-    copies = [(p.grad, chunk) for p, chunk in fresh if chunk is not p.grad]
-    if copies:
-        torch._foreach_copy_([grad for grad, _ in copies], [chunk for _, chunk in copies])
-    for p, chunk in zip(params, chunks, strict=True):
-        if p.sharded.grad is None:
+    if not was_added:
+        grad = p.sharded.grad
+        if grad is None:
             p.sharded.grad = p.grad_dtensor
         else:
-            local = p.sharded.grad.to_local()  # type: ignore[attr-defined]  # a DTensor
-            local.add_(chunk[: local.numel()].view(local.shape))
-
-
-def _run_post_accumulate_hooks(p: ShardedParam) -> None:
-    """The user's hooks on the sharded parameter; autograd never accumulates into it, so the engine calls them."""
+            local = grad.to_local()  # type: ignore[attr-defined]  # a DTensor
+            local.add_(p.grad[: local.numel()].view(local.shape))
     for hook in (getattr(p.sharded, "_post_accumulate_grad_hooks", None) or {}).values():
         hook(p.sharded)

@@ -145,7 +145,7 @@ def _choose_slot(engine: Engine, unit: Unit, open_ended: bool) -> None:
 
 
 def _pending_neighbours(slot: GatherSlot | GradientSlot) -> list[str]:
-    free = slot.state in (SlotState.EMPTY, SlotState.FILLED)
+    free = slot.state in (SlotState.EMPTY, SlotState.FILLED, SlotState.IDLE)
     return [other.unit.name for other in slot.neighbours if other.unit.pending] if free else []
 
 
@@ -177,7 +177,7 @@ def _leave(engine: Engine, unit: Unit) -> None:
     # parameters again, or zero_grad() and clipping over model.parameters() would miss the gradients.
     idle = unit.policy.reshard_after_forward is None and not torch.is_grad_enabled()
     if backward_task() is None and (idle or engine.reshards_after_forward(unit)):
-        engine.reshard(unit)
+        engine.rest(unit.registered)
     else:
         engine.keep(unit.registered)
 
@@ -223,7 +223,7 @@ def _start_backward(engine: Engine, unit: Unit, use: Use) -> None:
         return  # another output's gradient came before
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"backward of {unit.name!r} runs with create_graph=True (rank {engine.transports[unit].rank}): gradients "
+            f"backward of {unit.name!r} runs with create_graph=True (rank {unit.transport.rank}): gradients "
             "of gradients of sharded parameters are not supported, and would silently be wrong; use create_graph=False"
         )
     if task not in engine.tasks:
@@ -236,7 +236,7 @@ def _start_backward(engine: Engine, unit: Unit, use: Use) -> None:
         if blockers := engine.blockers(use.slot):
             raise RuntimeError(
                 f"backward of {unit.name!r} needs its gather slot while {[b.unit.name for b in blockers]} still "
-                f"computes on the same bytes (rank {engine.transports[unit].rank}); their backwards were expected one "
+                f"computes on the same bytes (rank {unit.transport.rank}); their backwards were expected one "
                 "after the other. Set reshard_after_forward=False on one of these units"
             )
         engine.unshard(use.slot, refresh=False)

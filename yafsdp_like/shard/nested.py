@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+
+PLAIN, EMPTY = (bool, int, float, str), (dict, tuple, list)
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
@@ -17,14 +21,16 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     """
     if isinstance(value, torch.Tensor):
         return function(value)
+    if value is None or type(value) in PLAIN or (type(value) in EMPTY and not value):
+        return value  # most of what modules are given: said before the slower questions
     if isinstance(value, Mapping):
         return _copied_where_changed(function, value, dict(value), _set_item)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return _copied_where_changed(function, value, fields, object.__setattr__)
     if isinstance(value, (list, tuple)):
-        items = [map_tensors(function, item) for item in value]
-        if all(new is old for new, old in zip(items, value, strict=True)):
+        items = [function(v) if isinstance(v, torch.Tensor) else map_tensors(function, v) for v in value]
+        if all(map(operator.is_, items, value)):
             return value
         return (
             type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

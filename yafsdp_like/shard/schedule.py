@@ -51,6 +51,10 @@ class Schedule:
     def backward_order(self) -> list[int]:
         return sorted(range(len(self.spans)), key=lambda u: (-self.spans[u].last, self.spans[u].first, u))
 
+    def surrounds(self, span: Span) -> bool:
+        """Whether another unit starts within ``span``."""
+        return any(other is not span and span.first < other.first <= span.last for other in self.spans)
+
     def forward_start(self, unit: int) -> int:
         return self.spans[unit].first
 

@@ -18,6 +18,7 @@ import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard
 
-from yafsdp_like.comm.transport import Reduction
+from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import FlatLayout, RowShards
 from yafsdp_like.memory.plan import Region
@@ -42,10 +43,12 @@ class SlotState(enum.Enum):
 
     EMPTY = "nobody's: any neighbour may take the bytes"
     FILLED = "gathered ahead, not yet read: a neighbour in need may still take the bytes"
+    IDLE = "read and released, the values still there: any neighbour may take the bytes"
     HELD = "being read or written by running work: nobody may touch the bytes"
     KEPT = "idle but left unsharded on purpose: given up when a neighbour needs the bytes"
 
 
+Generation = tuple[int, ...]  # what main shards are by now; equal generations are equal values
 NOWHERE = torch.empty(0, device="meta")  # stands for a shard that has no place yet
 
 
@@ -64,7 +67,7 @@ class ShardedParam:
         self.shards = RowShards(tuple(param.shape), mesh.size())
         self.attributes = dict(vars(param))  # the user's own, which a cast or move of the module would lose
         self.sharded = self._shard(param)
-        self.compute_dtype = self.reduce_dtype = param.dtype
+        self.compute_dtype = self.gradient_dtype = self.reduce_dtype = param.dtype
         self.placed: torch.Tensor | None = None  # ``local`` as Unit.materialize left it; None: not in the arena
         self.main = self.compute = self.grad = NOWHERE  # filled by Unit.materialize, and the others by the build
         self.grad_dtensor: DTensor | None = None
@@ -93,11 +96,15 @@ class ShardedParam:
     def trainable(self) -> bool:
         return self.sharded.requires_grad
 
-    def set_dtypes(self, policy: MixedPrecisionPolicy) -> None:
-        """Compute and reduce dtypes by the policy; integers, which only frozen parameters are, keep their own."""
+    def set_dtypes(self, policy: MixedPrecisionPolicy, as_computed: bool) -> None:
+        """Compute and reduce dtypes by the policy; integers, which only frozen parameters are, keep their own.
+
+        Gradients wait for their reduction in ``reduce_dtype``, or ``as_computed``.
+        """
         dtype = self.main_dtype
         self.compute_dtype = (policy.param_dtype or dtype) if dtype.is_floating_point else dtype
         self.reduce_dtype = policy.reduce_dtype or self.compute_dtype
+        self.gradient_dtype = self.compute_dtype if as_computed else self.reduce_dtype
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -138,14 +145,17 @@ class ShardedParam:
         self.grad = place.tensor(self.main_dtype, (self.shards.chunk_numel,))
         self.grad_dtensor = self._dtensor(place.tensor(self.main_dtype, self.local_shape))
 
+    @property
+    def has_own_grad(self) -> bool:
+        """Whether ``.grad`` is set, and to the gradient shard: what is reduced next is added to it."""
+        return self.grad_dtensor is not None and self.sharded.grad is self.grad_dtensor
+
     def spare_kept_grad(self) -> None:
-        """A gradient that the user still holds after ``.grad = None`` keeps its values: it moves to memory of its
-        own.
+        """A gradient that the user still holds, but no longer as ``.grad``, keeps its values: it moves to memory of
+        its own.
         """
         assert self.grad_dtensor is not None
-        if (
-            self.sharded.grad is None and sys.getrefcount(self.grad_dtensor) > 2
-        ):  # more than this object's and the call's
+        if sys.getrefcount(self.grad_dtensor) > 2:  # by more than this object and the call
             kept, local = self.grad_dtensor, self.grad_dtensor._local_tensor
             kept._local_tensor = local.clone()
             self.grad_dtensor = self._dtensor(local)
@@ -164,13 +174,15 @@ class UnitLayout:
     """The five flat layouts of a unit; a parameter that a layout does not hold has an empty segment in it."""
 
     main_shard: FlatLayout
-    compute_shard: FlatLayout  # only parameters whose compute dtype differs from their main dtype
+    compute_shard: FlatLayout  # only parameters that peers do not gather from the main shard itself
     grad_shard: FlatLayout  # only trainable parameters, as in the gradient slot
     gather_slot: FlatLayout
     gradient_slot: FlatLayout
 
     @classmethod
-    def of(cls, params: Sequence[ShardedParam]) -> UnitLayout:
+    def of(cls, params: Sequence[ShardedParam], maps_memory: bool) -> UnitLayout:
+        """Where peers read the compute shard in place (``maps_memory``), every parameter has one."""
+
         def chunks(dtypes: Sequence[torch.dtype | None]) -> FlatLayout:
             return FlatLayout.pack(
                 [p.shards.chunk_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
@@ -183,10 +195,12 @@ class UnitLayout:
 
         return cls(
             main_shard=chunks([p.main_dtype for p in params]),
-            compute_shard=chunks([p.compute_dtype if p.compute_dtype != p.main_dtype else None for p in params]),
+            compute_shard=chunks(
+                [p.compute_dtype if maps_memory or p.compute_dtype != p.main_dtype else None for p in params]
+            ),
             grad_shard=chunks([p.main_dtype if p.trainable else None for p in params]),
             gather_slot=full([p.compute_dtype if p.shards.world_size > 1 else None for p in params]),
-            gradient_slot=full([p.reduce_dtype if p.trainable else None for p in params]),
+            gradient_slot=full([p.gradient_dtype if p.trainable else None for p in params]),
         )
 
 
@@ -205,13 +219,18 @@ class GatherSlot:
         self.state = SlotState.EMPTY
         self.ready: Event = None  # the gather has arrived
         self.released: Event = None  # the last reader is done; None once a gather has waited for it
-        self.versions: tuple[int, ...] = ()  # of the main shards when they were gathered
+        self.generation: Generation = ()  # of the main shards when they were gathered
         self.active: dict[Use, None] = {}  # uses whose backward is running
         self.params = [_full_param(p, place) for p, place in zip(unit.params, places, strict=True)]
         self.outputs = [
             place.tensor(p.compute_dtype, (p.shards.padded_numel,))
             for p, place in zip(unit.params, places, strict=True)
         ]
+
+    @cached_property
+    def gather(self) -> Gather:
+        """Brings every rank's compute shard here. First asked for once transports are connected."""
+        return self.unit.transport.gather(self.outputs, [p.compute for p in self.unit.params])
 
 
 def _full_param(p: ShardedParam, place: Place) -> nn.Parameter:
@@ -221,10 +240,11 @@ def _full_param(p: ShardedParam, place: Place) -> nn.Parameter:
 
 
 class GradientSlot:
-    """A unit's full gradients, in reduce dtype, from their arrival in backward until they are reduced.
+    """A unit's full gradients from their arrival in backward until they are reduced.
 
-    For each trainable parameter ``k``: ``views[k]`` has its shape, ``inputs[k]`` is ``(padded_numel,)``, and
-    ``chunks[k]`` this rank's part of that, ``(chunk_numel,)``. ``arrived`` are those whose gradient is in the slot.
+    For each trainable parameter ``k``: ``views[k]`` has its shape and ``inputs[k]`` is ``(padded_numel,)``, in its
+    ``gradient_dtype``. ``holds`` are those with some gradient in the slot, ``arrived`` those for which it is all that
+    the backwards so far have computed.
     Padding holds anything.
     """
 
@@ -234,16 +254,30 @@ class GradientSlot:
         self.neighbours: list[GradientSlot] = []
         self.state = SlotState.EMPTY
         self.released: Event = None  # the reduction is done; None once compute has waited for it
+        self.holds: set[int] = set()
+        self.early: dict[int, Event] = {}  # reduced before the rest, and when that was done
         self.arrived: dict[int, int | None] = {}  # parameter -> the backward in which it arrived last
         self.views: dict[int, torch.Tensor] = {}
         self.inputs: dict[int, torch.Tensor] = {}
-        self.chunks: dict[int, torch.Tensor] = {}
+        self._reduces: dict[tuple[int, ...], Reduce] = {}
         for k in unit.trainable:
             assert extent is not None
             p, place = unit.params[k], extent.part(layout.segments[k])
-            self.views[k] = place.tensor(p.reduce_dtype, p.shards.shape)
-            self.inputs[k] = place.tensor(p.reduce_dtype, (p.shards.padded_numel,))
-            self.chunks[k] = self.inputs[k].view(p.shards.world_size, -1)[p.rank]
+            self.views[k] = place.tensor(p.gradient_dtype, p.shards.shape)
+            self.inputs[k] = place.tensor(p.gradient_dtype, (p.shards.padded_numel,))
+
+    def reduce(self, which: Sequence[int]) -> Reduce:
+        """Reduces the gradients of these parameters into their gradient shards."""
+        key = tuple(which)
+        if key not in self._reduces:
+            params = [self.unit.params[k] for k in key]
+            self._reduces[key] = self.unit.transport.reduce(
+                [p.grad for p in params],
+                [self.inputs[k] for k in key],
+                [p.reduce_dtype for p in params],
+                self.unit.staging,
+            )
+        return self._reduces[key]
 
 
 @dataclass(eq=False)
@@ -284,21 +318,26 @@ class Unit:
         params: Sequence[ShardedParam],
         policy: UnitPolicy,
         mesh: DeviceMesh,
+        transport: Transport,
         device: torch.device,
     ) -> None:
         self.modules = list(modules)
         self.params = list(params)
         self.policy = policy
         self.mesh = mesh
+        self.transport = transport
         self.device = device
         self.name = type(modules[0]).__name__  # the modules' full names, once the root is known
         self.arena = Arena(device)  # of the main shard, which is needed before the root is known
         self.layout: UnitLayout | None = None  # None until materialized
         self.moves = 0  # how often main shards were put somewhere else
+        self.updates = 0  # how often an optimizer stepped over them
+        self.cast: Generation = ()  # of the main shards when the compute shards were last made from them
         self.engine: Engine | None = None  # of the root module, once that is known
         self.registered: GatherSlot | None = None  # whose parameters the modules see; None: the sharded ones
         self._gather_slot: GatherSlot | None = None  # see the property
         self._gradient_slot: GradientSlot | None = None
+        self.staging = torch.empty(0, dtype=torch.uint8)  # of reductions, shared by all units; made by the build
         self.own_gather_slot = False  # by a spill; later plans keep to it
         self.own_gradient_slot = False  # by a spill, or because unsynced gradients stay in it between backwards
         self.unsynced_gradients = False  # set_requires_gradient_sync(False) was called
@@ -337,6 +376,7 @@ class Unit:
     def forget_slots(self) -> None:
         """Before the engine makes new ones. What autograd saved keeps the old ones alive as long as it needs them."""
         self._gather_slot = self._gradient_slot = None
+        self.cast = ()
 
     @property
     def slots(self) -> list[GatherSlot]:
@@ -352,18 +392,21 @@ class Unit:
         """What the plan was made for; a change of it asks for a new plan."""
         return (self.unsynced_gradients, self.moves, *((p.trainable, p.local is p.placed) for p in self.params))
 
-    def versions(self) -> tuple[int, ...]:
-        """Counters of in-place writes to the main shard: through each DTensor, and to its local tensor itself."""
-        return tuple(version for p in self.params for version in (p.sharded._version, p.local._version))
+    def generation(self) -> Generation:
+        """What changes when main shards are written: by an optimizer (whose kernels may count nothing), or in place
+        through a DTensor or its local tensor."""
+        return (self.moves, self.updates, *(v for p in self.params for v in (p.sharded._version, p.local._version)))
 
     def meta_params(self) -> list[str]:
         return [p.name for p in self.params if p.local.is_meta]
 
     def plan_layout(self) -> UnitLayout:
         """The layout for the dtypes and ``requires_grad`` of now, without touching memory."""
+        maps_memory = self.transport.maps_memory
         for p in self.params:
-            p.set_dtypes(self.policy.mp)
-        return UnitLayout.of(self.params)
+            # A kernel that sums in fp32 reads gradients as they were computed; sums over backwards need reduce_dtype.
+            p.set_dtypes(self.policy.mp, as_computed=maps_memory and not self.unsynced_gradients)
+        return UnitLayout.of(self.params, maps_memory)
 
     def materialize(self) -> None:
         """Puts the main shard into the arena, or back into it after the user moved, cast or replaced parameters.
@@ -400,10 +443,13 @@ class Unit:
             self.registered = slot
 
     def refresh_compute_shard(self) -> None:
-        """Casts what the optimizer updated into what peers gather. Nothing to do where the two are the same memory."""
+        """Casts main shards that were written since into what peers gather, where the two are not the same memory."""
+        if self.cast == (generation := self.generation()):
+            return
         pairs = [(p.compute, p.main) for p in self.params if p.compute is not p.main]
         if pairs:
             torch._foreach_copy_([compute for compute, _ in pairs], [main for _, main in pairs])
+        self.cast = generation
 
     def reduction(self) -> Reduction:
         """How this unit's gradients are divided: by the number of ranks, or by the user's own factor.

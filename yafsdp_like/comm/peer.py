@@ -1,0 +1,242 @@
+"""The transport between ranks of one host that can map each other's memory: copies, and one kernel that adds.
+
+Owns the maps of other ranks' blocks. A gather pulls every peer's shard with the copy engine, which takes no
+multiprocessor. A reduction pulls every peer's chunk of the gradients likewise, and one kernel adds them up in fp32 in
+order of rank and writes the gradient shard. Nothing else crosses the link, and multicast is never used.
+
+[Note: who waits for whom]
+Shards change only at an update, so gathers need no rendezvous: ranks meet once an iteration, before the first gather.
+Gradients change all the time: ranks meet before a reduction pulls (all have written theirs) and after that (all have
+pulled, so that the slot may be written again). Both meetings are small kernels that wait in the order of their stream;
+the CPU does not.
+
+On CPUs the same transport runs over files in the host's shared memory, and meets at a barrier of the group.
+"""
+
+from __future__ import annotations
+
+import platform
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import _symmetric_memory
+
+from yafsdp_like.comm.agreement import agree, share
+from yafsdp_like.comm.transport import Gather, Reduce, Reduction
+from yafsdp_like.kernels.reduce import ReduceTable
+from yafsdp_like.memory.arena import Block
+from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, aligned
+from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Recording
+
+_CHANNELS = {GATHER: 0, REDUCE: 1, COMPUTE: 2}  # of signals: streams that meet at the same time must not share one
+
+
+SIGNALS_NBYTES = 256  # of a block that only lends its signals
+
+
+@dataclass(frozen=True, eq=False)
+class _Map:
+    """The same block of every rank, as this process sees it."""
+
+    peers: list[torch.Tensor]  # (nbytes,) uint8, by rank
+    handle: Any  # of symmetric memory, for its signals; None on the CPU
+
+
+class PeerTransport:
+    """Ranks that read each other's memory. ``connect`` must have been given all inputs' blocks."""
+
+    maps_memory = True
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, reason: str) -> None:
+        self.rank, self.world_size = group.rank(), group.size()
+        self.description = f"peer: {reason}"
+        self._group, self._device = group, device
+        self._maps: weakref.WeakKeyDictionary[Block, _Map] = weakref.WeakKeyDictionary()
+        self._signals = _map(Block.allocate(SIGNALS_NBYTES, device), group)
+
+    def connect(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            self._maps[block] = _map(block, self._group)
+
+    def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Gather:
+        """Pulls from the next rank first, so that all links are busy and no rank is asked by all at once; what is on
+        this rank already is copied beside that, by another copy engine."""
+        pieces = [
+            (out.view(self.world_size, -1), self._of_all_ranks(inp))
+            for out, inp in zip(outputs, inputs, strict=True)
+            if out.numel()
+        ]
+
+        def copies(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            return [(chunks[rank], by_rank[rank]) for chunks, by_rank in pieces]
+
+        others = [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
+        pulls = partial(_copy_all, [pair for peer in others for pair in copies(peer)])
+        return Recording(self._device, [pulls, partial(_copy_all, copies(self.rank))])
+
+    def reduce(
+        self,
+        outputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        dtypes: Sequence[torch.dtype],
+        scratch: torch.Tensor,
+    ) -> Reduce:
+        """Peers' chunks are pulled into ``scratch`` by the copy engine, as many at a time as fit, and added up there:
+        a kernel that reads them over the link would hold its multiprocessors several times as long."""
+        rounds = self._rounds(outputs, inputs, dtypes, scratch)
+        runs: dict[tuple[float, bool], Callable[[], None]] = {}
+
+        def run(reduction: Reduction, accumulate: bool) -> None:
+            divisor = reduction.pre_divisor * reduction.post_divisor * (self.world_size if reduction.mean else 1)
+            key = (1.0 / divisor, accumulate)
+            if key not in runs:
+                runs[key] = Recording(self._device, [partial(self._run_rounds, rounds, *key)])
+            runs[key]()
+
+        return run
+
+    def _run_rounds(self, rounds: Sequence[_Round], scale: float, accumulate: bool) -> None:
+        self.meet(REDUCE)
+        for number, r in enumerate(rounds, 1):
+            _copy_all(r.pulls)
+            if number == len(rounds):
+                self.meet(REDUCE)
+            for dtype, table in r.tables:
+                table.reduce(scale, dtype, accumulate)
+
+    def _rounds(
+        self,
+        outputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        dtypes: Sequence[torch.dtype],
+        scratch: torch.Tensor,
+    ) -> list[_Round]:
+        """What ``scratch`` holds at a time: pieces of chunks, in order, each of as many elements as still fit."""
+        rounds: list[list[_Piece]] = [[]]
+        free_nbytes = scratch.numel()
+        for out, inp, dtype in zip(outputs, inputs, dtypes, strict=True):
+            by_rank = self._of_all_ranks(inp.view(self.world_size, -1)[self.rank])
+            start = 0
+            while start < out.numel():
+                most = free_nbytes // (self.world_size - 1) // ALIGNMENT_NBYTES * ALIGNMENT_NBYTES // inp.itemsize
+                stop = min(out.numel(), start + most)
+                if stop == start:
+                    assert rounds[-1], f"{scratch.numel()} bytes of scratch hold not even the start of one chunk"
+                    rounds.append([])
+                    free_nbytes = scratch.numel()
+                    continue
+                rounds[-1].append(_Piece(out[start:stop], [chunk[start:stop] for chunk in by_rank], dtype))
+                free_nbytes -= (self.world_size - 1) * aligned((stop - start) * inp.itemsize)
+                start = stop
+        return [_Round.of(pieces, self.rank, scratch) for pieces in rounds if pieces]
+
+    def meet(self, stream: str) -> None:
+        if self._signals.handle is None:
+            self._group.barrier().wait()
+        else:
+            self._signals.handle.barrier(channel=_CHANNELS[stream])
+
+    def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
+        agree(self._group, lines, error)
+
+    def _of_all_ranks(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """The same place as that of ``mine``, in every rank's memory."""
+        for block, found in self._maps.items():
+            if (where := block.find(mine)) is not None:
+                offset, nbytes = where
+                parts = [whole[offset : offset + nbytes].view(mine.dtype).view(mine.shape) for whole in found.peers]
+                return [mine if rank == self.rank else part for rank, part in enumerate(parts)]
+        raise AssertionError(f"a tensor of shape {tuple(mine.shape)} lies outside the memory that peers map")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some elements of one parameter's chunk: where their sum goes, every rank's own, and what it is rounded to."""
+
+    output: torch.Tensor  # (n,)
+    by_rank: list[torch.Tensor]  # (n,) each
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Round:
+    """Pieces that fit the scratch memory together: copies into it, and then one kernel per combination of dtypes."""
+
+    pulls: list[tuple[torch.Tensor, torch.Tensor]]
+    tables: list[tuple[torch.dtype, ReduceTable]]
+
+    @classmethod
+    def of(cls, pieces: Sequence[_Piece], rank: int, scratch: torch.Tensor) -> _Round:
+        pulls, offset = [], 0
+        by_dtypes: dict[tuple[torch.dtype, ...], list[tuple[torch.Tensor, list[torch.Tensor]]]] = {}
+        for piece in pieces:
+            here = list(piece.by_rank)
+            for peer, theirs in enumerate(piece.by_rank):
+                if peer != rank:
+                    nbytes = theirs.numel() * theirs.itemsize
+                    here[peer] = scratch[offset : offset + nbytes].view(theirs.dtype)
+                    pulls.append((here[peer], theirs))
+                    offset += aligned(nbytes)
+            key = (piece.output.dtype, here[0].dtype, piece.dtype)
+            by_dtypes.setdefault(key, []).append((piece.output, here))
+        tables = [
+            (key[-1], ReduceTable([out for out, _ in found], list(map(list, zip(*(h for _, h in found), strict=True)))))
+            for key, found in by_dtypes.items()
+        ]
+        return cls(pulls, tables)
+
+
+def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for destination, source in pairs:
+        destination.copy_(source, non_blocking=True)
+
+
+def _map(block: Block, group: dist.ProcessGroup) -> _Map:
+    size = block.bytes.numel()
+    if block.file is None:
+        handle = _symmetric_memory.rendezvous(block.bytes, group)
+        peers = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(group.size())]
+        return _Map(peers, handle)
+    files: list[Path] = share(block.file, group)
+    peers = [torch.from_file(str(f), shared=True, size=size, dtype=torch.uint8) for f in files]
+    share(None, group)  # all have opened it
+    block.file.unlink()
+    return _Map(peers, None)
+
+
+def obstacle(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """Why the ranks of ``group`` cannot map each other's memory; None if they can. Asked by all ranks together."""
+    identities = share((_host(), _gpu(device)), group)
+    if len({host for host, _ in identities}) > 1:
+        return "the ranks are on several hosts"
+    if device.type == "cpu":
+        return None
+    if len(set(identities)) < len(identities):
+        return "several ranks share one GPU"
+    reachable = share(_reaches_all(device, [gpu for _, gpu in identities]), group)
+    return None if all(reachable) else "the GPUs cannot read each other's memory, or do not see each other"
+
+
+def _host() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{platform.node()} {boot.read_text().strip() if boot.exists() else ''}"
+
+
+def _gpu(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def _reaches_all(device: torch.device, gpus: Sequence[str]) -> bool:
+    """Whether this process sees the GPUs with these identities, and its own can map the memory of each."""
+    visible = {_gpu(torch.device("cuda", i)): i for i in range(torch.cuda.device_count())}
+    mine = visible[_gpu(device)]
+    return all(
+        gpu in visible and (visible[gpu] == mine or torch.cuda.can_device_access_peer(mine, visible[gpu]))
+        for gpu in gpus
+    )

@@ -1,0 +1,271 @@
+"""AdamW over many parameters in one launch: state, parameter and its copy in the compute dtype in one pass.
+
+Decoupled weight decay (Loshchilov and Hutter, 2019), in float32 whatever the tensors' dtypes:
+
+    g = grad * gradient_scale
+    m = m + (1 - beta1) * (g - m)
+    v = beta2 * v + (1 - beta2) * g**2
+    main = main * (1 - lr * weight_decay) - lr / (1 - beta1**t) * m / (sqrt(v) / sqrt(1 - beta2**t) + eps)
+    compute = main, rounded
+
+This file knows tensors and numbers, no parameter groups. The kernel rounds every operation correctly and contracts
+none, as [Note: the same bits] in ``reduce.py`` has it, so that states have the reference's bits everywhere. Parameters
+have them where torch's square root is correctly rounded, which on a CPU it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from yafsdp_like.kernels.blocks import (
+    VECTOR_NBYTES,
+    BlockTable,
+    block_range,
+    jit,
+    launching_on,
+    load,
+    pointer,
+    rounded,
+    runs_on,
+    store,
+    tl,
+    triton_dtype,
+    upload,
+)
+
+BLOCK = 1024  # elements of one program
+NUM_WARPS = 4
+
+
+class AdamWTensors(NamedTuple):
+    """One parameter on this rank: contiguous tensors of as many elements each, of any shape."""
+
+    main: torch.Tensor  # what is updated
+    grad: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor  # in the dtype of exp_avg
+    compute: torch.Tensor | None  # gets the new values of main in its own dtype
+    rate_index: int  # row of the rates
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for tensor in self[:5] if tensor is not None]
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype | None, ...]:
+        """Of all but exp_avg_sq; None without a compute copy."""
+        compute = None if self.compute is None else self.compute.dtype
+        return self.main.dtype, self.grad.dtype, self.exp_avg.dtype, compute
+
+
+@dataclass(frozen=True)
+class AdamWStep:
+    """What all parameters of a launch have in common in one step; ``step`` counts from 1."""
+
+    step: int
+    beta1: float
+    beta2: float
+    eps: float
+    gradient_scale: float = 1.0
+
+    @property
+    def corrections(self) -> tuple[float, float]:
+        """What m and sqrt(v) are multiplied by, because they started at zero."""
+        return 1 / (1 - self.beta1**self.step), (1 - self.beta2**self.step) ** -0.5
+
+
+def rate_row(lr: float, weight_decay: float) -> tuple[float, float]:
+    """One row of the rates that updates read: the learning rate, and what is left of a parameter after its decay."""
+    return lr, 1 - lr * weight_decay
+
+
+def adamw_reference(params: Sequence[AdamWTensors], rates: torch.Tensor, step: AdamWStep) -> None:
+    """What ``AdamWTable.update`` does, in plain torch, one operation and one rounding at a time."""
+    correction1, correction2 = step.corrections
+    for p in params:
+        lr, kept = rates[p.rate_index]
+        grad = p.grad.float() * step.gradient_scale
+        exp_avg = p.exp_avg.float()
+        exp_avg = exp_avg + (grad - exp_avg) * (1 - step.beta1)
+        exp_avg_sq = p.exp_avg_sq.float() * step.beta2 + grad * (1 - step.beta2) * grad
+        denominator = exp_avg_sq.sqrt() * correction2 + step.eps
+        p.main.copy_(p.main.float() * kept - exp_avg * (lr * correction1) / denominator)
+        p.exp_avg.copy_(exp_avg)
+        p.exp_avg_sq.copy_(exp_avg_sq)
+        if p.compute is not None:
+            p.compute.copy_(p.main.view(p.compute.shape))
+
+
+class AdamWTable:
+    """Where the tensors of one launch were when it was last made. Holds no tensor of the caller's."""
+
+    def __init__(self) -> None:
+        self._places: list[tuple[int, ...]] = []  # per parameter: rate index, addresses
+        self._numels: list[int] = []
+        self._blocks: BlockTable | None = None  # of self._numels; None before the first update
+        self._rows: torch.Tensor | None = None  # self._places on the device
+
+    def update(self, params: Sequence[AdamWTensors], rates: torch.Tensor, step: AdamWStep) -> None:
+        """One AdamW step of ``params``, in place, on the current stream.
+
+        Args:
+            params: at least one; all on one device and of the same ``dtypes``.
+            rates: ``(num_rates, 2)`` float32 on that device, rows as ``rate_row`` makes them.
+            step: the step's number, the betas, eps, and what gradients are multiplied by.
+
+        Raises ``ValueError`` when tensors of a parameter differ in size, are not contiguous, or are neither float32
+        nor bfloat16 nor float16.
+        """
+        device = params[0].main.device
+        if not runs_on(device):
+            _check(params)
+            adamw_reference(params, rates, step)
+            return
+        blocks, rows = self._tables(params, device)
+        if blocks.num_blocks:
+            with launching_on(device):
+                _launch(blocks, rows, params[0].dtypes, rates, step)
+
+    def _tables(self, params: Sequence[AdamWTensors], device: torch.device) -> tuple[BlockTable, torch.Tensor]:
+        """The tables on the device, made again where addresses or sizes are not those of the last update."""
+        places = [_place(p) for p in params]
+        numels = [p.main.numel() for p in params]
+        if self._blocks is None or numels != self._numels:
+            _check(params)
+            self._blocks, self._numels = BlockTable.of(numels, BLOCK, device), numels
+        if self._rows is None or places != self._places:
+            _check(params)
+            self._rows, self._places = upload(places, torch.int64, device), places
+        return self._blocks, self._rows
+
+
+def _place(p: AdamWTensors) -> tuple[int, ...]:
+    compute = 0 if p.compute is None else p.compute.data_ptr()
+    return (
+        p.rate_index,
+        p.main.data_ptr(),
+        p.grad.data_ptr(),
+        p.exp_avg.data_ptr(),
+        p.exp_avg_sq.data_ptr(),
+        compute,
+    )
+
+
+def _check(params: Sequence[AdamWTensors]) -> None:
+    for k, p in enumerate(params):
+        for tensor in p.tensors:
+            triton_dtype(tensor.dtype)
+            if tensor.numel() != p.main.numel() or not tensor.is_contiguous():
+                raise ValueError(
+                    f"parameter {k} of shape {tuple(p.main.shape)}: expected contiguous tensors of "
+                    f"{p.main.numel()} elements, found shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+                )
+        if p.dtypes != params[0].dtypes or p.exp_avg_sq.dtype != p.exp_avg.dtype:
+            raise ValueError(
+                f"parameter {k}: expected dtypes {params[0].dtypes}, found {p.dtypes} and {p.exp_avg_sq.dtype}"
+            )
+
+
+def _launch(
+    blocks: BlockTable,
+    rows: torch.Tensor,
+    dtypes: Sequence[torch.dtype | None],
+    rates: torch.Tensor,
+    step: AdamWStep,
+) -> None:
+    main, grad, state, compute = (None if dtype is None else triton_dtype(dtype) for dtype in dtypes)
+    _adamw_kernel[(blocks.num_blocks,)](
+        blocks.blocks,
+        blocks.numels,
+        rows,
+        rates,
+        float(step.gradient_scale),
+        1 - step.beta1,
+        step.beta2,
+        1 - step.beta2,
+        step.eps,
+        *step.corrections,
+        MAIN=main,
+        GRAD=grad,
+        STATE=state,
+        COMPUTE=compute,
+        BLOCK=blocks.block,
+        VECTOR=VECTOR_NBYTES // max(dtype.itemsize for dtype in dtypes if dtype),  # narrow tensors follow the widest
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+
+
+@jit()
+def _adamw_kernel(
+    blocks: tl.tensor,  # (num_blocks, 2) int32
+    numels: tl.tensor,  # (num_segments,) int64
+    rows: tl.tensor,  # (num_segments, 6) int64: rate index, then addresses in the order of AdamWTensors
+    rates: tl.tensor,  # (num_rates, 2) float32
+    gradient_scale: tl.tensor,
+    grad_weight: tl.tensor,  # 1 - beta1
+    beta2: tl.tensor,
+    square_weight: tl.tensor,  # 1 - beta2
+    eps: tl.tensor,
+    correction1: tl.tensor,
+    correction2: tl.tensor,
+    MAIN: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+) -> None:
+    segment, start, count = block_range(blocks, numels, tl.program_id(0), BLOCK)
+    row = rows + segment * 6
+    rate = rates + tl.load(row) * 2
+    step_size, kept = tl.load(rate) * correction1, tl.load(rate + 1)
+    scalars = (gradient_scale, grad_weight, beta2, square_weight, eps, correction2, step_size, kept)
+    bits = tl.load(row + 1)
+    for k in tl.static_range(2, 6):
+        bits |= tl.load(row + k)
+    if (count == BLOCK) & (bits % 16 == 0):
+        _adamw_block(row, start, count, scalars, MAIN, GRAD, STATE, COMPUTE, BLOCK, VECTOR)
+    else:
+        _adamw_block(row, start, count, scalars, MAIN, GRAD, STATE, COMPUTE, BLOCK, 0)
+
+
+@jit()
+def _adamw_block(
+    row: tl.tensor,
+    start: tl.tensor,
+    count: tl.tensor,
+    scalars: tl.tensor,
+    MAIN: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+) -> None:
+    gradient_scale, grad_weight, beta2, square_weight, eps, correction2, step_size, kept = scalars
+    numbers = tl.arange(0, BLOCK)
+    offsets, mask = start + numbers, numbers < count
+    main_pointer, grad_pointer = pointer(row, 1, MAIN), pointer(row, 2, GRAD)
+    exp_avg_pointer, exp_avg_sq_pointer = pointer(row, 3, STATE), pointer(row, 4, STATE)
+
+    main = load(main_pointer, offsets, mask, VECTOR)
+    grad = load(grad_pointer, offsets, mask, VECTOR)
+    exp_avg = load(exp_avg_pointer, offsets, mask, VECTOR)
+    exp_avg_sq = load(exp_avg_sq_pointer, offsets, mask, VECTOR)
+
+    grad = grad * gradient_scale
+    exp_avg = exp_avg + (grad - exp_avg) * grad_weight
+    exp_avg_sq = exp_avg_sq * beta2 + grad * square_weight * grad
+    denominator = tl.sqrt_rn(exp_avg_sq) * correction2 + eps
+    main = rounded(main * kept - tl.div_rn(exp_avg * step_size, denominator), MAIN).to(tl.float32)
+
+    store(main_pointer, offsets, main, mask, VECTOR)
+    store(exp_avg_pointer, offsets, exp_avg, mask, VECTOR)
+    store(exp_avg_sq_pointer, offsets, exp_avg_sq, mask, VECTOR)
+    if COMPUTE is not None:
+        store(pointer(row, 5, COMPUTE), offsets, main, mask, VECTOR)

@@ -1,0 +1,189 @@
+"""AdamW in few launches: torch's optimizer with another ``step``, which also writes what is gathered next.
+
+States, parameter groups and checkpoints are ``torch.optim.AdamW``'s own. This file knows which parameters are updated
+together and in what order; the arithmetic is in ``kernels/adamw.py``. It does not know units: a runtime that wants
+its units updated in the order of their forward says so with ``Passes``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import increment_version
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import ParamsT
+
+from yafsdp_like.kernels.adamw import AdamWStep, AdamWTable, AdamWTensors, rate_row
+from yafsdp_like.kernels.blocks import upload
+
+Kind = tuple[torch.device, tuple[torch.dtype | None, ...], AdamWStep]  # what the parameters of a launch agree in
+UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
+
+
+def no_compute_copy(param: nn.Parameter) -> None:
+    """Parameters are computed on as they are."""
+
+
+def nothing(batch_index: int) -> None:
+    """Nobody waits for a batch."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """In what order parameters are updated, and what happens beside it.
+
+    ``batches`` are updated one after the other, each in one launch where dtypes, betas, eps and step counts agree;
+    parameters that none of them names come last, in a batch of their own. ``compute_of`` gives a parameter's
+    contiguous copy in another dtype, with as many elements as its local shard, which is to get the new values; it is
+    asked in every step. ``after_batch`` is called with a batch's index once its update is on the current stream.
+
+    Raises ``ValueError`` when a parameter is named twice.
+    """
+
+    batches: Sequence[Sequence[nn.Parameter]] = ()
+    compute_of: Callable[[nn.Parameter], torch.Tensor | None] = no_compute_copy
+    after_batch: Callable[[int], None] = nothing
+
+    def __post_init__(self) -> None:
+        named = [param for batch in self.batches for param in batch]
+        if len(set(named)) != len(named):
+            raise ValueError(f"expected each parameter in one batch, found {len(named) - len(set(named))} repeated")
+
+
+class AdamW(torch.optim.AdamW):
+    """Drop-in for ``torch.optim.AdamW`` on plain and on sharded parameters, which it updates shard by shard.
+
+    ``foreach`` and ``fused`` choose among torch's implementations and change nothing here. ``passes`` and
+    ``gradient_scale``, a factor for gradients as they are read, may be set between steps; no checkpoint has them.
+
+    Raises ``ValueError`` for what is not supported: ``amsgrad``, ``maximize``, ``capturable``, ``differentiable``, in
+    the constructor, in a group, or in a loaded state; and in ``step`` for tensors that are not contiguous or not
+    float32, bfloat16 or float16, and for gradients sharded otherwise than their parameter.
+    """
+
+    passes = Passes()
+    gradient_scale = 1.0
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        **unsupported: bool,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **unsupported)
+        self._forget_places()
+
+    def _forget_places(self) -> None:
+        self._tables: dict[tuple[int, int], AdamWTable] = {}  # by batch, and launch within it
+        self._rates: dict[torch.device, tuple[list[tuple[float, float]], torch.Tensor]] = {}  # as set, and there
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        _refuse_unsupported(self.param_groups[-1:])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Ends ``load_state_dict``, unpickling and copying."""
+        _refuse_unsupported(state["param_groups"])
+        super().__setstate__(state)
+        self._forget_places()
+        for values in self.state.values():
+            if "step" in values:  # torch's fused AdamW keeps them on the GPU, where reading them would wait for it
+                values["step"] = values["step"].cpu()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient; returns what ``closure`` returns, which is called first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        group_of = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
+        for index, batch in enumerate(self._batches(group_of)):
+            self._update(index, [(p, group_of[p]) for p in batch if p.grad is not None])
+            self.passes.after_batch(index)
+        return loss
+
+    def _batches(self, group_of: dict[nn.Parameter, int]) -> list[Sequence[nn.Parameter]]:
+        named = {p for batch in self.passes.batches for p in batch}
+        strangers = sum(p not in group_of for p in named)
+        if strangers:
+            raise RuntimeError(
+                f"the optimizer's batches name {strangers} parameters that are in none of its groups: set `passes` "
+                "again after parameters were replaced"
+            )
+        rest = [p for p in group_of if p not in named]
+        return [*self.passes.batches, *([rest] if rest else [])]
+
+    def _update(self, batch_index: int, params: Sequence[tuple[nn.Parameter, int]]) -> None:
+        """One launch for each kind of parameter; ``params`` come with the index of their group."""
+        launches: dict[Kind, list[AdamWTensors]] = {}
+        written: list[torch.Tensor] = []
+        for param, group_index in params:
+            tensors, step = self._tensors(param, group_index), self._advance(param, group_index)
+            launches.setdefault((tensors.main.device, tensors.dtypes, step), []).append(tensors)
+            written += [param, tensors.main, *([] if tensors.compute is None else [tensors.compute])]
+        for launch_index, ((device, _, step), tensors_of_launch) in enumerate(launches.items()):
+            table = self._tables.setdefault((batch_index, launch_index), AdamWTable())
+            table.update(tensors_of_launch, self._rates_on(device), step)
+        increment_version(written)  # a kernel's writes are unknown to autograd, and to who compares versions
+
+    def _advance(self, param: nn.Parameter, group_index: int) -> AdamWStep:
+        group, count = self.param_groups[group_index], self.state[param]["step"]
+        count += 1
+        beta1, beta2 = group["betas"]
+        return AdamWStep(int(count), float(beta1), float(beta2), group["eps"], self.gradient_scale)
+
+    def _tensors(self, param: nn.Parameter, group_index: int) -> AdamWTensors:
+        """This rank's part of a parameter and of all that goes with it."""
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        assert param.grad is not None
+        return AdamWTensors(
+            local(param),
+            _local_grad(param, param.grad),
+            local(state["exp_avg"]),
+            local(state["exp_avg_sq"]),
+            self.passes.compute_of(param),
+            group_index,
+        )
+
+    def _rates_on(self, device: torch.device) -> torch.Tensor:
+        """The groups' learning rates and decays there, ``(num_groups, 2)``; sent when a schedule has changed them."""
+        rates = [rate_row(float(group["lr"]), float(group["weight_decay"])) for group in self.param_groups]
+        if device not in self._rates or self._rates[device][0] != rates:
+            self._rates[device] = rates, upload(rates, torch.float32, device)
+        return self._rates[device][1]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor, without a copy; any other tensor as it is."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _local_grad(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    found, expected = (t.placements if isinstance(t, DTensor) else None for t in (grad, param))
+    if found != expected:
+        raise ValueError(
+            f"a gradient of shape {tuple(grad.shape)}: expected its parameter's placements {expected}, found {found}"
+        )
+    return local(grad)
+
+
+def _refuse_unsupported(groups: Sequence[dict[str, Any]]) -> None:
+    for option in UNSUPPORTED:
+        if any(group.get(option) for group in groups):
+            raise ValueError(f"AdamW does not support {option}=True: use torch.optim.AdamW, or leave it out")

@@ -1,0 +1,212 @@
+"""Linear layers whose weight gradients are born in place: the matrix product writes them where they will be reduced.
+
+Owns the forward and backward of a linear layer, eager and compiled, and how a plain ``nn.Linear`` gets there. Where a
+gradient belongs is said by the weight itself, which carries a ``Sink``; this file knows nothing of units and slots.
+A weight without a sink is computed as torch does, and so is every call that has more to it than a plain backward:
+autocast, functorch, inputs of other types than ``Tensor``, and gradients of gradients.
+
+    y = x W^T + b        dx = g W        db = sum of g over its rows        dW = g^T x, into the sink
+
+Autograd is told that the weight's gradient is None. It completes the parameter all the same, once per backward, and
+calls its post-accumulate hooks: with ``.grad`` None when every use wrote to the sink, with what the other uses sent
+otherwise.
+
+Shapes: R rows, which are all leading dimensions of an input together, D in_features, V out_features.
+
+[Note: compiled linear layers]
+A compiled graph cannot call a Python object, and one graph should serve all layers of one shape. So a weight carries a
+number beside its sink: a tensor, which a graph takes as an input without being specialized for its value. The operator
+``yafsdp_like::weight_grad`` finds the weight by that number when it runs. It is registered as an effect, since it
+returns nothing that could keep the compiler from dropping, merging or reordering its calls.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._library.effects import EffectType
+from torch.library import Library
+
+from yafsdp_like.memory.arena import Arena
+from yafsdp_like.memory.layout import aligned
+from yafsdp_like.memory.plan import Region
+
+_SINK, _NUMBER = "_yafsdp_sink", "_yafsdp_number"  # attributes of a weight; a graph reads the second only
+
+
+class Sink(Protocol):
+    """Where one weight's gradient goes. It should hold what it leads to weakly: the weight holds the sink, and the
+    garbage collector does not see through a graph's nodes, which hold both.
+    """
+
+    def open(self) -> tuple[Tensor, bool] | None:
+        """Called in backward, on the compute stream, right before the gradient is written.
+
+        Returns a contiguous tensor (V, D) to write to, of any dtype, and whether it holds a gradient to add to; None
+        when the gradient is to go the usual way, through autograd.
+        """
+
+
+def attach(weight: nn.Parameter, sink: Sink) -> None:
+    """From now on, linear layers write ``weight``'s gradients to ``sink``. ``weight`` is a leaf of shape (V, D)."""
+    setattr(weight, _SINK, sink)
+    if not hasattr(weight, _NUMBER):
+        setattr(weight, _NUMBER, _numbered(weight))
+
+
+def sink_of(weight: Tensor) -> Sink | None:
+    """The sink attached to ``weight``; None inside a graph, which cannot call it."""
+    return None if torch.compiler.is_dynamo_compiling() else vars(weight).get(_SINK)
+
+
+def install(module: nn.Module) -> None:
+    """Makes ``module`` use ``linear``, if it is a linear layer that runs ``nn.Linear``'s own forward; else nothing.
+
+    The instance gets a ``forward``, a bound method, and stays what it is to ``type``, ``print`` and ``state_dict``. A
+    copy gets its own; what pickle brings back has ``nn.Linear``'s forward again.
+    """
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "forward" not in vars(module):
+        vars(module)["forward"] = types.MethodType(forward, module)
+
+
+def forward(module: nn.Linear, input: Tensor) -> Tensor:
+    """``nn.Linear.forward``, and named like it because pickle stores a bound method by its name."""
+    return linear(input, module.weight, module.bias)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` of input (..., D), weight (V, D) and bias (V,): (..., V), with dW written to the weight's sink."""
+    compiled = torch.compiler.is_dynamo_compiling()
+    sink = getattr(weight, _NUMBER if compiled else _SINK, None)
+    if sink is None or not weight.requires_grad or not _is_plain(input):
+        return F.linear(input, weight, bias)
+    return (_CompiledLinear if compiled else _Linear).apply(input, weight, bias, sink)
+
+
+def write_product(sink: Sink, grad: Tensor, input: Tensor) -> Tensor | None:
+    """Writes ``grad.T @ input`` (V, D), of (R, V) and (R, D), to the sink; returns it instead if that is not open.
+
+    The product of a sink of another dtype is rounded to the inputs' dtype first, as autograd's would be.
+    """
+    opened = sink.open()
+    if opened is None:
+        return grad.t().mm(input)
+    view, holds_gradient = opened
+    if view.dtype == grad.dtype:
+        if holds_gradient:
+            view.addmm_(grad.t(), input)
+        else:
+            torch.mm(grad.t(), input, out=view)
+    elif holds_gradient:
+        view.add_(grad.t().mm(input))
+    else:
+        view.copy_(grad.t().mm(input))
+    return None
+
+
+def takes_gradient(accumulation: Any) -> bool | None:
+    """Whether the running backward goes on to ``accumulation``, a leaf's ``AccumulateGrad`` node.
+
+    False when the leaf's gradient was not asked for; None when it is a result of ``torch.autograd.grad``.
+    """
+    try:
+        return torch._C._will_engine_execute_node(accumulation)
+    except RuntimeError:  # autograd has no other answer for a leaf that torch.autograd.grad was asked for
+        return None
+
+
+def _is_plain(input: Tensor) -> bool:
+    """Whether nothing but a plain backward can come of a call on ``input``."""
+    return (
+        torch.is_grad_enabled()
+        and type(input) is Tensor
+        and input.layout is torch.strided
+        and not input.is_nested
+        and not torch.is_autocast_enabled(input.device.type)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., K) as (R, K)."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, sink: Sink) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, weight)
+        ctx.sink = sink  # the weight that comes back may be another tensor: a checkpoint's, or one kept on the host
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        if grad is None:
+            return None, None, None, None
+        input, weight = ctx.saved_tensors
+        needs_input, _, needs_bias, _ = ctx.needs_input_grad
+        rows, input_rows = _rows(grad), _rows(input)
+        grad_input = rows.mm(weight).view(input.shape) if needs_input else None
+        taken = takes_gradient(ctx.next_functions[1][0])
+        grad_weight: Tensor | None = None
+        if taken is None or torch.is_grad_enabled():  # gradients of gradients go through the product
+            grad_weight = rows.t().mm(input_rows)
+        elif taken:
+            grad_weight = write_product(ctx.sink, rows, input_rows)
+        return grad_input, grad_weight, rows.sum(0) if needs_bias else None, None
+
+
+class _CompiledLinear(torch.autograd.Function):
+    """The same for a graph. See [Note: compiled linear layers]."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, number: Tensor) -> Tensor:
+        ctx.save_for_backward(input, weight, number)
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        input, weight, number = ctx.saved_tensors
+        needs_input, _, needs_bias, _ = ctx.needs_input_grad
+        rows = _rows(grad)
+        grad_input = rows.mm(weight).view(input.shape) if needs_input else None
+        torch.ops.yafsdp_like.weight_grad(rows, _rows(input), number)
+        return grad_input, None, rows.sum(0) if needs_bias else None, None
+
+
+_counter = itertools.count()
+_weights: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+
+
+def _numbered(weight: Tensor) -> Tensor:
+    """A number for ``weight``, as an int64 tensor () on the host."""
+    arena, number = Arena(torch.device("cpu")), next(_counter)
+    arena.reserve([Region("number", "number", aligned(torch.int64.itemsize))])
+    _weights[number] = weight
+    return arena.place("number").tensor(torch.int64, ()).fill_(number)
+
+
+def _weight_grad(grad: Tensor, input: Tensor, number: Tensor) -> None:
+    """Writes what eager mode would, and otherwise leaves the gradient in ``.grad``, since a graph returns none."""
+    weight = _weights[int(number)]
+    sink = sink_of(weight)
+    assert sink is not None
+    if not takes_gradient(torch.autograd.graph.get_gradient_edge(weight).node):
+        return  # not asked for; where torch.autograd.grad asks for it, autograd says that it got none
+    rest = write_product(sink, grad, input)
+    if rest is not None:
+        weight.grad = rest if weight.grad is None else weight.grad + rest
+
+
+_library = Library("yafsdp_like", "DEF")
+_library.define("weight_grad(Tensor grad, Tensor input, Tensor number) -> ()")
+_library.impl("weight_grad", _weight_grad, "CompositeExplicitAutograd")
+torch.library.register_fake("yafsdp_like::weight_grad", lambda grad, input, number: None, lib=_library)
+torch.library._register_effectful_op("yafsdp_like::weight_grad", EffectType.ORDERED)

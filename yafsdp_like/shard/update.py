@@ -1,0 +1,103 @@
+"""The optimizer's step, unit by unit in the order of forward: the first units are gathered while others are updated.
+
+Owns the order of a step of this package's ``AdamW`` over sharded parameters, and what other optimizers' steps leave
+to be cast. Knows nothing of the arithmetic.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from yafsdp_like.optim.adamw import AdamW, Passes
+from yafsdp_like.shard.engine import Engine
+from yafsdp_like.shard.unit import ShardedParam, Unit, ownership_of
+
+_stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+Owned = dict[Unit, list[ShardedParam]]  # an optimizer's sharded parameters
+
+
+def watch_optimizers() -> None:
+    """From now on, every optimizer step of the process that writes sharded parameters is known here. Called once."""
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Does nothing for an optimizer without sharded parameters."""
+    owned = _owned(optimizer)
+    if not owned:
+        return
+    _make_room_for_states(optimizer, owned)
+    if isinstance(optimizer, AdamW):
+        _pass_by_units(optimizer, owned)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Notes which main shards were written: an optimizer's own kernels may not count as writes in place."""
+    for unit in _owned(optimizer):
+        if not isinstance(optimizer, AdamW) or unit.cast != unit.generation():
+            unit.updates += 1
+
+
+def _owned(optimizer: torch.optim.Optimizer) -> Owned:
+    """Raises ``RuntimeError`` for an optimizer that was built before ``fully_shard`` and holds parameters that nothing
+    trains any more: FSDP2 says nothing then.
+    """
+    owned: Owned = {}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            ownership = ownership_of(param)
+            if ownership is None or ownership.unit is None or ownership.param is None:
+                continue
+            if param is not ownership.param.sharded:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} holds {ownership.param.name!r} as it was before it was sharded, and "
+                    "would train nothing: build the optimizer after fully_shard, from model.parameters()"
+                )
+            owned.setdefault(ownership.unit, []).append(ownership.param)
+    return owned
+
+
+def _make_room_for_states(optimizer: torch.optim.Optimizer, owned: Owned) -> None:
+    """States are made in the first step and stay. Cut from cached blocks of activations, they would keep those
+    from being used again whole, and the next step would need more memory: so the cache is given back before, once."""
+    if optimizer not in _stepped:
+        _stepped.add(optimizer)
+        if any(unit.device.type == "cuda" for unit in owned):
+            torch.cuda.empty_cache()
+
+
+def _pass_by_units(optimizer: AdamW, owned: Owned) -> None:
+    """One batch per unit whose compute shard is what its main shard was cast to: the step writes both."""
+    units = [unit for unit in _in_order_of_forward(owned) if unit.cast == unit.generation()]
+    copies = {p.sharded: _compute_copy(p) for unit in units for p in owned[unit]}
+    optimizer.passes = Passes(
+        batches=[[p.sharded for p in owned[unit]] for unit in units],
+        compute_of=copies.get,
+        after_batch=partial(_after_batch, units),
+    )
+    for engine in {unit.engine: None for unit in units}:
+        assert engine is not None
+        engine.before_update()
+
+
+def _in_order_of_forward(owned: Owned) -> list[Unit]:
+    engines: dict[Engine, None] = {unit.engine: None for unit in owned if unit.engine is not None}
+    return [
+        engine.units[i] for engine in engines for i in engine.schedule.forward_order if engine.units[i] in owned
+    ]
+
+
+def _compute_copy(p: ShardedParam) -> torch.Tensor | None:
+    return None if p.compute is p.main else p.compute[: p.local.numel()]
+
+
+def _after_batch(units: Sequence[Unit], index: int) -> None:
+    if index < len(units) and (engine := units[index].engine) is not None:
+        engine.after_update(units[index])
