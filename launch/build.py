@@ -15,6 +15,7 @@ from launch.recipe import Recipe
 from launch.world import World
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.models import DecoderConfig
+from yafsdp_like.optim import AdamW
 
 
 def build_model(recipe: Recipe, config: Config, world: World) -> Any:
@@ -27,23 +28,19 @@ def build_model(recipe: Recipe, config: Config, world: World) -> Any:
     for block in blocks:
         if config.model.compile:
             block.compile(dynamic=False)
-        fully_shard(block, mesh=world.mesh, mp_policy=policy)
-    return fully_shard(model, mesh=world.mesh, mp_policy=policy)
+        fully_shard(block, mesh=world.mesh, mp_policy=policy, transport=config.model.transport)
+    return fully_shard(model, mesh=world.mesh, mp_policy=policy, transport=config.model.transport)
 
 
 def build_optimizer(model: torch.nn.Module, config: Config, world: World) -> torch.optim.Optimizer:
-    """AdamW over the sharded parameters; only matrices decay."""
+    """AdamW over the sharded parameters, unit by unit on GPUs; only matrices decay."""
     options = config.optimizer
     matrices = [param for param in model.parameters() if param.dim() > 1]
     others = [param for param in model.parameters() if param.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=options.lr,
-        betas=options.betas,
-        eps=options.eps,
-        fused=world.device.type == "cuda",
-    )
+    make = AdamW if world.device.type == "cuda" else torch.optim.AdamW
+    groups = [group for group in groups if group["params"]]
+    return make(groups, lr=options.lr, betas=options.betas, eps=options.eps)
 
 
 def describe_plan(model: Any, world: World) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
+from yafsdp_like.comm.choice import TransportName
 from yafsdp_like.data import DataConfig
 
 USAGE = "usage: [torchrun --nproc-per-node N] -m launch.train CONFIG.yaml [--section.key=value ...]"
@@ -32,6 +33,8 @@ class ModelOptions:
     factory: str | None = None  # "package.module:function"
     blocks: str = ""  # of the factory's module: the container of the blocks to shard one by one, such as "model.layers"
     compile: bool = False  # torch.compile each block
+    graph: bool = False  # replay forward and backward as one CUDA graph: for steps that the CPU cannot keep up with
+    transport: TransportName = "auto"  # "peer": ranks of one host read each other's memory; "process_group": NCCL, gloo
 
 
 @dataclass(frozen=True)

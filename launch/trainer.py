@@ -14,6 +14,7 @@ from launch.build import build_optimizer
 from launch.config import Config
 from launch.log import Log
 from launch.world import World
+from yafsdp_like import GraphedStep
 from yafsdp_like.data import Batches, PackedText
 from yafsdp_like.optim.schedule import WarmupCosine
 
@@ -30,6 +31,7 @@ class Trainer:
         rates = options.optimizer
         num_warmup_steps = min(rates.num_warmup_steps, options.num_steps)
         self.rate = WarmupCosine(rates.lr, num_warmup_steps, options.num_steps, rates.final_lr_ratio)
+        self.micro_step = GraphedStep(self._micro_step, model) if options.model.graph else self._micro_step
         self.step = 0  # optimizer steps done
         self.position = 0  # sequences of the training text seen by all ranks together
 
@@ -67,10 +69,14 @@ class Trainer:
         """Gradients of this rank's rows (B, T), reduced over ranks; the rows' mean loss."""
         total = torch.zeros((), device=self.world.device)
         for micro in self._micro_batches(tokens, targets):
-            loss = self.model(*micro) / self.num_accumulated
-            loss.backward()
-            total += loss.detach()
+            total += self.micro_step(*micro)
         return total
+
+    def _micro_step(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        loss = self.model(tokens, targets) / self.num_accumulated
+        loss.backward()
+        detached: Tensor = loss.detach()
+        return detached
 
     def _micro_batches(self, tokens: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
         size = self.options.micro_batch_size

@@ -137,6 +137,7 @@ class MemoryPlan:
     world_size: int
     regions: tuple[Region, ...]
     slots: tuple[SlotPlace, ...] = field(default=())
+    transports: tuple[str, ...] = ()  # what moves bytes between the ranks, and why
 
     @property
     def nbytes(self) -> int:
@@ -148,6 +149,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         lines = [f"memory plan of one rank of {self.world_size}: {_readable(self.nbytes)} ({self.nbytes:,} bytes)"]
+        lines += [f"  over {transport}" for transport in self.transports]
         for kind, meaning in KINDS.items():
             regions = [r for r in self.regions if r.kind == kind and r.nbytes]
             if not regions:

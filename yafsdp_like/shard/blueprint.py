@@ -57,7 +57,8 @@ def draw(units: Sequence[Unit], schedule: Schedule, root: Unit | None) -> Bluepr
     regions += [region for unit in units for region in own_slot_regions(unit, layouts[unit])]
     slots = [SlotPlace(u.name, GATHER_SLOTS, segment, gather_live[u]) for u, segment in gather_places.items()]
     slots += [SlotPlace(u.name, GRADIENT_SLOTS, segment, gradient_live[u]) for u, segment in gradient_places.items()]
-    plan = MemoryPlan(units[0].mesh.size(), tuple(regions), tuple(slots))
+    transports = dict.fromkeys(unit.transport.description for unit in units)
+    plan = MemoryPlan(units[0].mesh.size(), tuple(regions), tuple(slots), tuple(transports))
     return Blueprint(plan, layouts, gather_places, gradient_places)
 
 

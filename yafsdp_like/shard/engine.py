@@ -240,7 +240,7 @@ class Engine:
         """
         assert slot.state is EMPTY and all(other.state is EMPTY for other in slot.neighbours)
         unit = slot.unit
-        with label("gather", unit), self.streams.on(GATHER), torch.no_grad():
+        with label("gather", unit), self.streams.on(GATHER):
             self._wait_for_readers(GATHER, slot)
             if refresh and not unit.transport.maps_memory:
                 unit.refresh_compute_shard()

@@ -61,6 +61,10 @@ class GraphedStep:
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
 
+    @property
+    def num_recordings(self) -> int:
+        return len(self._steps)
+
     def __call__(self, *inputs: torch.Tensor) -> Any:
         engine = self._model._engine()
         if engine.units[0].device.type != "cuda":

@@ -15,7 +15,7 @@ checkpointing), and since one that failed never runs its final callback.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -91,11 +91,10 @@ def _before_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs
     if task is None and engine.iteration is None:
         _begin_iteration(engine, call)
         args, kwargs = map_tensors(lambda t: t.to(unit.device, non_blocking=True), (args, kwargs))
+    inputs: Any = (args, kwargs)
     if unit.policy.mp.cast_forward_inputs:
-        args, kwargs = cast_floating((args, kwargs), unit.policy.mp.param_dtype)
-    if not call.recomputes:
-        args, kwargs = _enter(engine, unit, call, (args, kwargs))
-    return args, kwargs
+        inputs = cast_floating(inputs, unit.policy.mp.param_dtype)
+    return inputs if call.recomputes else _enter(engine, unit, call, inputs)
 
 
 def _in_own_backward(unit: Unit, task: int | None) -> bool:
@@ -113,18 +112,21 @@ def _enter(engine: Engine, unit: Unit, call: Call, inputs: Any) -> Any:
     """Gathers the unit for its forward, and the next unit behind it; returns the inputs, watched for backward's end."""
     if not unit.to_run:
         unit.to_run = list(unit.modules)
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in(inputs))
-    _choose_slot(engine, unit, open_ended=torch.is_grad_enabled() and not differentiable)
+    builds_graph = torch.is_grad_enabled()
+    differentiable = [t for t in tensors_in(inputs) if t.requires_grad] if builds_graph else []
+    _choose_slot(engine, unit, open_ended=builds_graph and not differentiable)
     refresh = backward_task() is None
     engine.unshard(unit.gather_slot, refresh)
     if refresh:
         for target in unit.policy.forward_prefetch or engine.after_in_forward[unit][:1]:
             engine.prefetch(target, refresh)
-    if not torch.is_grad_enabled():
+    if not builds_graph:
         return inputs
     call.use = Use(unit.gather_slot)
     unit.pending.add(call.use)
-    return _watch_inputs(partial(_end_backward, engine, unit, call.use), inputs) if differentiable else inputs
+    if not differentiable:
+        return inputs
+    return _watch_inputs(partial(_end_backward, engine, unit, call.use), inputs, differentiable)
 
 
 def _choose_slot(engine: Engine, unit: Unit, open_ended: bool) -> None:
@@ -195,9 +197,9 @@ def _end_iteration(engine: Engine, failed: bool) -> None:
 # --- backward ---
 
 
-def _watch_inputs(end: Callable[[], None], inputs: Any) -> Any:
+def _watch_inputs(end: Callable[[], None], inputs: Any, differentiable: Sequence[torch.Tensor]) -> Any:
     """``inputs`` with every tensor that needs a gradient passed through one node that calls ``end``."""
-    watched = iter(_EndOfBackward.apply(end, *(t for t in tensors_in(inputs) if t.requires_grad)))
+    watched = iter(_EndOfBackward.apply(end, *differentiable))
     return map_tensors(lambda t: next(watched) if t.requires_grad else t, inputs)
 
 

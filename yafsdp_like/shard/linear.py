@@ -86,7 +86,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     sink = getattr(weight, _NUMBER if compiled else _SINK, None)
     if sink is None or not weight.requires_grad or not _is_plain(input):
         return F.linear(input, weight, bias)
-    return (_CompiledLinear if compiled else _Linear).apply(input, weight, bias, sink)
+    if compiled:
+        return _CompiledLinear.apply(input, weight, bias, sink)
+    return _apply(input, weight, bias, sink)
 
 
 def write_product(sink: Sink, grad: Tensor, input: Tensor) -> Tensor | None:
@@ -161,6 +163,10 @@ class _Linear(torch.autograd.Function):
         elif taken:
             grad_weight = write_product(ctx.sink, rows, input_rows)
         return grad_input, grad_weight, rows.sum(0) if needs_bias else None, None
+
+
+# ``Function.apply`` looks for functorch first, which ``_is_plain`` has done; small models are bound by such things.
+_apply = super(torch.autograd.Function, _Linear).apply
 
 
 class _CompiledLinear(torch.autograd.Function):

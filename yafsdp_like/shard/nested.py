@@ -74,4 +74,4 @@ def cast_floating(value: Any, dtype: torch.dtype | None) -> Any:
     """``value`` with every floating-point tensor in ``dtype``; unchanged when ``dtype`` is None."""
     if dtype is None:
         return value
-    return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, value)
+    return map_tensors(lambda t: t if t.dtype is dtype or not t.is_floating_point() else t.to(dtype), value)
