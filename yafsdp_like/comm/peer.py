@@ -15,6 +15,7 @@ On CPUs the same transport runs over files in the host's shared memory, and meet
 
 from __future__ import annotations
 
+import datetime
 import platform
 import weakref
 from collections.abc import Callable, Sequence
@@ -58,6 +59,7 @@ class PeerTransport:
         self.description = f"peer: {reason}"
         self._group, self._device = group, device
         self._maps: weakref.WeakKeyDictionary[Block, _Map] = weakref.WeakKeyDictionary()
+        self._timeout_ms = _timeout_ms(group, device)
         self._signals = _map(Block.allocate(SIGNALS_NBYTES, device), group)
 
     def connect(self, blocks: Sequence[Block]) -> None:
@@ -140,7 +142,7 @@ class PeerTransport:
         if self._signals.handle is None:
             self._group.barrier().wait()
         else:
-            self._signals.handle.barrier(channel=_CHANNELS[stream])
+            self._signals.handle.barrier(channel=_CHANNELS[stream], timeout_ms=self._timeout_ms)
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
         agree(self._group, lines, error)
@@ -208,6 +210,14 @@ def _map(block: Block, group: dist.ProcessGroup) -> _Map:
     share(None, group)  # all have opened it
     block.file.unlink()
     return _Map(peers, None)
+
+
+def _timeout_ms(group: dist.ProcessGroup, device: torch.device) -> int:
+    """How long ranks wait for each other on the GPU before that is an error: as long as for a collective."""
+    if device.type != "cuda":
+        return 0
+    timeout: datetime.timedelta = group._get_backend(device).options._timeout
+    return int(timeout.total_seconds() * 1000)
 
 
 def obstacle(group: dist.ProcessGroup, device: torch.device) -> str | None:

@@ -204,12 +204,11 @@ class Engine:
         with self.streams.on(GATHER), torch.no_grad():
             for transport in mapping:
                 transport.meet(GATHER)
-            for unit in self.units:
-                if unit.transport.maps_memory:
-                    unit.refresh_compute_shard()
+            cast = [unit.refresh_compute_shard() for unit in self.units if unit.transport.maps_memory]
             for transport in mapping:
                 transport.meet(GATHER)
-        self.streams.wait(COMPUTE, self.streams.record(GATHER))  # the next update of the main shards comes after
+        if any(cast):  # the next update of the main shards comes after
+            self.streams.wait(COMPUTE, self.streams.record(GATHER))
 
     def before_update(self) -> None:
         """An optimizer will write compute shards from here on: on no rank a gather reads them any more."""

@@ -17,7 +17,7 @@ import enum
 import sys
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -25,9 +25,9 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
+from yafsdp_like.comm.transport import Averaged, Gather, Reduce, Reduction, Transport
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import FlatLayout, RowShards
 from yafsdp_like.memory.plan import Region
@@ -55,6 +55,8 @@ NOWHERE = torch.empty(0, device="meta")  # stands for a shard that has no place 
 class ShardedParam:
     """One parameter: its ``Shard(0)`` DTensor, who registers it, and this rank's flat chunks of it.
 
+    The last dimension of the mesh shards, one before it replicates.
+
     ``main``, ``compute`` and ``grad`` are ``(chunk_numel,)``, padding included, in ``main_dtype``, ``compute_dtype``
     and ``main_dtype``; the DTensor and its gradient are views of their first ``local_shape`` elements.
     """
@@ -63,8 +65,8 @@ class ShardedParam:
         self.name = owners[0][1]  # the full name from the root, once the root is known
         self.owners = owners
         self.mesh = mesh
-        self.rank = mesh.get_local_rank()
-        self.shards = RowShards(tuple(param.shape), mesh.size())
+        self.rank = mesh.get_local_rank(mesh.ndim - 1)
+        self.shards = RowShards(tuple(param.shape), mesh.size(mesh.ndim - 1))
         self.attributes = dict(vars(param))  # the user's own, which a cast or move of the module would lose
         self.sharded = self._shard(param)
         self.compute_dtype = self.gradient_dtype = self.reduce_dtype = param.dtype
@@ -79,9 +81,8 @@ class ShardedParam:
 
     def _dtensor(self, local: torch.Tensor) -> DTensor:
         full = torch.empty(self.shards.shape, device="meta")
-        return DTensor.from_local(
-            local, self.mesh, (Shard(0),), run_check=False, shape=full.shape, stride=full.stride()
-        )
+        placements: list[Placement] = [*[Replicate()] * (self.mesh.ndim - 1), Shard(0)]
+        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
 
     @property
     def local(self) -> torch.Tensor:
@@ -302,6 +303,7 @@ class UnitPolicy:
     unshard_in_backward: bool = True
     gradient_divisor: float | None = None  # None: the number of ranks
     sum_only: bool = False
+    averaged: Averaged = "new"  # over replicas
     forward_prefetch: list[Unit] = field(default_factory=list)
     backward_prefetch: list[Unit] = field(default_factory=list)
 
@@ -442,17 +444,24 @@ class Unit:
                 p.register(value)
             self.registered = slot
 
-    def refresh_compute_shard(self) -> None:
-        """Casts main shards that were written since into what peers gather, where the two are not the same memory."""
+    def refresh_compute_shard(self) -> bool:
+        """Casts main shards that were written since into what peers gather, where the two are not the same memory;
+        returns whether there was anything to cast.
+        """
         if self.cast == (generation := self.generation()):
-            return
+            return False
         pairs = [(p.compute, p.main) for p in self.params if p.compute is not p.main]
         if pairs:
             torch._foreach_copy_([compute for compute, _ in pairs], [main for _, main in pairs])
         self.cast = generation
+        return True
 
     def reduction(self) -> Reduction:
-        """How this unit's gradients are divided: by the number of ranks, or by the user's own factor.
+        """How this unit's gradients are divided, and what replicas average."""
+        return replace(self._division(), averaged=self.policy.averaged)
+
+    def _division(self) -> Reduction:
+        """By the number of ranks, those of all replicas, or by the user's own factor.
 
         In fp16, whose range is small, the division is split evenly before and after the sum, as FSDP2 does.
         """
