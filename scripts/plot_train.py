@@ -20,18 +20,22 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 FLOOR = "unsharded"
 NAMES = {
     "ours": "yafsdp_like",
+    "ours-graph": "yafsdp_like, one CUDA graph",
     "ours-nccl": "yafsdp_like over NCCL",
     "fsdp2": "FSDP2",
     "deepspeed": "DeepSpeed ZeRO-3",
     "deepspeed-blocks": "DeepSpeed ZeRO-3, whole blocks",
+    "unsharded-graph": "unsharded, one CUDA graph",
     FLOOR: "unsharded, the floor",
 }
 COLORS = {
     "ours": "#1b7f5c",
+    "ours-graph": "#0b3d2c",
     "ours-nccl": "#7fc4a8",
     "fsdp2": "#c2571a",
     "deepspeed": "#3b5fa8",
     "deepspeed-blocks": "#8aa4d6",
+    "unsharded-graph": "#bbbbbb",
     FLOOR: "#777777",
 }
 
@@ -94,10 +98,10 @@ def draw(series: dict[Series, list[Row]], title: str, out: Path) -> None:
         draw_line(time_axes, rows, [row["forward_backward_ms"]["median"] for row in rows], style)
         draw_line(ratio_axes, rows, [row["ratio_to_floor"] for row in rows], style)
         if key.impl != FLOOR:  # no optimizer, no sharding: its memory compares with nothing
-            draw_line(memory_axes, rows, [row["peak_reserved_gib"] for row in rows], style)
+            draw_line(memory_axes, rows, [row["device_used_gib"] for row in rows], style)
     time_axes.set(title="forward + backward, ms", yscale="log")
     ratio_axes.set(title="forward + backward, relative to unsharded", yscale="log")
-    memory_axes.set(title="peak reserved memory, GiB", ylim=(0, None))
+    memory_axes.set(title="memory taken from the device, GiB", ylim=(0, None))
     lengths = sorted({row["seq_len"] for rows in series.values() for row in rows})
     for axes in (time_axes, ratio_axes, memory_axes):
         axes.set(xlabel="tokens per sequence", xscale="log")

@@ -1,13 +1,18 @@
 """A device without order: streams as vector clocks, and a detector of accesses that no event orders.
 
 Owns two doubles. `VectorClocks` stands for the engine's streams and keeps, per stream, how far each other stream
-is known to have come. `RaceDetector` sees every operation, notes which bytes of the watched storages it reads and
-writes on which stream, and calls a race whatever touches bytes that another stream may still be writing (or
-writes bytes that it may still be reading). Everything runs in program order on the CPU, so numbers are right even
+is known to have come; those of a peer are among them, where ranks read each other's memory. `RaceDetector` sees every
+operation, notes which bytes of the watched storages it reads and writes on which stream, and calls a race whatever
+touches bytes that another stream may still be writing (or writes bytes that it may still be reading). Everything runs
+in program order on the CPU, so numbers are right even
 where a race is found: what is checked is that a GPU could not have run it otherwise.
+
+One rank stands for all, since ranks do the same: what a peer's stream has seen of mine is what my own has seen of the
+peer's, and where I read a peer's memory, the peer reads mine.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +25,14 @@ from torch.utils._pytree import tree_iter
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE
 
 Clock = dict[str, int]
+PEER = "peer's "
+STREAMS = [f"{whose}{stream}" for whose in ("", PEER) for stream in (COMPUTE, GATHER, REDUCE)]
+Omission = tuple[str, str, int]  # in which work; "wait" or "meet"; the how manieth of these in it
+
+
+def mirrored(stream: str) -> str:
+    """The peer's for mine, and mine for the peer's."""
+    return stream.removeprefix(PEER) if stream.startswith(PEER) else PEER + stream
 
 
 @dataclass(frozen=True)
@@ -31,15 +44,17 @@ class Stamp:
 
 
 class VectorClocks:
-    """The engine's streams. `forgets` lists pairs (waiting stream, stream of the event) whose waits are left out."""
+    """The engine's streams. `forgets` lists pairs (waiting stream, stream of the event) whose waits are left out;
+    `omits` is one wait or meeting that is left out wherever its work is done.
+    """
 
-    def __init__(self, forgets: Sequence[tuple[str, str]] = ()) -> None:
-        self.clocks: dict[str, Clock] = {
-            s: dict.fromkeys((COMPUTE, GATHER, REDUCE), 0) for s in (COMPUTE, GATHER, REDUCE)
-        }
+    def __init__(self, forgets: Sequence[tuple[str, str]] = (), omits: Omission | None = None) -> None:
+        self.clocks: dict[str, Clock] = {s: dict.fromkeys(STREAMS, 0) for s in (COMPUTE, GATHER, REDUCE)}
         self.current = COMPUTE
         self.forgets = set(forgets)
+        self.omits = omits
         self.waits: dict[tuple[str, str], int] = {}
+        self._work, self._done = "", Counter[str]()
 
     @contextlib.contextmanager
     def on(self, stream: str) -> Iterator[None]:
@@ -47,24 +62,47 @@ class VectorClocks:
         yield
         self.current = outer
 
+    @contextlib.contextmanager
+    def work(self, name: str) -> Iterator[None]:
+        """What runs inside is part of the work that an omission calls by this name."""
+        outer = self._work, self._done
+        self._work, self._done = name, Counter()
+        yield
+        self._work, self._done = outer
+
     def record(self, stream: str) -> Stamp:
         return Stamp(stream, dict(self.clocks[stream]))
 
     def wait(self, stream: str, event: Stamp) -> None:
         pair = (stream, event.stream)
         self.waits[pair] = self.waits.get(pair, 0) + 1
-        if pair not in self.forgets:
-            mine = self.clocks[stream]
-            for other, time in event.clock.items():
-                mine[other] = max(mine[other], time)
+        if pair not in self.forgets and not self._is_omitted("wait"):
+            self._learn(stream, event.clock)
+
+    def meet(self, stream: str) -> None:
+        """The stream waits for the same one of the peer, which has come as far and waits likewise."""
+        if not self._is_omitted("meet"):
+            self._learn(stream, {mirrored(other): time for other, time in self.clocks[stream].items()})
+
+    def _is_omitted(self, kind: str) -> bool:
+        self._done[kind] += 1
+        return (self._work, kind, self._done[kind]) == self.omits
+
+    def _learn(self, stream: str, clock: Clock) -> None:
+        mine = self.clocks[stream]
+        for other, time in clock.items():
+            mine[other] = max(mine[other], time)
 
     def tick(self) -> tuple[str, int]:
         """The current stream does something: its name, and the time of that."""
         self.clocks[self.current][self.current] += 1
         return self.current, self.clocks[self.current][self.current]
 
-    def has_seen(self, stream: str, time: int) -> bool:
-        return self.clocks[self.current][stream] >= time
+    def has_seen(self, stream: str, other: str, time: int) -> bool:
+        """Whether what `stream` does now comes after what `other` did at `time`."""
+        if stream.startswith(PEER):
+            stream, other = mirrored(stream), mirrored(other)
+        return self.clocks[stream][other] >= time
 
 
 @dataclass(frozen=True)
@@ -88,6 +126,7 @@ class RaceDetector(TorchDispatchMode):
         self.watched: list[tuple[int, int]] = []
         self.accesses: dict[tuple[int, int, bool, str], Access] = {}
         self.races: list[str] = []
+        self.read_by_peer: list[torch.Tensor] = []  # after the next meeting, on the stream of that
 
     def watch(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -108,19 +147,26 @@ class RaceDetector(TorchDispatchMode):
             self.note([t for t in tree_iter(written) if isinstance(t, torch.Tensor)], True, str(func))
         return func(*args, **kwargs)
 
-    def note(self, tensors: Sequence[torch.Tensor], writes: bool, operation: str) -> None:
-        """The current stream reads or writes `tensors` in one operation."""
+    def note(self, tensors: Sequence[torch.Tensor], writes: bool, operation: str, by_peer: bool = False) -> None:
+        """The current stream, or the peer's, reads or writes `tensors` in one operation."""
         stream, time = self.streams.tick()
+        stream = mirrored(stream) if by_peer else stream
         for tensor in tensors:
             local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
             extent = _extent(local)
             if extent is not None and any(low <= extent[0] and extent[1] <= high for low, high in self.watched):
                 self._check(Access(*extent, writes, stream, time, operation))
 
+    def note_read_by_peer(self) -> None:
+        """A meeting has said that the peer may read what waits to be read by it."""
+        if self.read_by_peer:
+            self.note(self.read_by_peer, False, "reduce", by_peer=True)
+            self.read_by_peer = []
+
     def _check(self, new: Access) -> None:
         for old in self.accesses.values():
             conflicts = (old.writes or new.writes) and old.start < new.end and new.start < old.end
-            if conflicts and old.stream != new.stream and not self.streams.has_seen(old.stream, old.time):
+            if conflicts and old.stream != new.stream and not self.streams.has_seen(new.stream, old.stream, old.time):
                 self.races.append(f"{new.operation} on {new.stream} does not wait for {old.operation} on {old.stream}")
         self.accesses[new.start, new.end, new.writes, new.stream] = new
 

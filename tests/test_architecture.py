@@ -156,6 +156,7 @@ def cycle_of_parts(modules: Iterable[Source]) -> list[str]:
 
 FACTORIES = re.compile(
     r"torch\.(empty|zeros|ones|full|rand|randn|randint)(_like)?"
+    r"|torch\.distributed\._symmetric_memory\.empty"
     r"|torch\.(empty_strided|empty_permuted|randperm|normal|arange|linspace|logspace|eye|tensor|from_numpy|frombuffer"
     r"|UntypedStorage|(\w+\.)*\w*Tensor|(\w+\.)*\w*Storage)"
     r"|.*\.new_(empty|zeros|ones|full|tensor|empty_strided)"
@@ -305,6 +306,7 @@ def test_a_cycle_of_parts_on_one_level_is_found() -> None:
     "text",
     [
         "import torch\nx = torch.empty(3)",
+        "from torch.distributed import _symmetric_memory\nx = _symmetric_memory.empty(3)",
         "import torch as t\nx = t.zeros(3, device='cuda')",
         "from torch import full\nx = full((3,), 1.0)",
         "import torch\nx = torch.randn(3, device=device)",

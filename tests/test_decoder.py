@@ -300,6 +300,9 @@ class Slot:
     view: Tensor
     num_opened: int = 0
 
+    def withdraw(self) -> Tensor | None:
+        return None
+
     def open(self) -> tuple[Tensor, bool]:
         self.num_opened += 1
         return self.view, self.num_opened > 1

@@ -1,5 +1,6 @@
 """What only a GPU can show: allocator counters, streams that overlap, compiled blocks. Two GPUs, NCCL."""
 
+import gc
 import gzip
 import json
 import os
@@ -13,10 +14,13 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.zoo import world_mesh
+from tests.zoo import Recipe, Run, assert_same_bits, world_mesh
+from tests.zoo import train as train_specimen
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
+from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.models import Decoder, DecoderConfig
 from yafsdp_like.shard.engine import Engine
+from yafsdp_like.shard.unit import unit_of
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parent.parent
@@ -25,14 +29,14 @@ CONFIG = DecoderConfig(dim=1024, num_layers=8, num_heads=8, num_kv_heads=4, ffn_
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
-def sharded_decoder(compiled: bool = False) -> Any:
+def sharded_decoder(compiled: bool = False, transport: str = "auto") -> Any:
     with torch.device("meta"):
         model = Decoder(CONFIG)
     for layer in model.layers:
         if compiled:
             layer.compile(dynamic=False)
-        fully_shard(layer, mesh=world_mesh("cuda"), mp_policy=BF16)
-    fully_shard(model, mesh=world_mesh("cuda"), mp_policy=BF16)
+        fully_shard(layer, mesh=world_mesh("cuda"), mp_policy=BF16, transport=transport)
+    fully_shard(model, mesh=world_mesh("cuda"), mp_policy=BF16, transport=transport)
     model.to_empty(device="cuda")
     model.init_weights()
     return model
@@ -117,19 +121,39 @@ def count_runtime_allocations() -> list[int]:
     return requests
 
 
-def test_the_plan_is_what_the_gpu_holds() -> None:
-    for planned, held in run_ranks(compare_plan_with_allocator, device="cuda", timeout=120):
-        assert 0 <= held - planned < 0.01 * planned  # the allocator rounds blocks up
+GRANULARITY = 2 << 20  # in which a GPU's memory is handed out, in bytes
 
 
-def compare_plan_with_allocator() -> tuple[int, int]:
+@pytest.mark.parametrize("transport", ["process_group", "peer"])
+def test_the_plan_is_what_the_gpu_holds(transport: str) -> None:
+    """In the allocator, and outside of it what peers map, which it does not count."""
+    for plan, allocated, elsewhere in run_ranks(compare_plan_with_gpu, transport, device="cuda", timeout=120):
+        mapped = sum(region.nbytes for region in plan.regions if region.mapped)
+        rest = plan.nbytes - mapped
+        assert bool(mapped) is (transport == "peer")
+        assert 0 <= allocated - rest < 0.01 * rest  # the allocator rounds blocks up
+        assert -GRANULARITY < elsewhere - mapped <= 2 * GRANULARITY  # one block, and its signals
+
+
+def compare_plan_with_gpu(transport: str) -> tuple[MemoryPlan, int, int]:
+    """The plan, and the bytes that a model and its arenas take in the allocator and beside it."""
+    first = sharded_decoder(transport=transport)  # contexts, communicators and signals are there now
+    train(first, 1)
+    del first
+    gc.collect()
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    model = sharded_decoder()
+    before = torch.cuda.memory_allocated(), _used_outside_the_allocator()
+    model = sharded_decoder(transport=transport)
     model.unshard()  # makes the arena
     model.reshard()
+    after = torch.cuda.memory_allocated(), _used_outside_the_allocator()
+    return model.memory_plan(), after[0] - before[0], after[1] - before[1]
+
+
+def _used_outside_the_allocator() -> int:
     torch.cuda.synchronize()
-    return model.memory_plan().nbytes, torch.cuda.memory_allocated() - before
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
 
 
 def test_initialization_from_meta_stays_near_the_shards() -> None:
@@ -147,26 +171,74 @@ def peak_of_initialization() -> tuple[int, int, int]:
     return peak, sum(shards), max(shards)
 
 
-def test_gathers_and_reductions_run_beside_compute(tmp_path: Path) -> None:
-    """Counts collectives during which a kernel of another stream runs; says nothing of speed."""
-    num_layers = 6
-    shape = ["--model", "1b", "--num-layers", str(num_layers), "--impl", "ours", "--seq-len", "2048"]
-    effort = ["--rounds", "1", "--warmup", "2", "--steps", "1", "--profile", str(tmp_path)]
+NUM_LAYERS = 6
+Spans = list[tuple[float, float]]  # start and end, in microseconds
+
+
+def events_of_a_step(impl: str, directory: Path) -> list[dict[str, Any]]:
+    """What one rank's GPU did in a profiled step of the benchmark."""
+    shape = ["--model", "1b", "--num-layers", str(NUM_LAYERS), "--impl", impl, "--seq-len", "2048"]
+    effort = ["--rounds", "1", "--warmup", "2", "--steps", "1", "--profile", str(directory)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [*torchrun, str(ROOT / "scripts" / "bench_train.py"), *shape, *effort]
     subprocess.run(command, env=environment, check=True, timeout=150, capture_output=True)
-    (trace,) = tmp_path.glob("ours-*.json.gz")
-    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    kernels = [(e["name"], e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "kernel"]
-    compute = [(start, end) for name, start, end in kernels if "nccl" not in name]
-    overlapped = {"AllGather": 0, "ReduceScatter": 0}
-    for name, start, end in kernels:
-        for kind in overlapped:
-            if "nccl" in name and kind in name:
-                overlapped[kind] += any(begin < end and start < finish for begin, finish in compute)
-    assert overlapped["AllGather"] >= num_layers
-    assert overlapped["ReduceScatter"] >= num_layers // 2
+    (trace,) = directory.glob(f"{impl}-*.json.gz")
+    return json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+
+
+def spans(events: list[dict[str, Any]], category: str, *words: str, but: str = "(nothing)") -> Spans:
+    """When work of a category ran whose name has all the words."""
+    return [
+        (e["ts"], e["ts"] + e["dur"])
+        for e in events
+        if e.get("cat") == category and all(word in e["name"] for word in words) and but not in e["name"]
+    ]
+
+
+def num_overlapped(some: Spans, others: Spans) -> int:
+    return sum(any(begin < end and start < finish for begin, finish in others) for start, end in some)
+
+
+def test_gathers_and_reductions_run_beside_compute(tmp_path: Path) -> None:
+    """Counts collectives during which a kernel of another stream runs; says nothing of speed."""
+    events = events_of_a_step("ours-nccl", tmp_path)
+    compute = spans(events, "kernel", but="nccl")
+    assert num_overlapped(spans(events, "kernel", "nccl", "AllGather"), compute) >= NUM_LAYERS
+    assert num_overlapped(spans(events, "kernel", "nccl", "ReduceScatter"), compute) >= NUM_LAYERS // 2
+
+
+def test_copies_from_peers_run_beside_compute(tmp_path: Path) -> None:
+    """Each gather and each reduction is copies between GPUs, and no kernel of NCCL moves parameters or gradients."""
+    events = events_of_a_step("ours", tmp_path)
+    copies, compute = spans(events, "gpu_memcpy", "PtoP"), spans(events, "kernel", but="nccl")
+    assert num_overlapped(copies, compute) >= 2 * NUM_LAYERS
+    assert spans(events, "kernel", "nccl", "AllGather") == spans(events, "kernel", "nccl", "ReduceScatter") == []
+
+
+def test_between_gpus_of_one_host_memory_is_mapped_unless_said_otherwise() -> None:
+    for description in run_ranks(describe_transport, device="cuda", timeout=120):
+        assert description == "peer: 2 GPUs of one host"
+
+
+def describe_transport() -> str:
+    return unit_of(sharded_decoder()).transport.description
+
+
+@pytest.mark.parametrize("name", ["decoder", "nested", "tied", "frozen", "reused"])
+def test_both_transports_give_the_same_bits_on_gpus(name: str) -> None:
+    """In bf16 reduced in fp32, where two ranks' sum has one order and its half is exact."""
+    for over_peers, over_nccl in run_ranks(train_over_both, name, device="cuda", timeout=120):
+        assert_same_bits(over_peers, over_nccl)
+
+
+def train_over_both(name: str) -> tuple[Run, Run]:
+    precision = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    peer, nccl = (
+        train_specimen(name, "ours", Recipe(steps=4, precision=precision, device="cuda", transport=transport))
+        for transport in ("peer", "process_group")
+    )
+    return peer, nccl
 
 
 def test_compiled_blocks_train_as_eager_ones_do() -> None:

@@ -24,6 +24,9 @@ class Slot:
         self.num_opened = 0
         self.is_open = True
 
+    def withdraw(self) -> Tensor | None:
+        return None
+
     def open(self) -> tuple[Tensor, bool] | None:
         if not self.is_open:
             return None

@@ -1,4 +1,4 @@
-"""The README's first program runs as printed, on one process and on two."""
+"""The README's programs run as printed, on one process and on two."""
 
 import os
 import re
@@ -9,25 +9,41 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LEAVE = "dist.destroy_process_group()\n"
+
+
+def programs() -> list[str]:
+    """What the README shows as Python: a whole program, and a piece that goes on training its model."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def output_of(program: str, num_ranks: int, directory: Path) -> str:
+    """What the ranks print; `AssertionError` with what they complain of, if they fail."""
+    script = directory / "train.py"
+    script.write_text(program)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*launcher, script], capture_output=True, text=True, env=environment, timeout=150, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_the_first_program_of_the_readme_trains(num_ranks: int, tmp_path: Path) -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    script = tmp_path / "train.py"
-    script.write_text(program)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(num_ranks),
-        script,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150, check=False)
-    assert run.returncode == 0, run.stderr
-    assert f"memory plan of one rank of {num_ranks}:" in run.stdout
-    losses = [float(loss) for loss in re.findall(r"^\d+ ([\d.]+)$", run.stdout, re.MULTILINE)]
+    output = output_of(programs()[0], num_ranks, tmp_path)
+    assert f"memory plan of one rank of {num_ranks}:" in output
+    losses = [float(loss) for loss in re.findall(r"^\d+ ([\d.]+)$", output, re.MULTILINE)]
     assert len(losses) == 20 and losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize(("transport", "said"), [("process_group", "process group: "), ("peer", "peer: ")])
+def test_the_second_program_goes_on_where_the_first_one_ended(transport: str, said: str, tmp_path: Path) -> None:
+    first, second = programs()
+    assert first.endswith(LEAVE)
+    first = first.removesuffix(LEAVE).replace("mp_policy=policy)", f"mp_policy=policy, transport='{transport}')")
+    printing = "if dist.get_rank() == 0:\n    print('graphed', loss.item())\n"
+    output = output_of(first + second + printing + LEAVE, 2, tmp_path)
+    assert f"  over {said}asked for" in output
+    (before,) = re.findall(r"^19 ([\d.]+)$", output, re.MULTILINE)
+    (after,) = re.findall(r"^graphed ([\d.]+)$", output, re.MULTILINE)
+    assert float(after) < float(before)

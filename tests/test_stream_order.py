@@ -4,6 +4,7 @@ Each test trains a small model under vector clocks. The planted races leave out 
 engine, and must be found.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.clocks import RaceDetector, VectorClocks
+from tests.clocks import Omission, RaceDetector, VectorClocks
 from tests.ranks import run_ranks
 from tests.zoo import FEATURES, SPECIMENS, Chain, Specimen, blocks, layers_of, vectors, world_mesh
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
+from yafsdp_like.comm.peer import PeerTransport
 from yafsdp_like.comm.process_group import ProcessGroupTransport
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE
+from yafsdp_like.optim import AdamW
 from yafsdp_like.shard import engine as engine_module
 from yafsdp_like.shard.engine import Engine
 from yafsdp_like.shard.unit import unit_of
@@ -24,22 +27,54 @@ from yafsdp_like.shard.unit import unit_of
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
-def watch_transport(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
-    """Collectives do not pass the dispatcher as the detector reads it: their accesses are noted by hand."""
-    gather, reduce = ProcessGroupTransport.all_gather, ProcessGroupTransport.reduce_scatter
+def watch_transports(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
+    """Collectives do not pass the dispatcher as the detector reads it, and what a peer reads of this rank's memory
+    passes no dispatcher here: these accesses are noted by hand.
+    """
+    for transport in (ProcessGroupTransport, PeerTransport):
+        patch.setattr(transport, "gather", _noted_gather(transport.gather, detector))
+        patch.setattr(transport, "reduce", _noted_reduce(transport.reduce, detector))
+    meet = PeerTransport.meet
 
-    def all_gather(self: Any, outputs: Any, inputs: Any) -> None:
-        detector.note(inputs, False, "all_gather")
-        detector.note(outputs, True, "all_gather")
-        gather(self, outputs, inputs)
+    def meet_noted(self: PeerTransport, stream: str) -> None:
+        meet(self, stream)
+        detector.streams.meet(stream)
+        detector.note_read_by_peer()
 
-    def reduce_scatter(self: Any, outputs: Any, inputs: Any, reduction: Any) -> None:
-        detector.note(inputs, False, "reduce_scatter")
-        detector.note(outputs, True, "reduce_scatter")
-        reduce(self, outputs, inputs, reduction)
+    patch.setattr(PeerTransport, "meet", meet_noted)
 
-    patch.setattr(ProcessGroupTransport, "all_gather", all_gather)
-    patch.setattr(ProcessGroupTransport, "reduce_scatter", reduce_scatter)
+
+def _noted_gather(gather: Any, detector: RaceDetector) -> Any:
+    def prepare(self: Any, outputs: Any, inputs: Any) -> Any:
+        run = gather(self, outputs, inputs)
+
+        def noted() -> None:
+            detector.note(inputs, False, "gather")
+            detector.note(outputs, True, "gather")
+            if self.maps_memory:
+                detector.note(inputs, False, "gather", by_peer=True)
+            run()
+
+        return noted
+
+    return prepare
+
+
+def _noted_reduce(reduce: Any, detector: RaceDetector) -> Any:
+    def prepare(self: Any, outputs: Any, inputs: Any, *others: Any) -> Any:
+        run = reduce(self, outputs, inputs, *others)
+
+        def noted(reduction: Any, accumulate: bool) -> None:
+            if self.maps_memory:
+                detector.read_by_peer = list(inputs)  # after the first meeting, which says that it may
+            detector.note(inputs, False, "reduce")
+            detector.note(outputs, True, "reduce")
+            with detector.streams.work("reduce"):
+                run(reduction, accumulate)
+
+        return noted
+
+    return prepare
 
 
 class EarlyExit(Chain):
@@ -64,32 +99,61 @@ class Found:
 
 
 def train(
-    name: str, forgets: Sequence[tuple[str, str]] = (), plant: str | None = None, bf16: bool = True, **options: Any
+    name: str,
+    forgets: Sequence[tuple[str, str]] = (),
+    plant: str | None = None,
+    bf16: bool = True,
+    own_optimizer: bool = False,
+    omits: Omission | None = None,
+    updates: int = 1,
+    **options: Any,
 ) -> Found:
-    """Some steps of a specimen on this rank under the detector; `options` are `fully_shard`'s."""
-    streams = VectorClocks(forgets)
+    """Some steps of a specimen, and an evaluation after each, on this rank under the detector; `updates` is how many
+    steps of the optimizer follow a backward, `options` are `fully_shard`'s.
+    """
+    streams = VectorClocks(forgets, omits)
     detector = RaceDetector(streams)
     specimen = EARLY_EXIT if name == "early exit" else SPECIMENS[name]
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "streams_of", lambda device: streams)
-        watch_transport(patch, detector)
+        watch_transports(patch, detector)
+        name_works(patch, streams)
+        if plant is not None:
+            PLANTS[plant](patch)
         model: Any = specimen.wrap(specimen.fresh(), fully_shard, mesh=world_mesh(), mp_policy=policy, **options)
         model.unshard()  # makes the arena
         model.reshard()
         watch_arenas(model, detector)
-        if plant is not None:
-            PLANTS[plant](patch)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = (AdamW if own_optimizer else torch.optim.AdamW)(model.parameters(), lr=1e-2)
         with detector:
             for step in range(4):
                 specimen.loss_of(model, step, 0).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                with torch.no_grad():
-                    torch._foreach_mul_(list(model.parameters()), 1.0)  # also those without a gradient
+                for _ in range(updates):
+                    optimizer.step()
+                if not own_optimizer:  # whose writes end what may be written before the next forward
+                    with torch.no_grad():
+                        torch._foreach_mul_(list(model.parameters()), 1.0)  # also those without a gradient
                 optimizer.zero_grad(set_to_none=step % 2 == 0)  # so that gradients are both set and added to
+                with torch.no_grad():
+                    specimen.loss_of(model, step, 0)
+                    for p in model.parameters():
+                        p.mul_(1.0)
     return Found(detector.races, streams.waits, len(detector.accesses))
+
+
+def name_works(patch: pytest.MonkeyPatch, streams: VectorClocks) -> None:
+    for name in ("publish", "before_update", "after_update"):
+        patch.setattr(Engine, name, _within(streams, name, getattr(Engine, name)))
+
+
+def _within(streams: VectorClocks, name: str, work: Any) -> Any:
+    def perform(*args: Any) -> None:
+        with streams.work(name):
+            work(*args)
+
+    return perform
 
 
 def watch_arenas(model: Any, detector: RaceDetector) -> None:
@@ -98,9 +162,9 @@ def watch_arenas(model: Any, detector: RaceDetector) -> None:
         for p in unit.params:
             detector.watch(p.main)
             detector.watch(p.compute)
-        for slot_tensors in (unit.gather_slot.outputs, [p.grad for p in unit.params if p.trainable]):
-            for tensor in slot_tensors:
-                detector.watch(tensor)
+        gradients = [p.grad for p in unit.params if p.trainable]
+        for tensor in (*unit.gather_slot.outputs, *unit.gradient_slot.inputs.values(), *gradients, unit.staging):
+            detector.watch(tensor)
 
 
 def forget_readers(patch: pytest.MonkeyPatch) -> None:
@@ -134,6 +198,11 @@ def release_before_the_last_read(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Engine, "release", late)
 
 
+def reduce_everything_early(patch: pytest.MonkeyPatch) -> None:
+    """No race: large parameters of outer units are reduced before their unit's end, and here all are large."""
+    patch.setattr(engine_module, "EARLY_NUMEL", 1)
+
+
 PLANTS: dict[str, Plant] = {
     plant.__name__: plant
     for plant in (
@@ -142,28 +211,55 @@ PLANTS: dict[str, Plant] = {
         forget_unread_prefetches,
         forget_reductions,
         release_before_the_last_read,
+        reduce_everything_early,
     )
 }
 
 
+ALL_WAITS = {(GATHER, COMPUTE), (COMPUTE, GATHER), (REDUCE, COMPUTE), (COMPUTE, REDUCE)}
+MODELS = ["decoder", "nested", "reused", "skipped", "tied", "frozen", "group", "recomputed", "early exit"]
+
+
 @pytest.mark.parametrize("bf16", [True, False])
-@pytest.mark.parametrize(
-    "name", ["decoder", "nested", "reused", "skipped", "tied", "frozen", "group", "recomputed", "early exit"]
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_access_to_planned_memory_is_ordered_by_an_event(name: str, bf16: bool) -> None:
     for found in run_ranks(train, name, bf16=bf16):
         assert found.races == []
         assert found.num_accesses > 20, "the detector saw nothing"
-        assert set(found.waits) == {(GATHER, COMPUTE), (COMPUTE, GATHER), (REDUCE, COMPUTE), (COMPUTE, REDUCE)}
+        assert set(found.waits) == ALL_WAITS
 
 
-@pytest.mark.parametrize("reshard_after_forward", [True, False])
-def test_stream_order_holds_whatever_stays_gathered(reshard_after_forward: bool) -> None:
-    for found in run_ranks(train, "nested", reshard_after_forward=reshard_after_forward):
+@pytest.mark.parametrize("own_optimizer", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_access_of_a_peer_is_ordered_by_a_meeting(name: str, own_optimizer: bool) -> None:
+    for found in run_ranks(train, name, own_optimizer=own_optimizer, transport="peer"):
+        assert found.races == []
+        assert found.num_accesses > 20, "the detector saw nothing"
+        assert set(found.waits) == ALL_WAITS
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("transport", ["process_group", "peer"])
+def test_updates_that_gather_ahead_are_ordered(transport: str, bf16: bool, updates: int) -> None:
+    for found in run_ranks(train, "nested", bf16=bf16, own_optimizer=True, updates=updates, transport=transport):
         assert found.races == []
 
 
-@pytest.mark.parametrize("pair", [(GATHER, COMPUTE), (COMPUTE, GATHER), (REDUCE, COMPUTE), (COMPUTE, REDUCE)])
+@pytest.mark.parametrize("transport", ["process_group", "peer"])
+@pytest.mark.parametrize("reshard_after_forward", [True, False])
+def test_stream_order_holds_whatever_stays_gathered(reshard_after_forward: bool, transport: str) -> None:
+    for found in run_ranks(train, "nested", reshard_after_forward=reshard_after_forward, transport=transport):
+        assert found.races == []
+
+
+@pytest.mark.parametrize("transport", ["process_group", "peer"])
+def test_reducing_large_parameters_early_is_ordered(transport: str) -> None:
+    for found in run_ranks(train, "decoder", plant="reduce_everything_early", transport=transport):
+        assert found.races == []
+
+
+@pytest.mark.parametrize("pair", sorted(ALL_WAITS))
 def test_leaving_out_one_kind_of_wait_is_found(pair: tuple[str, str]) -> None:
     waiting, waited_for = pair
     for found in run_ranks(train, "decoder", forgets=[pair]):
@@ -184,6 +280,36 @@ def test_a_race_planted_in_the_engine_is_found(plant: str, name: str) -> None:
     # Gathers of backward would order what forward left unread: with nothing to gather there, nothing hides it.
     for found in run_ranks(train, name, plant=plant, reshard_after_forward=name != "early exit"):
         assert found.races
+
+
+@pytest.mark.parametrize(
+    ("omission", "race"),
+    [
+        (("publish", "wait", 1), "_foreach_copy_.* on gather does not wait for .* on compute"),
+        (("publish", "meet", 1), "_foreach_copy_.* on gather does not wait for gather on peer's gather"),
+        (("publish", "meet", 2), "gather on peer's gather does not wait for .*_foreach_copy_.* on gather"),
+        (("reduce", "meet", 1), "reduce on peer's reduce does not wait for .* on compute"),
+        (("reduce", "meet", 2), "on compute does not wait for reduce on peer's reduce"),
+    ],
+)
+def test_leaving_out_a_wait_or_a_meeting_of_peers_is_found(omission: Omission, race: str) -> None:
+    for found in run_ranks(train, "decoder", omits=omission, transport="peer"):
+        assert any(re.search(race, line) for line in found.races), sorted(set(found.races))
+
+
+@pytest.mark.parametrize(
+    ("omission", "race"),
+    [
+        (("before_update", "wait", 1), "on compute does not wait for .* on gather"),
+        (("before_update", "meet", 1), "on compute does not wait for gather on peer's gather"),
+        (("after_update", "wait", 1), "gather on gather does not wait for .* on compute"),
+        (("after_update", "meet", 1), "gather on peer's gather does not wait for .* on compute"),
+    ],
+)
+def test_leaving_out_a_wait_or_a_meeting_of_an_update_is_found(omission: Omission, race: str) -> None:
+    """The second of two updates in a row writes what the first has just let be gathered."""
+    for found in run_ranks(train, "decoder", omits=omission, transport="peer", own_optimizer=True, updates=2):
+        assert any(re.search(race, line) for line in found.races), sorted(set(found.races))
 
 
 def test_the_detector_knows_order_from_race() -> None:

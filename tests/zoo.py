@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import yafsdp_like as ours
+from yafsdp_like import optim as our_optim
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"ours": ours, "stock": stock}
 Unit = nn.Module | list[nn.Module]
@@ -396,25 +397,28 @@ class Recipe:
     """How a specimen is trained."""
 
     steps: int = 20
-    optimizer: str = "AdamW"
+    optimizer: str = "AdamW"  # of torch.optim, or "our AdamW"
     foreach: bool | None = None
+    fused: bool | None = None
     max_norm: float = 0.5
     norm_type: float = 2.0
     set_to_none: bool = True
     micro_batches: int = 1
     sync_each: bool = True  # reduce after every micro-batch, or after the last only
+    evaluates: bool = False  # before every step and after every update
     reshard_after_forward: bool | None = None
     reshard_after_backward: bool = True
     divide_factor: float | None = None
     precision: Mapping[str, Any] = field(default_factory=dict)  # fields of MixedPrecisionPolicy
+    transport: str = "auto"  # of ours; stock has one
     device: str = "cpu"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run leaves; lists are one entry per step."""
+    """What a training run leaves, in order of steps."""
 
-    losses: list[float]  # of this rank
+    losses: list[float]  # of this rank, evaluations' among them
     norms: list[float]
     parameters: dict[str, torch.Tensor]  # full
     buffers: dict[str, torch.Tensor]  # of this rank
@@ -431,12 +435,14 @@ def world_mesh(device: str = "cpu") -> DeviceMesh:
 def shard(specimen: Specimen, model: nn.Module, impl: str, recipe: Recipe) -> nn.Module:
     """Cut the model into its specimen's units with the implementation called `impl`."""
     names = IMPLEMENTATIONS[impl]
+    only_ours = {"transport": recipe.transport} if names is ours else {}
     specimen.wrap(
         model,
         names.fully_shard,
         mesh=world_mesh(recipe.device),
         reshard_after_forward=recipe.reshard_after_forward,
         mp_policy=names.MixedPrecisionPolicy(**recipe.precision),
+        **only_ours,
     )
     for module in model.modules():
         if recipe.divide_factor is not None and isinstance(module, names.FSDPModule):
@@ -458,12 +464,13 @@ def to_device(nest: Any, device: str) -> Any:
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """The recipe's optimizer over the parameters as they are now."""
-    return getattr(torch.optim, recipe.optimizer)(model.parameters(), lr=0.02, foreach=recipe.foreach)
+    module, name = (our_optim, "AdamW") if recipe.optimizer == "our AdamW" else (torch.optim, recipe.optimizer)
+    return getattr(module, name)(model.parameters(), lr=0.02, foreach=recipe.foreach, fused=recipe.fused)
 
 
-def train(name: str, impl: str, recipe: Recipe, prepare: Prepare | None = None) -> Run:
+def train(named: str | Specimen, impl: str, recipe: Recipe, prepare: Prepare | None = None) -> Run:
     """Train a sharded specimen; `prepare` changes the model before it is sharded. For workers."""
-    specimen = SPECIMENS[name]
+    specimen = SPECIMENS[named] if isinstance(named, str) else named
     model = specimen.fresh().to(recipe.device)
     if prepare:
         prepare(model)
@@ -471,11 +478,24 @@ def train(name: str, impl: str, recipe: Recipe, prepare: Prepare | None = None) 
     optimizer = make_optimizer(recipe, model)
     losses, norms = [], []
     for step in range(recipe.steps):
+        losses += evaluate(specimen, model, step, recipe)
         losses.append(accumulate(specimen, model, step, recipe))
         norms.append(clip(model, recipe))
         optimizer.step()
+        losses += evaluate(specimen, model, step, recipe)
         optimizer.zero_grad(set_to_none=recipe.set_to_none)
     return Run(losses, norms, full_parameters(model), buffers(model))
+
+
+@torch.no_grad()
+def evaluate(specimen: Specimen, model: nn.Module, step: int, recipe: Recipe) -> list[float]:
+    """The loss in evaluation, if the recipe asks for it."""
+    if not recipe.evaluates:
+        return []
+    model.eval()
+    loss = specimen.loss_of(model, 500 + step, dist.get_rank(), recipe.device)
+    model.train()
+    return [loss.item()]
 
 
 def accumulate(specimen: Specimen, model: nn.Module, step: int, recipe: Recipe) -> float:

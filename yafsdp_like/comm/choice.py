@@ -6,22 +6,68 @@ from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
+from yafsdp_like.comm.agreement import share
+from yafsdp_like.comm.hierarchical import HierarchicalTransport, over_hosts
 from yafsdp_like.comm.peer import PeerTransport, obstacle
 from yafsdp_like.comm.process_group import ProcessGroupTransport
+from yafsdp_like.comm.replicated import ReplicatedTransport
 from yafsdp_like.comm.transport import Transport
 
-TransportName = Literal["auto", "peer", "process_group"]
+TransportName = Literal["auto", "peer", "hierarchical", "process_group"]
+
+SEVERAL_HOSTS = "the ranks are on several hosts"  # what peers' ``obstacle`` says
 
 # Keyed by the group object, so that groups of a process's former life are never met again.
 _chosen: dict[tuple[dist.ProcessGroup, str], Transport] = {}
+_replicated: dict[tuple[dist.ProcessGroup, dist.ProcessGroup, str], Transport] = {}
+
+
+def transport_over(mesh: DeviceMesh, device: torch.device, asked: TransportName) -> Transport:
+    """The transport for units sharded over ``mesh``: over its last dimension, and of replicas if it has two.
+
+    As ``transport_of``. Replicas whose ranks could be joined in different ways all take the process group.
+    """
+    if mesh.ndim == 1 or mesh.size(0) == 1:
+        return transport_of(mesh.get_group(mesh.ndim - 1), device, asked)
+    groups = mesh.get_group(0), mesh.get_group(1)
+    if (*groups, asked) not in _replicated:
+        # Agreements block the CPU, so they use host memory, and no communicator of the GPUs'.
+        ranks = mesh.mesh.flatten().tolist()
+        everybody = dist.new_group(ranks, backend="gloo", use_local_synchronization=True, group_desc="yafsdp_replicas")
+        assert everybody is not None
+        shards = _alike(*groups, device, asked)
+        _replicated[*groups, asked] = ReplicatedTransport(shards, groups[0], everybody)
+    return _replicated[*groups, asked]
+
+
+def _alike(
+    replicas: dist.ProcessGroup, group: dist.ProcessGroup, device: torch.device, asked: TransportName
+) -> Transport:
+    """The transport inside this replica, of the same kind in all of them: what they hold and when they average it
+    depends on that."""
+    found: Transport | None = None
+    error: str | None = None
+    try:
+        found = transport_of(group, device, asked)
+    except ValueError as e:
+        error = str(e)
+    kinds = share((type(found).__name__, error), replicas)
+    errors = [e for _, e in kinds if e is not None]
+    if found is None or errors:
+        raise ValueError(errors[0])
+    if len(set(kinds)) > 1:
+        return ProcessGroupTransport(group, "the ranks of another replica have only this")
+    return found
 
 
 def transport_of(group: dist.ProcessGroup, device: torch.device, asked: TransportName) -> Transport:
     """The transport for ``group``, on whose ranks the shards are on ``device``'s type of device.
 
-    "auto" takes peer memory between GPUs that can map each other's, and the process group otherwise. Raises
-    ``ValueError`` for an unknown name, and on every rank when "peer" was asked for and is not possible.
+    "auto" takes, between GPUs that can map each other's memory, "peer" on one host and "hierarchical" on several of
+    several ranks each, and the process group otherwise. Raises ``ValueError`` for an unknown name, and on every rank
+    when a transport was asked for and is not possible.
     """
     if asked not in get_args(TransportName):
         raise ValueError(f"transport must be one of {list(get_args(TransportName))}, got {asked!r}")
@@ -38,8 +84,14 @@ def _choose(group: dist.ProcessGroup, device: torch.device, asked: str) -> Trans
     if asked == "auto" and device.type != "cuda":
         return ProcessGroupTransport(group, f"on {device.type}, peer memory is used only when asked for")
     why_not = obstacle(group, device)
-    if why_not is None:
+    if why_not is None and asked != "hierarchical":
         return PeerTransport(group, device, "asked for" if asked == "peer" else f"{group.size()} GPUs of one host")
-    if asked == "peer":
-        raise ValueError(f"transport='peer' is not possible: {why_not}; use transport='auto'")
+    if asked == "hierarchical" or (asked == "auto" and why_not == SEVERAL_HOSTS):
+        found = over_hosts(group, device, "asked for" if asked == "hierarchical" else "they map no memory")
+        if isinstance(found, HierarchicalTransport):
+            return found
+        why_not = found
+    assert why_not is not None
+    if asked != "auto":
+        raise ValueError(f"transport={asked!r} is not possible: {why_not}; use transport='auto'")
     return ProcessGroupTransport(group, why_not)

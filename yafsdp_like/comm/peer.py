@@ -5,10 +5,11 @@ multiprocessor. A reduction pulls every peer's chunk of the gradients likewise, 
 order of rank and writes the gradient shard. Nothing else crosses the link, and multicast is never used.
 
 [Note: who waits for whom]
-Shards change only at an update, so gathers need no rendezvous: ranks meet once an iteration, before the first gather.
-Gradients change all the time: ranks meet before a reduction pulls (all have written theirs) and after that (all have
-pulled, so that the slot may be written again). Both meetings are small kernels that wait in the order of their stream;
-the CPU does not.
+Shards change only at an update, so gathers need no rendezvous: ranks meet twice before the first gather of a forward
+(nobody reads the old shards any more; all have written the new ones), and around an update that writes them. Gradients
+change all the time: ranks meet before a reduction pulls (all have written theirs) and after that (all have pulled, so
+that the slot may be written again). All meetings are small kernels that wait in the order of their stream; the CPU does
+not.
 
 On CPUs the same transport runs over files in the host's shared memory, and meets at a barrier of the group.
 """
@@ -74,6 +75,9 @@ class PeerTransport:
             for out, inp in zip(outputs, inputs, strict=True)
             if out.numel()
         ]
+
+        if not pieces:
+            return lambda: None
 
         def copies(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
             return [(chunks[rank], by_rank[rank]) for chunks, by_rank in pieces]

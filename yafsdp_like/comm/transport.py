@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from yafsdp_like.memory.arena import Block
+
+Averaged = Literal["new", "all", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,15 @@ class Reduction:
     """How gradients are combined: the mean over ranks, or ``sum / divisor`` for a divisor of the user's.
 
     ``pre_divisor`` is applied to every rank's input before the sum and ``post_divisor`` to the result after it;
-    together with the mean (when ``mean`` is set) they make up the whole division.
+    together with the mean (when ``mean`` is set) they make up the whole division. ``averaged`` is what replicas, where
+    there are any, average: the new gradients, which are then added to what is the same on all of them; all that the
+    outputs then hold; or nothing yet, so that a later reduction must average all.
     """
 
     mean: bool = True
     pre_divisor: float = 1.0
     post_divisor: float = 1.0
+    averaged: Averaged = "new"
 
 
 Gather = Callable[[], None]

@@ -1,9 +1,8 @@
-"""The sum of every rank's chunk of each gradient, read from the ranks' own memory, in one launch per unit.
+"""The sum of every rank's chunk of each gradient, in one launch for many parameters.
 
 For each parameter: ``out = [out +] round((sum over ranks j, in order, of float32(in_j)) * scale)``, where ``round``
-is to the dtype that a collective would have sent. This file knows addresses; who may read them, and when, is the
-caller's affair: every rank must have written its gradients before the launch, and none may overwrite them until it
-is done.
+is to the dtype that a collective would have sent. This file knows addresses; where a rank's chunk lies (its own memory,
+or a copy of it here) and when it may be read is the caller's affair.
 
 [Note: the same bits]
 The kernel is compiled without contraction (``enable_fp_fusion=False``): were ``out + sum * scale`` one fused

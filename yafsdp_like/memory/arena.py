@@ -41,7 +41,7 @@ class Block:
         """Where in this block the contiguous tensor ``part`` lies, as (offset, size) in bytes; None if elsewhere."""
         offset = part.data_ptr() - self.bytes.data_ptr()
         nbytes = part.numel() * part.itemsize
-        return (offset, nbytes) if 0 <= offset and offset + nbytes <= self.bytes.numel() else None
+        return (offset, nbytes) if offset >= 0 and offset + nbytes <= self.bytes.numel() else None
 
 
 class Arena:

@@ -119,8 +119,8 @@ class Recording:
 
 
 class StepRecording:
-    """One call of ``work``, allocations included, recorded as a CUDA graph on ``stream``; ``result`` is what it
-    returned, and is written again by every ``replay``.
+    """One call of ``work``, allocations included, as a CUDA graph; ``result`` is what it returned, and is written again
+    by every ``replay``. Made by a ``StepRecorder``.
     """
 
     def __init__(self, work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any) -> None:
@@ -130,6 +130,17 @@ class StepRecording:
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+class StepRecorder:
+    """Records on a stream of its own; what its recordings allocate shares one pool."""
+
+    def __init__(self) -> None:
+        self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], Any]) -> StepRecording:
+        torch.cuda.empty_cache()  # what eager steps have cached is about to be needed by the recording
+        return StepRecording(work, self._stream, self._pool)
 
 
 @cache

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from yafsdp_like.comm.choice import TransportName, transport_of
+from yafsdp_like.comm.choice import TransportName, transport_over
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.memory.streams import GATHER, Event
 from yafsdp_like.shard.engine import Engine, Report, engine_for
@@ -61,7 +61,9 @@ def fully_shard(
 
     Args:
         module: a module with a ``forward``, or a list of such modules, gathered and released together.
-        mesh: a 1-D mesh; all ranks by default. One rank works.
+        mesh: a 1-D mesh, or a 2-D one with ``mesh_dim_names`` (HSDP): its first dimension replicates and its second
+            shards, parameters are placed ``(Replicate(), Shard(0))``, and replicas must start from the same values. All
+            ranks by default. One rank works.
         reshard_after_forward: whether full parameters are released after forward and gathered again for backward. None:
             for all but the root, and for the root too after a forward without grad mode, which has no backward.
         mp_policy: ``param_dtype`` to gather and compute in, ``reduce_dtype`` to reduce gradients in,
@@ -69,7 +71,8 @@ def fully_shard(
             the original dtype.
         ignored_params: parameters that are left alone.
         transport: what moves bytes between ranks; not FSDP2's. "auto" takes "peer" (ranks of one host read each other's
-            memory) between GPUs that can, and "process_group" (NCCL, gloo) otherwise; the plan says which, and why.
+            memory) between GPUs that can, "hierarchical" (the same inside each host, and one column of shards between
+            hosts) on several hosts, and "process_group" (NCCL, gloo) otherwise.
         shard_placement_fn, offload_policy, dp_mesh_dims: FSDP2's; only their defaults are supported yet.
 
     Returns:
@@ -106,7 +109,7 @@ def _make_unit(
 ) -> Any:
     device = _device_of(mesh)
     params = [ShardedParam(param, places, mesh) for param, places in owners.items()]
-    unit = Unit(modules, params, policy, mesh, transport_of(mesh.get_group(), device, transport), device)
+    unit = Unit(modules, params, policy, mesh, transport_over(mesh, device, transport), device)
     for p, param in zip(params, owners, strict=True):
         param._yafsdp_ownership = Ownership(unit, p)  # type: ignore[attr-defined]
         p.register(p.sharded)
@@ -199,13 +202,8 @@ def _check_modules(modules: Sequence[nn.Module]) -> None:
 def _check_mesh(mesh: DeviceMesh) -> None:
     if mesh.ndim not in (1, 2):
         raise ValueError(f"fully_shard expects a 1D or 2D DeviceMesh but got {mesh}")
-    if mesh.ndim == 2:
-        if mesh.mesh_dim_names is None:
-            raise AssertionError("Please init the 2D mesh for HSDP with mesh_dim_names specified")
-        raise NotImplementedError(
-            f"2D meshes (HSDP) are not supported yet, got {mesh}; shard over one dimension of it, "
-            f"mesh[{mesh.mesh_dim_names[1]!r}]"
-        )
+    if mesh.ndim == 2 and mesh.mesh_dim_names is None:
+        raise AssertionError("Please init the 2D mesh for HSDP with mesh_dim_names specified")
 
 
 def _check_params(owners: Owners) -> None:
@@ -334,6 +332,14 @@ class FSDPModule:
         if unit.engine is not None:
             unit.engine.reshard(unit)
 
+    def mark_weights_changed(self) -> None:
+        """Says that sharded parameters were written in a way that PyTorch does not count (through ``.data``, or many in
+        one ``torch._foreach`` call) between a step of this package's ``AdamW`` and the next forward, which would
+        compute on what the step has written otherwise. Never needed with other optimizers.
+        """
+        for unit in self._units(recurse=True):
+            unit.updates += 1
+
     def reset_iter_state(self) -> None:
         """Forgets a forward or backward that raised. Not needed: the next forward does it. Drops unsynced gradients."""
         abandon(self._engine())
@@ -347,6 +353,20 @@ class FSDPModule:
             unit.policy.requires_gradient_sync = requires_gradient_sync
             if not requires_gradient_sync:
                 unit.own_gradient_slot = unit.unsynced_gradients = True
+        if requires_gradient_sync:
+            self.set_requires_all_reduce(True, recurse=recurse)
+
+    def set_requires_all_reduce(self, requires_all_reduce: bool, *, recurse: bool = True) -> None:
+        """Whether reductions average gradients over replicas, or only inside each, until one that does.
+
+        ``.grad`` holds those of this replica meanwhile, where FSDP2 keeps them apart from it: do not drop it. Without
+        replicas (a 1-D mesh) there is nothing to average.
+        """
+        for unit in self._units(recurse):
+            if not requires_all_reduce:
+                unit.policy.averaged = "nothing"
+            elif unit.policy.averaged == "nothing":
+                unit.policy.averaged = "all"
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:
         """Whether the end of the next backward waits for its reductions; gradients are complete only after one that

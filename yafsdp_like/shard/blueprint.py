@@ -12,16 +12,17 @@ from typing import TypeVar
 
 import torch
 
+from yafsdp_like.comm.hierarchical import staged
 from yafsdp_like.memory.arena import Arena, Place
-from yafsdp_like.memory.layout import FlatLayout, Segment
+from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, FlatLayout, Segment
 from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, place
 from yafsdp_like.shard.schedule import Residency, Schedule, gather_starts
-from yafsdp_like.shard.unit import GatherSlot, GradientSlot, Unit, UnitLayout
+from yafsdp_like.shard.unit import NOWHERE, GatherSlot, GradientSlot, Unit, UnitLayout
 
 AnySlot = TypeVar("AnySlot", GatherSlot, GradientSlot)
 
 GATHER_SLOTS, GRADIENT_SLOTS = "gather slots", "gradient slots"  # the two regions that slots share
-STAGING = "staging"
+STAGING, COLUMN = "staging", "gather staging"
 MOST_STAGING_NBYTES = 256 << 20
 
 
@@ -65,17 +66,32 @@ def draw(units: Sequence[Unit], schedule: Schedule, root: Unit | None) -> Bluepr
 def _shards(unit: Unit, layout: UnitLayout) -> list[Region]:
     return [
         Region(f"{unit.name}.main_shard", "main_shard", layout.main_shard.nbytes),
-        Region(
-            f"{unit.name}.compute_shard", "compute_shard", layout.compute_shard.nbytes, unit.transport.maps_memory
-        ),
+        Region(f"{unit.name}.compute_shard", "compute_shard", layout.compute_shard.nbytes, unit.transport.maps_memory),
         Region(f"{unit.name}.grad_shard", "grad_shard", layout.grad_shard.nbytes),
     ]
 
 
 def _staging(layouts: Mapping[Unit, UnitLayout]) -> list[Region]:
-    """Where peers' chunks of one unit's gradients wait for their sum; large units go through it in several rounds."""
-    needs = [x.gradient_slot.nbytes for unit, x in layouts.items() if unit.transport.maps_memory]
-    return [Region(STAGING, STAGING, min(max(needs), MOST_STAGING_NBYTES))] if needs else []
+    """Where peers' chunks of one unit's gradients wait for their sum; large units go through it in several rounds, and
+    the smallest round has a piece of each peer. Over several hosts, a column of sums lies behind them, and a gathered
+    one in memory of its own (``comm/hierarchical.py``)."""
+    needs = [
+        max(x.gradient_slot.nbytes, (unit.transport.world_size - 1) * ALIGNMENT_NBYTES)
+        for unit, x in layouts.items()
+        if unit.transport.maps_memory and x.gradient_slot.nbytes
+    ]
+    sums = max(_column_nbytes(u, [p.reduce_dtype if p.trainable else None for p in u.params]) for u in layouts)
+    column = max(_column_nbytes(u, [p.compute_dtype for p in u.params]) for u in layouts)
+    staging = [Region(STAGING, STAGING, min(max(needs), MOST_STAGING_NBYTES) + sums)] if needs else []
+    return staging + ([Region(COLUMN, STAGING, column, mapped=True)] if column else [])
+
+
+def _column_nbytes(unit: Unit, dtypes: Sequence[torch.dtype | None]) -> int:
+    """Of the parameters that have a dtype; 0 where peers are all on one host, or none are."""
+    if (transport := staged(unit.transport)) is None:
+        return 0
+    pairs = zip(unit.params, dtypes, strict=True)
+    return transport.column_nbytes([p.shards.chunk_numel * dtype.itemsize for p, dtype in pairs if dtype])
 
 
 def own_slot_regions(unit: Unit, layout: UnitLayout) -> list[Region]:
@@ -131,13 +147,18 @@ def build(blueprint: Blueprint) -> Arena:
         _place_shards(unit, layout, arena)
         unit.gather_slot = _gather_slot(unit, blueprint, arena)
         unit.gradient_slot = _gradient_slot(unit, blueprint, arena)
-    if STAGING in arena.regions:
-        staging = arena.place(STAGING).tensor(torch.uint8, (arena.regions[STAGING].nbytes,))
-        for unit in units:
-            unit.staging = staging
+    for unit in units:
+        unit.staging, unit.column = _scratch(arena, STAGING), _scratch(arena, COLUMN)
     _introduce([unit.gather_slot for unit in units])
     _introduce([unit.gradient_slot for unit in units])
     return arena
+
+
+def _scratch(arena: Arena, region: str) -> torch.Tensor:
+    """All bytes of a region, ``(nbytes,)`` uint8; nothing where there is no such region."""
+    if region not in arena.regions:
+        return NOWHERE
+    return arena.place(region).tensor(torch.uint8, (arena.regions[region].nbytes,))
 
 
 def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:

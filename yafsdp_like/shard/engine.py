@@ -83,6 +83,7 @@ class Engine:
         self._blueprint: Blueprint | None = None
         self._arena: Arena | None = None
         self.built_for: tuple[object, ...] = ()  # the units' signatures when the slots were made
+        self.num_layouts = 0  # how often slots were given places
         self.spills: list[Spill] = []
         self.wasted_prefetches = 0
         self.evictions = 0
@@ -156,6 +157,7 @@ class Engine:
             for k in slot.arrived:
                 self.accumulate(slot.unit, k, slot.views[k])
         self.built_for = self._signatures()
+        self.num_layouts += 1
 
     def _forget_build(self) -> None:
         self._arena = self._blueprint = None
@@ -188,7 +190,9 @@ class Engine:
         self.publish()
         for unit in self.units:
             slot = unit.gather_slot
-            if slot.state is not EMPTY and slot.generation != unit.generation():
+            if slot.state is IDLE:  # left by a forward without a backward; weights may have changed since, uncounted
+                slot.state = EMPTY
+            elif slot.state is not EMPTY and slot.generation != unit.generation():
                 self.release(slot)
 
     def publish(self) -> None:
@@ -216,13 +220,16 @@ class Engine:
         for transport in self.transports:
             transport.meet(COMPUTE)
 
-    def after_update(self, unit: Unit) -> None:
-        """An optimizer has written the unit's main and compute shards: gathers it for the next forward, if its bytes
-        are free.
+    def after_update(self, unit: Unit, is_whole: bool) -> None:
+        """An optimizer has written main and compute shards of the unit's parameters (all, if ``is_whole``): gathers it
+        for the next forward, if its bytes are free and peers need not take part.
         """
-        unit.cast = unit.generation()
+        unit.written_by_update = is_whole
+        if is_whole:
+            unit.cast = unit.generation()
         slot = unit.gather_slot
-        if unit.transport.world_size == 1 or any(s.state not in (EMPTY, IDLE) for s in (slot, *slot.neighbours)):
+        is_free = all(s.state in (EMPTY, IDLE) for s in (slot, *slot.neighbours))
+        if not is_whole or not is_free or not unit.transport.maps_memory:
             return
         self._make_room(slot)
         slot.state = EMPTY  # the values in it are from before the update
@@ -324,6 +331,11 @@ class Engine:
     def reshards_after_forward(self, unit: Unit) -> bool:
         return reshards_after_forward(unit, self.root_unit)
 
+    def forget_updates(self) -> None:
+        """A forward is over: whatever writes main shards from here on may do so uncounted."""
+        for unit in self.units:
+            unit.written_by_update = False
+
     def settle_prefetches(self) -> None:
         """An iteration ends: gathers that nobody read are dropped, so that the optimizer may write the shards."""
         for unit in self.units:
@@ -349,7 +361,8 @@ class Engine:
             return  # no gradient came
         slot.arrived[k] = backward_task()
         if unit.policy.requires_gradient_sync and k in self.reduced_early.get(unit, ()):
-            slot.early[k] = self._reduce_arrived(unit)
+            together = list(slot.arrived)
+            slot.early |= dict.fromkeys(together, self._reduce_arrived(unit))
 
     def open_gradient(self, unit: Unit, k: int) -> tuple[torch.Tensor, bool]:
         """Where to write parameter ``k``'s full gradient, and whether to add it to what is there already."""
@@ -435,8 +448,10 @@ class Engine:
             return None
         state: list[object] = []
         for unit in self.units:
-            slot, is_current = unit.gather_slot, unit.cast == unit.generation()
-            if slot.state is IDLE or (slot.state is FILLED and not is_current):
+            slot, is_current = unit.gather_slot, unit.is_current
+            if slot.state is IDLE:
+                slot.state = EMPTY
+            elif slot.state is FILLED and slot.generation != unit.generation():
                 self.release(slot)
             if slot.state not in (EMPTY, FILLED) or unit.gradient_slot.state is not EMPTY:
                 return None
@@ -444,7 +459,7 @@ class Engine:
             if any(p.sharded.grad is not None and not p.has_own_grad for p in unit.params):
                 return None
             state.append((slot.state is FILLED, is_current, grads))
-        return tuple(state)
+        return (self.num_layouts, tuple(unit.reduction() for unit in self.units), *state)
 
     def fork_streams(self) -> None:
         """Side streams start here."""
@@ -462,7 +477,7 @@ class Engine:
     def after_recording(self, state: tuple[object, ...] | None, reduced: Sequence[ShardedParam]) -> None:
         """Nothing of the step has run yet: back to what it was recorded from."""
         assert state is not None
-        for unit, (was_filled, *_) in zip(self.units, cast("list[tuple[bool, ...]]", state), strict=True):
+        for unit, (was_filled, *_) in zip(self.units, cast("list[tuple[bool, ...]]", state[2:]), strict=True):
             unit.gather_slot.state = FILLED if was_filled else EMPTY
         for p in reduced:
             p.sharded.grad = None
@@ -470,7 +485,7 @@ class Engine:
     def after_replay(self, reduced: Sequence[ShardedParam]) -> None:
         for unit in self.units:
             unit.gather_slot.state = EMPTY
-            unit.cast = unit.generation()
+            unit.cast, unit.written_by_update = unit.generation(), False
         for p in reduced:
             p.sharded.grad = p.grad_dtensor
 
@@ -499,6 +514,7 @@ class Engine:
         if region.mapped:
             unit.transport.connect(self._arena.blocks[known:])
         self._blueprint = self._blueprint.with_region(region)
+        self.num_layouts += 1
         self.spills.append(Spill(region.name, reason, region.nbytes))
         warnings.warn(
             f"{region.name} takes {region.nbytes:,} bytes beyond the memory plan: {reason}. Numbers are right, and "
@@ -545,6 +561,15 @@ class GradientSink:
         if p.gradient_dtype != p.compute_dtype or len(unit.pending) > 1 or self.k in unit.gradient_slot.holds:
             return None
         return unit.engine.open_gradient(unit, self.k)
+
+    def withdraw(self) -> torch.Tensor | None:
+        unit = self.unit()
+        assert unit is not None
+        slot = unit.gradient_slot
+        if self.k not in slot.holds or self.k in slot.arrived:
+            return None
+        slot.holds.discard(self.k)
+        return slot.views[self.k].clone()
 
 
 def _take_gradient(unit_ref: weakref.ref[Unit], k: int, param: torch.Tensor) -> None:

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from yafsdp_like.memory.streams import StepRecording
+from yafsdp_like.memory.streams import StepRecorder, StepRecording
 from yafsdp_like.shard.api import FSDPModule
 from yafsdp_like.shard.engine import Engine
 from yafsdp_like.shard.nested import map_tensors
@@ -51,15 +52,17 @@ class GraphedStep:
     copies. It must not read the GPU's results on the CPU or decide by them, must leave gradients synchronised, and
     sees no Python of its own run again. On CPUs it is simply called.
 
-    Recordings hold their activations in a memory pool of their own, which all of them share.
+    Recordings hold their activations in a memory pool of their own, which all of them share. Raises ``ValueError`` for
+    a model that is not sharded.
     """
 
-    def __init__(self, function: Callable[..., Any], model: FSDPModule) -> None:
+    def __init__(self, function: Callable[..., Any], model: nn.Module) -> None:
+        if not isinstance(model, FSDPModule):
+            raise ValueError(f"GraphedStep expects a module that fully_shard returned, found {type(model).__name__}")
         self._function, self._model = function, model
         self._steps: dict[Key, _Step] = {}
         self._calls: Counter[Key] = Counter()
-        self._stream: torch.cuda.Stream | None = None
-        self._pool: Any = None
+        self._recorder: StepRecorder | None = None
 
     @property
     def num_recordings(self) -> int:
@@ -79,13 +82,10 @@ class GraphedStep:
 
     def _key(self, engine: Engine, inputs: tuple[torch.Tensor, ...]) -> Key:
         """Its first element is None where steps cannot be recorded as things are."""
-        training = self._model.training  # type: ignore[attr-defined]
-        return (engine.repeatable_state(), training, *((t.shape, t.stride(), t.dtype) for t in inputs))
+        return (engine.repeatable_state(), self._model.training, *((t.shape, t.stride(), t.dtype) for t in inputs))
 
     def _record(self, engine: Engine, inputs: tuple[torch.Tensor, ...]) -> _Step:
-        if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()  # what eager steps have cached is about to be needed by the recording
+        self._recorder = self._recorder or StepRecorder()
         own = tuple(t.clone() for t in inputs)
         state = engine.repeatable_state()
         engine.join_streams()
@@ -97,10 +97,15 @@ class GraphedStep:
             return map_tensors(torch.Tensor.detach, result)
 
         without = [p for unit in engine.units for p in unit.params if p.trainable and p.sharded.grad is None]
-        recording = StepRecording(work, self._stream, self._pool)
+        recording = self._recorder.record(work)
         reduced = [p for p in without if p.sharded.grad is not None]
         engine.after_recording(state, reduced)
+        self._forget_other_layouts(engine)
         return _Step(own, recording, reduced)
+
+    def _forget_other_layouts(self, engine: Engine) -> None:
+        """Recordings of slots that are no more would never be replayed, and hold memory."""
+        self._steps = {key: step for key, step in self._steps.items() if key[0][0] == engine.num_layouts}
 
     def _replay(self, engine: Engine, step: _Step, inputs: tuple[torch.Tensor, ...]) -> Any:
         for own, given in zip(step.inputs, inputs, strict=True):

@@ -191,6 +191,7 @@ def _end_iteration(engine: Engine, failed: bool) -> None:
         if failed:
             engine.reshard(unit)
     engine.settle_prefetches()
+    engine.forget_updates()
     engine.iteration = None
 
 

@@ -52,6 +52,11 @@ class Sink(Protocol):
         when the gradient is to go the usual way, through autograd.
         """
 
+    def withdraw(self) -> Tensor | None:
+        """A copy of what an earlier use has written in this backward, for autograd to add up in its own order; the sink
+        forgets it. None if there is nothing.
+        """
+
 
 def attach(weight: nn.Parameter, sink: Sink) -> None:
     """From now on, linear layers write ``weight``'s gradients to ``sink``. ``weight`` is a leaf of shape (V, D)."""
@@ -98,7 +103,8 @@ def write_product(sink: Sink, grad: Tensor, input: Tensor) -> Tensor | None:
     """
     opened = sink.open()
     if opened is None:
-        return grad.t().mm(input)
+        product, earlier = grad.t().mm(input), sink.withdraw()
+        return product if earlier is None else earlier.add_(product)
     view, holds_gradient = opened
     if view.dtype == grad.dtype:
         if holds_gradient:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-
 PLAIN, EMPTY = (bool, int, float, str), (dict, tuple, list)
 
 

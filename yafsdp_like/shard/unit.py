@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from yafsdp_like.comm.hierarchical import staged
 from yafsdp_like.comm.transport import Averaged, Gather, Reduce, Reduction, Transport
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import FlatLayout, RowShards
@@ -231,7 +232,10 @@ class GatherSlot:
     @cached_property
     def gather(self) -> Gather:
         """Brings every rank's compute shard here. First asked for once transports are connected."""
-        return self.unit.transport.gather(self.outputs, [p.compute for p in self.unit.params])
+        inputs = [p.compute for p in self.unit.params]
+        if (transport := staged(self.unit.transport)) is not None:
+            return transport.gather(self.outputs, inputs, self.unit.column)
+        return self.unit.transport.gather(self.outputs, inputs)
 
 
 def _full_param(p: ShardedParam, place: Place) -> nn.Parameter:
@@ -335,11 +339,12 @@ class Unit:
         self.moves = 0  # how often main shards were put somewhere else
         self.updates = 0  # how often an optimizer stepped over them
         self.cast: Generation = ()  # of the main shards when the compute shards were last made from them
+        self.written_by_update = False  # an update has made both since the last forward
         self.engine: Engine | None = None  # of the root module, once that is known
         self.registered: GatherSlot | None = None  # whose parameters the modules see; None: the sharded ones
         self._gather_slot: GatherSlot | None = None  # see the property
         self._gradient_slot: GradientSlot | None = None
-        self.staging = torch.empty(0, dtype=torch.uint8)  # of reductions, shared by all units; made by the build
+        self.staging = self.column = NOWHERE  # scratch of reductions and gathers, shared by units; made by the build
         self.own_gather_slot = False  # by a spill; later plans keep to it
         self.own_gradient_slot = False  # by a spill, or because unsynced gradients stay in it between backwards
         self.unsynced_gradients = False  # set_requires_gradient_sync(False) was called
@@ -444,17 +449,26 @@ class Unit:
                 p.register(value)
             self.registered = slot
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the compute shard need not be cast for the next forward.
+
+        Counters miss writes through ``.data`` and of whole lists (``torch._foreach_mul_``), so they are believed only
+        where an update has just written both shards: everything else is cast again in every forward.
+        """
+        return self.written_by_update and self.cast == self.generation()
+
     def refresh_compute_shard(self) -> bool:
-        """Casts main shards that were written since into what peers gather, where the two are not the same memory;
+        """Casts main shards into what peers gather, where the two are not the same memory and not ``is_current``;
         returns whether there was anything to cast.
         """
-        if self.cast == (generation := self.generation()):
+        if self.is_current:
             return False
         pairs = [(p.compute, p.main) for p in self.params if p.compute is not p.main]
         if pairs:
             torch._foreach_copy_([compute for compute, _ in pairs], [main for _, main in pairs])
-        self.cast = generation
-        return True
+        self.cast = self.generation()
+        return bool(pairs)
 
     def reduction(self) -> Reduction:
         """How this unit's gradients are divided, and what replicas average."""

@@ -41,7 +41,7 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Notes which main shards were written: an optimizer's own kernels may not count as writes in place."""
     for unit in _owned(optimizer):
-        if not isinstance(optimizer, AdamW) or unit.cast != unit.generation():
+        if not isinstance(optimizer, AdamW) or not unit.is_current:
             unit.updates += 1
 
 
@@ -74,30 +74,33 @@ def _make_room_for_states(optimizer: torch.optim.Optimizer, owned: Owned) -> Non
 
 
 def _pass_by_units(optimizer: AdamW, owned: Owned) -> None:
-    """One batch per unit whose compute shard is what its main shard was cast to: the step writes both."""
-    units = [unit for unit in _in_order_of_forward(owned) if unit.cast == unit.generation()]
+    """One batch per unit, which writes main and compute shards."""
+    units = _in_order_of_forward(owned)
     copies = {p.sharded: _compute_copy(p) for unit in units for p in owned[unit]}
+    whole = [_is_updated_whole(unit, owned[unit]) for unit in units]
     optimizer.passes = Passes(
         batches=[[p.sharded for p in owned[unit]] for unit in units],
         compute_of=copies.get,
-        after_batch=partial(_after_batch, units),
+        after_batch=partial(_after_batch, units, whole),
     )
     for engine in {unit.engine: None for unit in units}:
         assert engine is not None
         engine.before_update()
 
 
+def _is_updated_whole(unit: Unit, owned: Sequence[ShardedParam]) -> bool:
+    return len(owned) == len(unit.params) and all(p.sharded.grad is not None for p in owned)
+
+
 def _in_order_of_forward(owned: Owned) -> list[Unit]:
     engines: dict[Engine, None] = {unit.engine: None for unit in owned if unit.engine is not None}
-    return [
-        engine.units[i] for engine in engines for i in engine.schedule.forward_order if engine.units[i] in owned
-    ]
+    return [engine.units[i] for engine in engines for i in engine.schedule.forward_order if engine.units[i] in owned]
 
 
 def _compute_copy(p: ShardedParam) -> torch.Tensor | None:
     return None if p.compute is p.main else p.compute[: p.local.numel()]
 
 
-def _after_batch(units: Sequence[Unit], index: int) -> None:
+def _after_batch(units: Sequence[Unit], whole: Sequence[bool], index: int) -> None:
     if index < len(units) and (engine := units[index].engine) is not None:
-        engine.after_update(units[index])
+        engine.after_update(units[index], whole[index])

@@ -1,0 +1,169 @@
+"""The transport of one shard dimension over several hosts: peers inside each host, a process group between hosts.
+
+Rank ``h * L + l`` is the ``l``-th of host ``h``; its column is what the ranks of its number have on all hosts, ``H``
+chunks of each parameter. A gather brings every column to one rank of each host, whose peers then pull it: each byte
+crosses to a host once, and not once for each of its ranks. A reduction goes the other way: peers add up their
+gradients of each column inside the host, and only the sums cross. Both parts are transports of their own
+(``PeerTransport``, ``ProcessGroupTransport``); this file owns the order of the two, and the columns between them.
+
+Sums inside a host are in fp32 and in order of rank, rounded once to the dtype in which they cross. Between hosts the
+collective adds them in that dtype.
+
+[Note: columns]
+A gathered column lies in scratch memory that peers map, the same for all units, and is theirs to read until they say
+otherwise. So ranks of a host meet twice in every gather, in the order of its stream: before a column is written, since
+all pulls of the gather before it were issued ahead of that meeting by every peer; and before it is pulled, since every
+peer issued the writing of its own ahead of this one. Compute shards, which nobody else on the host reads, need no
+meeting. The columns of sums are this rank's alone: its one reduction stream writes them, and then reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+
+from yafsdp_like.comm import peer
+from yafsdp_like.comm.agreement import agree, share
+from yafsdp_like.comm.process_group import ProcessGroupTransport
+from yafsdp_like.comm.replicated import ReplicatedTransport
+from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
+from yafsdp_like.memory.arena import Block
+from yafsdp_like.memory.layout import aligned
+from yafsdp_like.memory.streams import GATHER
+
+
+class HierarchicalTransport:
+    """``inside`` between the ranks of this host, ``across`` between those of this rank's number on every host."""
+
+    maps_memory = True
+
+    def __init__(self, group: dist.ProcessGroup, inside: Transport, across: Transport) -> None:
+        self.rank, self.world_size = group.rank(), group.size()
+        self.num_hosts = across.world_size
+        self.description = f"{self.num_hosts} hosts; in each, {inside.description}; between them, {across.description}"
+        self._group, self._inside, self._across = group, inside, across
+
+    def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
+        """Bytes of scratch for one column of parameters with chunks of these sizes."""
+        return sum(aligned(self.num_hosts * nbytes) for nbytes in chunks_nbytes)
+
+    def connect(self, blocks: Sequence[Block]) -> None:
+        self._inside.connect(blocks)
+
+    def meet(self, stream: str) -> None:
+        """Of this host's ranks: nobody else reads this rank's memory."""
+        self._inside.meet(stream)
+
+    def gather(
+        self,
+        outputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        scratch: torch.Tensor | None = None,
+    ) -> Gather:
+        """``scratch``, ``(column_nbytes,)`` uint8 or more, lies in memory that peers map; see [Note: columns]."""
+        assert scratch is not None, "a column must lie where peers of this host read it"
+        columns = self._columns(inputs, [i.dtype for i in inputs], scratch)
+        to_column = self._across.gather(columns, inputs)
+        to_slot = self._inside.gather(self._by_host(outputs), self._by_host(columns))
+
+        def run() -> None:
+            self.meet(GATHER)
+            to_column()
+            self.meet(GATHER)
+            to_slot()
+
+        return run
+
+    def reduce(
+        self,
+        outputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        dtypes: Sequence[torch.dtype],
+        scratch: torch.Tensor,
+    ) -> Reduce:
+        """The end of ``scratch`` holds the column of sums, the rest is for what is pulled."""
+        nbytes = self.column_nbytes([o.numel() * d.itemsize for o, d in zip(outputs, dtypes, strict=True)])
+        pulled, summed = scratch[: scratch.numel() - nbytes], scratch[scratch.numel() - nbytes :]
+        columns = self._columns(outputs, dtypes, summed)
+        to_column = self._inside.reduce(
+            self._by_host(columns), self._by_host(inputs), [d for d in dtypes for _ in range(self.num_hosts)], pulled
+        )
+        to_shard = self._across.reduce(outputs, columns, dtypes, summed)
+
+        def run(reduction: Reduction, accumulate: bool) -> None:
+            to_column(replace(reduction, post_divisor=1.0), False)
+            to_shard(replace(reduction, pre_divisor=1.0), accumulate)
+
+        return run
+
+    def _columns(
+        self, chunks: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], scratch: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """For each chunk, ``(n,)``, a column, ``(num_hosts * n,)``, of its dtype in ``scratch``."""
+        columns, offset = [], 0
+        for chunk, dtype in zip(chunks, dtypes, strict=True):
+            nbytes = self.num_hosts * chunk.numel() * dtype.itemsize
+            assert offset + nbytes <= scratch.numel(), f"{scratch.numel()} bytes of scratch do not hold the column"
+            columns.append(scratch[offset : offset + nbytes].view(dtype))
+            offset += aligned(nbytes)
+        return columns
+
+    def _by_host(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Each tensor's parts, of one host after the other."""
+        return [part for tensor in tensors for part in tensor.view(self.num_hosts, tensor.numel() // self.num_hosts)]
+
+    def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
+        agree(self._group, lines, error)
+
+
+def staged(transport: Transport) -> HierarchicalTransport | None:
+    """What there is in ``transport`` whose gathers pass through scratch memory."""
+    found = transport.shards if isinstance(transport, ReplicatedTransport) else transport
+    return found if isinstance(found, HierarchicalTransport) else None
+
+
+def over_hosts(group: dist.ProcessGroup, device: torch.device, reason: str) -> HierarchicalTransport | str:
+    """The transport for ``group``, or why it is not possible. Asked by all ranks together."""
+    hosts = share(peer._host(), group)
+    per_host = hosts.count(hosts[0])
+    if (irregular := _irregular(hosts)) is not None:
+        return irregular
+    ranks, (host, place) = dist.get_process_group_ranks(group), divmod(group.rank(), per_host)
+    inside = _group_of(ranks[host * per_host : (host + 1) * per_host], "yafsdp_inside_host")
+    across = _group_of(ranks[place::per_host], "yafsdp_across_hosts")
+    obstacles = [o for o in share(peer.obstacle(inside, device), group) if o is not None]
+    if obstacles:
+        return f"on a host, {obstacles[0]}"
+    return HierarchicalTransport(
+        group,
+        peer.PeerTransport(inside, device, f"{per_host} ranks"),
+        ProcessGroupTransport(across, reason),
+    )
+
+
+def _irregular(hosts: Sequence[str]) -> str | None:
+    """What is wrong with these hosts of ranks; None if each has the same number of consecutive ones, and several."""
+    num_hosts, per_host = len(set(hosts)), hosts.count(hosts[0])
+    if num_hosts == 1:
+        return "all ranks are on one host"
+    if per_host == 1 and num_hosts == len(hosts):
+        return "every rank is on a host of its own"
+    if list(hosts) != [hosts[r - r % per_host] for r in range(len(hosts))] or num_hosts * per_host != len(hosts):
+        return f"hosts do not have the same number of consecutive ranks: {_runs(hosts)}"
+    return None
+
+
+def _runs(hosts: Sequence[str]) -> str:
+    """How many consecutive ranks are on which host, by the host's number in order of appearance."""
+    numbers = {host: number for number, host in enumerate(dict.fromkeys(hosts))}
+    return ", ".join(f"{len(list(run))} on host {numbers[host]}" for host, run in groupby(hosts))
+
+
+def _group_of(ranks: Sequence[int], description: str) -> dist.ProcessGroup:
+    group = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=description)
+    assert group is not None
+    return group

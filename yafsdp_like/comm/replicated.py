@@ -1,0 +1,108 @@
+"""The transport of a model that is sharded inside each replica and the same on all of them (HSDP).
+
+Owns the mean of gradients over replicas. Gathers, meetings and the maps of memory are those of the ranks that share one
+replica's shards, whose own transport it wraps.
+
+[Note: what replicas average]
+Replicas must end with the same bits, so what they hold always comes out of one all-reduce. New gradients are averaged
+in the dtype that they were reduced in, before they are cast or added: the sum waits in this rank's own chunk of the
+inputs, which no peer reads. In two cases what the gradient shard holds after the addition is averaged instead, which is
+the same number, since the mean of what is equal on all replicas is that: when earlier reductions were not averaged
+(``Reduction.averaged``), and when the inputs have fewer bits than their sum, for which the chunk then has no room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import AllreduceCoalescedOptions
+
+from yafsdp_like.comm.agreement import agree
+from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
+from yafsdp_like.memory.arena import Block
+
+
+class ReplicatedTransport:
+    """``shards`` between the ranks of one replica, ``replicas`` between the ranks that hold the same shard of each;
+    ``everybody`` is all of them, for host memory."""
+
+    def __init__(self, shards: Transport, replicas: dist.ProcessGroup, everybody: dist.ProcessGroup) -> None:
+        self.rank, self.world_size = shards.rank, shards.world_size
+        self.maps_memory = shards.maps_memory
+        self.description = f"{replicas.size()} replicas over their process group; in each, {shards.description}"
+        self.shards, self._replicas, self._everybody = shards, replicas, everybody
+
+    def connect(self, blocks: Sequence[Block]) -> None:
+        self.shards.connect(blocks)
+
+    def meet(self, stream: str) -> None:
+        self.shards.meet(stream)
+
+    def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Gather:
+        return self.shards.gather(outputs, inputs)
+
+    def reduce(
+        self,
+        outputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        dtypes: Sequence[torch.dtype],
+        scratch: torch.Tensor,
+    ) -> Reduce:
+        chunks = [i.view(self.world_size, i.numel() // self.world_size)[self.rank] for i in inputs]
+        straight = self.shards.reduce(outputs, inputs, dtypes, scratch)
+        in_place = self.shards.reduce(chunks, inputs, dtypes, scratch) if _are(chunks, dtypes) else None
+        replaces_as_reduced = _are(outputs, dtypes)
+
+        def run(reduction: Reduction, accumulate: bool) -> None:
+            if reduction.averaged != "nothing" and replaces_as_reduced and not accumulate:
+                straight(_undivided(reduction), False)
+                self._combine(outputs, reduction)
+            elif reduction.averaged == "new" and in_place is not None:
+                in_place(_undivided(reduction), False)
+                self._combine(chunks, reduction)
+                if accumulate:
+                    torch._foreach_add_(list(outputs), chunks)
+                else:
+                    torch._foreach_copy_(list(outputs), chunks)
+            else:
+                straight(self._before_mean(reduction), accumulate)
+                if reduction.averaged != "nothing":
+                    self._all_reduce(outputs, dist.ReduceOp.AVG)
+
+        return run
+
+    def _before_mean(self, reduction: Reduction) -> Reduction:
+        """What leaves only a mean over replicas to be done."""
+        if reduction.mean:
+            return reduction
+        return replace(reduction, post_divisor=reduction.post_divisor / self._replicas.size())
+
+    def _combine(self, tensors: Sequence[torch.Tensor], reduction: Reduction) -> None:
+        """What is left to be done after a reduction inside the replica that was ``_undivided``."""
+        self._all_reduce(tensors, dist.ReduceOp.AVG if reduction.mean else dist.ReduceOp.SUM)
+        if reduction.post_divisor != 1.0:
+            torch._foreach_div_(list(tensors), reduction.post_divisor)
+
+    def _all_reduce(self, tensors: Sequence[torch.Tensor], op: dist.ReduceOp.RedOpType) -> None:
+        options = AllreduceCoalescedOptions()
+        options.reduceOp = dist.ReduceOp(op)
+        options.asyncOp = False  # on the current stream, not on one of the group's own
+        for dtype in dict.fromkeys(t.dtype for t in tensors if t.numel()):
+            work = self._replicas.allreduce_coalesced([t for t in tensors if t.numel() and t.dtype == dtype], options)
+            if work is not None:
+                work.wait()  # blocks the CPU on gloo, and only orders the current stream on NCCL
+
+    def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
+        """Of all replicas: one that was built of another model would meet the others in its first all-reduce."""
+        agree(self._everybody, lines, error)
+
+
+def _are(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> bool:
+    return all(tensor.dtype == dtype for tensor, dtype in zip(tensors, dtypes, strict=True))
+
+
+def _undivided(reduction: Reduction) -> Reduction:
+    return replace(reduction, post_divisor=1.0)

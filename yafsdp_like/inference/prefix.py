@@ -1,0 +1,70 @@
+"""What a page holds, by name: the tokens in it and all tokens before them.
+
+[Note: exact prefixes]
+A prefix is a node that its parent and its page of tokens determine, and one dictionary holds them all under the key
+(number of the parent, tokens). Numbers are never used twice. The dictionary's hash is therefore a chained content
+hash, and since a dictionary compares keys that have equal hashes, two different texts never share a node: a collision
+costs time, not correctness. A node lives as long as a page, a context or a longer prefix refers to it, and no longer:
+when a page was evicted and its successor was not, the chain between them is still known, and the successor is found
+again once the page was computed anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
+
+
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class Prefix:
+    """Whole pages of tokens from the start of a text; equal only to itself."""
+
+    number: int
+    parent: Prefix | None
+    num_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What is in one page: keys and values of a prefix's last page of tokens, for one group of a model's layers."""
+
+    group: int
+    prefix: Prefix
+
+
+class PrefixTree:
+    """All prefixes of one model that are still of interest. Each operation is O(page size)."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._nodes: WeakValueDictionary[tuple[int, Hashable], Prefix] = WeakValueDictionary()
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def root(self, salt: Hashable = None) -> Prefix:
+        """The empty prefix; texts below different salts (an adapter, a tenant who shares with nobody) never meet."""
+        return self._make((-1, (salt,)), None)
+
+    def child(self, parent: Prefix, tokens: tuple[int, ...]) -> Prefix:
+        """``parent`` and one page more. Where a token stands for an image, it must be a number made of the image's
+        content, outside of the vocabulary."""
+        return self._make((parent.number, tokens), parent)
+
+    def known(self, root: Prefix, tokens: Sequence[int], page_size: int) -> Iterator[Prefix]:
+        """The prefixes of ``tokens``, shortest first, as far as they are known."""
+        node: Prefix | None = root
+        for end in range(page_size, len(tokens) + 1, page_size):
+            node = self._nodes.get((node.number, tuple(tokens[end - page_size : end]))) if node else None
+            if node is None:
+                return
+            yield node
+
+    def _make(self, key: tuple[int, Hashable], parent: Prefix | None) -> Prefix:
+        node = self._nodes.get(key)
+        if node is None:
+            node = Prefix(next(self._numbers), parent, parent.num_pages + 1 if parent else 0)
+            self._nodes[key] = node
+        return node
