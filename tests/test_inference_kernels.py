@@ -6,6 +6,7 @@ As in `test_kernels.py`, kernels run natively where there is a GPU, and elsewher
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -56,9 +57,11 @@ def loops_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     from triton.runtime import interpreter
 
-    def patch(tensor: object, scope: object, before=interpreter._patch_lang_tensor) -> None:  # type: ignore[no-untyped-def]
+    before = interpreter._patch_lang_tensor
+
+    def patch(tensor: type, scope: Any) -> None:
         before(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda number: int(number.handle.data.squeeze()))  # type: ignore[attr-defined]
+        scope.set_attr(tensor, "__index__", lambda number: int(number.handle.data.squeeze()))
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
 

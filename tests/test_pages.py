@@ -761,10 +761,16 @@ class Serving(RuleBasedStateMachine):
         self.guarded(context.tenant, operate)
 
     @precondition(lambda self: self.contexts("RESIDENT"))
-    @rule(choice=st.integers(0, 99))
-    def fork(self, choice: int) -> None:
+    @rule(choice=st.integers(0, 99), tokens=TOKENS, others=TOKENS, ended=st.booleans())
+    def fork(self, choice: int, tokens: list[int], others: list[int], ended: bool) -> None:
         e, context = self.pick("RESIDENT", choice)
-        e.fork(context)
+        twins = e.fork(context), e.fork(context)
+        self.guarded(context.tenant, lambda: e.append(context, [0, *tokens]))
+        if ended:
+            e.close(context)
+        self.guarded(context.tenant, lambda: e.append(twins[0], [1, *others]))
+        self.all_is_well()
+        self.guarded(context.tenant, lambda: e.append(twins[1], tokens))
 
     @precondition(lambda self: self.contexts("RESIDENT"))
     @rule(choice=st.integers(0, 99))

@@ -234,6 +234,7 @@ def test_the_plan_of_a_model_is_an_equation_between_its_layers() -> None:
     assert plan.nbytes_of("gradient slots") == E + b
     assert str(plan) == (
         "memory plan of one rank of 2: 216.00 KiB (221,184 bytes)\n"
+        "  over process group: on cpu, peer memory is used only when asked for\n"
         "  main_shard            40.00 KiB   5 regions    what the optimizer updates\n"
         "  grad_shard            40.00 KiB   5 regions    reduced gradients\n"
         "  gather slots          68.00 KiB   1 region     units' full parameters, shared by live range\n"

@@ -291,8 +291,8 @@ def _launch_decode(
 
 def _launch_prefill(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor, window: int) -> None:
     group = q.shape[1] // pages.num_kv_heads
-    wide = _power_of_2(pages.head_dim) * q.element_size() > 256
-    tile = _tile(max(64 if wide else 128, _power_of_2(group)), 4 if wide else 8, q, pages)
+    num_rows = min(128, 32_768 // (_power_of_2(pages.head_dim) * q.element_size()))  # 32 KiB of queries
+    tile = _tile(max(num_rows, _power_of_2(group)), 8 if num_rows == 128 else 4, q, pages)
     num_blocks = len(q) // (tile.num_rows // group) + contexts.size  # see _sequence_of
     _prefill_kernel[(num_blocks, pages.num_kv_heads)](
         out,
