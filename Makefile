@@ -1,5 +1,6 @@
 # make train      a small model on the carried text, two ranks, a few minutes; makes its own environment in .venv
-# make test       lint, type checks and every test that needs no GPU; makes .venv too
+# make test       lint, type checks and the tests that need no GPU, in under 15 minutes on 2 cores; makes .venv too
+# make test-all   the same, with every combination of models, precisions and transports
 # make test-gpu   the tests that need two GPUs
 # make bench      ours against stock FSDP2 and the unsharded floor; see scripts/results/README.md
 #
@@ -8,6 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 NPROC ?= 2
+TEST_PROCESSES ?= 2
 TRAIN_ARGS ?= configs/tiny.yaml --resume=auto
 BENCH_ARGS ?= --model 8b --seq-len 1024,2048,4096,8192
 
@@ -18,7 +20,7 @@ TRAIN_STAMP := $(VENV)/.installed-train
 # Where there is no GPU, torch comes first and pinned, so that a CPU build satisfies what follows.
 TORCH_FIRST := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo torch==2.13.0)
 
-.PHONY: train test lint format test-cpu test-gpu bench clean
+.PHONY: train test lint format test-cpu test-all test-gpu bench clean
 
 test: lint test-cpu
 
@@ -53,7 +55,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 test-cpu: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses $(TEST_PROCESSES) --dist loadfile
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

@@ -231,7 +231,7 @@ def report_with(impls: dict[str, float], compiled: bool) -> dict[str, Any]:
             "status": "ok",
             "forward_backward_ms": {"median": ms * seq_len},
             "ratio_to_floor": 1.5,
-            "peak_reserved_gib": None,
+            "device_used_gib": None,
         }
         for impl, ms in impls.items()
         for seq_len in (64, 32)

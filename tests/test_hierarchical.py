@@ -65,7 +65,10 @@ def train_by_both(name: str, num_hosts: int, recipes: Sequence[Recipe]) -> list[
         return [(by("hierarchical", recipe), by("process_group", recipe)) for recipe in recipes]
 
 
-@pytest.mark.parametrize("name", ["odd", "decoder", "tied", "nested", "frozen", "reused"])
+@pytest.mark.parametrize(
+    "name",
+    ["odd", "tied", *(pytest.param(n, marks=pytest.mark.slow) for n in ("decoder", "nested", "frozen", "reused"))],
+)
 def test_training_over_hosts_follows_the_process_group(name: str) -> None:
     """Sums of four numbers in two orders differ in their last bit."""
     recipes = [Recipe(steps=4, precision=precision, evaluates=True) for precision in ({}, MIXED)]

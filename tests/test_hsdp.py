@@ -51,6 +51,13 @@ CPU = torch.device("cpu")
 BF16 = {"param_dtype": torch.bfloat16}
 MIXED = BF16 | {"reduce_dtype": torch.float32}
 HALF = {"reduce_dtype": torch.float16}
+SLOW = pytest.mark.slow
+PRECISIONS = [
+    pytest.param({}, id="fp32", marks=SLOW),
+    pytest.param(MIXED, id="mixed"),
+    pytest.param(BF16, id="bf16", marks=SLOW),
+]
+QUICK = ("decoder", "tied", "frozen")
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
@@ -87,14 +94,14 @@ def assert_equals_stock(name: str, *recipes: Recipe) -> None:
             assert_same_bits(ours, theirs)
 
 
-@pytest.mark.parametrize("name", SPECIMENS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else SLOW) for n in SPECIMENS])
 def test_training_equals_stock_bit_for_bit_in_every_precision(name: str) -> None:
     precisions = [{}] if name == "convnet" else [{}, MIXED, BF16]  # its buffers stay fp32
     assert_equals_stock(name, *(Recipe(steps=4, precision=precision) for precision in precisions))
 
 
 @pytest.mark.parametrize("sync_each", [True, False])
-@pytest.mark.parametrize("precision", [{}, MIXED, BF16], ids=["fp32", "mixed", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_accumulation_equals_stock(precision: dict[str, torch.dtype], sync_each: bool) -> None:
     recipe = Recipe(steps=3, micro_batches=3, sync_each=sync_each, precision=precision)
     assert_equals_stock("nested", recipe, dataclasses.replace(recipe, set_to_none=False))
@@ -111,7 +118,7 @@ def test_a_divide_factor_with_forced_sums_and_fp16_equal_stock() -> None:
     assert_equals_stock("decoder", *factors, Recipe(steps=3, precision=HALF))
 
 
-@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+@pytest.mark.parametrize("norm_type", [pytest.param(1.0, marks=SLOW), 2.0, pytest.param(float("inf"), marks=SLOW)])
 def test_clipping_equals_stock(norm_type: float) -> None:
     """Prevents: a norm that counts replicas."""
     assert_equals_stock("decoder", Recipe(steps=3, max_norm=0.01, norm_type=norm_type))
@@ -140,14 +147,14 @@ def train_by_both(name: str, recipe: Recipe) -> tuple[Run, Run]:
         return over_peers, train(name, "ours", dataclasses.replace(recipe, transport="process_group"))
 
 
-@pytest.mark.parametrize("precision", [{}, MIXED, BF16], ids=["fp32", "mixed", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["odd", "decoder", "tied", "nested", "frozen", "reused"])
 def test_peers_inside_replicas_give_the_same_bits(name: str, precision: dict[str, torch.dtype]) -> None:
     for over_peers, over_groups in run_ranks(train_by_both, name, Recipe(steps=4, precision=precision), world_size=4):
         assert_same_bits(over_peers, over_groups)
 
 
-@pytest.mark.parametrize("precision", [{}, MIXED, BF16], ids=["fp32", "mixed", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_peers_inside_replicas_accumulate_alike(precision: dict[str, torch.dtype]) -> None:
     """Where gradients have fewer bits than their sums, what is averaged is the sum over backwards: another rounding."""
     recipe = Recipe(steps=3, micro_batches=3, precision=precision)
@@ -229,7 +236,7 @@ def assert_replicas_equal(tensors: Sequence[torch.Tensor], mesh: DeviceMesh) -> 
 
 
 @pytest.mark.parametrize("transport", ["process_group", "peer"])
-@pytest.mark.parametrize("precision", [{}, MIXED, BF16], ids=["fp32", "mixed", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("num_replicas", [3, 4])
 def test_replicas_stay_equal_to_the_bit(precision: dict[str, torch.dtype], num_replicas: int, transport: str) -> None:
     """Three of them too, by which no mean is exact, and with gradients added up in the shard."""
@@ -266,7 +273,7 @@ def train_with_one_all_reduce(impl: str, precision: dict[str, Any], transport: s
 
 
 @pytest.mark.parametrize("transport", ["process_group", "peer"])
-@pytest.mark.parametrize("precision", [{}, MIXED, BF16], ids=["fp32", "mixed", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @on_ranks(4)
 def test_one_all_reduce_for_several_backwards_gives_stocks_gradients(precision: dict[str, Any], transport: str) -> None:
     """To the bit where ``.grad`` has the dtype that stock adds up in."""

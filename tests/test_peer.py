@@ -80,7 +80,9 @@ def test_both_transports_accumulate_to_the_same_bits(sync_each: bool) -> None:
     assert_transports_agree("nested", *recipes)
 
 
-@pytest.mark.parametrize("name", ["decoder", "recomputed", "tied", "frozen", "reused"])
+@pytest.mark.parametrize(
+    "name", ["decoder", *(pytest.param(n, marks=pytest.mark.slow) for n in ("recomputed", "tied", "frozen", "reused"))]
+)
 def test_evaluations_in_between_change_no_bit(name: str) -> None:
     assert_transports_agree(name, *(Recipe(steps=4, evaluates=True, precision=precision) for precision in ({}, BF16)))
 
