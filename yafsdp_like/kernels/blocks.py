@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 try:
-    import triton  # type: ignore[import-untyped]
-    import triton.language as tl  # type: ignore[import-untyped]
+    import triton
+    import triton.language as tl
 except ModuleNotFoundError:
     triton = tl = None
 
