@@ -29,6 +29,8 @@ CPU = torch.device("cpu")
 BF16 = {"param_dtype": torch.bfloat16}
 MIXED = BF16 | {"reduce_dtype": torch.float32}
 
+pytestmark = pytest.mark.slow
+
 
 @cache
 def world_of(num_hosts: int) -> dist.ProcessGroup:

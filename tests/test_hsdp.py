@@ -100,6 +100,7 @@ def test_training_equals_stock_bit_for_bit_in_every_precision(name: str) -> None
     assert_equals_stock(name, *(Recipe(steps=4, precision=precision) for precision in precisions))
 
 
+@SLOW
 @pytest.mark.parametrize("sync_each", [True, False])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_accumulation_equals_stock(precision: dict[str, torch.dtype], sync_each: bool) -> None:
@@ -127,6 +128,7 @@ def test_clipping_equals_stock(norm_type: float) -> None:
 # --- any shape of mesh, and any transport inside ---
 
 
+@SLOW
 @pytest.mark.parametrize(("num_replicas", "world_size"), [(4, 4), (1, 4), (3, 3), (2, 6)])
 @pytest.mark.parametrize("transport", ["process_group", "peer"])
 def test_any_mesh_follows_the_unsharded_model(transport: str, num_replicas: int, world_size: int) -> None:
@@ -154,6 +156,7 @@ def test_peers_inside_replicas_give_the_same_bits(name: str, precision: dict[str
         assert_same_bits(over_peers, over_groups)
 
 
+@SLOW
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_peers_inside_replicas_accumulate_alike(precision: dict[str, torch.dtype]) -> None:
     """Where gradients have fewer bits than their sums, what is averaged is the sum over backwards: another rounding."""
@@ -176,6 +179,7 @@ def test_training_follows_the_unsharded_model() -> None:
 NUMEL = 40  # of one rank's chunk
 
 
+@SLOW
 @pytest.mark.parametrize("transport", ["process_group", "peer"])
 @pytest.mark.parametrize("averaged", ["new", "all", "nothing"])
 @pytest.mark.parametrize(
@@ -235,6 +239,7 @@ def assert_replicas_equal(tensors: Sequence[torch.Tensor], mesh: DeviceMesh) -> 
         assert all(torch.equal(other, tensor) for other in others)
 
 
+@SLOW
 @pytest.mark.parametrize("transport", ["process_group", "peer"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("num_replicas", [3, 4])
@@ -272,6 +277,7 @@ def train_with_one_all_reduce(impl: str, precision: dict[str, Any], transport: s
     return gradients
 
 
+@SLOW
 @pytest.mark.parametrize("transport", ["process_group", "peer"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @on_ranks(4)
@@ -370,6 +376,7 @@ def scrambled(name: str, mesh: DeviceMesh | None = None) -> Any:
     return model
 
 
+@SLOW
 @pytest.mark.parametrize("name", ["decoder", "odd", "tied"])
 @on_ranks(4)
 def test_training_goes_on_bit_for_bit_from_full_states(name: str) -> None:

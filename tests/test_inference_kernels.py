@@ -45,6 +45,7 @@ ROUNDED_ONCE = {F32: 2e-6, BF16: 2**-8, F16: 2**-11}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.slow
 def test_kernels_equal_their_references_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     run_python("-m", "pytest", "-q", "tests/test_inference_kernels.py", TRITON_INTERPRET="1")

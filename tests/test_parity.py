@@ -40,7 +40,7 @@ def test_twenty_steps_equal_stock_bit_for_bit(name: str) -> None:
     assert_equals_stock(name, Recipe(steps=20))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("world_size", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 @pytest.mark.parametrize("name", SPECIMENS)
 def test_any_world_size_follows_the_unsharded_model(name: str, world_size: int) -> None:
     run_ranks(train_twins, name, world_size=world_size)
