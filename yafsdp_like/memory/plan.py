@@ -115,6 +115,15 @@ KINDS = {
     "unsynced gradients": "full gradients kept while set_requires_gradient_sync(False)",
     "staging": "peers' chunks of gradients while they are added up",
     "spill": "slots that the order of execution asked for beyond the plan",
+    "weights": "served units that stay, whole",
+    "weight shards": "this rank's part of those that are gathered",
+    "weight slots": "units gathered or streamed, shared by live range",
+    "kv slabs": "keys and values, in pages",
+    "workspace": "activations of one forward, shared by live range",
+    "logits": "of the tokens to be drawn, and log-probabilities",
+    "tables": "what a step is told, and rotary tables",
+    "host weights": "units in host memory that are streamed",
+    "host kv slabs": "pages that were swapped out",
 }
 
 

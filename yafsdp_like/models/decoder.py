@@ -332,20 +332,24 @@ class Decoder(nn.Module):
         parameter is on the meta device.
         """
         self.tie_head()  # to_empty gives each of two names a tensor of its own
-        residual_std = _INIT_STD * (2 * self.config.num_layers) ** -0.5
         for param_index, (name, param) in enumerate(self.named_parameters()):
             if param.is_meta:
                 raise RuntimeError(f"'{name}' is on the meta device: call to_empty(device=...) before init_weights()")
-            if param.dim() == 1:
-                param.fill_(0.0 if name.endswith("bias") else 1.0)
-            else:
-                std = residual_std if name.endswith(_INTO_THE_RESIDUAL) else _INIT_STD
-                _fill_normal_(param, std, f"{seed}.{param_index}")
+            fill_first_values(param, name, self.config, f"{seed}.{param_index}")
 
     def tie_head(self) -> None:
         """Make the head's weight the embedding's again, where the configuration says so; `to_empty` parts them."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+
+
+def fill_first_values(param: Tensor, name: str, config: DecoderConfig, key: str) -> None:
+    """What `init_weights` gives the parameter `name`; `key` is "seed.i" for the i-th of `named_parameters`."""
+    if param.dim() == 1:
+        param.fill_(0.0 if name.endswith("bias") else 1.0)
+        return
+    residual_std = _INIT_STD * (2 * config.num_layers) ** -0.5
+    _fill_normal_(param, residual_std if name.endswith(_INTO_THE_RESIDUAL) else _INIT_STD, key)
 
 
 def _fill_normal_(param: Tensor, std: float, key: str) -> None:

@@ -79,6 +79,16 @@ def load_hf_weights(model: Decoder, directory: Path) -> None:
         weight.read_from(stored)
 
 
+def stored_weights(model: Decoder, directory: Path) -> dict[str, StoredTensor]:
+    """By the names of `model`'s parameters, without experts, where each lies in the safetensors files in `directory`.
+
+    Only headers are read, and `model` may be on the meta device. Raises ValueError as `load_hf_weights` does.
+    """
+    weights, stored = _weights(model), stored_tensors(directory)
+    _check_fit(directory, weights, stored, tied=model.config.tie_embeddings)
+    return {name.removeprefix("model."): stored[name] for weight in weights for name in weight.names}
+
+
 def save_hf(
     model: Decoder,
     directory: Path,

@@ -1,0 +1,145 @@
+"""What the bytes of a served model's units are, in which order. Integers and names; no tensor.
+
+A unit is what is brought to a device together: the embedding, each layer, the head. A tied head is the embedding, which
+then has the last norm with it.
+
+[Note: one image]
+A unit's image is its parameters' bytes one after the other, in the order in which products read them: the projections
+to queries, keys and values are the rows of one matrix, as are gate and up. Where a unit stays on the device, its image
+lies there; where it is streamed, the same image lies in host memory; where it is gathered, rank r holds the r-th of W
+equal parts of it, wherever that cuts a matrix. So a unit arrives by one copy a part, and nothing is left to be done.
+
+Shapes: D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from yafsdp_like.memory.layout import FlatLayout, Segment, aligned
+from yafsdp_like.models.decoder import DecoderConfig
+
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the decoder, by the name and in the shape that it has there."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One matrix or vector that a product reads: the rows of its parameters, one after the other."""
+
+    name: str  # as in LayerWeights; "weight" and "norm" of embedding and head
+    parameters: tuple[Parameter, ...]
+
+    def __post_init__(self) -> None:
+        assert len({p.shape[1:] for p in self.parameters}) == 1, f"rows of several lengths: {self}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.parameters[0].shape
+        return (sum(p.shape[0] for p in self.parameters), *first[1:])
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Image:
+    """The bytes of one unit, in ``dtype``."""
+
+    name: str
+    fields: tuple[Field, ...]
+    dtype: torch.dtype
+
+    @cached_property
+    def layout(self) -> FlatLayout:
+        """A segment per field."""
+        return FlatLayout.pack([field.numel * self.dtype.itemsize for field in self.fields])
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
+    def part_nbytes(self, world_size: int) -> int:
+        """What one of ``world_size`` ranks holds: the same on all, the last parts padded."""
+        return aligned(-(-self.nbytes // world_size))
+
+    def segments(self) -> dict[str, Segment]:
+        """Where each field lies."""
+        return {field.name: segment for field, segment in zip(self.fields, self.layout.segments, strict=True)}
+
+    def parameters(self) -> Iterator[tuple[Parameter, Segment]]:
+        """Each parameter, and where it lies."""
+        for field, segment in zip(self.fields, self.layout.segments, strict=True):
+            offset = segment.offset_nbytes
+            for parameter in field.parameters:
+                nbytes = parameter.numel * self.dtype.itemsize
+                yield parameter, Segment(offset, nbytes)
+                offset += nbytes
+
+
+def images_of(config: DecoderConfig, dtype: torch.dtype) -> tuple[Image, ...]:
+    """The units' images in the order in which a forward reads them: embedding, layers, and the head unless it is tied.
+
+    Raises ValueError as ``check_served`` does.
+    """
+    check_served(config)
+    norm = Field("norm", (Parameter("norm.weight", (config.dim,)),))
+    embedding, head = (_vocabulary(name, config) for name in (EMBEDDING, HEAD))
+    layers = [Image(f"layers.{i}", _layer_fields(f"layers.{i}", config), dtype) for i in range(config.num_layers)]
+    if config.tie_embeddings:
+        return Image(EMBEDDING, (embedding, norm), dtype), *layers
+    return Image(EMBEDDING, (embedding,), dtype), *layers, Image(HEAD, (head, norm), dtype)
+
+
+def check_served(config: DecoderConfig) -> None:
+    """Raises ValueError for a decoder with experts, which cannot be served yet."""
+    if config.experts is not None:
+        raise ValueError(f"a decoder with experts cannot be served yet, found {config.experts}")
+
+
+def uses_of(images: Sequence[Image], config: DecoderConfig) -> tuple[int, ...]:
+    """Which unit, by index, each step of a forward reads: embedding, layers in order, head."""
+    return (*range(config.num_layers + 1), 0 if config.tie_embeddings else len(images) - 1)
+
+
+def _vocabulary(unit: str, config: DecoderConfig) -> Field:
+    return Field("weight", (Parameter(f"{unit}.weight", (config.vocab_size, config.dim)),))
+
+
+def _layer_fields(layer: str, config: DecoderConfig) -> tuple[Field, ...]:
+    dim, head_dim, ffn_dim = config.dim, config.head_dim, config.ffn_dim
+    rows = {"q": config.num_heads * head_dim, "k": config.num_kv_heads * head_dim, "v": config.num_kv_heads * head_dim}
+
+    def field(name: str, shapes: dict[str, tuple[int, ...]]) -> Field:
+        return Field(name, tuple(Parameter(f"{layer}.{parameter}", shape) for parameter, shape in shapes.items()))
+
+    fields = [field("input_norm", {"input_layernorm.weight": (dim,)})]
+    fields += [field("qkv", {f"self_attn.{x}_proj.weight": (n, dim) for x, n in rows.items()})]
+    if config.qkv_bias:
+        fields += [field("qkv_bias", {f"self_attn.{x}_proj.bias": (n,) for x, n in rows.items()})]
+    if config.qk_norm:
+        fields += [field(f"{x}_norm", {f"self_attn.{x}_norm.weight": (head_dim,)}) for x in ("q", "k")]
+    return (
+        *fields,
+        field("o", {"self_attn.o_proj.weight": (dim, rows["q"])}),
+        field("post_norm", {"post_attention_layernorm.weight": (dim,)}),
+        field("gate_up", {f"mlp.{x}_proj.weight": (ffn_dim, dim) for x in ("gate", "up")}),
+        field("down", {"mlp.down_proj.weight": (dim, ffn_dim)}),
+    )
