@@ -15,6 +15,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,6 +125,7 @@ class RaceDetector(TorchDispatchMode):
         super().__init__()
         self.streams = streams
         self.watched: list[tuple[int, int]] = []
+        self.pages: list[tuple[int, int, int]] = []  # see _shown_pages
         self.accesses: dict[tuple[int, int, bool, str], Access] = {}
         self.races: list[str] = []
         self.read_by_peer: list[torch.Tensor] = []  # after the next meeting, on the stream of that
@@ -131,6 +133,7 @@ class RaceDetector(TorchDispatchMode):
     def watch(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         self.watched.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+        self.pages = _shown_pages()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -155,7 +158,18 @@ class RaceDetector(TorchDispatchMode):
             local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
             extent = _extent(local)
             if extent is not None and any(low <= extent[0] and extent[1] <= high for low, high in self.watched):
-                self._check(Access(*extent, writes, stream, time, operation))
+                for start, end in self._physical(*extent):
+                    self._check(Access(start, end, writes, stream, time, operation))
+
+    def _physical(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The same bytes, equal for all addresses at which they can be seen."""
+        is_shown = False
+        for low, high, moved in self.pages:
+            if low < end and start < high:
+                is_shown = True
+                yield max(start, low) + moved, min(end, high) + moved
+        if not is_shown:
+            yield start, end
 
     def note_read_by_peer(self) -> None:
         """A meeting has said that the peer may read what waits to be read by it."""
@@ -169,6 +183,17 @@ class RaceDetector(TorchDispatchMode):
             if conflicts and old.stream != new.stream and not self.streams.has_seen(new.stream, old.stream, old.time):
                 self.races.append(f"{new.operation} on {new.stream} does not wait for {old.operation} on {old.stream}")
         self.accesses[new.start, new.end, new.writes, new.stream] = new
+
+
+def _shown_pages() -> list[tuple[int, int, int]]:
+    """Ranges of addresses at which pages are shown, each with what leads from there to a number for the bytes."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "/memfd:yafsdp_like" in line:
+            span, _, offset, _, inode, *_ = line.split()
+            low, high = (int(address, 16) for address in span.split("-"))
+            found.append((low, high, (int(inode) << 64) + int(offset, 16) - low))
+    return found
 
 
 def _is_view(func: Any) -> bool:

@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import functools
 import gc
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -29,6 +30,8 @@ from typing import Any, ParamSpec
 
 import torch
 import torch.distributed as dist
+
+from yafsdp_like.memory import windows
 
 START_SECONDS = 180.0  # the first pool waits for the fork server to import torch
 GRACE_SECONDS = 5.0  # what other ranks get to answer once one has failed
@@ -285,6 +288,8 @@ def _join(seat: Seat) -> None:
     faulthandler.enable(file=2)
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     torch.set_num_threads(1)
+    if seat.device == "cpu":
+        windows.PAGE_NBYTES = mmap.PAGESIZE  # so that slots of small models are windows too
     if seat.device == "cuda":
         torch.cuda.set_device(seat.rank)
         torch.backends.cudnn.deterministic = True  # tests compare bits

@@ -218,9 +218,10 @@ def name_that_fits_nowhere(source: Source) -> list[str]:
 # --- the package ---
 
 
-RULES: dict[Check, tuple[Iterable[str], str]] = {  # the parts that a check is for, and the path that is excepted
+Paths = str | tuple[str, ...]
+RULES: dict[Check, tuple[Iterable[str], Paths]] = {  # the parts that a check is for, and the paths that are excepted
     imports_upwards: (LEVELS, ""),
-    allocations: (("memory", "comm", "shard"), f"{PACKAGE}/memory/arena.py"),
+    allocations: (("memory", "comm", "shard"), (f"{PACKAGE}/memory/arena.py", f"{PACKAGE}/memory/windows.py")),
     collectives: (LEVELS, f"{PACKAGE}/comm/"),
     streams_and_events: (LEVELS, f"{PACKAGE}/memory/streams.py"),
     record_stream: (LEVELS, ""),
@@ -231,7 +232,7 @@ RULES: dict[Check, tuple[Iterable[str], str]] = {  # the parts that a check is f
 
 @pytest.mark.parametrize("check", RULES)
 def test_the_package_holds_no(check: Check) -> None:
-    """The excepted path is where the thing is done: a check that finds nothing even there would prove nothing."""
+    """The excepted paths are where the thing is done: a check that finds nothing even there would prove nothing."""
     parts, excepted = RULES[check]
     allowed, findings = [], []
     for source in sources():

@@ -134,7 +134,7 @@ class Buffers:
         self.slots = [torch.zeros(width * n, dtype=dtype) for n in sizes]
         self.gradients = [block.bytes.view(dtype) for block in gradients]
         self.sums = [torch.zeros(n) for n in sizes]
-        self.gather = transport.gather(self.slots, self.shards, staging.bytes)
+        self.gather = transport.gather(self.slots, self.shards, scratch=staging.bytes)
         sums_column = transport.column_nbytes([n * wire_dtype.itemsize for n in sizes])
         scratch = torch.empty(1024 + sums_column, dtype=torch.uint8)
         self.reduce = transport.reduce(self.sums, self.gradients, [wire_dtype] * 2, scratch)
@@ -157,7 +157,7 @@ class Late:
         return getattr(self._transport, name)
 
     def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Gather:
-        gather = self._transport.gather(outputs, inputs)
+        gather: Gather = self._transport.gather(outputs, inputs)
 
         def run() -> None:
             if self._late:

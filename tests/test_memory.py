@@ -78,13 +78,16 @@ def compare_plan_with_arenas(name: str) -> None:
 
 
 def storage_nbytes(model: nn.Module) -> int:
-    """What the arenas' blocks really take, counted from the tensors cut from them."""
+    """What the arenas really take: pages, and what was allocated without them; what windows show is counted once."""
     units = units_of(model)
-    tensors = [p.main for unit in units for p in unit.params] + [p.compute for unit in units for p in unit.params]
-    tensors += [t for unit in units for t in unit.gather_slot.outputs]
-    tensors += [t for unit in units for t in unit.gradient_slot.inputs.values()]
-    blocks = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(blocks.values())
+    engine = units[0].engine
+    assert engine is not None and engine._arena is not None
+    total = 0
+    for arena in (engine._arena, *(unit.arena for unit in units)):
+        spots = [arena._spots[name] for name in arena.regions]
+        total += sum({id(spot.block): spot.block.pages.nbytes for spot in spots if spot.block}.values())
+        total += sum({s.storage.data_ptr(): s.storage.nbytes() for s in spots if not s.block and s.nbytes}.values())
+    return total
 
 
 @on_ranks(1)

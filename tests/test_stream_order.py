@@ -45,12 +45,16 @@ def watch_transports(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
 
 
 def _noted_gather(gather: Any, detector: RaceDetector) -> Any:
-    def prepare(self: Any, outputs: Any, inputs: Any) -> Any:
-        run = gather(self, outputs, inputs)
+    def prepare(self: Any, outputs: Any, inputs: Any, in_place: Any = (), scratch: Any = None) -> Any:
+        run = gather(self, outputs, inputs, in_place, scratch)
+        written = []
+        for index, output in enumerate(outputs):
+            chunks = output.view(self.world_size, output.numel() // self.world_size)
+            written += [c for rank, c in enumerate(chunks) if rank != self.rank or index not in in_place]
 
         def noted() -> None:
             detector.note(inputs, False, "gather")
-            detector.note(outputs, True, "gather")
+            detector.note(written, True, "gather")
             if self.maps_memory:
                 detector.note(inputs, False, "gather", by_peer=True)
             run()

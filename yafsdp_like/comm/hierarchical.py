@@ -19,7 +19,7 @@ meeting. The columns of sums are this rank's alone: its one reduction stream wri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -29,7 +29,6 @@ import torch.distributed as dist
 from yafsdp_like.comm import peer
 from yafsdp_like.comm.agreement import agree, share
 from yafsdp_like.comm.process_group import ProcessGroupTransport
-from yafsdp_like.comm.replicated import ReplicatedTransport
 from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
 from yafsdp_like.memory.arena import Block
 from yafsdp_like.memory.layout import aligned
@@ -40,6 +39,7 @@ class HierarchicalTransport:
     """``inside`` between the ranks of this host, ``across`` between those of this rank's number on every host."""
 
     maps_memory = True
+    spares_own_chunks = False
 
     def __init__(self, group: dist.ProcessGroup, inside: Transport, across: Transport) -> None:
         self.rank, self.world_size = group.rank(), group.size()
@@ -48,7 +48,6 @@ class HierarchicalTransport:
         self._group, self._inside, self._across = group, inside, across
 
     def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
-        """Bytes of scratch for one column of parameters with chunks of these sizes."""
         return sum(aligned(self.num_hosts * nbytes) for nbytes in chunks_nbytes)
 
     def connect(self, blocks: Sequence[Block]) -> None:
@@ -62,10 +61,12 @@ class HierarchicalTransport:
         self,
         outputs: Sequence[torch.Tensor],
         inputs: Sequence[torch.Tensor],
+        in_place: Collection[int] = (),
         scratch: torch.Tensor | None = None,
     ) -> Gather:
-        """``scratch``, ``(column_nbytes,)`` uint8 or more, lies in memory that peers map; see [Note: columns]."""
+        """See [Note: columns]."""
         assert scratch is not None, "a column must lie where peers of this host read it"
+        assert not in_place, "a slot shows no shard here: a column comes between"
         columns = self._columns(inputs, [i.dtype for i in inputs], scratch)
         to_column = self._across.gather(columns, inputs)
         to_slot = self._inside.gather(self._by_host(outputs), self._by_host(columns))
@@ -118,12 +119,6 @@ class HierarchicalTransport:
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
         agree(self._group, lines, error)
-
-
-def staged(transport: Transport) -> HierarchicalTransport | None:
-    """What there is in ``transport`` whose gathers pass through scratch memory."""
-    found = transport.shards if isinstance(transport, ReplicatedTransport) else transport
-    return found if isinstance(found, HierarchicalTransport) else None
 
 
 def over_hosts(group: dist.ProcessGroup, device: torch.device, reason: str) -> HierarchicalTransport | str:

@@ -11,7 +11,7 @@ change all the time: ranks meet before a reduction pulls (all have written their
 that the slot may be written again). All meetings are small kernels that wait in the order of their stream; the CPU does
 not.
 
-On CPUs the same transport runs over files in the host's shared memory, and meets at a barrier of the group.
+On CPUs the same transport runs over files in memory, and meets at a barrier of the group.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import datetime
 import platform
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,30 +30,30 @@ import torch.distributed as dist
 from torch.distributed import _symmetric_memory
 
 from yafsdp_like.comm.agreement import agree, share
+from yafsdp_like.comm.descriptors import pages_of_all_ranks
 from yafsdp_like.comm.transport import Gather, Reduce, Reduction
 from yafsdp_like.kernels.reduce import ReduceTable
-from yafsdp_like.memory.arena import Block
-from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, aligned
+from yafsdp_like.memory.arena import Block, signal_pad
+from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Recording
+from yafsdp_like.memory.windows import Window, window
+from yafsdp_like.memory.windows import obstacle as pages_obstacle
 
 _CHANNELS = {GATHER: 0, REDUCE: 1, COMPUTE: 2}  # of signals: streams that meet at the same time must not share one
 
 
-SIGNALS_NBYTES = 256  # of a block that only lends its signals
-
-
 @dataclass(frozen=True, eq=False)
 class _Map:
-    """The same block of every rank, as this process sees it."""
+    """The same block of every rank, as this process sees it, for as long as this object lives."""
 
-    peers: list[torch.Tensor]  # (nbytes,) uint8, by rank
-    handle: Any  # of symmetric memory, for its signals; None on the CPU
+    windows: list[Window]  # by rank
 
 
 class PeerTransport:
     """Ranks that read each other's memory. ``connect`` must have been given all inputs' blocks."""
 
     maps_memory = True
+    spares_own_chunks = True
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, reason: str) -> None:
         self.rank, self.world_size = group.rank(), group.size()
@@ -61,30 +61,35 @@ class PeerTransport:
         self._group, self._device = group, device
         self._maps: weakref.WeakKeyDictionary[Block, _Map] = weakref.WeakKeyDictionary()
         self._timeout_ms = _timeout_ms(group, device)
-        self._signals = _map(Block.allocate(SIGNALS_NBYTES, device), group)
+        self._signals = _signals(group, device)
 
     def connect(self, blocks: Sequence[Block]) -> None:
         for block in blocks:
-            self._maps[block] = _map(block, self._group)
+            windows = [window([(p, Segment(0, p.nbytes))]) for p in pages_of_all_ranks(block.pages, self._group)]
+            self._maps[block] = _Map(windows)
 
-    def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Gather:
+    def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
+        return 0
+
+    def gather(
+        self,
+        outputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        in_place: Collection[int] = (),
+        scratch: torch.Tensor | None = None,
+    ) -> Gather:
         """Pulls from the next rank first, so that all links are busy and no rank is asked by all at once; what is on
-        this rank already is copied beside that, by another copy engine."""
+        this rank already, and not in place, is copied beside that, by another copy engine."""
         pieces = [
-            (out.view(self.world_size, -1), self._of_all_ranks(inp))
-            for out, inp in zip(outputs, inputs, strict=True)
+            (out.view(self.world_size, -1), self._of_all_ranks(inp), index in in_place)
+            for index, (out, inp) in enumerate(zip(outputs, inputs, strict=True))
             if out.numel()
         ]
-
-        if not pieces:
-            return lambda: None
-
-        def copies(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-            return [(chunks[rank], by_rank[rank]) for chunks, by_rank in pieces]
-
         others = [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
-        pulls = partial(_copy_all, [pair for peer in others for pair in copies(peer)])
-        return Recording(self._device, [pulls, partial(_copy_all, copies(self.rank))])
+        pulls = [(chunks[rank], by_rank[rank]) for rank in others for chunks, by_rank, _ in pieces]
+        own = [(chunks[self.rank], by_rank[self.rank]) for chunks, by_rank, is_there in pieces if not is_there]
+        branches = [partial(_copy_all, copies) for copies in (pulls, own) if copies]
+        return Recording(self._device, branches) if branches else lambda: None
 
     def reduce(
         self,
@@ -143,10 +148,10 @@ class PeerTransport:
         return [_Round.of(pieces, self.rank, scratch) for pieces in rounds if pieces]
 
     def meet(self, stream: str) -> None:
-        if self._signals.handle is None:
+        if self._signals is None:
             self._group.barrier().wait()
         else:
-            self._signals.handle.barrier(channel=_CHANNELS[stream], timeout_ms=self._timeout_ms)
+            self._signals.barrier(channel=_CHANNELS[stream], timeout_ms=self._timeout_ms)
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
         agree(self._group, lines, error)
@@ -156,7 +161,8 @@ class PeerTransport:
         for block, found in self._maps.items():
             if (where := block.find(mine)) is not None:
                 offset, nbytes = where
-                parts = [whole[offset : offset + nbytes].view(mine.dtype).view(mine.shape) for whole in found.peers]
+                theirs = [w.bytes[offset : offset + nbytes] for w in found.windows]
+                parts = [part.view(mine.dtype).view(mine.shape) for part in theirs]
                 return [mine if rank == self.rank else part for rank, part in enumerate(parts)]
         raise AssertionError(f"a tensor of shape {tuple(mine.shape)} lies outside the memory that peers map")
 
@@ -203,17 +209,9 @@ def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         destination.copy_(source, non_blocking=True)
 
 
-def _map(block: Block, group: dist.ProcessGroup) -> _Map:
-    size = block.bytes.numel()
-    if block.file is None:
-        handle = _symmetric_memory.rendezvous(block.bytes, group)
-        peers = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(group.size())]
-        return _Map(peers, handle)
-    files: list[Path] = share(block.file, group)
-    peers = [torch.from_file(str(f), shared=True, size=size, dtype=torch.uint8) for f in files]
-    share(None, group)  # all have opened it
-    block.file.unlink()
-    return _Map(peers, None)
+def _signals(group: dist.ProcessGroup, device: torch.device) -> Any:
+    """What ranks meet by in stream order: symmetric memory's signals; None on the CPU."""
+    return None if device.type == "cpu" else _symmetric_memory.rendezvous(signal_pad(device), group)
 
 
 def _timeout_ms(group: dist.ProcessGroup, device: torch.device) -> int:
@@ -229,8 +227,8 @@ def obstacle(group: dist.ProcessGroup, device: torch.device) -> str | None:
     identities = share((_host(), _gpu(device)), group)
     if len({host for host, _ in identities}) > 1:
         return "the ranks are on several hosts"
-    if device.type == "cpu":
-        return None
+    if (why := next(filter(None, share(pages_obstacle(device), group)), None)) is not None or device.type == "cpu":
+        return why
     if len(set(identities)) < len(identities):
         return "several ranks share one GPU"
     reachable = share(_reaches_all(device, [gpu for _, gpu in identities]), group)

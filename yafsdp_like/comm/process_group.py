@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
@@ -33,7 +33,7 @@ def _reduce_group_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
 class ProcessGroupTransport:
     """Coalesced collectives: one call, one group launch, one piece per parameter, nothing packed or unpacked."""
 
-    maps_memory = False
+    maps_memory = spares_own_chunks = False
 
     def __init__(self, group: dist.ProcessGroup, reason: str) -> None:
         self.rank, self.world_size = group.rank(), group.size()
@@ -47,7 +47,16 @@ class ProcessGroupTransport:
     def meet(self, stream: str) -> None:
         pass
 
-    def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Gather:
+    def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
+        return 0
+
+    def gather(
+        self,
+        outputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        in_place: Collection[int] = (),
+        scratch: torch.Tensor | None = None,
+    ) -> Gather:
         pieces = _by_dtype(outputs, inputs) if self.world_size > 1 else []
         return partial(self._all_gather, pieces)
 

@@ -13,7 +13,7 @@ the same number, since the mean of what is equal on all replicas is that: when e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,7 +31,7 @@ class ReplicatedTransport:
 
     def __init__(self, shards: Transport, replicas: dist.ProcessGroup, everybody: dist.ProcessGroup) -> None:
         self.rank, self.world_size = shards.rank, shards.world_size
-        self.maps_memory = shards.maps_memory
+        self.maps_memory, self.spares_own_chunks = shards.maps_memory, shards.spares_own_chunks
         self.description = f"{replicas.size()} replicas over their process group; in each, {shards.description}"
         self.shards, self._replicas, self._everybody = shards, replicas, everybody
 
@@ -41,8 +41,17 @@ class ReplicatedTransport:
     def meet(self, stream: str) -> None:
         self.shards.meet(stream)
 
-    def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Gather:
-        return self.shards.gather(outputs, inputs)
+    def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
+        return self.shards.column_nbytes(chunks_nbytes)
+
+    def gather(
+        self,
+        outputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        in_place: Collection[int] = (),
+        scratch: torch.Tensor | None = None,
+    ) -> Gather:
+        return self.shards.gather(outputs, inputs, in_place, scratch)
 
     def reduce(
         self,

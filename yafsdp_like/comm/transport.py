@@ -10,7 +10,7 @@ came back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -48,17 +48,31 @@ class Transport(Protocol):
     world_size: int
     description: str  # what moves the bytes, and why this transport was chosen
     maps_memory: bool  # inputs must lie in blocks that ``connect`` was given, since peers read them where they are
+    spares_own_chunks: bool  # of a gather's outputs, where they are in place: see [Note: windows]
 
     def connect(self, blocks: Sequence[Block]) -> None:
         """Makes the ranks' blocks readable by each other. Called by all ranks with blocks of the same sizes, in the
         same order; blocks the CPU."""
 
-    def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Gather:
+    def gather(
+        self,
+        outputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        in_place: Collection[int] = (),
+        scratch: torch.Tensor | None = None,
+    ) -> Gather:
         """``outputs[i]``, ``(world_size * n_i,)``, will receive every rank's ``inputs[i]``, ``(n_i,)``, in order of
         rank.
 
+        For ``i`` in ``in_place`` this rank's chunk of the output is the input, seen at another address.
+        ``scratch``, ``(column_nbytes,)`` uint8 or more, lies in memory that peers map, and is written by
+        every gather of the stream.
         At world size 1 the engine makes outputs and inputs the same memory, and there is nothing to do.
         """
+
+    def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
+        """Bytes of scratch that a gather of inputs of these sizes, or a reduction to outputs of these sizes, needs for
+        a column of them; none on one host."""
 
     def reduce(
         self,

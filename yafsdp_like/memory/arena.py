@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import math
-import tempfile
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.distributed import _symmetric_memory
 
-from yafsdp_like.memory.layout import Segment, aligned
+from yafsdp_like.memory import windows
+from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import Region
+
+_SIGNALS_NBYTES = 256
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One allocation of memory that other processes of this host can map, zeroed."""
+    """One allocation of pages, zeroed, which other processes of this host and windows can show."""
 
     bytes: torch.Tensor  # (nbytes,) uint8
-    file: Path | None  # under which they find it, of host memory
+    pages: windows.Pages
 
     @classmethod
-    def allocate(cls, nbytes: int, device: torch.device) -> Block:
-        """Symmetric memory of a GPU, or a file in the host's shared memory."""
-        if device.type == "cuda":
-            block = cls(_symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device), None)
-            block.bytes.zero_()
-            return block
-        directory = "/dev/shm" if Path("/dev/shm").is_dir() else None
-        with tempfile.NamedTemporaryFile(prefix="yafsdp_", dir=directory, delete=False) as file:
-            file.truncate(nbytes)
-        block = cls(torch.from_file(file.name, shared=True, size=nbytes, dtype=torch.uint8), Path(file.name))
-        weakref.finalize(block.bytes, Path(file.name).unlink, missing_ok=True)  # should nobody map it
+    def allocate(cls, nbytes: int, device: torch.device, page_nbytes: int = 0) -> Block:
+        pages = windows.allocate(nbytes, page_nbytes or windows.PAGE_NBYTES, device)
+        block = cls(windows.window([(pages, Segment(0, pages.nbytes))]).bytes, pages)
+        block.bytes.zero_()
         return block
 
     def find(self, part: torch.Tensor) -> tuple[int, int] | None:
@@ -42,6 +35,21 @@ class Block:
         offset = part.data_ptr() - self.bytes.data_ptr()
         nbytes = part.numel() * part.itemsize
         return (offset, nbytes) if offset >= 0 and offset + nbytes <= self.bytes.numel() else None
+
+
+def signal_pad(device: torch.device) -> torch.Tensor:
+    """Symmetric memory of a GPU, of which only the signals that come with it are used."""
+    return _symmetric_memory.empty(_SIGNALS_NBYTES, dtype=torch.uint8, device=device)
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """Where a region or a window is: bytes ``[offset, offset + nbytes)`` of a storage, and of a block's pages."""
+
+    storage: torch.UntypedStorage
+    offset_nbytes: int
+    nbytes: int
+    block: Block | None = None
 
 
 class Arena:
@@ -54,57 +62,73 @@ class Arena:
         self.device = device
         self.regions: dict[str, Region] = {}
         self.blocks: list[Block] = []  # those that peers map
-        self._places: dict[str, tuple[torch.UntypedStorage, int]] = {}  # region name -> (block, offset in bytes)
+        self._spots: dict[str, _Spot] = {}  # by name of region or window
 
     @property
     def nbytes(self) -> int:
         return sum(region.nbytes for region in self.regions.values())
 
     def reserve(self, regions: Sequence[Region]) -> None:
-        """Allocates one block that holds ``regions`` one after the other, and another for those that peers map (to be
-        found in ``blocks``). Sizes must be multiples of the alignment.
+        """Allocates a block for ``regions`` one after the other: one for those that stay private, one for those that
+        peers map (to be found in ``blocks``), one for each size of page. Sizes must be multiples of the alignment.
 
         Raises ``torch.OutOfMemoryError`` (CUDA) or ``RuntimeError`` (CPU) when the device has no room for the block.
         """
         for region in regions:
-            assert region.name not in self.regions, f"region {region.name!r} is reserved already"
-            assert aligned(region.nbytes) == region.nbytes, f"region {region.name!r}: {region.nbytes} is not aligned"
-        for mapped in (False, True):
-            self._reserve([r for r in regions if r.mapped is mapped], mapped)
+            assert region.name not in self._spots, f"region {region.name!r} is reserved already"
+            assert aligned(region.nbytes, region.page_nbytes or ALIGNMENT_NBYTES) == region.nbytes, f"{region}"
+        for mapped, page_nbytes in sorted({(r.mapped, r.page_nbytes) for r in regions}):
+            together = [r for r in regions if (r.mapped, r.page_nbytes) == (mapped, page_nbytes)]
+            with torch.inference_mode(False):
+                self._reserve(together, mapped, page_nbytes)
 
-    def _reserve(self, regions: Sequence[Region], mapped: bool) -> None:
-        nbytes = sum(r.nbytes for r in regions)
-        with torch.inference_mode(False):
-            if mapped and nbytes:
-                self.blocks.append(Block.allocate(nbytes, self.device))
-                block = self.blocks[-1].bytes
-            else:
-                block = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+    def _reserve(self, regions: Sequence[Region], mapped: bool, page_nbytes: int) -> None:
+        nbytes, block = sum(r.nbytes for r in regions), None
+        if nbytes and (mapped or page_nbytes):
+            block = Block.allocate(nbytes, self.device, page_nbytes)
+            storage = block.bytes.untyped_storage()
+            self.blocks += [block] if mapped else []
+        else:
+            storage = torch.zeros(nbytes, dtype=torch.uint8, device=self.device).untyped_storage()
         offset = 0
         for region in regions:
             self.regions[region.name] = region
-            self._places[region.name] = (block.untyped_storage(), offset)
+            self._spots[region.name] = _Spot(storage, offset, region.nbytes, block)
             offset += region.nbytes
 
-    def place(self, region: str) -> Place:
-        """All of a region."""
-        return Place(self, region, Segment(0, self.regions[region].nbytes))
+    def show(self, name: str, places: Sequence[Place]) -> Place:
+        """A window, under a name of its own, on ``places`` one after the other: whole pages of this arena's regions."""
+        assert name not in self._spots, f"window {name!r} is there already"
+        parts = []
+        for place in places:
+            spot = self._spots[place.region]
+            assert spot.block is not None, f"region {place.region!r} has no pages"
+            offset = spot.offset_nbytes + place.segment.offset_nbytes
+            parts.append((spot.block.pages, Segment(offset, place.segment.nbytes)))
+        with torch.inference_mode(False):
+            shown = windows.window(parts).bytes
+        self._spots[name] = _Spot(shown.untyped_storage(), 0, shown.numel())
+        return self.place(name)
 
-    def storage(self, region: str) -> tuple[torch.UntypedStorage, int]:
-        """The block that holds ``region``, and the byte in it where the region starts."""
-        return self._places[region]
+    def place(self, name: str) -> Place:
+        """All of a region or window."""
+        return Place(self, name, Segment(0, self._spots[name].nbytes))
+
+    def storage(self, name: str) -> tuple[torch.UntypedStorage, int]:
+        """What holds a region or window, and the byte in it where that starts."""
+        return self._spots[name].storage, self._spots[name].offset_nbytes
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A range of bytes in one region of an arena: where a slot, a shard or one parameter's part of either lies."""
+    """A range of bytes in a region or window of an arena: where a slot, a shard or a part of either lies."""
 
     arena: Arena
     region: str
     segment: Segment
 
     def __post_init__(self) -> None:
-        size = self.arena.regions[self.region].nbytes
+        size = self.arena._spots[self.region].nbytes
         assert self.segment.end_nbytes <= size, f"{self.segment} ends outside region {self.region!r} of {size} bytes"
 
     def part(self, segment: Segment) -> Place:

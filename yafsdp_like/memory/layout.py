@@ -16,7 +16,7 @@ bytes. A collective is therefore one piece per parameter with nothing to pack be
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 ALIGNMENT_NBYTES = 256
@@ -96,13 +96,20 @@ class FlatLayout:
             assert segment.offset_nbytes % ALIGNMENT_NBYTES == 0, f"misaligned {segment}"
             assert segment.offset_nbytes >= end and segment.nbytes >= 0, f"{segment} overlaps what ends at {end}"
             end = segment.end_nbytes
-        assert aligned(end) == self.nbytes, f"segments end at {end}, the region at {self.nbytes}"
+        is_whole = aligned(self.nbytes) == self.nbytes
+        assert is_whole and end <= self.nbytes, f"segments end at {end}, the region at {self.nbytes}"
 
     @classmethod
-    def pack(cls, sizes_nbytes: Sequence[int]) -> FlatLayout:
-        """Segments of the given sizes, in order, as close together as alignment allows."""
+    def pack(cls, sizes_nbytes: Sequence[int], in_pages: Collection[int] = (), page_nbytes: int = 0) -> FlatLayout:
+        """Segments of the given sizes, in order, as close together as alignment allows.
+
+        Those whose index is in ``in_pages`` start at a page, and are whole pages; all of them together are then too.
+        """
         segments, offset = [], 0
-        for nbytes in sizes_nbytes:
+        for index, nbytes in enumerate(sizes_nbytes):
+            if index in in_pages:
+                assert nbytes % page_nbytes == 0, f"{nbytes} bytes are not whole pages of {page_nbytes}"
+                offset = aligned(offset, page_nbytes)
             segments.append(Segment(offset, nbytes))
             offset = aligned(offset + nbytes)
-        return cls(tuple(segments), offset)
+        return cls(tuple(segments), aligned(offset, page_nbytes) if in_pages else offset)

@@ -6,15 +6,16 @@ once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 
-from yafsdp_like.comm.hierarchical import staged
+from yafsdp_like.memory import windows
 from yafsdp_like.memory.arena import Arena, Place
-from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, FlatLayout, Segment
+from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, FlatLayout, Segment, aligned
 from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, place
 from yafsdp_like.shard.schedule import Residency, Schedule, gather_starts
 from yafsdp_like.shard.unit import NOWHERE, GatherSlot, GradientSlot, Unit, UnitLayout
@@ -24,6 +25,7 @@ AnySlot = TypeVar("AnySlot", GatherSlot, GradientSlot)
 GATHER_SLOTS, GRADIENT_SLOTS = "gather slots", "gradient slots"  # the two regions that slots share
 STAGING, COLUMN = "staging", "gather staging"
 MOST_STAGING_NBYTES = 256 << 20
+MOST_PAGE_NBYTES = 16 << 20  # slots end at a page
 
 
 @dataclass(frozen=True)
@@ -42,20 +44,22 @@ class Blueprint:
 
 def draw(units: Sequence[Unit], schedule: Schedule, root: Unit | None) -> Blueprint:
     """The plan for ``units`` as they are now; ``root`` is the unit that by default stays gathered after forward."""
-    layouts = {unit: unit.plan_layout() for unit in units}
+    page_nbytes = _page_nbytes(units)
+    layouts = {unit: unit.plan_layout(page_nbytes) for unit in units}
     gather_live = _gather_ranges(units, schedule, root)
     gradient_live = {unit: schedule.gradient_range(i) for i, unit in enumerate(units)}
-    gather = {u: x.gather_slot.nbytes for u, x in layouts.items() if not u.own_gather_slot}
+    gather = {u: aligned(x.gathered_nbytes, page_nbytes or 1) for u, x in layouts.items() if not u.own_gather_slot}
     gradient = {u: x.gradient_slot.nbytes for u, x in layouts.items() if not u.own_gradient_slot}
     gather_places, gather_nbytes = _place_shared(gather, gather_live)
     gradient_places, gradient_nbytes = _place_shared(gradient, gradient_live)
-    regions = [shard for unit in units for shard in _shards(unit, layouts[unit])]
+    regions = [shard for unit in units for shard in _shards(unit, layouts[unit], page_nbytes)]
     regions += [
-        Region(GATHER_SLOTS, GATHER_SLOTS, gather_nbytes),
+        Region(GATHER_SLOTS, GATHER_SLOTS, gather_nbytes, page_nbytes=page_nbytes),
         Region(GRADIENT_SLOTS, GRADIENT_SLOTS, gradient_nbytes, any(u.transport.maps_memory for u in units)),
     ]
     regions += _staging(layouts)
     regions += [region for unit in units for region in own_slot_regions(unit, layouts[unit])]
+    regions += _page_end(regions)
     slots = [SlotPlace(u.name, GATHER_SLOTS, segment, gather_live[u]) for u, segment in gather_places.items()]
     slots += [SlotPlace(u.name, GRADIENT_SLOTS, segment, gradient_live[u]) for u, segment in gradient_places.items()]
     transports = dict.fromkeys(unit.transport.description for unit in units)
@@ -63,8 +67,20 @@ def draw(units: Sequence[Unit], schedule: Schedule, root: Unit | None) -> Bluepr
     return Blueprint(plan, layouts, gather_places, gradient_places)
 
 
-def _shards(unit: Unit, layout: UnitLayout) -> list[Region]:
+def _page_nbytes(units: Sequence[Unit]) -> int:
+    """The largest pages that many chunks are made of; 0 where no slot can show its shard."""
+    for unit in units:
+        unit.plan_dtypes()
+    sharers = [u for u in units if u.transport.spares_own_chunks and u.transport.world_size > 1]
+    chunks = [p.chunk_nbytes for unit in sharers for p in unit.params]
+    in_pages = [nbytes for nbytes in chunks if nbytes and nbytes % windows.PAGE_NBYTES == 0]
+    return math.gcd(MOST_PAGE_NBYTES, *in_pages) if in_pages else 0
+
+
+def _shards(unit: Unit, layout: UnitLayout, page_nbytes: int) -> list[Region]:
+    shown = layout.shown_shard.nbytes
     return [
+        *([Region(f"{unit.name}.shown_shard", "compute_shard", shown, True, page_nbytes)] if shown else []),
         Region(f"{unit.name}.main_shard", "main_shard", layout.main_shard.nbytes),
         Region(f"{unit.name}.compute_shard", "compute_shard", layout.compute_shard.nbytes, unit.transport.maps_memory),
         Region(f"{unit.name}.grad_shard", "grad_shard", layout.grad_shard.nbytes),
@@ -87,11 +103,16 @@ def _staging(layouts: Mapping[Unit, UnitLayout]) -> list[Region]:
 
 
 def _column_nbytes(unit: Unit, dtypes: Sequence[torch.dtype | None]) -> int:
-    """Of the parameters that have a dtype; 0 where peers are all on one host, or none are."""
-    if (transport := staged(unit.transport)) is None:
-        return 0
+    """Of the parameters that have a dtype."""
     pairs = zip(unit.params, dtypes, strict=True)
-    return transport.column_nbytes([p.shards.chunk_numel * dtype.itemsize for p, dtype in pairs if dtype])
+    return unit.transport.column_nbytes([p.shards.chunk_numel * dtype.itemsize for p, dtype in pairs if dtype])
+
+
+def _page_end(regions: Sequence[Region]) -> list[Region]:
+    """What the last page of the block that peers map has left."""
+    in_block = sum(region.nbytes for region in regions if region.mapped and not region.page_nbytes)
+    left = aligned(in_block, windows.PAGE_NBYTES) - in_block
+    return [Region("page end", "page end", left, mapped=True)] if left else []
 
 
 def own_slot_regions(unit: Unit, layout: UnitLayout) -> list[Region]:
@@ -102,7 +123,8 @@ def own_slot_regions(unit: Unit, layout: UnitLayout) -> list[Region]:
     if unit.own_gradient_slot:
         kind = "unsynced gradients" if unit.unsynced_gradients else "spill"
         mapped = unit.transport.maps_memory
-        regions.append(Region(f"{unit.name}.gradient_slot", kind, layout.gradient_slot.nbytes, mapped))
+        nbytes = aligned(layout.gradient_slot.nbytes, windows.PAGE_NBYTES if mapped else 1)
+        regions.append(Region(f"{unit.name}.gradient_slot", kind, nbytes, mapped))
     return regions
 
 
@@ -162,19 +184,21 @@ def _scratch(arena: Arena, region: str) -> torch.Tensor:
 
 
 def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
-    for p, compute, grad in zip(unit.params, layout.compute_shard.segments, layout.grad_shard.segments, strict=True):
+    for k, p in enumerate(unit.params):
         p.compute = p.main
-        if compute.nbytes:
-            shard = arena.place(f"{unit.name}.compute_shard").part(compute)
-            p.compute = shard.tensor(p.compute_dtype, (p.shards.chunk_numel,))
+        for region, part in (("compute_shard", layout.compute_shard), ("shown_shard", layout.shown_shard)):
+            if part.segments[k].nbytes:
+                shard = arena.place(f"{unit.name}.{region}").part(part.segments[k])
+                p.compute = shard.tensor(p.compute_dtype, (p.shards.chunk_numel,))
         if p.trainable:
-            p.place_grad(arena.place(f"{unit.name}.grad_shard").part(grad))
+            p.place_grad(arena.place(f"{unit.name}.grad_shard").part(layout.grad_shard.segments[k]))
 
 
 def _gather_slot(unit: Unit, blueprint: Blueprint, arena: Arena) -> GatherSlot:
     layout = blueprint.layouts[unit]
     if unit in blueprint.gather_places:
-        return slot_at(unit, arena.place(GATHER_SLOTS).part(blueprint.gather_places[unit]), layout.gather_slot)
+        extent = arena.place(GATHER_SLOTS).part(blueprint.gather_places[unit])
+        return _window(unit, layout, extent) if layout.shown_shard.nbytes else slot_at(unit, extent, layout.gather_slot)
     if unit.own_gather_slot:
         return slot_at(unit, arena.place(f"{unit.name}.gather_slot"), layout.gather_slot)
     return _slot_on_shards(unit, layout, arena)
@@ -182,6 +206,20 @@ def _gather_slot(unit: Unit, blueprint: Blueprint, arena: Arena) -> GatherSlot:
 
 def slot_at(unit: Unit, extent: Place, layout: FlatLayout) -> GatherSlot:
     return GatherSlot(unit, [extent.part(segment) for segment in layout.segments], extent)
+
+
+def _window(unit: Unit, layout: UnitLayout, extent: Place) -> GatherSlot:
+    """A slot that shows pages of ``extent``, and of the shard where this rank's chunks belong."""
+    shown = {k: segment for k, segment in enumerate(layout.shown_shard.segments) if segment.nbytes}
+    shard = extent.arena.place(f"{unit.name}.shown_shard")
+    parts, end, taken = [], 0, 0
+    for k, own in shown.items():
+        start = layout.gather_slot.segments[k].offset_nbytes + unit.params[k].rank * own.nbytes
+        parts += [extent.part(Segment(taken, start - end)), shard.part(own)]
+        taken, end = taken + start - end, start + own.nbytes
+    parts.append(extent.part(Segment(taken, layout.gather_slot.nbytes - end)))
+    window = extent.arena.show(f"{unit.name}.window", parts)
+    return GatherSlot(unit, [window.part(segment) for segment in layout.gather_slot.segments], extent, shown)
 
 
 def _slot_on_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> GatherSlot:

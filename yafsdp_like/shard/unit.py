@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -27,7 +27,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from yafsdp_like.comm.hierarchical import staged
 from yafsdp_like.comm.transport import Averaged, Gather, Reduce, Reduction, Transport
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import FlatLayout, RowShards
@@ -112,6 +111,11 @@ class ShardedParam:
     def local_shape(self) -> tuple[int, ...]:
         return self.shards.local_shape(self.rank)
 
+    @property
+    def chunk_nbytes(self) -> int:
+        """Bytes of this rank's chunk of what is gathered."""
+        return self.shards.chunk_numel * self.compute_dtype.itemsize
+
     def adopt_registered(self) -> None:
         """Takes over a parameter that the user put in this one's place (``load_state_dict(assign=True)``, say).
 
@@ -173,37 +177,50 @@ class ShardedParam:
 
 @dataclass(frozen=True)
 class UnitLayout:
-    """The five flat layouts of a unit; a parameter that a layout does not hold has an empty segment in it."""
+    """The flat layouts of a unit; a parameter that a layout does not hold has an empty segment in it."""
 
     main_shard: FlatLayout
     compute_shard: FlatLayout  # only parameters that peers do not gather from the main shard itself
+    shown_shard: FlatLayout  # the rest of the compute shard: whole pages that the gather slot shows
     grad_shard: FlatLayout  # only trainable parameters, as in the gradient slot
     gather_slot: FlatLayout
     gradient_slot: FlatLayout
 
     @classmethod
-    def of(cls, params: Sequence[ShardedParam], maps_memory: bool) -> UnitLayout:
-        """Where peers read the compute shard in place (``maps_memory``), every parameter has one."""
+    def of(cls, params: Sequence[ShardedParam], maps_memory: bool, page_nbytes: int) -> UnitLayout:
+        """Where peers read the compute shard in place (``maps_memory``), every parameter has one; slots are windows
+        where ``page_nbytes`` is not 0.
+        """
+        shown = {
+            k for k, p in enumerate(params) if page_nbytes and p.chunk_nbytes and p.chunk_nbytes % page_nbytes == 0
+        }
 
         def chunks(dtypes: Sequence[torch.dtype | None]) -> FlatLayout:
             return FlatLayout.pack(
                 [p.shards.chunk_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
             )
 
-        def full(dtypes: Sequence[torch.dtype | None]) -> FlatLayout:
-            return FlatLayout.pack(
-                [p.shards.padded_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
-            )
+        def full(dtypes: Sequence[torch.dtype | None], in_pages: Collection[int] = ()) -> FlatLayout:
+            sizes = [p.shards.padded_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
+            return FlatLayout.pack(sizes, in_pages, page_nbytes)
+
+        has_shard = [maps_memory or p.compute_dtype != p.main_dtype for p in params]
 
         return cls(
             main_shard=chunks([p.main_dtype for p in params]),
             compute_shard=chunks(
-                [p.compute_dtype if maps_memory or p.compute_dtype != p.main_dtype else None for p in params]
+                [p.compute_dtype if has_shard[k] and k not in shown else None for k, p in enumerate(params)]
             ),
+            shown_shard=chunks([p.compute_dtype if k in shown else None for k, p in enumerate(params)]),
             grad_shard=chunks([p.main_dtype if p.trainable else None for p in params]),
-            gather_slot=full([p.compute_dtype if p.shards.world_size > 1 else None for p in params]),
+            gather_slot=full([p.compute_dtype if p.shards.world_size > 1 else None for p in params], shown),
             gradient_slot=full([p.gradient_dtype if p.trainable else None for p in params]),
         )
+
+    @property
+    def gathered_nbytes(self) -> int:
+        """What a gather slot takes beside the shard that it shows."""
+        return self.gather_slot.nbytes - self.shown_shard.nbytes
 
 
 class GatherSlot:
@@ -211,12 +228,14 @@ class GatherSlot:
 
     ``params[k]`` is the ``nn.Parameter`` that modules compute on; ``outputs[k]``, ``(padded_numel,)``, is the same
     bytes for the collective to write. They are different tensors: see [Note: version counters]. ``places`` has one
-    place per parameter; ``extent`` covers them all, or is None when the slot is the shard (one rank).
+    place per parameter; ``extent`` is what is gathered, or None when the slot is the shard (one rank). Of the
+    parameters in ``shown`` the places show this rank's shard itself: see [Note: windows].
     """
 
-    def __init__(self, unit: Unit, places: Sequence[Place], extent: Place | None) -> None:
+    def __init__(self, unit: Unit, places: Sequence[Place], extent: Place | None, shown: Collection[int] = ()) -> None:
         self.unit = unit
         self.extent = extent
+        self.shown = frozenset(shown)
         self.neighbours: list[GatherSlot] = []  # slots that share bytes with this one
         self.state = SlotState.EMPTY
         self.ready: Event = None  # the gather has arrived
@@ -233,9 +252,7 @@ class GatherSlot:
     def gather(self) -> Gather:
         """Brings every rank's compute shard here. First asked for once transports are connected."""
         inputs = [p.compute for p in self.unit.params]
-        if (transport := staged(self.unit.transport)) is not None:
-            return transport.gather(self.outputs, inputs, self.unit.column)
-        return self.unit.transport.gather(self.outputs, inputs)
+        return self.unit.transport.gather(self.outputs, inputs, self.shown, self.unit.column)
 
 
 def _full_param(p: ShardedParam, place: Place) -> nn.Parameter:
@@ -407,13 +424,19 @@ class Unit:
     def meta_params(self) -> list[str]:
         return [p.name for p in self.params if p.local.is_meta]
 
-    def plan_layout(self) -> UnitLayout:
-        """The layout for the dtypes and ``requires_grad`` of now, without touching memory."""
-        maps_memory = self.transport.maps_memory
+    def plan_layout(self, page_nbytes: int = 0) -> UnitLayout:
+        """The layout for the dtypes and ``requires_grad`` of now, without touching memory; with gather slots that are
+        windows of such pages, or are none.
+        """
+        self.plan_dtypes()
+        spares_own_chunks = self.transport.spares_own_chunks and self.transport.world_size > 1
+        return UnitLayout.of(self.params, self.transport.maps_memory, page_nbytes if spares_own_chunks else 0)
+
+    def plan_dtypes(self) -> None:
+        """What each parameter is computed and its gradient reduced in, by the policy of now."""
         for p in self.params:
             # A kernel that sums in fp32 reads gradients as they were computed; sums over backwards need reduce_dtype.
-            p.set_dtypes(self.policy.mp, as_computed=maps_memory and not self.unsynced_gradients)
-        return UnitLayout.of(self.params, maps_memory)
+            p.set_dtypes(self.policy.mp, as_computed=self.transport.maps_memory and not self.unsynced_gradients)
 
     def materialize(self) -> None:
         """Puts the main shard into the arena, or back into it after the user moved, cast or replaced parameters.

@@ -1,0 +1,80 @@
+"""Pages of memory that the processes of one host show each other: their file descriptors, sent over sockets.
+
+Owns nothing that lives longer than the exchange. It blocks the CPU, once per block of memory.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from yafsdp_like.comm.agreement import share
+from yafsdp_like.memory.windows import Pages
+
+_AT_ONCE = 64  # descriptors of a message; a process may have few open
+_TIMEOUT_SECONDS = 120.0  # a rank that failed sends nothing more
+
+
+def pages_of_all_ranks(mine: Pages, group: dist.ProcessGroup) -> list[Pages]:
+    """The same pages of every rank, by rank; this rank's are ``mine``. Asked by all ranks together, with pages of the
+    same sizes. Raises ``OSError`` on a rank that another does not answer.
+    """
+    found = [mine if rank == group.rank() else mine.of_peer() for rank in range(group.size())]
+    with _connections(group) as connections:
+        for step in range(1, group.size()):
+            to = connections[(group.rank() + step) % group.size()]
+            source = (group.rank() - step) % group.size()
+            _exchange(mine, to, found[source], connections[source])
+    return found
+
+
+def _exchange(mine: Pages, to: socket.socket, theirs: Pages, source: socket.socket) -> None:
+    """A message each way at a time, so that few descriptors are open or under way."""
+    for start in range(0, mine.num_descriptors, _AT_ONCE):
+        sent = mine.descriptors(start, min(start + _AT_ONCE, mine.num_descriptors))
+        with _closing(sent):
+            socket.send_fds(to, [b"."], sent)
+        _, received, _, _ = socket.recv_fds(source, 1, _AT_ONCE)
+        with _closing(received):
+            if len(received) != len(sent):
+                raise OSError(f"expected {len(sent)} file descriptors from another rank, received {len(received)}")
+            theirs.adopt(received)
+
+
+@contextmanager
+def _closing(descriptors: Sequence[int]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+@contextmanager
+def _connections(group: dist.ProcessGroup) -> Iterator[dict[int, socket.socket]]:
+    """A socket to each other rank, on which both send: the lower of two ranks listens, the higher calls."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="yafsdp_")))
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(folder / "pages"))
+        listener.listen(group.size())
+        listener.settimeout(_TIMEOUT_SECONDS)
+        addresses: list[str] = share(str(folder / "pages"), group)
+        found: dict[int, socket.socket] = {}
+        for rank in range(group.rank()):
+            found[rank] = stack.enter_context(socket.socket(socket.AF_UNIX))
+            found[rank].settimeout(_TIMEOUT_SECONDS)
+            found[rank].connect(addresses[rank])
+            found[rank].sendall(group.rank().to_bytes(4))
+        for _ in range(group.rank() + 1, group.size()):
+            caller, _ = listener.accept()
+            stack.enter_context(caller)
+            caller.settimeout(_TIMEOUT_SECONDS)
+            found[int.from_bytes(caller.recv(4, socket.MSG_WAITALL))] = caller
+        yield found
