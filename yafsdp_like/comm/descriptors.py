@@ -15,7 +15,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from yafsdp_like.comm.agreement import share
-from yafsdp_like.memory.windows import Pages
+from yafsdp_like.memory.layout import Segment
+from yafsdp_like.memory.windows import Pages, Window, window
 
 _AT_ONCE = 64  # descriptors of a message; a process may have few open
 _TIMEOUT_SECONDS = 120.0  # a rank that failed sends nothing more
@@ -32,6 +33,11 @@ def pages_of_all_ranks(mine: Pages, group: dist.ProcessGroup) -> list[Pages]:
             source = (group.rank() - step) % group.size()
             _exchange(mine, to, found[source], connections[source])
     return found
+
+
+def windows_of_all_ranks(mine: Pages, group: dist.ProcessGroup) -> list[Window]:
+    """All pages of every rank, by rank, as this process sees them."""
+    return [window([(pages, Segment(0, pages.nbytes))]) for pages in pages_of_all_ranks(mine, group)]
 
 
 def _exchange(mine: Pages, to: socket.socket, theirs: Pages, source: socket.socket) -> None:

@@ -32,7 +32,7 @@ from yafsdp_like.comm.process_group import ProcessGroupTransport
 from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
 from yafsdp_like.memory.arena import Block
 from yafsdp_like.memory.layout import aligned
-from yafsdp_like.memory.streams import GATHER
+from yafsdp_like.memory.streams import GATHER, Event
 
 
 class HierarchicalTransport:
@@ -116,6 +116,9 @@ class HierarchicalTransport:
     def _by_host(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Each tensor's parts, of one host after the other."""
         return [part for tensor in tensors for part in tensor.view(self.num_hosts, tensor.numel() // self.num_hosts)]
+
+    def expect(self, event: Event) -> None:
+        self._inside.expect(event)
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
         agree(self._group, lines, error)

@@ -8,45 +8,33 @@ order of rank and writes the gradient shard. Nothing else crosses the link, and 
 Shards change only at an update, so gathers need no rendezvous: ranks meet twice before the first gather of a forward
 (nobody reads the old shards any more; all have written the new ones), and around an update that writes them. Gradients
 change all the time: ranks meet before a reduction pulls (all have written theirs) and after that (all have pulled, so
-that the slot may be written again). All meetings are small kernels that wait in the order of their stream; the CPU does
-not.
+that the slot may be written again). Streams meet by themselves (``signals.py``); the CPU does not wait.
 
 On CPUs the same transport runs over files in memory, and meets at a barrier of the group.
 """
 
 from __future__ import annotations
 
-import datetime
 import platform
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import _symmetric_memory
 
 from yafsdp_like.comm.agreement import agree, share
-from yafsdp_like.comm.descriptors import pages_of_all_ranks
+from yafsdp_like.comm.descriptors import windows_of_all_ranks
+from yafsdp_like.comm.signals import Barrier, Flags
 from yafsdp_like.comm.transport import Gather, Reduce, Reduction
 from yafsdp_like.kernels.reduce import ReduceTable
-from yafsdp_like.memory.arena import Block, signal_pad
-from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
-from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Recording
-from yafsdp_like.memory.windows import Window, window
+from yafsdp_like.memory.arena import Block
+from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, aligned
+from yafsdp_like.memory.streams import REDUCE, Event, Recording
+from yafsdp_like.memory.windows import Window
 from yafsdp_like.memory.windows import obstacle as pages_obstacle
-
-_CHANNELS = {GATHER: 0, REDUCE: 1, COMPUTE: 2}  # of signals: streams that meet at the same time must not share one
-
-
-@dataclass(frozen=True, eq=False)
-class _Map:
-    """The same block of every rank, as this process sees it, for as long as this object lives."""
-
-    windows: list[Window]  # by rank
 
 
 class PeerTransport:
@@ -59,14 +47,12 @@ class PeerTransport:
         self.rank, self.world_size = group.rank(), group.size()
         self.description = f"peer: {reason}"
         self._group, self._device = group, device
-        self._maps: weakref.WeakKeyDictionary[Block, _Map] = weakref.WeakKeyDictionary()
-        self._timeout_ms = _timeout_ms(group, device)
-        self._signals = _signals(group, device)
+        self._windows: weakref.WeakKeyDictionary[Block, list[Window]] = weakref.WeakKeyDictionary()  # by rank
+        self._meetings = Flags(group, device) if device.type == "cuda" else Barrier(group)
 
     def connect(self, blocks: Sequence[Block]) -> None:
         for block in blocks:
-            windows = [window([(p, Segment(0, p.nbytes))]) for p in pages_of_all_ranks(block.pages, self._group)]
-            self._maps[block] = _Map(windows)
+            self._windows[block] = windows_of_all_ranks(block.pages, self._group)
 
     def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
         return 0
@@ -148,20 +134,20 @@ class PeerTransport:
         return [_Round.of(pieces, self.rank, scratch) for pieces in rounds if pieces]
 
     def meet(self, stream: str) -> None:
-        if self._signals is None:
-            self._group.barrier().wait()
-        else:
-            self._signals.barrier(channel=_CHANNELS[stream], timeout_ms=self._timeout_ms)
+        self._meetings.meet(stream)
+
+    def expect(self, event: Event) -> None:
+        self._meetings.expect(event)
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
         agree(self._group, lines, error)
 
     def _of_all_ranks(self, mine: torch.Tensor) -> list[torch.Tensor]:
         """The same place as that of ``mine``, in every rank's memory."""
-        for block, found in self._maps.items():
+        for block, windows in self._windows.items():
             if (where := block.find(mine)) is not None:
                 offset, nbytes = where
-                theirs = [w.bytes[offset : offset + nbytes] for w in found.windows]
+                theirs = [w.bytes[offset : offset + nbytes] for w in windows]
                 parts = [part.view(mine.dtype).view(mine.shape) for part in theirs]
                 return [mine if rank == self.rank else part for rank, part in enumerate(parts)]
         raise AssertionError(f"a tensor of shape {tuple(mine.shape)} lies outside the memory that peers map")
@@ -207,19 +193,6 @@ class _Round:
 def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for destination, source in pairs:
         destination.copy_(source, non_blocking=True)
-
-
-def _signals(group: dist.ProcessGroup, device: torch.device) -> Any:
-    """What ranks meet by in stream order: symmetric memory's signals; None on the CPU."""
-    return None if device.type == "cpu" else _symmetric_memory.rendezvous(signal_pad(device), group)
-
-
-def _timeout_ms(group: dist.ProcessGroup, device: torch.device) -> int:
-    """How long ranks wait for each other on the GPU before that is an error: as long as for a collective."""
-    if device.type != "cuda":
-        return 0
-    timeout: datetime.timedelta = group._get_backend(device).options._timeout
-    return int(timeout.total_seconds() * 1000)
 
 
 def obstacle(group: dist.ProcessGroup, device: torch.device) -> str | None:

@@ -12,6 +12,7 @@ from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 from yafsdp_like.comm.agreement import agree
 from yafsdp_like.comm.transport import Gather, Reduce, Reduction
 from yafsdp_like.memory.arena import Block
+from yafsdp_like.memory.streams import Event
 
 # Torch 2.12 renamed the coalesced collectives and kept the old names with a warning.
 _NEW_NAMES = hasattr(dist.ProcessGroup, "all_gather_single_coalesced")
@@ -105,6 +106,9 @@ class ProcessGroupTransport:
                 _finish(getattr(self._reduce_group, _REDUCE)(out, inp, options))
         if reduction.post_divisor != 1.0:
             torch._foreach_div_(list(outputs), reduction.post_divisor)
+
+    def expect(self, event: Event) -> None:
+        pass  # the group does
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
         agree(self._gather_group, lines, error)

@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import AllreduceCoalescedOptions
 from yafsdp_like.comm.agreement import agree
 from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
 from yafsdp_like.memory.arena import Block
+from yafsdp_like.memory.streams import Event
 
 
 class ReplicatedTransport:
@@ -103,6 +104,9 @@ class ReplicatedTransport:
             work = self._replicas.allreduce_coalesced([t for t in tensors if t.numel() and t.dtype == dtype], options)
             if work is not None:
                 work.wait()  # blocks the CPU on gloo, and only orders the current stream on NCCL
+
+    def expect(self, event: Event) -> None:
+        self.shards.expect(event)
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
         """Of all replicas: one that was built of another model would meet the others in its first all-reduce."""

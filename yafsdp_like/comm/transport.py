@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 import torch
 
 from yafsdp_like.memory.arena import Block
+from yafsdp_like.memory.streams import Event
 
 Averaged = Literal["new", "all", "nothing"]
 
@@ -89,6 +90,10 @@ class Transport(Protocol):
     def meet(self, stream: str) -> None:
         """Work that ranks issue to ``stream``, the current one, from here on starts after all that any rank issued to
         it before. Only where memory is mapped: collectives meet by themselves."""
+
+    def expect(self, event: Event) -> None:
+        """All that this rank issued ahead of ``event`` has to be done before the timeout of the ranks' group; where
+        nobody else sees to it, the process then ends with a message."""
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
         """Raises the same error on every rank unless all ranks pass the same ``lines`` and no ``error``.

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.distributed import _symmetric_memory
 
 from yafsdp_like.memory import windows
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import Region
-
-_SIGNALS_NBYTES = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +32,6 @@ class Block:
         offset = part.data_ptr() - self.bytes.data_ptr()
         nbytes = part.numel() * part.itemsize
         return (offset, nbytes) if offset >= 0 and offset + nbytes <= self.bytes.numel() else None
-
-
-def signal_pad(device: torch.device) -> torch.Tensor:
-    """Symmetric memory of a GPU, of which only the signals that come with it are used."""
-    return _symmetric_memory.empty(_SIGNALS_NBYTES, dtype=torch.uint8, device=device)
 
 
 @dataclass(frozen=True)

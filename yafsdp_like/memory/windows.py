@@ -26,9 +26,9 @@ import torch
 from yafsdp_like.memory.layout import Segment, aligned
 
 try:
-    from cuda.bindings import driver as cuda
+    from cuda.bindings import driver as driver
 except ImportError:  # a build of torch without CUDA
-    cuda = None
+    driver = None
 
 PAGE_NBYTES = 2 << 20  # the least that a GPU maps; the same on hosts, so that a plan is the same
 _MAP_SHARED, _MAP_FIXED, _MAP_NOTHING = mmap.MAP_SHARED, 0x10, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -84,7 +84,9 @@ def obstacle(device: torch.device) -> str | None:
     """Why memory of ``device`` cannot be shared in pages; None if it can."""
     if device.type != "cuda":
         return None if sys.platform == "linux" else f"memory is shared on Linux only, this is {sys.platform}"
-    return None if cuda is not None else "the package cuda-bindings, which comes with CUDA builds of torch, is missing"
+    return (
+        None if driver is not None else "the package cuda-bindings, which comes with CUDA builds of torch, is missing"
+    )
 
 
 # --- in host memory ---
@@ -195,20 +197,20 @@ class DevicePages:
 
     def descriptors(self, start: int, stop: int) -> list[int]:
         return [
-            int(_checked(cuda.cuMemExportToShareableHandle(h, _descriptor(), 0))) for h in self._handles[start:stop]
+            int(checked(driver.cuMemExportToShareableHandle(h, _descriptor(), 0))) for h in self._handles[start:stop]
         ]
 
     def of_peer(self) -> DevicePages:
         return DevicePages(self.nbytes, self.page_nbytes, self._device, is_foreign=True)
 
     def adopt(self, descriptors: Sequence[int]) -> None:
-        self._handles += (_checked(cuda.cuMemImportFromShareableHandle(file, _descriptor())) for file in descriptors)
+        self._handles += (checked(driver.cuMemImportFromShareableHandle(file, _descriptor())) for file in descriptors)
 
     def show(self, address: int, segment: Segment) -> None:
         first = segment.offset_nbytes // self.page_nbytes
         for number in range(segment.nbytes // self.page_nbytes):
-            _checked(
-                cuda.cuMemMap(
+            checked(
+                driver.cuMemMap(
                     address + number * self.page_nbytes, self.page_nbytes, 0, self._handles[first + number], 0
                 )
             )
@@ -230,12 +232,12 @@ class _Addresses:
 
     def __init__(self, parts: Sequence[Part], device: torch.device) -> None:
         self.nbytes = _nbytes(parts)
-        self.start = int(_checked(cuda.cuMemAddressReserve(self.nbytes, 0, 0, 0)))
+        self.start = int(checked(driver.cuMemAddressReserve(self.nbytes, 0, 0, 0)))
         _show(parts, self.start)
-        access = cuda.CUmemAccessDesc()
+        access = driver.CUmemAccessDesc()
         access.location = _location(device)
-        access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        _checked(cuda.cuMemSetAccess(self.start, self.nbytes, [access], 1))
+        access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        checked(driver.cuMemSetAccess(self.start, self.nbytes, [access], 1))
         # What is shown holds the memory, not the objects that it was shown from.
         weakref.finalize(self, _unmap, self.start, self.nbytes, device).atexit = False
 
@@ -246,47 +248,47 @@ class _Addresses:
 
 def _unmap(start: int, nbytes: int, device: torch.device) -> None:
     torch.cuda.synchronize(device)  # whatever still reads or writes there
-    _checked(cuda.cuMemUnmap(start, nbytes))
-    _checked(cuda.cuMemAddressFree(start, nbytes))
+    checked(driver.cuMemUnmap(start, nbytes))
+    checked(driver.cuMemAddressFree(start, nbytes))
 
 
 def _release(handles: list[Any]) -> None:
     while handles:
-        _checked(cuda.cuMemRelease(handles.pop()))
+        checked(driver.cuMemRelease(handles.pop()))
 
 
 def _create(nbytes: int, device: torch.device) -> Any:
-    wanted = cuda.CUmemAllocationProp()
-    wanted.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    wanted = driver.CUmemAllocationProp()
+    wanted.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
     wanted.requestedHandleTypes = _descriptor()
     wanted.location = _location(device)
-    error, handle = cuda.cuMemCreate(nbytes, wanted, 0)
-    if error == cuda.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+    error, handle = driver.cuMemCreate(nbytes, wanted, 0)
+    if error == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
         torch.cuda.empty_cache()  # what the allocator keeps of past tensors may be enough
-        error, handle = cuda.cuMemCreate(nbytes, wanted, 0)
-    if error == cuda.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        error, handle = driver.cuMemCreate(nbytes, wanted, 0)
+    if error == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
         free, total = torch.cuda.mem_get_info(device)
         raise torch.OutOfMemoryError(
             f"no page of {nbytes:,} bytes is left on {device}: {free:,} of {total:,} bytes are free; "
             "see memory_plan() for what the model takes"
         )
-    return _checked((error, handle))
+    return checked((error, handle))
 
 
 def _location(device: torch.device) -> Any:
-    location = cuda.CUmemLocation()
-    location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    location = driver.CUmemLocation()
+    location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
     location.id = device.index
     return location
 
 
 def _descriptor() -> Any:
-    return cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+    return driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 
 
-def _checked(answer: tuple[Any, ...]) -> Any:
+def checked(answer: tuple[Any, ...]) -> Any:
     """What a function of the driver gave, beside its error."""
     error, *found = answer
-    if error != cuda.CUresult.CUDA_SUCCESS:
+    if error != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"the CUDA driver refuses to share memory: {error.name}")
     return found[0] if found else None

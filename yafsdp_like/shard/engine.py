@@ -211,6 +211,7 @@ class Engine:
             cast = [unit.refresh_compute_shard() for unit in self.units if unit.transport.maps_memory]
             for transport in mapping:
                 transport.meet(GATHER)
+        self._expect(self.streams.record(GATHER))
         if any(cast):  # the next update of the main shards comes after
             self.streams.wait(COMPUTE, self.streams.record(GATHER))
 
@@ -425,7 +426,13 @@ class Engine:
         """A backward ends: what follows on compute (clipping, the optimizer) sees every gradient."""
         if self.last_reduce is not None:
             self.streams.wait(COMPUTE, self.last_reduce)
+            self._expect(self.last_reduce)
             self.last_reduce = None
+
+    def _expect(self, event: Event) -> None:
+        """Ranks that wait for each other ahead of ``event`` must not do so for ever."""
+        for transport in self.transports:
+            transport.expect(event)
 
     def discard_gradients(self) -> None:
         """Drops gradients that are complete in part only, after a backward that failed."""
@@ -483,6 +490,7 @@ class Engine:
             p.sharded.grad = None
 
     def after_replay(self, reduced: Sequence[ShardedParam]) -> None:
+        self._expect(self.streams.record(COMPUTE))
         for unit in self.units:
             unit.gather_slot.state = EMPTY
             unit.cast, unit.written_by_update = unit.generation(), False

@@ -1,0 +1,152 @@
+"""Meetings of ranks in stream order: nobody's work behind one starts before everybody's ahead of it has ended.
+
+On GPUs a meeting is a list of flags that the stream itself writes and waits for, without a kernel: one thread that
+waits on a multiprocessor keeps a matrix product that wants all of them waiting too (measured: up to a quarter longer).
+On CPUs it is a barrier of the group, which blocks.
+
+[Note: two flags]
+Each rank has two flags for every other rank. In a meeting it sets the first of its own at each peer, waits until each
+peer has set the first one here, and clears that; then the same with the second. A flag that was waited for is cleared
+by who waited, so all are 0 between meetings, and a meeting can be recorded and repeated. One flag would not do: a quick
+peer could set it for the next meeting before it is cleared after this one. With two, a peer that comes to set a flag
+again has passed the other one, which this rank set only after it had cleared the first.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from yafsdp_like.comm.descriptors import windows_of_all_ranks
+from yafsdp_like.memory.arena import Block
+from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event
+from yafsdp_like.memory.windows import Window, checked, driver
+
+_CHANNELS = (GATHER, REDUCE, COMPUTE)  # streams that meet at the same time must not share flags
+_FLAG_NBYTES = 4
+
+
+class Barrier:
+    """Meetings of CPU ranks."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def meet(self, stream: str) -> None:
+        self._group.barrier().wait()
+
+    def expect(self, event: Event) -> None:
+        """A barrier has a timeout of its own."""
+
+
+class Flags:
+    """Meetings of GPU ranks that show each other's memory."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._device = device
+        self._block = Block.allocate(len(_CHANNELS) * 2 * group.size() * _FLAG_NBYTES, device)
+        torch.cuda.synchronize(device)  # flags are 0 before a peer can set one
+        self._windows = windows_of_all_ranks(self._block.pages, group)
+        self._meetings = {
+            channel: _meeting(self._windows, number, group.rank()) for number, channel in enumerate(_CHANNELS)
+        }
+        self._watchdog = Watchdog(group.rank(), group._get_backend(device).options._timeout)
+
+    def meet(self, stream: str) -> None:
+        operations = self._meetings[stream]
+        current = torch.cuda.current_stream(self._device).cuda_stream
+        checked(driver.cuStreamBatchMemOp(current, len(operations), operations, 0))
+
+    def expect(self, event: Event) -> None:
+        """All work ahead of ``event``, meetings among it, ends within the group's timeout."""
+        if not torch.cuda.is_current_stream_capturing():  # what is recorded is expected when it is replayed
+            self._watchdog.expect(event)
+
+
+def _meeting(windows: Sequence[Window], channel: int, rank: int) -> list[Any]:
+    """What a stream of ``rank`` does to meet; see [Note: two flags]."""
+    others = [peer for peer in range(len(windows)) if peer != rank]
+    operations = []
+    for phase in range(2):
+        first = (2 * channel + phase) * len(windows)
+        operations += [_write(_flag(windows[peer], first + rank), 1) for peer in others]
+        for peer in others:
+            flag = _flag(windows[rank], first + peer)
+            operations += [_wait_for_1(flag), _write(flag, 0)]
+    return operations
+
+
+def _flag(window: Window, number: int) -> int:
+    return window.bytes.data_ptr() + number * _FLAG_NBYTES
+
+
+def _write(address: int, value: int) -> Any:
+    """Ahead of it, all that the stream did is visible to everybody."""
+    operation = driver.CUstreamBatchMemOpParams()
+    write = driver.CUstreamMemOpWriteValueParams_st()
+    write.operation = driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32
+    write.address = driver.CUdeviceptr(address)
+    write.value = driver.cuuint32_t(value)
+    operation.writeValue = write
+    return operation
+
+
+def _wait_for_1(address: int) -> Any:
+    operation = driver.CUstreamBatchMemOpParams()
+    wait = driver.CUstreamMemOpWaitValueParams_st()
+    wait.operation = driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32
+    wait.address = driver.CUdeviceptr(address)
+    wait.value = driver.cuuint32_t(1)
+    wait.flags = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ)
+    operation.waitValue = wait
+    return operation
+
+
+class Watchdog:
+    """Ends this process when work on its GPU has waited for other ranks too long, as NCCL's does: the stream that waits
+    cannot be given an error, and a process that hangs says nothing.
+    """
+
+    def __init__(self, rank: int, timeout: datetime.timedelta) -> None:
+        self._rank, self._timeout_s = rank, timeout.total_seconds()
+        self._expected: tuple[Event, float] | None = None  # the oldest event that is not known to be complete
+        self._changed = threading.Condition()
+        threading.Thread(target=self._watch, name="yafsdp_watchdog", daemon=True).start()
+
+    def expect(self, event: Event) -> None:
+        """An event that has to be complete before the timeout; ignored while an earlier one is not."""
+        with self._changed:
+            if self._expected is None or self._expected[0].query():
+                self._expected = event, time.monotonic() + self._timeout_s
+                self._changed.notify()
+
+    def _watch(self) -> None:
+        while True:
+            with self._changed:
+                while self._expected is None:
+                    self._changed.wait()
+                event, deadline = self._expected
+                if event.query():
+                    self._expected = None
+                    continue
+            if time.monotonic() > deadline:
+                self._end()
+            time.sleep(min(1.0, self._timeout_s / 10))
+
+    def _end(self) -> None:
+        print(
+            f"rank {self._rank}: the GPU has waited for other ranks for {self._timeout_s:.0f} s, the timeout of their "
+            "process group. A rank has stopped, or ranks do different things (other modules, other numbers of "
+            "backwards): see what the others say, and init_process_group(timeout=...)",
+            file=sys.stderr,
+            flush=True,
+        )
+        os.abort()
