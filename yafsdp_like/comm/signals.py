@@ -91,22 +91,18 @@ def _flag(window: Window, number: int) -> int:
 def _write(address: int, value: int) -> Any:
     """Ahead of it, all that the stream did is visible to everybody."""
     operation = driver.CUstreamBatchMemOpParams()
-    write = driver.CUstreamMemOpWriteValueParams_st()
-    write.operation = driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32
-    write.address = driver.CUdeviceptr(address)
-    write.value = driver.cuuint32_t(value)
-    operation.writeValue = write
+    operation.writeValue.operation = driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32
+    operation.writeValue.address = driver.CUdeviceptr(address)
+    operation.writeValue.value = driver.cuuint32_t(value)
     return operation
 
 
 def _wait_for_1(address: int) -> Any:
     operation = driver.CUstreamBatchMemOpParams()
-    wait = driver.CUstreamMemOpWaitValueParams_st()
-    wait.operation = driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32
-    wait.address = driver.CUdeviceptr(address)
-    wait.value = driver.cuuint32_t(1)
-    wait.flags = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ)
-    operation.waitValue = wait
+    operation.waitValue.operation = driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32
+    operation.waitValue.address = driver.CUdeviceptr(address)
+    operation.waitValue.value = driver.cuuint32_t(1)
+    operation.waitValue.flags = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ)
     return operation
 
 
