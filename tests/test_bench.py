@@ -110,10 +110,11 @@ def test_losses_on_text_are_within_what_the_order_of_sums_is_worth() -> None:
     effort = ["--seq-len", "32", "--batch-size", "2", "--lr", "1e-3", "--losses", "5"]
     _, report = run_bench(SCRIPT, ["--impl", ",".join(names), *effort])
     losses, apart = report["losses"]["per_step"], report["losses"]["largest_difference"]
-    assert list(losses) == [*names, "fsdp2 reordered"]
+    orders = [f"fsdp2 reordered {seed}" for seed in (1, 2, 3)]
+    assert list(losses) == [*names, *orders]
     assert losses["fsdp2"][-1] < losses["fsdp2"][0] - 0.2  # they trained
-    assert 0 < apart["fsdp2 reordered"] < 1e-2
-    assert all(apart[name] <= apart["fsdp2 reordered"] for name in names)
+    assert 0 < max(apart[order] for order in orders) <= report["losses"]["spread"] < 1e-2
+    assert all(apart[name] <= report["losses"]["spread"] for name in names)
 
 
 def test_rows_are_dealt_anew_at_every_step_and_none_is_lost() -> None:

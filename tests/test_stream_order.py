@@ -14,7 +14,7 @@ import torch
 
 from tests.clocks import Omission, RaceDetector, VectorClocks
 from tests.ranks import run_ranks
-from tests.zoo import FEATURES, SPECIMENS, Chain, Specimen, blocks, layers_of, vectors, world_mesh
+from tests.zoo import FEATURES, SPECIMENS, WIDE, Chain, Specimen, blocks, layers_of, vectors, world_mesh
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.comm.peer import PeerTransport
 from yafsdp_like.comm.process_group import ProcessGroupTransport
@@ -117,7 +117,7 @@ def train(
     """
     streams = VectorClocks(forgets, omits)
     detector = RaceDetector(streams)
-    specimen = EARLY_EXIT if name == "early exit" else SPECIMENS[name]
+    specimen = {"early exit": EARLY_EXIT, "wide": WIDE}.get(name) or SPECIMENS[name]
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "streams_of", lambda device: streams)

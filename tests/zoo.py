@@ -363,6 +363,9 @@ def blocks(num: int) -> list[Block]:
     return [Block() for _ in range(num)]
 
 
+# Chunks of whole pages on two ranks, some on three, beside others that are less than a page.
+WIDE = Specimen(lambda: Chain([Block(128, 96) for _ in range(3)]), vectors(128), layers_of)
+
 SPECIMENS: dict[str, Specimen] = {
     "odd": Specimen(odd_chain, vectors(5), lambda model: list(model.layers[:3])),
     "decoder": Specimen(Decoder, tokens, layers_of),

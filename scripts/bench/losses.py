@@ -1,10 +1,11 @@
 """Losses of every implementation on the same text, and how far they may be apart.
 
 Sums of floating-point numbers depend on their order, so that two correct runtimes need not agree to the bit. How much
-that is worth is measured, not assumed: the reference is trained twice, the second time with the sequences of every
+that is worth is measured, not assumed: the reference is trained again and again, each time with the sequences of every
 global batch dealt to the ranks and their rows in another order. The mean over the batch is the same number, and so
 are the gradients, but the products inside a rank and the sums between ranks add in another order. (Seeds of a
-collective's own order would show nothing here: two ranks have one sum, and a + b is b + a.)
+collective's own order would show nothing here: two ranks have one sum, and a + b is b + a.) The spread is the most by
+which any two of these runs differ at a step.
 """
 
 import itertools
@@ -63,14 +64,29 @@ def train(trainee: Trainee, options: Options, world: World, batches: Batches, se
 def compare(per_step: dict[str, list[float]]) -> Row:
     """What goes into the report."""
     differences = {label: largest_difference(label, per_step) for label in per_step}
-    return {"per_step": per_step, "largest_difference": differences}
+    return {"per_step": per_step, "largest_difference": differences, "spread": spread(per_step)}
+
+
+def reordered(seed: int) -> str:
+    """The label of the reference with its sums in another order."""
+    return f"{REFERENCE} reordered {seed}"
 
 
 def largest_difference(label: str, per_step: dict[str, list[float]]) -> float | None:
     """Over steps, from the reference; None where that ran out of memory."""
     if REFERENCE not in per_step:
         return None
-    return max(abs(a - b) for a, b in zip(per_step[label], per_step[REFERENCE], strict=True))
+    return _difference(per_step[label], per_step[REFERENCE])
+
+
+def spread(per_step: dict[str, list[float]]) -> float | None:
+    """The largest difference between any two orders of the reference's sums; None where fewer than two ran."""
+    orders = [losses for label, losses in per_step.items() if label.startswith(REFERENCE)]
+    return max((_difference(a, b) for a, b in itertools.combinations(orders, 2)), default=None)
+
+
+def _difference(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
 def describe(label: str, per_step: dict[str, list[float]]) -> str:

@@ -20,6 +20,7 @@ from bench.trainee import Trainee
 from launch import world as ranks
 from launch.world import World
 
+NUM_ORDERS = 3  # of the reference's sums, beside its own
 Rounds = dict[tuple[str, int], list[Metrics | None]]  # by implementation and sequence length
 
 
@@ -110,12 +111,12 @@ def forget(world: World) -> None:
 
 
 def run_losses(names: Sequence[str], options: Options, world: World) -> Iterator[Row]:
-    """The losses of each implementation that trains, and of the reference with its sums in another order."""
+    """The losses of each implementation that trains, and of the reference with its sums in other orders."""
     from bench import losses  # reads text, which takes the extra `train`; times do not
 
     text = losses.text_batches(options, world, options.seq_lens[0])
     turns = [(name, name, 0) for name in names if name != "unsharded"]  # which has no optimizer
-    turns.append((f"{REFERENCE} reordered", REFERENCE, 1))
+    turns += [(losses.reordered(seed), REFERENCE, seed) for seed in range(1, 1 + NUM_ORDERS)]
     per_step: dict[str, list[float]] = {}
     for label, name, seed in turns:
         with built(name, options, world) as trainee:
@@ -124,4 +125,5 @@ def run_losses(names: Sequence[str], options: Options, world: World) -> Iterator
         del trainee
         forget(world)
         say(world, losses.describe(label, per_step))
+    say(world, f"orders of {REFERENCE}'s sums differ by up to {losses.spread(per_step)}")
     yield {"rows": [], "losses": losses.compare(per_step)}
