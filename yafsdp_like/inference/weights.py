@@ -30,7 +30,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from yafsdp_like.comm.hierarchical import staged
 from yafsdp_like.comm.transport import Transport
 from yafsdp_like.inference.images import Image
 from yafsdp_like.inference.placement import WEIGHT_SLOTS
@@ -260,7 +259,7 @@ def _check(plan: ServingPlan, transport: Transport | None) -> None:
         return
     if transport is None:
         raise ValueError("a gathered plan needs the transport of its ranks, found none")
-    if staged(transport) is not None:
+    if transport.column_nbytes([1]):
         raise ValueError("weights cannot be gathered from peers of several hosts yet; use transport='process_group'")
     if (transport.world_size, transport.maps_memory) != (plan.site.num_ranks, plan.site.maps_memory):
         raise ValueError(
