@@ -1,67 +1,70 @@
 """The benchmark runs on two processes without a GPU, and what it prints can be read back."""
 
-import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from bench import train, zero3
+from bench.implementations import build_unsharded
 from bench.losses import dealt
-from bench.options import parse_options
+from bench.options import Options, parse_options
 from bench.profile import Work, describe, gaps_of, works_of
+from bench.trainee import Implementation, Trainee
+from launch.world import World
+from tests.ranks import run_ranks
+from tests.zoo import world_mesh
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "bench_train.py"
 TINY = ["--device", "cpu", "--model", "tiny"]
 TIMES = ["--seq-len", "32,16", "--warmup", "2", "--steps", "1"]
 
-# Adds an implementation that runs out of memory on one rank alone, at the longer sequence, and one that is missing.
-HUNGRY = """
-import torch
-from bench import implementations, trainee, train
 
-class Hungry(trainee.Trainee):
-    def forward_backward(self, tokens, targets):
-        if tokens.shape[1] == 32 and torch.distributed.get_rank() == 1:
-            raise torch.OutOfMemoryError("planted")
-        return super().forward_backward(tokens, targets)
-
-def build_hungry(options, world):
-    return Hungry(implementations.build_unsharded(options, world).model, None)
-
-def on_rank_1(world):
-    return "nowhere to be found" if world.rank == 1 else None
-
-train.IMPLEMENTATIONS["hungry"] = trainee.Implementation(build_hungry)
-train.IMPLEMENTATIONS["missing"] = trainee.Implementation(build_hungry, on_rank_1)
-train.main()
-"""
-
-
-def run_bench(script: Path, arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The lines printed before the last, and the JSON object of the last."""
+def run_bench(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The lines that the command prints before the last, and the JSON object of the last."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = [str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, str(script), *TINY, *arguments], env=environment, capture_output=True, text=True, timeout=170
+        [*launch, str(SCRIPT), *TINY, *arguments], env=environment, capture_output=True, text=True, timeout=170
     )
     assert done.returncode == 0, done.stderr[-6000:]
-    *lines, last = done.stdout.splitlines()
+    return lines_and_report(done.stdout)
+
+
+def lines_and_report(text: str) -> tuple[list[str], dict[str, Any]]:
+    *lines, last = text.splitlines()
     return lines, json.loads(last)
+
+
+def bench_here(arguments: list[str]) -> str:
+    """What the command prints on this worker, which is one of its ranks, in a process group already."""
+    world = World(dist.get_rank(), torch.device("cpu"), world_mesh())
+    with (
+        mock.patch("bench.train.ranks.join", lambda device: world),
+        mock.patch("bench.train.ranks.leave"),
+        redirect_stdout(io.StringIO()) as printed,
+    ):
+        train.main([*TINY, *arguments])
+    return printed.getvalue()
 
 
 def test_implementations_are_compared_on_the_same_model_and_data(tmp_path: Path) -> None:
     out = tmp_path / "results" / "tiny.json"
     names = ["unsharded", "ours", "fsdp2"]
     effort = [*TIMES, "--rounds", "2", "--out", str(out), "--profile", str(tmp_path)]
-    lines, report = run_bench(SCRIPT, ["--impl", ",".join(names), *effort])
+    lines, report = run_bench(["--impl", ",".join(names), *effort])
     assert json.loads(out.read_text()) == report
     assert report["hardware"]["ranks"] == 2
     assert report["command"].startswith("torchrun --nproc-per-node 2 scripts/bench_train.py --device cpu")
@@ -85,11 +88,35 @@ def test_implementations_are_compared_on_the_same_model_and_data(tmp_path: Path)
     ]
 
 
-def test_running_out_of_memory_or_missing_on_one_rank_is_so_on_all(tmp_path: Path) -> None:
+class Hungry(Trainee):
+    """Runs out of memory on one rank alone, at the longer sequence."""
+
+    def forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        if tokens.shape[1] == 32 and dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("planted")
+        return super().forward_backward(tokens, targets)
+
+
+def build_hungry(options: Options, world: World) -> Trainee:
+    return Hungry(build_unsharded(options, world).model, None)
+
+
+def obstacle_on_rank_1(world: World) -> str | None:
+    return "nowhere to be found" if world.rank == 1 else None
+
+
+def bench_with_hungry(arguments: list[str]) -> str:
+    planted = {"hungry": Implementation(build_hungry), "missing": Implementation(build_hungry, obstacle_on_rank_1)}
+    with mock.patch.dict(train.IMPLEMENTATIONS, planted):
+        return bench_here(arguments)
+
+
+def test_running_out_of_memory_or_missing_on_one_rank_is_so_on_all() -> None:
     """A rank that went on alone would wait for ever in its next collective."""
-    script = tmp_path / "hungry.py"
-    script.write_text(HUNGRY)
-    lines, report = run_bench(script, ["--impl", "hungry,missing,unsharded", *TIMES, "--rounds", "1"])
+    arguments = ["--impl", "hungry,missing,unsharded", *TIMES, "--rounds", "1"]
+    printed, by_the_other = run_ranks(bench_with_hungry, arguments)
+    assert by_the_other == ""
+    lines, report = lines_and_report(printed)
     status = {(row["impl"], row["seq_len"]): row["status"] for row in report["rows"]}
     assert status == {
         ("hungry", 16): "ok",
@@ -101,14 +128,27 @@ def test_running_out_of_memory_or_missing_on_one_rank_is_so_on_all(tmp_path: Pat
     assert "missing is left out: nowhere to be found" in lines
 
 
+LOSSES = ["--seq-len", "32", "--batch-size", "2", "--lr", "1e-3", "--losses", "5"]
+
+
 def test_losses_on_text_are_within_what_the_order_of_sums_is_worth() -> None:
-    """DeepSpeed too, where it is installed: it clipped gradients by default until this was compared."""
     pytest.importorskip("tokenizers")
     names = ["ours", "ours-nccl", "fsdp2"]
-    if importlib.util.find_spec("deepspeed"):
-        names += ["deepspeed"]
-    effort = ["--seq-len", "32", "--batch-size", "2", "--lr", "1e-3", "--losses", "5"]
-    _, report = run_bench(SCRIPT, ["--impl", ",".join(names), *effort])
+    printed, _ = run_ranks(bench_here, ["--impl", ",".join(names), *LOSSES])
+    assert_losses_are_close(names, lines_and_report(printed)[1])
+
+
+@pytest.mark.slow
+def test_losses_of_deepspeed_are_so_too() -> None:
+    """It clipped gradients by default until this was compared."""
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("deepspeed")
+    names = ["fsdp2", "deepspeed"]
+    _, report = run_bench(["--impl", ",".join(names), *LOSSES])
+    assert_losses_are_close(names, report)
+
+
+def assert_losses_are_close(names: list[str], report: dict[str, Any]) -> None:
     losses, apart = report["losses"]["per_step"], report["losses"]["largest_difference"]
     orders = [f"fsdp2 reordered {seed}" for seed in (1, 2, 3)]
     assert list(losses) == [*names, *orders]

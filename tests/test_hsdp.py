@@ -57,7 +57,7 @@ PRECISIONS = [
     pytest.param(MIXED, id="mixed"),
     pytest.param(BF16, id="bf16", marks=SLOW),
 ]
-QUICK = ("decoder", "tied", "frozen")
+QUICK = ("decoder", "frozen")
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
@@ -94,7 +94,8 @@ def assert_equals_stock(name: str, *recipes: Recipe) -> None:
             assert_same_bits(ours, theirs)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else SLOW) for n in SPECIMENS])
+@pytest.mark.slow(unless=lambda name: name in QUICK)
+@pytest.mark.parametrize("name", SPECIMENS)
 def test_training_equals_stock_bit_for_bit_in_every_precision(name: str) -> None:
     precisions = [{}] if name == "convnet" else [{}, MIXED, BF16]  # its buffers stay fp32
     assert_equals_stock(name, *(Recipe(steps=4, precision=precision) for precision in precisions))
@@ -108,6 +109,7 @@ def test_accumulation_equals_stock(precision: dict[str, torch.dtype], sync_each:
     assert_equals_stock("nested", recipe, dataclasses.replace(recipe, set_to_none=False))
 
 
+@pytest.mark.slow(unless=lambda reshard_after_forward: not reshard_after_forward)
 @pytest.mark.parametrize("reshard_after_forward", [True, False])
 def test_resharding_after_forward_or_not_equals_stock(reshard_after_forward: bool) -> None:
     assert_equals_stock("decoder", Recipe(steps=3, reshard_after_forward=reshard_after_forward))
@@ -149,6 +151,7 @@ def train_by_both(name: str, recipe: Recipe) -> tuple[Run, Run]:
         return over_peers, train(name, "ours", dataclasses.replace(recipe, transport="process_group"))
 
 
+@pytest.mark.slow(unless=lambda name: name in QUICK)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["odd", "decoder", "tied", "nested", "frozen", "reused"])
 def test_peers_inside_replicas_give_the_same_bits(name: str, precision: dict[str, torch.dtype]) -> None:

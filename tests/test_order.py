@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.ranks import on_ranks
 from tests.zoo import FEATURES, Block, ours, world_mesh
+from yafsdp_like.optim import AdamW
 from yafsdp_like.shard.engine import Engine, backward_task
 from yafsdp_like.shard.unit import GatherSlot, SlotState, Unit
 
@@ -377,6 +378,36 @@ def test_after_an_update_the_next_forward_gathers_again_what_rested() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
+    assert_order(events_of(train, model), CHAIN_STEP)
+
+
+def step_of_adamw(model: nn.Module) -> Callable[[], None]:
+    """This package's optimizer with every gradient there, so that its step updates every unit whole."""
+    optimizer = AdamW(model.parameters())
+    model(rows()).sum().backward()
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@on_ranks()
+def test_over_peers_our_update_gathers_the_first_units_of_the_next_forward() -> None:
+    """As many as have bytes of their own: c would take those of a. Prevents: gathering them again in the forward."""
+    model, ahead = chain(transport="peer"), forward("gather root", "gather a", "gather b")
+    for _ in range(2):
+        assert_order(events_of(step_of_adamw(model)), ahead)
+        assert_order(events_of(train, model), [e for e in CHAIN_STEP if e not in ahead])
+    assert_order(events_of(train, model), CHAIN_STEP)
+
+
+@on_ranks()
+def test_over_a_process_group_our_update_gathers_nothing() -> None:
+    """Prevents: a collective in the optimizer's step, where ranks need not be in step with one another."""
+    model = chain(transport="process_group")
+    assert_order(events_of(step_of_adamw(model)), [])
     assert_order(events_of(train, model), CHAIN_STEP)
 
 

@@ -42,7 +42,9 @@ from tests.zoo import (
 Mode = Callable[[], AbstractContextManager[Any]]
 modes = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 spilling = pytest.mark.filterwarnings("ignore::yafsdp_like.SpillWarning")  # two slots at once were not planned
-keeping = pytest.mark.parametrize("reshard_after_forward", [True, False, None])
+keeping = pytest.mark.parametrize(  # None reshards what True does, but for the root
+    "reshard_after_forward", [pytest.param(True, marks=pytest.mark.slow), False, None]
+)
 chain = Specimen(lambda: Chain(blocks(3)), vectors(FEATURES), layers_of)
 
 
@@ -59,6 +61,7 @@ def registered(model: nn.Module) -> dict[str, bool]:
 # --- evaluation ---
 
 
+@pytest.mark.slow(unless=lambda mode, reshard_after_forward: mode is torch.no_grad or reshard_after_forward is None)
 @modes
 @keeping
 @on_ranks()
@@ -73,6 +76,7 @@ def test_evaluation_before_and_between_steps_disturbs_no_gradient(
         twins.train(step)
 
 
+@pytest.mark.slow(unless=lambda mode, reshard_after_forward: mode is torch.no_grad or reshard_after_forward is None)
 @modes
 @keeping
 @on_ranks()
@@ -147,6 +151,7 @@ def test_a_block_used_again_gets_the_gradients_of_all_its_uses(reshard_after_for
     Twins(SPECIMENS["reused"], reshard_after_forward=reshard_after_forward).train(0, 1, 2, 3)
 
 
+@pytest.mark.slow(unless=lambda name, reshard_after_forward: name == "nested" or reshard_after_forward is None)
 @spilling
 @keeping
 @pytest.mark.parametrize("name", ["decoder", "nested", "reused"])
@@ -578,6 +583,11 @@ def fail(twins: Twins, fault: tuple[str, int]) -> None:
         parameter.grad = None  # what the failed backward had reduced before it failed
 
 
+@pytest.mark.slow(
+    unless=lambda fault, asked, reshard_after_forward: (
+        (reshard_after_forward is None and not asked) or fault in (("inside", 3), ("backward", 2))
+    )
+)
 @faults
 @pytest.mark.parametrize("asked", [False, True], ids=["unasked", "reset_iter_state"])
 @keeping
@@ -594,6 +604,7 @@ def test_after_an_exception_the_next_step_is_right(
         twins.train(2 * step, 2 * step + 1)
 
 
+@pytest.mark.slow(unless=lambda fault: fault in (("inside", 3), ("backward", 0), ("backward", 2)))
 @faults
 @on_ranks()
 def test_an_exception_while_accumulating_drops_what_was_not_reduced(fault: tuple[str, int]) -> None:

@@ -146,6 +146,7 @@ def test_the_loss_of_a_paragraph_is_that_of_transformers(base: Path, reference: 
     torch.testing.assert_close(model(paragraph), expected.logits, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow  # as `test_hf.py` on small models
 def test_each_of_two_ranks_reads_its_half_of_the_file(base: Path, reference: nn.Module, paragraph: Tensor) -> None:
     results = run_ranks(logits_and_nbytes, base, paragraph, timeout=150)
     with torch.no_grad():
@@ -159,6 +160,7 @@ def test_each_of_two_ranks_reads_its_half_of_the_file(base: Path, reference: nn.
 # --- fine-tuning ---
 
 
+@pytest.mark.slow
 def test_training_starts_at_the_real_loss_and_lowers_it(tuned: Tuned, reference: nn.Module) -> None:
     first, *_, last = tuned.records
     assert [record["step"] for record in tuned.records] == [1, 2, 3]
@@ -168,6 +170,7 @@ def test_training_starts_at_the_real_loss_and_lowers_it(tuned: Tuned, reference:
     assert last["held_out_loss"] < before - 0.02
 
 
+@pytest.mark.slow
 def test_what_is_written_is_the_tuned_model_in_transformers_and_here(tuned: Tuned, paragraph: Tensor) -> None:
     written = theirs(tuned.directory)
     after = loss_of(written, tuned.held_out_batches, GLOBAL_BATCH_SIZE * NUM_HELD_OUT_BATCHES)
@@ -179,14 +182,24 @@ def test_what_is_written_is_the_tuned_model_in_transformers_and_here(tuned: Tune
 # --- the tokenizer ---
 
 
-@pytest.mark.parametrize(
-    "text", [PARAGRAPH, "Chapter\n\n12. In  1984,\tx² — “naïve”", "two   spaces \r\n and 🙂", "'Twas, don't; I'll"]
-)
-def test_the_tokenizer_is_the_same_here_in_transformers_and_as_written(text: str, base: Path, tuned: Tuned) -> None:
+TEXTS = [PARAGRAPH, "Chapter\n\n12. In  1984,\tx² — “naïve”", "two   spaces \r\n and 🙂", "'Twas, don't; I'll"]
+
+
+def test_the_tokenizer_is_the_same_here_and_in_transformers(base: Path) -> None:
+    tokenizer, reference = Tokenizer.load(base), transformers.AutoTokenizer.from_pretrained(base)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids == reference(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.slow
+def test_the_tokenizer_is_the_same_as_written(base: Path, tuned: Tuned) -> None:
     tokenizer, written = Tokenizer.load(base), transformers.AutoTokenizer.from_pretrained(tuned.directory)
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == written.decode(ids) == text
-    assert ids == written(text)["input_ids"] == transformers.AutoTokenizer.from_pretrained(base)(text)["input_ids"]
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids == written(text)["input_ids"]
+        assert written.decode(ids) == text
     assert written.chat_template and written.eos_token_id == tokenizer.eos_id
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,16 +25,17 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from launch import config, metrics
 from launch.sample import draw
-from launch.train import run
+from launch.train import main, run
 from launch.world import CUBLAS_WORKSPACE, World, deterministic
-from tests.ranks import RankError, run_ranks
+from tests.ranks import run_ranks
 from yafsdp_like.checkpoint import steps
+from yafsdp_like.comm.agreement import AgreedError
 from yafsdp_like.models import Decoder
 from yafsdp_like.models.hf import load_hf_config, load_hf_weights
 from yafsdp_like.optim.schedule import WarmupCosine
 
 ROOT = Path(__file__).parent.parent
-KILLS = int(os.environ.get("KILLS", "2"))  # how often a run is killed in one test
+KILLS = int(os.environ.get("KILLS", "2"))  # how often a run is killed in one slow test
 OPTIONS: dict[str, Any] = {
     "num_steps": 6,
     "seq_len": 16,
@@ -63,16 +66,33 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def file(text: Path, tmp_path: Path) -> Path:
     """A configuration file of the smallest run, whose output goes to `run` beside it."""
-    path = tmp_path / "config.yaml"
+    return written_to(tmp_path, text)
+
+
+@pytest.fixture(scope="module")
+def finished_file(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, of a run that has been made, which tests may copy and must leave as it is."""
+    file = written_to(tmp_path_factory.mktemp("finished"), text)
+    train(file)
+    return file
+
+
+def written_to(directory: Path, text: Path) -> Path:
+    path = directory / "config.yaml"
     data = {**OPTIONS["data"], "paths": [str(text)], "cache": str(text.parent / "cache")}
-    path.write_text(yaml.safe_dump({**OPTIONS, "output_dir": str(tmp_path / "run"), "data": data}))
+    path.write_text(yaml.safe_dump({**OPTIONS, "output_dir": str(directory / "run"), "data": data}))
     return path
+
+
+def world_here() -> World:
+    """This worker and the others, in the process group that they are in already."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return World(dist.get_rank(), torch.device("cpu"), mesh)
 
 
 def run_here(arguments: list[str]) -> None:
     """The whole run on this worker, as one of its ranks."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    run(config.load(arguments), World(dist.get_rank(), torch.device("cpu"), mesh))
+    run(config.load(arguments), world_here())
 
 
 def train(file: Path, *overrides: str, world_size: int = 2, output: str = "run") -> list[metrics.Record]:
@@ -86,14 +106,12 @@ def losses(records: list[metrics.Record]) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records}
 
 
-def stop_at(file: Path, step: int, output: str) -> None:
-    """Make `output` what a run of `file`, killed right after its save of `step`, would leave."""
-    train(file, output=output)
-    for path in steps.complete_checkpoints(file.parent / output):
+def stop_at(finished_file: Path, step: int, output: Path) -> None:
+    """Make `output` what a finished run, had it been killed right after its save of `step`, would have left."""
+    shutil.copytree(finished_file.parent / "run", output)
+    for path in steps.complete_checkpoints(output):
         if steps.step_of(path) > step:
-            for part in sorted(path.rglob("*"), reverse=True):
-                part.rmdir() if part.is_dir() else part.unlink()
-            path.rmdir()
+            shutil.rmtree(path)
 
 
 # --- what a run does ---
@@ -128,8 +146,8 @@ def read_events(directory: Path, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in accumulator.Scalars(tag)}
 
 
-def test_tensorboard_shows_a_step_that_was_trained_again_as_it_was_then(file: Path) -> None:
-    stop_at(file, 4, "run")
+def test_tensorboard_shows_a_step_that_was_trained_again_as_it_was_then(file: Path, finished_file: Path) -> None:
+    stop_at(finished_file, 4, file.parent / "run")
     again = train(file, "--resume=auto", "--log.tensorboard=true")
     assert [record["step"] for record in again] == [1, 2, 3, 4, 5, 6]
     first = metrics.EventFile(file.parent / "events", 1)
@@ -138,24 +156,24 @@ def test_tensorboard_shows_a_step_that_was_trained_again_as_it_was_then(file: Pa
     assert read_events(file.parent / "events", "loss") == {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 2.0, 6: 2.0}
 
 
-def test_resuming_equals_not_stopping_bit_for_bit(file: Path) -> None:
-    whole = train(file)
-    stop_at(file, 4, "stopped")
-    resumed = train(file, "--resume=auto", output="stopped")
+def test_resuming_equals_not_stopping_bit_for_bit(file: Path, finished_file: Path) -> None:
+    whole = metrics.read_records(finished_file.parent / "run")
+    stop_at(finished_file, 4, file.parent / "run")
+    resumed = train(file, "--resume=auto")
+    assert [record["step"] for record in resumed] == [1, 2, 3, 4, 5, 6]
     assert losses(resumed) == losses(whole)
     assert [r["grad_norm"] for r in resumed] == [r["grad_norm"] for r in whole]
     assert resumed[-1]["held_out_loss"] == whole[-1]["held_out_loss"]
 
 
-def test_another_number_of_ranks_sees_the_same_text_and_stays_close(file: Path) -> None:
-    whole = train(file)
-    stop_at(file, 2, "stopped")
+def test_another_number_of_ranks_sees_the_same_text_and_stays_close(file: Path, finished_file: Path) -> None:
+    stop_at(finished_file, 2, file.parent / "run")
     for world_size, last in ((1, 4), (4, 6)):  # 2 -> 1 -> 4 ranks
         overrides = [f"--num_steps={last}", "--resume=auto"]
-        resumed = train(file, *overrides, *_same_rates(), world_size=world_size, output="stopped")
+        resumed = train(file, *overrides, *_same_rates(), world_size=world_size)
     reference = train(file, *_same_rates(), output="reference")
     assert losses(resumed) == pytest.approx(losses(reference), rel=1e-5)
-    assert losses(whole)[1] == losses(reference)[1]
+    assert losses(metrics.read_records(finished_file.parent / "run"))[1] == losses(reference)[1]
 
 
 def _same_rates() -> list[str]:
@@ -163,8 +181,9 @@ def _same_rates() -> list[str]:
     return ["--optimizer.final_lr_ratio=1.0"]
 
 
-def test_a_finished_run_resumed_shows_its_end_again(file: Path) -> None:
-    assert train(file) == train(file, "--resume=auto")
+def test_a_finished_run_resumed_shows_its_end_again(file: Path, finished_file: Path) -> None:
+    stop_at(finished_file, 6, file.parent / "run")
+    assert train(file, "--resume=auto") == metrics.read_records(finished_file.parent / "run")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -225,10 +244,17 @@ class Checked(torch.nn.Module):
 FACTORY = ["--model.preset=null", "--model.overrides={}", "--checkpoint.export=false"]
 
 
+def main_here(arguments: list[str]) -> int:
+    """The command's exit status on this worker, which is in a process group already."""
+    with mock.patch("launch.train.join", lambda device: world_here()), mock.patch("launch.train.leave"):
+        return main(arguments)
+
+
 def test_a_deterministic_run_says_so_and_has_only_such_kernels(file: Path) -> None:
-    checked = [*FACTORY, "--model.factory=tests.test_train:Checked", "--deterministic=true"]
-    result = finished(command(file, *checked, "--num_steps=2"))
-    assert result.returncode == 0, result.stderr
+    checked = [*FACTORY, "--model.factory=tests.test_train:Checked", "--num_steps=2"]
+    assert run_ranks(main_here, [str(file), *checked], world_size=1) == [1]  # the model refuses
+    shutil.rmtree(file.parent / "run")
+    assert run_ranks(main_here, [str(file), *checked, "--deterministic=true"], world_size=1) == [0]
     assert config.load([str(file.parent / "run" / "config.yaml")]).deterministic
 
 
@@ -305,13 +331,18 @@ def test_without_a_file_the_usage_is_shown(tmp_path: Path) -> None:
 # --- what cannot be trained ---
 
 
+def refused_here(arguments: list[str]) -> str:
+    """The words that the whole run fails with on this worker."""
+    with pytest.raises(AgreedError) as caught:
+        run_here(arguments)
+    return str(caught.value)
+
+
 def refusal(file: Path, *overrides: str, output: str = "run") -> str:
     """The words that all ranks fail with."""
-    with pytest.raises(RankError) as caught:
-        train(file, *overrides, output=output)
-    (error,) = set(caught.value.errors.values())
-    assert sorted(caught.value.errors) == [0, 1] and error[0] == "AgreedError"
-    return error[1]
+    arguments = [str(file), f"--output_dir={file.parent / output}", *overrides]
+    (words,) = set(run_ranks(refused_here, arguments))
+    return words
 
 
 @pytest.mark.parametrize(
@@ -405,13 +436,16 @@ def test_one_process_without_torchrun_trains_and_says_what_it_does(file: Path) -
 
 
 @pytest.mark.timeout(120 + 30 * KILLS)
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_kill_9_during_saves_then_resume_loses_only_steps_since_the_last_save(file: Path, asynchronous: bool) -> None:
+@pytest.mark.slow(unless=lambda kills: kills == 1)
+@pytest.mark.parametrize(("asynchronous", "kills"), [(True, 1), (False, KILLS), (True, KILLS)])
+def test_kill_9_during_saves_then_resume_loses_only_steps_since_the_last_save(
+    file: Path, asynchronous: bool, kills: int
+) -> None:
     """With KILLS=10 in the environment: ten times each. In the end the losses are those of a run never killed."""
     steady = ["--checkpoint.every=1", "--log.every=1", "--evaluation.every=0", "--checkpoint.export=true"]
     steady += ["--optimizer.final_lr_ratio=1.0", f"--checkpoint.asynchronous={asynchronous}".lower()]
     last = 0
-    for seed in range(KILLS):
+    for seed in range(kills):
         with started(command(file, *steady, "--num_steps=2000", "--resume=auto")) as process:
             wait_for(lambda last=last: _latest_step(file) >= last + 2, process)
             time.sleep(random.Random(seed).random() * 0.05)
@@ -466,6 +500,7 @@ def test_a_rank_killed_in_the_middle_of_a_step_ends_the_run_within_seconds(file:
     assert "Signal 9 (SIGKILL)" in words and "Traceback (most recent call last)" not in words.split("failed (exit")[0]
 
 
+@pytest.mark.slow
 def test_a_rank_killed_on_another_host_ends_this_one_too(file: Path) -> None:
     """The survivor says that it lost a rank, unless its launcher ends it first."""
     with two_hosts(file, *DYING) as hosts:
@@ -476,6 +511,7 @@ def test_a_rank_killed_on_another_host_ends_this_one_too(file: Path) -> None:
     assert all("lost another rank" in error for error in errors_in(said))
 
 
+@pytest.mark.slow(unless=lambda override: "nowhere" in override)
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -490,6 +526,8 @@ def test_bad_input_is_one_line_and_a_non_zero_exit_under_torchrun(file: Path, ov
     assert message in error and "Traceback" not in result.stderr.split("error: ")[0]
 
 
+@pytest.mark.slow(unless=lambda num_ranks, limit_kib: num_ranks == 0 and limit_kib == 64)
+@pytest.mark.parametrize("num_ranks", [0, 2])
 @pytest.mark.parametrize(
     ("overrides", "limit_kib", "message"),
     [
@@ -498,13 +536,13 @@ def test_bad_input_is_one_line_and_a_non_zero_exit_under_torchrun(file: Path, ov
     ],
 )
 def test_a_disk_that_takes_no_more_is_one_line_and_a_non_zero_exit(
-    file: Path, overrides: list[str], limit_kib: int, message: str
+    file: Path, overrides: list[str], limit_kib: int, message: str, num_ranks: int
 ) -> None:
     """A limit on the size of files stands for the disk: writing fails in the same places, without a mount."""
-    train(file, "--num_steps=1", output="cached")  # so that text and tokenizer are there
+    train(file, "--num_steps=1", output="cached", world_size=1)  # so that text and tokenizer are there
     limited = ["bash", "-c", f'ulimit -f {limit_kib} && exec "$@"', "bash"]
     begin = time.monotonic()
-    result = finished([*limited, *command(file, "--num_steps=100000", *overrides, num_ranks=2)])
+    result = finished([*limited, *command(file, "--num_steps=100000", *overrides, num_ranks=num_ranks)])
     assert result.returncode != 0 and time.monotonic() - begin < 90
     (error,) = errors_in(result.stderr)
     assert re.search(message, error) and "Traceback" not in result.stderr.split("error: ")[0]
