@@ -20,7 +20,8 @@ TOOLS = [
     "mypy",
     "types-PyYAML",
 ]
-TEST = [*TRAIN, *PARQUET, *HF, *TOOLS]
+SERVE = ["transformers", "jinja2", "fastapi", "uvicorn", "prometheus-client"]
+TEST = [*TRAIN, *PARQUET, *HF, *SERVE, "openai", "httpx", *TOOLS]
 BENCH = ["deepspeed", "transformers", "matplotlib"]
 
 ROOT = Path(__file__).parent
@@ -31,7 +32,7 @@ assert VERSION is not None
 setup(
     name="yafsdp_like",
     version=VERSION[1],
-    description="Sharded training for PyTorch on planned, preallocated memory, with FSDP2's interface",
+    description="Sharded training and serving for PyTorch on planned, preallocated memory",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -39,5 +40,12 @@ setup(
     package_data={"yafsdp_like": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=["torch>=2.11", "numpy", "pyyaml", "safetensors"],
-    extras_require={"train": TRAIN, "parquet": PARQUET, "test": TEST, "bench": BENCH, "dev": TEST + BENCH},
+    extras_require={
+        "train": TRAIN,
+        "serve": SERVE,
+        "parquet": PARQUET,
+        "test": TEST,
+        "bench": BENCH,
+        "dev": TEST + BENCH,
+    },
 )

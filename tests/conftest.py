@@ -1,7 +1,12 @@
 """Session-wide hooks: what runs where and when, and the end of the worker processes."""
 
+import fcntl
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +30,27 @@ def _settle_slow(item: pytest.Item) -> None:
         assert isinstance(item, pytest.Function)
         if unless(**{name: item.callspec.params[name] for name in inspect.signature(unless).parameters}):
             item.own_markers.remove(mark)
+
+
+SMOLLM2 = Path(__file__).parent.parent / "configs" / "smollm2.yaml"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's directory, by the program in the configuration's comment; made once, also for several processes."""
+    directory = tmp_path_factory.getbasetemp()
+    directory = directory.parent if "PYTEST_XDIST_WORKER" in os.environ else directory
+    found = directory / "runs" / "smollm2" / "base"
+    with open(directory / "smollm2.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (directory / "smollm2.done").exists():
+            (program,) = [block for block in SMOLLM2.read_text().split("\n#\n") if "save_pretrained" in block]
+            lines = [line.removeprefix("#     ") for line in program.splitlines()]
+            command = [sys.executable, "-c", "\n".join(lines)]
+            made = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=150, check=False)
+            assert made.returncode == 0, made.stderr
+            (directory / "smollm2.done").touch()
+    return found
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,8 +3,6 @@
 import lzma
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -59,17 +57,6 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("smollm2")
     yield directory
     shutil.rmtree(directory)
-
-
-@pytest.fixture(scope="module")
-def base(scratch: Path) -> Path:
-    """The directory that the program in the configuration's comment makes."""
-    (program,) = [block for block in CONFIG.read_text().split("\n#\n") if "save_pretrained" in block]
-    lines = [line.removeprefix("#     ") for line in program.splitlines()]
-    command = [sys.executable, "-c", "\n".join(lines)]
-    made = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=150, check=False)
-    assert made.returncode == 0, made.stderr
-    return scratch / "runs" / "smollm2" / "base"
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
 
@@ -22,7 +22,7 @@ class Prefix:
     """Whole pages of tokens from the start of a text; equal only to itself."""
 
     number: int
-    parent: Prefix | None
+    parent: Prefix | None = field(repr=False)  # a long text's chain is deeper than Python recurses
     num_pages: int
 
 

@@ -34,6 +34,9 @@ class Streams(Protocol):
     def wait(self, stream: str, event: Event) -> None:
         """Work issued to ``stream`` from now on starts after ``event``."""
 
+    def settle(self, event: Event) -> None:
+        """Blocks the CPU until ``event`` is complete; never in a training step."""
+
 
 class CudaStreams:
     """Two high-priority side streams of one device, so that communication is not queued behind compute kernels."""
@@ -56,6 +59,9 @@ class CudaStreams:
     def wait(self, stream: str, event: torch.cuda.Event) -> None:
         self._stream(stream).wait_event(event)
 
+    def settle(self, event: torch.cuda.Event) -> None:
+        event.synchronize()
+
 
 class InOrder:
     """A device that runs everything in the order issued (the CPU): there is nothing to wait for."""
@@ -67,6 +73,9 @@ class InOrder:
         return None
 
     def wait(self, stream: str, event: Event) -> None:
+        pass
+
+    def settle(self, event: Event) -> None:
         pass
 
 

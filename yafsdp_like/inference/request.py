@@ -1,0 +1,67 @@
+"""What is asked of the engine and what it answers: plain values, no tensor and no page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from yafsdp_like.kernels.sampling import SamplingParams
+
+_PLAIN = SamplingParams()
+MAX_LOGPROBS = 20  # tokens at each position whose log-probability can be told, beside that of the one drawn
+
+
+class QueueFull(RuntimeError):
+    """More requests wait than the engine takes; try again later."""
+
+
+class FinishReason(Enum):
+    STOP = "stop"  # a stop token was drawn
+    LENGTH = "length"  # max_tokens were drawn
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and how it is to be continued. Raises ValueError for numbers that no engine takes."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams = _PLAIN
+    max_tokens: int = 16
+    stop_tokens: frozenset[int] = frozenset()  # ends with one of these, which is reported, too
+    num_logprobs: int | None = None  # None: none; 0: of the token drawn; n: of the n most probable, too
+    tenant: str = ""  # whose pages they are
+    priority: int = 0  # higher first
+    deadline: float | None = None  # in seconds of time.monotonic()
+    salt: str | None = None  # pages are shared only with requests of the same salt
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError(f"request {self.id!r}: a prompt must have at least one token, found none")
+        if self.max_tokens < 1:
+            raise ValueError(f"request {self.id!r}: max_tokens must be at least 1, found {self.max_tokens}")
+        if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
+            raise ValueError(
+                f"request {self.id!r}: num_logprobs must be between 0 and {MAX_LOGPROBS}, found {self.num_logprobs}"
+            )
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that was drawn; log-probabilities are the model's own, before penalties, temperature and cuts."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()  # (token, log-probability) of the most probable, in falling order
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of one request. The last one of a request has a reason to finish."""
+
+    request_id: str
+    tokens: tuple[Token, ...]  # since the event before
+    finish: FinishReason | None = None
+    num_cached_tokens: int = 0  # of the prompt, that were not computed
