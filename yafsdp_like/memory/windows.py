@@ -185,7 +185,7 @@ class DevicePages:
         self.num_descriptors = nbytes // page_nbytes
         self._device, self._is_foreign = device, is_foreign
         self._handles: list[Any] = []
-        weakref.finalize(self, _release, self._handles)
+        weakref.finalize(self, _release, self._handles).atexit = False
 
     @classmethod
     def of(cls, nbytes: int, page_nbytes: int, device: torch.device) -> DevicePages:
@@ -227,6 +227,9 @@ class DevicePages:
         return Window(whole.set_(storage, 0, (addresses.nbytes,), (1,)), addresses)
 
 
+_given_back: list[tuple[int, int]] = []  # addresses and bytes, still mapped
+
+
 class _Addresses:
     """A range of addresses of one GPU while something is shown there."""
 
@@ -247,9 +250,16 @@ class _Addresses:
 
 
 def _unmap(start: int, nbytes: int, device: torch.device) -> None:
-    torch.cuda.synchronize(device)  # whatever still reads or writes there
-    checked(driver.cuMemUnmap(start, nbytes))
-    checked(driver.cuMemAddressFree(start, nbytes))
+    """Once nothing reads or writes there any more. In the middle of a recording, which must not wait for the device,
+    what is given back is left to the next call."""
+    _given_back.append((start, nbytes))
+    if torch.cuda.is_current_stream_capturing():
+        return
+    torch.cuda.synchronize(device)
+    while _given_back:
+        start, nbytes = _given_back.pop()
+        checked(driver.cuMemUnmap(start, nbytes))
+        checked(driver.cuMemAddressFree(start, nbytes))
 
 
 def _release(handles: list[Any]) -> None:
@@ -257,11 +267,16 @@ def _release(handles: list[Any]) -> None:
         checked(driver.cuMemRelease(handles.pop()))
 
 
-def _create(nbytes: int, device: torch.device) -> Any:
+def _properties(device: torch.device) -> Any:
     wanted = driver.CUmemAllocationProp()
     wanted.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
     wanted.requestedHandleTypes = _descriptor()
     wanted.location = _location(device)
+    return wanted
+
+
+def _create(nbytes: int, device: torch.device) -> Any:
+    wanted = _properties(device)
     error, handle = driver.cuMemCreate(nbytes, wanted, 0)
     if error == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
         torch.cuda.empty_cache()  # what the allocator keeps of past tensors may be enough
