@@ -293,8 +293,12 @@ def _create(nbytes: int, device: torch.device) -> Any:
 def _location(device: torch.device) -> Any:
     location = driver.CUmemLocation()
     location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-    location.id = device.index
+    location.id = _number(device)
     return location
+
+
+def _number(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _descriptor() -> Any:
