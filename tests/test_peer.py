@@ -4,6 +4,7 @@ that it asks for, and what it says when it is not possible.
 
 import dataclasses
 import gc
+import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -191,10 +192,6 @@ def train_with_little_staging(nbytes: int) -> tuple[Run, Run]:
         return wide, train("nested", "ours", recipe)
 
 
-def files_of(blocks: Sequence[Block]) -> list[Path]:
-    return [block.file for block in blocks if block.file is not None and block.file.exists()]
-
-
 @contextmanager
 def allocations() -> Iterator[list[Block]]:
     """The blocks that are allocated inside, which stay alive as long as the list."""
@@ -206,42 +203,45 @@ def allocations() -> Iterator[list[Block]]:
 
 
 @on_ranks()
-def test_no_file_is_left_once_ranks_have_mapped_each_other() -> None:
+def test_memory_that_ranks_share_has_no_name() -> None:
     """Prevents: shared memory that outlives a process that was killed."""
-    with allocations() as blocks:
-        model = sharded(SPECIMENS["nested"])
-        step(model, SPECIMENS["nested"])
-    assert blocks
-    assert files_of(blocks) == []
+    named = set(Path("/dev/shm").glob("yafsdp_*"))
+    model = sharded(SPECIMENS["nested"])
+    step(model, SPECIMENS["nested"])
+    assert num_maps()
+    assert set(Path("/dev/shm").glob("yafsdp_*")) == named
 
 
 @on_ranks()
-def test_no_file_is_left_when_a_rank_fails_to_build() -> None:
+def test_no_descriptor_stays_open_when_a_rank_fails_to_build() -> None:
     model = sharded(SPECIMENS["odd"])
-    build = engine_module.build
+    build, opened = engine_module.build, []
 
     def fail(*args: Any) -> Any:
         arena = build(*args)
+        opened.append(num_descriptors())
         if dist.get_rank() == 1:
             raise MemoryError("no room")
         return arena
 
-    with allocations() as blocks:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine_module, "build", fail)
-            with pytest.raises((MemoryError, RuntimeError), match="no room"):
-                step(model, SPECIMENS["odd"])
-        paths = files_of(blocks)
-        assert paths, "the failure came before anything was allocated"
-        blocks.clear()
+    before = num_descriptors()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "build", fail)
+        with pytest.raises((MemoryError, RuntimeError), match="no room"):
+            step(model, SPECIMENS["odd"])
     gc.collect()
-    assert [path for path in paths if path.exists()] == []
+    assert opened[0] > before == num_descriptors()
     step(model, SPECIMENS["odd"])  # and the model is not broken by it
 
 
 def num_maps() -> int:
     """Files of ours that this process maps, those of other ranks among them."""
     return sum("yafsdp_" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def num_descriptors() -> int:
+    """Descriptors of files of ours that are open."""
+    return sum("yafsdp_" in os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
 
 
 @on_ranks()

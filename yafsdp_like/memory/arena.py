@@ -23,7 +23,7 @@ class Block:
     @classmethod
     def allocate(cls, nbytes: int, device: torch.device, page_nbytes: int = 0) -> Block:
         pages = windows.allocate(nbytes, page_nbytes or windows.PAGE_NBYTES, device)
-        block = cls(windows.window([(pages, Segment(0, pages.nbytes))]).bytes, pages)
+        block = cls(windows.window([(pages, Segment(0, pages.nbytes))]).bytes[:nbytes], pages)
         block.bytes.zero_()
         return block
 
