@@ -38,7 +38,7 @@ def test_the_first_program_of_the_readme_trains(num_ranks: int, tmp_path: Path) 
 
 @pytest.mark.parametrize(("transport", "said"), [("process_group", "process group: "), ("peer", "peer: ")])
 def test_the_second_program_goes_on_where_the_first_one_ended(transport: str, said: str, tmp_path: Path) -> None:
-    first, second = programs()
+    first, second, _ = programs()
     assert first.endswith(LEAVE)
     first = first.removesuffix(LEAVE).replace("mp_policy=policy)", f"mp_policy=policy, transport='{transport}')")
     printing = "if dist.get_rank() == 0:\n    print('graphed', loss.item())\n"
@@ -47,3 +47,9 @@ def test_the_second_program_goes_on_where_the_first_one_ended(transport: str, sa
     (before,) = re.findall(r"^19 ([\d.]+)$", output, re.MULTILINE)
     (after,) = re.findall(r"^graphed ([\d.]+)$", output, re.MULTILINE)
     assert float(after) < float(before)
+
+
+def test_the_third_program_serves(tmp_path: Path) -> None:
+    output = output_of(programs()[2], 1, tmp_path)
+    assert "kv slabs" in output
+    assert re.search(r"^\[\d+(, \d+){7}\] FinishReason.LENGTH$", output, re.MULTILINE)

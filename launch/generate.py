@@ -1,0 +1,275 @@
+"""Continue a prompt, or answer it, with a model on this machine.
+
+    python -m launch.generate runs/smollm2/base "Once upon a time"
+    echo "Who wrote 1984?" | python -m launch.generate runs/smollm2/base --chat --max-tokens=64
+
+Owns the options of a model that is served, here and over HTTP, and the way from them to an engine. Text goes to
+standard output as it comes, everything else to standard error. Errors are one line and exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from launch.world import join, leave, rank_from_environment
+from yafsdp_like.inference.engine import Engine, EngineOptions
+from yafsdp_like.inference.loading import Model, load_planned, open_model, site_of, world_transport
+from yafsdp_like.inference.planning import plan_serving
+from yafsdp_like.inference.request import FinishReason, Request
+from yafsdp_like.inference.text import Codec, Transcript
+from yafsdp_like.inference.weights import PlacedWeights
+from yafsdp_like.kernels.sampling import SamplingParams
+
+UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+LIBRARIES_NBYTES = 2**30  # of a GPU, what CUDA's libraries and graphs may take beside the plan
+CPU_KV_NBYTES = 2**30  # where nothing is said
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# --- a model and its engine ---
+
+
+def nbytes(text: str) -> int:
+    """Bytes of "40GiB", "1.5 GB" or "4096". Raises ValueError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2] not in UNITS:
+        known = ", ".join(unit for unit in UNITS if unit)
+        raise ValueError(f"expected a number of bytes such as 40GiB (units: {known}), found {text!r}")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def _nbytes_argument(text: str) -> int:
+    try:
+        return nbytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, max_batch_size: int, max_batch_tokens: int) -> None:
+    """What model, where and how large; the defaults of batches are the caller's."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="Hugging Face directory, checkpoint (step-N), or preset:NAME with random weights"
+    )
+    group = parser.add_argument_group("model and memory")
+    group.add_argument("--tokenizer", metavar="DIRECTORY", help="if it is not the model's own")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    group.add_argument("--dtype", choices=DTYPES, help="of weights; default: bfloat16 on a GPU, float32 on a CPU")
+    group.add_argument("--mode", default="auto", choices=("auto", "resident", "gathered", "streamed"))
+    group.add_argument(
+        "--memory-limit",
+        type=_nbytes_argument,
+        metavar="BYTES",
+        help="everything planned on one device, such as 40GiB; default on a GPU: what is free, less 1GiB for libraries",
+    )
+    group.add_argument(
+        "--kv-memory",
+        type=_nbytes_argument,
+        metavar="BYTES",
+        help="keys and values; default: what the limit leaves; on a CPU without a limit 1GiB",
+    )
+    group.add_argument("--host-kv", type=_nbytes_argument, default=0, metavar="BYTES", help="for swapped ones")
+    group.add_argument("--kv-dtype", choices=("float32", "bfloat16", "float8_e4m3fn"), help="default: the weights'")
+    group.add_argument("--max-seq-len", type=int, metavar="TOKENS", help="default: what fits, up to the model's")
+    group.add_argument("--max-batch-size", type=int, default=max_batch_size, metavar="SEQUENCES")
+    group.add_argument("--max-batch-tokens", type=int, default=max_batch_tokens, metavar="TOKENS", help="of one step")
+    group.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to be asked."""
+
+    model: Model
+    codec: Codec
+    engine: Engine
+    device: torch.device
+    max_seq_len: int
+    lockstep: bool  # ranks must step together
+
+
+@contextlib.contextmanager
+def opened(arguments: argparse.Namespace, max_waiting: int, say: Callable[[str], None]) -> Iterator[Opened]:
+    """The model that was asked for, on this rank; `say` is told the plan before anything is allocated.
+
+    Raises ValueError for what cannot be, and ImportError where a package is missing.
+    """
+    model = open_model(arguments.model)
+    codec = codec_of(model, arguments.tokenizer)
+    device = _join(arguments.device)
+    try:
+        transport = world_transport(device)
+        options = engine_options(arguments, device, max_waiting)
+        site = site_of(device, DTYPES.get(arguments.dtype), transport)
+        plan = plan_serving(model.config, options, site, arguments.mode)
+        say(str(plan))
+        weights = load_planned(model, plan, device, transport)
+        with contextlib.closing(weights):
+            yield _ready(model, codec, weights, options)
+    finally:
+        leave()
+
+
+def _ready(model: Model, codec: Codec, weights: PlacedWeights, options: EngineOptions) -> Opened:
+    engine = Engine(weights, options)
+    return Opened(model, codec, engine, weights.device, weights.plan.max_seq_len, weights.lockstep)
+
+
+def _join(device_type: str) -> torch.device:
+    """This rank's device; with torchrun, after joining the others."""
+    if "RANK" in os.environ:
+        return join(device_type).device
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: there is no GPU here; say --device=cpu")
+    return torch.device("cuda" if device_type != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def codec_of(model: Model, directory: str | None = None) -> Codec:
+    """The tokenizer in `directory`, or the model's own. Raises ValueError where it is not one of this model's."""
+    place = model.directory if directory is None else Path(directory)
+    if place is None:
+        raise ValueError(f"{model.name} has no tokenizer: name a directory that has, by --tokenizer")
+    codec = Codec.load(place)
+    if codec.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {place} has {codec.vocab_size} tokens, the model's vocabulary only "
+            f"{model.config.vocab_size}: it is not this model's"
+        )
+    return codec
+
+
+def engine_options(arguments: argparse.Namespace, device: torch.device, max_waiting: int) -> EngineOptions:
+    """What the arguments of `add_model_arguments` say, and what is there where they say nothing."""
+    limit, kv = arguments.memory_limit, arguments.kv_memory
+    if limit is None and device.type == "cuda":
+        limit = max(1, torch.cuda.mem_get_info(device)[0] - LIBRARIES_NBYTES)
+    elif limit is None and kv is None:
+        kv = CPU_KV_NBYTES
+    return EngineOptions(
+        memory_limit_nbytes=limit,
+        kv_nbytes=kv,
+        host_kv_nbytes=arguments.host_kv,
+        max_batch_size=arguments.max_batch_size,
+        max_batch_tokens=arguments.max_batch_tokens,
+        max_seq_len=arguments.max_seq_len,
+        kv_dtype=arguments.kv_dtype,
+        max_waiting=max_waiting,
+        graphs=not arguments.no_graphs,
+    )
+
+
+def exit_status(run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+    """Of a command that does `run`: 0, 1 after a line that says what is wrong, 130 after an interrupt."""
+    try:
+        run(arguments)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+# --- one prompt ---
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m launch.generate", description="Continue a prompt.")
+    add_model_arguments(made, max_batch_size=1, max_batch_tokens=512)
+    made.add_argument("prompt", nargs="?", help="default: all of standard input")
+    made.add_argument("--chat", action="store_true", help="the prompt is a user's message, by the model's template")
+    made.add_argument("--system", metavar="TEXT", help="with --chat: the message before it")
+    made.add_argument("--max-tokens", type=int, default=256, metavar="TOKENS")
+    made.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
+    made.add_argument("--temperature", type=float, default=0.0, help="default: 0, always the likeliest token")
+    made.add_argument("--top-k", type=int, default=0)
+    made.add_argument("--top-p", type=float, default=1.0)
+    made.add_argument("--min-p", type=float, default=0.0)
+    made.add_argument("--repetition-penalty", type=float, default=1.0)
+    made.add_argument("--seed", type=int, help="default: another each time, with torchrun 0")
+    made.add_argument("--plan", action="store_true", help="say what is allocated, and why")
+    return made
+
+
+def sampling_of(arguments: argparse.Namespace) -> SamplingParams:
+    """With torchrun all ranks draw the same, since they may have to step together."""
+    unsaid = 0 if "RANK" in os.environ else secrets.randbits(63)
+    seed = unsaid if arguments.seed is None else arguments.seed
+    return SamplingParams(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        seed=seed,
+    )
+
+
+def encode(codec: Codec, arguments: argparse.Namespace) -> tuple[int, ...]:
+    """Ids of the prompt; ValueError if there are none."""
+    if arguments.system is not None and not arguments.chat:
+        raise ValueError("--system is only for --chat")
+    prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+    if not arguments.chat:
+        ids = codec.encode(prompt)
+    else:
+        system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+        ids = codec.encode_chat([*system, {"role": "user", "content": prompt}])
+    if not ids:
+        raise ValueError("the prompt is empty")
+    return ids
+
+
+def answers(opened: Opened, prompt: tuple[int, ...], arguments: argparse.Namespace) -> Iterator[str]:
+    """Pieces of the text that follows the prompt, as they come."""
+    room = opened.max_seq_len - len(prompt)
+    if room < 1:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, and {opened.max_seq_len} fit with what is to follow")
+    request = Request(
+        "prompt",
+        prompt,
+        sampling_of(arguments),
+        max_tokens=min(arguments.max_tokens, room),
+        stop_tokens=opened.codec.stop_tokens,
+    )
+    transcript = Transcript(opened.codec, prompt, arguments.stop)
+    opened.engine.add(request)
+    while opened.engine.has_work:
+        for event in opened.engine.step():
+            yield transcript.push(event).text
+        if transcript.finish is FinishReason.STOP:  # by a stop string, perhaps, of which the engine knows nothing
+            opened.engine.cancel(request.id)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Everything that the command does."""
+    speaks = rank_from_environment() == 0  # with torchrun all ranks generate the same, to share the weights
+
+    def say(plan: str) -> None:
+        if speaks and arguments.plan:
+            print(plan, file=sys.stderr, flush=True)
+
+    with opened(arguments, max_waiting=1, say=say) as model:
+        for piece in answers(model, encode(model.codec, arguments), arguments):
+            if speaks:
+                print(piece, end="", flush=True)
+        if speaks:
+            print()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, and return the exit status."""
+    return exit_status(run, parser().parse_args(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Serve a model over HTTP, as OpenAI's clients expect it.
+
+    python -m launch.serve runs/smollm2/base --port 8000
+    torchrun --nproc-per-node 2 -m launch.serve MODEL --mode gathered     # rank r listens on port 8000 + r
+
+Owns the process: its options, its port, and its end. SIGTERM and SIGINT close the port, let what runs end within the
+grace period, cancel the rest, and exit with status 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOL_SOCKET, socket
+
+import torch
+
+from launch.generate import Opened, add_model_arguments, exit_status, opened
+from launch.world import rank_from_environment
+from yafsdp_like.inference.engine import Engine
+from yafsdp_like.inference.service import Service
+
+try:
+    import uvicorn
+
+    from yafsdp_like.inference.protocol import ServerOptions
+    from yafsdp_like.inference.server import create_app
+except ImportError as error:  # the extra `serve`
+    sys.exit(f"error: serving needs packages that are not here: pip install 'yafsdp_like[serve]' ({error})")
+
+KEY_VARIABLE = "YAFSDP_LIKE_API_KEY"
+LAST_WORDS_S = 5  # for answers to be written after the grace period
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m launch.serve", description="Serve a model over HTTP.")
+    add_model_arguments(made, max_batch_size=32, max_batch_tokens=2048)
+    made.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all")
+    made.add_argument("--port", type=int, default=8000, help="of the first rank; 0: any that is free")
+    made.add_argument("--name", help="what requests call the model; default: MODEL as it is given here")
+    made.add_argument(
+        "--api-key", default=os.environ.get(KEY_VARIABLE), help=f"asked of clients; default: ${KEY_VARIABLE}, or none"
+    )
+    made.add_argument("--max-waiting", type=int, default=1024, metavar="REQUESTS", help="more are answered 429")
+    made.add_argument("--timeout", type=float, metavar="SECONDS", help="that a request may take; default: any time")
+    made.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="for what runs when told to end")
+    made.add_argument("--access-log", action="store_true", help="a line for each request")
+    return made
+
+
+class Server(uvicorn.Server):
+    """Says where it listens, and ends what it serves before its connections."""
+
+    def __init__(self, config: uvicorn.Config, service: Service[Engine], grace_s: float) -> None:
+        super().__init__(config)
+        self._service, self._grace_s = service, grace_s
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            print(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        draining = asyncio.create_task(self._service.drain(self._grace_s))
+        await super().shutdown(sockets)
+        await draining
+
+
+def bound(host: str, port: int) -> socket:
+    """A socket at this address that does not listen yet. Raises OSError where it cannot be had."""
+    made = socket(AF_INET6 if ":" in host else AF_INET)
+    try:
+        made.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    return made
+
+
+def serve(model: Opened, arguments: argparse.Namespace, address: socket) -> None:
+    """Until a signal comes. Raises RuntimeError if the engine has failed."""
+    options = ServerOptions(
+        model_name=arguments.name or arguments.model,
+        vocab_size=model.model.config.vocab_size,
+        max_seq_len=model.max_seq_len,
+        api_key=arguments.api_key,
+        timeout_s=arguments.timeout,
+    )
+    service = Service(model.engine, prepare=lambda _: _use(model.device))
+    config = uvicorn.Config(
+        create_app(service, model.codec, options),
+        log_level="info" if arguments.access_log else "warning",
+        access_log=arguments.access_log,
+        ws="none",
+        timeout_graceful_shutdown=int(arguments.grace) + LAST_WORDS_S,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises again what it was ended by
+        signal.signal(number, lambda *_: None)
+    Server(config, service, arguments.grace).run([address])
+    if service.error is not None:
+        raise RuntimeError("the engine has failed") from service.error
+
+
+def _use(device: torch.device) -> None:
+    """Each thread has a current GPU of its own."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Everything that the command does."""
+    rank = rank_from_environment()
+    speaks = rank == 0
+
+    def say(plan: str) -> None:
+        if speaks:
+            print(plan, flush=True)
+
+    address = bound(arguments.host, arguments.port and arguments.port + rank)  # now: a model takes long to load
+    with address, opened(arguments, arguments.max_waiting, say) as model:
+        if model.lockstep:
+            raise ValueError(
+                "these ranks cannot map each other's memory, so they would have to step together, which requests over "
+                "HTTP do not; serve from one rank, with --mode=streamed if the model does not fit"
+            )
+        serve(model, arguments, address)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, and return the exit status."""
+    return exit_status(run, parser().parse_args(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The engine that is measured, what it is asked, and how much memory it took."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from bench.measure import Metrics, allocator_counts, release_cached_memory
+from bench.options import DTYPES
+from bench.serve_options import ServeOptions
+from launch.world import World
+from yafsdp_like.inference.capacity import Capacity
+from yafsdp_like.inference.engine import Engine, EngineOptions
+from yafsdp_like.inference.loading import load_planned, open_model, site_of, world_transport
+from yafsdp_like.inference.planning import ServingPlan, plan_serving
+from yafsdp_like.inference.request import Event, Request
+from yafsdp_like.inference.tables import LayerGroup
+from yafsdp_like.inference.weights import PlacedWeights
+from yafsdp_like.kernels.sampling import SamplingParams
+from yafsdp_like.models.decoder import DecoderConfig
+
+GREEDY = SamplingParams(temperature=0.0)
+PAGE_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Served:
+    """An engine, and what the device said before it was there and when it was ready."""
+
+    engine: Engine
+    weights: PlacedWeights
+    before: Metrics
+    ready: Metrics
+
+    @property
+    def plan(self) -> ServingPlan:
+        return self.weights.plan
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    def drain(self) -> None:
+        while self.engine.has_work:
+            self.engine.step()
+
+
+@dataclass
+class Requests:
+    """Random ones, other ones each time, the same in every run. Raises what `Request` does."""
+
+    vocab_size: int
+    random: random.Random = field(default_factory=lambda: random.Random(0))
+    num_made: int = 0
+
+    def one(self, num_prompt: int, num_new: int, sampling: SamplingParams = GREEDY) -> Request:
+        self.num_made += 1
+        prompt = tuple(self.random.choices(range(self.vocab_size), k=num_prompt))
+        return Request(str(self.num_made), prompt, sampling, max_tokens=num_new)
+
+    def many(self, count: int, num_prompt: int, num_new: int) -> list[Request]:
+        return [self.one(num_prompt, num_new) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every measurement is given."""
+
+    options: ServeOptions
+    world: World
+    served: Served
+    requests: Requests
+
+
+def serve(options: ServeOptions, world: World) -> Served:
+    """Weights on one rank stay on the device, on several they are gathered; random ones are drawn there."""
+    release_cached_memory(world)
+    before = memory_reading(world)
+    model, transport = open_model(options.model), world_transport(world.device)
+    limits = engine_options(options, model.config)
+    site = site_of(world.device, DTYPES[options.dtype], transport)
+    plan = plan_serving(model.config, limits, site, "gathered" if world.size > 1 else "resident")
+    weights = load_planned(model, plan, world.device, transport)
+    engine = Engine(weights, limits)
+    world.synchronize()
+    return Served(engine, weights, before, memory_reading(world))
+
+
+def engine_options(options: ServeOptions, config: DecoderConfig) -> EngineOptions:
+    """Room for what the measurements need, and no more."""
+    windows = [config.window_of(layer) for layer in range(config.num_layers)]
+    dtype = str(DTYPES[options.dtype]).removeprefix("torch.")
+    groups = LayerGroup.of_windows(windows, config.num_kv_heads, config.head_dim, PAGE_SIZE, dtype)
+    spare = (options.max_batch_size + 1) * PAGE_SIZE  # a page for everybody who goes on
+    capacity = Capacity(groups, options.max_batch_tokens)
+    return EngineOptions(
+        kv_nbytes=capacity.nbytes_for(options.num_context_tokens + spare, options.max_seq_len),
+        max_batch_size=options.max_batch_size,
+        max_batch_tokens=options.max_batch_tokens,
+        max_seq_len=options.max_seq_len,
+        page_size=PAGE_SIZE,
+        graphs=options.graphs,
+    )
+
+
+def memory_reading(world: World) -> Metrics:
+    """Of the device now; empty where it cannot tell. In bytes, and in calls of PyTorch's allocator."""
+    if world.device.type != "cuda":
+        return {}
+    free_nbytes, total_nbytes = torch.cuda.mem_get_info(world.device)
+    return {
+        **allocator_counts(world),
+        "allocated_nbytes": torch.cuda.memory_allocated(world.device),
+        "reserved_nbytes": torch.cuda.memory_reserved(world.device),
+        "device_nbytes": total_nbytes - free_nbytes,
+    }
+
+
+class Decoding:
+    """A batch of requests of which all draw in every step, from ``fill`` on."""
+
+    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+        self._engine = engine
+        self._num_drawn = {request.id: 0 for request in requests}
+        self._num_prompt = sum(len(request.prompt) for request in requests)
+        for request in requests:
+            engine.add(request)
+
+    @property
+    def context(self) -> float:
+        """Tokens of a sequence, the mean over the batch."""
+        return (self._num_prompt + sum(self._num_drawn.values())) / len(self._num_drawn)
+
+    def fill(self) -> None:
+        """Until everybody has drawn, and all draw at once."""
+        while not all(self._num_drawn.values()):
+            self.step()
+
+    def step(self) -> list[Event]:
+        """One of the engine's. Raises RuntimeError where a request ends, for which it was to have no reason."""
+        events = self._engine.step()
+        for event in events:
+            if event.finish is not None:
+                raise RuntimeError(f"request {event.request_id} ended while it was measured: {event.finish}")
+            self._num_drawn[event.request_id] += len(event.tokens)
+        return events
+
+    def stop(self) -> None:
+        for request_id in self._num_drawn:
+            self._engine.cancel(request_id)
+        while self._engine.has_work:
+            self._engine.step()

@@ -1,0 +1,160 @@
+"""What the machine can do, measured or given, and the least time in which work can be done on it."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bench.measure import elapsed_ms, mark
+from bench.options import DTYPES
+from bench.serve_options import ServeOptions
+from yafsdp_like.inference.planning import Hardware, ServingPlan
+from yafsdp_like.models.decoder import DecoderConfig
+
+MATMUL = {"cuda": (8192, 4096, 14336), "cpu": (256, 256, 256)}  # rows, inner, columns
+COPY_NBYTES = {"cuda": 2**30, "cpu": 2**22}
+COPIES = 20
+PRODUCTS = 20  # issued at a time
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Something a second, and where the figure comes from."""
+
+    value: float
+    how: str
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A device's own."""
+
+    hbm: Rate  # bytes read from its memory
+    matmul: Rate  # floating-point operations of a large product, sustained
+
+
+def rates_of(options: ServeOptions, device: torch.device) -> Rates:
+    """As given by the options, else measured here."""
+    given = "given"
+    hbm = Rate(options.hbm_rate, given) if options.hbm_rate else copy_rate(device)
+    dtype, seconds = DTYPES[options.dtype], options.matmul_seconds
+    return Rates(hbm, Rate(options.matmul_rate, given) if options.matmul_rate else matmul_rate(device, dtype, seconds))
+
+
+def copy_rate(device: torch.device) -> Rate:
+    nbytes = COPY_NBYTES[device.type]
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    destination = torch.empty_like(source)
+    times = [timed_ms(lambda: destination.copy_(source), device) for _ in range(COPIES)]
+    return Rate(
+        2 * nbytes / (statistics.median(times) / 1e3), f"measured: a copy of {nbytes:,} bytes, read and written"
+    )
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> Rate:
+    rows, inner, columns = MATMUL[device.type]
+    a = torch.randn(rows, inner, device=device).to(dtype)
+    b = torch.randn(inner, columns, device=device).to(dtype)
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
+
+    def products() -> None:
+        for _ in range(PRODUCTS):
+            torch.mm(a, b, out=out)
+
+    times, end = [timed_ms(products, device)], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        times.append(timed_ms(products, device))
+    settled = statistics.median(times[len(times) // 2 :]) / 1e3
+    how = f"measured: {rows} x {inner} x {columns} in {str(dtype).removeprefix('torch.')}, second half of {seconds:g} s"
+    return Rate(2 * rows * inner * columns * PRODUCTS / settled, how)
+
+
+def timed_ms(work: Callable[[], object], device: torch.device) -> float:
+    """By events on the device; it has nothing else to do, and waits for the CPU once."""
+    begin = mark(device)
+    work()
+    end = mark(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return elapsed_ms(begin, end)
+
+
+def known_peer_rate(options: ServeOptions, device: torch.device) -> Rate | None:
+    """Bytes a second from another device: given, or known of such devices."""
+    if options.peer_rate:
+        return Rate(options.peer_rate, "given")
+    hardware = Hardware.of(device)
+    if hardware is None or hardware.rates is None:
+        return None
+    return Rate(hardware.rates.peer_nbytes, f"known of {hardware.name}")
+
+
+# --- work ---
+
+
+def forward_flops(config: DecoderConfig, start: int, num_tokens: int, num_drawn: int) -> int:
+    """Operations of a forward over positions [start, start + num_tokens), of which ``num_drawn`` go through the head.
+
+    They are 2 per weight and token, and 4 per head, element of it, and pair of a query and a key that it sees.
+    """
+    products = (
+        config.num_layers * config.block_num_active_weights * num_tokens + config.vocab_size * config.dim * num_drawn
+    )
+    pairs = sum(_num_pairs(start, num_tokens, config.window_of(layer)) for layer in range(config.num_layers))
+    return 2 * products + 4 * config.num_heads * config.head_dim * pairs
+
+
+def _num_pairs(start: int, num_tokens: int, window: int | None) -> int:
+    """The query at position p sees p + 1 keys, or a window of them."""
+    end = start + num_tokens
+    whole = min(end, end if window is None else max(start, window))  # up to here all that came before is seen
+    before = (start + 1 + whole) * (whole - start) // 2
+    return before + (end - whole) * (window or 0)
+
+
+def kv_nbytes(plan: ServingPlan, context: float) -> float:
+    """Keys and values that one query of a sequence sees, in all layers."""
+    total = 0.0
+    for group in plan.groups:
+        shape = group.shape
+        per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * shape.itemsize
+        total += per_token * (context if group.window is None else min(context, group.window))
+    return total
+
+
+def decode_nbytes(plan: ServingPlan, batch: int, context: float) -> float:
+    """That a step reads at least: weights but an embedding's, of which it looks up some rows, and all contexts."""
+    placement = plan.placement
+    weights = sum(placement.images[unit].nbytes for unit in placement.uses[1:])
+    return weights + batch * kv_nbytes(plan, context)
+
+
+def decode_floor_s(plan: ServingPlan, batch: int, context: float, rates: Rates) -> float:
+    """The larger of what reading and what computing takes at least."""
+    reading = decode_nbytes(plan, batch, context) / rates.hbm.value
+    computing = batch * forward_flops(plan.config, int(context), 1, 1) / rates.matmul.value
+    return max(reading, computing)
+
+
+def prefill_floor_s(plan: ServingPlan, num_tokens: int, rates: Rates) -> float:
+    """Of one prompt."""
+    return forward_flops(plan.config, 0, num_tokens, 1) / rates.matmul.value
+
+
+def offline_floor_s(
+    plan: ServingPlan, num_requests: int, batch: int, num_prompt: int, num_new: int, rates: Rates
+) -> float:
+    """All prompts, then all other tokens, in full batches whose contexts grow."""
+    prompts = num_requests * prefill_floor_s(plan, num_prompt, rates)
+    steps = sum(decode_floor_s(plan, batch, num_prompt + drawn, rates) for drawn in range(1, num_new))
+    return prompts + steps * num_requests / batch
+
+
+def gather_floor_s(plan: ServingPlan, peer_rate: float) -> float:
+    """Of one forward: others' parts of all units that are gathered in each, since another takes their bytes."""
+    placement, (slots, _) = plan.placement, plan.placement.slots
+    lent = [unit for unit in slots if any(slots[unit].overlaps(slots[other]) for other in slots if other != unit)]
+    moved = sum(placement.images[unit].nbytes for unit in lent)
+    return moved * (placement.num_ranks - 1) / placement.num_ranks / peer_rate

@@ -1,0 +1,171 @@
+"""The command line of the serving benchmark, and the sizes that follow from it."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.options import DTYPES
+
+DESCRIPTION = "Measure a served model; the method is told at the top of bench_serve.py."
+BATCHES = {False: "1,2,4,8,16,32,64,128", True: "128,256,512"}  # by whether there are several ranks
+NUM_HELD = 8  # steps that are timed while the device is held busy, see bench_serve.py
+RANDOM_PROMPT, RANDOM_NEW = 64, 16  # tokens of a random request, at most
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The command line, parsed."""
+
+    model: str
+    device: str
+    dtype: str
+    measures: tuple[str, ...]  # in the order in which they are measured
+    batches: tuple[int, ...]  # ascending
+    context: int
+    steps: int
+    warmup: int
+    prefill_tokens: int
+    max_batch_tokens: int
+    rounds: int
+    prompt_tokens: int
+    new_tokens: int
+    num_requests: tuple[int, ...]  # ascending
+    peers: bool
+    rates: tuple[float, ...]
+    seconds: float
+    random_requests: int
+    matmul_seconds: float
+    hbm_rate: float | None
+    matmul_rate: float | None
+    peer_rate: float | None
+    graphs: bool
+    out: Path | None
+
+    @property
+    def decode_prompt(self) -> int:
+        """Tokens of a prompt with which contexts are about ``context`` in the middle of what is timed."""
+        return max(1, self.context - self.warmup - self.steps // 2)
+
+    def decode_length(self, batch: int) -> int:
+        """Tokens that a sequence may come to while a batch is filled and timed, at most."""
+        num_filling = -(-batch * self.decode_prompt // (self.max_batch_tokens - batch)) + 1
+        return self.decode_prompt + num_filling + self.warmup + self.steps + NUM_HELD + 8
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.batches[-1]
+
+    @property
+    def max_seq_len(self) -> int:
+        """Of the engine: the longest sequence of all measurements."""
+        offline = self.prompt_tokens + self.new_tokens
+        decode = self.decode_length(self.max_batch_size)
+        return max(decode, self.prefill_tokens + 1, offline, RANDOM_PROMPT + RANDOM_NEW)
+
+    @property
+    def num_context_tokens(self) -> int:
+        """That the engine must hold at once."""
+        offline = min(self.max_batch_size, self.num_requests[-1]) * (self.prompt_tokens + self.new_tokens)
+        decode = max(batch * self.decode_length(batch) for batch in self.batches)
+        random = self.max_batch_size * (RANDOM_PROMPT + RANDOM_NEW)
+        return max(offline, decode, random, self.max_seq_len)
+
+
+def parse_options(arguments: Sequence[str], measures: Mapping[str, bool], num_ranks: int) -> ServeOptions:
+    """Exits with a message, as argparse does, where the command line cannot be run.
+
+    ``measures`` says of each measurement whether it is one of several ranks.
+    """
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    add_subject(parser, tuple(measures))
+    add_loads(parser)
+    add_rates(parser)
+    values = vars(parser.parse_args(arguments))
+    possible = [name for name, of_ranks in measures.items() if of_ranks == (num_ranks > 1)]
+    asked = values["measures"].split(",") if values["measures"] else possible
+    if refused := sorted(set(asked) - set(possible)):
+        parser.error(f"--measure: {refused} cannot be measured on {num_ranks} ranks, expected some of {possible}")
+    values["measures"] = tuple(name for name in possible if name in asked)
+    values["batches"] = integers(values["batches"] or BATCHES[num_ranks > 1])
+    values["num_requests"] = integers(values["num_requests"])
+    values["rates"] = tuple(float(rate) for rate in values["rates"].split(","))
+    values["dtype"] = values["dtype"] or ("bf16" if values["device"] == "cuda" else "fp32")
+    options = ServeOptions(**values)
+    if complaint := complaint_about(options):
+        parser.error(complaint)
+    return options
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Ascending."""
+    return tuple(sorted(int(number) for number in text.split(",")))
+
+
+def add_subject(parser: argparse.ArgumentParser, measures: Sequence[str]) -> None:
+    """What is measured, and where the report goes."""
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--model", default="preset:8b", help="what launch.serve takes; preset:NAME has random weights")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="of weights; default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument(
+        "--measure",
+        dest="measures",
+        help="some of " + ", ".join(measures) + "; default: all of one rank, or of several",
+    )
+    parser.add_argument("--max-batch-tokens", type=int, default=2048, help="of one step, so also of a prompt's chunk")
+    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="no CUDA graphs")
+    parser.add_argument(
+        "--peers", action=argparse.BooleanOptionalAction, default=True, help="transformers too, if it is installed"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the final JSON object here too")
+
+
+def add_loads(parser: argparse.ArgumentParser) -> None:
+    """How much of what is served."""
+    parser.add_argument(
+        "--batch", dest="batches", help=f"sequences of decode; default {BATCHES[False]}, of modes {BATCHES[True]}"
+    )
+    parser.add_argument("--context", type=int, default=1024, help="tokens of each sequence, about, in decode")
+    parser.add_argument("--steps", type=int, default=64, help="timed steps of each batch")
+    parser.add_argument("--warmup", type=int, default=8, help="steps of each batch before them")
+    parser.add_argument("--prefill-tokens", type=int, default=8192, help="of the prompt that prefill is measured on")
+    parser.add_argument("--rounds", type=int, default=6, help="of prefill; a third as many of offline")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="of each request of offline and poisson")
+    parser.add_argument("--new-tokens", type=int, default=128, help="that each of them draws")
+    parser.add_argument(
+        "--num-requests",
+        default="1,32,128",
+        help="of offline; transformers takes the most by generate_batch, the others by generate",
+    )
+    parser.add_argument("--rate", dest="rates", default="4,12,24", help="requests a second of poisson")
+    parser.add_argument("--seconds", type=float, default=6.0, help="in which requests arrive, for each rate")
+    parser.add_argument("--random-requests", type=int, default=10_000, metavar="N", help="short ones, of memory")
+
+
+def add_rates(parser: argparse.ArgumentParser) -> None:
+    """The machine's own."""
+    measured = "; default: measured"
+    parser.add_argument("--hbm-rate", type=float, metavar="BYTES/S", help="that the device reads" + measured)
+    parser.add_argument("--matmul-rate", type=float, metavar="FLOP/S", help="of matrix products" + measured)
+    parser.add_argument(
+        "--peer-rate", type=float, metavar="BYTES/S", help="between devices; default: that known of the device"
+    )
+    parser.add_argument("--matmul-seconds", type=float, default=3.0, help="for which the matrix product is repeated")
+
+
+def complaint_about(options: ServeOptions) -> str | None:
+    """What is wrong with the options, or None."""
+    positive = (options.steps, options.rounds, options.context, options.prefill_tokens, options.prompt_tokens)
+    if min(*positive, options.new_tokens, options.batches[0], options.num_requests[0]) < 1 or options.warmup < 0:
+        return "numbers of tokens, steps, rounds, requests and sequences must be at least 1"
+    if options.max_batch_size >= options.max_batch_tokens:
+        return (
+            f"--max-batch-tokens must be more than the largest of --batch, so that prompts are computed beside it; "
+            f"found {options.max_batch_tokens} and {options.max_batch_size}"
+        )
+    if min(options.rates) <= 0 or options.seconds <= 0:
+        return "--rate and --seconds must be above 0"
+    return None

@@ -1,0 +1,42 @@
+"""Measure a served model on random weights and random tokens: rates, latencies and memory, each beside its floor.
+
+    python scripts/bench_serve.py --model preset:8b --out scripts/results/<date>-<device>-8b-serve.json
+    torchrun --nproc-per-node 2 scripts/bench_serve.py --model preset:8b --measure modes
+
+Run it with PYTHONPATH=. in a checkout. What it does is in `bench/serve_*.py`: this is the command.
+
+Method. First the machine's own rates are measured: a long matrix product, in the dtype of the weights and until clocks
+have settled (the second half of the time counts), and a large copy inside the device's memory, bytes read and
+written. Then one engine is made, and every measurement uses it. On several ranks weights are gathered, and `modes` is
+what is measured; on one rank they stay on the device, and it is all else.
+
+`memory` comes first, so that what a first request costs is in it: bytes planned beside bytes taken, and the allocator's
+counters before and after random requests, some of which are cancelled.
+
+`decode`: a batch of prompts is computed; after some more steps, each step is timed from return to return of
+`Engine.step`, which has then read tokens. The median counts. So that the device's own time is known too, a few more
+steps are issued while it is held busy: between two events around such a step it has all its work, and never waits for
+the CPU. The floor is the time to read all weights (an embedding is looked up, not read) and all keys and values of the
+contexts at the rate of the copy.
+
+`prefill`: one long prompt, whose chunks fill a step each; its operations (matrix products and causal attention) a
+second, beside the long product's.
+
+`poisson`: requests arrive at random times at a given rate, whether the engine is ready or not. Times to the first
+token count from the time of arrival.
+
+`offline`: all requests are there from the beginning. transformers, where it is installed, does the same with random
+weights of the same shape: by `generate` (static cache, compiled on a GPU) with few requests, and with the most by
+`generate_batch` (on a GPU), each warmed up before.
+
+`modes`: steps that decode, and chunks of prompts, on all ranks at once. The slowest rank's time counts; beside it the
+larger of the floors of computing and of gathering.
+
+Prompts are random tokens, other ones each time, so nothing is shared; drawing is greedy and nothing ends early, but in
+`memory`. The last line of output is one JSON object, see `scripts/results/README.md`.
+"""
+
+from bench.serve_run import main
+
+if __name__ == "__main__":
+    main()

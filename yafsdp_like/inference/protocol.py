@@ -1,0 +1,406 @@
+"""What may be asked over HTTP, in the words of OpenAI's clients: bodies to requests, and errors.
+
+Owns the fields of bodies, what may stand in them, and what is said where it may not. Knows nothing of routes, sockets
+or event loops. Needs pydantic and starlette, which come with FastAPI.
+
+[Note: fields]
+A field is honoured, harmless, or refused. Harmless fields say nothing about the text; whatever would change it and is
+not there is refused by name, and so is a name that nobody knows: a request is never answered as if it had asked for
+less.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+from starlette.exceptions import HTTPException
+
+from yafsdp_like.inference.answers import ChatForm, Choice, CompletionForm, Form, Job
+from yafsdp_like.inference.request import Request
+from yafsdp_like.inference.text import Codec, Transcript
+from yafsdp_like.kernels.sampling import SamplingParams
+
+T = TypeVar("T")
+
+MOST_STOP_STRINGS, LONGEST_STOP_STRING = 16, 256
+MOST_LOGPROBS = 20
+DEFAULT_MAX_TOKENS = 16  # of a completion, as OpenAI's
+LEAST_TEMPERATURE = 1e-3  # what is colder draws the likeliest token, as 0 does; its inverse would overflow some day
+UNSUPPORTED = "unsupported_parameter"
+SAMPLED = {item.name for item in fields(SamplingParams)} - {"seed"}
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What the interface itself is told."""
+
+    model_name: str
+    vocab_size: int  # of the model; ids from there on are refused
+    max_seq_len: int  # of a prompt and its answer together
+    api_key: str | None = None  # asked for as a bearer token under /v1
+    max_body_nbytes: int = 16 * 2**20
+    max_choices: int = 128  # of one request: prompts times n
+    timeout_s: float | None = None  # from a request's arrival to its last token
+
+
+# --- errors ---
+
+
+class ApiError(HTTPException):
+    """A status, and an error as OpenAI's clients read it.
+
+    FastAPI passes on what is one of starlette's while it reads a body; anything else it calls a body that is wrong.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
+
+    def body(self) -> dict[str, Any]:
+        """What is answered."""
+        kinds = {401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}
+        kind = kinds.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
+        param = self.param and _sendable(self.param)
+        return {"error": {"message": _sendable(self.detail), "type": kind, "param": param, "code": self.code}}
+
+
+def _sendable(text: str) -> str:
+    """Text that a client sent, without what UTF-8 cannot say."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _invalid(param: str, message: str, code: str | None = None) -> ApiError:
+    return ApiError(400, f"{param}: {message}", param=param, code=code)
+
+
+def invalid_body(found: Mapping[str, Any]) -> ApiError:
+    """One of pydantic's errors: what is wrong, and where. Its `loc` begins with "body"."""
+    kind, message = found["type"], str(found["msg"]).removeprefix("Value error, ")
+    param = _path(found["loc"][1:])
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is no JSON: {found['ctx']['error']} at character {found['loc'][-1]}")
+    if not param and kind == "string_unicode":
+        return ApiError(400, "the body: a field's name is no Unicode")
+    if not param:
+        return ApiError(400, "the body must be a JSON object, sent with content-type: application/json")
+    if kind == "extra_forbidden":
+        return _invalid(param, "no such field is known here")
+    if kind == UNSUPPORTED:
+        return _invalid(param, message, UNSUPPORTED)
+    return _invalid(param, message if kind == "missing" else f"{message}; found {ascii(found['input'])[:80]}")
+
+
+def _path(places: Sequence[str | int]) -> str:
+    """messages[0].content, say."""
+    text = ""
+    for place in places:
+        text += f"[{place}]" if isinstance(place, int) else f".{place}" if text else place
+    return text
+
+
+# --- values of fields ---
+
+
+def _refused(instead: str, *harmless: Any) -> AfterValidator:
+    """[Note: fields] What is not honoured: what to do instead, and the values that say what is done anyway."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in harmless:
+            raise PydanticCustomError(UNSUPPORTED, "{instead}", {"instead": instead})
+        return value
+
+    return AfterValidator(check)
+
+
+def _as_prompts(value: Any) -> list[str | list[int]]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if _are_ids(value):
+            return [value]
+        if all(isinstance(item, str) for item in value) or all(_are_ids(item) for item in value):
+            return value
+    raise ValueError("expected a string, a list of strings, a list of token ids or a list of such lists, none empty")
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _as_stops(value: Any) -> list[str]:
+    strings = [] if value is None else [value] if isinstance(value, str) else value
+    if (
+        isinstance(strings, list)
+        and len(strings) <= MOST_STOP_STRINGS
+        and all(isinstance(string, str) and 0 < len(string) <= LONGEST_STOP_STRING for string in strings)
+    ):
+        return strings
+    raise ValueError(
+        f"expected a string or at most {MOST_STOP_STRINGS} strings, of 1 to {LONGEST_STOP_STRING} characters each"
+    )
+
+
+def _as_text(value: Any) -> str:
+    """A message's content: a string, or parts of which all are text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        for part in value:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text":
+                raise ValueError(f"only parts of type 'text' are understood, not {ascii(kind)[:40]}")
+            if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
+                raise ValueError('a part must be {"type": "text", "text": "..."}')
+        return "\n".join(part["text"] for part in value)
+    raise ValueError("expected a string, or a list of parts of type 'text'")
+
+
+# --- bodies ---
+
+
+class Body(BaseModel):
+    """JSON is taken at its word: "1" is no number, and no field is too much."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    include_obfuscation: Any = None  # harmless: there is none
+
+
+class AnyBody(Body):
+    """What completions and chats have in common. None is what a field is that was not sent."""
+
+    model: str
+    n: int | None = Field(None, ge=1, le=128)
+    max_tokens: int | None = Field(None, ge=1)
+    stop: Annotated[list[str], BeforeValidator(_as_stops)] = []
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    # Beyond OpenAI's.
+    top_k: int | None = Field(None, ge=0, lt=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    ignore_eos: bool | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)  # prefixes are shared with those who know it
+    # [Note: fields] Harmless.
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    # [Note: fields] Refused.
+    logit_bias: Annotated[Any, _refused("biases of single tokens are not supported; leave it out", {})] = None
+
+    @property
+    def num_each(self) -> int:
+        """Choices of one prompt."""
+        return self.n or 1
+
+    def check(self) -> None:
+        """What no single field can tell. Raises ApiError for a combination that is not served."""
+        if self.stream_options is not None and not self.stream:
+            raise _invalid("stream_options", "is only for stream: true")
+
+    def sampling(self, choice: int) -> SamplingParams:
+        """How the choice of this index is drawn: with `seed` the same each time, and unlike its neighbours."""
+        seed = secrets.randbits(63) if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63
+        given = self.model_dump(include=SAMPLED, exclude_none=True)
+        if given.get("temperature", 1) < LEAST_TEMPERATURE:
+            given["temperature"] = 0
+        return SamplingParams(**given, seed=seed)
+
+
+class CompletionBody(AnyBody):
+    """POST /v1/completions."""
+
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts)]
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    suffix: Annotated[Any, _refused("the model only continues a prompt; leave it out", "")] = None
+    best_of: Any = None  # harmless where it is n
+
+    def check(self) -> None:
+        super().check()
+        if self.best_of is not None and self.best_of != self.num_each:
+            raise _invalid("best_of", "answers are not ranked; leave it out, or say what n says", UNSUPPORTED)
+        if self.echo and self.logprobs is not None:
+            raise _invalid("echo", "log-probabilities of the prompt are not computed: set echo or logprobs, not both")
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_as_text)]
+    name: str | None = None  # harmless: templates do not show it
+    # What assistants said, as clients send it back.
+    refusal: None = None
+    annotations: Any = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+NO_TOOLS = "tools and functions are not supported; leave them out"
+TEXT_ONLY = "only text is written; leave it out"
+
+
+class ChatBody(AnyBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    parallel_tool_calls: Any = None
+    # [Note: fields] Refused.
+    tools: Annotated[Any, _refused(NO_TOOLS, [])] = None
+    tool_choice: Annotated[Any, _refused(NO_TOOLS, "none", "auto")] = None
+    functions: Annotated[Any, _refused(NO_TOOLS, [])] = None
+    function_call: Annotated[Any, _refused(NO_TOOLS, "none", "auto")] = None
+    response_format: Annotated[Any, _refused("only {'type': 'text'} is supported", {"type": "text"})] = None
+    modalities: Annotated[Any, _refused(TEXT_ONLY, ["text"])] = None
+    audio: Annotated[Any, _refused(TEXT_ONLY)] = None
+    prediction: Annotated[Any, _refused("nothing is predicted; leave it out")] = None
+    reasoning_effort: Annotated[Any, _refused("there is no effort to choose; leave it out", "none")] = None
+    verbosity: Annotated[Any, _refused("there is none to choose; leave it out", "medium")] = None
+    web_search_options: Annotated[Any, _refused("nothing is searched; leave it out")] = None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _invalid("top_logprobs", "needs logprobs: true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise _invalid("max_tokens", "differs from max_completion_tokens, which replaces it: set only that one")
+
+
+# --- bodies to jobs ---
+
+
+class Reader:
+    """Bodies to jobs, from any thread; a long text takes more time than an event loop has."""
+
+    def __init__(self, codec: Codec, options: ServerOptions) -> None:
+        self._codec, self._options = codec, options
+
+    def completion(self, body: CompletionBody) -> Job:
+        """Raises ApiError for what is not served."""
+        self._check(body, len(body.prompt))
+        prompts = [self._prompt(prompt) for prompt in body.prompt]
+        echoes = [self._echo(prompt) if body.echo else "" for prompt in body.prompt for _ in range(body.num_each)]
+        form = CompletionForm(self._codec, tuple(echoes), body.logprobs is not None)
+        max_tokens = [self._max_tokens("prompt", prompt, body.max_tokens, DEFAULT_MAX_TOKENS) for prompt in prompts]
+        return self._job(body, form, prompts, max_tokens, body.logprobs)
+
+    def chat(self, body: ChatBody) -> Job:
+        """Raises ApiError for what is not served."""
+        self._check(body, 1)
+        # Templates know the older of the two names.
+        messages = [
+            {"role": "system" if message.role == "developer" else message.role, "content": message.content}
+            for message in body.messages
+        ]
+        prompt = self._ids("messages", self._codec.encode_chat, messages)
+        asked = body.max_completion_tokens or body.max_tokens
+        max_tokens = self._max_tokens("messages", prompt, asked, self._options.max_seq_len)
+        form = ChatForm(self._codec, bool(body.logprobs))
+        return self._job(body, form, [prompt], [max_tokens], (body.top_logprobs or 0) if body.logprobs else None)
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError unless it is the one that is served."""
+        if name != self._options.model_name:
+            message = f"model: there is no {ascii(name)[:80]} here, only {self._options.model_name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def _check(self, body: AnyBody, num_prompts: int) -> None:
+        body.check()
+        self.check_model(body.model)
+        if (num_choices := num_prompts * body.num_each) > self._options.max_choices:
+            raise _invalid("n", f"at most {self._options.max_choices} choices in all, found {num_choices}")
+
+    def _prompt(self, prompt: str | list[int]) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return self._ids("prompt", self._codec.encode, prompt)
+        for token in prompt:
+            if not 0 <= token < self._options.vocab_size:
+                raise _invalid("prompt", f"token ids must be from 0 to {self._options.vocab_size - 1}, found {token}")
+        return tuple(prompt)
+
+    def _ids(self, param: str, encode: Callable[[T], tuple[int, ...]], text: T) -> tuple[int, ...]:
+        try:
+            ids = encode(text)
+        except ValueError as error:
+            raise _invalid(param, str(error)) from error
+        if not ids:
+            raise _invalid(param, "must give at least one token, found none")
+        return ids
+
+    def _echo(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self._codec.decode(prompt)
+
+    def _max_tokens(self, param: str, prompt: Sequence[int], asked: int | None, default: int) -> int:
+        """Tokens to generate after a prompt: what was asked for, which must fit, or as much of the default as fits."""
+        room = self._options.max_seq_len - len(prompt)
+        if room < (asked or 1):
+            raise _invalid(
+                param,
+                f"{len(prompt)} tokens, and {asked or 1} to generate, are more than the {self._options.max_seq_len} "
+                "that fit; shorten the prompt or lower max_tokens",
+                code="context_length_exceeded",
+            )
+        return asked or min(default, room)
+
+    def _job(
+        self,
+        body: AnyBody,
+        form: Form,
+        prompts: Sequence[tuple[int, ...]],
+        max_tokens: Sequence[int],  # of each prompt
+        num_logprobs: int | None,
+    ) -> Job:
+        job_id = f"{form.prefix}-{secrets.token_hex(12)}"
+        deadline = None if self._options.timeout_s is None else time.monotonic() + self._options.timeout_s
+        choices = []
+        for index in range(len(prompts) * body.num_each):
+            number, draw = divmod(index, body.num_each)
+            request = Request(
+                id=f"{job_id}-{index}",
+                prompt=prompts[number],
+                sampling=body.sampling(draw),
+                max_tokens=max_tokens[number],
+                stop_tokens=frozenset() if body.ignore_eos else self._codec.stop_tokens,
+                num_logprobs=num_logprobs,
+                deadline=deadline,
+                salt=body.cache_salt,
+            )
+            choices.append(Choice(index, request, Transcript(self._codec, request.prompt, body.stop)))
+        return Job(
+            id=job_id,
+            model=self._options.model_name,
+            form=form,
+            choices=tuple(choices),
+            num_prompt_tokens=sum(len(prompt) for prompt in prompts),
+            wants_stream=bool(body.stream),
+            wants_usage=bool(body.stream_options and body.stream_options.include_usage),
+        )

@@ -1,0 +1,364 @@
+"""The HTTP interface: OpenAI's completions and chat completions over one service, health and metrics.
+
+Owns routes, streams of answers, who may enter, and what is counted. What may be asked is protocol.py's, what is
+answered answers.py's. Needs FastAPI and prometheus_client (`pip install 'yafsdp_like[serve]'`), so nothing of the
+package imports this file.
+
+[Note: readers who leave]
+While an answer is made, a task waits for the client to disconnect and then closes the stream, which cancels the
+requests; closing it is also what every other way out of an answer ends with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import prometheus_client
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from yafsdp_like.inference.answers import Choice, Job
+from yafsdp_like.inference.protocol import ApiError, ChatBody, CompletionBody, Reader, ServerOptions, invalid_body
+from yafsdp_like.inference.request import FinishReason, QueueFull
+from yafsdp_like.inference.service import Service, State, Stream, Unavailable
+from yafsdp_like.inference.text import Codec, Piece
+
+BodyT = TypeVar("BodyT")
+
+RETRY_AFTER_S = 1
+BUCKETS_S = 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
+
+
+# --- numbers ---
+
+
+class Numbers:
+    """What /metrics tells, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=self.registry)
+        seconds = partial(Histogram, buckets=BUCKETS_S, registry=self.registry)
+        self.responses = counter("yafsdp_like_http_responses", "Answers by route and status", ["route", "status"])
+        self.finished = counter("yafsdp_like_finished", "Choices that ended, by reason", ["reason"])
+        self.prompt_tokens = counter("yafsdp_like_prompt_tokens", "Tokens of accepted prompts")
+        self.generated_tokens = counter("yafsdp_like_generated_tokens", "Tokens generated")
+        self.first_token = seconds(
+            "yafsdp_like_time_to_first_token_seconds", "From a body's arrival to a choice's first token"
+        )
+        self.between_tokens = seconds(
+            "yafsdp_like_time_between_tokens_seconds", "Between tokens of a choice, as its events tell"
+        )
+        self.whole = seconds("yafsdp_like_request_seconds", "From a body's arrival to a choice's end")
+        self._gauges: dict[str, Gauge] = {}
+
+    def text(self, engine_metrics: Any) -> bytes:
+        """The registry as Prometheus reads it, with a gauge for each number of the engine's metrics."""
+        for item in dataclasses.fields(engine_metrics):
+            value = getattr(engine_metrics, item.name)
+            if isinstance(value, (int, float)):
+                self._gauge(item.name).set(value)
+        return prometheus_client.generate_latest(self.registry)
+
+    def _gauge(self, name: str) -> Gauge:
+        if name not in self._gauges:
+            words = name.replace("_", " ")
+            self._gauges[name] = Gauge(f"yafsdp_like_engine_{name}", f"The engine's {words}", registry=self.registry)
+        return self._gauges[name]
+
+
+@dataclass
+class Clock:
+    """When the tokens of one job came."""
+
+    numbers: Numbers
+    arrival: float
+    last: dict[int, float] = field(default_factory=dict)  # by choice
+
+    def tick(self, index: int, num_tokens: int, finish: FinishReason | None) -> None:
+        """An event of a choice has come."""
+        now = time.monotonic()
+        if num_tokens:
+            self.numbers.generated_tokens.inc(num_tokens)
+            if index in self.last:
+                for _ in range(num_tokens):
+                    self.numbers.between_tokens.observe((now - self.last[index]) / num_tokens)
+            else:
+                self.numbers.first_token.observe(now - self.arrival)
+            self.last[index] = now
+        if finish is not None:
+            self.numbers.finished.labels(finish.name.lower()).inc()
+            self.numbers.whole.observe(now - self.arrival)
+
+
+# --- answers ---
+
+
+class Front:
+    """From bodies to answers, through the service."""
+
+    def __init__(self, service: Service[Any], codec: Codec, options: ServerOptions) -> None:
+        self.service, self.options = service, options
+        self.reader = Reader(codec, options)
+        self.numbers = Numbers()
+
+    async def answer(self, read: Callable[[BodyT], Job], body: BodyT, http: HttpRequest) -> Response:
+        """The answer to a body that one of the reader's methods understands. Raises ApiError."""
+        job = await asyncio.to_thread(read, body)  # others need the event loop while a long text is cut into tokens
+        stream = await self._open(job)
+        self.numbers.prompt_tokens.inc(job.num_prompt_tokens)
+        if job.wants_stream:
+            return EventStream(self._lines(job, stream), stream)
+        async with abandonable(http.receive, stream):
+            async for choice, piece in self._pieces(job, stream):
+                choice.add(piece)
+        if any(choice.transcript.finish is None for choice in job.choices):
+            return Response(status_code=499)  # nobody reads it
+        return JSONResponse(
+            job.envelope(job.form.whole_object, [job.form.whole(choice) for choice in job.choices], usage=job.usage())
+        )
+
+    async def _open(self, job: Job) -> Stream:
+        try:
+            return await self.service.open([choice.request for choice in job.choices])
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+        except QueueFull as error:
+            raise ApiError(429, str(error), code="queue_full", headers={"retry-after": str(RETRY_AFTER_S)}) from error
+        except Unavailable as error:
+            raise _unavailable(str(error)) from error
+
+    async def _pieces(self, job: Job, stream: Stream) -> AsyncIterator[tuple[Choice, Piece]]:
+        """Pieces of all choices as they come; ends early if the stream is closed. Raises ApiError."""
+        choices = {choice.request.id: choice for choice in job.choices}
+        clock = Clock(self.numbers, job.arrival)
+        try:
+            async for event in stream:
+                choice = choices[event.request_id]
+                if choice.transcript.finish is not None:  # by a stop string; what the engine says after is not text
+                    continue
+                choice.num_cached_tokens = max(choice.num_cached_tokens, event.num_cached_tokens)
+                piece = choice.transcript.push(event)
+                clock.tick(choice.index, len(event.tokens), piece.finish)
+                _check_finish(piece.finish)
+                if piece.finish is not None and event.finish is None:
+                    stream.cancel(event.request_id)
+                yield choice, piece
+                if all(choice.transcript.finish is not None for choice in job.choices):
+                    return
+        except Unavailable as error:
+            raise _unavailable(str(error)) from error
+        finally:
+            num_abandoned = sum(choice.transcript.finish is None for choice in job.choices)
+            self.numbers.finished.labels("abandoned").inc(num_abandoned)
+
+    async def _lines(self, job: Job, stream: Stream) -> AsyncIterator[bytes]:
+        """The answer as server-sent events."""
+        more = {"usage": None} if job.wants_usage else {}
+        try:
+            for choice in job.choices:
+                if (opening := job.form.opening(choice)) is not None:
+                    yield _line(job.envelope(job.form.part_object, [opening], **more))
+            async for choice, piece in self._pieces(job, stream):
+                if piece.text or piece.tokens or piece.finish is not None:
+                    yield _line(job.envelope(job.form.part_object, [job.form.part(choice, piece)], **more))
+            if job.wants_usage:
+                yield _line(job.envelope(job.form.part_object, [], usage=job.usage()))
+        except ApiError as error:  # the status is out already
+            yield _line(error.body())
+        yield b"data: [DONE]\n\n"
+
+
+def _check_finish(finish: FinishReason | None) -> None:
+    if finish is FinishReason.DEADLINE:
+        raise ApiError(504, "the time that a request may take is over; ask for fewer tokens", code="deadline_exceeded")
+    if finish is FinishReason.CANCELLED:
+        raise _unavailable("the request was cancelled because the service is shutting down")
+
+
+def _unavailable(message: str) -> ApiError:
+    return ApiError(503, message, code="unavailable", headers={"retry-after": str(RETRY_AFTER_S)})
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+@asynccontextmanager
+async def abandonable(receive: Receive, stream: Stream) -> AsyncIterator[None]:
+    """[Note: readers who leave]"""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        stream.close()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        stream.close()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events made from a stream, which ends with this."""
+
+    def __init__(self, lines: AsyncIterator[bytes], stream: Stream) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies are to pass lines on as they come
+        super().__init__(lines, media_type="text/event-stream", headers=headers)
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with abandonable(receive, self._stream):
+            await self.stream_response(send)
+
+
+# --- the application ---
+
+
+class Gate:
+    """Before the routes: who may enter, how much may be sent; and what was answered is counted."""
+
+    def __init__(self, app: ASGIApp, front: Front) -> None:
+        self._app, self._front = app, front
+        self._options = front.options
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 500  # if nothing is sent
+
+        async def counting_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._enter(scope, receive, counting_send)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self._front.numbers.responses.labels(route, status).inc()
+
+    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if scope["path"].startswith("/v1/") and not self._knows_key(headers.get(b"authorization", b"")):
+            message = "expected the header 'authorization: Bearer KEY' with this server's key"
+            await _refusal(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
+            return
+        await self._app(scope, self._limited(receive), send)
+
+    def _knows_key(self, header: bytes) -> bool:
+        key = self._options.api_key
+        return key is None or hmac.compare_digest(header, b"Bearer " + key.encode())
+
+    def _limited(self, receive: Receive) -> Receive:
+        """Raises ApiError once more has come than a body may have, whatever its headers have said."""
+        most, num_received = self._options.max_body_nbytes, 0
+
+        async def limited() -> Message:
+            nonlocal num_received
+            message = await receive()
+            num_received += len(message.get("body", b""))
+            if num_received > most:
+                raise ApiError(413, f"a body may have {most} bytes at most; shorten the prompt", code="body_too_large")
+            return message
+
+        return limited
+
+
+def create_app(service: Service[Any], codec: Codec, options: ServerOptions) -> FastAPI:
+    """The application; it starts the service, and closes it at the end."""
+    front = Front(service, codec, options)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.close()
+
+    # No pages of documentation: they would load scripts from elsewhere. /openapi.json is there.
+    app = FastAPI(title="yafsdp_like", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Gate, front=front)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_body)
+    _add_routes(app, front)
+    return app
+
+
+def _refusal(error: ApiError) -> Response:
+    return JSONResponse(error.body(), error.status_code, error.headers)
+
+
+async def _on_http_error(_: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if isinstance(error, ApiError):
+        return _refusal(error)
+    return _refusal(ApiError(error.status_code, str(error.detail), headers=error.headers))  # FastAPI's own, 405 say
+
+
+async def _on_invalid_body(_: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return _refusal(invalid_body(error.errors()[0]))
+
+
+def _add_routes(app: FastAPI, front: Front) -> None:
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionBody, http: HttpRequest) -> Response:
+        return await front.answer(front.reader.completion, body, http)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
+        return await front.answer(front.reader.chat, body, http)
+
+    _add_models(app, front)
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        state = front.service.state
+        return JSONResponse({"status": state.value}, 200 if state is State.SERVING else 503)
+
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        try:
+            of_engine = await front.service.call(lambda engine: engine.metrics())
+        except Unavailable as error:
+            raise _unavailable(str(error)) from error
+        return Response(front.numbers.text(of_engine), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+
+def _add_models(app: FastAPI, front: Front) -> None:
+    model = {
+        "id": front.options.model_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "yafsdp_like",
+        "max_model_len": front.options.max_seq_len,
+    }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        front.reader.check_model(name)
+        return model
