@@ -31,7 +31,6 @@ T = TypeVar("T")
 MOST_STOP_STRINGS, LONGEST_STOP_STRING = 16, 256
 MOST_LOGPROBS = 20
 DEFAULT_MAX_TOKENS = 16  # of a completion, as OpenAI's
-LEAST_TEMPERATURE = 1e-3  # what is colder draws the likeliest token, as 0 does; its inverse would overflow some day
 UNSUPPORTED = "unsupported_parameter"
 SAMPLED = {item.name for item in fields(SamplingParams)} - {"seed"}
 
@@ -227,10 +226,7 @@ class AnyBody(Body):
     def sampling(self, choice: int) -> SamplingParams:
         """How the choice of this index is drawn: with `seed` the same each time, and unlike its neighbours."""
         seed = secrets.randbits(63) if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63
-        given = self.model_dump(include=SAMPLED, exclude_none=True)
-        if given.get("temperature", 1) < LEAST_TEMPERATURE:
-            given["temperature"] = 0
-        return SamplingParams(**given, seed=seed)
+        return SamplingParams(**self.model_dump(include=SAMPLED, exclude_none=True), seed=seed)
 
 
 class CompletionBody(AnyBody):
