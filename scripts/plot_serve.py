@@ -2,7 +2,8 @@
 
     python scripts/plot_serve.py scripts/results/A.json [B.json ...] OUT.png
 
-Several files are parts of one: a measurement is taken from the last that has it. What none has leaves its place empty. Needs matplotlib (extra `bench`).
+Several files are parts of one: a measurement is taken from the last that has it. What none has leaves its place empty.
+Needs matplotlib (extra `bench`).
 """
 
 import argparse
