@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from launch.world import join, leave, rank_from_environment
+from yafsdp_like.comm.agreement import share
 from yafsdp_like.inference.engine import Engine, EngineOptions
 from yafsdp_like.inference.loading import Model, load_planned, open_model, site_of, world_transport
 from yafsdp_like.inference.planning import plan_serving
@@ -33,6 +35,7 @@ from yafsdp_like.kernels.sampling import SamplingParams
 UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 LIBRARIES_NBYTES = 2**30  # of a GPU, what CUDA's libraries and graphs may take beside the plan
 CPU_KV_NBYTES = 2**30  # where nothing is said
+MODES = ("auto", "resident", "gathered", "streamed", "tensor_parallel")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -64,7 +67,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, max_batch_size: int, ma
     group.add_argument("--tokenizer", metavar="DIRECTORY", help="if it is not the model's own")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     group.add_argument("--dtype", choices=DTYPES, help="of weights; default: bfloat16 on a GPU, float32 on a CPU")
-    group.add_argument("--mode", default="auto", choices=("auto", "resident", "gathered", "streamed"))
+    group.add_argument(
+        "--mode", default="auto", choices=("auto", "resident", "gathered", "streamed", "tensor_parallel")
+    )
     group.add_argument(
         "--memory-limit",
         type=_nbytes_argument,
@@ -152,6 +157,7 @@ def engine_options(arguments: argparse.Namespace, device: torch.device, max_wait
     limit, kv = arguments.memory_limit, arguments.kv_memory
     if limit is None and device.type == "cuda":
         limit = max(1, torch.cuda.mem_get_info(device)[0] - LIBRARIES_NBYTES)
+        limit = min(share(limit)) if dist.is_initialized() else limit  # ranks plan alike
     elif limit is None and kv is None:
         kv = CPU_KV_NBYTES
     return EngineOptions(

@@ -13,6 +13,9 @@ With ``lookahead`` a step is launched before the tokens of the step before it ar
 the CPU. ``step`` then returns what the step before drew. A sequence that ended with it has been computed once too
 often; that token is dropped.
 
+Where ranks compute together (``weights.py``, [Note: together]) each has an engine, with the same options, and all make
+the same calls in the same order. The first rank's clock holds for all: its costs, its deadlines, and its time.
+
 Not safe for threads: one thread calls everything.
 """
 
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -114,7 +117,9 @@ class Engine:
         self.config: DecoderConfig = weights.config
         self.plan: MemoryPlan = weights.plan.memory
         self.options = options
-        self._weights = weights
+        self._weights, self._team = weights, weights.team
+        if self._team is not None:
+            self._team.expect_same("the options of engines", options)
         self._max_seq_len = weights.plan.max_seq_len
         self._runner = _runner(weights)
         self._cache = self._kv_cache()
@@ -128,7 +133,7 @@ class Engine:
 
     def _kv_cache(self) -> KVCache:
         plan, options = self._weights.plan, self.options
-        costs = options.costs or (_NO_LINK if plan.host_grid is None else self._runner.measure())
+        costs = options.costs or (_NO_LINK if plan.host_grid is None else self._measured())
 
         def pool(grid: SlabGrid, tenants: Iterable[Tenant] = ()) -> PagePool:
             return PagePool(grid, POLICIES[options.policy](), tenants)
@@ -136,14 +141,21 @@ class Engine:
         host = None if plan.host_grid is None else pool(plan.host_grid)
         return KVCache(plan.groups, costs, pool(plan.grid, options.tenants), host)
 
+    def _measured(self) -> Costs:
+        costs = self._runner.measure()
+        return costs if self._team is None else self._team.first(costs)
+
     # --- requests ---
 
     def add(self, request: Request) -> None:
         """Takes a request; its events come from ``step``.
 
         Raises ValueError for one that can never be served, or whose id is in use, and QueueFull where too many wait.
+        Ranks that compute together must all be given it before the same step.
         """
         self._check_request(request)
+        if self._team is not None and request.deadline is not None:
+            request = replace(request, deadline=self._team.first(request.deadline))
         salt: Hashable = request.salt if self.options.prefix_cache else object()
         self._sequences[request.id] = self._scheduler.add(request, salt)
 
@@ -210,14 +222,18 @@ class Engine:
     def generate(self, requests: Iterable[Request]) -> dict[str, Completion]:
         """Serves all of ``requests`` to the end, by id; as many wait at a time as may.
 
-        Raises what ``add`` does before any of them is served, and RuntimeError where ranks must step together, since
-        they need not end together.
+        Raises what ``add`` does before any of them is served, and RuntimeError where ranks must step together without
+        having the same requests, since they need not end together. Ranks that compute together all call this with the
+        same requests, but for deadlines, which are the first rank's; RuntimeError if they are others.
         """
-        if self._weights.lockstep:
+        requests = list(requests)
+        if self._team is not None:
+            self._team.expect_same("requests", [replace(request, deadline=None) for request in requests])
+        elif self._weights.lockstep:
             raise RuntimeError("generate() cannot know when other ranks have ended: call step() equally often on all")
         tokens: dict[str, list[Token]] = {}
         done: dict[str, Completion] = {}
-        left = list(reversed(list(requests)))
+        left = requests[::-1]
         for request in left:
             self._check_request(request)
         if len({request.id for request in left}) < len(left):
@@ -238,9 +254,14 @@ class Engine:
         """Those that end now, whatever they have drawn; each once."""
         over = dict.fromkeys(self._cancelled, FinishReason.CANCELLED)
         self._cancelled = []
-        for sequence in self._scheduler.expired(time.monotonic()):
+        for sequence in self._scheduler.expired(self._now()):
             over.setdefault(sequence, FinishReason.DEADLINE)
         return [(sequence, reason) for sequence, reason in over.items() if sequence.stage is not Stage.ENDED]
+
+    def _now(self) -> float:
+        """Seconds as of ``time.monotonic``. All ranks that compute together ask in the same steps, as few as can be."""
+        now = time.monotonic()
+        return now if self._team is None or not self._scheduler.has_deadlines else self._team.first(now)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> Event:
         self._scheduler.end(sequence)

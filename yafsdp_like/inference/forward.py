@@ -10,8 +10,11 @@ sequences are laid out alike, with the chunks' first row at a multiple of 4, see
 Triton compiles another kernel for a pointer that is not a multiple of 16 bytes. The parts of tables that hold chunks
 begin at a multiple of 4 rows of int32, so that no step meets a kernel that warming up has not compiled.
 
-Shapes: T tokens of a step, B sequences, D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary,
-G groups of layers, P pages.
+Ranks that compute together each have their part of a layer, and what a layer adds is the sum over ranks of what the
+parts give. Of logits each computes those of its range of the vocabulary.
+
+Shapes: T tokens of a step, B sequences, D model, V vocabulary, G groups of layers, P pages; and this rank's N heads,
+K kv heads, H head dim, F feed-forward.
 """
 
 from __future__ import annotations
@@ -117,7 +120,7 @@ class Forward:
         self, weights: Weights, places: Mapping[str, Tensor], cache: Cache, num_multiprocessors: int = 1
     ) -> None:
         self._weights, self._places, self._cache = weights, places, cache
-        self._config = weights.config
+        self._config, self._team = weights.plan.share, weights.team
         self._max_seq_len, self._num_multiprocessors = len(places["cos"]), num_multiprocessors
 
     def __call__(self, size: StepSize) -> Tensor:
@@ -175,6 +178,7 @@ class Forward:
         rotate_and_store(q, k, v, tables, pages, self._places["slots"][group.index, rows], norms)
         self._attend_pages(q, pages, group, size, attended.unflatten(1, (-1, config.head_dim)))
         torch.mm(attended, layer.o.t(), out=normed)
+        self._sum(normed)
 
     def _attend_pages(self, q: Tensor, pages: KVPages, group: Group, size: StepSize, out: Tensor) -> None:
         tables, lengths = self._places["page_tables"][group.index], self._places["lengths"]
@@ -204,6 +208,12 @@ class Forward:
         gate, up = gate_up.chunk(2, dim=1)
         swiglu(gate, up, gate)
         torch.mm(gate, layer.down.t(), out=normed)
+        self._sum(normed)
+
+    def _sum(self, part: Tensor) -> None:
+        """What all ranks have computed of it, where they compute together."""
+        if self._team is not None:
+            self._team.sum_(part)
 
     def _head(self, size: StepSize, added: Tensor, hidden: Tensor) -> Tensor:
         norm, head = self._weights.head()
@@ -214,5 +224,20 @@ class Forward:
             self._norm(added, hidden, norm, added)
             torch.index_select(added, 0, self._places["last_rows"][: size.num_drawing], out=last)
         if size.num_drawing:
-            torch.mm(last, head.t(), out=logits)
+            self._project(last, head, logits)
         return logits
+
+    def _project(self, last: Tensor, head: Tensor, logits: Tensor) -> None:
+        if self._team is None:
+            torch.mm(last, head.t(), out=logits)
+            return
+        rows = _range_of(len(head), self._team.rank, self._team.size)
+        logits.zero_()
+        torch.mm(last, head[rows].t(), out=logits[:, rows])
+        self._sum(logits)  # exact: of each logit all ranks but one have 0
+
+
+def _range_of(vocab_size: int, rank: int, num_ranks: int) -> slice:
+    """A rank's tokens; they begin at multiples of 16 bytes, also in bf16, for which matrix products are fastest."""
+    most = -(-vocab_size // (8 * num_ranks)) * 8
+    return slice(min(rank * most, vocab_size), min((rank + 1) * most, vocab_size))

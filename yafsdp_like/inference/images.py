@@ -8,6 +8,7 @@ A unit's image is its parameters' bytes one after the other, in the order in whi
 to queries, keys and values are the rows of one matrix, as are gate and up. Where a unit stays on the device, its image
 lies there; where it is streamed, the same image lies in host memory; where it is gathered, rank r holds the r-th of W
 equal parts of it, wherever that cuts a matrix. So a unit arrives by one copy a part, and nothing is left to be done.
+Where ranks compute together, each has images of its own: of its part of the parameters that are cut.
 
 Shapes: D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary.
 """
@@ -15,7 +16,7 @@ Shapes: D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,16 +24,18 @@ import torch
 
 from yafsdp_like.memory.layout import FlatLayout, Segment, aligned
 from yafsdp_like.models.decoder import DecoderConfig
+from yafsdp_like.models.tensor_parallel import Cut
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of the decoder, by the name and in the shape that it has there."""
+    """A parameter of the decoder, by the name that it has there, or one rank's part of it."""
 
     name: str
     shape: tuple[int, ...]
+    cut: Cut | None = None  # None: it is whole
 
     @property
     def numel(self) -> int:
@@ -94,15 +97,17 @@ class Image:
                 offset += nbytes
 
 
-def images_of(config: DecoderConfig, dtype: torch.dtype) -> tuple[Image, ...]:
+def images_of(config: DecoderConfig, dtype: torch.dtype, cuts: Mapping[str, Cut] | None = None) -> tuple[Image, ...]:
     """The units' images in the order in which a forward reads them: embedding, layers, and the head unless it is tied.
+    Of parameters of layers that are in ``cuts``, by their names there, they hold one rank's part.
 
     Raises ValueError as ``check_served`` does.
     """
     check_served(config)
     norm = Field("norm", (Parameter("norm.weight", (config.dim,)),))
     embedding, head = (_vocabulary(name, config) for name in (EMBEDDING, HEAD))
-    layers = [Image(f"layers.{i}", _layer_fields(f"layers.{i}", config), dtype) for i in range(config.num_layers)]
+    names = [f"layers.{i}" for i in range(config.num_layers)]
+    layers = [Image(name, _layer_fields(name, config, cuts or {}), dtype) for name in names]
     if config.tie_embeddings:
         return Image(EMBEDDING, (embedding, norm), dtype), *layers
     return Image(EMBEDDING, (embedding,), dtype), *layers, Image(HEAD, (head, norm), dtype)
@@ -123,12 +128,16 @@ def _vocabulary(unit: str, config: DecoderConfig) -> Field:
     return Field("weight", (Parameter(f"{unit}.weight", (config.vocab_size, config.dim)),))
 
 
-def _layer_fields(layer: str, config: DecoderConfig) -> tuple[Field, ...]:
+def _layer_fields(layer: str, config: DecoderConfig, cuts: Mapping[str, Cut]) -> tuple[Field, ...]:
     dim, head_dim, ffn_dim = config.dim, config.head_dim, config.ffn_dim
     rows = {"q": config.num_heads * head_dim, "k": config.num_kv_heads * head_dim, "v": config.num_kv_heads * head_dim}
 
+    def parameter(name: str, shape: tuple[int, ...]) -> Parameter:
+        cut = cuts.get(name)
+        return Parameter(f"{layer}.{name}", cut.part(shape) if cut else shape, cut)
+
     def field(name: str, shapes: dict[str, tuple[int, ...]]) -> Field:
-        return Field(name, tuple(Parameter(f"{layer}.{parameter}", shape) for parameter, shape in shapes.items()))
+        return Field(name, tuple(parameter(inner, shape) for inner, shape in shapes.items()))
 
     fields = [field("input_norm", {"input_layernorm.weight": (dim,)})]
     fields += [field("qkv", {f"self_attn.{x}_proj.weight": (n, dim) for x, n in rows.items()})]

@@ -21,6 +21,7 @@ from yafsdp_like.checkpoint import steps
 from yafsdp_like.checkpoint.safetensors import StoredTensor
 from yafsdp_like.comm.choice import TransportName, transport_of
 from yafsdp_like.comm.transport import Transport
+from yafsdp_like.inference.images import Parameter
 from yafsdp_like.inference.planning import AnyMode, Hardware, ServingLimits, ServingPlan, Site, plan_serving
 from yafsdp_like.inference.weights import PlacedWeights, Store, reserve
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig, hf
@@ -83,7 +84,7 @@ def load(
 ) -> PlacedWeights:
     """Plans, reserves everything and fills the weights: bf16 on a GPU and float32 on a CPU, unless ``dtype`` is said.
 
-    With a ``transport`` weights may be gathered from its ranks, who all call this together. Raises what ``open_model``,
+    With a ``transport`` its ranks may share weights, who then all call this together. Raises what ``open_model``,
     ``plan_serving`` and ``reserve`` do.
     """
     model = open_model(model) if isinstance(model, str) else model
@@ -140,8 +141,23 @@ def fill(store: Store, source: Source) -> None:
     for parameter, segment in store.image.parameters():
         offset = segment.offset_nbytes // itemsize - store.start  # of the parameter in the store
         first, last = max(offset, 0), min(offset + parameter.numel, len(store.values))
-        if first < last:
+        if parameter.cut is not None:
+            _fill_part(store.values[first:last], parameter, store.rank, source)
+        elif first < last:
             source.read_into(parameter.name, first - offset, store.values[first:last])
+
+
+def _fill_part(values: Tensor, parameter: Parameter, rank: int, source: Source) -> None:
+    """One rank's part (n,) of a parameter that is cut. Parts of rows are copied out of the whole parameter, for which
+    the device must have room while it is loaded: a source gives rows only, and a rank needs some of each."""
+    cut = parameter.cut
+    assert cut is not None and len(values) == parameter.numel, "what is cut is kept, not moved"
+    if cut.dim == 0:
+        source.read_into(parameter.name, rank * len(values), values)
+        return
+    whole = torch.empty(cut.whole(parameter.shape), dtype=values.dtype, device=values.device)
+    source.read_into(parameter.name, 0, whole.flatten())
+    values.view(parameter.shape).copy_(whole.chunk(cut.num_ranks, cut.dim)[rank])
 
 
 # --- models ---

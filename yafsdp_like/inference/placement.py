@@ -1,7 +1,7 @@
 """Where the weights of a served model lie: which units stay on a device, and which are moved there for each forward.
 
 Integers only. A unit that is moved is gathered from the ranks that hold a part each, or streamed from host memory, into
-a slot that it shares with others by live range (`memory/plan.py`).
+a slot that it shares with others by live range (`memory/plan.py`). Where ranks compute together, each keeps its part.
 
 [Note: around the end]
 Forwards follow each other, so the order of moved units is a circle: while one is in use the next is brought, and while
@@ -22,8 +22,9 @@ from yafsdp_like.inference.images import Image, images_of, uses_of
 from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.plan import LiveRange, Region, SlotPlace, SlotRequest, live_nbytes_peak, place
 from yafsdp_like.models.decoder import DecoderConfig
+from yafsdp_like.models.tensor_parallel import cuts_of
 
-Mode = Literal["resident", "gathered", "streamed"]
+Mode = Literal["resident", "gathered", "streamed", "tensor_parallel"]
 WEIGHT_SLOTS = "weight slots"  # a kind, and its region's name
 
 
@@ -127,6 +128,9 @@ def placements(
     config: DecoderConfig, dtype: torch.dtype, mode: Mode, num_ranks: int = 1, maps_memory: bool = False
 ) -> Iterator[Placement]:
     """All that are considered, from the one that moves least. ValueError where the mode is not possible."""
+    if mode == "tensor_parallel":
+        yield _together(config, dtype, num_ranks)
+        return
     images = images_of(config, dtype)
     uses = uses_of(images, config)
     if mode == "resident":
@@ -142,6 +146,14 @@ def placements(
     moved.append(moved[-1] | {0})
     for units in moved:
         yield Placement(mode, images, uses, units, num_ranks if gathered else 1, maps_memory and gathered)
+
+
+def _together(config: DecoderConfig, dtype: torch.dtype, num_ranks: int) -> Placement:
+    """Every rank keeps its part of each layer, and all of the embedding and the head."""
+    if num_ranks < 2:
+        raise ValueError("tensor_parallel takes at least two ranks, found one; use resident, or more ranks")
+    images = images_of(config, dtype, cuts_of(config, num_ranks))
+    return Placement("tensor_parallel", images, uses_of(images, config), num_ranks=num_ranks)
 
 
 def _spread(count: int, layers: int) -> Iterator[int]:

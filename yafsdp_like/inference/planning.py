@@ -9,6 +9,8 @@ gathered from the ranks that hold a part each, or streamed from the host. A plan
 each of ``max_batch_size`` sequences, if it can, and moves as few units as will do, evenly spread, so that each has the
 time of the resident ones before it to arrive in: layers first, then the head, and the embedding last, since it is moved
 whole and a step reads a few rows of it. Where ``max_seq_len`` is not said, the tokens of one step stand for it.
+Tensor parallel ranks keep their parts of all layers, and all pages of their heads: the mode is for latency, since all
+ranks then serve the same requests, and is taken only when it is asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Literal, get_args
 import torch
 
 from yafsdp_like.inference.capacity import Capacity
-from yafsdp_like.inference.images import check_served
+from yafsdp_like.inference.images import check_served, images_of
 from yafsdp_like.inference.placement import Mode, Placement, placements
 from yafsdp_like.inference.slabs import SlabGrid
 from yafsdp_like.inference.tables import LayerGroup
@@ -29,8 +31,11 @@ from yafsdp_like.inference.workspace import Placed, StepShape, forward_buffers, 
 from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.plan import MemoryPlan, Region
 from yafsdp_like.models.decoder import DecoderConfig
+from yafsdp_like.models.tensor_parallel import share_of
 
-AnyMode = Literal["auto", "resident", "gathered", "streamed"]
+AnyMode = Literal["auto", "resident", "gathered", "streamed", "tensor_parallel"]
+
+_SUMS = "process group: sums"  # what moves bytes between ranks that compute together
 
 KV_SLABS, HOST_KV_SLABS = "kv slabs", "host kv slabs"  # kinds, and their regions' names
 
@@ -105,7 +110,7 @@ class Site:
     """Where the model is to run."""
 
     dtype: torch.dtype = torch.bfloat16  # of weights
-    num_ranks: int = 1  # that may share weights; each serves its own requests
+    num_ranks: int = 1  # that may share weights; each serves its own requests, unless they are tensor parallel
     maps_memory: bool = False  # whether they read each other's memory, rather than meet in collectives
     transport: str = "process group"  # what moves bytes between them, in words
     hardware: Hardware | None = None  # None: a CPU, or nothing known
@@ -134,6 +139,11 @@ class ServingPlan:
     def mode(self) -> Mode:
         return self.placement.mode
 
+    @cached_property
+    def share(self) -> DecoderConfig:
+        """What one rank computes of the decoder's layers: all heads and the whole feed-forward, or its part of them."""
+        return _share(self.config, self.site, self.mode)
+
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
         return self.capacity.groups
@@ -152,7 +162,7 @@ class ServingPlan:
             *self.buffers.regions,
         )
         slots = (*self.placement.slot_places(), *self.buffers.slots())
-        transports = (self.site.transport,) if self.mode == "gathered" else ()
+        transports = {"gathered": (self.site.transport,), "tensor_parallel": (_SUMS,)}.get(self.mode, ())
         return MemoryPlan(self.site.num_ranks, regions, slots, transports)
 
     @cached_property
@@ -186,13 +196,18 @@ def plan_serving(
     if mode not in get_args(AnyMode):
         raise ValueError(f"mode must be one of {list(get_args(AnyMode))}, found {mode!r}")
     check_served(config)
-    draft = _Draft.of(config, limits, site or Site())
-    tried: list[Mode] = list(_auto_modes(draft.site)) if mode == "auto" else [mode]
+    site = site or Site()
+    draft = _Draft.of(config, limits, site, _share(config, site, mode))
+    tried: list[Mode] = list(_auto_modes(site)) if mode == "auto" else [mode]
     for candidate in tried:
         placement = draft.choose(candidate)
         if placement is not None:
             return draft.plan(placement, asked=mode != "auto")
     raise ValueError(draft.refusal(tried))
+
+
+def _share(config: DecoderConfig, site: Site, mode: AnyMode) -> DecoderConfig:
+    return share_of(config, site.num_ranks) if mode == "tensor_parallel" else config
 
 
 def _auto_modes(site: Site) -> Iterator[Mode]:
@@ -207,7 +222,7 @@ def _auto_modes(site: Site) -> Iterator[Mode]:
 
 @dataclass(frozen=True)
 class _Draft:
-    """What all modes have in common."""
+    """What all modes that are tried have in common."""
 
     config: DecoderConfig
     limits: ServingLimits
@@ -218,24 +233,25 @@ class _Draft:
     least: int  # tokens of context that must fit
 
     @classmethod
-    def of(cls, config: DecoderConfig, limits: ServingLimits, site: Site) -> _Draft:
+    def of(cls, config: DecoderConfig, limits: ServingLimits, site: Site, share: DecoderConfig) -> _Draft:
+        """``share`` is what one rank computes of ``config``."""
         windows = [config.window_of(layer) for layer in range(config.num_layers)]
         dtype = limits.kv_dtype or site.dtype_name
-        groups = LayerGroup.of_windows(windows, config.num_kv_heads, config.head_dim, limits.page_size, dtype)
+        groups = LayerGroup.of_windows(windows, share.num_kv_heads, share.head_dim, limits.page_size, dtype)
         capacity = Capacity(groups, limits.max_batch_tokens)
         longest = _longest(config, limits, capacity)
         multiprocessors = site.hardware.num_multiprocessors if site.hardware else 1
         step = StepShape(
             limits.max_batch_size, limits.max_batch_tokens, longest, limits.page_size, len(groups), multiprocessors
         )
-        buffers = placed(forward_buffers(config, step, site.dtype))
+        buffers = placed(forward_buffers(share, step, site.dtype))
         least = limits.max_seq_len or min(longest, limits.max_batch_tokens)
         return cls(config, limits, site, capacity, buffers, longest, least)
 
     def choose(self, mode: Mode) -> Placement | None:
         """See [Note: what is kept]; None where not even one context fits beside the weights."""
         options = self._options(mode)
-        if mode != "resident":
+        if mode in ("gathered", "streamed"):
             if self.limits.memory_limit_nbytes is None:
                 return options[self.config.num_layers - 1]
             wanted = self.least * self.limits.max_batch_size
@@ -338,6 +354,8 @@ def _reasons(plan: ServingPlan, draft: _Draft, asked: bool) -> Iterator[str]:
         yield from _floors(plan, plan.site.hardware.rates)
     if plan.mode == "gathered" and not plan.site.maps_memory:
         yield "  ranks meet in collectives, so that all must make the same number of forwards"
+    if plan.mode == "tensor_parallel":
+        yield "  all ranks serve the same requests in the same steps; what goes by the clock, the first one decides"
 
 
 def _why(plan: ServingPlan, draft: _Draft, asked: bool) -> str:
@@ -345,6 +363,8 @@ def _why(plan: ServingPlan, draft: _Draft, asked: bool) -> str:
     total = sum(image.nbytes for image in placement.images)
     if plan.mode == "resident":
         return f"resident: all {total:,} bytes of weights stay on the device"
+    if plan.mode == "tensor_parallel":
+        return _why_together(plan, total)
     moved, all_units = len(placement.moved), len(placement.images)
     source = f"the shards of {plan.site.num_ranks} ranks" if plan.mode == "gathered" else "host memory"
     room = draft.room(total)
@@ -356,6 +376,17 @@ def _why(plan: ServingPlan, draft: _Draft, asked: bool) -> str:
     return f"{plan.mode}: {moved} of {all_units} units come out of {source} in every forward, {because}"
 
 
+def _why_together(plan: ServingPlan, kept_nbytes: int) -> str:
+    config, share = plan.config, plan.share
+    whole_nbytes = sum(image.nbytes for image in images_of(config, plan.site.dtype))
+    return (
+        f"tensor_parallel: {plan.site.num_ranks} ranks compute every step together, as asked for: each has "
+        f"{share.num_heads} of {config.num_heads} heads, {share.num_kv_heads} of {config.num_kv_heads} of keys and "
+        f"values, {share.ffn_dim:,} of {config.ffn_dim:,} of the feed-forward, and {kept_nbytes:,} of "
+        f"{whole_nbytes:,} bytes of weights"
+    )
+
+
 def _context(plan: ServingPlan) -> str:
     tokens, longest = plan.num_context_tokens, plan.max_seq_len
     return f"  {tokens:,} tokens of context fit, in sequences of at most {longest:,}"
@@ -365,11 +396,12 @@ def _floors(plan: ServingPlan, rates: Rates) -> Iterator[str]:
     """A step that decodes reads all weights but an embedding's, of which it looks up some rows; a unit that is moved
     hides behind the arithmetic of enough tokens."""
     placement, ranks = plan.placement, plan.site.num_ranks
-    read = sum(placement.images[unit].nbytes for unit in placement.uses[1:]) / rates.memory_nbytes
+    read = _num_read(plan) / rates.memory_nbytes
     others = (ranks - 1) / ranks
     moved = sum(placement.images[unit].nbytes for unit in placement.moved)
     by_mode = {
         "resident": (0.0, 0.0),
+        "tensor_parallel": (0.0, 0.0),  # without the sums, which take their latency rather than bytes
         "gathered": (moved * others / rates.peer_nbytes, others / rates.peer_nbytes),
         "streamed": (moved / rates.host_nbytes, 1 / rates.host_nbytes),
     }
@@ -379,3 +411,10 @@ def _floors(plan: ServingPlan, rates: Rates) -> Iterator[str]:
     if seconds:
         tokens = rates.flops * plan.site.dtype.itemsize / 2 * per_byte
         yield f"  moving takes {1e3 * seconds:.1f} ms a forward, and a layer's hides in steps of {tokens:,.0f} tokens"
+
+
+def _num_read(plan: ServingPlan) -> int:
+    """Bytes of weights that a step that decodes reads. The head is whole on ranks that compute together, but each
+    computes the logits of its part of the vocabulary."""
+    *layers, head = [plan.placement.images[unit].nbytes for unit in plan.placement.uses[1:]]
+    return sum(layers) + (head // plan.site.num_ranks if plan.mode == "tensor_parallel" else head)

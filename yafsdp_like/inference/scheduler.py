@@ -198,6 +198,11 @@ class Scheduler:
                 yield sequence
 
     @property
+    def has_deadlines(self) -> bool:
+        """Whether ``expired`` may find any, now or later."""
+        return bool(self._deadlines)
+
+    @property
     def num_swapped(self) -> int:
         return sum(sequence.is_swapped for sequence in self.waiting)
 

@@ -16,6 +16,12 @@ gather is a collective (``lockstep``): whoever drives the engines must step all 
 makes one forward in every step, of all calls above and without a reader where it has nothing to do. A rank that stops
 makes the others wait.
 
+[Note: together]
+Tensor parallel ranks make one forward together (``team``): each has its part of every layer, and a forward holds sums
+over all ranks. So all must step with the same requests, added and cancelled between the same two steps. Sums give
+the same bits everywhere, so that all draw the same tokens, and the scheduler counts tokens and pages only; what it
+knows by the clock (costs that were measured, deadlines) is the first rank's.
+
 Shapes: D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary.
 """
 
@@ -30,6 +36,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from yafsdp_like.comm.team import Team, world_team
 from yafsdp_like.comm.transport import Transport
 from yafsdp_like.inference.images import Image
 from yafsdp_like.inference.placement import WEIGHT_SLOTS
@@ -39,12 +46,13 @@ from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.streams import COMPUTE, GATHER, Event, Streams, streams_of
 from yafsdp_like.models.decoder import DecoderConfig
 
+_SHARED = ("gathered", "tensor_parallel")  # modes in which ranks have parts of weights
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """What one layer's forward reads, in the weights' dtype."""
+    """What one layer's forward reads, in the weights' dtype; N, K and F are this rank's (``ServingPlan.share``)."""
 
     input_norm: Tensor  # (D,)
     qkv: Tensor  # ((N + 2 K) H, D): rows of queries, keys, values
@@ -67,7 +75,8 @@ class Weights(Protocol):
     arena: Arena  # holds all regions of the plan on the device, the engine's own too
     host: Arena  # and those in host memory, pinned for a GPU
     graphable: bool  # whether a CUDA graph of a forward may read them
-    lockstep: bool  # see [Note: own pace or lockstep]
+    lockstep: bool  # whether ranks must step equally often, see [Note: own pace or lockstep]
+    team: Team | None  # the ranks that make each forward together, see [Note: together]; None: each its own
 
     def embedding(self) -> Tensor:
         """(V, D), until ``layer(0)``."""
@@ -92,6 +101,7 @@ class Store:
     image: Image
     start: int
     values: Tensor  # (n,) of the image's dtype; what goes beyond the image is padding
+    rank: int = 0  # whose part it is of parameters that are cut
 
 
 @dataclass(eq=False)
@@ -118,7 +128,8 @@ class PlacedWeights:
         self.config, self.dtype, self.device = plan.config, plan.site.dtype, arena.device
         self.plan, self.arena, self.host = plan, arena, host
         self.graphable = not plan.placement.moved
-        self.lockstep = plan.mode == "gathered" and not plan.site.maps_memory
+        self.team = world_team() if plan.mode == "tensor_parallel" else None
+        self.lockstep = self.team is not None or (plan.mode == "gathered" and not plan.site.maps_memory)
         self._transport, self._streams = transport, streams
         self._slots = _slots(plan, arena, self._bringer)
         self._views = [
@@ -199,7 +210,8 @@ class PlacedWeights:
         placement = self.plan.placement
         for unit, image in enumerate(placement.images):
             if unit not in placement.moved:
-                yield Store(image, 0, _flat(self.arena.place(image.name), self.dtype))
+                rank = 0 if self.team is None else self.team.rank
+                yield Store(image, 0, _flat(self.arena.place(image.name), self.dtype), rank)
             elif self.plan.mode == "streamed":
                 yield Store(image, 0, _flat(self.host.place(image.name), self.dtype))
             else:
@@ -210,8 +222,8 @@ class PlacedWeights:
     # --- before the first forward, and after the last ---
 
     def filled(self, error: BaseException | None = None) -> None:
-        """This rank's stores are filled, or will not be, because of ``error``, which is then raised. Gathered, blocks
-        until all ranks' are, and raises where any failed."""
+        """This rank's stores are filled, or will not be, because of ``error``, which is then raised. Where ranks share
+        weights, blocks until all ranks' are, and raises where any failed."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what reading and drawing values took is not in the plan
         self._meet("filled", error)
@@ -222,7 +234,7 @@ class PlacedWeights:
     def _meet(self, line: str, error: BaseException | None) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        if self._transport is not None and self.plan.mode == "gathered":
+        if self._transport is not None:
             self._transport.agree([line], error)
         elif error is not None:
             raise error
@@ -231,11 +243,11 @@ class PlacedWeights:
 def reserve(plan: ServingPlan, device: torch.device, transport: Transport | None = None) -> PlacedWeights:
     """Everything of the plan allocated, once, and weights on it that are still to be filled.
 
-    A gathered plan needs the transport of its ranks, who all call this together; it raises on all of them where it does
-    on one, and RuntimeError where their plans differ. Raises ValueError for a transport that a plan cannot use, and
-    what ``Arena.reserve`` does where there is no room.
+    A gathered or tensor parallel plan needs the transport of its ranks, who all call this together; it raises on all of
+    them where it does on one, and RuntimeError where their plans differ. Raises ValueError for a transport that a plan
+    cannot use, and what ``Arena.reserve`` does where there is no room.
     """
-    transport = transport if plan.mode == "gathered" else None
+    transport = transport if plan.mode in _SHARED else None
     _check(plan, transport)
     arena, host = Arena(device), Arena(torch.device("cpu"))
     error: BaseException | None = None
@@ -248,18 +260,21 @@ def reserve(plan: ServingPlan, device: torch.device, transport: Transport | None
         error = caught
     if transport is not None:
         transport.agree(str(plan).splitlines(), error)
-        transport.connect(arena.blocks)
+        if plan.mode == "gathered":
+            transport.connect(arena.blocks)
     elif error is not None:
         raise error
     return PlacedWeights(plan, arena, host, transport, streams_of(device))
 
 
 def _check(plan: ServingPlan, transport: Transport | None) -> None:
-    if plan.mode != "gathered":
+    if plan.mode not in _SHARED:
         return
     if transport is None:
-        raise ValueError("a gathered plan needs the transport of its ranks, found none")
-    if transport.column_nbytes([1]):
+        raise ValueError(f"a {plan.mode} plan needs the transport of its ranks, found none")
+    if plan.mode == "tensor_parallel" and transport.world_size != world_team().size:
+        raise ValueError(f"tensor_parallel takes all {world_team().size} ranks, found those of {transport.world_size}")
+    if plan.mode == "gathered" and transport.column_nbytes([1]):
         raise ValueError("weights cannot be gathered from peers of several hosts yet; use transport='process_group'")
     if (transport.world_size, transport.maps_memory) != (plan.site.num_ranks, plan.site.maps_memory):
         raise ValueError(

@@ -117,7 +117,7 @@ KINDS = {
     "staging": "peers' chunks of gradients while they are added up",
     "page end": "what the last page of the memory that peers map has left",
     "spill": "slots that the order of execution asked for beyond the plan",
-    "weights": "served units that stay, whole",
+    "weights": "served units that stay: whole, or this rank's part",
     "weight shards": "this rank's part of those that are gathered",
     "weight slots": "units gathered or streamed, shared by live range",
     "kv slabs": "keys and values, in pages",
