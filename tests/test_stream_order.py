@@ -21,6 +21,7 @@ from yafsdp_like.comm.process_group import ProcessGroupTransport
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE
 from yafsdp_like.optim import AdamW
 from yafsdp_like.shard import engine as engine_module
+from yafsdp_like.shard.depth import Depth
 from yafsdp_like.shard.engine import Engine
 from yafsdp_like.shard.unit import unit_of
 
@@ -90,6 +91,7 @@ class EarlyExit(Chain):
         return x
 
 
+LONG = Specimen(lambda: Chain(blocks(6)), vectors(FEATURES), layers_of)  # more units than slots at any depth
 EARLY_EXIT = Specimen(lambda: EarlyExit(blocks(2)), vectors(FEATURES), layers_of)
 
 
@@ -110,14 +112,15 @@ def train(
     own_optimizer: bool = False,
     omits: Omission | None = None,
     updates: int = 1,
+    depth: Depth | None = None,
     **options: Any,
 ) -> Found:
     """Some steps of a specimen, and an evaluation after each, on this rank under the detector; `updates` is how many
-    steps of the optimizer follow a backward, `options` are `fully_shard`'s.
+    steps of the optimizer follow a backward, `depth` replaces the usual one, `options` are `fully_shard`'s.
     """
     streams = VectorClocks(forgets, omits)
     detector = RaceDetector(streams)
-    specimen = {"early exit": EARLY_EXIT, "wide": WIDE}.get(name) or SPECIMENS[name]
+    specimen = {"early exit": EARLY_EXIT, "long": LONG, "wide": WIDE}.get(name) or SPECIMENS[name]
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "streams_of", lambda device: streams)
@@ -126,6 +129,8 @@ def train(
         if plant is not None:
             PLANTS[plant](patch)
         model: Any = specimen.wrap(specimen.fresh(), fully_shard, mesh=world_mesh(), mp_policy=policy, **options)
+        if depth is not None:
+            model._engine().depth = depth
         model.unshard()  # makes the arena
         model.reshard()
         watch_arenas(model, detector)
@@ -261,6 +266,24 @@ def test_stream_order_holds_whatever_stays_gathered(reshard_after_forward: bool,
 def test_reducing_large_parameters_early_is_ordered(transport: str) -> None:
     for found in run_ranks(train, "decoder", plant="reduce_everything_early", transport=transport):
         assert found.races == []
+
+
+@pytest.mark.parametrize("transport", ["process_group", "peer"])
+@pytest.mark.parametrize("depth", [Depth(2, 2), Depth(1, 3), Depth(3, 3)], ids=str)
+@pytest.mark.parametrize("name", ["long", "nested", "early exit"])
+def test_every_access_is_ordered_at_any_depth(name: str, depth: Depth, transport: str) -> None:
+    for found in run_ranks(train, name, depth=depth, transport=transport, own_optimizer=transport == "peer"):
+        assert found.races == []
+        assert found.num_accesses > 20, "the detector saw nothing"
+        assert set(found.waits) == ALL_WAITS
+
+
+@pytest.mark.parametrize("pair", [(GATHER, COMPUTE), (COMPUTE, REDUCE)])
+def test_leaving_out_what_frees_a_slot_is_found_at_a_greater_depth_too(pair: tuple[str, str]) -> None:
+    """With more slots than two, units that share bytes are further from each other."""
+    waiting, waited_for = pair
+    for found in run_ranks(train, "long", forgets=[pair], depth=Depth(2, 3)):
+        assert any(f" on {waiting} " in race and race.endswith(f" on {waited_for}") for race in found.races)
 
 
 @pytest.mark.parametrize("pair", sorted(ALL_WAITS))

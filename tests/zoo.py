@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import yafsdp_like as ours
 from yafsdp_like import optim as our_optim
+from yafsdp_like.shard.depth import Depth
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"ours": ours, "stock": stock}
 Unit = nn.Module | list[nn.Module]
@@ -414,6 +415,7 @@ class Recipe:
     divide_factor: float | None = None
     precision: Mapping[str, Any] = field(default_factory=dict)  # fields of MixedPrecisionPolicy
     transport: str = "auto"  # of ours; stock has one
+    depth: Depth | None = None  # of ours, beside the usual one
     device: str = "cpu"
 
 
@@ -451,6 +453,8 @@ def shard(specimen: Specimen, model: nn.Module, impl: str, recipe: Recipe) -> nn
         if recipe.divide_factor is not None and isinstance(module, names.FSDPModule):
             module.set_gradient_divide_factor(recipe.divide_factor)
             module.set_force_sum_reduction_for_comms(True)
+    if recipe.depth is not None and names is ours:
+        model._engine().depth = recipe.depth
     return model
 
 

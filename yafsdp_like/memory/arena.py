@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import torch
 from yafsdp_like.memory import windows
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import Region
+
+MARGIN = 20  # of a GPU's memory, one part in so many is left to what no plan knows
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +112,19 @@ class Arena:
     def storage(self, name: str) -> tuple[torch.UntypedStorage, int]:
         """What holds a region or window, and the byte in it where that starts."""
         return self._spots[name].storage, self._spots[name].offset_nbytes
+
+
+def room_nbytes(device: torch.device) -> int:
+    """What a GPU has free beside all that is allocated, or cached for what was, less a margin; may be negative."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free - total // MARGIN
+
+
+def give_back(device: torch.device) -> None:
+    """Frees arenas that nobody refers to but their own slots, which refer to each other, down to the GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, eq=False)

@@ -129,7 +129,7 @@ KINDS = {
 }
 
 
-def _readable(nbytes: int) -> str:
+def readable(nbytes: int) -> str:
     """Bytes in the largest unit that leaves at least one digit before the point."""
     value, suffixes = float(nbytes), ["B", "KiB", "MiB", "GiB"]
     while value >= 1024 and len(suffixes) > 1:
@@ -149,6 +149,7 @@ class MemoryPlan:
     regions: tuple[Region, ...]
     slots: tuple[SlotPlace, ...] = field(default=())
     transports: tuple[str, ...] = ()  # what moves bytes between the ranks, and why
+    depth: str = ""  # how far ahead units are gathered, and why, once that was decided by measured times
 
     @property
     def nbytes(self) -> int:
@@ -159,14 +160,15 @@ class MemoryPlan:
         return sum(region.nbytes for region in self.regions if region.kind == kind)
 
     def __str__(self) -> str:
-        lines = [f"memory plan of one rank of {self.world_size}: {_readable(self.nbytes)} ({self.nbytes:,} bytes)"]
+        lines = [f"memory plan of one rank of {self.world_size}: {readable(self.nbytes)} ({self.nbytes:,} bytes)"]
         lines += [f"  over {transport}" for transport in self.transports]
+        lines += [f"  {self.depth}"] if self.depth else []
         for kind, meaning in KINDS.items():
             regions = [r for r in self.regions if r.kind == kind and r.nbytes]
             if not regions:
                 continue
             count = f"{len(regions)} regions" if len(regions) > 1 else "1 region"
-            lines.append(f"  {kind:<18} {_readable(sum(r.nbytes for r in regions)):>12}   {count:<12} {meaning}")
+            lines.append(f"  {kind:<18} {readable(sum(r.nbytes for r in regions)):>12}   {count:<12} {meaning}")
             lines += self._slot_lines(kind)
         return "\n".join(lines)
 

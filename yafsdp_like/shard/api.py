@@ -340,6 +340,16 @@ class FSDPModule:
         for unit in self._units(recurse=True):
             unit.updates += 1
 
+    def follow_measured_times(self) -> None:
+        """Lets the number of units gathered ahead, and of gradient slots, follow what the next iterations take.
+
+        On GPUs the fourth iteration from here on is timed by events, without waiting for any; ranks then choose once,
+        together, the smallest depth whose step is within 1 % of the best, of those that free memory has room for, and
+        the plan is remade if it is another (its first lines say which, and why). Prefetch lists of the user's win. On
+        CPUs, and on one rank, nothing is measured. To be called on the root.
+        """
+        self._engine().follow_times()
+
     def reset_iter_state(self) -> None:
         """Forgets a forward or backward that raised. Not needed: the next forward does it. Drops unsynced gradients."""
         abandon(self._engine())

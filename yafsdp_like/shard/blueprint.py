@@ -16,7 +16,8 @@ import torch
 from yafsdp_like.memory import windows
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, FlatLayout, Segment, aligned
-from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, place
+from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, place, readable
+from yafsdp_like.shard.depth import Course, Depth, Times, choose, depths, step_ms
 from yafsdp_like.shard.schedule import Residency, Schedule, gather_starts
 from yafsdp_like.shard.unit import NOWHERE, GatherSlot, GradientSlot, Unit, UnitLayout
 
@@ -37,17 +38,21 @@ class Blueprint:
     gather_places: Mapping[Unit, Segment]
     gradient_places: Mapping[Unit, Segment]
 
+    def with_depth(self, depth: str) -> Blueprint:
+        """The same, saying how far ahead units are gathered, and why."""
+        return replace(self, plan=replace(self.plan, depth=depth))
+
     def with_region(self, region: Region) -> Blueprint:
         """The same with one more region, which execution asked for."""
         return replace(self, plan=replace(self.plan, regions=(*self.plan.regions, region)))
 
 
-def draw(units: Sequence[Unit], schedule: Schedule, root: Unit | None) -> Blueprint:
+def draw(units: Sequence[Unit], schedule: Schedule, root: Unit | None, depth: Depth) -> Blueprint:
     """The plan for ``units`` as they are now; ``root`` is the unit that by default stays gathered after forward."""
     page_nbytes = _page_nbytes(units)
     layouts = {unit: unit.plan_layout(page_nbytes) for unit in units}
-    gather_live = _gather_ranges(units, schedule, root)
-    gradient_live = {unit: schedule.gradient_range(i) for i, unit in enumerate(units)}
+    gather_live = _gather_ranges(units, schedule, root, depth.gathers)
+    gradient_live = {unit: schedule.gradient_range(i, depth.gradients) for i, unit in enumerate(units)}
     gather = {u: aligned(x.gathered_nbytes, page_nbytes or 1) for u, x in layouts.items() if not u.own_gather_slot}
     gradient = {u: x.gradient_slot.nbytes for u, x in layouts.items() if not u.own_gradient_slot}
     gather_places, gather_nbytes = _place_shared(gather, gather_live)
@@ -65,6 +70,24 @@ def draw(units: Sequence[Unit], schedule: Schedule, root: Unit | None) -> Bluepr
     transports = dict.fromkeys(unit.transport.description for unit in units)
     plan = MemoryPlan(units[0].mesh.size(), tuple(regions), tuple(slots), tuple(transports))
     return Blueprint(plan, layouts, gather_places, gradient_places)
+
+
+def depth_for(
+    units: Sequence[Unit], schedule: Schedule, root: Unit | None, times: Sequence[Times], room_nbytes: int
+) -> tuple[Depth, str]:
+    """What the units' measured times and the memory to spare ask for, and in words why."""
+    candidates = depths(any(u.policy.forward_prefetch or u.policy.backward_prefetch for u in units))
+    nbytes = {depth: draw(units, schedule, root, depth).plan.nbytes for depth in candidates}
+    more = {depth: nbytes[depth] - nbytes[Depth()] for depth in candidates}
+    outer = {i for i, span in enumerate(schedule.spans) if schedule.surrounds(span)}
+    kept = {i for i, unit in enumerate(units) if not reshards_after_forward(unit, root)}
+    course = Course(schedule.forward_order, schedule.backward_order, outer | kept, outer)
+    steps = {depth: step_ms(times, course, depth) for depth in candidates}
+    depth = choose(steps, more, room_nbytes)
+    return depth, (
+        f"{depth}: {steps[depth]:.2f} ms a step by measured times, {min(steps.values()):.2f} with any depth, "
+        f"{steps[Depth()]:.2f} {Depth()}; {readable(more[depth])} more, {readable(max(0, room_nbytes))} free"
+    )
 
 
 def _page_nbytes(units: Sequence[Unit]) -> int:
@@ -128,13 +151,17 @@ def own_slot_regions(unit: Unit, layout: UnitLayout) -> list[Region]:
     return regions
 
 
-def _gather_ranges(units: Sequence[Unit], schedule: Schedule, root: Unit | None) -> dict[Unit, LiveRange]:
+def _gather_ranges(
+    units: Sequence[Unit], schedule: Schedule, root: Unit | None, num_ahead: int
+) -> dict[Unit, LiveRange]:
     index = {unit: i for i, unit in enumerate(units)}
     forward = {i: [index[t] for t in u.policy.forward_prefetch if t in index] for u, i in index.items()}
     backward = {i: [index[t] for t in u.policy.backward_prefetch if t in index] for u, i in index.items()}
-    forward_from = gather_starts(schedule.forward_order, [schedule.forward_start(i) for i in index.values()], forward)
+    forward_from = gather_starts(
+        schedule.forward_order, [schedule.forward_start(i) for i in index.values()], forward, num_ahead
+    )
     backward_from = gather_starts(
-        schedule.backward_order, [schedule.backward_start(i) for i in index.values()], backward
+        schedule.backward_order, [schedule.backward_start(i) for i in index.values()], backward, num_ahead
     )
     return {
         unit: schedule.gather_range(i, forward_from[i], backward_from[i], _residency(unit, root))

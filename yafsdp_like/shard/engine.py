@@ -28,12 +28,22 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from yafsdp_like.memory.arena import Arena, Place
+from yafsdp_like.memory.arena import Arena, Place, give_back, room_nbytes
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event, streams_of
-from yafsdp_like.shard.blueprint import Blueprint, build, draw, own_slot_regions, reshards_after_forward, slot_at
+from yafsdp_like.shard.blueprint import (
+    Blueprint,
+    build,
+    depth_for,
+    draw,
+    own_slot_regions,
+    reshards_after_forward,
+    slot_at,
+)
+from yafsdp_like.shard.depth import Depth
 from yafsdp_like.shard.linear import attach
 from yafsdp_like.shard.schedule import Schedule, schedule_of
+from yafsdp_like.shard.stopwatch import Found, Stopwatch, agreed
 from yafsdp_like.shard.unit import GatherSlot, GradientSlot, ShardedParam, SlotState, Unit, UnitLayout, Use, unit_of
 
 if TYPE_CHECKING:
@@ -80,6 +90,9 @@ class Engine:
         self.after_in_forward = _following(self.units, self.schedule.forward_order)
         self.after_in_backward = _following(self.units, self.schedule.backward_order)
         self.transports = list(dict.fromkeys(unit.transport for unit in units))
+        self.depth = Depth()
+        self.depth_reason = ""  # empty until measured times have decided it
+        self.stopwatch: Stopwatch | None = None  # from ``follow_times`` until it is decided
         self._blueprint: Blueprint | None = None
         self._arena: Arena | None = None
         self.built_for: tuple[object, ...] = ()  # the units' signatures when the slots were made
@@ -101,7 +114,10 @@ class Engine:
         """What the arenas hold; before they are built, what they will hold. Allocates nothing."""
         if self._blueprint is not None and self.built_for == self._signatures():
             return self._blueprint.plan
-        return draw(self.units, self.schedule, self.root_unit).plan
+        return self._draw(self.depth).with_depth(self.depth_reason).plan
+
+    def _draw(self, depth: Depth) -> Blueprint:
+        return draw(self.units, self.schedule, self.root_unit, depth)
 
     @property
     def arena_nbytes(self) -> int:
@@ -145,11 +161,9 @@ class Engine:
                 "FSDP parameters should be materialized from meta device before training, but the following were still "
                 f"on meta device: {on_meta}\nCall model.to_empty(device=...), then initialize or load the parameters"
             )
-        for stream in (GATHER, REDUCE):  # the old arena's bytes go back to the allocator, which knows only compute
-            self.streams.wait(COMPUTE, self.streams.record(stream))
         unsynced = [slot for unit in self.units if (slot := unit.unsynced()) is not None]
-        self._forget_build()
-        self._blueprint = draw(self.units, self.schedule, self.root_unit)
+        self._leave_arena()
+        self._blueprint = self._draw(self.depth).with_depth(self.depth_reason)
         self._arena = build(self._blueprint)
         for unit in self.units:
             watch_gradients(unit.gather_slot)
@@ -159,6 +173,11 @@ class Engine:
         self.built_for = self._signatures()
         self.num_layouts += 1
 
+    def _leave_arena(self) -> None:
+        for stream in (GATHER, REDUCE):  # the old arena's bytes go back to the allocator, which knows only compute
+            self.streams.wait(COMPUTE, self.streams.record(stream))
+        self._forget_build()
+
     def _forget_build(self) -> None:
         self._arena = self._blueprint = None
         self.built_for = ()
@@ -166,7 +185,7 @@ class Engine:
             unit.forget_slots()
 
     def _signatures(self) -> tuple[object, ...]:
-        return tuple(unit.signature for unit in self.units)
+        return (self.depth, *(unit.signature for unit in self.units))
 
     def _fingerprint(self) -> list[str]:
         """What must be the same on every rank: a line for each parameter, and one for each unit's policy."""
@@ -179,13 +198,67 @@ class Engine:
             f"unit {unit.name!r} with reshard_after_forward={self.reshards_after_forward(unit)}, "
             f"reshard_after_backward={unit.policy.reshard_after_backward}, {unit.reduction()}, prefetching "
             f"{[u.name for u in unit.policy.forward_prefetch]} and {[u.name for u in unit.policy.backward_prefetch]}"
+            f", {self.depth}"
             for unit in self.units
         ]
+
+    # --- the depth, from measured times ---
+
+    def follow_times(self) -> None:
+        """Measures one of the next iterations, and lets the depth follow; nothing where nothing can be measured."""
+        self.stopwatch = Stopwatch(self.streams) if self._can_measure() else None
+
+    def _can_measure(self) -> bool:
+        """On GPUs that share the same units between the same ranks; elsewhere nothing is measured or changed."""
+        is_shared = any(transport.world_size > 1 for transport in self.transports)
+        return self.units[0].device.type == "cuda" and is_shared and len({unit.mesh for unit in self.units}) == 1
+
+    def _measured(self, stream: str, unit: Unit | None) -> AbstractContextManager[None]:
+        """Work of one unit on a side stream, or a wait of COMPUTE behind which the unit computes."""
+        if self.stopwatch is None or not self.stopwatch.is_running:
+            return nullcontext()
+        return self.stopwatch.span(stream, unit, backward_task() is not None)
+
+    def _follow_times(self, watch: Stopwatch) -> None:
+        """An iteration begins: if one was measured, ranks choose the depth together, once, and the plan follows.
+
+        They exchange what they have whatever it is, since one may still wait for times that another has.
+        """
+        watch.is_running = False
+        if not torch.is_grad_enabled() or not watch.next_iteration():
+            return
+        times = None if self._holds_something() else watch.times(self.units)
+        found = Found(times, room_nbytes(self.units[0].device)) if times is not None else None
+        found = agreed(found, self.units[0].mesh)
+        if found is not None or watch.gives_up:
+            self.stopwatch = None
+        if found is not None:
+            self.depth, self.depth_reason = depth_for(self.units, self.schedule, self.root_unit, *found)
+            self._leave_other_plan(found)
+
+    def _holds_something(self) -> bool:
+        """Whether memory of the plan is referred to beyond the arena, and would not be free with it."""
+        if self._arena is None or any(u.pending or u.gradient_slot.state is not EMPTY for u in self.units):
+            return True
+        return any(p.sharded.grad is not None for unit in self.units for p in unit.params)
+
+    def _leave_other_plan(self, found: Found) -> None:
+        """Before a plan of another depth is built, every rank has left the one before, whose bytes peers map too."""
+        if self.built_for == self._signatures() and self._blueprint is not None:
+            self._blueprint = self._blueprint.with_depth(self.depth_reason)
+            return
+        for unit in self.units:
+            self.reshard(unit)
+        self._leave_arena()
+        give_back(self.units[0].device)
+        agreed(found, self.units[0].mesh)
 
     # --- gather slots ---
 
     def begin(self) -> None:
         """A forward starts: what compute wrote (optimizer, loaded weights) comes before all gathers; stale slots go."""
+        if self.stopwatch is not None:
+            self._follow_times(self.stopwatch)
         self.build_if_changed()
         self.publish()
         for unit in self.units:
@@ -249,9 +322,10 @@ class Engine:
         unit = slot.unit
         with label("gather", unit), self.streams.on(GATHER):
             self._wait_for_readers(GATHER, slot)
-            if refresh and not unit.transport.maps_memory:
-                unit.refresh_compute_shard()
-            slot.gather()
+            with self._measured(GATHER, unit):
+                if refresh and not unit.transport.maps_memory:
+                    unit.refresh_compute_shard()
+                slot.gather()
         slot.ready = self.streams.record(GATHER)
         slot.generation = unit.cast
         slot.state = FILLED
@@ -280,8 +354,9 @@ class Engine:
         if slot.state is EMPTY:
             self._make_room(slot)
             self.gather(slot, refresh)
-        if slot.state is FILLED:
-            self._wait_until_ready(slot)
+        with self._measured(COMPUTE, slot.unit):
+            if slot.state is FILLED:
+                self._wait_until_ready(slot)
         slot.state = HELD
         slot.unit.register(slot)
 
@@ -387,7 +462,8 @@ class Engine:
         if held:
             self.isolate_gradients(unit, f"its gradients arrived before those of {held} were complete")
             slot = unit.gradient_slot
-        self._wait_for_readers(COMPUTE, slot)
+        with self._measured(COMPUTE, unit):
+            self._wait_for_readers(COMPUTE, slot)
         slot.state = HELD
         return slot
 
@@ -412,9 +488,10 @@ class Engine:
             setting = [k for k in arrived if k not in adding]
             for k in setting:
                 unit.params[k].spare_kept_grad()
-            for which, adds in ((setting, False), (adding, True)):
-                if which:
-                    slot.reduce(which)(unit.reduction(), adds)
+            with self._measured(REDUCE, unit):
+                for which, adds in ((setting, False), (adding, True)):
+                    if which:
+                        slot.reduce(which)(unit.reduction(), adds)
             for k in arrived:
                 _deliver(unit.params[k], k in adding)
         self.last_reduce = self.streams.record(REDUCE)
@@ -425,7 +502,8 @@ class Engine:
     def wait_for_reductions(self) -> None:
         """A backward ends: what follows on compute (clipping, the optimizer) sees every gradient."""
         if self.last_reduce is not None:
-            self.streams.wait(COMPUTE, self.last_reduce)
+            with self._measured(COMPUTE, None):
+                self.streams.wait(COMPUTE, self.last_reduce)
             self._expect(self.last_reduce)
             self.last_reduce = None
 
@@ -446,9 +524,10 @@ class Engine:
 
     def repeatable_state(self) -> tuple[object, ...] | None:
         """What a step that starts now would decide by; None when it cannot be repeated as it is: something is running
-        or held between steps, or ``.grad`` is none of ours.
+        or held between steps, ``.grad`` is none of ours, or times are still to be measured, which a recording
+        cannot do.
         """
-        if self._arena is None or self.built_for != self._signatures():
+        if self._arena is None or self.built_for != self._signatures() or self.stopwatch is not None:
             return None
         busy = self.iteration is not None or self.tasks or not self.is_last_backward
         if busy or not all(unit.policy.requires_gradient_sync for unit in self.units):

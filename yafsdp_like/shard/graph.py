@@ -50,7 +50,8 @@ class GraphedStep:
     The first two calls for each kind of inputs run as they are, the third is recorded, and later ones replay it; the
     numbers are the same. ``function`` takes tensors and returns tensors (nested as you like), of which the caller gets
     copies. It must not read the GPU's results on the CPU or decide by them, must leave gradients synchronised, and
-    sees no Python of its own run again. On CPUs it is simply called.
+    sees no Python of its own run again. After ``follow_measured_times`` nothing is recorded until the plan has settled.
+    On CPUs the function is simply called.
 
     Recordings hold their activations in a memory pool of their own, which all of them share. Raises ``ValueError`` for
     a model that is not sharded.

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def _enter(engine: Engine, unit: Unit, call: Call, inputs: Any) -> Any:
     refresh = backward_task() is None
     engine.unshard(unit.gather_slot, refresh)
     if refresh:
-        for target in unit.policy.forward_prefetch or engine.after_in_forward[unit][:1]:
+        for target in unit.policy.forward_prefetch or engine.after_in_forward[unit][: engine.depth.gathers]:
             engine.prefetch(target, refresh)
     if not builds_graph:
         return inputs
@@ -248,10 +249,10 @@ def _start_backward(engine: Engine, unit: Unit, use: Use) -> None:
 
 
 def _prefetch_in_backward(engine: Engine, unit: Unit) -> None:
-    """Gathers the next unit that has a backward to come; units that were skipped in forward are not gathered."""
+    """Gathers the next units that have a backward to come; units that were skipped in forward are not gathered."""
     following = unit.policy.backward_prefetch or engine.after_in_backward[unit]
     expected = (u for u in following if u.pending and u.policy.unshard_in_backward)
-    for target in list(expected) if unit.policy.backward_prefetch else filter(None, [next(expected, None)]):
+    for target in islice(expected, None if unit.policy.backward_prefetch else engine.depth.gathers):
         engine.prefetch(target, refresh=False)
 
 
