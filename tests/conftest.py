@@ -54,6 +54,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Products of test models gain nothing from a second thread, and where cores are shared they wait for it."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def pools() -> Iterator[None]:
     """Workers live as long as the session."""
     yield

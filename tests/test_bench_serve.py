@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import pairwise
@@ -52,14 +52,10 @@ RATES = Rates(Rate(1e9, "given"), Rate(1e12, "given"))
 
 
 @pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What torchrun would say is not said; and one thread, since products of this size only wait for several."""
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun would say is not said."""
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run_bench(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

@@ -39,15 +39,6 @@ GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 24}
 SECONDS = 30.0  # that nothing here should take, on the slowest machine
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products gain nothing from a second one, and the machine's other work takes its core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- engines and servers ---
 
 

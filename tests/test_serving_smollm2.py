@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.test_engine import RECOMPUTING, SWAPPING, one_thread  # noqa: F401
+from tests.test_engine import RECOMPUTING, SWAPPING
 from tests.test_smollm2 import ROOT
 from yafsdp_like.inference.engine import Engine, EngineOptions, Metrics
 from yafsdp_like.inference.eviction import Costs

@@ -29,7 +29,6 @@ from tests.test_engine import (
     decoder,
     expected,
     ids,
-    one_thread,
     pages_nbytes,
     prompts,
     requests,
@@ -51,7 +50,6 @@ from yafsdp_like.models import PRESETS, Decoder, DecoderConfig
 from yafsdp_like.models.hf import save_hf
 from yafsdp_like.models.tensor_parallel import cuts_of, parallelize, share_of
 
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 CPU = torch.device("cpu")
 CUT = [name for name in ARCHITECTURES if name != "multi-query"]
 EVERYTHING = replace(TINY, qk_norm=True, custom_head_dim=12, qkv_bias=True, tie_embeddings=True)
