@@ -89,6 +89,7 @@ class FlatLayout:
 
     segments: tuple[Segment, ...]
     nbytes: int
+    page_nbytes: int = ALIGNMENT_NBYTES  # where the region may end
 
     def __post_init__(self) -> None:
         end = 0
@@ -96,8 +97,7 @@ class FlatLayout:
             assert segment.offset_nbytes % ALIGNMENT_NBYTES == 0, f"misaligned {segment}"
             assert segment.offset_nbytes >= end and segment.nbytes >= 0, f"{segment} overlaps what ends at {end}"
             end = segment.end_nbytes
-        is_whole = aligned(self.nbytes) == self.nbytes
-        assert is_whole and end <= self.nbytes, f"segments end at {end}, the region at {self.nbytes}"
+        assert aligned(end, self.page_nbytes) == self.nbytes, f"segments end at {end}, the region at {self.nbytes}"
 
     @classmethod
     def pack(cls, sizes_nbytes: Sequence[int], in_pages: Collection[int] = (), page_nbytes: int = 0) -> FlatLayout:
@@ -112,4 +112,5 @@ class FlatLayout:
                 offset = aligned(offset, page_nbytes)
             segments.append(Segment(offset, nbytes))
             offset = aligned(offset + nbytes)
-        return cls(tuple(segments), aligned(offset, page_nbytes) if in_pages else offset)
+        page_nbytes = page_nbytes if in_pages else ALIGNMENT_NBYTES
+        return cls(tuple(segments), aligned(offset, page_nbytes), page_nbytes)
