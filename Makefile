@@ -55,10 +55,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 test-cpu: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

@@ -311,7 +311,7 @@ def compiles_once() -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_one_graph_serves_all_compiled_blocks_of_a_shape(backend: str, compiles_once: None) -> None:
     """Steps, accumulation and blocks called twice before their backward, all without a second compilation."""
     plain, model, slots = pair(Stack)

@@ -28,7 +28,7 @@ def output_of(program: str, num_ranks: int, directory: Path) -> str:
     return run.stdout
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_first_program_of_the_readme_trains(num_ranks: int, tmp_path: Path) -> None:
     output = output_of(programs()[0], num_ranks, tmp_path)
     assert f"memory plan of one rank of {num_ranks}:" in output
@@ -36,7 +36,10 @@ def test_the_first_program_of_the_readme_trains(num_ranks: int, tmp_path: Path) 
     assert len(losses) == 20 and losses[-1] < losses[0] - 1
 
 
-@pytest.mark.parametrize(("transport", "said"), [("process_group", "process group: "), ("peer", "peer: ")])
+@pytest.mark.parametrize(
+    ("transport", "said"),
+    [pytest.param("process_group", "process group: ", marks=pytest.mark.slow), ("peer", "peer: ")],
+)
 def test_the_second_program_goes_on_where_the_first_one_ended(transport: str, said: str, tmp_path: Path) -> None:
     first, second, _ = programs()
     assert first.endswith(LEAVE)
