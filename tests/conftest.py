@@ -13,7 +13,6 @@ import torch
 
 from tests.ranks import close_pools
 
-
 LONGEST = ("test_train", "test_smollm2", "test_stream_order", "test_peer", "test_running", "test_state", "test_parity")
 
 
