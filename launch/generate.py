@@ -67,9 +67,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, max_batch_size: int, ma
     group.add_argument("--tokenizer", metavar="DIRECTORY", help="if it is not the model's own")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     group.add_argument("--dtype", choices=DTYPES, help="of weights; default: bfloat16 on a GPU, float32 on a CPU")
-    group.add_argument(
-        "--mode", default="auto", choices=("auto", "resident", "gathered", "streamed", "tensor_parallel")
-    )
+    group.add_argument("--mode", default="auto", choices=MODES)
     group.add_argument(
         "--memory-limit",
         type=_nbytes_argument,

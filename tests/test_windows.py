@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ranks import run_ranks
 from tests.test_memory import storage_nbytes, units_of
@@ -177,6 +178,36 @@ def test_slots_show_shards_and_numbers_are_those_of_a_process_group(
         assert losses == pytest.approx(expected, rel=tolerance, abs=0.0)
         assert any(any(unit) for unit in shown) and not all(all(unit) for unit in shown)
         assert not any(any(unit) for unit in not_shown)
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies while it is entered."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.copy_.default
+        return func(*args, **(kwargs or {}))
+
+
+def copies_of_gathers() -> list[tuple[int, int]]:
+    """Of each unit with parameters: copies that its gather makes, and parameters whose own chunk is shown."""
+    model: Any = WIDE.wrap(WIDE.fresh(), fully_shard, mesh=world_mesh(), transport="peer")
+    WIDE.loss_of(model, 0, 0).backward()
+    found = []
+    for unit in units_of(model):
+        if unit.params:
+            with Copies() as copies:
+                unit.gather_slot.gather()
+            found.append((copies.count, len(unit.gather_slot.shown)))
+    dist.barrier()  # nobody's memory goes while another still reads it
+    return found
+
+
+def test_what_a_slot_shows_is_not_copied_by_a_gather() -> None:
+    """Of five parameters each is pulled from the other rank, and the three that are not shown are copied as well."""
+    for found in run_ranks(copies_of_gathers):
+        assert found == [(5 + 3, 2)] * 3
 
 
 def plan_of_wide(transport: str) -> tuple[MemoryPlan, int]:
