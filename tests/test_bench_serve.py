@@ -23,7 +23,6 @@ from bench.serve_floors import (
     Rate,
     Rates,
     decode_floor_s,
-    decode_nbytes,
     forward_flops,
     gather_floor_s,
     offline_floor_s,
@@ -242,9 +241,12 @@ def test_the_floor_of_decoding_an_8b_model_is_what_it_reads() -> None:
     """The head is read, the embedding is not; keys and values are 2 x 32 layers x 8 heads x 128 x 2 bytes a token."""
     plan, config = plan_of("8b"), PRESETS["8b"]
     weights = 2 * (config.num_params - config.vocab_size * config.dim)
-    assert decode_nbytes(plan, 32, 1024) == pytest.approx(weights + 32 * 1024 * 131_072, rel=1e-5)
     rates = Rates(Rate(4.25e12, "given"), Rate(600e12, "given"))
+    nbytes = weights + 32 * 1024 * 131_072
+    assert decode_floor_s(plan, 32, 1024, rates) == pytest.approx(nbytes / 4.25e12, rel=1e-4)  # without norms
     assert 32 / decode_floor_s(plan, 32, 1024, rates) == pytest.approx(7049, rel=1e-3)
+    many = weights * 512 / 600e12 + 512 * 1024 * 131_072 / 4.25e12  # products compute, and attention reads after them
+    assert decode_floor_s(plan, 512, 1024, rates) == pytest.approx(many, rel=1e-3)
     slow = Rates(Rate(4.25e12, "given"), Rate(1e12, "given"))  # where arithmetic takes longer than reading
     assert decode_floor_s(plan, 32, 1023, slow) == pytest.approx(32 * forward_flops(config, 1023, 1, 1) / 1e12)
 
@@ -252,11 +254,13 @@ def test_the_floor_of_decoding_an_8b_model_is_what_it_reads() -> None:
 def test_a_tied_head_is_read_and_a_window_bounds_what_a_query_sees() -> None:
     tied = PRESETS["small"]
     plan = plan_of("small", dtype=torch.float32)
-    assert decode_nbytes(plan, 1, 0) == pytest.approx(4 * tied.num_params, rel=1e-3)
+    reading = Rates(Rate(1e9, "given"), Rate(1e18, "given"))
+    assert decode_floor_s(plan, 1, 0, reading) == pytest.approx(4 * tied.num_params / 1e9, rel=1e-3)
     windowed = replace(TINY, sliding_window=10)
     short = plan_serving(windowed, ServingLimits(kv_nbytes=1 << 24), Site(torch.float32))
     per_token = 2 * 2 * 2 * 16 * 4  # both of two layers, two heads of 16, fp32
-    assert decode_nbytes(short, 3, 100) - decode_nbytes(short, 3, 0) == 3 * 10 * per_token
+    of_context = decode_floor_s(short, 3, 100, reading) - decode_floor_s(short, 3, 0, reading)
+    assert of_context == pytest.approx(3 * 10 * per_token / 1e9)
 
 
 def test_operations_of_a_forward_are_those_of_its_tokens_and_of_the_pairs_that_they_see() -> None:

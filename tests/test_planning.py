@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from yafsdp_like.inference.images import images_of, uses_of
-from yafsdp_like.inference.placement import Mode, Placement, placements
+from yafsdp_like.inference.placement import LEAST_PAGES, Mode, Placement, placements
 from yafsdp_like.inference.planning import HARDWARE, ServingLimits, ServingPlan, Site, plan_serving
 from yafsdp_like.inference.workspace import ALWAYS, WORKSPACE
 from yafsdp_like.memory.layout import aligned
@@ -84,7 +84,7 @@ def test_a_tied_head_and_the_next_embedding_are_one_use() -> None:
     assert placement.runs[0] == (0, (13, 0))
     assert placement.live_ranges()[0].intervals == ((0, 0), (12, 13))
     assert placement.live_ranges()[1].intervals == ((0, 1), (13, 13))
-    assert placement.following(12) == 0 and placement.following(0) == 1
+    assert placement.following(12) == (*range(12),) and placement.following(0) == (*range(1, 13),)
 
 
 @pytest.mark.parametrize("config", [CHAIN, TIED], ids=["untied", "tied"])
@@ -140,6 +140,29 @@ def test_the_plan_of_gathered_weights_is_an_equation(num_ranks: int) -> None:
     assert plan.memory.nbytes_of("weights") == images[0].nbytes
     assert plan.memory.nbytes_of("weight shards") == sum(parts[1:])
     assert plan.memory.nbytes_of("weight slots") == 2 * num_ranks * parts[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_ranks", "page_nbytes"),
+    [("8b", 2, 2 << 20), ("8b", 8, 2 << 20), ("70b", 2, 8 << 20), ("70b", 8, 2 << 20)],
+)
+def test_slots_hold_other_ranks_parts_alone_where_memory_is_mapped(name: str, num_ranks: int, page_nbytes: int) -> None:
+    site = Site(num_ranks=num_ranks, maps_memory=True)
+    plan = plan_serving(PRESETS[name], replace(SMALL, kv_nbytes=1 << 30), site, "gathered")
+    layer = plan.placement.images[1].nbytes
+    part = aligned(-(-layer // num_ranks), page_nbytes)
+    assert plan.memory.nbytes_of("weight slots") == 2 * (num_ranks - 1) * part
+    assert plan.memory.nbytes_of("weight shards") == PRESETS[name].num_layers * part
+    assert part <= (1 + 1 / LEAST_PAGES) * layer / num_ranks
+    in_pages = [region for region in plan.memory.regions if region.page_nbytes]
+    assert {region.kind for region in in_pages} == {"weight slots", "weight shards"}
+    assert {region.page_nbytes for region in in_pages} == {page_nbytes}
+
+
+def test_parts_of_few_pages_are_copied_into_slots() -> None:
+    plan = plan_serving(TIED, SMALL, Site(num_ranks=2, maps_memory=True), "gathered")
+    assert plan.placement.page_nbytes == 0
+    assert plan.memory.nbytes_of("weight slots") == 2 * 2 * plan.placement.part_nbytes(1)
 
 
 def test_the_plan_of_streamed_weights_is_an_equation() -> None:

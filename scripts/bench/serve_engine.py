@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -14,7 +14,7 @@ from bench.serve_options import ServeOptions
 from launch.world import World
 from yafsdp_like.inference.capacity import Capacity
 from yafsdp_like.inference.engine import Engine, EngineOptions
-from yafsdp_like.inference.loading import load_planned, open_model, site_of, world_transport
+from yafsdp_like.inference.loading import Model, load_planned, open_model, random_model, site_of, world_transport
 from yafsdp_like.inference.planning import ServingPlan, plan_serving
 from yafsdp_like.inference.request import Event, Request
 from yafsdp_like.inference.tables import LayerGroup
@@ -79,7 +79,7 @@ def serve(options: ServeOptions, world: World) -> Served:
     """Weights on one rank stay on the device, on several they are gathered; random ones are drawn there."""
     release_cached_memory(world)
     before = memory_reading(world)
-    model, transport = open_model(options.model), world_transport(world.device)
+    model, transport = model_of(options), world_transport(world.device)
     limits = engine_options(options, model.config)
     site = site_of(world.device, DTYPES[options.dtype], transport)
     plan = plan_serving(model.config, limits, site, "gathered" if world.size > 1 else "resident")
@@ -87,6 +87,14 @@ def serve(options: ServeOptions, world: World) -> Served:
     engine = Engine(weights, limits)
     world.synchronize()
     return Served(engine, weights, before, memory_reading(world))
+
+
+def model_of(options: ServeOptions) -> Model:
+    """Random values instead where it is to have another number of layers."""
+    model = open_model(options.model)
+    if options.layers is None:
+        return model
+    return random_model(f"{model.name}, {options.layers} layers", replace(model.config, num_layers=options.layers))
 
 
 def engine_options(options: ServeOptions, config: DecoderConfig) -> EngineOptions:

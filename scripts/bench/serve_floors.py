@@ -102,8 +102,13 @@ def forward_flops(config: DecoderConfig, start: int, num_tokens: int, num_drawn:
     products = (
         config.num_layers * config.block_num_active_weights * num_tokens + config.vocab_size * config.dim * num_drawn
     )
+    return 2 * products + attention_flops(config, start, num_tokens)
+
+
+def attention_flops(config: DecoderConfig, start: int, num_tokens: int) -> int:
+    """Of those, the attention's."""
     pairs = sum(_num_pairs(start, num_tokens, config.window_of(layer)) for layer in range(config.num_layers))
-    return 2 * products + 4 * config.num_heads * config.head_dim * pairs
+    return 4 * config.num_heads * config.head_dim * pairs
 
 
 def _num_pairs(start: int, num_tokens: int, window: int | None) -> int:
@@ -124,18 +129,20 @@ def kv_nbytes(plan: ServingPlan, context: float) -> float:
     return total
 
 
-def decode_nbytes(plan: ServingPlan, batch: int, context: float) -> float:
-    """That a step reads at least: weights but an embedding's, of which it looks up some rows, and all contexts."""
-    placement = plan.placement
-    weights = sum(placement.images[unit].nbytes for unit in placement.uses[1:])
-    return weights + batch * kv_nbytes(plan, context)
-
-
 def decode_floor_s(plan: ServingPlan, batch: int, context: float, rates: Rates) -> float:
-    """The larger of what reading and what computing takes at least."""
-    reading = decode_nbytes(plan, batch, context) / rates.hbm.value
-    computing = batch * forward_flops(plan.config, int(context), 1, 1) / rates.matmul.value
-    return max(reading, computing)
+    """Each product takes at least the larger of reading its weights and of computing, and so does attention, of reading
+    all contexts; each needs the one before it. Of the embedding some rows are looked up."""
+    placement = plan.placement
+    fields = [field for unit in placement.uses[1:] for field in placement.images[unit].fields]
+    matrices = [field for field in fields if len(field.shape) == 2]
+    itemsize = plan.site.dtype.itemsize
+    products = sum(
+        max(matrix.numel * itemsize / rates.hbm.value, 2 * batch * matrix.numel / rates.matmul.value)
+        for matrix in matrices
+    )
+    reading = batch * kv_nbytes(plan, context) / rates.hbm.value
+    computing = batch * attention_flops(plan.config, int(context), 1) / rates.matmul.value
+    return products + max(reading, computing)
 
 
 def prefill_floor_s(plan: ServingPlan, num_tokens: int, rates: Rates) -> float:

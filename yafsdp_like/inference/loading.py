@@ -73,6 +73,11 @@ def model_of(module: Decoder, name: str = "decoder") -> Model:
     return Model(name, module.config, None, lambda device: ModuleSource(module))
 
 
+def random_model(name: str, config: DecoderConfig) -> Model:
+    """A decoder with the values that it starts from, drawn where it is loaded."""
+    return Model(name, config, None, lambda device: RandomSource(config, device))
+
+
 def load(
     model: Model | str,
     limits: ServingLimits,
@@ -168,8 +173,7 @@ def _preset(name: str) -> Model:
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, 1)
         raise ValueError(f"unknown preset {preset!r}; " + (f"did you mean {near[0]!r}?" if near else str([*PRESETS])))
-    config = PRESETS[preset]
-    return Model(name, config, None, lambda device: RandomSource(config, device))
+    return random_model(name, PRESETS[preset])
 
 
 def _hf_directory(path: Path) -> Model:

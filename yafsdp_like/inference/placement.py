@@ -7,6 +7,11 @@ a slot that it shares with others by live range (`memory/plan.py`). Where ranks 
 Forwards follow each other, so the order of moved units is a circle: while one is in use the next is brought, and while
 the last one is, the first one for the forward after. The bytes of a slot are spoken for from the start of the use
 before its own to the end of its own.
+
+[Note: own parts]
+A rank has its own part of a gathered unit already. Where ranks map each other's memory, a slot holds the others' parts
+alone, and the unit is whole in a window: the slot's pages, with the pages of this rank's shard between them
+(``memory/windows.py``, [Note: windows]). So parts are whole pages there, padded by less than one in ``LEAST_PAGES``.
 """
 
 from __future__ import annotations
@@ -19,13 +24,16 @@ from typing import Literal
 import torch
 
 from yafsdp_like.inference.images import Image, images_of, uses_of
-from yafsdp_like.memory.layout import Segment
+from yafsdp_like.memory import windows
+from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import LiveRange, Region, SlotPlace, SlotRequest, live_nbytes_peak, place
 from yafsdp_like.models.decoder import DecoderConfig
 from yafsdp_like.models.tensor_parallel import cuts_of
 
 Mode = Literal["resident", "gathered", "streamed", "tensor_parallel"]
 WEIGHT_SLOTS = "weight slots"  # a kind, and its region's name
+LEAST_PAGES = 8  # of each part, where parts are made of pages
+_ENOUGH_PAGES = 64  # then pages are twice as large, since each is an allocation of its own, and a descriptor
 
 
 @dataclass(frozen=True)
@@ -39,12 +47,22 @@ class Placement:
     num_ranks: int = 1
     maps_memory: bool = False
 
-    def slot_nbytes(self, unit: int) -> int:
-        return self.part_nbytes(unit) * self.num_ranks
-
     def part_nbytes(self, unit: int) -> int:
         """What this rank, or its host, holds of a unit that is moved."""
-        return self.images[unit].part_nbytes(self.num_ranks)
+        return aligned(self.images[unit].part_nbytes(self.num_ranks), self.page_nbytes or ALIGNMENT_NBYTES)
+
+    def slot_nbytes(self, unit: int) -> int:
+        """What is moved of it, and what its slot holds: all parts, less this rank's where that is shown."""
+        return self.part_nbytes(unit) * (self.num_ranks - 1 if self.page_nbytes else self.num_ranks)
+
+    @cached_property
+    def page_nbytes(self) -> int:
+        """Of the pages that parts are made of; 0 where they are too small for that, or are not shown."""
+        if not (self.maps_memory and self.moved):
+            return 0
+        num_pages = min(self.images[unit].part_nbytes(self.num_ranks) for unit in self.moved) // windows.PAGE_NBYTES
+        doublings = max(num_pages // _ENOUGH_PAGES, 1).bit_length() - 1
+        return windows.PAGE_NBYTES << doublings if num_pages >= LEAST_PAGES else 0
 
     @cached_property
     def runs(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
@@ -59,10 +77,11 @@ class Placement:
             found[0] = (last[0], (*last[1], *found[0][1]))
         return tuple(found)
 
-    def following(self, unit: int) -> int:
-        """The moved unit that is brought while ``unit`` is in use."""
+    def following(self, unit: int) -> tuple[int, ...]:
+        """The other moved units, in the order in which they are used after ``unit``."""
         order = [moved for moved, _ in self.runs]
-        return order[(order.index(unit) + 1) % len(order)]
+        place = order.index(unit)
+        return (*order[place + 1 :], *order[:place])
 
     def live_ranges(self) -> dict[int, LiveRange]:
         """Of moved units' slots: from the start of the use before to the end of their own, around the end of a
@@ -109,9 +128,10 @@ class Placement:
             if unit not in self.moved:
                 yield Region(image.name, "weights", image.nbytes)
             elif self.mode == "gathered":
-                yield Region(f"{image.name}.shard", "weight shards", self.part_nbytes(unit), self.maps_memory)
+                nbytes = self.part_nbytes(unit)
+                yield Region(f"{image.name}.shard", "weight shards", nbytes, self.maps_memory, self.page_nbytes)
         if self.moved:
-            yield Region(WEIGHT_SLOTS, WEIGHT_SLOTS, self.slots[1])
+            yield Region(WEIGHT_SLOTS, WEIGHT_SLOTS, self.slots[1], page_nbytes=self.page_nbytes)
 
     def host_regions(self) -> Iterator[Region]:
         if self.mode == "streamed":

@@ -101,6 +101,7 @@ class Runner:
         for size in reversed(sizes):
             self._logprobs[size] = recorder.record(_bound(self._tell_logprobs, size))
             if self._weights.graphable:
+                self._weights.rest()
                 self._decodes[size] = recorder.record(_bound(self._decode, size))
 
     @torch.inference_mode()
@@ -156,6 +157,7 @@ class Runner:
             if recorded is None:
                 self._sample(self._forward(size))
             else:
+                self._weights.rest()
                 self._decodes[recorded].replay()
             return self._fetch(drawing, size.num_drawing)
 
@@ -176,7 +178,9 @@ class Runner:
         return min((found for found in self._decodes if found >= size.num_single), default=None)
 
     def _decode(self, batch_size: int) -> None:
+        """What is recorded: from rest to rest."""
         self._sample(self._forward(StepSize.decode(batch_size)))
+        self._weights.rest()
 
     def _sample(self, logits: Tensor) -> None:
         places, rows = self._places, slice(0, len(logits))

@@ -5,9 +5,15 @@ lies, the plan says (`placement.py`); what the bytes mean, `images.py`; `loading
 
 [Note: the order of a forward]
 A forward calls ``embedding``, ``layer`` and ``release`` for each layer in order, and ``head``, once each, all on one
-stream. Each call makes the current stream wait until the unit is there, and starts to bring the next that is moved,
-behind the last reader of the bytes that it goes to. The embedding is released by ``layer(0)``, the head by the next
-``embedding``, which also releases what a forward that failed has left.
+stream. Each call makes the current stream wait until the unit is there. As soon as a unit is released, those that are
+used next are brought, as many as find their bytes free: behind the last reader, which was issued just before. The
+embedding is released by ``layer(0)``, the head by the next ``embedding``, which also releases what a forward that
+failed has left.
+
+[Note: at rest]
+A forward can be recorded as a CUDA graph if each begins with the same units on the device, and ends with them there and
+no copy under way. ``rest`` sees to that: before a recording and each of its replays, and at the end of what is
+recorded. They are what is brought for the next forward while the head is computed, so that little is lost by waiting.
 
 [Note: own pace or lockstep]
 Weights do not change, so ranks that map each other's memory gather without meeting: a rank may serve while another
@@ -28,7 +34,7 @@ Shapes: D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -74,7 +80,7 @@ class Weights(Protocol):
     plan: ServingPlan
     arena: Arena  # holds all regions of the plan on the device, the engine's own too
     host: Arena  # and those in host memory, pinned for a GPU
-    graphable: bool  # whether a CUDA graph of a forward may read them
+    graphable: bool  # whether a forward may be recorded as a CUDA graph, see [Note: at rest]
     lockstep: bool  # whether ranks must step equally often, see [Note: own pace or lockstep]
     team: Team | None  # the ranks that make each forward together, see [Note: together]; None: each its own
 
@@ -89,6 +95,9 @@ class Weights(Protocol):
 
     def head(self) -> tuple[Tensor, Tensor]:
         """The last norm (D,) and the head (V, D), until the next ``embedding``."""
+
+    def rest(self) -> None:
+        """Between two forwards of which one is recorded, see [Note: at rest]."""
 
     def close(self) -> None:
         """There will be no more forwards. Where ranks map each other's memory, blocks until all have said so."""
@@ -106,16 +115,14 @@ class Store:
 
 @dataclass(eq=False)
 class _Slot:
-    """A moved unit's bytes on the device, and who may use them when."""
+    """A moved unit's bytes on the device, and whether it is there."""
 
     name: str
-    extent: Place
+    extent: Place  # what moving writes
     bring: Callable[[], None]  # issues the copies, on the current stream
     neighbours: list[_Slot] = field(default_factory=list)  # that share bytes with it
-    arrived: Event = None
-    last_read: Event = None
-    is_here: bool = False  # or is being brought: from ``arrived`` on it can be read
-    was_read: bool = False  # so that ``last_read`` is to be waited for before the bytes are written
+    is_here: bool = False  # or is being brought
+    arrived: Event | None = None  # to be waited for before it is read; None: it was
     in_use: bool = False
 
 
@@ -127,15 +134,14 @@ class PlacedWeights:
     ) -> None:
         self.config, self.dtype, self.device = plan.config, plan.site.dtype, arena.device
         self.plan, self.arena, self.host = plan, arena, host
-        self.graphable = not plan.placement.moved
         self.team = world_team() if plan.mode == "tensor_parallel" else None
         self.lockstep = self.team is not None or (plan.mode == "gathered" and not plan.site.maps_memory)
+        self.graphable = self.team is not None or not self.lockstep  # ranks in lockstep replay or skip, each on its own
         self._transport, self._streams = transport, streams
-        self._slots = _slots(plan, arena, self._bringer)
-        self._views = [
-            _views(image, self._slots[unit].extent if unit in self._slots else arena.place(image.name))
-            for unit, image in enumerate(plan.placement.images)
-        ]
+        wholes = [self._whole(unit) for unit in range(len(plan.placement.images))]
+        self._slots = self._slots_of(wholes)
+        self._following = {unit: [self._slots[u] for u in plan.placement.following(unit)] for unit in self._slots}
+        self._views = [_views(image, whole) for image, whole in zip(plan.placement.images, wholes, strict=True)]
         self._layers = [_layer(self._views[1 + index]) for index in range(self.config.num_layers)]
         self._head_unit = plan.placement.uses[-1]
 
@@ -143,7 +149,8 @@ class PlacedWeights:
 
     def embedding(self) -> Tensor:
         for unit in self._slots:
-            self._release(unit)
+            if unit:  # a tied head is the embedding, and stays in use
+                self._release(unit)
         self._acquire(0)
         return self._views[0]["weight"]
 
@@ -161,6 +168,16 @@ class PlacedWeights:
         views = self._views[self._head_unit]
         return views["norm"], views["weight"]
 
+    def rest(self) -> None:
+        for slot in self._slots.values():
+            slot.in_use = False
+            if not slot.neighbours and not slot.is_here:
+                self._bring(slot)  # to stay
+        kept = self._bring_next(list(self._slots.values()))
+        for slot in self._slots.values():
+            slot.is_here = slot in kept or not slot.neighbours
+            self._wait_for(slot)
+
     # --- slots ---
 
     def _acquire(self, unit: int) -> None:
@@ -169,41 +186,80 @@ class PlacedWeights:
             return
         if not slot.is_here:
             self._bring(slot)
-        self._streams.wait(COMPUTE, slot.arrived)
+        self._wait_for(slot)
         slot.in_use = True
-        following = self._slots[self.plan.placement.following(unit)]
-        if not following.is_here and not any(other.in_use for other in following.neighbours):
-            self._bring(following)
+        self._bring_next(self._following[unit])
+
+    def _release(self, unit: int) -> None:
+        slot = self._slots.get(unit)
+        if slot is not None and slot.in_use:
+            slot.in_use = False
+            self._bring_next(self._following[unit])
+
+    def _bring_next(self, order: Sequence[_Slot]) -> list[_Slot]:
+        """Of ``order``, those up to the first one that does not find its bytes free; all of them are there then."""
+        kept: list[_Slot] = []
+        for slot in order:
+            if not slot.is_here:
+                if any(other.in_use or other in kept for other in slot.neighbours):
+                    break
+                self._bring(slot)
+            kept.append(slot)
+        return kept
 
     def _bring(self, slot: _Slot) -> None:
         for other in slot.neighbours:
             if other.in_use:
                 raise RuntimeError(f"{slot.name!r} needs the bytes of {other.name!r}, which has not been released")
             other.is_here = False
-        for reader in (slot, *slot.neighbours):
-            if reader.was_read:
-                self._streams.wait(GATHER, reader.last_read)
-                reader.was_read = False
+        self._streams.wait(GATHER, self._streams.record(COMPUTE))
         with self._streams.on(GATHER):
             slot.bring()
         slot.arrived, slot.is_here = self._streams.record(GATHER), True
 
-    def _release(self, unit: int) -> None:
-        slot = self._slots.get(unit)
-        if slot is not None and slot.in_use:
-            slot.in_use = False
-            slot.last_read, slot.was_read = self._streams.record(COMPUTE), True
+    def _wait_for(self, slot: _Slot) -> None:
+        if slot.is_here and slot.arrived is not None:
+            self._streams.wait(COMPUTE, slot.arrived)
+            slot.arrived = None
 
-    # --- where units come from ---
+    # --- where units lie, and come from ---
 
-    def _bringer(self, unit: int, extent: Place) -> Callable[[], None]:
+    def _whole(self, unit: int) -> Place:
+        """All bytes of a unit, where a forward reads them."""
+        placement, name = self.plan.placement, self.plan.placement.images[unit].name
+        if unit not in placement.moved:
+            return self.arena.place(name)
+        slot = self._extent(unit)
+        if not placement.page_nbytes:
+            return slot
+        assert self._transport is not None
+        own = self._transport.rank * placement.part_nbytes(unit)  # where this rank's part begins
+        before, after = Segment(0, own), Segment(own, slot.segment.nbytes - own)
+        parts = [slot.part(before), self.arena.place(f"{name}.shard"), slot.part(after)]
+        return self.arena.show(f"{name}.window", parts)
+
+    def _extent(self, unit: int) -> Place:
+        return self.arena.place(WEIGHT_SLOTS).part(self.plan.placement.slots[0][unit])
+
+    def _slots_of(self, wholes: Sequence[Place]) -> dict[int, _Slot]:
+        """One per moved unit, in the order of a forward; those whose bytes overlap know each other."""
+        images = self.plan.placement.images
+        slots = {
+            unit: _Slot(images[unit].name, self._extent(unit), self._bringer(unit, wholes[unit]))
+            for unit, _ in self.plan.placement.runs
+        }
+        for slot in slots.values():
+            slot.neighbours = [o for o in slots.values() if o is not slot and o.extent.overlaps(slot.extent)]
+        return slots
+
+    def _bringer(self, unit: int, whole: Place) -> Callable[[], None]:
         placement = self.plan.placement
-        image = placement.images[unit]
-        whole = _flat(extent.part(Segment(0, placement.slot_nbytes(unit))), self.dtype)
+        name, values = placement.images[unit].name, _flat(whole, self.dtype)
         if self.plan.mode == "streamed":
-            return partial(_copy, whole, _flat(self.host.place(image.name), self.dtype))
+            return partial(_copy, values, _flat(self.host.place(name), self.dtype))
         assert self._transport is not None, "a gathered plan is of a transport"
-        return self._transport.gather([whole], [_flat(self.arena.place(f"{image.name}.shard"), self.dtype)])
+        shard = _flat(self.arena.place(f"{name}.shard"), self.dtype)
+        return self._transport.gather([values], [shard], in_place={0} if placement.page_nbytes else ())
 
     def stores(self) -> Iterator[Store]:
         """All that is to be filled on this rank and its host, unit by unit."""
@@ -281,18 +337,6 @@ def _check(plan: ServingPlan, transport: Transport | None) -> None:
             f"the plan is for {plan.site.num_ranks} ranks (maps_memory={plan.site.maps_memory}), the transport of "
             f"{transport.world_size} (maps_memory={transport.maps_memory})"
         )
-
-
-def _slots(plan: ServingPlan, arena: Arena, bringer: Callable[[int, Place], Callable[[], None]]) -> dict[int, _Slot]:
-    """One per moved unit; those whose bytes overlap know each other."""
-    if not plan.placement.moved:
-        return {}
-    extents = {u: arena.place(WEIGHT_SLOTS).part(segment) for u, segment in plan.placement.slots[0].items()}
-    names = [image.name for image in plan.placement.images]
-    slots = {unit: _Slot(names[unit], extent, bringer(unit, extent)) for unit, extent in extents.items()}
-    for slot in slots.values():
-        slot.neighbours = [o for o in slots.values() if o is not slot and o.extent.overlaps(slot.extent)]
-    return slots
 
 
 def _views(image: Image, whole: Place) -> dict[str, Tensor]:
