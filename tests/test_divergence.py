@@ -190,7 +190,7 @@ def test_ranks_that_differ_are_all_told_the_first_difference(build: Build, world
 def no_room(odd: bool) -> AbstractContextManager[Any]:
     """An arena that cannot be allocated."""
     error = torch.OutOfMemoryError("no room for 7 bytes")
-    return mock.patch("yafsdp_like.shard.engine.build", side_effect=error) if odd else nullcontext()
+    return mock.patch("yafsdp_like.shard.building.build", side_effect=error) if odd else nullcontext()
 
 
 def first_forward_without_room() -> Outcome:

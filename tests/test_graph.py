@@ -11,6 +11,7 @@ from tests.zoo import world_mesh
 from yafsdp_like import GraphedStep, MixedPrecisionPolicy, fully_shard
 from yafsdp_like.models import Decoder, DecoderConfig
 from yafsdp_like.optim import AdamW
+from yafsdp_like.shard.graph import repeatable_state
 
 CONFIG = DecoderConfig(dim=256, num_layers=4, num_heads=4, num_kv_heads=2, ffn_dim=512, vocab_size=1024)
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -108,16 +109,16 @@ def test_on_a_cpu_the_function_is_called() -> None:
 def test_only_steps_that_start_from_rest_are_repeatable() -> None:
     """What decides whether a step is recorded is the engine's, and can be asked without a GPU."""
     model = sharded("cpu")
-    assert model._engine().repeatable_state() is None, "nothing is built yet"
+    assert repeatable_state(model._engine()) is None, "nothing is built yet"
     forward_backward = forward_backward_of(model)
     forward_backward(*batch(0, 16, "cpu"))
-    added = model._engine().repeatable_state()
+    added = repeatable_state(model._engine())
     model.zero_grad()
-    fresh = model._engine().repeatable_state()
+    fresh = repeatable_state(model._engine())
     assert added is not None and fresh is not None and added != fresh, "setting gradients is not adding to them"
     parameter = next(model.parameters())
     parameter.grad = torch.zeros_like(parameter)
-    assert model._engine().repeatable_state() is None, "a gradient of the user's own"
+    assert repeatable_state(model._engine()) is None, "a gradient of the user's own"
     parameter.grad = None
     model.set_requires_gradient_sync(False)
-    assert model._engine().repeatable_state() is None, "gradients stay in their slots"
+    assert repeatable_state(model._engine()) is None, "gradients stay in their slots"

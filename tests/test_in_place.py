@@ -34,7 +34,7 @@ from tests.zoo import (
 )
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.shard import engine as engine_module
-from yafsdp_like.shard.unit import GradientSlot
+from yafsdp_like.shard.slots import GradientSlot
 
 BF16 = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
 ALL_BF16 = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.bfloat16}

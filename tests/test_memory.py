@@ -16,7 +16,8 @@ from yafsdp_like import MixedPrecisionPolicy, SpillWarning, fully_shard
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.shard import hooks
 from yafsdp_like.shard.engine import Engine, engine_for
-from yafsdp_like.shard.unit import SlotState, Unit, unit_of
+from yafsdp_like.shard.slots import SlotState
+from yafsdp_like.shard.unit import Unit, unit_of
 
 CHAIN = Specimen(lambda: Chain([Block() for _ in range(4)]), vectors(FEATURES), layers_of)
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -81,9 +82,9 @@ def storage_nbytes(model: nn.Module) -> int:
     """What the arenas really take: pages, and what was allocated without them; what windows show is counted once."""
     units = units_of(model)
     engine = units[0].engine
-    assert engine is not None and engine._arena is not None
+    assert engine is not None and engine.building.arena is not None
     total = 0
-    for arena in (engine._arena, *(unit.arena for unit in units)):
+    for arena in (engine.building.arena, *(unit.arena for unit in units)):
         spots = [arena._spots[name] for name in arena.regions]
         total += sum({id(spot.block): spot.block.pages.nbytes for spot in spots if spot.block}.values())
         total += sum({s.storage.data_ptr(): s.storage.nbytes() for s in spots if not s.block and s.nbytes}.values())

@@ -22,7 +22,8 @@ from tests.zoo import FEATURES, Block, ours, world_mesh
 from yafsdp_like.optim import AdamW
 from yafsdp_like.shard.depth import Depth
 from yafsdp_like.shard.engine import Engine, backward_task
-from yafsdp_like.shard.unit import GatherSlot, SlotState, Unit
+from yafsdp_like.shard.slots import GatherSlot, SlotState
+from yafsdp_like.shard.unit import Unit
 
 Event = tuple[str, str, str]  # operation, unit, phase
 OPERATIONS = ("gather", "unshard", "release", "rest", "keep", "reduce")

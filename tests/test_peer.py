@@ -40,7 +40,7 @@ from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.transport import Reduction
 from yafsdp_like.memory.arena import Block
 from yafsdp_like.shard import blueprint
-from yafsdp_like.shard import engine as engine_module
+from yafsdp_like.shard import building as building_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 CPU = torch.device("cpu")
@@ -215,7 +215,7 @@ def test_memory_that_ranks_share_has_no_name() -> None:
 @on_ranks()
 def test_no_descriptor_stays_open_when_a_rank_fails_to_build() -> None:
     model = sharded(SPECIMENS["odd"])
-    build, opened = engine_module.build, []
+    build, opened = building_module.build, []
 
     def fail(*args: Any) -> Any:
         arena = build(*args)
@@ -226,7 +226,7 @@ def test_no_descriptor_stays_open_when_a_rank_fails_to_build() -> None:
 
     before = num_descriptors()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "build", fail)
+        patch.setattr(building_module, "build", fail)
         with pytest.raises((MemoryError, RuntimeError), match="no room"):
             step(model, SPECIMENS["odd"])
     gc.collect()

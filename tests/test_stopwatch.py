@@ -38,7 +38,7 @@ from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, InOrder
 from yafsdp_like.shard import engine as engine_module
 from yafsdp_like.shard import stopwatch as stopwatch_module
 from yafsdp_like.shard.depth import Depth, Times
-from yafsdp_like.shard.engine import Engine
+from yafsdp_like.shard.graph import repeatable_state
 from yafsdp_like.shard.stopwatch import MEASURED, Found, Stopwatch, agreed
 
 GIB = 1 << 30
@@ -84,8 +84,8 @@ def measuring(ms: Mapping[str, float], room_nbytes: int = GIB) -> Iterator[Paced
     streams = Paced(ms)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "streams_of", lambda device: streams)
-        patch.setattr(engine_module, "room_nbytes", lambda device: room_nbytes)
-        patch.setattr(Engine, "_can_measure", lambda self: True)
+        patch.setattr(stopwatch_module, "room_nbytes", lambda device: room_nbytes)
+        patch.setattr(engine_module, "can_measure", lambda units: True)
         yield streams
 
 
@@ -238,7 +238,7 @@ def test_the_arena_of_the_plan_before_is_freed() -> None:
     with measuring(EXPOSED):
         model = chain()
         train(model, UNDECIDED)
-        arena = weakref.ref(model._engine()._arena)
+        arena = weakref.ref(model._engine().building.arena)
         gc.disable()
         try:
             train(model)
@@ -338,7 +338,7 @@ def test_steps_are_repeatable_once_the_depth_is_decided() -> None:
         states = []
         for _ in range(UNDECIDED + 2):
             train(model)
-            states.append(model._engine().repeatable_state())
+            states.append(repeatable_state(model._engine()))
     assert [state is None for state in states] == [True] * UNDECIDED + [False] * 2
 
 

@@ -24,7 +24,8 @@ from yafsdp_like.memory.streams import GATHER, Event
 from yafsdp_like.shard.engine import Engine, Report, engine_for
 from yafsdp_like.shard.hooks import abandon, install
 from yafsdp_like.shard.linear import install as install_linear
-from yafsdp_like.shard.unit import Ownership, ShardedParam, Unit, UnitPolicy, ownership_of, unit_of
+from yafsdp_like.shard.param import ShardedParam
+from yafsdp_like.shard.unit import Unit, UnitPolicy, ownership_of, unit_of
 from yafsdp_like.shard.update import watch_optimizers
 
 Owners = dict[nn.Parameter, list[tuple[nn.Module, str]]]  # which modules register a parameter, and under what name
@@ -111,7 +112,7 @@ def _make_unit(
     params = [ShardedParam(param, places, mesh) for param, places in owners.items()]
     unit = Unit(modules, params, policy, mesh, transport_over(mesh, device, transport), device)
     for p, param in zip(params, owners, strict=True):
-        param._yafsdp_ownership = Ownership(unit, p)  # type: ignore[attr-defined]
+        unit.mark(param, p)
         p.register(p.sharded)
     _move_buffers(modules, device)
     for m in modules:

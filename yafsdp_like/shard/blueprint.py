@@ -1,7 +1,6 @@
-"""From units and their schedule to the memory plan, and from the plan to shards and slots on an arena.
+"""From units and their schedule to the memory plan: which regions there are, and where in them each unit's slots lie.
 
-Drawing is integers only: it works before anything is allocated, on the meta device too. Building allocates the plan,
-once.
+Integers only: it works before anything is allocated, on the meta device too. ``building.py`` makes it memory.
 """
 
 from __future__ import annotations
@@ -9,19 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 
 from yafsdp_like.memory import windows
-from yafsdp_like.memory.arena import Arena, Place
-from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, FlatLayout, Segment, aligned
+from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, place, readable
 from yafsdp_like.shard.depth import Course, Depth, Times, choose, depths, step_ms
-from yafsdp_like.shard.schedule import Residency, Schedule, gather_starts
-from yafsdp_like.shard.unit import NOWHERE, GatherSlot, GradientSlot, Unit, UnitLayout
-
-AnySlot = TypeVar("AnySlot", GatherSlot, GradientSlot)
+from yafsdp_like.shard.family import Family
+from yafsdp_like.shard.schedule import Residency, gather_starts
+from yafsdp_like.shard.unit import Unit, UnitLayout
 
 GATHER_SLOTS, GRADIENT_SLOTS = "gather slots", "gradient slots"  # the two regions that slots share
 STAGING, COLUMN = "staging", "gather staging"
@@ -47,11 +43,12 @@ class Blueprint:
         return replace(self, plan=replace(self.plan, regions=(*self.plan.regions, region)))
 
 
-def draw(units: Sequence[Unit], schedule: Schedule, root: Unit | None, depth: Depth) -> Blueprint:
-    """The plan for ``units`` as they are now; ``root`` is the unit that by default stays gathered after forward."""
+def draw(family: Family, depth: Depth) -> Blueprint:
+    """The plan for the units as they are now."""
+    units, schedule = family.units, family.schedule
     page_nbytes = _page_nbytes(units)
     layouts = {unit: unit.plan_layout(page_nbytes) for unit in units}
-    gather_live = _gather_ranges(units, schedule, root, depth.gathers)
+    gather_live = _gather_ranges(family, depth.gathers)
     gradient_live = {unit: schedule.gradient_range(i, depth.gradients) for i, unit in enumerate(units)}
     gather = {u: aligned(x.gathered_nbytes, page_nbytes or 1) for u, x in layouts.items() if not u.own_gather_slot}
     gradient = {u: x.gradient_slot.nbytes for u, x in layouts.items() if not u.own_gradient_slot}
@@ -72,15 +69,14 @@ def draw(units: Sequence[Unit], schedule: Schedule, root: Unit | None, depth: De
     return Blueprint(plan, layouts, gather_places, gradient_places)
 
 
-def depth_for(
-    units: Sequence[Unit], schedule: Schedule, root: Unit | None, times: Sequence[Times], room_nbytes: int
-) -> tuple[Depth, str]:
+def depth_for(family: Family, times: Sequence[Times], room_nbytes: int) -> tuple[Depth, str]:
     """What the units' measured times and the memory to spare ask for, and in words why."""
+    units, schedule = family.units, family.schedule
     candidates = depths(any(u.policy.forward_prefetch or u.policy.backward_prefetch for u in units))
-    nbytes = {depth: draw(units, schedule, root, depth).plan.nbytes for depth in candidates}
+    nbytes = {depth: draw(family, depth).plan.nbytes for depth in candidates}
     more = {depth: nbytes[depth] - nbytes[Depth()] for depth in candidates}
     outer = {i for i, span in enumerate(schedule.spans) if schedule.surrounds(span)}
-    kept = {i for i, unit in enumerate(units) if not reshards_after_forward(unit, root)}
+    kept = {i for i, unit in enumerate(units) if not family.reshards_after_forward(unit)}
     course = Course(schedule.forward_order, schedule.backward_order, outer | kept, outer)
     steps = {depth: step_ms(times, course, depth) for depth in candidates}
     depth = choose(steps, more, room_nbytes)
@@ -151,10 +147,8 @@ def own_slot_regions(unit: Unit, layout: UnitLayout) -> list[Region]:
     return regions
 
 
-def _gather_ranges(
-    units: Sequence[Unit], schedule: Schedule, root: Unit | None, num_ahead: int
-) -> dict[Unit, LiveRange]:
-    index = {unit: i for i, unit in enumerate(units)}
+def _gather_ranges(family: Family, num_ahead: int) -> dict[Unit, LiveRange]:
+    schedule, index = family.schedule, {unit: i for i, unit in enumerate(family.units)}
     forward = {i: [index[t] for t in u.policy.forward_prefetch if t in index] for u, i in index.items()}
     backward = {i: [index[t] for t in u.policy.backward_prefetch if t in index] for u, i in index.items()}
     forward_from = gather_starts(
@@ -164,116 +158,18 @@ def _gather_ranges(
         schedule.backward_order, [schedule.backward_start(i) for i in index.values()], backward, num_ahead
     )
     return {
-        unit: schedule.gather_range(i, forward_from[i], backward_from[i], _residency(unit, root))
+        unit: schedule.gather_range(i, forward_from[i], backward_from[i], _residency(family, unit))
         for unit, i in index.items()
     }
 
 
-def _residency(unit: Unit, root: Unit | None) -> Residency:
+def _residency(family: Family, unit: Unit) -> Residency:
     return Residency(
-        after_forward=not reshards_after_forward(unit, root), after_backward=not unit.policy.reshard_after_backward
+        after_forward=not family.reshards_after_forward(unit), after_backward=not unit.policy.reshard_after_backward
     )
-
-
-def reshards_after_forward(unit: Unit, root: Unit | None) -> bool:
-    """What the user said, or the default: the root stays gathered, since its backward comes next."""
-    asked = unit.policy.reshard_after_forward
-    return unit is not root if asked is None else asked
 
 
 def _place_shared(nbytes: Mapping[Unit, int], live: Mapping[Unit, LiveRange]) -> tuple[dict[Unit, Segment], int]:
     units = [unit for unit in nbytes if nbytes[unit]]
     segments, total = place([SlotRequest(unit.name, nbytes[unit], live[unit]) for unit in units])
     return dict(zip(units, segments, strict=True)), total
-
-
-def build(blueprint: Blueprint) -> Arena:
-    """Allocates everything but the main shards, which units hold already, and gives every unit its shards and slots."""
-    units = list(blueprint.layouts)
-    arena = Arena(units[0].device)
-    arena.reserve([region for region in blueprint.plan.regions if region.kind != "main_shard"])
-    for unit, layout in blueprint.layouts.items():
-        _place_shards(unit, layout, arena)
-        unit.gather_slot = _gather_slot(unit, blueprint, arena)
-        unit.gradient_slot = _gradient_slot(unit, blueprint, arena)
-    for unit in units:
-        unit.staging, unit.column = _scratch(arena, STAGING), _scratch(arena, COLUMN)
-    _introduce([unit.gather_slot for unit in units])
-    _introduce([unit.gradient_slot for unit in units])
-    return arena
-
-
-def _scratch(arena: Arena, region: str) -> torch.Tensor:
-    """All bytes of a region, ``(nbytes,)`` uint8; nothing where there is no such region."""
-    if region not in arena.regions:
-        return NOWHERE
-    return arena.place(region).tensor(torch.uint8, (arena.regions[region].nbytes,))
-
-
-def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
-    for k, p in enumerate(unit.params):
-        p.compute = p.main
-        for region, part in (("compute_shard", layout.compute_shard), ("shown_shard", layout.shown_shard)):
-            if part.segments[k].nbytes:
-                shard = arena.place(f"{unit.name}.{region}").part(part.segments[k])
-                p.compute = shard.tensor(p.compute_dtype, (p.shards.chunk_numel,))
-        if p.trainable:
-            p.place_grad(arena.place(f"{unit.name}.grad_shard").part(layout.grad_shard.segments[k]))
-
-
-def _gather_slot(unit: Unit, blueprint: Blueprint, arena: Arena) -> GatherSlot:
-    layout = blueprint.layouts[unit]
-    if unit in blueprint.gather_places:
-        extent = arena.place(GATHER_SLOTS).part(blueprint.gather_places[unit])
-        return _window(unit, layout, extent) if layout.shown_shard.nbytes else slot_at(unit, extent, layout.gather_slot)
-    if unit.own_gather_slot:
-        return slot_at(unit, arena.place(f"{unit.name}.gather_slot"), layout.gather_slot)
-    return _slot_on_shards(unit, layout, arena)
-
-
-def slot_at(unit: Unit, extent: Place, layout: FlatLayout) -> GatherSlot:
-    return GatherSlot(unit, [extent.part(segment) for segment in layout.segments], extent)
-
-
-def _window(unit: Unit, layout: UnitLayout, extent: Place) -> GatherSlot:
-    """A slot that shows pages of ``extent``, and of the shard where this rank's chunks belong."""
-    shown = {k: segment for k, segment in enumerate(layout.shown_shard.segments) if segment.nbytes}
-    shard = extent.arena.place(f"{unit.name}.shown_shard")
-    parts, end, taken = [], 0, 0
-    for k, own in shown.items():
-        start = layout.gather_slot.segments[k].offset_nbytes + unit.params[k].rank * own.nbytes
-        parts += [extent.part(Segment(taken, start - end)), shard.part(own)]
-        taken, end = taken + start - end, start + own.nbytes
-    parts.append(extent.part(Segment(taken, layout.gather_slot.nbytes - end)))
-    window = extent.arena.show(f"{unit.name}.window", parts)
-    return GatherSlot(unit, [window.part(segment) for segment in layout.gather_slot.segments], extent, shown)
-
-
-def _slot_on_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> GatherSlot:
-    """On one rank a shard is the full parameter already: the slot is the compute shard, or the main shard."""
-    places = []
-    for p, main, compute in zip(unit.params, layout.main_shard.segments, layout.compute_shard.segments, strict=True):
-        if p.compute is p.main:
-            places.append(unit.arena.place("main_shard").part(main))
-        else:
-            places.append(arena.place(f"{unit.name}.compute_shard").part(compute))
-    return GatherSlot(unit, places, None)
-
-
-def _gradient_slot(unit: Unit, blueprint: Blueprint, arena: Arena) -> GradientSlot:
-    layout = blueprint.layouts[unit].gradient_slot
-    if unit in blueprint.gradient_places:
-        return GradientSlot(unit, arena.place(GRADIENT_SLOTS).part(blueprint.gradient_places[unit]), layout)
-    if unit.own_gradient_slot:
-        return GradientSlot(unit, arena.place(f"{unit.name}.gradient_slot"), layout)
-    return GradientSlot(unit, None, layout)
-
-
-def _introduce(slots: Sequence[AnySlot]) -> None:
-    """Tells every slot which others share bytes with it."""
-    for slot in slots:
-        slot.neighbours = [other for other in slots if other is not slot and _share_bytes(slot, other)]
-
-
-def _share_bytes(slot: AnySlot, other: AnySlot) -> bool:
-    return slot.extent is not None and other.extent is not None and slot.extent.overlaps(other.extent)

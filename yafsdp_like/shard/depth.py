@@ -1,6 +1,6 @@
 """How many units are gathered ahead, and how many gradient slots they take turns with, from measured times.
 
-Numbers only: what was measured, and what memory a depth takes, is given (``stopwatch.py``, ``engine.py``).
+Numbers only: what was measured, and what memory a depth takes, is given (``stopwatch.py``, ``blueprint.py``).
 
 [Note: a step on three streams]
 Gathers run one after the other, and so do reductions; the two run beside compute. A gather waits for the bytes that the

@@ -2,7 +2,7 @@
 
 A small step is bound by the CPU, which issues kernels more slowly than the GPU runs them. Since every slot and shard
 has one address for good, a step can be recorded once and replayed. Owns what differs between the two: the state that
-slots, events and ``.grad`` must be in before a replay, and what they are after it.
+slots, events and ``.grad`` must be in before a replay, and what they are after it. The engine knows nothing of it.
 
 [Note: what a recording depends on]
 Python runs while recording and never again, so all that it decided must hold for every replay: shapes and dtypes of
@@ -13,22 +13,43 @@ are set or added to. All of that is the recording's key; another key is another 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from yafsdp_like.memory.streams import StepRecorder, StepRecording
+from yafsdp_like.comm.transport import Reduction
+from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, StepRecorder, StepRecording
 from yafsdp_like.shard.api import FSDPModule
-from yafsdp_like.shard.engine import Engine
+from yafsdp_like.shard.engine import Engine, engine_for
 from yafsdp_like.shard.nested import map_tensors
-from yafsdp_like.shard.unit import ShardedParam
+from yafsdp_like.shard.param import ShardedParam
+from yafsdp_like.shard.slots import SlotState
+from yafsdp_like.shard.unit import Unit, unit_of
 
 NUM_EAGER = 2  # steps before one is recorded: kernels are compiled and chosen, and tables made, in these
 
 Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class UnitState:
+    """What a step would decide by, of one unit."""
+
+    is_filled: bool  # gathered already, by the last update
+    is_current: bool  # its compute shard need not be cast
+    adds: tuple[bool, ...]  # for each parameter, whether its gradient is added to ``.grad``
+
+
+@dataclass(frozen=True)
+class State:
+    """What a step that starts now would decide by, of all units."""
+
+    num_layouts: int  # which addresses
+    reductions: tuple[Reduction, ...]
+    units: tuple[UnitState, ...]
 
 
 @dataclass(frozen=True)
@@ -60,7 +81,9 @@ class GraphedStep:
     def __init__(self, function: Callable[..., Any], model: nn.Module) -> None:
         if not isinstance(model, FSDPModule):
             raise ValueError(f"GraphedStep expects a module that fully_shard returned, found {type(model).__name__}")
-        self._function, self._model = function, model
+        unit = unit_of(model)
+        assert unit is not None, "an FSDPModule without a unit"
+        self._function, self._model, self._unit = function, model, unit
         self._steps: dict[Key, _Step] = {}
         self._calls: Counter[Key] = Counter()
         self._recorder: StepRecorder | None = None
@@ -70,7 +93,7 @@ class GraphedStep:
         return len(self._steps)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
-        engine = self._model._engine()
+        engine = engine_for(self._unit, self._model)
         if engine.units[0].device.type != "cuda":
             return self._function(*inputs)
         key = self._key(engine, inputs)
@@ -83,37 +106,103 @@ class GraphedStep:
 
     def _key(self, engine: Engine, inputs: tuple[torch.Tensor, ...]) -> Key:
         """Its first element is None where steps cannot be recorded as things are."""
-        return (engine.repeatable_state(), self._model.training, *((t.shape, t.stride(), t.dtype) for t in inputs))
+        return (repeatable_state(engine), self._model.training, *((t.shape, t.stride(), t.dtype) for t in inputs))
 
     def _record(self, engine: Engine, inputs: tuple[torch.Tensor, ...]) -> _Step:
         self._recorder = self._recorder or StepRecorder()
         own = tuple(t.clone() for t in inputs)
-        state = engine.repeatable_state()
-        engine.join_streams()
+        state = repeatable_state(engine)
+        assert state is not None
+        _join_streams(engine)
 
         def work() -> Any:
-            engine.fork_streams()
+            _fork_streams(engine)
             result = self._function(*own)
-            engine.join_streams()
+            _join_streams(engine)
             return map_tensors(torch.Tensor.detach, result)
 
         without = [p for unit in engine.units for p in unit.params if p.trainable and p.sharded.grad is None]
         recording = self._recorder.record(work)
         reduced = [p for p in without if p.sharded.grad is not None]
-        engine.after_recording(state, reduced)
+        _return_to(state, engine, reduced)
         self._forget_other_layouts(engine)
         return _Step(own, recording, reduced)
 
     def _forget_other_layouts(self, engine: Engine) -> None:
         """Recordings of slots that are no more would never be replayed, and hold memory."""
-        self._steps = {key: step for key, step in self._steps.items() if key[0][0] == engine.num_layouts}
+        self._steps = {key: step for key, step in self._steps.items() if key[0].num_layouts == engine.num_layouts}
 
     def _replay(self, engine: Engine, step: _Step, inputs: tuple[torch.Tensor, ...]) -> Any:
         for own, given in zip(step.inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
-        engine.join_streams()
+        _join_streams(engine)
         for p in step.reduced:
             p.spare_kept_grad()
         step.recording.replay()
-        engine.after_replay(step.reduced)
+        _settle(engine, step.reduced)
         return map_tensors(torch.clone, step.recording.result)
+
+
+def repeatable_state(engine: Engine) -> State | None:
+    """What a step that starts now would decide by; None when it cannot be repeated as it is: something is running
+    or held between steps, ``.grad`` is none of ours, or times are still to be measured, which a recording cannot do.
+    """
+    if not engine.is_built or engine.stopwatch is not None:
+        return None
+    busy = engine.iteration is not None or engine.tasks or not engine.is_last_backward
+    if busy or not all(unit.policy.requires_gradient_sync for unit in engine.units):
+        return None
+    units: list[UnitState] = []
+    for unit in engine.units:
+        state = _repeatable_unit(engine, unit)
+        if state is None:
+            return None
+        units.append(state)
+    return State(engine.num_layouts, tuple(unit.reduction() for unit in engine.units), tuple(units))
+
+
+def _repeatable_unit(engine: Engine, unit: Unit) -> UnitState | None:
+    """Values in its slot that no step would read are dropped."""
+    slot, is_current = unit.gather_slot, unit.is_current
+    if slot.state is SlotState.IDLE:
+        slot.state = SlotState.EMPTY
+    elif slot.state is SlotState.FILLED and slot.generation != unit.generation():
+        engine.release(slot)
+    if slot.state not in (SlotState.EMPTY, SlotState.FILLED) or unit.gradient_slot.state is not SlotState.EMPTY:
+        return None
+    if any(p.sharded.grad is not None and not p.has_own_grad for p in unit.params):
+        return None
+    return UnitState(slot.state is SlotState.FILLED, is_current, tuple(p.has_own_grad for p in unit.params))
+
+
+def _fork_streams(engine: Engine) -> None:
+    """Side streams start here."""
+    for stream in (GATHER, REDUCE):
+        engine.streams.wait(stream, engine.streams.record(COMPUTE))
+
+
+def _join_streams(engine: Engine) -> None:
+    """Compute waits for all that side streams were given, so that no event is left to wait for."""
+    for stream in (GATHER, REDUCE):
+        engine.streams.wait(COMPUTE, engine.streams.record(stream))
+    engine.last_reduce = None
+    for unit in engine.units:
+        unit.gather_slot.ready = unit.gather_slot.released = unit.gradient_slot.released = None
+
+
+def _return_to(state: State, engine: Engine, reduced: Sequence[ShardedParam]) -> None:
+    """A step was recorded, of which nothing has run yet: back to what it was recorded from."""
+    for unit, before in zip(engine.units, state.units, strict=True):
+        unit.gather_slot.state = SlotState.FILLED if before.is_filled else SlotState.EMPTY
+    for p in reduced:
+        p.sharded.grad = None
+
+
+def _settle(engine: Engine, reduced: Sequence[ShardedParam]) -> None:
+    """A step was replayed: what Python would have noted."""
+    engine.expect(engine.streams.record(COMPUTE))
+    for unit in engine.units:
+        unit.gather_slot.state = SlotState.EMPTY
+        unit.cast, unit.written_by_update = unit.generation(), False
+    for p in reduced:
+        p.sharded.grad = p.grad_dtensor

@@ -27,7 +27,8 @@ from torch.autograd import Variable
 
 from yafsdp_like.shard.engine import Engine, backward_task, engine_for
 from yafsdp_like.shard.nested import cast_floating, map_tensors, tensors_in
-from yafsdp_like.shard.unit import GatherSlot, GradientSlot, SlotState, Unit, Use
+from yafsdp_like.shard.slots import GatherSlot, GradientSlot, SlotState, Use
+from yafsdp_like.shard.unit import Unit
 
 
 @dataclass(eq=False)
@@ -119,7 +120,7 @@ def _enter(engine: Engine, unit: Unit, call: Call, inputs: Any) -> Any:
     refresh = backward_task() is None
     engine.unshard(unit.gather_slot, refresh)
     if refresh:
-        for target in unit.policy.forward_prefetch or engine.after_in_forward[unit][: engine.depth.gathers]:
+        for target in unit.policy.forward_prefetch or engine.family.after_in_forward[unit][: engine.depth.gathers]:
             engine.prefetch(target, refresh)
     if not builds_graph:
         return inputs
@@ -179,7 +180,7 @@ def _leave(engine: Engine, unit: Unit) -> None:
     # By default the root stays gathered for its backward. Where none will come, modules must show the sharded
     # parameters again, or zero_grad() and clipping over model.parameters() would miss the gradients.
     idle = unit.policy.reshard_after_forward is None and not torch.is_grad_enabled()
-    if backward_task() is None and (idle or engine.reshards_after_forward(unit)):
+    if backward_task() is None and (idle or engine.family.reshards_after_forward(unit)):
         engine.rest(unit.registered)
     else:
         engine.keep(unit.registered)
@@ -250,7 +251,7 @@ def _start_backward(engine: Engine, unit: Unit, use: Use) -> None:
 
 def _prefetch_in_backward(engine: Engine, unit: Unit) -> None:
     """Gathers the next units that have a backward to come; units that were skipped in forward are not gathered."""
-    following = unit.policy.backward_prefetch or engine.after_in_backward[unit]
+    following = unit.policy.backward_prefetch or engine.family.after_in_backward[unit]
     expected = (u for u in following if u.pending and u.policy.unshard_in_backward)
     for target in islice(expected, None if unit.policy.backward_prefetch else engine.depth.gathers):
         engine.prefetch(target, refresh=False)

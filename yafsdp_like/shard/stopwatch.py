@@ -1,7 +1,8 @@
 """How long one iteration's gathers, computations and reductions take, by timed events on their streams.
 
-Owns the events of that iteration and when it is; what follows from the times is ``depth.py``'s. Nothing waits for an
-event: times are read when a later iteration begins, and only if all work has come that far.
+Owns the events of that iteration, when it is, and what ranks agree on then; what follows from the times is
+``depth.py``'s. Nothing waits for an event: times are read when a later iteration begins, and only if all work has come
+that far.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from yafsdp_like.comm.agreement import share
+from yafsdp_like.memory.arena import room_nbytes
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Mark, Streams
 from yafsdp_like.shard.depth import Times
 from yafsdp_like.shard.unit import Unit
@@ -57,6 +60,19 @@ class Stopwatch:
         self._iterations += 1
         return self._iterations > MEASURED + 1
 
+    def found(self, units: Sequence[Unit]) -> Found | None:
+        """An iteration begins: if one was measured, what ranks agree on; None as long as one of them has no times, or
+        still holds memory that another plan would leave.
+
+        They exchange what they have whatever it is, since one may still wait for times that another has.
+        """
+        self.is_running = False
+        if not torch.is_grad_enabled() or not self.next_iteration():
+            return None
+        times = None if any(unit.holds_something for unit in units) else self.times(units)
+        found = Found(times, room_nbytes(units[0].device)) if times is not None else None
+        return agreed(found, units[0].mesh)
+
     @property
     def gives_up(self) -> bool:
         return self._iterations > MEASURED + MOST_TRIES
@@ -93,6 +109,12 @@ class Stopwatch:
             if span.stream == stream:
                 found[span.unit].append(span.start.elapsed_time(span.end))
         return found
+
+
+def can_measure(units: Sequence[Unit]) -> bool:
+    """On GPUs that share the same units between the same ranks; elsewhere nothing is measured or changed."""
+    is_shared = any(unit.transport.world_size > 1 for unit in units)
+    return units[0].device.type == "cuda" and is_shared and len({unit.mesh for unit in units}) == 1
 
 
 def agreed(found: Found | None, mesh: DeviceMesh) -> Found | None:

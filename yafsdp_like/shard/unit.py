@@ -1,178 +1,31 @@
-"""A unit: the parameters gathered together, their shards on this rank, and the slots they are gathered into.
+"""A unit: the parameters gathered together, what the user asked of them, and what is known of their shards and slots.
 
-This file owns the tensors: it knows which bytes of the arena a parameter's shard, full value and gradients are, and
-which modules register the parameter. It does not decide when anything is gathered or released (``engine.py`` does).
-
-[Note: one address per unit]
-Autograd saves views of a unit's full parameters in forward and reads them in backward. They must find the same values
-at the same address, so a slot belongs to one unit for good: slots share bytes with other units' slots
-(``neighbours``), never addresses with "any free slot". When execution asks for two slots at once that share bytes,
-one unit moves to a slot of its own for its later forwards, while what was saved earlier keeps the old slot
-(``Use.slot``).
+This file owns the main shard and says how a unit's bytes are laid out, and when the compute shards follow the main
+ones. It does not decide when anything is gathered or released (``engine.py`` does).
 """
 
 from __future__ import annotations
 
-import enum
-import sys
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from yafsdp_like.comm.transport import Averaged, Gather, Reduce, Reduction, Transport
-from yafsdp_like.memory.arena import Arena, Place
-from yafsdp_like.memory.layout import FlatLayout, RowShards
+from yafsdp_like.comm.transport import Averaged, Reduction, Transport
+from yafsdp_like.memory.arena import Arena
+from yafsdp_like.memory.layout import FlatLayout
 from yafsdp_like.memory.plan import Region
-from yafsdp_like.memory.streams import Event
+from yafsdp_like.shard.param import NOWHERE, ShardedParam
+from yafsdp_like.shard.slots import GatherSlot, Generation, GradientSlot, SlotState, Use
 
 if TYPE_CHECKING:
     from yafsdp_like.shard.engine import Engine
     from yafsdp_like.shard.hooks import Call
-
-
-class SlotState(enum.Enum):
-    """What a slot's bytes are to the compute stream. The transitions are in ``engine.py``; no others happen."""
-
-    EMPTY = "nobody's: any neighbour may take the bytes"
-    FILLED = "gathered ahead, not yet read: a neighbour in need may still take the bytes"
-    IDLE = "read and released, the values still there: any neighbour may take the bytes"
-    HELD = "being read or written by running work: nobody may touch the bytes"
-    KEPT = "idle but left unsharded on purpose: given up when a neighbour needs the bytes"
-
-
-Generation = tuple[int, ...]  # what main shards are by now; equal generations are equal values
-NOWHERE = torch.empty(0, device="meta")  # stands for a shard that has no place yet
-
-
-class ShardedParam:
-    """One parameter: its ``Shard(0)`` DTensor, who registers it, and this rank's flat chunks of it.
-
-    The last dimension of the mesh shards, one before it replicates.
-
-    ``main``, ``compute`` and ``grad`` are ``(chunk_numel,)``, padding included, in ``main_dtype``, ``compute_dtype``
-    and ``main_dtype``; the DTensor and its gradient are views of their first ``local_shape`` elements.
-    """
-
-    def __init__(self, param: nn.Parameter, owners: list[tuple[nn.Module, str]], mesh: DeviceMesh) -> None:
-        self.name = owners[0][1]  # the full name from the root, once the root is known
-        self.owners = owners
-        self.mesh = mesh
-        self.rank = mesh.get_local_rank(mesh.ndim - 1)
-        self.shards = RowShards(tuple(param.shape), mesh.size(mesh.ndim - 1))
-        self.attributes = dict(vars(param))  # the user's own, which a cast or move of the module would lose
-        self.sharded = self._shard(param)
-        self.compute_dtype = self.gradient_dtype = self.reduce_dtype = param.dtype
-        self.placed: torch.Tensor | None = None  # ``local`` as Unit.materialize left it; None: not in the arena
-        self.main = self.compute = self.grad = NOWHERE  # filled by Unit.materialize, and the others by the build
-        self.grad_dtensor: DTensor | None = None
-
-    def _shard(self, param: torch.Tensor) -> nn.Parameter:
-        """The parameter's DTensor on this rank's rows; the rows are not copied yet."""
-        start, stop = self.shards.row_range(self.rank)
-        return nn.Parameter(self._dtensor(param.detach()[start:stop]), requires_grad=param.requires_grad)
-
-    def _dtensor(self, local: torch.Tensor) -> DTensor:
-        full = torch.empty(self.shards.shape, device="meta")
-        placements: list[Placement] = [*[Replicate()] * (self.mesh.ndim - 1), Shard(0)]
-        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
-
-    @property
-    def local(self) -> torch.Tensor:
-        """This rank's rows as the DTensor holds them, ``local_shape``."""
-        return self.sharded._local_tensor  # type: ignore[attr-defined]
-
-    @property
-    def main_dtype(self) -> torch.dtype:
-        return self.local.dtype
-
-    @property
-    def trainable(self) -> bool:
-        return self.sharded.requires_grad
-
-    def set_dtypes(self, policy: MixedPrecisionPolicy, as_computed: bool) -> None:
-        """Compute and reduce dtypes by the policy; integers, which only frozen parameters are, keep their own.
-
-        Gradients wait for their reduction in ``reduce_dtype``, or ``as_computed``.
-        """
-        dtype = self.main_dtype
-        self.compute_dtype = (policy.param_dtype or dtype) if dtype.is_floating_point else dtype
-        self.reduce_dtype = policy.reduce_dtype or self.compute_dtype
-        self.gradient_dtype = self.compute_dtype if as_computed else self.reduce_dtype
-
-    @property
-    def local_shape(self) -> tuple[int, ...]:
-        return self.shards.local_shape(self.rank)
-
-    @property
-    def chunk_nbytes(self) -> int:
-        """Bytes of this rank's chunk of what is gathered."""
-        return self.shards.chunk_numel * self.compute_dtype.itemsize
-
-    def adopt_registered(self) -> None:
-        """Takes over a parameter that the user put in this one's place (``load_state_dict(assign=True)``, say).
-
-        Raises ``ValueError`` when its global shape differs.
-        """
-        module, attribute = self.owners[0]
-        found = module._parameters[attribute]
-        if found is self.sharded:
-            return
-        if found is None or tuple(found.shape) != self.shards.shape:
-            shape = None if found is None else tuple(found.shape)
-            raise ValueError(
-                f"{self.name}: expected a parameter of shape {self.shards.shape} in its place, found {shape}"
-            )
-        self.sharded = found if isinstance(found, DTensor) else self._shard(found)
-        self.placed = None
-
-    def mark(self, unit: Unit) -> None:
-        """Gives the DTensor the parameter's attributes, and a note of whose it is."""
-        for name, value in self.attributes.items():
-            vars(self.sharded).setdefault(name, value)
-        self.sharded._yafsdp_ownership = Ownership(unit, self)  # type: ignore[attr-defined]
-
-    def place_main(self, place: Place) -> None:
-        """Moves this rank's rows to ``place``, where the DTensor holds them from now on."""
-        local = place.tensor(self.main_dtype, self.local_shape)
-        with torch.no_grad():
-            local.copy_(self.local)
-        self.sharded._local_tensor = self.placed = local  # type: ignore[attr-defined]
-        self.main = place.tensor(self.main_dtype, (self.shards.chunk_numel,))
-
-    def place_grad(self, place: Place) -> None:
-        self.grad = place.tensor(self.main_dtype, (self.shards.chunk_numel,))
-        self.grad_dtensor = self._dtensor(place.tensor(self.main_dtype, self.local_shape))
-
-    @property
-    def has_own_grad(self) -> bool:
-        """Whether ``.grad`` is set, and to the gradient shard: what is reduced next is added to it."""
-        return self.grad_dtensor is not None and self.sharded.grad is self.grad_dtensor
-
-    def spare_kept_grad(self) -> None:
-        """A gradient that the user still holds, but no longer as ``.grad``, keeps its values: it moves to memory of
-        its own.
-        """
-        assert self.grad_dtensor is not None
-        if sys.getrefcount(self.grad_dtensor) > 2:  # by more than this object and the call
-            kept, local = self.grad_dtensor, self.grad_dtensor._local_tensor
-            kept._local_tensor = local.clone()
-            self.grad_dtensor = self._dtensor(local)
-
-    def register(self, value: nn.Parameter) -> None:
-        """Makes ``value`` what every owning module sees under this parameter's name."""
-        for module, attribute in self.owners:
-            if type(module).__setattr__ is nn.Module.__setattr__:
-                module._parameters[attribute] = value
-            else:  # e.g. nn.LSTM, which keeps a list of its weights beside the dict
-                setattr(module, attribute, value)
 
 
 @dataclass(frozen=True)
@@ -221,96 +74,6 @@ class UnitLayout:
     def gathered_nbytes(self) -> int:
         """What a gather slot takes beside the shard that it shows."""
         return self.gather_slot.nbytes - self.shown_shard.nbytes
-
-
-class GatherSlot:
-    """A unit's full parameters at a fixed address.
-
-    ``params[k]`` is the ``nn.Parameter`` that modules compute on; ``outputs[k]``, ``(padded_numel,)``, is the same
-    bytes for the collective to write. They are different tensors: see [Note: version counters]. ``places`` has one
-    place per parameter; ``extent`` is what is gathered, or None when the slot is the shard (one rank). Of the
-    parameters in ``shown`` the places show this rank's shard itself: see [Note: windows].
-    """
-
-    def __init__(self, unit: Unit, places: Sequence[Place], extent: Place | None, shown: Collection[int] = ()) -> None:
-        self.unit = unit
-        self.extent = extent
-        self.shown = frozenset(shown)
-        self.neighbours: list[GatherSlot] = []  # slots that share bytes with this one
-        self.state = SlotState.EMPTY
-        self.ready: Event = None  # the gather has arrived
-        self.released: Event = None  # the last reader is done; None once a gather has waited for it
-        self.generation: Generation = ()  # of the main shards when they were gathered
-        self.active: dict[Use, None] = {}  # uses whose backward is running
-        self.params = [_full_param(p, place) for p, place in zip(unit.params, places, strict=True)]
-        self.outputs = [
-            place.tensor(p.compute_dtype, (p.shards.padded_numel,))
-            for p, place in zip(unit.params, places, strict=True)
-        ]
-
-    @cached_property
-    def gather(self) -> Gather:
-        """Brings every rank's compute shard here. First asked for once transports are connected."""
-        inputs = [p.compute for p in self.unit.params]
-        return self.unit.transport.gather(self.outputs, inputs, self.shown, self.unit.column)
-
-
-def _full_param(p: ShardedParam, place: Place) -> nn.Parameter:
-    full = nn.Parameter(place.tensor(p.compute_dtype, p.shards.shape), requires_grad=p.trainable)
-    vars(full).update(vars(p.sharded))
-    return full
-
-
-class GradientSlot:
-    """A unit's full gradients from their arrival in backward until they are reduced.
-
-    For each trainable parameter ``k``: ``views[k]`` has its shape and ``inputs[k]`` is ``(padded_numel,)``, in its
-    ``gradient_dtype``. ``holds`` are those with some gradient in the slot, ``arrived`` those for which it is all that
-    the backwards so far have computed.
-    Padding holds anything.
-    """
-
-    def __init__(self, unit: Unit, extent: Place | None, layout: FlatLayout) -> None:
-        self.unit = unit
-        self.extent = extent  # None: nothing is trainable
-        self.neighbours: list[GradientSlot] = []
-        self.state = SlotState.EMPTY
-        self.released: Event = None  # the reduction is done; None once compute has waited for it
-        self.holds: set[int] = set()
-        self.early: dict[int, Event] = {}  # reduced before the rest, and when that was done
-        self.arrived: dict[int, int | None] = {}  # parameter -> the backward in which it arrived last
-        self.views: dict[int, torch.Tensor] = {}
-        self.inputs: dict[int, torch.Tensor] = {}
-        self._reduces: dict[tuple[int, ...], Reduce] = {}
-        for k in unit.trainable:
-            assert extent is not None
-            p, place = unit.params[k], extent.part(layout.segments[k])
-            self.views[k] = place.tensor(p.gradient_dtype, p.shards.shape)
-            self.inputs[k] = place.tensor(p.gradient_dtype, (p.shards.padded_numel,))
-
-    def reduce(self, which: Sequence[int]) -> Reduce:
-        """Reduces the gradients of these parameters into their gradient shards."""
-        key = tuple(which)
-        if key not in self._reduces:
-            params = [self.unit.params[k] for k in key]
-            self._reduces[key] = self.unit.transport.reduce(
-                [p.grad for p in params],
-                [self.inputs[k] for k in key],
-                [p.reduce_dtype for p in params],
-                self.unit.staging,
-            )
-        return self._reduces[key]
-
-
-@dataclass(eq=False)
-class Use:
-    """One forward call of a unit whose backward may come: which slot its saved tensors point to.
-
-    Held by the autograd graph only, so that it dies with a graph that is never run backward.
-    """
-
-    slot: GatherSlot
-    task: int | None = None  # the running backward that has reached it, by autograd's number
 
 
 @dataclass(eq=False)
@@ -403,6 +166,16 @@ class Unit:
         self.cast = ()
 
     @property
+    def holds_something(self) -> bool:
+        """Whether memory of the plan is referred to beyond the arena, by a graph or as gradients, and would not be free
+        with it; or there is no plan yet.
+        """
+        slot = self._gradient_slot
+        if slot is None or self.pending or slot.state is not SlotState.EMPTY:
+            return True
+        return any(p.sharded.grad is not None for p in self.params)
+
+    @property
     def slots(self) -> list[GatherSlot]:
         """Slots that may hold the unit's parameters now: that of forwards to come, and the one that modules see."""
         return [slot for slot in dict.fromkeys((self._gather_slot, self.registered)) if slot is not None]
@@ -445,7 +218,8 @@ class Unit:
         """
         for p in self.params:
             p.adopt_registered()
-            p.mark(self)
+            p.restore_attributes()
+            self.mark(p.sharded, p)
         if self.meta_params():
             return
         layout = self.plan_layout()
@@ -460,6 +234,10 @@ class Unit:
                 self.moves += 1
                 place = self.arena.place("main_shard").part(segment)
                 p.place_main(place)
+
+    def mark(self, param: torch.Tensor, p: ShardedParam) -> None:
+        """Notes on ``param`` that it is ``p`` of this unit, for ``ownership_of``."""
+        param._yafsdp_ownership = Ownership(self, p)  # type: ignore[attr-defined]
 
     def _changed_dtype(self) -> bool:
         return any(p.main is not NOWHERE and p.main.dtype != p.main_dtype for p in self.params)

@@ -16,7 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from yafsdp_like.optim.adamw import AdamW, Passes
 from yafsdp_like.shard.engine import Engine
-from yafsdp_like.shard.unit import ShardedParam, Unit, ownership_of
+from yafsdp_like.shard.param import ShardedParam
+from yafsdp_like.shard.unit import Unit, ownership_of
 
 _stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 Owned = dict[Unit, list[ShardedParam]]  # an optimizer's sharded parameters
@@ -94,7 +95,9 @@ def _is_updated_whole(unit: Unit, owned: Sequence[ShardedParam]) -> bool:
 
 def _in_order_of_forward(owned: Owned) -> list[Unit]:
     engines: dict[Engine, None] = {unit.engine: None for unit in owned if unit.engine is not None}
-    return [engine.units[i] for engine in engines for i in engine.schedule.forward_order if engine.units[i] in owned]
+    return [
+        engine.units[i] for engine in engines for i in engine.family.schedule.forward_order if engine.units[i] in owned
+    ]
 
 
 def _compute_copy(p: ShardedParam) -> torch.Tensor | None:

@@ -1,0 +1,246 @@
+"""The memory of one sharded model: what was built from the blueprint, for what, and what was added to it since.
+
+Owns the plan in force, the arena of everything but main shards, and where on it units' shards and slots lie. It does
+not know what is in a slot: who builds or leaves has released them all, and has ordered the streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from yafsdp_like.memory.arena import Arena, Place
+from yafsdp_like.memory.layout import FlatLayout, Segment
+from yafsdp_like.memory.plan import MemoryPlan
+from yafsdp_like.shard.blueprint import (
+    COLUMN,
+    GATHER_SLOTS,
+    GRADIENT_SLOTS,
+    STAGING,
+    Blueprint,
+    draw,
+    own_slot_regions,
+)
+from yafsdp_like.shard.depth import Depth
+from yafsdp_like.shard.family import Family
+from yafsdp_like.shard.param import NOWHERE
+from yafsdp_like.shard.slots import GatherSlot, GradientSlot
+from yafsdp_like.shard.unit import Unit, UnitLayout
+
+AnySlot = TypeVar("AnySlot", GatherSlot, GradientSlot)
+
+
+@dataclass(frozen=True)
+class Spill:
+    """A unit that got a slot of its own at run time, why, and for how many bytes."""
+
+    region: str
+    reason: str
+    nbytes: int
+
+
+class Building:
+    """Of one root module's units; empty until it is built, and again once it is left.
+
+    What a build depends on beside the units is given: ``depth``, and ``why`` it is that, for the printed plan.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.arena: Arena | None = None
+        self.num_layouts = 0  # how often slots were given places
+        self.spills: list[Spill] = []
+        self._family = family
+        self._blueprint: Blueprint | None = None
+        self._built_for: tuple[object, ...] = ()  # the depth and the units' signatures then
+
+    def stands_for(self, depth: Depth) -> bool:
+        """Whether what is built is for ``depth`` and for the units as they are now."""
+        return self._built_for == self._signatures(depth)
+
+    def _signatures(self, depth: Depth) -> tuple[object, ...]:
+        return (depth, *(unit.signature for unit in self._family.units))
+
+    def plan(self, depth: Depth, why: str) -> MemoryPlan:
+        """What is built, or else what would be. Allocates nothing."""
+        if self._blueprint is not None and self.stands_for(depth):
+            return self._blueprint.plan
+        return self._draw(depth, why).plan
+
+    def _draw(self, depth: Depth, why: str) -> Blueprint:
+        return draw(self._family, depth).with_depth(why)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes held now, main shards included."""
+        return sum(unit.arena.nbytes for unit in self._family.units) + (self.arena.nbytes if self.arena else 0)
+
+    def build(self, depth: Depth, why: str) -> None:
+        """Gives every unit its shards and slots, on an arena of their own. Units must have their main shards."""
+        self._blueprint = self._draw(depth, why)
+        self.arena = build(self._blueprint)
+        self._built_for = self._signatures(depth)
+        self.num_layouts += 1
+
+    def agree(self, depth: Depth, error: Exception | None) -> None:
+        """All ranks have built the same, which peers may map now; or they leave it, and raise the same error: one for
+        what differs, or ``error`` of any rank.
+        """
+        transports = list(dict.fromkeys(unit.transport for unit in self._family.units))
+        try:
+            for transport in transports:
+                transport.agree(self._fingerprint(depth), error)
+            for transport in transports:
+                if transport.maps_memory and self.arena is not None:
+                    transport.connect(self.arena.blocks)
+        except BaseException:
+            self.leave()  # so that every rank builds again, once the model is mended
+            raise
+
+    def _fingerprint(self, depth: Depth) -> list[str]:
+        """What must be the same on every rank: a line for each parameter, and one for each unit's policy."""
+        return [
+            f"{p.name} {list(p.shards.shape)} of unit {unit.name!r}, {p.main_dtype} computed in {p.compute_dtype} and "
+            f"reduced in {p.reduce_dtype}, {'trainable' if p.trainable else 'frozen'}"
+            for unit in self._family.units
+            for p in unit.params
+        ] + [
+            f"unit {unit.name!r} with reshard_after_forward={self._family.reshards_after_forward(unit)}, "
+            f"reshard_after_backward={unit.policy.reshard_after_backward}, {unit.reduction()}, prefetching "
+            f"{[u.name for u in unit.policy.forward_prefetch]} and {[u.name for u in unit.policy.backward_prefetch]}"
+            f", {depth}"
+            for unit in self._family.units
+        ]
+
+    def explain(self, why: str) -> None:
+        """The depth that it was built for is now known to be right, and ``why``."""
+        assert self._blueprint is not None
+        self._blueprint = self._blueprint.with_depth(why)
+
+    def leave(self) -> None:
+        """Its memory is free as soon as nothing else, autograd say, refers to it."""
+        self.arena = self._blueprint = None
+        self._built_for = ()
+        for unit in self._family.units:
+            unit.forget_slots()
+
+    def add_gather_slot(self, unit: Unit, reason: str) -> Spill:
+        """Gives ``unit`` a gather slot of its own from here on, beyond the plan."""
+        unit.own_gather_slot = True
+        place, layout = self._spill(unit, 0, reason)
+        unit.gather_slot = slot_at(unit, place, layout.gather_slot)
+        return self.spills[-1]
+
+    def add_gradient_slot(self, unit: Unit, reason: str) -> Spill:
+        """Gives ``unit`` a gradient slot of its own from here on, beyond the plan."""
+        unit.own_gradient_slot = True
+        place, layout = self._spill(unit, -1, reason)
+        unit.gradient_slot = GradientSlot(unit, place, layout.gradient_slot)
+        return self.spills[-1]
+
+    def _spill(self, unit: Unit, which: int, reason: str) -> tuple[Place, UnitLayout]:
+        assert self._blueprint is not None and self.arena is not None
+        layout = self._blueprint.layouts[unit]
+        region = own_slot_regions(unit, layout)[which]
+        known = len(self.arena.blocks)
+        self.arena.reserve([region])
+        if region.mapped:
+            unit.transport.connect(self.arena.blocks[known:])
+        self._blueprint = self._blueprint.with_region(region)
+        self.num_layouts += 1
+        self.spills.append(Spill(region.name, reason, region.nbytes))
+        return self.arena.place(region.name), layout
+
+
+def build(blueprint: Blueprint) -> Arena:
+    """Allocates everything but the main shards, which units hold already, and gives every unit its shards and slots."""
+    units = list(blueprint.layouts)
+    arena = Arena(units[0].device)
+    arena.reserve([region for region in blueprint.plan.regions if region.kind != "main_shard"])
+    for unit, layout in blueprint.layouts.items():
+        _place_shards(unit, layout, arena)
+        unit.gather_slot = _gather_slot(unit, blueprint, arena)
+        unit.gradient_slot = _gradient_slot(unit, blueprint, arena)
+    for unit in units:
+        unit.staging, unit.column = _scratch(arena, STAGING), _scratch(arena, COLUMN)
+    _introduce([unit.gather_slot for unit in units])
+    _introduce([unit.gradient_slot for unit in units])
+    return arena
+
+
+def _scratch(arena: Arena, region: str) -> torch.Tensor:
+    """All bytes of a region, ``(nbytes,)`` uint8; nothing where there is no such region."""
+    if region not in arena.regions:
+        return NOWHERE
+    return arena.place(region).tensor(torch.uint8, (arena.regions[region].nbytes,))
+
+
+def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
+    for k, p in enumerate(unit.params):
+        p.compute = p.main
+        for region, part in (("compute_shard", layout.compute_shard), ("shown_shard", layout.shown_shard)):
+            if part.segments[k].nbytes:
+                shard = arena.place(f"{unit.name}.{region}").part(part.segments[k])
+                p.compute = shard.tensor(p.compute_dtype, (p.shards.chunk_numel,))
+        if p.trainable:
+            p.place_grad(arena.place(f"{unit.name}.grad_shard").part(layout.grad_shard.segments[k]))
+
+
+def _gather_slot(unit: Unit, blueprint: Blueprint, arena: Arena) -> GatherSlot:
+    layout = blueprint.layouts[unit]
+    if unit in blueprint.gather_places:
+        extent = arena.place(GATHER_SLOTS).part(blueprint.gather_places[unit])
+        return _window(unit, layout, extent) if layout.shown_shard.nbytes else slot_at(unit, extent, layout.gather_slot)
+    if unit.own_gather_slot:
+        return slot_at(unit, arena.place(f"{unit.name}.gather_slot"), layout.gather_slot)
+    return _slot_on_shards(unit, layout, arena)
+
+
+def slot_at(unit: Unit, extent: Place, layout: FlatLayout) -> GatherSlot:
+    return GatherSlot(unit, [extent.part(segment) for segment in layout.segments], extent)
+
+
+def _window(unit: Unit, layout: UnitLayout, extent: Place) -> GatherSlot:
+    """A slot that shows pages of ``extent``, and of the shard where this rank's chunks belong."""
+    shown = {k: segment for k, segment in enumerate(layout.shown_shard.segments) if segment.nbytes}
+    shard = extent.arena.place(f"{unit.name}.shown_shard")
+    parts, end, taken = [], 0, 0
+    for k, own in shown.items():
+        start = layout.gather_slot.segments[k].offset_nbytes + unit.params[k].rank * own.nbytes
+        parts += [extent.part(Segment(taken, start - end)), shard.part(own)]
+        taken, end = taken + start - end, start + own.nbytes
+    parts.append(extent.part(Segment(taken, layout.gather_slot.nbytes - end)))
+    window = extent.arena.show(f"{unit.name}.window", parts)
+    return GatherSlot(unit, [window.part(segment) for segment in layout.gather_slot.segments], extent, shown)
+
+
+def _slot_on_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> GatherSlot:
+    """On one rank a shard is the full parameter already: the slot is the compute shard, or the main shard."""
+    places = []
+    for p, main, compute in zip(unit.params, layout.main_shard.segments, layout.compute_shard.segments, strict=True):
+        if p.compute is p.main:
+            places.append(unit.arena.place("main_shard").part(main))
+        else:
+            places.append(arena.place(f"{unit.name}.compute_shard").part(compute))
+    return GatherSlot(unit, places, None)
+
+
+def _gradient_slot(unit: Unit, blueprint: Blueprint, arena: Arena) -> GradientSlot:
+    layout = blueprint.layouts[unit].gradient_slot
+    if unit in blueprint.gradient_places:
+        return GradientSlot(unit, arena.place(GRADIENT_SLOTS).part(blueprint.gradient_places[unit]), layout)
+    if unit.own_gradient_slot:
+        return GradientSlot(unit, arena.place(f"{unit.name}.gradient_slot"), layout)
+    return GradientSlot(unit, None, layout)
+
+
+def _introduce(slots: Sequence[AnySlot]) -> None:
+    """Tells every slot which others share bytes with it."""
+    for slot in slots:
+        slot.neighbours = [other for other in slots if other is not slot and _share_bytes(slot, other)]
+
+
+def _share_bytes(slot: AnySlot, other: AnySlot) -> bool:
+    return slot.extent is not None and other.extent is not None and slot.extent.overlaps(other.extent)

@@ -1,0 +1,72 @@
+"""The units below one root module: what they are called, and in which order they are expected to be needed.
+
+Owns what is known of them together as soon as the root is known, before any memory is planned; none of it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from yafsdp_like.shard.schedule import Schedule, schedule_of
+from yafsdp_like.shard.unit import Unit, unit_of
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A root module's units, in order of registration, which is their number in ``schedule``.
+
+    ``after_in_forward`` and ``after_in_backward`` are, for each unit, those expected after it that have something to
+    gather, nearest first.
+    """
+
+    units: Sequence[Unit]
+    root_unit: Unit | None  # that of the root module itself
+    schedule: Schedule
+    after_in_forward: Mapping[Unit, Sequence[Unit]]
+    after_in_backward: Mapping[Unit, Sequence[Unit]]
+
+    def reshards_after_forward(self, unit: Unit) -> bool:
+        """What the user said, or the default: the root stays gathered, since its backward comes next."""
+        asked = unit.policy.reshard_after_forward
+        return unit is not self.root_unit if asked is None else asked
+
+
+def family_of(root: nn.Module) -> Family:
+    """All units below ``root``, which get their full names from it."""
+    units = list({found: None for module in root.modules() if (found := unit_of(module)) is not None})
+    _name(root, units)
+    schedule = schedule_of(root, _units_of_modules(units), len(units))
+    return Family(
+        units,
+        next((unit for unit in units if root in unit.modules), None),
+        schedule,
+        _following(units, schedule.forward_order),
+        _following(units, schedule.backward_order),
+    )
+
+
+def _name(root: nn.Module, units: Sequence[Unit]) -> None:
+    """Full names from the root, for units and their parameters."""
+    names = {module: name for name, module in root.named_modules()}
+    for unit in units:
+        unit.name = ", ".join(names[m] or "root" for m in unit.modules if m in names)
+        for p in unit.params:
+            module, attribute = p.owners[0]
+            p.name = f"{names[module]}.{attribute}" if names.get(module) else attribute
+
+
+def _units_of_modules(units: Sequence[Unit]) -> dict[nn.Module, list[int]]:
+    units_of: dict[nn.Module, list[int]] = {}
+    for index, unit in enumerate(units):
+        for module in unit.modules:
+            units_of.setdefault(module, []).append(index)
+    return units_of
+
+
+def _following(units: Sequence[Unit], order: Sequence[int]) -> dict[Unit, list[Unit]]:
+    """For each unit, those expected after it, nearest first; units without parameters have nothing to gather."""
+    ordered = [units[i] for i in order]
+    return {unit: [u for u in ordered[position + 1 :] if u.params] for position, unit in enumerate(ordered)}
