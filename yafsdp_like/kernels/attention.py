@@ -71,7 +71,7 @@ class KVPages:
 
     @property
     def constants(self) -> dict[str, int]:
-        return {"PAGE_SIZE": self.page_size, "H": self.head_dim, "BLOCK_H": _power_of_2(self.head_dim)}
+        return {"PAGE_SIZE": self.page_size, "H": self.head_dim, "BLOCK_H": _block(self.head_dim)}
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def _launch_decode(
             num_heads,
             *out.stride()[:2],
             H=head_dim,
-            BLOCK_H=_power_of_2(head_dim),
+            BLOCK_H=_block(head_dim),
             **shared,
             BLOCK_S=_SPLITS_AT_ONCE,
             num_warps=2,
@@ -314,6 +314,11 @@ def _launch_prefill(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor, 
         **pages.constants,
         **tile.options,
     )
+
+
+def _block(head_dim: int) -> int:
+    """Elements of a head that a program holds, past its end too: products need 16 at least."""
+    return max(16, _power_of_2(head_dim))
 
 
 def _power_of_2(n: int) -> int:
