@@ -1,14 +1,15 @@
 """Measure a served model on random weights and random tokens: rates, latencies and memory, each beside its floor.
 
     python scripts/bench_serve.py --model preset:8b --out scripts/results/<date>-<device>-8b-serve.json
-    torchrun --nproc-per-node 2 scripts/bench_serve.py --model preset:8b --measure modes
+    torchrun --nproc-per-node 2 scripts/bench_serve.py --model preset:70b --layers 88 --batch 16,64,128
+    torchrun --nproc-per-node 2 scripts/bench_serve.py --model preset:8b --mode tensor_parallel --batch 1,8,32
 
 Run it with PYTHONPATH=. in a checkout. What it does is in `bench/serve_*.py`: this is the command.
 
 Method. First the machine's own rates are measured: a long matrix product, in the dtype of the weights and until clocks
 have settled (the second half of the time counts), and a large copy inside the device's memory, bytes read and
-written. Then one engine is made, and every measurement uses it. On several ranks weights are gathered, and `modes` is
-what is measured; on one rank they stay on the device, and it is all else.
+written. Then one engine is made, and every measurement uses it. On several ranks weights are gathered, or with
+`--mode tensor_parallel` cut, and `modes` is what is measured; on one rank they stay on the device, and it is all else.
 
 `memory` comes first, so that what a first request costs is in it: bytes planned beside bytes taken, and the allocator's
 counters before and after random requests, some of which are cancelled.
@@ -17,7 +18,7 @@ counters before and after random requests, some of which are cancelled.
 `Engine.step`, which has then read tokens. The median counts. So that the device's own time is known too, a few more
 steps are issued while it is held busy: between two events around such a step it has all its work, and never waits for
 the CPU. The floor is the time to read all weights (an embedding is looked up, not read) and all keys and values of the
-contexts at the rate of the copy.
+contexts at the rate of the copy, or to compute a product at the rate of the long one where that takes longer.
 
 `prefill`: one long prompt, whose chunks fill a step each; its operations (matrix products and causal attention) a
 second, beside the long product's.

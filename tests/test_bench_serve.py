@@ -162,6 +162,16 @@ def test_two_ranks_measure_gathered_weights_together() -> None:
     assert decode["tokens_per_second"] == pytest.approx(2 * 2 / decode["step_ms"] * 1e3)
 
 
+def test_two_ranks_measure_steps_that_they_compute_together() -> None:
+    printed, by_the_other = run_ranks(bench_modes, ["--batch", "2", "--mode", "tensor_parallel", "--layers", "3"])
+    assert by_the_other == ""
+    report = json.loads(printed.splitlines()[-1])
+    assert report["mode"] == "tensor_parallel" and report["model"]["num_layers"] == 3
+    decode, _ = report["results"]["modes"]
+    assert decode["ratio_to_floor"] == pytest.approx(decode["step_ms"] / decode["compute_floor_ms"])
+    assert decode["tokens_per_second"] == pytest.approx(2 / decode["step_ms"] * 1e3), "of one batch, not of two"
+
+
 # --- memory ---
 
 
@@ -211,6 +221,8 @@ def test_bytes_beside_the_plan_are_what_the_device_lost_more() -> None:
     ("arguments", "num_ranks", "message"),
     [
         (["--measure", "decode,speed"], 1, "['speed'] cannot be measured on 1 ranks"),
+        (["--mode", "gathered"], 1, "--mode gathered is of several ranks"),
+        (["--layers", "0"], 1, "--layers must be at least 1, found 0"),
         (["--measure", "modes"], 1, "['modes'] cannot be measured on 1 ranks"),
         (["--measure", "decode"], 2, "['decode'] cannot be measured on 2 ranks"),
         (["--batch", "8,32"], 1, "--max-batch-tokens must be more than the largest of --batch"),
@@ -249,6 +261,14 @@ def test_the_floor_of_decoding_an_8b_model_is_what_it_reads() -> None:
     assert decode_floor_s(plan, 512, 1024, rates) == pytest.approx(many, rel=1e-3)
     slow = Rates(Rate(4.25e12, "given"), Rate(1e12, "given"))  # where arithmetic takes longer than reading
     assert decode_floor_s(plan, 32, 1023, slow) == pytest.approx(32 * forward_flops(config, 1023, 1, 1) / 1e12)
+
+
+def test_ranks_that_compute_together_each_read_their_part() -> None:
+    rates = Rates(Rate(4.25e12, "given"), Rate(600e12, "given"))
+    alone, together = plan_of("8b"), plan_of("8b", "tensor_parallel", num_ranks=2)
+    for batch in (1, 512):
+        whole = decode_floor_s(alone, batch, 1024, rates)
+        assert decode_floor_s(together, batch, 1024, rates) == pytest.approx(whole / 2)
 
 
 def test_a_tied_head_is_read_and_a_window_bounds_what_a_query_sees() -> None:

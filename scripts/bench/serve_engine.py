@@ -76,13 +76,13 @@ class Bench:
 
 
 def serve(options: ServeOptions, world: World) -> Served:
-    """Weights on one rank stay on the device, on several they are gathered; random ones are drawn there."""
+    """The engine that the options ask for; random weights are drawn on the device."""
     release_cached_memory(world)
     before = memory_reading(world)
     model, transport = model_of(options), world_transport(world.device)
     limits = engine_options(options, model.config)
     site = site_of(world.device, DTYPES[options.dtype], transport)
-    plan = plan_serving(model.config, limits, site, "gathered" if world.size > 1 else "resident")
+    plan = plan_serving(model.config, limits, site, options.mode)
     weights = load_planned(model, plan, world.device, transport)
     engine = Engine(weights, limits)
     world.synchronize()

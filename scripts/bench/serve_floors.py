@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -132,22 +132,31 @@ def kv_nbytes(plan: ServingPlan, context: float) -> float:
 def decode_floor_s(plan: ServingPlan, batch: int, context: float, rates: Rates) -> float:
     """Each product takes at least the larger of reading its weights and of computing, and so does attention, of reading
     all contexts; each needs the one before it. Of the embedding some rows are looked up."""
-    placement = plan.placement
-    fields = [field for unit in placement.uses[1:] for field in placement.images[unit].fields]
-    matrices = [field for field in fields if len(field.shape) == 2]
     itemsize = plan.site.dtype.itemsize
     products = sum(
-        max(matrix.numel * itemsize / rates.hbm.value, 2 * batch * matrix.numel / rates.matmul.value)
-        for matrix in matrices
+        max(numel * itemsize / rates.hbm.value, 2 * batch * numel / rates.matmul.value) for numel in _read_numels(plan)
     )
     reading = batch * kv_nbytes(plan, context) / rates.hbm.value
-    computing = batch * attention_flops(plan.config, int(context), 1) / rates.matmul.value
+    computing = batch * attention_flops(plan.config, int(context), 1) / num_sharers(plan) / rates.matmul.value
     return products + max(reading, computing)
+
+
+def _read_numels(plan: ServingPlan) -> Iterator[int]:
+    """Elements of each matrix that one rank multiplies by. Of the head, which is whole on ranks that compute together,
+    each has its part of the vocabulary."""
+    *layers, head = [plan.placement.images[unit] for unit in plan.placement.uses[1:]]
+    yield from (field.numel for image in layers for field in image.fields if len(field.shape) == 2)
+    yield head.fields[0].numel // num_sharers(plan)
+
+
+def num_sharers(plan: ServingPlan) -> int:
+    """Ranks that compute one forward."""
+    return plan.placement.num_ranks if plan.mode == "tensor_parallel" else 1
 
 
 def prefill_floor_s(plan: ServingPlan, num_tokens: int, rates: Rates) -> float:
     """Of one prompt."""
-    return forward_flops(plan.config, 0, num_tokens, 1) / rates.matmul.value
+    return forward_flops(plan.config, 0, num_tokens, 1) / num_sharers(plan) / rates.matmul.value
 
 
 def offline_floor_s(

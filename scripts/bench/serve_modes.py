@@ -1,4 +1,4 @@
-"""Gathered weights, on all ranks at once: steps that decode and chunks of prompts, beside computing and gathering."""
+"""Weights shared by ranks: steps that decode and chunks of prompts on all at once, beside computing and gathering."""
 
 import statistics
 import time
@@ -8,7 +8,15 @@ from bench import serve_decode, serve_prefill
 from bench.ranks import gathered
 from bench.report import Row
 from bench.serve_engine import Bench
-from bench.serve_floors import Rate, Rates, decode_floor_s, gather_floor_s, known_peer_rate, prefill_floor_s
+from bench.serve_floors import (
+    Rate,
+    Rates,
+    decode_floor_s,
+    gather_floor_s,
+    known_peer_rate,
+    num_sharers,
+    prefill_floor_s,
+)
 
 GATHERS = 5  # forwards without a reader, which gather and do no more
 
@@ -16,14 +24,7 @@ GATHERS = 5  # forwards without a reader, which gather and do no more
 def measure(bench: Bench, rates: Rates) -> Iterator[Row]:
     """A row per batch, and one of chunks; ms of the slowest rank, tokens a second of all."""
     plan, options = bench.served.plan, bench.options
-    alone = slowest(bench, statistics.median(gather_ms(bench) for _ in range(GATHERS)))
-    peer = known_peer_rate(options, bench.world.device) or measured_peer_rate(bench, alone)
-    gather = {
-        "gather_alone_ms": alone,
-        "gather_floor_ms": 1e3 * gather_floor_s(plan, peer.value),
-        "peer_rate": peer.value,
-        "peer_rate_is": peer.how,
-    }
+    gather = gathering(bench) if plan.mode == "gathered" else {"gather_floor_ms": 0.0}
     for batch in options.batches:
         meet(bench)
         row = serve_decode.measured(bench, batch)
@@ -31,6 +32,18 @@ def measure(bench: Bench, rates: Rates) -> Iterator[Row]:
         step = slowest(bench, row["step_ms"]["median"])
         yield whole({"work": "decode", "batch": batch, "context": row["context"], **gather}, batch, step, floor, bench)
     yield chunk_row(bench, rates, gather)
+
+
+def gathering(bench: Bench) -> Row:
+    """What gathering takes by itself, at least and measured."""
+    alone = slowest(bench, statistics.median(gather_ms(bench) for _ in range(GATHERS)))
+    peer = known_peer_rate(bench.options, bench.world.device) or measured_peer_rate(bench, alone)
+    return {
+        "gather_alone_ms": alone,
+        "gather_floor_ms": 1e3 * gather_floor_s(bench.served.plan, peer.value),
+        "peer_rate": peer.value,
+        "peer_rate_is": peer.how,
+    }
 
 
 def chunk_row(bench: Bench, rates: Rates, gather: Row) -> Row:
@@ -45,7 +58,8 @@ def chunk_row(bench: Bench, rates: Rates, gather: Row) -> Row:
 
 
 def whole(row: Row, num_tokens: float, step_ms: float, compute_floor_ms: float, bench: Bench) -> Row:
-    """``num_tokens`` are those of one rank's step."""
+    """``num_tokens`` are those of one rank's step, which ranks that compute together share."""
+    num_steps = bench.world.size // num_sharers(bench.served.plan)  # at a time
     floor = max(compute_floor_ms, row["gather_floor_ms"])
     return {
         **row,
@@ -53,7 +67,7 @@ def whole(row: Row, num_tokens: float, step_ms: float, compute_floor_ms: float, 
         "compute_floor_ms": compute_floor_ms,
         "floor_ms": floor,
         "ratio_to_floor": step_ms / floor,
-        "tokens_per_second": bench.world.size * num_tokens / (step_ms / 1e3),
+        "tokens_per_second": num_steps * num_tokens / (step_ms / 1e3),
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from bench.options import DTYPES
+from yafsdp_like.inference.planning import AnyMode
 
 DESCRIPTION = "Measure a served model; the method is told at the top of bench_serve.py."
 BATCHES = {False: "1,2,4,8,16,32,64,128", True: "128,256,512"}  # by whether there are several ranks
@@ -21,6 +22,7 @@ class ServeOptions:
 
     model: str
     layers: int | None
+    mode: AnyMode
     device: str
     dtype: str
     measures: tuple[str, ...]  # in the order in which they are measured
@@ -93,6 +95,9 @@ def parse_options(arguments: Sequence[str], measures: Mapping[str, bool], num_ra
     values["batches"] = integers(values["batches"] or BATCHES[num_ranks > 1])
     values["num_requests"] = integers(values["num_requests"])
     values["rates"] = tuple(float(rate) for rate in values["rates"].split(","))
+    if values["mode"] and num_ranks == 1:
+        parser.error(f"--mode {values['mode']} is of several ranks")
+    values["mode"] = values["mode"] or ("gathered" if num_ranks > 1 else "resident")
     values["dtype"] = values["dtype"] or ("bf16" if values["device"] == "cuda" else "fp32")
     options = ServeOptions(**values)
     if complaint := complaint_about(options):
@@ -110,6 +115,11 @@ def add_subject(parser: argparse.ArgumentParser, measures: Sequence[str]) -> Non
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--model", default="preset:8b", help="what launch.serve takes; preset:NAME has random weights")
     parser.add_argument("--layers", type=int, help="of random values, instead of the model's own number of layers")
+    parser.add_argument(
+        "--mode",
+        choices=("gathered", "tensor_parallel"),
+        help="of weights on several ranks; default: gathered. On one rank they stay on the device",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights; default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument(
