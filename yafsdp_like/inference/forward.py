@@ -37,6 +37,7 @@ from yafsdp_like.kernels.attention import (
     workspace_numel,
 )
 from yafsdp_like.kernels.norm import rms_norm
+from yafsdp_like.kernels.product import product
 from yafsdp_like.kernels.rotary import HeadNorms, rotate_and_store
 
 ROW_ALIGNMENT = 4
@@ -165,7 +166,7 @@ class Forward:
         """Attention of normed rows (T, D), which become what it adds."""
         config, rows = self._config, slice(0, size.num_tokens)
         qkv, attended = self._places["qkv"][rows], self._places["attended"][rows]
-        torch.mm(normed, layer.qkv.t(), out=qkv)
+        product(normed, layer.qkv, qkv)
         if layer.qkv_bias is not None:
             qkv.add_(layer.qkv_bias)
         heads = qkv.unflatten(1, (-1, config.head_dim))
@@ -177,7 +178,7 @@ class Forward:
             norms = HeadNorms(layer.q_norm, layer.k_norm, config.norm_eps)
         rotate_and_store(q, k, v, tables, pages, self._places["slots"][group.index, rows], norms)
         self._attend_pages(q, pages, group, size, attended.unflatten(1, (-1, config.head_dim)))
-        torch.mm(attended, layer.o.t(), out=normed)
+        product(attended, layer.o, normed)
         self._sum(normed)
 
     def _attend_pages(self, q: Tensor, pages: KVPages, group: Group, size: StepSize, out: Tensor) -> None:
@@ -204,10 +205,10 @@ class Forward:
     def _feed(self, layer: LayerWeights, rows: slice, normed: Tensor) -> None:
         """The feed-forward of normed rows (T, D), which become what it adds."""
         gate_up = self._places["gate_up"][rows]
-        torch.mm(normed, layer.gate_up.t(), out=gate_up)
+        product(normed, layer.gate_up, gate_up)
         gate, up = gate_up.chunk(2, dim=1)
         swiglu(gate, up, gate)
-        torch.mm(gate, layer.down.t(), out=normed)
+        product(gate, layer.down, normed)
         self._sum(normed)
 
     def _sum(self, part: Tensor) -> None:
@@ -229,11 +230,11 @@ class Forward:
 
     def _project(self, last: Tensor, head: Tensor, logits: Tensor) -> None:
         if self._team is None:
-            torch.mm(last, head.t(), out=logits)
+            product(last, head, logits)
             return
         rows = _range_of(len(head), self._team.rank, self._team.size)
         logits.zero_()
-        torch.mm(last, head[rows].t(), out=logits[:, rows])
+        product(last, head[rows], logits[:, rows])
         self._sum(logits)  # exact: of each logit all ranks but one have 0
 
 

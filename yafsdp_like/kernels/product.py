@@ -1,0 +1,83 @@
+"""The product of one row and a weight, which takes as long as reading the weight does.
+
+A library's matrix product of one row leaves a tenth of the memory's rate unused, since it computes tiles of many rows;
+one that sums up on ordinary lanes does not. For more rows the library's is as fast.
+
+Shapes: T rows, K columns of them, N rows of the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from yafsdp_like.kernels.blocks import jit, launching_on, rounded, runs_on, tl
+
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def product(rows: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Writes `rows @ weight.T` on the current stream, summed in float32 and rounded once.
+
+    Args:
+        rows: `(T, K)`.
+        weight: `(N, K)`.
+        out: `(T, N)`. All three of one dtype.
+
+    Raises `RuntimeError` as `torch.mm` does.
+    """
+    dense = all(tensor.stride(-1) == 1 for tensor in (rows, weight, out))
+    fits = rows.shape[1:] == weight.shape[1:] and out.shape == (1, len(weight))
+    if len(rows) == 1 and fits and dense and weight.dtype in _DTYPES and runs_on(rows.device):
+        with launching_on(rows.device):
+            _launch(rows, weight, out)
+    else:
+        torch.mm(rows, weight.t(), out=out)
+
+
+def _launch(row: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Long rows are read by fewer programs, each of more of them: measured on an H200."""
+    num_rows, num_cols = weight.shape
+    block_n, block_k = (4, 1024) if num_cols <= 8192 else (8, 512)
+    _row_kernel[(-(-num_rows // block_n),)](
+        out,
+        row,
+        weight,
+        num_rows,
+        num_cols,
+        weight.stride(0),
+        WHOLE=num_rows % block_n == 0 and num_cols % block_k == 0,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=4,
+        num_stages=2,
+        enable_fp_fusion=True,
+    )
+
+
+@jit()
+def _row_kernel(
+    out: tl.tensor,  # (N,)
+    row: tl.tensor,  # (K,)
+    weight: tl.tensor,  # (N, K)
+    num_rows: tl.tensor,  # N
+    num_cols: tl.tensor,  # K
+    weight_row: tl.tensor,  # stride
+    WHOLE: tl.constexpr,  # whether blocks end where the weight does
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    weights = weight + n.to(tl.int64)[:, None] * weight_row
+    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(0, num_cols, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        if WHOLE:
+            w = tl.load(weights + k[None, :], eviction_policy="evict_first")  # it is not read again
+            x = tl.load(row + k)
+        else:
+            inside = (n < num_rows)[:, None] & (k < num_cols)[None, :]
+            w = tl.load(weights + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+            x = tl.load(row + k, mask=k < num_cols, other=0.0)
+        sums += w.to(tl.float32) * x.to(tl.float32)[None, :]
+    tl.store(out + n, rounded(tl.sum(sums, 1), out.dtype.element_ty), mask=n < num_rows)
