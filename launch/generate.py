@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from launch.world import join, leave, rank_from_environment
 from yafsdp_like.comm.agreement import share
+from yafsdp_like.comm.team import Team
 from yafsdp_like.inference.engine import Engine, EngineOptions
 from yafsdp_like.inference.loading import Model, load_planned, open_model, site_of, world_transport
 from yafsdp_like.inference.planning import plan_serving
@@ -98,6 +99,7 @@ class Opened:
     device: torch.device
     max_seq_len: int
     lockstep: bool  # ranks must step together
+    team: Team | None  # and these also compute together
 
 
 @contextlib.contextmanager
@@ -116,15 +118,27 @@ def opened(arguments: argparse.Namespace, max_waiting: int, say: Callable[[str],
         plan = plan_serving(model.config, options, site, arguments.mode)
         say(str(plan))
         weights = load_planned(model, plan, device, transport)
-        with contextlib.closing(weights):
+        with _closing(weights):
             yield _ready(model, codec, weights, options)
     finally:
         leave()
 
 
+@contextlib.contextmanager
+def _closing(weights: PlacedWeights) -> Iterator[None]:
+    """Closes them in the end, where ranks meet; but not after an error that has left others in the middle of a step."""
+    try:
+        yield
+    except BaseException:
+        if not weights.lockstep:
+            weights.close()
+        raise
+    weights.close()
+
+
 def _ready(model: Model, codec: Codec, weights: PlacedWeights, options: EngineOptions) -> Opened:
     engine = Engine(weights, options)
-    return Opened(model, codec, engine, weights.device, weights.plan.max_seq_len, weights.lockstep)
+    return Opened(model, codec, engine, weights.device, weights.plan.max_seq_len, weights.lockstep, weights.team)
 
 
 def _join(device_type: str) -> torch.device:

@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.test_text import needs_smollm2, smollm2_in, write_tokenizer
+from yafsdp_like.comm.transport import Transport
 from yafsdp_like.inference.engine import Engine, EngineOptions
 from yafsdp_like.inference.loading import load, model_of
+from yafsdp_like.inference.planning import AnyMode
 from yafsdp_like.inference.protocol import MOST_STOP_STRINGS, ServerOptions
 from yafsdp_like.inference.request import Event, FinishReason, QueueFull, Request
 from yafsdp_like.inference.server import create_app
@@ -42,16 +44,22 @@ SECONDS = 30.0  # that nothing here should take, on the slowest machine
 # --- engines and servers ---
 
 
-def make_engine(codec: Codec, **options: Any) -> Engine:
-    """A small decoder of the codec's vocabulary with random weights, the same each time."""
-    limits: dict[str, Any] = {"kv_nbytes": 1 << 20, "max_batch_size": 8, "max_batch_tokens": 64, "max_waiting": 64}
-    engine_options = EngineOptions(max_seq_len=MAX_SEQ_LEN, **{**limits, **options})
-    config = DecoderConfig(32, 2, 4, 2, 64, vocab_size=codec.vocab_size, max_seq_len=MAX_SEQ_LEN)
-    decoder = Decoder(config)
+def make_decoder(codec: Codec) -> Decoder:
+    """A small one of the codec's vocabulary with random weights, the same each time."""
+    decoder = Decoder(DecoderConfig(32, 2, 4, 2, 64, vocab_size=codec.vocab_size, max_seq_len=MAX_SEQ_LEN))
     decoder.init_weights(0)
     with torch.no_grad():
         decoder.lm_head.weight.mul_(8)  # opinions, so that a greedy answer is no accident of rounding
-    return Engine(load(model_of(decoder), engine_options), engine_options)
+    return decoder
+
+
+def make_engine(codec: Codec, transport: Transport | None = None, **options: Any) -> Engine:
+    """Of the small decoder; with a transport, this rank's of all that compute together."""
+    limits: dict[str, Any] = {"kv_nbytes": 1 << 20, "max_batch_size": 8, "max_batch_tokens": 64, "max_waiting": 64}
+    engine_options = EngineOptions(max_seq_len=MAX_SEQ_LEN, **{**limits, **options})
+    mode: AnyMode = "auto" if transport is None else "tensor_parallel"
+    weights = load(model_of(make_decoder(codec)), engine_options, mode=mode, transport=transport)
+    return Engine(weights, engine_options)
 
 
 class Wrapped:
@@ -140,9 +148,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(engine: Any, codec: Codec, **options: Any) -> Iterator[Running]:
+def serving(engine: Any, codec: Codec, look_s: float | None = None, **options: Any) -> Iterator[Running]:
     """A server on a free port, which is down and has freed everything at the end."""
-    service = Service(engine)
+    service = Service(engine, look_s=look_s)
     told = ServerOptions(MODEL, engine.config.vocab_size, MAX_SEQ_LEN, **options)
     config = uvicorn.Config(create_app(service, codec, told), port=0, log_level="error", ws="none")
     server, started = uvicorn.Server(config), threading.Event()

@@ -35,8 +35,10 @@ class Team:
             work.wait()  # blocks the CPU on gloo, and only orders the current stream on NCCL
 
     def first(self, value: Value) -> Value:
-        """The first rank's ``value``. Blocks the CPU."""
-        return share(value, self._group)[0]
+        """The first rank's ``value``. Blocks the CPU; on the first rank perhaps until it is sent only."""
+        box = [value]
+        dist.broadcast_object_list(box, group=self._group, group_src=0)
+        return box[0]
 
     def expect_same(self, what: str, value: object) -> None:
         """Raises RuntimeError on all ranks unless they pass equal values. Blocks the CPU."""

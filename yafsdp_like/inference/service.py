@@ -131,9 +131,12 @@ class Service(Generic[EngineT]):
     loop's; the engine is reached by `call`.
     """
 
-    def __init__(self, engine: EngineT, prepare: Callable[[EngineT], None] = lambda engine: None) -> None:
-        """`prepare` is called first in the thread, to choose its device, say."""
-        self._engine, self._prepare = engine, prepare
+    def __init__(
+        self, engine: EngineT, prepare: Callable[[EngineT], None] = lambda engine: None, look_s: float | None = None
+    ) -> None:
+        """`prepare` is called first in the thread, to choose its device, say. An engine that finds work by itself is
+        looked at every `look_s` seconds; other engines only have work after calls."""
+        self._engine, self._prepare, self._look_s = engine, prepare, look_s
         self._calls: deque[_Call[EngineT]] = deque()  # shared, under `_changed`
         self._changed = threading.Condition()
         self._is_over = False  # shared, under `_changed`: the thread takes no more calls
@@ -292,7 +295,7 @@ class Service(Generic[EngineT]):
         """What is to be done before the next step, waiting if there is nothing to do at all; None at the end."""
         with self._changed:
             while not self._calls and not self._is_over and not self._engine.has_work:
-                self._changed.wait()
+                self._changed.wait(self._look_s)
             calls = list(self._calls)
             self._calls.clear()
             return None if self._is_over else calls
