@@ -221,7 +221,7 @@ def test_bytes_beside_the_plan_are_what_the_device_lost_more() -> None:
     ("arguments", "num_ranks", "message"),
     [
         (["--measure", "decode,speed"], 1, "['speed'] cannot be measured on 1 ranks"),
-        (["--mode", "gathered"], 1, "--mode gathered is of several ranks"),
+        (["--mode", "gathered"], 1, "--mode: gathered is not for 1 ranks, expected one of ('resident', 'streamed')"),
         (["--layers", "0"], 1, "--layers must be at least 1, found 0"),
         (["--measure", "modes"], 1, "['modes'] cannot be measured on 1 ranks"),
         (["--measure", "decode"], 2, "['decode'] cannot be measured on 2 ranks"),
@@ -310,6 +310,17 @@ def test_the_floor_of_gathering_is_the_others_part_of_layers_that_share_slots() 
     assert gather_floor_s(plan, 390e9) == pytest.approx(layers / 2 / 390e9)
     two_layers = plan_of("tiny", "gathered", num_ranks=2, maps_memory=True)  # a slot each: gathered once and for all
     assert gather_floor_s(two_layers, 390e9) == 0
+
+
+def test_streamed_weights_are_measured_against_the_hosts_link() -> None:
+    _, report = run_bench(["--batch", "2", "--mode", "streamed", "--layers", "4", "--measure", "decode,prefill"])
+    assert report["mode"] == "streamed"
+    (decode,), (prefill,) = report["results"]["decode"], report["results"]["prefill"]
+    config, per_second = PRESETS["tiny"], report["rates"]["host"]["value"]
+    layers_nbytes = 4 * 4 * config.block_num_active_weights  # of float32, without norms
+    assert decode["floor_ms"] >= 1e3 * layers_nbytes / per_second
+    num_chunks = len(prefill["chunk_ms"])
+    assert num_chunks == 3 and prefill["floor_seconds"] >= num_chunks * layers_nbytes / per_second
 
 
 # --- what is asked of the engine ---

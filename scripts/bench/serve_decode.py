@@ -9,7 +9,7 @@ import torch
 from bench.measure import elapsed_ms, mark
 from bench.report import Row, spread
 from bench.serve_engine import Bench, Decoding
-from bench.serve_floors import Rates, decode_floor_s
+from bench.serve_floors import Rates, decode_floor_s, streaming_floor_s
 from bench.serve_options import NUM_HELD
 
 HOLD_CYCLES = 60_000_000  # of a device at up to 2 GHz: longer than the CPU takes to issue a step
@@ -19,7 +19,9 @@ def measure(bench: Bench, rates: Rates) -> Iterator[Row]:
     """A row per batch."""
     for batch in bench.options.batches:
         row = measured(bench, batch)
-        yield {**row, **beside_the_floor(row, decode_floor_s(bench.served.plan, batch, row["context"], rates))}
+        plan = bench.served.plan
+        floor = max(decode_floor_s(plan, batch, row["context"], rates), streaming_floor_s(plan, rates))
+        yield {**row, **beside_the_floor(row, floor)}
 
 
 def measured(bench: Bench, batch: int) -> Row:

@@ -33,6 +33,7 @@ class Rates:
 
     hbm: Rate  # bytes read from its memory
     matmul: Rate  # floating-point operations of a large product, sustained
+    host: Rate | None = None  # bytes from pinned host memory, where weights are streamed
 
 
 def rates_of(options: ServeOptions, device: torch.device) -> Rates:
@@ -40,7 +41,16 @@ def rates_of(options: ServeOptions, device: torch.device) -> Rates:
     given = "given"
     hbm = Rate(options.hbm_rate, given) if options.hbm_rate else copy_rate(device)
     dtype, seconds = DTYPES[options.dtype], options.matmul_seconds
-    return Rates(hbm, Rate(options.matmul_rate, given) if options.matmul_rate else matmul_rate(device, dtype, seconds))
+    matmul = Rate(options.matmul_rate, given) if options.matmul_rate else matmul_rate(device, dtype, seconds)
+    return Rates(hbm, matmul, host_rate(device) if options.mode == "streamed" else None)
+
+
+def host_rate(device: torch.device) -> Rate:
+    nbytes = COPY_NBYTES[device.type]
+    source = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    destination = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    times = [timed_ms(lambda: destination.copy_(source, non_blocking=True), device) for _ in range(COPIES)]
+    return Rate(nbytes / (statistics.median(times) / 1e3), f"measured: a copy of {nbytes:,} bytes from the host")
 
 
 def copy_rate(device: torch.device) -> Rate:
@@ -169,8 +179,17 @@ def offline_floor_s(
 
 
 def gather_floor_s(plan: ServingPlan, peer_rate: float) -> float:
-    """Of one forward: others' parts of all units that are gathered in each, since another takes their bytes."""
+    """Of one forward: others' parts of all units that are gathered in each."""
+    return _num_moved(plan) * (plan.placement.num_ranks - 1) / plan.placement.num_ranks / peer_rate
+
+
+def streaming_floor_s(plan: ServingPlan, rates: Rates) -> float:
+    """Of one forward; 0 where nothing is streamed."""
+    return 0.0 if rates.host is None else _num_moved(plan) / rates.host.value
+
+
+def _num_moved(plan: ServingPlan) -> int:
+    """Bytes of the units that every forward moves, since another takes their bytes."""
     placement, (slots, _) = plan.placement, plan.placement.slots
     lent = [unit for unit in slots if any(slots[unit].overlaps(slots[other]) for other in slots if other != unit)]
-    moved = sum(placement.images[unit].nbytes for unit in lent)
-    return moved * (placement.num_ranks - 1) / placement.num_ranks / peer_rate
+    return sum(placement.images[unit].nbytes for unit in lent)

@@ -12,6 +12,7 @@ from yafsdp_like.inference.planning import AnyMode
 
 DESCRIPTION = "Measure a served model; the method is told at the top of bench_serve.py."
 BATCHES = {False: "1,2,4,8,16,32,64,128", True: "128,256,512"}  # by whether there are several ranks
+MODES: dict[bool, tuple[AnyMode, ...]] = {False: ("resident", "streamed"), True: ("gathered", "tensor_parallel")}
 NUM_HELD = 8  # steps that are timed while the device is held busy, see bench_serve.py
 RANDOM_PROMPT, RANDOM_NEW = 64, 16  # tokens of a random request, at most
 
@@ -95,9 +96,10 @@ def parse_options(arguments: Sequence[str], measures: Mapping[str, bool], num_ra
     values["batches"] = integers(values["batches"] or BATCHES[num_ranks > 1])
     values["num_requests"] = integers(values["num_requests"])
     values["rates"] = tuple(float(rate) for rate in values["rates"].split(","))
-    if values["mode"] and num_ranks == 1:
-        parser.error(f"--mode {values['mode']} is of several ranks")
-    values["mode"] = values["mode"] or ("gathered" if num_ranks > 1 else "resident")
+    modes = MODES[num_ranks > 1]
+    values["mode"] = values["mode"] or modes[0]
+    if values["mode"] not in modes:
+        parser.error(f"--mode: {values['mode']} is not for {num_ranks} ranks, expected one of {modes}")
     values["dtype"] = values["dtype"] or ("bf16" if values["device"] == "cuda" else "fp32")
     options = ServeOptions(**values)
     if complaint := complaint_about(options):
@@ -117,8 +119,8 @@ def add_subject(parser: argparse.ArgumentParser, measures: Sequence[str]) -> Non
     parser.add_argument("--layers", type=int, help="of random values, instead of the model's own number of layers")
     parser.add_argument(
         "--mode",
-        choices=("gathered", "tensor_parallel"),
-        help="of weights on several ranks; default: gathered. On one rank they stay on the device",
+        choices=[*MODES[False], *MODES[True]],
+        help="of weights: on one rank resident or streamed, on several gathered or tensor_parallel; default: the first",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights; default: bf16 on a GPU, fp32 on a CPU")

@@ -27,7 +27,7 @@ COLUMNS = {  # of the printed tables: measurement -> field -> heading and format
         "seconds": ("s", ".4f"),
         "tokens_per_second": ("tok/s", ".0f"),
         "tflops": ("TFLOP/s", ".1f"),
-        "share_of_matmul": ("of matmul", ".1%"),
+        "share_of_floor": ("of floor", ".1%"),
     },
     "poisson": {
         "rate": ("req/s", ".1f"),
