@@ -1,7 +1,7 @@
 """Measure a served model on random weights and random tokens: rates, latencies and memory, each beside its floor.
 
     python scripts/bench_serve.py --model preset:8b --out scripts/results/<date>-<device>-8b-serve.json
-    torchrun --nproc-per-node 2 scripts/bench_serve.py --model preset:70b --layers 88 --batch 16,64,128
+    torchrun --nproc-per-node 2 scripts/bench_serve.py --model preset:70b --num-layers 88 --batch 16,64,128
     torchrun --nproc-per-node 2 scripts/bench_serve.py --model preset:8b --mode tensor_parallel --batch 1,8,32
 
 Run it with PYTHONPATH=. in a checkout. What it does is in `bench/serve_*.py`: this is the command.

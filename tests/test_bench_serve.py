@@ -163,7 +163,7 @@ def test_two_ranks_measure_gathered_weights_together() -> None:
 
 
 def test_two_ranks_measure_steps_that_they_compute_together() -> None:
-    printed, by_the_other = run_ranks(bench_modes, ["--batch", "2", "--mode", "tensor_parallel", "--layers", "3"])
+    printed, by_the_other = run_ranks(bench_modes, ["--batch", "2", "--mode", "tensor_parallel", "--num-layers", "3"])
     assert by_the_other == ""
     report = json.loads(printed.splitlines()[-1])
     assert report["mode"] == "tensor_parallel" and report["model"]["num_layers"] == 3
@@ -222,7 +222,7 @@ def test_bytes_beside_the_plan_are_what_the_device_lost_more() -> None:
     [
         (["--measure", "decode,speed"], 1, "['speed'] cannot be measured on 1 ranks"),
         (["--mode", "gathered"], 1, "--mode: gathered is not for 1 ranks, expected one of ('resident', 'streamed')"),
-        (["--layers", "0"], 1, "--layers must be at least 1, found 0"),
+        (["--num-layers", "0"], 1, "--num-layers must be at least 1, found 0"),
         (["--measure", "modes"], 1, "['modes'] cannot be measured on 1 ranks"),
         (["--measure", "decode"], 2, "['decode'] cannot be measured on 2 ranks"),
         (["--batch", "8,32"], 1, "--max-batch-tokens must be more than the largest of --batch"),
@@ -313,7 +313,7 @@ def test_the_floor_of_gathering_is_the_others_part_of_layers_that_share_slots() 
 
 
 def test_streamed_weights_are_measured_against_the_hosts_link() -> None:
-    _, report = run_bench(["--batch", "2", "--mode", "streamed", "--layers", "4", "--measure", "decode,prefill"])
+    _, report = run_bench(["--batch", "2", "--mode", "streamed", "--num-layers", "4", "--measure", "decode,prefill"])
     assert report["mode"] == "streamed"
     (decode,), (prefill,) = report["results"]["decode"], report["results"]["prefill"]
     config, per_second = PRESETS["tiny"], report["rates"]["host"]["value"]

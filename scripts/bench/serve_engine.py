@@ -92,9 +92,9 @@ def serve(options: ServeOptions, world: World) -> Served:
 def model_of(options: ServeOptions) -> Model:
     """Random values instead where it is to have another number of layers."""
     model = open_model(options.model)
-    if options.layers is None:
+    if options.num_layers is None:
         return model
-    return random_model(f"{model.name}, {options.layers} layers", replace(model.config, num_layers=options.layers))
+    return random_model(f"{model.name}, {options.num_layers} layers", replace(model.config, num_layers=options.num_layers))
 
 
 def engine_options(options: ServeOptions, config: DecoderConfig) -> EngineOptions:

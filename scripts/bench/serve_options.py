@@ -22,7 +22,7 @@ class ServeOptions:
     """The command line, parsed."""
 
     model: str
-    layers: int | None
+    num_layers: int | None
     mode: AnyMode
     device: str
     dtype: str
@@ -116,7 +116,7 @@ def add_subject(parser: argparse.ArgumentParser, measures: Sequence[str]) -> Non
     """What is measured, and where the report goes."""
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--model", default="preset:8b", help="what launch.serve takes; preset:NAME has random weights")
-    parser.add_argument("--layers", type=int, help="of random values, instead of the model's own number of layers")
+    parser.add_argument("--num-layers", type=int, help="of random values, instead of the model's own number of layers")
     parser.add_argument(
         "--mode",
         choices=[*MODES[False], *MODES[True]],
@@ -175,8 +175,8 @@ def complaint_about(options: ServeOptions) -> str | None:
     positive = (options.steps, options.rounds, options.context, options.prefill_tokens, options.prompt_tokens)
     if min(*positive, options.new_tokens, options.batches[0], options.num_requests[0]) < 1 or options.warmup < 0:
         return "numbers of tokens, steps, rounds, requests and sequences must be at least 1"
-    if options.layers is not None and options.layers < 1:
-        return f"--layers must be at least 1, found {options.layers}"
+    if options.num_layers is not None and options.num_layers < 1:
+        return f"--num-layers must be at least 1, found {options.num_layers}"
     if options.max_batch_size >= options.max_batch_tokens:
         return (
             f"--max-batch-tokens must be more than the largest of --batch, so that prompts are computed beside it; "
