@@ -94,7 +94,9 @@ def model_of(options: ServeOptions) -> Model:
     model = open_model(options.model)
     if options.num_layers is None:
         return model
-    return random_model(f"{model.name}, {options.num_layers} layers", replace(model.config, num_layers=options.num_layers))
+    return random_model(
+        f"{model.name}, {options.num_layers} layers", replace(model.config, num_layers=options.num_layers)
+    )
 
 
 def engine_options(options: ServeOptions, config: DecoderConfig) -> EngineOptions:
