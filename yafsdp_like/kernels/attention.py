@@ -5,7 +5,8 @@ sequence is at its last position, and the new tokens' keys are in their pages al
 share a key and value head. Scores are scaled by H^-0.5.
 
 This file knows pages and page tables, not who owns them. Nothing is allocated in a launch, and no grid depends on
-lengths, which kernels read on the device: a captured graph serves all later lengths.
+lengths, which kernels read on the device: a captured graph serves all later lengths. Prefill has another kernel for
+Hopper GPUs in `prefill_hopper.py`, and the one here for all else.
 
 Shapes: B sequences, T rows of queries, N heads, K kv heads, H head dim, P pages.
 
@@ -19,11 +20,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from yafsdp_like.kernels import prefill_hopper
 from yafsdp_like.kernels.blocks import INTERPRETED, jit, launching_on, rounded, runs_on, tl
 
 _LOG2_E = math.log2(math.e)
@@ -36,11 +39,14 @@ _INTERPRETED = tl.constexpr(INTERPRETED) if tl else None
 
 @dataclass(frozen=True)
 class KVPages:
-    """One layer's pages. Stored values times a scale are keys and values. Raises ValueError for what cannot be read."""
+    """One layer's pages. What is stored, times a scale, are keys and values.
+
+    Raises `ValueError` for shapes, strides, dtypes or scales that cannot be read.
+    """
 
     keys: Tensor  # (P, page_size, K, H) in float32, bfloat16, float16 or float8_e4m3fn; dense in the last dim alone
     values: Tensor  # of the same shape and dtype
-    key_scale: float = 1.0
+    key_scale: float = 1.0  # positive
     value_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -55,6 +61,8 @@ class KVPages:
                 f"expected keys and values alike, found {tuple(self.keys.shape)} in {self.keys.dtype} "
                 f"and {tuple(self.values.shape)} in {self.values.dtype}"
             )
+        if not self.key_scale > 0:
+            raise ValueError(f"expected a key_scale above 0, found {self.key_scale}")
 
     @property
     def page_size(self) -> int:
@@ -69,6 +77,16 @@ class KVPages:
     def head_dim(self) -> int:
         return self.keys.shape[3]
 
+    @cached_property
+    def copyable(self) -> bool:
+        """Whether Hopper's copies bring them."""
+        return prefill_hopper.copyable(self.keys) and prefill_hopper.copyable(self.values)
+
+    @cached_property
+    def boxes(self) -> prefill_hopper.PageBoxes:
+        """How they do, if they do."""
+        return prefill_hopper.PageBoxes.of(self.keys, self.values)
+
     @property
     def constants(self) -> dict[str, int]:
         return {"PAGE_SIZE": self.page_size, "H": self.head_dim, "BLOCK_H": _block(self.head_dim)}
@@ -79,7 +97,8 @@ class Contexts:
     """Where the sequences of a batch are. A sequence of length 0, or without queries, is padding.
 
     Entries of the page table that only lead to keys which no query sees may hold anything: those past a length, and
-    those that a window has left behind, whose pages a ring may have given to later positions.
+    those that a window has left behind, whose pages a ring may have given to later positions. So may a last page behind
+    the length; but before it, pages that some query sees hold finite numbers.
     """
 
     page_table: Tensor  # (B, max_pages) int32: the page of positions [i * page_size, (i + 1) * page_size)
@@ -177,7 +196,7 @@ def prefill_attention(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor
     """Attention of any number of queries for each of B sequences, on the current stream: one program per tile of them.
 
     The arguments are those of `decode_attention`; `contexts` may have `starts`, of which the last is at most T. Rows
-    past it are not written.
+    past it are not written. Raises `ValueError` for shapes, dtypes or strides that do not fit.
     """
     _check(q, pages, contexts, out)
     if contexts.starts is None and len(q) % contexts.size:
@@ -186,7 +205,10 @@ def prefill_attention(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor
         attention_reference(q, pages, contexts, out, window)
     elif len(q):
         with launching_on(q.device):
-            _launch_prefill(q, pages, contexts, out, window or 0)
+            if prefill_hopper.AVAILABLE and prefill_hopper.fits(q, pages, contexts, _capability(q.device)):
+                prefill_hopper.launch(q, pages, contexts, out, window or 0)
+            else:
+                _launch_prefill(q, pages, contexts, out, window or 0)
 
 
 def _check(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor) -> None:
@@ -206,6 +228,12 @@ def _check(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor) -> None:
             raise ValueError(f"expected dense int32 tables, found {tensor.dtype} with strides {tensor.stride()}")
 
 
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; (0, 0) of what is not a GPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 @dataclass(frozen=True)
 class _Tile:
     """What a program holds of the scores at a time, and how it is compiled."""
@@ -214,23 +242,25 @@ class _Tile:
     num_cols: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # a thread's; None: as many as it wants
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, int | None]:
         return {
             "BLOCK_M": self.num_rows,
             "BLOCK_N": self.num_cols,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
             "enable_fp_fusion": True,
         }
 
 
-def _tile(num_rows: int, num_warps: int, q: Tensor, pages: KVPages) -> _Tile:
+def _tile(num_rows: int, num_warps: int, q: Tensor, pages: KVPages, max_registers: int | None = None) -> _Tile:
     """Keys of 8 to 16 KiB at a time, so that two or three stages of them and of values fit beside the queries."""
     row_nbytes = _power_of_2(pages.head_dim) * q.element_size()
     num_cols = 64 if row_nbytes <= 256 else 32
-    return _Tile(num_rows, num_cols, num_warps, 3 if row_nbytes <= 512 else 2)
+    return _Tile(num_rows, num_cols, num_warps, 3 if row_nbytes <= 512 else 2, max_registers)
 
 
 def _scalars(pages: KVPages) -> tuple[float, float]:
@@ -290,9 +320,13 @@ def _launch_decode(
 
 
 def _launch_prefill(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor, window: int) -> None:
+    """With 128 registers, two programs are on a Hopper GPU's multiprocessor, one's softmax beside the other's products:
+    this is worth more than the registers that then lie in memory.
+    """
     group = q.shape[1] // pages.num_kv_heads
     num_rows = min(128, 32_768 // (_power_of_2(pages.head_dim) * q.element_size()))  # 32 KiB of queries
-    tile = _tile(max(num_rows, _power_of_2(group)), 8 if num_rows == 128 else 4, q, pages)
+    max_registers = 128 if num_rows == 128 and q.element_size() == 2 and _capability(q.device)[0] == 9 else None
+    tile = _tile(max(num_rows, _power_of_2(group)), 8 if num_rows == 128 else 4, q, pages, max_registers)
     num_blocks = len(q) // (tile.num_rows // group) + contexts.size  # see _sequence_of
     _prefill_kernel[(num_blocks, pages.num_kv_heads)](
         out,

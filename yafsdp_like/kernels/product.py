@@ -44,8 +44,8 @@ def _launch(row: Tensor, weight: Tensor, out: Tensor) -> None:
         row,
         weight,
         num_rows,
-        num_cols,
         weight.stride(0),
+        NUM_COLS=num_cols,
         WHOLE=num_rows % block_n == 0 and num_cols % block_k == 0,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
@@ -61,8 +61,8 @@ def _row_kernel(
     row: tl.tensor,  # (K,)
     weight: tl.tensor,  # (N, K)
     num_rows: tl.tensor,  # N
-    num_cols: tl.tensor,  # K
     weight_row: tl.tensor,  # stride
+    NUM_COLS: tl.constexpr,  # K
     WHOLE: tl.constexpr,  # whether blocks end where the weight does
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -70,14 +70,14 @@ def _row_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     weights = weight + n.to(tl.int64)[:, None] * weight_row
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for start in range(0, num_cols, BLOCK_K):
+    for start in range(0, NUM_COLS, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         if WHOLE:
             w = tl.load(weights + k[None, :], eviction_policy="evict_first")  # it is not read again
             x = tl.load(row + k)
         else:
-            inside = (n < num_rows)[:, None] & (k < num_cols)[None, :]
+            inside = (n < num_rows)[:, None] & (k < NUM_COLS)[None, :]
             w = tl.load(weights + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
-            x = tl.load(row + k, mask=k < num_cols, other=0.0)
+            x = tl.load(row + k, mask=k < NUM_COLS, other=0.0)
         sums += w.to(tl.float32) * x.to(tl.float32)[None, :]
     tl.store(out + n, rounded(tl.sum(sums, 1), out.dtype.element_ty), mask=n < num_rows)
