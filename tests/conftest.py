@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.ranks import close_pools
+from yafsdp_like.kernels.blocks import INTERPRETED
 
 LONGEST = ("test_train", "test_smollm2", "test_stream_order", "test_peer", "test_running", "test_state", "test_parity")
 
@@ -34,6 +36,22 @@ def _settle_slow(item: pytest.Item) -> None:
         assert isinstance(item, pytest.Function)
         if unless(**{name: item.callspec.params[name] for name in inspect.signature(unless).parameters}):
             item.own_markers.remove(mark)
+
+
+@pytest.fixture(autouse=True)
+def loops_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 makes a loop's bound of an array of one element, which newer numpy refuses; Triton 3.9 squeezes it."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    before = interpreter._patch_lang_tensor
+
+    def patch(tensor: type, scope: Any) -> None:
+        before(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda number: int(number.handle.data.squeeze()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
 
 
 SMOLLM2 = Path(__file__).parent.parent / "configs" / "smollm2.yaml"

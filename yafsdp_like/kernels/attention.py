@@ -19,7 +19,7 @@ al., "FlashAttention", 2022, section 3.1).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -256,11 +256,24 @@ class _Tile:
         }
 
 
-def _tile(num_rows: int, num_warps: int, q: Tensor, pages: KVPages, max_registers: int | None = None) -> _Tile:
+def _tile(num_rows: int, num_warps: int, q: Tensor, pages: KVPages) -> _Tile:
     """Keys of 8 to 16 KiB at a time, so that two or three stages of them and of values fit beside the queries."""
     row_nbytes = _power_of_2(pages.head_dim) * q.element_size()
     num_cols = 64 if row_nbytes <= 256 else 32
-    return _Tile(num_rows, num_cols, num_warps, 3 if row_nbytes <= 512 else 2, max_registers)
+    return _Tile(num_rows, num_cols, num_warps, 3 if row_nbytes <= 512 else 2)
+
+
+def _prefill_tile(q: Tensor, pages: KVPages, capability: tuple[int, int]) -> _Tile:
+    """32 KiB of queries, or one token's.
+
+    On Hopper, 128 registers let two programs share a multiprocessor, one's softmax beside the other's products. That is
+    worth more than what then goes to memory and back.
+    """
+    num_rows = min(128, 32_768 // (_power_of_2(pages.head_dim) * q.element_size()))
+    group = q.shape[1] // pages.num_kv_heads
+    tile = _tile(max(num_rows, _power_of_2(group)), 8 if num_rows == 128 else 4, q, pages)
+    two_fit = capability[0] == 9 and tile.num_rows == 128 and q.element_size() == 2
+    return replace(tile, max_registers=128) if two_fit else tile
 
 
 def _scalars(pages: KVPages) -> tuple[float, float]:
@@ -320,13 +333,8 @@ def _launch_decode(
 
 
 def _launch_prefill(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor, window: int) -> None:
-    """With 128 registers, two programs are on a Hopper GPU's multiprocessor, one's softmax beside the other's products:
-    this is worth more than the registers that then lie in memory.
-    """
     group = q.shape[1] // pages.num_kv_heads
-    num_rows = min(128, 32_768 // (_power_of_2(pages.head_dim) * q.element_size()))  # 32 KiB of queries
-    max_registers = 128 if num_rows == 128 and q.element_size() == 2 and _capability(q.device)[0] == 9 else None
-    tile = _tile(max(num_rows, _power_of_2(group)), 8 if num_rows == 128 else 4, q, pages, max_registers)
+    tile = _prefill_tile(q, pages, _capability(q.device))
     num_blocks = len(q) // (tile.num_rows // group) + contexts.size  # see _sequence_of
     _prefill_kernel[(num_blocks, pages.num_kv_heads)](
         out,
