@@ -263,7 +263,7 @@ async def lead(engine: Engine, team: Team, silence_s: float) -> list[object]:
 def test_silence_may_last_longer_than_a_collective(directory: str) -> None:
     meanwhile, _ = run_ranks(serve_after_silence, directory, 2.8, 0.3)
     assert {word for word in meanwhile if word is not Word.STEP} == {Word.LISTEN}
-    assert 3 <= meanwhile.count(Word.LISTEN) <= 10  # every 0.3 to 0.6 s, and not all the time
+    assert 2 <= meanwhile.count(Word.LISTEN) <= 10  # every 0.3 to 0.6 s on an idle machine, and not all the time
 
 
 def test_without_a_word_now_and_then_it_could_not(directory: str) -> None:
