@@ -217,6 +217,7 @@ def test_a_save_that_fails_is_one_line_that_says_where_on_every_rank(
     assert steps.find_latest(tmp_path) is None
 
 
+@pytest.mark.slow(unless=lambda mode: mode == "asynchronous")
 @pytest.mark.timeout(60 + 30 * KILLS)
 @pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
 def test_kill_9_at_any_moment_leaves_the_last_complete_one(mode: str, tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def run_python(*arguments: str, **environment: str) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_kernels_equal_their_references_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_python("-m", "pytest", "-q", "tests/test_kernels.py", "tests/test_optim.py", TRITON_INTERPRET="1")
+    files = ("tests/test_kernels.py", "tests/test_optim.py", "tests/test_product.py")
+    run_python("-m", "pytest", "-q", *files, TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="says nothing of the interpreter")

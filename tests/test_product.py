@@ -1,18 +1,11 @@
-"""The product of one row: natively where there is a GPU, else in Triton's interpreter, in a process of its own."""
+"""The product of one row: natively where there is a GPU, else in the process of the interpreter (`test_kernels.py`)."""
 
 import pytest
 import torch
 
-from tests.test_kernels import DEVICE, needs_kernels, run_python
+from tests.test_kernels import DEVICE, needs_kernels
 from yafsdp_like.kernels import product as product_module
-from yafsdp_like.kernels.blocks import INTERPRETED
 from yafsdp_like.kernels.product import product
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_the_kernel_equals_torch_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    run_python("-m", "pytest", "-q", "tests/test_product.py", TRITON_INTERPRET="1")
 
 
 def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -378,6 +378,7 @@ def test_the_command_serves_and_a_signal_to_all_ranks_ends_them_after_what_runs(
         assert "rror" not in running.said()
 
 
+@pytest.mark.slow(unless=lambda failing: failing == 1)
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_step_that_fails_on_one_rank_ends_all_with_an_error(directory: str, tmp_path: Path, failing: int) -> None:
     """Prevents: ranks that wait for one that is gone, and a first rank that answers 503 for ever."""
