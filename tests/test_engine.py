@@ -199,11 +199,13 @@ class Recorder:
     """Stands for CUDA graphs: work is done once when it is recorded, and again, as it is, when it is replayed."""
 
     def __init__(self) -> None:
+        self.recorded: list[tuple[str, int]] = []
         self.replayed: list[tuple[str, int]] = []
 
     def record(self, work: Callable[[], None]) -> Any:
         bound = inspect.getclosurevars(work).nonlocals
         name, size = bound["work"].__name__, bound["size"]
+        self.recorded.append((name, size))
         work()
 
         def replay() -> None:
@@ -213,12 +215,41 @@ class Recorder:
         return SimpleNamespace(replay=replay)
 
 
-def test_rows_that_fill_up_a_recorded_batch_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder, it, texts = Recorder(), engine(kv_nbytes=1 << 20, max_batch_size=6), prompts(9)
+def record_steps(it: Engine, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """As on a GPU."""
+    recorder = Recorder()
     monkeypatch.setattr(runner, "StepRecorder", lambda: recorder)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     it._runner._on_gpu = True
     it._runner.warm_up(graphs=True)
+    return recorder
+
+
+def test_recorded_steps_begin_and_end_with_weights_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents: a replay that overtakes a copy which a step before it has left under way."""
+    config = replace(TINY, num_layers=4)
+    options = replace(OPTIONS, kv_nbytes=1 << 20, max_batch_size=6)
+    it = Engine(load(model_of(decoder(config)), options, mode="streamed", dtype=torch.float32), options)
+    done: list[str] = []
+    rest, decode, texts = it._weights.rest, it._runner._decode, prompts(9)
+
+    def _decode(size: int) -> None:
+        done.append("begin")
+        decode(size)
+        done.append("end")
+
+    monkeypatch.setattr(it._weights, "rest", lambda: (rest(), done.append("rest")))
+    monkeypatch.setattr(it._runner, "_decode", _decode)
+    recorder = record_steps(it, monkeypatch)
+    assert ids(it.generate(requests(texts))) == {str(i): expected(config, text) for i, text in enumerate(texts)}
+    steps = [name for name, _ in recorder.recorded + recorder.replayed if name == "_decode"]
+    assert len(steps) > 10
+    assert done == ["rest", "begin", "rest", "end"] * len(steps)
+
+
+def test_rows_that_fill_up_a_recorded_batch_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    it, texts = engine(kv_nbytes=1 << 20, max_batch_size=6), prompts(9)
+    recorder = record_steps(it, monkeypatch)
     done = it.generate(requests(texts, num_logprobs=1))
     assert ids(done) == {str(i): expected(TINY, text) for i, text in enumerate(texts)}
     assert all(token.top == ((token.id, token.logprob),) for completion in done.values() for token in completion.tokens)

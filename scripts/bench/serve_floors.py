@@ -46,21 +46,21 @@ def rates_of(options: ServeOptions, device: torch.device) -> Rates:
 
 
 def host_rate(device: torch.device) -> Rate:
-    nbytes = COPY_NBYTES[device.type]
-    source = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    destination = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    times = [timed_ms(lambda: destination.copy_(source, non_blocking=True), device) for _ in range(COPIES)]
-    return Rate(nbytes / (statistics.median(times) / 1e3), f"measured: a copy of {nbytes:,} bytes from the host")
+    source = torch.zeros(COPY_NBYTES[device.type], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    return Rate(len(source) / copy_s(source, device), f"measured: a copy of {len(source):,} bytes from the host")
 
 
 def copy_rate(device: torch.device) -> Rate:
-    nbytes = COPY_NBYTES[device.type]
-    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    destination = torch.empty_like(source)
-    times = [timed_ms(lambda: destination.copy_(source), device) for _ in range(COPIES)]
-    return Rate(
-        2 * nbytes / (statistics.median(times) / 1e3), f"measured: a copy of {nbytes:,} bytes, read and written"
-    )
+    source = torch.zeros(COPY_NBYTES[device.type], dtype=torch.uint8, device=device)
+    how = f"measured: a copy of {len(source):,} bytes, read and written"
+    return Rate(2 * len(source) / copy_s(source, device), how)
+
+
+def copy_s(source: torch.Tensor, device: torch.device) -> float:
+    """The median of copies to the device."""
+    destination = torch.empty_like(source, device=device)
+    copies = [timed_ms(lambda: destination.copy_(source, non_blocking=True), device) for _ in range(COPIES)]
+    return statistics.median(copies) / 1e3
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> Rate:
