@@ -14,6 +14,7 @@ from launch.config import Config
 from launch.recipe import Recipe
 from launch.world import World
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
+from yafsdp_like.memory.plan import readable
 from yafsdp_like.models import DecoderConfig
 from yafsdp_like.optim import AdamW
 
@@ -46,8 +47,8 @@ def build_optimizer(model: torch.nn.Module, config: Config, world: World) -> tor
 def describe_plan(model: Any, world: World) -> str:
     """The memory plan, and AdamW's moments beside it."""
     num_local = sum(-(-param.numel() // world.size) for param in model.parameters())
-    moments_mib = 2 * 4 * num_local / 2**20
-    return f"{model.memory_plan()}\n  AdamW's moments, {moments_mib:,.2f} MiB, and activations come on top"
+    moments = readable(2 * 4 * num_local)
+    return f"{model.memory_plan()}\n  AdamW's moments, {moments}, and activations come on top"
 
 
 def flops_per_step(model: Any, config: Config) -> int | None:

@@ -203,7 +203,16 @@ def test_the_printed_plan() -> None:
 
 @pytest.mark.parametrize(
     ("nbytes", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (2**20 - 1024, "1023.00 KiB"), (2**50, "1048576.00 GiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (2**20 - 1024, "1,023.00 KiB"),
+        (2**20 - 1, "1.00 MiB"),  # not 1,024.00 KiB
+        (64_242_089_984, "59.83 GiB"),
+        (3 * 2**40, "3.00 TiB"),
+        (2**51, "2,048.00 TiB"),
+    ],
 )
 def test_bytes_are_printed_in_the_largest_unit_that_fits(nbytes: int, text: str) -> None:
     assert str(MemoryPlan(1, (Region("r", "spill", nbytes),))).startswith(

@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from yafsdp_like.comm.agreement import host_group, together
+from yafsdp_like.memory.plan import readable
 
 SHARDS, FACTS = "shards", "facts.json"
 STEP_NAME = re.compile(r"step-(\d+)")
@@ -160,8 +161,8 @@ class StepCheckpoints:
             raise self._unwritten(partial, str(error)) from error
 
     def _unwritten(self, partial: Path, why: str) -> OSError:
-        free_mib = shutil.disk_usage(self._directory).free / 2**20
-        return OSError(f"the checkpoint {partial} could not be written, with {free_mib:,.0f} MiB free there: {why}")
+        free = readable(shutil.disk_usage(self._directory).free)
+        return OSError(f"the checkpoint {partial} could not be written, with {free} free there: {why}")
 
     def _publish(self, partial: Path, facts: Facts) -> None:
         """See [Note: complete or not there]."""

@@ -130,11 +130,11 @@ KINDS = {
 
 
 def readable(nbytes: int) -> str:
-    """Bytes in the largest unit that leaves at least one digit before the point."""
-    value, suffixes = float(nbytes), ["B", "KiB", "MiB", "GiB"]
-    while value >= 1024 and len(suffixes) > 1:
+    """Bytes in the largest unit that leaves at least one digit before the point, as it is printed."""
+    value, suffixes = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while round(value, 2) >= 1024 and len(suffixes) > 1:
         value, suffixes = value / 1024, suffixes[1:]
-    return f"{value:.0f} B" if suffixes[0] == "B" else f"{value:.2f} {suffixes[0]}"
+    return f"{value:.0f} B" if suffixes[0] == "B" else f"{value:,.2f} {suffixes[0]}"
 
 
 @dataclass(frozen=True)
