@@ -3,8 +3,8 @@
     python -m launch.generate runs/smollm2/base "Once upon a time"
     echo "Who wrote 1984?" | python -m launch.generate runs/smollm2/base --chat --max-tokens=64
 
-Owns the options of a model that is served, here and over HTTP, and the way from them to an engine. Text goes to
-standard output as it comes, everything else to standard error. Errors are one line and exit status 1.
+Owns the way from a model's options to an engine, here and over HTTP. Text goes to standard output as it comes,
+everything else to standard error. Errors are one line and exit status 1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from launch.options import Parser, add_model_arguments, exit_status
 from launch.world import join, leave, rank_from_environment
 from yafsdp_like.comm.agreement import share
 from yafsdp_like.comm.team import Team
@@ -33,60 +33,11 @@ from yafsdp_like.inference.text import Codec, Transcript
 from yafsdp_like.inference.weights import PlacedWeights
 from yafsdp_like.kernels.sampling import SamplingParams
 
-UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 LIBRARIES_NBYTES = 2**30  # of a GPU, what CUDA's libraries and graphs may take beside the plan
 CPU_KV_NBYTES = 2**30  # where nothing is said
-MODES = ("auto", "resident", "gathered", "streamed", "tensor_parallel")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 # --- a model and its engine ---
-
-
-def nbytes(text: str) -> int:
-    """Bytes of "40GiB", "1.5 GB" or "4096". Raises ValueError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if found is None or found[2] not in UNITS:
-        known = ", ".join(unit for unit in UNITS if unit)
-        raise ValueError(f"expected a number of bytes such as 40GiB (units: {known}), found {text!r}")
-    return int(float(found[1]) * UNITS[found[2]])
-
-
-def _nbytes_argument(text: str) -> int:
-    try:
-        return nbytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def add_model_arguments(parser: argparse.ArgumentParser, max_batch_size: int, max_batch_tokens: int) -> None:
-    """What model, where and how large; the defaults of batches are the caller's."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="Hugging Face directory, checkpoint (step-N), or preset:NAME with random weights"
-    )
-    group = parser.add_argument_group("model and memory")
-    group.add_argument("--tokenizer", metavar="DIRECTORY", help="if it is not the model's own")
-    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    group.add_argument("--dtype", choices=DTYPES, help="of weights; default: bfloat16 on a GPU, float32 on a CPU")
-    group.add_argument("--mode", default="auto", choices=MODES)
-    group.add_argument(
-        "--memory-limit",
-        type=_nbytes_argument,
-        metavar="BYTES",
-        help="everything planned on one device, such as 40GiB; default on a GPU: what is free, less 1GiB for libraries",
-    )
-    group.add_argument(
-        "--kv-memory",
-        type=_nbytes_argument,
-        metavar="BYTES",
-        help="keys and values; default: what the limit leaves; on a CPU without a limit 1GiB",
-    )
-    group.add_argument("--host-kv", type=_nbytes_argument, default=0, metavar="BYTES", help="for swapped ones")
-    group.add_argument("--kv-dtype", choices=("float32", "bfloat16", "float8_e4m3fn"), help="default: the weights'")
-    group.add_argument("--max-seq-len", type=int, metavar="TOKENS", help="default: what fits, up to the model's")
-    group.add_argument("--max-batch-size", type=int, default=max_batch_size, metavar="SEQUENCES")
-    group.add_argument("--max-batch-tokens", type=int, default=max_batch_tokens, metavar="TOKENS", help="of one step")
-    group.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
 
 
 @dataclass(frozen=True)
@@ -114,7 +65,7 @@ def opened(arguments: argparse.Namespace, max_waiting: int, say: Callable[[str],
     try:
         transport = world_transport(device)
         options = engine_options(arguments, device, max_waiting)
-        site = site_of(device, DTYPES.get(arguments.dtype), transport)
+        site = site_of(device, arguments.dtype and getattr(torch, arguments.dtype), transport)
         plan = plan_serving(model.config, options, site, arguments.mode)
         say(str(plan))
         weights = load_planned(model, plan, device, transport)
@@ -185,23 +136,11 @@ def engine_options(arguments: argparse.Namespace, device: torch.device, max_wait
     )
 
 
-def exit_status(run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
-    """Of a command that does `run`: 0, 1 after a line that says what is wrong, 130 after an interrupt."""
-    try:
-        run(arguments)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
 # --- one prompt ---
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m launch.generate", description="Continue a prompt.")
+    made = Parser("python -m launch.generate", "Continue a prompt.")
     add_model_arguments(made, max_batch_size=1, max_batch_tokens=512)
     made.add_argument("prompt", nargs="?", help="default: all of standard input")
     made.add_argument("--chat", action="store_true", help="the prompt is a user's message, by the model's template")

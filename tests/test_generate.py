@@ -15,7 +15,7 @@ import openai
 import pytest
 import torch
 
-from launch import generate, serve
+from launch import generate, options, serve
 from tests.test_text import write_tokenizer
 from yafsdp_like.inference.engine import Engine, EngineOptions
 from yafsdp_like.inference.loading import load
@@ -181,13 +181,13 @@ def test_two_ranks_that_share_the_weights_say_what_one_says(saved: Saved) -> Non
     [("4096", 4096), ("40GiB", 40 << 30), ("1.5 GB", 1_500_000_000), ("512MiB", 512 << 20), ("7B", 7)],
 )
 def test_bytes_are_read_with_their_units(text: str, expected: int) -> None:
-    assert generate.nbytes(text) == expected
+    assert options.nbytes(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "4 gb", "1e9", "0x10", "90%"])
 def test_what_is_no_number_of_bytes_is_an_error(text: str) -> None:
     with pytest.raises(ValueError, match="a number of bytes such as 40GiB"):
-        generate.nbytes(text)
+        options.nbytes(text)
 
 
 # --- serve ---

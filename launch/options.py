@@ -1,0 +1,155 @@
+"""The options of a model that is served, on the command line: here and over HTTP.
+
+Owns what they are called, what may stand in them, and how a command says what is wrong: one line, exit status 2 for the
+command line and 1 for the rest. Imports nothing that takes time, so that `--help` and mistakes are answered at once;
+the way from options to an engine is generate.py's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+MODES = ("auto", "resident", "gathered", "streamed", "tensor_parallel")
+DTYPES = ("float32", "bfloat16")
+PRESET = "preset:"
+
+
+class Help(argparse.HelpFormatter):
+    """Says the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_said = action.help is None or "default" in action.help
+        has_none = action.default is None or isinstance(action.default, (bool, list))
+        if is_said or has_none or action.default == argparse.SUPPRESS:
+            return action.help
+        return f"{action.help}; default: %(default)s"
+
+
+class Parser(argparse.ArgumentParser):
+    """An error is one line; options are not guessed from their beginnings."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, formatter_class=Help, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+# --- values ---
+
+
+def nbytes(text: str) -> int:
+    """Bytes of "40GiB", "1.5 GB" or "4096". Raises ValueError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2] not in UNITS:
+        known = ", ".join(unit for unit in UNITS if unit)
+        raise ValueError(f"expected a number of bytes such as 40GiB (units: {known}), found {text!r}")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def nbytes_argument(text: str) -> int:
+    try:
+        return nbytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A whole number in a range."""
+    said = f"at least {least}" if most is None else f"from {least} to {most}"
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, {said}, found {text!r}") from None
+        if number < least or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"must be {said}, found {number}")
+        return number
+
+    return read
+
+
+def seconds(text: str) -> float:
+    """Of a time that passes: neither negative nor endless."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, found {text!r}") from None
+    if not 0 <= number < 1e9:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, not negative, found {text}")
+    return number
+
+
+# --- a model ---
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, max_batch_size: int, max_batch_tokens: int) -> None:
+    """What model, where and how large; the defaults of batches are the caller's."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="Hugging Face directory, checkpoint (step-N), or preset:NAME with random weights"
+    )
+    group = parser.add_argument_group("model and memory")
+    group.add_argument("--tokenizer", metavar="DIRECTORY", help="if it is not the model's own")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where it runs")
+    group.add_argument("--dtype", choices=DTYPES, help="of weights; default: bfloat16 on a GPU, float32 on a CPU")
+    group.add_argument("--mode", default="auto", choices=MODES, help="where weights lie")
+    group.add_argument(
+        "--memory-limit",
+        type=nbytes_argument,
+        metavar="BYTES",
+        help="everything planned on one device, such as 40GiB; default on a GPU: what is free, less 1GiB for libraries",
+    )
+    group.add_argument(
+        "--kv-memory",
+        type=nbytes_argument,
+        metavar="BYTES",
+        help="keys and values; default: what the limit leaves; on a CPU without a limit 1GiB",
+    )
+    group.add_argument("--host-kv", type=nbytes_argument, default=0, metavar="BYTES", help="for swapped ones")
+    group.add_argument("--kv-dtype", choices=("float32", "bfloat16", "float8_e4m3fn"), help="default: the weights'")
+    group.add_argument("--max-seq-len", type=whole(1), metavar="TOKENS", help="default: what fits, up to the model's")
+    group.add_argument(
+        "--max-batch-size", type=whole(1), default=max_batch_size, metavar="SEQUENCES", help="that run at a time"
+    )
+    group.add_argument(
+        "--max-batch-tokens", type=whole(1), default=max_batch_tokens, metavar="TOKENS", help="of one step"
+    )
+    group.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
+
+
+def check_model(name: str) -> None:
+    """Raises ValueError where there is certainly no model; what is in a directory is seen when it is read."""
+    if not name.startswith(PRESET) and not Path(name).expanduser().is_dir():
+        raise ValueError(
+            f"expected a Hugging Face directory, a checkpoint (step-N) or {PRESET}NAME, found {name!r}: there is no "
+            "such directory"
+        )
+
+
+def model_names(name: str) -> tuple[str, ...]:
+    """What a model may be called by those who ask for it: the last part of its path first, then the path as given."""
+    path = Path(name).expanduser()
+    last = name if name.startswith(PRESET) else path.name or path.resolve().name
+    return tuple(dict.fromkeys((last or name, name)))
+
+
+# --- the command ---
+
+
+def exit_status(run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+    """Of a command that does `run`: 0, 1 after a line that says what is wrong, 130 after an interrupt."""
+    try:
+        run(arguments)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
