@@ -1,6 +1,7 @@
 """What a run is told: dataclasses filled from one YAML file and dotted overrides, and checked before anything starts.
 
-Owns the names, defaults and limits of every option. Knows nothing of models, ranks or files but the one it reads.
+Owns the names, defaults and limits of every option. Knows nothing of models, ranks or files but the one it reads, and
+imports no torch, so that a mistyped key is answered at once.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,20 +19,23 @@ from typing import Any, Literal
 
 import yaml
 
-from yafsdp_like.comm.choice import TransportName
+from yafsdp_like.comm import TransportName
 from yafsdp_like.data import DataConfig
 
-USAGE = "usage: [torchrun --nproc-per-node N] -m launch.train CONFIG.yaml [--section.key=value ...]"
+USAGE = "usage: [torchrun --nproc-per-node N] -m launch.train [CONFIG.yaml] [--section.key=value ...]"
+FREE_KEYS = ("model.overrides.", "model.factory_args.")  # what follows is the model's own
+MOST_SEQUENCES = 8  # of one forward, where nothing is said
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model: a preset by name, a Hugging Face directory, or a function that returns any module (set one)."""
 
-    preset: str | None = "tiny"
-    hf_dir: str | None = None  # configuration and weights in safetensors
+    preset: str | None = "tiny"  # tiny, small, 135m, 0.6b, 1b, 3b, 8b, 30b-a3b or 70b
+    hf_dir: str | None = None  # configuration, weights in safetensors and, if it has one, the tokenizer
     overrides: dict[str, Any] = field(default_factory=dict)  # fields of the preset's or the directory's configuration
-    factory: str | None = None  # "package.module:function"
+    factory: str | None = None  # "package.module:function" that returns an nn.Module
+    factory_args: dict[str, Any] = field(default_factory=dict)  # what the function is called with, by name
     blocks: str = ""  # of the factory's module: the container of the blocks to shard one by one, such as "model.layers"
     compile: bool = False  # torch.compile each block
     graph: bool = False  # replay forward and backward as one CUDA graph: for steps that the CPU cannot keep up with
@@ -41,11 +46,11 @@ class ModelOptions:
 class OptimizerOptions:
     """AdamW, its warm-up and cosine."""
 
-    lr: float = 3e-4
-    final_lr_ratio: float = 0.1
-    num_warmup_steps: int = 100
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    lr: float = 3e-4  # at its highest, after the warm-up
+    final_lr_ratio: float = 0.1  # of lr, at the last step
+    num_warmup_steps: int = 100  # at most all
+    betas: tuple[float, float] = (0.9, 0.95)  # of the moments
+    eps: float = 1e-8  # beside the root of the second moment
     weight_decay: float = 0.1  # of matrices; norms and biases have none
     max_grad_norm: float = 1.0
 
@@ -92,25 +97,25 @@ class LogOptions:
 class SampleOptions:
     """Text generated at the end."""
 
-    prompt: str = "It was"
-    num_tokens: int = 80  # 0: none
-    top_k: int = 40  # 1: greedy
-    temperature: float = 0.8
+    prompt: str = "It was"  # what the text begins with
+    num_tokens: int = 80  # that follow; 0: no sample
+    top_k: int = 40  # drawn from so many likeliest; 1: greedy
+    temperature: float = 0.8  # 0: greedy
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that a run is told."""
 
-    output_dir: str
+    output_dir: str = "runs/default"  # checkpoints, metrics, loss curve, and what the run was told
     resume: str = "no"  # "no", "auto" (the last complete checkpoint, if any), or a step-N directory
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs where the host has one for each of its ranks
+    seed: int = 0  # of the first weights and of the order of the text
     deterministic: bool = False  # the same bits run after run on GPUs too, from slower kernels; CPUs give them anyway
-    num_steps: int = 1000
-    seq_len: int = 256
+    num_steps: int = 1000  # optimizer steps
+    seq_len: int = 256  # tokens of a sequence
     global_batch_size: int = 32  # sequences per optimizer step, over all ranks
-    micro_batch_size: int = 8  # sequences per rank and forward
+    micro_batch_size: int | None = None  # sequences per rank and forward; none: the most up to 8 that divide its part
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -125,7 +130,7 @@ class Config:
             "num_steps": (self.num_steps, 1),
             "seq_len": (self.seq_len, 1),
             "global_batch_size": (self.global_batch_size, 1),
-            "micro_batch_size": (self.micro_batch_size, 1),
+            "micro_batch_size": (1 if self.micro_batch_size is None else self.micro_batch_size, 1),
             "checkpoint.every": (self.checkpoint.every, 0),
             "checkpoint.keep": (self.checkpoint.keep, 1),
             "evaluation.every": (self.evaluation.every, 0),
@@ -142,6 +147,14 @@ class Config:
 
     def num_accumulated(self, world_size: int) -> int:
         """Forwards per rank and optimizer step; ValueError unless the global batch divides evenly."""
+        num_rows, rest = divmod(self.global_batch_size, world_size)
+        if self.micro_batch_size is None:
+            if rest:
+                raise ValueError(
+                    f"global_batch_size {self.global_batch_size} does not divide by {world_size} ranks; make it "
+                    f"{(num_rows + 1) * world_size}, say"
+                )
+            return next(count for count in range(1, num_rows + 1) if num_rows % count == 0 and _fits(num_rows // count))
         per_forward = self.micro_batch_size * world_size
         if self.global_batch_size % per_forward:
             raise ValueError(
@@ -151,23 +164,30 @@ class Config:
         return self.global_batch_size // per_forward
 
 
-def load(arguments: Sequence[str]) -> Config:
-    """The configuration of a command line: one YAML file, then `--section.key=value` (or `--section.key value`).
+def _fits(num_sequences: int) -> bool:
+    return num_sequences <= MOST_SEQUENCES
 
-    Raises ValueError, in one line, for an unreadable file, an unknown key (with the nearest known one) and a value of
-    the wrong type.
+
+def load(arguments: Sequence[str]) -> Config:
+    """The configuration of a command line: a YAML file, then `--section.key=value` (or `--section.key value`).
+
+    Without a file, or where it is empty, what is not said has its default. Raises ValueError, in one line, for an
+    unreadable file, an unknown key (with the nearest known one) and a value of the wrong type.
     """
-    if not arguments or arguments[0].startswith("-"):
-        raise ValueError(f"no configuration file given; {USAGE}")
-    path, overrides = Path(arguments[0]), list(arguments[1:])
-    _check_keys(_keys_of(_read_yaml(path)), str(path))
-    _check_keys(_override_keys(overrides), "the command line")
-    return _fill(path, overrides)
+    if not arguments:
+        raise ValueError(f"no configuration file given; {USAGE}; --help lists the keys")
+    path = None if arguments[0].startswith("-") else Path(arguments[0])
+    overrides = list(arguments if path is None else arguments[1:])
+    if path is not None:
+        _check_keys(_keys_of(_read_yaml(path)), str(path))
+    pairs = list(_pairs(overrides))
+    _check_keys((key for key, _ in pairs), "the command line")
+    return _fill(path, _bracketed(pairs))
 
 
 def as_dict(config: Config) -> dict[str, Any]:
     """Plain lists, numbers and strings, as YAML and JSON hold them."""
-    plain: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config))))
+    plain: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
     return plain
 
 
@@ -177,18 +197,19 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
-def _fill(path: Path, overrides: Sequence[str]) -> Config:
+def _fill(path: Path | None, overrides: Sequence[str]) -> Config:
     import jsonargparse  # here: the names above serve without the `train` extra
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action=jsonargparse.ActionConfigFile)  # type: ignore[attr-defined]
     parser.add_class_arguments(Config)
+    file = [] if path is None or not _read_yaml(path) else ["--config", str(path)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of jsonargparse's own future
-            values = parser.instantiate_classes(parser.parse_args(["--config", str(path), *overrides]))
+            values = parser.instantiate_classes(parser.parse_args([*file, *overrides]))
     except (argparse.ArgumentError, TypeError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path or 'the command line'}: {' '.join(str(error).split())}") from None
     return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
 
 
@@ -199,6 +220,8 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"cannot read the configuration {path}: {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold keys and values, found {type(content).__name__}")
     return content
@@ -206,31 +229,52 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
 
 def _keys_of(content: Mapping[str, Any], cls: type = Config, prefix: str = "") -> Iterator[str]:
     """Dotted keys of nested mappings, down to where options end."""
-    sections = _sections(cls)
+    inner = sections(cls)
     for key, value in content.items():
-        if key in sections and isinstance(value, Mapping):
-            yield from _keys_of(value, sections[key], f"{prefix}{key}.")
+        if key in inner and isinstance(value, Mapping):
+            yield from _keys_of(value, inner[key], f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
 
 
-def _override_keys(overrides: Sequence[str]) -> Iterator[str]:
-    expects_value = False
-    for word in overrides:
-        if word.startswith("--"):
-            key, equals, _ = word[2:].partition("=")
-            expects_value = not equals
-            yield key
-        elif expects_value:
-            expects_value = False
-        else:
+def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Keys and values of `--key=value` and `--key value`."""
+    words = iter(overrides)
+    for word in words:
+        if not word.startswith("--"):
             raise ValueError(f"unexpected argument {word!r}; {USAGE}")
+        key, equals, value = word[2:].partition("=")
+        if equals:
+            yield key, value
+        elif (following := next(words, None)) is not None:
+            yield key, following
+        else:
+            raise ValueError(f"--{key} has no value: say --{key}=VALUE; {USAGE}")
+
+
+def _bracketed(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """The arguments again, a list written as one: `--data.paths=a.txt`, as often as there are paths, and
+    `--optimizer.betas=0.9,0.95` are lists without their brackets."""
+    types = dict(known_keys(Config))
+    lists: dict[str, list[str]] = {}
+    arguments = []
+    for key, value in pairs:
+        is_list = typing.get_origin(types.get(key)) is tuple or key == "data.paths"
+        if not is_list or value.lstrip().startswith("["):
+            lists.pop(key, None)  # brackets say all
+            arguments.append((key, value))
+        elif key == "data.paths":
+            lists.setdefault(key, []).append(value)
+            arguments.append((key, json.dumps(lists[key])))
+        else:
+            arguments.append((key, f"[{value}]"))
+    return [f"--{key}={value}" for key, value in arguments]
 
 
 def _check_keys(keys: Iterator[str], where: str) -> None:
-    known = list(_known_keys(Config))
+    known = [key for key, _ in known_keys(Config)]
     for key in keys:
-        if key in known or key.startswith("model.overrides."):
+        if key in known or key.startswith(FREE_KEYS):
             continue
         leaves = {name: name.rpartition(".")[2] for name in known}
         near = difflib.get_close_matches(key, known, 1, 0.6) or [
@@ -240,14 +284,15 @@ def _check_keys(keys: Iterator[str], where: str) -> None:
         raise ValueError(f"unknown key '{key}' in {where}; {hint}")
 
 
-def _known_keys(cls: type, prefix: str = "") -> Iterator[str]:
-    sections = _sections(cls)
-    for f in dataclasses.fields(cls):
-        yield f"{prefix}{f.name}"
-        if f.name in sections:
-            yield from _known_keys(sections[f.name], f"{prefix}{f.name}.")
+def known_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key and its type; a section comes before what is in it."""
+    for name, hint in typing.get_type_hints(cls).items():
+        yield f"{prefix}{name}", hint
+        if name in sections(cls):
+            yield from known_keys(hint, f"{prefix}{name}.")
 
 
-def _sections(cls: type) -> dict[str, type]:
+def sections(cls: type) -> dict[str, type]:
+    """The fields that hold options of their own."""
     hints = typing.get_type_hints(cls)
     return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint) and isinstance(hint, type)}

@@ -17,7 +17,12 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import build, config, curve, metrics, sample
+from launch import config, usage
+
+if __name__ == "__main__" and (status := usage.answered(sys.argv[1:])) is not None:
+    sys.exit(status)  # before torch is imported, which takes seconds
+
+from launch import build, curve, metrics, sample
 from launch.config import Config
 from launch.console import Console
 from launch.log import Log
@@ -30,7 +35,6 @@ from yafsdp_like.comm.agreement import AgreedError, together
 from yafsdp_like.data import PackedText, prepare, unigram_entropy
 
 LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed? ?out|remote process exited")
-GRACE_SECONDS = 5.0  # a launcher ends all ranks when one has ended; the first rank is to say why before
 
 
 def run(options: Config, world: World) -> None:
@@ -112,11 +116,12 @@ def finish(trainer: Trainer, state: RunState, log: Log) -> None:
 def opening_words(trainer: Trainer, peak_tflops: float | None) -> str:
     """The sizes of this run, and what its loss and MFU are to be compared with."""
     options, world = trainer.options, trainer.world
+    micro_batch_size = options.global_batch_size // (world.size * trainer.num_accumulated)
     num_params = sum(param.numel() for param in trainer.model.parameters())
     mfu = f"MFU is of {peak_tflops} TFLOP/s" if peak_tflops else "no MFU: no peak is known"
     return (
         f"{num_params:,} parameters on {world.size} × {world.device.type}; a global batch of "
-        f"{options.global_batch_size} sequences of {options.seq_len} tokens is {options.micro_batch_size} × "
+        f"{options.global_batch_size} sequences of {options.seq_len} tokens is {micro_batch_size} × "
         f"{world.size} ranks × {trainer.num_accumulated} accumulated; unigram entropy of the text "
         f"{unigram_entropy(trainer.corpus.train):.3f} nats; {mfu}; "
         f"starting at step {trainer.step} of {options.num_steps}"
@@ -140,13 +145,16 @@ def open_text(options: Config, model_vocab_size: int) -> PackedText:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, and return the exit status."""
     rank = rank_from_environment()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if (status := usage.answered(arguments)) is not None:
+        return status
     try:
-        options = config.load(sys.argv[1:] if arguments is None else arguments)
+        options = config.load(arguments)
         with deterministic(options.deterministic):
             run(options, join(options.device))
     except (ValueError, AgreedError) as error:  # the same on all ranks, so that a launcher ends the others unheard
         if rank > 0:
-            time.sleep(GRACE_SECONDS)
+            time.sleep(usage.GRACE_SECONDS)
         complain(str(error) if rank == 0 else f"{error} (rank {rank})")
         return 1
     except OSError as error:
@@ -156,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, RuntimeError) or not LOST_PEER.search(str(error)):
             traceback.print_exc()
             return 1
-        time.sleep(GRACE_SECONDS / 2)  # the rank that failed may have something better to say
+        time.sleep(usage.GRACE_SECONDS / 2)  # the rank that failed may have something better to say
         complain(f"rank {rank} lost another rank, which has ended or cannot be reached: {str(error).splitlines()[0]}")
         return 1
     leave()

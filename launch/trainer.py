@@ -79,7 +79,7 @@ class Trainer:
         return detached
 
     def _micro_batches(self, tokens: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
-        size = self.options.micro_batch_size
+        size = len(tokens) // self.num_accumulated
         return list(zip(tokens.split(size), targets.split(size), strict=True))
 
     def _batch(self, batches: Batches, position: int) -> list[Tensor]:

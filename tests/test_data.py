@@ -158,9 +158,13 @@ def test_a_path_that_leads_nowhere_is_named(tmp_path: Path) -> None:
             TextSource((str(tmp_path / path),)).files()
 
 
-def test_one_string_for_paths_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"found one string: write \['book.txt'\]"):
-        TextSource("book.txt")  # type: ignore[arg-type]
+def test_one_string_is_one_path(tmp_path: Path) -> None:
+    """Prevents: one path a letter."""
+    book = tmp_path / "my book.txt"
+    book.write_text("Once.")
+    assert TextSource(str(book)) == TextSource((str(book),))
+    assert list(TextSource(str(book)).documents()) == ["Once."]
+    assert DataConfig(str(book)) == DataConfig((str(book),))
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.ranks import run_ranks
 from tests.test_kernels import run_python
-from yafsdp_like.comm.choice import TransportName
+from yafsdp_like.comm import TransportName
 from yafsdp_like.inference import forward, runner
 from yafsdp_like.inference.engine import Completion, Engine, EngineOptions
 from yafsdp_like.inference.eviction import Costs, Tenant

@@ -33,7 +33,8 @@ from tests.test_engine import (
     prompts,
     requests,
 )
-from yafsdp_like.comm.choice import TransportName, transport_of
+from yafsdp_like.comm import TransportName
+from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.team import world_team
 from yafsdp_like.inference import engine as engine_module
 from yafsdp_like.inference.engine import Engine, EngineOptions, Metrics

@@ -312,7 +312,6 @@ def test_a_mistyped_command_line_is_one_clear_line(file: Path, arguments: list[s
         ("output_dir: x\noptimizer:\n  lear: 1\n", r"unknown key 'optimizer\.lear' .*did you mean 'optimizer\."),
         ("output_dir: x\noptimizer: [\n", r"is not YAML"),
         ("- a\n", r"must hold keys and values, found list"),
-        ("num_steps: 3\n", r"output_dir"),
     ],
 )
 def test_a_mistyped_file_is_one_clear_line(tmp_path: Path, content: str, message: str) -> None:

@@ -1,11 +1,39 @@
-"""A sharded training and inference runtime for PyTorch whose long-lived memory is planned before the first step."""
+"""A sharded training and inference runtime for PyTorch whose long-lived memory is planned before the first step.
 
-from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+Names are fetched when they are first asked for, so that a command line is checked without waiting for torch.
+"""
 
-from yafsdp_like.memory.plan import MemoryPlan
-from yafsdp_like.shard.api import FSDPModule, UnshardHandle, fully_shard
-from yafsdp_like.shard.engine import SpillWarning
-from yafsdp_like.shard.graph import GraphedStep
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+
+    from yafsdp_like.memory.plan import MemoryPlan
+    from yafsdp_like.shard.api import FSDPModule, UnshardHandle, fully_shard
+    from yafsdp_like.shard.engine import SpillWarning
+    from yafsdp_like.shard.graph import GraphedStep
+else:
+    _HOMES = {
+        "FSDPModule": "yafsdp_like.shard.api",
+        "GraphedStep": "yafsdp_like.shard.graph",
+        "MemoryPlan": "yafsdp_like.memory.plan",
+        "MixedPrecisionPolicy": "torch.distributed.fsdp",
+        "OffloadPolicy": "torch.distributed.fsdp",
+        "SpillWarning": "yafsdp_like.shard.engine",
+        "UnshardHandle": "yafsdp_like.shard.api",
+        "fully_shard": "yafsdp_like.shard.api",
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_HOMES})
+
 
 __version__ = "0.1.0"
 

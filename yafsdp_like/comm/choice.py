@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from yafsdp_like.comm import TransportName
 from yafsdp_like.comm.agreement import share
 from yafsdp_like.comm.hierarchical import HierarchicalTransport, over_hosts
 from yafsdp_like.comm.peer import PeerTransport, obstacle
 from yafsdp_like.comm.process_group import ProcessGroupTransport
 from yafsdp_like.comm.replicated import ReplicatedTransport
 from yafsdp_like.comm.transport import Transport
-
-TransportName = Literal["auto", "peer", "hierarchical", "process_group"]
 
 SEVERAL_HOSTS = "the ranks are on several hosts"  # what peers' ``obstacle`` says
 

@@ -9,10 +9,13 @@ it. Any number of ranks therefore sees the same sequences in the same order, and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 Indices = npt.NDArray[np.uint64]
 NUM_ROUNDS = 8
@@ -97,6 +100,8 @@ class Batches:
         ``position`` is the number of sequences consumed before; the next call's is ``position + global_batch_size``.
         The ranks' rows, one rank after the other, are the global batch.
         """
+        import torch  # here: options and text are checked before it is imported
+
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, {world_size}), found {rank}")
         if global_batch_size < 1 or global_batch_size % world_size:

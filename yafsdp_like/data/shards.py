@@ -52,7 +52,7 @@ class DataConfig:
     long document, say), it is the last ``heldout_fraction`` of the tokens. The header says which it was.
     """
 
-    paths: tuple[str, ...] = ()  # files, directories, globs; none: the carried text
+    paths: str | tuple[str, ...] = ()  # files, directories, globs; none: the carried text
     field: str = "text"  # of JSONL and parquet
     tokenizer: str | None = None  # a Hugging Face tokenizer directory; None: a byte-level BPE is trained on the text
     vocab_size: int = 4096  # of the BPE that is trained
@@ -60,6 +60,8 @@ class DataConfig:
     cache: str | None = None  # directory; None: yafsdp_like under $XDG_CACHE_HOME, or under ~/.cache
 
     def __post_init__(self) -> None:
+        if isinstance(self.paths, str):
+            object.__setattr__(self, "paths", (self.paths,))
         if not 0 < self.heldout_fraction <= 0.5:
             raise ValueError(f"heldout_fraction must be above 0 and at most 0.5, found {self.heldout_fraction}")
 

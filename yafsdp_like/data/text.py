@@ -34,12 +34,12 @@ class TextSource:
     in ``field``. The first two may be compressed (``.gz``, ``.xz``). All text is UTF-8; a document must fit in memory.
     """
 
-    paths: tuple[str, ...] = ()
+    paths: str | tuple[str, ...] = ()  # one string is one path
     field: str = "text"
 
     def __post_init__(self) -> None:
-        if isinstance(self.paths, str):  # it would be read as one path a letter
-            raise ValueError(f"paths must be a sequence of paths, found one string: write [{self.paths!r}]")
+        if isinstance(self.paths, str):
+            object.__setattr__(self, "paths", (self.paths,))
 
     def files(self) -> list[Path]:
         """The files to read, each once. Raises ValueError for a path that leads to none, or to none that we read."""

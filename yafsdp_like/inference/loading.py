@@ -19,7 +19,8 @@ from torch import Tensor
 
 from yafsdp_like.checkpoint import steps
 from yafsdp_like.checkpoint.safetensors import StoredTensor
-from yafsdp_like.comm.choice import TransportName, transport_of
+from yafsdp_like.comm import TransportName
+from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.transport import Transport
 from yafsdp_like.inference.images import Parameter
 from yafsdp_like.inference.planning import AnyMode, Hardware, ServingLimits, ServingPlan, Site, plan_serving

@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from yafsdp_like.comm.choice import TransportName, transport_over
+from yafsdp_like.comm import TransportName
+from yafsdp_like.comm.choice import transport_over
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.memory.streams import GATHER, Event
 from yafsdp_like.shard.engine import Engine, Report, engine_for
