@@ -215,7 +215,8 @@ def raced(plan: ServingPlan, forgets: Sequence[tuple[str, str]] = (), at_rest: b
         patch.setattr(weights_module, "streams_of", lambda device: clocks)
         weights = load_planned(model_of(decoder(plan.config)), plan, CPU)
     detector, brought = RaceDetector(clocks), Brought()
-    detector.watch(weights.arena.place("weight slots").tensor(torch.uint8, (1,)))
+    slots = weights.arena.place("weight slots")
+    detector.watch(slots.tensor(torch.uint8, (slots.segment.nbytes,)))
     with detector:
         run_forward(weights, torch.Tensor.sum)
         with brought:

@@ -154,18 +154,22 @@ class Place:
 
         [Note: version counters]
         Tensors cut from one tensor share its version counter, and a write through one makes autograd refuse the others
-        that it saved. Every tensor made here has a counter of its own (``set_`` on the block's storage), also two on
-        the same bytes. So a gather that writes through one tensor never disturbs the parameter that autograd saved
-        through another: that the bytes are the same again in backward is the engine's promise, not autograd's to
-        check.
+        that it saved. Every tensor made here has a counter of its own (``set_``), also two on the same bytes. So a
+        gather that writes through one tensor never disturbs the parameter that autograd saved through another: that
+        the bytes are the same again in backward is the engine's promise, not autograd's to check.
+
+        [Note: a storage of its own]
+        The tensor's storage begins and ends with it, and keeps the arena alive. Whatever copies, saves or sends a
+        tensor does so with its whole storage; and a ``DTensor``, which takes its local tensor's storage offset, can be
+        copied and saved only where that is 0.
         """
-        numel = math.prod(shape)
-        assert numel * dtype.itemsize <= self.segment.nbytes, f"{shape} of {dtype} does not fit {self.segment}"
+        nbytes = math.prod(shape) * dtype.itemsize
+        assert nbytes <= self.segment.nbytes, f"{shape} of {dtype} does not fit {self.segment}"
         storage, start = self.arena.storage(self.region)
         offset = start + self.segment.offset_nbytes
         with torch.inference_mode(False), torch.no_grad():
             empty = torch.empty(0, dtype=dtype, device=self.arena.device)
-            return empty.set_(storage, offset // dtype.itemsize, shape, _contiguous_stride(shape))
+            return empty.set_(storage[offset : offset + nbytes], 0, shape, _contiguous_stride(shape))
 
 
 def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -39,13 +39,19 @@ class ShardedParam:
         self.sharded = self._shard(param)
         self.compute_dtype = self.gradient_dtype = self.reduce_dtype = param.dtype
         self.placed: torch.Tensor | None = None  # ``local`` as Unit.materialize left it; None: not in the arena
+        self._address = 0  # and its address
         self.main = self.compute = self.grad = NOWHERE  # filled by Unit.materialize, and the others by the build
         self.grad_dtensor: DTensor | None = None
 
     def _shard(self, param: torch.Tensor) -> nn.Parameter:
-        """The parameter's DTensor on this rank's rows; the rows are not copied yet."""
+        """The parameter's DTensor on this rank's rows, which do not keep the others alive. See [Note: a storage of its
+        own].
+        """
         start, stop = self.shards.row_range(self.rank)
-        return nn.Parameter(self._dtensor(param.detach()[start:stop]), requires_grad=param.requires_grad)
+        rows = param.detach()[start:stop]
+        if rows.storage_offset() or rows.numel() < param.numel():
+            rows = rows.clone()
+        return nn.Parameter(self._dtensor(rows), requires_grad=param.requires_grad)
 
     def _dtensor(self, local: torch.Tensor) -> DTensor:
         full = torch.empty(self.shards.shape, device="meta")
@@ -56,6 +62,12 @@ class ShardedParam:
     def local(self) -> torch.Tensor:
         """This rank's rows as the DTensor holds them, ``local_shape``."""
         return self.sharded._local_tensor  # type: ignore[attr-defined]
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether ``local`` is what Unit.materialize left, and where: ``share_memory_`` moves it."""
+        local = self.local
+        return local is self.placed and local.data_ptr() == self._address
 
     @property
     def main_dtype(self) -> torch.dtype:
@@ -112,6 +124,7 @@ class ShardedParam:
         with torch.no_grad():
             local.copy_(self.local)
         self.sharded._local_tensor = self.placed = local  # type: ignore[attr-defined]
+        self._address = local.data_ptr()
         self.main = place.tensor(self.main_dtype, (self.shards.chunk_numel,))
 
     def place_grad(self, place: Place) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -187,7 +187,7 @@ class Unit:
     @property
     def signature(self) -> tuple[object, ...]:
         """What the plan was made for; a change of it asks for a new plan."""
-        return (self.unsynced_gradients, self.moves, *((p.trainable, p.local is p.placed) for p in self.params))
+        return (self.unsynced_gradients, self.moves, *((p.trainable, p.is_placed) for p in self.params))
 
     def generation(self) -> Generation:
         """What changes when main shards are written: by an optimizer (whose kernels may count nothing), or in place
@@ -230,7 +230,7 @@ class Unit:
                 p.placed = None
         self.layout = layout
         for p, segment in zip(self.params, layout.main_shard.segments, strict=True):
-            if p.local is not p.placed:
+            if not p.is_placed:
                 self.moves += 1
                 place = self.arena.place("main_shard").part(segment)
                 p.place_main(place)
@@ -298,18 +298,19 @@ def unit_of(module: nn.Module) -> Unit | None:
 
 @dataclass(frozen=True)
 class Ownership:
-    """Marks a parameter, as it was before sharding and after, with where it lives now. Not pickled with the
-    parameter.
+    """Marks a parameter, as it was before sharding and after, with where it lives now.
+
+    Pickled and copied with the parameter, it becomes an empty set: files that ``torch.load`` trusts know nothing of us.
     """
 
     unit: Unit | None
     param: ShardedParam | None
 
-    def __reduce__(self) -> tuple[type[Ownership], tuple[None, None]]:
-        return Ownership, (None, None)
+    def __reduce__(self) -> tuple[type[set[Any]], tuple[()]]:
+        return set, ()
 
 
 def ownership_of(param: torch.Tensor) -> Ownership | None:
     """Which unit has sharded ``param``, or None if none has."""
     found = vars(param).get("_yafsdp_ownership")
-    return found if found is not None and found.unit is not None else None
+    return found if isinstance(found, Ownership) and found.unit is not None else None
