@@ -145,6 +145,11 @@ class Job:
     arrival: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def deadline(self) -> float | None:
+        """Of all of its requests, in seconds of time.monotonic()."""
+        return self.choices[0].request.deadline
+
     def envelope(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return {
             "id": self.id,

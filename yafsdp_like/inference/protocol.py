@@ -86,6 +86,10 @@ def _invalid(param: str, message: str, code: str | None = None) -> ApiError:
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
+def too_many_choices(count: int, most: int) -> ApiError:
+    return _invalid("n", f"at most {most} choices in all, found {count}")
+
+
 def invalid_body(found: Mapping[str, Any]) -> ApiError:
     """One of pydantic's errors: what is wrong, and where. Its `loc` begins with "body"."""
     kind, message = found["type"], str(found["msg"]).removeprefix("Value error, ")
@@ -333,7 +337,7 @@ class Reader:
         body.check()
         self.check_model(body.model)
         if (num_choices := num_prompts * body.num_each) > self._options.max_choices:
-            raise _invalid("n", f"at most {self._options.max_choices} choices in all, found {num_choices}")
+            raise too_many_choices(num_choices, self._options.max_choices)
 
     def _prompt(self, prompt: str | list[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):

@@ -7,6 +7,11 @@ package imports this file.
 [Note: readers who leave]
 While an answer is made, a task waits for the client to disconnect and then closes the stream, which cancels the
 requests; closing it is also what every other way out of an answer ends with.
+
+[Note: late]
+The engine ends what is late, between two steps. If no step ends, the loop answers in its place, a little later. It
+waits so for each event and not around the whole answer, which is made by a generator: a cancellation would meet
+whoever it has yielded to.
 """
 
 from __future__ import annotations
@@ -32,14 +37,25 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from yafsdp_like.inference.answers import Choice, Job
-from yafsdp_like.inference.protocol import ApiError, ChatBody, CompletionBody, Reader, ServerOptions, invalid_body
-from yafsdp_like.inference.request import FinishReason, QueueFull
+from yafsdp_like.inference.protocol import (
+    ApiError,
+    ChatBody,
+    CompletionBody,
+    Reader,
+    ServerOptions,
+    invalid_body,
+    too_many_choices,
+)
+from yafsdp_like.inference.request import Event, FinishReason, QueueFull
 from yafsdp_like.inference.service import Service, State, Stream, Unavailable
 from yafsdp_like.inference.text import Codec, Piece
 
 BodyT = TypeVar("BodyT")
 
 RETRY_AFTER_S = 1
+LATE_S = 0.5  # after its deadline an answer is not waited for, [Note: late]
+METRICS_S = 5.0  # that the engine has to say how things stand
+SEND_S = 60.0  # after which a client that takes nothing has gone
 BUCKETS_S = 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 
@@ -133,8 +149,11 @@ class Front:
         )
 
     async def _open(self, job: Job) -> Stream:
+        if len(job.choices) > (most := self.service.max_waiting):
+            raise too_many_choices(len(job.choices), most)
         try:
-            return await self.service.open([choice.request for choice in job.choices])
+            async with within(job.deadline):
+                return await self.service.open([choice.request for choice in job.choices])
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         except QueueFull as error:
@@ -147,7 +166,7 @@ class Front:
         choices = {choice.request.id: choice for choice in job.choices}
         clock = Clock(self.numbers, job.arrival)
         try:
-            async for event in stream:
+            while (event := await self._next(job, stream)) is not None:
                 choice = choices[event.request_id]
                 if choice.transcript.finish is not None:  # by a stop string; what the engine says after is not text
                     continue
@@ -166,6 +185,11 @@ class Front:
             num_abandoned = sum(choice.transcript.finish is None for choice in job.choices)
             self.numbers.finished.labels("abandoned").inc(num_abandoned)
 
+    async def _next(self, job: Job, stream: Stream) -> Event | None:
+        """News of any choice; None at the end."""
+        async with within(job.deadline):
+            return await anext(stream, None)
+
     async def _lines(self, job: Job, stream: Stream) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
         more = {"usage": None} if job.wants_usage else {}
@@ -183,9 +207,27 @@ class Front:
         yield b"data: [DONE]\n\n"
 
 
+@asynccontextmanager
+async def within(deadline: float | None) -> AsyncIterator[None]:
+    """[Note: late] Raises ApiError where what is done here has not ended then, in seconds of time.monotonic()."""
+    scope = asyncio.timeout(None if deadline is None else deadline + LATE_S - time.monotonic())
+    try:
+        async with scope:
+            yield
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        raise _late() from None
+
+
+def _late() -> ApiError:
+    message = "the time that a request may take is over; ask for fewer tokens"
+    return ApiError(504, message, code="deadline_exceeded")
+
+
 def _check_finish(finish: FinishReason | None) -> None:
     if finish is FinishReason.DEADLINE:
-        raise ApiError(504, "the time that a request may take is over; ask for fewer tokens", code="deadline_exceeded")
+        raise _late()
     if finish is FinishReason.CANCELLED:
         raise _unavailable("the request was cancelled because the service is shutting down")
 
@@ -224,8 +266,12 @@ class EventStream(StreamingResponse):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def patient_send(message: Message) -> None:
+            async with asyncio.timeout(SEND_S):
+                await send(message)
+
         async with abandonable(receive, self._stream):
-            await self.stream_response(send)
+            await self.stream_response(patient_send)
 
 
 # --- the application ---
@@ -333,15 +379,23 @@ def _add_routes(app: FastAPI, front: Front) -> None:
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
-        state = front.service.state
-        return JSONResponse({"status": state.value}, 200 if state is State.SERVING else 503)
+        state, trouble = front.service.state, front.service.trouble
+        if trouble is None:
+            return JSONResponse({"status": state.value})
+        if state not in (State.SERVING, State.FAILED):
+            return JSONResponse({"status": state.value}, 503)
+        status = "stuck" if state is State.SERVING else state.value
+        return JSONResponse({"status": status, "message": trouble}, 503)
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
         try:
-            of_engine = await front.service.call(lambda engine: engine.metrics())
+            async with asyncio.timeout(METRICS_S):
+                of_engine = await front.service.call(lambda engine: engine.metrics())
         except Unavailable as error:
             raise _unavailable(str(error)) from error
+        except TimeoutError:
+            raise _unavailable(f"the engine is busy: {front.service.busy_s:.0f} s in one step") from None
         return Response(front.numbers.text(of_engine), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 

@@ -7,15 +7,28 @@ requests whose reader goes away, and of all of them at the end. Knows nothing of
 What the event loop wants of the engine is a call, put in a queue and made between two steps; what the engine has to say
 goes the other way as one callback of the loop per step. Streams and the table of them belong to the loop, the engine
 to the thread, and only the queue is shared.
+
+[Note: identities]
+The engine knows a request by a name that the service has made for it alone. So what it still has to say of one that was
+refused or given up is never taken for news of another that was opened under the same id.
+
+[Note: a stuck engine]
+A step may never return. The thread notes when it begins to do something, and the loop reads it: `trouble` puts it into
+words, `stuck_after_s` ends the service over it, and nothing on the loop waits for the thread without a bound. Whoever
+owns the process must end it then by force: no thread can be ended from outside.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -23,9 +36,23 @@ from yafsdp_like.inference.request import Event, Request
 
 T = TypeVar("T")
 
+SLOW_STEP_S = 20.0  # a step that takes longer is worth a word
+LAST_STEP_S = 10.0  # for the engine to end what was cancelled, and its thread
+logger = logging.getLogger(__name__)
+
+
+class Limited(Protocol):
+    """What the service asks of an engine's options."""
+
+    @property
+    def max_waiting(self) -> int: ...
+
 
 class Stepped(Protocol):
     """What the thread needs of an engine; `engine.Engine` says what each does."""
+
+    @property
+    def options(self) -> Limited: ...
 
     @property
     def has_work(self) -> bool: ...
@@ -46,13 +73,17 @@ class Unavailable(RuntimeError):
     """The service takes no requests: it is shutting down, or its engine has failed."""
 
 
+class Stuck(RuntimeError):
+    """The engine has not come back in time from what it was doing."""
+
+
 class State(Enum):
     """Where a service is in its life; it never goes back."""
 
     NEW = "new"
     SERVING = "serving"
     DRAINING = "draining"  # what runs may end, nothing begins
-    FAILED = "failed"  # the engine has raised
+    FAILED = "failed"  # the engine has raised, or is stuck
     CLOSED = "closed"
 
 
@@ -71,8 +102,9 @@ class Stream:
     there are at most as many as tokens were asked for.
     """
 
-    def __init__(self, request_ids: Sequence[str], cancel: Callable[[str], None]) -> None:
-        self._live = dict.fromkeys(request_ids)
+    def __init__(self, names: Mapping[str, str], cancel: Callable[[str], None]) -> None:
+        """`names`: what the engine calls each request, by its id; `cancel` is told that."""
+        self._live = dict(names)
         self._cancel = cancel
         self._events: deque[Event] = deque()
         self._news = asyncio.Event()
@@ -98,7 +130,7 @@ class Stream:
     def cancel(self, request_id: str) -> None:
         """Ask the engine to end one of the requests; its last event still comes. Harmless once it has ended."""
         if request_id in self._live:
-            self._cancel(request_id)
+            self._cancel(self._live[request_id])
 
     def close(self) -> None:
         """Stop reading, and cancel what has not ended. Idempotent."""
@@ -106,8 +138,8 @@ class Stream:
             return
         self._is_closed = True
         self._events.clear()
-        for request_id in self._live:
-            self._cancel(request_id)
+        for name in self._live.values():
+            self._cancel(name)
         self._news.set()
 
     def put(self, event: Event) -> None:
@@ -132,25 +164,60 @@ class Service(Generic[EngineT]):
     """
 
     def __init__(
-        self, engine: EngineT, prepare: Callable[[EngineT], None] = lambda engine: None, look_s: float | None = None
+        self,
+        engine: EngineT,
+        prepare: Callable[[EngineT], None] = lambda engine: None,
+        look_s: float | None = None,
+        stuck_after_s: float | None = None,
     ) -> None:
         """`prepare` is called first in the thread, to choose its device, say. An engine that finds work by itself is
-        looked at every `look_s` seconds; other engines only have work after calls."""
-        self._engine, self._prepare, self._look_s = engine, prepare, look_s
+        looked at every `look_s` seconds; other engines only have work after calls. One whose step takes longer than
+        `stuck_after_s` has failed; None: never."""
+        self._engine, self._prepare, self._look_s, self._stuck_after_s = engine, prepare, look_s, stuck_after_s
         self._calls: deque[_Call[EngineT]] = deque()  # shared, under `_changed`
         self._changed = threading.Condition()
         self._is_over = False  # shared, under `_changed`: the thread takes no more calls
+        self._busy_since: float | None = None  # written by the thread: when it began a step and what comes before it
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._streams: dict[str, Stream] = {}  # by request; an entry until the engine has said the request's last word
-        self._idle = asyncio.Event()
+        self._numbers = itertools.count()  # [Note: identities]
+        self._streams: dict[str, tuple[Stream, str]] = {}  # and the id there, by the engine's name for the request;
+        self._idle = asyncio.Event()  # an entry stays until the engine has said the request's last word
         self._idle.set()
+        self._watcher: asyncio.Task[None] | None = None
         self.state = State.NEW
-        self.error: Exception | None = None  # why it FAILED
+        self.error: BaseException | None = None  # why it FAILED
 
     @property
     def num_requests(self) -> int:
         """Requests that have not ended."""
         return len(self._streams)
+
+    @property
+    def max_waiting(self) -> int:
+        """Requests that may wait; more than so many can never be opened together."""
+        return self._engine.options.max_waiting
+
+    @property
+    def busy_s(self) -> float:
+        """For how long the engine has been doing one thing; 0 while it waits."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the thread could not be ended: only the process can."""
+        return isinstance(self.error, Stuck) and self._thread.is_alive()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nobody should be sent here now; None if all is well."""
+        if self.state is not State.SERVING:
+            return str(self._unavailable())
+        if not self._thread.is_alive():
+            return "the engine's thread has ended"
+        if (busy_s := self.busy_s) > SLOW_STEP_S:
+            return f"the engine has been in one step for {busy_s:.0f} s, and may be stuck"
+        return None
 
     async def start(self) -> None:
         """Begin to serve the loop that is running."""
@@ -158,19 +225,24 @@ class Service(Generic[EngineT]):
         self._loop = asyncio.get_running_loop()
         self.state = State.SERVING
         self._thread.start()
+        self._watcher = asyncio.create_task(self._watch())
 
     async def open(self, requests: Sequence[Request]) -> Stream:
         """Give the engine all of these requests, or none of them.
 
-        Raises what `Engine.add` raises of the first that it does not take, and `Unavailable` at the end of the service.
+        Raises what `Engine.add` raises of the first that it does not take, and `Unavailable` at the end of the
+        service.
         """
         if self.state is not State.SERVING:
             raise self._unavailable()
-        stream = Stream([request.id for request in requests], self._cancel)
-        self._streams.update((request.id, stream) for request in requests)
+        self._check(requests)
+        names = {request.id: f"{next(self._numbers)}:{request.id}" for request in requests}
+        stream = Stream(names, self._cancel)
+        self._streams.update((name, (stream, request_id)) for request_id, name in names.items())
         self._idle.clear()
+        named = [replace(request, id=names[request.id]) for request in requests]
         try:
-            await self.call(lambda engine: self._add(engine, requests))
+            await self.call(lambda engine: self._add(engine, named))
         except asyncio.CancelledError:  # the engine has them by now, or will have
             stream.close()
             raise
@@ -188,6 +260,9 @@ class Service(Generic[EngineT]):
                 result = function(engine)
             except Exception as error:
                 self._post(_reject, future, error)
+            except BaseException as error:  # the end of the thread
+                self._post(_reject, future, _failed(error))
+                raise
             else:
                 self._post(_resolve, future, result)
 
@@ -195,31 +270,61 @@ class Service(Generic[EngineT]):
         return await future
 
     async def drain(self, grace_s: float) -> None:
-        """Take no more requests; wait `grace_s` seconds for those that run, and cancel what is left."""
+        """Take no more requests; wait `grace_s` seconds for those that run, and cancel what is left. An engine that
+        does not even end what is cancelled has failed."""
         if self.state is State.SERVING:
             self.state = State.DRAINING
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), grace_s)
+        for name in list(self._streams):
+            self._cancel(name)
+        try:
+            await asyncio.wait_for(self._idle.wait(), LAST_STEP_S)
         except TimeoutError:
-            for request_id in list(self._streams):
-                self._cancel(request_id)
-            await self._idle.wait()
+            self._fail(Stuck(f"it has been in one step for {self.busy_s:.0f} s, and ends nothing that is cancelled"))
 
     async def close(self) -> None:
-        """Cancel what runs and end the thread. Idempotent."""
+        """Cancel what runs and end the thread, or leave it where it is stuck. Idempotent."""
         if self.state in (State.SERVING, State.DRAINING):
             await self.drain(0)
+        if self._watcher is not None:
+            self._watcher.cancel()
         self._end_calls(self._unavailable())
         if self.state is not State.NEW:
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, LAST_STEP_S)
+            if self._thread.is_alive():
+                self._fail(Stuck(f"it has been in one step for {self.busy_s:.0f} s, and its thread does not end"))
         if self.state is not State.FAILED:
             self.state = State.CLOSED
 
     # --- on the event loop ---
 
-    def _cancel(self, request_id: str) -> None:
+    def _check(self, requests: Sequence[Request]) -> None:
+        """Raises ValueError for requests whose events could not be told apart."""
+        seen: set[str] = set()
+        for request in requests:
+            if request.id in seen:
+                raise ValueError(f"request {request.id!r}: the id is in use")
+            seen.add(request.id)
+
+    def _cancel(self, name: str) -> None:
+        def run(engine: EngineT) -> None:
+            try:
+                engine.cancel(name)
+            except Exception as error:
+                self._post(self._lose, name, error)
+
         if self.state is not State.FAILED:
-            self._put(_Call(lambda engine: engine.cancel(request_id), lambda error: None))
+            self._put(_Call(run, lambda error: None))
+
+    async def _watch(self) -> None:
+        """[Note: a stuck engine] Fails a service whose engine does not come back."""
+        while self.state in (State.SERVING, State.DRAINING):
+            await asyncio.sleep(min(1.0, (self._stuck_after_s or 4.0) / 4))
+            if self._stuck_after_s is not None and (busy_s := self.busy_s) > self._stuck_after_s:
+                self._fail(Stuck(f"it has been in one step for {busy_s:.0f} s"))
+            elif not self._thread.is_alive() and not self._is_over:
+                self._fail(RuntimeError("its thread has ended"))
 
     def _put(self, call: _Call[EngineT]) -> None:
         with self._changed:
@@ -231,28 +336,43 @@ class Service(Generic[EngineT]):
 
     def _unavailable(self) -> Unavailable:
         if self.error is not None:
-            return Unavailable(f"the engine has failed: {type(self.error).__name__}: {self.error}")
+            return _failed(self.error)
         return Unavailable(f"the service takes no requests: it is {self.state.value}")
 
     def _route(self, events: Sequence[Event]) -> None:
         for event in events:
-            stream = self._streams.get(event.request_id)
-            if stream is None:  # it was not opened in the end
-                continue
-            stream.put(event)
+            try:
+                self._deliver(event)
+            except Exception as error:  # others in the same step have nothing to do with it
+                self._lose(event.request_id, error)
             if event.finish is not None:
                 self._forget([event.request_id])
 
-    def _forget(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            self._streams.pop(request_id, None)
+    def _deliver(self, event: Event) -> None:
+        if event.request_id in self._streams:  # else it was not opened in the end
+            stream, request_id = self._streams[event.request_id]
+            stream.put(replace(event, request_id=request_id))
+
+    def _lose(self, name: str, error: Exception) -> None:
+        """Ends what a request is part of, which could not be told its news, or not be cancelled."""
+        logger.error("a request is lost", exc_info=error)
+        if name in self._streams:
+            stream, _ = self._streams[name]
+            stream.fail(Unavailable(f"the request is lost: {type(error).__name__}: {error}"))
+
+    def _forget(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._streams.pop(name, None)
         if not self._streams:
             self._idle.set()
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
+        if self.state in (State.FAILED, State.CLOSED):
+            return
+        logger.error("the engine has failed", exc_info=error)
         self.state, self.error = State.FAILED, error
         unavailable = self._unavailable()
-        for stream in self._streams.values():
+        for stream, _ in self._streams.values():
             stream.fail(unavailable)
         self._end_calls(unavailable)
         self._forget(list(self._streams))
@@ -271,14 +391,38 @@ class Service(Generic[EngineT]):
 
     def _run(self) -> None:
         try:
+            self._busy_since = time.monotonic()
             self._prepare(self._engine)
-            while (calls := self._next_calls()) is not None:
-                for call in calls:
-                    call.run(self._engine)
-                if self._engine.has_work and (events := self._engine.step()):
-                    self._post(self._route, events)
-        except Exception as error:
+            while self._turn():
+                pass
+        except BaseException as error:  # also what ends a thread without a word
             self._post(self._fail, error)
+        finally:
+            self._busy_since = None
+
+    def _turn(self) -> bool:
+        """Makes the calls that wait, and a step; False at the end."""
+        num_calls = self._wait()
+        for _ in range(num_calls):
+            with self._changed:
+                if not self._calls:  # they were ended meanwhile
+                    return False
+                call = self._calls.popleft()
+            call.run(self._engine)
+        if self._is_over:
+            return False
+        if self._engine.has_work and (events := self._engine.step()):
+            self._post(self._route, events)
+        return True
+
+    def _wait(self) -> int:
+        """The number of calls to make before the next step, once there is anything to do."""
+        with self._changed:
+            self._busy_since = None
+            while not self._calls and not self._is_over and not self._engine.has_work:
+                self._changed.wait(self._look_s)
+            self._busy_since = time.monotonic()
+            return len(self._calls)
 
     def _add(self, engine: EngineT, requests: Sequence[Request]) -> None:
         """All or none; the table forgets those that the engine refuses, even if who opened them has gone meanwhile."""
@@ -291,15 +435,6 @@ class Service(Generic[EngineT]):
                 self._post(self._forget, [request.id for request in requests])
                 raise
 
-    def _next_calls(self) -> list[_Call[EngineT]] | None:
-        """What is to be done before the next step, waiting if there is nothing to do at all; None at the end."""
-        with self._changed:
-            while not self._calls and not self._is_over and not self._engine.has_work:
-                self._changed.wait(self._look_s)
-            calls = list(self._calls)
-            self._calls.clear()
-            return None if self._is_over else calls
-
     def _post(self, callback: Callable[..., None], *arguments: Any) -> None:
         """Run on the event loop, if there still is one; from any thread."""
         try:
@@ -309,6 +444,10 @@ class Service(Generic[EngineT]):
                 raise
 
 
+def _failed(error: BaseException) -> Unavailable:
+    return Unavailable(f"the engine has failed: {type(error).__name__}: {error}")
+
+
 def _resolve(future: asyncio.Future[T], result: T) -> None:
     if not future.done():  # who asked may have gone
         future.set_result(result)
@@ -316,4 +455,5 @@ def _resolve(future: asyncio.Future[T], result: T) -> None:
 
 def _reject(future: asyncio.Future[Any], error: Exception) -> None:
     if not future.done():
-        future.set_exception(error)
+        is_iteration = isinstance(error, StopIteration)  # which a future does not take
+        future.set_exception(RuntimeError(f"StopIteration: {error}") if is_iteration else error)
