@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import re
 import signal
@@ -86,6 +87,40 @@ def test_what_two_ranks_saved_one_rank_loads(asynchronous: bool, tmp_path: Path)
     for world_size in (1, 2):
         for result in run_ranks(loaded, latest, world_size=world_size):
             assert torch.equal(result, torch.arange(21.0).view(7, 3) + 1200)
+
+
+class Touch:
+    """Pickled, it makes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+def save_trap(directory: Path, trace: Path) -> None:
+    checkpoints = steps.StepCheckpoints(directory, 1, asynchronous=False)
+    checkpoints.save(1, state_of(1) | {"lr": 0.5, "trap": Touch(trace)}, {})
+    checkpoints.close()
+
+
+def load_value(path: Path, name: str) -> Any:
+    state = {name: None}
+    steps.load_into(path, state)
+    return state[name]
+
+
+def test_a_checkpoint_of_somebody_else_runs_nothing_on_any_rank(tmp_path: Path) -> None:
+    trace = tmp_path / "ran"
+    run_ranks(save_trap, tmp_path, trace)
+    assert run_ranks(load_value, tmp_path / "step-1", "lr") == [0.5, 0.5]
+    with pytest.raises(RankError, match=r"step-1 cannot be read: .*Weights only load failed"):
+        run_ranks(load_value, tmp_path / "step-1", "trap")
+    (tmp_path / "step-1" / steps.SHARDS / ".metadata").write_bytes(pickle.dumps(Touch(trace)))
+    with pytest.raises(RankError, match=r"\.metadata is not the metadata .*names posix\.system"):
+        run_ranks(loaded, tmp_path / "step-1")
+    assert not trace.exists()
 
 
 def change_after_save(directory: Path) -> None:

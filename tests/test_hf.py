@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from tests.ranks import RankError, run_ranks
 from yafsdp_like import fully_shard
 from yafsdp_like.checkpoint import safetensors
 from yafsdp_like.checkpoint.safetensors import TensorSpec, TensorWriter, stored_tensors
+from yafsdp_like.inference import loading
 from yafsdp_like.models import IGNORE_INDEX, PRESETS, Decoder, DecoderConfig
 from yafsdp_like.models.hf import config_from_hf, config_to_hf, load_hf_config, load_hf_weights, save_hf
 from yafsdp_like.models.rope import LinearScaling, YarnScaling
@@ -191,6 +194,22 @@ def test_yarn_scales_of_deepseek_become_one_amplitude() -> None:
         ({"quantization_config": {"bits": 4}}, "expected quantization_config None"),
         ({"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads"),
         ({"hidden_size": None}, "lacks 'hidden_size'"),
+        ({"hidden_size": "32"}, "hidden_size must be a whole number from 1 to .*, found '32'"),
+        ({"hidden_size": 32.0}, "hidden_size must be a whole number"),
+        ({"hidden_size": True}, "hidden_size must be a whole number"),
+        ({"hidden_size": 10**40}, "hidden_size must be a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number from 1"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 10000"),
+        ({"num_key_value_heads": [2]}, "num_key_value_heads must be a whole number"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number"),
+        ({"rope_theta": float("nan")}, "rope_theta must be a number"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+        ({"rope_scaling": 2.0}, "rope_scaling must be an object, found 2.0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "x"}}, "rope_scaling.factor must be a number"),
+        ({"rope_scaling": {"rope_type": 3}}, "rope_scaling.rope_type must be a name"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "lacks 'factor'"),
+        ({"model_type": ["llama"]}, "model_type .* is not one of"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": 3}, "layer_types must be a list"),
     ],
 )
 def test_a_configuration_that_the_decoder_is_no_equal_of_is_refused(
@@ -200,6 +219,15 @@ def test_a_configuration_that_the_decoder_is_no_equal_of_is_refused(
     raw = {key: value for key, value in raw.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=message):
+        load_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[1]", b"3", b"null", b"{", b"", b"\xff\xfe", b"[" * 100_000, b'"x"', b"9" * 5000]
+)
+def test_a_configuration_that_is_no_object_names_its_file(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json: "):
         load_hf_config(tmp_path)
 
 
@@ -249,6 +277,110 @@ def test_one_error_names_what_is_missing_unexpected_and_misshapen(tmp_path: Path
         "unexpected: model.layers.0.self_attn.q_proj.bias",
         "of another shape: lm_head.weight (expected (512, 64), found (500, 64))",
     ]
+
+
+# --- what is stored beside what is loaded ---
+
+
+def store(directory: Path, tensors: dict[str, Tensor], file_name: str = "model.safetensors") -> None:
+    """A file of the package `safetensors`."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / file_name)
+
+
+def tensors_of(directory: Path) -> dict[str, Tensor]:
+    return {name: stored.read_rows(0, stored.spec.shape[0]) for name, stored in stored_tensors(directory).items()}
+
+
+@pytest.fixture
+def tied(tmp_path: Path) -> Path:
+    """A tied model that transformers wrote, to be changed."""
+    shutil.copytree(directory_of("llama, tied, llama3 rope"), tmp_path / "tied")
+    return tmp_path / "tied"
+
+
+@pytest.mark.parametrize("where", ["all", "one element of the last row"])
+def test_a_head_that_is_stored_with_other_values_than_the_embedding_counts(where: str, tied: Path) -> None:
+    """It was left out in silence, with logits off by 12.5: transformers takes it, in spite of the configuration."""
+    tensors = tensors_of(tied)
+    head = tensors["model.embed_tokens.weight"].clone()
+    if where == "all":
+        head += torch.randn_like(head)
+    else:
+        head[-1, -1] += 1
+    store(tied, tensors | {"lm_head.weight": head})
+    config = load_hf_config(tied)
+    assert not config.tie_embeddings
+    model = Decoder(config)
+    load_hf_weights(model, tied)
+    assert torch.equal(model.lm_head.weight, head)
+    tokens = torch.arange(NUM_TOKENS)[None]
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tied, attn_implementation="eager").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), reference(tokens).logits, atol=2e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"tied to its embedding, .* stores lm_head.weight with other values"):
+        load_hf_weights(Decoder(dataclasses.replace(config, tie_embeddings=True)), tied)
+    opened = loading.open_model(str(tied))
+    assert not opened.config.tie_embeddings
+    read = torch.empty(head.numel())
+    opened.source(torch.device("cpu")).read_into("lm_head.weight", 0, read)
+    assert torch.equal(read.view_as(head), head)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_head_that_is_stored_once_more_stays_tied(dtype: torch.dtype, tied: Path) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors_of(tied).items()}
+    store(tied, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    config = load_hf_config(tied)
+    assert config.tie_embeddings
+    model = Decoder(config)
+    load_hf_weights(model, tied)
+    assert model.lm_head.weight is model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_one_byte_floats_are_refused_since_their_scales_are_not_known(
+    dtype: torch.dtype, tied: Path
+) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = tensors_of(tied)
+    store(tied, tensors | {name: tensors[name].to(dtype)})
+    with pytest.raises(ValueError, match=rf"of one-byte floats, which mean nothing without scales .*: {name}"):
+        load_hf_weights(Decoder(load_hf_config(tied)), tied)
+    with pytest.raises(ValueError, match="of one-byte floats"):
+        loading.open_model(str(tied))
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_weights_of_other_formats_and_adapters_beside_a_model_are_left_alone(num_files: int, tmp_path: Path) -> None:
+    model = Decoder(PRESETS["tiny"])
+    model.init_weights(0)
+    save_hf(model, tmp_path, max_file_nbytes=1 << 30 if num_files == 1 else 200_000)
+    for name in ("consolidated.safetensors", "adapter_model.safetensors", "extra.safetensors"):
+        store(tmp_path, {"layers.0.attention.wq.weight": torch.ones(2)}, name)
+    (tmp_path / "consolidated.safetensors.index.json").write_text("{}")
+    loaded = Decoder(PRESETS["tiny"])
+    load_hf_weights(loaded, tmp_path)
+    assert torch.equal(loaded.layers[0].mlp.up_proj.weight, model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize(
+    ("file_name", "told"),
+    [
+        ("adapter_model.safetensors", "found only an adapter, adapter_model.safetensors: merge it"),
+        ("adapter_model.bin", "found only an adapter, adapter_model.bin: merge it"),
+        ("consolidated.safetensors", "found only consolidated.safetensors, with names of another format"),
+        ("pytorch_model.bin", "found pytorch_model.bin, a pickle, which is not read"),
+    ],
+)
+def test_a_directory_without_a_model_says_what_is_there_instead(file_name: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / file_name).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"expected model.safetensors .*{told}"):
+        load_hf_weights(Decoder(PRESETS["tiny"]), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter: merge it"):
+        loading.open_model(str(tmp_path))
 
 
 def test_loading_into_the_meta_device_names_the_fix() -> None:
@@ -383,6 +515,42 @@ def test_a_file_cut_short_is_refused(num_kept: int, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:num_kept])
     with pytest.raises(ValueError, match=r"model.safetensors is no whole safetensors file"):
         load_hf_weights(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [], 3, {"x": 3}, {"x": None}, {"x": {}}, {"x": {"dtype": "F32", "shape": [2]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0]}},
+        {"x": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "Q4", "shape": [2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
+        {"x": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 8]}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_header_that_is_none_names_its_file(header: Any, tmp_path: Path) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file: "):
+        stored_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["{", "[]", "3", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"x": 3}}', "[" * 100_000,
+     '{"weight_map": {"x": ["model.safetensors"]}}', '{"weight_map": {"x": "../model.safetensors"}}',
+     '{"weight_map": {"x": "/etc/passwd"}}', '{"weight_map": {"x": ""}}', '{"weight_map": {"x": ".."}}'],
+)  # fmt: skip
+def test_an_index_that_is_none_names_its_file(index: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"index\.json is no index of safetensors files: "):
+        stored_tensors(tmp_path)
 
 
 def test_an_index_that_names_absent_files_is_refused(tmp_path: Path) -> None:

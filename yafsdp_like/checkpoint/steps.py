@@ -10,6 +10,8 @@ is on the disk does the first rank rename it to `step-N`; renaming is atomic. Wh
 process killed at any moment leaves complete `step-N` directories, and leftovers that the next run removes.
 
 All ranks must see one directory (a shared file system, where there are several hosts).
+
+A checkpoint may come from anybody: what is read here is never run (`reading.py`).
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from yafsdp_like.checkpoint import reading
 from yafsdp_like.comm.agreement import host_group, together
 from yafsdp_like.memory.plan import readable
 
@@ -69,18 +72,39 @@ def read_facts(path: Path) -> Facts:
     """The plain values saved with the checkpoint at `path`; ValueError if it is not a complete one."""
     if not is_complete(path):
         raise ValueError(f"{path} is not a complete checkpoint: it must hold {FACTS} and {SHARDS}/.metadata")
-    facts: Facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+    try:
+        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path / FACTS}: expected an object in JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path / FACTS}: expected an object in JSON, found {type(facts).__name__}")
     return facts
 
 
 def load_into(path: Path, state: dict[str, Any]) -> None:
-    """Fill the tensors of `state` (nested dicts; every key must have been saved) from the checkpoint, in place."""
-    load(state, storage_reader=FileSystemReader(path / SHARDS))
+    """Fill the tensors of `state` (nested dicts; every key must have been saved) from the checkpoint, in place.
+
+    Called by all ranks together. Raises ValueError for a checkpoint that cannot be read, or lacks something.
+    """
+    with together():
+        metadata = reading.read_metadata(path / SHARDS)
+    try:
+        load(
+            state,
+            storage_reader=reading.CheckedReader(path / SHARDS, metadata),
+            planner=reading.CheckedPlanner(),
+        )
+    except CheckpointException as error:
+        raise ValueError(f"{path} cannot be read: {reading.why(error)}") from None
 
 
 def load_whole(path: Path, state: dict[str, Any]) -> None:
     """As `load_into`, on this rank alone: plain tensors, whole and in their own dtype, of what the ranks have saved."""
-    _load_state_dict(state, FileSystemReader(path / SHARDS), no_dist=True)  # `load` does so, and warns
+    reader = reading.CheckedReader(path / SHARDS, reading.read_metadata(path / SHARDS))
+    try:
+        _load_state_dict(state, reader, no_dist=True, planner=reading.CheckedPlanner())  # `load` does so, and warns
+    except CheckpointException as error:
+        raise ValueError(f"{path} cannot be read: {reading.why(error)}") from None
 
 
 class StepCheckpoints:

@@ -30,6 +30,7 @@ from yafsdp_like.models.decoder import fill_first_values
 
 PRESET = "preset:"
 EXPORT = "hf"  # in a checkpoint: the same model as a Hugging Face directory, if training was told to write it
+ADAPTER_CONFIG = "adapter_config.json"
 _READ_NBYTES = 64 << 20  # at a time, about
 
 
@@ -55,18 +56,21 @@ def open_model(name: str, config: DecoderConfig | None = None) -> Model:
     """The model called ``name``: a Hugging Face directory, a ``step-N`` directory of training or a run's directory with
     such in it (then the latest), or ``preset:NAME``, which has random values.
 
-    A checkpoint has its configuration in the directory that training exports beside its shards; ``config`` is needed
-    where it did not. Raises ValueError for what is no model, or does not fit its configuration.
+    A directory with a config.json is a Hugging Face directory, whatever else lies there. A checkpoint has its
+    configuration in the directory that training exports beside its shards; ``config`` is needed where it did not.
+    Raises ValueError for what is no model, or does not fit its configuration. Nothing of a directory is ever run.
     """
     if name.startswith(PRESET):
         return _preset(name)
-    path = Path(name)
+    path = Path(name).expanduser()
+    if (path / hf.CONFIG_NAME).is_file():
+        return _hf_directory(path)
     checkpoint = path if steps.is_complete(path) else steps.find_latest(path)
-    if checkpoint is not None:
-        return _checkpoint(checkpoint, config)
-    if not (path / hf.CONFIG_NAME).is_file():
+    if checkpoint is None and (path / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{name!r} holds an adapter: merge it into the model that it was made for, and save that")
+    if checkpoint is None:
         raise ValueError(f"expected a Hugging Face directory, a checkpoint (step-N) or {PRESET}NAME, found {name!r}")
-    return _hf_directory(path)
+    return _checkpoint(checkpoint, config)
 
 
 def model_of(module: Decoder, name: str = "decoder") -> Model:
@@ -191,7 +195,10 @@ def _checkpoint(path: Path, config: DecoderConfig | None) -> Model:
         )
     config = config or hf.load_hf_config(path / EXPORT)
     shapes = {name: list(parameter.shape) for name, parameter in _on_meta(config).named_parameters()}
-    difference = steps.first_difference(steps.read_facts(path).get("shapes", {}), shapes)
+    saved = steps.read_facts(path).get("shapes")
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path / steps.FACTS}: expected 'shapes', an object with each parameter's, found {saved!r}")
+    difference = steps.first_difference(saved, shapes)
     if difference is not None:
         raise ValueError(f"{path} is a checkpoint of another model: {difference}")
     return Model(str(path), config, exported, lambda device: CheckpointSource(path, shapes))

@@ -1,8 +1,8 @@
 """Text in and out of a served model: ids of prompts and chats, and text that grows token by token.
 
 Owns the tokenizer and the way from tokens to pieces of text: bytes that are no whole character yet and beginnings of
-stop strings are held back. Knows nothing of engines, threads or HTTP. Needs `transformers`, which is imported when a
-tokenizer is loaded.
+stop strings are held back. Conversations are chat.py's. Knows nothing of engines, threads or HTTP. Needs
+`transformers`, which is imported when a tokenizer is loaded.
 
 [Note: held back]
 A piece, once out, is never taken back. So a token's bytes wait until they are whole characters, and characters wait
@@ -12,7 +12,6 @@ starts at or after the token's own place in the text.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from yafsdp_like.inference import directory as hf_directory
+from yafsdp_like.inference.chat import ChatTemplate, cut
 from yafsdp_like.inference.request import Event, FinishReason, Token
 
 Decode = Callable[[Sequence[int]], str]
@@ -30,7 +31,6 @@ UNKNOWN = "\ufffd"  # what decoders write for bytes that are no character
 NUM_CONTEXT_TOKENS = 4  # of the prompt: some decoders drop a space before the first token that they see
 MOST_PENDING_TOKENS = 16  # a character has 4 bytes at most: what is still none then will never be one
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how vocabularies of characters spell single bytes
-TOKENIZER_FILES = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 
 class Codec:
@@ -40,56 +40,42 @@ class Codec:
         """`tokenizer` is a fast one of `transformers`; `stop_tokens` are added to its own eos token."""
         self._tokenizer = tokenizer
         self._model = tokenizer.backend_tokenizer
+        self._model.no_truncation()  # which its file may ask for, of training
+        self._model.no_padding()
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.stop_tokens = frozenset((*eos, *stop_tokens))
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
 
     @classmethod
     def load(cls, directory: str | Path) -> Codec:
-        """The tokenizer of a Hugging Face directory, and the ids that its generation_config.json ends with.
+        """The tokenizer of a Hugging Face directory, and the ids that its configurations end a text with.
 
-        Raises ValueError where there is none that can be read, ImportError without `transformers`.
+        Raises ValueError where there is none that can be read, or only by running code that comes with it; ImportError
+        without `transformers`.
         """
         directory = Path(directory).expanduser()
-        if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-            raise ValueError(f"no tokenizer in {directory}: expected one of {', '.join(TOKENIZER_FILES)} there")
-        try:
-            from transformers import AutoTokenizer
-        except ImportError as error:
-            raise ImportError(f"text needs transformers: pip install 'yafsdp_like[serve]' ({error})") from error
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        except Exception as error:  # whatever a broken file makes of it
-            raise ValueError(f"{directory}: transformers cannot read its tokenizer: {error}") from error
-        if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(
-                f"{directory}: expected a tokenizer that `tokenizers` runs, found {type(tokenizer).__name__}"
-            )
-        return cls(tokenizer, _stop_tokens(directory / "generation_config.json"))
+        return cls(hf_directory.load_tokenizer(directory), hf_directory.stop_tokens(directory))
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a text that begins, with what the model expects at the beginning; special tokens by their names.
+        """Ids of a text that begins, with what the model expects at the beginning; control tokens by their names.
 
         Raises ValueError for text with half a surrogate pair, which is no Unicode.
         """
-        return self._encode(text, add_special_tokens=True)
+        return tuple(cut(self._model, text, add_special_tokens=True))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """Ids of a conversation up to where the model answers; `messages` have `role` and `content`.
 
+        Control tokens are the template's own: their names in a content are text.
         Raises ValueError if there is no chat template, or it refuses the messages.
         """
         if not self.has_chat_template:
             raise ValueError("the model has no chat template: send a prompt to /v1/completions instead")
-        from jinja2 import TemplateError
+        return self._chat_template.encode(messages)
 
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-            )
-        except (TemplateError, TypeError, KeyError) as error:
-            raise ValueError(f"the model's chat template refuses these messages: {error}") from error
-        return self._encode(text, add_special_tokens=False)  # the template has written them
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer, self.stop_tokens)
 
     @property
     def has_chat_template(self) -> bool:
@@ -130,27 +116,6 @@ class Codec:
         """Whether pieces spell bytes in the alphabet of byte-level BPE."""
         decoder = self._model.decoder
         return decoder is not None and b"ByteLevel" in decoder.__getstate__()
-
-    def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text must be Unicode, found half a surrogate pair at character {error.start}") from None
-        return tuple(self._model.encode(text, add_special_tokens=add_special_tokens).ids)
-
-
-def _stop_tokens(path: Path) -> tuple[int, ...]:
-    """`eos_token_id` of a generation_config.json, which may be several; none where there is no such file."""
-    if not path.is_file():
-        return ()
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: expected an object in JSON: {error}") from error
-    listed = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(token, int) for token in listed):
-        raise ValueError(f"{path}: eos_token_id must be an id or a list of ids, found {found!r}")
-    return tuple(listed)
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -1,9 +1,14 @@
-"""Decoders from Hugging Face directories, and back: configurations by key, weights by name.
+"""Decoders from Hugging Face directories, and back: weights by name.
 
-Owns what each key of `config.json` and each name of a weight means. It must not know the bytes of a file
-(`checkpoint/safetensors.py` does), nor how a model is sharded beyond which rows of a DTensor are this rank's.
+Owns what each name of a weight means; what the keys of `config.json` mean is hf_config.py's. It must not know the bytes
+of a file (`checkpoint/safetensors.py` does), nor how a model is sharded beyond which rows of a DTensor are this rank's.
+
+[Note: tied in name only]
+A configuration may say that the head is the embedding, while the files hold a head of its own with other values. What
+is stored counts, as in transformers (since 5): such a model is not tied.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -20,26 +25,28 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from yafsdp_like.checkpoint.safetensors import StoredTensor, TensorSpec, TensorWriter, stored_tensors
 from yafsdp_like.models.decoder import Decoder, DecoderConfig
-from yafsdp_like.models.moe import ExpertsConfig
-from yafsdp_like.models.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from yafsdp_like.models.hf_config import config_from_hf, config_to_hf, model_type_of
+
+__all__ = [
+    "config_from_hf",
+    "config_to_hf",
+    "load_hf_config",
+    "load_hf_weights",
+    "save_hf",
+    "stored_weights",
+]
 
 CONFIG_NAME = "config.json"
 MAX_FILE_NBYTES = 5_000_000_000
 
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
 _MIXTRAL_NAMES = {
     ".mlp.": ".block_sparse_moe.",
     ".experts.gate_proj": ".experts.w1",
     ".experts.up_proj": ".experts.w3",
     ".experts.down_proj": ".experts.w2",
 }
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_COMPARED_NUMEL = 1 << 22  # elements of each at a time
 _NAMES_IN_AN_ERROR = 8
 
 
@@ -47,17 +54,32 @@ _NAMES_IN_AN_ERROR = 8
 
 
 def load_hf_config(directory: Path) -> DecoderConfig:
-    """The configuration in `directory`; raises ValueError for one that `Decoder` is no equal of."""
+    """The configuration in `directory`; raises ValueError for one that `Decoder` is no equal of.
+
+    A head that is tied there, and stored with other values than the embedding's, is not: [Note: tied in name only].
+    """
     path = directory / CONFIG_NAME
     try:
-        raw = json.loads(path.read_text())
-        return config_from_hf(raw)
+        config = config_from_hf(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ValueError(f"expected a Hugging Face directory, but {directory} has no {CONFIG_NAME}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}") from None
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
+    if config.tie_embeddings and _has_own_head(directory):
+        return dataclasses.replace(config, tie_embeddings=False)
+    return config
+
+
+def _has_own_head(directory: Path) -> bool:
+    try:
+        stored = stored_tensors(directory)
+    except ValueError:  # which is said when weights are loaded, if they are
+        return False
+    return not _is_head_tied(stored)
 
 
 def load_hf_weights(model: Decoder, directory: Path) -> None:
@@ -168,7 +190,7 @@ def _weight(name: str, param: Tensor, config: DecoderConfig) -> Weight:
     stored_name = name if name.startswith("lm_head.") else f"model.{name}"
     if config.experts is None:
         return Weight(param, (stored_name,), stacked=False)
-    if _model_type(config) == "mixtral":
+    if model_type_of(config) == "mixtral":
         for ours, theirs in _MIXTRAL_NAMES.items():
             stored_name = stored_name.replace(ours, theirs)
     block, is_expert, matrix = stored_name.partition(".experts.")
@@ -181,7 +203,7 @@ def _weight(name: str, param: Tensor, config: DecoderConfig) -> Weight:
 def _check_fit(directory: Path, weights: list[Weight], stored: Mapping[str, StoredTensor], *, tied: bool) -> None:
     """Buffers of old checkpoints and the second copy of a tied weight may be there; nothing else may differ."""
     shapes = {name: weight.shape for weight in weights for name in weight.names}
-    may_be_there = re.compile(r".*\.rotary_emb\.inv_freq" + (r"|lm_head\.weight" if tied else ""))
+    may_be_there = re.compile(r".*\.rotary_emb\.inv_freq" + (f"|{re.escape(_HEAD)}" if tied else ""))
     specs = {name: stored[name].spec for name in shapes if name in stored}
     findings = {
         "missing": [name for name in shapes if name not in stored],
@@ -192,10 +214,33 @@ def _check_fit(directory: Path, weights: list[Weight], stored: Mapping[str, Stor
             if spec.shape != shapes[name]
         ],
         "not of floating point": [name for name, spec in specs.items() if not spec.dtype.is_floating_point],
+        "of one-byte floats, which mean nothing without scales (store them in bfloat16)": [
+            name for name, spec in specs.items() if spec.dtype.is_floating_point and spec.dtype.itemsize == 1
+        ],
     }
     told = [f"{what}: {_some(names)}" for what, names in findings.items() if names]
     if told:
         raise ValueError(f"the weights in {directory} do not fit the model; {'; '.join(told)}")
+    if tied and not _is_head_tied(stored):
+        raise ValueError(
+            f"the model's head is tied to its embedding, and {directory} stores {_HEAD} with other values than "
+            f"{_EMBEDDING}: make the model with tie_embeddings=False, as load_hf_config does"
+        )
+
+
+def _is_head_tied(stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether no head is stored beside the embedding, or the same one."""
+    head, embedding = stored.get(_HEAD), stored.get(_EMBEDDING)
+    if head is None or embedding is None:
+        return True
+    if head.spec.shape != embedding.spec.shape:
+        return False
+    num_rows, *row_shape = head.spec.shape
+    rows_at_once = max(_COMPARED_NUMEL // max(math.prod(row_shape), 1), 1)
+    return all(
+        torch.equal(*(tensor.read_rows(row, min(row + rows_at_once, num_rows)).float() for tensor in (head, embedding)))
+        for row in range(0, num_rows, rows_at_once)
+    )
 
 
 def _some(names: list[str]) -> str:
@@ -222,206 +267,3 @@ def _full(param: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _exhaust(gathered: Iterator[Any]) -> None:
     for _ in gathered:
         pass
-
-
-# --- configurations ---
-
-
-def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder that computes what transformers does for `raw`, the content of a `config.json`.
-
-    Raises KeyError for a size that is left out (but the number of kv heads in Llama), and ValueError for what `Decoder`
-    does not compute; other keys that are left out have the defaults of transformers.
-    """
-    _check_supported(raw)
-    num_heads = raw["num_attention_heads"]
-    num_kv_heads = raw.get("num_key_value_heads") if raw["model_type"] == "llama" else raw["num_key_value_heads"]
-    head_dim = raw.get("head_dim") or (128 if raw["model_type"] == "qwen3" else None)
-    window, windowed_layers = _window(raw)
-    theta, scaling = _rope(raw)
-    return DecoderConfig(
-        dim=raw["hidden_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads or num_heads,
-        ffn_dim=raw["moe_intermediate_size" if raw["model_type"] == "qwen3_moe" else "intermediate_size"],
-        vocab_size=raw["vocab_size"],
-        custom_head_dim=None if head_dim == raw["hidden_size"] / num_heads else head_dim,
-        qkv_bias=raw["model_type"] == "qwen2",
-        qk_norm=raw["model_type"] in ("qwen3", "qwen3_moe"),
-        sliding_window=window,
-        windowed_layers=windowed_layers,
-        max_seq_len=raw["max_position_embeddings"],
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=raw["rms_norm_eps"],
-        tie_embeddings=raw.get("tie_word_embeddings", False),
-        experts=_experts(raw),
-    )
-
-
-def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The content of a `config.json` for which transformers computes what `Decoder(config)` does.
-
-    Raises ValueError for a combination that none of the families has.
-    """
-    model_type = _model_type(config)
-    rope = _rope_to_hf(config)
-    return {
-        "model_type": model_type,
-        "architectures": [_ARCHITECTURES[model_type]],
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim,
-        "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_seq_len,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": rope,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.qkv_bias,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        **_window_to_hf(config, model_type),
-        **_experts_to_hf(config, model_type),
-    }
-
-
-def _experts(raw: Mapping[str, Any]) -> ExpertsConfig | None:
-    if raw["model_type"] == "mixtral":
-        return ExpertsConfig(raw["num_local_experts"], raw["num_experts_per_tok"])
-    if raw["model_type"] != "qwen3_moe":
-        return None
-    if raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1:
-        raise ValueError("mlp_only_layers and decoder_sparse_step are not supported: every layer has experts")
-    num_experts = raw["num_experts"] if "num_experts" in raw else raw["num_local_experts"]
-    return ExpertsConfig(num_experts, raw["num_experts_per_tok"], raw.get("norm_topk_prob", False))
-
-
-def _experts_to_hf(config: DecoderConfig, model_type: str) -> dict[str, Any]:
-    if config.experts is None:
-        return {}
-    count = {"num_experts_per_tok": config.experts.experts_per_token}
-    if model_type == "mixtral":
-        return {**count, "num_local_experts": config.experts.num_experts}
-    return {
-        **count,
-        "num_experts": config.experts.num_experts,
-        "moe_intermediate_size": config.ffn_dim,
-        "norm_topk_prob": config.experts.normalize,
-    }
-
-
-def _check_supported(raw: Mapping[str, Any]) -> None:
-    model_type = raw.get("model_type")
-    if model_type not in _ARCHITECTURES:
-        raise ValueError(f"model_type '{model_type}' is not one of {', '.join(_ARCHITECTURES)}")
-    expected = {"hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1.0, "quantization_config": None}
-    if model_type != "qwen2":  # whose bias is not a matter of configuration
-        expected["attention_bias"] = False
-    for key, value in expected.items():
-        if raw.get(key, value) != value:
-            raise ValueError(f"expected {key} {value!r}, found {raw[key]!r}, which the decoder does not compute")
-
-
-def _window(raw: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...] | None]:
-    """The sliding window and the layers that have it; None: all layers."""
-    if raw["model_type"] in ("mistral", "mixtral"):
-        return raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None), None
-    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", False) else None
-    if window is None:
-        return None, None
-    if raw["model_type"] == "qwen3_moe":
-        return window, None
-    num_layers = raw["num_hidden_layers"]
-    kinds = raw.get("layer_types")
-    if kinds is None:
-        layers = tuple(range(raw.get("max_window_layers", 28), num_layers))
-    else:
-        layers = tuple(index for index, kind in enumerate(kinds) if kind == "sliding_attention")
-    if not layers:
-        return None, None
-    return window, None if len(layers) == num_layers else layers
-
-
-def _window_to_hf(config: DecoderConfig, model_type: str) -> dict[str, Any]:
-    if model_type == "llama":
-        return {}
-    if model_type in ("mistral", "mixtral"):
-        return {"sliding_window": config.sliding_window}
-    if model_type == "qwen3_moe":
-        return {"use_sliding_window": config.sliding_window is not None, "sliding_window": config.sliding_window}
-    windows = [config.window_of(index) for index in range(config.num_layers)]
-    return {
-        "use_sliding_window": config.sliding_window is not None,
-        "sliding_window": config.sliding_window,
-        "max_window_layers": next((i for i, window in enumerate(windows) if window), config.num_layers),
-        "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
-    }
-
-
-def _model_type(config: DecoderConfig) -> str:
-    """The family of transformers that has all that `config` has."""
-    some_windowed = config.sliding_window is not None and config.windowed_layers is not None
-    if config.qkv_bias and (config.qk_norm or config.experts):
-        raise ValueError("no family of transformers has qkv_bias (with none in o_proj) beside qk_norm or experts")
-    if some_windowed and (config.experts or not (config.qkv_bias or config.qk_norm)):
-        raise ValueError("no family of transformers has windowed_layers without qkv_bias or qk_norm, or with experts")
-    if config.experts and not (config.qk_norm or config.experts.normalize):
-        raise ValueError("no family of transformers has experts that are not normalized, and no qk_norm")
-    if config.experts:
-        return "qwen3_moe" if config.qk_norm else "mixtral"
-    if config.qk_norm:
-        return "qwen3"
-    if config.qkv_bias:
-        return "qwen2"
-    return "llama" if config.sliding_window is None else "mistral"
-
-
-def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling, from `rope_parameters`, or from the two keys that were there before it."""
-    rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta")}
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or (1e6 if raw["model_type"] == "mixtral" else 1e4)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"rotary positions for a part of each head are not supported, found {rope}")
-    if kind == "default":
-        return theta, None
-    max_seq_len = raw["max_position_embeddings"]
-    original = rope.get("original_max_position_embeddings") or max_seq_len
-    if kind == "linear":
-        return theta, LinearScaling(rope["factor"])
-    if kind == "llama3":
-        return theta, Llama3Scaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], original)
-    if kind == "yarn" and rope.get("truncate", True):
-        factor = rope.get("factor") or max_seq_len / original
-        slow, fast = rope.get("beta_slow") or 1.0, rope.get("beta_fast") or 32.0
-        return theta, YarnScaling(factor, original, slow, fast, _yarn_attention_factor(rope, factor))
-    raise ValueError(f"rotary positions are supported unscaled or scaled by linear, llama3 or yarn, found {rope}")
-
-
-def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float | None:
-    """None: as the paper has it. With `mscale` and `mscale_all_dim` it is (0.1 a ln f + 1) / (0.1 b ln f + 1)."""
-    given: float | None = rope.get("attention_factor")
-    above, below = rope.get("mscale"), rope.get("mscale_all_dim")
-    if given is None and above and below:
-        return (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
-    return given
-
-
-def _rope_to_hf(config: DecoderConfig) -> dict[str, Any] | None:
-    scaling = config.rope_scaling
-    if scaling is None:
-        return None
-    if isinstance(scaling, LinearScaling):
-        return {"rope_type": "linear", "factor": scaling.factor}
-    raw = {"factor": scaling.factor, "original_max_position_embeddings": scaling.original_seq_len}
-    if isinstance(scaling, Llama3Scaling):
-        turns = {"low_freq_factor": scaling.slow_turns, "high_freq_factor": scaling.fast_turns}
-        return {"rope_type": "llama3", **raw, **turns}
-    turns = {"beta_slow": scaling.slow_turns, "beta_fast": scaling.fast_turns}
-    return {"rope_type": "yarn", **raw, **turns, "attention_factor": scaling.attention_factor}

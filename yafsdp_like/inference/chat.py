@@ -1,0 +1,230 @@
+"""Conversations to ids: a chat template is rendered, and only what the template itself says may become a control token.
+
+Owns which tokens are control tokens, and how what users wrote is kept from becoming one. Knows nothing of HTTP.
+
+[Note: whose tokens]
+A template writes contents between control tokens, as text, and a tokenizer cannot tell a control token of the
+template's from the same characters in a content. So where contents have characters that control tokens begin or end
+with, the template is rendered once more with other characters in their place, which no text here has: what is found
+as control tokens then is the template's own. Characters are put back one for one, so places are the same in the text
+that is to be cut into tokens; what looks like a control token anywhere else is cut as the text that it is, by a copy
+of the tokenizer that knows control tokens by other names.
+
+A template may look at contents, and write something else when characters are replaced. Then they are replaced in the
+contents' control tokens only, if the template then writes the same control tokens, and else everywhere.
+
+Without such characters in its contents, or where all that is found is the template's own, a conversation is cut as it
+always was.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+FIRST_PRIVATE, NUM_PRIVATE = 0xF0000, 0xFFFD  # characters of a plane for private use: hardly any text has them
+PROBE = "x"  # a content without anything particular
+
+Messages = Sequence[Mapping[str, str]]
+Places = list[tuple[int, int]]  # from character, to character
+
+
+def cut(model: Any, text: str, add_special_tokens: bool = False) -> list[int]:
+    """Ids of a text, as it is unless the model expects something around it. Raises ValueError for what is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text must be Unicode, found half a surrogate pair at character {error.start}") from None
+    ids: list[int] = model.encode(text, add_special_tokens=add_special_tokens).ids
+    return ids
+
+
+class ChatTemplate:
+    """The chat template of a fast tokenizer of `transformers`; safe to use from several threads."""
+
+    def __init__(self, tokenizer: Any, stop_tokens: frozenset[int]) -> None:
+        self._tokenizer, self._stop_tokens = tokenizer, stop_tokens
+        self._model = tokenizer.backend_tokenizer
+
+    def encode(self, messages: Messages) -> tuple[int, ...]:
+        """Ids of a conversation up to where the model answers. Raises ValueError if the template refuses it."""
+        if any(self._places(message.get("role", "")) for message in messages):
+            raise ValueError("a role must not have a control token of the model in its name")
+        plain = self.render(messages)
+        text, places = self._owned(plain, messages)
+        if places == self._places(text):
+            ids = cut(self._model, text)
+            if not self._is_normalized or self._are_at(places, text, ids):
+                return tuple(ids)
+        return self._encode_owned(text, places)
+
+    def render(self, messages: Messages) -> str:
+        """What the template makes of messages. Raises ValueError if it refuses them, or is none."""
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise ValueError(f"the model's chat template refuses these messages: {error}") from error
+        if not isinstance(text, str):
+            raise ValueError(f"the model's chat template makes {type(text).__name__} of these messages, expected text")
+        return text
+
+    # --- whose tokens ---
+
+    @cached_property
+    def _control(self) -> dict[str, int]:
+        """Control tokens by name: special ones, what ends a text, and marks that the template writes by itself."""
+        added = {token.content: (number, token.special) for number, token in self._added.items()}
+        written = "".join(self._probes())
+        return {
+            name: number
+            for name, (number, special) in added.items()
+            if special or number in self._stop_tokens or (_is_mark(name) and name in written)
+        }
+
+    @cached_property
+    def _added(self) -> dict[int, Any]:
+        """Tokens that are found in a text before anything else is, by number."""
+        return {number: token for number, token in self._model.get_added_tokens_decoder().items() if token.content}
+
+    def _probes(self) -> Iterator[str]:
+        for roles in (("user",), ("system", "user"), ("user", "assistant", "user")):
+            try:
+                yield self.render([{"role": role, "content": PROBE} for role in roles])
+            except ValueError:
+                continue
+
+    @cached_property
+    def _edges(self) -> tuple[str, ...]:
+        """Characters that control tokens begin or end with."""
+        return tuple(sorted({edge for name in self._control for edge in (name[0], name[-1])}))
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        names = sorted(self._control, key=len, reverse=True)
+        return re.compile("|".join(re.escape(name) for name in names) if names else r"(?!)")
+
+    @cached_property
+    def _is_normalized(self) -> bool:
+        """Whether other characters may become a control token's before it is looked for."""
+        return self._model.normalizer is not None and any(token.normalized for token in self._added.values())
+
+    def _places(self, text: str) -> Places:
+        """Where control tokens are in a text."""
+        return [found.span() for found in self._pattern.finditer(text)]
+
+    def _owned(self, plain: str, messages: Messages) -> tuple[str, Places]:
+        """The conversation's text, and where in it the template's own control tokens are: [Note: whose tokens]."""
+        contents = "".join(content for message in messages for key, content in message.items() if key != "role")
+        if not any(edge in contents for edge in self._edges):
+            return plain, self._places(plain)
+        there = dict(zip(self._edges, _absent(plain + contents), strict=False))
+        back = {private: edge for edge, private in there.items()}
+        chosen = self.render(_changed(messages, lambda content: _replaced(content, there)))
+        if _replaced(chosen, back) != plain:
+            partly = self.render(_changed(messages, lambda content: self._broken(content, there)))
+            if self._pattern.findall(partly) == self._pattern.findall(chosen):
+                chosen = partly
+        return _replaced(chosen, back), self._places(chosen)
+
+    def _broken(self, content: str, there: Mapping[str, str]) -> str:
+        """A content without control tokens, and other characters as they are."""
+        while True:  # tokens may overlap
+            broken = self._pattern.sub(lambda found: _replaced(found[0], there), content)
+            if broken == content:
+                return content
+            content = broken
+
+    # --- tokens ---
+
+    def _are_at(self, places: Places, text: str, ids: Sequence[int]) -> bool:
+        """Whether the control tokens among these ids are those at these places."""
+        known = frozenset(self._control.values()) - {self._tokenizer.unk_token_id}  # which any odd character becomes
+        expected = [self._control[text[start:stop]] for start, stop in places]
+        return [number for number in ids if number in known] == [number for number in expected if number in known]
+
+    def _encode_owned(self, text: str, places: Places) -> tuple[int, ...]:
+        """Ids of a text in which control tokens are at these places only."""
+        try:
+            renamed = self._renamed
+        except Exception as error:  # of a kind that cannot be written down
+            raise ValueError(
+                f"a content names a control token, and this tokenizer has no other way: {error}"
+            ) from error
+        parts, end = [], 0
+        for start, stop in places:
+            parts += [text[end:start], renamed.names[text[start:stop]]]
+            end = stop
+        ids = [renamed.numbers.get(number, number) for number in cut(renamed.model, "".join([*parts, text[end:]]))]
+        if not self._are_at(places, text, ids):
+            raise ValueError("a content has the name of a control token, which this tokenizer cannot take as text")
+        return tuple(ids)
+
+    @cached_property
+    def _renamed(self) -> Renamed:
+        return renamed(self._model, self._control)
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A tokenizer to which the names of control tokens are text; their new ones are known to this process only."""
+
+    model: Any
+    names: Mapping[str, str]  # new by old
+    numbers: Mapping[int, int]  # old by new, where they differ
+
+
+def renamed(model: Any, control: Mapping[str, int]) -> Renamed:
+    """The same tokenizer with other names for some of its added tokens."""
+    secret = secrets.token_hex(16)
+    names = {name: f"{secret}n{index}n" for index, name in enumerate(control)}
+    content = json.loads(model.to_str())
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    content["post_processor"] = content["truncation"] = content["padding"] = None
+    _rename_vocabulary(content["model"], names)
+    made = type(model).from_str(json.dumps(content))
+    numbers = {made.token_to_id(names[name]): number for name, number in control.items()}
+    return Renamed(made, names, {new: old for new, old in numbers.items() if new != old})
+
+
+def _rename_vocabulary(model: dict[str, Any], names: Mapping[str, str]) -> None:
+    """A text is not to become a control token as a word of the vocabulary either, where merges do not make it one."""
+    merged = {"".join(pair) if isinstance(pair, list) else pair.replace(" ", "") for pair in model.get("merges", ())}
+    names = {old: new for old, new in names.items() if old not in merged}
+    vocab = model["vocab"]
+    if isinstance(vocab, list):  # of pieces and their scores
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    else:
+        model["vocab"] = {names.get(piece, piece): number for piece, number in vocab.items()}
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+
+
+def _is_mark(name: str) -> bool:
+    """Whether it looks like <this>, [this], or the like: not a word, and not white space."""
+    return not (name[0].isalnum() or name[-1].isalnum()) and any(character.isalnum() for character in name)
+
+
+def _absent(text: str) -> Iterator[str]:
+    """Characters that are not in a text."""
+    return (
+        character for character in map(chr, range(FIRST_PRIVATE, FIRST_PRIVATE + NUM_PRIVATE)) if character not in text
+    )
+
+
+def _replaced(text: str, others: Mapping[str, str]) -> str:
+    for character, other in others.items():
+        text = text.replace(character, other)
+    return text
+
+
+def _changed(messages: Messages, change: Callable[[str], str]) -> list[dict[str, str]]:
+    """Messages with other contents."""
+    return [{key: text if key == "role" else change(text) for key, text in message.items()} for message in messages]

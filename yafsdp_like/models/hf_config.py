@@ -1,0 +1,279 @@
+"""The configurations of Hugging Face's models: what each key of `config.json` means to a decoder, and back.
+
+Owns the keys, what may stand in them, and the families that `Decoder` is an equal of. Knows nothing of weights.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from yafsdp_like.models.decoder import DecoderConfig
+from yafsdp_like.models.moe import ExpertsConfig
+from yafsdp_like.models.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+_MOST_LAYERS, _MOST_OF_ANYTHING = 10_000, 1 << 31
+_COUNTS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "sliding_window",
+)
+_OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")  # null is as good as nothing
+_SWITCHES = ("tie_word_embeddings", "use_sliding_window", "norm_topk_prob", "attention_bias")
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder that computes what transformers does for `raw`, the content of a `config.json`.
+
+    Raises KeyError for a size that is left out (but the number of kv heads in Llama), and ValueError for what is no
+    configuration, or what `Decoder` does not compute; other keys that are left out have the defaults of transformers.
+    """
+    _check_kinds(raw)
+    _check_supported(raw)
+    num_heads = raw["num_attention_heads"]
+    num_kv_heads = raw.get("num_key_value_heads") if raw["model_type"] == "llama" else raw["num_key_value_heads"]
+    head_dim = raw.get("head_dim") or (128 if raw["model_type"] == "qwen3" else None)
+    window, windowed_layers = _window(raw)
+    theta, scaling = _rope(raw)
+    return DecoderConfig(
+        dim=raw["hidden_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads or num_heads,
+        ffn_dim=raw["moe_intermediate_size" if raw["model_type"] == "qwen3_moe" else "intermediate_size"],
+        vocab_size=raw["vocab_size"],
+        custom_head_dim=None if head_dim == raw["hidden_size"] / num_heads else head_dim,
+        qkv_bias=raw["model_type"] == "qwen2",
+        qk_norm=raw["model_type"] in ("qwen3", "qwen3_moe"),
+        sliding_window=window,
+        windowed_layers=windowed_layers,
+        max_seq_len=raw["max_position_embeddings"],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=raw["rms_norm_eps"],
+        tie_embeddings=raw.get("tie_word_embeddings", False),
+        experts=_experts(raw),
+    )
+
+
+def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The content of a `config.json` for which transformers computes what `Decoder(config)` does.
+
+    Raises ValueError for a combination that none of the families has.
+    """
+    model_type = model_type_of(config)
+    rope = _rope_to_hf(config)
+    return {
+        "model_type": model_type,
+        "architectures": [_ARCHITECTURES[model_type]],
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_dim,
+        "hidden_act": "silu",
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_seq_len,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.qkv_bias,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **_window_to_hf(config, model_type),
+        **_experts_to_hf(config, model_type),
+    }
+
+
+def _experts(raw: Mapping[str, Any]) -> ExpertsConfig | None:
+    if raw["model_type"] == "mixtral":
+        return ExpertsConfig(raw["num_local_experts"], raw["num_experts_per_tok"])
+    if raw["model_type"] != "qwen3_moe":
+        return None
+    if raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1:
+        raise ValueError("mlp_only_layers and decoder_sparse_step are not supported: every layer has experts")
+    num_experts = raw["num_experts"] if "num_experts" in raw else raw["num_local_experts"]
+    return ExpertsConfig(num_experts, raw["num_experts_per_tok"], raw.get("norm_topk_prob", False))
+
+
+def _experts_to_hf(config: DecoderConfig, model_type: str) -> dict[str, Any]:
+    if config.experts is None:
+        return {}
+    count = {"num_experts_per_tok": config.experts.experts_per_token}
+    if model_type == "mixtral":
+        return {**count, "num_local_experts": config.experts.num_experts}
+    return {
+        **count,
+        "num_experts": config.experts.num_experts,
+        "moe_intermediate_size": config.ffn_dim,
+        "norm_topk_prob": config.experts.normalize,
+    }
+
+
+def _check_kinds(raw: Mapping[str, Any]) -> None:
+    """Raises ValueError where a key has a value of the wrong kind."""
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"expected an object in JSON, found {type(raw).__name__}")
+    for name in _COUNTS:
+        value, most = raw.get(name), _MOST_LAYERS if name == "num_hidden_layers" else _MOST_OF_ANYTHING
+        if name in raw and not (value is None and name in _OPTIONAL) and not _is_number(value, 1, most, int):
+            raise ValueError(f"{name} must be a whole number from 1 to {most}, found {value!r}")
+    for name in ("rms_norm_eps", "rope_theta"):
+        if raw.get(name) is not None and not _is_number(raw[name], 0, math.inf):
+            raise ValueError(f"{name} must be a number above 0, found {raw[name]!r}")
+    for name in _SWITCHES:
+        if not isinstance(raw.get(name, False), bool):
+            raise ValueError(f"{name} must be true or false, found {raw[name]!r}")
+    if not isinstance(raw.get("layer_types") or [], list):
+        raise ValueError(f"layer_types must be a list of names, found {raw['layer_types']!r}")
+    if not _is_number(raw.get("max_window_layers", 0), 0, _MOST_LAYERS, int):
+        raise ValueError(f"max_window_layers must be a number of layers, found {raw['max_window_layers']!r}")
+    for name in ("rope_scaling", "rope_parameters"):
+        _check_rope(name, raw.get(name))
+
+
+def _check_rope(name: str, rope: object) -> None:
+    if rope is not None and not isinstance(rope, Mapping):
+        raise ValueError(f"{name} must be an object, found {rope!r}")
+    for key, value in (rope or {}).items():
+        is_name = key in ("rope_type", "type")
+        if value is None or isinstance(value, bool) or (isinstance(value, str) if is_name else _is_number(value)):
+            continue
+        raise ValueError(f"{name}.{key} must be a {'name' if is_name else 'number'}, found {value!r}")
+
+
+def _is_number(value: object, least: float = -math.inf, most: float = math.inf, kind: type = float) -> bool:
+    """Not a truth value, and finite."""
+    is_number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    return is_number and least <= value <= most and abs(value) < math.inf  # type: ignore[operator, arg-type]
+
+
+def _check_supported(raw: Mapping[str, Any]) -> None:
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
+        raise ValueError(f"model_type '{model_type}' is not one of {', '.join(_ARCHITECTURES)}")
+    expected = {"hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1.0}
+    expected |= {"quantization_config": None, "compression_config": None}
+    if model_type != "qwen2":  # whose bias is not a matter of configuration
+        expected["attention_bias"] = False
+    for key, value in expected.items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"expected {key} {value!r}, found {raw[key]!r}, which the decoder does not compute")
+
+
+def _window(raw: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...] | None]:
+    """The sliding window and the layers that have it; None: all layers."""
+    if raw["model_type"] in ("mistral", "mixtral"):
+        return raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None), None
+    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", False) else None
+    if window is None:
+        return None, None
+    if raw["model_type"] == "qwen3_moe":
+        return window, None
+    num_layers = raw["num_hidden_layers"]
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        layers = tuple(range(raw.get("max_window_layers", 28), num_layers))
+    else:
+        layers = tuple(index for index, kind in enumerate(kinds) if kind == "sliding_attention")
+    if not layers:
+        return None, None
+    return window, None if len(layers) == num_layers else layers
+
+
+def _window_to_hf(config: DecoderConfig, model_type: str) -> dict[str, Any]:
+    if model_type == "llama":
+        return {}
+    if model_type in ("mistral", "mixtral"):
+        return {"sliding_window": config.sliding_window}
+    if model_type == "qwen3_moe":
+        return {"use_sliding_window": config.sliding_window is not None, "sliding_window": config.sliding_window}
+    windows = [config.window_of(index) for index in range(config.num_layers)]
+    return {
+        "use_sliding_window": config.sliding_window is not None,
+        "sliding_window": config.sliding_window,
+        "max_window_layers": next((i for i, window in enumerate(windows) if window), config.num_layers),
+        "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
+    }
+
+
+def model_type_of(config: DecoderConfig) -> str:
+    """The family of transformers that has all that `config` has."""
+    some_windowed = config.sliding_window is not None and config.windowed_layers is not None
+    if config.qkv_bias and (config.qk_norm or config.experts):
+        raise ValueError("no family of transformers has qkv_bias (with none in o_proj) beside qk_norm or experts")
+    if some_windowed and (config.experts or not (config.qkv_bias or config.qk_norm)):
+        raise ValueError("no family of transformers has windowed_layers without qkv_bias or qk_norm, or with experts")
+    if config.experts and not (config.qk_norm or config.experts.normalize):
+        raise ValueError("no family of transformers has experts that are not normalized, and no qk_norm")
+    if config.experts:
+        return "qwen3_moe" if config.qk_norm else "mixtral"
+    if config.qk_norm:
+        return "qwen3"
+    if config.qkv_bias:
+        return "qwen2"
+    return "llama" if config.sliding_window is None else "mistral"
+
+
+def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling, from `rope_parameters`, or from the two keys that were there before it."""
+    rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta")}
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or (1e6 if raw["model_type"] == "mixtral" else 1e4)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"rotary positions for a part of each head are not supported, found {rope}")
+    if kind == "default":
+        return theta, None
+    max_seq_len = raw["max_position_embeddings"]
+    original = rope.get("original_max_position_embeddings") or max_seq_len
+    if kind == "linear":
+        return theta, LinearScaling(rope["factor"])
+    if kind == "llama3":
+        return theta, Llama3Scaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], original)
+    if kind == "yarn" and rope.get("truncate", True):
+        factor = rope.get("factor") or max_seq_len / original
+        slow, fast = rope.get("beta_slow") or 1.0, rope.get("beta_fast") or 32.0
+        return theta, YarnScaling(factor, original, slow, fast, _yarn_attention_factor(rope, factor))
+    raise ValueError(f"rotary positions are supported unscaled or scaled by linear, llama3 or yarn, found {rope}")
+
+
+def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float | None:
+    """None: as the paper has it. With `mscale` and `mscale_all_dim` it is (0.1 a ln f + 1) / (0.1 b ln f + 1)."""
+    given: float | None = rope.get("attention_factor")
+    above, below = rope.get("mscale"), rope.get("mscale_all_dim")
+    if given is None and above and below:
+        return (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
+    return given
+
+
+def _rope_to_hf(config: DecoderConfig) -> dict[str, Any] | None:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    if isinstance(scaling, LinearScaling):
+        return {"rope_type": "linear", "factor": scaling.factor}
+    raw = {"factor": scaling.factor, "original_max_position_embeddings": scaling.original_seq_len}
+    if isinstance(scaling, Llama3Scaling):
+        turns = {"low_freq_factor": scaling.slow_turns, "high_freq_factor": scaling.fast_turns}
+        return {"rope_type": "llama3", **raw, **turns}
+    turns = {"beta_slow": scaling.slow_turns, "beta_fast": scaling.fast_turns}
+    return {"rope_type": "yarn", **raw, **turns, "attention_factor": scaling.attention_factor}
