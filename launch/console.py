@@ -19,13 +19,17 @@ COLUMNS = (
 )
 
 
+def is_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
 class Console:
     """Lines and progress of one run; `num_steps` is where the bar ends, `step` where it starts."""
 
     def __init__(self, speaks: bool, num_steps: int, step: int = 0) -> None:
         self._speaks, self._num_steps = speaks, num_steps
         self._progress: Any = None
-        if speaks and sys.stdout.isatty():
+        if speaks and is_terminal():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))

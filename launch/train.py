@@ -25,6 +25,7 @@ if __name__ == "__main__" and (status := usage.answered(sys.argv[1:])) is not No
 from launch import build, curve, metrics, sample
 from launch.config import Config
 from launch.console import Console
+from launch.corpus import described, open_text
 from launch.log import Log
 from launch.profiling import Profiling
 from launch.recipe import recipe_of
@@ -32,7 +33,7 @@ from launch.state import RunState, find_start, prepare_directory
 from launch.trainer import Trainer
 from launch.world import World, deterministic, join, leave, rank_from_environment
 from yafsdp_like.comm.agreement import AgreedError, together
-from yafsdp_like.data import PackedText, prepare, unigram_entropy
+from yafsdp_like.data import unigram_entropy
 
 LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed? ?out|remote process exited")
 
@@ -48,10 +49,11 @@ def run(options: Config, world: World) -> None:
         if world.is_first:
             prepare_directory(options, world)
     with together():
-        corpus = open_text(options, model_vocab_size)
+        corpus = open_text(options, model_vocab_size, world.is_first)
     with together():
         model = build.build_model(recipe, options, world)
     console = Console(world.is_first, options.num_steps, start.step)
+    console.say(described(corpus, options))
     console.say(build.describe_plan(model, world))
     with together():
         recipe.fill(model, world.device, from_checkpoint=start.path is not None)
@@ -126,20 +128,6 @@ def opening_words(trainer: Trainer, peak_tflops: float | None) -> str:
         f"{unigram_entropy(trainer.corpus.train):.3f} nats; {mfu}; "
         f"starting at step {trainer.step} of {options.num_steps}"
     )
-
-
-def open_text(options: Config, model_vocab_size: int) -> PackedText:
-    """The packed text; ValueError if it cannot be made, or has tokens that the model does not know."""
-    try:
-        corpus = prepare(options.data)
-    except RuntimeError as error:  # the cache cannot be written
-        raise ValueError(str(error)) from error
-    if corpus.tokenizer.vocab_size > model_vocab_size:
-        raise ValueError(
-            f"the tokenizer has {corpus.tokenizer.vocab_size} tokens, the model's vocabulary only {model_vocab_size}: "
-            "set model.overrides.vocab_size, data.vocab_size, or data.tokenizer to the model's own"
-        )
-    return corpus
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

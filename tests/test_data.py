@@ -8,6 +8,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from yafsdp_like.data import (
     Batches,
     DataConfig,
     PackedText,
+    Progress,
     SequenceOrder,
     TextSource,
     Tokenizer,
@@ -133,6 +136,8 @@ def test_directories_and_globs_are_sorted_and_name_each_file_once(tmp_path: Path
         ("cut.txt.xz", lzma.compress(bytes(range(65, 90)) * 99)[:40], r"cut.txt.xz: damaged or not what"),
         ("cut.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:12], r"cut.txt.gz: damaged or not what its ending says"),
         ("half.jsonl", b'{"text": "a"}\n{"text"', r"half.jsonl, line 2: expected one JSON object a line"),
+        ("digits.jsonl", b'{"text": ' + b"7" * 5000 + b"}", r"digits.jsonl, line 1: expected one JSON object a line"),
+        ("deep.jsonl", b"[" * 100_000, r"deep.jsonl, line 1: expected one JSON object a line"),
         ("list.jsonl", b"[1]\n", r"list.jsonl, line 1: expected a JSON object, found list"),
         ("field.jsonl", b'{"body": "a"}', r"line 1: expected a string field 'text', found body \(str\); set field"),
         ("type.jsonl", b'{"text": 3}', r"line 1: expected a string field 'text', found text \(int\); set field"),
@@ -257,6 +262,67 @@ def test_a_tokenizer_that_does_not_work_is_named(tokenizer: Tokenizer, tmp_path:
         Tokenizer.load(tmp_path)
     with pytest.raises(ValueError, match=r"vocab_size must be at least 259 .*, found 258"):
         Tokenizer.train(paragraphs(1), 258)
+
+
+# --- progress ---
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.xz", "a.jsonl", "a.parquet"])
+def test_reading_tells_how_much_of_the_files_is_read(tmp_path: Path, name: str) -> None:
+    for part in ("1", "2"):
+        plain = "\n<|endoftext|>\n".join(paragraphs(50)).encode()
+        file = tmp_path / f"{part}{name}"
+        if name.endswith("parquet"):
+            pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+            parquet.write_table(pyarrow.table({"text": paragraphs(50)}), file)
+        elif name.endswith("jsonl"):
+            file.write_bytes(jsonl([{"text": paragraph} for paragraph in paragraphs(50)]))
+        else:
+            compress = {".gz": gzip.compress, ".xz": lzma.compress}.get(Path(name).suffix, bytes)
+            file.write_bytes(compress(plain))
+    source = TextSource(str(tmp_path))
+    seen: list[int] = []
+    assert len(list(source.documents(seen.append))) == 100
+    assert seen == sorted(seen) and seen[0] > 0
+    assert source.nbytes() == sum(file.stat().st_size for file in tmp_path.iterdir()) == seen[-1]
+    assert source.nbytes() / 2 in seen  # after the first of two equal files
+
+
+def test_who_builds_tells_how_far_it_is_and_who_waits_hears_it(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents: silence where another rank than the one that speaks has won the race for the lock."""
+    told: list[Progress] = []
+    heard: list[Progress] = []
+    waiting = threading.Thread(target=lambda: prepare(config, heard.append))
+
+    def tell(progress: Progress) -> None:
+        told.append(progress)
+        if len(told) == 1:
+            waiting.start()
+        if progress.what.startswith("tokenizing"):
+            until = time.monotonic() + 20
+            while progress not in heard and time.monotonic() < until:
+                time.sleep(0.01)
+
+    prepare(config, tell)
+    waiting.join()
+    size = Path(config.paths[0]).stat().st_size
+    assert told[0] == Progress("training a tokenizer of 300 tokens", 0, size)
+    assert Progress(f"tokenizing {config.paths[0]}", 0, size) in told
+    assert told[-1] == Progress(f"tokenizing {config.paths[0]}", size, size)
+    assert heard and set(heard) <= set(told)
+    (lock,) = config.cache_directory.glob("*.lock")
+    assert lock.read_bytes() == b""
+    told.clear()
+    prepare(config, told.append)  # it is there
+    assert told == []
+
+
+def test_a_vocabulary_of_which_nothing_is_said_has_4096_tokens(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a b c")
+    silent, said = (DataConfig(str(tmp_path / "a.txt"), vocab_size=size, cache=str(tmp_path)) for size in (None, 4096))
+    assert prepare(silent).directory == prepare(said).directory
 
 
 # --- packed tokens ---

@@ -14,25 +14,27 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from yafsdp_like.data.order import Batches
+from yafsdp_like.data.progress import BETWEEN_WORDS_S, Say, Teller, heard, say_nothing
 from yafsdp_like.data.text import TextSource, is_held_out
 from yafsdp_like.data.tokenizer import Tokenizer
 
 Tokens = npt.NDArray[np.unsignedinteger]  # (num_tokens,), mapped from a file
 
+DEFAULT_VOCAB = 4096
 FORMAT = 1  # of the directory; another number is another key, so that old directories are left alone
 HEADER_FILE = "header.json"
 TOKENIZER_DIRECTORY = "tokenizer"
@@ -40,8 +42,6 @@ PARTIAL = ".partial"
 SPLITS = ("train", "heldout")
 PIECE_CHARACTERS = 1 << 18  # longer documents are tokenized in pieces, so that they too use every core
 GROUP_CHARACTERS = 1 << 21  # tokenized at once: what bounds the memory that it takes
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,20 @@ class DataConfig:
 
     paths: str | tuple[str, ...] = ()  # files, directories, globs; none: the carried text
     field: str = "text"  # of JSONL and parquet
-    tokenizer: str | None = None  # a Hugging Face tokenizer directory; None: a byte-level BPE is trained on the text
-    vocab_size: int = 4096  # of the BPE that is trained
-    heldout_fraction: float = 0.03
-    cache: str | None = None  # directory; None: yafsdp_like under $XDG_CACHE_HOME, or under ~/.cache
+    tokenizer: str | None = None  # a Hugging Face directory; none: model.hf_dir's, else a BPE is trained on the text
+    vocab_size: int | None = None  # of the BPE that is trained; none: 4096, or the model's where that is less
+    heldout_fraction: float = 0.03  # of the documents, or of one long one: their loss is told beside
+    cache: str | None = None  # directory; none: yafsdp_like under $XDG_CACHE_HOME, or under ~/.cache
 
     def __post_init__(self) -> None:
         if isinstance(self.paths, str):
             object.__setattr__(self, "paths", (self.paths,))
         if not 0 < self.heldout_fraction <= 0.5:
             raise ValueError(f"heldout_fraction must be above 0 and at most 0.5, found {self.heldout_fraction}")
+
+    @property
+    def bpe_size(self) -> int:
+        return DEFAULT_VOCAB if self.vocab_size is None else self.vocab_size
 
     @property
     def cache_directory(self) -> Path:
@@ -108,8 +112,10 @@ class PackedText:
         return Batches(self.heldout, seq_len, seed=None, name=f"the held-out text in {self.directory}")
 
 
-def prepare(config: DataConfig) -> PackedText:
+def prepare(config: DataConfig, say: Say = say_nothing) -> PackedText:
     """The packed tokens of ``config``, made first where the cache lacks them; every rank may call it.
+
+    ``say`` is told how far that has come, whichever process does it.
 
     Raises ValueError for text, tokenizer or options that do not work, and RuntimeError where the cache cannot be
     written. See [Note: complete or absent].
@@ -121,11 +127,12 @@ def prepare(config: DataConfig) -> PackedText:
         return packed
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(directory.with_suffix(".lock")):
+        lock = directory.with_suffix(".lock")
+        with _locked(lock, say):
             if (packed := _opened(directory)) is not None:  # another process built it while this one waited
                 return packed
             with _complete_or_absent(directory) as partial:
-                _build(partial, config, source, tokenizer)
+                _build(partial, config, source, tokenizer, Teller(lock, source.nbytes(), say))
     except OSError as error:
         raise RuntimeError(
             f"cannot write packed tokens to {directory}: {error.strerror or error}; make room, or set cache to another "
@@ -182,7 +189,7 @@ class _Piece(NamedTuple):
 
 
 def _key(config: DataConfig, source: TextSource, tokenizer: Tokenizer | None) -> str:
-    vocabulary = f"bpe {config.vocab_size}" if tokenizer is None else tokenizer.hash
+    vocabulary = f"bpe {config.bpe_size}" if tokenizer is None else tokenizer.hash
     material = f"{FORMAT}\0{source.hash()}\0{vocabulary}\0{config.heldout_fraction!r}"
     return hashlib.blake2b(material.encode(), digest_size=12).hexdigest()
 
@@ -195,21 +202,23 @@ def _opened(directory: Path) -> PackedText | None:
         return None
 
 
-def _build(directory: Path, config: DataConfig, source: TextSource, tokenizer: Tokenizer | None) -> None:
+def _build(
+    directory: Path, config: DataConfig, source: TextSource, tokenizer: Tokenizer | None, teller: Teller
+) -> None:
     """Fill ``directory``, which is empty, the header last."""
     source_hash = source.hash()
     # Where hashes do not leave documents on both sides, everything is tokenized first and cut afterwards.
     by_document = _hash_splits(source, config.heldout_fraction)
     fraction = config.heldout_fraction if by_document else 0.0
     if tokenizer is None:
-        logger.info("training a tokenizer of %d tokens", config.vocab_size)
-        texts = (document for document in source.documents() if not is_held_out(document, fraction))
-        tokenizer = Tokenizer.train(texts, config.vocab_size)
+        teller.begin(f"training a tokenizer of {config.bpe_size:,} tokens")
+        texts = (document for document in source.documents(teller.read) if not is_held_out(document, fraction))
+        tokenizer = Tokenizer.train(texts, config.bpe_size)
     tokenizer.save(directory / TOKENIZER_DIRECTORY)
 
-    logger.info("tokenizing %s", source.names())
+    teller.begin(f"tokenizing {source.names()}")
     packer = _Packer(directory, tokenizer)
-    packer.add(_pieces(source.documents(), fraction))
+    packer.add(_pieces(source.documents(teller.read), fraction))
     if not by_document:
         packer.cut_tail(math.ceil(config.heldout_fraction * packer.num_tokens["train"]))
     if source.hash() != source_hash:
@@ -359,12 +368,26 @@ def _complete_or_absent(directory: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``path``, which stays behind, empty: removing it would let two hold it."""
+def _locked(path: Path, say: Say) -> Iterator[None]:
+    """Hold an exclusive lock on ``path``, which stays behind, empty: removing it would let two hold it.
+
+    Meanwhile its owner's progress stands in it, and whoever waits passes it on.
+    """
     with path.open("a") as file:
+        while not _taken(file):
+            if (progress := heard(path)) is not None:
+                say(progress)
+            time.sleep(BETWEEN_WORDS_S)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another process is preparing the same text; waiting for it (%s)", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            yield
+        finally:
+            path.write_bytes(b"")
+
+
+def _taken(file: IO[str]) -> bool:
+    """Whether the lock is ours now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

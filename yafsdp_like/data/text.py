@@ -13,7 +13,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,8 @@ from typing import IO, Any
 SEPARATOR = "<|endoftext|>"  # alone on a line, it ends a document of plain text
 CARRIED_TEXT = Path(__file__).parents[2] / "data" / "english.txt.xz"
 KINDS = (".txt", ".jsonl", ".parquet")
-OPENERS: dict[str, Callable[[Path, str], Any]] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
+DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Any]] = {"": nullcontext, ".gz": gzip.open, ".xz": lzma.open}
+Seen = Callable[[int], None]  # is told how many bytes have been read
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,27 @@ class TextSource:
             return [_carried_text()]
         return list(dict.fromkeys(file for path in self.paths for file in _expand(path)))
 
-    def documents(self) -> Iterator[str]:
-        """Every document that is not blank. Raises ValueError where a file cannot be read, or nothing is in any."""
-        empty = True
+    def nbytes(self) -> int:
+        """Of all files, as they lie on the disk."""
+        return sum(_nbytes(file) for file in self.files())
+
+    def documents(self, seen: Seen = lambda nbytes: None) -> Iterator[str]:
+        """Every document that is not blank; `seen` is told how much of `nbytes` has been read.
+
+        Raises ValueError where a file cannot be read, or nothing is in any.
+        """
+        empty, before = True, 0
         for file in self.files():
-            for document in _read(file, self.field):
+
+            def seen_here(nbytes: int, before: int = before) -> None:
+                seen(before + nbytes)
+
+            for document in _read(file, self.field, seen_here):
                 if document and not document.isspace():
                     empty = False
                     yield document
+            before += _nbytes(file)
+            seen(before)
         if empty:
             raise ValueError(f"no text in {self.names()}: expected at least one document that is not blank")
 
@@ -139,25 +153,29 @@ def _endings() -> str:
 # --- what is in them ---
 
 
-def _read(file: Path, field: str) -> Iterator[str]:
+def _nbytes(file: Path) -> int:
+    with _naming(file):
+        return file.stat().st_size
+
+
+def _read(file: Path, field: str, seen: Seen) -> Iterator[str]:
     kind, compression = _format_of(file) or ("", "")
     if kind == ".parquet":
-        return _read_parquet(file, field)
-    lines = _lines(file, compression)
+        return _read_parquet(file, field, seen)
+    lines = _lines(file, compression, seen)
     return _read_jsonl(file, lines, field) if kind == ".jsonl" else _read_plain(lines)
 
 
-def _lines(file: Path, compression: str) -> Iterator[str]:
+def _lines(file: Path, compression: str, seen: Seen) -> Iterator[str]:
     """Lines of UTF-8 text, decompressed; a byte order mark is dropped, CR LF becomes LF."""
     number = 0
-    with _naming(file):
-        raw: IO[bytes]
-        with OPENERS[compression](file, "rb") as raw:
-            for number, line in enumerate(raw, start=1):
-                text = line.removeprefix(b"\xef\xbb\xbf").decode() if number == 1 else line.decode()
-                if "\0" in text:
-                    raise ValueError(f"{file}, line {number}: holds a zero byte, so it is not text; take it out")
-                yield text.replace("\r\n", "\n")
+    with _naming(file), file.open("rb") as raw, DECOMPRESSORS[compression](raw) as lines:
+        for number, line in enumerate(lines, start=1):
+            seen(raw.tell())
+            text = line.removeprefix(b"\xef\xbb\xbf").decode() if number == 1 else line.decode()
+            if "\0" in text:
+                raise ValueError(f"{file}, line {number}: holds a zero byte, so it is not text; take it out")
+            yield text.replace("\r\n", "\n")
 
 
 def _read_plain(lines: Iterator[str]) -> Iterator[str]:
@@ -177,7 +195,7 @@ def _read_jsonl(file: Path, lines: Iterator[str], field: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits, of lists too deep
             raise ValueError(f"{file}, line {number}: expected one JSON object a line: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{file}, line {number}: expected a JSON object, found {type(row).__name__}")
@@ -191,7 +209,7 @@ def _read_jsonl(file: Path, lines: Iterator[str], field: str) -> Iterator[str]:
         yield row[field]
 
 
-def _read_parquet(file: Path, field: str) -> Iterator[str]:
+def _read_parquet(file: Path, field: str, seen: Seen) -> Iterator[str]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
         pyarrow = importlib.import_module("pyarrow")
@@ -202,7 +220,10 @@ def _read_parquet(file: Path, field: str) -> Iterator[str]:
             types = {column.name: str(column.type) for column in table.schema_arrow}
             if types.get(field) not in ("string", "large_string", "string_view"):
                 raise ValueError(f"{file}: {_wrong_field(field, types)}")
+            num_rows = 0
             for rows in table.iter_batches(columns=[field]):
+                num_rows += rows.num_rows
+                seen(_nbytes(file) * num_rows // table.metadata.num_rows)
                 yield from (text for text in rows.column(0).to_pylist() if text is not None)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{file}: not a readable parquet file ({error}); write it again or take it out") from error
