@@ -17,6 +17,7 @@ from torch.distributed._composable_state import _State
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from yafsdp_like.comm import TransportName
 from yafsdp_like.comm.choice import transport_over
@@ -25,8 +26,8 @@ from yafsdp_like.memory.streams import GATHER, Event
 from yafsdp_like.shard.engine import Engine, Report, engine_for
 from yafsdp_like.shard.hooks import abandon, install
 from yafsdp_like.shard.linear import install as install_linear
-from yafsdp_like.shard.param import ShardedParam
-from yafsdp_like.shard.unit import Unit, UnitPolicy, ownership_of, unit_of
+from yafsdp_like.shard.param import ShardedParam, ownership_of
+from yafsdp_like.shard.unit import Unit, UnitPolicy, unit_of
 from yafsdp_like.shard.update import watch_optimizers
 
 Owners = dict[nn.Parameter, list[tuple[nn.Module, str]]]  # which modules register a parameter, and under what name
@@ -115,6 +116,8 @@ def _make_unit(
     for p, param in zip(params, owners, strict=True):
         unit.mark(param, p)
         p.register(p.sharded)
+        for owner, name in p.owners:
+            _note_assignments(unit, p, owner, name)
     _move_buffers(modules, device)
     for m in modules:
         vars(m)["_yafsdp_unit"] = unit
@@ -156,16 +159,16 @@ def _params_below(modules: Sequence[nn.Module], ignored: set[nn.Parameter]) -> O
 def _tie(param: nn.Parameter, places: Sequence[tuple[nn.Module, str]]) -> None:
     """``param`` is sharded in another unit already: that unit is gathered for these modules too."""
     ownership = ownership_of(param)
-    assert ownership is not None and ownership.unit is not None and ownership.param is not None
+    assert ownership is not None
     for module, name in places:
         if (module, name) in ownership.param.owners:
             continue  # the call is repeated, and refused further on
-        ownership.param.owners.append((module, name))
+        ownership.param.add_owner(module, name)
         if module not in ownership.unit.modules:
             ownership.unit.modules.append(module)
             install(ownership.unit, module)
             _keep_state_dict_sharded(ownership.unit, module)
-    ownership.param.register(ownership.param.sharded)
+        _note_assignments(ownership.unit, ownership.param, module, name)
 
 
 def _keep_state_dict_sharded(unit: Unit, module: nn.Module) -> None:
@@ -175,12 +178,44 @@ def _keep_state_dict_sharded(unit: Unit, module: nn.Module) -> None:
         if unit.engine is not None:
             unit.engine.reshard(unit)
 
-    def adopt(*_: Any) -> None:
+    def begin(*_: Any) -> None:
+        reshard()
+        unit.is_loading = True
+
+    def end(*_: Any) -> None:
+        unit.is_loading = False
         unit.materialize()
 
     module.register_state_dict_pre_hook(reshard)
-    module.register_load_state_dict_pre_hook(reshard)
-    module.register_load_state_dict_post_hook(adopt)
+    module.register_load_state_dict_pre_hook(begin)
+    module.register_load_state_dict_post_hook(end)
+
+
+def _note_assignments(unit: Unit, p: ShardedParam, module: nn.Module, name: str) -> None:
+    """A parameter that the user assigns to ``module.name`` from now on takes the place of ``p``."""
+    vars(module).setdefault("_yafsdp_params", {})[name] = (unit, p)
+    if not _watches_assignments:
+        adopt: Any = _adopt_assigned  # torch takes what it returns, though its types do not say so
+        _watches_assignments.append(register_module_parameter_registration_hook(adopt))
+
+
+_watches_assignments: list[Any] = []  # torch's hook, from the first sharded parameter of the process on
+
+
+def _adopt_assigned(module: nn.Module, name: str, given: nn.Parameter) -> nn.Parameter | None:
+    """Torch registers ``given`` as ``module.name``: shards it, if what was there was sharded."""
+    unit, p = vars(module).get("_yafsdp_params", {}).get(name, (None, None))
+    if unit is None or unit.calls or p.is_mine(given):  # while the unit computes, what is given is for this call
+        return None
+    owner = ownership_of(given)
+    if (owner is not None and not owner.is_replaced) or (len(p.owners) > 1 and not unit.is_loading):
+        raise NotImplementedError(
+            f"{p.name} is sharded, and cannot be tied to another parameter or untied any more (rank {p.rank}): assign "
+            "before fully_shard, or copy values into it"
+        )
+    if unit.engine is not None:
+        unit.engine.reshard(unit)
+    return cast(nn.Parameter, unit.adopt(p, given))
 
 
 def _move_buffers(modules: Sequence[nn.Module], device: torch.device) -> None:
@@ -351,6 +386,16 @@ class FSDPModule:
         CPUs, and on one rank, nothing is measured. To be called on the root.
         """
         self._engine().follow_times()
+
+    def set_debug_mode(self, debug: bool) -> None:
+        """Whether parameters that a unit has released read as NaN, and every forward whose output holds NaN without a
+        cause in its inputs and parameters raises an error that names it.
+
+        Finds views of gathered parameters that are kept outside of their unit's forward, whose values are undefined
+        then. Slow, since it waits for the GPU after every forward, and large, since each unit has a gather slot of its
+        own from then on. To be called on the root, between steps.
+        """
+        self._engine().set_debug(debug)
 
     def reset_iter_state(self) -> None:
         """Forgets a forward or backward that raised. Not needed: the next forward does it. Drops unsynced gradients."""

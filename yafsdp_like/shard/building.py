@@ -114,6 +114,10 @@ class Building:
             for unit in self._family.units
         ]
 
+    def invalidate(self) -> None:
+        """Whatever it was built for, the next forward builds it anew."""
+        self._built_for = ()
+
     def explain(self, why: str) -> None:
         """The depth that it was built for is now known to be right, and ``why``."""
         assert self._blueprint is not None

@@ -19,6 +19,7 @@ is an error.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event, streams_of
 from yafsdp_like.shard.blueprint import depth_for
 from yafsdp_like.shard.building import Building, Spill
+from yafsdp_like.shard.debug import poison
 from yafsdp_like.shard.depth import Depth
 from yafsdp_like.shard.family import Family, family_of
 from yafsdp_like.shard.sinks import watch_gradients
@@ -78,6 +80,7 @@ class Engine:
         self.evictions = 0
         self.last_reduce: Event = None  # the end of the latest reduction; None once compute has waited for it
         self.reduced_early = _reduced_early(family)
+        self.debug = False  # released slots are poisoned, and outputs checked
         self.is_last_backward = True  # whether the end of a backward waits for its reductions
         self.iteration: Call | None = None  # the forward that everything running now is part of
         self.tasks: dict[int, list[Use]] = {}  # running backwards by autograd's number, and the uses they reached
@@ -125,6 +128,9 @@ class Engine:
         self.building.agree(self.depth, error)
 
     def _build(self) -> None:
+        edited = {
+            unit: unit.copy_unsharded() for unit in self.units if unit.registered and unit.registered.state is HELD
+        }
         for unit in self.units:
             self.reshard(unit)
             unit.materialize()
@@ -142,11 +148,33 @@ class Engine:
         for slot in unsynced:
             for k in slot.arrived:
                 self.accumulate(slot.unit, k, slot.views[k])
+        for unit, values in edited.items():
+            self._unshard_to(unit, values)
+
+    def _unshard_to(self, unit: Unit, values: Sequence[torch.Tensor]) -> None:
+        """The user unsharded ``unit`` before this was built, and may have edited what he saw: it is unsharded here too,
+        with his values.
+        """
+        if blockers := self.blockers(unit.gather_slot):
+            self.isolate(unit, f"it and {[b.unit.name for b in blockers]} were unsharded before the root's forward")
+        slot = unit.gather_slot
+        with torch.no_grad():
+            for param, value in zip(slot.params, values, strict=True):
+                param.detach().copy_(value)
+        slot.state, slot.generation = HELD, unit.generation()
+        unit.register(slot)
 
     def _leave_building(self) -> None:
         for stream in (GATHER, REDUCE):  # its bytes go back to the allocator, which knows only compute
             self.streams.wait(COMPUTE, self.streams.record(stream))
         self.building.leave()
+
+    def set_debug(self, debug: bool) -> None:
+        """In debug mode no unit's slot is another's, so that what it leaves there, poison, stays to be found."""
+        self.debug = debug
+        for unit in self.units if debug else ():
+            unit.own_gather_slot = True
+        self.building.invalidate()
 
     # --- the depth, from measured times ---
 
@@ -312,13 +340,16 @@ class Engine:
     def rest(self, slot: GatherSlot) -> None:
         """As ``release``, but who comes back before a neighbour took the bytes finds them filled."""
         self.release(slot)
-        slot.state = IDLE
+        if not self.debug:
+            slot.state = IDLE
 
     def release(self, slot: GatherSlot) -> None:
         """All reads of the slot have been issued: its bytes are free after them, and modules see the shards again."""
         if slot.state is FILLED:  # a gather that nobody read: compute may write the shards only after it
             self._wait_until_ready(slot)
         elif slot.state in (HELD, KEPT):
+            if self.debug and slot.extent is not None:
+                poison(slot)
             slot.released = self.streams.record(COMPUTE)
         slot.state = EMPTY
         if slot.unit.registered is slot:
@@ -327,6 +358,7 @@ class Engine:
     def reshard(self, unit: Unit) -> None:
         for slot in unit.slots:
             self.release(slot)
+        unit.register(None)
 
     def forget_updates(self) -> None:
         """A forward is over: whatever writes main shards from here on may do so uncounted."""

@@ -145,9 +145,10 @@ class GraphedStep:
 
 def repeatable_state(engine: Engine) -> State | None:
     """What a step that starts now would decide by; None when it cannot be repeated as it is: something is running
-    or held between steps, ``.grad`` is none of ours, or times are still to be measured, which a recording cannot do.
+    or held between steps, ``.grad`` is none of ours, or a recording cannot do what is asked: times are still to be
+    measured, or outputs are checked (debug mode).
     """
-    if not engine.is_built or engine.stopwatch is not None:
+    if not engine.is_built or engine.stopwatch is not None or engine.debug:
         return None
     busy = engine.iteration is not None or engine.tasks or not engine.is_last_backward
     if busy or not all(unit.policy.requires_gradient_sync for unit in engine.units):

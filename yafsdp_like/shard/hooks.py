@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
+from yafsdp_like.shard.debug import holds_nan, output_error
 from yafsdp_like.shard.engine import Engine, backward_task, engine_for
 from yafsdp_like.shard.nested import cast_floating, map_tensors, tensors_in
 from yafsdp_like.shard.slots import GatherSlot, GradientSlot, SlotState, Use
@@ -39,6 +40,7 @@ class Call:
     outer_error: BaseException | None  # what the caller was handling already when the forward began
     recomputes: bool = False  # a checkpointed forward runs again inside the unit's own backward
     starts_iteration: bool = False
+    has_nan_inputs: bool = False  # known in debug mode only
     use: Use | None = None  # None without grad mode, and when it recomputes
 
 
@@ -96,6 +98,7 @@ def _before_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs
     inputs: Any = (args, kwargs)
     if unit.policy.mp.cast_forward_inputs:
         inputs = cast_floating(inputs, unit.policy.mp.param_dtype)
+    call.has_nan_inputs = engine.debug and holds_nan(inputs)
     return inputs if call.recomputes else _enter(engine, unit, call, inputs)
 
 
@@ -160,6 +163,12 @@ def _after_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], output:
     call, engine = unit.calls.pop(), unit.engine
     failed = sys.exc_info()[1] is not call.outer_error
     assert engine is not None
+    error: RuntimeError | None = None
+    if not failed and unit.registered is not None:
+        output = map_tensors(partial(_own_values, unit.registered), output)
+        if engine.debug and not call.has_nan_inputs:
+            error = output_error(unit.registered, output)
+            failed = error is not None
     if not call.recomputes:
         if not failed and call.use is not None:
             output = _watch_outputs(partial(_start_backward, engine, unit, call.use), output)
@@ -169,7 +178,14 @@ def _after_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], output:
             _leave(engine, unit)
         if call.starts_iteration:
             _end_iteration(engine, failed)
+    if error is not None:
+        raise error
     return output if failed else cast_floating(output, unit.policy.mp.output_dtype)
+
+
+def _own_values(slot: GatherSlot, output: torch.Tensor) -> torch.Tensor:
+    """``output``, or a copy of one that shows the slot, whose bytes other units will have (DETR's queries, say)."""
+    return output.clone() if slot.shows(output) else output
 
 
 def _leave(engine: Engine, unit: Unit) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 PLAIN, EMPTY = (bool, int, float, str), (dict, tuple, list)
 
@@ -67,6 +69,23 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
     map_tensors(note, value)
     return found
+
+
+def addresses_in(tensor: torch.Tensor) -> list[int]:
+    """Where the values of ``tensor`` begin in memory; of each part of one that is made of others. None of one that has
+    no values (a fake one) or no strides (a sparse one).
+    """
+    if type(tensor) is not torch.Tensor:
+        if is_traceable_wrapper_subclass(tensor):
+            parts, _ = tensor.__tensor_flatten__()
+            return [address for part in parts for address in addresses_in(getattr(tensor, part))]
+        if isinstance(tensor, FakeTensor):
+            return []
+    try:
+        return [tensor.data_ptr()]
+    except RuntimeError:
+        wraps = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        return addresses_in(torch._C._functorch.get_unwrapped(tensor)) if wraps else []
 
 
 def cast_floating(value: Any, dtype: torch.dtype | None) -> Any:

@@ -7,17 +7,54 @@ nothing of the unit that it is gathered with (``unit.py``), nor of where its ful
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from yafsdp_like.memory.arena import Place
 from yafsdp_like.memory.layout import RowShards
 
+if TYPE_CHECKING:
+    from yafsdp_like.shard.unit import Unit
+
 NOWHERE = torch.empty(0, device="meta")  # stands for a shard that has no place yet
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Marks a parameter with where it lives now: the sharded one, a slot's full one, or one that was sharded or adopted
+    and holds nothing that is trained any more (``is_replaced``).
+
+    Pickled and copied with the parameter, it becomes an empty set: files that ``torch.load`` trusts know nothing of us.
+    """
+
+    unit: Unit
+    param: ShardedParam
+    is_replaced: bool = False
+
+    def __reduce__(self) -> tuple[type[set[Any]], tuple[()]]:
+        return set, ()
+
+
+def ownership_of(param: torch.Tensor) -> Ownership | None:
+    """Which unit has sharded ``param``, or None if none has."""
+    found = vars(param).get("_yafsdp_ownership")
+    return found if isinstance(found, Ownership) else None
+
+
+@dataclass(frozen=True)
+class _Stand:
+    """A tensor that the user put in a parameter's place for a while, and what modules compute on instead of it."""
+
+    module: nn.Module
+    attribute: str
+    given: torch.Tensor
+    computed: torch.Tensor
 
 
 class ShardedParam:
@@ -37,6 +74,8 @@ class ShardedParam:
         self.shards = RowShards(tuple(param.shape), mesh.size(mesh.ndim - 1))
         self.attributes = dict(vars(param))  # the user's own, which a cast or move of the module would lose
         self.sharded = self._shard(param)
+        self.registered: torch.Tensor = param  # what modules were last made to see: the sharded parameter or a full one
+        self._stands: list[_Stand] = []  # of given tensors, while full parameters are registered
         self.compute_dtype = self.gradient_dtype = self.reduce_dtype = param.dtype
         self.placed: torch.Tensor | None = None  # ``local`` as Unit.materialize left it; None: not in the arena
         self._address = 0  # and its address
@@ -96,27 +135,38 @@ class ShardedParam:
         """Bytes of this rank's chunk of what is gathered."""
         return self.shards.chunk_numel * self.compute_dtype.itemsize
 
-    def adopt_registered(self) -> None:
-        """Takes over a parameter that the user put in this one's place (``load_state_dict(assign=True)``, say).
+    def adopt(self, given: nn.Parameter) -> nn.Parameter:
+        """Takes over a parameter that the user assigns in this one's place, and returns the sharded one that modules
+        are to see.
 
-        Raises ``ValueError`` when its global shape differs.
+        Raises ``ValueError`` when its global shape differs, or when it is distributed otherwise.
         """
-        module, attribute = self.owners[0]
-        found = module._parameters[attribute]
-        if found is self.sharded:
-            return
-        if found is None or tuple(found.shape) != self.shards.shape:
-            shape = None if found is None else tuple(found.shape)
+        if tuple(given.shape) != self.shards.shape:
             raise ValueError(
-                f"{self.name}: expected a parameter of shape {self.shards.shape} in its place, found {shape}"
+                f"{self.name}: expected a parameter of shape {self.shards.shape} in its place, found "
+                f"{tuple(given.shape)} (rank {self.rank})"
             )
-        self.sharded = found if isinstance(found, DTensor) else self._shard(found)
+        if not isinstance(given, DTensor):
+            self.sharded = self._shard(given)
+        elif (given.device_mesh, given.placements) == (self.mesh, self.sharded.placements):  # type: ignore[attr-defined]
+            self.sharded = given
+        else:
+            raise ValueError(
+                f"{self.name}: expected a parameter with {self.sharded.placements} on {self.mesh} in its place, found "  # type: ignore[attr-defined]
+                f"{given.placements} on {given.device_mesh} (rank {self.rank}); redistribute it first"
+            )
         self.placed = None
+        return self.sharded
 
     def restore_attributes(self) -> None:
         """Gives the DTensor those that the user set on the parameter."""
         for name, value in self.attributes.items():
             vars(self.sharded).setdefault(name, value)
+
+    def add_owner(self, module: nn.Module, attribute: str) -> None:
+        """``module`` is tied to this parameter too: it sees what the others see."""
+        self.owners.append((module, attribute))
+        module._parameters[attribute] = self.registered  # type: ignore[assignment]
 
     def place_main(self, place: Place) -> None:
         """Moves this rank's rows to ``place``, where the DTensor holds them from now on."""
@@ -162,9 +212,41 @@ class ShardedParam:
             hook(self.sharded)
 
     def register(self, value: nn.Parameter) -> None:
-        """Makes ``value`` what every owning module sees under this parameter's name."""
+        """Makes ``value``, the sharded parameter or a slot's full one, what every owning module sees under this
+        parameter's name.
+
+        A tensor that the user has put there (``torch.func.functional_call``) stays: modules compute on it.
+        """
+        for stand in self._stands:
+            if stand.module._parameters.get(stand.attribute) is stand.computed:
+                stand.module._parameters[stand.attribute] = stand.given  # type: ignore[assignment]
+        self._stands.clear()
         for module, attribute in self.owners:
-            if type(module).__setattr__ is nn.Module.__setattr__:
+            found = module._parameters.get(attribute)
+            if found is not self.registered and not self.is_mine(found):
+                if found is not None and value is not self.sharded:
+                    self._stand_in(module, attribute, found)
+            elif type(module).__setattr__ is nn.Module.__setattr__:
                 module._parameters[attribute] = value
             else:  # e.g. nn.LSTM, which keeps a list of its weights beside the dict
                 setattr(module, attribute, value)
+        self.registered = value
+
+    def is_mine(self, found: torch.Tensor | None) -> bool:
+        """Whether ``found`` is the sharded parameter or a slot's full one."""
+        ownership = ownership_of(found) if found is not None else None
+        return ownership is not None and ownership.param is self and not ownership.is_replaced
+
+    def _stand_in(self, module: nn.Module, attribute: str, given: torch.Tensor) -> None:
+        """Lets ``module`` compute on ``given`` as it would on a gathered parameter: whole, and in ``compute_dtype``.
+
+        Gradients of a given DTensor are averaged over its ranks, as those of sharded parameters are.
+        """
+        computed = given
+        if isinstance(given, DTensor):
+            computed = given.full_tensor(grad_placements=[Partial("avg")] * given.device_mesh.ndim)
+        if computed.is_floating_point():
+            computed = computed.to(self.compute_dtype)
+        if computed is not given:
+            module._parameters[attribute] = computed  # type: ignore[assignment]
+            self._stands.append(_Stand(module, attribute, given, computed))

@@ -26,6 +26,7 @@ from yafsdp_like.comm.transport import Gather, Reduce
 from yafsdp_like.memory.arena import Place
 from yafsdp_like.memory.layout import FlatLayout
 from yafsdp_like.memory.streams import Event
+from yafsdp_like.shard.nested import addresses_in
 from yafsdp_like.shard.param import ShardedParam
 
 if TYPE_CHECKING:
@@ -70,6 +71,20 @@ class GatherSlot:
             place.tensor(p.compute_dtype, (p.shards.padded_numel,))
             for p, place in zip(unit.params, places, strict=True)
         ]
+
+    @cached_property
+    def _addresses(self) -> range:
+        """What the slot occupies; nothing where it is the shard, which stays."""
+        if self.extent is None or not self.outputs:
+            return range(0)
+        start = min(output.data_ptr() for output in self.outputs)
+        return range(start, max(output.data_ptr() + output.nbytes for output in self.outputs))
+
+    def shows(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is a full parameter of this slot or a view of one: its values go when the slot is
+        released.
+        """
+        return any(address in self._addresses for address in addresses_in(tensor))
 
     @cached_property
     def gather(self) -> Gather:

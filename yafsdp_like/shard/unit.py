@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from yafsdp_like.comm.transport import Averaged, Reduction, Transport
 from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.layout import FlatLayout
 from yafsdp_like.memory.plan import Region
-from yafsdp_like.shard.param import NOWHERE, ShardedParam
+from yafsdp_like.shard.param import NOWHERE, Ownership, ShardedParam
 from yafsdp_like.shard.slots import GatherSlot, Generation, GradientSlot, SlotState, Use
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ class Unit:
         self.own_gradient_slot = False  # by a spill, or because unsynced gradients stay in it between backwards
         self.unsynced_gradients = False  # set_requires_gradient_sync(False) was called
         self.pending: weakref.WeakSet[Use] = weakref.WeakSet()  # uses whose backward has not ended
+        self.is_loading = False  # a state dict, whose entries may be assigned
         self.to_run: list[nn.Module] = []  # of several modules: those that have not run in this forward pass
         self.calls: list[Call] = []  # forwards that are running, the innermost last
         self.materialize()
@@ -214,10 +215,9 @@ class Unit:
     def materialize(self) -> None:
         """Puts the main shard into the arena, or back into it after the user moved, cast or replaced parameters.
 
-        Does nothing while a parameter is on the meta device. Parameters must be registered sharded.
+        Does nothing while a parameter is on the meta device.
         """
         for p in self.params:
-            p.adopt_registered()
             p.restore_attributes()
             self.mark(p.sharded, p)
         if self.meta_params():
@@ -236,19 +236,35 @@ class Unit:
                 p.place_main(place)
 
     def mark(self, param: torch.Tensor, p: ShardedParam) -> None:
-        """Notes on ``param`` that it is ``p`` of this unit, for ``ownership_of``."""
-        param._yafsdp_ownership = Ownership(self, p)  # type: ignore[attr-defined]
+        """Notes on ``param`` that it is ``p`` of this unit, or what ``p`` was made of, for ``ownership_of``."""
+        param._yafsdp_ownership = Ownership(self, p, is_replaced=param is not p.sharded)  # type: ignore[attr-defined]
+
+    def adopt(self, p: ShardedParam, given: nn.Parameter) -> nn.Parameter:
+        """Takes ``given``, which the user assigns to a module, in the place of ``p``; returns what the module gets."""
+        before, sharded = p.sharded, p.adopt(given)
+        for param in (before, given, sharded):
+            self.mark(param, p)
+        p.register(sharded)
+        self.materialize()
+        return sharded
 
     def _changed_dtype(self) -> bool:
         return any(p.main is not NOWHERE and p.main.dtype != p.main_dtype for p in self.params)
 
     def register(self, slot: GatherSlot | None) -> None:
-        """Makes the modules see ``slot``'s full parameters, or the sharded ones for None."""
-        if slot is not self.registered:
-            values = [p.sharded for p in self.params] if slot is None else slot.params
-            for p, value in zip(self.params, values, strict=True):
-                p.register(value)
-            self.registered = slot
+        """Makes the modules see ``slot``'s full parameters, or the sharded ones for None.
+
+        Also where they should see them already: ``functional_call`` ends by putting back what it found when it began.
+        """
+        values = [p.sharded for p in self.params] if slot is None else slot.params
+        for p, value in zip(self.params, values, strict=True):
+            p.register(value)
+        self.registered = slot
+
+    def copy_unsharded(self) -> list[torch.Tensor]:
+        """Copies of the full parameters that modules see now."""
+        assert self.registered is not None
+        return [param.detach().clone() for param in self.registered.params]
 
     @property
     def is_current(self) -> bool:
@@ -294,23 +310,3 @@ class Unit:
 def unit_of(module: nn.Module) -> Unit | None:
     """The unit that ``fully_shard`` made of ``module``, alone or in a list."""
     return vars(module).get("_yafsdp_unit")
-
-
-@dataclass(frozen=True)
-class Ownership:
-    """Marks a parameter, as it was before sharding and after, with where it lives now.
-
-    Pickled and copied with the parameter, it becomes an empty set: files that ``torch.load`` trusts know nothing of us.
-    """
-
-    unit: Unit | None
-    param: ShardedParam | None
-
-    def __reduce__(self) -> tuple[type[set[Any]], tuple[()]]:
-        return set, ()
-
-
-def ownership_of(param: torch.Tensor) -> Ownership | None:
-    """Which unit has sharded ``param``, or None if none has."""
-    found = vars(param).get("_yafsdp_ownership")
-    return found if isinstance(found, Ownership) and found.unit is not None else None

@@ -16,8 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from yafsdp_like.optim.adamw import AdamW, Passes
 from yafsdp_like.shard.engine import Engine
-from yafsdp_like.shard.param import ShardedParam
-from yafsdp_like.shard.unit import Unit, ownership_of
+from yafsdp_like.shard.param import ShardedParam, ownership_of
+from yafsdp_like.shard.unit import Unit
 
 _stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 Owned = dict[Unit, list[ShardedParam]]  # an optimizer's sharded parameters
@@ -54,12 +54,12 @@ def _owned(optimizer: torch.optim.Optimizer) -> Owned:
     for group in optimizer.param_groups:
         for param in group["params"]:
             ownership = ownership_of(param)
-            if ownership is None or ownership.unit is None or ownership.param is None:
+            if ownership is None:
                 continue
             if param is not ownership.param.sharded:
                 raise RuntimeError(
-                    f"{type(optimizer).__name__} holds {ownership.param.name!r} as it was before it was sharded, and "
-                    "would train nothing: build the optimizer after fully_shard, from model.parameters()"
+                    f"{type(optimizer).__name__} holds {ownership.param.name!r} as it was before it was sharded or "
+                    "replaced, and would train nothing: build the optimizer after fully_shard, from model.parameters()"
                 )
             owned.setdefault(ownership.unit, []).append(ownership.param)
     return owned
