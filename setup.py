@@ -20,7 +20,8 @@ TOOLS = [
     "mypy",
     "types-PyYAML",
 ]
-SERVE = ["transformers", "jinja2", "fastapi", "uvicorn", "prometheus-client"]
+TOKENIZERS = ["sentencepiece", "protobuf", "tiktoken"]  # to convert a directory's tokenizer.model
+SERVE = ["transformers", "jinja2", "fastapi", "uvicorn", "prometheus-client", *TOKENIZERS]
 TEST = [*TRAIN, *PARQUET, *HF, *SERVE, "openai", "httpx", *TOOLS]
 BENCH = ["deepspeed", "transformers", "matplotlib"]
 

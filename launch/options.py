@@ -18,6 +18,7 @@ UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, 
 MODES = ("auto", "resident", "gathered", "streamed", "tensor_parallel")
 DTYPES = ("float32", "bfloat16")
 PRESET = "preset:"
+NO_DEFAULTS = "none"  # of the model
 
 
 class Help(argparse.HelpFormatter):
@@ -76,6 +77,21 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return read
 
 
+def number(least: float, most: float) -> Callable[[str], float]:
+    """A number in a range."""
+
+    def read(text: str) -> float:
+        try:
+            found = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+        if not least <= found <= most:  # which no NaN is
+            raise argparse.ArgumentTypeError(f"must be from {least:g} to {most:g}, found {text}")
+        return found
+
+    return read
+
+
 def seconds(text: str) -> float:
     """Of a time that passes: neither negative nor endless."""
     try:
@@ -97,6 +113,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, max_batch_size: int, ma
     )
     group = parser.add_argument_group("model and memory")
     group.add_argument("--tokenizer", metavar="DIRECTORY", help="if it is not the model's own")
+    group.add_argument(
+        "--generation-config",
+        default="model",
+        choices=("model", NO_DEFAULTS),
+        help=f"whether sampling that is not said is as the model's generation_config.json says ({NO_DEFAULTS}: not)",
+    )
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where it runs")
     group.add_argument("--dtype", choices=DTYPES, help="of weights; default: bfloat16 on a GPU, float32 on a CPU")
     group.add_argument("--mode", default="auto", choices=MODES, help="where weights lie")

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from launch.generate import Opened, add_model_arguments, exit_status, opened
+from launch.opening import Opened, opened
+from launch.options import add_model_arguments, exit_status
 from launch.world import rank_from_environment
 from yafsdp_like.inference.service import Service, State, Stepped
 from yafsdp_like.inference.together import KEEP_ALIVE_S, Leader, follow
@@ -102,6 +103,7 @@ def serve(model: Opened, arguments: argparse.Namespace, address: socket) -> None
         max_seq_len=model.max_seq_len,
         api_key=arguments.api_key,
         timeout_s=arguments.timeout,
+        sampling=model.sampling,
     )
     engine: Stepped = model.engine if leader is None else leader
     service = Service(engine, prepare=lambda _: _use(model.device), look_s=None if leader is None else KEEP_ALIVE_S)

@@ -1,8 +1,13 @@
 """The two commands for a trained model: text on a terminal, and a server's life from its plan to its last answer."""
 
 import contextlib
+import dataclasses
 import io
+import itertools
+import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,8 +22,10 @@ import torch
 
 from launch import generate, options, serve
 from tests.test_text import write_tokenizer
+from yafsdp_like.inference.directory import sampling_defaults
 from yafsdp_like.inference.engine import Engine, EngineOptions
 from yafsdp_like.inference.loading import load
+from yafsdp_like.inference.protocol import CompletionBody
 from yafsdp_like.inference.request import FinishReason, Request
 from yafsdp_like.inference.text import Codec
 from yafsdp_like.kernels.sampling import SamplingParams
@@ -60,8 +67,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """(exit status, standard output, standard error) of launch.generate."""
-    status = generate.main([str(argument) for argument in arguments])
+    """(exit status, standard output, standard error) of launch.generate, which draws the likeliest unless told else."""
+    words = [str(argument) for argument in arguments]
+    words += [] if any(word.startswith("--temperature") for word in words) else ["--temperature=0"]
+    try:
+        status = generate.main(words)
+    except SystemExit as end:  # by argparse
+        status = int(end.code or 0)
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -124,15 +136,164 @@ def test_more_tokens_than_fit_are_cut_to_what_fits(saved: Saved, capsys: pytest.
     assert said(capsys, *arguments) == (0, text + "\n", "")
 
 
+def test_the_readmes_command_is_one(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was refused: an option before the prompt and one behind it."""
+    readme = (ROOT / "README.md").read_text()
+    commands = [line.split("#")[0] for line in readme.splitlines() if line.startswith("python -m launch.generate ")]
+    assert commands
+    for command in commands:
+        words = shlex.split(command)[3:]
+        words[0] = str(saved.directory)
+        status, out, err = said(capsys, *words, *SMALL)
+        assert status == 0 and out.strip(), err
+
+
+def test_options_and_the_prompt_come_in_any_order() -> None:
+    parts = [["MODEL"], ["--chat"], ["--max-tokens", "5"], ["What is -5 + 3?"], ["--stop", "x"]]
+    for order in itertools.permutations(parts):
+        if order.index(["MODEL"]) < order.index(["What is -5 + 3?"]):
+            found = generate.parsed([word for part in order for word in part])
+            assert (found.model, found.prompt, found.chat, found.max_tokens) == ("MODEL", "What is -5 + 3?", True, 5)
+    assert generate.parsed(["--chat", "MODEL"]).prompt is None
+    for words in (
+        ["MODEL", "--", "--chat"],
+        ["--seed=1", "--", "MODEL", "--chat"],
+        ["MODEL", "--seed=1", "--", "--chat"],
+    ):
+        found = generate.parsed(words)
+        assert (found.model, found.prompt, found.chat) == ("MODEL", "--chat", False)
+
+
+def test_a_request_that_says_nothing_is_drawn_as_a_command_that_says_nothing() -> None:
+    nothing = generate.sampling_of(generate.parsed(["MODEL", "--seed=0"]), SamplingParams())
+    assert nothing == Request("x", (1,)).sampling == SamplingParams(temperature=1.0, seed=0)
+
+
+def test_the_models_own_way_to_sample_is_taken_unless_something_else_is_said(
+    saved: Saved, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    directory = shutil.copytree(saved.directory, tmp_path / "model")
+    (directory / "generation_config.json").write_text('{"temperature": 0.0, "max_new_tokens": 3, "do_sample": true}')
+    likeliest = saved.ask(saved.codec.encode(PROMPT)) + "\n"
+    words = [str(directory), PROMPT, "--max-tokens=16", *SMALL]
+    for more, is_likeliest in (([], True), (["--temperature=0.0"], True), (["--temperature=1"], False),
+                               (["--generation-config=none"], False)):  # fmt: skip
+        outs = []
+        for seed in (1, 2):
+            assert generate.main([*words, f"--seed={seed}", *more]) == 0
+            outs.append(capsys.readouterr().out)
+        assert (outs == [likeliest] * 2) is is_likeliest, more
+
+
+def test_over_http_the_models_way_to_sample_is_taken_where_a_body_says_nothing() -> None:
+    defaults = SamplingParams(temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.1)
+    body = CompletionBody(model="m", prompt="x", top_p=0.5, seed=3)
+    assert body.sampling(0, defaults) == dataclasses.replace(defaults, top_p=0.5, seed=3)
+    assert CompletionBody(model="m", prompt="x", seed=3).sampling(0, SamplingParams()) == SamplingParams(seed=3)
+
+
+def test_a_generation_config_says_how_to_sample_and_nothing_else_of_it_counts(tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    assert sampling_defaults(tmp_path) == sampling_defaults(None) == SamplingParams()
+    for content, expected in (
+        (
+            {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "do_sample": True, "max_new_tokens": 7},
+            (0.6, 20, 0.95, 1.0),
+        ),
+        ({"temperature": 1, "top_k": -1, "repetition_penalty": 1.05, "typical_p": 0.2}, (1.0, 0, 1.0, 1.05)),
+        ({"temperature": None, "top_k": 40.0, "seed": 5}, (1.0, 40, 1.0, 1.0)),
+    ):
+        path.write_text(json.dumps(content))
+        found = sampling_defaults(tmp_path)
+        assert (found.temperature, found.top_k, found.top_p, found.repetition_penalty) == expected
+        assert found.seed == 0 and isinstance(found.top_k, int) and isinstance(found.temperature, float)
+
+
+def test_what_ends_a_text_may_stand_in_the_models_configuration_alone(
+    saved: Saved, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    directory = shutil.copytree(saved.directory, tmp_path / "model")
+    prompt = saved.codec.encode(PROMPT)
+    request = Request("x", prompt, SamplingParams(temperature=0), max_tokens=16)
+    ids = saved.reference.generate([request])["x"].ids
+    stop = next(token for token in ids[2:] if token not in ids[:2])
+    raw = json.loads((directory / "config.json").read_text())
+    expected = saved.codec.decode([*prompt, *ids[: ids.index(stop)]])[len(saved.codec.decode(prompt)) :]
+    for eos in (stop, [stop, 0]):
+        (directory / "config.json").write_text(json.dumps(raw | {"eos_token_id": eos}))
+        assert said(capsys, directory, PROMPT, "--max-tokens=16", *SMALL) == (0, expected + "\n", "")
+        elsewhere = ["--tokenizer", saved.directory]  # whose directory does not know
+        assert said(capsys, directory, PROMPT, "--max-tokens=16", *SMALL, *elsewhere) == (0, expected + "\n", "")
+
+
+BROKEN = [
+    ("config.json", "[1]", "config.json: expected an object in JSON, found list"),
+    ("config.json", "{", "config.json: "),
+    ("config.json", '{"model_type": "llama", "hidden_size": "x"}', "hidden_size must be a whole number"),
+    ("model.safetensors", "", "model.safetensors is no whole safetensors file"),
+    ("model.safetensors.index.json", "[]", "is no index of safetensors files"),
+    ("generation_config.json", '{"temperature": "hot"}', "generation_config.json: temperature must be a number"),
+    ("generation_config.json", '{"top_p": 7}', "generation_config.json: top_p must be above 0 and at most 1"),
+    ("generation_config.json", '{"eos_token_id": [[1]]}', "eos_token_id must be an id or a list of ids"),
+    ("tokenizer_config.json", "[]", "tokenizer_config.json: expected an object in JSON, found list"),
+    ("tokenizer.json", "{}", "transformers cannot read its tokenizer"),
+    ("chat_template.jinja", "{% for", "the model's chat template refuses these messages"),
+    ("chat_template.jinja", "{{ 1 // 0 }}", "the model's chat template refuses these messages"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "told"), BROKEN, ids=lambda value: value[:20])
+def test_a_broken_file_is_one_line_that_names_it(
+    name: str, content: str, told: str, saved: Saved, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    directory = shutil.copytree(saved.directory, tmp_path / "model")
+    (directory / name).write_text(content)
+    status, out, err = said(capsys, directory, "x", "--chat", *SMALL)
+    assert (status, out, err.count("\n")) == (1, "", 1), err
+    assert err.startswith("error: ") and told in err
+
+
+def test_the_command_line_is_read_before_torch_is_imported() -> None:
+    program = "import sys\nfrom launch import generate\n{}\nassert not {'torch', 'transformers'} & set(sys.modules)"
+    for words, status in ((["--help"], 0), (["MODEL", "--top-p=2"], 2), (["/nowhere", "x"], 1)):
+        call = f"try: generate.main({words!r})\nexcept SystemExit as end: assert end.code == {status}"
+        if status == 1:
+            call = f"assert generate.main({words!r}) == 1"
+        done = subprocess.run(
+            [sys.executable, "-c", program.replace("{}", call)],
+            cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        assert words != ["--help"] or ("--temperature" in done.stdout and "default: 256" in done.stdout)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["MODEL", ""], "the prompt is empty"),
-        (["MODEL", "x", "--system=y"], "--system is only for --chat"),
-        (["MODEL", "x " * 200, "--max-seq-len=32"], "32 fit with what is to follow"),
-        (["MODEL", "x", "--temperature=-1"], "temperature must be at least 0"),
-        (["MODEL", "x", "--max-tokens=0"], "max_tokens must be at least 1"),
+        (["MODEL", "x", "--temperature=-1"], "argument --temperature: must be from 0"),
+        (["MODEL", "x", "--temperature=nan"], "argument --temperature: must be from 0"),
+        (["MODEL", "x", "--top-p=0"], "argument --top-p: must be from"),
+        (["MODEL", "x", "--max-tokens=0"], "must be at least 1"),
         (["MODEL", "x", "--stop="], "a stop string must have at least one character"),
+        (["MODEL", "x", "--system=y"], "--system is only for --chat"),
+        (["MODEL", "x", "y"], "unrecognized arguments: y"),
+        (["MODEL", "x", "--nothing"], "unrecognized arguments: --nothing"),
+        ([], "the following arguments are required: MODEL"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
+)
+def test_what_is_wrong_on_the_command_line_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    status, out, err = said(capsys, *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ") and words in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["MODEL", "x " * 200, "--max-seq-len=32"], "32 fit with what is to follow"),
         (["MODEL", "x", "--memory-limit=10KiB"], "bytes"),
         (["MODEL", "x", "--tokenizer=/nowhere"], "no tokenizer in /nowhere"),
         (["/nowhere", "x"], "/nowhere"),
@@ -170,7 +331,15 @@ def test_a_preset_takes_a_tokenizer_of_at_most_its_vocabulary(saved: Saved, caps
 def test_two_ranks_that_share_the_weights_say_what_one_says(saved: Saved) -> None:
     """Over gloo they step together, and only the first one speaks."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    words += ["launch.generate", str(saved.directory), PROMPT, "--mode=gathered", "--max-tokens=16", *SMALL]
+    words += [
+        "launch.generate",
+        str(saved.directory),
+        PROMPT,
+        "--mode=gathered",
+        "--max-tokens=16",
+        "--temperature=0",
+        *SMALL,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, timeout=150, check=True)
     assert done.stdout == saved.ask(saved.codec.encode(PROMPT)) + "\n"

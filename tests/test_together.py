@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from launch import serve
-from launch.generate import Opened
+from launch.opening import Opened
 from tests.ranks import PRELOADED, run_ranks
 from tests.test_engine import check_idle
 from tests.test_server import (

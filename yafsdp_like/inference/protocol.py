@@ -14,7 +14,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
 from yafsdp_like.inference.answers import ChatForm, Choice, CompletionForm, Form, Job
-from yafsdp_like.inference.request import Request
+from yafsdp_like.inference.request import PLAIN, Request
 from yafsdp_like.inference.text import Codec, Transcript
 from yafsdp_like.kernels.sampling import SamplingParams
 
@@ -46,6 +46,7 @@ class ServerOptions:
     max_body_nbytes: int = 16 * 2**20
     max_choices: int = 128  # of one request: prompts times n
     timeout_s: float | None = None  # from a request's arrival to its last token
+    sampling: SamplingParams = PLAIN  # where a request says nothing
 
 
 # --- errors ---
@@ -227,10 +228,10 @@ class AnyBody(Body):
         if self.stream_options is not None and not self.stream:
             raise _invalid("stream_options", "is only for stream: true")
 
-    def sampling(self, choice: int) -> SamplingParams:
+    def sampling(self, choice: int, defaults: SamplingParams) -> SamplingParams:
         """How the choice of this index is drawn: with `seed` the same each time, and unlike its neighbours."""
         seed = secrets.randbits(63) if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63
-        return SamplingParams(**self.model_dump(include=SAMPLED, exclude_none=True), seed=seed)
+        return replace(defaults, **self.model_dump(include=SAMPLED, exclude_none=True), seed=seed)
 
 
 class CompletionBody(AnyBody):
@@ -387,7 +388,7 @@ class Reader:
             request = Request(
                 id=f"{job_id}-{index}",
                 prompt=prompts[number],
-                sampling=body.sampling(draw),
+                sampling=body.sampling(draw, self._options.sampling),
                 max_tokens=max_tokens[number],
                 stop_tokens=frozenset() if body.ignore_eos else self._codec.stop_tokens,
                 num_logprobs=num_logprobs,

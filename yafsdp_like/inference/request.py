@@ -7,7 +7,7 @@ from enum import Enum
 
 from yafsdp_like.kernels.sampling import SamplingParams
 
-_PLAIN = SamplingParams()
+PLAIN = SamplingParams()
 MAX_LOGPROBS = 20  # tokens at each position whose log-probability can be told, beside that of the one drawn
 
 
@@ -28,7 +28,7 @@ class Request:
 
     id: str
     prompt: tuple[int, ...]
-    sampling: SamplingParams = _PLAIN
+    sampling: SamplingParams = PLAIN
     max_tokens: int = 16
     stop_tokens: frozenset[int] = frozenset()  # ends with one of these, which is reported, too
     num_logprobs: int | None = None  # None: none; 0: of the token drawn; n: of the n most probable, too

@@ -47,14 +47,17 @@ class Codec:
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
 
     @classmethod
-    def load(cls, directory: str | Path) -> Codec:
-        """The tokenizer of a Hugging Face directory, and the ids that its configurations end a text with.
+    def load(cls, directory: str | Path, model_directory: Path | None = None) -> Codec:
+        """The tokenizer of a Hugging Face directory, and the ids that its configurations, and the model's, end a text
+        with.
 
         Raises ValueError where there is none that can be read, or only by running code that comes with it; ImportError
         without `transformers`.
         """
         directory = Path(directory).expanduser()
-        return cls(hf_directory.load_tokenizer(directory), hf_directory.stop_tokens(directory))
+        places = [directory] if model_directory is None else [directory, model_directory]
+        ends = (token for place in places for token in hf_directory.stop_tokens(place))
+        return cls(hf_directory.load_tokenizer(directory), ends)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of a text that begins, with what the model expects at the beginning; control tokens by their names.
