@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from launch.config import Config
 from launch.recipe import Recipe
@@ -57,8 +56,3 @@ def flops_per_step(model: Any, config: Config) -> int | None:
     if not isinstance(formula, DecoderConfig):
         return None
     return formula.train_flops(config.global_batch_size, config.seq_len)
-
-
-def whole(value: torch.Tensor) -> torch.Tensor:
-    """A tensor on every rank of what may be a DTensor."""
-    return value.full_tensor() if isinstance(value, DTensor) else value

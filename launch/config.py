@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +53,23 @@ class OptimizerOptions:
     betas: tuple[float, float] = (0.9, 0.95)  # of the moments
     eps: float = 1e-8  # beside the root of the second moment
     weight_decay: float = 0.1  # of matrices; norms and biases have none
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0  # gradients are scaled down to this norm; null: never
+    nonfinite: Literal["stop", "skip"] = "stop"  # at gradients that are not finite; "skip" waits for each step's norm
+
+    def __post_init__(self) -> None:
+        def check(key: str, value: float | None, holds: bool, expected: str) -> None:
+            if value is not None and not (math.isfinite(value) and holds):
+                raise ValueError(f"optimizer.{key} must be {expected}, got {value}")
+
+        norm = self.max_grad_norm
+        check("max_grad_norm", norm, norm is None or norm > 0, "above 0, or null for no clipping")
+        check("lr", self.lr, self.lr >= 0, "at least 0")
+        check("final_lr_ratio", self.final_lr_ratio, 0 <= self.final_lr_ratio <= 1, "between 0 and 1")
+        check("num_warmup_steps", self.num_warmup_steps, self.num_warmup_steps >= 0, "at least 0")
+        for beta in self.betas:
+            check("betas", beta, 0 <= beta < 1, "at least 0 and below 1")
+        check("eps", self.eps, self.eps >= 0, "at least 0")
+        check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -67,8 +84,9 @@ class PrecisionOptions:
 class CheckpointOptions:
     """Step-N directories under the run's directory."""
 
-    every: int = 0  # steps; 0: at the end only
+    every: int = 100  # steps, all of which a crash may lose; 0: at the end only
     keep: int = 3
+    grace_seconds: float = 25.0  # after SIGTERM, to save a checkpoint before the end; torchrun waits for 30 s
     asynchronous: bool = True  # write behind the next steps, from a copy in host memory that is kept to the end
     export: bool = True  # also a Hugging Face directory, `hf`, made from the shards; whole in the first host's memory
     export_dtype: Literal["float32", "bfloat16"] = "float32"

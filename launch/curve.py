@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from launch.metrics import Record
@@ -17,7 +18,7 @@ def draw(records: list[Record], unigram_entropy: float, path: Path) -> None:
     axes = figure.add_subplot()
     held_out = [record for record in records if "held_out_loss" in record]
     for name, marker, label, rows in (("loss", "", "training", records), ("held_out_loss", "o", "held out", held_out)):
-        values = [row[name] for row in rows]
+        values = [math.nan if row[name] is None else row[name] for row in rows]
         axes.plot([row["step"] for row in rows], values, label=label, marker=marker, markersize=3, linewidth=0.9)
     axes.axhline(unigram_entropy, color="gray", linestyle="--", linewidth=0.9, label="unigram entropy")
     axes.set(xlabel="step", ylabel="loss, nats per token", ylim=(0, None))

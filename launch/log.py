@@ -5,6 +5,7 @@ Owns when ranks meet for them: once every few steps, so that no step waits. Know
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from launch import metrics
-from launch.build import whole
 from launch.config import Config
 from launch.console import Console
 from launch.world import World
 from yafsdp_like.comm.agreement import together
+from yafsdp_like.memory.plan import readable
 
 
 class Pending(NamedTuple):
@@ -25,7 +26,7 @@ class Pending(NamedTuple):
 
     step: int
     loss: Tensor  # () this rank's
-    norm: Tensor  # () of all ranks, a DTensor perhaps
+    norm: Tensor  # () of all ranks
     rate: float
 
 
@@ -51,28 +52,35 @@ class Log:
         """Keep the numbers of a step; nothing is waited for."""
         self._pending.append(Pending(step, loss, norm, rate))
 
-    def write(self, held_out_loss: float | None) -> None:
-        """Bring the numbers of all steps since the last call to the host, average them over ranks, write them."""
+    def write(self, held_out_loss: float | None) -> int | None:
+        """Bring the numbers of all steps since the last call to the host, average them over ranks, write them.
+
+        Returns the first step whose loss is not finite, if any. In the files such numbers are null.
+        """
+        if not self._pending:
+            return None
         losses = self._world.mean(torch.stack([done.loss for done in self._pending])).tolist()
+        norms = torch.stack([done.norm for done in self._pending]).tolist()
         num_tokens = self._options.global_batch_size * self._options.seq_len  # of one step
         records: list[metrics.Record] = [
             {
                 "step": done.step,
                 "tokens": done.step * num_tokens,
-                "loss": loss,
-                "grad_norm": float(whole(done.norm)),
+                "loss": _finite(loss),
+                "grad_norm": _finite(norm),
                 "lr": done.rate,
             }
-            for done, loss in zip(self._pending, losses, strict=True)
+            for done, loss, norm in zip(self._pending, losses, norms, strict=True)
         ]
         records[-1] |= self._speed(len(records), num_tokens) | metrics.memory(self._world.device)
         if held_out_loss is not None:
-            records[-1]["held_out_loss"] = held_out_loss
+            records[-1]["held_out_loss"] = _finite(held_out_loss)
         self._pending.clear()
         with together():
             if self._recorder is not None:
                 self._recorder.write(records)
         self._console.show(records[-1])
+        return next((record["step"] for record in records if record["loss"] is None), None)
 
     def _speed(self, num_steps: int, num_tokens: int) -> metrics.Record:
         flops = None if self._flops_per_step is None else num_steps * self._flops_per_step
@@ -81,7 +89,13 @@ class Log:
     def totals(self) -> str:
         """Time and memory of the whole run, on this rank."""
         peaks = metrics.memory(self._world.device)
-        held = f"{peaks['host_gib']:.2f} GiB of host memory"
-        if peaks["allocated_gib"] is not None:
-            held = f"{peaks['allocated_gib']:.2f} GiB allocated, {peaks['reserved_gib']:.2f} GiB reserved"
-        return f"{time.perf_counter() - self._start:.0f} s; peak on one rank: {held}"
+        held = {name: readable(round(gib * metrics.GIB)) for name, gib in peaks.items() if gib is not None}
+        words = f"{held['host_gib']} of host memory"
+        if "allocated_gib" in held:
+            words = f"{held['allocated_gib']} allocated, {held['reserved_gib']} reserved"
+        return f"{time.perf_counter() - self._start:.0f} s; peak on one rank: {words}"
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no word for what is not finite."""
+    return number if math.isfinite(number) else None

@@ -31,6 +31,10 @@ class Recipe(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint's weights mean nothing without, beside their shapes: plain values, as JSON holds them."""
+
     def make(self) -> tuple[nn.Module, list[nn.Module]]:
         """The model, unsharded and the same on all ranks, and the blocks to shard one by one.
 
@@ -65,6 +69,12 @@ class DecoderRecipe:
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        experts = None if self.config.experts is None else dataclasses.asdict(self.config.experts)
+        names = ("num_heads", "num_kv_heads", "head_dim", "qkv_bias", "qk_norm", "tie_embeddings")
+        return {**{name: getattr(self.config, name) for name in names}, "experts": experts}
 
     def make(self) -> tuple[nn.Module, list[nn.Module]]:
         with torch.device("meta"):
@@ -139,6 +149,10 @@ class FactoryRecipe:
         if not sizes:
             raise ValueError(f"the module of model.factory '{self.factory}' has no nn.Embedding to put tokens into")
         return max(sizes)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {}
 
     def make(self) -> tuple[nn.Module, list[nn.Module]]:
         torch.manual_seed(self.seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,16 +23,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from launch.config import Config, as_dict
+from launch.config import Config, OptimizerOptions, as_dict
 from launch.metrics import environment
-from launch.recipe import Exporter
+from launch.recipe import Exporter, Recipe
 from launch.trainer import Trainer
 from launch.world import World
 from yafsdp_like.checkpoint import steps
 from yafsdp_like.checkpoint.safetensors import TensorSpec
-from yafsdp_like.comm.agreement import together
+from yafsdp_like.comm.agreement import AgreedError, share, together
 
 HF_DIR = "hf"  # inside a checkpoint
+FACTS = ("step", "position", "world_size", "order", "shapes")  # that a run cannot go on without
 
 
 @dataclass(frozen=True)
@@ -40,41 +42,83 @@ class Start:
 
     path: Path | None = None
     facts: steps.Facts | None = None
+    broken: tuple[str, ...] = ()  # what is wrong with later ones
 
     @property
     def step(self) -> int:
         return 0 if self.facts is None else int(self.facts["step"])
 
 
-def find_start(options: Config) -> Start:
-    """What `resume` stands for; ValueError if there is no such checkpoint, or the run directory is another run's."""
+def find_starts(options: Config, world: World) -> list[Start]:
+    """What `resume` stands for, and what to take if that cannot be read: with "auto", the checkpoints before it.
+
+    The first rank looks, and all do the same. Fails on all if there is no such checkpoint, or the run directory is
+    another run's.
+    """
+    found: list[Start] = []
+    with together():
+        if world.is_first:
+            found = _starts(options)
+    return share(found)[0]
+
+
+def _starts(options: Config) -> list[Start]:
     output = Path(options.output_dir)
     latest = steps.find_latest(output)
     if options.resume == "auto":
-        return Start() if latest is None else Start(latest, steps.read_facts(latest))
+        return _sound_starts(output) or [Start()]
     if options.resume == "no":
         if latest is not None:
             raise ValueError(
                 f"{output} holds {latest.name} of an earlier run; say --resume=auto, or another --output_dir"
             )
-        return Start()
-    start = Start(Path(options.resume), steps.read_facts(Path(options.resume)))
+        return [Start()]
+    path = Path(options.resume)
+    if (damage := steps.damage(path)) is not None:
+        raise ValueError(f"{path} is not a complete checkpoint: {damage}")
+    start = Start(path, steps.read_facts(path))
     if latest is not None and steps.step_of(latest) > start.step:
         raise ValueError(
             f"{output} holds {latest.name}, later than {options.resume}; say --resume=auto, or another --output_dir"
         )
-    return start
+    return [start]
+
+
+def _sound_starts(output: Path) -> list[Start]:
+    """The checkpoints of a run that can be read as far as their files' sizes tell, the latest one first."""
+    found, broken = [], []
+    for path in reversed(steps.all_checkpoints(output)):
+        damage = steps.damage(path)
+        facts = {} if damage else steps.read_facts(path)
+        if not damage and (missing := [key for key in FACTS if key not in facts]):
+            damage = f"{steps.FACTS} does not say {', '.join(missing)}"
+        if damage:
+            broken.append(f"{path} is broken: {damage}")
+        else:
+            found.append(Start(path, facts, tuple(broken)))
+    if broken and not found:
+        raise ValueError(f"no checkpoint can be read: {'; '.join(broken)}; to start anew, move them away")
+    return found
 
 
 def prepare_directory(options: Config, world: World) -> None:
-    """Make the run's directory and write what the run was told and where it runs; called on the first rank."""
+    """Make the run's directory and write where it runs; called on the first rank."""
     output = Path(options.output_dir)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        _replace(output / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False))
         _replace(output / "environment.json", json.dumps(environment(world), indent=1) + "\n")
     except OSError as error:
         raise ValueError(f"cannot write to output_dir {output}: {error.strerror or error}") from None
+
+
+def write_config(options: Config, first_step: int) -> None:
+    """config.yaml, of what the run was told; another that is there is kept, by the step that it was in force until."""
+    output = Path(options.output_dir)
+    path, content = output / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False)
+    if path.exists() and path.read_text(encoding="utf-8") != content:
+        names = (f"config-until-step-{first_step}{suffix}.yaml" for suffix in ("", *(f"-{i}" for i in range(2, 10000))))
+        os.rename(path, output / next(name for name in names if not (output / name).exists()))
+    _replace(path, content)
 
 
 def _replace(path: Path, content: str) -> None:
@@ -86,33 +130,70 @@ def _replace(path: Path, content: str) -> None:
 class RunState:
     """A trainer's way to and from its checkpoints."""
 
-    def __init__(self, trainer: Trainer, exporter: Exporter | None) -> None:
+    def __init__(self, trainer: Trainer, recipe: Recipe, exporter: Exporter | None) -> None:
         options = trainer.options.checkpoint
-        self._trainer, self._exporter = trainer, exporter
+        self._trainer, self._recipe, self._exporter = trainer, recipe, exporter
         self._directory = Path(trainer.options.output_dir)
         self._checkpoints = steps.StepCheckpoints(self._directory, options.keep, options.asynchronous)
 
-    def restore(self, start: Start) -> None:
-        """Put the trainer where `start` is. Raises on every rank if the checkpoint is of another model or order."""
-        if start.path is None or start.facts is None:
-            return
-        trainer, facts = self._trainer, start.facts
+    def restore(self, starts: list[Start], say: Callable[[str], None]) -> None:
+        """Put the trainer at the first of `starts` that can be read, and write config.yaml; `say` what has changed.
+
+        Raises on every rank if the checkpoint is of another model or order.
+        """
+        start = starts[0]
+        if start.path is not None:
+            start = self._load_first(starts, say)
         with together():
-            self._check(start.path, facts)
+            if self._trainer.world.is_first:
+                write_config(self._trainer.options, start.step)
+
+    def _load_first(self, starts: list[Start], say: Callable[[str], None]) -> Start:
+        """Ranks read together: what fails for one fails for all."""
+        broken: list[str] = []
+        for start in starts:
+            assert start.path is not None and start.facts is not None
+            with together():
+                self._check(start)
+            try:
+                self._load(start.path, start.facts)
+            except steps.UnreadableError as error:
+                broken.append(f"{start.path} is broken: {error}")
+                continue
+            broken += [words for words in start.broken if words not in broken]
+            for words in broken:
+                say(f"{words}; going on from {start.path.name}")
+            with together():
+                if broken and self._trainer.world.is_first:
+                    steps.put_aside_later(self._directory, start.step)
+            if changes := changed(start.facts.get("config"), self._trainer.options):
+                say(f"from step {start.step + 1} on, other than when {start.path.name} was saved:")
+                say("\n".join(f"  {line}" for line in changes))
+            return start
+        raise AgreedError(f"no checkpoint can be read: {'; '.join(broken)}")
+
+    def _load(self, path: Path, facts: steps.Facts) -> None:
+        trainer = self._trainer
         state = self._state(with_random=facts["world_size"] == trainer.world.size)
-        with together():
-            steps.load_into(start.path, state)
+        steps.load_into(path, state)
         set_model_state_dict(trainer.model, state["model"])
         set_optimizer_state_dict(trainer.model, trainer.optimizer, state["optimizer"])
+        set_rates(trainer.optimizer, trainer.options.optimizer)
         if "random" in state:
             steps.set_random_state(state["random"][str(trainer.world.rank)], trainer.world.device)
-        trainer.step, trainer.position = start.step, int(facts["position"])
+        trainer.step, trainer.position = int(facts["step"]), int(facts["position"])
 
     def save(self, behind: bool) -> None:
-        """Write a checkpoint of the trainer as it is now, `behind` the following steps if the options allow it."""
+        """Write a checkpoint of the trainer as it is now, `behind` the following steps if the options allow it.
+
+        Raises NotFiniteError rather than write weights that are not finite. Where someone will end this process soon,
+        nothing is exported.
+        """
+        self._trainer.check_weights()
         state = self._state(with_random=True)
         export = None
-        if self._exporter is not None:
+        stopping = self._trainer.stopping
+        if self._exporter is not None and not (stopping is not None and stopping.is_bounded):
             export = partial(self._export, self._exporter, self._exported(state["model"]))
         self._checkpoints.save(self._trainer.step, state, self._facts(), export, behind)
 
@@ -172,11 +253,56 @@ class RunState:
                 "seq_len": trainer.options.seq_len,
             },
             "shapes": {name: list(param.shape) for name, param in trainer.model.named_parameters()},
+            "model": self._recipe.identity,
+            "optimizer": {"kind": "AdamW"},
+            "config": as_dict(trainer.options),
         }
 
-    def _check(self, path: Path, saved: steps.Facts) -> None:
-        present = self._facts()
+    def _check(self, start: Start) -> None:
+        """ValueError if `start` cannot be gone on from with this model, order and optimizer."""
+        assert start.facts is not None
+        saved, present = start.facts, self._facts()
         if difference := steps.first_difference(saved["shapes"], present["shapes"]):
-            raise ValueError(f"{path} is a checkpoint of another model: {difference}")
+            raise ValueError(f"{start.path} is a checkpoint of another model: {difference}")
+        for key, of in (("model", "a checkpoint of another model"), ("optimizer", "of another optimizer")):
+            if key in saved and (difference := steps.first_difference(saved[key], present[key])):
+                raise ValueError(f"{start.path} is {of}: {difference}")
         if difference := steps.first_difference(saved["order"], present["order"]):
-            raise ValueError(f"{path} was trained on other data or in another order: {difference}")
+            told = [line for line in changed(saved.get("config"), self._trainer.options) if line.startswith("data.")]
+            why = f" ({'; '.join(' '.join(line.split()) for line in told)})" if told else ""
+            raise ValueError(f"{start.path} was trained on other data or in another order: {difference}{why}")
+
+
+def set_rates(optimizer: torch.optim.Optimizer, options: OptimizerOptions) -> None:
+    """What the options say of AdamW, where a loaded state has brought what was said when it was saved."""
+    for group in optimizer.param_groups:
+        decays = any(param.dim() > 1 for param in group["params"])
+        group["weight_decay"] = options.weight_decay if decays else 0.0
+        group["betas"], group["eps"] = options.betas, options.eps
+
+
+def changed(saved: Mapping[str, Any] | None, present: Config) -> list[str]:
+    """What is told to this run and was told otherwise to the one that saved: `key  then -> now`, a line each."""
+    if saved is None:
+        return []
+    then, now = flat(saved), flat(as_dict(present))
+    keys = [key for key in now if key in then and key not in ("output_dir", "resume") and then[key] != now[key]]
+    keys += [key for key in (*then, *now) if key.startswith("model.overrides.") and (key in then) != (key in now)]
+    return [f"{key}  {then.get(key, 'absent')} -> {now.get(key, 'absent')}{_effect(key)}" for key in keys]
+
+
+def _effect(key: str) -> str:
+    if key == "model.hf_dir":
+        return " (weights are the checkpoint's)"
+    return " (also the length of the rate's schedule)" if key == "num_steps" else ""
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping) and (value or prefix):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -4,96 +4,135 @@
     python -m launch.train configs/tiny.yaml --num_steps=50 --resume=auto
 
 Owns the order of things: what is built when, what a step is, when to log, evaluate and save. Each thing itself is
-elsewhere. Errors are one line and exit status 1 on all ranks, except mistakes of ours, which keep their traceback.
+elsewhere. Errors are one line of one rank and exit status 1, except mistakes of ours, which keep their traceback.
+SIGINT, SIGTERM and SIGUSR1 save a checkpoint and end with status 75: `--resume=auto` goes on from there.
 """
 
 from __future__ import annotations
 
 import os
-import re
+import platform
+import signal
 import sys
-import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from launch import config, usage
 
-if __name__ == "__main__" and (status := usage.answered(sys.argv[1:])) is not None:
-    sys.exit(status)  # before torch is imported, which takes seconds
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a run listens, Ctrl-C ends it without a traceback
+    if (status := usage.answered(sys.argv[1:])) is not None:
+        sys.exit(status)  # before torch is imported, which takes seconds
 
-from launch import build, curve, metrics, sample
+from launch import build, complaints, curve, metrics, sample
 from launch.config import Config
 from launch.console import Console
 from launch.corpus import described, open_text
+from launch.gradients import NotFiniteError
 from launch.log import Log
 from launch.profiling import Profiling
 from launch.recipe import recipe_of
-from launch.state import RunState, find_start, prepare_directory
+from launch.state import RunState, find_starts, prepare_directory
+from launch.stopping import STOPPED, Stopping
 from launch.trainer import Trainer
 from launch.world import World, deterministic, join, leave, rank_from_environment
-from yafsdp_like.comm.agreement import AgreedError, together
+from yafsdp_like.comm.agreement import share, together
 from yafsdp_like.data import unigram_entropy
 
-LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed? ?out|remote process exited")
 
-
-def run(options: Config, world: World) -> None:
-    """Everything between joining the process group and leaving it."""
+def run(options: Config, world: World, stopping: Stopping | None = None) -> int:
+    """Everything between joining the process group and leaving it; the exit status: 0, or STOPPED."""
+    if stopping is not None:
+        stopping.peers = [process for host, process in share((platform.node(), os.getpid())) if host == platform.node()]
     with together():
         options.num_accumulated(world.size)
         recipe = recipe_of(options.model, options.seed)
         model_vocab_size = recipe.vocab_size
         exporter = recipe.exporter() if options.checkpoint.export else None
-        start = find_start(options)
         if world.is_first:
             prepare_directory(options, world)
+    starts = find_starts(options, world)
     with together():
         corpus = open_text(options, model_vocab_size, world.is_first)
     with together():
         model = build.build_model(recipe, options, world)
-    console = Console(world.is_first, options.num_steps, start.step)
+    console = Console(world.is_first, options.num_steps, starts[0].step)
     console.say(described(corpus, options))
     console.say(build.describe_plan(model, world))
     with together():
-        recipe.fill(model, world.device, from_checkpoint=start.path is not None)
+        recipe.fill(model, world.device, from_checkpoint=starts[0].path is not None)
     with together():
-        trainer = Trainer(options, world, corpus, model)
-    state = RunState(trainer, exporter)
-    state.restore(start)
+        trainer = Trainer(options, world, corpus, model, stopping)
+    state = RunState(trainer, recipe, exporter)
+    state.restore(starts, console.say)
     log = Log(options, world, console, build.flops_per_step(model, options), trainer.step)
     profiling = Profiling(options.log, world, Path(options.output_dir))
     log.say(opening_words(trainer, log.peak_tflops))
     try:
-        train(trainer, state, log, profiling)
+        with phase(stopping):
+            train(trainer, state, log, profiling)
+        if trainer.stops:
+            log.say(stopped_words(trainer, state))
+            return STOPPED
         finish(trainer, state, log)
     finally:
         profiling.close()
         console.close()
+    return 0
+
+
+@contextmanager
+def phase(stopping: Stopping | None) -> Iterator[None]:
+    """While this lasts, a signal is a wish that a checkpoint be saved."""
+    if stopping is None:
+        yield
+        return
+    stopping.phase = "training"
+    yield
+    stopping.phase = "ending"
 
 
 def train(trainer: Trainer, state: RunState, log: Log, profiling: Profiling) -> None:
-    """All steps that are left; the last one is logged, evaluated and saved."""
-    options = trainer.options
+    """All steps that are left, or those until a rank is told to stop; the last one is logged, evaluated and saved.
+
+    Raises NotFiniteError, on all ranks and once a save under way is done, where training has left the numbers.
+    """
+    first_step = trainer.step + 1
     log.timeline.take()
-    while trainer.step < options.num_steps:
-        profiling.before(trainer.step + 1)
-        trainer.train_step(log)
-        profiling.after(trainer.step)
-        is_last = trainer.step == options.num_steps
-        evaluates = is_last or _is_due(trainer.step, options.evaluation.every)
-        saves = is_last or _is_due(trainer.step, options.checkpoint.every)
-        held_out_loss = None
-        if evaluates:
-            held_out_loss = trainer.evaluate()
-            log.timeline.end("evaluation")
-        if saves or evaluates or _is_due(trainer.step, options.log.every):
-            log.write(held_out_loss)
-            state.check()
-        if saves:
-            state.save(behind=not is_last)
-            log.timeline.end("checkpoint")
+    try:
+        while trainer.step < trainer.options.num_steps and not trainer.stops:
+            profiling.before(trainer.step + 1)
+            trainer.train_step(log)
+            profiling.after(trainer.step)
+            after_step(trainer, state, log, trainer.step == first_step)
+    except NotFiniteError:
+        log.write(None)
+        state.close()
+        raise
     state.close()
+
+
+def after_step(trainer: Trainer, state: RunState, log: Log, is_first: bool) -> None:
+    """What is due: numbers (after the first step in any case), an evaluation, a checkpoint."""
+    options = trainer.options
+    is_last = trainer.step == options.num_steps
+    evaluates = is_last or _is_due(trainer.step, options.evaluation.every)
+    saves = is_last or _is_due(trainer.step, options.checkpoint.every)
+    if not (saves or evaluates or is_first or trainer.stops or _is_due(trainer.step, options.log.every)):
+        return
+    trainer.settle()
+    held_out_loss = None
+    if evaluates and not trainer.stops:
+        held_out_loss = trainer.evaluate()
+        log.timeline.end("evaluation")
+    bad_step = log.write(held_out_loss)
+    if bad_step is not None and options.optimizer.nonfinite == "stop":
+        raise NotFiniteError(f"step {bad_step}: the loss is not finite, though its gradient is; nothing is saved of it")
+    state.check()
+    if saves or trainer.stops:
+        state.save(behind=not is_last and not trainer.stops)
+        log.timeline.end("checkpoint")
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -115,6 +154,15 @@ def finish(trainer: Trainer, state: RunState, log: Log) -> None:
     log.say(f"loss curve: {output / 'loss.png'}\nlast checkpoint: {state.latest()}")
 
 
+def stopped_words(trainer: Trainer, state: RunState) -> str:
+    asked = None if trainer.stopping is None else trainer.stopping.asked
+    by = "a signal to another rank" if asked is None else asked.name
+    return (
+        f"stopped at step {trainer.step} of {trainer.options.num_steps} by {by}: {state.latest()} is saved; resume "
+        f"with the same command and --resume=auto (exit status {STOPPED})"
+    )
+
+
 def opening_words(trainer: Trainer, peak_tflops: float | None) -> str:
     """The sizes of this run, and what its loss and MFU are to be compared with."""
     options, world = trainer.options, trainer.world
@@ -127,6 +175,7 @@ def opening_words(trainer: Trainer, peak_tflops: float | None) -> str:
         f"{world.size} ranks × {trainer.num_accumulated} accumulated; unigram entropy of the text "
         f"{unigram_entropy(trainer.corpus.train):.3f} nats; {mfu}; "
         f"starting at step {trainer.step} of {options.num_steps}"
+        f"{': none is left; to go on, raise num_steps' if trainer.step >= options.num_steps else ''}"
     )
 
 
@@ -138,29 +187,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     try:
         options = config.load(arguments)
-        with deterministic(options.deterministic):
-            run(options, join(options.device))
-    except (ValueError, AgreedError) as error:  # the same on all ranks, so that a launcher ends the others unheard
-        if rank > 0:
-            time.sleep(usage.GRACE_SECONDS)
-        complain(str(error) if rank == 0 else f"{error} (rank {rank})")
-        return 1
-    except OSError as error:
-        complain(f"{error} (rank {rank})")
-        return 1
+        with Stopping(options.checkpoint.grace_seconds, rank) as stopping, deterministic(options.deterministic):
+            status = run(options, join(options.device), stopping)
     except Exception as error:
-        if not isinstance(error, RuntimeError) or not LOST_PEER.search(str(error)):
-            traceback.print_exc()
-            return 1
-        time.sleep(usage.GRACE_SECONDS / 2)  # the rank that failed may have something better to say
-        complain(f"rank {rank} lost another rank, which has ended or cannot be reached: {str(error).splitlines()[0]}")
+        complaints.report(error, rank)
         return 1
     leave()
-    return 0
-
-
-def complain(words: str) -> None:
-    print(f"error: {words}", file=sys.stderr, flush=True)
+    return status
 
 
 if __name__ == "__main__":

@@ -40,12 +40,15 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean over ranks of `values`, in place."""
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of `values`, in place."""
         if self.size > 1:
             dist.all_reduce(values)
-            values /= self.size
         return values
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over ranks of `values`, in place."""
+        return self.sum(values).div_(self.size)
 
 
 def rank_from_environment() -> int:

@@ -46,6 +46,10 @@ Facts = dict[str, Any]
 Export = Callable[[Path], None]  # adds to a checkpoint what it makes of the shards there, on the first rank alone
 
 
+class UnreadableError(ValueError):
+    """A checkpoint whose files are damaged, or do not hold what is asked for."""
+
+
 def find_latest(directory: Path) -> Path | None:
     """The complete checkpoint of the highest step below `directory`, or None."""
     return max(complete_checkpoints(directory), key=step_of, default=None)
@@ -55,6 +59,42 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     """Every complete checkpoint below `directory`, in order of steps."""
     found = [path for path in directory.glob("step-*") if STEP_NAME.fullmatch(path.name) and is_complete(path)]
     return sorted(found, key=step_of)
+
+
+def all_checkpoints(directory: Path) -> list[Path]:
+    """Everything below `directory` that is named as a checkpoint, complete or not, in order of steps."""
+    return sorted((path for path in directory.glob("step-*") if STEP_NAME.fullmatch(path.name)), key=step_of)
+
+
+def damage(path: Path) -> str | None:
+    """Why the checkpoint at `path` cannot be read, as far as names and sizes of files tell; None if they do not."""
+    missing = [name for name in (FACTS, f"{SHARDS}/.metadata") if not (path / name).is_file()]
+    if missing:
+        return f"it has no {' and no '.join(missing)}"
+    try:
+        read_facts(path)
+        metadata = reading.read_metadata(path / SHARDS)
+    except ValueError as error:
+        return " ".join(str(error).split())
+    needed: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+    for name, nbytes in sorted(needed.items()):
+        file = path / SHARDS / name
+        if not file.is_file():
+            return f"{SHARDS}/{name} is missing"
+        if file.stat().st_size < nbytes:
+            return f"{SHARDS}/{name} has {file.stat().st_size:,} bytes of {nbytes:,}"
+    return None
+
+
+def put_aside_later(directory: Path, step: int) -> None:
+    """Checkpoints after `step`, which could not be read, get another name, so that they are in nobody's place."""
+    for path in all_checkpoints(directory):
+        if step_of(path) > step:
+            aside = path.with_name(f"{path.name}.broken")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
 
 
 def is_complete(path: Path) -> bool:
@@ -84,7 +124,7 @@ def read_facts(path: Path) -> Facts:
 def load_into(path: Path, state: dict[str, Any]) -> None:
     """Fill the tensors of `state` (nested dicts; every key must have been saved) from the checkpoint, in place.
 
-    Called by all ranks together. Raises ValueError for a checkpoint that cannot be read, or lacks something.
+    Called by all ranks together. Raises UnreadableError for a checkpoint that cannot be read, or lacks something.
     """
     with together():
         metadata = reading.read_metadata(path / SHARDS)
@@ -95,7 +135,7 @@ def load_into(path: Path, state: dict[str, Any]) -> None:
             planner=reading.CheckedPlanner(),
         )
     except CheckpointException as error:
-        raise ValueError(f"{path} cannot be read: {reading.why(error)}") from None
+        raise UnreadableError(f"{path} cannot be read: {reading.why(error)}") from None
 
 
 def load_whole(path: Path, state: dict[str, Any]) -> None:

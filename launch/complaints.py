@@ -1,0 +1,70 @@
+"""What a run that fails says, and which rank says it.
+
+A launcher ends all ranks as soon as one has ended, so ranks that know less wait for those that know more: a rank with
+an error of its own speaks at once, one that was told of it a little later, one that lost another rank last. Of ranks
+that know as much the first one speaks.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+import traceback
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from launch.usage import GRACE_SECONDS
+from yafsdp_like.comm.agreement import ABOUT_INPUT, AgreedError
+
+LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed? ?out|remote process exited")
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+TOLD_SECONDS, LOST_SECONDS = 0.5, 2.5  # what ranks that know less wait before they speak
+
+
+def report(error: Exception, rank: int) -> None:
+    """Say what is wrong on standard error, in one line, or with its traceback where it is a mistake of ours."""
+    if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+        time.sleep(LOST_SECONDS)
+    elif isinstance(error, AgreedError):
+        time.sleep(TOLD_SECONDS)
+    if not _is_first_to_speak(rank):
+        time.sleep(GRACE_SECONDS)
+    words = _one_line(error, rank)
+    if words is None:
+        traceback.print_exception(error)
+    else:
+        complain(words)
+
+
+def complain(words: str) -> None:
+    print(f"error: {words}", file=sys.stderr, flush=True)
+
+
+def _one_line(error: Exception, rank: int) -> str | None:
+    """None for a mistake of ours."""
+    where = f" (rank {rank})" if rank or (dist.is_initialized() and dist.get_world_size() > 1) else ""
+    if isinstance(error, AgreedError):
+        return str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))
+    ):
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        return f"{first[:300]}{where}; lower micro_batch_size or seq_len, or shard over more ranks"
+    if isinstance(error, ABOUT_INPUT):
+        return f"{error}{where if rank or isinstance(error, OSError) else ''}"
+    if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+        return f"rank {rank} lost another rank, which has ended or cannot be reached: {str(error).splitlines()[0]}"
+    return None
+
+
+def _is_first_to_speak(rank: int) -> bool:
+    """Before ranks have met, and where they cannot be asked any more, the first rank is."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rank == 0
+    try:
+        return int(_get_default_store().add("ranks that complained", 1)) == 1
+    except RuntimeError:
+        return rank == 0

@@ -1,0 +1,90 @@
+"""What is done to gradients between backward and the update: their norm, clipping, and whether they can be trusted.
+
+Owns the one small all-reduce of a step. It carries the norm, and beside it what each rank wishes for all of them (to
+stop), so that ranks agree without another message. Nothing here waits for the device but `Measured.read`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from launch.world import World
+from yafsdp_like.comm.agreement import AgreedError, share
+from yafsdp_like.optim.adamw import local
+
+
+class NotFiniteError(AgreedError):
+    """Training has left the numbers; the message says where. The same on all ranks."""
+
+
+@dataclass(eq=False)
+class Measured:
+    """What is known of one step's gradients, on the device until it is read."""
+
+    step: int
+    norm: Tensor  # () fp32, over all ranks
+    names: list[str]  # of the parameters that had a gradient
+    norms: list[Tensor]  # () each, of this rank's part of each
+    _packet: Tensor  # (2,) the norm, and how many ranks wish to stop; on the host once `_arrived`
+    _arrived: torch.cuda.Event | None
+
+    def read(self) -> tuple[float, bool]:
+        """The norm, and whether any rank wishes to stop. Waits until the device has come as far as this step."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        norm, stops = self._packet.tolist()
+        return norm, stops > 0
+
+
+class Gradients:
+    """Of one model; `max_norm` None leaves them as they are."""
+
+    def __init__(self, model: nn.Module, max_norm: float | None, world: World) -> None:
+        self._named = list(model.named_parameters())
+        self._max_norm, self._world = max_norm, world
+
+    @torch.no_grad()
+    def finish(self, step: int, wishes_stop: bool) -> Measured:
+        """Measures the reduced gradients of `step`, and scales them down to `max_norm`. Called by all ranks."""
+        found = [(name, local(param.grad)) for name, param in self._named if param.grad is not None]
+        names, grads = [name for name, _ in found], [grad for _, grad in found]
+        norms = list(torch._foreach_norm(grads)) if grads else []
+        norm, packet = self._over_ranks(norms, wishes_stop)
+        if self._max_norm is not None and grads:
+            torch._foreach_mul_(grads, torch.clamp(self._max_norm / (norm + 1e-6), max=1.0))
+        return Measured(step, norm, names, norms, *_on_host(packet))
+
+    def _over_ranks(self, norms: list[Tensor], wishes_stop: bool) -> tuple[Tensor, Tensor]:
+        """The norm of all ranks' shards, and it with the number of wishes in one tensor: squares add up."""
+        device = self._world.device
+        here = torch.linalg.vector_norm(torch.stack(norms)).float() if norms else torch.zeros((), device=device)
+        wishes = torch.full((), float(wishes_stop), device=device)
+        if self._world.size > 1:
+            here, wishes = self._world.sum(torch.stack([here**2, wishes])).unbind()
+            here = here**0.5
+        return here, torch.stack([here, wishes])
+
+
+def _on_host(packet: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    if packet.device.type != "cuda":
+        return packet, None
+    copy = torch.empty(packet.shape, dtype=packet.dtype, pin_memory=True)
+    copy.copy_(packet, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return copy, arrived
+
+
+def where_not_finite(names: list[str], norms: list[Tensor]) -> str | None:
+    """Which tensors are not finite, in words, from this rank's norms of its parts; asked on all ranks, told to all."""
+    here = [name for name, norm in zip(names, norms, strict=True) if not torch.isfinite(norm)]
+    bad = {name for there in share(here) for name in there}
+    found = [name for name in names if name in bad]
+    if not found:
+        return None
+    module, _, parameter = found[0].rpartition(".")
+    others = f", the first of {len(found)} of {len(names)} parameters" if len(found) > 1 else ""
+    return f"{module or 'the model'} ({parameter}{others})"
