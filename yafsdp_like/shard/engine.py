@@ -366,11 +366,15 @@ class Engine:
             unit.written_by_update = False
 
     def settle_prefetches(self) -> None:
-        """An iteration ends: gathers that nobody read are dropped, so that the optimizer may write the shards."""
+        """An iteration ends: gathers that nobody read are dropped, so that the optimizer may write the shards, and so
+        are values that no backward will come back for.
+        """
         for unit in self.units:
             if unit.gather_slot.state is FILLED:
                 self.wasted_prefetches += 1
                 self.release(unit.gather_slot)
+            elif unit.gather_slot.state is IDLE and not unit.pending:
+                unit.gather_slot.state = EMPTY
 
     # --- gradient slots ---
 

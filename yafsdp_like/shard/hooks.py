@@ -15,7 +15,6 @@ checkpointing), and since one that failed never runs its final callback.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -27,9 +26,18 @@ from torch.autograd import Variable
 
 from yafsdp_like.shard.debug import holds_nan, output_error
 from yafsdp_like.shard.engine import Engine, backward_task, engine_for
-from yafsdp_like.shard.nested import cast_floating, map_tensors, tensors_in
+from yafsdp_like.shard.nested import cast_floating, map_tensors
 from yafsdp_like.shard.slots import GatherSlot, GradientSlot, SlotState, Use
 from yafsdp_like.shard.unit import Unit
+from yafsdp_like.shard.watching import (
+    NOTHING,
+    Watched,
+    differentiable,
+    no_second_gradients,
+    outside_transforms,
+    watch_inputs,
+    watch_outputs,
+)
 
 
 @dataclass(eq=False)
@@ -42,37 +50,7 @@ class Call:
     starts_iteration: bool = False
     has_nan_inputs: bool = False  # known in debug mode only
     use: Use | None = None  # None without grad mode, and when it recomputes
-
-
-class _EndOfBackward(torch.autograd.Function):
-    """Identity on a unit's inputs; in backward it runs when the unit has computed all their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, end: Callable[[], None], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.end = end
-        ctx.set_materialize_grads(False)
-        return inputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        ctx.end()
-        return (None, *grads)
-
-
-class _StartOfBackward(torch.autograd.Function):
-    """Identity on one output that a tensor hook would not stay with: a view, which an in-place operation rebases, or
-    a leaf.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, start: Callable[[], None], output: torch.Tensor) -> torch.Tensor:
-        ctx.start = start
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
-        ctx.start()
-        return None, grad
+    watched: Watched = NOTHING
 
 
 def install(unit: Unit, module: nn.Module) -> None:
@@ -93,7 +71,7 @@ def _before_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs
     call = Call(module, sys.exc_info()[1], recomputes=_in_own_backward(unit, task))
     unit.calls.append(call)
     if task is None and engine.iteration is None:
-        _begin_iteration(engine, call)
+        outside_transforms(_begin_iteration, engine, call)
         args, kwargs = map_tensors(lambda t: t.to(unit.device, non_blocking=True), (args, kwargs))
     inputs: Any = (args, kwargs)
     if unit.policy.mp.cast_forward_inputs:
@@ -118,20 +96,26 @@ def _enter(engine: Engine, unit: Unit, call: Call, inputs: Any) -> Any:
     if not unit.to_run:
         unit.to_run = list(unit.modules)
     builds_graph = torch.is_grad_enabled()
-    differentiable = [t for t in tensors_in(inputs) if t.requires_grad] if builds_graph else []
-    _choose_slot(engine, unit, open_ended=builds_graph and not differentiable)
+    tensors = differentiable(inputs) if builds_graph else []
+    outside_transforms(_gather, engine, unit, builds_graph and not tensors)
+    if not builds_graph:
+        return inputs
+    call.use = Use(unit.gather_slot)
+    unit.pending.add(call.use)
+    if not tensors:
+        return inputs
+    end = partial(_end_backward, engine, unit, call.use)
+    inputs, call.watched = watch_inputs(unit.name, end, inputs, tensors)
+    return inputs
+
+
+def _gather(engine: Engine, unit: Unit, open_ended: bool) -> None:
+    _choose_slot(engine, unit, open_ended)
     refresh = backward_task() is None
     engine.unshard(unit.gather_slot, refresh)
     if refresh:
         for target in unit.policy.forward_prefetch or engine.family.after_in_forward[unit][: engine.depth.gathers]:
             engine.prefetch(target, refresh)
-    if not builds_graph:
-        return inputs
-    call.use = Use(unit.gather_slot)
-    unit.pending.add(call.use)
-    if not differentiable:
-        return inputs
-    return _watch_inputs(partial(_end_backward, engine, unit, call.use), inputs, differentiable)
 
 
 def _choose_slot(engine: Engine, unit: Unit, open_ended: bool) -> None:
@@ -171,7 +155,9 @@ def _after_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], output:
             failed = error is not None
     if not call.recomputes:
         if not failed and call.use is not None:
-            output = _watch_outputs(partial(_start_backward, engine, unit, call.use), output)
+            start = partial(_start_backward, engine, unit, call.use)
+            call.watched.adopt_writes(unit.name, start)
+            output = watch_outputs(start, output, call.watched)
         if module in unit.to_run:
             unit.to_run.remove(module)
         if failed or not unit.to_run:
@@ -216,43 +202,27 @@ def _end_iteration(engine: Engine, failed: bool) -> None:
 # --- backward ---
 
 
-def _watch_inputs(end: Callable[[], None], inputs: Any, differentiable: Sequence[torch.Tensor]) -> Any:
-    """``inputs`` with every tensor that needs a gradient passed through one node that calls ``end``."""
-    watched = iter(_EndOfBackward.apply(end, *differentiable))
-    return map_tensors(lambda t: next(watched) if t.requires_grad else t, inputs)
-
-
-def _watch_outputs(start: Callable[[], None], output: Any) -> Any:
-    """``output`` with ``start`` called before any gradient of it enters the unit."""
-
-    def watch(t: torch.Tensor) -> torch.Tensor:
-        if not t.requires_grad:
-            return t
-        if t.is_leaf or t._is_view():
-            return _StartOfBackward.apply(start, t)
-        t.register_hook(lambda grad: start())
-        return t
-
-    return map_tensors(watch, output)
-
-
-def _start_backward(engine: Engine, unit: Unit, use: Use) -> None:
+def _start_backward(engine: Engine, unit: Unit, use: Use, refuses_second: bool) -> None:
     """A gradient is about to enter the unit: its full parameters must be where forward had them."""
     task = backward_task()
     assert task is not None
     if use.task == task:
         return  # another output's gradient came before
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not refuses_second:
         raise RuntimeError(
-            f"backward of {unit.name!r} runs with create_graph=True (rank {unit.transport.rank}): gradients "
-            "of gradients of sharded parameters are not supported, and would silently be wrong; use create_graph=False"
+            f"backward of {unit.name!r} runs with create_graph=True (rank {unit.transport.rank}): "
+            + no_second_gradients(unit.name)
         )
     if task not in engine.tasks:
         engine.tasks[task] = []
-        Variable._execution_engine.queue_callback(partial(_end_task, engine, task))
+        Variable._execution_engine.queue_callback(partial(outside_transforms, _end_task, engine, task))
     use.task = task
     engine.tasks[task].append(use)
     unit.pending.add(use)
+    outside_transforms(_gather_for_backward, engine, unit, use)
+
+
+def _gather_for_backward(engine: Engine, unit: Unit, use: Use) -> None:
     if unit.policy.unshard_in_backward:
         if blockers := engine.blockers(use.slot):
             raise RuntimeError(
@@ -280,7 +250,7 @@ def _end_backward(engine: Engine, unit: Unit, use: Use) -> None:
     unit.pending.discard(use)
     _finish_use(engine, unit, use)
     if unit.policy.requires_gradient_sync and (engine.gradients_complete(unit) or not unit.pending):
-        engine.reduce(unit)
+        outside_transforms(engine.reduce, unit)
 
 
 def _finish_use(engine: Engine, unit: Unit, use: Use) -> None:

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._library.effects import EffectType
+from torch.autograd import forward_ad
 from torch.library import Library
 
 from yafsdp_like.memory.arena import Arena
@@ -138,6 +139,7 @@ def _is_plain(input: Tensor) -> bool:
         and not input.is_nested
         and not torch.is_autocast_enabled(input.device.type)
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 
