@@ -129,7 +129,8 @@ def test_directories_and_globs_are_sorted_and_name_each_file_once(tmp_path: Path
     [
         ("blank.txt", b" \n\n", r"no text in .*blank.txt: expected at least one document"),
         ("empty.jsonl", b"", r"no text in .*empty.jsonl: expected at least one document"),
-        ("latin.txt", "naïve".encode("latin-1"), r"latin.txt: not UTF-8 text .*iconv"),
+        ("latin.txt", "naïve".encode("latin-1"), r"latin.txt, line 1: not UTF-8 text .*iconv"),
+        ("second.txt", b"text\n\xff\n", r"second.txt, line 2: not UTF-8 text"),
         ("zeros.txt", b"text\nmore\0\n", r"zeros.txt, line 2: holds a zero byte"),
         ("plain.txt.xz", b"not compressed at all", r"plain.txt.xz: damaged or not what its ending says"),
         ("plain.txt.gz", b"not compressed at all", r"plain.txt.gz: damaged or not what its ending says"),
@@ -438,7 +439,7 @@ def test_bad_text_leaves_nothing_in_the_cache(config: DataConfig) -> None:
     """The error is that of the text, and comes late: after half of the tokens are written."""
     with Path(config.paths[0]).open("ab") as file:
         file.write(b"\xff\xff\n")
-    with pytest.raises(ValueError, match=r"docs.jsonl: not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"docs.jsonl, line \d+: not UTF-8 text"):
         prepare(config)
     assert [path.suffix for path in config.cache_directory.iterdir()] == [".lock"]
 

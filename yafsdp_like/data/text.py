@@ -172,10 +172,19 @@ def _lines(file: Path, compression: str, seen: Seen) -> Iterator[str]:
     with _naming(file), file.open("rb") as raw, DECOMPRESSORS[compression](raw) as lines:
         for number, line in enumerate(lines, start=1):
             seen(raw.tell())
-            text = line.removeprefix(b"\xef\xbb\xbf").decode() if number == 1 else line.decode()
+            text = _decoded(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, file, number)
             if "\0" in text:
                 raise ValueError(f"{file}, line {number}: holds a zero byte, so it is not text; take it out")
             yield text.replace("\r\n", "\n")
+
+
+def _decoded(line: bytes, file: Path, number: int) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file}, line {number}: not UTF-8 text ({error}); convert the file with iconv -t utf-8, or take it out"
+        ) from error
 
 
 def _read_plain(lines: Iterator[str]) -> Iterator[str]:
@@ -239,8 +248,6 @@ def _naming(file: Path) -> Iterator[None]:
     """What goes wrong with ``file`` inside becomes a ValueError that names it."""
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({error}); convert it with iconv -t utf-8, or take it out") from error
     except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{file}: damaged or not what its ending says ({error}); copy it here again") from error
     except OSError as error:
