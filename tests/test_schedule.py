@@ -88,11 +88,13 @@ def test_a_tied_module_needs_two_units() -> None:
     assert spans(plain(unit(0), unit(1), Tree([2, 0], []))) == [(0, 2), (1, 1), (2, 2)]
 
 
-def test_a_module_shared_twice_in_the_tree_counts_where_it_is_met_first() -> None:
-    """The tree says nothing of a second call; order is a hint, and running it again costs a gather that waits."""
+def test_a_module_shared_in_the_tree_counts_from_where_it_is_met_first_to_the_last_other_parent() -> None:
+    """A second place below one parent says nothing of a second call; running it again costs a gather that waits. Below
+    another unit it runs while that one holds its bytes."""
     shared = unit(1)
     assert spans(plain(unit(0), shared, unit(2), shared)) == [(0, 0), (1, 1), (2, 2)]
-    assert spans(plain(unit(0, shared), unit(2, shared))) == [(0, 1), (1, 1), (2, 2)]
+    assert spans(plain(unit(0, shared), unit(2, shared))) == [(0, 1), (1, 2), (2, 2)]
+    assert spans(plain(unit(0, shared), unit(2, plain(shared)), unit(3))) == [(0, 1), (1, 2), (2, 2), (3, 3)]
 
 
 def test_modules_without_a_unit_take_no_time() -> None:

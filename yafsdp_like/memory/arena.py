@@ -32,8 +32,8 @@ class Block:
 
     def find(self, part: torch.Tensor) -> tuple[int, int] | None:
         """Where in this block the contiguous tensor ``part`` lies, as (offset, size) in bytes; None if elsewhere."""
-        offset = part.data_ptr() - self.bytes.data_ptr()
         nbytes = part.numel() * part.itemsize
+        offset = part.data_ptr() - self.bytes.data_ptr() if nbytes else 0  # an empty tensor has no address
         return (offset, nbytes) if offset >= 0 and offset + nbytes <= self.bytes.numel() else None
 
 

@@ -97,7 +97,7 @@ def fully_shard(
         if ownership_of(param) is None:
             new[param] = places
         else:
-            _tie(param, places)
+            _tie(param, places, modules)
     policy = UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward))
     return _shard(module, modules, new, mesh, policy, transport)
 
@@ -156,19 +156,28 @@ def _params_below(modules: Sequence[nn.Module], ignored: set[nn.Parameter]) -> O
     return owners
 
 
-def _tie(param: nn.Parameter, places: Sequence[tuple[nn.Module, str]]) -> None:
-    """``param`` is sharded in another unit already: that unit is gathered for these modules too."""
+def _tie(param: nn.Parameter, places: Sequence[tuple[nn.Module, str]], modules: Sequence[nn.Module]) -> None:
+    """``param`` is sharded in another unit already: that unit is gathered for these places' modules too, and for
+    ``modules`` where they share the very module that registers it.
+    """
     ownership = ownership_of(param)
     assert ownership is not None
+    unit, p = ownership.unit, ownership.param
     for module, name in places:
-        if (module, name) in ownership.param.owners:
-            continue  # the call is repeated, and refused further on
-        ownership.param.add_owner(module, name)
-        if module not in ownership.unit.modules:
-            ownership.unit.modules.append(module)
-            install(ownership.unit, module)
-            _keep_state_dict_sharded(ownership.unit, module)
-        _note_assignments(ownership.unit, ownership.param, module, name)
+        if (module, name) not in p.owners:
+            p.add_owner(module, name)
+            _gather_for(unit, [module])
+            _note_assignments(unit, p, module, name)
+        elif all(unit_of(m) is None for m in modules):  # else the call is repeated, and refused further on
+            _gather_for(unit, modules)
+
+
+def _gather_for(unit: Unit, modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        if module not in unit.modules:
+            unit.modules.append(module)
+            install(unit, module)
+            _keep_state_dict_sharded(unit, module)
 
 
 def _keep_state_dict_sharded(unit: Unit, module: nn.Module) -> None:

@@ -237,7 +237,8 @@ def _gradient_slot(unit: Unit, blueprint: Blueprint, arena: Arena) -> GradientSl
         return GradientSlot(unit, arena.place(GRADIENT_SLOTS).part(blueprint.gradient_places[unit]), layout)
     if unit.own_gradient_slot:
         return GradientSlot(unit, arena.place(f"{unit.name}.gradient_slot"), layout)
-    return GradientSlot(unit, None, layout)
+    # Parameters without elements have gradients too, but no bytes in any region: an empty one holds them.
+    return GradientSlot(unit, arena.place(f"{unit.name}.grad_shard") if unit.trainable else None, layout)
 
 
 def _introduce(slots: Sequence[AnySlot]) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.nn.modules.batchnorm import _NormBase
 
 from yafsdp_like.memory.arena import Place
 from yafsdp_like.memory.layout import RowShards
@@ -117,14 +118,21 @@ class ShardedParam:
         return self.sharded.requires_grad
 
     def set_dtypes(self, policy: MixedPrecisionPolicy, as_computed: bool) -> None:
-        """Compute and reduce dtypes by the policy; integers, which only frozen parameters are, keep their own.
+        """Compute and reduce dtypes by the policy; integers, which only frozen parameters are, keep their own, and
+        norms with running statistics, which must be of one dtype with their parameters, that of the statistics.
 
         Gradients wait for their reduction in ``reduce_dtype``, or ``as_computed``.
         """
         dtype = self.main_dtype
-        self.compute_dtype = (policy.param_dtype or dtype) if dtype.is_floating_point else dtype
+        asked = self._dtype_of_statistics() or policy.param_dtype or dtype
+        self.compute_dtype = asked if dtype.is_floating_point else dtype
         self.reduce_dtype = policy.reduce_dtype or self.compute_dtype
         self.gradient_dtype = self.compute_dtype if as_computed else self.reduce_dtype
+
+    def _dtype_of_statistics(self) -> torch.dtype | None:
+        module, _ = self.owners[0]
+        statistics = module.running_mean if isinstance(module, _NormBase) else None
+        return None if statistics is None else statistics.dtype
 
     @property
     def local_shape(self) -> tuple[int, ...]:

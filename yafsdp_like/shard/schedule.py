@@ -81,7 +81,10 @@ class Schedule:
 
 
 def schedule_of(root: nn.Module, units_of: Mapping[nn.Module, Sequence[int]], num_units: int) -> Schedule:
-    """Walks the tree in order of registration; ``units_of`` says which units each module's forward needs."""
+    """Walks the tree in order of registration; ``units_of`` says which units each module's forward needs.
+
+    A module that is met again below another parent runs again there.
+    """
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     tick = -1
@@ -89,6 +92,7 @@ def schedule_of(root: nn.Module, units_of: Mapping[nn.Module, Sequence[int]], nu
     def walk(module: nn.Module, seen: set[nn.Module]) -> None:
         nonlocal tick
         if module in seen:
+            last.update({unit: tick for m in module.modules() for unit in units_of.get(m, ())})
             return
         seen.add(module)
         units = units_of.get(module, ())
