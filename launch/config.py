@@ -162,6 +162,10 @@ class Config:
                 raise ValueError(f"{key} must be at least {low}, got {value}")
         if [self.model.preset, self.model.hf_dir, self.model.factory].count(None) != 2:
             raise ValueError("give exactly one of model.preset, model.hf_dir and model.factory; set the others to null")
+        if self.model.factory is None and (self.model.factory_args or self.model.blocks):
+            raise ValueError("model.factory_args and model.blocks are of a model.factory, and none is given")
+        if self.model.factory is not None and self.model.overrides:
+            raise ValueError("model.overrides are of a preset or directory; a factory takes model.factory_args")
 
     def num_accumulated(self, world_size: int) -> int:
         """Forwards per rank and optimizer step; ValueError unless the global batch divides evenly."""
@@ -196,10 +200,13 @@ def load(arguments: Sequence[str]) -> Config:
         raise ValueError(f"no configuration file given; {USAGE}; --help lists the keys")
     path = None if arguments[0].startswith("-") else Path(arguments[0])
     overrides = list(arguments if path is None else arguments[1:])
-    if path is not None:
-        _check_keys(_keys_of(_read_yaml(path)), str(path))
+    in_file = [] if path is None else list(_keys_of(_read_yaml(path)))
+    _check_keys(in_file, str(path))
     pairs = list(_pairs(overrides))
-    _check_keys((key for key, _ in pairs), "the command line")
+    said = [key for key, _ in pairs]
+    _check_keys(said, "the command line")
+    if {"model.hf_dir", "model.factory"} & {*said, *in_file} and not {"model", "model.preset"} & {*said, *in_file}:
+        pairs.insert(0, ("model.preset", "null"))  # the default gives way to what is asked for
     return _fill(path, _bracketed(pairs))
 
 
@@ -289,7 +296,7 @@ def _bracketed(pairs: Sequence[tuple[str, str]]) -> list[str]:
     return [f"--{key}={value}" for key, value in arguments]
 
 
-def _check_keys(keys: Iterator[str], where: str) -> None:
+def _check_keys(keys: Sequence[str], where: str) -> None:
     known = [key for key, _ in known_keys(Config)]
     for key in keys:
         if key in known or key.startswith(FREE_KEYS):

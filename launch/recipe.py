@@ -8,16 +8,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launch.config import ModelOptions
+from launch.factory import FactoryRecipe
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig
 from yafsdp_like.models.hf import config_to_hf, load_hf_config, load_hf_weights, save_hf
 
@@ -51,7 +50,7 @@ class Recipe(Protocol):
 def recipe_of(options: ModelOptions, seed: int) -> Recipe:
     """What the options ask for; ValueError if there is no such thing."""
     if options.factory is not None:
-        return FactoryRecipe(options.factory, options.blocks, seed)
+        return FactoryRecipe(options.factory, options.factory_args, options.blocks, seed)
     return DecoderRecipe(decoder_config(options), options.hf_dir, seed)
 
 
@@ -125,80 +124,3 @@ def decoder_config(options: ModelOptions) -> DecoderConfig:
 def _nearest(word: str, known: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(word, known, 1)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-
-
-# --- any other module ---
-
-
-@dataclasses.dataclass(frozen=True)
-class FactoryRecipe:
-    """`factory` is "package.module:function"; what it returns is made whole on every rank, on the CPU, and then cut.
-
-    The module takes tokens (B, T) and gives logits (B, T, V), or an object that has them as `logits`, as transformers'.
-    """
-
-    factory: str
-    blocks: str  # dotted name of the container of its blocks; "": the whole module is one unit
-    seed: int
-
-    @property
-    def vocab_size(self) -> int:
-        with torch.device("meta"):
-            module = self._module()
-        sizes = [child.num_embeddings for child in module.modules() if isinstance(child, nn.Embedding)]
-        if not sizes:
-            raise ValueError(f"the module of model.factory '{self.factory}' has no nn.Embedding to put tokens into")
-        return max(sizes)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {}
-
-    def make(self) -> tuple[nn.Module, list[nn.Module]]:
-        torch.manual_seed(self.seed)
-        module = self._module()
-        try:
-            blocks = list(module.get_submodule(self.blocks).children()) if self.blocks else []
-        except AttributeError as error:
-            raise ValueError(f"model.blocks '{self.blocks}' is not in the module of model.factory: {error}") from error
-        return WithLoss(module), blocks
-
-    def fill(self, model: Any, device: torch.device, from_checkpoint: bool) -> None:
-        model.to(device)
-
-    def exporter(self) -> Exporter:
-        """For modules of transformers, which have a configuration of their own: token ids are not changed."""
-        with torch.device("meta"):
-            blank: Any = self._module()
-        if not hasattr(blank, "save_pretrained"):
-            raise ValueError(f"{type(blank).__name__} has no save_pretrained; set --checkpoint.export=false")
-
-        def write(weights: dict[str, Tensor], directory: Path, token_ids: Mapping[str, int | None]) -> None:
-            inner = {name.removeprefix("module."): value for name, value in weights.items()}  # of WithLoss
-            blank.save_pretrained(directory, state_dict=inner)
-
-        return write
-
-    def _module(self) -> nn.Module:
-        module_name, _, name = self.factory.partition(":")
-        try:
-            module = getattr(importlib.import_module(module_name), name)()
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"model.factory '{self.factory}' is not a package.module:function: {error}") from error
-        if not isinstance(module, nn.Module):
-            raise ValueError(f"model.factory '{self.factory}' returned {type(module).__name__}, expected an nn.Module")
-        return module
-
-
-class WithLoss(nn.Module):
-    """A language model, and the loss beside its logits."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T); with targets (B, T), the mean loss instead, an fp32 scalar."""
-        output: Any = self.module(tokens)
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

@@ -13,7 +13,13 @@ import torch
 import torch.distributed as dist
 
 from launch.config import SampleOptions
+from launch.factory import WithLoss
 from launch.world import World
+
+
+def is_possible(model: Any) -> bool:
+    """Whether the model gives logits of tokens alone: one of the user's may give nothing but a loss."""
+    return not isinstance(model, WithLoss) or model.gives_logits
 
 
 @torch.no_grad()

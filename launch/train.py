@@ -142,7 +142,9 @@ def _is_due(step: int, every: int) -> bool:
 def finish(trainer: Trainer, state: RunState, log: Log) -> None:
     """What is shown at the end: a sample, the curve, and where everything lies."""
     options, corpus = trainer.options, trainer.corpus
-    if options.sample.num_tokens:
+    if not sample.is_possible(trainer.model):
+        log.say("no sample: the module of model.factory takes no tokens without targets")
+    elif options.sample.num_tokens:
         prompt = corpus.tokenizer.encode(options.sample.prompt)
         tokens = sample.generate(trainer.model, prompt, options.sample, options.seq_len, trainer.world)
         log.say(f"sample: {corpus.tokenizer.decode(tokens)}")
