@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -231,6 +232,68 @@ def test_a_space_after_the_prompt_is_kept_by_decoders_that_drop_the_first() -> N
     assert codec.decode([hello, world]) == "Hello world"
     assert said(codec, [hello, world]) == ["Hello", " world", ""]
     assert said(codec, [world], prompt=[hello]) == [" world", ""]
+
+
+def with_decoder(decoder: Any) -> Codec:
+    """A tokenizer of pieces with and without spaces, single bytes, and control tokens."""
+    from tokenizers import Tokenizer as Model
+    from tokenizers import models
+
+    pieces = ["<unk>", "</s>", "<s>", "▁", "▁▁", "▁a", "b", "▁c▁", "d</w>", "##e", ",", "'s", "<0x20>"]
+    pieces += [f"<0x{byte:02X}>" for byte in "€".encode()]
+    model = Model(models.BPE({piece: number for number, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    model.decoder = decoder
+    return Codec(transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>"))
+
+
+def decoders_of_all_kinds() -> dict[str, Codec]:
+    from tokenizers import decoders as d
+
+    spaces = [d.Replace("▁", " "), d.ByteFallback(), d.Fuse()]
+    kinds: dict[str, Any] = {
+        "strips the first space": d.Sequence([*spaces, d.Strip(" ", 1, 0)]),
+        "strips three": d.Sequence([*spaces, d.Strip(" ", 3, 0)]),
+        "strips nothing": d.Sequence(spaces),
+        "metaspace, always": d.Metaspace(prepend_scheme="always"),
+        "metaspace, first": d.Metaspace(prepend_scheme="first"),
+        "metaspace, never": d.Metaspace(prepend_scheme="never"),
+        "word pieces": d.WordPiece(cleanup=False),
+        "ends of words": d.BPEDecoder(suffix="</w>"),
+    }
+    return {kind: with_decoder(decoder) for kind, decoder in kinds.items()}
+
+
+KINDS = decoders_of_all_kinds()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(tokens=st.lists(st.integers(0, 15), max_size=12), prompt=st.lists(st.integers(0, 15), max_size=9))
+@example(tokens=[3, 5, 6], prompt=[2])  # a first token that is only a space, which was forgotten, and so the next one's
+@example(tokens=[5], prompt=[5, 2, 1, 2, 1, 2])  # the prompt's last word is further back than it was looked for
+@example(tokens=[13, 14, 15], prompt=[13, 14, 15, 13, 14, 15])  # the prompt's end began within a character
+@example(tokens=[3, *[1] * 40, 5], prompt=[])
+def test_what_is_said_after_a_prompt_is_what_the_whole_says_more_than_the_prompt(
+    kind: str, tokens: list[int], prompt: list[int]
+) -> None:
+    codec = KINDS[kind]
+    whole, before = codec.decode([*prompt, *tokens]), codec.decode(prompt)
+    if "\ufffd" in whole or not whole.startswith(before):  # bytes of the prompt that the answer goes on with
+        return
+    assert "".join(said(codec, tokens, prompt)) == whole[len(before) :]
+
+
+def test_tokens_that_say_nothing_are_not_decoded_again_for_ever() -> None:
+    """A random model draws control tokens by the thousand."""
+    most = 0
+
+    def decode(tokens: Sequence[int]) -> str:
+        nonlocal most
+        most = max(most, len(tokens))
+        return "a" * sum(token > 0 for token in tokens)
+
+    detokenizer = Detokenizer(decode, [1])
+    assert "".join(text for token in [0] * 1000 + [1] for text in detokenizer.push(token)) == "a"
+    assert most < 32
 
 
 def test_single_bytes_beside_characters_become_characters() -> None:

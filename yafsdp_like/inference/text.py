@@ -139,7 +139,7 @@ class Detokenizer:
         self._decode = decode
         self._pending: list[int] = []  # not in any text yet
         self._guesses: list[str] = []  # what each of them, with those before it, would say if nothing followed
-        self._set_context(list(prompt[-NUM_CONTEXT_TOKENS:]))
+        self._set_context(self._end_of(prompt))
 
     def push(self, token: int) -> list[str]:
         """What each token says of those that have said nothing before: none while bytes may go on in the next."""
@@ -156,15 +156,35 @@ class Detokenizer:
         text, starts = self._guesses[-1], [0]
         for guess in self._guesses[:-1]:  # a token begins where what came before it turned out to be right
             starts.append(max(starts[-1], _num_shared(guess, text)))
-        if text:
+        if not text:
+            self._keep_silent(self._pending)
+        elif text.isspace() and len(self._context) < MOST_PENDING_TOKENS:  # of which a decoder may drop some
+            self._set_context(self._context + self._pending)
+        else:
             self._set_context(self._pending)
         self._pending, self._guesses = [], []
         return [text[start:end] for start, end in pairwise((*starts, len(text)))]
 
+    def _end_of(self, prompt: Sequence[int]) -> list[int]:
+        """As much of it as has a text, of whole characters if it can be: special tokens decide nothing."""
+        size = NUM_CONTEXT_TOKENS
+        while size < len(prompt) and self._decode(prompt[-size:])[:1] in ("", UNKNOWN):
+            size *= 4
+        return list(prompt[-size:])
+
     def _set_context(self, tokens: list[int]) -> None:
         """What has been said last: decoders look at a token's neighbours, but at no more than these."""
         self._context = tokens
+        self._num_speaking = len(tokens)
         self._context_text = self._decode(tokens) if tokens else ""
+
+    def _keep_silent(self, tokens: list[int]) -> None:
+        """Tokens that have said nothing: a space that was the first there was, or the last. The next token's neighbours
+        are these, too; but not those that never say anything, as special ones."""
+        speaking = [token for token in tokens if self._decode([token] * MOST_PENDING_TOKENS)]
+        silent = [*self._context[self._num_speaking :], *speaking]
+        self._context = self._context[: self._num_speaking] + silent[-MOST_PENDING_TOKENS:]
+        self._context_text = self._decode(self._context) if self._context else ""
 
 
 def _num_shared(one: str, other: str) -> int:
