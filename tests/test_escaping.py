@@ -2,6 +2,8 @@
 mode.
 """
 
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.ranks import on_ranks
 from tests.test_update import TRANSPORTS
-from tests.zoo import FEATURES, Batch, Chain, Specimen, Twins, blocks, full, ours, world_mesh
+from tests.zoo import FEATURES, Batch, Chain, Specimen, Twins, blocks, full, layers_of, ours, vectors, world_mesh
 
 transports = pytest.mark.parametrize("transport", TRANSPORTS)
 
@@ -176,3 +178,54 @@ def test_debug_mode_changes_no_number(transport: Any) -> None:
     twins.sharded.set_debug_mode(True)
     twins.train(0, 1, 2)
     twins.compare_parameters()
+
+
+# --- backward that enters a unit unseen ---
+
+
+@dataclass(eq=False)
+class Record:
+    x: torch.Tensor
+
+
+class Wrapping(nn.Module):
+    """Returns what it computes inside an object of its own class, or leaves it in an attribute."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.how = nn.Linear(FEATURES, FEATURES), how
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.linear(self.linear(x))
+        if self.how == "attribute":
+            self.left = y
+            return x
+        return Record(y) if self.how == "dataclass" else SimpleNamespace(x=y)
+
+
+class Unwrapping(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Wrapping(how), *blocks(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.layers[0](x)
+        x = self.layers[0].left if self.layers[0].how == "attribute" else out.x
+        for layer in self.layers[1:]:
+            x = layer(x)
+        return x
+
+
+@transports
+@pytest.mark.parametrize("how", ["dataclass", "attribute", "object"])
+@on_ranks()
+def test_a_backward_that_enters_a_released_unit_unseen_is_an_error(how: str, transport: Any) -> None:
+    """Prevents: gradients computed with the parameters of whatever unit was gathered last."""
+    twins = Twins(Specimen(lambda: Unwrapping(how), vectors(FEATURES), layers_of), transport=transport)
+    if how == "dataclass":
+        twins.train(0, 1)
+        return
+    with pytest.raises(
+        RuntimeError, match=r"gradient of .layers\.0\.linear\.\w+. came while .layers\.0. was released"
+    ):
+        twins.backward(0)

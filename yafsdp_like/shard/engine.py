@@ -378,6 +378,21 @@ class Engine:
 
     # --- gradient slots ---
 
+    def check_entered(self, unit: Unit, k: int) -> None:
+        """Raises ``RuntimeError`` where the running backward has computed parameter ``k``'s gradient while the unit was
+        released, since nothing said that it entered: what it read in the slot may have been another unit's.
+        """
+        slot = unit.gather_slot
+        if backward_task() in unit.reached or slot.extent is None or slot.state in (HELD, KEPT):
+            return
+        if unit.policy.unshard_in_backward:
+            raise RuntimeError(
+                f"a gradient of {unit.params[k].name!r} came while {unit.name!r} was released: backward entered it by "
+                "a tensor that its forward did not return, or returned inside an object (rank "
+                f"{unit.transport.rank}). Return such tensors in tuples, lists, dicts or dataclasses, and use what the "
+                "module's call gives; or call set_unshard_in_backward(False) if its backward reads no parameter"
+            )
+
     def accumulate(self, unit: Unit, k: int, grad: torch.Tensor | None) -> None:
         """Parameter ``k``'s full gradient of the running backward, ``(rows, ...)``, is complete: what was not written
         to the gradient slot as it was computed is moved there now.

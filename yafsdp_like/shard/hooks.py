@@ -217,6 +217,7 @@ def _start_backward(engine: Engine, unit: Unit, use: Use, refuses_second: bool) 
         engine.tasks[task] = []
         Variable._execution_engine.queue_callback(partial(outside_transforms, _end_task, engine, task))
     use.task = task
+    unit.reached.add(task)
     engine.tasks[task].append(use)
     unit.pending.add(use)
     outside_transforms(_gather_for_backward, engine, unit, use)
@@ -266,6 +267,7 @@ def _finish_use(engine: Engine, unit: Unit, use: Use) -> None:
 def _end_task(engine: Engine, task: int) -> None:
     """A backward is over: ends the uses that no node ended, and reduces what has arrived and waits for nothing more."""
     for use in engine.tasks.pop(task, []):
+        use.slot.unit.reached.discard(task)
         if use.task == task:
             use.slot.unit.pending.discard(use)
             _finish_use(engine, use.slot.unit, use)
@@ -287,6 +289,7 @@ def abandon(engine: Engine) -> None:
     engine.iteration = None
     for unit in engine.units:
         unit.calls.clear()
+        unit.reached.clear()
         unit.to_run.clear()
         for use in unit.pending:
             use.task = None

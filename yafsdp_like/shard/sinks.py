@@ -65,4 +65,5 @@ def _take_gradient(unit_ref: weakref.ref[Unit], k: int, param: torch.Tensor) -> 
             f"{unit.params[k].name}: expected a dense gradient to reduce, found {grad.layout}; "
             "sparse gradients cannot be sharded, use sparse=False"
         )
+    unit.engine.check_entered(unit, k)
     unit.engine.accumulate(unit, k, grad)

@@ -129,6 +129,7 @@ class Unit:
         self.own_gradient_slot = False  # by a spill, or because unsynced gradients stay in it between backwards
         self.unsynced_gradients = False  # set_requires_gradient_sync(False) was called
         self.pending: weakref.WeakSet[Use] = weakref.WeakSet()  # uses whose backward has not ended
+        self.reached: set[int] = set()  # running backwards, by autograd's number, that have entered it by an output
         self.is_loading = False  # a state dict, whose entries may be assigned
         self.to_run: list[nn.Module] = []  # of several modules: those that have not run in this forward pass
         self.calls: list[Call] = []  # forwards that are running, the innermost last
