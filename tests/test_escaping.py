@@ -225,7 +225,5 @@ def test_a_backward_that_enters_a_released_unit_unseen_is_an_error(how: str, tra
     if how == "dataclass":
         twins.train(0, 1)
         return
-    with pytest.raises(
-        RuntimeError, match=r"gradient of .layers\.0\.linear\.\w+. came while .layers\.0. was released"
-    ):
+    with pytest.raises(RuntimeError, match=r"gradient of .layers\.0\.linear\.\w+. came while .layers\.0. was released"):
         twins.backward(0)
