@@ -15,7 +15,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from launch.config import ModelOptions
+from launch.recipe import recipe_of
 from tests.ranks import RankError, run_ranks
 from yafsdp_like import fully_shard
 from yafsdp_like.checkpoint import safetensors
@@ -560,3 +563,69 @@ def test_an_index_that_names_absent_files_is_refused(tmp_path: Path) -> None:
     gone.unlink()
     with pytest.raises(ValueError, match=f"names files that are not there: {gone.name}"):
         load_hf_weights(model, tmp_path)
+
+
+# --- models of transformers, sharded by us ---
+
+
+def save_pretrained_sharded(directory: Path, how: str, tied: bool) -> list[str]:
+    """What each rank was told, and rank 0's directory in the end."""
+    torch.manual_seed(0)
+    raw = {**SHAPE, "tie_word_embeddings": tied}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw))
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    model(torch.arange(8)[None]).logits.sum().backward()
+    told: list[str] = []
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    given: dict[str, Any] = {"nothing": {}, "parts": {"state_dict": model.state_dict()}, "whole": {"state_dict": state}}
+    if how != "whole" or dist.get_rank() == 0:
+        try:
+            model.save_pretrained(directory, **given[how])
+        except RuntimeError as error:
+            told.append(str(error))
+    return told
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_sharded_model_of_transformers_is_saved_whole_or_says_how(tied: bool, tmp_path: Path) -> None:
+    """It died in safetensors with "invalid python storage", after it had made the directory."""
+    for how in ("nothing", "parts"):
+        for (words,) in run_ranks(save_pretrained_sharded, tmp_path / how, how, tied):
+            assert "model.save_pretrained(directory, state_dict=state)" in words
+            assert "full_state_dict=True" in words
+        assert not (tmp_path / how).exists()
+    assert run_ranks(save_pretrained_sharded, tmp_path / "whole", "whole", tied) == [[], []]
+    assert run_ranks(save_pretrained_sharded, tmp_path / "alone", "nothing", tied, world_size=1) == [[]]
+    torch.manual_seed(0)
+    raw = {**SHAPE, "tie_word_embeddings": tied}
+    expected = transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw)).state_dict()
+    for name in ("whole", "alone"):
+        found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / name).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_a_module_that_has_no_save_pretrained_gets_none() -> None:
+    (has,) = run_ranks(has_save_pretrained, world_size=1)
+    assert not has
+
+
+def has_save_pretrained() -> bool:
+    return hasattr(fully_shard(nn.Linear(4, 4)), "save_pretrained")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_training_exports_carries_the_generation_config(there: bool, tied: Path, tmp_path: Path) -> None:
+    content = b'{"temperature": 0.6, "eos_token_id": [1, 2]}\n'
+    (tied / "generation_config.json").unlink(missing_ok=True)
+    if there:
+        (tied / "generation_config.json").write_bytes(content)
+    recipe = recipe_of(ModelOptions(preset=None, hf_dir=str(tied)), seed=0)
+    model = Decoder(load_hf_config(tied))
+    load_hf_weights(model, tied)
+    recipe.exporter()(model.state_dict(), tmp_path / "hf", {"eos_token_id": 2})
+    written = tmp_path / "hf" / "generation_config.json"
+    assert written.is_file() == there
+    assert not there or written.read_bytes() == content

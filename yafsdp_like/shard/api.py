@@ -27,6 +27,7 @@ from yafsdp_like.shard.engine import Engine, Report, engine_for
 from yafsdp_like.shard.hooks import abandon, install
 from yafsdp_like.shard.linear import install as install_linear
 from yafsdp_like.shard.param import ShardedParam, ownership_of
+from yafsdp_like.shard.pretrained import overrides_of
 from yafsdp_like.shard.unit import Unit, UnitPolicy, unit_of
 from yafsdp_like.shard.update import watch_optimizers
 
@@ -312,7 +313,7 @@ def _become_fsdp_module(module: nn.Module) -> None:
     cls = type(module)
     if cls not in _sharded_classes:
         members = {"__deepcopy__": _refuse_deepcopy, "__module__": cls.__module__, "__doc__": cls.__doc__}
-        _sharded_classes[cls] = type(f"FSDP{cls.__name__}", (FSDPModule, cls), members)
+        _sharded_classes[cls] = type(f"FSDP{cls.__name__}", (FSDPModule, cls), members | overrides_of(cls))
     module.__class__ = _sharded_classes[cls]
 
 
