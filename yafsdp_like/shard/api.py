@@ -6,6 +6,7 @@ the policies are FSDP2's own classes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, Self, cast
 
@@ -67,7 +68,7 @@ def fully_shard(
         module: a module with a ``forward``, or a list of such modules, gathered and released together.
         mesh: a 1-D mesh, or a 2-D one with ``mesh_dim_names`` (HSDP): its first dimension replicates and its second
             shards, parameters are placed ``(Replicate(), Shard(0))``, and replicas must start from the same values. All
-            ranks by default. One rank works.
+            ranks by default; without a process group, torchrun's is joined, or one of this process alone started.
         reshard_after_forward: whether full parameters are released after forward and gathered again for backward. None:
             for all but the root, and for the root too after a forward without grad mode, which has no backward.
         mp_policy: ``param_dtype`` to gather and compute in, ``reduce_dtype`` to reduce gradients in,
@@ -289,7 +290,10 @@ def _check_supported(
 
 def _default_mesh() -> DeviceMesh:
     if not dist.is_initialized():
-        dist.init_process_group()
+        if "RANK" in os.environ:  # torchrun's
+            dist.init_process_group()
+        else:
+            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     return init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),))
 
 
