@@ -5,6 +5,7 @@ Owns how a model is cut into units, and which parameters decay. Knows nothing of
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -43,10 +44,15 @@ def build_optimizer(model: torch.nn.Module, config: Config, world: World) -> tor
     return make(groups, lr=options.lr, betas=options.betas, eps=options.eps)
 
 
+def moments_nbytes(model: torch.nn.Module, world: World) -> int:
+    """Of AdamW on the rank that has most: two values per trainable element, in the parameter's dtype."""
+    rows = ((-(-p.shape[0] // world.size), p) for p in model.parameters() if p.requires_grad)
+    return 2 * sum(num_rows * math.prod(p.shape[1:]) * p.element_size() for num_rows, p in rows)
+
+
 def describe_plan(model: Any, world: World) -> str:
     """The memory plan, and AdamW's moments beside it."""
-    num_local = sum(-(-param.numel() // world.size) for param in model.parameters())
-    moments = readable(2 * 4 * num_local)
+    moments = readable(moments_nbytes(model, world))
     return f"{model.memory_plan()}\n  AdamW's moments, {moments}, and activations come on top"
 
 

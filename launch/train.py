@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from launch import config, usage
 
@@ -25,19 +26,19 @@ if __name__ == "__main__":
     if (status := usage.answered(sys.argv[1:])) is not None:
         sys.exit(status)  # before torch is imported, which takes seconds
 
-from launch import build, complaints, curve, metrics, sample
+from launch import build, complaints, curve, metrics, room, sample
 from launch.config import Config
 from launch.console import Console
 from launch.corpus import described, open_text
 from launch.gradients import NotFiniteError
 from launch.log import Log
 from launch.profiling import Profiling
-from launch.recipe import recipe_of
+from launch.recipe import Recipe, recipe_of
 from launch.state import RunState, find_starts, prepare_directory
 from launch.stopping import STOPPED, Stopping
 from launch.trainer import Trainer
 from launch.world import World, deterministic, join, leave, rank_from_environment
-from yafsdp_like.comm.agreement import share, together
+from yafsdp_like.comm.agreement import AgreedError, share, together
 from yafsdp_like.data import unigram_entropy
 
 
@@ -53,10 +54,9 @@ def run(options: Config, world: World, stopping: Stopping | None = None) -> int:
         if world.is_first:
             prepare_directory(options, world)
     starts = find_starts(options, world)
+    model = planned_model(recipe, options, world)
     with together():
         corpus = open_text(options, model_vocab_size, world.is_first)
-    with together():
-        model = build.build_model(recipe, options, world)
     console = Console(world.is_first, options.num_steps, starts[0].step)
     console.say(described(corpus, options))
     console.say(build.describe_plan(model, world))
@@ -80,6 +80,19 @@ def run(options: Config, world: World, stopping: Stopping | None = None) -> int:
         profiling.close()
         console.close()
     return 0
+
+
+def planned_model(recipe: Recipe, options: Config, world: World) -> Any:
+    """The sharded model, for which nothing is allocated yet and all that it needs is free. Fails on all ranks else."""
+    with together():
+        model = build.build_model(recipe, options, world)
+    try:
+        room.check_room(model, options, world)
+    except AgreedError:
+        if world.is_first:
+            print(build.describe_plan(model, world), flush=True)
+        raise
+    return model
 
 
 @contextmanager

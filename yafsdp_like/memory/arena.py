@@ -11,8 +11,10 @@ import torch
 
 from yafsdp_like.memory import windows
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
-from yafsdp_like.memory.plan import Region
+from yafsdp_like.memory.plan import Region, readable
+from yafsdp_like.memory.room import free_nbytes, ranks_of_this_host
 
+WORTH_ASKING_NBYTES = 64 << 20  # smaller ones are allocated without asking what is free
 MARGIN = 20  # of a GPU's memory, one part in so many is left to what no plan knows
 
 
@@ -69,6 +71,8 @@ class Arena:
 
         Raises ``torch.OutOfMemoryError`` (CUDA) or ``RuntimeError`` (CPU) when the device has no room for the block.
         """
+        if self.device.type == "cpu":
+            _refuse_what_the_host_cannot_hold(sum(region.nbytes for region in regions))
         for region in regions:
             assert region.name not in self._spots, f"region {region.name!r} is reserved already"
             assert aligned(region.nbytes, region.page_nbytes or ALIGNMENT_NBYTES) == region.nbytes, f"{region}"
@@ -112,6 +116,17 @@ class Arena:
     def storage(self, name: str) -> tuple[torch.UntypedStorage, int]:
         """What holds a region or window, and the byte in it where that starts."""
         return self._spots[name].storage, self._spots[name].offset_nbytes
+
+
+def _refuse_what_the_host_cannot_hold(nbytes: int) -> None:
+    """The kernel promises more than it has, and ends the process once it is written to."""
+    num_ranks = ranks_of_this_host()
+    free = free_nbytes(torch.device("cpu")) if nbytes >= WORTH_ASKING_NBYTES else None
+    if free is not None and nbytes * num_ranks > free:
+        raise RuntimeError(
+            f"not enough memory: {readable(nbytes)} on each of {num_ranks} ranks of this host are to be allocated, and "
+            f"{readable(free)} are free; shard over more hosts, or take a smaller model"
+        )
 
 
 def room_nbytes(device: torch.device) -> int:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Self, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import HashStore
 from torch.distributed._composable.contract import contract
 from torch.distributed._composable_state import _State
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -293,7 +294,7 @@ def _default_mesh() -> DeviceMesh:
         if "RANK" in os.environ:  # torchrun's
             dist.init_process_group()
         else:
-            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(store=HashStore(), rank=0, world_size=1)
     return init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),))
 
 
