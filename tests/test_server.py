@@ -629,6 +629,30 @@ def test_an_unknown_path_and_a_wrong_method_are_errors_in_the_same_form(plain: R
     assert plain.get("/nowhere").json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(("path", "allowed"), [("/health", "GET, HEAD, OPTIONS"), (COMPLETIONS, "OPTIONS, POST")])
+def test_what_may_be_done_at_a_path_is_told(plain: Running, path: str, allowed: str) -> None:
+    answer = plain.http.options(path)
+    assert (answer.status_code, answer.headers["allow"], answer.content) == (204, allowed, b"")
+    wrong = plain.http.delete(path)
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, allowed)
+
+
+def test_head_is_get_without_a_body(plain: Running) -> None:
+    for path, status in (("/health", 200), ("/metrics", 200), ("/v1/models", 200), ("/nowhere", 404), (CHATS, 405)):
+        answer = plain.http.head(path)
+        assert (answer.status_code, answer.content) == (status, b"")
+    assert plain.http.options("/nowhere").status_code == 404
+
+
+def test_a_model_answers_to_all_of_its_names(codec: Codec) -> None:
+    with serving(make_engine(codec), codec, aliases=("runs/tiny",)) as running:
+        for name in (MODEL, "runs/tiny"):
+            answer = running.post(COMPLETIONS, {**GREEDY, "model": name, "prompt": "x"}).json()
+            assert answer["model"] == MODEL
+            assert running.get(f"/v1/models/{name}").json()["id"] == MODEL
+        assert running.get("/v1/models/runs").status_code == 404
+
+
 def test_fields_that_say_nothing_of_the_text_are_taken(plain: Running) -> None:
     harmless = {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "logit_bias": {}}
     for_chats = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "modalities": ["text"]}

@@ -75,13 +75,21 @@ class CompletionForm:
 
     def _logprobs(self, placed: Sequence[PlacedToken]) -> dict[str, Any]:
         name = self.codec.name_of
-        tops = [{name(token): _finite(logprob) for token, logprob in item.token.top} for item in placed]
+        tops = [self._top(item.token.top) for item in placed]
         return {
             "tokens": [name(item.token.id) for item in placed],
             "token_logprobs": [_finite(item.token.logprob) for item in placed],
             "top_logprobs": tops if any(tops) else None,
             "text_offset": [item.text_offset for item in placed],
         }
+
+    def _top(self, top: Sequence[tuple[int, float]]) -> dict[str, float | None]:
+        """By text, as the form has it; of tokens with one text, all but the most probable are called by their ids."""
+        found: dict[str, float | None] = {}
+        for token, logprob in top:
+            text = self.codec.name_of(token)
+            found[f"token_id:{token}" if text in found else text] = _finite(logprob)
+        return found
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What may be asked over HTTP, in the words of OpenAI's clients: bodies to requests, and errors.
 
-Owns the fields of bodies, what may stand in them, and what is said where it may not. Knows nothing of routes, sockets
-or event loops. Needs pydantic and starlette, which come with FastAPI.
+Owns the fields of bodies, and what may stand in them; what they may cost is costs.py's. Knows nothing of routes,
+sockets or event loops. Needs pydantic and starlette, which come with FastAPI.
 
 [Note: fields]
 A field is honoured, harmless, or refused. Harmless fields say nothing about the text; whatever would change it and is
@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
-from starlette.exceptions import HTTPException
 
 from yafsdp_like.inference.answers import ChatForm, Choice, CompletionForm, Form, Job
+from yafsdp_like.inference.costs import Limits
+from yafsdp_like.inference.errors import UNSUPPORTED, ApiError, invalid, invalid_body, shown, too_long, too_many_choices
 from yafsdp_like.inference.request import PLAIN, Request
 from yafsdp_like.inference.text import Codec, Transcript
 from yafsdp_like.kernels.sampling import SamplingParams
@@ -31,7 +32,9 @@ T = TypeVar("T")
 MOST_STOP_STRINGS, LONGEST_STOP_STRING = 16, 256
 MOST_LOGPROBS = 20
 DEFAULT_MAX_TOKENS = 16  # of a completion, as OpenAI's
-UNSUPPORTED = "unsupported_parameter"
+LEAST_BODY_NBYTES, TOKEN_NBYTES = 2**20, 32  # of the limit; of a token, in whatever way it is written
+MOST_ECHOED = 2**22  # characters of prompts that are said again, of all choices
+PROBED, SPARED_TOKENS = 8, 64  # characters for each token that fits; tokens by which a cut may change their number
 SAMPLED = {item.name for item in fields(SamplingParams)} - {"seed"}
 
 
@@ -43,77 +46,16 @@ class ServerOptions:
     vocab_size: int  # of the model; ids from there on are refused
     max_seq_len: int  # of a prompt and its answer together
     api_key: str | None = None  # asked for as a bearer token under /v1
-    max_body_nbytes: int = 16 * 2**20
+    max_body_nbytes: int = 16 * 2**20  # less where less could be served
+    aliases: tuple[str, ...] = ()  # other names that the model answers to
     max_choices: int = 128  # of one request: prompts times n
     timeout_s: float | None = None  # from a request's arrival to its last token
     sampling: SamplingParams = PLAIN  # where a request says nothing
 
-
-# --- errors ---
-
-
-class ApiError(HTTPException):
-    """A status, and an error as OpenAI's clients read it.
-
-    FastAPI passes on what is one of starlette's while it reads a body; anything else it calls a body that is wrong.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(status, message, headers)
-        self.param, self.code = param, code
-
-    def body(self) -> dict[str, Any]:
-        """What is answered."""
-        kinds = {401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}
-        kind = kinds.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
-        param = self.param and _sendable(self.param)
-        return {"error": {"message": _sendable(self.detail), "type": kind, "param": param, "code": self.code}}
-
-
-def _sendable(text: str) -> str:
-    """Text that a client sent, without what UTF-8 cannot say."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _invalid(param: str, message: str, code: str | None = None) -> ApiError:
-    return ApiError(400, f"{param}: {message}", param=param, code=code)
-
-
-def too_many_choices(count: int, most: int) -> ApiError:
-    return _invalid("n", f"at most {most} choices in all, found {count}")
-
-
-def invalid_body(found: Mapping[str, Any]) -> ApiError:
-    """One of pydantic's errors: what is wrong, and where. Its `loc` begins with "body"."""
-    kind, message = found["type"], str(found["msg"]).removeprefix("Value error, ")
-    param = _path(found["loc"][1:])
-    if kind == "json_invalid":
-        return ApiError(400, f"the body is no JSON: {found['ctx']['error']} at character {found['loc'][-1]}")
-    if not param and kind == "string_unicode":
-        return ApiError(400, "the body: a field's name is no Unicode")
-    if not param:
-        return ApiError(400, "the body must be a JSON object, sent with content-type: application/json")
-    if kind == "extra_forbidden":
-        return _invalid(param, "no such field is known here")
-    if kind == UNSUPPORTED:
-        return _invalid(param, message, UNSUPPORTED)
-    return _invalid(param, message if kind == "missing" else f"{message}; found {ascii(found['input'])[:80]}")
-
-
-def _path(places: Sequence[str | int]) -> str:
-    """messages[0].content, say."""
-    text = ""
-    for place in places:
-        text += f"[{place}]" if isinstance(place, int) else f".{place}" if text else place
-    return text
+    @property
+    def most_body_nbytes(self) -> int:
+        """A body may have this many bytes for each token that could be served in answer to it."""
+        return min(self.max_body_nbytes, max(LEAST_BODY_NBYTES, TOKEN_NBYTES * self.max_choices * self.max_seq_len))
 
 
 # --- values of fields ---
@@ -142,7 +84,7 @@ def _as_prompts(value: Any) -> list[str | list[int]]:
 
 
 def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+    return isinstance(value, list) and bool(value) and set(map(type, value)) == {int}
 
 
 def _as_stops(value: Any) -> list[str]:
@@ -166,7 +108,7 @@ def _as_text(value: Any) -> str:
         for part in value:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind != "text":
-                raise ValueError(f"only parts of type 'text' are understood, not {ascii(kind)[:40]}")
+                raise ValueError(f"only parts of type 'text' are understood, not {shown(kind)[:40]}")
             if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
                 raise ValueError('a part must be {"type": "text", "text": "..."}')
         return "\n".join(part["text"] for part in value)
@@ -226,7 +168,7 @@ class AnyBody(Body):
     def check(self) -> None:
         """What no single field can tell. Raises ApiError for a combination that is not served."""
         if self.stream_options is not None and not self.stream:
-            raise _invalid("stream_options", "is only for stream: true")
+            raise invalid("stream_options", "is only for stream: true")
 
     def sampling(self, choice: int, defaults: SamplingParams) -> SamplingParams:
         """How the choice of this index is drawn: with `seed` the same each time, and unlike its neighbours."""
@@ -246,9 +188,9 @@ class CompletionBody(AnyBody):
     def check(self) -> None:
         super().check()
         if self.best_of is not None and self.best_of != self.num_each:
-            raise _invalid("best_of", "answers are not ranked; leave it out, or say what n says", UNSUPPORTED)
+            raise invalid("best_of", "answers are not ranked; leave it out, or say what n says", UNSUPPORTED)
         if self.echo and self.logprobs is not None:
-            raise _invalid("echo", "log-probabilities of the prompt are not computed: set echo or logprobs, not both")
+            raise invalid("echo", "log-probabilities of the prompt are not computed: set echo or logprobs, not both")
 
 
 class ChatMessage(Body):
@@ -291,9 +233,9 @@ class ChatBody(AnyBody):
     def check(self) -> None:
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
-            raise _invalid("top_logprobs", "needs logprobs: true")
+            raise invalid("top_logprobs", "needs logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise _invalid("max_tokens", "differs from max_completion_tokens, which replaces it: set only that one")
+            raise invalid("max_tokens", "differs from max_completion_tokens, which replaces it: set only that one")
 
 
 # --- bodies to jobs ---
@@ -304,19 +246,33 @@ class Reader:
 
     def __init__(self, codec: Codec, options: ServerOptions) -> None:
         self._codec, self._options = codec, options
+        most_characters = codec.most_characters(options.max_seq_len)
+        self._limits = Limits(options.max_seq_len, options.max_choices, most_characters)
 
-    def completion(self, body: CompletionBody) -> Job:
+    def read(self, kind: type[CompletionBody] | type[ChatBody], raw: bytes, arrival: float | None = None) -> Job:
+        """What was sent as JSON at a time of time.monotonic(). Raises ApiError for what is not served, and first for
+        what would take long to look at."""
+        sent = self._limits.parsed(raw)
+        self._limits.check(sent)
+        try:
+            body = kind.model_validate(sent)
+        except ValidationError as error:
+            raise invalid_body(error.errors(include_url=False, include_context=False)[0]) from None
+        return self.completion(body, arrival) if isinstance(body, CompletionBody) else self.chat(body, arrival)
+
+    def completion(self, body: CompletionBody, arrival: float | None = None) -> Job:
         """Raises ApiError for what is not served."""
         self._check(body, len(body.prompt))
         prompts = [self._prompt(prompt) for prompt in body.prompt]
-        echoes = [self._echo(prompt) if body.echo else "" for prompt in body.prompt for _ in range(body.num_each)]
-        form = CompletionForm(self._codec, tuple(echoes), body.logprobs is not None)
         max_tokens = [self._max_tokens("prompt", prompt, body.max_tokens, DEFAULT_MAX_TOKENS) for prompt in prompts]
-        return self._job(body, form, prompts, max_tokens, body.logprobs)
+        form = CompletionForm(self._codec, self._echoes(body), body.logprobs is not None)
+        return self._job(body, form, prompts, max_tokens, body.logprobs, arrival)
 
-    def chat(self, body: ChatBody) -> Job:
+    def chat(self, body: ChatBody, arrival: float | None = None) -> Job:
         """Raises ApiError for what is not served."""
         self._check(body, 1)
+        for message in body.messages:
+            self._probe("messages", message.content)
         # Templates know the older of the two names.
         messages = [
             {"role": "system" if message.role == "developer" else message.role, "content": message.content}
@@ -326,12 +282,14 @@ class Reader:
         asked = body.max_completion_tokens or body.max_tokens
         max_tokens = self._max_tokens("messages", prompt, asked, self._options.max_seq_len)
         form = ChatForm(self._codec, bool(body.logprobs))
-        return self._job(body, form, [prompt], [max_tokens], (body.top_logprobs or 0) if body.logprobs else None)
+        return self._job(
+            body, form, [prompt], [max_tokens], (body.top_logprobs or 0) if body.logprobs else None, arrival
+        )
 
     def check_model(self, name: str) -> None:
         """Raises ApiError unless it is the one that is served."""
-        if name != self._options.model_name:
-            message = f"model: there is no {ascii(name)[:80]} here, only {self._options.model_name!r}"
+        if name not in (self._options.model_name, *self._options.aliases):
+            message = f"model: there is no {shown(name)} here, only {self._options.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def _check(self, body: AnyBody, num_prompts: int) -> None:
@@ -342,34 +300,45 @@ class Reader:
 
     def _prompt(self, prompt: str | list[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
+            self._probe("prompt", prompt)
             return self._ids("prompt", self._codec.encode, prompt)
-        for token in prompt:
+        for token in (min(prompt), max(prompt)):
             if not 0 <= token < self._options.vocab_size:
-                raise _invalid("prompt", f"token ids must be from 0 to {self._options.vocab_size - 1}, found {token}")
+                raise invalid("prompt", f"token ids must be from 0 to {self._options.vocab_size - 1}, found {token}")
         return tuple(prompt)
+
+    def _probe(self, param: str, text: str) -> None:
+        """Raises ApiError for a text whose beginning alone is too long, before all of it is cut into tokens."""
+        room = self._options.max_seq_len
+        if len(text) > 2 * PROBED * room:
+            num_tokens = len(self._ids(param, self._codec.encode, text[: PROBED * room]))
+            if num_tokens > room + SPARED_TOKENS:
+                raise too_long(param, f"{num_tokens} tokens, of the first {PROBED * room} characters alone", room)
 
     def _ids(self, param: str, encode: Callable[[T], tuple[int, ...]], text: T) -> tuple[int, ...]:
         try:
             ids = encode(text)
         except ValueError as error:
-            raise _invalid(param, str(error)) from error
+            raise invalid(param, str(error)) from error
         if not ids:
-            raise _invalid(param, "must give at least one token, found none")
+            raise invalid(param, "must give at least one token, found none")
         return ids
 
-    def _echo(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self._codec.decode(prompt)
+    def _echoes(self, body: CompletionBody) -> tuple[str, ...]:
+        """Of each choice."""
+        if not body.echo:
+            return ("",) * (len(body.prompt) * body.num_each)
+        said = [prompt if isinstance(prompt, str) else self._codec.decode(prompt) for prompt in body.prompt]
+        if (length := sum(map(len, said)) * body.num_each) > MOST_ECHOED:
+            raise invalid("echo", f"at most {MOST_ECHOED} characters are said again, found {length}; lower n")
+        return tuple(text for text in said for _ in range(body.num_each))
 
     def _max_tokens(self, param: str, prompt: Sequence[int], asked: int | None, default: int) -> int:
         """Tokens to generate after a prompt: what was asked for, which must fit, or as much of the default as fits."""
         room = self._options.max_seq_len - len(prompt)
         if room < (asked or 1):
-            raise _invalid(
-                param,
-                f"{len(prompt)} tokens, and {asked or 1} to generate, are more than the {self._options.max_seq_len} "
-                "that fit; shorten the prompt or lower max_tokens",
-                code="context_length_exceeded",
-            )
+            words = f"{len(prompt)} tokens, and {asked or 1} to generate"
+            raise too_long(param, words, self._options.max_seq_len)
         return asked or min(default, room)
 
     def _job(
@@ -379,9 +348,11 @@ class Reader:
         prompts: Sequence[tuple[int, ...]],
         max_tokens: Sequence[int],  # of each prompt
         num_logprobs: int | None,
+        arrival: float | None,
     ) -> Job:
         job_id = f"{form.prefix}-{secrets.token_hex(12)}"
-        deadline = None if self._options.timeout_s is None else time.monotonic() + self._options.timeout_s
+        arrival = time.monotonic() if arrival is None else arrival
+        deadline = None if self._options.timeout_s is None else arrival + self._options.timeout_s
         choices = []
         for index in range(len(prompts) * body.num_each):
             number, draw = divmod(index, body.num_each)
@@ -404,4 +375,5 @@ class Reader:
             num_prompt_tokens=sum(len(prompt) for prompt in prompts),
             wants_stream=bool(body.stream),
             wants_usage=bool(body.stream_options and body.stream_options.include_usage),
+            arrival=arrival,
         )

@@ -21,39 +21,35 @@ import dataclasses
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, get_type_hints
 
 import prometheus_client
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from yafsdp_like.inference.answers import Choice, Job
-from yafsdp_like.inference.protocol import (
-    ApiError,
-    ChatBody,
-    CompletionBody,
-    Reader,
-    ServerOptions,
-    invalid_body,
-    too_many_choices,
-)
+from yafsdp_like.inference.desk import Busy, Desk
+from yafsdp_like.inference.errors import ApiError, no_object, too_many_choices
+from yafsdp_like.inference.protocol import ChatBody, CompletionBody, Reader, ServerOptions
 from yafsdp_like.inference.request import Event, FinishReason, QueueFull
 from yafsdp_like.inference.service import Service, State, Stream, Unavailable
 from yafsdp_like.inference.text import Codec, Piece
 
-BodyT = TypeVar("BodyT")
+Kind = type[CompletionBody] | type[ChatBody]
 
 RETRY_AFTER_S = 1
 LATE_S = 0.5  # after its deadline an answer is not waited for, [Note: late]
+BODY_S = 60.0  # from a body's headers to its end
 METRICS_S = 5.0  # that the engine has to say how things stand
 SEND_S = 60.0  # after which a client that takes nothing has gone
 BUCKETS_S = 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
@@ -129,12 +125,17 @@ class Front:
 
     def __init__(self, service: Service[Any], codec: Codec, options: ServerOptions) -> None:
         self.service, self.options = service, options
-        self.reader = Reader(codec, options)
+        self.reader, self.desk = Reader(codec, options), Desk()
         self.numbers = Numbers()
 
-    async def answer(self, read: Callable[[BodyT], Job], body: BodyT, http: HttpRequest) -> Response:
-        """The answer to a body that one of the reader's methods understands. Raises ApiError."""
-        job = await asyncio.to_thread(read, body)  # others need the event loop while a long text is cut into tokens
+    async def answer(self, kind: Kind, http: HttpRequest) -> Response:
+        """The answer to a body of this kind. Raises ApiError."""
+        try:
+            job = await self._job(kind, http)
+        except Busy as error:
+            raise _full(str(error)) from error
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
         stream = await self._open(job)
         self.numbers.prompt_tokens.inc(job.num_prompt_tokens)
         if job.wants_stream:
@@ -148,6 +149,23 @@ class Front:
             job.envelope(job.form.whole_object, [job.form.whole(choice) for choice in job.choices], usage=job.usage())
         )
 
+    async def _job(self, kind: Kind, http: HttpRequest) -> Job:
+        """What is asked. Others have the event loop while a long text is cut into tokens."""
+        _check_is_json(http)
+        with self.desk.hold() as held:
+            raw = bytearray()
+            try:
+                async with asyncio.timeout(BODY_S):
+                    async for part in http.stream():
+                        held.add(len(part))
+                        raw += part
+            except TimeoutError:
+                words = f"the body has not come within {BODY_S:.0f} s"
+                raise ApiError(408, words, code="body_too_slow", headers={"connection": "close"}) from None
+            arrival, sent = time.monotonic(), bytes(raw)
+            async with within(None if self.options.timeout_s is None else arrival + self.options.timeout_s):
+                return await self.desk.read(sent, lambda: self.reader.read(kind, sent, arrival))
+
     async def _open(self, job: Job) -> Stream:
         if len(job.choices) > (most := self.service.max_waiting):
             raise too_many_choices(len(job.choices), most)
@@ -157,7 +175,7 @@ class Front:
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         except QueueFull as error:
-            raise ApiError(429, str(error), code="queue_full", headers={"retry-after": str(RETRY_AFTER_S)}) from error
+            raise _full(str(error)) from error
         except Unavailable as error:
             raise _unavailable(str(error)) from error
 
@@ -232,6 +250,16 @@ def _check_finish(finish: FinishReason | None) -> None:
         raise _unavailable("the request was cancelled because the service is shutting down")
 
 
+def _check_is_json(http: HttpRequest) -> None:
+    kind = http.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise no_object()
+
+
+def _full(message: str) -> ApiError:
+    return ApiError(429, message, code="queue_full", headers={"retry-after": str(RETRY_AFTER_S)})
+
+
 def _unavailable(message: str) -> ApiError:
     return ApiError(503, message, code="unavailable", headers={"retry-after": str(RETRY_AFTER_S)})
 
@@ -288,12 +316,16 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500  # if nothing is sent
+        status, is_head = 500, scope["method"] == "HEAD"  # the status if nothing is sent
+        if is_head:
+            scope = {**scope, "method": "GET"}
 
         async def counting_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -308,7 +340,18 @@ class Gate:
             message = "expected the header 'authorization: Bearer KEY' with this server's key"
             await _refusal(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
             return
+        if self._announced_nbytes(headers) > self._options.most_body_nbytes:
+            await _refusal(self._too_large())(scope, receive, send)
+            return
         await self._app(scope, self._limited(receive), send)
+
+    def _announced_nbytes(self, headers: dict[bytes, bytes]) -> int:
+        length = headers.get(b"content-length", b"")
+        return int(length) if length.isdigit() and len(length) < 20 else 0
+
+    def _too_large(self) -> ApiError:
+        words = f"a body may have {self._options.most_body_nbytes} bytes at most; shorten the prompt"
+        return ApiError(413, words, code="body_too_large", headers={"connection": "close"})  # nobody reads the rest
 
     def _knows_key(self, header: bytes) -> bool:
         key = self._options.api_key
@@ -316,14 +359,14 @@ class Gate:
 
     def _limited(self, receive: Receive) -> Receive:
         """Raises ApiError once more has come than a body may have, whatever its headers have said."""
-        most, num_received = self._options.max_body_nbytes, 0
+        most, num_received = self._options.most_body_nbytes, 0
 
         async def limited() -> Message:
             nonlocal num_received
             message = await receive()
             num_received += len(message.get("body", b""))
             if num_received > most:
-                raise ApiError(413, f"a body may have {most} bytes at most; shorten the prompt", code="body_too_large")
+                raise self._too_large()
             return message
 
         return limited
@@ -339,13 +382,13 @@ def create_app(service: Service[Any], codec: Codec, options: ServerOptions) -> F
         try:
             yield
         finally:
+            front.desk.close()
             await service.close()
 
     # No pages of documentation: they would load scripts from elsewhere. /openapi.json is there.
     app = FastAPI(title="yafsdp_like", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, front=front)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid_body)
     _add_routes(app, front)
     return app
 
@@ -354,27 +397,46 @@ def _refusal(error: ApiError) -> Response:
     return JSONResponse(error.body(), error.status_code, error.headers)
 
 
-async def _on_http_error(_: HttpRequest, error: Exception) -> Response:
+async def _on_http_error(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.status_code == 405 and error.headers:
+        allowed = {name.strip() for name in error.headers.get("Allow", "").split(",") if name.strip()}
+        allow = ", ".join(sorted(allowed | {"OPTIONS"} | ({"HEAD"} if "GET" in allowed else set())))
+        if http.method == "OPTIONS":
+            return Response(status_code=204, headers={"allow": allow})
+        error.headers = {**error.headers, "Allow": allow}
     if isinstance(error, ApiError):
         return _refusal(error)
     return _refusal(ApiError(error.status_code, str(error.detail), headers=error.headers))  # FastAPI's own, 405 say
 
 
-async def _on_invalid_body(_: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return _refusal(invalid_body(error.errors()[0]))
+def answering(front: Front) -> type[APIRoute]:
+    """Routes whose bodies are not read by FastAPI, which does it on the event loop and whatever they cost."""
+
+    class Answering(APIRoute):
+        def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
+            return partial(front.answer, get_type_hints(self.endpoint)["body"])
+
+    return Answering
+
+
+def _add_answers(app: FastAPI, front: Front) -> None:
+    """The functions only say what bodies look like."""
+    router = APIRouter(route_class=answering(front))
+
+    @router.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionBody) -> Response:
+        raise NotImplementedError
+
+    @router.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: ChatBody) -> Response:
+        raise NotImplementedError
+
+    app.include_router(router)
 
 
 def _add_routes(app: FastAPI, front: Front) -> None:
-    @app.post("/v1/completions", response_model=None)
-    async def completions(body: CompletionBody, http: HttpRequest) -> Response:
-        return await front.answer(front.reader.completion, body, http)
-
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
-        return await front.answer(front.reader.chat, body, http)
-
+    _add_answers(app, front)
     _add_models(app, front)
 
     @app.get("/health", response_model=None)

@@ -109,6 +109,12 @@ class Codec:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
+    def most_characters(self, num_tokens: int) -> int:
+        """Characters of the longest text of so many tokens; a normalizer may make one character of as many as four.
+        What a tokenizer leaves out, or takes together as unknown, is not counted."""
+        longest = max(map(len, self._tokenizer.get_vocab()))
+        return num_tokens * longest * (1 if self._model.normalizer is None else 4)
+
     @cached_property
     def _added(self) -> frozenset[int]:
         """Tokens that stand for their names, letter by letter."""

@@ -1,0 +1,131 @@
+"""A server's life in its process: from a model that is loaded to the last answer, and the end of one that is stuck.
+
+Owns the HTTP server, signals and the exit status of a server whose engine does not come back. Options are serve.py's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import threading
+from socket import socket
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+import uvicorn
+
+from launch.opening import Opened
+from launch.options import model_names
+from yafsdp_like.inference.connections import limited
+from yafsdp_like.inference.protocol import ServerOptions
+from yafsdp_like.inference.server import create_app
+from yafsdp_like.inference.service import LAST_STEP_S, Service, State, Stepped
+from yafsdp_like.inference.together import KEEP_ALIVE_S, Leader, follow
+
+STUCK_STATUS = 3
+LAST_WORDS_S = 5  # for answers to be written after the grace period
+SIGNALS = signal.SIGTERM, signal.SIGINT
+
+
+class Server(uvicorn.Server):
+    """Says where it listens, and ends what it serves before its connections."""
+
+    def __init__(self, config: uvicorn.Config, service: Service[Any], grace_s: float, outlives_engine: bool) -> None:
+        super().__init__(config)
+        self._service, self._grace_s, self._outlives_engine = service, grace_s, outlives_engine
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            print(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The end has bounds everywhere; this one holds even if the event loop does not get to them."""
+        if not self.should_exit:
+            timer = threading.Timer(self._grace_s + 3 * LAST_STEP_S + LAST_WORDS_S, end_stuck, ["the process"])
+            timer.daemon = True
+            timer.start()
+        super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether it is to end."""
+        has_failed = not self._outlives_engine and self._service.state is State.FAILED
+        return await super().on_tick(counter) or has_failed or self._service.is_stuck
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        draining = asyncio.create_task(self._service.drain(self._grace_s))
+        await super().shutdown(sockets)
+        await draining
+
+
+def serve(model: Opened, arguments: argparse.Namespace, address: socket) -> None:
+    """Until a signal comes, on one rank, or on the first of those that compute together. Raises RuntimeError if the
+    engine has failed; if it is stuck, the process ends here."""
+    leader = None if model.team is None else Leader(model.engine, model.team)
+    engine: Stepped = model.engine if leader is None else leader
+    service = Service(
+        engine,
+        prepare=lambda _: _use(model.device),
+        look_s=None if leader is None else KEEP_ALIVE_S,
+        stuck_after_s=arguments.stuck_after or None,
+    )
+    config = uvicorn.Config(
+        create_app(service, model.codec, server_options(model, arguments)),
+        http=limited(arguments.max_connections),
+        log_level="info" if arguments.access_log else "warning",
+        access_log=arguments.access_log,
+        ws="none",
+        timeout_graceful_shutdown=int(arguments.grace + LAST_STEP_S) + LAST_WORDS_S,
+    )
+    for number in SIGNALS:  # uvicorn raises again what it was ended by
+        signal.signal(number, lambda *_: None)
+    Server(config, service, arguments.grace, outlives_engine=leader is None).run([address])
+    if service.is_stuck:
+        end_stuck(f"the engine ({service.error})")
+    if service.error is not None:
+        raise RuntimeError("the engine has failed") from service.error
+    if leader is not None:
+        assert service.state is State.CLOSED, f"the service is {service.state.value}, and may still use the engine"
+        leader.close()
+
+
+def server_options(model: Opened, arguments: argparse.Namespace) -> ServerOptions:
+    """What the interface is told; says what the model is called."""
+    name, *aliases = (arguments.name,) if arguments.name else model_names(arguments.model)
+    print(f"requests call the model {name!r}", flush=True)
+    return ServerOptions(
+        model_name=name,
+        aliases=tuple(aliases),
+        vocab_size=model.model.config.vocab_size,
+        max_seq_len=model.max_seq_len,
+        api_key=arguments.api_key,
+        timeout_s=arguments.timeout or None,
+        sampling=model.sampling,
+    )
+
+
+def serve_behind(model: Opened) -> None:
+    """On the other ranks: until the first one ends, who has requests to finish after a signal that all are sent. Raises
+    RuntimeError if it has failed."""
+    assert model.team is not None
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    follow(model.engine, model.team)
+
+
+def end_stuck(what: str) -> NoReturn:
+    """No thread can be ended from outside, and leaving it to itself would wait for it: for GPUs, for other ranks."""
+    print(f"error: {what} is stuck and does not end; the process is ended", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(STUCK_STATUS)
+
+
+def _use(device: torch.device) -> None:
+    """Each thread has a current GPU of its own."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -1,0 +1,115 @@
+"""Where bodies are read: on threads that are not the event loop's, so many at a time, and so many in memory.
+
+Owns how many bodies wait and where. Knows nothing of what is read.
+
+[Note: two lanes]
+Short bodies are read on threads of their own, so that they never wait for long ones. Long ones are read one at a time,
+and after each the lane rests as long as it has worked: while Python runs there, the engine and the event loop get the
+interpreter late. Only so many bodies wait in either lane, and the bytes of long ones are bounded, whether they wait or
+are still coming.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+SHORT_COST = 32 * 2**10  # of a body, in bytes
+CONTAINER_COST = 256  # of an object in it, a message say, in bytes of text that take as long
+MOST_SHORT, MOST_LONG = 1024, 16  # that wait
+MOST_HELD_NBYTES = 64 * 2**20  # of long bodies
+LONGEST_REST_S = 2.0
+
+
+class Busy(RuntimeError):
+    """Too many bodies wait to be read; try again later."""
+
+
+class Lane:
+    """Threads with a bounded queue."""
+
+    def __init__(self, name: str, num_threads: int, most: int, rests: bool) -> None:
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+        self._name, self._most, self._rests = name, most, rests
+        self._lock = threading.Lock()
+        self._num_waiting = 0  # under the lock, as `_rested_at`: those that are being read, too
+        self._rested_at = 0.0
+
+    async def do(self, function: Callable[[], T]) -> T:
+        """What `function()` gives or raises. Raises Busy."""
+        with self._lock:
+            if self._num_waiting >= self._most:
+                raise Busy(f"{self._num_waiting} {self._name} wait to be read; try again later")
+            self._num_waiting += 1
+        future = self._threads.submit(self._run, function)
+        future.add_done_callback(self._leave)
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """What has not begun is cancelled."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _leave(self, _: Future[T]) -> None:
+        with self._lock:
+            self._num_waiting -= 1
+
+    def _run(self, function: Callable[[], T]) -> T:
+        began = time.monotonic()
+        if self._rests and (rest := self._rested_at - began) > 0:
+            time.sleep(rest)
+            began = time.monotonic()
+        try:
+            return function()
+        finally:
+            ended = time.monotonic()
+            self._rested_at = ended + min(LONGEST_REST_S, ended - began)
+
+
+class Held:
+    """Bytes of one body, of all that are held."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self.nbytes = 0
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._desk.num_held_nbytes -= max(0, self.nbytes - SHORT_COST)
+
+    def add(self, nbytes: int) -> None:
+        """Raises Busy where long bodies are too many; short ones are not counted."""
+        more = max(0, self.nbytes + nbytes - SHORT_COST) - max(0, self.nbytes - SHORT_COST)
+        if more and self._desk.num_held_nbytes + more > MOST_HELD_NBYTES:
+            raise Busy("too many long bodies are being read; try again later")
+        self.nbytes += nbytes
+        self._desk.num_held_nbytes += more
+
+
+class Desk:
+    """[Note: two lanes] For one event loop."""
+
+    def __init__(self) -> None:
+        self._short = Lane("short bodies", 2, MOST_SHORT, rests=False)
+        self._long = Lane("long bodies", 1, MOST_LONG, rests=True)
+        self.num_held_nbytes = 0  # of long bodies
+
+    def hold(self) -> Held:
+        """To be entered while a body comes and is read."""
+        return Held(self)
+
+    async def read(self, raw: bytes, function: Callable[[], T]) -> T:
+        """What `function()` gives or raises, which reads this body. Raises Busy."""
+        cost = len(raw) + CONTAINER_COST * raw.count(b"{")
+        return await (self._short if cost <= SHORT_COST else self._long).do(function)
+
+    def close(self) -> None:
+        self._short.close()
+        self._long.close()
