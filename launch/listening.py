@@ -26,6 +26,7 @@ from yafsdp_like.inference.server import create_app
 from yafsdp_like.inference.service import LAST_STEP_S, Service, State, Stepped
 from yafsdp_like.inference.together import KEEP_ALIVE_S, Leader, follow
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text takes one core: the engine needs the others
 STUCK_STATUS = 3
 LAST_WORDS_S = 5  # for answers to be written after the grace period
 SIGNALS = signal.SIGTERM, signal.SIGINT

@@ -254,6 +254,29 @@ def test_a_body_that_does_not_come_to_its_end_is_not_waited_for(codec: Codec, mo
 # --- other people's tokens ---
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, CHATS])
+def test_the_interpreter_is_free_while_a_text_is_cut_into_tokens(codec: Codec, path: str) -> None:
+    """Prevents: a thread of its own that nobody else can run beside."""
+    long, ends = text(800_000), list[float]()
+
+    def cut() -> None:
+        if path == COMPLETIONS:
+            codec.encode(long)
+        else:
+            codec.encode_chat([said(long)])
+        ends.append(time.monotonic())
+
+    thread = threading.Thread(target=cut)
+    began = last = time.monotonic()
+    longest = 0.0
+    thread.start()
+    while not ends:
+        time.sleep(0.002)
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    thread.join()
+    assert longest < 0.5 * (ends[0] - began)
+
+
 ATTACK = """
 import http.client, json, sys, time
 host, path, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])

@@ -40,7 +40,8 @@ def cut(model: Any, text: str, add_special_tokens: bool = False) -> list[int]:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"text must be Unicode, found half a surrogate pair at character {error.start}") from None
-    ids: list[int] = model.encode(text, add_special_tokens=add_special_tokens).ids
+    (encoded,) = model.encode_batch([text], add_special_tokens=add_special_tokens)  # `encode` lets no other thread run
+    ids: list[int] = encoded.ids
     return ids
 
 
