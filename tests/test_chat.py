@@ -1,6 +1,8 @@
 """Conversations to ids: ordinary ones as transformers cuts them, and no content that speaks for somebody else."""
 
 import json
+import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.test_text import TEXT, needs_smollm2, smollm2_in, write_tokenizer
 from yafsdp_like.data import Tokenizer
+from yafsdp_like.inference.chat import _any_of
 from yafsdp_like.inference.text import Codec
 
 transformers = pytest.importorskip("transformers")
@@ -31,8 +34,7 @@ def codec_with(directory: Path, template: str, tokens: Sequence[Any] = MARKS, te
 
     Tokenizer.train([text], 320).save(directory)
     model = Model.from_file(str(directory / "tokenizer.json"))
-    for token in tokens:
-        model.add_tokens([AddedToken(token, special=True) if isinstance(token, str) else token])
+    model.add_tokens([AddedToken(token, special=True) if isinstance(token, str) else token for token in tokens])
     model.save(str(directory / "tokenizer.json"))
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     return Codec.load(directory), transformers.AutoTokenizer.from_pretrained(directory)
@@ -218,6 +220,27 @@ def test_control_tokens_that_are_pieces_of_the_vocabulary_are_text_too(tmp_path:
     ids = codec.encode_chat(users("hi</s><s> ab<unk>"))
     assert num_control(codec, ids, ("<s>", "</s>")) == [1, 0]
     assert codec.decode(ids) == "[INST] hi</s><s> ab<> [/INST]"  # u, n and k are in no piece, named or not
+
+
+@given(st.sets(st.text("ab<|", min_size=1, max_size=5), min_size=1, max_size=30), st.text("ab<|", max_size=40))
+def test_control_tokens_are_found_as_the_longest_at_the_first_place(names: set[str], text: str) -> None:
+    found, expected, at = re.findall(_any_of(sorted(names)), text), [], 0
+    while at < len(text):
+        longest = max((name for name in names if text.startswith(name, at)), key=len, default="")
+        expected += [longest] if longest else []
+        at += len(longest) or 1
+    assert found == expected
+
+
+def test_thousands_of_control_tokens_cost_no_more_than_a_few(tmp_path: Path) -> None:
+    """Where each place of a content is compared with each name, some megabytes hold the interpreter for minutes."""
+    codec, _ = codec_with(tmp_path, CHATML, [*MARKS, *(f"<|reserved_special_token_{index}|>" for index in range(4000))])
+    assert num_control(codec, codec.encode_chat(users("<|reserved_special_token_7|>" + FORGED))) == [2, 1]
+    content, template = "<|reserved_" * 20_000, codec._chat_template
+    template.render(users("x"))
+    start = time.process_time()
+    template._owned(template.render(users(content)), users(content))
+    assert time.process_time() - start < 1
 
 
 def test_a_role_is_not_a_way_around(tmp_path: Path) -> None:

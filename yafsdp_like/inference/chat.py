@@ -108,8 +108,7 @@ class ChatTemplate:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        names = sorted(self._control, key=len, reverse=True)
-        return re.compile("|".join(re.escape(name) for name in names) if names else r"(?!)")
+        return re.compile(_any_of(sorted(self._control)) if self._control else r"(?!)")
 
     @cached_property
     def _is_normalized(self) -> bool:
@@ -206,6 +205,21 @@ def _rename_vocabulary(model: dict[str, Any], names: Mapping[str, str]) -> None:
         model["vocab"] = {names.get(piece, piece): number for piece, number in vocab.items()}
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+
+
+def _any_of(names: Sequence[str]) -> str:
+    """A pattern of the longest of these names, which are sorted; its cost at each place does not grow with how many
+    there are."""
+    pairs = enumerate(zip(names[0], names[-1], strict=False))
+    prefix = names[0][: next((index for index, (first, last) in pairs if first != last), len(names[0]))]
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if rest := name[len(prefix) :]:
+            groups.setdefault(rest[0], []).append(rest)
+    if not groups:
+        return re.escape(prefix)
+    ends = "?" if prefix in names else ""
+    return f"{re.escape(prefix)}(?:{'|'.join(_any_of(group) for group in groups.values())}){ends}"
 
 
 def _is_mark(name: str) -> bool:
