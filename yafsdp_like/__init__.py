@@ -7,14 +7,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+    from torch.distributed.fsdp import DataParallelMeshDims as DataParallelMeshDims  # not in every torch
 
     from yafsdp_like.memory.plan import MemoryPlan
     from yafsdp_like.shard.api import FSDPModule, UnshardHandle, fully_shard
+    from yafsdp_like.shard.drop_in import register_fsdp_forward_method, share_comm_ctx
     from yafsdp_like.shard.engine import SpillWarning
     from yafsdp_like.shard.graph import GraphedStep
 else:
     _HOMES = {
+        "CPUOffloadPolicy": "torch.distributed.fsdp",
+        "DataParallelMeshDims": "torch.distributed.fsdp",
         "FSDPModule": "yafsdp_like.shard.api",
         "GraphedStep": "yafsdp_like.shard.graph",
         "MemoryPlan": "yafsdp_like.memory.plan",
@@ -23,6 +27,8 @@ else:
         "SpillWarning": "yafsdp_like.shard.engine",
         "UnshardHandle": "yafsdp_like.shard.api",
         "fully_shard": "yafsdp_like.shard.api",
+        "register_fsdp_forward_method": "yafsdp_like.shard.drop_in",
+        "share_comm_ctx": "yafsdp_like.shard.drop_in",
     }
 
     def __getattr__(name: str) -> Any:
@@ -38,6 +44,7 @@ else:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CPUOffloadPolicy",
     "FSDPModule",
     "GraphedStep",
     "MemoryPlan",
@@ -46,4 +53,6 @@ __all__ = [
     "SpillWarning",
     "UnshardHandle",
     "fully_shard",
+    "register_fsdp_forward_method",
+    "share_comm_ctx",
 ]

@@ -12,10 +12,10 @@ from typing import Any, NoReturn, Self, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
 from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed._composable.contract import contract
-from torch.distributed._composable_state import _State
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
@@ -25,6 +25,7 @@ from yafsdp_like.comm import TransportName
 from yafsdp_like.comm.choice import transport_over
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.memory.streams import GATHER, Event
+from yafsdp_like.shard.drop_in import ShardState, refuse_others, show_state_to_torch
 from yafsdp_like.shard.engine import Engine, Report, engine_for
 from yafsdp_like.shard.hooks import abandon, install
 from yafsdp_like.shard.linear import install as install_linear
@@ -34,12 +35,6 @@ from yafsdp_like.shard.unit import Unit, UnitPolicy, unit_of
 from yafsdp_like.shard.update import watch_optimizers
 
 Owners = dict[nn.Parameter, list[tuple[nn.Module, str]]]  # which modules register a parameter, and under what name
-
-
-class ShardState(_State):
-    """What ``fully_shard.state(module)`` returns; ``unit`` is what the call made."""
-
-    unit: Unit
 
 
 def fully_shard(
@@ -129,7 +124,10 @@ def _make_unit(
     for m in {owner: None for p in params for owner, _ in p.owners}:
         _keep_state_dict_sharded(unit, m)
         install_linear(m)
-    _shard.state(modules[0]).unit = unit
+    state = _shard.state(modules[0])
+    state.unit = unit
+    for m in modules:
+        show_state_to_torch(m, state)
     return module
 
 
@@ -318,7 +316,9 @@ def _become_fsdp_module(module: nn.Module) -> None:
     cls = type(module)
     if cls not in _sharded_classes:
         members = {"__deepcopy__": _refuse_deepcopy, "__module__": cls.__module__, "__doc__": cls.__doc__}
-        _sharded_classes[cls] = type(f"FSDP{cls.__name__}", (FSDPModule, cls), members | overrides_of(cls))
+        # Torch's FSDPModule comes last: what it has is ours, but isinstance, which libraries ask, is true.
+        bases = (FSDPModule, cls, torch.distributed.fsdp.FSDPModule)
+        _sharded_classes[cls] = type(f"FSDP{cls.__name__}", bases, members | overrides_of(cls))
     module.__class__ = _sharded_classes[cls]
 
 
@@ -326,7 +326,7 @@ def _refuse_deepcopy(*_: Any) -> NoReturn:
     raise AssertionError("FSDP does not support deepcopy. Use a state dict to copy a sharded module.")
 
 
-class UnshardHandle:
+class UnshardHandle(torch.distributed.fsdp.UnshardHandle):
     """What ``unshard(async_op=True)`` returns."""
 
     def __init__(self, engine: Engine, unit: Unit) -> None:
@@ -337,6 +337,7 @@ class UnshardHandle:
         self._engine.unshard(self._unit.gather_slot, refresh=True)
 
 
+@refuse_others
 class FSDPModule:
     """The methods that a module has after ``fully_shard``, beside its own."""
 
@@ -448,6 +449,8 @@ class FSDPModule:
 
     def set_reshard_after_forward(self, reshard_after_forward: bool, recurse: bool = True) -> None:
         """Overrides the argument of ``fully_shard``. After the first forward it only a hint, if the plan has room."""
+        if not isinstance(reshard_after_forward, bool):
+            raise ValueError(f"reshard_after_forward should be a bool, got {type(reshard_after_forward)}")
         for unit in self._units(recurse):
             unit.policy.reshard_after_forward = reshard_after_forward
 
@@ -466,17 +469,41 @@ class FSDPModule:
         """The modules to gather when this one's forward starts, instead of the next one. Widens the plan if set
         before it.
         """
-        self._unit().policy.forward_prefetch = [m._unit() for m in modules]
+        self._unit().policy.forward_prefetch = _units_to_prefetch(modules)
 
     def set_modules_to_backward_prefetch(self, modules: list[FSDPModule]) -> None:
         """The modules to gather when this one's backward starts, instead of the next one. Widens the plan if set
         before it.
         """
-        self._unit().policy.backward_prefetch = [m._unit() for m in modules]
+        self._unit().policy.backward_prefetch = _units_to_prefetch(modules)
 
     def set_gradient_divide_factor(self, factor: float) -> None:
         """What this module's own gradients are divided by, instead of the number of ranks."""
         self._unit().policy.gradient_divisor = factor
+
+    def set_reduce_scatter_divide_factor(self, factor: float) -> None:
+        """FSDP2's former name of ``set_gradient_divide_factor``."""
+        self.set_gradient_divide_factor(factor)
+
+    def set_separate_reduce_scatter_group(self, enable: bool = True, *, recurse: bool = True) -> None:
+        """Reductions have a communicator of their own in any case."""
+        if not enable:
+            raise NotImplementedError(
+                "set_separate_reduce_scatter_group(False) is not supported: reductions always have a communicator of "
+                "their own; leave it out"
+            )
+
+    def set_reduce_scatter_max_input_buffers(self, max_input_buffers: int, *, recurse: bool = True) -> None:
+        """How many reductions may wait while backward goes on: one, that of the unit before."""
+        if isinstance(max_input_buffers, bool) or not isinstance(max_input_buffers, int):
+            raise TypeError(f"max_input_buffers must be an int, got {type(max_input_buffers).__name__}")
+        if max_input_buffers < 1:
+            raise ValueError(f"max_input_buffers must be a positive int, got {max_input_buffers}")
+        if max_input_buffers > 1:
+            raise NotImplementedError(
+                f"set_reduce_scatter_max_input_buffers({max_input_buffers}) is not supported: the number of gradient "
+                "slots is the plan's; leave it out, or call follow_measured_times()"
+            )
 
     def set_force_sum_reduction_for_comms(self, enable: bool) -> None:
         """Reduces with sums and divides separately, for backends or transports without a mean."""
@@ -497,6 +524,12 @@ class FSDPModule:
         self._unit().materialize()
         return result
 
+    def _get_fsdp_state(self) -> ShardState:
+        """What torch's own functions ask for."""
+        state = ShardState()
+        state.unit = self._unit()
+        return state
+
     def _unit(self) -> Unit:
         unit = unit_of(cast(nn.Module, self))
         assert unit is not None, "an FSDPModule without a unit"
@@ -508,3 +541,10 @@ class FSDPModule:
 
     def _engine(self) -> Engine:
         return engine_for(self._unit(), self)  # type: ignore[arg-type]
+
+
+def _units_to_prefetch(modules: Sequence[Any]) -> list[Unit]:
+    for module in modules:
+        if not isinstance(module, FSDPModule):
+            raise ValueError(f"Expects FSDPModule but got {type(module)}: {module}")
+    return [module._unit() for module in modules]

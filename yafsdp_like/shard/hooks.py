@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from types import FrameType
 from typing import Any
 
 import torch
@@ -50,11 +51,13 @@ class Call:
     starts_iteration: bool = False
     has_nan_inputs: bool = False  # known in debug mode only
     use: Use | None = None  # None without grad mode, and when it recomputes
+    frame: FrameType | None = None  # that runs a method as a forward, which may run the module's own forward
     watched: Watched = NOTHING
 
 
 def install(unit: Unit, module: nn.Module) -> None:
     """Runs the unit's gather and release around ``module``'s forward, also when that raises."""
+    vars(module).setdefault("_yafsdp_around", []).append(unit)
     module.register_forward_pre_hook(partial(_before_forward, unit), prepend=True, with_kwargs=True)
     module.register_forward_hook(partial(_after_forward, unit), always_call=True)
 
@@ -65,7 +68,7 @@ def install(unit: Unit, module: nn.Module) -> None:
 @torch.compiler.disable
 def _before_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     engine = engine_for(unit, module)
-    if engine.iteration is not None and engine.iteration in unit.calls:
+    if engine.iteration is not None and engine.iteration in unit.calls and not _still_runs(engine.iteration):
         abandon(engine)  # the last forward was torn away by what is no Exception, Ctrl-C say
     task = backward_task()
     call = Call(module, sys.exc_info()[1], recomputes=_in_own_backward(unit, task))
@@ -199,6 +202,32 @@ def _end_iteration(engine: Engine, failed: bool) -> None:
     engine.iteration = None
 
 
+# --- methods that are run as forwards ---
+
+
+def before_method(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> Any:
+    """``frame`` is about to run a method of a sharded module as its forward; returns what to call it with."""
+    for unit in reversed(vars(module)["_yafsdp_around"]):
+        args, kwargs = _before_forward(unit, module, args, kwargs)
+        unit.calls[-1].frame = frame
+    return args, kwargs
+
+
+def after_method(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """The method has returned ``output``, or raises; returns what the caller gets."""
+    for unit in vars(module)["_yafsdp_around"]:
+        output = _after_forward(unit, module, args, output)
+    return output
+
+
+def _still_runs(call: Call) -> bool:
+    """Whether a method runs the module's own forward, which is part of the iteration that the method began."""
+    frame: FrameType | None = sys._getframe() if call.frame is not None else None
+    while frame is not None and frame is not call.frame:
+        frame = frame.f_back
+    return frame is not None
+
+
 # --- backward ---
 
 
@@ -281,6 +310,14 @@ def _end_task(engine: Engine, task: int) -> None:
     engine.settle_prefetches()
     if engine.is_last_backward:
         engine.wait_for_reductions()
+
+
+def finish_accumulating(engine: Engine) -> None:
+    """Reduces what backwards without synchronisation have left, without another backward."""
+    for unit in engine.units:
+        engine.reduce(unit)
+        engine.reshard(unit)
+    engine.wait_for_reductions()
 
 
 def abandon(engine: Engine) -> None:

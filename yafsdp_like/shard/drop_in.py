@@ -1,0 +1,122 @@
+"""What torch's own code, and code written for FSDP2, asks of a sharded module beside the methods that it calls.
+
+Owns the state object that torch finds on a sharded module, forward methods under other names, and the refusal, by name,
+of those of FSDP2's methods that are not there.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch.distributed.fsdp
+from torch import nn
+from torch.distributed._composable.contract import STATE_KEY
+from torch.distributed._composable_state import _State
+
+from yafsdp_like.shard.hooks import after_method, before_method, finish_accumulating
+from yafsdp_like.shard.unit import Unit, unit_of
+
+ADVICE = {
+    "set_custom_all_gather": "name a transport in fully_shard(..., transport=...), or leave it out",
+    "set_custom_reduce_scatter": "name a transport in fully_shard(..., transport=...), or leave it out",
+    "set_all_reduce_hook": "shard over a 2-D mesh, whose first dimension replicates, or reduce .grad after backward",
+    "set_allocate_memory_from_process_group_for_comm": "leave it out: there are no buffers to be copied to",
+    "set_symm_mem_for_comm": 'leave it out, or say fully_shard(..., transport="peer")',
+}
+
+
+class ShardState(_State):
+    """What ``fully_shard.state(module)`` returns; ``unit`` is what the call made.
+
+    Torch's own functions ask it for some of what FSDP2's has: ``register_fsdp_forward_method`` what to do before and
+    after such a method, ``share_comm_ctx`` its streams (which all models of a device share here), and
+    ``torch.distributed.pipelining`` to reduce what the backwards of a step's microbatches have left.
+    """
+
+    unit: Unit
+    _comm_ctx = None
+
+    def _pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return before_method(module, args, kwargs, sys._getframe(1))
+
+    def _post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return after_method(module, args, output)
+
+    @property
+    def _state_ctx(self) -> ShardState:
+        return self
+
+    all_states = _fsdp_param_groups = ()
+
+    def _root_post_backward_final_callback(self) -> None:
+        assert self.unit.engine is not None, "a backward without a forward"
+        finish_accumulating(self.unit.engine)
+
+
+def show_state_to_torch(module: nn.Module, state: ShardState) -> None:
+    """Lets torch's own ``fully_shard.state(module)``, too, find ``state``."""
+    key: Any = torch.distributed.fsdp.fully_shard
+    vars(module)[STATE_KEY][key.__wrapped__] = state
+
+
+def register_fsdp_forward_method(module: nn.Module, method_name: str) -> None:
+    """Makes ``module.method_name`` a forward too: parameters are gathered before it and released after it, also when it
+    raises, and inputs and outputs are cast as those of ``forward``. It may call the module itself, any number of times.
+
+    Does nothing for a module that is not sharded. Raises ``ValueError`` where there is no such method.
+    """
+    if unit_of(module) is None:
+        torch.distributed.fsdp.register_fsdp_forward_method(module, method_name)
+        return
+    method = getattr(module, method_name, None)
+    if not callable(method):
+        raise ValueError(f"{type(module)} does not have a method {method_name}")
+    owner = weakref.ref(module)  # what is set on a module and refers to it would keep it until garbage is collected
+    bound = getattr(method, "__self__", None) is module
+    function = method.__func__ if bound else method
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        this = owner()
+        assert this is not None
+        args, kwargs = before_method(this, args, kwargs, sys._getframe())
+        try:
+            output = function(this, *args, **kwargs) if bound else function(*args, **kwargs)
+        except BaseException:
+            after_method(this, args, None)
+            raise
+        return after_method(this, args, output)
+
+    setattr(module, method_name, run)
+
+
+def share_comm_ctx(modules: Sequence[nn.Module]) -> None:
+    """FSDP2's: lets models share their streams, which those of one device do here in any case.
+
+    Raises ``ValueError`` for a module that is not sharded.
+    """
+    for module in modules:
+        if unit_of(module) is None:
+            raise ValueError(f"share_comm_ctx expects modules that fully_shard returned, found {type(module).__name__}")
+
+
+def refuse_others(cls: type) -> type:
+    """Adds to ``cls`` every public method of torch's ``FSDPModule`` that it does not have, as one that says so."""
+    for name in dir(torch.distributed.fsdp.FSDPModule):
+        if not name.startswith("_") and name not in vars(cls):
+            setattr(cls, name, _refusal(name))
+    return cls
+
+
+def _refusal(name: str) -> Callable[..., NoReturn]:
+    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
+        advice = ADVICE.get(name, "leave it out, or use torch.distributed.fsdp.fully_shard for this model")
+        raise NotImplementedError(f"{name} of {type(self).__name__} is not supported: {advice}")
+
+    refuse.__name__ = name
+    refuse.__doc__ = "Not supported; see the error that it raises."
+    return refuse
