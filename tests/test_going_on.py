@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +28,9 @@ from launch import config, metrics
 from launch.stopping import STOPPED, Stopping
 from tests.ranks import run_ranks
 from tests.test_train import (
+    ENVIRONMENT,
     FACTORY,
+    ROOT,
     command,
     file,
     finished_file,
@@ -441,3 +445,61 @@ def test_the_first_step_is_printed_and_bytes_are_readable(file: Path) -> None:
     assert re.search(r"peak on one rank: [\d.]+ [MG]iB of host memory", words)
     assert json.loads((file.parent / "run" / "environment.json").read_text())["ranks"] == 2
     shutil.rmtree(file.parent / "run")
+
+
+# --- under SLURM ---
+
+SRUN = '#!/bin/bash\nwhile [[ "$1" == -* ]]; do shift; done\nexec "$@"\n'
+SCONTROL = '#!/bin/bash\n[ "$1" = show ] && echo 127.0.0.1 || echo "scontrol $*"\n'
+
+
+def batch_job(directory: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """configs/slurm.sh as SLURM would run it on one host with one device: the command and its environment."""
+    for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (directory / name).write_text(script)
+        (directory / name).chmod(0o755)
+    (directory / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
+    python = directory / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    slurm = {"JOB_NODELIST": "h", "JOB_ID": str(free_port() - 20000), "JOB_NUM_NODES": "1", "GPUS_ON_NODE": "1"}
+    environment = {**ENVIRONMENT, **{f"SLURM_{key}": value for key, value in slurm.items()}, "SLURM_CPUS_PER_TASK": "1"}
+    return ["bash", str(ROOT / "configs" / "slurm.sh"), *arguments], {
+        **environment,
+        "PATH": f"{directory}:{os.environ['PATH']}",
+    }
+
+
+def free_port() -> int:
+    """One of those that the script takes."""
+    for port in random.Random(os.getpid()).sample(range(20000, 40000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_job_whose_time_is_over_saves_is_requeued_and_goes_on(
+    file: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """One that is preempted is requeued by SLURM itself."""
+    command, environment = batch_job(tmp_path, str(file), *ENDLESS[1:])
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        job = subprocess.Popen(
+            [*command, "--num_steps=1000000"], env=environment, cwd=tmp_path, stdout=output, stderr=output
+        )
+        try:
+            until(lambda: len(metrics.read_records(file.parent / "run")) > 1 or job.poll() is not None, 90)
+            job.send_signal(number)
+            assert job.wait(60) != 0
+        finally:
+            job.kill()
+    words = log.read_text()
+    (stopped,) = re.findall(r"^stopped at step (\d+) of 1000000 by SIGUSR1", words, re.MULTILINE)
+    assert bool(re.search(r"^scontrol requeue \d+$", words, re.MULTILINE)) == (number == signal.SIGUSR1), words
+    again = [*command, f"--num_steps={int(stopped) + 1}"]
+    done = subprocess.run(again, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"starting at step {stopped} of {int(stopped) + 1}" in done.stdout and "requeue" not in done.stdout
