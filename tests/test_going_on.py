@@ -190,7 +190,7 @@ def test_a_process_that_is_told_to_stop_saves_says_so_and_has_a_status_of_its_ow
     with started(command(file, *ENDLESS, num_ranks=num_ranks)) as process:
         wait_for(lambda: len(metrics.read_records(file.parent / "run")) > 1, process)
         process.send_signal(number)
-        words = process.communicate(timeout=60)[0]
+        words = process.communicate(timeout=120)[0]
     (stopped,) = re.findall(
         rf"^stopped at step (\d+) of 1000000 by {number.name}: \S+ is saved; resume with", words, re.M
     )
@@ -479,6 +479,7 @@ def free_port() -> int:
     raise AssertionError("no port is free")
 
 
+@pytest.mark.timeout(400)  # four processes that import torch, where others do too
 @pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_job_whose_time_is_over_saves_is_requeued_and_goes_on(
     file: Path, tmp_path: Path, number: signal.Signals
@@ -491,15 +492,15 @@ def test_a_job_whose_time_is_over_saves_is_requeued_and_goes_on(
             [*command, "--num_steps=1000000"], env=environment, cwd=tmp_path, stdout=output, stderr=output
         )
         try:
-            until(lambda: len(metrics.read_records(file.parent / "run")) > 1 or job.poll() is not None, 90)
+            until(lambda: len(metrics.read_records(file.parent / "run")) > 1 or job.poll() is not None, 150)
             job.send_signal(number)
-            assert job.wait(60) != 0
+            assert job.wait(100) != 0
         finally:
             job.kill()
     words = log.read_text()
     (stopped,) = re.findall(r"^stopped at step (\d+) of 1000000 by SIGUSR1", words, re.MULTILINE)
     assert bool(re.search(r"^scontrol requeue \d+$", words, re.MULTILINE)) == (number == signal.SIGUSR1), words
     again = [*command, f"--num_steps={int(stopped) + 1}"]
-    done = subprocess.run(again, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(again, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stderr
     assert f"starting at step {stopped} of {int(stopped) + 1}" in done.stdout and "requeue" not in done.stdout
