@@ -80,7 +80,8 @@ def _on_host(packet: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 def where_not_finite(names: list[str], norms: list[Tensor]) -> str | None:
     """Which tensors are not finite, in words, from this rank's norms of its parts; asked on all ranks, told to all."""
-    here = [name for name, norm in zip(names, norms, strict=True) if not torch.isfinite(norm)]
+    finite = torch.isfinite(torch.stack([norm.float() for norm in norms])).tolist() if norms else []
+    here = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
     bad = {name for there in share(here) for name in there}
     found = [name for name in names if name in bad]
     if not found:

@@ -109,9 +109,9 @@ class Trainer:
 
     def check_weights(self) -> None:
         """`NotFiniteError`, on all ranks, if an update has left weights that are not finite."""
-        named = list(self.model.named_parameters())
-        norms = torch._foreach_norm([local(param.detach()) for _, param in named], float("inf"))
-        where = where_not_finite([name for name, _ in named], list(norms))
+        named = [(name, local(param.detach())) for name, param in self.model.named_parameters()]
+        largest = [torch.linalg.vector_norm(part, float("inf")) if part.numel() else part.sum() for _, part in named]
+        where = where_not_finite([name for name, _ in named], largest)
         if where is not None:
             raise NotFiniteError(
                 f"step {self.step}: the weights are not finite, the first are those of {where}; they are not saved"

@@ -69,11 +69,12 @@ class Bigrams(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.logits = nn.Embedding(300, 300)
+        self.scale = nn.Parameter(torch.ones(1))  # one rank has no row of it
         self.num_forwards = 0
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         self.num_forwards += self.training
-        return self.logits(tokens)
+        return self.logits(tokens) * self.scale
 
 
 class Signalled(Bigrams):
@@ -275,6 +276,21 @@ def test_skipping_ends_where_every_step_is_skipped(file: Path) -> None:
     skip = [*EXPLODING, "--optimizer.nonfinite=skip", "--num_steps=1000"]
     words = refusal(file, *skip, "--model.factory=tests.test_going_on:Hopeless")
     assert words.startswith("step 12: ") and words.endswith("after 10 steps that were skipped for it")
+
+
+class Silent(Bigrams):
+    """Its own loss is none in the third step, of which its gradient knows nothing."""
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = nn.functional.cross_entropy(super().forward(tokens).flatten(0, 1), targets.flatten())
+        return loss + (float("nan") if 5 <= self.num_forwards <= 6 else 0.0)
+
+
+def test_a_loss_that_is_not_finite_is_noticed_before_anything_is_saved(file: Path) -> None:
+    silent = [*FACTORY, "--model.factory=tests.test_going_on:Silent", "--evaluation.every=0", "--sample.num_tokens=0"]
+    words = refusal(file, *silent, "--checkpoint.every=2", "--log.every=1000")
+    assert words.startswith("step 3: the loss is not finite, though its gradient is")
+    assert [path.name for path in steps.complete_checkpoints(file.parent / "run")] == ["step-2"]
 
 
 def test_weights_that_are_not_finite_are_not_saved(file: Path) -> None:
@@ -501,6 +517,8 @@ def test_a_job_whose_time_is_over_saves_is_requeued_and_goes_on(
     (stopped,) = re.findall(r"^stopped at step (\d+) of 1000000 by SIGUSR1", words, re.MULTILINE)
     assert bool(re.search(r"^scontrol requeue \d+$", words, re.MULTILINE)) == (number == signal.SIGUSR1), words
     again = [*command, f"--num_steps={int(stopped) + 1}"]
-    done = subprocess.run(again, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run(
+        again, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert f"starting at step {stopped} of {int(stopped) + 1}" in done.stdout and "requeue" not in done.stdout
