@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from tests.test_text import write_tokenizer
 from yafsdp_like.inference import server, service
 from yafsdp_like.inference.request import Event, QueueFull
 from yafsdp_like.inference.service import Service, State, Stream, Stuck, Unavailable
-from yafsdp_like.inference.text import Codec
+from yafsdp_like.inference.text import Codec, Transcript
 
 BODY = {**GREEDY, "prompt": "x", "max_tokens": 200, "ignore_eos": True}
 
@@ -263,7 +264,47 @@ def test_a_cancellation_that_raises_once_loses_its_own_request_only(codec: Codec
     run(Stubborn(make_engine(codec)), main)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bug_in_an_answer_is_an_error_and_the_end_of_its_request_only(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    push, troubles = Transcript.push, iter([ZeroDivisionError("planted")])
+
+    def failing_push(transcript: Transcript, event: Event) -> Any:
+        if (trouble := next(troubles, None)) is not None:
+            raise trouble
+        return push(transcript, event)
+
+    monkeypatch.setattr(Transcript, "push", failing_push)
+    with serving(make_engine(codec), codec) as running:
+        answer = running.post(COMPLETIONS, {**BODY, "stream": stream})
+        assert answer.status_code == (200 if stream else 500)
+        error = json.loads(answer.text.split("\n\n")[0].removeprefix("data: "))["error"]
+        assert (error["message"], error["type"]) == ("the answer has failed: ZeroDivisionError", "server_error")
+        assert running.post(COMPLETIONS, BODY).status_code == 200
+        running.check_idle()
+
+
 # --- more than may ever wait ---
+
+
+def test_an_engine_that_takes_nothing_is_not_offered_more_and_more(codec: Codec) -> None:
+    async def main(engine: Hanging, service: Service[Any]) -> None:
+        first = await service.open(requests(1))
+        assert await asyncio.to_thread(engine.hangs.wait, SECONDS)
+        opening = [asyncio.create_task(service.open(requests(1))) for _ in range(40)]
+        await asyncio.sleep(0.05)
+        refused = [task.exception() for task in opening if task.done()]
+        assert len(refused) == 40 - (2 * (4 + 8) - 1)
+        assert all(isinstance(error, QueueFull) for error in refused)
+        engine.may_go_on.set()
+        assert await drawn(first) == {"r0": 3}
+        for task in opening:
+            with contextlib.suppress(QueueFull):
+                (await task).close()
+
+    engine = Hanging(make_engine(codec, max_waiting=4))
+    run(engine, lambda service: main(engine, service))
 
 
 def test_more_choices_than_may_ever_wait_are_a_mistake_and_as_many_are_none(codec: Codec) -> None:

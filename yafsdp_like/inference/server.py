@@ -9,9 +9,8 @@ While an answer is made, a task waits for the client to disconnect and then clos
 requests; closing it is also what every other way out of an answer ends with.
 
 [Note: late]
-The engine ends what is late, between two steps. If no step ends, the loop answers in its place, a little later. It
-waits so for each event and not around the whole answer, which is made by a generator: a cancellation would meet
-whoever it has yielded to.
+The engine ends what is late, between two steps. If no step ends, the loop answers in its place, a little later: by an
+error that the stream gives its reader, since a cancellation would meet whoever the answer's generator has yielded to.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import asyncio
 import dataclasses
 import hmac
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -41,10 +41,11 @@ from yafsdp_like.inference.answers import Choice, Job
 from yafsdp_like.inference.desk import Busy, Desk
 from yafsdp_like.inference.errors import ApiError, no_object, too_many_choices
 from yafsdp_like.inference.protocol import ChatBody, CompletionBody, Reader, ServerOptions
-from yafsdp_like.inference.request import Event, FinishReason, QueueFull
+from yafsdp_like.inference.request import FinishReason, QueueFull
 from yafsdp_like.inference.service import Service, State, Stream, Unavailable
 from yafsdp_like.inference.text import Codec, Piece
 
+logger = logging.getLogger(__name__)
 Kind = type[CompletionBody] | type[ChatBody]
 
 RETRY_AFTER_S = 1
@@ -140,9 +141,14 @@ class Front:
         self.numbers.prompt_tokens.inc(job.num_prompt_tokens)
         if job.wants_stream:
             return EventStream(self._lines(job, stream), stream)
-        async with abandonable(http.receive, stream):
-            async for choice, piece in self._pieces(job, stream):
-                choice.add(piece)
+        try:
+            async with abandonable(http.receive, stream):
+                async for choice, piece in self._pieces(job, stream):
+                    choice.add(piece)
+        except ApiError:
+            raise
+        except Exception as error:
+            raise _bug(error) from error
         if any(choice.transcript.finish is None for choice in job.choices):
             return Response(status_code=499)  # nobody reads it
         return JSONResponse(
@@ -182,9 +188,12 @@ class Front:
     async def _pieces(self, job: Job, stream: Stream) -> AsyncIterator[tuple[Choice, Piece]]:
         """Pieces of all choices as they come; ends early if the stream is closed. Raises ApiError."""
         choices = {choice.request.id: choice for choice in job.choices}
-        clock = Clock(self.numbers, job.arrival)
+        clock, timer = Clock(self.numbers, job.arrival), None
+        if job.deadline is not None:
+            delay = job.deadline + LATE_S - time.monotonic()
+            timer = asyncio.get_running_loop().call_later(delay, stream.fail, _late())
         try:
-            while (event := await self._next(job, stream)) is not None:
+            async for event in stream:
                 choice = choices[event.request_id]
                 if choice.transcript.finish is not None:  # by a stop string; what the engine says after is not text
                     continue
@@ -200,13 +209,10 @@ class Front:
         except Unavailable as error:
             raise _unavailable(str(error)) from error
         finally:
+            if timer is not None:
+                timer.cancel()
             num_abandoned = sum(choice.transcript.finish is None for choice in job.choices)
             self.numbers.finished.labels("abandoned").inc(num_abandoned)
-
-    async def _next(self, job: Job, stream: Stream) -> Event | None:
-        """News of any choice; None at the end."""
-        async with within(job.deadline):
-            return await anext(stream, None)
 
     async def _lines(self, job: Job, stream: Stream) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
@@ -222,6 +228,8 @@ class Front:
                 yield _line(job.envelope(job.form.part_object, [], usage=job.usage()))
         except ApiError as error:  # the status is out already
             yield _line(error.body())
+        except Exception as error:
+            yield _line(_bug(error).body())
         yield b"data: [DONE]\n\n"
 
 
@@ -254,6 +262,11 @@ def _check_is_json(http: HttpRequest) -> None:
     kind = http.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise no_object()
+
+
+def _bug(error: Exception) -> ApiError:
+    logger.error("an answer has failed", exc_info=error)
+    return ApiError(500, f"the answer has failed: {type(error).__name__}")
 
 
 def _full(message: str) -> ApiError:

@@ -32,11 +32,12 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Generic, Protocol, TypeVar
 
-from yafsdp_like.inference.request import Event, Request
+from yafsdp_like.inference.request import Event, QueueFull, Request
 
 T = TypeVar("T")
 
 SLOW_STEP_S = 20.0  # a step that takes longer is worth a word
+SPARE = 2  # times the requests that an engine may have, for those that it is still to end
 LAST_STEP_S = 10.0  # for the engine to end what was cancelled, and its thread
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,9 @@ class Limited(Protocol):
 
     @property
     def max_waiting(self) -> int: ...
+
+    @property
+    def max_batch_size(self) -> int: ...
 
 
 class Stepped(Protocol):
@@ -236,6 +240,7 @@ class Service(Generic[EngineT]):
         if self.state is not State.SERVING:
             raise self._unavailable()
         self._check(requests)
+        self._check_room(len(requests))
         names = {request.id: f"{next(self._numbers)}:{request.id}" for request in requests}
         stream = Stream(names, self._cancel)
         self._streams.update((name, (stream, request_id)) for request_id, name in names.items())
@@ -306,6 +311,12 @@ class Service(Generic[EngineT]):
             if request.id in seen:
                 raise ValueError(f"request {request.id!r}: the id is in use")
             seen.add(request.id)
+
+    def _check_room(self, count: int) -> None:
+        """Raises QueueFull if more are open than an engine could have, as when it is stuck and takes none."""
+        limits = self._engine.options
+        if self._streams and len(self._streams) + count > SPARE * (limits.max_waiting + limits.max_batch_size):
+            raise QueueFull(f"{len(self._streams)} requests are open; try again later")
 
     def _cancel(self, name: str) -> None:
         def run(engine: EngineT) -> None:

@@ -103,11 +103,18 @@ class Codec:
 
     def name_of(self, token: int) -> str:
         """One token as lists of log-probabilities name it: its text, or "bytes:\\xe2\\x82" where that is none."""
-        raw = self.bytes_of(token)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        if token not in self._names:
+            raw = self.bytes_of(token)
+            try:
+                self._names[token] = raw.decode()
+            except UnicodeDecodeError:
+                self._names[token] = "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        return self._names[token]
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        """Those that were asked for: lists of log-probabilities name many tokens, again and again."""
+        return {}
 
     def most_characters(self, num_tokens: int) -> int:
         """Characters of the longest text of so many tokens; a normalizer may make one character of as many as four.
