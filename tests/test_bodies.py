@@ -14,6 +14,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.test_server import CHATS, COMPLETIONS, GREEDY, JSON, MODEL, SECONDS, Running, Slow, make_engine, serving
@@ -156,8 +157,9 @@ def test_an_echo_is_bounded_with_all_of_its_choices(running: Running, monkeypatc
 )
 def test_values_are_counted_outside_of_strings(raw: bytes, is_refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "MOST_VALUES", 100)
+    monkeypatch.setattr(costs, "LEAST_VALUES", 0)
     monkeypatch.setattr(costs, "MOST_CONTAINERS", 20)
-    limits = Limits(max_seq_len=10, max_choices=2, most_characters=100)
+    limits = Limits(max_seq_len=10, max_choices=20, most_characters=100)
     if is_refused:
         with pytest.raises(ApiError, match="the body: at most"):
             limits.parsed(raw)
@@ -197,6 +199,33 @@ def test_long_bodies_wait_for_each_other_and_short_ones_for_none(codec: Codec, m
         finally:
             may_end.set()
         assert sorted(future.result(SECONDS).status_code for future in asked) == [200, 200, 429]
+
+
+def test_who_leaves_does_not_keep_others_waiting(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long body that is not read yet is not read for nobody."""
+    may_end, read, encode = threading.Event(), list[str](), codec.encode
+
+    def encode_slowly(text: str) -> tuple[int, ...]:
+        read.append(text)
+        assert may_end.wait(SECONDS)
+        return encode(text)
+
+    monkeypatch.setattr(codec, "encode", encode_slowly)
+    long = {**GREEDY, "max_tokens": 1, "metadata": "m" * 2 * desk.SHORT_COST}
+    with serving(make_engine(codec), codec) as running, ThreadPoolExecutor(2) as pool:
+        try:
+            first = pool.submit(running.post, COMPLETIONS, {**long, "prompt": "first"})
+            while not read:
+                time.sleep(0.01)
+            with pytest.raises(httpx.ReadTimeout):
+                running.post(COMPLETIONS, {**long, "prompt": "second"}, timeout=0.5)
+            while running.numbers()["yafsdp_like_http_responses_total,/v1/completions,499"] < 1:
+                time.sleep(0.01)
+            third = pool.submit(running.post, COMPLETIONS, {**long, "prompt": "third"})
+        finally:
+            may_end.set()
+        assert (first.result(SECONDS).status_code, third.result(SECONDS).status_code) == (200, 200)
+        assert read == ["first", "third"]
 
 
 def iter_done(futures: list[Any]) -> Iterator[Any]:

@@ -22,7 +22,7 @@ MOST_FIELDS = 100  # of a body, or of a message
 MOST_MESSAGES = 2048
 MOST_PARTS = 4096  # of all messages
 MOST_CONTAINERS = 16384  # lists and objects
-LEAST_VALUES, MOST_VALUES = 2**16, 2**19  # of the limit on single values
+LEAST_VALUES, MOST_VALUES = 2**16, 2**18  # of the limit on single values; two whole prompts are always fewer
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Limits:
     @property
     def most_values(self) -> int:
         """Numbers, strings and all else between commas."""
-        return min(MOST_VALUES, LEAST_VALUES + self.max_choices * self.max_seq_len)
+        most = max(MOST_VALUES, LEAST_VALUES + 2 * self.max_seq_len)
+        return min(most, LEAST_VALUES + self.max_choices * self.max_seq_len)
 
     def parsed(self, raw: bytes) -> Any:
         """What the body says. Raises ApiError for what is no JSON, or too much of it: [Note: cost]."""

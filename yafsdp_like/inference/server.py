@@ -25,7 +25,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import prometheus_client
 from fastapi import APIRouter, FastAPI
@@ -44,6 +44,8 @@ from yafsdp_like.inference.protocol import ChatBody, CompletionBody, Reader, Ser
 from yafsdp_like.inference.request import FinishReason, QueueFull
 from yafsdp_like.inference.service import Service, State, Stream, Unavailable
 from yafsdp_like.inference.text import Codec, Piece
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 Kind = type[CompletionBody] | type[ChatBody]
@@ -170,7 +172,8 @@ class Front:
                 raise ApiError(408, words, code="body_too_slow", headers={"connection": "close"}) from None
             arrival, sent = time.monotonic(), bytes(raw)
             async with within(None if self.options.timeout_s is None else arrival + self.options.timeout_s):
-                return await self.desk.read(sent, lambda: self.reader.read(kind, sent, arrival))
+                reading = self.desk.read(sent, lambda: self.reader.read(kind, sent, arrival))
+                return await _unless_gone(reading, http.receive)
 
     async def _open(self, job: Job) -> Stream:
         if len(job.choices) > (most := self.service.max_waiting):
@@ -233,6 +236,24 @@ class Front:
         yield b"data: [DONE]\n\n"
 
 
+async def _unless_gone(doing: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """What it gives or raises; cancelled if the client disconnects, which raises ClientDisconnect."""
+    done, gone = asyncio.create_task(doing), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if done.done():
+            return done.result()
+        raise ClientDisconnect
+    finally:
+        done.cancel()
+        gone.cancel()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 @asynccontextmanager
 async def within(deadline: float | None) -> AsyncIterator[None]:
     """[Note: late] Raises ApiError where what is done here has not ended then, in seconds of time.monotonic()."""
@@ -286,8 +307,7 @@ async def abandonable(receive: Receive, stream: Stream) -> AsyncIterator[None]:
     """[Note: readers who leave]"""
 
     async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await _gone(receive)
         stream.close()
 
     watcher = asyncio.create_task(watch())
