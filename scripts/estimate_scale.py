@@ -36,6 +36,7 @@ from bench.scale import (
     plan_for,
     topologies,
 )
+from launch.options import HelpAsWritten
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.models import DecoderConfig
 
@@ -206,7 +207,7 @@ def report_on(measured: Measurements, by: Assumptions, arguments: Sequence[str],
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpAsWritten)
     parser.add_argument("--reports", type=Path, nargs="+", default=REPORTS, help="of bench_train.py on two GPUs")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the final JSON object here too")
     options = parser.parse_args(arguments)

@@ -102,8 +102,8 @@ def title_of(report: Report) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reports", nargs="+", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("reports", nargs="+", type=Path, help="of bench_serve.py")
+    parser.add_argument("out", type=Path, help="the picture")
     options = parser.parse_args(arguments)
     reports = [json.loads(path.read_text()) for path in options.reports]
     results = {name: rows for report in reports for name, rows in report["results"].items()}

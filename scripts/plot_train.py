@@ -129,8 +129,8 @@ def title_of(reports: Sequence[Report]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reports", type=Path, nargs="+", metavar="REPORT")
-    parser.add_argument("out", type=Path)
+    parser.add_argument("reports", type=Path, nargs="+", metavar="REPORT", help="of bench_train.py")
+    parser.add_argument("out", type=Path, help="the picture")
     options = parser.parse_args(arguments)
     reports = [json.loads(path.read_text()) for path in options.reports]
     draw(merged(reports), title_of(reports), options.out)

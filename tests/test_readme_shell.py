@@ -350,7 +350,6 @@ def answer_of(checkout: Checkout, address: str) -> tuple[str, dict[str, Any]]:
     return "".join(piece["choices"][0]["delta"].get("content") or "" for piece in pieces), pieces[-1]
 
 
-@pytest.mark.xfail(strict=False, reason="the server knows its model by the whole path only")
 def test_curl_gets_an_answer_from_the_server_that_the_readme_starts(checkout: Checkout, models: Path) -> None:
     with serving(checkout) as address:
         words, last = answer_of(checkout, address)

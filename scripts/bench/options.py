@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from launch.options import Help
 from yafsdp_like.models import PRESETS, DecoderConfig
 
 FIRST_COUNTED_STEP = 2  # from here on an allocator that has settled asks the device for nothing
@@ -47,7 +48,7 @@ class Options:
 
 def parse_options(arguments: Sequence[str], implementations: Collection[str]) -> Options:
     """Exits with a message, as argparse does, where the command line cannot be run."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=Help)
     add_subject(parser, implementations)
     add_effort(parser)
     values = vars(parser.parse_args(arguments))
@@ -63,18 +64,18 @@ def parse_options(arguments: Sequence[str], implementations: Collection[str]) ->
 def add_subject(parser: argparse.ArgumentParser, implementations: Collection[str]) -> None:
     """What is compared."""
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--model", choices=PRESETS, default="8b")
+    parser.add_argument("--model", choices=PRESETS, default="8b", help="its shape; weights are random")
     parser.add_argument("--num-layers", type=int, help="fewer blocks than the model has")
     parser.add_argument(
         "--impl", dest="impls", default="unsharded,ours,fsdp2", help="some of " + ", ".join(implementations)
     )
-    parser.add_argument("--seq-len", dest="seq_lens", default="1024,2048,4096,8192")
+    parser.add_argument("--seq-len", dest="seq_lens", default="1024,2048,4096,8192", help="tokens of a sequence")
     parser.add_argument("--batch-size", type=int, default=1, help="sequences per rank")
-    parser.add_argument("--reduce-dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--reduce-dtype", choices=DTYPES, default="fp32", help="of gradients between ranks")
     parser.add_argument(
         "--optimizer", choices=("torch", "fused"), default="torch", help="of ours; the others run torch's fused AdamW"
     )
-    parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--lr", type=float, default=1e-5, help="of the optimizer's steps")
     parser.add_argument("--compile", action="store_true", help="torch.compile each block, for each length anew")
     parser.add_argument(
         "--zero3",
@@ -83,7 +84,9 @@ def add_subject(parser: argparse.ArgumentParser, implementations: Collection[str
         metavar="KEY=VALUE",
         help="a setting of DeepSpeed's zero_optimization, to tune it",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu", help="what is measured"
+    )
 
 
 def add_effort(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from bench.options import DTYPES
+from launch.options import Help
 from yafsdp_like.inference.planning import AnyMode
 
 DESCRIPTION = "Measure a served model; the method is told at the top of bench_serve.py."
@@ -83,7 +84,7 @@ def parse_options(arguments: Sequence[str], measures: Mapping[str, bool], num_ra
 
     ``measures`` says of each measurement whether it is one of several ranks.
     """
-    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=Help)
     add_subject(parser, tuple(measures))
     add_loads(parser)
     add_rates(parser)
@@ -122,7 +123,9 @@ def add_subject(parser: argparse.ArgumentParser, measures: Sequence[str]) -> Non
         choices=[*MODES[False], *MODES[True]],
         help="of weights: on one rank resident or streamed, on several gathered or tensor_parallel; default: the first",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu", help="what is measured"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of weights; default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument(
         "--measure",
