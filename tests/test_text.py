@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import re
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -125,6 +127,20 @@ def test_a_generation_config_that_cannot_be_read_is_an_error(content: str, tmp_p
 def test_a_directory_without_a_tokenizer_is_an_error_that_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no tokenizer in .*tokenizer\.json"):
         Codec.load(tmp_path)
+
+
+def test_a_tokenizer_that_needs_sentencepiece_says_so_and_serve_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ImportError, match=r"converted by sentencepiece: pip install 'yafsdp_like\[serve\]'"):
+        Codec.load(tmp_path)
+    extra = re.search(
+        r"^TOKENIZERS = (.*?)  #.*\nSERVE = .*\*TOKENIZERS", (ROOT / "setup.py").read_text(), re.MULTILINE
+    )
+    assert extra is not None
+    assert {"sentencepiece", "protobuf", "tiktoken"} == set(json.loads(extra[1]))
 
 
 def test_a_broken_tokenizer_is_an_error_that_names_its_directory(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def load_tokenizer(directory: Path) -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(f"text needs transformers: pip install 'yafsdp_like[serve]' ({error})") from error
+    fast, older = ((directory / name).is_file() for name in TOKENIZER_FILES[:2])
+    if older and not fast and find_spec("sentencepiece") is None:
+        raise ImportError(
+            f"{directory} has no tokenizer.json, and tokenizer.model is converted by sentencepiece: pip install "
+            "'yafsdp_like[serve]'"
+        )
     for name in (TOKENIZER_CONFIG, CONFIG):
         _check_class(directory / name, transformers)
     try:
