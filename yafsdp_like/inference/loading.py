@@ -205,8 +205,11 @@ def _checkpoint(path: Path, config: DecoderConfig | None) -> Model:
 
 
 def _on_meta(config: DecoderConfig) -> Decoder:
-    with torch.device("meta"):
-        return Decoder(config)
+    try:
+        with torch.device("meta"):
+            return Decoder(config)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"no memory holds a model of such sizes: {config}") from error
 
 
 # --- sources ---
