@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.test_text import TEXT, needs_smollm2, smollm2_in, write_tokenizer
 from yafsdp_like.data import Tokenizer
-from yafsdp_like.inference.chat import _any_of
+from yafsdp_like.inference.chat import _any_of, unpanicked
 from yafsdp_like.inference.text import Codec
 
 transformers = pytest.importorskip("transformers")
@@ -269,6 +269,19 @@ def test_a_template_that_fails_is_an_error_about_the_template(template: str, tmp
     codec = Codec.load(write_tokenizer(tmp_path, template=template))
     with pytest.raises(ValueError, match="chat template refuses these messages"):
         codec.encode_chat(users("é<|endoftext|>"))
+
+
+def test_a_panic_of_the_tokenizer_is_an_error_about_the_text() -> None:
+    """It is no Exception, and ended threads: this decoder of tokenizers panics where there is nothing to strip."""
+    from tokenizers import Tokenizer as Model
+    from tokenizers import decoders, models
+
+    model = Model(models.BPE({"a": 0}, []))
+    model.decoder = decoders.Strip(" ", 0, 1)
+    with pytest.raises(ValueError, match="fails on this: index out of bounds"), unpanicked(ValueError, "fails on this"):
+        model.decode([0]) and decoders.Strip(" ", 0, 1).decode([""])
+    with pytest.raises(KeyboardInterrupt), unpanicked(ValueError, "x"):
+        raise KeyboardInterrupt
 
 
 def test_a_tokenizers_file_that_asks_for_truncation_and_padding_gets_neither(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -40,9 +41,22 @@ def cut(model: Any, text: str, add_special_tokens: bool = False) -> list[int]:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"text must be Unicode, found half a surrogate pair at character {error.start}") from None
-    (encoded,) = model.encode_batch([text], add_special_tokens=add_special_tokens)  # `encode` lets no other thread run
+    with unpanicked(ValueError, "the tokenizer fails on this text"):  # `encode` lets no other thread run
+        (encoded,) = model.encode_batch([text], add_special_tokens=add_special_tokens)
     ids: list[int] = encoded.ids
     return ids
+
+
+@contextmanager
+def unpanicked(kind: type[Exception], told: str) -> Iterator[None]:
+    """`tokenizers` panics where its code has a mistake, which Python shows as no Exception, and so ends what nothing
+    ought to end: an error of this `kind` instead."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{told}: {error}") from error
 
 
 class ChatTemplate:

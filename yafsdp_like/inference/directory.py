@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from yafsdp_like.inference.chat import unpanicked
 from yafsdp_like.kernels.sampling import SamplingParams
 
 CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -53,9 +54,10 @@ def load_tokenizer(directory: Path) -> Any:
     for name in (TOKENIZER_CONFIG, CONFIG):
         _check_class(directory / name, transformers)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
-        )
+        with unpanicked(ValueError, "a mistake in tokenizers"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # whatever a broken file makes of it
         raise ValueError(f"{directory}: transformers cannot read its tokenizer: {_one_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
