@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from launch.options import Parser, add_model_arguments, check_model, exit_status
 if TYPE_CHECKING:
     from launch.opening import Opened
 
+PACKAGES = "fastapi", "uvicorn", "prometheus_client"  # of the extra `serve`
 KEY_VARIABLE = "YAFSDP_LIKE_API_KEY"
 BACKLOG = 1024  # connections that wait, until the model is loaded
 
@@ -74,6 +76,14 @@ def bound(host: str, port: int) -> socket:
     return made
 
 
+def check_packages() -> None:
+    """Raises ImportError, before a model is loaded for nothing."""
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ImportError(
+            f"serving needs packages that are not here: pip install 'yafsdp_like[serve]' (no {', '.join(missing)})"
+        )
+
+
 @contextlib.contextmanager
 def opened(arguments: argparse.Namespace, max_waiting: int, say: Callable[[str], None]) -> Iterator[Opened]:
     """The model that was asked for: see opening.py, which is imported once there may be one."""
@@ -87,6 +97,7 @@ def opened(arguments: argparse.Namespace, max_waiting: int, say: Callable[[str],
 def run(arguments: argparse.Namespace) -> None:
     """Everything that the command does."""
     rank = int(os.environ.get("RANK", "0"))
+    check_packages()
 
     def say(plan: str) -> None:
         if rank == 0:
@@ -105,17 +116,9 @@ def run(arguments: argparse.Namespace) -> None:
                 "these ranks cannot map each other's memory, so they would have to step together, which requests over "
                 "HTTP do not; serve from one rank, with --mode=streamed if the model does not fit"
             )
-        _serve(model, arguments, address)
-
-
-def _serve(model: Opened, arguments: argparse.Namespace, address: socket) -> None:
-    try:
         from launch.listening import serve
-    except ImportError as error:  # the extra `serve`
-        raise ImportError(
-            f"serving needs packages that are not here: pip install 'yafsdp_like[serve]' ({error})"
-        ) from error
-    serve(model, arguments, address)
+
+        serve(model, arguments, address)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

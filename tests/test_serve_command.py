@@ -153,6 +153,16 @@ def test_mistakes_are_one_line_and_help_is_complete_before_torch_is_imported() -
         assert err.count("\n") == 1
 
 
+def test_a_package_that_is_missing_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("uvicorn", "prometheus_client"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert serve.main(["/nowhere", "--port=0"]) == 1
+    words = "serving needs packages that are not here: pip install 'yafsdp_like[serve]' (no uvicorn, prometheus_client)"
+    assert capsys.readouterr().err == f"error: {words}\n"
+
+
 @pytest.mark.parametrize(
     ("given", "names"),
     [

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-HEADERS_S = 15.0  # from a connection, or from the first byte of a further request, to the end of its headers
+HEADERS_S = 10.0  # from a connection, or from the first byte of a further request, to the end of its headers
 NUM_SPARED_FILES = 128  # for what is no connection
 _WORDS = b'{"error": {"message": "too many connections", "type": "server_error", "param": null, "code": "unavailable"}}'
 REFUSAL = (

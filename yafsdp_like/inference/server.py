@@ -52,7 +52,7 @@ Kind = type[CompletionBody] | type[ChatBody]
 
 RETRY_AFTER_S = 1
 LATE_S = 0.5  # after its deadline an answer is not waited for, [Note: late]
-BODY_S = 60.0  # from a body's headers to its end
+BODY_S = 30.0  # from a body's headers to its end
 METRICS_S = 5.0  # that the engine has to say how things stand
 SEND_S = 60.0  # after which a client that takes nothing has gone
 BUCKETS_S = 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120

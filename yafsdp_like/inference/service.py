@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 SLOW_STEP_S = 20.0  # a step that takes longer is worth a word
 SPARE = 2  # times the requests that an engine may have, for those that it is still to end
-LAST_STEP_S = 10.0  # for the engine to end what was cancelled, and its thread
+LAST_STEP_S = 5.0  # for the engine to end what was cancelled, and its thread
 logger = logging.getLogger(__name__)
 
 
@@ -296,7 +296,7 @@ class Service(Generic[EngineT]):
             self._watcher.cancel()
         self._end_calls(self._unavailable())
         if self.state is not State.NEW:
-            await asyncio.to_thread(self._thread.join, LAST_STEP_S)
+            await asyncio.to_thread(self._thread.join, 0.0 if self.is_stuck else LAST_STEP_S)
             if self._thread.is_alive():
                 self._fail(Stuck(f"it has been in one step for {self.busy_s:.0f} s, and its thread does not end"))
         if self.state is not State.FAILED:
