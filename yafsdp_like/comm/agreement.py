@@ -66,11 +66,15 @@ def agree(group: dist.ProcessGroup, lines: Sequence[str], error: BaseException |
     if failed:
         raise RuntimeError("\n".join(f"rank {rank} failed to shard the model: {m}" for rank, m in failed))
     if any(other != digest for other, _ in reports):
-        raise RuntimeError(_first_difference(share(list(lines), group)))
+        position, told = first_difference(share(list(lines), group))
+        raise RuntimeError(
+            f"ranks shard different models; the first difference is entry {position}: {told}. Build the same "
+            "modules, and call fully_shard on them in the same order with the same arguments, on every rank"
+        )
 
 
-def _first_difference(lines_by_rank: Sequence[Sequence[str]]) -> str:
-    """Names the first unit or parameter on which ranks differ, and what each rank has there."""
+def first_difference(lines_by_rank: Sequence[Sequence[str]]) -> tuple[int, str]:
+    """Where ranks' lines first differ, and what each rank has there."""
     longest = max(len(lines) for lines in lines_by_rank)
     padded = [[*lines, *["(nothing)"] * (longest - len(lines))] for lines in lines_by_rank]
     for position in range(longest):
@@ -78,11 +82,7 @@ def _first_difference(lines_by_rank: Sequence[Sequence[str]]) -> str:
         for rank, lines in enumerate(padded):
             found.setdefault(lines[position], []).append(rank)
         if len(found) > 1:
-            told = "; ".join(f"rank {', '.join(map(str, ranks))}: {line}" for line, ranks in found.items())
-            return (
-                f"ranks shard different models; the first difference is entry {position}: {told}. Build the same "
-                "modules, and call fully_shard on them in the same order with the same arguments, on every rank"
-            )
+            return position, "; ".join(f"rank {', '.join(map(str, ranks))}: {line}" for line, ranks in found.items())
     raise AssertionError("ranks disagree, yet no line differs")
 
 

@@ -40,12 +40,14 @@ class HierarchicalTransport:
 
     maps_memory = True
     spares_own_chunks = False
+    gathers_meet = True
 
     def __init__(self, group: dist.ProcessGroup, inside: Transport, across: Transport) -> None:
         self.rank, self.world_size = group.rank(), group.size()
         self.num_hosts = across.world_size
         self.description = f"{self.num_hosts} hosts; in each, {inside.description}; between them, {across.description}"
-        self._group, self._inside, self._across = group, inside, across
+        self._group = self.everybody = group
+        self._inside, self._across = inside, across
 
     def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
         return sum(aligned(self.num_hosts * nbytes) for nbytes in chunks_nbytes)

@@ -42,11 +42,13 @@ class PeerTransport:
 
     maps_memory = True
     spares_own_chunks = True
+    gathers_meet = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, reason: str) -> None:
         self.rank, self.world_size = group.rank(), group.size()
         self.description = f"peer: {reason}"
-        self._group, self._device = group, device
+        self._group = self.everybody = group
+        self._device = device
         self._windows: weakref.WeakKeyDictionary[Block, list[Window]] = weakref.WeakKeyDictionary()  # by rank
         self._meetings = Flags(group, device) if device.type == "cuda" else Barrier(group)
 

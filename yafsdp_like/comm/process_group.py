@@ -35,11 +35,12 @@ class ProcessGroupTransport:
     """Coalesced collectives: one call, one group launch, one piece per parameter, nothing packed or unpacked."""
 
     maps_memory = spares_own_chunks = False
+    gathers_meet = True
 
     def __init__(self, group: dist.ProcessGroup, reason: str) -> None:
         self.rank, self.world_size = group.rank(), group.size()
         self.description = f"process group: {reason}"
-        self._gather_group = group
+        self._gather_group = self.everybody = group
         self._reduce_group = _reduce_group_of(group) if self.world_size > 1 else group
 
     def connect(self, blocks: Sequence[Block]) -> None:

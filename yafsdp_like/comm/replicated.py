@@ -34,7 +34,8 @@ class ReplicatedTransport:
         self.rank, self.world_size = shards.rank, shards.world_size
         self.maps_memory, self.spares_own_chunks = shards.maps_memory, shards.spares_own_chunks
         self.description = f"{replicas.size()} replicas over their process group; in each, {shards.description}"
-        self.shards, self._replicas, self._everybody = shards, replicas, everybody
+        self.shards, self._replicas, self.everybody = shards, replicas, everybody
+        self.gathers_meet = shards.gathers_meet
 
     def connect(self, blocks: Sequence[Block]) -> None:
         self.shards.connect(blocks)
@@ -110,7 +111,7 @@ class ReplicatedTransport:
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
         """Of all replicas: one that was built of another model would meet the others in its first all-reduce."""
-        agree(self._everybody, lines, error)
+        agree(self.everybody, lines, error)
 
 
 def _are(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+import torch.distributed as dist
 
 from yafsdp_like.memory.arena import Block
 from yafsdp_like.memory.streams import Event
@@ -50,6 +51,8 @@ class Transport(Protocol):
     description: str  # what moves the bytes, and why this transport was chosen
     maps_memory: bool  # inputs must lie in blocks that ``connect`` was given, since peers read them where they are
     spares_own_chunks: bool  # of a gather's outputs, where they are in place: see [Note: windows]
+    gathers_meet: bool  # a gather is a collective, and not this rank's own reading
+    everybody: dist.ProcessGroup  # all ranks that must do the same, in the same order
 
     def connect(self, blocks: Sequence[Block]) -> None:
         """Makes the ranks' blocks readable by each other. Called by all ranks with blocks of the same sizes, in the

@@ -429,6 +429,14 @@ class FSDPModule:
         if requires_gradient_sync:
             self.set_requires_all_reduce(True, recurse=recurse)
 
+    def set_reduce_scatter_unused_params(self, reduce_scatter_unused_params: bool, *, recurse: bool = True) -> None:
+        """Whether a synchronized backward reduces all trainable parameters, those without a gradient as zeros: for
+        ranks that use different parameters of a unit, or units that others do not, in one step. ``.grad`` is then never
+        None after it. To be set to the same on all ranks. Over a process group all ranks must gather the same units.
+        """
+        for unit in self._units(recurse):
+            unit.policy.reduces_unused = reduce_scatter_unused_params
+
     def set_requires_all_reduce(self, requires_all_reduce: bool, *, recurse: bool = True) -> None:
         """Whether reductions average gradients over replicas, or only inside each, until one that does.
 

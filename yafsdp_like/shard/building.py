@@ -151,6 +151,8 @@ class Building:
         known = len(self.arena.blocks)
         self.arena.reserve([region])
         if region.mapped:
+            assert unit.engine is not None
+            unit.engine.meetings.adds_slot(unit)
             unit.transport.connect(self.arena.blocks[known:])
         self._blueprint = self._blueprint.with_region(region)
         self.num_layouts += 1

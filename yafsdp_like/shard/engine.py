@@ -35,6 +35,7 @@ from yafsdp_like.shard.building import Building, Spill
 from yafsdp_like.shard.debug import poison
 from yafsdp_like.shard.depth import Depth
 from yafsdp_like.shard.family import Family, family_of
+from yafsdp_like.shard.meetings import Meetings
 from yafsdp_like.shard.sinks import watch_gradients
 from yafsdp_like.shard.slots import GatherSlot, GradientSlot, SlotState, Use
 from yafsdp_like.shard.stopwatch import Stopwatch, agreed, can_measure
@@ -73,6 +74,7 @@ class Engine:
         self.building = Building(family)
         self.streams = streams_of(self.units[0].device)
         self.transports = list(dict.fromkeys(unit.transport for unit in self.units))
+        self.meetings = Meetings(self.units)
         self.depth = Depth()
         self.depth_reason = ""  # empty until measured times have decided it
         self.stopwatch: Stopwatch | None = None  # from ``follow_times`` until it is decided
@@ -81,6 +83,8 @@ class Engine:
         self.last_reduce: Event = None  # the end of the latest reduction; None once compute has waited for it
         self.reduced_early = _reduced_early(family)
         self.debug = False  # released slots are poisoned, and outputs checked
+        self.filled: list[Unit] = []  # whose unused parameters the running backward reduces, in order of reduction
+        self.reduced: set[Unit] = set()  # by the running backward
         self.is_last_backward = True  # whether the end of a backward waits for its reductions
         self.iteration: Call | None = None  # the forward that everything running now is part of
         self.tasks: dict[int, list[Use]] = {}  # running backwards by autograd's number, and the uses they reached
@@ -119,6 +123,7 @@ class Engine:
         """
         if self.is_built:
             return
+        self.meetings.builds()
         error: Exception | None = None
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -212,6 +217,7 @@ class Engine:
         if self.stopwatch is not None:
             self._follow_times(self.stopwatch)
         self.build_if_changed()
+        self.meetings.begins_forward()
         self.publish()
         for unit in self.units:
             slot = unit.gather_slot
@@ -243,6 +249,7 @@ class Engine:
     def before_update(self) -> None:
         """An optimizer will write compute shards from here on: on no rank a gather reads them any more."""
         self.streams.wait(COMPUTE, self.streams.record(GATHER))
+        self.meetings.updates()
         for transport in self.transports:
             transport.meet(COMPUTE)
 
@@ -258,6 +265,7 @@ class Engine:
         if not is_whole or not is_free or not unit.transport.maps_memory:
             return
         self._make_room(slot)
+        self.meetings.updates(unit)
         slot.state = EMPTY  # the values in it are from before the update
         self.streams.wait(GATHER, self.streams.record(COMPUTE))
         with self.streams.on(GATHER):
@@ -272,6 +280,7 @@ class Engine:
         """
         assert slot.state is EMPTY and all(other.state is EMPTY for other in slot.neighbours)
         unit = slot.unit
+        self.meetings.gathers(unit)
         with label("gather", unit), self.streams.on(GATHER):
             self._wait_for_readers(GATHER, slot)
             with self._measured(GATHER, unit):
@@ -408,7 +417,8 @@ class Engine:
         if k not in slot.holds:
             return  # no gradient came
         slot.arrived[k] = backward_task()
-        if unit.policy.requires_gradient_sync and k in self.reduced_early.get(unit, ()):
+        policy = unit.policy
+        if policy.requires_gradient_sync and not policy.reduces_unused and k in self.reduced_early.get(unit, ()):
             together = list(slot.arrived)
             slot.early |= dict.fromkeys(together, self._reduce_arrived(unit))
 
@@ -439,11 +449,42 @@ class Engine:
         slot.state = HELD
         return slot
 
+    def begin_backward(self) -> None:
+        """The first gradient of an outermost backward has come."""
+        self.filled = [unit for unit in self.family.backward_ticks if unit.policy.reduces_unused]
+        self.reduced.clear()
+
+    def reduce_unused(self, tick: int) -> None:
+        """Units that are to be reduced whether they are used or not, whose backward was expected to end before ``tick``
+        and will not come: they are reduced where they are on ranks that use them.
+        """
+        for unit in self.filled:
+            if self.family.backward_ticks[unit][1] >= tick:
+                return
+            if unit.policy.requires_gradient_sync and not unit.pending and unit not in self.reduced:
+                self.reduce(unit)
+
+    def _fill_unused(self, unit: Unit) -> None:
+        for k in unit.trainable:
+            if k not in unit.gradient_slot.holds:
+                view, _ = self.open_gradient(unit, k)
+                with torch.no_grad():
+                    view.zero_()
+                unit.gradient_slot.arrived[k] = backward_task()
+
     def reduce(self, unit: Unit) -> None:
         """Reduces the gradients that have arrived, and frees the slot, unless it holds parts of others."""
         slot = unit.gradient_slot
+        if unit.policy.reduces_unused and unit not in self.reduced:
+            self.reduced.add(unit)
+            self.reduce_unused(self.family.backward_ticks[unit][1])
+            self._fill_unused(unit)
+            slot = unit.gradient_slot
         if not slot.arrived and not slot.early:
             return
+        if self.filled and unit not in self.reduced:
+            self.reduced.add(unit)
+            self.reduce_unused(self.family.backward_ticks[unit][1])
         slot.released = self._reduce_arrived(unit) if slot.arrived else self.last_reduce
         if not slot.holds:
             slot.early.clear()
@@ -458,6 +499,7 @@ class Engine:
             self.streams.wait(REDUCE, complete)
             adding = [k for k in arrived if unit.params[k].has_own_grad]
             setting = [k for k in arrived if k not in adding]
+            self.meetings.reduces(unit, setting, adding)
             for k in setting:
                 unit.params[k].spare_kept_grad()
             with self._measured(REDUCE, unit):

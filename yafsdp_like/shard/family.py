@@ -27,6 +27,7 @@ class Family:
     schedule: Schedule
     after_in_forward: Mapping[Unit, Sequence[Unit]]
     after_in_backward: Mapping[Unit, Sequence[Unit]]
+    backward_ticks: Mapping[Unit, tuple[int, int]]  # when each is expected to start and to end; sorted by the latter
 
     def reshards_after_forward(self, unit: Unit) -> bool:
         """What the user said, or the default: the root stays gathered, since its backward comes next."""
@@ -39,12 +40,14 @@ def family_of(root: nn.Module) -> Family:
     units = list({found: None for module in root.modules() if (found := unit_of(module)) is not None})
     _name(root, units)
     schedule = schedule_of(root, _units_of_modules(units), len(units))
+    ticks = {unit: (schedule.backward_start(i), schedule.backward_end(i)) for i, unit in enumerate(units)}
     return Family(
         units,
         next((unit for unit in units if root in unit.modules), None),
         schedule,
         _following(units, schedule.forward_order),
         _following(units, schedule.backward_order),
+        dict(sorted(ticks.items(), key=lambda item: item[1][1])),
     )
 
 

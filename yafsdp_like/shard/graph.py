@@ -24,6 +24,7 @@ from yafsdp_like.comm.transport import Reduction
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, StepRecorder, StepRecording
 from yafsdp_like.shard.api import FSDPModule
 from yafsdp_like.shard.engine import Engine, engine_for
+from yafsdp_like.shard.meetings import Recorded
 from yafsdp_like.shard.nested import map_tensors
 from yafsdp_like.shard.param import ShardedParam
 from yafsdp_like.shard.slots import SlotState
@@ -49,6 +50,7 @@ class State:
 
     num_layouts: int  # which addresses
     reductions: tuple[Reduction, ...]
+    fills: tuple[bool, ...]  # whether unused parameters are reduced
     units: tuple[UnitState, ...]
 
 
@@ -57,6 +59,7 @@ class _Step:
     inputs: tuple[torch.Tensor, ...]  # where the recording reads
     recording: StepRecording
     reduced: list[ShardedParam]  # parameters whose gradient it brings
+    meetings: Recorded  # with other ranks
 
 
 class GraphedStep:
@@ -122,11 +125,15 @@ class GraphedStep:
             return map_tensors(torch.Tensor.detach, result)
 
         without = [p for unit in engine.units for p in unit.params if p.trainable and p.sharded.grad is None]
-        recording = self._recorder.record(work)
+        engine.meetings.record()
+        try:
+            recording = self._recorder.record(work)
+        finally:
+            meetings = engine.meetings.recorded()
         reduced = [p for p in without if p.sharded.grad is not None]
         _return_to(state, engine, reduced)
         self._forget_other_layouts(engine)
-        return _Step(own, recording, reduced)
+        return _Step(own, recording, reduced, meetings)
 
     def _forget_other_layouts(self, engine: Engine) -> None:
         """Recordings of slots that are no more would never be replayed, and hold memory."""
@@ -138,6 +145,7 @@ class GraphedStep:
         _join_streams(engine)
         for p in step.reduced:
             p.spare_kept_grad()
+        engine.meetings.repeat(step.meetings)
         step.recording.replay()
         _settle(engine, step.reduced)
         return map_tensors(torch.clone, step.recording.result)
@@ -159,7 +167,12 @@ def repeatable_state(engine: Engine) -> State | None:
         if state is None:
             return None
         units.append(state)
-    return State(engine.num_layouts, tuple(unit.reduction() for unit in engine.units), tuple(units))
+    return State(
+        engine.num_layouts,
+        tuple(unit.reduction() for unit in engine.units),
+        tuple(unit.policy.reduces_unused for unit in engine.units),
+        tuple(units),
+    )
 
 
 def _repeatable_unit(engine: Engine, unit: Unit) -> UnitState | None:

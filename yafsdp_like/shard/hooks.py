@@ -243,6 +243,8 @@ def _start_backward(engine: Engine, unit: Unit, use: Use, refuses_second: bool) 
             + no_second_gradients(unit.name)
         )
     if task not in engine.tasks:
+        if not engine.tasks:
+            engine.begin_backward()
         engine.tasks[task] = []
         Variable._execution_engine.queue_callback(partial(outside_transforms, _end_task, engine, task))
     use.task = task
@@ -253,6 +255,8 @@ def _start_backward(engine: Engine, unit: Unit, use: Use, refuses_second: bool) 
 
 
 def _gather_for_backward(engine: Engine, unit: Unit, use: Use) -> None:
+    if engine.filled:
+        engine.reduce_unused(engine.family.backward_ticks[unit][0])
     if unit.policy.unshard_in_backward:
         if blockers := engine.blockers(use.slot):
             raise RuntimeError(
@@ -279,7 +283,8 @@ def _end_backward(engine: Engine, unit: Unit, use: Use) -> None:
         return
     unit.pending.discard(use)
     _finish_use(engine, unit, use)
-    if unit.policy.requires_gradient_sync and (engine.gradients_complete(unit) or not unit.pending):
+    early = not unit.policy.reduces_unused and engine.gradients_complete(unit)
+    if unit.policy.requires_gradient_sync and (early or not unit.pending):
         outside_transforms(engine.reduce, unit)
 
 
@@ -300,16 +305,19 @@ def _end_task(engine: Engine, task: int) -> None:
         if use.task == task:
             use.slot.unit.pending.discard(use)
             _finish_use(engine, use.slot.unit, use)
-    for unit in engine.units:
+    is_outermost = not engine.tasks
+    for unit in engine.family.backward_ticks if engine.filled and is_outermost else engine.units:
         if unit.gather_slot.active or (unit.registered and unit.registered.active):
             continue  # in an outer backward
-        if unit.policy.requires_gradient_sync:
+        if unit.policy.requires_gradient_sync and (is_outermost or not unit.policy.reduces_unused):
             engine.reduce(unit)
         if unit.policy.reshard_after_backward and unit.registered and not unit.calls:
             engine.reshard(unit)
     engine.settle_prefetches()
     if engine.is_last_backward:
         engine.wait_for_reductions()
+    if is_outermost:
+        engine.meetings.ends_backward()
 
 
 def finish_accumulating(engine: Engine) -> None:

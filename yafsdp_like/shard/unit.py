@@ -84,6 +84,7 @@ class UnitPolicy:
     reshard_after_forward: bool | None  # None: the root keeps its parameters, others reshard
     reshard_after_backward: bool = True
     requires_gradient_sync: bool = True
+    reduces_unused: bool = False  # as zeros, parameters without a gradient too
     unshard_in_backward: bool = True
     gradient_divisor: float | None = None  # None: the number of ranks
     sum_only: bool = False

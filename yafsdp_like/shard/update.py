@@ -34,6 +34,8 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     owned = _owned(optimizer)
     if not owned:
         return
+    for engine in {unit.engine: None for unit in owned if unit.engine is not None}:
+        engine.meetings.settle()
     _make_room_for_states(optimizer, owned)
     if isinstance(optimizer, AdamW):
         _pass_by_units(optimizer, owned)

@@ -28,6 +28,7 @@ import torch
 from torch._C import _functorch
 from torch._C._autograd import CreationMeta, _get_creation_meta
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from yafsdp_like.shard.nested import map_tensors, tensors_in
 
@@ -51,7 +52,7 @@ class Watched:
             if type(seen.grad_fn) is not _END_NODE:
                 self._written.add(id(seen))
                 _refuse_overlap(name, given, [other for other, _ in changed if other is not given])
-                with torch.autograd._unsafe_preserve_version_counter(given):
+                with _unsafe_preserve_version_counter(given):
                     _TakeOver.apply(start, given, seen)
 
     def given(self, output: torch.Tensor) -> torch.Tensor | None:
@@ -85,7 +86,7 @@ class _EndOfBackward(torch.autograd.Function):
         return tangents
 
 
-_END_NODE = _EndOfBackward._backward_cls  # type: ignore[attr-defined]
+_END_NODE = _EndOfBackward._backward_cls
 # ``Function.apply`` looks for functorch first, which is done here; small models are bound by such things.
 _end_of_backward = super(torch.autograd.Function, _EndOfBackward).apply
 

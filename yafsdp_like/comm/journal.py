@@ -1,0 +1,196 @@
+"""What ranks do together, one thing after the other, and whether all do the same.
+
+Two ranks that meet in one collective for different things add up what does not belong together, or wait for ever. So
+each rank notes what it is about to do with the others, and they compare digests of that. On CPUs they do before every
+meeting, since a collective blocks there anyway. On GPUs a note is a line and a hash; the digest is posted once a
+backward and read when an optimizer is about to step, or at the forward after the next: work goes on meanwhile, and
+the GPU waits for nothing.
+
+Owns the exchange and the error, which is the same on all ranks and names the first difference. Knows nothing of what is
+done.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import AllreduceOptions
+
+from yafsdp_like.comm.agreement import first_difference, share
+from yafsdp_like.memory.arena import Arena
+from yafsdp_like.memory.layout import ALIGNMENT_NBYTES
+from yafsdp_like.memory.plan import Region
+
+_IN_FLIGHT = 8  # comparisons that were posted and not read; more than are ever behind
+_PRIME, _MASK = 0x100000001B3, (1 << 62) - 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that ranks do together: in words, and as a number that stands for them on every rank."""
+
+    words: str  # after "rank 1: ", in the third person
+    code: int
+
+    @classmethod
+    def of(cls, words: str, subject: int) -> Entry:
+        """``subject``, counted from 1, tells apart what is called the same in several models."""
+        told = words if subject == 1 else f"{words} (model {subject} of this process)"
+        return cls(told, int.from_bytes(hashlib.sha256(told.encode()).digest()[:7]))
+
+
+class Journal:
+    """Of the ranks of one group. All of them make the first ``note`` together: it blocks until they have connected."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.num_subjects = 0  # that the caller has given numbers to
+        self._is_alone = group.size() == 1 or dist.get_backend(group) == "fake"
+        self._at_once = device.type == "cpu"
+        self._group, self._device = group, device
+        self._channel: _Channel | None = None
+        self._entries: list[Entry] = []  # since the last comparison was posted
+        self._digest = 0
+        self._posted: deque[_Posted] = deque()
+        self._recorded: list[Entry] | None = None
+
+    def note(self, entry: Entry) -> None:
+        """This rank is about to do ``entry``. On CPUs it first meets all others, who are about to do the same, or all
+        raise ``RuntimeError``; so they do where one does not come before the group's timeout.
+        """
+        if self._is_alone:
+            return
+        if self._recorded is not None:
+            self._recorded.append(entry)
+            return
+        self._entries.append(entry)
+        self._digest = (self._digest ^ entry.code) * _PRIME & _MASK
+        if self._at_once:
+            self.compare()
+
+    def post(self) -> None:
+        """Sends what was noted since the last time, for others to compare theirs with. Does not block."""
+        if not self._entries or self._recorded is not None:
+            return
+        if self._channel is None:
+            self._channel = _Channel(self._group, self._device)
+        entries, digest = self._entries, self._digest
+        self._entries, self._digest = [], 0
+        self._posted.append(_Posted(entries, *self._channel.post(digest)))
+
+    def settle(self, keep: int = 0) -> None:
+        """Reads what was posted, all but the last ``keep``. Blocks the CPU until all ranks have posted as much; raises
+        ``RuntimeError`` on all of them if they have done different things.
+        """
+        if self._recorded is not None:
+            return
+        while len(self._posted) > min(keep, _IN_FLIGHT - 1):
+            self._read(self._posted.popleft())
+
+    def compare(self) -> None:
+        """Both, at once."""
+        self.post()
+        self.settle()
+
+    def record(self) -> None:
+        """From here on what is noted is only planned: it will be done later, and as often as ``repeat`` is called."""
+        if not self._is_alone:
+            self.compare()
+            self._recorded = []
+
+    def recorded(self) -> Sequence[Entry]:
+        """Ends the recording."""
+        entries, self._recorded = self._recorded or [], None
+        return entries
+
+    def repeat(self, entries: Sequence[Entry]) -> None:
+        """What was recorded is done once more."""
+        self.settle(keep=1)
+        for entry in entries:
+            self.note(entry)
+        if not self._at_once:
+            self.post()
+
+    def _read(self, posted: _Posted) -> None:
+        assert self._channel is not None
+        try:
+            posted.work.wait()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self._group.rank()} {posted.entries[-1].words}, and the others do not: one has stopped, or has "
+                f"not come within their group's timeout ({error})"
+            ) from error
+        highest, lowest = posted.values.tolist()
+        if highest != -lowest:
+            lines = share([entry.words for entry in posted.entries], self._channel.group)
+            self._posted.clear()
+            self._entries, self._digest = [], 0
+            raise RuntimeError(_different(lines))
+
+
+class _Channel:
+    """Exchanges of digests over host memory, which wait for no other communicator's."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group = dist.new_group(
+            dist.get_process_group_ranks(group),
+            timeout=timeout_of(group, device),
+            backend="gloo",
+            use_local_synchronization=True,
+            group_desc="yafsdp_journal",
+        )
+        self._backend = self.group._get_backend(torch.device("cpu"))
+        self._options = AllreduceOptions()
+        self._options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
+        arena = Arena(torch.device("cpu"))
+        arena.reserve([Region("digests", "digests", _IN_FLIGHT * ALIGNMENT_NBYTES)])
+        rows = arena.place("digests").tensor(torch.int64, (_IN_FLIGHT, ALIGNMENT_NBYTES // torch.int64.itemsize))
+        self._values = [row[:2] for row in rows]  # (2,): a digest and its negative, and then the largest of each
+        self._arrays = [values.numpy() for values in self._values]
+        self._next = 0
+
+    def post(self, digest: int) -> tuple[torch.Tensor, dist.Work]:
+        values, array = self._values[self._next], self._arrays[self._next]
+        self._next = (self._next + 1) % _IN_FLIGHT
+        array[0], array[1] = digest, -digest
+        return values, self._backend.allreduce([values], self._options)
+
+
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> datetime.timedelta:
+    """How long a collective of ``group`` may take: on ``device``'s type of device, if it has one for that."""
+    on = device if device.type in {d.type for d in group._device_types} else torch.device("cpu")
+    timeout: datetime.timedelta = group._get_backend(on).options._timeout
+    return timeout
+
+
+@dataclass(frozen=True)
+class _Posted:
+    """One comparison under way."""
+
+    entries: list[Entry]
+    values: torch.Tensor
+    work: dist.Work
+
+
+_journals: dict[dist.ProcessGroup, Journal] = {}  # by object, so that groups of a process's former life are not met
+
+
+def journal_of(group: dist.ProcessGroup, device: torch.device) -> Journal:
+    """The one journal of ``group``, whose ranks compute on ``device``'s type of device."""
+    if group not in _journals:
+        _journals[group] = Journal(group, device)
+    return _journals[group]
+
+
+def _different(lines_by_rank: Sequence[Sequence[str]]) -> str:
+    _, told = first_difference(lines_by_rank)
+    return (
+        f"ranks do different things; the first difference is {told}. All must run the same units in the same order, "
+        "forward and backward, and synchronize gradients in the same backwards; where they use different parameters "
+        "of a unit, or units in backward that others do not, call model.set_reduce_scatter_unused_params(True)"
+    )

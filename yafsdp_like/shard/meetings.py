@@ -1,0 +1,108 @@
+"""What the ranks of one sharded model do together, each told to the others before, or soon after, it is done.
+
+Owns the words and numbers for it, made once each, and says when digests are exchanged (``comm/journal.py`` does that).
+Decides nothing of what is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from yafsdp_like.comm.journal import Entry, journal_of
+from yafsdp_like.shard.unit import Unit
+
+Recorded = list[Sequence[Entry]]  # of each journal
+
+
+class Meetings:
+    """Of one engine's units."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        transports = dict.fromkeys(unit.transport for unit in units)
+        self._journal_of = {t: journal_of(t.everybody, units[0].device) for t in transports}
+        self.journals = list(dict.fromkeys(self._journal_of.values()))
+        self._mapping = list(dict.fromkeys(self._journal_of[t] for t in transports if t.maps_memory))
+        self._number = 0  # of this model, on all ranks; 0: nothing was built yet
+        self._entries: dict[object, Entry] = {}
+
+    def builds(self) -> None:
+        """Places are about to be given out, which ranks agree on. Blocks the CPU, on GPUs too."""
+        if not self._number:
+            for journal in self.journals:
+                journal.num_subjects += 1
+            self._number = max(journal.num_subjects for journal in self.journals)
+        entry = self._entry("builds", lambda: "plans the memory of the model (again, if a parameter was changed)")
+        for journal in self.journals:
+            journal.note(entry)
+            journal.compare()
+
+    def begins_forward(self) -> None:
+        """Where peers read compute shards, they meet. What was noted by now goes to the others."""
+        entry = self._entry("forward", lambda: "begins a forward of the model")
+        for journal in self._mapping:
+            journal.note(entry)
+        for journal in self.journals:
+            journal.settle(keep=1)
+            journal.post()
+
+    def gathers(self, unit: Unit) -> None:
+        if unit.transport.gathers_meet:
+            entry = self._entry((unit, "gather"), lambda: f"gathers the parameters of unit {unit.name!r}")
+            self._journal_of[unit.transport].note(entry)
+
+    def reduces(self, unit: Unit, setting: Sequence[int], adding: Sequence[int]) -> None:
+        """``setting`` and ``adding`` are those whose reduced gradients replace ``.grad`` or are added to it."""
+        key = (unit, tuple(setting), tuple(adding), unit.policy.averaged)
+
+        def words() -> str:
+            kinds = {"": setting, "adds up ": adding}
+            told = [prefix + ", ".join(unit.params[k].name for k in which) for prefix, which in kinds.items() if which]
+            over = "" if unit.policy.averaged == "new" else f", replicas averaging {unit.policy.averaged}"
+            return f"reduces gradients of unit {unit.name!r}: {'; '.join(told)}{over}"
+
+        self._journal_of[unit.transport].note(self._entry(key, words))
+
+    def ends_backward(self) -> None:
+        entry = self._entry("backward", lambda: "ends a backward of the model")
+        for journal in self.journals:
+            journal.note(entry)
+            journal.post()
+
+    def updates(self, unit: Unit | None = None) -> None:
+        """An optimizer of ours writes what peers read, or has, and ``unit`` is gathered from it."""
+        if unit is None:
+            entry = self._entry("update", lambda: "begins an optimizer's step")
+            for journal in self._mapping:
+                journal.note(entry)
+        else:
+            entry = self._entry((unit, "update"), lambda: f"gathers the updated parameters of unit {unit.name!r}")
+            self._journal_of[unit.transport].note(entry)
+
+    def adds_slot(self, unit: Unit) -> None:
+        """Memory that peers map is added beyond the plan."""
+        entry = self._entry((unit, "slot"), lambda: f"gives unit {unit.name!r} a slot of its own")
+        self._journal_of[unit.transport].note(entry)
+
+    def settle(self) -> None:
+        """Gradients are about to be used: all ranks have done the same to have them, or all raise ``RuntimeError``."""
+        for journal in self.journals:
+            journal.settle()
+
+    def record(self) -> None:
+        """What is noted from here on is planned only, until ``recorded``."""
+        for journal in self.journals:
+            journal.record()
+
+    def recorded(self) -> Recorded:
+        return [journal.recorded() for journal in self.journals]
+
+    def repeat(self, recorded: Recorded) -> None:
+        """A recorded step is done."""
+        for journal, entries in zip(self.journals, recorded, strict=True):
+            journal.repeat(entries)
+
+    def _entry(self, key: object, words: Callable[[], str]) -> Entry:
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = Entry.of(words(), self._number)
+        return entry
