@@ -6,6 +6,7 @@ Owns the contents of a checkpoint and the run directory's own files. How a check
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -166,7 +167,7 @@ class RunState:
             with together():
                 if broken and self._trainer.world.is_first:
                     steps.put_aside_later(self._directory, start.step)
-            if changes := changed(start.facts.get("config"), self._trainer.options):
+            if changes := changed(_config_of(start), self._trainer.options):
                 say(f"from step {start.step + 1} on, other than when {start.path.name} was saved:")
                 say("\n".join(f"  {line}" for line in changes))
             return start
@@ -268,7 +269,7 @@ class RunState:
             if key in saved and (difference := steps.first_difference(saved[key], present[key])):
                 raise ValueError(f"{start.path} is {of}: {difference}")
         if difference := steps.first_difference(saved["order"], present["order"]):
-            told = [line for line in changed(saved.get("config"), self._trainer.options) if line.startswith("data.")]
+            told = [line for line in changed(_config_of(start), self._trainer.options) if line.startswith("data.")]
             why = f" ({'; '.join(' '.join(line.split()) for line in told)})" if told else ""
             raise ValueError(f"{start.path} was trained on other data or in another order: {difference}{why}")
 
@@ -279,6 +280,17 @@ def set_rates(optimizer: torch.optim.Optimizer, options: OptimizerOptions) -> No
         decays = any(param.dim() > 1 for param in group["params"])
         group["weight_decay"] = options.weight_decay if decays else 0.0
         group["betas"], group["eps"] = options.betas, options.eps
+
+
+def _config_of(start: Start) -> Mapping[str, Any] | None:
+    """What the run that saved it was told; before checkpoints held that, what the last run of its directory was."""
+    assert start.path is not None and start.facts is not None
+    found = start.facts.get("config")
+    beside = start.path.parent / "config.yaml"
+    if found is None and beside.is_file():
+        with contextlib.suppress(OSError, yaml.YAMLError):
+            found = yaml.safe_load(beside.read_text(encoding="utf-8"))
+    return found if isinstance(found, Mapping) else None
 
 
 def changed(saved: Mapping[str, Any] | None, present: Config) -> list[str]:

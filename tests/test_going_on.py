@@ -103,6 +103,25 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_resume_goes_on_bit_for_b
     assert losses(resumed) == losses(whole) and len(resumed) == 6
 
 
+class SignalledLate(Bigrams):
+    """The second rank is told to stop in an evaluation, which would take minutes."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if not self.training and dist.get_rank() == 1 and self.num_forwards:
+            self.num_forwards = 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        return super().forward(tokens)
+
+
+def test_an_evaluation_is_left_where_a_rank_is_told_to_stop(file: Path) -> None:
+    late = [*FACTORY, "--model.factory=tests.test_going_on:SignalledLate", "--checkpoint.every=0"]
+    late += ["--evaluation.every=1", "--evaluation.num_batches=100000"]
+    assert run_ranks(main_here, [str(file), *late], timeout=50.0) == [STOPPED, STOPPED]
+    assert [path.name for path in steps.complete_checkpoints(file.parent / "run")] == ["step-1"]
+    assert "held_out_loss" not in metrics.read_records(file.parent / "run")[0]
+
+
 def told(stopping: Stopping, *numbers: signal.Signals) -> None:
     for number in numbers:
         os.kill(os.getpid(), number)
@@ -370,6 +389,10 @@ def test_the_differences_are_printed_and_none_where_there_are_none(file: Path, f
     assert "  optimizer.weight_decay  0.1 -> 0.3\n" in words and "  optimizer.lr  0.01 -> 0.02\n" in words
     assert "  num_steps  6 -> 5 (also the length of the rate's schedule)\n" in words
     assert words.count(" -> ") == 3
+    latest = file.parent / "run" / "step-5"
+    facts = json.loads((latest / steps.FACTS).read_text())
+    del facts["config"]  # an older one, of which config.yaml tells
+    (latest / steps.FACTS).write_text(json.dumps(facts))
     again = said(file, "--resume=auto", "--optimizer.weight_decay=0.3", "--optimizer.lr=0.02", "--num_steps=5")
     assert " -> " not in again
     assert "starting at step 5 of 5: none is left; to go on, raise num_steps" in again
@@ -516,9 +539,15 @@ def test_a_job_whose_time_is_over_saves_is_requeued_and_goes_on(
     words = log.read_text()
     (stopped,) = re.findall(r"^stopped at step (\d+) of 1000000 by SIGUSR1", words, re.MULTILINE)
     assert bool(re.search(r"^scontrol requeue \d+$", words, re.MULTILINE)) == (number == signal.SIGUSR1), words
-    again = [*command, f"--num_steps={int(stopped) + 1}"]
-    done = subprocess.run(
-        again, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False
-    )
+    more = f"--num_steps={int(stopped) + 1}"
+    if number == signal.SIGUSR1:  # the same words again; the process itself with the other signal
+        (tmp_path / "srun").write_text('#!/bin/bash\necho "$@"\n')
+    again = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 150}
+    done = subprocess.run([*command, more], check=False, **again)
     assert done.returncode == 0, done.stderr
-    assert f"starting at step {stopped} of {int(stopped) + 1}" in done.stdout and "requeue" not in done.stdout
+    assert "requeue" not in done.stdout
+    if number == signal.SIGUSR1:
+        assert done.stdout.endswith(f"{more} --resume=auto\n")
+        assert train(file, *ENDLESS[1:], more, "--resume=auto", world_size=1)[-1]["step"] == int(stopped) + 1
+    else:
+        assert f"starting at step {stopped} of {int(stopped) + 1}" in done.stdout
