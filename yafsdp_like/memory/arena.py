@@ -164,6 +164,12 @@ class Place:
     def overlaps(self, other: Place) -> bool:
         return self.arena is other.arena and self.region == other.region and self.segment.overlaps(other.segment)
 
+    def flat(self, dtype: torch.dtype, numel: int) -> torch.Tensor:
+        """``numel`` elements, ``(numel,)``, as collectives and kernels take them: complex ones as pairs of reals,
+        ``(2 * numel,)``.
+        """
+        return self.tensor(dtype.to_real(), (2 * numel if dtype.is_complex else numel,))
+
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """A contiguous tensor of ``shape`` on the first bytes of this place.
 

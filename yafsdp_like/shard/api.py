@@ -29,7 +29,7 @@ from yafsdp_like.shard.drop_in import ShardState, refuse_others, show_state_to_t
 from yafsdp_like.shard.engine import Engine, Report, engine_for
 from yafsdp_like.shard.hooks import abandon, install
 from yafsdp_like.shard.linear import install as install_linear
-from yafsdp_like.shard.param import ShardedParam, ownership_of
+from yafsdp_like.shard.param import ShardedParam, ownership_of, refuse_subclass
 from yafsdp_like.shard.pretrained import overrides_of
 from yafsdp_like.shard.unit import Unit, UnitPolicy, unit_of
 from yafsdp_like.shard.update import watch_optimizers
@@ -262,6 +262,14 @@ def _check_params(owners: Owners) -> None:
             raise NotImplementedError(
                 f"{name} is a DTensor on {param.device_mesh}; composing with it is not supported yet"
             )
+        refuse_subclass(param, name)
+        for module, _ in places:
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+                raise NotImplementedError(
+                    f"{type(module).__name__} with max_norm={module.max_norm} writes its weight in forward, which is "
+                    "lost where that is gathered: shard it without (max_norm=None) and renormalize its rows after "
+                    "optimizer.step(), or name its weight in ignored_params"
+                )
         if param.dim() == 0:
             raise ValueError(f"fully_shard cannot shard a scalar. Change {name} to a 1D tensor with numel equal to 1.")
         if not param.is_contiguous():

@@ -189,7 +189,7 @@ def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
         for region, part in (("compute_shard", layout.compute_shard), ("shown_shard", layout.shown_shard)):
             if part.segments[k].nbytes:
                 shard = arena.place(f"{unit.name}.{region}").part(part.segments[k])
-                p.compute = shard.tensor(p.compute_dtype, (p.shards.chunk_numel,))
+                p.compute = shard.flat(p.compute_dtype, p.shards.chunk_numel)
         if p.trainable:
             p.place_grad(arena.place(f"{unit.name}.grad_shard").part(layout.grad_shard.segments[k]))
 

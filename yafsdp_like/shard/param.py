@@ -7,11 +7,13 @@ nothing of the unit that it is gathered with (``unit.py``), nor of where its ful
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -48,6 +50,19 @@ def ownership_of(param: torch.Tensor) -> Ownership | None:
     return found if isinstance(found, Ownership) else None
 
 
+def refuse_subclass(param: torch.Tensor, name: str) -> None:
+    """Raises ``NotImplementedError`` for a parameter whose class computes otherwise, which its shards would lose."""
+    cls = type(param)
+    plain = issubclass(cls, nn.Parameter) and cls.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    if plain and cls.__torch_function__ is nn.Parameter.__torch_function__ and not hasattr(cls, "fsdp_pre_all_gather"):
+        return
+    if not isinstance(param, (DTensor, FakeTensor)):
+        raise NotImplementedError(
+            f"{name} is a {cls.__module__}.{cls.__qualname__}, and sharding tensor subclasses (or their "
+            "fsdp_pre_all_gather) is not supported yet: name it in ignored_params, or make it a plain parameter first"
+        )
+
+
 @dataclass(frozen=True)
 class _Stand:
     """A tensor that the user put in a parameter's place for a while, and what modules compute on instead of it."""
@@ -64,7 +79,7 @@ class ShardedParam:
     The last dimension of the mesh shards, one before it replicates.
 
     ``main``, ``compute`` and ``grad`` are ``(chunk_numel,)``, padding included, in ``main_dtype``, ``compute_dtype``
-    and ``main_dtype``; the DTensor and its gradient are views of their first ``local_shape`` elements.
+    and ``main_dtype`` (``Place.flat``); the DTensor and its gradient are views of their first ``local_shape`` elements.
     """
 
     def __init__(self, param: nn.Parameter, owners: list[tuple[nn.Module, str]], mesh: DeviceMesh) -> None:
@@ -84,14 +99,19 @@ class ShardedParam:
         self.grad_dtensor: DTensor | None = None
 
     def _shard(self, param: torch.Tensor) -> nn.Parameter:
-        """The parameter's DTensor on this rank's rows, which do not keep the others alive. See [Note: a storage of its
-        own].
+        """The parameter's DTensor on this rank's rows, which do not keep the others alive (see [Note: a storage of its
+        own]), with its hooks.
         """
         start, stop = self.shards.row_range(self.rank)
         rows = param.detach()[start:stop]
         if rows.storage_offset() or rows.numel() < param.numel():
             rows = rows.clone()
-        return nn.Parameter(self._dtensor(rows), requires_grad=param.requires_grad)
+        sharded = nn.Parameter(self._dtensor(rows), requires_grad=param.requires_grad)
+        for hook in (param._backward_hooks or {}).values():
+            sharded.register_hook(hook)
+        for hook in (getattr(param, "_post_accumulate_grad_hooks", None) or {}).values():
+            sharded.register_post_accumulate_grad_hook(hook)
+        return sharded
 
     def _dtensor(self, local: torch.Tensor) -> DTensor:
         full = torch.empty(self.shards.shape, device="meta")
@@ -118,15 +138,15 @@ class ShardedParam:
         return self.sharded.requires_grad
 
     def set_dtypes(self, policy: MixedPrecisionPolicy, as_computed: bool) -> None:
-        """Compute and reduce dtypes by the policy; integers, which only frozen parameters are, keep their own, and
-        norms with running statistics, which must be of one dtype with their parameters, that of the statistics.
+        """Compute and reduce dtypes by the policy; integers (frozen, all of them) and complex numbers keep their own.
+        Norms with running statistics must be of one dtype with those, and are.
 
         Gradients wait for their reduction in ``reduce_dtype``, or ``as_computed``.
         """
         dtype = self.main_dtype
         asked = self._dtype_of_statistics() or policy.param_dtype or dtype
         self.compute_dtype = asked if dtype.is_floating_point else dtype
-        self.reduce_dtype = policy.reduce_dtype or self.compute_dtype
+        self.reduce_dtype = (policy.reduce_dtype if dtype.is_floating_point else None) or self.compute_dtype
         self.gradient_dtype = self.compute_dtype if as_computed else self.reduce_dtype
 
     def _dtype_of_statistics(self) -> torch.dtype | None:
@@ -149,6 +169,7 @@ class ShardedParam:
 
         Raises ``ValueError`` when its global shape differs, or when it is distributed otherwise.
         """
+        refuse_subclass(given, self.name)
         if tuple(given.shape) != self.shards.shape:
             raise ValueError(
                 f"{self.name}: expected a parameter of shape {self.shards.shape} in its place, found "
@@ -183,16 +204,18 @@ class ShardedParam:
             local.copy_(self.local)
         self.sharded._local_tensor = self.placed = local  # type: ignore[attr-defined]
         self._address = local.data_ptr()
-        self.main = place.tensor(self.main_dtype, (self.shards.chunk_numel,))
+        self.main = place.flat(self.main_dtype, self.shards.chunk_numel)
 
     def place_grad(self, place: Place) -> None:
-        self.grad = place.tensor(self.main_dtype, (self.shards.chunk_numel,))
+        self.grad = place.flat(self.main_dtype, self.shards.chunk_numel)
         self.grad_dtensor = self._dtensor(place.tensor(self.main_dtype, self.local_shape))
 
     @property
     def has_own_grad(self) -> bool:
-        """Whether ``.grad`` is set, and to the gradient shard: what is reduced next is added to it."""
-        return self.grad_dtensor is not None and self.sharded.grad is self.grad_dtensor
+        """Whether ``.grad`` is set, and to the gradient shard: what is reduced next is added to it there, unless hooks
+        are to see it alone.
+        """
+        return self.grad_dtensor is not None and self.sharded.grad is self.grad_dtensor and not self._hooks
 
     def spare_kept_grad(self) -> None:
         """A gradient that the user still holds, but no longer as ``.grad``, keeps its values: it moves to memory of
@@ -204,18 +227,35 @@ class ShardedParam:
             kept._local_tensor = local.clone()
             self.grad_dtensor = self._dtensor(local)
 
+    @property
+    def _hooks(self) -> Mapping[int, Callable[[torch.Tensor], torch.Tensor | None]]:
+        """Those of ``register_hook``."""
+        return self.sharded._backward_hooks or {}
+
+    def _run_hooks(self) -> None:
+        """What they return takes the place of the gradient that has just been reduced."""
+        assert self.grad_dtensor is not None
+        grad: torch.Tensor = self.grad_dtensor
+        for hook in list(self._hooks.values()):
+            given = hook(grad)
+            grad = grad if given is None else given
+        if grad is not self.grad_dtensor:
+            self.grad_dtensor.copy_(grad)
+
     def deliver_grad(self, was_added: bool) -> None:
         """Sets ``.grad`` to the gradient shard, where a reduction has just ended, or adds that to another ``.grad`` of
-        the user's; then runs the user's hooks: autograd never accumulates into the sharded parameter, so they are run
-        here.
+        the user's. Autograd never accumulates into the sharded parameter, so the user's hooks are run here: before,
+        and after.
         """
+        if self._hooks:
+            self._run_hooks()
         if not was_added:
             grad = self.sharded.grad
             if grad is None:
                 self.sharded.grad = self.grad_dtensor
             else:
                 local = grad.to_local()  # type: ignore[attr-defined]  # a DTensor
-                local.add_(self.grad[: local.numel()].view(local.shape))
+                local.add_(self.grad_dtensor._local_tensor)  # type: ignore[union-attr]
         for hook in (getattr(self.sharded, "_post_accumulate_grad_hooks", None) or {}).values():
             hook(self.sharded)
 

@@ -23,7 +23,7 @@ def watch_gradients(slot: GatherSlot) -> None:
         # Weak, since the garbage collector does not see through a parameter's hooks.
         unit_ref = weakref.ref(slot.unit)
         slot.params[k].register_post_accumulate_grad_hook(partial(_take_gradient, unit_ref, k))
-        if slot.params[k].dim() == 2:
+        if slot.params[k].dim() == 2 and not slot.params[k].is_complex():
             attach(slot.params[k], GradientSink(unit_ref, k))
 
 
@@ -44,6 +44,8 @@ class GradientSink:
         p = unit.params[self.k]
         if p.gradient_dtype != p.compute_dtype or len(unit.pending) > 1 or self.k in unit.gradient_slot.holds:
             return None
+        if unit.registered is not None and unit.registered.params[self.k]._backward_hooks:
+            return None  # of the user's, on the full parameter: they are to see its gradient
         return unit.engine.open_gradient(unit, self.k)
 
     def withdraw(self) -> torch.Tensor | None:

@@ -68,8 +68,7 @@ class GatherSlot:
         self.active: dict[Use, None] = {}  # uses whose backward is running
         self.params = [_full_param(p, place) for p, place in zip(unit.params, places, strict=True)]
         self.outputs = [
-            place.tensor(p.compute_dtype, (p.shards.padded_numel,))
-            for p, place in zip(unit.params, places, strict=True)
+            place.flat(p.compute_dtype, p.shards.padded_numel) for p, place in zip(unit.params, places, strict=True)
         ]
 
     @cached_property
@@ -124,7 +123,7 @@ class GradientSlot:
             assert extent is not None
             p, place = unit.params[k], extent.part(layout.segments[k])
             self.views[k] = place.tensor(p.gradient_dtype, p.shards.shape)
-            self.inputs[k] = place.tensor(p.gradient_dtype, (p.shards.padded_numel,))
+            self.inputs[k] = place.flat(p.gradient_dtype, p.shards.padded_numel)
 
     def reduce(self, which: Sequence[int]) -> Reduce:
         """Reduces the gradients of these parameters into their gradient shards."""
@@ -134,7 +133,7 @@ class GradientSlot:
             self._reduces[key] = self.unit.transport.reduce(
                 [p.grad for p in params],
                 [self.inputs[k] for k in key],
-                [p.reduce_dtype for p in params],
+                [p.reduce_dtype.to_real() for p in params],
                 self.unit.staging,
             )
         return self._reduces[key]
