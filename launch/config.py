@@ -88,7 +88,9 @@ class CheckpointOptions:
     keep: int = 3
     grace_seconds: float = 25.0  # after SIGTERM, to save a checkpoint before the end; torchrun waits for 30 s
     asynchronous: bool = True  # write behind the next steps, from a copy in host memory that is kept to the end
-    export: bool = True  # also a Hugging Face directory, `hf`, made from the shards; whole in the first host's memory
+    export: bool | None = (
+        None  # also a Hugging Face directory, `hf`, made in the first host's memory; none: if it can be
+    )
     export_dtype: Literal["float32", "bfloat16"] = "float32"
 
 

@@ -78,7 +78,7 @@ class FactoryRecipe:
     def exporter(self) -> Exporter:
         """For modules of transformers, which have a configuration of their own: token ids are not changed."""
         if not hasattr(self._module, "save_pretrained"):
-            raise ValueError(f"{type(self._module).__name__} has no save_pretrained; set --checkpoint.export=false")
+            raise ValueError(f"{type(self._module).__name__} has no save_pretrained (checkpoint.export)")
         blank: Any = without_weights(self._module)
 
         def write(weights: dict[str, Tensor], directory: Path, token_ids: Mapping[str, int | None]) -> None:

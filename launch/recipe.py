@@ -55,6 +55,21 @@ def recipe_of(options: ModelOptions, seed: int) -> Recipe:
     return DecoderRecipe(decoder_config(options), options.hf_dir, seed)
 
 
+def exporter_of(recipe: Recipe, wanted: bool | None) -> tuple[Exporter | None, str]:
+    """What writes such a model for others, and where nothing does that was not declined, the words for it.
+
+    Raises ValueError where it is asked for and cannot be.
+    """
+    if wanted is False:
+        return None, ""
+    try:
+        return recipe.exporter(), ""
+    except ValueError as error:
+        if wanted:
+            raise
+        return None, f"checkpoints have no directory for transformers: {error}"
+
+
 # --- our decoder ---
 
 
@@ -127,5 +142,5 @@ def decoder_config(options: ModelOptions) -> DecoderConfig:
 
 
 def _nearest(word: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(word, known, 1)
+    near = difflib.get_close_matches(word, known, 1) or difflib.get_close_matches(word.lower(), known, 1)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"

@@ -33,7 +33,7 @@ from launch.corpus import described, open_text
 from launch.gradients import NotFiniteError
 from launch.log import Log
 from launch.profiling import Profiling
-from launch.recipe import Recipe, recipe_of
+from launch.recipe import Recipe, exporter_of, recipe_of
 from launch.state import RunState, find_starts, prepare_directory
 from launch.stopping import STOPPED, Stopping
 from launch.trainer import Trainer
@@ -50,7 +50,7 @@ def run(options: Config, world: World, stopping: Stopping | None = None) -> int:
         options.num_accumulated(world.size)
         recipe = recipe_of(options.model, options.seed)
         model_vocab_size = recipe.vocab_size
-        exporter = recipe.exporter() if options.checkpoint.export else None
+        exporter, unexported = exporter_of(recipe, options.checkpoint.export)
         if world.is_first:
             prepare_directory(options, world)
     starts = find_starts(options, world)
@@ -58,7 +58,7 @@ def run(options: Config, world: World, stopping: Stopping | None = None) -> int:
     with together():
         corpus = open_text(options, model_vocab_size, world.is_first)
     console = Console(world.is_first, options.num_steps, starts[0].step)
-    console.say(described(corpus, options))
+    console.say("\n".join(words for words in (described(corpus, options), unexported) if words))
     console.say(build.describe_plan(model, world))
     with together():
         recipe.fill(model, world.device, from_checkpoint=starts[0].path is not None)

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launch import config, metrics
+from launch.config import ModelOptions
 from launch.factory import FactoryRecipe, WithLoss
+from launch.recipe import exporter_of, recipe_of
 from launch.sample import is_possible
 from tests.ranks import run_ranks
 from tests.test_train import OPTIONS, run_here
@@ -264,6 +266,21 @@ def test_options_of_another_kind_of_model_are_refused(arguments: list[str], mess
         config.load(arguments)
 
 
+def test_what_cannot_be_written_for_others_is_said_unless_it_was_asked_for() -> None:
+    words = "checkpoints have no directory for transformers: Bigram has no save_pretrained (checkpoint.export)"
+    assert exporter_of(recipe("Bigram"), None) == (None, words)
+    assert exporter_of(recipe("Bigram"), False) == (None, "")
+    with pytest.raises(ValueError, match="Bigram has no save_pretrained"):
+        exporter_of(recipe("Bigram"), True)
+    exporter, words = exporter_of(recipe("llama"), None)
+    assert exporter is not None and words == ""
+
+
+def test_a_preset_in_capitals_is_recognised() -> None:
+    with pytest.raises(ValueError, match=r"unknown model\.preset '8B'; did you mean '8b'\?"):
+        recipe_of(ModelOptions(preset="8B"), 0)
+
+
 # --- a whole run ---
 
 
@@ -277,7 +294,7 @@ def loaded(directory: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
-        ("LossOnly", ["--model.factory_args.width=16", "--checkpoint.export=false"]),
+        ("LossOnly", ["--model.factory_args.width=16"]),
         ("loaded", ["--model.blocks=model.layers", "--model.factory_args.directory={directory}"]),
     ],
 )
@@ -292,7 +309,7 @@ def test_a_module_with_a_loss_of_its_own_trains(tmp_path: Path, name: str, extra
     arguments += [f"--{key}.{name}={value}".lower() for key, section in sections for name, value in section.items()]
     arguments += [f"--output_dir={tmp_path / 'run'}", f"--data.paths={tmp_path / 'text.txt'}"]
     arguments += [f"--data.cache={tmp_path / 'cache'}", f"--model.factory=tests.test_factory:{name}"]
-    run_ranks(run_here, [*arguments, "--num_steps=12", "--checkpoint.every=0", "--checkpoint.export=true", *extra])
+    run_ranks(run_here, [*arguments, "--num_steps=12", "--checkpoint.every=0", "--checkpoint.export=null", *extra])
     records = metrics.read_records(tmp_path / "run")
     assert len(records) == 12 and records[-1]["loss"] < records[0]["loss"] - 0.1
     assert records[0]["loss"] == pytest.approx((2 if name == "LossOnly" else 1) * 5.7, abs=1.0)
