@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from tests.test_text import TEXT, needs_smollm2, smollm2_in, write_tokenizer
 from yafsdp_like.data import Tokenizer
 from yafsdp_like.inference.chat import _any_of, unpanicked
+from yafsdp_like.inference.errors import ApiError
+from yafsdp_like.inference.protocol import ChatBody, ChatMessage, Reader, ServerOptions
 from yafsdp_like.inference.text import Codec
 
 transformers = pytest.importorskip("transformers")
@@ -269,6 +271,14 @@ def test_a_template_that_fails_is_an_error_about_the_template(template: str, tmp
     codec = Codec.load(write_tokenizer(tmp_path, template=template))
     with pytest.raises(ValueError, match="chat template refuses these messages"):
         codec.encode_chat(users("é<|endoftext|>"))
+
+
+@pytest.mark.parametrize("template", ["{% for", "{{ 1 // 0 }}", "{{ messages[3].content }}", "{{ 5 }}{% if %}"])
+def test_over_http_a_template_that_fails_is_told_to_the_client(template: str, tmp_path: Path) -> None:
+    reader = Reader(Codec.load(write_tokenizer(tmp_path, template=template)), ServerOptions("m", 400, 64))
+    with pytest.raises(ApiError, match="chat template refuses these messages") as caught:
+        reader.chat(ChatBody(model="m", messages=[ChatMessage(role="user", content="x")]))
+    assert caught.value.status_code == 400
 
 
 def test_a_panic_of_the_tokenizer_is_an_error_about_the_text() -> None:
