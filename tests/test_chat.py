@@ -93,6 +93,16 @@ def test_any_ordinary_chat_has_the_tokens_of_transformers(smollm2: tuple[Codec, 
     assert list(codec.encode_chat(users(*contents))) == expected
 
 
+@needs_smollm2
+@pytest.mark.parametrize("content", ORDINARY, ids=range(len(ORDINARY)))
+def test_the_copy_that_knows_other_names_cuts_everything_else_the_same(
+    smollm2: tuple[Codec, Any], content: str
+) -> None:
+    template = smollm2[0]._chat_template
+    text, places = template._owned(template.render(users(content)), users(content))
+    assert template._encode_owned(text, places) == smollm2[0].encode_chat(users(content))
+
+
 # --- forged ---
 
 

@@ -60,6 +60,8 @@ def load_tokenizer(directory: Path) -> Any:
             )
     except Exception as error:  # whatever a broken file makes of it
         raise ValueError(f"{directory}: transformers cannot read its tokenizer: {_one_line(error)}") from error
+    if not tokenizer.get_vocab():
+        raise ValueError(f"{directory}: its tokenizer has no tokens")
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{directory}: expected a tokenizer that `tokenizers` runs, found {type(tokenizer).__name__}")
     return tokenizer
