@@ -1,8 +1,8 @@
 """The HTTP interface: OpenAI's completions and chat completions over one service, health and metrics.
 
-Owns routes, streams of answers, who may enter, and what is counted. What may be asked is protocol.py's, what is
-answered answers.py's. Needs FastAPI and prometheus_client (`pip install 'yafsdp_like[serve]'`), so nothing of the
-package imports this file.
+Owns routes, streams of answers, and who may enter. What is counted is counted.py's, what may be asked protocol.py's,
+what is answered answers.py's. Needs FastAPI and prometheus_client (`pip install 'yafsdp_like[serve]'`), so nothing of
+the package imports this file.
 
 [Note: readers who leave]
 While an answer is made, a task waits for the client to disconnect and then closes the stream, which cancels the
@@ -16,14 +16,12 @@ error that the stream gives its reader, since a cancellation would meet whoever 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import hmac
 import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar, get_type_hints
 
@@ -32,12 +30,12 @@ from fastapi import APIRouter, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from yafsdp_like.inference.answers import Choice, Job
+from yafsdp_like.inference.counted import Clock, Numbers
 from yafsdp_like.inference.desk import Busy, Desk
 from yafsdp_like.inference.errors import ApiError, no_object, too_many_choices
 from yafsdp_like.inference.protocol import ChatBody, CompletionBody, Reader, ServerOptions
@@ -55,69 +53,6 @@ LATE_S = 0.5  # after its deadline an answer is not waited for, [Note: late]
 BODY_S = 30.0  # from a body's headers to its end
 METRICS_S = 5.0  # that the engine has to say how things stand
 SEND_S = 60.0  # after which a client that takes nothing has gone
-BUCKETS_S = 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
-
-
-# --- numbers ---
-
-
-class Numbers:
-    """What /metrics tells, in a registry of its own."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        counter = partial(Counter, registry=self.registry)
-        seconds = partial(Histogram, buckets=BUCKETS_S, registry=self.registry)
-        self.responses = counter("yafsdp_like_http_responses", "Answers by route and status", ["route", "status"])
-        self.finished = counter("yafsdp_like_finished", "Choices that ended, by reason", ["reason"])
-        self.prompt_tokens = counter("yafsdp_like_prompt_tokens", "Tokens of accepted prompts")
-        self.generated_tokens = counter("yafsdp_like_generated_tokens", "Tokens generated")
-        self.first_token = seconds(
-            "yafsdp_like_time_to_first_token_seconds", "From a body's arrival to a choice's first token"
-        )
-        self.between_tokens = seconds(
-            "yafsdp_like_time_between_tokens_seconds", "Between tokens of a choice, as its events tell"
-        )
-        self.whole = seconds("yafsdp_like_request_seconds", "From a body's arrival to a choice's end")
-        self._gauges: dict[str, Gauge] = {}
-
-    def text(self, engine_metrics: Any) -> bytes:
-        """The registry as Prometheus reads it, with a gauge for each number of the engine's metrics."""
-        for item in dataclasses.fields(engine_metrics):
-            value = getattr(engine_metrics, item.name)
-            if isinstance(value, (int, float)):
-                self._gauge(item.name).set(value)
-        return prometheus_client.generate_latest(self.registry)
-
-    def _gauge(self, name: str) -> Gauge:
-        if name not in self._gauges:
-            words = name.replace("_", " ")
-            self._gauges[name] = Gauge(f"yafsdp_like_engine_{name}", f"The engine's {words}", registry=self.registry)
-        return self._gauges[name]
-
-
-@dataclass
-class Clock:
-    """When the tokens of one job came."""
-
-    numbers: Numbers
-    arrival: float
-    last: dict[int, float] = field(default_factory=dict)  # by choice
-
-    def tick(self, index: int, num_tokens: int, finish: FinishReason | None) -> None:
-        """An event of a choice has come."""
-        now = time.monotonic()
-        if num_tokens:
-            self.numbers.generated_tokens.inc(num_tokens)
-            if index in self.last:
-                for _ in range(num_tokens):
-                    self.numbers.between_tokens.observe((now - self.last[index]) / num_tokens)
-            else:
-                self.numbers.first_token.observe(now - self.arrival)
-            self.last[index] = now
-        if finish is not None:
-            self.numbers.finished.labels(finish.name.lower()).inc()
-            self.numbers.whole.observe(now - self.arrival)
 
 
 # --- answers ---
@@ -176,14 +111,14 @@ class Front:
                 return await _unless_gone(reading, http.receive)
 
     async def _open(self, job: Job) -> Stream:
-        if len(job.choices) > (most := self.service.max_waiting):
-            raise too_many_choices(len(job.choices), most)
         try:
             async with within(job.deadline):
                 return await self.service.open([choice.request for choice in job.choices])
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         except QueueFull as error:
+            if len(job.choices) > (most := self.service.max_waiting):  # to come again would not help
+                raise too_many_choices(len(job.choices), most) from error
             raise _full(str(error)) from error
         except Unavailable as error:
             raise _unavailable(str(error)) from error

@@ -37,7 +37,7 @@ from yafsdp_like.inference.request import Event, QueueFull, Request
 T = TypeVar("T")
 
 SLOW_STEP_S = 20.0  # a step that takes longer is worth a word
-SPARE = 2  # times the requests that an engine may have, for those that it is still to end
+MOST_OPEN = 2**16  # requests that have not ended
 LAST_STEP_S = 5.0  # for the engine to end what was cancelled, and its thread
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,6 @@ class Limited(Protocol):
 
     @property
     def max_waiting(self) -> int: ...
-
-    @property
-    def max_batch_size(self) -> int: ...
 
 
 class Stepped(Protocol):
@@ -313,9 +310,8 @@ class Service(Generic[EngineT]):
             seen.add(request.id)
 
     def _check_room(self, count: int) -> None:
-        """Raises QueueFull if more are open than an engine could have, as when it is stuck and takes none."""
-        limits = self._engine.options
-        if self._streams and len(self._streams) + count > SPARE * (limits.max_waiting + limits.max_batch_size):
+        """Raises QueueFull if more are open than any engine says no to by itself, as when it is stuck."""
+        if len(self._streams) + count > MOST_OPEN:
             raise QueueFull(f"{len(self._streams)} requests are open; try again later")
 
     def _cancel(self, name: str) -> None:
