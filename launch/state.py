@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -176,9 +177,10 @@ class RunState:
     def _load(self, path: Path, facts: steps.Facts) -> None:
         trainer = self._trainer
         state = self._state(with_random=facts["world_size"] == trainer.world.size)
-        steps.load_into(path, state)
+        steps.load_into(path, state, may_lack=("optimizer", "state"))  # parameters that had no gradient yet
         set_model_state_dict(trainer.model, state["model"])
-        set_optimizer_state_dict(trainer.model, trainer.optimizer, state["optimizer"])
+        partial_state = StateDictOptions(strict=False)
+        set_optimizer_state_dict(trainer.model, trainer.optimizer, state["optimizer"], options=partial_state)
         set_rates(trainer.optimizer, trainer.options.optimizer)
         if "random" in state:
             steps.set_random_state(state["random"][str(trainer.world.rank)], trainer.world.device)

@@ -103,6 +103,31 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_resume_goes_on_bit_for_b
     assert losses(resumed) == losses(whole) and len(resumed) == 6
 
 
+class PartlyUsed(Bigrams):
+    """One parameter is never used, and another from the fifth step (of two forwards) on, whose moments begin then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(3, 5)
+        self.register_buffer("num_steps", torch.zeros(()))  # goes on with the run
+        self.late = nn.Parameter(torch.ones(300))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.num_steps += self.training
+        logits = super().forward(tokens)
+        return logits * self.late if self.num_steps > 8 else logits
+
+
+def test_a_run_goes_on_where_parameters_had_no_gradient_yet(file: Path) -> None:
+    """Prevents: a checkpoint that no run can load, since a new optimizer expects states of all parameters."""
+    rates = ["--optimizer.final_lr_ratio=1", "--optimizer.num_warmup_steps=0"]
+    model = ["--model.factory=tests.test_going_on:PartlyUsed", *rates]
+    train(file, *STEADY[:-1], *model, "--num_steps=3")
+    resumed = train(file, *STEADY, *model, "--resume=auto")
+    whole = train(file, *STEADY, *model, output="whole")
+    assert losses(resumed) == losses(whole) and len(resumed) == 6
+
+
 class SignalledLate(Bigrams):
     """The second rank is told to stop in an evaluation, which would take minutes."""
 

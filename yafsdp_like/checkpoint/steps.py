@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -121,13 +121,17 @@ def read_facts(path: Path) -> Facts:
     return facts
 
 
-def load_into(path: Path, state: dict[str, Any]) -> None:
-    """Fill the tensors of `state` (nested dicts; every key must have been saved) from the checkpoint, in place.
+def load_into(path: Path, state: dict[str, Any], may_lack: Sequence[str] = ()) -> None:
+    """Fill the tensors of `state` (nested dicts) from the checkpoint, in place.
 
-    Called by all ranks together. Raises UnreadableError for a checkpoint that cannot be read, or lacks something.
+    Every key must have been saved, except in the dict that the keys `may_lack` lead to: an entry of it of which nothing
+    was saved is taken out. Called by all ranks together. Raises UnreadableError for a checkpoint that cannot be read,
+    or lacks something.
     """
     with together():
         metadata = reading.read_metadata(path / SHARDS)
+    if may_lack:
+        _take_out_unsaved(state, may_lack, metadata.state_dict_metadata)
     try:
         load(
             state,
@@ -136,6 +140,15 @@ def load_into(path: Path, state: dict[str, Any]) -> None:
         )
     except CheckpointException as error:
         raise UnreadableError(f"{path} cannot be read: {reading.why(error)}") from None
+
+
+def _take_out_unsaved(state: dict[str, Any], keys: Sequence[str], saved: Iterable[str]) -> None:
+    prefix, entries = ".".join((*keys, "")), state
+    for key in keys:
+        entries = entries[key]
+    known = {key.removeprefix(prefix).rpartition(".")[0] for key in saved if key.startswith(prefix)}
+    for name in [name for name in entries if name not in known]:
+        del entries[name]
 
 
 def load_whole(path: Path, state: dict[str, Any]) -> None:
