@@ -223,7 +223,7 @@ def test_real_weights_are_tuned(tmp_path: Path, base: Path) -> None:
     smaller = ["--global_batch_size=2", "--micro_batch_size=1", "--checkpoint.export=false"]
     checkout.run(block_of(SMOLLM2), smaller=smaller)
     records = metrics.read_records(tmp_path / "runs" / "smollm2" / "tuned")
-    assert len(records) == 2 and 2 < records[0]["loss"] < 5
+    assert len(records) == 2 and 2 < records[0]["loss"] < 7  # of random weights 10.8
 
 
 # --- recipes and packages ---
