@@ -36,20 +36,20 @@ written [a, b], nothing is null, and --data.paths=FILE may be repeated. --print_
 def answered(arguments: Sequence[str]) -> int | None:
     """The exit status of a command line that is done with words: a question (0) or a mistake (1); None for a run.
 
-    The first rank speaks. With torchrun the others wait, to be ended with it.
+    The first rank speaks. With torchrun the others wait, to be ended with it; who is not, as on a host that lacks what
+    the first one's has, speaks too.
     """
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    rank = int(os.environ.get("RANK", "0"))
     try:
         words = _words(arguments)
     except ValueError as error:
-        if not is_first:
+        if rank:
             time.sleep(GRACE_SECONDS)
-            return 1
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr, flush=True)
         return 1
     if words is None:
         return None
-    if is_first:
+    if rank == 0:
         try:
             print(words, flush=True)
         except BrokenPipeError:  # whoever reads has seen enough, as `head` has
