@@ -27,7 +27,7 @@ from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES
 from yafsdp_like.memory.plan import Region
 
-_IN_FLIGHT = 8  # comparisons that were posted and not read; more than are ever behind
+_IN_FLIGHT = 8  # comparisons that were posted and not read
 _PRIME, _MASK = 0x100000001B3, (1 << 62) - 1
 
 
@@ -74,9 +74,12 @@ class Journal:
             self.compare()
 
     def post(self) -> None:
-        """Sends what was noted since the last time, for others to compare theirs with. Does not block."""
+        """Sends what was noted since the last time, for others to compare theirs with. Does not block, unless the
+        others are ``_IN_FLIGHT`` comparisons behind.
+        """
         if not self._entries or self._recorded is not None:
             return
+        self.settle(keep=_IN_FLIGHT - 1)
         if self._channel is None:
             self._channel = _Channel(self._group, self._device)
         entries, digest = self._entries, self._digest
@@ -89,7 +92,7 @@ class Journal:
         """
         if self._recorded is not None:
             return
-        while len(self._posted) > min(keep, _IN_FLIGHT - 1):
+        while len(self._posted) > keep:
             self._read(self._posted.popleft())
 
     def compare(self) -> None:
@@ -127,9 +130,11 @@ class Journal:
             ) from error
         highest, lowest = posted.values.tolist()
         if highest != -lowest:
-            lines = share([entry.words for entry in posted.entries], self._channel.group)
             self._posted.clear()
             self._entries, self._digest = [], 0
+            # Some ranks may have posted more since than others, so words would meet digests in the same channel.
+            self._channel = _Channel(self._group, self._device)
+            lines = share([entry.words for entry in posted.entries], self._channel.group)
             raise RuntimeError(_different(lines))
 
 

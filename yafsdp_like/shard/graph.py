@@ -125,8 +125,8 @@ class GraphedStep:
             return map_tensors(torch.Tensor.detach, result)
 
         without = [p for unit in engine.units for p in unit.params if p.trainable and p.sharded.grad is None]
-        engine.meetings.record()
         try:
+            engine.meetings.record()
             recording = self._recorder.record(work)
         finally:
             meetings = engine.meetings.recorded()
