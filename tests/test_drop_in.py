@@ -65,6 +65,8 @@ def test_every_method_of_fsdp2_is_there_or_refused_by_name() -> None:
         if not name.startswith("_"):
             assert getattr(type(model), name) is not getattr(stock.FSDPModule, name), name
     for name, arguments in REFUSED.items():
+        if not hasattr(stock.FSDPModule, name):
+            continue  # newer than this torch
         with pytest.raises(NotImplementedError, match=rf"{name}.* is not supported: .*leave it out|\.grad"):
             getattr(model, name)(*arguments)
     model.set_reduce_scatter_max_input_buffers(1)

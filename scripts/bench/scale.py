@@ -292,8 +292,10 @@ class PaperTransport:
     """As far as a plan asks: how many ranks share a parameter, and what they read of each other. It moves nothing."""
 
     maps_memory = True
+    gathers_meet = False
 
     def __init__(self, on: Topology) -> None:
+        self.everybody = dist.group.WORLD
         self.rank, self.world_size = 0, on.num_shards
         self.spares_own_chunks = on.num_hosts == 1
         self.description = f"paper: {on.name}"
