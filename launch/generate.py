@@ -11,21 +11,18 @@ which is read before anything is imported that takes time.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from launch.options import Parser, add_model_arguments, check_model, exit_status, number, whole
+from launch.options import Parser, add_model_arguments, exit_status, number, opened, whole
 
 if TYPE_CHECKING:
     from launch.opening import Opened
     from yafsdp_like.inference.text import Codec
     from yafsdp_like.kernels.sampling import SamplingParams
-
-SAMPLED = "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
 
 
 def parser() -> Parser:
@@ -68,19 +65,11 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return found
 
 
-@contextlib.contextmanager
-def opened(arguments: argparse.Namespace, max_waiting: int, say: Callable[[str], None]) -> Iterator[Opened]:
-    """The model that was asked for: see opening.py, which is imported once there may be one."""
-    check_model(arguments.model)
-    from launch import opening
-
-    with opening.opened(arguments, max_waiting, say) as model:
-        yield model
-
-
 def sampling_of(arguments: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
     """What was said, and the model's defaults. With torchrun all ranks draw the same, since they may step together."""
     from dataclasses import replace
+
+    from yafsdp_like.inference.directory import SAMPLED
 
     unsaid = 0 if "RANK" in os.environ else secrets.randbits(63)
     said = {name: getattr(arguments, name) for name in SAMPLED if getattr(arguments, name) is not None}

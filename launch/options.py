@@ -2,17 +2,21 @@
 
 Owns what they are called, what may stand in them, and how a command says what is wrong: one line, exit status 2 for the
 command line and 1 for the rest. Imports nothing that takes time, so that `--help` and mistakes are answered at once;
-the way from options to an engine is generate.py's.
+the way from options to an engine is opening.py's.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from launch.opening import Opened
 
 UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 MODES = ("auto", "resident", "gathered", "streamed", "tensor_parallel")
@@ -169,6 +173,16 @@ def model_names(name: str) -> tuple[str, ...]:
 
 
 # --- the command ---
+
+
+@contextlib.contextmanager
+def opened(arguments: argparse.Namespace, max_waiting: int, say: Callable[[str], None]) -> Iterator[Opened]:
+    """The model that was asked for: see opening.py, which is imported once there may be one."""
+    check_model(arguments.model)
+    from launch import opening
+
+    with opening.opened(arguments, max_waiting, say) as model:
+        yield model
 
 
 def exit_status(run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:

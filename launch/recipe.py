@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from launch.config import ModelOptions
 from launch.factory import FactoryRecipe
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig
-from yafsdp_like.models.hf import config_to_hf, load_hf_config, load_hf_weights, save_hf
+from yafsdp_like.models.hf import GENERATION_CONFIG_NAME, load_hf_config, load_hf_weights, save_hf
+from yafsdp_like.models.hf_config import config_to_hf
 
-GENERATION_CONFIG = "generation_config.json"
 # Writes whole weights, by name, as a directory that transformers loads; the ids of tokens go into its config.json.
 Exporter = Callable[[dict[str, Tensor], Path, Mapping[str, int | None]], None]
 
@@ -107,7 +107,7 @@ class DecoderRecipe:
         config_to_hf(self.config)
         with torch.device("meta"):  # now: this context is not one thread's own, and a checkpoint has one
             blank = Decoder(self.config)
-        generation = None if self.hf_dir is None else Path(self.hf_dir) / GENERATION_CONFIG
+        generation = None if self.hf_dir is None else Path(self.hf_dir) / GENERATION_CONFIG_NAME
         carried = generation.read_bytes() if generation is not None and generation.is_file() else None
 
         def write(weights: dict[str, Tensor], directory: Path, token_ids: Mapping[str, int | None]) -> None:
@@ -115,7 +115,7 @@ class DecoderRecipe:
             model.load_state_dict(weights, assign=True)
             save_hf(model, directory, extra=token_ids)
             if carried is not None:  # how to sample, and what ends a text
-                (directory / GENERATION_CONFIG).write_bytes(carried)
+                (directory / GENERATION_CONFIG_NAME).write_bytes(carried)
 
         return write
 

@@ -15,18 +15,13 @@ step ends with status 3, by itself after `--stuck-after`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOL_SOCKET, socket
-from typing import TYPE_CHECKING
 
-from launch.options import Parser, add_model_arguments, check_model, exit_status, seconds, whole
-
-if TYPE_CHECKING:
-    from launch.opening import Opened
+from launch.options import Parser, add_model_arguments, exit_status, opened, seconds, whole
 
 PACKAGES = "fastapi", "uvicorn", "prometheus_client"  # of the extra `serve`
 KEY_VARIABLE = "YAFSDP_LIKE_API_KEY"
@@ -82,16 +77,6 @@ def check_packages() -> None:
         raise ImportError(
             f"serving needs packages that are not here: pip install 'yafsdp_like[serve]' (no {', '.join(missing)})"
         )
-
-
-@contextlib.contextmanager
-def opened(arguments: argparse.Namespace, max_waiting: int, say: Callable[[str], None]) -> Iterator[Opened]:
-    """The model that was asked for: see opening.py, which is imported once there may be one."""
-    check_model(arguments.model)
-    from launch import opening
-
-    with opening.opened(arguments, max_waiting, say) as model:
-        yield model
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -25,7 +25,8 @@ from yafsdp_like.checkpoint import safetensors
 from yafsdp_like.checkpoint.safetensors import TensorSpec, TensorWriter, stored_tensors
 from yafsdp_like.inference import loading
 from yafsdp_like.models import IGNORE_INDEX, PRESETS, Decoder, DecoderConfig
-from yafsdp_like.models.hf import config_from_hf, config_to_hf, load_hf_config, load_hf_weights, save_hf
+from yafsdp_like.models.hf import load_hf_config, load_hf_weights, save_hf
+from yafsdp_like.models.hf_config import config_from_hf, config_to_hf
 from yafsdp_like.models.rope import LinearScaling, YarnScaling
 
 transformers = pytest.importorskip("transformers")

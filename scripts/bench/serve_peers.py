@@ -16,7 +16,8 @@ from bench.options import DTYPES
 from bench.report import Row
 from bench.serve_engine import Bench
 from bench.serve_offline import check_count, row_of
-from yafsdp_like.models import DecoderConfig, hf
+from yafsdp_like.models import DecoderConfig
+from yafsdp_like.models.hf_config import config_to_hf
 
 GENERATE, GENERATE_BATCH = "transformers generate", "transformers generate_batch"
 WARM_UP_TOKENS = 8  # that each request of generate_batch draws before it is timed
@@ -47,7 +48,7 @@ def measure(bench: Bench, ours: Sequence[Row]) -> Iterator[Row]:
 def build(config: DecoderConfig, bench: Bench) -> Any:
     """The model that transformers has for this shape, on the device, with the values that it draws itself."""
     transformers = importlib.import_module("transformers")
-    described = transformers.AutoConfig.for_model(**hf.config_to_hf(config))
+    described = transformers.AutoConfig.for_model(**config_to_hf(config))
     torch.manual_seed(0)
     with bench.world.device:
         model = transformers.AutoModelForCausalLM.from_config(described, dtype=DTYPES[bench.options.dtype])

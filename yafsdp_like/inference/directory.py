@@ -14,8 +14,9 @@ from typing import Any
 
 from yafsdp_like.inference.chat import unpanicked
 from yafsdp_like.kernels.sampling import SamplingParams
+from yafsdp_like.models.hf import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = "tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG
 SAMPLED = "temperature", "top_k", "top_p", "min_p", "repetition_penalty"  # what generation_config.json may say of it
 
@@ -51,7 +52,7 @@ def load_tokenizer(directory: Path) -> Any:
             f"{directory} has no tokenizer.json, and tokenizer.model is converted by sentencepiece: pip install "
             "'yafsdp_like[serve]'"
         )
-    for name in (TOKENIZER_CONFIG, CONFIG):
+    for name in (TOKENIZER_CONFIG, CONFIG_NAME):
         _check_class(directory / name, transformers)
     try:
         with unpanicked(ValueError, "a mistake in tokenizers"):
@@ -93,7 +94,7 @@ def _one_line(error: Exception) -> str:
 def stop_tokens(directory: Path) -> frozenset[int]:
     """`eos_token_id` of generation_config.json and of config.json, each of which may be one id or several."""
     found: set[int] = set()
-    for name in (GENERATION_CONFIG, CONFIG):
+    for name in (GENERATION_CONFIG_NAME, CONFIG_NAME):
         told = json_object(directory / name).get("eos_token_id")
         listed = told if isinstance(told, list) else [] if told is None else [told]
         if not all(type(token) is int for token in listed):
@@ -109,7 +110,7 @@ def sampling_defaults(directory: Path | None) -> SamplingParams:
     """
     if directory is None:
         return SamplingParams()
-    path = directory / GENERATION_CONFIG
+    path = directory / GENERATION_CONFIG_NAME
     told = {name: value for name, value in json_object(path).items() if name in SAMPLED and value is not None}
     kinds = {item.name: int if item.type == "int" else float for item in fields(SamplingParams)}
     for name, value in told.items():

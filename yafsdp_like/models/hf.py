@@ -27,16 +27,7 @@ from yafsdp_like.checkpoint.safetensors import StoredTensor, TensorSpec, TensorW
 from yafsdp_like.models.decoder import Decoder, DecoderConfig
 from yafsdp_like.models.hf_config import config_from_hf, config_to_hf, model_type_of
 
-__all__ = [
-    "config_from_hf",
-    "config_to_hf",
-    "load_hf_config",
-    "load_hf_weights",
-    "save_hf",
-    "stored_weights",
-]
-
-CONFIG_NAME = "config.json"
+CONFIG_NAME, GENERATION_CONFIG_NAME = "config.json", "generation_config.json"
 MAX_FILE_NBYTES = 5_000_000_000
 
 _MIXTRAL_NAMES = {
