@@ -57,8 +57,9 @@ def fully_shard(
     first forward.
 
     ``.grad`` of a sharded parameter is a view of planned memory too. Once it is set to None the next backward writes
-    there again: a gradient that is still held then is moved out of the way, but what ``to_local()`` made of it
-    earlier is not.
+    there again. A gradient that is still held then keeps its values: it is copied if only the DTensor is held; for
+    anything made of it that shares its bytes (``detach()``, ``view``, ``to_local()``) the shard moves to memory beyond
+    the plan.
 
     Args:
         module: a module with a ``forward``, or a list of such modules, gathered and released together.

@@ -75,7 +75,9 @@ class Building:
     @property
     def nbytes(self) -> int:
         """The bytes held now, main shards included."""
-        return sum(unit.arena.nbytes for unit in self._family.units) + (self.arena.nbytes if self.arena else 0)
+        units = self._family.units
+        homes = sum(p.homes.added_nbytes for unit in units for p in unit.params if p.homes)
+        return sum(unit.arena.nbytes for unit in units) + (self.arena.nbytes if self.arena else 0) + homes
 
     def build(self, depth: Depth, why: str) -> None:
         """Gives every unit its shards and slots, on an arena of their own. Units must have their main shards."""

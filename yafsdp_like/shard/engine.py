@@ -500,8 +500,7 @@ class Engine:
             adding = [k for k in arrived if unit.params[k].has_own_grad]
             setting = [k for k in arrived if k not in adding]
             self.meetings.reduces(unit, setting, adding)
-            for k in setting:
-                unit.params[k].spare_kept_grad()
+            slot.spare_kept_grads(setting)
             with self._measured(REDUCE, unit):
                 for which, adds in ((setting, False), (adding, True)):
                     if which:

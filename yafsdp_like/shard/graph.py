@@ -42,6 +42,7 @@ class UnitState:
     is_filled: bool  # gathered already, by the last update
     is_current: bool  # its compute shard need not be cast
     adds: tuple[bool, ...]  # for each parameter, whether its gradient is added to ``.grad``
+    homes: tuple[int, ...]  # where its gradient goes
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,6 @@ class GraphedStep:
         for own, given in zip(step.inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         _join_streams(engine)
-        for p in step.reduced:
-            p.spare_kept_grad()
         engine.meetings.repeat(step.meetings)
         step.recording.replay()
         _settle(engine, step.reduced)
@@ -186,7 +185,9 @@ def _repeatable_unit(engine: Engine, unit: Unit) -> UnitState | None:
         return None
     if any(p.sharded.grad is not None and not p.has_own_grad for p in unit.params):
         return None
-    return UnitState(slot.state is SlotState.FILLED, is_current, tuple(p.has_own_grad for p in unit.params))
+    adds = tuple(p.has_own_grad for p in unit.params)
+    unit.gradient_slot.spare_kept_grads([k for k in unit.trainable if not adds[k]])
+    return UnitState(slot.state is SlotState.FILLED, is_current, adds, unit.gradient_slot.homes)
 
 
 def _fork_streams(engine: Engine) -> None:

@@ -6,7 +6,6 @@ nothing of the unit that it is gathered with (``unit.py``), nor of where its ful
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from yafsdp_like.memory.arena import Place
 from yafsdp_like.memory.layout import RowShards
+from yafsdp_like.shard.gradient import Home, Homes
 
 if TYPE_CHECKING:
     from yafsdp_like.shard.unit import Unit
@@ -95,8 +95,8 @@ class ShardedParam:
         self.compute_dtype = self.gradient_dtype = self.reduce_dtype = param.dtype
         self.placed: torch.Tensor | None = None  # ``local`` as Unit.materialize left it; None: not in the arena
         self._address = 0  # and its address
-        self.main = self.compute = self.grad = NOWHERE  # filled by Unit.materialize, and the others by the build
-        self.grad_dtensor: DTensor | None = None
+        self.main = self.compute = NOWHERE  # filled by Unit.materialize, and the other by the build
+        self.homes: Homes | None = None  # of its gradient, if it is trainable; made by the build
 
     def _shard(self, param: torch.Tensor) -> nn.Parameter:
         """The parameter's DTensor on this rank's rows, which do not keep the others alive (see [Note: a storage of its
@@ -207,8 +207,18 @@ class ShardedParam:
         self.main = place.flat(self.main_dtype, self.shards.chunk_numel)
 
     def place_grad(self, place: Place) -> None:
-        self.grad = place.flat(self.main_dtype, self.shards.chunk_numel)
-        self.grad_dtensor = self._dtensor(place.tensor(self.main_dtype, self.local_shape))
+        def home(at: Place) -> Home:
+            return Home(at, self.main_dtype, self.shards.chunk_numel, self.local_shape, self._dtensor)
+
+        self.homes = Homes(home, place)
+
+    @property
+    def grad(self) -> torch.Tensor:
+        return self.homes.current.flat if self.homes else NOWHERE
+
+    @property
+    def grad_dtensor(self) -> DTensor | None:
+        return self.homes.current.dtensor if self.homes else None
 
     @property
     def has_own_grad(self) -> bool:
@@ -217,15 +227,12 @@ class ShardedParam:
         """
         return self.grad_dtensor is not None and self.sharded.grad is self.grad_dtensor and not self._hooks
 
-    def spare_kept_grad(self) -> None:
-        """A gradient that the user still holds, but no longer as ``.grad``, keeps its values: it moves to memory of
-        its own.
+    def spare_kept_grad(self) -> bool:
+        """A gradient that the user still holds, but no longer as ``.grad``, keeps its values. Returns whether the next
+        one lies elsewhere therefore.
         """
-        assert self.grad_dtensor is not None
-        if sys.getrefcount(self.grad_dtensor) > 2:  # by more than this object and the call
-            kept, local = self.grad_dtensor, self.grad_dtensor._local_tensor
-            kept._local_tensor = local.clone()
-            self.grad_dtensor = self._dtensor(local)
+        assert self.homes is not None
+        return self.homes.make_room()
 
     @property
     def _hooks(self) -> Mapping[int, Callable[[torch.Tensor], torch.Tensor | None]]:

@@ -118,7 +118,8 @@ class GradientSlot:
         self.arrived: dict[int, int | None] = {}  # parameter -> the backward in which it arrived last
         self.views: dict[int, torch.Tensor] = {}
         self.inputs: dict[int, torch.Tensor] = {}
-        self._reduces: dict[tuple[int, ...], Reduce] = {}
+        self.homes: tuple[int, ...] = ()  # of gradients that are still held, where the unit's go meanwhile
+        self._reduces: dict[tuple[tuple[int, ...], tuple[int, ...]], Reduce] = {}
         for k in unit.trainable:
             assert extent is not None
             p, place = unit.params[k], extent.part(layout.segments[k])
@@ -127,16 +128,22 @@ class GradientSlot:
 
     def reduce(self, which: Sequence[int]) -> Reduce:
         """Reduces the gradients of these parameters into their gradient shards."""
-        key = tuple(which)
+        key = tuple(which), self.homes
         if key not in self._reduces:
-            params = [self.unit.params[k] for k in key]
+            params = [self.unit.params[k] for k in which]
             self._reduces[key] = self.unit.transport.reduce(
                 [p.grad for p in params],
-                [self.inputs[k] for k in key],
+                [self.inputs[k] for k in which],
                 [p.reduce_dtype.to_real() for p in params],
                 self.unit.staging,
             )
         return self._reduces[key]
+
+    def spare_kept_grads(self, which: Sequence[int]) -> None:
+        """The gradients of these parameters are written next: those of before that are still held keep their values."""
+        moved = [self.unit.params[k].spare_kept_grad() for k in which]
+        if any(moved):
+            self.homes = tuple(p.homes.index if p.homes else 0 for p in self.unit.params)
 
 
 @dataclass(eq=False)

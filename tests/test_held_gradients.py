@@ -1,0 +1,95 @@
+"""A gradient that a program still holds, in whatever way, keeps its values when the next backward writes its own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from tests.ranks import on_ranks, run_ranks
+from tests.zoo import ours, world_mesh
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "itself": lambda g: g,
+    "detach": lambda g: g.detach(),
+    "data": lambda g: g.data,
+    "view": lambda g: g.view(-1),
+    "rows": lambda g: g[:],
+    "view_as": lambda g: g.view_as(g),
+    "transpose": lambda g: g.t(),
+    "to_local": lambda g: g.to_local(),
+    "a row of to_local": lambda g: g.to_local()[0],
+    "full_tensor": lambda g: g.full_tensor(),
+    "both": lambda g: (g, g.detach()),
+}
+setups = pytest.mark.parametrize(
+    ("transport", "dtype"), [("process_group", None), ("peer", None), ("process_group", torch.bfloat16)]
+)
+
+
+def first_element(held: Any) -> float:
+    if isinstance(held, tuple):
+        first, second = map(first_element, held)
+        assert first == second
+        return first
+    return (held.to_local() if hasattr(held, "to_local") else held).flatten()[0].item()
+
+
+def sharded_layer(transport: str, dtype: torch.dtype | None = None) -> Any:
+    policy = ours.MixedPrecisionPolicy(param_dtype=dtype)
+    return ours.fully_shard(nn.Linear(3, 4, bias=False), mesh=world_mesh(), transport=transport, mp_policy=policy)
+
+
+def gradient_of(model: Any, factor: float) -> Any:
+    """Whose elements are ``factor`` times the mean of all ranks' numbers, counted from 1."""
+    model.zero_grad()
+    (factor * model(torch.full((1, 3), dist.get_rank() + 1.0)).sum()).backward()
+    return model.weight.grad
+
+
+@setups
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_whatever_is_held_of_a_gradient_keeps_its_values(
+    world_size: int, transport: str, dtype: torch.dtype | None
+) -> None:
+    """Prevents: 15 for 1.5, in programs that keep one task's gradient while they compute another's."""
+    run_ranks(hold_in_every_way, transport, dtype, world_size=world_size)
+
+
+def hold_in_every_way(transport: str, dtype: torch.dtype | None) -> None:
+    mean = 1.5 if dist.get_world_size() == 2 else 1.0
+    model = sharded_layer(transport, dtype)
+    for way in WAYS.values():
+        for _ in range(2):
+            held = [way(gradient_of(model, factor)) for factor in (1.0, 10.0, 100.0)]
+            assert first_element(gradient_of(model, 4.0)) == 4 * mean
+            assert [first_element(h) for h in held] == [mean, 10 * mean, 100 * mean]
+            del held
+
+
+@on_ranks()
+def test_what_is_held_costs_memory_once_and_nothing_when_it_is_dropped() -> None:
+    """Prevents: memory that grows by every step that holds a gradient."""
+    model = sharded_layer("process_group")
+    gradient_of(model, 1.0)
+    planned = model.memory_report().arena_nbytes
+    assert planned == model.memory_plan().nbytes
+    addresses = []
+    for _ in range(3):
+        held = [gradient_of(model, factor).to_local() for factor in (1.0, 2.0)]
+        gradient_of(model, 3.0)
+        addresses.append([h.data_ptr() for h in held])
+        del held
+        gradient_of(model, 4.0)
+    assert model.memory_report().arena_nbytes - planned == 2 * 256
+    assert addresses[0] == addresses[1] == addresses[2]
+
+
+@on_ranks()
+def test_accumulated_gradients_add_up_under_a_held_view_as_they_would_unsharded() -> None:
+    model = sharded_layer("process_group")
+    view = gradient_of(model, 1.0).to_local()
+    model(torch.full((1, 3), dist.get_rank() + 1.0)).sum().backward()
+    assert view[0, 0].item() == model.weight.grad.to_local()[0, 0].item() == 3.0

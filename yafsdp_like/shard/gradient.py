@@ -1,0 +1,93 @@
+"""Where one parameter's reduced gradient lies, and whether the user still holds what lies there.
+
+[Note: gradients that are still held]
+``.grad`` is a DTensor on planned memory, and the next backward writes there again. A user may hold it until then, or
+anything that shares its bytes: ``.detach()``, ``.view(-1)``, ``to_local()``. Each home has a storage object of its own,
+whose uses are counted. If only the DTensor is held, it gets a copy. Tensors that cannot be found cannot be moved:
+then they keep the home, and the gradient takes another one of the same size, beyond the plan, until the first is free
+again. A program that holds k gradients a step thus allocates k homes once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from yafsdp_like.memory.arena import Arena, Place
+from yafsdp_like.memory.layout import aligned
+from yafsdp_like.memory.plan import Region
+
+_REFERENCES = 3  # to a home's DTensor: the home's own, the variable's and the call's
+
+
+class Home:
+    """A place for a gradient: ``flat``, ``(chunk_numel,)``, padding included, and the DTensor that users see on it."""
+
+    def __init__(
+        self,
+        place: Place,
+        dtype: torch.dtype,
+        chunk_numel: int,
+        local_shape: tuple[int, ...],
+        as_dtensor: Callable[[torch.Tensor], DTensor],
+    ) -> None:
+        self.flat = place.flat(dtype, chunk_numel)
+        self._as_dtensor = as_dtensor
+        local = place.tensor(dtype, local_shape)  # see [Note: a storage of its own]
+        self.dtensor = as_dtensor(local)
+        self._storage = local.untyped_storage()
+        del local
+        self._num_uses = torch._C._storage_Use_Count(self._storage._cdata)  # by this object
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a tensor beside the DTensor's own shares the bytes."""
+        return torch._C._storage_Use_Count(self._storage._cdata) > self._num_uses
+
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody else holds the DTensor."""
+        dtensor = self.dtensor
+        return sys.getrefcount(dtensor) > _REFERENCES
+
+    def copy_for_holders(self) -> None:
+        """Who holds the DTensor keeps it, with its values in other memory."""
+        kept, local = self.dtensor, self.dtensor._local_tensor
+        self.dtensor = self._as_dtensor(local)
+        kept._local_tensor = local.clone()
+
+
+class Homes:
+    """The places of one parameter's gradient: first the planned one."""
+
+    def __init__(self, make: Callable[[Place], Home], place: Place) -> None:
+        self._make, self._region = make, Region("grad_shard", "grad_shard", aligned(place.segment.nbytes))
+        self._device = place.arena.device
+        self._homes = [make(place)]
+        self.index = 0  # of the current one
+
+    @property
+    def current(self) -> Home:
+        return self._homes[self.index]
+
+    @property
+    def added_nbytes(self) -> int:
+        return (len(self._homes) - 1) * self._region.nbytes
+
+    def make_room(self) -> bool:
+        """What is still held keeps its values when the current home is written next. Returns whether that is another
+        home than before.
+        """
+        before = self.index
+        if self.index or self.current.is_shared:
+            self.index = next((i for i, home in enumerate(self._homes) if not home.is_shared), len(self._homes))
+            if self.index == len(self._homes):
+                arena = Arena(self._device)
+                arena.reserve([self._region])
+                self._homes.append(self._make(arena.place(self._region.name)))
+        if self.current.is_held:
+            self.current.copy_for_holders()
+        return self.index != before
