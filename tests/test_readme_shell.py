@@ -25,6 +25,10 @@ from torch.distributed import run as torchrun
 from launch import config, metrics
 from yafsdp_like.data import text
 
+pytestmark = pytest.mark.timeout(
+    400
+)  # the first test to need it trains three small models, each in processes of its own
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SHIM = """#!{python}
@@ -143,7 +147,7 @@ class Checkout:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=170,
+            timeout=300,
             check=False,
         )
         assert done.returncode == 0, done.stdout
@@ -313,7 +317,7 @@ def serving(checkout: Checkout) -> Iterator[str]:
     """The address of README's server, on a port that is free."""
     (line,) = [line for line in block_of(SERVE).splitlines() if commands(line) == [SERVE]]
     script = f"source .venv/bin/activate; exec {line}"
-    environment = checkout.environment(more={"launch.serve": ["--port", "0"]})
+    environment = checkout.environment(more={"launch.serve": ["--port", "0", "--max-seq-len", "128"]})
     with subprocess.Popen(
         ["bash", "-c", script],
         cwd=checkout.directory,
