@@ -1,11 +1,13 @@
 """Comparisons of what ranks do that are read later than they are posted, as on GPUs: here of two CPU ranks."""
 
 import re
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
+from tests.test_divergence import Fork, first_gradients, shards
 from yafsdp_like.comm.journal import _IN_FLIGHT, Entry, Journal
 
 ODD_RANK = 1
@@ -62,3 +64,32 @@ def test_no_comparison_is_lost_however_many_are_posted_before_one_is_read() -> N
     for differ_at in (0, 3 * _IN_FLIGHT - 1):
         first, second = run_ranks(many_unread, differ_at, timeout=15.0)
         assert first == second and f"rank 0: does {differ_at}; rank 1: does {differ_at} otherwise" in first, first
+
+
+def stepped_after_different_backwards() -> tuple[str, list[float]]:
+    """What an optimizer's step says, and one element of each weight after it."""
+    model: Any = shards(Fork(), transport="process_group")
+    x = torch.ones(4, 3)
+    model(x, "both").backward()
+    model.zero_grad()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    journals, message = model._engine().meetings.journals, ""
+    for journal in journals:
+        journal._at_once = False
+    try:
+        model(x, "ab"[dist.get_rank()]).backward()  # whose reductions meet
+        assert any(grad is not None for grad in first_gradients(model))
+        optimizer.step()
+    except RuntimeError as error:
+        message = str(error)
+    finally:
+        for journal in journals:
+            journal._at_once = True
+    return message, [p.to_local().flatten()[0].item() for p in model.parameters()]
+
+
+def test_gradients_of_different_backwards_are_not_stepped_with() -> None:
+    """Prevents: weights that have moved by another parameter's gradient before anybody looks, as on GPUs."""
+    (first, weights), (second, others) = run_ranks(stepped_after_different_backwards, timeout=15.0)
+    assert first == second and "rank 0: reduces gradients of unit 'root': a; rank 1: reduces" in first, first
+    assert weights == others == [1.0, 1.0]
