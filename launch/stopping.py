@@ -55,9 +55,9 @@ class Stopping:
         return self._asked is signal.SIGTERM or (self._asked is signal.SIGINT and self._under_torchrun)
 
     def __enter__(self) -> Self:
-        self._ear, self._mouth = socket.socketpair()
-        self._mouth.setblocking(False)
-        self._fd_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        self._receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        self._fd_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, _nothing) for number in SIGNALS}
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
@@ -69,16 +69,16 @@ class Stopping:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._fd_before)
-        self._mouth.send(b"\0")
+        self._sender.send(b"\0")
         self._thread.join()
-        self._ear.close()
-        self._mouth.close()
+        self._receiver.close()
+        self._sender.close()
 
     def _listen(self) -> None:
         while True:
-            self._ear.settimeout(None if self._asked is None else LOOKS_SECONDS)
+            self._receiver.settimeout(None if self._asked is None else LOOKS_SECONDS)
             try:
-                numbers = self._ear.recv(64)
+                numbers = self._receiver.recv(64)
             except TimeoutError:
                 self._look()
                 continue

@@ -27,7 +27,7 @@ HURRIED = """
 import sys, threading
 from launch import serve
 from yafsdp_like.inference import connections, engine, service
-connections.HEADERS_S, service.SLOW_STEP_S, service.LAST_STEP_S = 1.0, 0.5, 1.0
+connections.HEADERS_S, service.SLOW_STEP_S, service.LAST_STEP_S = 2.0, 0.5, 1.0
 """
 HANGING = """
 step, steps = engine.Engine.step, iter(range(5))
@@ -224,8 +224,9 @@ def test_a_server_knows_both_names_and_has_patience_with_nobody(directory: Path)
             slow[1].sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n")
             with socket.create_connection(running.address, SECONDS) as one_too_many:
                 assert read_to_the_end(one_too_many).startswith(b"HTTP/1.1 503 ")
-            while time.monotonic() - began < 0.9:  # bytes now and then do not help
-                slow[0].sendall(b"y")
+            while time.monotonic() - began < 1.5:  # bytes now and then do not help
+                with contextlib.suppress(ConnectionError):  # the machine may be busy
+                    slow[0].sendall(b"y")
                 time.sleep(0.1)
             assert [read_to_the_end(connection) for connection in slow] == [b""] * 3
             assert time.monotonic() - began < SECONDS / 2

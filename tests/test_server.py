@@ -27,7 +27,8 @@ from yafsdp_like.inference.planning import AnyMode
 from yafsdp_like.inference.protocol import MOST_STOP_STRINGS, ServerOptions
 from yafsdp_like.inference.request import Event, FinishReason, QueueFull, Request
 from yafsdp_like.inference.server import create_app
-from yafsdp_like.inference.service import Service, State, Stream, Unavailable
+from yafsdp_like.inference.service import Service, State, Unavailable
+from yafsdp_like.inference.stream import Stream
 from yafsdp_like.inference.text import Codec
 from yafsdp_like.kernels.sampling import SamplingParams
 from yafsdp_like.models import Decoder, DecoderConfig

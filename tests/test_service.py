@@ -25,7 +25,8 @@ from tests.test_server import (
 from tests.test_text import write_tokenizer
 from yafsdp_like.inference import server, service
 from yafsdp_like.inference.request import Event, QueueFull
-from yafsdp_like.inference.service import Service, State, Stream, Stuck, Unavailable
+from yafsdp_like.inference.service import Service, State, Stuck, Unavailable
+from yafsdp_like.inference.stream import Stream
 from yafsdp_like.inference.text import Codec, Transcript
 
 BODY = {**GREEDY, "prompt": "x", "max_tokens": 200, "ignore_eos": True}

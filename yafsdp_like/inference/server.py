@@ -40,7 +40,8 @@ from yafsdp_like.inference.desk import Busy, Desk
 from yafsdp_like.inference.errors import ApiError, no_object, too_many_choices
 from yafsdp_like.inference.protocol import ChatBody, CompletionBody, Reader, ServerOptions
 from yafsdp_like.inference.request import FinishReason, QueueFull
-from yafsdp_like.inference.service import Service, State, Stream, Unavailable
+from yafsdp_like.inference.service import Service, State, Unavailable
+from yafsdp_like.inference.stream import Stream
 from yafsdp_like.inference.text import Codec, Piece
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""A thread that steps the engine, and streams of its events on an event loop.
+"""A thread that steps the engine, and hands its events to streams on an event loop.
 
 Owns the thread: nothing else touches the engine while it runs, so the engine needs no locks. Owns what becomes of
 requests whose reader goes away, and of all of them at the end. Knows nothing of text or HTTP.
@@ -27,12 +27,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Generic, Protocol, TypeVar
 
 from yafsdp_like.inference.request import Event, QueueFull, Request
+from yafsdp_like.inference.stream import Stream
 
 T = TypeVar("T")
 
@@ -94,67 +95,6 @@ class _Call(Generic[EngineT]):
 
     run: Callable[[EngineT], None]
     fail: Callable[[Exception], None]
-
-
-class Stream:
-    """Events of requests that were opened together, as they come; ends when all of them have ended.
-
-    `close` it in the end: requests that nobody reads any more are cancelled. Events that are not read yet are kept;
-    there are at most as many as tokens were asked for.
-    """
-
-    def __init__(self, names: Mapping[str, str], cancel: Callable[[str], None]) -> None:
-        """`names`: what the engine calls each request, by its id; `cancel` is told that."""
-        self._live = dict(names)
-        self._cancel = cancel
-        self._events: deque[Event] = deque()
-        self._news = asyncio.Event()
-        self._error: Exception | None = None
-        self._is_closed = False
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> Event:
-        """The next event of any of the requests. Raises `Unavailable` if the engine has failed."""
-        while not self._is_closed:
-            if self._events:
-                return self._events.popleft()
-            if self._error is not None:
-                raise self._error
-            if not self._live:
-                break
-            self._news.clear()
-            await self._news.wait()
-        raise StopAsyncIteration
-
-    def cancel(self, request_id: str) -> None:
-        """Ask the engine to end one of the requests; its last event still comes. Harmless once it has ended."""
-        if request_id in self._live:
-            self._cancel(self._live[request_id])
-
-    def close(self) -> None:
-        """Stop reading, and cancel what has not ended. Idempotent."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._events.clear()
-        for name in self._live.values():
-            self._cancel(name)
-        self._news.set()
-
-    def put(self, event: Event) -> None:
-        """For the service: an event of one of the requests."""
-        if event.finish is not None:
-            del self._live[event.request_id]
-        if not self._is_closed:
-            self._events.append(event)
-        self._news.set()
-
-    def fail(self, error: Exception) -> None:
-        """For the service: no event will come any more."""
-        self._error = error
-        self._news.set()
 
 
 class Service(Generic[EngineT]):
