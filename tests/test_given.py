@@ -33,6 +33,7 @@ def fives(kind: str, model: Any) -> torch.Tensor:
     return nn.Parameter(full) if kind == "parameter" else full
 
 
+@pytest.mark.slow(unless=lambda kind, grad: grad or kind == "plain")
 @transports
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "parameter", "sharded"])

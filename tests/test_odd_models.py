@@ -75,6 +75,7 @@ def shared_units_of(model: Any) -> list[nn.Module | list[nn.Module]]:
     return [model.layers[0].nest["shared"], *model.layers]
 
 
+@pytest.mark.slow(unless=lambda build, transport: transport == "peer" or build is sharing_with_the_root)
 @both_transports
 @pytest.mark.parametrize("units", [layers_of, shared_units_of])
 @pytest.mark.parametrize("build", [sharing_twice, sharing_with_others_between, sharing_with_the_root])
@@ -107,6 +108,7 @@ def empties_and_others() -> nn.Module:
     return Chain([Empty(True), Empty(False), Empty(True)])
 
 
+@pytest.mark.slow(unless=lambda world_size, build: world_size == 2 or build is empties_only)
 @both_transports
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("build", [empties_only, empties_and_others])

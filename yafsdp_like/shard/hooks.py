@@ -326,6 +326,7 @@ def finish_accumulating(engine: Engine) -> None:
         engine.reduce(unit)
         engine.reshard(unit)
     engine.wait_for_reductions()
+    engine.meetings.ends_backward()
 
 
 def abandon(engine: Engine) -> None:
