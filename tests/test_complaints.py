@@ -52,13 +52,13 @@ def test_the_rank_that_knows_most_speaks_first(errors: list[Exception], speaks: 
     """A launcher then ends the others, before they speak."""
     told = run_ranks(said_here, errors)
     assert told[speaks][1] == words or (told[speaks][1].endswith(words) and words.startswith("KeyError"))
-    assert told[1 - speaks][0] - told[speaks][0] > 0.2
+    assert told[1 - speaks][0] - told[speaks][0] > 0.05
 
 
 def test_of_ranks_that_know_as_much_one_speaks_first() -> None:
     told = run_ranks(said_here, [AgreedError("no text in x")] * 2)
     assert {words for _, words in told} == {"error: no text in x\n"}
-    assert abs(told[0][0] - told[1][0]) > 0.3
+    assert abs(told[0][0] - told[1][0]) > 0.1
 
 
 class Mistaken(nn.Module):
