@@ -6,6 +6,7 @@ the policies are FSDP2's own classes.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, Self, cast
@@ -25,6 +26,7 @@ from yafsdp_like.comm import TransportName
 from yafsdp_like.comm.choice import transport_over
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.memory.streams import GATHER, Event
+from yafsdp_like.shard import clipping
 from yafsdp_like.shard.drop_in import ShardState, refuse_others, show_state_to_torch
 from yafsdp_like.shard.engine import Engine, Report, engine_for
 from yafsdp_like.shard.hooks import abandon, install
@@ -109,6 +111,7 @@ def _make_unit(
     policy: UnitPolicy,
     transport: TransportName,
 ) -> Any:
+    _prepare_process()
     device = _device_of(mesh)
     params = [ShardedParam(param, places, mesh) for param, places in owners.items()]
     unit = Unit(modules, params, policy, mesh, transport_over(mesh, device, transport), device)
@@ -313,7 +316,11 @@ def _device_of(mesh: DeviceMesh) -> torch.device:
     )
 
 
-watch_optimizers()
+@functools.cache
+def _prepare_process() -> None:
+    """What is asked of torch for the whole process, at its first sharded module."""
+    watch_optimizers()
+    clipping.install()
 
 
 # --- the sharded module ---

@@ -1,0 +1,45 @@
+"""The largest norm of gradients of which some rank has no rows, as ``clip_grad_norm_`` asks for it.
+
+Torch takes the norm of each rank's rows and then of all ranks'. The largest element of nothing is an error to it, which
+only the rank without rows meets, while the others wait for that rank. Where a parameter has fewer rows than there are
+ranks, such a rank contributes what changes no maximum here, a 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad
+
+NormOf = Callable[..., torch.Tensor]
+_total_norm: NormOf = clip_grad._get_total_norm
+
+
+@functools.wraps(_total_norm)
+def _total_norm_of_any_rows(
+    tensors: torch.Tensor | Iterable[torch.Tensor], norm_type: float = 2.0, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    if math.isinf(norm_type):
+        neutral = 0.0 if norm_type > 0 else math.inf  # of a maximum of absolute values, and of a minimum
+        tensors = [_never_empty(t, neutral) for t in ([tensors] if isinstance(tensors, torch.Tensor) else tensors)]
+    return _total_norm(tensors, norm_type, *args, **kwargs)
+
+
+def _never_empty(tensor: torch.Tensor, neutral: float) -> torch.Tensor:
+    """``tensor``, or on a rank that has none of its elements one of a single ``neutral`` element, placed as it is."""
+    if not isinstance(tensor, DTensor) or tensor._local_tensor.numel() > 0:
+        return tensor
+    local = tensor._local_tensor.sum().add(neutral).reshape([1] * tensor.dim())
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def install() -> None:
+    """From now on, torch's norms of gradients are computed so."""
+    clip_grad._get_total_norm = _total_norm_of_any_rows
