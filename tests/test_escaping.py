@@ -2,6 +2,7 @@
 mode.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributions import Independent, Normal
 from torch.utils.checkpoint import checkpoint
 
 from tests.ranks import on_ranks
@@ -30,6 +32,35 @@ def views(q: nn.Parameter) -> dict[str, Any]:
         "twice": (q, q[:2]),
         "detached": q.detach(),
     }
+
+
+class Slotted:
+    __slots__ = ("held",)
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
+HOLDERS = {
+    "object": lambda q: SimpleNamespace(held=q),
+    "slots": Slotted,
+    "deque": lambda q: deque([q[1:]]),
+    "list of objects": lambda q: [SimpleNamespace(held=[SimpleNamespace(held=q.expand(2, *q.shape))])],
+    "distribution": lambda q: Normal(q, torch.ones_like(q)),
+    "nested distribution": lambda q: Independent(Normal(q.expand(2, *q.shape), torch.ones(())), 1),
+}
+
+
+def held(value: Any) -> torch.Tensor:
+    """The one tensor that a holder was made of."""
+    while not isinstance(value, torch.Tensor):
+        if isinstance(value, (list, deque)):
+            value = value[0]
+        elif isinstance(value, Independent):
+            value = value.base_dist
+        else:
+            value = value.loc if isinstance(value, Normal) else value.held
+    return value
 
 
 class Queries(nn.Module):
@@ -62,6 +93,75 @@ class Uses(nn.Module):
         for layer in self.layers:
             x = layer(x + sum(t.mean() for t in flat(given)))
         return x
+
+
+class Holds(nn.Module):
+    """A unit returns its parameter inside an object, other units run, and the object is looked at."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.layers = Holder(kind), nn.ModuleList(blocks(4))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        given = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x, held(given)
+
+
+class Holder(Queries):
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind="itself")
+        self.holder = HOLDERS[kind]
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.holder(self.q)
+
+
+@transports
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("kind", sorted(HOLDERS))
+@on_ranks()
+def test_a_parameter_that_a_unit_returns_inside_an_object_keeps_its_values(
+    kind: str, inference: bool, transport: Any
+) -> None:
+    """Prevents: the bytes of a later unit in a distribution, or in an object of the user's own class."""
+    torch.manual_seed(0)
+    model = Holds(kind)
+    right = held(model.first(None)).detach().clone()
+    for layer in (model.first, *model.layers, model):
+        ours.fully_shard(layer, mesh=world_mesh(), transport=transport)
+    with torch.inference_mode(inference):
+        for _ in range(2):
+            assert torch.equal(model(torch.ones(2, FEATURES))[1], right)
+
+
+class Actor(nn.Module):
+    """A policy whose forward returns a distribution, as in reinforcement learning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Linear(2, 2, bias=False)
+        self.std = nn.Parameter(torch.ones(2))
+        nn.init.ones_(self.mean.weight)
+
+    def forward(self, x: torch.Tensor) -> Normal:
+        return Normal(self.mean(x), self.std.expand(len(x), 2))
+
+
+@transports
+@pytest.mark.parametrize("reshards", [None, True])
+@on_ranks()
+def test_a_model_that_returns_a_distribution_trains(reshards: bool | None, transport: Any) -> None:
+    """Literals: at mean 2 and std 1, the log-density at 5 has the slopes 3 and 3 * 3 - 1 = 8. Prevents: a backward that
+    nothing says the begin of, after which no gradient is there.
+    """
+    model = ours.fully_shard(Actor(), mesh=world_mesh(), transport=transport, reshard_after_forward=reshards)
+    for _ in range(2):
+        model.zero_grad()
+        model(torch.ones(1, 2)).log_prob(torch.full((1, 2), 5.0)).sum().backward()
+        assert full(model.std.grad).tolist() == [8.0, 8.0]
+        assert full(model.mean.weight.grad).tolist() == [[3.0, 3.0], [3.0, 3.0]]
 
 
 def flat(value: Any) -> list[torch.Tensor]:

@@ -76,6 +76,54 @@ def test_given_weights_are_computed_in_the_policys_dtype() -> None:
     assert output.tolist() == [[15.0] * 4]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["plain", "sharded"])
+@on_ranks()
+def test_the_callers_own_weights_are_left_in_the_dict_that_was_given(kind: str, dtype: torch.dtype) -> None:
+    """Prevents: of a root that stays gathered, gathered or cast copies in their place, which get no ``.grad``."""
+    model, x = twos(mp_policy=MixedPrecisionPolicy(param_dtype=dtype)), torch.ones(1, 3)
+    weight = fives(kind, model).requires_grad_()
+    given = {"weight": weight}
+    functional_call(model, given, (x,)).sum().backward()
+    assert given["weight"] is weight
+    assert torch.equal(full(weight.grad), torch.ones(4, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use
+@transports
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("when", ["first", "later"])
+@on_ranks()
+def test_torch_func_differentiates_given_weights(when: str, dtype: torch.dtype, transport: Any) -> None:
+    """Literals: of y = w x summed over 4 rows, dy/dw is x, and along a tangent of ones y moves by 3 x a row. Prevents:
+    zeros, from weights that were cast outside of the transform.
+    """
+    model, x = twos(transport=transport, mp_policy=MixedPrecisionPolicy(param_dtype=dtype)), torch.full((1, 3), 2.0)
+    if when == "later":
+        model(x).sum().backward()
+    weight = torch.full((4, 3), 5.0)
+
+    def outputs(w: torch.Tensor, inputs: torch.Tensor = x) -> torch.Tensor:
+        return functional_call(model, {"weight": w}, (inputs,)).float()
+
+    grad, loss = torch.func.grad_and_value(lambda w: outputs(w).sum())(weight)
+    assert (loss.item(), grad.tolist()) == (120.0, [[2.0] * 3] * 4)
+    value, tangent = torch.func.jvp(outputs, (weight,), (torch.ones(4, 3),))
+    assert (value.tolist(), tangent.tolist()) == ([[30.0] * 4], [[6.0] * 4])
+    each = torch.vmap(torch.func.grad(lambda w, i: outputs(w, i).sum()), in_dims=(None, 0))
+    inputs = torch.stack([x, 2 * x])
+    assert each(weight, inputs)[:, 0, 0].tolist() == [2.0, 4.0]
+    assert torch.equal(full(model.weight), torch.full((4, 3), 2.0))
+
+
+@on_ranks()
+def test_a_sharded_tensor_given_under_a_transform_is_refused() -> None:
+    model, x = twos(), torch.ones(1, 3)
+    with pytest.raises(NotImplementedError, match=r"weight: a DTensor was given .*full_tensor\(\)"):
+        torch.func.grad(lambda w: functional_call(model, {"weight": w}, (x,)).sum())(fives("sharded", model))
+    assert model(x)[0, 0] == 6.0
+
+
 @on_ranks()
 def test_some_of_a_blocks_weights_may_be_given() -> None:
     """Prevents: given weights of nested units, or those beside them, that are lost."""

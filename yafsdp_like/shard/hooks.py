@@ -27,6 +27,7 @@ from torch.autograd import Variable
 
 from yafsdp_like.shard.debug import holds_nan, output_error
 from yafsdp_like.shard.engine import Engine, backward_task, engine_for
+from yafsdp_like.shard.held import replace_held
 from yafsdp_like.shard.nested import cast_floating, map_tensors
 from yafsdp_like.shard.slots import GatherSlot, GradientSlot, SlotState, Use
 from yafsdp_like.shard.unit import Unit
@@ -36,6 +37,7 @@ from yafsdp_like.shard.watching import (
     differentiable,
     no_second_gradients,
     outside_transforms,
+    watch_held,
     watch_inputs,
     watch_outputs,
 )
@@ -101,6 +103,8 @@ def _enter(engine: Engine, unit: Unit, call: Call, inputs: Any) -> Any:
     builds_graph = torch.is_grad_enabled()
     tensors = differentiable(inputs) if builds_graph else []
     outside_transforms(_gather, engine, unit, builds_graph and not tensors)
+    for p in unit.given:
+        p.use_given()
     if not builds_graph:
         return inputs
     call.use = Use(unit.gather_slot)
@@ -151,8 +155,9 @@ def _after_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], output:
     failed = sys.exc_info()[1] is not call.outer_error
     assert engine is not None
     error: RuntimeError | None = None
+    others: list[Any] = []  # in the output, that are neither tensors nor containers of such
     if not failed and unit.registered is not None:
-        output = map_tensors(partial(_own_values, unit.registered), output)
+        output = _own_values(unit.registered, output, others)
         if engine.debug and not call.has_nan_inputs:
             error = output_error(unit.registered, output)
             failed = error is not None
@@ -161,6 +166,8 @@ def _after_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], output:
             start = partial(_start_backward, engine, unit, call.use)
             call.watched.adopt_writes(unit.name, start)
             output = watch_outputs(start, output, call.watched)
+            if others and call.starts_iteration:  # only of the root no other unit's tensors can be among them
+                watch_held(start, others, call.watched)
         if module in unit.to_run:
             unit.to_run.remove(module)
         if failed or not unit.to_run:
@@ -172,9 +179,18 @@ def _after_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], output:
     return output if failed else cast_floating(output, unit.policy.mp.output_dtype)
 
 
-def _own_values(slot: GatherSlot, output: torch.Tensor) -> torch.Tensor:
-    """``output``, or a copy of one that shows the slot, whose bytes other units will have (DETR's queries, say)."""
-    return output.clone() if slot.shows(output) else output
+def _own_values(slot: GatherSlot, output: Any, others: list[Any]) -> Any:
+    """``output`` with copies of tensors that show the slot, whose bytes other units will have (DETR's queries, say);
+    also inside of objects, which are added to ``others``.
+    """
+
+    def own(t: torch.Tensor) -> torch.Tensor:
+        return t.clone() if slot.shows(t) else t
+
+    output = map_tensors(own, output, others)
+    if others:
+        replace_held(own, others)
+    return output
 
 
 def _leave(engine: Engine, unit: Unit) -> None:
@@ -182,6 +198,8 @@ def _leave(engine: Engine, unit: Unit) -> None:
     unit.to_run.clear()
     if unit.calls or unit.registered is None:
         return
+    for p in unit.given:
+        p.put_given_back()
     # By default the root stays gathered for its backward. Where none will come, modules must show the sharded
     # parameters again, or zero_grad() and clipping over model.parameters() would miss the gradients.
     idle = unit.policy.reshard_after_forward is None and not torch.is_grad_enabled()

@@ -5,37 +5,41 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 PLAIN, EMPTY = (bool, int, float, str), (dict, tuple, list)
 
 
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any, others: list[Any] | None = None) -> Any:
     """``value`` with every tensor replaced by ``function`` of it, in a fixed order.
 
-    Containers are copied only where something in them changes, so that what is left alone keeps its identity.
+    Containers are copied only where something in them changes, so that what is left alone keeps its identity. Objects
+    that are neither containers nor tensors are left alone, and added to ``others``.
     """
     if isinstance(value, torch.Tensor):
         return function(value)
     if value is None or type(value) in PLAIN or (type(value) in EMPTY and not value):
         return value  # most of what modules are given: said before the slower questions
     if isinstance(value, Mapping):
-        return _copied_where_changed(function, value, dict(value), _set_item)
+        return _copied_where_changed(function, value, dict(value), _set_item, others)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return _copied_where_changed(function, value, fields, object.__setattr__)
+        return _copied_where_changed(function, value, fields, object.__setattr__, others)
     if isinstance(value, (list, tuple)):
-        items = [function(v) if isinstance(v, torch.Tensor) else map_tensors(function, v) for v in value]
+        items = [function(v) if isinstance(v, torch.Tensor) else map_tensors(function, v, others) for v in value]
         if all(map(operator.is_, items, value)):
             return value
         return (
             type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         )  # a named tuple takes them apart
+    if others is not None:
+        others.append(value)
     return value
 
 
@@ -48,8 +52,9 @@ def _copied_where_changed(
     value: Any,
     items: dict[Any, Any],
     assign: Callable[[Any, Any, Any], None],
+    others: list[Any] | None,
 ) -> Any:
-    mapped = {key: map_tensors(function, item) for key, item in items.items()}
+    mapped = {key: map_tensors(function, item, others) for key, item in items.items()}
     changed = {key: item for key, item in mapped.items() if item is not items[key]}
     if not changed:
         return value
@@ -71,6 +76,14 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return found
 
 
+def layers_of(t: torch.Tensor) -> Iterator[torch.Tensor]:
+    """``t`` as each ``torch.func`` transform sees it, the innermost first, and as it is without any."""
+    while _functorch.is_functorch_wrapped_tensor(t):
+        yield t
+        t = _functorch.get_unwrapped(t)
+    yield t
+
+
 def addresses_in(tensor: torch.Tensor) -> list[int]:
     """Where the values of ``tensor`` begin in memory; of each part of one that is made of others. None of one that has
     no values (a fake one) or no strides (a sparse one).
@@ -84,8 +97,8 @@ def addresses_in(tensor: torch.Tensor) -> list[int]:
     try:
         return [tensor.data_ptr()]
     except RuntimeError:
-        wraps = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        return addresses_in(torch._C._functorch.get_unwrapped(tensor)) if wraps else []
+        wraps = _functorch.is_functorch_wrapped_tensor(tensor)
+        return addresses_in(_functorch.get_unwrapped(tensor)) if wraps else []
 
 
 def cast_floating(value: Any, dtype: torch.dtype | None) -> Any:

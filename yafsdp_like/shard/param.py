@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from yafsdp_like.memory.arena import Place
 from yafsdp_like.memory.layout import RowShards
 from yafsdp_like.shard.gradient import Home, Homes
+from yafsdp_like.shard.nested import layers_of
 
 if TYPE_CHECKING:
     from yafsdp_like.shard.unit import Unit
@@ -266,26 +267,42 @@ class ShardedParam:
         for hook in (getattr(self.sharded, "_post_accumulate_grad_hooks", None) or {}).values():
             hook(self.sharded)
 
-    def register(self, value: nn.Parameter) -> None:
+    def register(self, value: nn.Parameter) -> bool:
         """Makes ``value``, the sharded parameter or a slot's full one, what every owning module sees under this
         parameter's name.
 
-        A tensor that the user has put there (``torch.func.functional_call``) stays: modules compute on it.
+        A tensor that the user has put there (``torch.func.functional_call``) stays. Returns whether modules are to
+        compute on such a one: ``use_given`` is to come before they do.
         """
-        for stand in self._stands:
-            if stand.module._parameters.get(stand.attribute) is stand.computed:
-                stand.module._parameters[stand.attribute] = stand.given  # type: ignore[assignment]
-        self._stands.clear()
+        if self._stands:
+            self.put_given_back()
+        is_given = False
         for module, attribute in self.owners:
             found = module._parameters.get(attribute)
             if found is not self.registered and not self.is_mine(found):
-                if found is not None and value is not self.sharded:
-                    self._stand_in(module, attribute, found)
+                is_given = is_given or (found is not None and value is not self.sharded)
             elif type(module).__setattr__ is nn.Module.__setattr__:
                 module._parameters[attribute] = value
             else:  # e.g. nn.LSTM, which keeps a list of its weights beside the dict
                 setattr(module, attribute, value)
         self.registered = value
+        return is_given
+
+    def use_given(self) -> None:
+        """Lets modules compute on what the user has put in this parameter's place. Called where modules are, inside
+        of transforms.
+        """
+        for module, attribute in self.owners:
+            found = module._parameters.get(attribute)
+            if found is not None and found is not self.registered and not self.is_mine(found):
+                self._stand_in(module, attribute, found)
+
+    def put_given_back(self) -> None:
+        """Modules have computed: what the user has put there is there again, for ``functional_call`` to take out."""
+        for stand in self._stands:
+            if stand.module._parameters.get(stand.attribute) is stand.computed:
+                stand.module._parameters[stand.attribute] = stand.given  # type: ignore[assignment]
+        self._stands.clear()
 
     def is_mine(self, found: torch.Tensor | None) -> bool:
         """Whether ``found`` is the sharded parameter or a slot's full one."""
@@ -300,7 +317,12 @@ class ShardedParam:
         computed = given
         if isinstance(given, DTensor):
             computed = given.full_tensor(grad_placements=[Partial("avg")] * given.device_mesh.ndim)
-        if computed.is_floating_point():
+        elif any(isinstance(layer, DTensor) for layer in layers_of(given)):
+            raise NotImplementedError(
+                f"{self.name}: a DTensor was given in its place under a torch.func transform, which cannot gather it: "
+                f"give the whole tensor, .full_tensor() before the transform (rank {self.rank})"
+            )
+        if computed.is_floating_point() and computed.dtype != self.compute_dtype:
             computed = computed.to(self.compute_dtype)
         if computed is not given:
             module._parameters[attribute] = computed  # type: ignore[assignment]

@@ -122,6 +122,9 @@ class Unit:
         self.cast: Generation = ()  # of the main shards when the compute shards were last made from them
         self.written_by_update = False  # an update has made both since the last forward
         self.engine: Engine | None = None  # of the root module, once that is known
+        self.given: list[
+            ShardedParam
+        ] = []  # in whose place modules hold tensors of the user's, while that is registered
         self.registered: GatherSlot | None = None  # whose parameters the modules see; None: the sharded ones
         self._gather_slot: GatherSlot | None = None  # see the property
         self._gradient_slot: GradientSlot | None = None
@@ -259,8 +262,7 @@ class Unit:
         Also where they should see them already: ``functional_call`` ends by putting back what it found when it began.
         """
         values = [p.sharded for p in self.params] if slot is None else slot.params
-        for p, value in zip(self.params, values, strict=True):
-            p.register(value)
+        self.given = [p for p, value in zip(self.params, values, strict=True) if p.register(value)]
         self.registered = slot
 
     def copy_unsharded(self) -> list[torch.Tensor]:

@@ -21,7 +21,7 @@ differentiated again. That would read parameters which are not gathered any more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ from torch._C._autograd import CreationMeta, _get_creation_meta
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from yafsdp_like.shard.nested import map_tensors, tensors_in
+from yafsdp_like.shard.held import replace_held
+from yafsdp_like.shard.nested import layers_of, map_tensors, tensors_in
 
 Start = Callable[[bool], None]  # is told whether gradients of the gradients are prepared for, but refused later
 
@@ -193,7 +194,7 @@ def outside_transforms(function: Callable[..., None], *args: Any) -> None:
 def differentiable(inputs: Any) -> list[torch.Tensor]:
     """The tensors in ``inputs`` that need a gradient, to any transform."""
     if torch._C._are_functorch_transforms_active():
-        return [t for t in tensors_in(inputs) if any(layer.requires_grad for layer in _layers(t))]
+        return [t for t in tensors_in(inputs) if any(layer.requires_grad for layer in layers_of(t))]
     return [t for t in tensors_in(inputs) if t.requires_grad]
 
 
@@ -241,6 +242,19 @@ def watch_outputs(start: Start, output: Any, watched: Watched) -> Any:
     return map_tensors(watch, output)
 
 
+def watch_held(start: Start, objects: Sequence[Any], watched: Watched) -> None:
+    """The same for tensors that a forward has computed and returned inside ``objects``."""
+
+    def watch(t: torch.Tensor) -> torch.Tensor:
+        if torch._C._are_functorch_transforms_active():
+            return _watch_layers(start, t)
+        if not t.is_leaf and watched.given(t) is None:
+            _watch_output(start, t, watched)
+        return t
+
+    replace_held(watch, objects)
+
+
 def _watch_output(start: Start, t: torch.Tensor, watched: Watched) -> torch.Tensor:
     if not t.requires_grad:
         return t
@@ -259,16 +273,8 @@ def _watch_output(start: Start, t: torch.Tensor, watched: Watched) -> torch.Tens
 
 def _watch_layers(start: Start, t: torch.Tensor) -> torch.Tensor:
     """See [Note: functorch]."""
-    for layer in _layers(t):
+    for layer in layers_of(t):
         if layer.requires_grad:
             wrapped = _functorch.is_functorch_wrapped_tensor(layer)
             layer.register_hook(lambda grad, wrapped=wrapped: start(wrapped))
     return t
-
-
-def _layers(t: torch.Tensor) -> Iterator[torch.Tensor]:
-    """``t`` as each transform sees it, the innermost first, and as it is without any."""
-    while _functorch.is_functorch_wrapped_tensor(t):
-        yield t
-        t = _functorch.get_unwrapped(t)
-    yield t
