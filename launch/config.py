@@ -93,6 +93,10 @@ class CheckpointOptions:
     )
     export_dtype: Literal["float32", "bfloat16"] = "float32"
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.grace_seconds < math.inf:
+            raise ValueError(f"checkpoint.grace_seconds must be a number of seconds, got {self.grace_seconds}")
+
 
 @dataclass(frozen=True)
 class EvaluationOptions:
@@ -162,6 +166,13 @@ class Config:
         for key, (value, low) in at_least.items():
             if value < low:
                 raise ValueError(f"{key} must be at least {low}, got {value}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must have at most 64 bits, got {self.seed}")
+        if not 0 <= self.sample.temperature < math.inf:
+            raise ValueError(f"sample.temperature must be at least 0, got {self.sample.temperature}")
+        for key, text in {"output_dir": self.output_dir, "resume": self.resume}.items():
+            if not text or "\0" in text:
+                raise ValueError(f"{key} must say a path, got {text!r}")
         if [self.model.preset, self.model.hf_dir, self.model.factory].count(None) != 2:
             raise ValueError("give exactly one of model.preset, model.hf_dir and model.factory; set the others to null")
         if self.model.factory is None and (self.model.factory_args or self.model.blocks):
@@ -234,19 +245,51 @@ def _fill(path: Path | None, overrides: Sequence[str]) -> Config:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of jsonargparse's own future
-            values = parser.instantiate_classes(parser.parse_args([*file, *overrides]))
+            told = parser.parse_args([*file, *overrides])
+            defaults, plain = parser.get_defaults(), jsonargparse.Namespace
+            for name in sections(Config):
+                if told[name] is None or isinstance(told[name], plain):  # None: every key of it is a comment
+                    told[name] = plain(**{**vars(defaults[name]), **vars(told[name] or plain())})
+            _check_present(told.as_dict())
+            values = parser.instantiate_classes(told)
     except (argparse.ArgumentError, TypeError) as error:
         raise ValueError(f"{path or 'the command line'}: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{path or 'the command line'} is not YAML: it is nested too deeply, or in itself") from None
     return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+
+
+def _check_present(told: Mapping[str, Any]) -> None:
+    """jsonargparse takes null for a value of any type, and anything for a section. Raises ValueError."""
+    for key, hint in known_keys(Config):
+        section, _, name = key.rpartition(".")
+        value = told[section][name] if section else told[name]
+        if key in sections(Config) and not isinstance(value, Mapping):
+            raise ValueError(f"the section {key} must hold keys and values, found {type(value).__name__}")
+        if value is None and type(None) not in typing.get_args(hint):
+            raise ValueError(f"{key} must not be null; without the key it has its default")
+
+
+class _Loader(yaml.SafeLoader):
+    """Says of a key that stands twice, of which YAML's loaders take the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, key in enumerate(keys):
+            if key in keys[:index] and key != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the configuration {path}: {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
     if content is None:
         return {}
     if not isinstance(content, Mapping):

@@ -172,3 +172,41 @@ def test_the_first_rank_speaks_and_others_wait_to_be_ended(
     assert capsys.readouterr().err.endswith("did you mean 'num_steps'?\n") and slept == [5.0]
     assert usage.answered(["configs/tiny.yaml", "--num_steps=1"]) is None
     assert capsys.readouterr() == ("", "")
+
+
+# --- files that are not what they should be ---
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("num_steps: null", "num_steps must not be null; without the key it has its default"),
+        ("output_dir:\nseed: 1", "output_dir must not be null; without the key it has its default"),
+        ("optimizer: {lr: ~}", "optimizer.lr must not be null; without the key it has its default"),
+        ("model: {overrides: null}", "model.overrides must not be null; without the key it has its default"),
+        ("optimizer: 5", "the section optimizer must hold keys and values, found int"),
+        ("optimizer: [1]", "the section optimizer must hold keys and values, found list"),
+        ("checkpoint: {grace_seconds: .nan}", "checkpoint.grace_seconds must be a number of seconds, got nan"),
+        ("sample: {temperature: -1}", "sample.temperature must be at least 0, got -1.0"),
+        ("seed: 99999999999999999999", "seed must have at most 64 bits, got 99999999999999999999"),
+        ('output_dir: ""', "output_dir must say a path, got ''"),
+        ("model: {overrides: &it {vocab_size: *it}}", "nested too deeply"),
+        ("num_steps: " + "[" * 5000 + "]" * 5000, "is nested too deeply"),
+        ("num_steps: 2\nnum_steps: 3", "is not YAML: the key 'num_steps' stands twice"),
+        ("data: {paths: a, paths: b}", "is not YAML: the key 'paths' stands twice"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_one_line(tmp_path: Path, content: str, words: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        config.load([str(file)])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_section_whose_keys_are_all_comments_has_its_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("optimizer:\n  # lr: 1\ndata:\n")
+    assert config.load([str(file)]) == Config()
+    assert config.load([str(file), "--optimizer.lr=0.5"]).optimizer.lr == 0.5
