@@ -233,6 +233,13 @@ BROKEN = [
     ("model.safetensors", "", "model.safetensors is no whole safetensors file"),
     ("model.safetensors.index.json", "[]", "is no index of safetensors files"),
     ("generation_config.json", '{"temperature": "hot"}', "generation_config.json: temperature must be a number"),
+    (
+        "generation_config.json",
+        '{"top_k": Infinity}',
+        "top_k must be a whole number, found inf",
+    ),
+    ("generation_config.json", '{"top_k": NaN}', "generation_config.json: top_k must be a whole number, found nan"),
+    ("generation_config.json", '{"top_p": 1%s}' % ("0" * 400), "generation_config.json: top_p must be a number, found"),
     ("generation_config.json", '{"top_p": 7}', "generation_config.json: top_p must be above 0 and at most 1"),
     ("generation_config.json", '{"eos_token_id": [[1]]}', "eos_token_id must be an id or a list of ids"),
     ("tokenizer_config.json", "[]", "tokenizer_config.json: expected an object in JSON, found list"),

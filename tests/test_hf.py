@@ -631,3 +631,10 @@ def test_what_training_exports_carries_the_generation_config(there: bool, tied: 
     written = tmp_path / "hf" / "generation_config.json"
     assert written.is_file() == there
     assert not there or written.read_bytes() == content
+
+
+def test_two_ways_of_scaling_positions_that_differ_are_refused() -> None:
+    raw = {**config_to_hf(PRESETS["tiny"]), "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    assert config_from_hf({**raw, "rope_scaling": {"rope_type": "default"}}).rope_scaling is None
+    with pytest.raises(ValueError, match="rope_scaling and rope_parameters differ, remove one"):
+        config_from_hf({**raw, "rope_scaling": {"rope_type": "linear", "factor": 4.0}})

@@ -167,7 +167,7 @@ def test_a_package_that_is_missing_is_one_line_too(
     ("given", "names"),
     [
         ("runs/smollm2/base", ("base", "runs/smollm2/base")),
-        ("runs/smollm2/base/", ("base", "runs/smollm2/base/")),
+        ("runs/smollm2/base/", ("base", "runs/smollm2/base/", "runs/smollm2/base")),
         ("/models/Llama-3", ("Llama-3", "/models/Llama-3")),
         ("base", ("base",)),
         ("preset:tiny", ("preset:tiny",)),

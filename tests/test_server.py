@@ -532,6 +532,7 @@ def plain(codec: Codec) -> Iterator[Running]:
         (COMPLETIONS, {"prompt": [[]]}, 400, "prompt", "a string, a list of strings"),
         (COMPLETIONS, {"prompt": [0, 99_999]}, 400, "prompt", "token ids must be from 0 to"),
         (COMPLETIONS, {"prompt": [-1]}, 400, "prompt", "token ids must be from 0 to"),
+        (COMPLETIONS, {"prompt": [10**400]}, 400, "prompt", "0...0"),  # of which not all is said again
         (COMPLETIONS, {"prompt": "\ud83d"}, 400, "prompt", "surrogate"),
         (COMPLETIONS, {"prompt": "fox " * 300}, 400, "prompt", "are more than the 256 that fit"),
         (COMPLETIONS, {"prompt": "x", "max_tokens": 256}, 400, "prompt", "and 256 to generate"),

@@ -7,6 +7,7 @@ may be: code that a directory brings along is refused. Needs `transformers`, whi
 from __future__ import annotations
 
 import json
+import reprlib
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from yafsdp_like.models.hf import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = "tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG
+SHORT = reprlib.Repr()
 SAMPLED = "temperature", "top_k", "top_p", "min_p", "repetition_penalty"  # what generation_config.json may say of it
 
 
@@ -114,16 +116,20 @@ def sampling_defaults(directory: Path | None) -> SamplingParams:
     told = {name: value for name, value in json_object(path).items() if name in SAMPLED and value is not None}
     kinds = {item.name: int if item.type == "int" else float for item in fields(SamplingParams)}
     for name, value in told.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or (kinds[name] is int and value != int(value))
-        ):
-            raise ValueError(f"{path}: {name} must be a number, found {value!r}")
-        told[name] = kinds[name](value)
+        told[name] = _number(path, name, value, kinds[name])
     if told.get("top_k", 0) < 0:  # some write -1 for all
         told["top_k"] = 0
     try:
         return SamplingParams(**told)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _number(path: Path, name: str, value: Any, kind: type[int] | type[float]) -> int | float:
+    """What a file says of a number, as a number of this kind."""
+    try:
+        if type(value) in (int, float) and kind(value) == value:  # which NaN is not, and neither is 5 for 5.5
+            return kind(value)
+    except (ValueError, OverflowError):  # NaN and infinity are no whole numbers, and some of those are no floats
+        pass
+    raise ValueError(f"{path}: {name} must be a {'whole ' if kind is int else ''}number, found {SHORT.repr(value)}")

@@ -304,7 +304,8 @@ class Reader:
             return self._ids("prompt", self._codec.encode, prompt)
         for token in (min(prompt), max(prompt)):
             if not 0 <= token < self._options.vocab_size:
-                raise invalid("prompt", f"token ids must be from 0 to {self._options.vocab_size - 1}, found {token}")
+                most = self._options.vocab_size - 1
+                raise invalid("prompt", f"token ids must be from 0 to {most}, found {shown(token)}")
         return tuple(prompt)
 
     def _probe(self, param: str, text: str) -> None:
@@ -337,7 +338,7 @@ class Reader:
         """Tokens to generate after a prompt: what was asked for, which must fit, or as much of the default as fits."""
         room = self._options.max_seq_len - len(prompt)
         if room < (asked or 1):
-            words = f"{len(prompt)} tokens, and {asked or 1} to generate"
+            words = f"{len(prompt)} tokens, and {shown(asked or 1)} to generate"
             raise too_long(param, words, self._options.max_seq_len)
         return asked or min(default, room)
 

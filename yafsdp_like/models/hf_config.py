@@ -150,6 +150,9 @@ def _check_kinds(raw: Mapping[str, Any]) -> None:
         raise ValueError(f"max_window_layers must be a number of layers, found {raw['max_window_layers']!r}")
     for name in ("rope_scaling", "rope_parameters"):
         _check_rope(name, raw.get(name))
+    older, newer = raw.get("rope_scaling"), raw.get("rope_parameters")
+    if older and newer and {**newer, **older} != dict(newer):  # of which versions of transformers take the one or other
+        raise ValueError(f"rope_scaling and rope_parameters differ, remove one: found {older!r} and {newer!r}")
 
 
 def _check_rope(name: str, rope: object) -> None:
