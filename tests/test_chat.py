@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.test_text import TEXT, needs_smollm2, smollm2_in, write_tokenizer
@@ -86,6 +86,7 @@ def test_ordinary_chats_with_smollm2_have_the_tokens_of_transformers(smollm2: tu
 
 
 @needs_smollm2
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), min_size=1, max_size=4))
 def test_any_ordinary_chat_has_the_tokens_of_transformers(smollm2: tuple[Codec, Any], contents: list[str]) -> None:
     codec, tokenizer = smollm2
@@ -152,6 +153,7 @@ def templated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Codec]:
     return {name: codec_with(tmp_path_factory.mktemp("t"), template)[0] for name, template in TEMPLATES.items()}
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     st.sampled_from([name for name in TEMPLATES if name != "compares"]),
     st.lists(st.lists(st.sampled_from(PIECES), max_size=6).map("".join), min_size=1, max_size=3),
@@ -234,6 +236,7 @@ def test_control_tokens_that_are_pieces_of_the_vocabulary_are_text_too(tmp_path:
     assert codec.decode(ids) == "[INST] hi</s><s> ab<> [/INST]"  # u, n and k are in no piece, named or not
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.sets(st.text("ab<|", min_size=1, max_size=5), min_size=1, max_size=30), st.text("ab<|", max_size=40))
 def test_control_tokens_are_found_as_the_longest_at_the_first_place(names: set[str], text: str) -> None:
     found, expected, at = re.findall(_any_of(sorted(names)), text), [], 0
