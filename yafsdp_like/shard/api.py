@@ -30,7 +30,6 @@ from yafsdp_like.shard import clipping
 from yafsdp_like.shard.drop_in import ShardState, refuse_others, show_state_to_torch
 from yafsdp_like.shard.engine import Engine, Report, engine_for
 from yafsdp_like.shard.hooks import abandon, install
-from yafsdp_like.shard.linear import install as install_linear
 from yafsdp_like.shard.param import ShardedParam, ownership_of, refuse_subclass
 from yafsdp_like.shard.pretrained import overrides_of
 from yafsdp_like.shard.unit import Unit, UnitPolicy, unit_of
@@ -127,7 +126,6 @@ def _make_unit(
         _become_fsdp_module(m)
     for m in {owner: None for p in params for owner, _ in p.owners}:
         _keep_state_dict_sharded(unit, m)
-        install_linear(m)
     state = _shard.state(modules[0])
     state.unit = unit
     for m in modules:
@@ -145,20 +143,26 @@ def _params_below(modules: Sequence[nn.Module], ignored: set[nn.Parameter]) -> O
     """Parameters of ``modules`` and of what is below them, except below modules that were sharded earlier."""
     owners: Owners = {}
     seen: set[nn.Module] = set()
-
-    def walk(module: nn.Module) -> None:
-        if module in seen or (unit_of(module) is not None and module not in modules):
-            return
-        seen.add(module)
-        for name, param in module._parameters.items():
-            if param is not None and param not in ignored:
-                owners.setdefault(param, []).append((module, name))
-        for child in module.children():
-            walk(child)
-
     for module in modules:
-        walk(module)
+        _note_params(module, modules, ignored, owners, seen)
     return owners
+
+
+def _note_params(
+    module: nn.Module,
+    modules: Sequence[nn.Module],
+    ignored: set[nn.Parameter],
+    owners: Owners,
+    seen: set[nn.Module],
+) -> None:
+    if module in seen or (unit_of(module) is not None and module not in modules):
+        return
+    seen.add(module)
+    for name, param in module._parameters.items():
+        if param is not None and param not in ignored:
+            owners.setdefault(param, []).append((module, name))
+    for child in module.children():
+        _note_params(child, modules, ignored, owners, seen)
 
 
 def _tie(param: nn.Parameter, places: Sequence[tuple[nn.Module, str]], modules: Sequence[nn.Module]) -> None:
@@ -180,7 +184,7 @@ def _tie(param: nn.Parameter, places: Sequence[tuple[nn.Module, str]], modules: 
 def _gather_for(unit: Unit, modules: Sequence[nn.Module]) -> None:
     for module in modules:
         if module not in unit.modules:
-            unit.modules.append(module)
+            unit.add_module(module)
             install(unit, module)
             _keep_state_dict_sharded(unit, module)
 

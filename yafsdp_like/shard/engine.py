@@ -18,8 +18,9 @@ is an error.
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from torch import nn
 from yafsdp_like.memory.arena import give_back
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event, streams_of
+from yafsdp_like.shard import linear
 from yafsdp_like.shard.blueprint import depth_for
 from yafsdp_like.shard.building import Building, Spill
 from yafsdp_like.shard.debug import poison
@@ -90,6 +92,29 @@ class Engine:
         self.tasks: dict[int, list[Use]] = {}  # running backwards by autograd's number, and the uses they reached
         for unit in self.units:
             unit.engine = self
+
+    def __del__(self) -> None:
+        """The root module is gone, and every graph of it: breaks what keeps units, slots and linear layers alive. See
+        [Note: who owns whom]. Units whose modules are still there get another engine when they run.
+        """
+        if sys.is_finalizing():
+            return
+        units = [unit for unit in self.units if unit.engine in (self, None)]
+        for owner in _owners(units):
+            linear.uninstall(owner)
+        if self.building.arena is not None:
+            self._wait_for_side_streams()
+        for unit in units:
+            if unit.has_slots:
+                self._part_with_slots(unit)
+
+    def _part_with_slots(self, unit: Unit) -> None:
+        for slot in unit.slots:
+            slot.neighbours.clear()  # which lead to each other
+        unit.gradient_slot.neighbours.clear()
+        if unit.unsynced() is None and all(slot.state is not HELD for slot in unit.slots):
+            self.reshard(unit)
+            unit.forget_slots()
 
     # --- the plan ---
 
@@ -170,9 +195,12 @@ class Engine:
         unit.register(slot)
 
     def _leave_building(self) -> None:
+        self._wait_for_side_streams()
+        self.building.leave()
+
+    def _wait_for_side_streams(self) -> None:
         for stream in (GATHER, REDUCE):  # its bytes go back to the allocator, which knows only compute
             self.streams.wait(COMPUTE, self.streams.record(stream))
-        self.building.leave()
 
     def set_debug(self, debug: bool) -> None:
         """In debug mode no unit's slot is another's, so that what it leaves there, poison, stays to be found."""
@@ -575,7 +603,19 @@ def engine_for(unit: Unit, module: nn.Module) -> Engine:
 
     When a module above runs later, it becomes the root, and takes its units over with a plan of its own.
     """
-    return unit.engine if unit.engine is not None else Engine(family_of(module))
+    engine = unit.engine
+    if engine is None:
+        engine = Engine(family_of(module))
+        for below in module.modules():
+            vars(below).pop("_yafsdp_engine", None)  # of a root that is none any more
+        vars(module)["_yafsdp_engine"] = engine
+        for owner in _owners(engine.units):
+            linear.install(owner)
+    return engine
+
+
+def _owners(units: Sequence[Unit]) -> Iterator[nn.Module]:
+    return (module for unit in units for p in unit.params for module, _ in p.owners)
 
 
 def _reduced_early(family: Family) -> dict[Unit, set[int]]:

@@ -57,8 +57,8 @@ def _name(root: nn.Module, units: Sequence[Unit]) -> None:
     for unit in units:
         unit.name = ", ".join(names[m] or "root" for m in unit.modules if m in names)
         for p in unit.params:
-            module, attribute = p.owners[0]
-            p.name = f"{names[module]}.{attribute}" if names.get(module) else attribute
+            for module, attribute in p.owners[:1]:  # none where the user has put another module there
+                p.name = f"{names[module]}.{attribute}" if names.get(module) else attribute
 
 
 def _units_of_modules(units: Sequence[Unit]) -> dict[nn.Module, list[int]]:

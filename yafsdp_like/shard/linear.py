@@ -81,6 +81,12 @@ def install(module: nn.Module) -> None:
         vars(module)["forward"] = types.MethodType(forward, module)
 
 
+def uninstall(module: nn.Module) -> None:
+    """Takes back what ``install`` did: a bound method keeps its module until garbage is collected."""
+    if getattr(vars(module).get("forward"), "__func__", None) is forward:
+        del vars(module)["forward"]
+
+
 def forward(module: nn.Linear, input: Tensor) -> Tensor:
     """``nn.Linear.forward``, and named like it because pickle stores a bound method by its name."""
     return linear(input, module.weight, module.bias)

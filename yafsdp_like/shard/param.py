@@ -6,6 +6,7 @@ nothing of the unit that it is gathered with (``unit.py``), nor of where its ful
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,9 +38,21 @@ class Ownership:
     Pickled and copied with the parameter, it becomes an empty set: files that ``torch.load`` trusts know nothing of us.
     """
 
-    unit: Unit
-    param: ShardedParam
+    unit_ref: weakref.ref[Unit]  # weak: see [Note: who owns whom]
+    param_ref: weakref.ref[ShardedParam]
     is_replaced: bool = False
+
+    @property
+    def unit(self) -> Unit:
+        unit = self.unit_ref()
+        assert unit is not None
+        return unit
+
+    @property
+    def param(self) -> ShardedParam:
+        param = self.param_ref()
+        assert param is not None
+        return param
 
     def __reduce__(self) -> tuple[type[set[Any]], tuple[()]]:
         return set, ()
@@ -48,7 +61,8 @@ class Ownership:
 def ownership_of(param: torch.Tensor) -> Ownership | None:
     """Which unit has sharded ``param``, or None if none has."""
     found = vars(param).get("_yafsdp_ownership")
-    return found if isinstance(found, Ownership) else None
+    is_owned = isinstance(found, Ownership) and found.unit_ref() is not None and found.param_ref() is not None
+    return found if is_owned else None
 
 
 def refuse_subclass(param: torch.Tensor, name: str) -> None:
@@ -85,7 +99,7 @@ class ShardedParam:
 
     def __init__(self, param: nn.Parameter, owners: list[tuple[nn.Module, str]], mesh: DeviceMesh) -> None:
         self.name = owners[0][1]  # the full name from the root, once the root is known
-        self.owners = owners
+        self._owners = [(weakref.ref(module), attribute) for module, attribute in owners]  # [Note: who owns whom]
         self.mesh = mesh
         self.rank = mesh.get_local_rank(mesh.ndim - 1)
         self.shards = RowShards(tuple(param.shape), mesh.size(mesh.ndim - 1))
@@ -98,6 +112,11 @@ class ShardedParam:
         self._address = 0  # and its address
         self.main = self.compute = NOWHERE  # filled by Unit.materialize, and the other by the build
         self.homes: Homes | None = None  # of its gradient, if it is trainable; made by the build
+
+    @property
+    def owners(self) -> list[tuple[nn.Module, str]]:
+        """The modules that register this parameter, and under which name."""
+        return [(module, attribute) for ref, attribute in self._owners if (module := ref()) is not None]
 
     def _shard(self, param: torch.Tensor) -> nn.Parameter:
         """The parameter's DTensor on this rank's rows, which do not keep the others alive (see [Note: a storage of its
@@ -151,7 +170,7 @@ class ShardedParam:
         self.gradient_dtype = self.compute_dtype if as_computed else self.reduce_dtype
 
     def _dtype_of_statistics(self) -> torch.dtype | None:
-        module, _ = self.owners[0]
+        module = next((module for module, _ in self.owners), None)
         statistics = module.running_mean if isinstance(module, _NormBase) else None
         return None if statistics is None else statistics.dtype
 
@@ -195,7 +214,7 @@ class ShardedParam:
 
     def add_owner(self, module: nn.Module, attribute: str) -> None:
         """``module`` is tied to this parameter too: it sees what the others see."""
-        self.owners.append((module, attribute))
+        self._owners.append((weakref.ref(module), attribute))
         module._parameters[attribute] = self.registered  # type: ignore[assignment]
 
     def place_main(self, place: Place) -> None:
@@ -277,7 +296,10 @@ class ShardedParam:
         if self._stands:
             self.put_given_back()
         is_given = False
-        for module, attribute in self.owners:
+        for ref, attribute in self._owners:  # not ``owners``: this runs four times a step
+            module = ref()
+            if module is None:
+                continue
             found = module._parameters.get(attribute)
             if found is not self.registered and not self.is_mine(found):
                 is_given = is_given or (found is not None and value is not self.sharded)

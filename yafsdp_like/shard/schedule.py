@@ -9,7 +9,7 @@ costs a gather that waits or a slot of its own, never a wrong number.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -85,27 +85,35 @@ def schedule_of(root: nn.Module, units_of: Mapping[nn.Module, Sequence[int]], nu
 
     A module that is met again below another parent runs again there.
     """
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
-    tick = -1
+    walk = _Walk(units_of)
+    walk.visit(root)
+    spans = tuple(Span(walk.first[unit], walk.last[unit]) for unit in range(num_units))
+    return Schedule(spans, walk.tick + 1)
 
-    def walk(module: nn.Module, seen: set[nn.Module]) -> None:
-        nonlocal tick
-        if module in seen:
-            last.update({unit: tick for m in module.modules() for unit in units_of.get(m, ())})
+
+@dataclass
+class _Walk:
+    """How far ``schedule_of`` has come."""
+
+    units_of: Mapping[nn.Module, Sequence[int]]
+    tick: int = -1
+    seen: set[nn.Module] = field(default_factory=set)
+    first: dict[int, int] = field(default_factory=dict)
+    last: dict[int, int] = field(default_factory=dict)
+
+    def visit(self, module: nn.Module) -> None:
+        if module in self.seen:
+            again = (unit for m in module.modules() for unit in self.units_of.get(m, ()))
+            self.last.update(dict.fromkeys(again, self.tick))
             return
-        seen.add(module)
-        units = units_of.get(module, ())
-        tick += bool(units)
+        self.seen.add(module)
+        units = self.units_of.get(module, ())
+        self.tick += bool(units)
         for unit in units:
-            first.setdefault(unit, tick)
+            self.first.setdefault(unit, self.tick)
         for child in module.children():
-            walk(child, seen)
-        for unit in units:
-            last[unit] = tick
-
-    walk(root, set())
-    return Schedule(tuple(Span(first[u], last[u]) for u in range(num_units)), tick + 1)
+            self.visit(child)
+        self.last.update(dict.fromkeys(units, self.tick))
 
 
 def gather_starts(

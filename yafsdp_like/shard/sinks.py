@@ -40,13 +40,15 @@ class GradientSink:
         before the last of them.
         """
         unit = self.unit()
-        assert unit is not None and unit.engine is not None
+        assert unit is not None
         p = unit.params[self.k]
         if p.gradient_dtype != p.compute_dtype or len(unit.pending) > 1 or self.k in unit.gradient_slot.holds:
             return None
         if unit.registered is not None and unit.registered.params[self.k]._backward_hooks:
             return None  # of the user's, on the full parameter: they are to see its gradient
-        return unit.engine.open_gradient(unit, self.k)
+        engine = unit.engine
+        assert engine is not None
+        return engine.open_gradient(unit, self.k)
 
     def withdraw(self) -> torch.Tensor | None:
         unit = self.unit()
@@ -60,12 +62,13 @@ class GradientSink:
 
 def _take_gradient(unit_ref: weakref.ref[Unit], k: int, param: torch.Tensor) -> None:
     unit, grad = unit_ref(), param.grad
-    assert unit is not None and unit.engine is not None
+    engine = unit.engine if unit is not None else None
+    assert unit is not None and engine is not None
     param.grad = None
     if grad is not None and grad.layout is not torch.strided:
         raise RuntimeError(
             f"{unit.params[k].name}: expected a dense gradient to reduce, found {grad.layout}; "
             "sparse gradients cannot be sharded, use sparse=False"
         )
-    unit.engine.check_entered(unit, k)
-    unit.engine.accumulate(unit, k, grad)
+    engine.check_entered(unit, k)
+    engine.accumulate(unit, k, grad)

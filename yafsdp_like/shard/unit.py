@@ -97,6 +97,12 @@ class Unit:
     """Parameters that one ``fully_shard`` call took, in order of registration, and all that is known of them.
 
     ``modules`` are those whose forward needs the parameters: the call's own, and any that a parameter is tied into.
+
+    [Note: who owns whom]
+    Modules own their units, and units their parameters and slots; the root module owns the engine, and so does every
+    graph that may still run backward. What leads back, from a unit to its engine and modules and from a parameter to
+    its unit, is weak, and an engine that goes breaks what circles are left: so a model that is deleted frees its memory
+    at once, and not when garbage is collected.
     """
 
     def __init__(
@@ -108,7 +114,7 @@ class Unit:
         transport: Transport,
         device: torch.device,
     ) -> None:
-        self.modules = list(modules)
+        self._modules = [weakref.ref(module) for module in modules]
         self.params = list(params)
         self.policy = policy
         self.mesh = mesh
@@ -121,7 +127,7 @@ class Unit:
         self.updates = 0  # how often an optimizer stepped over them
         self.cast: Generation = ()  # of the main shards when the compute shards were last made from them
         self.written_by_update = False  # an update has made both since the last forward
-        self.engine: Engine | None = None  # of the root module, once that is known
+        self._engine: weakref.ref[Engine] | None = None  # see the property
         self.given: list[
             ShardedParam
         ] = []  # in whose place modules hold tensors of the user's, while that is registered
@@ -141,6 +147,19 @@ class Unit:
 
     def __repr__(self) -> str:
         return f"Unit({self.name!r}, {len(self.params)} parameters)"
+
+    @property
+    def engine(self) -> Engine | None:
+        """Of the root module, once that is known; None again when that module is gone."""
+        return None if self._engine is None else self._engine()
+
+    @engine.setter
+    def engine(self, engine: Engine) -> None:
+        self._engine = weakref.ref(engine)
+
+    @property
+    def has_slots(self) -> bool:
+        return self._gather_slot is not None and self._gradient_slot is not None
 
     @property
     def gather_slot(self) -> GatherSlot:
@@ -180,6 +199,14 @@ class Unit:
         if slot is None or self.pending or slot.state is not SlotState.EMPTY:
             return True
         return any(p.sharded.grad is not None for p in self.params)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those that are still there."""
+        return [module for ref in self._modules if (module := ref()) is not None]
+
+    def add_module(self, module: nn.Module) -> None:
+        self._modules.append(weakref.ref(module))
 
     @property
     def slots(self) -> list[GatherSlot]:
@@ -242,7 +269,9 @@ class Unit:
 
     def mark(self, param: torch.Tensor, p: ShardedParam) -> None:
         """Notes on ``param`` that it is ``p`` of this unit, or what ``p`` was made of, for ``ownership_of``."""
-        param._yafsdp_ownership = Ownership(self, p, is_replaced=param is not p.sharded)  # type: ignore[attr-defined]
+        param._yafsdp_ownership = Ownership(  # type: ignore[attr-defined]
+            weakref.ref(self), weakref.ref(p), is_replaced=param is not p.sharded
+        )
 
     def adopt(self, p: ShardedParam, given: nn.Parameter) -> nn.Parameter:
         """Takes ``given``, which the user assigns to a module, in the place of ``p``; returns what the module gets."""
