@@ -115,7 +115,9 @@ def _staging(layouts: Mapping[Unit, UnitLayout]) -> list[Region]:
         for unit, x in layouts.items()
         if unit.transport.maps_memory and x.gradient_slot.nbytes
     ]
-    sums = max(_column_nbytes(u, [p.reduce_dtype if p.trainable else None for p in u.params]) for u in layouts)
+    sums = max(
+        _column_nbytes(u, [p.reduce_dtype if p.trainable and u.trains else None for p in u.params]) for u in layouts
+    )
     column = max(_column_nbytes(u, [p.compute_dtype for p in u.params]) for u in layouts)
     staging = [Region(STAGING, STAGING, min(max(needs), MOST_STAGING_NBYTES) + sums)] if needs else []
     return staging + ([Region(COLUMN, STAGING, column, mapped=True)] if column else [])

@@ -106,6 +106,7 @@ class Building:
         return [
             f"{p.name} {list(p.shards.shape)} of unit {unit.name!r}, {p.main_dtype} computed in {p.compute_dtype} and "
             f"reduced in {p.reduce_dtype}, {'trainable' if p.trainable else 'frozen'}"
+            + ("" if unit.trains else ", without room for gradients")
             for unit in self._family.units
             for p in unit.params
         ] + [
@@ -192,7 +193,7 @@ def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
             if part.segments[k].nbytes:
                 shard = arena.place(f"{unit.name}.{region}").part(part.segments[k])
                 p.compute = shard.flat(p.compute_dtype, p.shards.chunk_numel)
-        if p.trainable:
+        if k in unit.trainable:
             p.place_grad(arena.place(f"{unit.name}.grad_shard").part(layout.grad_shard.segments[k]))
 
 

@@ -87,6 +87,7 @@ class Engine:
         self.debug = False  # released slots are poisoned, and outputs checked
         self.filled: list[Unit] = []  # whose unused parameters the running backward reduces, in order of reduction
         self.reduced: set[Unit] = set()  # by the running backward
+        self._trains = True  # whether there is, or will be, room for gradients
         self.is_last_backward = True  # whether the end of a backward waits for its reductions
         self.iteration: Call | None = None  # the forward that everything running now is part of
         self.tasks: dict[int, list[Use]] = {}  # running backwards by autograd's number, and the uses they reached
@@ -146,6 +147,7 @@ class Engine:
         Slots that autograd still refers to live on until their graph is gone. Raises the same error on every rank
         when a rank cannot go on, or when ranks shard different models.
         """
+        self._follow_grad_mode()
         if self.is_built:
             return
         self.meetings.builds()
@@ -156,6 +158,22 @@ class Engine:
         except Exception as e:
             error = e
         self.building.agree(self.depth, error)
+
+    def _follow_grad_mode(self) -> None:
+        """A model that begins without grad mode gets room for gradients only once a forward may lead to a backward."""
+        if not self._trains and torch.is_grad_enabled():
+            self.make_trainable()
+        elif self._trains and self.num_layouts == 0 and not torch.is_grad_enabled():
+            self._trains = any(p.sharded.grad is not None for unit in self.units for p in unit.params)
+            for unit in self.units:
+                unit.trains = self._trains
+
+    def make_trainable(self) -> None:
+        """The next forward finds room for gradients."""
+        self._trains = True
+        for unit in self.units:
+            unit.trains = True
+        self.building.invalidate()
 
     def _build(self) -> None:
         edited = {
@@ -452,6 +470,13 @@ class Engine:
 
     def open_gradient(self, unit: Unit, k: int) -> tuple[torch.Tensor, bool]:
         """Where to write parameter ``k``'s full gradient, and whether to add it to what is there already."""
+        if not unit.trains:
+            self.make_trainable()
+            raise RuntimeError(
+                f"a gradient of {unit.params[k].name!r} came from a forward that began without grad mode, as all did "
+                f"so far: there is no room for it yet (rank {unit.transport.rank}). There will be in the next forward: "
+                "run it again"
+            )
         slot = unit.gradient_slot
         if slot.state is EMPTY:
             slot = self._acquire_gradient_slot(unit)

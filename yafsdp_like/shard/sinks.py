@@ -19,7 +19,7 @@ from yafsdp_like.shard.unit import Unit
 
 def watch_gradients(slot: GatherSlot) -> None:
     """From now on, gradients that autograd completes for the slot's parameters move into the unit's gradient slot."""
-    for k in slot.unit.trainable:
+    for k in [k for k, p in enumerate(slot.unit.params) if p.trainable]:
         # Weak, since the garbage collector does not see through a parameter's hooks.
         unit_ref = weakref.ref(slot.unit)
         slot.params[k].register_post_accumulate_grad_hook(partial(_take_gradient, unit_ref, k))

@@ -40,9 +40,11 @@ class UnitLayout:
     gradient_slot: FlatLayout
 
     @classmethod
-    def of(cls, params: Sequence[ShardedParam], maps_memory: bool, page_nbytes: int) -> UnitLayout:
-        """Where peers read the compute shard in place (``maps_memory``), every parameter has one; slots are windows
-        where ``page_nbytes`` is not 0.
+    def of(
+        cls, params: Sequence[ShardedParam], trainable: Collection[int], maps_memory: bool, page_nbytes: int
+    ) -> UnitLayout:
+        """With gradients of the ``trainable`` ones. Where peers read the compute shard in place (``maps_memory``),
+        every parameter has one; slots are windows where ``page_nbytes`` is not 0.
         """
         shown = {
             k for k, p in enumerate(params) if page_nbytes and p.chunk_nbytes and p.chunk_nbytes % page_nbytes == 0
@@ -65,9 +67,9 @@ class UnitLayout:
                 [p.compute_dtype if has_shard[k] and k not in shown else None for k, p in enumerate(params)]
             ),
             shown_shard=chunks([p.compute_dtype if k in shown else None for k, p in enumerate(params)]),
-            grad_shard=chunks([p.main_dtype if p.trainable else None for p in params]),
+            grad_shard=chunks([p.main_dtype if k in trainable else None for k, p in enumerate(params)]),
             gather_slot=full([p.compute_dtype if p.shards.world_size > 1 else None for p in params], shown),
-            gradient_slot=full([p.gradient_dtype if p.trainable else None for p in params]),
+            gradient_slot=full([p.gradient_dtype if k in trainable else None for k, p in enumerate(params)]),
         )
 
     @property
@@ -135,6 +137,7 @@ class Unit:
         self._gather_slot: GatherSlot | None = None  # see the property
         self._gradient_slot: GradientSlot | None = None
         self.staging = self.column = NOWHERE  # scratch of reductions and gathers, shared by units; made by the build
+        self.trains = True  # False: as far as is known there are only forwards without grad mode
         self.own_gather_slot = False  # by a spill; later plans keep to it
         self.own_gradient_slot = False  # by a spill, or because unsynced gradients stay in it between backwards
         self.unsynced_gradients = False  # set_requires_gradient_sync(False) was called
@@ -215,7 +218,8 @@ class Unit:
 
     @property
     def trainable(self) -> list[int]:
-        return [k for k, p in enumerate(self.params) if p.trainable]
+        """Parameters for whose gradients there is, or will be, room."""
+        return [k for k, p in enumerate(self.params) if p.trainable] if self.trains else []
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -236,7 +240,8 @@ class Unit:
         """
         self.plan_dtypes()
         spares_own_chunks = self.transport.spares_own_chunks and self.transport.world_size > 1
-        return UnitLayout.of(self.params, self.transport.maps_memory, page_nbytes if spares_own_chunks else 0)
+        page_nbytes = page_nbytes if spares_own_chunks else 0
+        return UnitLayout.of(self.params, self.trainable, self.transport.maps_memory, page_nbytes)
 
     def plan_dtypes(self) -> None:
         """What each parameter is computed and its gradient reduced in, by the policy of now."""
