@@ -1,4 +1,4 @@
-"""A model that only evaluates has no memory for gradients; one that trains later gets it then, with the same numbers."""
+"""A model that only evaluates has no memory for gradients; one that trains gets it then, with the same numbers."""
 
 from typing import Any
 
