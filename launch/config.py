@@ -11,6 +11,8 @@ import dataclasses
 import difflib
 import json
 import math
+import re
+import types
 import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,8 +78,8 @@ class OptimizerOptions:
 class PrecisionOptions:
     """What modules compute in and what gradients are summed in; parameters and moments are fp32."""
 
-    param_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of forward and backward
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients between ranks
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,11 @@ class CheckpointOptions:
     """Step-N directories under the run's directory."""
 
     every: int = 100  # steps, all of which a crash may lose; 0: at the end only
-    keep: int = 3
+    keep: int = 3  # of the last ones
     grace_seconds: float = 25.0  # after SIGTERM, to save a checkpoint before the end; torchrun waits for 30 s
     asynchronous: bool = True  # write behind the next steps, from a copy in host memory that is kept to the end
-    export: bool | None = (
-        None  # also a Hugging Face directory, `hf`, made in the first host's memory; none: if it can be
-    )
-    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    export: bool | None = None  # also a Hugging Face directory, `hf`, from the first host's memory; none: if it can be
+    export_dtype: Literal["float32", "bfloat16"] = "float32"  # of what is exported
 
     def __post_init__(self) -> None:
         if not 0 <= self.grace_seconds < math.inf:
@@ -111,7 +111,7 @@ class LogOptions:
     """What is said, and how often."""
 
     every: int = 10  # steps; ranks meet and the device is synchronised then
-    tensorboard: bool = True
+    tensorboard: bool = True  # under the run directory, beside metrics.jsonl
     peak_tflops: float | None = None  # of one device, for MFU; none: known by the device's name
     profile_step: int | None = None  # trace this step and the next
     memory_snapshot: bool = False  # the allocator's history to the end of the run; needs GPUs
@@ -253,7 +253,7 @@ def _fill(path: Path | None, overrides: Sequence[str]) -> Config:
             _check_present(told.as_dict())
             values = parser.instantiate_classes(told)
     except (argparse.ArgumentError, TypeError) as error:
-        raise ValueError(f"{path or 'the command line'}: {' '.join(str(error).split())}") from None
+        raise ValueError(_wrong_value(str(error), path, overrides)) from None
     except RecursionError:
         raise ValueError(f"{path or 'the command line'} is not YAML: it is nested too deeply, or in itself") from None
     return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
@@ -279,6 +279,18 @@ class _Loader(yaml.SafeLoader):
             if key in keys[:index] and key != "<<":
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _wrong_value(words: str, path: Path | None, overrides: Sequence[str]) -> str:
+    """Which key has a value of another type, where it was said, and what it takes, from the parser's own words."""
+    words = " ".join(words.split())
+    found = re.search(r'Parser key "([^"]+)":.* (?:Got|Given) value: (.*)$', words)
+    hint = dict(known_keys(Config)).get(found[1]) if found else None
+    if found is None or hint is None:
+        return f"{path or 'the command line'}: {words}"
+    on_the_line = path is None or any(word.startswith(f"--{found[1]}=") for word in overrides)
+    where = "the command line" if on_the_line else str(path)
+    return f"{found[1]} in {where}: expected {type_text(hint)}, found {found[2]}"
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
@@ -366,3 +378,18 @@ def sections(cls: type) -> dict[str, type]:
     """The fields that hold options of their own."""
     hints = typing.get_type_hints(cls)
     return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint) and isinstance(hint, type)}
+
+
+def type_text(hint: Any) -> str:
+    """A type as it is said on a command line: int, str|null, auto|cpu|cuda."""
+    inner = typing.get_args(hint)
+    match typing.get_origin(hint):
+        case typing.Literal:
+            return "|".join(map(str, inner))
+        case typing.Union | types.UnionType:
+            return "|".join(type_text(part) for part in inner)
+        case origin if origin is tuple:
+            return f"[{type_text(inner[0])},...]" if Ellipsis in inner else f"[{','.join(map(type_text, inner))}]"
+        case origin if origin is dict:
+            return "value"
+    return "null" if hint is type(None) else str(hint.__name__)

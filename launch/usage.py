@@ -12,7 +12,6 @@ import re
 import sys
 import textwrap
 import time
-import types
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import yaml
 
 from launch import config
-from launch.config import FREE_KEYS, USAGE, Config
+from launch.config import FREE_KEYS, USAGE, Config, type_text
 from yafsdp_like.data import TextSource
 
 GRACE_SECONDS = 5.0  # a launcher ends all ranks when one has ended; the first rank is to say why before
@@ -100,21 +99,6 @@ def _beside(head: str, comment: str) -> list[str]:
     if len(head) + 2 > COLUMN:
         return [head, *said] if comment else [head]
     return [head + said[0][len(head) :], *said[1:]]
-
-
-def type_text(hint: Any) -> str:
-    """A type as it is said on a command line: int, str|null, auto|cpu|cuda."""
-    inner = typing.get_args(hint)
-    match typing.get_origin(hint):
-        case typing.Literal:
-            return "|".join(map(str, inner))
-        case typing.Union | types.UnionType:
-            return "|".join(type_text(part) for part in inner)
-        case origin if origin is tuple:
-            return f"[{type_text(inner[0])},...]" if Ellipsis in inner else f"[{','.join(map(type_text, inner))}]"
-        case origin if origin is dict:
-            return "value"
-    return "null" if hint is type(None) else str(hint.__name__)
 
 
 def default_text(value: Any) -> str:

@@ -141,7 +141,13 @@ def test_what_would_be_run_is_printed_on_demand_and_runs(tmp_path: Path) -> None
     ("arguments", "message"),
     [
         (["configs/tiny.yaml", "--num_stepz=1"], "unknown key 'num_stepz' in the command line; did you mean"),
-        (["configs/tiny.yaml", "--num_steps=many"], "many"),
+        (["configs/tiny.yaml", "--num_steps=many"], "num_steps in the command line: expected int, found many"),
+        (
+            ["configs/tiny.yaml", "--micro_batch_size=x"],
+            "micro_batch_size in the command line: expected int|null, found",
+        ),
+        (["configs/tiny.yaml", "--device=gpu"], "device in the command line: expected auto|cpu|cuda, found gpu"),
+        (["configs/tiny.yaml", "--optimizer.betas=0.9"], "betas in the command line: expected [float,float], found"),
         (["configs/tiny.yaml", "--micro_batch_size=3"], "not a multiple of micro_batch_size 3 × 2 ranks = 6"),
         (["configs/tiny.yaml", "--data.paths=nowhere.txt"], "nowhere.txt does not exist"),
         (["configs/tyni.yaml"], "cannot read the configuration configs/tyni.yaml"),
@@ -153,6 +159,18 @@ def test_a_mistake_is_one_line_before_torch_is_imported(arguments: list[str], me
     assert words.returncode == 1 and words.stdout == ""
     (line,) = words.stderr.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+def test_a_wrong_value_in_a_file_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("optimizer:\n  lr: fast\n")
+    with pytest.raises(ValueError, match=r"^optimizer\.lr in \S+run\.yaml: expected float, found fast$"):
+        config.load([str(tmp_path / "run.yaml"), "--num_steps=3"])
+
+
+def test_help_says_something_of_every_key() -> None:
+    for section in (Config, *config.sections(Config).values()):
+        options = {f.name for f in dataclasses.fields(section)} - set(config.sections(section))
+        assert options <= set(usage._comments(section)), section
 
 
 def test_the_first_rank_speaks_and_others_wait_to_be_ended(
