@@ -193,6 +193,14 @@ def exit_status(run: Callable[[argparse.Namespace], None], arguments: argparse.N
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        from launch.complaints import NO_MEMORY  # here: torch is there by now
+
+        if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
+            raise
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"error: {first}; or lower --memory-limit or --kv-memory", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -102,7 +102,9 @@ class Stopping:
         elif self._has_lost_a_peer():  # then torchrun ends the others, and a checkpoint needs all of them
             self._end(1)
         else:
-            self._say(f"{number.name}: a checkpoint is saved after this step; a second signal ends without")
+            self._say(
+                f"{number.name}: a checkpoint is saved after this step; a second signal ends at once, without one"
+            )
 
     def _has_lost_a_peer(self) -> bool:
         return any(_is_gone(peer) for peer in self.peers)

@@ -320,6 +320,16 @@ def test_what_cannot_be_is_one_line_and_status_1(
     assert err.count("\n") == 1 or "--memory-limit=10KiB" in arguments  # which lists what would fit
 
 
+def test_a_model_that_memory_cannot_hold_is_one_line(
+    saved: Saved, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("yafsdp_like.memory.arena.WORTH_ASKING_NBYTES", 0)
+    monkeypatch.setattr("yafsdp_like.memory.arena.free_nbytes", lambda device: 1024)
+    status, out, err = said(capsys, str(saved.directory), "x", "--device=cpu")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("error: not enough memory: ") and "1.00 KiB are free" in err and "--kv-memory" in err
+
+
 def test_another_models_tokenizer_is_refused(saved: Saved, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     decoder = Decoder(DecoderConfig(32, 1, 2, 2, 64, vocab_size=100))
     decoder.init_weights(0)

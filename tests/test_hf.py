@@ -239,6 +239,8 @@ def test_a_configuration_that_is_no_object_names_its_file(content: bytes, tmp_pa
 def test_a_directory_that_is_none_of_theirs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a Hugging Face directory, but .* has no config.json"):
         load_hf_config(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a Hugging Face directory, but .*away does not exist"):
+        load_hf_config(tmp_path / "away")
     with pytest.raises(ValueError, match=r"expected model.safetensors or other safetensors files"):
         load_hf_weights(Decoder(PRESETS["tiny"]), tmp_path)
 

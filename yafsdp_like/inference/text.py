@@ -73,7 +73,7 @@ class Codec:
         Raises ValueError if there is no chat template, or it refuses the messages.
         """
         if not self.has_chat_template:
-            raise ValueError("the model has no chat template: send a prompt to /v1/completions instead")
+            raise ValueError("the model has no chat template: continue a text instead (/v1/completions, or no --chat)")
         return self._chat_template.encode(messages)
 
     @cached_property

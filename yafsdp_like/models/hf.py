@@ -53,7 +53,8 @@ def load_hf_config(directory: Path) -> DecoderConfig:
     try:
         config = config_from_hf(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise ValueError(f"expected a Hugging Face directory, but {directory} has no {CONFIG_NAME}") from None
+        lack = f"has no {CONFIG_NAME}" if directory.is_dir() else "does not exist"
+        raise ValueError(f"expected a Hugging Face directory, but {directory} {lack}") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except KeyError as error:
