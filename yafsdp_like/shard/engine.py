@@ -434,13 +434,11 @@ class Engine:
     # --- gradient slots ---
 
     def check_entered(self, unit: Unit, k: int) -> None:
-        """Raises ``RuntimeError`` where the running backward has computed parameter ``k``'s gradient while the unit was
-        released, since nothing said that it entered: what it read in the slot may have been another unit's.
+        """The running backward, which has entered the unit by none of its outputs, has computed parameter ``k``'s
+        gradient: raises ``RuntimeError`` if the unit is released, since what was read there may have been another's.
         """
         slot = unit.gather_slot
-        if backward_task() in unit.reached or slot.extent is None or slot.state in (HELD, KEPT):
-            return
-        if unit.policy.unshard_in_backward:
+        if slot.extent is not None and slot.state not in (HELD, KEPT) and unit.policy.unshard_in_backward:
             raise RuntimeError(
                 f"a gradient of {unit.params[k].name!r} came while {unit.name!r} was released: backward entered it by "
                 "a tensor that its forward did not return, or returned inside an object (rank "

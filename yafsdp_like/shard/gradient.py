@@ -40,12 +40,20 @@ class Home:
         self.dtensor = as_dtensor(local)
         self._storage = local.untyped_storage()
         del local
-        self._num_uses = torch._C._storage_Use_Count(self._storage._cdata)  # by this object
+        self._address = self._storage._cdata
+        self._num_uses = torch._C._storage_Use_Count(self._address)  # by this object
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody else holds anything of it. Asked of each parameter in each step."""
+        dtensor = self.dtensor
+        uses = torch._C._storage_Use_Count(self._address)
+        return sys.getrefcount(dtensor) <= _REFERENCES and bool(uses <= self._num_uses)
 
     @property
     def is_shared(self) -> bool:
         """Whether a tensor beside the DTensor's own shares the bytes."""
-        return torch._C._storage_Use_Count(self._storage._cdata) > self._num_uses
+        return torch._C._storage_Use_Count(self._address) > self._num_uses
 
     @property
     def is_held(self) -> bool:
@@ -67,11 +75,7 @@ class Homes:
         self._make, self._region = make, Region("grad_shard", "grad_shard", aligned(place.segment.nbytes))
         self._device = place.arena.device
         self._homes = [make(place)]
-        self.index = 0  # of the current one
-
-    @property
-    def current(self) -> Home:
-        return self._homes[self.index]
+        self.index, self.current = 0, self._homes[0]
 
     @property
     def added_nbytes(self) -> int:
@@ -82,12 +86,15 @@ class Homes:
         home than before.
         """
         before = self.index
-        if self.index or self.current.is_shared:
+        if not before and self.current.is_free:
+            return False
+        if before or self.current.is_shared:
             self.index = next((i for i, home in enumerate(self._homes) if not home.is_shared), len(self._homes))
             if self.index == len(self._homes):
                 arena = Arena(self._device)
                 arena.reserve([self._region])
                 self._homes.append(self._make(arena.place(self._region.name)))
+            self.current = self._homes[self.index]
         if self.current.is_held:
             self.current.copy_for_holders()
         return self.index != before

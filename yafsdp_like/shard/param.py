@@ -7,7 +7,6 @@ nothing of the unit that it is gathered with (``unit.py``), nor of where its ful
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -146,8 +145,8 @@ class ShardedParam:
     @property
     def is_placed(self) -> bool:
         """Whether ``local`` is what Unit.materialize left, and where: ``share_memory_`` moves it."""
-        local = self.local
-        return local is self.placed and local.data_ptr() == self._address
+        local: torch.Tensor = self.sharded._local_tensor  # type: ignore[attr-defined]
+        return self.placed is local and local.data_ptr() == self._address
 
     @property
     def main_dtype(self) -> torch.dtype:
@@ -245,7 +244,8 @@ class ShardedParam:
         """Whether ``.grad`` is set, and to the gradient shard: what is reduced next is added to it there, unless hooks
         are to see it alone.
         """
-        return self.grad_dtensor is not None and self.sharded.grad is self.grad_dtensor and not self._hooks
+        homes, sharded = self.homes, self.sharded
+        return homes is not None and sharded.grad is homes.current.dtensor and not sharded._backward_hooks
 
     def spare_kept_grad(self) -> bool:
         """A gradient that the user still holds, but no longer as ``.grad``, keeps its values. Returns whether the next
@@ -254,16 +254,11 @@ class ShardedParam:
         assert self.homes is not None
         return self.homes.make_room()
 
-    @property
-    def _hooks(self) -> Mapping[int, Callable[[torch.Tensor], torch.Tensor | None]]:
-        """Those of ``register_hook``."""
-        return self.sharded._backward_hooks or {}
-
     def _run_hooks(self) -> None:
         """What they return takes the place of the gradient that has just been reduced."""
         assert self.grad_dtensor is not None
         grad: torch.Tensor = self.grad_dtensor
-        for hook in list(self._hooks.values()):
+        for hook in list((self.sharded._backward_hooks or {}).values()):
             given = hook(grad)
             grad = grad if given is None else given
         if grad is not self.grad_dtensor:
@@ -274,15 +269,16 @@ class ShardedParam:
         the user's. Autograd never accumulates into the sharded parameter, so the user's hooks are run here: before,
         and after.
         """
-        if self._hooks:
+        assert self.homes is not None
+        if self.sharded._backward_hooks:
             self._run_hooks()
         if not was_added:
             grad = self.sharded.grad
             if grad is None:
-                self.sharded.grad = self.grad_dtensor
+                self.sharded.grad = self.homes.current.dtensor
             else:
                 local = grad.to_local()  # type: ignore[attr-defined]  # a DTensor
-                local.add_(self.grad_dtensor._local_tensor)  # type: ignore[union-attr]
+                local.add_(self.homes.current.dtensor._local_tensor)
         for hook in (getattr(self.sharded, "_post_accumulate_grad_hooks", None) or {}).values():
             hook(self.sharded)
 

@@ -70,5 +70,6 @@ def _take_gradient(unit_ref: weakref.ref[Unit], k: int, param: torch.Tensor) -> 
             f"{unit.params[k].name}: expected a dense gradient to reduce, found {grad.layout}; "
             "sparse gradients cannot be sharded, use sparse=False"
         )
-    engine.check_entered(unit, k)
+    if torch._C._current_graph_task_id() not in unit.reached:
+        engine.check_entered(unit, k)
     engine.accumulate(unit, k, grad)
