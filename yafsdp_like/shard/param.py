@@ -291,13 +291,13 @@ class ShardedParam:
         """
         if self._stands:
             self.put_given_back()
-        is_given = False
+        is_given, before = False, self.registered
         for ref, attribute in self._owners:  # not ``owners``: this runs four times a step
             module = ref()
             if module is None:
                 continue
             found = module._parameters.get(attribute)
-            if found is not self.registered and not self.is_mine(found):
+            if found is not before and not self.is_mine(found):
                 is_given = is_given or (found is not None and value is not self.sharded)
             elif type(module).__setattr__ is nn.Module.__setattr__:
                 module._parameters[attribute] = value

@@ -295,8 +295,10 @@ class Unit:
 
         Also where they should see them already: ``functional_call`` ends by putting back what it found when it began.
         """
-        values = [p.sharded for p in self.params] if slot is None else slot.params
-        self.given = [p for p, value in zip(self.params, values, strict=True) if p.register(value)]
+        self.given = []
+        for k, p in enumerate(self.params):
+            if p.register(p.sharded if slot is None else slot.params[k]):
+                self.given.append(p)
         self.registered = slot
 
     def copy_unsharded(self) -> list[torch.Tensor]:
