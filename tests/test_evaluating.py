@@ -56,3 +56,14 @@ def test_a_backward_inside_an_evaluation_has_room_in_the_next_one(transport: Any
             parameter.grad = None
         twins.backward(2)
     twins.step()
+
+
+@transports
+@on_ranks()
+def test_a_model_trains_after_one_of_its_units_was_evaluated_alone(transport: Any) -> None:
+    """Prevents: a root that takes over a unit without room for gradients, and does not know."""
+    twins = Twins(SPECIMENS["decoder"], transport=transport)
+    with torch.no_grad():
+        twins.sharded.layers[0](torch.zeros(1, 2, 12))
+    twins.train(0, 1)
+    assert nbytes_of_gradients(twins.sharded) > 0

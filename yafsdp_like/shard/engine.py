@@ -87,7 +87,7 @@ class Engine:
         self.debug = False  # released slots are poisoned, and outputs checked
         self.filled: list[Unit] = []  # whose unused parameters the running backward reduces, in order of reduction
         self.reduced: set[Unit] = set()  # by the running backward
-        self._trains = True  # whether there is, or will be, room for gradients
+        self._trains = all(unit.trains for unit in self.units)  # units may have been evaluated alone before
         self.is_last_backward = True  # whether the end of a backward waits for its reductions
         self.iteration: Call | None = None  # the forward that everything running now is part of
         self.tasks: dict[int, list[Use]] = {}  # running backwards by autograd's number, and the uses they reached
@@ -163,7 +163,7 @@ class Engine:
         """A model that begins without grad mode gets room for gradients only once a forward may lead to a backward."""
         if not self._trains and torch.is_grad_enabled():
             self.make_trainable()
-        elif self._trains and self.num_layouts == 0 and not torch.is_grad_enabled():
+        elif self.num_layouts == 0 and not torch.is_grad_enabled():
             self._trains = any(p.sharded.grad is not None for unit in self.units for p in unit.params)
             for unit in self.units:
                 unit.trains = self._trains
