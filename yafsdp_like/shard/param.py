@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -87,6 +87,18 @@ class _Stand:
     computed: torch.Tensor
 
 
+class _Owner(NamedTuple):
+    """A module that registers a parameter, under which name. Weak: see [Note: who owns whom]."""
+
+    ref: weakref.ref[nn.Module]
+    attribute: str
+    keeps_dict_only: bool  # unlike nn.LSTM, which keeps a list of its weights beside the dict
+
+    @classmethod
+    def of(cls, module: nn.Module, attribute: str) -> Self:
+        return cls(weakref.ref(module), attribute, type(module).__setattr__ is nn.Module.__setattr__)
+
+
 class ShardedParam:
     """One parameter: its ``Shard(0)`` DTensor, who registers it, and this rank's flat chunks of it.
 
@@ -98,7 +110,7 @@ class ShardedParam:
 
     def __init__(self, param: nn.Parameter, owners: list[tuple[nn.Module, str]], mesh: DeviceMesh) -> None:
         self.name = owners[0][1]  # the full name from the root, once the root is known
-        self._owners = [(weakref.ref(module), attribute) for module, attribute in owners]  # [Note: who owns whom]
+        self._owners = [_Owner.of(module, attribute) for module, attribute in owners]
         self.mesh = mesh
         self.rank = mesh.get_local_rank(mesh.ndim - 1)
         self.shards = RowShards(tuple(param.shape), mesh.size(mesh.ndim - 1))
@@ -115,7 +127,7 @@ class ShardedParam:
     @property
     def owners(self) -> list[tuple[nn.Module, str]]:
         """The modules that register this parameter, and under which name."""
-        return [(module, attribute) for ref, attribute in self._owners if (module := ref()) is not None]
+        return [(module, attribute) for ref, attribute, _ in self._owners if (module := ref()) is not None]
 
     def _shard(self, param: torch.Tensor) -> nn.Parameter:
         """The parameter's DTensor on this rank's rows, which do not keep the others alive (see [Note: a storage of its
@@ -213,7 +225,7 @@ class ShardedParam:
 
     def add_owner(self, module: nn.Module, attribute: str) -> None:
         """``module`` is tied to this parameter too: it sees what the others see."""
-        self._owners.append((weakref.ref(module), attribute))
+        self._owners.append(_Owner.of(module, attribute))
         module._parameters[attribute] = self.registered  # type: ignore[assignment]
 
     def place_main(self, place: Place) -> None:
@@ -292,16 +304,16 @@ class ShardedParam:
         if self._stands:
             self.put_given_back()
         is_given, before = False, self.registered
-        for ref, attribute in self._owners:  # not ``owners``: this runs four times a step
+        for ref, attribute, keeps_dict_only in self._owners:  # not ``owners``: this runs four times a step
             module = ref()
             if module is None:
                 continue
             found = module._parameters.get(attribute)
             if found is not before and not self.is_mine(found):
                 is_given = is_given or (found is not None and value is not self.sharded)
-            elif type(module).__setattr__ is nn.Module.__setattr__:
+            elif keeps_dict_only:
                 module._parameters[attribute] = value
-            else:  # e.g. nn.LSTM, which keeps a list of its weights beside the dict
+            else:
                 setattr(module, attribute, value)
         self.registered = value
         return is_given
