@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from launch.usage import GRACE_SECONDS
-from yafsdp_like.comm.agreement import ABOUT_INPUT, AgreedError
+from yafsdp_like.comm.consistency import ABOUT_INPUT, AgreedError
 
 LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed? ?out|remote process exited")
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)

@@ -21,7 +21,7 @@ from launch.options import Parser, add_model_arguments, exit_status, number, ope
 
 if TYPE_CHECKING:
     from launch.opening import Opened
-    from yafsdp_like.inference.text import Codec
+    from yafsdp_like.inference.text.codec import Codec
     from yafsdp_like.kernels.sampling import SamplingParams
 
 
@@ -69,7 +69,7 @@ def sampling_of(arguments: argparse.Namespace, defaults: SamplingParams) -> Samp
     """What was said, and the model's defaults. With torchrun all ranks draw the same, since they may step together."""
     from dataclasses import replace
 
-    from yafsdp_like.inference.directory import SAMPLED
+    from yafsdp_like.inference.text.directory import SAMPLED
 
     unsaid = 0 if "RANK" in os.environ else secrets.randbits(63)
     said = {name: getattr(arguments, name) for name in SAMPLED if getattr(arguments, name) is not None}
@@ -91,8 +91,8 @@ def encode(codec: Codec, arguments: argparse.Namespace) -> tuple[int, ...]:
 
 def answers(opened: Opened, prompt: tuple[int, ...], arguments: argparse.Namespace) -> Iterator[str]:
     """Pieces of the text that follows the prompt, as they come."""
-    from yafsdp_like.inference.request import FinishReason, Request
-    from yafsdp_like.inference.text import Transcript
+    from yafsdp_like.inference.engine.request import FinishReason, Request
+    from yafsdp_like.inference.text.codec import Transcript
 
     room = opened.max_seq_len - len(prompt)
     if room < 1:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from launch.world import World
-from yafsdp_like.comm.agreement import AgreedError, share
+from yafsdp_like.comm.consistency import AgreedError, share
 from yafsdp_like.optim.adamw import local
 
 

@@ -20,11 +20,11 @@ import uvicorn
 
 from launch.opening import Opened
 from launch.options import model_names
-from yafsdp_like.inference.connections import limited
-from yafsdp_like.inference.protocol import ServerOptions
-from yafsdp_like.inference.server import create_app
-from yafsdp_like.inference.service import LAST_STEP_S, Service, State, Stepped
-from yafsdp_like.inference.together import KEEP_ALIVE_S, Leader, follow
+from yafsdp_like.inference.engine.tp_driver import KEEP_ALIVE_S, Leader, follow
+from yafsdp_like.inference.http.connections import limited
+from yafsdp_like.inference.http.protocol import ServerOptions
+from yafsdp_like.inference.http.server import create_app
+from yafsdp_like.inference.http.service import LAST_STEP_S, Service, State, Stepped
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text takes one core: the engine needs the others
 STUCK_STATUS = 3

@@ -17,7 +17,7 @@ from launch import metrics
 from launch.config import Config
 from launch.console import Console
 from launch.world import World
-from yafsdp_like.comm.agreement import together
+from yafsdp_like.comm.consistency import together
 from yafsdp_like.memory.plan import readable
 
 

@@ -17,15 +17,15 @@ import torch.distributed as dist
 
 from launch.options import NO_DEFAULTS
 from launch.world import join, leave
-from yafsdp_like.comm.agreement import share
-from yafsdp_like.comm.team import Team
-from yafsdp_like.inference.directory import sampling_defaults
-from yafsdp_like.inference.engine import Engine, EngineOptions
-from yafsdp_like.inference.loading import Model, load_planned, open_model, site_of, world_transport
-from yafsdp_like.inference.planning import plan_serving
-from yafsdp_like.inference.request import PLAIN
-from yafsdp_like.inference.text import Codec
-from yafsdp_like.inference.weights import PlacedWeights
+from yafsdp_like.comm.consistency import share
+from yafsdp_like.comm.tp_group import Team
+from yafsdp_like.inference.engine.engine import Engine, EngineOptions
+from yafsdp_like.inference.engine.request import PLAIN
+from yafsdp_like.inference.plan.serving_plan import plan_serving
+from yafsdp_like.inference.text.codec import Codec
+from yafsdp_like.inference.text.directory import sampling_defaults
+from yafsdp_like.inference.weights.loading import Model, load_planned, open_model, site_of, world_transport
+from yafsdp_like.inference.weights.store import PlacedWeights
 from yafsdp_like.kernels.sampling import SamplingParams
 
 LIBRARIES_NBYTES = 2**30  # of a GPU, what CUDA's libraries and graphs may take beside the plan

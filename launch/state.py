@@ -32,7 +32,7 @@ from launch.trainer import Trainer
 from launch.world import World
 from yafsdp_like.checkpoint import steps
 from yafsdp_like.checkpoint.safetensors import TensorSpec
-from yafsdp_like.comm.agreement import AgreedError, share, together
+from yafsdp_like.comm.consistency import AgreedError, share, together
 
 HF_DIR = "hf"  # inside a checkpoint
 FACTS = ("step", "position", "world_size", "order", "shapes")  # that a run cannot go on without

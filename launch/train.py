@@ -38,7 +38,7 @@ from launch.state import RunState, find_starts, prepare_directory
 from launch.stopping import STOPPED, Stopping
 from launch.trainer import Trainer
 from launch.world import World, deterministic, join, leave, rank_from_environment
-from yafsdp_like.comm.agreement import AgreedError, share, together
+from yafsdp_like.comm.consistency import AgreedError, share, together
 from yafsdp_like.data import unigram_entropy
 
 

@@ -18,7 +18,7 @@ from launch.log import Log
 from launch.stopping import Stopping
 from launch.world import World
 from yafsdp_like import GraphedStep
-from yafsdp_like.comm.agreement import share
+from yafsdp_like.comm.consistency import share
 from yafsdp_like.data import Batches, PackedText
 from yafsdp_like.optim.adamw import local
 from yafsdp_like.optim.schedule import WarmupCosine

@@ -31,7 +31,7 @@ from typing import Any, ParamSpec
 import torch
 import torch.distributed as dist
 
-from yafsdp_like.memory import windows
+from yafsdp_like.memory import vmm as windows
 
 START_SECONDS = 180.0  # the first pool waits for the fork server to import torch
 GRACE_SECONDS = 5.0  # what other ranks get to answer once one has failed

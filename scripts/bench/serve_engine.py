@@ -12,13 +12,20 @@ from bench.measure import Metrics, allocator_counts, release_cached_memory
 from bench.options import DTYPES
 from bench.serve_options import ServeOptions
 from launch.world import World
-from yafsdp_like.inference.capacity import Capacity
-from yafsdp_like.inference.engine import Engine, EngineOptions
-from yafsdp_like.inference.loading import Model, load_planned, open_model, random_model, site_of, world_transport
-from yafsdp_like.inference.planning import ServingPlan, plan_serving
-from yafsdp_like.inference.request import Event, Request
-from yafsdp_like.inference.tables import LayerGroup
-from yafsdp_like.inference.weights import PlacedWeights
+from yafsdp_like.inference.engine.engine import Engine, EngineOptions
+from yafsdp_like.inference.engine.request import Event, Request
+from yafsdp_like.inference.kv.kv_cache import LayerGroup
+from yafsdp_like.inference.plan.capacity import Capacity
+from yafsdp_like.inference.plan.serving_plan import ServingPlan, plan_serving
+from yafsdp_like.inference.weights.loading import (
+    Model,
+    load_planned,
+    open_model,
+    random_model,
+    site_of,
+    world_transport,
+)
+from yafsdp_like.inference.weights.store import PlacedWeights
 from yafsdp_like.kernels.sampling import SamplingParams
 from yafsdp_like.models.decoder import DecoderConfig
 

@@ -7,7 +7,7 @@ from bench.measure import Metrics
 from bench.report import Row
 from bench.serve_engine import GREEDY, Bench, memory_reading
 from bench.serve_options import RANDOM_NEW, RANDOM_PROMPT
-from yafsdp_like.inference.request import FinishReason, Request
+from yafsdp_like.inference.engine.request import FinishReason, Request
 from yafsdp_like.kernels.sampling import SamplingParams
 from yafsdp_like.memory.arena import Arena
 

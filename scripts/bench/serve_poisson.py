@@ -10,8 +10,8 @@ from itertools import pairwise
 from bench.report import Row
 from bench.serve_engine import Bench, Requests
 from bench.serve_options import ServeOptions
-from yafsdp_like.inference.engine import Engine
-from yafsdp_like.inference.request import Request
+from yafsdp_like.inference.engine.engine import Engine
+from yafsdp_like.inference.engine.request import Request
 
 PERCENTS = (50, 95, 99)
 LEAST_REQUESTS = 8

@@ -8,7 +8,7 @@ from bench.measure import elapsed_ms, mark
 from bench.report import Row, spread
 from bench.serve_engine import Bench, Served
 from bench.serve_floors import Rates, prefill_floor_s, streaming_floor_s
-from yafsdp_like.inference.request import Request
+from yafsdp_like.inference.engine.request import Request
 
 
 def measure(bench: Bench, rates: Rates) -> list[Row]:

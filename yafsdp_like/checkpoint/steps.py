@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from yafsdp_like.checkpoint import reading
-from yafsdp_like.comm.agreement import host_group, together
+from yafsdp_like.comm.consistency import host_group, together
 from yafsdp_like.memory.plan import readable
 
 SHARDS, FACTS = "shards", "facts.json"

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from yafsdp_like.comm import TransportName
-from yafsdp_like.comm.agreement import share
+from yafsdp_like.comm.consistency import share
 from yafsdp_like.comm.hierarchical import HierarchicalTransport, over_hosts
 from yafsdp_like.comm.peer import PeerTransport, obstacle
 from yafsdp_like.comm.process_group import ProcessGroupTransport

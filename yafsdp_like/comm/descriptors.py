@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from yafsdp_like.comm.agreement import share
+from yafsdp_like.comm.consistency import share
 from yafsdp_like.memory.layout import Segment
-from yafsdp_like.memory.windows import Pages, Window, window
+from yafsdp_like.memory.vmm import Pages, Window, window
 
 _AT_ONCE = 64  # descriptors of a message; a process may have few open
 _TIMEOUT_SECONDS = 120.0  # a rank that failed sends nothing more

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from yafsdp_like.comm import peer
-from yafsdp_like.comm.agreement import agree, share
+from yafsdp_like.comm.consistency import agree, share
 from yafsdp_like.comm.process_group import ProcessGroupTransport
 from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
 from yafsdp_like.memory.arena import Block

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllreduceOptions
 
-from yafsdp_like.comm.agreement import first_difference, share
+from yafsdp_like.comm.consistency import first_difference, share
 from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES
 from yafsdp_like.memory.plan import Region

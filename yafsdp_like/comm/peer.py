@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from yafsdp_like.comm.agreement import agree, share
+from yafsdp_like.comm.consistency import agree, share
 from yafsdp_like.comm.descriptors import windows_of_all_ranks
 from yafsdp_like.comm.signals import Barrier, Flags
 from yafsdp_like.comm.transport import Gather, Reduce, Reduction
@@ -33,8 +33,8 @@ from yafsdp_like.kernels.reduce import ReduceTable
 from yafsdp_like.memory.arena import Block
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, aligned
 from yafsdp_like.memory.streams import REDUCE, Event, Recording
-from yafsdp_like.memory.windows import Window
-from yafsdp_like.memory.windows import obstacle as pages_obstacle
+from yafsdp_like.memory.vmm import Window
+from yafsdp_like.memory.vmm import obstacle as pages_obstacle
 
 
 class PeerTransport:

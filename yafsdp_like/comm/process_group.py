@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
-from yafsdp_like.comm.agreement import agree
+from yafsdp_like.comm.consistency import agree
 from yafsdp_like.comm.transport import Gather, Reduce, Reduction
 from yafsdp_like.memory.arena import Block
 from yafsdp_like.memory.streams import Event

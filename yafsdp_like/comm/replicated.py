@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllreduceCoalescedOptions
 
-from yafsdp_like.comm.agreement import agree
+from yafsdp_like.comm.consistency import agree
 from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
 from yafsdp_like.memory.arena import Block
 from yafsdp_like.memory.streams import Event

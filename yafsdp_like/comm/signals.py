@@ -28,7 +28,7 @@ import torch.distributed as dist
 from yafsdp_like.comm.descriptors import windows_of_all_ranks
 from yafsdp_like.memory.arena import Block
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event
-from yafsdp_like.memory.windows import Window, checked, driver
+from yafsdp_like.memory.vmm import Window, checked, driver
 
 _CHANNELS = (GATHER, REDUCE, COMPUTE)  # streams that meet at the same time must not share flags
 _FLAG_NBYTES = 4

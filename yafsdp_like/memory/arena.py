@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from yafsdp_like.memory import windows
+from yafsdp_like.memory import vmm as windows
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import Region, readable
 from yafsdp_like.memory.room import free_nbytes, ranks_of_this_host

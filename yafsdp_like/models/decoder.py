@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from yafsdp_like.models.loss import linear_cross_entropy
 from yafsdp_like.models.moe import ExpertsConfig, MixtureOfExperts
 from yafsdp_like.models.rope import Rope, RopeScaling, apply_rope
+from yafsdp_like.ops.loss import linear_cross_entropy
 
 _INIT_STD = 0.02
 _ROWS_PER_DRAW = 1024

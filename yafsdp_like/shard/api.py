@@ -30,10 +30,10 @@ from yafsdp_like.shard import clipping
 from yafsdp_like.shard.drop_in import ShardState, refuse_others, show_state_to_torch
 from yafsdp_like.shard.engine import Engine, Report, engine_for
 from yafsdp_like.shard.hooks import abandon, install
+from yafsdp_like.shard.optimizer_step import watch_optimizers
 from yafsdp_like.shard.param import ShardedParam, ownership_of, refuse_subclass
 from yafsdp_like.shard.pretrained import overrides_of
 from yafsdp_like.shard.unit import Unit, UnitPolicy, unit_of
-from yafsdp_like.shard.update import watch_optimizers
 
 Owners = dict[nn.Parameter, list[tuple[nn.Module, str]]]  # which modules register a parameter, and under what name
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from yafsdp_like.memory import windows
+from yafsdp_like.memory import vmm as windows
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, place, readable
 from yafsdp_like.shard.depth import Course, Depth, Times, choose, depths, step_ms

@@ -31,7 +31,7 @@ from torch import nn
 from yafsdp_like.memory.arena import give_back
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event, streams_of
-from yafsdp_like.shard import linear
+from yafsdp_like.ops import linear
 from yafsdp_like.shard.blueprint import depth_for
 from yafsdp_like.shard.building import Building, Spill
 from yafsdp_like.shard.debug import poison

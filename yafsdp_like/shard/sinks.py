@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from yafsdp_like.shard.linear import attach
+from yafsdp_like.ops.linear import attach
 from yafsdp_like.shard.slots import GatherSlot
 from yafsdp_like.shard.unit import Unit
 

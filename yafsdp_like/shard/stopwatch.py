@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from yafsdp_like.comm.agreement import share
+from yafsdp_like.comm.consistency import share
 from yafsdp_like.memory.arena import room_nbytes
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Mark, Streams
 from yafsdp_like.shard.depth import Times

@@ -1,0 +1,860 @@
+"""The KV cache's books: where pages lie, whose they are, and that no two things are ever in one place.
+
+The last test drives two models over one pair of pools by chance, on a memory that remembers what was written where.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Hashable, Iterator, Sequence
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from yafsdp_like.inference.kv.eviction import GDSF, LRU, Costs, Policy, Tenant
+from yafsdp_like.inference.kv.kv_cache import (
+    NO_PAGE,
+    Context,
+    Copy,
+    KVCache,
+    LayerGroup,
+    Shortage,
+    Tier,
+    check_integrity,
+)
+from yafsdp_like.inference.kv.pages import PagePool
+from yafsdp_like.inference.kv.prefix import Content, PrefixTree
+from yafsdp_like.inference.kv.ranked import Ranked
+from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid, SlabPool
+
+COSTS = Costs(link_nbytes_per_s=50e9, prefill_tokens_per_s=10e3)
+SMALL = PageShape(num_layers=1, num_kv_heads=1, head_dim=32, page_size=4)  # 512 bytes
+LLAMA = PageShape(num_layers=32, num_kv_heads=8, head_dim=128, page_size=16)  # 2 MiB
+SMOLLM = PageShape(num_layers=30, num_kv_heads=3, head_dim=64, page_size=16)
+
+SHAPES = st.builds(
+    PageShape,
+    num_layers=st.integers(1, 3),
+    num_kv_heads=st.integers(1, 3),
+    head_dim=st.sampled_from([8, 32, 80]),
+    page_size=st.sampled_from([1, 4, 16]),
+    dtype=st.sampled_from(["float32", "bfloat16", "float8_e4m3fn"]),
+)
+
+# --- where bytes are ---
+
+
+@given(shape=SHAPES)
+@settings(max_examples=25, deadline=None)
+def test_heads_of_pages_tile_without_overlap_where_strides_say(shape: PageShape) -> None:
+    """Prevents: a stride in bytes where it should be in elements, or planes that overlap where they are padded."""
+    page_stride, layer_stride, kv_stride, head_stride, token_stride, _ = shape.strides
+    end = 0
+    for page, layer, kv, head in itertools.product(
+        range(2), range(shape.num_layers), range(2), range(shape.num_kv_heads)
+    ):
+        by_stride = page * page_stride + layer * layer_stride + kv * kv_stride + head * head_stride
+        start = shape.offset_nbytes(page, layer, kv) + head * shape.head_nbytes
+        assert by_stride * shape.itemsize == start >= end
+        assert shape.offset_nbytes(page, layer, kv) % 256 == 0
+        end = start + shape.page_size * token_stride * shape.itemsize
+    assert end <= 2 * shape.nbytes
+
+
+@given(shape=SHAPES, pages=st.integers(2, 5), extra=st.integers(0, 3), num_slabs=st.integers(1, 5))
+@settings(max_examples=50, deadline=None)
+def test_pages_lie_inside_their_slab_and_say_which_it_is(
+    shape: PageShape, pages: int, extra: int, num_slabs: int
+) -> None:
+    slab_nbytes = pages * shape.nbytes + extra * 256
+    grid = SlabGrid(num_slabs * slab_nbytes + 100, slab_nbytes)
+    grid.check_shape(shape)
+    for slab in range(num_slabs):
+        segment, found = grid.segment(slab), grid.pages(slab, shape)
+        assert len(found) >= grid.pages_per_slab(shape) >= 1
+        for page in found:
+            assert segment.offset_nbytes <= page * shape.nbytes and (page + 1) * shape.nbytes <= segment.end_nbytes
+            assert grid.slab_of(page, shape) == slab
+        assert segment.nbytes - len(found) * shape.nbytes < 2 * shape.nbytes
+
+
+def test_one_tensor_over_the_region_addresses_every_page_by_number() -> None:
+    import torch
+
+    shape = PageShape(num_layers=3, num_kv_heads=2, head_dim=40, page_size=4, dtype="float32")
+    region = torch.arange(5 * shape.nbytes // 4, dtype=torch.float32)
+    dims = (5, shape.num_layers, 2, shape.num_kv_heads, shape.page_size, shape.head_dim)
+    view = region.as_strided(dims, shape.strides)
+    for page, layer, kv in itertools.product(range(5), range(3), range(2)):
+        assert int(view[page, layer, kv, 0, 0, 0]) == shape.offset_nbytes(page, layer, kv) // 4
+
+
+def test_sizes_of_real_models_are_what_arithmetic_says() -> None:
+    assert LLAMA.nbytes == 32 * 2 * 16 * 8 * 128 * 2 == 2 << 20
+    assert LLAMA.offset_nbytes(1, 1, 1) == (2 << 20) + 3 * (32 << 10)
+    assert SMOLLM.nbytes == 30 * 2 * 16 * 3 * 64 * 2
+
+
+def test_a_fitting_slab_is_filled_by_whole_pages_of_both_groups_of_a_hybrid_model() -> None:
+    groups = LayerGroup.of_windows([512] * 5 + [None] + [512] * 5 + [None], 4, 256, 16)
+    assert [group.layers for group in groups] == [(0, 1, 2, 3, 4, 6, 7, 8, 9, 10), (5, 11)]
+    grid = SlabGrid.fitting(1 << 30, [group.shape for group in groups])
+    for group in groups:
+        assert grid.slab_nbytes % group.shape.nbytes == 0
+    assert 32 << 20 <= grid.slab_nbytes <= 128 << 20
+
+
+def test_what_cannot_be_cut_is_refused_with_the_numbers() -> None:
+    with pytest.raises(ValueError, match="at least two"):
+        SlabGrid(1 << 20, SMALL.nbytes + 256).check_shape(SMALL)
+    with pytest.raises(ValueError, match="holds no slab"):
+        SlabGrid(1 << 10, 1 << 20)
+    with pytest.raises(ValueError, match="multiple of 256"):
+        SlabGrid(1 << 20, 1000)
+    with pytest.raises(ValueError, match="found 'int3'"):
+        PageShape(1, 1, 1, 1, "int3")
+    with pytest.raises(ValueError, match="found 0"):
+        PageShape(1, 0, 1, 1)
+
+
+def test_a_slab_returns_with_its_last_page_and_goes_to_another_shape() -> None:
+    wide = PageShape(num_layers=3, num_kv_heads=1, head_dim=32, page_size=4)
+    slabs = SlabPool(SlabGrid(2 * 6 * 512, 6 * 512))
+    slabs.admit(SMALL)
+    slabs.admit(wide)
+    small = [slabs.take(SMALL) for _ in range(12)]
+    assert sorted(page for page in small if page is not None) == list(range(12))
+    assert slabs.take(SMALL) is None and slabs.take(wide) is None
+    for page in range(6, 12):
+        assert slabs.take(wide) is None
+        slabs.put(SMALL, page)
+    assert slabs.take(wide) == 2  # 2 * 1536 bytes: where page 6 of the small shape was
+    slabs.check_integrity({SMALL: set(range(6)), wide: {2}})
+    with pytest.raises(RuntimeError, match="are lent"):
+        slabs.check_integrity({SMALL: set(range(5)), wide: {2}})
+
+
+# --- a cache, its engine, and a memory that remembers ---
+
+Value = tuple[Hashable, tuple[int, ...]]  # what a token's keys depend on: the group's salt, and all tokens up to it
+
+
+class Memory:
+    """A region in cells of 256 bytes; every cell of a page remembers what was written to each token of that page."""
+
+    def __init__(self, grid: SlabGrid) -> None:
+        self.cells: list[tuple[object, dict[int, Value]]] = [(None, {})] * (grid.region_nbytes // 256)
+
+    def cells_of(self, shape: PageShape, page: int) -> range:
+        return range(page * shape.nbytes // 256, (page + 1) * shape.nbytes // 256)
+
+    def write(self, shape: PageShape, page: int, values: dict[int, Value]) -> None:
+        for cell in self.cells_of(shape, page):
+            owner, old = self.cells[cell]
+            self.cells[cell] = ((shape, page), {**(old if owner == (shape, page) else {}), **values})
+
+    def read(self, shape: PageShape, page: int) -> dict[int, Value]:
+        """The tokens of which every cell of the page remembers the same."""
+        found = [self.cells[cell] for cell in self.cells_of(shape, page)]
+        whole = all(owner == (shape, page) for owner, _ in found)
+        return dict(set.intersection(*(set(values.items()) for _, values in found))) if whole else {}
+
+
+class Engine:
+    """Does what the books say, and knows what every context must find."""
+
+    def __init__(self, cache: KVCache, memories: dict[Tier, Memory], name: str = "model") -> None:
+        self.cache, self.memories, self.name = cache, memories, name
+        self.texts: dict[Context, list[int]] = {}
+        self.salts: dict[Context, Hashable] = {}
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        for copy in copies:
+            content = self.memories[copy.source_tier].read(copy.shape, copy.source)
+            self.memories[copy.destination_tier].write(copy.shape, copy.destination, content)
+
+    def open(self, tokens: Sequence[int], tenant: str = "", salt: Hashable = None) -> Context:
+        context, copies = self.cache.open(tokens, tenant, salt)
+        self.copy(copies)
+        self.texts[context], self.salts[context] = list(tokens[: context.num_tokens]), salt
+        self.check(context)
+        return context
+
+    def append(self, context: Context, tokens: Sequence[int], num_spare: int = 0) -> Shortage | None:
+        copies = self.cache.reserve(context, len(tokens) + num_spare)
+        if isinstance(copies, Shortage):
+            return copies
+        self.copy(copies)
+        start = len(self.texts[context])
+        self.texts[context] += tokens
+        for position in range(start, len(self.texts[context])):
+            self._write(context, position)
+        self.cache.commit(context, tokens)
+        return None
+
+    def _write(self, context: Context, position: int) -> None:
+        index, slot = divmod(position, self.cache.page_size)
+        for number, group in enumerate(self.cache.groups):
+            page = context.tables[number][index]
+            self.memories[Tier.DEVICE].write(group.shape, page, {slot: self.value(context, number, position)})
+
+    def value(self, context: Context, group: int, position: int) -> Value:
+        return (self.name, group, self.salts[context]), tuple(self.texts[context][: position + 1])
+
+    def run(self, tokens: Sequence[int], tenant: str = "", salt: Hashable = None) -> Context:
+        """A context with all of ``tokens``."""
+        context = self.open(tokens, tenant, salt)
+        assert self.append(context, tokens[context.num_tokens :]) is None
+        return context
+
+    def fork(self, context: Context) -> Context:
+        twin = self.cache.fork(context)
+        self.texts[twin], self.salts[twin] = list(self.texts[context]), self.salts[context]
+        return twin
+
+    def close(self, context: Context) -> None:
+        self.cache.close(context)
+        del self.texts[context], self.salts[context]
+
+    def swap(self, context: Context, out: bool) -> tuple[Copy, ...] | Shortage:
+        copies = self.cache.swap_out(context) if out else self.cache.swap_in(context)
+        if not isinstance(copies, Shortage):
+            self.copy(copies)
+        return copies
+
+    def check(self, context: Context) -> None:
+        """Every token that the next one reads is where the table says, whole."""
+        tier = Tier.HOST if context.state.name == "SWAPPED" else Tier.DEVICE
+        for number, group in enumerate(self.cache.groups):
+            first = 0 if group.window is None else max(0, context.num_tokens - group.window + 1)
+            for position in range(first, context.num_tokens):
+                index, slot = divmod(position, self.cache.page_size)
+                held = self.memories[tier].read(group.shape, context.tables[number][index])
+                assert held.get(slot) == self.value(context, number, position)
+
+
+def engine(
+    num_pages: int,
+    num_host_pages: int = 0,
+    window: int | None = None,
+    policy: Policy | None = None,
+    tenants: Sequence[Tenant] = (),
+) -> Engine:
+    """One layer of one window, or two layers of which the second has a window; slabs of four pages of four tokens."""
+    windows = [None] if window is None else [None, window]
+    grids = {Tier.DEVICE: SlabGrid(num_pages * 512, 2048)}
+    if num_host_pages:
+        grids[Tier.HOST] = SlabGrid(num_host_pages * 512, 2048)
+    pools = {tier: PagePool(grid, policy, tenants) for tier, grid in grids.items()}
+    cache = KVCache(LayerGroup.of_windows(windows, 1, 32, 4), COSTS, pools[Tier.DEVICE], pools.get(Tier.HOST))
+    return Engine(cache, {tier: Memory(grid) for tier, grid in grids.items()})
+
+
+def text(start: int, num_tokens: int) -> list[int]:
+    return list(range(start, start + num_tokens))
+
+
+def ok(found: Engine) -> None:
+    """All books agree, and all contexts find what they wrote."""
+    check_integrity([found.cache])
+    for context in found.texts:
+        found.check(context)
+
+
+# --- prefixes ---
+
+
+def test_a_prefix_is_found_after_its_sequence_has_ended() -> None:
+    e = engine(8)
+    e.close(e.run(text(0, 10)))
+    again = e.open([*text(0, 6), 77, 78, 79])
+    assert again.num_tokens == 4
+    ok(e)
+
+
+def test_the_last_token_is_left_to_compute() -> None:
+    """Prevents: a request that is cached to its end and has no logits to sample from."""
+    e = engine(8)
+    e.close(e.run(text(0, 8)))
+    assert e.open(text(0, 8)).num_tokens == 4
+    assert e.open(text(0, 9)).num_tokens == 8
+    ok(e)
+
+
+def test_texts_below_different_salts_do_not_meet() -> None:
+    e = engine(8)
+    e.close(e.run(text(0, 9), salt="adapter"))
+    assert e.open(text(0, 9)).num_tokens == 0
+    assert e.open(text(0, 9), salt="adapter").num_tokens == 8
+    ok(e)
+
+
+def test_tokens_of_equal_hash_do_not_meet() -> None:
+    """Prevents: a collision that gives one user another's text."""
+    modulus = 2**61 - 1
+    assert hash((0, (5, 6, 7, 8))) == hash((0, (5 + modulus, 6, 7, 8)))
+    e = engine(8)
+    e.close(e.run([5, 6, 7, 8, 9]))
+    assert e.open([5 + modulus, 6, 7, 8, 9]).num_tokens == 0
+    assert e.open([5, 6, 7, 8, 9]).num_tokens == 4
+
+
+def test_the_end_of_a_text_goes_before_its_beginning() -> None:
+    e = engine(4)
+    e.close(e.run(text(0, 16)))
+    e.run(text(100, 5))
+    assert e.open(text(0, 16)).num_tokens == 8
+    ok(e)
+
+
+def test_a_page_is_found_again_once_its_evicted_parent_was_computed_anew() -> None:
+    """Prevents: children that are cached and out of reach until they are evicted."""
+    e = engine(8)
+    first = e.run(text(0, 9))
+    twin = e.fork(first)
+    e.close(first)
+    pool = e.cache.pools[Tier.DEVICE]
+    content = Content(0, twin.prefixes[0])
+    e.close(twin)
+    page = pool.find(e.cache.groups[0].shape, content)
+    assert page is not None
+    pool._evict(e.cache.groups[0].shape, page)
+    assert e.open(text(0, 9)).num_tokens == 0
+    e.close(e.run(text(0, 5)))
+    assert e.open(text(0, 9)).num_tokens == 8
+    ok(e)
+
+
+def test_prefixes_that_nobody_needs_are_forgotten_and_a_long_chain_goes_without_recursion() -> None:
+    tree = PrefixTree()
+    node = tree.root()
+    for token in range(20_000):
+        node = tree.child(node, (token,))
+    assert len(tree) == 20_001 and node.num_pages == 20_000
+    del node
+    assert len(tree) == 0
+
+
+def test_the_same_text_computed_twice_at_once_is_cached_once() -> None:
+    e = engine(8)
+    one, two = e.open(text(0, 9)), e.open(text(0, 9))
+    for context in (one, two):
+        assert e.append(context, text(0, 9)) is None
+    ok(e)
+    e.close(one)
+    e.close(two)
+    assert len(e.cache.pools[Tier.DEVICE].stocks[e.cache.groups[0].shape].pages) == 2
+    ok(e)
+
+
+# --- forks ---
+
+
+def test_who_appends_first_to_a_shared_page_copies_it_and_who_is_left_does_not() -> None:
+    e = engine(8)
+    source = e.run(text(0, 6))
+    one, two = e.fork(source), e.fork(source)
+    e.close(source)
+    shared = one.tables[0][1]
+    copies = e.cache.reserve(one, 1)
+    assert not isinstance(copies, Shortage)
+    assert [(copy.source, copy.destination) for copy in copies] == [(shared, one.tables[0][1])]
+    assert e.cache.reserve(two, 1) == () and two.tables[0][1] == shared
+    e.copy(copies)
+    assert e.append(one, [50]) is None and e.append(two, [60]) is None
+    ok(e)
+
+
+def test_a_page_that_another_filled_since_the_fork_is_copied_although_nobody_else_refers_to_it() -> None:
+    """Prevents: a twin that writes into a page which others may find as cached."""
+    e = engine(8)
+    one = e.run(text(0, 6))
+    assert e.cache.reserve(one, 2) == ()
+    two = e.fork(one)
+    for position in (6, 7):
+        e.texts[one].append(position)
+        e._write(one, position)
+    e.cache.commit(one, [6, 7])
+    e.close(one)
+    assert e.append(two, [60, 61]) is None
+    assert e.open(text(0, 9)).num_tokens == 8
+    ok(e)
+
+
+def test_pages_that_are_reserved_stay_with_their_owner() -> None:
+    e = engine(8)
+    one = e.run(text(0, 4))
+    assert e.cache.reserve(one, 8) == ()
+    two = e.fork(one)
+    assert len(one.tables[0]) == 3 and len(two.tables[0]) == 1 and two.num_reserved == 0
+    assert e.append(one, text(50, 6)) is None and e.append(two, text(60, 6)) is None
+    ok(e)
+
+
+def test_places_reserved_before_a_fork_are_written_where_they_are_and_the_twin_copies() -> None:
+    e = engine(8)
+    one = e.run(text(0, 6))
+    assert e.cache.reserve(one, 3) == ()
+    two, page = e.fork(one), one.tables[0][1]
+    assert e.append(one, [50]) is None and one.tables[0][1] == page == two.tables[0][1]
+    copies = e.cache.reserve(two, 1)
+    assert not isinstance(copies, Shortage) and [copy.source for copy in copies] == [page]
+    e.copy(copies)
+    assert e.append(two, [60]) is None and e.append(one, [51, 52]) is None
+    ok(e)
+
+
+# --- windows ---
+
+
+def test_a_windowed_group_keeps_the_pages_that_the_next_token_reads() -> None:
+    e = engine(24, window=6)
+    context = e.open(text(0, 30))
+    for token in range(30):
+        assert e.append(context, [token]) is None
+        held = [index for index, page in enumerate(context.tables[1]) if page != NO_PAGE]
+        assert held == sorted({position // 4 for position in range(max(0, token + 1 - 5), token + 1)})
+        ok(e)
+    assert NO_PAGE not in context.tables[0]
+
+
+def test_a_prefix_counts_only_where_the_window_behind_it_is_cached_too() -> None:
+    e = engine(24, window=6)
+    context = e.run(text(0, 20))
+    pool, (full, windowed) = e.cache.pools[Tier.DEVICE], e.cache.groups
+    contents = [Content(1, prefix) for prefix in context.prefixes]
+    e.close(context)
+    for index in (3, 0):  # the next token after 20 reads pages 3 and 4, after 16 pages 2 and 3, after 12 pages 1 and 2
+        page = pool.find(windowed.shape, contents[index])
+        assert page is not None
+        pool._evict(windowed.shape, page)
+    assert full.shape == windowed.shape
+    again = e.open(text(0, 21))
+    assert again.num_tokens == 12 and again.tables[1][0] == NO_PAGE
+    ok(e)
+
+
+# --- preemption ---
+
+
+def test_a_second_swap_copies_only_what_the_host_does_not_have() -> None:
+    e = engine(8, 8)
+    context = e.run(text(0, 10))
+    assert e.cache.reserve(context, 4) == ()
+    first = e.swap(context, out=True)
+    assert not isinstance(first, Shortage) and len(first) == 3
+    assert len(context.tables[0]) == 3 and context.num_reserved == 0
+    ok(e)
+    assert not isinstance(e.swap(context, out=False), Shortage)
+    assert e.append(context, text(10, 3)) is None
+    ok(e)
+    second = e.swap(context, out=True)
+    assert not isinstance(second, Shortage) and len(second) == 2  # the page filled since, and the page that is not full
+    ok(e)
+
+
+def test_swapping_in_shares_what_is_still_on_the_device() -> None:
+    e = engine(4, 8)
+    context = e.run(text(0, 10))
+    e.swap(context, out=True)
+    other = e.run(text(100, 5))  # takes the two free pages
+    assert e.swap(context, out=False) == Shortage(Tier.DEVICE, SMALL, 1)
+    e.close(other)
+    back = e.swap(context, out=False)
+    assert not isinstance(back, Shortage) and len(back) == 1
+    ok(e)
+
+
+def test_a_prefix_that_only_the_host_has_is_brought_back_for_another_request() -> None:
+    e = engine(4, 8)
+    e.swap(e.run(text(0, 10)), out=True)
+    other = e.run(text(100, 16))
+    assert e.open(text(0, 10)).num_tokens == 0  # no page may go: a prefix is a help, not a need
+    e.close(other)
+    again = e.open(text(0, 10))
+    assert again.num_tokens == 8
+    ok(e)
+
+
+def test_too_few_pages_is_an_answer_that_changes_nothing() -> None:
+    e = engine(4, 4)
+    one, two = e.run(text(0, 8)), e.run(text(100, 4))
+    short = e.append(two, text(200, 9))
+    assert short == Shortage(Tier.DEVICE, SMALL, 3)
+    assert (len(two.tables[0]), two.num_reserved, two.num_tokens) == (1, 0, 4)
+    ok(e)
+    assert isinstance(e.swap(one, out=True), tuple)
+    assert e.append(two, text(200, 9)) is None
+    assert isinstance(e.swap(two, out=True), Shortage)  # the host holds two pages of four, two needs three
+    assert two.state.name == "RESIDENT" and isinstance(e.swap(one, out=False), Shortage)
+    ok(e)
+
+
+def test_protocols_that_are_broken_say_what_was_expected() -> None:
+    e = engine(8)
+    context = e.open([1, 2, 3])
+    with pytest.raises(RuntimeError, match="0 places are reserved; call reserve"):
+        e.cache.commit(context, [1])
+    with pytest.raises(RuntimeError, match="needs a host pool"):
+        e.cache.swap_out(context)
+    with pytest.raises(RuntimeError, match="must be SWAPPED here, this one is RESIDENT"):
+        e.cache.swap_in(context)
+    e.close(context)
+    with pytest.raises(RuntimeError, match="closed already"):
+        e.cache.close(context)
+    with pytest.raises(RuntimeError, match="must be RESIDENT here, this one is CLOSED"):
+        e.cache.reserve(context, 1)
+
+
+def test_preemption_goes_the_way_that_the_rates_make_cheaper() -> None:
+    group = LayerGroup(tuple(range(32)), LLAMA)
+    for link, swaps in ((50e9, True), (1e8, False)):
+        pools = [PagePool(SlabGrid(64 << 20, 32 << 20)) for _ in range(2)]
+        cache = KVCache([group], Costs(link, prefill_tokens_per_s=20e3), *pools)
+        context, _ = cache.open(text(0, 65))
+        cache.reserve(context, 65)
+        cache.commit(context, text(0, 65))
+        assert cache.prefers_swap(context) is swaps
+
+
+def test_what_fits_is_what_can_be_reserved_alone() -> None:
+    for window in (None, 6):
+        e = engine(16, window=window)
+        most = max(n for n in range(200) if e.cache.fits(n, chunk=4))
+        context = e.open(text(0, most))
+        for start in range(0, most, 4):
+            assert e.append(context, text(start, min(4, most - start))) is None
+        assert most >= 48 - 16
+        ok(e)
+
+
+# --- who goes first ---
+
+
+def filled(e: Engine, num_texts: int, tenants: Sequence[str] = ("",)) -> None:
+    """Texts of one page each, at 1000 i, by the tenants in turn."""
+    for i in range(num_texts):
+        e.close(e.run(text(1000 * i, 4), tenants[i % len(tenants)]))
+
+
+def cached(e: Engine, num_texts: int) -> list[int]:
+    """Which of those texts are cached, without changing anything."""
+    tree, pool, (group, *_) = e.cache.tree, e.cache.pools[Tier.DEVICE], e.cache.groups
+    known = [list(tree.known(tree.root(), text(1000 * i, 4), 4)) for i in range(num_texts)]
+    return [i for i, nodes in enumerate(known) if nodes and pool.find(group.shape, Content(0, nodes[0])) is not None]
+
+
+def test_lru_evicts_what_was_let_go_longest_ago() -> None:
+    e = engine(4)
+    filled(e, 4)
+    e.close(e.open([*text(0, 4), 7]))
+    e.close(e.run(text(9000, 8)))
+    assert cached(e, 4) == [0, 3]
+
+
+def test_gdsf_keeps_what_is_used_often_until_time_has_passed() -> None:
+    e = engine(4, policy=GDSF())
+    filled(e, 4)
+    for _ in range(3):
+        e.close(e.open([*text(0, 4), 7]))
+    for start in range(1, 4):
+        e.close(e.run(text(9000 * start, 4)))
+    assert cached(e, 4) == [0]
+    for start in range(4, 24):
+        e.close(e.run(text(9000 * start, 4)))
+    assert cached(e, 4) == []
+    ok(e)
+
+
+def test_gdsf_evicts_first_what_the_host_can_bring_back_sooner() -> None:
+    e = engine(4, 4, policy=GDSF())
+    filled(e, 3)
+    last = e.run(text(3000, 4))
+    e.swap(last, out=True)
+    e.close(last)
+    e.close(e.run(text(9000, 4)))
+    assert cached(e, 4) == [0, 1, 2]
+    ok(e)
+
+
+def test_low_priority_goes_first() -> None:
+    e = engine(4, tenants=[Tenant("paying", priority=1), Tenant("free")])
+    filled(e, 4, ["paying", "free"])
+    e.close(e.run(text(9000, 8), "free"))
+    assert cached(e, 4) == [0, 2]
+    ok(e)
+
+
+def test_a_tenants_floor_is_left_to_it_and_its_surplus_is_not() -> None:
+    e = engine(8, tenants=[Tenant("a", floor_nbytes=2 * 512)])
+    filled(e, 4, ["a"])
+    e.close(e.run(text(9000, 24), "b"))
+    assert e.cache.pools[Tier.DEVICE].ledger.charges == {"a": 1024, "b": 6 * 512}
+    assert cached(e, 4) == [2, 3]
+    assert isinstance(e.append(e.run(text(8000, 24), "b"), [1]), Shortage)
+    ok(e)
+    e.close(e.run(text(7000, 8), "a"))
+    assert cached(e, 4) == []
+    ok(e)
+
+
+def test_floors_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="5000 bytes in all, the slabs 4096"):
+        engine(8, tenants=[Tenant("a", 2500), Tenant("b", 2500)])
+
+
+WIDE = PageShape(num_layers=2, num_kv_heads=1, head_dim=32, page_size=4)  # 1024 bytes
+
+
+def cached_after(texts: Sequence[tuple[PageShape, list[int], str]], *tenants: Tenant) -> tuple[int, int]:
+    """Pages of SMALL and of WIDE after these texts, on two slabs that hold four of the one or two of the other."""
+    pool = PagePool(SlabGrid(2 * 2048, 2048), tenants=tenants)
+    caches = {s: KVCache([LayerGroup(tuple(range(s.num_layers)), s)], COSTS, pool) for s in (SMALL, WIDE)}
+    for shape, tokens, tenant in texts:
+        cache = caches[shape]
+        context, _ = cache.open(tokens, tenant)
+        assert cache.reserve(context, len(tokens)) == ()
+        cache.commit(context, tokens)
+        cache.close(context)
+        check_integrity(caches.values())
+    return len(pool.stocks[SMALL].pages), len(pool.stocks[WIDE].pages)
+
+
+def test_a_slab_of_another_shape_is_taken_when_all_of_it_is_older() -> None:
+    small, wide, more = (SMALL, text(0, 16), "a"), (WIDE, text(0, 8), "b"), (WIDE, text(8, 8), "b")
+    assert cached_after([small, wide]) == (4, 2)
+    assert cached_after([small, wide, more]) == (0, 4)
+    assert cached_after([wide, small, more]) == (4, 2)  # its own page is older than any of that slab
+    assert cached_after([small, wide, more], Tenant("a", floor_nbytes=2048)) == (4, 2)
+
+
+def test_clear_evicts_all_that_nobody_refers_to() -> None:
+    e = engine(8)
+    kept = e.run(text(0, 5))
+    filled(e, 4)
+    e.cache.pools[Tier.DEVICE].clear()
+    assert cached(e, 4) == [0] and kept.num_tokens == 5  # the first text is the page that is in use
+    ok(e)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(-1, 5)), max_size=200))
+@settings(max_examples=25, deadline=None)
+def test_ranked_items_come_in_order_and_leave_nothing_behind(changes: list[tuple[int, int]]) -> None:
+    ranked: Ranked[int] = Ranked()
+    naive: dict[int, int] = {}
+    for item, rank in changes:
+        if rank < 0:
+            ranked.discard(item)
+            naive.pop(item, None)
+        else:
+            ranked.put(item, (rank,))
+            naive[item] = rank
+        assert list(ranked) == sorted(naive, key=lambda item: (naive[item], item))
+        assert ranked.first() == next(iter(ranked), None)
+        assert len(ranked._heap) <= 2 * len(naive) + 18
+
+
+# --- the check itself ---
+
+
+def leak(e: Engine, context: Context) -> None:
+    e.cache.pools[Tier.DEVICE].take(SMALL)
+
+
+def alias(e: Engine, context: Context) -> None:
+    context.tables[0][1] = context.tables[0][0]
+
+
+def double_free(e: Engine, context: Context) -> None:
+    e.cache.pools[Tier.DEVICE].slabs.leases[0].free.append(context.tables[0][0])
+
+
+def forget_a_charge(e: Engine, context: Context) -> None:
+    e.cache.pools[Tier.DEVICE].ledger.charge("", -512)
+
+
+def lose_a_slab(e: Engine, context: Context) -> None:
+    e.cache.pools[Tier.DEVICE].slabs._idle.pop()
+
+
+def keep_a_page_outside_the_window(e: Engine, context: Context) -> None:
+    context.firsts[0] = 1
+
+
+FAULTS: list[Callable[[Engine, Context], None]] = [
+    leak, alias, double_free, forget_a_charge, lose_a_slab, keep_a_page_outside_the_window,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault: Callable[[Engine, Context], None]) -> None:
+    e = engine(8)
+    context = e.run(text(0, 9))
+    ok(e)
+    fault(e, context)
+    with pytest.raises(RuntimeError, match=r"(books|tables) are wrong"):
+        check_integrity([e.cache])
+
+
+# --- anything, in any order ---
+
+TENANTS = (Tenant("a", floor_nbytes=1536), Tenant("b", floor_nbytes=1024, priority=1), Tenant("c"))
+NAMES = st.sampled_from([tenant.name for tenant in TENANTS])
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
+
+
+class Serving(RuleBasedStateMachine):
+    """Two models, one hybrid, on one device pool and one host pool: after every operation all books agree, every
+    context finds what it wrote, and no tenant lost of its floor to others."""
+
+    @initialize(policy=st.sampled_from([LRU, GDSF]), num_slabs=st.integers(2, 6), num_host_slabs=st.integers(1, 4))
+    def start(self, policy: type[LRU] | type[GDSF], num_slabs: int, num_host_slabs: int) -> None:
+        slab_nbytes = 3072 + 256  # holds a page more or less, by where it begins
+        grids = {Tier.DEVICE: SlabGrid(num_slabs * slab_nbytes, slab_nbytes)}
+        grids[Tier.HOST] = SlabGrid(num_host_slabs * slab_nbytes, slab_nbytes)
+        self.pools = {
+            tier: PagePool(grid, policy(), TENANTS if tier is Tier.DEVICE else ()) for tier, grid in grids.items()
+        }
+        memories = {tier: Memory(grid) for tier, grid in grids.items()}
+        hybrid = LayerGroup.of_windows([None, 5, 5], 1, 32, 4)
+        plain = LayerGroup.of_windows([None], 2, 96, 2)
+        self.engines = [
+            Engine(KVCache(groups, COSTS, self.pools[Tier.DEVICE], self.pools[Tier.HOST]), memories, name)
+            for groups, name in ((hybrid, "hybrid"), (plain, "plain"))
+        ]
+
+    def contexts(self, state: str) -> list[tuple[Engine, Context]]:
+        return [(e, context) for e in self.engines for context in e.texts if context.state.name == state]
+
+    def pick(self, state: str, choice: int) -> tuple[Engine, Context]:
+        found = self.contexts(state)
+        return found[choice % len(found)]
+
+    def guarded(self, tenant: str, operate: Callable[[], object]) -> None:
+        """Runs what ``tenant`` asks for; what others lose by it is above their floors."""
+        ledger = self.pools[Tier.DEVICE].ledger
+        before = dict(ledger.charges)
+        operate()
+        for name, nbytes in before.items():
+            now = ledger.charges.get(name, 0)
+            assert name == tenant or now >= min(nbytes, ledger.tenant(name).floor_nbytes)
+
+    @rule(model=st.integers(0, 1), tokens=TOKENS, tenant=NAMES, salt=st.sampled_from([None, None, None, "salt"]))
+    def arrive(self, model: int, tokens: list[int], tenant: str, salt: str | None) -> None:
+        e = self.engines[model]
+        device_only = longest_prefix(e, tokens, salt, (Tier.DEVICE,))
+        best = longest_prefix(e, tokens, salt, (Tier.DEVICE, Tier.HOST))
+
+        def operate() -> None:
+            context = e.open(tokens, tenant, salt)
+            assert context.num_tokens in (device_only, best)
+            e.append(context, tokens[context.num_tokens :])
+
+        self.guarded(tenant, operate)
+
+    @precondition(lambda self: self.contexts("RESIDENT"))
+    @rule(choice=st.integers(0, 99), tokens=TOKENS, num_spare=st.integers(0, 5))
+    def append(self, choice: int, tokens: list[int], num_spare: int) -> None:
+        e, context = self.pick("RESIDENT", choice)
+        (shape, *others), pool = (group.shape for group in e.cache.groups), self.pools[Tier.DEVICE]
+        own = [page.tenant == context.tenant and not page.num_references for page in pool.stocks[shape].pages.values()]
+        num_sure = pool.slabs.num_free(shape) + sum(own)
+
+        def operate() -> None:
+            short = e.append(context, tokens, num_spare)
+            assert short is None or others or short.num_wanted > num_sure
+
+        self.guarded(context.tenant, operate)
+
+    @precondition(lambda self: self.contexts("RESIDENT"))
+    @rule(choice=st.integers(0, 99), tokens=TOKENS, others=TOKENS, ended=st.booleans())
+    def fork(self, choice: int, tokens: list[int], others: list[int], ended: bool) -> None:
+        e, context = self.pick("RESIDENT", choice)
+        twins = e.fork(context), e.fork(context)
+        self.guarded(context.tenant, lambda: e.append(context, [0, *tokens]))
+        if ended:
+            e.close(context)
+        self.guarded(context.tenant, lambda: e.append(twins[0], [1, *others]))
+        self.all_is_well()
+        self.guarded(context.tenant, lambda: e.append(twins[1], tokens))
+
+    @precondition(lambda self: self.contexts("RESIDENT"))
+    @rule(choice=st.integers(0, 99))
+    def close(self, choice: int) -> None:
+        e, context = self.pick("RESIDENT", choice)
+        self.guarded(context.tenant, lambda: e.close(context))
+
+    @precondition(lambda self: self.contexts("RESIDENT"))
+    @rule(choice=st.integers(0, 99))
+    def swap_out(self, choice: int) -> None:
+        e, context = self.pick("RESIDENT", choice)
+        self.guarded(context.tenant, lambda: e.swap(context, out=True))
+
+    @precondition(lambda self: self.contexts("SWAPPED"))
+    @rule(choice=st.integers(0, 99), cancelled=st.booleans())
+    def swap_in(self, choice: int, cancelled: bool) -> None:
+        e, context = self.pick("SWAPPED", choice)
+        self.guarded(context.tenant, lambda: e.close(context) if cancelled else e.swap(context, out=False))
+
+    @invariant()
+    def all_is_well(self) -> None:
+        for e in getattr(self, "engines", []):
+            for context in e.texts:
+                e.check(context)
+        check_integrity([e.cache for e in getattr(self, "engines", [])])
+
+    def teardown(self) -> None:
+        for e in getattr(self, "engines", []):
+            for context in list(e.texts):
+                e.close(context)
+        self.all_is_well()
+        for pool in getattr(self, "pools", {}).values():
+            pool.clear()
+            assert pool.slabs.num_idle == pool.grid.num_slabs and not pool.ledger.charges
+
+
+def longest_prefix(e: Engine, tokens: Sequence[int], salt: Hashable, tiers: Sequence[Tier]) -> int:
+    """How many tokens are cached, found by reading all cached pages rather than by the index."""
+    held = {value for tier in tiers for value in last_values(e, tier)}
+    size, best = e.cache.page_size, 0
+    for num_pages in range(1, (len(tokens) - 1) // size + 1):
+        best = num_pages if all(
+            ((e.name, number, salt), tuple(tokens[: (index + 1) * size])) in held
+            for number, group in enumerate(e.cache.groups)
+            for index in range(group.first_page(num_pages * size), num_pages)
+        ) else best  # fmt: skip
+    return best * size
+
+
+def last_values(e: Engine, tier: Tier) -> Iterator[Value]:
+    """What the last token of each page that has content says of itself."""
+    for shape, stock in e.cache.pools[tier].stocks.items():
+        for page, record in stock.pages.items():
+            if record.content is not None:
+                yield e.memories[tier].read(shape, page)[shape.page_size - 1]
+
+
+Serving.TestCase.settings = settings(
+    max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestServing = Serving.TestCase
+
+
+def test_ten_thousand_requests_leave_the_books_as_they_were() -> None:
+    """Prevents: heaps, nodes or counters that grow with requests rather than with pages."""
+    e = engine(16)
+    chance = random.Random(0)
+    for _ in range(10_000):
+        context, _ = e.cache.open([chance.randrange(3) for _ in range(9)])
+        if not isinstance(e.cache.reserve(context, 5), Shortage):
+            e.cache.commit(context, [chance.randrange(3) for _ in range(5)])
+        e.cache.close(context)
+    check_integrity([e.cache])
+    del context
+    pool = e.cache.pools[Tier.DEVICE]
+    assert len(e.cache.tree) <= 1 + 16 * 4 and not e.cache.contexts
+    pool.clear()
+    assert len(e.cache.tree) == 0 and not pool.ledger.charges and pool.slabs.num_idle == 4

@@ -1,0 +1,378 @@
+"""The serving plan: bytes as equations, what is moved when not all fits, and what it says where nothing does."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from yafsdp_like.inference.plan.packed_weights import images_of, uses_of
+from yafsdp_like.inference.plan.placement import LEAST_PAGES, Mode, Placement, placements
+from yafsdp_like.inference.plan.serving_plan import HARDWARE, ServingLimits, ServingPlan, Site, plan_serving
+from yafsdp_like.inference.plan.workspace import ALWAYS, WORKSPACE
+from yafsdp_like.memory.layout import aligned
+from yafsdp_like.memory.plan import KINDS
+from yafsdp_like.models import PRESETS, DecoderConfig
+
+GIB = 1 << 30
+SERVED = [name for name, config in PRESETS.items() if config.experts is None]
+H200 = Site(hardware=HARDWARE["h200"])
+CHAIN = DecoderConfig(64, 12, 4, 2, 176, vocab_size=4096)
+TIED = replace(CHAIN, tie_embeddings=True)
+SMALL = ServingLimits(kv_nbytes=1 << 20, max_batch_size=4, max_batch_tokens=32, max_seq_len=64)
+
+
+def limited(nbytes: int, **more: int) -> ServingLimits:
+    return replace(SMALL, kv_nbytes=None, memory_limit_nbytes=nbytes, **more)
+
+
+def all_moved(config: DecoderConfig, mode: Mode = "streamed", num_ranks: int = 1) -> Placement:
+    """Every unit, embedding and head too."""
+    return list(placements(config, torch.bfloat16, mode, num_ranks))[-1]
+
+
+# --- images ---
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_images_hold_every_parameter_once_and_little_else(name: str) -> None:
+    config = PRESETS[name]
+    images = images_of(config, torch.bfloat16)
+    found = [parameter for image in images for parameter, _ in image.parameters()]
+    assert len({parameter.name for parameter in found}) == len(found)
+    assert sum(parameter.numel for parameter in found) == config.num_params
+    padding = sum(image.nbytes for image in images) - 2 * config.num_params
+    assert 0 <= padding < 256 * sum(len(image.fields) for image in images)
+
+
+def test_projections_lie_back_to_back_in_the_order_of_their_matrix() -> None:
+    """So that the rows of q, k and v are one matrix without a copy, whatever their sizes."""
+    config = DecoderConfig(40, 1, 5, 1, 24, vocab_size=31, qkv_bias=True)
+    (_, layer, _) = images_of(config, torch.float32)
+    where = {parameter.name.removeprefix("layers.0."): segment for parameter, segment in layer.parameters()}
+    for parts in (
+        [f"self_attn.{x}_proj.weight" for x in "qkv"],
+        [f"self_attn.{x}_proj.bias" for x in "qkv"],
+        [f"mlp.{x}_proj.weight" for x in ("gate", "up")],
+    ):
+        assert where[parts[0]].offset_nbytes % 256 == 0
+        assert [where[part].end_nbytes for part in parts[:-1]] == [where[part].offset_nbytes for part in parts[1:]]
+
+
+def test_a_decoder_with_experts_is_refused() -> None:
+    with pytest.raises(ValueError, match="experts cannot be served yet"):
+        plan_serving(PRESETS["30b-a3b"], SMALL)
+
+
+# --- slots ---
+
+
+def test_a_chain_of_layers_takes_two_slots_whose_live_ranges_follow_each_other() -> None:
+    placement = list(placements(CHAIN, torch.bfloat16, "streamed"))[CHAIN.num_layers - 1]
+    layer = placement.images[1].nbytes
+    assert placement.moved == frozenset(range(1, 13))
+    assert placement.slots[1] == 2 * layer
+    live = placement.live_ranges()
+    assert [live[unit].intervals for unit in (2, 3)] == [((1, 2),), ((2, 3),)]
+    assert live[1].intervals == ((0, 1), (12, 13)), "brought while the last layer and the head are computed"
+
+
+def test_a_tied_head_and_the_next_embedding_are_one_use() -> None:
+    """Prevents: bringing the same matrix twice a forward, and leaving the first layer no time to arrive."""
+    placement = all_moved(TIED)
+    assert placement.uses == (*range(13), 0)
+    assert placement.runs[0] == (0, (13, 0))
+    assert placement.live_ranges()[0].intervals == ((0, 0), (12, 13))
+    assert placement.live_ranges()[1].intervals == ((0, 1), (13, 13))
+    assert placement.following(12) == (*range(12),) and placement.following(0) == (*range(1, 13),)
+
+
+@pytest.mark.parametrize("config", [CHAIN, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_slots_that_are_live_together_never_share_a_byte(config: DecoderConfig, num_ranks: int) -> None:
+    for placement in placements(config, torch.float32, "gathered" if num_ranks > 1 else "streamed", num_ranks):
+        segments, nbytes = placement.slots
+        live = placement.live_ranges()
+        for unit, segment in segments.items():
+            assert segment.nbytes == placement.slot_nbytes(unit) >= placement.images[unit].nbytes
+            assert segment.end_nbytes <= nbytes
+            for other in segments.keys() - {unit}:
+                assert not (live[unit].meets(live[other]) and segment.overlaps(segments[other]))
+        assert placement.nbytes_at_least <= placement.nbytes
+
+
+def test_moved_layers_are_evenly_spread_so_that_each_has_time_to_arrive() -> None:
+    by_count = [sorted(placement.moved) for placement in placements(CHAIN, torch.bfloat16, "streamed")]
+    assert by_count[:4] == [[7], [4, 10], [3, 7, 11], [2, 5, 8, 11]]
+    assert by_count[11:] == [[*range(1, 13)], [*range(1, 14)], [*range(14)]]
+
+
+# --- the plan is an equation ---
+
+
+def test_the_plan_of_resident_weights_is_an_equation() -> None:
+    plan = plan_serving(CHAIN, SMALL)
+    T, B, V, D = 32, 4, 4096, 64
+    qkv, attended, gate_up = 2 * T * 8 * 16, 2 * T * 4 * 16, 2 * T * 2 * 176
+    attention, last, turns = 4 * B * 4 * 17, 2 * B * D, 2 * T * 16
+    shared = max(qkv + aligned(attended) + aligned(attention), gate_up, last)
+    assert plan.memory.nbytes_of("weights") == sum(image.nbytes for image in images_of(CHAIN, torch.bfloat16))
+    page = 12 * 2 * 2 * 16 * 16 * 2  # layers, keys and values, kv heads, tokens, head dim, bytes
+    assert plan.memory.nbytes_of("kv slabs") == (1 << 20) // (2 * page) * (2 * page), "whole slabs, of two pages"
+    assert plan.memory.nbytes_of("workspace") == aligned(shared) + 2 * (2 * T * D) + 2 * turns
+    rows = 2 * B * V + 4 * B * V + 2 * aligned(4 * B) + aligned(4 * B * 20) + aligned(8 * B * 20)
+    assert plan.memory.nbytes_of("logits") == rows
+    tables = aligned(8 * (B + T)) + 3 * aligned(8 * T) + aligned(4 * T) + aligned(4 * (B + 4) * 4)
+    tables += aligned(4 * (B + 4)) + aligned(4 * (B + 1)) + aligned(8 * B) + aligned(4 * B * 7) + aligned(8 * B * 4)
+    tables += 4 * B * V + 2 * (2 * 64 * 16)
+    assert plan.memory.nbytes_of("tables") == tables
+    kinds = ("weights", "kv slabs", "workspace", "logits", "tables")
+    assert plan.memory.nbytes == sum(plan.memory.nbytes_of(kind) for kind in kinds)
+    assert plan.host.nbytes == 0
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_the_plan_of_gathered_weights_is_an_equation(num_ranks: int) -> None:
+    plan = plan_serving(TIED, SMALL, Site(num_ranks=num_ranks), "gathered")
+    images = plan.placement.images
+    parts = [aligned(-(-image.nbytes // num_ranks)) for image in images]
+    assert plan.placement.moved == frozenset(range(1, 13))
+    assert plan.memory.nbytes_of("weights") == images[0].nbytes
+    assert plan.memory.nbytes_of("weight shards") == sum(parts[1:])
+    assert plan.memory.nbytes_of("weight slots") == 2 * num_ranks * parts[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_ranks", "page_nbytes"),
+    [("8b", 2, 2 << 20), ("8b", 8, 2 << 20), ("70b", 2, 8 << 20), ("70b", 8, 2 << 20)],
+)
+def test_slots_hold_other_ranks_parts_alone_where_memory_is_mapped(name: str, num_ranks: int, page_nbytes: int) -> None:
+    site = Site(num_ranks=num_ranks, maps_memory=True)
+    plan = plan_serving(PRESETS[name], replace(SMALL, kv_nbytes=1 << 30), site, "gathered")
+    layer = plan.placement.images[1].nbytes
+    part = aligned(-(-layer // num_ranks), page_nbytes)
+    assert plan.memory.nbytes_of("weight slots") == 2 * (num_ranks - 1) * part
+    assert plan.memory.nbytes_of("weight shards") == PRESETS[name].num_layers * part
+    assert part <= (1 + 1 / LEAST_PAGES) * layer / num_ranks
+    in_pages = [region for region in plan.memory.regions if region.page_nbytes]
+    assert {region.kind for region in in_pages} == {"weight slots", "weight shards"}
+    assert {region.page_nbytes for region in in_pages} == {page_nbytes}
+
+
+def test_parts_of_few_pages_are_copied_into_slots() -> None:
+    plan = plan_serving(TIED, SMALL, Site(num_ranks=2, maps_memory=True), "gathered")
+    assert plan.placement.page_nbytes == 0
+    assert plan.memory.nbytes_of("weight slots") == 2 * 2 * plan.placement.part_nbytes(1)
+
+
+def test_the_plan_of_streamed_weights_is_an_equation() -> None:
+    plan = plan_serving(TIED, replace(SMALL, host_kv_nbytes=1 << 20), mode="streamed")
+    images = plan.placement.images
+    assert plan.memory.nbytes_of("weights") == images[0].nbytes
+    assert plan.memory.nbytes_of("weight slots") == 2 * images[1].nbytes
+    assert plan.host.nbytes_of("host weights") == 12 * images[1].nbytes
+    assert plan.host.nbytes_of("host kv slabs") == plan.memory.nbytes_of("kv slabs")
+    assert plan.memory.nbytes_of("weight shards") == 0
+
+
+def test_buffers_of_one_region_share_bytes_only_when_they_are_not_live_together() -> None:
+    buffers = plan_serving(PRESETS["8b"], limited(140 * GIB), H200).buffers
+    for name, buffer in buffers.buffers.items():
+        for other in buffers.buffers.values():
+            if other.name != name and other.kind == buffer.kind and other.live.meets(buffer.live):
+                assert not buffers.segments[name].overlaps(buffers.segments[other.name]) or not other.nbytes
+    shared = [buffer for buffer in buffers.buffers.values() if buffer.live != ALWAYS]
+    assert {buffer.kind for buffer in shared} == {WORKSPACE}
+
+
+def test_activations_that_may_share_bytes_are_these() -> None:
+    """Prevents: a buffer that is read after another took its bytes."""
+    buffers = [b for b in plan_serving(CHAIN, SMALL).buffers.buffers.values() if b.kind == WORKSPACE]
+    apart = {(a.name, b.name) for a in buffers for b in buffers if a.name < b.name and not a.live.meets(b.live)}
+    in_attention = {("attended", "gate_up"), ("attention", "gate_up"), ("gate_up", "qkv")}
+    when_drawing = {("attended", "last"), ("attention", "last"), ("gate_up", "last"), ("last", "qkv")}
+    assert apart == in_attention | when_drawing | {("last", "step_cos"), ("last", "step_sin")}
+
+
+# --- what is chosen ---
+
+
+def total(plan: ServingPlan) -> int:
+    return sum(image.nbytes for image in plan.placement.images)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_any_preset_is_planned_without_a_gpu(name: str) -> None:
+    plan = plan_serving(PRESETS[name], ServingLimits(memory_limit_nbytes=160 * GIB), H200)
+    assert plan.mode == "resident"
+    assert plan.memory.nbytes <= 160 * GIB
+    assert plan.num_context_tokens >= plan.max_seq_len > 0
+    for kind in KINDS:
+        assert (f"  {kind} " in str(plan)) == bool(plan.memory.nbytes_of(kind)), kind
+
+
+def test_a_limit_is_used_but_for_less_than_a_slab() -> None:
+    plan = plan_serving(PRESETS["8b"], limited(40 * GIB, max_seq_len=8192), H200)
+    assert 0 <= 40 * GIB - plan.memory.nbytes < plan.grid.slab_nbytes
+
+
+@pytest.mark.parametrize(("num_ranks", "mode"), [(1, "streamed"), (2, "gathered")])
+def test_as_few_units_move_as_leave_room_for_the_batch(num_ranks: int, mode: str) -> None:
+    site = replace(H200, num_ranks=num_ranks)
+    config = PRESETS["8b"]
+    plan = plan_serving(config, limited(14 * GIB, max_batch_size=8, max_seq_len=2048), site)
+    assert plan.mode == mode
+    assert plan.num_context_tokens >= 8 * 2048
+    assert 0 < len(plan.placement.moved) < config.num_layers, "some layers stay"
+    fewer = list(placements(config, torch.bfloat16, plan.mode, num_ranks))[len(plan.placement.moved) - 2]
+    assert len(fewer.moved) == len(plan.placement.moved) - 1
+    room = 14 * GIB - fewer.nbytes - plan.buffers.nbytes
+    assert room <= 0 or not plan.capacity.holds(room, 8 * 2048, 2048), "one layer more would have left the room, too"
+
+
+def test_where_the_whole_batch_finds_no_room_all_layers_move_for_one_sequence() -> None:
+    plan = plan_serving(PRESETS["8b"], limited(5 * GIB, max_batch_size=32, max_seq_len=8192), H200)
+    assert plan.mode == "streamed"
+    assert {*range(1, 33)} <= plan.placement.moved
+    assert 8192 <= plan.num_context_tokens < 32 * 8192
+
+
+def test_a_small_device_moves_embedding_and_head_too() -> None:
+    """They are larger than a layer; while layers run, others use their slots' bytes."""
+    plan = plan_serving(PRESETS["8b"], limited(int(3.2 * GIB), max_batch_size=8, max_seq_len=1024), H200)
+    images = plan.placement.images
+    assert plan.placement.moved == frozenset(range(34))
+    assert plan.memory.nbytes_of("weight slots") == images[0].nbytes + images[-1].nbytes
+
+
+def test_asked_for_a_mode_moves_all_layers_where_there_is_no_limit() -> None:
+    assert plan_serving(CHAIN, SMALL).mode == "resident"
+    assert plan_serving(CHAIN, SMALL, Site(num_ranks=4)).mode == "resident"
+    assert plan_serving(CHAIN, SMALL, mode="streamed").placement.moved == {*range(1, 13)}
+    assert plan_serving(CHAIN, SMALL, Site(num_ranks=2), "gathered").placement.moved == {*range(1, 13)}
+
+
+def test_windowed_layers_let_more_context_fit() -> None:
+    windowed = replace(CHAIN, sliding_window=16, windowed_layers=tuple(range(1, 12)))
+    limits = replace(SMALL, kv_nbytes=16 << 20, max_seq_len=4096)
+    dense, sparse = plan_serving(CHAIN, limits), plan_serving(windowed, limits)
+    assert [len(group.layers) for group in sparse.groups] == [1, 11]
+    assert sparse.num_context_tokens > 2 * dense.num_context_tokens
+
+
+def test_where_all_layers_are_windowed_a_sequence_may_be_as_long_as_the_models() -> None:
+    windowed = replace(CHAIN, sliding_window=16)
+    plan = plan_serving(windowed, replace(SMALL, kv_nbytes=1 << 20, max_seq_len=None))
+    assert plan.max_seq_len == CHAIN.max_seq_len > 100 * plan_serving(CHAIN, SMALL).num_context_tokens
+
+
+def test_pages_in_float8_hold_twice_the_tokens() -> None:
+    both = [plan_serving(CHAIN, replace(SMALL, kv_dtype=dtype)) for dtype in ("bfloat16", "float8_e4m3fn")]
+    assert both[1].num_context_tokens == 2 * both[0].num_context_tokens
+
+
+def test_a_sequence_that_is_not_limited_may_be_as_long_as_fits() -> None:
+    short = plan_serving(CHAIN, replace(SMALL, max_seq_len=None, kv_nbytes=1 << 20))
+    assert short.max_seq_len == short.num_context_tokens < CHAIN.max_seq_len
+    long = plan_serving(replace(CHAIN, max_seq_len=128), replace(SMALL, max_seq_len=None))
+    assert long.max_seq_len == 128
+
+
+# --- in words ---
+
+
+def test_the_plan_says_its_mode_and_why_and_what_a_step_takes_at_least() -> None:
+    resident = plan_serving(PRESETS["8b"], limited(140 * GIB), H200)
+    assert resident.reasons[0] == "resident: all 16,060,522,496 bytes of weights stay on the device"
+    assert "3.5 ms at least: 283 tokens/s" in resident.reasons[2]
+    site = replace(H200, num_ranks=2, maps_memory=True)
+    gathered = plan_serving(PRESETS["8b"], limited(14 * GIB, max_batch_size=32, max_seq_len=1024), site)
+    assert re.search(r"gathered: \d+ of 34 units come out of the shards of 2 ranks", gathered.reasons[0])
+    assert "a layer's hides in steps of 641 tokens" in gathered.reasons[-1]
+    streamed = plan_serving(PRESETS["8b"], limited(12 * GIB), H200)
+    assert "a layer's hides in steps of 9,488 tokens" in streamed.reasons[-1]
+    assert "in host memory: " in str(streamed) and "host weights" in str(streamed)
+
+
+def test_the_plan_says_why_weights_do_not_all_stay() -> None:
+    by_limit = plan_serving(PRESETS["8b"], limited(16 * GIB, max_seq_len=16_384), H200)
+    assert by_limit.reasons[0].endswith("for keys and values, too few for 16,384 tokens")
+    by_pages = plan_serving(PRESETS["8b"], replace(limited(16 * GIB), kv_nbytes=2 * GIB), H200)
+    assert by_pages.reasons[0].endswith("for keys and values, fewer than kv_nbytes")
+    asked = plan_serving(PRESETS["8b"], limited(14 * GIB), H200, "streamed")
+    assert asked.reasons[0].endswith("out of host memory in every forward, as asked for")
+
+
+def test_the_plan_says_where_ranks_must_keep_step() -> None:
+    for maps_memory in (True, False):
+        plan = plan_serving(CHAIN, SMALL, Site(num_ranks=2, maps_memory=maps_memory), "gathered")
+        assert ("same number of forwards" in str(plan)) is not maps_memory
+        shards = [region for region in plan.memory.regions if region.kind == "weight shards"]
+        assert {region.mapped for region in shards} == {maps_memory}
+
+
+# --- what does not fit ---
+
+
+@pytest.mark.parametrize("mode", ["auto", "resident", "streamed"])
+@pytest.mark.parametrize(("name", "limit"), [("8b", GIB), ("70b", 2 * GIB), ("135m", 10 << 20)])
+def test_what_does_not_fit_says_what_is_missing_and_that_then_fits(name: str, limit: int, mode: Mode) -> None:
+    limits = ServingLimits(memory_limit_nbytes=limit, max_seq_len=4096)
+    with pytest.raises(ValueError, match="bytes are missing") as refused:
+        plan_serving(PRESETS[name], limits, mode=mode)
+    needed = int(re.search(r"It fits with memory_limit_nbytes=(\d+)", str(refused.value))[1])  # type: ignore[index]
+    missing = int(re.search(r"([\d,]+) bytes are missing", str(refused.value))[1].replace(",", ""))  # type: ignore[index]
+    assert needed - limit == missing > 0
+    plan = plan_serving(PRESETS[name], replace(limits, memory_limit_nbytes=needed), mode=mode)
+    assert plan.max_seq_len == 4096 and plan.memory.nbytes <= needed
+    assert plan.memory.nbytes > 0.95 * needed, "much more was asked for than is used"
+
+
+def test_where_shorter_sequences_would_fit_the_error_says_how_long_they_may_be() -> None:
+    limits = ServingLimits(memory_limit_nbytes=17 * GIB, max_seq_len=131_072)
+    with pytest.raises(ValueError, match="or with max_seq_len=") as refused:
+        plan_serving(PRESETS["8b"], limits, H200, "resident")
+    longest = int(re.search(r"max_seq_len=(\d+)", str(refused.value))[1])  # type: ignore[index]
+    assert 1024 < longest < 16_384
+    assert plan_serving(PRESETS["8b"], replace(limits, max_seq_len=longest), H200, "resident").max_seq_len == longest
+
+
+def test_pages_that_find_no_room_are_told_how_much_there_is() -> None:
+    limits = ServingLimits(memory_limit_nbytes=17 * GIB, kv_nbytes=4 * GIB, max_seq_len=1024)
+    with pytest.raises(ValueError, match="or with kv_nbytes=") as refused:
+        plan_serving(PRESETS["8b"], limits, H200, "resident")
+    room = int(re.search(r"or with kv_nbytes=(\d+)", str(refused.value))[1])  # type: ignore[index]
+    assert plan_serving(PRESETS["8b"], replace(limits, kv_nbytes=room), H200, "resident").mode == "resident"
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ({}, "memory_limit_nbytes or kv_nbytes"),
+        ({"kv_nbytes": 0}, "kv_nbytes must be at least 1"),
+        ({"kv_nbytes": GIB, "max_batch_size": 8, "max_batch_tokens": 4}, "a token of each sequence"),
+        ({"kv_nbytes": GIB, "page_size": 0}, "page_size 0"),
+        ({"kv_nbytes": GIB, "max_seq_len": 200_000}, "at most 131072, the model's"),
+        ({"kv_nbytes": 4096, "max_seq_len": 8192}, "8192 must fit"),
+        ({"kv_nbytes": GIB, "kv_dtype": "int4"}, "dtype must be one of"),
+        ({"kv_nbytes": GIB, "host_kv_nbytes": 1000}, "hold no pages"),
+    ],
+)
+def test_limits_that_cannot_be_are_refused(limits: dict[str, int], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        plan_serving(CHAIN, ServingLimits(**limits))
+
+
+def test_modes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least two ranks"):
+        plan_serving(CHAIN, SMALL, mode="gathered")
+    with pytest.raises(ValueError, match="mode must be one of"):
+        plan_serving(CHAIN, SMALL, mode="paged")  # type: ignore[arg-type]
+
+
+def test_steps_of_a_forward_read_every_unit_in_order() -> None:
+    for config in (CHAIN, TIED):
+        images = images_of(config, torch.bfloat16)
+        names = [images[unit].name for unit in uses_of(images, config)]
+        last = "embed_tokens" if config.tie_embeddings else "lm_head"
+        assert names == ["embed_tokens", *(f"layers.{i}" for i in range(12)), last]

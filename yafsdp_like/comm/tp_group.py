@@ -1,0 +1,55 @@
+"""Ranks that compute one thing together: sums of their parts, and what one of them decides for all.
+
+Owns the collectives of tensor parallelism. Knows nothing of what is summed.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import AllreduceOptions
+
+from yafsdp_like.comm.consistency import share
+
+Value = TypeVar("Value")
+
+
+class Team:
+    """The ranks of ``group``, who all make the same calls in the same order."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rank, self.size = group.rank(), group.size()
+        self._group = group
+
+    def sum_(self, part: torch.Tensor) -> None:
+        """Replaces every rank's ``part``, contiguous and of any shape, by the sum of all, with the same bits on all.
+
+        In order on the current stream, so that it can be recorded in a CUDA graph; blocks the CPU on gloo.
+        """
+        options = AllreduceOptions()
+        options.asyncOp = False  # on the current stream, not on one of the group's own
+        work = self._group.allreduce([part], options)
+        if work is not None:
+            work.wait()  # blocks the CPU on gloo, and only orders the current stream on NCCL
+
+    def first(self, value: Value) -> Value:
+        """The first rank's ``value``. Blocks the CPU; on the first rank perhaps until it is sent only."""
+        box = [value]
+        dist.broadcast_object_list(box, group=self._group, group_src=0)
+        return box[0]
+
+    def expect_same(self, what: str, value: object) -> None:
+        """Raises RuntimeError on all ranks unless they pass equal values. Blocks the CPU."""
+        values = share(value, self._group)
+        others = [rank for rank, other in enumerate(values) if other != values[0]]
+        if others:
+            raise RuntimeError(f"{what} must be the same on all ranks that compute together; those of {others} differ")
+
+
+def world_team() -> Team:
+    """All ranks of this process's world, which there must be."""
+    group = dist.group.WORLD
+    assert group is not None, "there is no process group"
+    return Team(group)

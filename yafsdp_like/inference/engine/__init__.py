@@ -1,0 +1,1 @@
+"""The engine: requests in, events out, a step at a time."""

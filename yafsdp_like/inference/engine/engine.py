@@ -1,0 +1,353 @@
+"""Serves one model on one device: requests come in, events come out, a step at a time.
+
+Owns what a step is made of and in which order its parts happen; integers are the scheduler's, tensors the runner's.
+
+    engine = Engine(weights, options)
+    engine.add(Request("a", prompt=(1, 2, 3)))
+    while engine.has_work:
+        for event in engine.step():
+            ...
+
+[Note: one step ahead]
+With ``lookahead`` a step is launched before the tokens of the step before it are read, so the device does not wait for
+the CPU. ``step`` then returns what the step before drew. A sequence that ended with it has been computed once too
+often; that token is dropped.
+
+Where ranks compute together (``weights.py``, [Note: together]) each has an engine, with the same options, and all make
+the same calls in the same order. The first rank's clock holds for all: its costs, its deadlines, and its time.
+
+Not safe for threads: one thread calls everything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from yafsdp_like.inference.engine.request import Event, FinishReason, Request, Token
+from yafsdp_like.inference.engine.runner import Launched, Runner
+from yafsdp_like.inference.engine.scheduler import Batch, Budget, Scheduler, Sequence, Stage
+from yafsdp_like.inference.kv.eviction import GDSF, LRU, Costs, Policy, Tenant
+from yafsdp_like.inference.kv.kv_cache import KVCache, Tier, check_integrity
+from yafsdp_like.inference.kv.pages import PagePool
+from yafsdp_like.inference.kv.slabs import SlabGrid
+from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS, KV_SLABS, ServingLimits
+from yafsdp_like.inference.weights.store import Weights
+from yafsdp_like.memory.arena import Arena
+from yafsdp_like.memory.plan import MemoryPlan
+from yafsdp_like.models.decoder import DecoderConfig
+
+POLICIES: dict[str, Callable[[], Policy]] = {"lru": LRU, "gdsf": GDSF}
+_NO_LINK = Costs(link_nbytes_per_s=1.0, prefill_tokens_per_s=1e4)  # without a host tier nothing is weighed
+
+
+@dataclass(frozen=True)
+class EngineOptions(ServingLimits):
+    """What an engine may take, and how it serves. Raises ValueError for what cannot be."""
+
+    max_waiting: int = 1024  # requests that wait for their turn, preempted ones among them
+    prefix_cache: bool = True  # whether requests share pages of equal beginnings
+    graphs: bool = True  # whether steps in which everybody draws are CUDA graphs
+    lookahead: bool = True  # see [Note: one step ahead]
+    policy: str = "lru"  # which pages that nobody uses go first: a key of POLICIES
+    tenants: tuple[Tenant, ...] = ()  # those that have a floor of pages, or a priority of theirs
+    costs: Costs | None = None  # of copying and computing pages again; None: measured when the engine is made
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, found {self.policy!r}")
+        if self.max_waiting < 1:
+            raise ValueError(f"max_waiting must be at least 1, found {self.max_waiting}")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """All that was drawn for one request."""
+
+    tokens: tuple[Token, ...]
+    finish: FinishReason
+    num_cached_tokens: int
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """How things stand, and what was done since the start."""
+
+    num_running: int
+    num_waiting: int  # swapped ones included
+    num_swapped: int  # whose pages are on the host
+    num_steps: int
+    num_swapped_out: int  # preemptions by swapping
+    num_recomputed: int  # preemptions by dropping pages
+    num_tokens_computed: int
+    num_tokens_cached: int  # of prompts, that were not computed
+    num_tokens_drawn: int
+    num_tokens_dropped: int  # drawn past an end
+    num_chunks: int  # parts of prompts, less the last ones
+    num_pages_evicted: int
+    kv_nbytes_used: int  # of pages that sequences hold, on the device
+    kv_nbytes_cached: int  # of pages that nobody holds, and that are found by their content
+    kv_nbytes: int
+    host_kv_nbytes_used: int
+    host_kv_nbytes_cached: int
+    host_kv_nbytes: int
+
+    @property
+    def num_preempted(self) -> int:
+        return self.num_swapped_out + self.num_recomputed
+
+
+class Engine:
+    """One model, its pages, and the requests that it serves.
+
+    Everything is allocated when it is made, on the arenas of ``weights``. ``options`` must have the limits that the
+    weights were planned with. Raises ValueError for a model or options that cannot be served.
+    """
+
+    def __init__(self, weights: Weights, options: EngineOptions) -> None:
+        _check(weights, options)
+        self.config: DecoderConfig = weights.config
+        self.plan: MemoryPlan = weights.plan.memory
+        self.options = options
+        self._weights, self._team = weights, weights.team
+        if self._team is not None:
+            self._team.expect_same("the options of engines", options)
+        self._max_seq_len = weights.plan.max_seq_len
+        self._runner = _runner(weights)
+        self._cache = self._kv_cache()
+        budget = Budget(options.max_batch_size, options.max_batch_tokens, options.max_waiting)
+        self._scheduler = Scheduler(self._cache, budget)
+        self._sequences: dict[str, Sequence] = {}
+        self._cancelled: list[Sequence] = []
+        self._unread: Launched | None = None
+        self._num_steps = 0
+        self._runner.warm_up(options.graphs)
+
+    def _kv_cache(self) -> KVCache:
+        plan, options = self._weights.plan, self.options
+        costs = options.costs or (_NO_LINK if plan.host_grid is None else self._measured())
+
+        def pool(grid: SlabGrid, tenants: Iterable[Tenant] = ()) -> PagePool:
+            return PagePool(grid, POLICIES[options.policy](), tenants)
+
+        host = None if plan.host_grid is None else pool(plan.host_grid)
+        return KVCache(plan.groups, costs, pool(plan.grid, options.tenants), host)
+
+    def _measured(self) -> Costs:
+        costs = self._runner.measure()
+        return costs if self._team is None else self._team.first(costs)
+
+    # --- requests ---
+
+    def add(self, request: Request) -> None:
+        """Takes a request; its events come from ``step``.
+
+        Raises ValueError for one that can never be served, or whose id is in use, and QueueFull where too many wait.
+        Ranks that compute together must all be given it before the same step.
+        """
+        self._check_request(request)
+        if self._team is not None and request.deadline is not None:
+            request = replace(request, deadline=self._team.first(request.deadline))
+        salt: Hashable = request.salt if self.options.prefix_cache else object()
+        self._sequences[request.id] = self._scheduler.add(request, salt)
+
+    def cancel(self, request_id: str) -> None:
+        """The request's last event, by the next ``step``, says CANCELLED; nothing happens if it has ended."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._cancelled.append(sequence)
+
+    def _check_request(self, request: Request) -> None:
+        name, num_tokens = f"request {request.id!r}", len(request.prompt) + request.max_tokens
+        if request.id in self._sequences:
+            raise ValueError(f"{name}: the id is in use")
+        if num_tokens > self._max_seq_len:
+            raise ValueError(
+                f"{name}: {len(request.prompt)} tokens of prompt and max_tokens {request.max_tokens} are more than "
+                f"max_seq_len {self._max_seq_len}"
+            )
+        if not self._cache.fits(num_tokens, self.options.max_batch_tokens):
+            raise ValueError(
+                f"{name}: keys and values of {num_tokens} tokens do not fit {self._weights.plan.grid.region_nbytes} "
+                "bytes for pages"
+            )
+        outside = [token for token in request.prompt if not 0 <= token < self.config.vocab_size]
+        if outside:
+            raise ValueError(
+                f"{name}: token {outside[0]} is outside of the vocabulary of {self.config.vocab_size} tokens"
+            )
+
+    # --- steps ---
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do, or to tell."""
+        return bool(self._sequences) or self._unread is not None
+
+    def step(self) -> list[Event]:
+        """Launches one batch and tells what the one before, or with ``lookahead=False`` this one, drew.
+
+        Events may be none while there is work. Where ranks step together (``Weights.lockstep``) each call makes
+        exactly one forward, and all ranks must call it equally often, whether they have work or not.
+        """
+        events = [self._finish(sequence, reason) for sequence, reason in self._over()]
+        batch = self._scheduler.schedule()
+        if batch is None:
+            events += self._read()
+            batch = self._scheduler.schedule()
+            assert batch is not None, "nothing is pending once it has been read"
+        launched = self._launch(batch)
+        events += self._read()
+        self._unread = launched
+        return events if self.options.lookahead else events + self._read()
+
+    def _launch(self, batch: Batch) -> Launched | None:
+        if not batch.runs:
+            if self._weights.lockstep:
+                self._runner.skip()
+            return None
+        launched = self._runner.launch(batch)
+        self._scheduler.launched(batch)
+        self._num_steps += 1
+        return launched
+
+    def generate(self, requests: Iterable[Request]) -> dict[str, Completion]:
+        """Serves all of ``requests`` to the end, by id; as many wait at a time as may.
+
+        Raises what ``add`` does before any of them is served, and RuntimeError where ranks must step together without
+        having the same requests, since they need not end together. Ranks that compute together all call this with the
+        same requests, but for deadlines, which are the first rank's; RuntimeError if they are others.
+        """
+        requests = list(requests)
+        if self._team is not None:
+            self._team.expect_same("requests", [replace(request, deadline=None) for request in requests])
+        elif self._weights.lockstep:
+            raise RuntimeError("generate() cannot know when other ranks have ended: call step() equally often on all")
+        tokens: dict[str, list[Token]] = {}
+        done: dict[str, Completion] = {}
+        left = requests[::-1]
+        for request in left:
+            self._check_request(request)
+        if len({request.id for request in left}) < len(left):
+            raise ValueError("expected requests of different ids, found one twice")
+        while left or self.has_work:
+            while left and len(self._scheduler.waiting) < self.options.max_waiting:
+                request = left.pop()
+                self.add(request)
+                tokens[request.id] = []
+            for event in self.step():
+                drawn = tokens.setdefault(event.request_id, [])
+                drawn += event.tokens
+                if event.finish is not None:
+                    done[event.request_id] = Completion(tuple(drawn), event.finish, event.num_cached_tokens)
+        return done
+
+    def _over(self) -> list[tuple[Sequence, FinishReason]]:
+        """Those that end now, whatever they have drawn; each once."""
+        over = dict.fromkeys(self._cancelled, FinishReason.CANCELLED)
+        self._cancelled = []
+        for sequence in self._scheduler.expired(self._now()):
+            over.setdefault(sequence, FinishReason.DEADLINE)
+        return [(sequence, reason) for sequence, reason in over.items() if sequence.stage is not Stage.ENDED]
+
+    def _now(self) -> float:
+        """Seconds as of ``time.monotonic``. All ranks that compute together ask in the same steps, as few as can be."""
+        now = time.monotonic()
+        return now if self._team is None or not self._scheduler.has_deadlines else self._team.first(now)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> Event:
+        self._scheduler.end(sequence)
+        return self._event(sequence, (), reason)
+
+    def _event(self, sequence: Sequence, tokens: tuple[Token, ...], finish: FinishReason | None) -> Event:
+        if finish is not None:
+            del self._sequences[sequence.request.id]
+        return Event(sequence.request.id, tokens, finish, sequence.num_cached or 0)
+
+    def _read(self) -> list[Event]:
+        """What the step that is not read yet has drawn."""
+        launched, self._unread = self._unread, None
+        if launched is None:
+            return []
+        events = []
+        for run, token in zip(launched.drawing, self._runner.read(launched), strict=True):
+            if run.sequence.stage is Stage.ENDED:
+                self._scheduler.counts.num_tokens_dropped += 1
+                continue
+            finish = self._scheduler.read(run, token.id)
+            events.append(self._event(run.sequence, (token,), finish))
+        return events
+
+    # --- how things stand ---
+
+    def metrics(self) -> Metrics:
+        scheduler, counts = self._scheduler, self._scheduler.counts
+        device, host = self._cache.pools[Tier.DEVICE], self._cache.pools.get(Tier.HOST)
+        used, cached = _kv_nbytes(device)
+        host_used, host_cached = (0, 0) if host is None else _kv_nbytes(host)
+        return Metrics(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_swapped=scheduler.num_swapped,
+            num_steps=self._num_steps,
+            num_swapped_out=counts.num_swapped_out,
+            num_recomputed=counts.num_recomputed,
+            num_tokens_computed=counts.num_tokens_computed,
+            num_tokens_cached=counts.num_tokens_cached,
+            num_tokens_drawn=counts.num_tokens_drawn,
+            num_tokens_dropped=counts.num_tokens_dropped,
+            num_chunks=counts.num_chunks,
+            num_pages_evicted=device.num_evicted,
+            kv_nbytes_used=used,
+            kv_nbytes_cached=cached,
+            kv_nbytes=device.grid.num_slabs * device.grid.slab_nbytes,
+            host_kv_nbytes_used=host_used,
+            host_kv_nbytes_cached=host_cached,
+            host_kv_nbytes=0 if host is None else host.grid.num_slabs * host.grid.slab_nbytes,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError unless no page leaks or is two things at once. O(everything): for when it is idle."""
+        self._scheduler.check_integrity()
+        check_integrity([self._cache])
+
+
+def _check(weights: Weights, options: EngineOptions) -> None:
+    if weights.config.experts is not None:
+        raise ValueError("models with experts cannot be served yet")
+    for name in ("max_batch_size", "max_batch_tokens", "page_size", "kv_dtype", "host_kv_nbytes"):
+        planned, found = getattr(weights.plan.limits, name), getattr(options, name)
+        if planned != found:
+            raise ValueError(f"{name}: the weights were planned with {planned}, the options say {found}")
+
+
+def _runner(weights: Weights) -> Runner:
+    plan = weights.plan
+    places = {name: plan.tensor(weights.arena, name) for name in plan.buffers.buffers}
+    regions = {Tier.DEVICE: _bytes_of(weights.arena, KV_SLABS)}
+    if plan.host_grid is not None:
+        regions[Tier.HOST] = _bytes_of(weights.host, HOST_KV_SLABS)
+    return Runner(weights, places, plan.groups, regions)
+
+
+def _bytes_of(arena: Arena, region: str) -> torch.Tensor:
+    """All bytes of a region, (nbytes,)."""
+    whole = arena.place(region)
+    return whole.tensor(torch.uint8, (whole.segment.nbytes,))
+
+
+def _kv_nbytes(pool: PagePool) -> tuple[int, int]:
+    """Bytes of pages that are referred to, and of those that are only cached."""
+    used = sum(
+        shape.nbytes * sum(page.num_references > 0 for page in stock.pages.values())
+        for shape, stock in pool.stocks.items()
+    )
+    return used, sum(pool.ledger.charges.values()) - used

@@ -1,0 +1,244 @@
+"""The packed forward: tokens of many sequences, one row each, through the model to logits, in places planned before.
+
+Nothing is allocated: every operation writes into a place given. This file knows weights, places and pages; it must not
+know whose tokens they are, nor how they got here.
+
+Rows of a step: first one token of each of ``num_single`` sequences, then chunks of ``num_chunks`` others. Tables of
+sequences are laid out alike, with the chunks' first row at a multiple of 4, see [Note: aligned rows].
+
+[Note: aligned rows]
+Triton compiles another kernel for a pointer that is not a multiple of 16 bytes. The parts of tables that hold chunks
+begin at a multiple of 4 rows of int32, so that no step meets a kernel that warming up has not compiled.
+
+Ranks that compute together each have their part of a layer, and what a layer adds is the sum over ranks of what the
+parts give. Of logits each computes those of its range of the vocabulary.
+
+Shapes: T tokens of a step, B sequences, D model, V vocabulary, G groups of layers, P pages; and this rank's N heads,
+K kv heads, H head dim, F feed-forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from yafsdp_like.inference.kv.kv_cache import LayerGroup
+from yafsdp_like.inference.weights.store import LayerWeights, Weights
+from yafsdp_like.kernels.activation import swiglu
+from yafsdp_like.kernels.attention import (
+    Contexts,
+    KVPages,
+    choose_num_splits,
+    decode_attention,
+    prefill_attention,
+    workspace_numel,
+)
+from yafsdp_like.kernels.gemv import product
+from yafsdp_like.kernels.norm import rms_norm
+from yafsdp_like.kernels.rotary import HeadNorms, rotate_and_store
+
+ROW_ALIGNMENT = 4
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """How many rows of what a step has."""
+
+    num_single: int  # sequences with one token
+    num_chunks: int = 0  # sequences with several
+    num_chunk_tokens: int = 0
+    num_drawing: int = 0  # rows whose next token is drawn
+
+    @classmethod
+    def decode(cls, batch_size: int) -> StepSize:
+        """One token for each sequence, all of which draw, in order."""
+        return cls(batch_size, num_drawing=batch_size)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_single + self.num_chunk_tokens
+
+    @property
+    def first_chunk(self) -> int:
+        """The row of tables at which chunks begin."""
+        return -(-self.num_single // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of tables up to the last one in use."""
+        return self.first_chunk + self.num_chunks if self.num_chunks else self.num_single
+
+    @property
+    def draws_in_order(self) -> bool:
+        return self.num_chunks == 0 and self.num_drawing == self.num_single
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers with the same window, and what their kernels read."""
+
+    index: int
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where the keys and values of each layer are."""
+
+    pages: tuple[KVPages, ...]  # per layer
+    groups: tuple[Group, ...]  # per layer
+
+    @classmethod
+    def of(cls, groups: Sequence[LayerGroup], region: Tensor) -> Cache:
+        """Pages of all groups on the bytes (nbytes,) uint8 of one region."""
+        found: dict[int, tuple[KVPages, Group]] = {}
+        for index, group in enumerate(groups):
+            shape = group.shape
+            dtype = getattr(torch, shape.dtype)
+            flat = region[: region.numel() // shape.itemsize * shape.itemsize].view(dtype)
+            num_pages = region.numel() // shape.nbytes
+            dims = (num_pages, shape.num_layers, 2, shape.num_kv_heads, shape.page_size, shape.head_dim)
+            pages = flat.as_strided(dims, shape.strides).transpose(3, 4)  # (P, layers, 2, page_size, K, H)
+            for position, layer in enumerate(group.layers):
+                found[layer] = KVPages(pages[:, position, 0], pages[:, position, 1]), Group(index, group.window)
+        ordered = [found[layer] for layer in range(len(found))]
+        return cls(tuple(pages for pages, _ in ordered), tuple(group for _, group in ordered))
+
+
+class Forward:
+    """One model's forward over the places of one engine. A call reads these of ``places``, which must be on the device:
+
+    fed (B + T,) int64, token_index (T,) int64: the tokens, and where in ``fed`` each is
+    positions (T,) int64, slots (G, T) int32: of the tokens, and where their keys and values go; -1: nowhere
+    page_tables (G, B + 4, max_pages), lengths (B + 4,), starts (B + 1,) int32: of the sequences
+    last_rows (B,) int64: rows whose next token is drawn, unless all are, in order
+    """
+
+    def __init__(
+        self, weights: Weights, places: Mapping[str, Tensor], cache: Cache, num_multiprocessors: int = 1
+    ) -> None:
+        self._weights, self._places, self._cache = weights, places, cache
+        self._config, self._team = weights.plan.share, weights.team
+        self._max_seq_len, self._num_multiprocessors = len(places["cos"]), num_multiprocessors
+
+    def __call__(self, size: StepSize) -> Tensor:
+        """Logits (num_drawing, V), in the weights' dtype, on the current stream; keys and values go into pages."""
+        rows = slice(0, size.num_tokens)
+        hidden, normed = self._places["hidden"][rows], self._places["normed"][rows]
+        self._embed(rows, hidden)
+        added = None
+        for index in range(self._config.num_layers):
+            layer = self._weights.layer(index)
+            self._norm(added, hidden, layer.input_norm, normed)
+            self._attend(index, layer, size, normed)
+            self._norm(normed, hidden, layer.post_norm, normed)
+            self._feed(layer, rows, normed)
+            self._weights.release(index)
+            added = normed
+        return self._head(size, normed, hidden)
+
+    def skip(self) -> None:
+        """A forward of no tokens: what ranks that step together need of one that has nothing to do."""
+        self._weights.embedding()
+        for index in range(self._config.num_layers):
+            self._weights.layer(index)
+            self._weights.release(index)
+        self._weights.head()
+
+    def _embed(self, rows: slice, hidden: Tensor) -> None:
+        token_ids, positions = self._places["token_ids"][rows], self._places["positions"][rows]
+        torch.index_select(self._places["fed"], 0, self._places["token_index"][rows], out=token_ids)
+        torch.index_select(self._weights.embedding(), 0, token_ids, out=hidden)
+        for name in ("cos", "sin"):
+            torch.index_select(self._places[name], 0, positions, out=self._places[f"step_{name}"][rows])
+
+    def _norm(self, added: Tensor | None, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        """Adds to the residual stream what is to be added, and norms it."""
+        if added is None:
+            rms_norm(hidden, weight, self._config.norm_eps, out)
+        else:
+            rms_norm(added, weight, self._config.norm_eps, out, residual=hidden)
+
+    def _attend(self, index: int, layer: LayerWeights, size: StepSize, normed: Tensor) -> None:
+        """Attention of normed rows (T, D), which become what it adds."""
+        config, rows = self._config, slice(0, size.num_tokens)
+        qkv, attended = self._places["qkv"][rows], self._places["attended"][rows]
+        product(normed, layer.qkv, qkv)
+        if layer.qkv_bias is not None:
+            qkv.add_(layer.qkv_bias)
+        heads = qkv.unflatten(1, (-1, config.head_dim))
+        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        tables = self._places["step_cos"][rows], self._places["step_sin"][rows]
+        pages, group = self._cache.pages[index], self._cache.groups[index]
+        norms = None
+        if layer.q_norm is not None and layer.k_norm is not None:
+            norms = HeadNorms(layer.q_norm, layer.k_norm, config.norm_eps)
+        rotate_and_store(q, k, v, tables, pages, self._places["slots"][group.index, rows], norms)
+        self._attend_pages(q, pages, group, size, attended.unflatten(1, (-1, config.head_dim)))
+        product(attended, layer.o, normed)
+        self._sum(normed)
+
+    def _attend_pages(self, q: Tensor, pages: KVPages, group: Group, size: StepSize, out: Tensor) -> None:
+        tables, lengths = self._places["page_tables"][group.index], self._places["lengths"]
+        single = slice(0, size.num_single)
+        if size.num_single:
+            contexts = Contexts(tables[single], lengths[single])
+            workspace, num_splits = self._pieces(size.num_single, group.window)
+            decode_attention(q[single], pages, contexts, out[single], workspace, num_splits, group.window)
+        if size.num_chunks:
+            chunks = slice(size.first_chunk, size.num_rows)
+            contexts = Contexts(tables[chunks], lengths[chunks], self._places["starts"][: size.num_chunks + 1])
+            prefill_attention(q[size.num_single :], pages, contexts, out[size.num_single :], group.window)
+
+    def _pieces(self, batch_size: int, window: int | None) -> tuple[Tensor, int]:
+        """The workspace of decode attention, and into how many pieces it lets keys be cut."""
+        config, workspace = self._config, self._places["attention"]
+        max_length = min(window or self._max_seq_len, self._max_seq_len)
+        wanted = choose_num_splits(batch_size, config.num_kv_heads, max_length, self._num_multiprocessors)
+        while workspace_numel(batch_size, config.num_heads, config.head_dim, wanted) > workspace.numel():
+            wanted -= 1
+        return workspace, wanted
+
+    def _feed(self, layer: LayerWeights, rows: slice, normed: Tensor) -> None:
+        """The feed-forward of normed rows (T, D), which become what it adds."""
+        gate_up = self._places["gate_up"][rows]
+        product(normed, layer.gate_up, gate_up)
+        gate, up = gate_up.chunk(2, dim=1)
+        swiglu(gate, up, gate)
+        product(gate, layer.down, normed)
+        self._sum(normed)
+
+    def _sum(self, part: Tensor) -> None:
+        """What all ranks have computed of it, where they compute together."""
+        if self._team is not None:
+            self._team.sum_(part)
+
+    def _head(self, size: StepSize, added: Tensor, hidden: Tensor) -> Tensor:
+        norm, head = self._weights.head()
+        last, logits = self._places["last"][: size.num_drawing], self._places["logits"][: size.num_drawing]
+        if size.draws_in_order:
+            self._norm(added, hidden, norm, last)
+        elif size.num_drawing:
+            self._norm(added, hidden, norm, added)
+            torch.index_select(added, 0, self._places["last_rows"][: size.num_drawing], out=last)
+        if size.num_drawing:
+            self._project(last, head, logits)
+        return logits
+
+    def _project(self, last: Tensor, head: Tensor, logits: Tensor) -> None:
+        if self._team is None:
+            product(last, head, logits)
+            return
+        rows = _range_of(len(head), self._team.rank, self._team.size)
+        logits.zero_()
+        product(last, head[rows], logits[:, rows])
+        self._sum(logits)  # exact: of each logit all ranks but one have 0
+
+
+def _range_of(vocab_size: int, rank: int, num_ranks: int) -> slice:
+    """A rank's tokens; they begin at multiples of 16 bytes, also in bf16, for which matrix products are fastest."""
+    most = -(-vocab_size // (8 * num_ranks)) * 8
+    return slice(min(rank * most, vocab_size), min((rank + 1) * most, vocab_size))

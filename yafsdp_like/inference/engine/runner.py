@@ -1,0 +1,280 @@
+"""Steps on the device: pages are copied, tables staged, the forward issued, tokens drawn and fetched, in this order.
+
+Owns what the device is given to do. Which sequence is served when is the scheduler's.
+
+Shapes: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from yafsdp_like.inference.engine.batch_inputs import Staging
+from yafsdp_like.inference.engine.forward import Cache, Forward, StepSize
+from yafsdp_like.inference.engine.request import Token
+from yafsdp_like.inference.engine.scheduler import Batch, Run
+from yafsdp_like.inference.kv.eviction import Costs
+from yafsdp_like.inference.kv.kv_cache import Copy, LayerGroup, Tier
+from yafsdp_like.inference.weights.store import Weights
+from yafsdp_like.kernels.blocks import launching_on
+from yafsdp_like.kernels.sampling import SamplingRows, sample
+from yafsdp_like.memory.streams import COMPUTE, Event, StepRecorder, StepRecording, streams_of
+
+_LOGPROBS = ("drawn_logprobs", "top_logits", "top_ids")
+_NUM_TIMED = 3  # repetitions of what is measured, of which the fastest counts
+_TIMED_NBYTES = 64 << 20
+_TIMED_TOKENS_ON_CPU = 16
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that was issued, and where its results are being put."""
+
+    drawing: tuple[Run, ...]  # in order of rows
+    results: Mapping[str, Tensor]  # on the host, once ``done``
+    done: Event
+
+
+class Runner:
+    """Runs the batches of one engine. Once it is warmed up, nothing is allocated on the device."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        places: Mapping[str, Tensor],
+        groups: Ordered[LayerGroup],
+        regions: Mapping[Tier, Tensor],
+    ) -> None:
+        """``places`` are the buffers of the plan by name, ``regions`` the bytes (nbytes,) uint8 that pages lie in."""
+        self._weights, self._places, self._regions = weights, places, regions
+        self._on_gpu = weights.device.type == "cuda"
+        self._max_batch_size, self._max_batch_tokens = len(places["last_rows"]), len(places["token_index"])
+        self._forward = Forward(
+            weights, places, Cache.of(groups, regions[Tier.DEVICE]), _num_multiprocessors(weights.device)
+        )
+        self._staging = Staging(places, groups[0].shape.page_size, self._on_gpu)
+        self._streams = streams_of(weights.device)
+        self._results = [self._host_results() for _ in range(2)]  # see staging.py, [Note: two sides]
+        self._decodes: dict[int, StepRecording] = {}  # by batch size
+        self._logprobs: dict[int, StepRecording] = {}
+        self._fill_rotary()
+
+    def _host_results(self) -> dict[str, Tensor]:
+        results = {name: self._host_like(self._places[name]) for name in _LOGPROBS}
+        return results | {"fed": self._host_like(self._places["fed"][: self._max_batch_size])}
+
+    def _host_like(self, place: Tensor) -> Tensor:
+        return torch.zeros(place.shape, dtype=place.dtype, pin_memory=self._on_gpu)
+
+    def _fill_rotary(self) -> None:
+        positions = torch.arange(len(self._places["cos"]), device=self._weights.device)
+        tables = self._weights.config.rope.tables(positions, self._places["cos"].dtype)
+        for name, table in zip(("cos", "sin"), tables, strict=True):
+            self._places[name].copy_(table)
+
+    # --- before the first step ---
+
+    @torch.inference_mode()
+    def warm_up(self, graphs: bool) -> None:
+        """On a GPU compiles all that steps need, and records steps in which everybody draws, for a few batch sizes."""
+        if not self._on_gpu:
+            return
+        sizes = bucket_sizes(self._max_batch_size)
+        with launching_on(self._weights.device):
+            self._whole_chunk()
+            for size in sizes:
+                self._idle(StepSize.decode(size))
+                self._tell_logprobs(size)
+            torch.cuda.synchronize(self._weights.device)
+            if graphs:
+                self._record(sizes)
+
+    def _record(self, sizes: Ordered[int]) -> None:
+        """The largest first, whose memory the others then use."""
+        recorder = StepRecorder()
+        for size in reversed(sizes):
+            self._logprobs[size] = recorder.record(_bound(self._tell_logprobs, size))
+            if self._weights.graphable:
+                self._weights.rest()
+                self._decodes[size] = recorder.record(_bound(self._decode, size))
+
+    @torch.inference_mode()
+    def measure(self) -> Costs:
+        """How fast this machine copies pages to the host and back, and computes prompts."""
+        device, host = self._regions[Tier.DEVICE], self._regions[Tier.HOST]
+        nbytes = min(len(device), len(host), _TIMED_NBYTES)
+
+        def copy() -> None:
+            host[:nbytes].copy_(device[:nbytes], non_blocking=True)
+            device[:nbytes].copy_(host[:nbytes], non_blocking=True)
+
+        num_tokens = self._max_batch_tokens
+        if not self._on_gpu:
+            num_tokens = min(num_tokens, _TIMED_TOKENS_ON_CPU)
+        chunk = StepSize(0, num_chunks=1, num_chunk_tokens=num_tokens)
+        with launching_on(self._weights.device):
+            return Costs(2 * nbytes / self._seconds(copy), num_tokens / self._seconds(lambda: self._idle(chunk)))
+
+    def _seconds(self, work: Callable[[], None]) -> float:
+        return min(self._seconds_once(work) for _ in range(_NUM_TIMED))
+
+    def _seconds_once(self, work: Callable[[], None]) -> float:
+        if self._on_gpu:
+            torch.cuda.synchronize(self._weights.device)
+        start = time.perf_counter()
+        work()
+        if self._on_gpu:
+            torch.cuda.synchronize(self._weights.device)
+        return max(time.perf_counter() - start, 1e-9)
+
+    def _whole_chunk(self) -> None:
+        """The largest step there is, of rows of both sorts where there is room for them."""
+        num_single = 1 if self._max_batch_size > 1 and self._max_batch_tokens > 1 else 0
+        self._idle(StepSize(num_single, 1, self._max_batch_tokens - num_single, num_drawing=1))
+
+    def _idle(self, size: StepSize) -> None:
+        """A step of rows that read and write nothing."""
+        self._staging.stage_idle(size)
+        self._sample(self._forward(size))
+
+    # --- a step ---
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> Launched:
+        """Issues a step, which may read tokens that the step before it draws. At most one other may be unread."""
+        size, drawing = _size_of(batch.runs), tuple(run for run in batch.runs if run.draws)
+        recorded = self._recorded_size(size)
+        size = size if recorded is None else StepSize.decode(recorded)
+        with launching_on(self._weights.device):
+            self._copy_pages(batch.copies)
+            self._staging.stage(batch.runs, drawing, size)
+            if recorded is None:
+                self._sample(self._forward(size))
+            else:
+                self._weights.rest()
+                self._decodes[recorded].replay()
+            return self._fetch(drawing, size.num_drawing)
+
+    def read(self, launched: Launched) -> list[Token]:
+        """What each of ``launched.drawing`` drew; waits for the device."""
+        self._streams.settle(launched.done)
+        tokens = launched.results["fed"][: len(launched.drawing)].tolist()
+        return [_token(run, token, launched.results, row) for row, (run, token) in _numbered(launched.drawing, tokens)]
+
+    def skip(self) -> None:
+        """A step of nothing, for ranks that must step together."""
+        self._forward.skip()
+
+    def _recorded_size(self, size: StepSize) -> int | None:
+        """The batch size of the recording that does a step, if there is one."""
+        if not size.draws_in_order:
+            return None
+        return min((found for found in self._decodes if found >= size.num_single), default=None)
+
+    def _decode(self, batch_size: int) -> None:
+        """What is recorded: from rest to rest."""
+        self._sample(self._forward(StepSize.decode(batch_size)))
+        self._weights.rest()
+
+    def _sample(self, logits: Tensor) -> None:
+        places, rows = self._places, slice(0, len(logits))
+        if len(logits):
+            drawn_from = SamplingRows(
+                places["sampling_numbers"][rows], places["sampling_integers"][rows], places["history"]
+            )
+            sample(logits, drawn_from, places["fed"][rows])
+
+    def _tell_logprobs(self, num_rows: int) -> None:
+        """Log-probabilities of the tokens drawn, and of the most probable, from the step's logits.
+
+        They are logits less the log of the sum of all exponentials, which is taken relative to the highest logit.
+        """
+        places, rows = self._places, slice(0, num_rows)
+        scores, sums, drawn = places["logprobs"][rows], places["log_sums"][rows], places["drawn_logprobs"][rows]
+        top = places["top_logits"][rows]
+        scores.copy_(places["logits"][rows])
+        torch.topk(scores, top.shape[1], dim=1, out=(top, places["top_ids"][rows]))
+        torch.gather(scores, 1, places["fed"][rows, None], out=drawn[:, None])
+        torch.sum(scores.sub_(top[:, :1]).exp_(), 1, out=sums)
+        sums.log_().add_(top[:, 0])
+        drawn.sub_(sums)
+        top.sub_(sums[:, None])
+
+    def _fetch(self, drawing: tuple[Run, ...], num_rows: int) -> Launched:
+        names = ["fed"]
+        if any(run.sequence.request.num_logprobs is not None for run in drawing):
+            recorded = min((found for found in self._logprobs if found >= num_rows), default=None)
+            if recorded is None:
+                self._tell_logprobs(num_rows)
+            else:
+                self._logprobs[recorded].replay()
+            names += _LOGPROBS
+        self._results.reverse()
+        results = self._results[0]
+        for name in names:
+            results[name][: len(drawing)].copy_(self._places[name][: len(drawing)], non_blocking=True)
+        return Launched(drawing, results, self._streams.record(COMPUTE))
+
+    def _copy_pages(self, copies: Iterable[Copy]) -> None:
+        for first, num_pages in _merged(copies):
+            page_nbytes = first.shape.nbytes
+            source = self._regions[first.source_tier][first.source * page_nbytes :]
+            destination = self._regions[first.destination_tier][first.destination * page_nbytes :]
+            nbytes = num_pages * page_nbytes
+            destination[:nbytes].copy_(source[:nbytes], non_blocking=True)
+
+
+def bucket_sizes(max_batch_size: int) -> list[int]:
+    """Batch sizes that are recorded: powers of two to 8, then multiples of 8, of 16 above 64, and the largest."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, max_batch_size, 16)]
+    return [*(size for size in sizes if size < max_batch_size), max_batch_size]
+
+
+def _size_of(runs: Ordered[Run]) -> StepSize:
+    """Runs of one token come first."""
+    chunks = [run.num_tokens for run in runs if run.num_tokens > 1]
+    return StepSize(len(runs) - len(chunks), len(chunks), sum(chunks), sum(run.draws for run in runs))
+
+
+def _numbered(drawing: Iterable[Run], tokens: Iterable[int]) -> enumerate[tuple[Run, int]]:
+    return enumerate(zip(drawing, tokens, strict=True))
+
+
+def _token(run: Run, token: int, results: Mapping[str, Tensor], row: int) -> Token:
+    num_logprobs = run.sequence.request.num_logprobs
+    if num_logprobs is None:
+        return Token(token)
+    ids, logprobs = (results[name][row, :num_logprobs].tolist() for name in ("top_ids", "top_logits"))
+    return Token(token, results["drawn_logprobs"][row].item(), tuple(zip(ids, logprobs, strict=True)))
+
+
+def _merged(copies: Iterable[Copy]) -> list[tuple[Copy, int]]:
+    """Copies in order, those of neighbouring pages as one: the first of them, and how many."""
+    merged: list[tuple[Copy, int]] = []
+    for copy in copies:
+        first, count = merged[-1] if merged else (copy, 0)
+        follows = replace(first, source=first.source + count, destination=first.destination + count) == copy
+        if merged and follows and _are_apart(first, count + 1):
+            merged[-1] = first, count + 1
+        else:
+            merged.append((copy, 1))
+    return merged
+
+
+def _are_apart(first: Copy, count: int) -> bool:
+    """Whether pages read and pages written are not the same, which only copies on one tier could have."""
+    return first.source_tier is not first.destination_tier or abs(first.source - first.destination) >= count
+
+
+def _bound(work: Callable[[int], None], size: int) -> Callable[[], None]:
+    return lambda: work(size)
+
+
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

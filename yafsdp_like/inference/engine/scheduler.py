@@ -1,0 +1,441 @@
+"""Who runs next, and how many tokens of whom: continuous batching in integers.
+
+A step takes one token of every sequence that draws, and chunks of prompts while its budget of tokens lasts. What is
+missing in pages is taken from whoever ranks last: rank is priority, then arrival. No tensor is touched here; pages are
+those of ``KVCache``, and copies of pages are handed on in the order in which it hands them out.
+
+[Note: steps ahead of their tokens]
+A step can be scheduled before the tokens that the step before it draws are known on the CPU: the device has them. Such
+tokens are pending. A sequence's ``num_scheduled`` tokens are, or will be, in its pages; ``KVCache`` is told of them
+(``commit``) when they are known. A sequence with pending tokens cannot be preempted, since its tokens would have to be
+known to be computed again: ``schedule`` then returns None, and is to be called again once they have been read. What a
+sequence draws past its end is dropped; its pages are given away in stream order, after the step that wrote them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
+from yafsdp_like.inference.kv.kv_cache import Context, Copy, KVCache, LayerGroup, Shortage, State, Tier, ceil_div
+
+
+class Stage(Enum):
+    WAITING = auto()  # for its first turn, or after a preemption
+    RUNNING = auto()  # in the batch, with pages on the device
+    ENDED = auto()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request's tokens and how far they are. Changed by ``Scheduler`` only."""
+
+    request: Request
+    number: int  # in order of arrival
+    salt: Hashable
+    tokens: list[int]  # the prompt, and what was drawn and read
+    stage: Stage = Stage.WAITING
+    context: Context | None = None
+    num_scheduled: int = 0  # tokens whose keys and values the steps so far write
+    num_pending: int = 0  # tokens that steps so far draw, not read yet
+    num_cached: int | None = None  # of the prompt, when it was first admitted
+    num_admitted: int = 0  # how often it was given pages anew, other ones perhaps
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower goes first."""
+        return -self.request.priority, self.number
+
+    @property
+    def length(self) -> int:
+        """Tokens, pending ones included."""
+        return len(self.tokens) + self.num_pending
+
+    @property
+    def num_left(self) -> int:
+        """Tokens to compute until the next is drawn; 0 while the last one is pending."""
+        ends = self.length - len(self.request.prompt) >= self.request.max_tokens
+        return 0 if ends else self.length - self.num_scheduled
+
+    @property
+    def tables(self) -> tuple[list[int], ...]:
+        """Per group of layers, the pages of a sequence that runs."""
+        assert self.context is not None
+        return self.context.tables
+
+    @property
+    def is_swapped(self) -> bool:
+        return self.context is not None and self.context.state is State.SWAPPED
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a step does for one sequence: ``num_tokens`` tokens from position ``start`` on."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    draws: bool  # whether the next token is drawn after them
+    is_pending: bool  # whether the last of them is pending, so that only the device knows it
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step does; copies come before it."""
+
+    runs: tuple[Run, ...]
+    copies: tuple[Copy, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(run.num_tokens for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one step may hold, and how many may wait. Raises ValueError where not everybody could draw in one step."""
+
+    max_batch_size: int
+    max_batch_tokens: int
+    max_waiting: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_batch_size <= self.max_batch_tokens:
+            raise ValueError(
+                f"max_batch_tokens must be at least max_batch_size, which must be at least 1; "
+                f"found {self.max_batch_tokens} and {self.max_batch_size}"
+            )
+
+
+@dataclass
+class Counts:
+    """Of everything since the start."""
+
+    num_swapped_out: int = 0
+    num_recomputed: int = 0  # preempted, pages dropped
+    num_tokens_computed: int = 0
+    num_tokens_cached: int = 0
+    num_tokens_drawn: int = 0
+    num_tokens_dropped: int = 0  # drawn past an end
+    num_chunks: int = 0  # parts of prompts that did not end with a token drawn
+
+
+@dataclass
+class _Draft:
+    """A step in the making: nothing is changed yet but reservations of pages."""
+
+    num_tokens_left: int
+    num_tokens: dict[Sequence, int] = field(default_factory=dict)
+
+    def put(self, sequence: Sequence, num_tokens: int) -> None:
+        self.num_tokens[sequence] = num_tokens
+        self.num_tokens_left -= num_tokens
+
+    def drop(self, sequence: Sequence) -> None:
+        self.num_tokens_left += self.num_tokens.pop(sequence, 0)
+
+
+class _Unread(Exception):
+    """A sequence that must make room has pending tokens."""
+
+
+class Scheduler:
+    """The sequences of one engine. Work of a step is O(sequences running + pages touched)."""
+
+    def __init__(self, cache: KVCache, budget: Budget) -> None:
+        self.cache = cache
+        self.budget = budget
+        self.counts = Counts()
+        self.running: list[Sequence] = []  # by rank, as the next
+        self.waiting: list[Sequence] = []
+        self._copies: list[Copy] = []  # of the next step
+        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap
+        self._num_added = 0
+        self._known_to_wait: tuple[Sequence, list[int]] | None = None  # and the pages that it needs, for each group
+
+    # --- who is there ---
+
+    def add(self, request: Request, salt: Hashable) -> Sequence:
+        """A new sequence, which waits. Raises QueueFull."""
+        if len(self.waiting) >= self.budget.max_waiting:
+            raise QueueFull(
+                f"{len(self.waiting)} requests wait, of {self.budget.max_waiting} that may; try again later"
+            )
+        sequence = Sequence(request, self._num_added, salt, list(request.prompt))
+        self._num_added += 1
+        _insert(self.waiting, sequence)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, sequence.number, sequence))
+            self._forget_ended()
+        return sequence
+
+    def _forget_ended(self) -> None:
+        """Those that ended long before their deadlines, once they are most; O(1) amortised."""
+        if len(self._deadlines) > 2 * (len(self.running) + len(self.waiting)):
+            self._deadlines = [entry for entry in self._deadlines if entry[2].stage is not Stage.ENDED]
+            heapq.heapify(self._deadlines)
+
+    def end(self, sequence: Sequence) -> None:
+        """Takes a sequence out; its full pages stay cached."""
+        _remove(self.running if sequence.stage is Stage.RUNNING else self.waiting, sequence)
+        if sequence.context is not None:
+            self.cache.close(sequence.context)
+        sequence.context, sequence.stage = None, Stage.ENDED
+
+    def expired(self, now: float) -> Iterator[Sequence]:
+        """The sequences whose deadlines are over, each once."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, sequence = heapq.heappop(self._deadlines)
+            if sequence.stage is not Stage.ENDED:
+                yield sequence
+
+    @property
+    def has_deadlines(self) -> bool:
+        """Whether ``expired`` may find any, now or later."""
+        return bool(self._deadlines)
+
+    @property
+    def num_swapped(self) -> int:
+        return sum(sequence.is_swapped for sequence in self.waiting)
+
+    # --- a step ---
+
+    def schedule(self) -> Batch | None:
+        """The next step, to be launched and then announced by ``launched``; None where pending tokens must be read
+        first."""
+        draft = _Draft(self.budget.max_batch_tokens)
+        try:
+            self._go_on(draft)
+            self._admit(draft)
+        except _Unread:
+            return None
+        runs = [self._run(sequence, num_tokens) for sequence, num_tokens in draft.num_tokens.items()]
+        if not runs:
+            return Batch((), ())  # copies wait for a step that comes after them
+        copies, self._copies = tuple(self._copies), []
+        return Batch(tuple(sorted(runs, key=lambda run: run.num_tokens > 1)), copies)
+
+    def launched(self, batch: Batch) -> None:
+        """Says that a step was issued, with the tables as they were: pages that its tokens leave behind may go now."""
+        for run in batch.runs:
+            self._commit(run.sequence)
+
+    def read(self, run: Run, token: int) -> FinishReason | None:
+        """Says what a run has drawn. The sequence goes on unless a reason is returned, with which it has ended."""
+        sequence = run.sequence
+        request = sequence.request
+        sequence.num_pending -= 1
+        sequence.tokens.append(token)
+        self.counts.num_tokens_drawn += 1
+        self._commit(sequence)
+        finish = None
+        if token in request.stop_tokens:
+            finish = FinishReason.STOP
+        elif len(sequence.tokens) - len(request.prompt) == request.max_tokens:
+            finish = FinishReason.LENGTH
+        if finish is not None:
+            self.end(sequence)
+        return finish
+
+    def _go_on(self, draft: _Draft) -> None:
+        """Tokens for those that run, in order of rank; all that draw have one."""
+        num_drawing = sum(sequence.num_left == 1 for sequence in self.running)
+        for sequence in list(self.running):
+            if sequence.stage is not Stage.RUNNING:  # it had to make room
+                num_drawing -= sequence.num_left == 1
+                continue
+            num_left = sequence.num_left
+            num_drawing -= num_left == 1
+            num_tokens = min(num_left, draft.num_tokens_left - num_drawing)
+            if num_tokens > 0 and self._secure(sequence, num_tokens, draft):
+                draft.put(sequence, num_tokens)
+
+    def _admit(self, draft: _Draft) -> None:
+        """Tokens for those that wait, in order of rank, while there is room."""
+        while self.waiting and draft.num_tokens_left > 0:
+            sequence = self.waiting[0]
+            if len(self.running) == self.budget.max_batch_size or not self._bring(sequence):
+                if not self._outranks_last(sequence):
+                    return
+                self._preempt(self.running[-1], draft)
+                continue
+            num_tokens = min(sequence.num_left, draft.num_tokens_left)
+            if not self._secure(sequence, num_tokens, draft):
+                return
+            draft.put(sequence, num_tokens)
+
+    def _run(self, sequence: Sequence, num_tokens: int) -> Run:
+        """From here on the tokens count as computed."""
+        start = sequence.num_scheduled
+        sequence.num_scheduled += num_tokens
+        draws = sequence.num_scheduled == sequence.length
+        run = Run(sequence, start, num_tokens, draws, is_pending=sequence.num_scheduled > len(sequence.tokens))
+        sequence.num_pending += draws
+        self.counts.num_tokens_computed += num_tokens
+        self.counts.num_chunks += not draws
+        return run
+
+    # --- pages ---
+
+    def _commit(self, sequence: Sequence) -> None:
+        """Tells the cache of tokens that are both known and scheduled."""
+        assert sequence.context is not None
+        known = min(sequence.num_scheduled, len(sequence.tokens))
+        if known > sequence.context.num_tokens:
+            self.cache.commit(sequence.context, sequence.tokens[sequence.context.num_tokens : known])
+
+    def _bring(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence the pages that it has on the host or shares with others, and lets it run; False if
+        the rest would find no room."""
+        available = self._num_available()
+        if self._is_known_to_wait(sequence, available):
+            return False
+        if sequence.context is None:
+            sequence.context, copies = self.cache.open(sequence.tokens, sequence.request.tenant, sequence.salt)
+            self._copies += copies
+        missing = self._num_missing(sequence, sequence.context)
+        if self.running and any(count + len(self.running) > 0 for count in missing):
+            self._known_to_wait = sequence, [n + count for n, count in zip(available, missing, strict=True)]
+            if not sequence.is_swapped:
+                self._close(sequence)
+            return False
+        if sequence.is_swapped:
+            brought = self._swap_in(sequence.context)
+            if isinstance(brought, Shortage):
+                return False
+            self._copies += brought
+        self._start(sequence, sequence.context)
+        return True
+
+    def _is_known_to_wait(self, sequence: Sequence, available: list[int]) -> bool:
+        """Whether there was no room for it, and there is not more since: to open its context again would only take
+        time. Alone a sequence always fits."""
+        if not self.running or self._known_to_wait is None or self._known_to_wait[0] is not sequence:
+            return False
+        wanted = self._known_to_wait[1]
+        return any(n < count + len(self.running) for n, count in zip(available, wanted, strict=True))
+
+    def _num_available(self) -> list[int]:
+        """Pages that are free or may go, for each group."""
+        pool = self.cache.pools[Tier.DEVICE]
+        return [pool.num_available(group.shape) for group in self.cache.groups]
+
+    def _num_missing(self, sequence: Sequence, context: Context) -> list[int]:
+        """For each group, pages that all tokens and the next one lack, less those that are there to be taken; room is
+        left if everybody who runs finds one more, too."""
+        return [
+            self._num_live_pages(group, sequence.length + 1) - held - available
+            for group, held, available in zip(
+                self.cache.groups, self._num_held(sequence, context), self._num_available(), strict=True
+            )
+        ]
+
+    def _num_held(self, sequence: Sequence, context: Context) -> list[int]:
+        if sequence.is_swapped:
+            return [0] * len(context.tables)
+        return [len(table) - first for table, first in zip(context.tables, context.firsts, strict=True)]
+
+    def _swap_in(self, context: Context) -> tuple[Copy, ...] | Shortage:
+        brought = self.cache.swap_in(context)
+        if isinstance(brought, Shortage) and not self.running:
+            self._ignore_floors()
+            brought = self.cache.swap_in(context)
+        return brought
+
+    def _start(self, sequence: Sequence, context: Context) -> None:
+        self.waiting.remove(sequence)
+        _insert(self.running, sequence)
+        sequence.stage = Stage.RUNNING
+        sequence.num_scheduled = context.num_tokens
+        sequence.num_admitted += 1
+        if sequence.num_cached is None:
+            sequence.num_cached = context.num_tokens
+            self.counts.num_tokens_cached += context.num_tokens
+
+    def _num_live_pages(self, layers: LayerGroup, num_tokens: int) -> int:
+        page_size = layers.shape.page_size
+        if layers.window is not None:
+            num_tokens = min(num_tokens, layers.window + self.budget.max_batch_tokens + page_size)
+        return ceil_div(num_tokens, page_size)
+
+    def _secure(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> bool:
+        """Places for the next tokens of a running sequence, at the cost of those that rank last; False if that is
+        itself, and it waits now."""
+        assert sequence.context is not None
+        wanted = sequence.num_scheduled + num_tokens - sequence.context.num_tokens
+        while isinstance(copies := self.cache.reserve(sequence.context, wanted), Shortage):
+            if len(self.running) == 1:
+                copies = self._reserve_alone(sequence.context, wanted)
+                break
+            last = self.running[-1]
+            self._preempt(last, draft)
+            if last is sequence:
+                return False
+        self._copies += copies
+        return True
+
+    def _reserve_alone(self, context: Context, num_tokens: int) -> tuple[Copy, ...]:
+        self._ignore_floors()
+        copies = self.cache.reserve(context, num_tokens)
+        if isinstance(copies, Shortage):
+            raise RuntimeError(f"a sequence alone finds no room for {num_tokens} tokens, which was promised: {copies}")
+        return copies
+
+    def _ignore_floors(self) -> None:
+        """To be called when nobody else runs: only floors of other tenants can keep pages back then, which are for
+        times when there is room."""
+        self.cache.pools[Tier.DEVICE].clear()
+
+    def _outranks_last(self, sequence: Sequence) -> bool:
+        """By priority: an arrival alone is no reason to stop anybody."""
+        return bool(self.running) and self.running[-1].request.priority < sequence.request.priority
+
+    def _preempt(self, sequence: Sequence, draft: _Draft) -> None:
+        """Takes a sequence's pages, to the host or to nowhere, whichever is cheaper to undo."""
+        if sequence.num_pending:
+            raise _Unread
+        assert sequence.context is not None
+        draft.drop(sequence)
+        copies = self.cache.swap_out(sequence.context) if self.cache.prefers_swap(sequence.context) else None
+        if copies is None or isinstance(copies, Shortage):
+            self._close(sequence)
+            self.counts.num_recomputed += 1
+        else:
+            self._copies += copies
+            self.counts.num_swapped_out += 1
+        _remove(self.running, sequence)
+        sequence.stage = Stage.WAITING
+        _insert(self.waiting, sequence)
+
+    def _close(self, sequence: Sequence) -> None:
+        assert sequence.context is not None
+        self.cache.close(sequence.context)
+        sequence.context, sequence.num_scheduled = None, 0
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError unless the cache's contexts are just those of the sequences. O(everything)."""
+        sequences = self.running + self.waiting
+        contexts = {sequence.context for sequence in sequences if sequence.context is not None}
+        if contexts != self.cache.contexts:
+            raise RuntimeError(f"{len(self.cache.contexts)} contexts are open, sequences have {len(contexts)}")
+        for sequence in self.running:
+            if sequence.context is None or sequence.context.state is not State.RESIDENT:
+                raise RuntimeError(f"request {sequence.request.id!r} runs without pages on the device")
+
+
+def _insert(sequences: list[Sequence], sequence: Sequence) -> None:
+    bisect.insort(sequences, sequence, key=lambda other: other.rank)
+
+
+def _remove(sequences: list[Sequence], sequence: Sequence) -> None:
+    index = bisect.bisect_left(sequences, sequence.rank, key=lambda other: other.rank)
+    assert sequences[index] is sequence
+    del sequences[index]

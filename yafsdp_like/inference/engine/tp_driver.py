@@ -1,0 +1,117 @@
+"""Requests that come to one of the ranks that compute together: it tells the others, and all do the same.
+
+Owns what ranks tell each other between their engines' steps. Knows nothing of threads, text or HTTP.
+
+[Note: one rank is asked]
+Ranks that compute together must make the same calls of their engines in the same order (``weights.py``, [Note:
+together]), and requests come to the first one only. Whatever is asked of its engine it tells the others first
+(`Leader`), who listen and then ask the same of theirs (`follow`). Engines that were asked the same are the same, so
+what one refuses all refuse; who asked hears of it from the first rank.
+
+Listening is a collective, which must end within the timeout of its group. So the first rank is not silent for long:
+after ``KEEP_ALIVE_S`` its engine has work again, a step that tells the others to go on listening.
+
+A rank that fails leaves the others in a collective that it will not join. Its process must end and with it its
+connections, by which the others fail, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from yafsdp_like.comm.tp_group import Team
+from yafsdp_like.inference.engine.engine import Engine, Metrics
+from yafsdp_like.inference.engine.request import Event, QueueFull, Request
+
+KEEP_ALIVE_S = 5.0  # of silence; far less than the timeout of any group
+
+
+class Word(Enum):
+    STEP = auto()
+    LISTEN = auto()  # there is nothing to do
+    END = auto()
+
+
+@dataclass(frozen=True)
+class Cancel:
+    request_id: str
+
+
+Order = Request | Cancel | Word  # a request is to be added
+
+
+class Leader:
+    """The engine of the first of ranks that compute together, with the others' behind it.
+
+    For a service: what is asked of it is asked of all, and it answers as `engine.Engine` does. Not safe for threads. If
+    a rank has failed, RuntimeError is raised here and by every ``step`` from then on.
+    """
+
+    def __init__(self, engine: Engine, team: Team) -> None:
+        assert team.rank == 0, f"the first rank leads, this is {team.rank}"
+        self.config, self.options = engine.config, engine.options
+        self._engine, self._team = engine, team
+        self._heard_at = time.monotonic()  # when the others were told something; -inf: they may not have heard it
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to tell, were it that the others are to go on listening."""
+        return self._engine.has_work or time.monotonic() - self._heard_at >= KEEP_ALIVE_S
+
+    def add(self, request: Request) -> None:
+        self._tell(request)
+        self._engine.add(request)
+
+    def cancel(self, request_id: str) -> None:
+        self._tell(Cancel(request_id))
+        self._engine.cancel(request_id)
+
+    def step(self) -> list[Event]:
+        if not self._engine.has_work:
+            self._tell(Word.LISTEN)
+            return []
+        self._tell(Word.STEP)
+        return self._engine.step()
+
+    def close(self) -> None:
+        """Ends `follow` on the other ranks; nothing can be asked after it. Not after an error: nobody may listen."""
+        self._tell(Word.END)
+
+    def metrics(self) -> Metrics:
+        """Of this rank, as of every other."""
+        return self._engine.metrics()
+
+    def check_integrity(self) -> None:
+        """Of this rank."""
+        self._engine.check_integrity()
+
+    def _tell(self, order: Order) -> None:
+        self._heard_at = -math.inf  # if this fails there is work: a step, which fails again where a service notices it
+        self._team.first(order)
+        self._heard_at = time.monotonic()
+
+
+def follow(engine: Engine, team: Team) -> None:
+    """Asks of this rank's engine what the first rank is asked, until that one is closed.
+
+    Blocks the CPU while there is nothing to do. Raises what a step raises, and RuntimeError if the first rank has ended
+    otherwise or was silent for longer than the timeout of the group.
+    """
+    listening: Order = Word.LISTEN
+    while (order := team.first(listening)) is not Word.END:
+        _obey(engine, order)
+
+
+def _obey(engine: Engine, order: Order) -> None:
+    match order:
+        case Request():
+            with contextlib.suppress(ValueError, QueueFull):  # the first rank raises it, too, and answers
+                engine.add(order)
+        case Cancel(request_id):
+            engine.cancel(request_id)
+        case Word.STEP:
+            engine.step()

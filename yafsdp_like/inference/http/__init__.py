@@ -1,0 +1,1 @@
+"""The HTTP interface. Needs the `serve` extra."""

@@ -1,0 +1,179 @@
+"""What is answered over HTTP: choices that grow piece by piece, and their JSON as OpenAI's clients read it.
+
+Owns the fields of answers. Knows nothing of what was asked for, of how answers are sent, or of event loops.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from yafsdp_like.inference.engine.request import FinishReason, Request
+from yafsdp_like.inference.text.codec import Codec, Piece, PlacedToken, Transcript
+
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
+FINISH = {None: None, FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+
+@dataclass
+class Choice:
+    """One answer in the making."""
+
+    index: int
+    request: Request
+    transcript: Transcript
+    text: str = ""
+    tokens: list[PlacedToken] = field(default_factory=list)
+    num_cached_tokens: int = 0
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.tokens += piece.tokens
+
+
+class Form(Protocol):
+    """How an answer is written in JSON."""
+
+    prefix: ClassVar[str]  # of ids
+    whole_object: ClassVar[str]  # what `object` says of an answer in one piece
+    part_object: ClassVar[str]  # and of a chunk
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        """A choice that has ended."""
+
+    def part(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+        """A choice of a chunk: what a piece adds; `piece.finish` makes it the last."""
+
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
+        """A choice of a chunk before its first piece, if there is one."""
+
+
+@dataclass(frozen=True)
+class CompletionForm:
+    """`text_completion`."""
+
+    codec: Codec
+    echoes: tuple[str, ...]  # of each choice, said before its text; "" for none
+    has_logprobs: bool
+    prefix: ClassVar[str] = "cmpl"
+    whole_object: ClassVar[str] = "text_completion"
+    part_object: ClassVar[str] = "text_completion"
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        finish = choice.transcript.finish
+        return self.part(choice, Piece(self.echoes[choice.index] + choice.text, tuple(choice.tokens), finish))
+
+    def part(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+        logprobs = self._logprobs(piece.tokens) if self.has_logprobs and (piece.tokens or piece.finish) else None
+        return {"index": choice.index, "text": piece.text, "logprobs": logprobs, "finish_reason": FINISH[piece.finish]}
+
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
+        echo = self.echoes[choice.index]
+        return self.part(choice, Piece(echo)) if echo else None
+
+    def _logprobs(self, placed: Sequence[PlacedToken]) -> dict[str, Any]:
+        name = self.codec.name_of
+        tops = [self._top(item.token.top) for item in placed]
+        return {
+            "tokens": [name(item.token.id) for item in placed],
+            "token_logprobs": [_finite(item.token.logprob) for item in placed],
+            "top_logprobs": tops if any(tops) else None,
+            "text_offset": [item.text_offset for item in placed],
+        }
+
+    def _top(self, top: Sequence[tuple[int, float]]) -> dict[str, float | None]:
+        """By text, as the form has it; of tokens with one text, all but the most probable are called by their ids."""
+        found: dict[str, float | None] = {}
+        for token, logprob in top:
+            text = self.codec.name_of(token)
+            found[f"token_id:{token}" if text in found else text] = _finite(logprob)
+        return found
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """`chat.completion` and its chunks."""
+
+    codec: Codec
+    has_logprobs: bool
+    prefix: ClassVar[str] = "chatcmpl"
+    whole_object: ClassVar[str] = "chat.completion"
+    part_object: ClassVar[str] = "chat.completion.chunk"
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        assert choice.transcript.finish is not None
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self._logprobs(choice.tokens),
+            "finish_reason": FINISH[choice.transcript.finish],
+        }
+
+    def part(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+        delta = {"content": piece.text} if piece.text or piece.finish is None else {}
+        logprobs = self._logprobs(piece.tokens) if piece.tokens else None
+        return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": FINISH[piece.finish]}
+
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _logprobs(self, placed: Sequence[PlacedToken]) -> dict[str, Any] | None:
+        if not self.has_logprobs:
+            return None
+        content = [
+            self._logprob(item.token.id, item.token.logprob)
+            | {"top_logprobs": [self._logprob(token, logprob) for token, logprob in item.token.top]}
+            for item in placed
+        ]
+        return {"content": content, "refusal": None}
+
+    def _logprob(self, token: int, logprob: float | None) -> dict[str, Any]:
+        name, raw = self.codec.name_of(token), self.codec.bytes_of(token)
+        return {"token": name, "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LEAST_LOGPROB)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A body that was understood: the requests that answer it, and how the answer is written."""
+
+    id: str
+    model: str
+    form: Form
+    choices: tuple[Choice, ...]
+    num_prompt_tokens: int  # each prompt once, however many choices continue it
+    wants_stream: bool
+    wants_usage: bool  # at the end of a stream
+    arrival: float = field(default_factory=time.monotonic)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def deadline(self) -> float | None:
+        """Of all of its requests, in seconds of time.monotonic()."""
+        return self.choices[0].request.deadline
+
+    def envelope(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            **more,
+        }
+
+    def usage(self) -> dict[str, Any]:
+        num_generated = sum(choice.transcript.num_tokens for choice in self.choices)
+        num_cached = min(sum(choice.num_cached_tokens for choice in self.choices), self.num_prompt_tokens)
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": num_generated,
+            "total_tokens": self.num_prompt_tokens + num_generated,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+        }

@@ -1,0 +1,78 @@
+"""What /metrics tells of answers and of the engine, and when the tokens of an answer came.
+
+Owns names of metrics. Needs prometheus_client.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from yafsdp_like.inference.engine.request import FinishReason
+
+BUCKETS_S = 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
+
+
+class Numbers:
+    """What /metrics tells, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=self.registry)
+        seconds = partial(Histogram, buckets=BUCKETS_S, registry=self.registry)
+        self.responses = counter("yafsdp_like_http_responses", "Answers by route and status", ["route", "status"])
+        self.finished = counter("yafsdp_like_finished", "Choices that ended, by reason", ["reason"])
+        self.prompt_tokens = counter("yafsdp_like_prompt_tokens", "Tokens of accepted prompts")
+        self.generated_tokens = counter("yafsdp_like_generated_tokens", "Tokens generated")
+        self.first_token = seconds(
+            "yafsdp_like_time_to_first_token_seconds", "From a body's arrival to a choice's first token"
+        )
+        self.between_tokens = seconds(
+            "yafsdp_like_time_between_tokens_seconds", "Between tokens of a choice, as its events tell"
+        )
+        self.whole = seconds("yafsdp_like_request_seconds", "From a body's arrival to a choice's end")
+        self._gauges: dict[str, Gauge] = {}
+
+    def text(self, engine_metrics: Any) -> bytes:
+        """The registry as Prometheus reads it, with a gauge for each number of the engine's metrics."""
+        for item in dataclasses.fields(engine_metrics):
+            value = getattr(engine_metrics, item.name)
+            if isinstance(value, (int, float)):
+                self._gauge(item.name).set(value)
+        return prometheus_client.generate_latest(self.registry)
+
+    def _gauge(self, name: str) -> Gauge:
+        if name not in self._gauges:
+            words = name.replace("_", " ")
+            self._gauges[name] = Gauge(f"yafsdp_like_engine_{name}", f"The engine's {words}", registry=self.registry)
+        return self._gauges[name]
+
+
+@dataclass
+class Clock:
+    """When the tokens of one job came."""
+
+    numbers: Numbers
+    arrival: float
+    last: dict[int, float] = field(default_factory=dict)  # by choice
+
+    def tick(self, index: int, num_tokens: int, finish: FinishReason | None) -> None:
+        """An event of a choice has come."""
+        now = time.monotonic()
+        if num_tokens:
+            self.numbers.generated_tokens.inc(num_tokens)
+            if index in self.last:
+                for _ in range(num_tokens):
+                    self.numbers.between_tokens.observe((now - self.last[index]) / num_tokens)
+            else:
+                self.numbers.first_token.observe(now - self.arrival)
+            self.last[index] = now
+        if finish is not None:
+            self.numbers.finished.labels(finish.name.lower()).inc()
+            self.numbers.whole.observe(now - self.arrival)

@@ -1,0 +1,449 @@
+"""The HTTP interface: OpenAI's completions and chat completions over one service, health and metrics.
+
+Owns routes, streams of answers, and who may enter. What is counted is counted.py's, what may be asked protocol.py's,
+what is answered answers.py's. Needs FastAPI and prometheus_client (`pip install 'yafsdp_like[serve]'`), so nothing of
+the package imports this file.
+
+[Note: readers who leave]
+While an answer is made, a task waits for the client to disconnect and then closes the stream, which cancels the
+requests; closing it is also what every other way out of an answer ends with.
+
+[Note: late]
+The engine ends what is late, between two steps. If no step ends, the loop answers in its place, a little later: by an
+error that the stream gives its reader, since a cancellation would meet whoever the answer's generator has yielded to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, TypeVar, get_type_hints
+
+import prometheus_client
+from fastapi import APIRouter, FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from yafsdp_like.inference.engine.request import FinishReason, QueueFull
+from yafsdp_like.inference.http.answers import Choice, Job
+from yafsdp_like.inference.http.desk import Busy, Desk
+from yafsdp_like.inference.http.errors import ApiError, no_object, too_many_choices
+from yafsdp_like.inference.http.metrics import Clock, Numbers
+from yafsdp_like.inference.http.protocol import ChatBody, CompletionBody, Reader, ServerOptions
+from yafsdp_like.inference.http.service import Service, State, Unavailable
+from yafsdp_like.inference.http.stream import Stream
+from yafsdp_like.inference.text.codec import Codec, Piece
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+Kind = type[CompletionBody] | type[ChatBody]
+
+RETRY_AFTER_S = 1
+LATE_S = 0.5  # after its deadline an answer is not waited for, [Note: late]
+BODY_S = 30.0  # from a body's headers to its end
+METRICS_S = 5.0  # that the engine has to say how things stand
+SEND_S = 60.0  # after which a client that takes nothing has gone
+
+
+# --- answers ---
+
+
+class Front:
+    """From bodies to answers, through the service."""
+
+    def __init__(self, service: Service[Any], codec: Codec, options: ServerOptions) -> None:
+        self.service, self.options = service, options
+        self.reader, self.desk = Reader(codec, options), Desk()
+        self.numbers = Numbers()
+
+    async def answer(self, kind: Kind, http: HttpRequest) -> Response:
+        """The answer to a body of this kind. Raises ApiError."""
+        try:
+            job = await self._job(kind, http)
+        except Busy as error:
+            raise _full(str(error)) from error
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+        stream = await self._open(job)
+        self.numbers.prompt_tokens.inc(job.num_prompt_tokens)
+        if job.wants_stream:
+            return EventStream(self._lines(job, stream), stream)
+        try:
+            async with abandonable(http.receive, stream):
+                async for choice, piece in self._pieces(job, stream):
+                    choice.add(piece)
+        except ApiError:
+            raise
+        except Exception as error:
+            raise _bug(error) from error
+        if any(choice.transcript.finish is None for choice in job.choices):
+            return Response(status_code=499)  # nobody reads it
+        return JSONResponse(
+            job.envelope(job.form.whole_object, [job.form.whole(choice) for choice in job.choices], usage=job.usage())
+        )
+
+    async def _job(self, kind: Kind, http: HttpRequest) -> Job:
+        """What is asked. Others have the event loop while a long text is cut into tokens."""
+        _check_is_json(http)
+        with self.desk.hold() as held:
+            raw = bytearray()
+            try:
+                async with asyncio.timeout(BODY_S):
+                    async for part in http.stream():
+                        held.add(len(part))
+                        raw += part
+            except TimeoutError:
+                words = f"the body has not come within {BODY_S:.0f} s"
+                raise ApiError(408, words, code="body_too_slow", headers={"connection": "close"}) from None
+            arrival, sent = time.monotonic(), bytes(raw)
+            async with within(None if self.options.timeout_s is None else arrival + self.options.timeout_s):
+                reading = self.desk.read(sent, lambda: self.reader.read(kind, sent, arrival))
+                return await _unless_gone(reading, http.receive)
+
+    async def _open(self, job: Job) -> Stream:
+        try:
+            async with within(job.deadline):
+                return await self.service.open([choice.request for choice in job.choices])
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+        except QueueFull as error:
+            if len(job.choices) > (most := self.service.max_waiting):  # to come again would not help
+                raise too_many_choices(len(job.choices), most) from error
+            raise _full(str(error)) from error
+        except Unavailable as error:
+            raise _unavailable(str(error)) from error
+
+    async def _pieces(self, job: Job, stream: Stream) -> AsyncIterator[tuple[Choice, Piece]]:
+        """Pieces of all choices as they come; ends early if the stream is closed. Raises ApiError."""
+        choices = {choice.request.id: choice for choice in job.choices}
+        clock, timer = Clock(self.numbers, job.arrival), None
+        if job.deadline is not None:
+            delay = job.deadline + LATE_S - time.monotonic()
+            timer = asyncio.get_running_loop().call_later(delay, stream.fail, _late())
+        try:
+            async for event in stream:
+                choice = choices[event.request_id]
+                if choice.transcript.finish is not None:  # by a stop string; what the engine says after is not text
+                    continue
+                choice.num_cached_tokens = max(choice.num_cached_tokens, event.num_cached_tokens)
+                piece = choice.transcript.push(event)
+                clock.tick(choice.index, len(event.tokens), piece.finish)
+                _check_finish(piece.finish)
+                if piece.finish is not None and event.finish is None:
+                    stream.cancel(event.request_id)
+                yield choice, piece
+                if all(choice.transcript.finish is not None for choice in job.choices):
+                    return
+        except Unavailable as error:
+            raise _unavailable(str(error)) from error
+        finally:
+            if timer is not None:
+                timer.cancel()
+            num_abandoned = sum(choice.transcript.finish is None for choice in job.choices)
+            self.numbers.finished.labels("abandoned").inc(num_abandoned)
+
+    async def _lines(self, job: Job, stream: Stream) -> AsyncIterator[bytes]:
+        """The answer as server-sent events."""
+        more = {"usage": None} if job.wants_usage else {}
+        try:
+            for choice in job.choices:
+                if (opening := job.form.opening(choice)) is not None:
+                    yield _line(job.envelope(job.form.part_object, [opening], **more))
+            async for choice, piece in self._pieces(job, stream):
+                if piece.text or piece.tokens or piece.finish is not None:
+                    yield _line(job.envelope(job.form.part_object, [job.form.part(choice, piece)], **more))
+            if job.wants_usage:
+                yield _line(job.envelope(job.form.part_object, [], usage=job.usage()))
+        except ApiError as error:  # the status is out already
+            yield _line(error.body())
+        except Exception as error:
+            yield _line(_bug(error).body())
+        yield b"data: [DONE]\n\n"
+
+
+async def _unless_gone(doing: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """What it gives or raises; cancelled if the client disconnects, which raises ClientDisconnect."""
+    done, gone = asyncio.create_task(doing), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if done.done():
+            return done.result()
+        raise ClientDisconnect
+    finally:
+        done.cancel()
+        gone.cancel()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+@asynccontextmanager
+async def within(deadline: float | None) -> AsyncIterator[None]:
+    """[Note: late] Raises ApiError where what is done here has not ended then, in seconds of time.monotonic()."""
+    scope = asyncio.timeout(None if deadline is None else deadline + LATE_S - time.monotonic())
+    try:
+        async with scope:
+            yield
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        raise _late() from None
+
+
+def _late() -> ApiError:
+    message = "the time that a request may take is over; ask for fewer tokens"
+    return ApiError(504, message, code="deadline_exceeded")
+
+
+def _check_finish(finish: FinishReason | None) -> None:
+    if finish is FinishReason.DEADLINE:
+        raise _late()
+    if finish is FinishReason.CANCELLED:
+        raise _unavailable("the request was cancelled because the service is shutting down")
+
+
+def _check_is_json(http: HttpRequest) -> None:
+    kind = http.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise no_object()
+
+
+def _bug(error: Exception) -> ApiError:
+    logger.error("an answer has failed", exc_info=error)
+    return ApiError(500, f"the answer has failed: {type(error).__name__}")
+
+
+def _full(message: str) -> ApiError:
+    return ApiError(429, message, code="queue_full", headers={"retry-after": str(RETRY_AFTER_S)})
+
+
+def _unavailable(message: str) -> ApiError:
+    return ApiError(503, message, code="unavailable", headers={"retry-after": str(RETRY_AFTER_S)})
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+@asynccontextmanager
+async def abandonable(receive: Receive, stream: Stream) -> AsyncIterator[None]:
+    """[Note: readers who leave]"""
+
+    async def watch() -> None:
+        await _gone(receive)
+        stream.close()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        stream.close()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events made from a stream, which ends with this."""
+
+    def __init__(self, lines: AsyncIterator[bytes], stream: Stream) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies are to pass lines on as they come
+        super().__init__(lines, media_type="text/event-stream", headers=headers)
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def patient_send(message: Message) -> None:
+            async with asyncio.timeout(SEND_S):
+                await send(message)
+
+        async with abandonable(receive, self._stream):
+            await self.stream_response(patient_send)
+
+
+# --- the application ---
+
+
+class Gate:
+    """Before the routes: who may enter, how much may be sent; and what was answered is counted."""
+
+    def __init__(self, app: ASGIApp, front: Front) -> None:
+        self._app, self._front = app, front
+        self._options = front.options
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status, is_head = 500, scope["method"] == "HEAD"  # the status if nothing is sent
+        if is_head:
+            scope = {**scope, "method": "GET"}
+
+        async def counting_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif is_head:
+                message = {**message, "body": b""}
+            await send(message)
+
+        try:
+            await self._enter(scope, receive, counting_send)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self._front.numbers.responses.labels(route, status).inc()
+
+    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if scope["path"].startswith("/v1/") and not self._knows_key(headers.get(b"authorization", b"")):
+            message = "expected the header 'authorization: Bearer KEY' with this server's key"
+            await _refusal(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
+            return
+        if self._announced_nbytes(headers) > self._options.most_body_nbytes:
+            await _refusal(self._too_large())(scope, receive, send)
+            return
+        await self._app(scope, self._limited(receive), send)
+
+    def _announced_nbytes(self, headers: dict[bytes, bytes]) -> int:
+        length = headers.get(b"content-length", b"")
+        return int(length) if length.isdigit() and len(length) < 20 else 0
+
+    def _too_large(self) -> ApiError:
+        words = f"a body may have {self._options.most_body_nbytes} bytes at most; shorten the prompt"
+        return ApiError(413, words, code="body_too_large", headers={"connection": "close"})  # nobody reads the rest
+
+    def _knows_key(self, header: bytes) -> bool:
+        key = self._options.api_key
+        return key is None or hmac.compare_digest(header, b"Bearer " + key.encode())
+
+    def _limited(self, receive: Receive) -> Receive:
+        """Raises ApiError once more has come than a body may have, whatever its headers have said."""
+        most, num_received = self._options.most_body_nbytes, 0
+
+        async def limited() -> Message:
+            nonlocal num_received
+            message = await receive()
+            num_received += len(message.get("body", b""))
+            if num_received > most:
+                raise self._too_large()
+            return message
+
+        return limited
+
+
+def create_app(service: Service[Any], codec: Codec, options: ServerOptions) -> FastAPI:
+    """The application; it starts the service, and closes it at the end."""
+    front = Front(service, codec, options)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            front.desk.close()
+            await service.close()
+
+    # No pages of documentation: they would load scripts from elsewhere. /openapi.json is there.
+    app = FastAPI(title="yafsdp_like", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Gate, front=front)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    _add_routes(app, front)
+    return app
+
+
+def _refusal(error: ApiError) -> Response:
+    return JSONResponse(error.body(), error.status_code, error.headers)
+
+
+async def _on_http_error(http: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405 and error.headers:
+        allowed = {name.strip() for name in error.headers.get("Allow", "").split(",") if name.strip()}
+        allow = ", ".join(sorted(allowed | {"OPTIONS"} | ({"HEAD"} if "GET" in allowed else set())))
+        if http.method == "OPTIONS":
+            return Response(status_code=204, headers={"allow": allow})
+        error.headers = {**error.headers, "Allow": allow}
+    if isinstance(error, ApiError):
+        return _refusal(error)
+    return _refusal(ApiError(error.status_code, str(error.detail), headers=error.headers))  # FastAPI's own, 405 say
+
+
+def answering(front: Front) -> type[APIRoute]:
+    """Routes whose bodies are not read by FastAPI, which does it on the event loop and whatever they cost."""
+
+    class Answering(APIRoute):
+        def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
+            return partial(front.answer, get_type_hints(self.endpoint)["body"])
+
+    return Answering
+
+
+def _add_answers(app: FastAPI, front: Front) -> None:
+    """The functions only say what bodies look like."""
+    router = APIRouter(route_class=answering(front))
+
+    @router.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionBody) -> Response:
+        raise NotImplementedError
+
+    @router.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: ChatBody) -> Response:
+        raise NotImplementedError
+
+    app.include_router(router)
+
+
+def _add_routes(app: FastAPI, front: Front) -> None:
+    _add_answers(app, front)
+    _add_models(app, front)
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        state, trouble = front.service.state, front.service.trouble
+        if trouble is None:
+            return JSONResponse({"status": state.value})
+        if state not in (State.SERVING, State.FAILED):
+            return JSONResponse({"status": state.value}, 503)
+        status = "stuck" if state is State.SERVING else state.value
+        return JSONResponse({"status": status, "message": trouble}, 503)
+
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        try:
+            async with asyncio.timeout(METRICS_S):
+                of_engine = await front.service.call(lambda engine: engine.metrics())
+        except Unavailable as error:
+            raise _unavailable(str(error)) from error
+        except TimeoutError:
+            raise _unavailable(f"the engine is busy: {front.service.busy_s:.0f} s in one step") from None
+        return Response(front.numbers.text(of_engine), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+
+def _add_models(app: FastAPI, front: Front) -> None:
+    model = {
+        "id": front.options.model_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "yafsdp_like",
+        "max_model_len": front.options.max_seq_len,
+    }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        front.reader.check_model(name)
+        return model

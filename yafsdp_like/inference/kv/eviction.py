@@ -1,0 +1,174 @@
+"""What goes first when memory is short: policies, the tenants' floors, and the order of victims.
+
+A victim is a page that nobody refers to and that keeps its content until its bytes are wanted. Lower priority goes
+first, and within one priority what the policy ranks lowest. A tenant is charged for the pages it took until they are
+free, wherever they are used; while evicting a page would leave it less than its floor, the page is a victim for the
+tenant itself only. What it has beyond its floor is borrowed, and a victim for everybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from yafsdp_like.inference.kv.ranked import Rank, Ranked
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a policy may know of a page whose last reference went."""
+
+    tick: int  # when, counted in pages let go
+    num_uses: int  # how often it was taken or found again
+    nbytes: int
+    cost: float  # seconds to bring the content back
+
+
+class Policy(Protocol):
+    """Ranks pages when they become victims; lowest goes first, the longest-known of equals before others."""
+
+    def rank(self, use: Use) -> float: ...
+
+    def evicted(self, rank: float) -> None:
+        """A page of this rank was evicted."""
+
+
+class LRU:
+    """The page whose last reference went first."""
+
+    def rank(self, use: Use) -> float:
+        return use.tick
+
+    def evicted(self, rank: float) -> None:
+        pass
+
+
+class GDSF:
+    """Greedy dual size frequency: uses times cost to bring back, per byte freed.
+
+    Ranks count from a clock that follows the ranks evicted, so that what was used much long ago goes in the end.
+    Source: Cherkasova, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching Policy" (1998).
+    """
+
+    def __init__(self) -> None:
+        self.clock = 0.0
+
+    def rank(self, use: Use) -> float:
+        return self.clock + use.num_uses * use.cost / use.nbytes
+
+    def evicted(self, rank: float) -> None:
+        self.clock = max(self.clock, rank)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What it takes to bring content back on this machine, as measured."""
+
+    link_nbytes_per_s: float  # between pinned host memory and the device, one way
+    prefill_tokens_per_s: float
+
+    def __post_init__(self) -> None:
+        if not (self.link_nbytes_per_s > 0 and self.prefill_tokens_per_s > 0):
+            raise ValueError(f"rates must be above 0, found {self}")
+
+    def copy_s(self, nbytes: int) -> float:
+        return nbytes / self.link_nbytes_per_s
+
+    def recompute_s(self, num_tokens: int) -> float:
+        return num_tokens / self.prefill_tokens_per_s
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """Somebody whose pages are counted."""
+
+    name: str
+    floor_nbytes: int = 0  # what others leave of its pages
+    priority: int = 0  # the lowest is evicted first
+
+    def __post_init__(self) -> None:
+        if self.floor_nbytes < 0:
+            raise ValueError(f"tenant {self.name!r}: a floor must be at least 0 bytes, found {self.floor_nbytes}")
+
+
+class Ledger:
+    """What each tenant is charged for, in bytes. A tenant that nobody announced has no floor and priority 0."""
+
+    def __init__(self, tenants: Iterable[Tenant], capacity_nbytes: int) -> None:
+        self._tenants: dict[str, Tenant] = {}
+        for tenant in tenants:
+            if tenant.name in self._tenants:
+                raise ValueError(f"tenant {tenant.name!r} is given twice")
+            self._tenants[tenant.name] = tenant
+        floors = sum(tenant.floor_nbytes for tenant in self._tenants.values())
+        if floors > capacity_nbytes:
+            raise ValueError(f"the tenants' floors are {floors} bytes in all, the slabs {capacity_nbytes}")
+        self.charges: dict[str, int] = {}  # those that are not 0
+
+    def tenant(self, name: str) -> Tenant:
+        return self._tenants.get(name) or Tenant(name)
+
+    def charge(self, name: str, nbytes: int) -> None:
+        """Charges ``nbytes`` more, or fewer if negative."""
+        charged = self.charges.get(name, 0) + nbytes
+        assert charged >= 0, f"tenant {name!r} would be charged {charged} bytes"
+        if charged:
+            self.charges[name] = charged
+        else:
+            self.charges.pop(name, None)
+
+    def surplus_nbytes(self, name: str) -> int:
+        """What others may take of the tenant's; negative below its floor."""
+        return self.charges.get(name, 0) - self.tenant(name).floor_nbytes
+
+
+class Victims:
+    """The victims of one shape. Every operation is O(log n) amortised, in pages and in tenants."""
+
+    def __init__(self, ledger: Ledger, page_nbytes: int) -> None:
+        self._ledger = ledger
+        self._page_nbytes = page_nbytes
+        self._pages: dict[str, Ranked[int]] = {}  # tenant -> its victims, if it has any
+        self._open: Ranked[str] = Ranked()  # tenants that others may take from, by their first victim
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        return (page for pages in self._pages.values() for page in pages)
+
+    def put(self, page: int, tenant: str, rank: Rank) -> None:
+        self._pages.setdefault(tenant, Ranked()).put(page, rank)
+        self._count += 1
+        self.refresh(tenant)
+
+    def remove(self, page: int, tenant: str) -> Rank:
+        """Takes a victim out, and says what its rank was."""
+        pages = self._pages[tenant]
+        rank = pages.rank(page)
+        pages.discard(page)
+        if not pages:
+            del self._pages[tenant]
+        self._count -= 1
+        self.refresh(tenant)
+        return rank
+
+    def refresh(self, tenant: str) -> None:
+        """To be called when the tenant's charge has changed."""
+        first = self._first_of(tenant)
+        if first is None or self._ledger.surplus_nbytes(tenant) < self._page_nbytes:
+            self._open.discard(tenant)
+        else:
+            self._open.put(tenant, first[0])
+
+    def first(self, tenant: str) -> tuple[Rank, int] | None:
+        """The rank and number of the page that goes first for a page of ``tenant``; None if none may."""
+        candidates = (self._first_of(name) for name in (tenant, self._open.first()))
+        return min((first for first in candidates if first is not None), default=None)
+
+    def _first_of(self, tenant: str | None) -> tuple[Rank, int] | None:
+        pages = None if tenant is None else self._pages.get(tenant)
+        page = None if pages is None else pages.first()
+        return None if pages is None or page is None else (pages.rank(page), page)

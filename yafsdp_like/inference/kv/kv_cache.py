@@ -1,0 +1,517 @@
+"""Which pages hold the keys and values of which tokens: page tables of many contexts over a device and a host tier.
+
+Integers only. What has to be copied is handed out as a list of ``Copy``, and the engine copies.
+
+[Note: order of copies]
+Copies are to be made in the order in which they are handed out, after all forwards that were scheduled before and
+ahead of all that are scheduled after. Then a page may be given to somebody else as soon as its copy is handed out, and
+content may be found by others before its copy is done.
+
+[Note: windows]
+A model's layers are split into groups of one window each, a group has a shape and page tables of its own, and all
+groups have pages of equally many tokens. In a group with a window of ``w`` keys, its own included, the next token at
+position ``n`` reads positions from ``n - w + 1`` on: pages before ``(n - w + 1) // page_size`` are dropped. So a prefix
+of ``n`` tokens is cached if each group still has its pages from that one on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from yafsdp_like.inference.kv.eviction import Costs
+from yafsdp_like.inference.kv.pages import PagePool
+from yafsdp_like.inference.kv.prefix import Content, Prefix, PrefixTree
+from yafsdp_like.inference.kv.slabs import PageShape
+
+NO_PAGE = -1
+
+
+class Tier(Enum):
+    DEVICE = auto()
+    HOST = auto()
+
+
+class State(Enum):
+    RESIDENT = auto()  # pages on the device
+    SWAPPED = auto()  # pages on the host
+    CLOSED = auto()
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers of a model that have the same window, and the shape of their pages."""
+
+    layers: tuple[int, ...]  # of the model; the shape's layer i is layers[i]
+    shape: PageShape
+    window: int | None = None  # keys that a query sees, its own included; None: all before it
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != self.shape.num_layers:
+            raise ValueError(f"layers {self.layers} need a page shape of {len(self.layers)} layers, found {self.shape}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a window must be at least 1, found {self.window}")
+
+    def first_page(self, num_tokens: int) -> int:
+        """The first page that a token behind ``num_tokens`` others, or a later one, reads."""
+        return 0 if self.window is None else max(0, num_tokens - self.window + 1) // self.shape.page_size
+
+    @classmethod
+    def of_windows(
+        cls, windows: Sequence[int | None], num_kv_heads: int, head_dim: int, page_size: int, dtype: str = "bfloat16"
+    ) -> tuple[LayerGroup, ...]:
+        """One group per distinct window, in order of the first layer that has it; ``windows`` is one per layer."""
+        layers: dict[int | None, list[int]] = {}
+        for layer, window in enumerate(windows):
+            layers.setdefault(window, []).append(layer)
+        return tuple(
+            cls(tuple(found), PageShape(len(found), num_kv_heads, head_dim, page_size, dtype), window)
+            for window, found in layers.items()
+        )
+
+
+@dataclass(frozen=True)
+class Copy:
+    """All of page ``source`` goes to page ``destination``; where both are on one tier it is a copy on write."""
+
+    shape: PageShape
+    source_tier: Tier
+    source: int
+    destination_tier: Tier
+    destination: int
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """A tier has too few pages that are free or may go. Nothing was changed but what was evicted in the attempt."""
+
+    tier: Tier
+    shape: PageShape
+    num_wanted: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A place in a table that wants a page, what should be in it, and the page of the other tier that has it."""
+
+    group: int
+    index: int
+    content: Content | None
+    source: int
+
+
+@dataclass(frozen=True)
+class Brought:
+    """Pages for what was wanted, each with a reference, and the copies that fill those that were not there."""
+
+    pages: Mapping[Wanted, int]
+    copies: tuple[Copy, ...]
+
+
+@dataclass(eq=False)
+class Context:
+    """Tokens whose keys and values are in pages, and the tables that say in which. Changed by ``KVCache`` only."""
+
+    tenant: str
+    root: Prefix
+    tables: tuple[list[int], ...]  # per group: the page of tokens [i page_size, (i + 1) page_size), or NO_PAGE
+    firsts: list[int]  # per group: the first page that is still there
+    state: State = State.RESIDENT
+    prefixes: list[Prefix] = field(default_factory=list)  # one per full page
+    tail: list[int] = field(default_factory=list)  # tokens of the page that is not full
+    num_tokens: int = 0
+    num_reserved: int = 0  # tokens behind them that have places of this context's own
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that ``num_tokens`` take in a group that keeps all."""
+        return len(self.prefixes) + bool(self.tail)
+
+    def place(self, pages: Mapping[Wanted, int]) -> None:
+        for want, page in pages.items():
+            self.tables[want.group][want.index] = page
+
+    def content(self, group: int, index: int) -> Content | None:
+        """What the ``index``-th page of a group holds; None of a page that is not full."""
+        return Content(group, self.prefixes[index]) if index < len(self.prefixes) else None
+
+
+class KVCache:
+    """The contexts of one model on a device pool and, if there is one, a host pool; pools may be other models' too.
+
+    Work is O(pages touched), each at the price of ``PagePool``; a token that fills no page and needs none is O(groups).
+    """
+
+    def __init__(
+        self, groups: Sequence[LayerGroup], costs: Costs, device: PagePool, host: PagePool | None = None
+    ) -> None:
+        sizes = {group.shape.page_size for group in groups}
+        if len(sizes) != 1:
+            raise ValueError(f"all groups of layers need pages of equally many tokens, found {sorted(sizes)}")
+        (self.page_size,) = sizes
+        self.groups = tuple(groups)
+        self.costs = costs
+        self.pools = {Tier.DEVICE: device} if host is None else {Tier.DEVICE: device, Tier.HOST: host}
+        self.tree = PrefixTree()
+        self.contexts: set[Context] = set()
+        for pool in self.pools.values():
+            for group in groups:
+                pool.admit(group.shape)
+
+    # --- what a context goes through ---
+
+    def open(self, tokens: Sequence[int], tenant: str = "", salt: Hashable = None) -> tuple[Context, tuple[Copy, ...]]:
+        """A context that begins with the longest prefix of ``tokens`` that is cached, without the last token, which is
+        left to be computed. Copies bring in pages that only the host has."""
+        root = self.tree.root(salt)
+        known = list(self.tree.known(root, tokens[:-1], self.page_size))
+        context = self._empty(tenant, root)
+        for tiers in (tuple(self.pools), (Tier.DEVICE,)):
+            copies = self._adopt(context, known[: self._num_cached(known, tiers)])
+            if not isinstance(copies, Shortage):
+                break
+        assert not isinstance(copies, Shortage), f"pages on the device were found, and are not there: {copies}"
+        self.contexts.add(context)
+        return context, copies
+
+    def reserve(self, context: Context, num_tokens: int) -> tuple[Copy, ...] | Shortage:
+        """Makes sure that the next ``num_tokens`` tokens, and more up to a page's end, have places of their own.
+
+        To be called before the forward that writes them; the copies are of a page that others share (copy on write).
+        Places that were reserved before a fork stay the context's own: it is the twin that copies.
+        """
+        self._require(context, State.RESIDENT)
+        if num_tokens <= context.num_reserved:
+            return ()
+        end = ceil_div(context.num_tokens + num_tokens, self.page_size)
+        lacking = [range(len(table), end) for table in context.tables]
+        shared = [self._tail_is_shared(context, group) for group in range(len(self.groups))]
+        taken = self._take(Tier.DEVICE, context.tenant, [len(lacking[g]) + shared[g] for g in range(len(self.groups))])
+        if isinstance(taken, Shortage):
+            return taken
+        copies = []
+        for group, pages in enumerate(taken):
+            if shared[group]:
+                copies.append(self._copy_on_write(context, group, pages.pop()))
+            context.tables[group].extend(pages)
+        context.num_reserved = end * self.page_size - context.num_tokens
+        return tuple(copies)
+
+    def commit(self, context: Context, tokens: Iterable[int]) -> None:
+        """Says that the keys and values of ``tokens`` are written, or will be before anything scheduled from now on.
+
+        Full pages can be found from now on; pages that left a window are dropped.
+        """
+        self._require(context, State.RESIDENT)
+        tokens = list(tokens)
+        if len(tokens) > context.num_reserved:
+            raise RuntimeError(
+                f"commit of {len(tokens)} tokens behind {context.num_tokens}: {context.num_reserved} places are "
+                "reserved; call reserve() before the forward that writes them"
+            )
+        context.num_reserved -= len(tokens)
+        context.num_tokens += len(tokens)
+        context.tail += tokens
+        full = len(context.tail) // self.page_size * self.page_size
+        for start in range(0, full, self.page_size):
+            self._publish_next(context, tuple(context.tail[start : start + self.page_size]))
+        del context.tail[:full]
+        self._drop_outside_windows(context)
+
+    def fork(self, context: Context) -> Context:
+        """Another context with the same tokens, on the same pages; who needs new places in a shared page copies it."""
+        self._require(context, State.RESIDENT)
+        twin = self._empty(context.tenant, context.root)
+        twin.prefixes, twin.tail = list(context.prefixes), list(context.tail)
+        twin.num_tokens, twin.firsts = context.num_tokens, list(context.firsts)
+        for group, table in enumerate(context.tables):
+            twin.tables[group].extend(table[: context.num_pages])
+        for group, _, page in self._pages(twin):
+            self._pool(twin).share(self.groups[group].shape, page)
+        self.contexts.add(twin)
+        return twin
+
+    def close(self, context: Context) -> None:
+        """Drops all pages, the last first, so that of a text the end goes before the beginning. Full pages stay cached
+        until their bytes are wanted. Preemption by recompute is this, and ``open`` with the same tokens later."""
+        if context.state is State.CLOSED:
+            raise RuntimeError("close of a context that is closed already")
+        self._drop_pages(context)
+        context.state = State.CLOSED
+        self.contexts.remove(context)
+
+    # --- preemption by swapping ---
+
+    def swap_out(self, context: Context) -> tuple[Copy, ...] | Shortage:
+        """Moves a context to the host; the copies are of what the host does not have yet. Places reserved are lost."""
+        self._require(context, State.RESIDENT)
+        if Tier.HOST not in self.pools:
+            raise RuntimeError(
+                "swap_out needs a host pool, this cache has none; close() the context and open() it again"
+            )
+        copies = self._move(context, Tier.HOST)
+        if not isinstance(copies, Shortage):
+            context.state = State.SWAPPED
+        return copies
+
+    def swap_in(self, context: Context) -> tuple[Copy, ...] | Shortage:
+        """Moves a context back; the copies are of what is on the device no more. The host keeps full pages, cached."""
+        self._require(context, State.SWAPPED)
+        copies = self._move(context, Tier.DEVICE)
+        if not isinstance(copies, Shortage):
+            context.state = State.RESIDENT
+        return copies
+
+    def prefers_swap(self, context: Context) -> bool:
+        """Whether moving a context out and back takes less time than computing it again, by the costs given."""
+        self._require(context, State.RESIDENT)
+        if Tier.HOST not in self.pools:
+            return False
+        back = out = 0
+        for group, index, _ in self._written(context):
+            nbytes = self.groups[group].shape.nbytes
+            back += nbytes
+            out += nbytes if self._find(Tier.HOST, group, context.content(group, index)) is None else 0
+        return self.costs.copy_s(out + back) < self.costs.recompute_s(context.num_tokens)
+
+    # --- admission ---
+
+    def fits(self, num_tokens: int, chunk: int) -> bool:
+        """Whether a context of ``num_tokens``, written at most ``chunk`` at a time, fits on a device without others.
+
+        May say no where slabs hold a page more than the least.
+        """
+        grid = self.pools[Tier.DEVICE].grid
+        num_slabs = 0
+        for group in self.groups:
+            live = num_tokens if group.window is None else min(num_tokens, group.window + chunk + self.page_size)
+            num_slabs += ceil_div(ceil_div(live, self.page_size), grid.pages_per_slab(group.shape))
+        return num_slabs <= grid.num_slabs
+
+    # --- pages of a context ---
+
+    def _empty(self, tenant: str, root: Prefix) -> Context:
+        return Context(tenant, root, tuple([] for _ in self.groups), [0] * len(self.groups))
+
+    def _pool(self, context: Context) -> PagePool:
+        return self.pools[Tier.DEVICE if context.state is State.RESIDENT else Tier.HOST]
+
+    def _pages(self, context: Context) -> Iterator[tuple[int, int, int]]:
+        """(group, index, page) of all that the tables hold, first to last."""
+        for group, table in enumerate(context.tables):
+            for index in range(context.firsts[group], len(table)):
+                yield group, index, table[index]
+
+    def _written(self, context: Context) -> list[tuple[int, int, int]]:
+        """The same, without pages that are only reserved."""
+        return [(group, index, page) for group, index, page in self._pages(context) if index < context.num_pages]
+
+    def _drop_pages(self, context: Context) -> None:
+        pool = self._pool(context)
+        for group, _, page in sorted(self._pages(context), key=lambda found: -found[1]):
+            pool.drop(self.groups[group].shape, page)
+
+    def _find(self, tier: Tier, group: int, content: Content | None) -> int | None:
+        if content is None or tier not in self.pools:
+            return None
+        return self.pools[tier].find(self.groups[group].shape, content)
+
+    def _take(self, tier: Tier, tenant: str, counts: Sequence[int]) -> list[list[int]] | Shortage:
+        """So many pages for each group, all or none. What is plainly too much evicts nothing."""
+        pool = self.pools[tier]
+        taken: list[list[int]] = [[] for _ in self.groups]
+        for group, count in enumerate(counts):
+            if not count:
+                continue
+            shape = self.groups[group].shape
+            page: int | None = NO_PAGE if count <= pool.num_available(shape) else None
+            while page is not None and len(taken[group]) < count:
+                page = pool.take(shape, tenant)
+                if page is not None:
+                    taken[group].append(page)
+            if len(taken[group]) < count:
+                for other, pages in enumerate(taken):
+                    for page in pages:
+                        pool.drop(self.groups[other].shape, page)
+                return Shortage(tier, shape, count)
+        return taken
+
+    def _tail_is_shared(self, context: Context, group: int) -> bool:
+        """Whether the page that is not full is another's too, or was filled and published by another since the fork."""
+        if not context.tail:
+            return False
+        shape, page = self.groups[group].shape, context.tables[group][len(context.prefixes)]
+        pool = self.pools[Tier.DEVICE]
+        return pool.num_references(shape, page) > 1 or pool.content(shape, page) is not None
+
+    def _copy_on_write(self, context: Context, group: int, page: int) -> Copy:
+        shape, index = self.groups[group].shape, len(context.prefixes)
+        source, context.tables[group][index] = context.tables[group][index], page
+        self.pools[Tier.DEVICE].drop(shape, source)
+        return Copy(shape, Tier.DEVICE, source, Tier.DEVICE, page)
+
+    def _publish_next(self, context: Context, tokens: tuple[int, ...]) -> None:
+        """The next page of a context is full of ``tokens``."""
+        context.prefixes.append(self.tree.child(context.prefixes[-1] if context.prefixes else context.root, tokens))
+        index = len(context.prefixes) - 1
+        for group, table in enumerate(context.tables):
+            self._publish(Tier.DEVICE, group, table[index], Content(group, context.prefixes[index]))
+
+    def _publish(self, tier: Tier, group: int, page: int, content: Content) -> None:
+        """Content that the host has too costs a copy, if that is less than computing it."""
+        shape = self.groups[group].shape
+        cost = self.costs.recompute_s(self.page_size)
+        if tier is Tier.DEVICE and self._find(Tier.HOST, group, content) is not None:
+            cost = min(cost, self.costs.copy_s(shape.nbytes))
+        self.pools[tier].publish(shape, page, content, cost)
+
+    def _drop_outside_windows(self, context: Context) -> None:
+        for group, layers in enumerate(self.groups):
+            first = layers.first_page(context.num_tokens)
+            for index in range(context.firsts[group], first):
+                self.pools[Tier.DEVICE].drop(layers.shape, context.tables[group][index])
+                context.tables[group][index] = NO_PAGE
+            context.firsts[group] = max(first, context.firsts[group])
+
+    # --- content from where it is to where it is wanted ---
+
+    def _num_cached(self, prefixes: Sequence[Prefix], tiers: Sequence[Tier]) -> int:
+        """The most pages n such that every group has what it reads of the first n, on one of ``tiers``."""
+        best, runs = 0, [0] * len(self.groups)
+        for num_pages, prefix in enumerate(prefixes, 1):
+            for group in range(len(self.groups)):
+                found = any(self._find(tier, group, Content(group, prefix)) is not None for tier in tiers)
+                runs[group] = runs[group] + 1 if found else 0
+            firsts = [group.first_page(num_pages * self.page_size) for group in self.groups]
+            if all(run >= num_pages - first for run, first in zip(runs, firsts, strict=True)):
+                best = num_pages
+        return best
+
+    def _adopt(self, context: Context, prefixes: Sequence[Prefix]) -> tuple[Copy, ...] | Shortage:
+        """Fills an empty context with cached prefixes: shares what the device has, copies the rest from the host."""
+        num_tokens = len(prefixes) * self.page_size
+        firsts = [group.first_page(num_tokens) for group in self.groups]
+        wanted = []
+        for group, first in enumerate(firsts):
+            for index in range(first, len(prefixes)):
+                content = Content(group, prefixes[index])
+                source = self._find(Tier.HOST, group, content)
+                wanted.append(Wanted(group, index, content, NO_PAGE if source is None else source))
+        brought = self._bring(wanted, Tier.DEVICE, context.tenant)
+        if isinstance(brought, Shortage):
+            return brought
+        context.prefixes, context.firsts, context.num_tokens = list(prefixes), firsts, num_tokens
+        for table in context.tables:
+            table.extend([NO_PAGE] * len(prefixes))
+        context.place(brought.pages)
+        return brought.copies
+
+    def _move(self, context: Context, tier: Tier) -> tuple[Copy, ...] | Shortage:
+        """From the other tier to ``tier``; the caller changes the state."""
+        wanted = [Wanted(g, i, context.content(g, i), page) for g, i, page in self._written(context)]
+        brought = self._bring(wanted, tier, context.tenant)
+        if isinstance(brought, Shortage):
+            return brought
+        if tier is Tier.HOST:
+            for want in wanted:
+                if want.content is not None:
+                    self._publish(Tier.DEVICE, want.group, want.source, want.content)  # cheaper to bring back now
+        self._drop_pages(context)
+        for table in context.tables:
+            del table[context.num_pages :]
+        context.num_reserved = 0
+        context.place(brought.pages)
+        return brought.copies
+
+    def _bring(self, wanted: Sequence[Wanted], tier: Tier, tenant: str) -> Brought | Shortage:
+        """A reference on ``tier`` to a page for each of ``wanted``, all or none, and copies from the other tier.
+
+        What is there is shared before anything is taken, since taking evicts.
+        """
+        pool, other = self.pools[tier], Tier.HOST if tier is Tier.DEVICE else Tier.DEVICE
+        pages: dict[Wanted, int] = {}
+        for want in wanted:
+            page = self._find(tier, want.group, want.content)
+            if page is not None:
+                pool.share(self.groups[want.group].shape, page)
+                pages[want] = page
+        absent = [want for want in wanted if want not in pages]
+        counts = Counter(want.group for want in absent)
+        taken = self._take(tier, tenant, [counts[group] for group in range(len(self.groups))])
+        if isinstance(taken, Shortage):
+            for want, page in pages.items():
+                pool.drop(self.groups[want.group].shape, page)
+            return taken
+        copies = []
+        for want in absent:
+            page = pages[want] = taken[want.group].pop()
+            copies.append(Copy(self.groups[want.group].shape, other, want.source, tier, page))
+            if want.content is not None:
+                self._publish(tier, want.group, page, want.content)
+        return Brought(pages, tuple(copies))
+
+    # --- faults ---
+
+    def _require(self, context: Context, state: State) -> None:
+        if context.state is not state:
+            raise RuntimeError(f"a context must be {state.name} here, this one is {context.state.name}")
+
+    def references(self) -> dict[Tier, dict[PageShape, Counter[int]]]:
+        """How often each page stands in a table."""
+        found: dict[Tier, dict[PageShape, Counter[int]]] = {tier: {} for tier in self.pools}
+        for context in self.contexts:
+            tier = Tier.DEVICE if context.state is State.RESIDENT else Tier.HOST
+            for group, _, page in self._pages(context):
+                found[tier].setdefault(self.groups[group].shape, Counter())[page] += 1
+        return found
+
+    def check_tables(self) -> None:
+        """Raises RuntimeError unless every table has just the pages that its context needs, and content is its own."""
+        for context in self.contexts:
+            full = len(context.prefixes) * self.page_size
+            pages = [prefix.num_pages for prefix in context.prefixes]
+            _expect(
+                full + len(context.tail) == context.num_tokens, f"{context.num_tokens} tokens: {full} in full pages"
+            )
+            _expect(pages == list(range(1, len(pages) + 1)), f"prefixes of {pages} pages")
+            _expect(len(context.tail) < self.page_size, f"{len(context.tail)} tokens in a page that is not full")
+            for group, table in enumerate(context.tables):
+                first = self.groups[group].first_page(context.num_tokens)
+                gone = [index for index, page in enumerate(table) if page == NO_PAGE]
+                _expect(context.firsts[group] == first, f"first page {context.firsts[group]}, expected {first}")
+                _expect(gone == list(range(first)), f"no pages at {gone}, expected up to {first}")
+                num_places = len(table) * self.page_size - context.num_tokens
+                _expect(
+                    num_places >= context.num_reserved >= 0, f"{num_places} places, {context.num_reserved} reserved"
+                )
+            for group, index, page in self._pages(context):
+                held = self._pool(context).content(self.groups[group].shape, page)
+                expected = context.content(group, index)
+                _expect(held in (None, expected) or expected is None, f"page {page} is {expected}, holds {held}")
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def check_integrity(caches: Iterable[KVCache]) -> None:
+    """Raises RuntimeError unless no page of the pools that ``caches`` use leaks or is two things at once.
+
+    ``caches`` must be all that use these pools. O(everything): for tests, and for when the scheduler is idle.
+    """
+    counted: dict[PagePool, dict[PageShape, Counter[int]]] = {}
+    for cache in caches:
+        cache.check_tables()
+        for tier, shapes in cache.references().items():
+            counts = counted.setdefault(cache.pools[tier], {})
+            for shape, pages in shapes.items():
+                counts.setdefault(shape, Counter()).update(pages)
+    for pool, counts in counted.items():
+        pool.check_integrity(counts)
+
+
+def _expect(holds: bool, found: str) -> None:
+    if not holds:
+        raise RuntimeError(f"a context's tables are wrong; {found}")

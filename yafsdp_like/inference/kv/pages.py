@@ -1,0 +1,259 @@
+"""Pages of many shapes on one region: each is free, cached, or referred to by so many.
+
+    free --take--> referenced --drop, without content--> free
+                   referenced --drop, with content--> cached --share--> referenced
+                                                      cached --evicted--> free
+
+A page has content once ``publish`` was called for it, and is found by it from then on, until it is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from yafsdp_like.inference.kv.eviction import LRU, Ledger, Policy, Tenant, Use, Victims
+from yafsdp_like.inference.kv.prefix import Content
+from yafsdp_like.inference.kv.ranked import Rank, Ranked
+from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid, SlabPool
+
+
+@dataclass(slots=True)
+class Page:
+    """A page that is not free."""
+
+    tenant: str  # who is charged for it
+    num_references: int = 1
+    num_uses: int = 1
+    content: Content | None = None
+    cost: float = 0.0  # seconds to bring the content back
+
+
+class Stock:
+    """The pages of one shape that are not free, and those of them that may go."""
+
+    def __init__(self, ledger: Ledger, shape: PageShape) -> None:
+        self.pages: dict[int, Page] = {}
+        self.by_content: dict[Content, int] = {}
+        self.victims = Victims(ledger, shape.nbytes)
+        self.unheld: Ranked[int] = Ranked()  # slabs with victims and no referenced page, by their highest victim
+
+
+class PagePool:
+    """The pages of one tier: a region on the device, or one of pinned host memory.
+
+    ``take``, ``share``, ``drop``, ``publish`` and ``find`` are O(log n) amortised in pages, slabs and tenants, times
+    the few shapes that share the pool; evicting a slab of another shape is O(log n) for each of its pages. Where that
+    slab is protected by a tenant's floor, all slabs without referenced pages are looked at.
+    """
+
+    def __init__(self, grid: SlabGrid, policy: Policy | None = None, tenants: Iterable[Tenant] = ()) -> None:
+        self.grid = grid
+        self.slabs = SlabPool(grid)
+        self.policy = policy or LRU()
+        self.ledger = Ledger(tenants, grid.num_slabs * grid.slab_nbytes)
+        self.stocks: dict[PageShape, Stock] = {}
+        self.num_evicted = 0
+        self._tick = 0
+        self._held: dict[int, int] = {}  # slab -> its referenced pages, where there are any
+        self._ranks: dict[int, Rank] = {}  # slab -> the highest rank that a page of it had while it was lent
+
+    def admit(self, shape: PageShape) -> None:
+        """Makes ``shape`` known; ValueError if slabs are too small for it."""
+        self.slabs.admit(shape)
+        self.stocks.setdefault(shape, Stock(self.ledger, shape))
+
+    def num_available(self, shape: PageShape) -> int:
+        """Pages that ``take`` could give; what floors protect is counted too."""
+        per_slab = self.grid.pages_per_slab(shape)
+        others = sum(len(stock.unheld) for other, stock in self.stocks.items() if other != shape)
+        return self.slabs.num_free(shape) + len(self.stocks[shape].victims) + others * per_slab
+
+    def num_references(self, shape: PageShape, page: int) -> int:
+        return self.stocks[shape].pages[page].num_references
+
+    def content(self, shape: PageShape, page: int) -> Content | None:
+        return self.stocks[shape].pages[page].content
+
+    def find(self, shape: PageShape, content: Content) -> int | None:
+        """The page that holds ``content``. Changes nothing."""
+        return self.stocks[shape].by_content.get(content)
+
+    def take(self, shape: PageShape, tenant: str = "") -> int | None:
+        """A page with one reference and any bytes in it, evicting what goes first if need be; None if nothing may."""
+        page = self.slabs.take(shape)
+        while page is None:
+            if not self._make_room(shape, tenant):
+                return None
+            page = self.slabs.take(shape)
+        self.stocks[shape].pages[page] = Page(tenant)
+        self._charge(tenant, shape.nbytes)
+        self._hold(shape, page)
+        return page
+
+    def share(self, shape: PageShape, page: int) -> None:
+        """One reference more to a page that is not free."""
+        stock = self.stocks[shape]
+        record = stock.pages[page]
+        if not record.num_references:
+            stock.victims.remove(page, record.tenant)
+            self._hold(shape, page)
+        record.num_references += 1
+        record.num_uses += 1
+
+    def drop(self, shape: PageShape, page: int) -> None:
+        """One reference less; with the last, a page without content is free and one with content may go."""
+        stock = self.stocks[shape]
+        record = stock.pages[page]
+        assert record.num_references > 0, f"nobody refers to page {page} of {shape}"
+        record.num_references -= 1
+        if record.num_references:
+            return
+        slab = self._let_go(shape, page)
+        if record.content is None:
+            self._free(shape, page)
+        else:
+            rank = self._rank(shape, record)
+            self._ranks[slab] = max(rank, self._ranks.get(slab, rank))
+            stock.victims.put(page, record.tenant, rank)
+        self._note_unheld(shape, slab)
+
+    def publish(self, shape: PageShape, page: int, content: Content, cost: float) -> None:
+        """Says what is in a page, which from now on holds just that, and what it costs in seconds to bring it back.
+
+        Where another page holds the same, that one goes on being found, and this one has no content.
+        """
+        stock = self.stocks[shape]
+        record = stock.pages[page]
+        assert record.content is None or record.content == content, f"page {page} of {shape} holds something else"
+        record.cost = cost
+        if stock.by_content.setdefault(content, page) == page:
+            record.content = content
+
+    def clear(self) -> None:
+        """Evicts all that nobody refers to, floors or not."""
+        for shape, stock in self.stocks.items():
+            for page in list(stock.victims):
+                self._evict(shape, page)
+
+    def _make_room(self, shape: PageShape, tenant: str) -> bool:
+        """Evicts the page of ``shape`` that goes first, or all of a slab of another shape that goes before it."""
+        victim = self.stocks[shape].victims.first(tenant)
+        slabs = [found for other in self.stocks if other != shape and (found := self._first_slab(other, tenant))]
+        slab = min(slabs, default=None)
+        if slab is not None and (victim is None or slab < victim):
+            self._evict_slab(slab[1])
+        elif victim is not None:
+            self._evict(shape, victim[1])
+        return slab is not None or victim is not None
+
+    def _first_slab(self, shape: PageShape, tenant: str) -> tuple[Rank, int] | None:
+        """The slab without referenced pages that goes first for ``tenant``, and its rank."""
+        unheld = self.stocks[shape].unheld
+        slab = unheld.first()
+        if slab is not None and not self._may_go(slab, tenant):
+            slab = next((slab for slab in unheld if self._may_go(slab, tenant)), None)
+        return None if slab is None else (unheld.rank(slab), slab)
+
+    def _victims_of(self, slab: int) -> list[int]:
+        lease = self.slabs.leases[slab]
+        return [page for page in lease.pages if page in self.stocks[lease.shape].pages]
+
+    def _may_go(self, slab: int, tenant: str) -> bool:
+        """Whether evicting all of a slab's pages leaves every other tenant its floor."""
+        shape = self.slabs.leases[slab].shape
+        lost: dict[str, int] = {}
+        for page in self._victims_of(slab):
+            owner = self.stocks[shape].pages[page].tenant
+            lost[owner] = lost.get(owner, 0) + shape.nbytes
+        return all(name == tenant or nbytes <= self.ledger.surplus_nbytes(name) for name, nbytes in lost.items())
+
+    def _evict_slab(self, slab: int) -> None:
+        shape = self.slabs.leases[slab].shape
+        for page in self._victims_of(slab):
+            self._evict(shape, page)
+
+    def _evict(self, shape: PageShape, page: int) -> None:
+        stock = self.stocks[shape]
+        record = stock.pages[page]
+        assert not record.num_references, f"page {page} of {shape} is referred to {record.num_references} times"
+        _, rank, _ = stock.victims.remove(page, record.tenant)
+        self.policy.evicted(rank)
+        self._free(shape, page)
+        self._note_unheld(shape, self.grid.slab_of(page, shape))
+        self.num_evicted += 1
+
+    def _free(self, shape: PageShape, page: int) -> None:
+        stock = self.stocks[shape]
+        record = stock.pages.pop(page)
+        if record.content is not None:
+            del stock.by_content[record.content]
+        self.slabs.put(shape, page)
+        self._charge(record.tenant, -shape.nbytes)
+
+    def _rank(self, shape: PageShape, record: Page) -> Rank:
+        self._tick += 1
+        use = Use(self._tick, record.num_uses, shape.nbytes, record.cost)
+        return (self.ledger.tenant(record.tenant).priority, self.policy.rank(use), self._tick)
+
+    def _charge(self, tenant: str, nbytes: int) -> None:
+        self.ledger.charge(tenant, nbytes)
+        for stock in self.stocks.values():
+            stock.victims.refresh(tenant)
+
+    def _hold(self, shape: PageShape, page: int) -> None:
+        slab = self.grid.slab_of(page, shape)
+        self._held[slab] = self._held.get(slab, 0) + 1
+        self.stocks[shape].unheld.discard(slab)
+
+    def _let_go(self, shape: PageShape, page: int) -> int:
+        slab = self.grid.slab_of(page, shape)
+        self._held[slab] -= 1
+        if not self._held[slab]:
+            del self._held[slab]
+        return slab
+
+    def _note_unheld(self, shape: PageShape, slab: int) -> None:
+        """A slab without referenced pages waits among the others, or has just been returned."""
+        if slab not in self.slabs.leases:
+            self._ranks.pop(slab, None)
+            self.stocks[shape].unheld.discard(slab)
+        elif slab not in self._held:
+            self.stocks[shape].unheld.put(slab, self._ranks[slab])
+
+    def check_integrity(self, references: Mapping[PageShape, Mapping[int, int]]) -> None:
+        """Raises RuntimeError unless every page is free, cached, or referred to exactly as often as ``references``
+        counts (shape -> page -> references), and all books agree. O(everything)."""
+        self.slabs.check_integrity({shape: stock.pages.keys() for shape, stock in self.stocks.items()})
+        _expect(set(references) <= set(self.stocks), f"references to shapes {set(references) - set(self.stocks)}")
+        charges: dict[str, int] = {}
+        held: dict[int, int] = {}
+        for shape, stock in self.stocks.items():
+            _check_stock(shape, stock, references.get(shape, {}))
+            for page, record in stock.pages.items():
+                charges[record.tenant] = charges.get(record.tenant, 0) + shape.nbytes
+                if record.num_references:
+                    slab = self.grid.slab_of(page, shape)
+                    held[slab] = held.get(slab, 0) + 1
+        _expect(charges == self.ledger.charges, f"tenants have {charges}, are charged {self.ledger.charges}")
+        _expect(held == self._held, f"slabs have {held} referenced pages, {self._held} were counted")
+        _expect(set(self._ranks) <= set(self.slabs.leases), f"slabs {set(self._ranks)} have ranks, not all are lent")
+        for shape, stock in self.stocks.items():
+            unheld = {slab for slab, lease in self.slabs.leases.items() if lease.shape == shape and slab not in held}
+            _expect(unheld == set(stock.unheld), f"{shape}: slabs {unheld} hold victims only, not {set(stock.unheld)}")
+
+
+def _check_stock(shape: PageShape, stock: Stock, references: Mapping[int, int]) -> None:
+    found = {page: record.num_references for page, record in stock.pages.items() if record.num_references}
+    _expect(found == dict(references), f"{shape}: pages are referred to {dict(references)}, counted {found}")
+    cached = {page for page, record in stock.pages.items() if not record.num_references}
+    _expect(cached == set(stock.victims), f"{shape}: {cached} are cached, {set(stock.victims)} may go")
+    _expect(len(cached) == len(stock.victims), f"{shape}: {len(cached)} are cached, counted {len(stock.victims)}")
+    named = {record.content: page for page, record in stock.pages.items() if record.content is not None}
+    _expect(named == stock.by_content, f"{shape}: contents {named} are found as {stock.by_content}")
+    _expect(all(stock.pages[page].content for page in cached), f"{shape}: a cached page of {cached} has no content")
+
+
+def _expect(holds: bool, found: str) -> None:
+    if not holds:
+        raise RuntimeError(f"the pages' books are wrong; {found}")

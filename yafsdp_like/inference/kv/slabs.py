@@ -1,0 +1,238 @@
+"""Slabs of one region of memory, lent to shapes of pages: integers, no tensor and no content.
+
+[Note: the grid of pages]
+A page holds keys and values of ``page_size`` tokens for all layers of its shape. The pages of one shape lie on a grid
+over the whole region: page ``n`` is bytes ``[n P, (n + 1) P)``, where ``P`` is ``PageShape.nbytes``. A slab that is
+lent to the shape holds those pages of the grid that lie wholly inside it. So a page number alone says where a page is,
+
+    byte of (page, layer, K or V, head, token) = P page + L layer + V kv + (head page_size + token) head_dim itemsize
+
+and a kernel needs one base pointer, the strides, and a table of plain page numbers (int32; times ``P`` it is int64),
+whichever slabs the pages lie in. Other shapes have other grids over the same bytes, and never the same slab. The price
+is less than two pages per slab where ``P`` does not divide the slab; ``SlabGrid.fitting`` finds a slab where it does.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+from yafsdp_like.inference.kv.ranked import Ranked
+from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
+
+ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+MAX_PAGES = 2**31  # page numbers are int32
+
+
+@dataclass(frozen=True)
+class PageShape:
+    """What one page holds: the shape class that a slab is lent to. Equal shapes share slabs, whosever they are."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int  # tokens
+    dtype: str = "bfloat16"  # as torch names it
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "dtype" and value < 1:
+                raise ValueError(f"a page's {field.name} must be at least 1, found {value}")
+        if self.dtype not in ITEMSIZES:
+            raise ValueError(f"a page's dtype must be one of {', '.join(ITEMSIZES)}, found {self.dtype!r}")
+        assert self.nbytes % ALIGNMENT_NBYTES == 0 and self.plane_nbytes % self.itemsize == 0
+        last = self.offset_nbytes(0, self.num_layers - 1, 1) + self.num_kv_heads * self.head_nbytes
+        assert last <= self.nbytes, f"the last head of a page ends at {last}, the page at {self.nbytes}"
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZES[self.dtype]
+
+    @property
+    def head_nbytes(self) -> int:
+        """One head's keys (or values) of a page, contiguous."""
+        return self.page_size * self.head_dim * self.itemsize
+
+    @cached_property
+    def plane_nbytes(self) -> int:
+        """One layer's keys (or values) of a page, padded to the alignment."""
+        return aligned(self.num_kv_heads * self.head_nbytes)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """A whole page: what one copy to the host moves."""
+        return self.num_layers * 2 * self.plane_nbytes
+
+    @property
+    def strides(self) -> tuple[int, int, int, int, int, int]:
+        """In elements, of a tensor (page, layer, K or V, kv head, token, head_dim) that begins with the region."""
+        plane = self.plane_nbytes // self.itemsize
+        head = self.page_size * self.head_dim
+        return 2 * plane * self.num_layers, 2 * plane, plane, head, self.head_dim, 1
+
+    def offset_nbytes(self, page: int, layer: int, kv: int) -> int:
+        """Where in the region a page's keys (``kv`` 0) or values (1) of the shape's ``layer``-th layer begin."""
+        return page * self.nbytes + (2 * layer + kv) * self.plane_nbytes
+
+
+@dataclass(frozen=True)
+class SlabGrid:
+    """A region cut into equal slabs; what is left at its end is not used."""
+
+    region_nbytes: int
+    slab_nbytes: int
+
+    def __post_init__(self) -> None:
+        if self.slab_nbytes < 1 or self.slab_nbytes % ALIGNMENT_NBYTES:
+            raise ValueError(f"a slab must be a multiple of {ALIGNMENT_NBYTES} bytes, found {self.slab_nbytes}")
+        if self.region_nbytes < self.slab_nbytes:
+            raise ValueError(f"a region of {self.region_nbytes} bytes holds no slab of {self.slab_nbytes}")
+
+    @classmethod
+    def fitting(cls, region_nbytes: int, shapes: Iterable[PageShape], about_nbytes: int = 32 << 20) -> SlabGrid:
+        """Slabs of about the given size that whole pages of all ``shapes`` fill, if such a size is within four times
+        it; otherwise slabs of that size, but at least two pages."""
+        sizes = [shape.nbytes for shape in shapes]
+        common, two_pages = math.lcm(*sizes), 2 * max(sizes)
+        slab = aligned(about_nbytes, common)
+        if slab > 4 * about_nbytes:
+            slab = max(aligned(about_nbytes), two_pages)
+        return cls(region_nbytes, slab)
+
+    @property
+    def num_slabs(self) -> int:
+        return self.region_nbytes // self.slab_nbytes
+
+    def check_shape(self, shape: PageShape) -> None:
+        """Raises ValueError unless every slab holds a page of ``shape``, and its page numbers are int32."""
+        if self.slab_nbytes < 2 * shape.nbytes and self.slab_nbytes % shape.nbytes:
+            raise ValueError(
+                f"a slab must be a page or at least two, {2 * shape.nbytes} bytes for {shape}; found {self.slab_nbytes}"
+            )
+        if self.region_nbytes // shape.nbytes > MAX_PAGES:
+            raise ValueError(f"{self.region_nbytes} bytes are more than {MAX_PAGES} pages of {shape}")
+
+    def segment(self, slab: int) -> Segment:
+        return Segment(slab * self.slab_nbytes, self.slab_nbytes)
+
+    def pages(self, slab: int, shape: PageShape) -> range:
+        """The numbers of the pages of ``shape`` that lie wholly inside ``slab``."""
+        segment = self.segment(slab)
+        return range(-(-segment.offset_nbytes // shape.nbytes), segment.end_nbytes // shape.nbytes)
+
+    def slab_of(self, page: int, shape: PageShape) -> int:
+        return page * shape.nbytes // self.slab_nbytes
+
+    def pages_per_slab(self, shape: PageShape) -> int:
+        """Pages of ``shape`` that every slab holds at least."""
+        whole, left = divmod(self.slab_nbytes, shape.nbytes)
+        return whole if not left else max(1, whole - 1)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A slab that is lent to a shape."""
+
+    shape: PageShape
+    pages: range
+    free: list[int]  # of ``pages``, in no order
+
+
+class SlabPool:
+    """Which slab is lent to which shape, and which pages of it are free.
+
+    ``take`` and ``put`` are O(log slabs), plus O(pages of a slab) when a slab is lent. Pages come from the lowest slab
+    that has one, so that high slabs become empty and return to the pool.
+    """
+
+    def __init__(self, grid: SlabGrid) -> None:
+        self.grid = grid
+        self.leases: dict[int, Lease] = {}  # slab -> its lease
+        self._idle = list(range(grid.num_slabs))  # a heap of those not lent
+        self._roomy: dict[PageShape, Ranked[int]] = {}  # slabs with free pages
+        self._num_free: dict[PageShape, int] = {}
+
+    @property
+    def num_idle(self) -> int:
+        """Slabs that are not lent."""
+        return len(self._idle)
+
+    def admit(self, shape: PageShape) -> None:
+        """Makes ``shape`` known; ValueError if slabs are too small for it."""
+        self.grid.check_shape(shape)
+        self._roomy.setdefault(shape, Ranked())
+        self._num_free.setdefault(shape, 0)
+
+    def num_free(self, shape: PageShape) -> int:
+        """Pages that ``take`` would give without anything being evicted; a lower bound where slabs differ by a page."""
+        return self._num_free[shape] + self.num_idle * self.grid.pages_per_slab(shape)
+
+    def take(self, shape: PageShape) -> int | None:
+        """A free page, of a slab lent for it if need be; None if there is neither."""
+        roomy = self._roomy[shape]
+        slab = roomy.first()
+        if slab is None:
+            slab = self._lend(shape)
+        if slab is None:
+            return None
+        free = self.leases[slab].free
+        page = free.pop()
+        self._num_free[shape] -= 1
+        if not free:
+            roomy.discard(slab)
+        return page
+
+    def put(self, shape: PageShape, page: int) -> None:
+        """Takes a page back, and with its last page the slab."""
+        slab = self.grid.slab_of(page, shape)
+        lease = self.leases[slab]
+        assert lease.shape == shape and page in lease.pages, f"page {page} of {shape} is not in slab {slab}: {lease}"
+        lease.free.append(page)
+        self._num_free[shape] += 1
+        self._roomy[shape].put(slab, (slab,))
+        if len(lease.free) == len(lease.pages):
+            self._end(slab, lease)
+
+    def _lend(self, shape: PageShape) -> int | None:
+        if not self._idle:
+            return None
+        slab = heapq.heappop(self._idle)
+        pages = self.grid.pages(slab, shape)
+        self.leases[slab] = Lease(shape, pages, list(reversed(pages)))
+        self._num_free[shape] += len(pages)
+        self._roomy[shape].put(slab, (slab,))
+        return slab
+
+    def _end(self, slab: int, lease: Lease) -> None:
+        del self.leases[slab]
+        self._num_free[lease.shape] -= len(lease.pages)
+        self._roomy[lease.shape].discard(slab)
+        heapq.heappush(self._idle, slab)
+
+    def check_integrity(self, used: Mapping[PageShape, Set[int]]) -> None:
+        """Raises RuntimeError unless every slab is idle or lent once, and every page of a lent one free or ``used``."""
+        slabs = sorted([*self._idle, *self.leases])
+        _expect(slabs == list(range(self.grid.num_slabs)), f"slabs idle or lent: {slabs} of {self.grid.num_slabs}")
+        for shape in self._roomy:
+            leases = {slab: lease for slab, lease in self.leases.items() if lease.shape == shape}
+            free = [page for lease in leases.values() for page in lease.free]
+            both = sorted([*free, *used.get(shape, ())])
+            pages = sorted(page for lease in leases.values() for page in lease.pages)
+            _expect(both == pages, f"{shape}: pages {pages} are lent, {both} are free or used")
+            _expect(
+                len(free) == self._num_free[shape], f"{shape}: {len(free)} are free, counted {self._num_free[shape]}"
+            )
+            roomy = sorted(slab for slab, lease in leases.items() if lease.free)
+            _expect(roomy == sorted(self._roomy[shape]), f"{shape}: slabs {roomy} have free pages")
+            for slab, lease in leases.items():
+                _expect(len(lease.free) < len(lease.pages), f"slab {slab} is empty and was not returned")
+                _expect(lease.pages == self.grid.pages(slab, shape), f"slab {slab} has pages {lease.pages}")
+
+
+def _expect(holds: bool, found: str) -> None:
+    if not holds:
+        raise RuntimeError(f"the slabs' books are wrong; {found}")

@@ -1,0 +1,1 @@
+"""What a served model takes, before anything is allocated: integers only."""

@@ -1,0 +1,80 @@
+"""How many tokens of context a number of bytes holds, in pages on slabs. Integers only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from yafsdp_like.inference.kv.kv_cache import LayerGroup
+from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid
+from yafsdp_like.memory.layout import aligned
+
+_SLAB_NBYTES = 32 << 20  # at most, about
+_LEAST_SLABS = 64  # where slabs of that size would be fewer
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The pages of a model's keys and values, and how many tokens a number of bytes holds."""
+
+    groups: tuple[LayerGroup, ...]
+    chunk: int  # tokens that are written at a time, at most
+
+    @property
+    def shapes(self) -> list[PageShape]:
+        return [group.shape for group in self.groups]
+
+    def grid(self, nbytes: int) -> SlabGrid | None:
+        """A region of at most ``nbytes`` in slabs without a rest; None where it holds none."""
+        most = max(shape.nbytes for shape in self.shapes)
+        about = min(_SLAB_NBYTES, max(nbytes // _LEAST_SLABS, 2 * most))
+        try:
+            grid = SlabGrid.fitting(nbytes, self.shapes, about)
+        except ValueError:
+            return None
+        return SlabGrid(grid.num_slabs * grid.slab_nbytes, grid.slab_nbytes)
+
+    def longest(self, grid: SlabGrid | None, most: int) -> int:
+        """Tokens of the longest context that fits alone, up to ``most``."""
+        return 0 if grid is None else _last(lambda n: self._num_slabs(grid, n) <= grid.num_slabs, most)
+
+    def num_tokens(self, grid: SlabGrid | None, max_seq_len: int) -> int:
+        """Tokens of all contexts that fit together, each of ``max_seq_len`` tokens but one."""
+        if grid is None:
+            return 0
+        usable = min(grid.num_slabs * grid.pages_per_slab(shape) * shape.nbytes for shape in self.shapes)
+        contexts, left = divmod(usable, self._nbytes(max_seq_len))
+        return contexts * max_seq_len + _last(lambda n: self._nbytes(n) <= left, max_seq_len)
+
+    def nbytes_for(self, num_tokens: int, max_seq_len: int) -> int:
+        """Bytes in which ``num_tokens`` fit, close to the fewest."""
+        contexts, rest = divmod(num_tokens, max_seq_len)
+        nbytes = contexts * self._nbytes(max_seq_len) + (self._nbytes(rest) if rest else 0)
+        while not self.holds(nbytes, num_tokens, max_seq_len):
+            nbytes += max(nbytes // 64, min(shape.nbytes for shape in self.shapes))
+        return aligned(nbytes)
+
+    def holds(self, nbytes: int, num_tokens: int, max_seq_len: int) -> bool:
+        grid = self.grid(nbytes)
+        enough = self.num_tokens(grid, max_seq_len) >= num_tokens
+        return enough and self.longest(grid, max_seq_len) >= min(num_tokens, max_seq_len)
+
+    def _live(self, group: LayerGroup, num_tokens: int) -> int:
+        """Pages that one context has in a group."""
+        window = num_tokens if group.window is None else group.window + self.chunk + group.shape.page_size
+        return -(-min(num_tokens, window) // group.shape.page_size)
+
+    def _nbytes(self, num_tokens: int) -> int:
+        return sum(self._live(group, num_tokens) * group.shape.nbytes for group in self.groups)
+
+    def _num_slabs(self, grid: SlabGrid, num_tokens: int) -> int:
+        return sum(-(-self._live(g, num_tokens) // grid.pages_per_slab(g.shape)) for g in self.groups)
+
+
+def _last(holds: Callable[[int], bool], most: int) -> int:
+    """The largest number up to ``most`` for which ``holds`` is true, as it is for all below it, and for 0."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low

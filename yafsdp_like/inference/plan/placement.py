@@ -1,0 +1,181 @@
+"""Where the weights of a served model lie: which units stay on a device, and which are moved there for each forward.
+
+Integers only. A unit that is moved is gathered from the ranks that hold a part each, or streamed from host memory, into
+a slot that it shares with others by live range (`memory/plan.py`). Where ranks compute together, each keeps its part.
+
+[Note: around the end]
+Forwards follow each other, so the order of moved units is a circle: while one is in use the next is brought, and while
+the last one is, the first one for the forward after. The bytes of a slot are spoken for from the start of the use
+before its own to the end of its own.
+
+[Note: own parts]
+A rank has its own part of a gathered unit already. Where ranks map each other's memory, a slot holds the others' parts
+alone, and the unit is whole in a window: the slot's pages, with the pages of this rank's shard between them
+(``memory/windows.py``, [Note: windows]). So parts are whole pages there, padded by less than one in ``LEAST_PAGES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from yafsdp_like.inference.plan.packed_weights import Image, images_of, uses_of
+from yafsdp_like.memory import vmm as windows
+from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
+from yafsdp_like.memory.plan import LiveRange, Region, SlotPlace, SlotRequest, live_nbytes_peak, place
+from yafsdp_like.models.decoder import DecoderConfig
+from yafsdp_like.models.tensor_parallel import cuts_of
+
+Mode = Literal["resident", "gathered", "streamed", "tensor_parallel"]
+WEIGHT_SLOTS = "weight slots"  # a kind, and its region's name
+LEAST_PAGES = 8  # of each part, where parts are made of pages
+_ENOUGH_PAGES = 64  # then pages are twice as large, since each is an allocation of its own, and a descriptor
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which units stay on the device, and which are moved there when they are needed."""
+
+    mode: Mode
+    images: tuple[Image, ...]
+    uses: tuple[int, ...]  # unit of each step of a forward, see ``uses_of``
+    moved: frozenset[int] = frozenset()  # units
+    num_ranks: int = 1
+    maps_memory: bool = False
+
+    def part_nbytes(self, unit: int) -> int:
+        """What this rank, or its host, holds of a unit that is moved."""
+        return aligned(self.images[unit].part_nbytes(self.num_ranks), self.page_nbytes or ALIGNMENT_NBYTES)
+
+    def slot_nbytes(self, unit: int) -> int:
+        """What is moved of it, and what its slot holds: all parts, less this rank's where that is shown."""
+        return self.part_nbytes(unit) * (self.num_ranks - 1 if self.page_nbytes else self.num_ranks)
+
+    @cached_property
+    def page_nbytes(self) -> int:
+        """Of the pages that parts are made of; 0 where they are too small for that, or are not shown."""
+        if not (self.maps_memory and self.moved):
+            return 0
+        num_pages = min(self.images[unit].part_nbytes(self.num_ranks) for unit in self.moved) // windows.PAGE_NBYTES
+        doublings = max(num_pages // _ENOUGH_PAGES, 1).bit_length() - 1
+        return windows.PAGE_NBYTES << doublings if num_pages >= LEAST_PAGES else 0
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Moved units in the order of a forward, each with its steps in a row; the first follows the last, and a tied
+        head and the next forward's embedding are one run."""
+        found: list[tuple[int, tuple[int, ...]]] = []
+        for step, unit in enumerate(self.uses):
+            if unit in self.moved:
+                found.append((unit, (step,)))
+        if len(found) > 1 and found[0][0] == found[-1][0]:
+            last = found.pop()
+            found[0] = (last[0], (*last[1], *found[0][1]))
+        return tuple(found)
+
+    def following(self, unit: int) -> tuple[int, ...]:
+        """The other moved units, in the order in which they are used after ``unit``."""
+        order = [moved for moved, _ in self.runs]
+        place = order.index(unit)
+        return (*order[place + 1 :], *order[:place])
+
+    def live_ranges(self) -> dict[int, LiveRange]:
+        """Of moved units' slots: from the start of the use before to the end of their own, around the end of a
+        forward into the next."""
+        end = len(self.uses) - 1
+        ranges = {}
+        for index, (unit, steps) in enumerate(self.runs):
+            first, last = self.runs[index - 1][1][0], steps[-1]
+            alone = len(self.runs) == 1
+            around = ((0, last), (first, end)) if first > last else ((first, last),)
+            ranges[unit] = LiveRange(((0, end),) if alone else around)
+        return ranges
+
+    @cached_property
+    def _requests(self) -> tuple[SlotRequest, ...]:
+        live = self.live_ranges()
+        return tuple(SlotRequest(self.images[u].name, self.slot_nbytes(u), live[u]) for u, _ in self.runs)
+
+    @cached_property
+    def slots(self) -> tuple[dict[int, Segment], int]:
+        """Where each moved unit's slot lies, and the bytes of all."""
+        segments, nbytes = place(self._requests)
+        return dict(zip([unit for unit, _ in self.runs], segments, strict=True)), nbytes
+
+    @cached_property
+    def staying_nbytes(self) -> int:
+        """What weights take on the device, without slots."""
+        parts = sum(self.part_nbytes(u) for u in self.moved) if self.mode == "gathered" else 0
+        return parts + sum(image.nbytes for u, image in enumerate(self.images) if u not in self.moved)
+
+    @property
+    def nbytes_at_least(self) -> int:
+        """What weights take on the device, if slots can be placed without a gap."""
+        return self.staying_nbytes + live_nbytes_peak(self._requests)
+
+    @property
+    def nbytes(self) -> int:
+        """What weights take on the device."""
+        return self.staying_nbytes + self.slots[1]
+
+    def regions(self) -> Iterator[Region]:
+        """On the device."""
+        for unit, image in enumerate(self.images):
+            if unit not in self.moved:
+                yield Region(image.name, "weights", image.nbytes)
+            elif self.mode == "gathered":
+                nbytes = self.part_nbytes(unit)
+                yield Region(f"{image.name}.shard", "weight shards", nbytes, self.maps_memory, self.page_nbytes)
+        if self.moved:
+            yield Region(WEIGHT_SLOTS, WEIGHT_SLOTS, self.slots[1], page_nbytes=self.page_nbytes)
+
+    def host_regions(self) -> Iterator[Region]:
+        if self.mode == "streamed":
+            for unit in sorted(self.moved):
+                yield Region(self.images[unit].name, "host weights", self.part_nbytes(unit))
+
+    def slot_places(self) -> Iterator[SlotPlace]:
+        live = self.live_ranges()
+        for unit, segment in self.slots[0].items():
+            yield SlotPlace(self.images[unit].name, WEIGHT_SLOTS, segment, live[unit])
+
+
+def placements(
+    config: DecoderConfig, dtype: torch.dtype, mode: Mode, num_ranks: int = 1, maps_memory: bool = False
+) -> Iterator[Placement]:
+    """All that are considered, from the one that moves least. ValueError where the mode is not possible."""
+    if mode == "tensor_parallel":
+        yield _together(config, dtype, num_ranks)
+        return
+    images = images_of(config, dtype)
+    uses = uses_of(images, config)
+    if mode == "resident":
+        yield Placement(mode, images, uses)
+        return
+    if mode == "gathered" and num_ranks < 2:
+        raise ValueError("weights are gathered from at least two ranks, found one; use streamed, or more ranks")
+    gathered = mode == "gathered"
+    layers = config.num_layers
+    moved = [frozenset(_spread(num_moved, layers)) for num_moved in range(1, layers + 1)]
+    if not config.tie_embeddings:
+        moved.append(moved[-1] | {len(images) - 1})
+    moved.append(moved[-1] | {0})
+    for units in moved:
+        yield Placement(mode, images, uses, units, num_ranks if gathered else 1, maps_memory and gathered)
+
+
+def _together(config: DecoderConfig, dtype: torch.dtype, num_ranks: int) -> Placement:
+    """Every rank keeps its part of each layer, and all of the embedding and the head."""
+    if num_ranks < 2:
+        raise ValueError("tensor_parallel takes at least two ranks, found one; use resident, or more ranks")
+    images = images_of(config, dtype, cuts_of(config, num_ranks))
+    return Placement("tensor_parallel", images, uses_of(images, config), num_ranks=num_ranks)
+
+
+def _spread(count: int, layers: int) -> Iterator[int]:
+    """The units of ``count`` layers, at even distances."""
+    return (1 + (2 * i + 1) * layers // (2 * count) for i in range(count))

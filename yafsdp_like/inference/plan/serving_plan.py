@@ -1,0 +1,420 @@
+"""What a served model takes, in bytes, before anything is allocated: which mode, what fits, and why. No GPU is needed.
+
+Owns the choice of where weights lie, and the plan that all places of an engine come from. It knows sizes and rates; how
+bytes are moved is `weights.py`'s.
+
+[Note: what is kept]
+All weights stay on the device where one context of ``max_seq_len`` tokens fits beside them. Elsewhere units are moved:
+gathered from the ranks that hold a part each, or streamed from the host. A plan then leaves room for such a context of
+each of ``max_batch_size`` sequences, if it can, and moves as few units as will do, evenly spread, so that each has the
+time of the resident ones before it to arrive in: layers first, then the head, and the embedding last, since it is moved
+whole and a step reads a few rows of it. Where ``max_seq_len`` is not said, the tokens of one step stand for it.
+Tensor parallel ranks keep their parts of all layers, and all pages of their heads: the mode is for latency, since all
+ranks then serve the same requests, and is taken only when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+
+from yafsdp_like.inference.kv.kv_cache import LayerGroup
+from yafsdp_like.inference.kv.slabs import SlabGrid
+from yafsdp_like.inference.plan.capacity import Capacity
+from yafsdp_like.inference.plan.packed_weights import check_served, images_of
+from yafsdp_like.inference.plan.placement import Mode, Placement, placements
+from yafsdp_like.inference.plan.workspace import Placed, StepShape, forward_buffers, placed
+from yafsdp_like.memory.arena import Arena
+from yafsdp_like.memory.plan import MemoryPlan, Region
+from yafsdp_like.models.decoder import DecoderConfig
+from yafsdp_like.models.tensor_parallel import share_of
+
+AnyMode = Literal["auto", "resident", "gathered", "streamed", "tensor_parallel"]
+
+_SUMS = "process group: sums"  # what moves bytes between ranks that compute together
+
+KV_SLABS, HOST_KV_SLABS = "kv slabs", "host kv slabs"  # kinds, and their regions' names
+
+
+@dataclass(frozen=True)
+class ServingLimits:
+    """What an engine may take, and what it must be able to hold. Raises ValueError for numbers that cannot be.
+
+    One of ``memory_limit_nbytes``, all that is planned on one device, and ``kv_nbytes`` must be given, or both.
+    """
+
+    memory_limit_nbytes: int | None = None
+    kv_nbytes: int | None = None  # of pages of keys and values; None: what the limit leaves
+    host_kv_nbytes: int = 0  # of pages that are swapped out to host memory
+    max_batch_size: int = 32  # sequences of one step
+    max_batch_tokens: int = 2048  # of one step
+    max_seq_len: int | None = None  # tokens of one sequence; None: what fits, up to the model's
+    page_size: int = 16  # tokens
+    kv_dtype: str | None = None  # None: the weights'
+
+    def __post_init__(self) -> None:
+        if self.memory_limit_nbytes is None and self.kv_nbytes is None:
+            raise ValueError("expected memory_limit_nbytes or kv_nbytes, in bytes, found neither")
+        for name in ("memory_limit_nbytes", "kv_nbytes", "max_batch_size", "max_batch_tokens", "max_seq_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}")
+        if self.host_kv_nbytes < 0 or self.page_size < 1:
+            raise ValueError(f"found host_kv_nbytes {self.host_kv_nbytes} and page_size {self.page_size}")
+        if self.max_batch_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_batch_tokens must be at least max_batch_size, a token of each sequence, "
+                f"found {self.max_batch_tokens} and {self.max_batch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device sustains, per second: for explanations, and no place depends on it."""
+
+    flops: float  # of whole layers in bf16
+    memory_nbytes: float  # read from its own memory
+    host_nbytes: float  # from pinned host memory
+    peer_nbytes: float  # from another device
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A kind of device."""
+
+    name: str
+    num_multiprocessors: int
+    rates: Rates | None = None  # None: not measured
+
+    @classmethod
+    def of(cls, device: torch.device) -> Hardware | None:
+        """What is there; None for a CPU."""
+        if device.type != "cuda":
+            return None
+        found = torch.cuda.get_device_properties(device)
+        rates = next((known.rates for known in HARDWARE.values() if known.name in found.name), None)
+        return cls(found.name, found.multi_processor_count, rates)
+
+
+HARDWARE = {
+    "h200": Hardware("H200", 132, Rates(500e12, 4.25e12, 52.7e9, 390e9)),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the model is to run."""
+
+    dtype: torch.dtype = torch.bfloat16  # of weights
+    num_ranks: int = 1  # that may share weights; each serves its own requests, unless they are tensor parallel
+    maps_memory: bool = False  # whether they read each other's memory, rather than meet in collectives
+    transport: str = "process group"  # what moves bytes between them, in words
+    hardware: Hardware | None = None  # None: a CPU, or nothing known
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class ServingPlan:
+    """Every place of an engine, on the device and in host memory, and why weights lie where they do."""
+
+    config: DecoderConfig
+    limits: ServingLimits
+    site: Site
+    placement: Placement
+    capacity: Capacity
+    buffers: Placed
+    grid: SlabGrid  # of pages on the device
+    host_grid: SlabGrid | None  # of pages that are swapped out
+    max_seq_len: int
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def mode(self) -> Mode:
+        return self.placement.mode
+
+    @cached_property
+    def share(self) -> DecoderConfig:
+        """What one rank computes of the decoder's layers: all heads and the whole feed-forward, or its part of them."""
+        return _share(self.config, self.site, self.mode)
+
+    @property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        return self.capacity.groups
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens of context that fit at once, in sequences of ``max_seq_len``."""
+        return self.capacity.num_tokens(self.grid, self.max_seq_len)
+
+    @cached_property
+    def memory(self) -> MemoryPlan:
+        """Of the device. Not in it: CUDA's context and graphs, and what kernels are compiled to."""
+        regions = (
+            *self.placement.regions(),
+            Region(KV_SLABS, KV_SLABS, self.grid.region_nbytes),
+            *self.buffers.regions,
+        )
+        slots = (*self.placement.slot_places(), *self.buffers.slots())
+        transports = {"gathered": (self.site.transport,), "tensor_parallel": (_SUMS,)}.get(self.mode, ())
+        return MemoryPlan(self.site.num_ranks, regions, slots, transports)
+
+    @cached_property
+    def host(self) -> MemoryPlan:
+        """Of host memory, pinned where the device is a GPU."""
+        regions = tuple(self.placement.host_regions())
+        if self.host_grid is not None:
+            regions = (*regions, Region(HOST_KV_SLABS, HOST_KV_SLABS, self.host_grid.region_nbytes))
+        return MemoryPlan(self.site.num_ranks, regions)
+
+    def tensor(self, arena: Arena, name: str) -> torch.Tensor:
+        """The buffer ``name`` (see ``workspace.py``) on an arena that has this plan's regions."""
+        buffer = self.buffers.buffers[name]
+        return arena.place(buffer.kind).part(self.buffers.segments[name]).tensor(buffer.dtype, buffer.shape)
+
+    def __str__(self) -> str:
+        lines = [*self.reasons, str(self.memory)]
+        return "\n".join([*lines, f"in host memory: {self.host}"] if self.host.regions else lines)
+
+
+def plan_serving(
+    config: DecoderConfig, limits: ServingLimits, site: Site | None = None, mode: AnyMode = "auto"
+) -> ServingPlan:
+    """The plan for ``config`` within ``limits``; ``site`` is a CPU, or an unknown GPU, in bf16 by default.
+
+    "auto" takes the first that fits of resident, gathered (where there are several ranks) and streamed. Without
+    ``memory_limit_nbytes`` that is resident; gathered or streamed, when asked for, then move all layers.
+
+    Raises ValueError for what cannot be, and where it does not fit: how many bytes are missing, and what would fit.
+    """
+    if mode not in get_args(AnyMode):
+        raise ValueError(f"mode must be one of {list(get_args(AnyMode))}, found {mode!r}")
+    check_served(config)
+    site = site or Site()
+    draft = _Draft.of(config, limits, site, _share(config, site, mode))
+    tried: list[Mode] = list(_auto_modes(site)) if mode == "auto" else [mode]
+    for candidate in tried:
+        placement = draft.choose(candidate)
+        if placement is not None:
+            return draft.plan(placement, asked=mode != "auto")
+    raise ValueError(draft.refusal(tried))
+
+
+def _share(config: DecoderConfig, site: Site, mode: AnyMode) -> DecoderConfig:
+    return share_of(config, site.num_ranks) if mode == "tensor_parallel" else config
+
+
+def _auto_modes(site: Site) -> Iterator[Mode]:
+    yield "resident"
+    if site.num_ranks > 1:
+        yield "gathered"
+    yield "streamed"
+
+
+# --- what fits ---
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What all modes that are tried have in common."""
+
+    config: DecoderConfig
+    limits: ServingLimits
+    site: Site
+    capacity: Capacity
+    buffers: Placed
+    max_seq_len: int  # at most
+    least: int  # tokens of context that must fit
+
+    @classmethod
+    def of(cls, config: DecoderConfig, limits: ServingLimits, site: Site, share: DecoderConfig) -> _Draft:
+        """``share`` is what one rank computes of ``config``."""
+        windows = [config.window_of(layer) for layer in range(config.num_layers)]
+        dtype = limits.kv_dtype or site.dtype_name
+        groups = LayerGroup.of_windows(windows, share.num_kv_heads, share.head_dim, limits.page_size, dtype)
+        capacity = Capacity(groups, limits.max_batch_tokens)
+        longest = _longest(config, limits, capacity)
+        multiprocessors = site.hardware.num_multiprocessors if site.hardware else 1
+        step = StepShape(
+            limits.max_batch_size, limits.max_batch_tokens, longest, limits.page_size, len(groups), multiprocessors
+        )
+        buffers = placed(forward_buffers(share, step, site.dtype))
+        least = limits.max_seq_len or min(longest, limits.max_batch_tokens)
+        return cls(config, limits, site, capacity, buffers, longest, least)
+
+    def choose(self, mode: Mode) -> Placement | None:
+        """See [Note: what is kept]; None where not even one context fits beside the weights."""
+        options = self._options(mode)
+        if mode in ("gathered", "streamed"):
+            if self.limits.memory_limit_nbytes is None:
+                return options[self.config.num_layers - 1]
+            wanted = self.least * self.limits.max_batch_size
+            for option in options:
+                if self._fits(option.nbytes_at_least, wanted) and self._fits(option.nbytes, wanted):
+                    return option
+        smallest = _smallest(options)
+        return smallest if self._fits(smallest.nbytes, self.least) else None
+
+    def _options(self, mode: Mode) -> list[Placement]:
+        return list(placements(self.config, self.site.dtype, mode, self.site.num_ranks, self.site.maps_memory))
+
+    def room(self, weights_nbytes: int) -> int | None:
+        """Bytes that are left for keys and values; None: any number."""
+        limit = self.limits.memory_limit_nbytes
+        return None if limit is None else limit - weights_nbytes - self.buffers.nbytes
+
+    def _fits(self, weights_nbytes: int, num_tokens: int) -> bool:
+        room = self.room(weights_nbytes)
+        if self.limits.kv_nbytes is not None:
+            return room is None or self.limits.kv_nbytes <= room
+        assert room is not None, "limits say one or the other"
+        return room > 0 and self.capacity.holds(room, num_tokens, self.max_seq_len)
+
+    def plan(self, placement: Placement, asked: bool) -> ServingPlan:
+        """With all that is left of the limit for keys and values, unless they have a number of bytes of their own."""
+        grid = self.capacity.grid(self.limits.kv_nbytes or self.room(placement.nbytes) or 0)
+        assert grid is not None, "least tokens of context fit"
+        longest = self.limits.max_seq_len or self.capacity.longest(grid, self.max_seq_len)
+        host_grid = self._host_grid(grid)
+        plan = ServingPlan(
+            self.config, self.limits, self.site, placement, self.capacity, self.buffers, grid, host_grid, longest
+        )
+        return replace(plan, reasons=tuple(_reasons(plan, self, asked)))
+
+    def _host_grid(self, grid: SlabGrid) -> SlabGrid | None:
+        if not self.limits.host_kv_nbytes:
+            return None
+        found = self.capacity.grid(self.limits.host_kv_nbytes)
+        if found is None:
+            least = max(shape.nbytes for shape in self.capacity.shapes)
+            raise ValueError(f"host_kv_nbytes {self.limits.host_kv_nbytes} hold no pages; of these one has {least}")
+        return found
+
+    # --- what does not fit ---
+
+    def refusal(self, tried: Sequence[Mode]) -> str:
+        """How many bytes are missing, and what would fit."""
+        limit = self.limits.memory_limit_nbytes
+        assert limit is not None, "anything fits without a limit"
+        smallest = min((_smallest(self._options(mode)) for mode in tried), key=lambda p: p.nbytes)
+        context = self.limits.kv_nbytes or self.capacity.nbytes_for(self.least, self.max_seq_len)
+        needed = smallest.nbytes + self.buffers.nbytes + context
+        what = "kv_nbytes" if self.limits.kv_nbytes else f"keys and values of {self.least:,} tokens"
+        remedies = [f"memory_limit_nbytes={needed}", *self._smaller_contexts(smallest)]
+        return (
+            f"the model does not fit memory_limit_nbytes={limit}: {needed - limit:,} bytes are missing. {needed:,} are "
+            f"needed, at least: {smallest.nbytes:,} for weights ({smallest.mode}), {self.buffers.nbytes:,} for the "
+            f"buffers of a step and {context:,} for {what}. It fits with {', or with '.join(remedies)}"
+        )
+
+    def _smaller_contexts(self, placement: Placement) -> Iterator[str]:
+        room = self.room(placement.nbytes) or 0
+        longest = self.capacity.longest(self.capacity.grid(room), self.max_seq_len) if room > 0 else 0
+        if self.limits.kv_nbytes and longest:
+            yield f"kv_nbytes={room}"
+        elif longest:
+            yield f"max_seq_len={longest}"
+
+
+def _smallest(options: Sequence[Placement]) -> Placement:
+    """With all layers moved, if any are; which of embedding and head are then best moved depends on the slots."""
+    return min(options[-3:], key=lambda placement: placement.nbytes)
+
+
+def _longest(config: DecoderConfig, limits: ServingLimits, capacity: Capacity) -> int:
+    """Tokens of the longest sequence: what is asked for, or a bound on what can fit."""
+    asked, most = limits.max_seq_len, limits.kv_nbytes or limits.memory_limit_nbytes
+    assert most is not None
+    if asked is not None and asked > config.max_seq_len:
+        raise ValueError(f"max_seq_len must be at most {config.max_seq_len}, the model's, found {asked}")
+    longest = capacity.longest(capacity.grid(most), asked or config.max_seq_len)
+    if not longest or (limits.kv_nbytes and asked and longest < asked):
+        which = "kv_nbytes" if limits.kv_nbytes else "memory_limit_nbytes"
+        wanted = asked or 1
+        raise ValueError(
+            f"{which}={most} hold a context of {longest} tokens, and {wanted} must fit; that takes "
+            f"{capacity.nbytes_for(wanted, wanted):,} bytes for keys and values alone"
+        )
+    return asked or longest
+
+
+# --- in words ---
+
+
+def _reasons(plan: ServingPlan, draft: _Draft, asked: bool) -> Iterator[str]:
+    yield _why(plan, draft, asked)
+    yield _context(plan)
+    if plan.site.hardware and plan.site.hardware.rates:
+        yield from _floors(plan, plan.site.hardware.rates)
+    if plan.mode == "gathered" and not plan.site.maps_memory:
+        yield "  ranks meet in collectives, so that all must make the same number of forwards"
+    if plan.mode == "tensor_parallel":
+        yield "  all ranks serve the same requests in the same steps; what goes by the clock, the first one decides"
+
+
+def _why(plan: ServingPlan, draft: _Draft, asked: bool) -> str:
+    placement = plan.placement
+    total = sum(image.nbytes for image in placement.images)
+    if plan.mode == "resident":
+        return f"resident: all {total:,} bytes of weights stay on the device"
+    if plan.mode == "tensor_parallel":
+        return _why_together(plan, total)
+    moved, all_units = len(placement.moved), len(placement.images)
+    source = f"the shards of {plan.site.num_ranks} ranks" if plan.mode == "gathered" else "host memory"
+    room = draft.room(total)
+    because = "as asked for"
+    if not asked:
+        assert room is not None
+        because = f"since all {total:,} bytes of weights would leave {max(room, 0):,} for keys and values"
+        because += ", fewer than kv_nbytes" if plan.limits.kv_nbytes else f", too few for {draft.least:,} tokens"
+    return f"{plan.mode}: {moved} of {all_units} units come out of {source} in every forward, {because}"
+
+
+def _why_together(plan: ServingPlan, kept_nbytes: int) -> str:
+    config, share = plan.config, plan.share
+    whole_nbytes = sum(image.nbytes for image in images_of(config, plan.site.dtype))
+    return (
+        f"tensor_parallel: {plan.site.num_ranks} ranks compute every step together, as asked for: each has "
+        f"{share.num_heads} of {config.num_heads} heads, {share.num_kv_heads} of {config.num_kv_heads} of keys and "
+        f"values, {share.ffn_dim:,} of {config.ffn_dim:,} of the feed-forward, and {kept_nbytes:,} of "
+        f"{whole_nbytes:,} bytes of weights"
+    )
+
+
+def _context(plan: ServingPlan) -> str:
+    tokens, longest = plan.num_context_tokens, plan.max_seq_len
+    return f"  {tokens:,} tokens of context fit, in sequences of at most {longest:,}"
+
+
+def _floors(plan: ServingPlan, rates: Rates) -> Iterator[str]:
+    """A step that decodes reads all weights but an embedding's, of which it looks up some rows; a unit that is moved
+    hides behind the arithmetic of enough tokens."""
+    placement, ranks = plan.placement, plan.site.num_ranks
+    read = _num_read(plan) / rates.memory_nbytes
+    others = (ranks - 1) / ranks
+    moved = sum(placement.images[unit].nbytes for unit in placement.moved)
+    by_mode = {
+        "resident": (0.0, 0.0),
+        "tensor_parallel": (0.0, 0.0),  # without the sums, which take their latency rather than bytes
+        "gathered": (moved * others / rates.peer_nbytes, others / rates.peer_nbytes),
+        "streamed": (moved / rates.host_nbytes, 1 / rates.host_nbytes),
+    }
+    seconds, per_byte = by_mode[plan.mode]
+    floor = max(read, seconds)
+    yield f"  a step that decodes takes {1e3 * floor:.1f} ms at least: {1 / floor:,.0f} tokens/s for each sequence"
+    if seconds:
+        tokens = rates.flops * plan.site.dtype.itemsize / 2 * per_byte
+        yield f"  moving takes {1e3 * seconds:.1f} ms a forward, and a layer's hides in steps of {tokens:,.0f} tokens"
+
+
+def _num_read(plan: ServingPlan) -> int:
+    """Bytes of weights that a step that decodes reads. The head is whole on ranks that compute together, but each
+    computes the logits of its part of the vocabulary."""
+    *layers, head = [plan.placement.images[unit].nbytes for unit in plan.placement.uses[1:]]
+    return sum(layers) + (head // plan.site.num_ranks if plan.mode == "tensor_parallel" else head)

@@ -1,0 +1,318 @@
+"""Text in and out of a served model: ids of prompts and chats, and text that grows token by token.
+
+Owns the tokenizer and the way from tokens to pieces of text: bytes that are no whole character yet and beginnings of
+stop strings are held back. Conversations are chat.py's. Knows nothing of engines, threads or HTTP. Needs
+`transformers`, which is imported when a tokenizer is loaded.
+
+[Note: held back]
+A piece, once out, is never taken back. So a token's bytes wait until they are whole characters, and characters wait
+while they may be the beginning of a stop string; a token's log-probability goes out with the first character that
+starts at or after the token's own place in the text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from yafsdp_like.inference.engine.request import Event, FinishReason, Token
+from yafsdp_like.inference.text import directory as hf_directory
+from yafsdp_like.inference.text.chat import ChatTemplate, cut
+
+Decode = Callable[[Sequence[int]], str]
+
+UNKNOWN = "\ufffd"  # what decoders write for bytes that are no character
+NUM_CONTEXT_TOKENS = 4  # of the prompt: some decoders drop a space before the first token that they see
+MOST_PENDING_TOKENS = 16  # a character has 4 bytes at most: what is still none then will never be one
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how vocabularies of characters spell single bytes
+
+
+class Codec:
+    """A tokenizer, its chat template, and the tokens that end a text; safe to use from several threads."""
+
+    def __init__(self, tokenizer: Any, stop_tokens: Iterable[int] = ()) -> None:
+        """`tokenizer` is a fast one of `transformers`; `stop_tokens` are added to its own eos token."""
+        self._tokenizer = tokenizer
+        self._model = tokenizer.backend_tokenizer
+        self._model.no_truncation()  # which its file may ask for, of training
+        self._model.no_padding()
+        eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        self.stop_tokens = frozenset((*eos, *stop_tokens))
+        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+
+    @classmethod
+    def load(cls, directory: str | Path, model_directory: Path | None = None) -> Codec:
+        """The tokenizer of a Hugging Face directory, and the ids that its configurations, and the model's, end a text
+        with.
+
+        Raises ValueError where there is none that can be read, or only by running code that comes with it; ImportError
+        without `transformers`.
+        """
+        directory = Path(directory).expanduser()
+        places = [directory] if model_directory is None else [directory, model_directory]
+        ends = (token for place in places for token in hf_directory.stop_tokens(place))
+        return cls(hf_directory.load_tokenizer(directory), ends)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Ids of a text that begins, with what the model expects at the beginning; control tokens by their names.
+
+        Raises ValueError for text with half a surrogate pair, which is no Unicode.
+        """
+        return tuple(cut(self._model, text, add_special_tokens=True))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Ids of a conversation up to where the model answers; `messages` have `role` and `content`.
+
+        Control tokens are the template's own: their names in a content are text.
+        Raises ValueError if there is no chat template, or it refuses the messages.
+        """
+        if not self.has_chat_template:
+            raise ValueError("the model has no chat template: continue a text instead (/v1/completions, or no --chat)")
+        return self._chat_template.encode(messages)
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer, self.stop_tokens)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of the tokens; special ones, and ids that stand for nothing, are left out."""
+        return self._model.decode(tokens, skip_special_tokens=True)
+
+    def bytes_of(self, token: int) -> bytes:
+        """What one token stands for, also where that is no whole character; b"" if for nothing."""
+        piece = self._model.id_to_token(token)
+        if piece is None:
+            return b""
+        if token in self._added:
+            return str(piece).encode()
+        if self._is_byte_level:
+            return bytes(_BYTE_OF[character] for character in piece if character in _BYTE_OF)
+        if single := BYTE_PIECE.fullmatch(piece):
+            return bytes.fromhex(single[1])
+        return self._model.decode([token], skip_special_tokens=False).encode()
+
+    def name_of(self, token: int) -> str:
+        """One token as lists of log-probabilities name it: its text, or "bytes:\\xe2\\x82" where that is none."""
+        if token not in self._names:
+            raw = self.bytes_of(token)
+            try:
+                self._names[token] = raw.decode()
+            except UnicodeDecodeError:
+                self._names[token] = "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        return self._names[token]
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        """Those that were asked for: lists of log-probabilities name many tokens, again and again."""
+        return {}
+
+    def most_characters(self, num_tokens: int) -> int:
+        """Characters of the longest text of so many tokens; a normalizer may make one character of as many as four.
+        What a tokenizer leaves out, or takes together as unknown, is not counted."""
+        longest = max(map(len, self._tokenizer.get_vocab()))
+        return num_tokens * longest * (1 if self._model.normalizer is None else 4)
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        """Tokens that stand for their names, letter by letter."""
+        return frozenset(self._model.get_added_tokens_decoder())
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        """Whether pieces spell bytes in the alphabet of byte-level BPE."""
+        decoder = self._model.decoder
+        return decoder is not None and b"ByteLevel" in decoder.__getstate__()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE's letters: bytes that are visible in Latin-1 stand for themselves, others are 256 and up."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+class Detokenizer:
+    """Tokens to text, one at a time; whole characters only."""
+
+    def __init__(self, decode: Decode, prompt: Sequence[int] = ()) -> None:
+        """`prompt`: what the tokens follow, of which the end decides about a space at their beginning."""
+        self._decode = decode
+        self._pending: list[int] = []  # not in any text yet
+        self._guesses: list[str] = []  # what each of them, with those before it, would say if nothing followed
+        self._set_context(self._end_of(prompt))
+
+    def push(self, token: int) -> list[str]:
+        """What each token says of those that have said nothing before: none while bytes may go on in the next."""
+        self._pending.append(token)
+        self._guesses.append(self._decode(self._context + self._pending)[len(self._context_text) :])
+        if self._guesses[-1].endswith(UNKNOWN) and len(self._pending) < MOST_PENDING_TOKENS:
+            return []
+        return self.flush()
+
+    def flush(self) -> list[str]:
+        """The same at the end, when no other token will complete what is left."""
+        if not self._pending:
+            return []
+        text, starts = self._guesses[-1], [0]
+        for guess in self._guesses[:-1]:  # a token begins where what came before it turned out to be right
+            starts.append(max(starts[-1], _num_shared(guess, text)))
+        if not text:
+            self._keep_silent(self._pending)
+        elif text.isspace() and len(self._context) < MOST_PENDING_TOKENS:  # of which a decoder may drop some
+            self._set_context(self._context + self._pending)
+        else:
+            self._set_context(self._pending)
+        self._pending, self._guesses = [], []
+        return [text[start:end] for start, end in pairwise((*starts, len(text)))]
+
+    def _end_of(self, prompt: Sequence[int]) -> list[int]:
+        """As much of it as has a text, of whole characters if it can be: special tokens decide nothing."""
+        size = NUM_CONTEXT_TOKENS
+        while size < len(prompt) and self._decode(prompt[-size:])[:1] in ("", UNKNOWN):
+            size *= 4
+        return list(prompt[-size:])
+
+    def _set_context(self, tokens: list[int]) -> None:
+        """What has been said last: decoders look at a token's neighbours, but at no more than these."""
+        self._context = tokens
+        self._num_speaking = len(tokens)
+        self._context_text = self._decode(tokens) if tokens else ""
+
+    def _keep_silent(self, tokens: list[int]) -> None:
+        """Tokens that have said nothing: a space that was the first there was, or the last. The next token's neighbours
+        are these, too; but not those that never say anything, as special ones."""
+        speaking = [token for token in tokens if self._decode([token] * MOST_PENDING_TOKENS)]
+        silent = [*self._context[self._num_speaking :], *speaking]
+        self._context = self._context[: self._num_speaking] + silent[-MOST_PENDING_TOKENS:]
+        self._context_text = self._decode(self._context) if self._context else ""
+
+
+def _num_shared(one: str, other: str) -> int:
+    """Characters at the beginning that are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+class StopStrings:
+    """Finds the first of some strings in a text that grows, and lets out only what is certainly before it."""
+
+    def __init__(self, strings: Sequence[str] = ()) -> None:
+        """Raises ValueError for an empty string, which would stop everything."""
+        if "" in strings:
+            raise ValueError("a stop string must have at least one character")
+        self._strings = tuple(strings)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """(what may be shown, whether a stop string has been met); after that, nothing more is to be pushed."""
+        text = self._held + text
+        # The one that ends first, so that it does not matter in which portions the text comes.
+        ends = [(at + len(string), at) for string in self._strings if (at := text.find(string)) >= 0]
+        if ends:
+            self._held = ""
+            return text[: min(ends)[1]], True
+        num_held = max((_num_begun(text, string) for string in self._strings), default=0)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held], False
+
+    def flush(self) -> str:
+        """What was held back, now that nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _num_begun(text: str, string: str) -> int:
+    """How many characters at the end of `text` are a beginning of `string`, at most all but its last."""
+    for count in range(min(len(text), len(string) - 1), 0, -1):
+        if string.startswith(text[-count:]):
+            return count
+    return 0
+
+
+@dataclass(frozen=True)
+class PlacedToken:
+    """A token and where its text starts, in characters from the beginning of the answer."""
+
+    token: Token
+    text_offset: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next part of an answer; the parts in order are all of it."""
+
+    text: str
+    tokens: tuple[PlacedToken, ...] = ()  # those whose text begins in a part up to this one, each once
+    finish: FinishReason | None = None
+
+
+class Transcript:
+    """One request's events in, pieces of its answer out."""
+
+    def __init__(self, codec: Codec, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
+        self._detokenizer = Detokenizer(codec.decode, prompt)
+        self._stop_strings = StopStrings(stop_strings)
+        self._unsaid: deque[Token] = deque()  # [Note: held back] for bytes
+        self._waiting: deque[PlacedToken] = deque()  # for a stop string
+        self._num_characters = 0  # detokenized
+        self._num_shown = 0
+        self.num_tokens = 0  # generated, the one that stopped it included
+        self.finish: FinishReason | None = None
+
+    def push(self, event: Event) -> Piece:
+        """What an event adds. Once `finish` is set, by a stop string even before the engine has ended it, nothing."""
+        shown = ""
+        for index, token in enumerate(event.tokens):
+            if self.finish is not None:
+                break
+            self.num_tokens += 1
+            if event.finish is not FinishReason.STOP or index + 1 < len(event.tokens):  # which is no text
+                shown += self._add(token)
+        if self.finish is None and event.finish is not None:
+            shown += self._end(event.finish)
+        self._num_shown += len(shown)
+        return Piece(shown, self._take_tokens(), self.finish)
+
+    def _add(self, token: Token) -> str:
+        self._unsaid.append(token)
+        return self._say(self._detokenizer.push(token.id))
+
+    def _say(self, portions: Sequence[str]) -> str:
+        """What may be shown, now that the first tokens that were unsaid say this."""
+        shown = ""
+        for portion in portions:
+            self._waiting.append(PlacedToken(self._unsaid.popleft(), self._num_characters))
+            self._num_characters += len(portion)
+            text, stopped = self._stop_strings.push(portion)
+            shown += text
+            if stopped:
+                self.finish = FinishReason.STOP
+                break
+        return shown
+
+    def _end(self, finish: FinishReason) -> str:
+        shown = self._say(self._detokenizer.flush())
+        if self.finish is None:  # the last bytes may have completed a stop string
+            self.finish = finish
+            shown += self._stop_strings.flush()
+        return shown
+
+    def _take_tokens(self) -> tuple[PlacedToken, ...]:
+        is_whole = self.finish is not None and self._num_shown == self._num_characters
+        taken = []
+        while self._waiting and (is_whole or self._waiting[0].text_offset < self._num_shown):
+            taken.append(self._waiting.popleft())
+        return tuple(taken)

@@ -1,0 +1,271 @@
+"""From what a user calls a model to weights that are served: configurations are read first, then values, once.
+
+Owns where values come from: a Hugging Face directory, a checkpoint of training, a preset with random values, or a
+decoder in memory. Every source gives any range of a parameter's elements, so that a rank that holds a part of a unit
+reads that part.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from yafsdp_like.checkpoint import steps
+from yafsdp_like.checkpoint.safetensors import StoredTensor
+from yafsdp_like.comm import TransportName
+from yafsdp_like.comm.choice import transport_of
+from yafsdp_like.comm.transport import Transport
+from yafsdp_like.inference.plan.packed_weights import Parameter
+from yafsdp_like.inference.plan.serving_plan import AnyMode, Hardware, ServingLimits, ServingPlan, Site, plan_serving
+from yafsdp_like.inference.weights.store import PlacedWeights, Store, reserve
+from yafsdp_like.models import PRESETS, Decoder, DecoderConfig, hf
+from yafsdp_like.models.decoder import fill_first_values
+
+PRESET = "preset:"
+EXPORT = "hf"  # in a checkpoint: the same model as a Hugging Face directory, if training was told to write it
+ADAPTER_CONFIG = "adapter_config.json"
+_READ_NBYTES = 64 << 20  # at a time, about
+
+
+class Source(Protocol):
+    """Where the values of parameters come from."""
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Elements of the decoder's parameter ``name`` from ``start`` on into ``out``, (n,), on any device, cast to
+        its dtype."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be loaded: its shape is known, its values have not been read."""
+
+    name: str
+    config: DecoderConfig
+    directory: Path | None  # with the tokenizer, if there is one
+    source: Callable[[torch.device], Source]  # for weights on that device
+
+
+def open_model(name: str, config: DecoderConfig | None = None) -> Model:
+    """The model called ``name``: a Hugging Face directory, a ``step-N`` directory of training or a run's directory with
+    such in it (then the latest), or ``preset:NAME``, which has random values.
+
+    A directory with a config.json is a Hugging Face directory, whatever else lies there. A checkpoint has its
+    configuration in the directory that training exports beside its shards; ``config`` is needed where it did not.
+    Raises ValueError for what is no model, or does not fit its configuration. Nothing of a directory is ever run.
+    """
+    if name.startswith(PRESET):
+        return _preset(name)
+    path = Path(name).expanduser()
+    if (path / hf.CONFIG_NAME).is_file():
+        return _hf_directory(path)
+    checkpoint = path if steps.is_complete(path) else steps.find_latest(path)
+    if checkpoint is None and (path / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{name!r} holds an adapter: merge it into the model that it was made for, and save that")
+    if checkpoint is None:
+        raise ValueError(f"expected a Hugging Face directory, a checkpoint (step-N) or {PRESET}NAME, found {name!r}")
+    return _checkpoint(checkpoint, config)
+
+
+def model_of(module: Decoder, name: str = "decoder") -> Model:
+    """A decoder in memory, unsharded, with the values that it has when it is loaded."""
+    return Model(name, module.config, None, lambda device: ModuleSource(module))
+
+
+def random_model(name: str, config: DecoderConfig) -> Model:
+    """A decoder with the values that it starts from, drawn where it is loaded."""
+    return Model(name, config, None, lambda device: RandomSource(config, device))
+
+
+def load(
+    model: Model | str,
+    limits: ServingLimits,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    mode: AnyMode = "auto",
+    transport: Transport | None = None,
+) -> PlacedWeights:
+    """Plans, reserves everything and fills the weights: bf16 on a GPU and float32 on a CPU, unless ``dtype`` is said.
+
+    With a ``transport`` its ranks may share weights, who then all call this together. Raises what ``open_model``,
+    ``plan_serving`` and ``reserve`` do.
+    """
+    model = open_model(model) if isinstance(model, str) else model
+    device = indexed(device)
+    plan = plan_serving(model.config, limits, site_of(device, dtype, transport), mode)
+    return load_planned(model, plan, device, transport)
+
+
+def load_planned(
+    model: Model, plan: ServingPlan, device: torch.device | str, transport: Transport | None = None
+) -> PlacedWeights:
+    """The same by a plan that was made before, for ``site_of`` the same device and transport."""
+    weights = reserve(plan, indexed(device), transport)
+    error: BaseException | None = None
+    try:
+        source = model.source(weights.device)
+        for store in weights.stores():
+            fill(store, source)
+    except Exception as caught:
+        error = caught
+    weights.filled(error)
+    return weights
+
+
+def site_of(device: torch.device | str, dtype: torch.dtype | None = None, transport: Transport | None = None) -> Site:
+    """What a plan has to know of ``device``, and of the ranks that ``transport`` joins."""
+    device = indexed(device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if transport is None:
+        return Site(dtype, hardware=Hardware.of(device))
+    return Site(dtype, transport.world_size, transport.maps_memory, transport.description, Hardware.of(device))
+
+
+def world_transport(device: torch.device | str, asked: TransportName = "auto") -> Transport | None:
+    """What joins all ranks of this process's world; None where it is alone. Called by all ranks together."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    group = dist.group.WORLD
+    assert group is not None
+    return transport_of(group, indexed(device), asked)
+
+
+def indexed(device: torch.device | str) -> torch.device:
+    """A GPU by its number: that of the current one if none is said."""
+    found = torch.device(device)
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
+
+
+def fill(store: Store, source: Source) -> None:
+    """Every parameter's elements that ``store`` holds, from ``source``."""
+    itemsize = store.image.dtype.itemsize
+    for parameter, segment in store.image.parameters():
+        offset = segment.offset_nbytes // itemsize - store.start  # of the parameter in the store
+        first, last = max(offset, 0), min(offset + parameter.numel, len(store.values))
+        if parameter.cut is not None:
+            _fill_part(store.values[first:last], parameter, store.rank, source)
+        elif first < last:
+            source.read_into(parameter.name, first - offset, store.values[first:last])
+
+
+def _fill_part(values: Tensor, parameter: Parameter, rank: int, source: Source) -> None:
+    """One rank's part (n,) of a parameter that is cut. Parts of rows are copied out of the whole parameter, for which
+    the device must have room while it is loaded: a source gives rows only, and a rank needs some of each."""
+    cut = parameter.cut
+    assert cut is not None and len(values) == parameter.numel, "what is cut is kept, not moved"
+    if cut.dim == 0:
+        source.read_into(parameter.name, rank * len(values), values)
+        return
+    whole = torch.empty(cut.whole(parameter.shape), dtype=values.dtype, device=values.device)
+    source.read_into(parameter.name, 0, whole.flatten())
+    values.view(parameter.shape).copy_(whole.chunk(cut.num_ranks, cut.dim)[rank])
+
+
+# --- models ---
+
+
+def _preset(name: str) -> Model:
+    preset = name.removeprefix(PRESET)
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, 1)
+        raise ValueError(f"unknown preset {preset!r}; " + (f"did you mean {near[0]!r}?" if near else str([*PRESETS])))
+    return random_model(name, PRESETS[preset])
+
+
+def _hf_directory(path: Path) -> Model:
+    config = hf.load_hf_config(path)
+    stored = hf.stored_weights(_on_meta(config), path)
+    return Model(str(path), config, path, lambda device: FileSource(stored))
+
+
+def _checkpoint(path: Path, config: DecoderConfig | None) -> Model:
+    exported = path / EXPORT if (path / EXPORT / hf.CONFIG_NAME).is_file() else None
+    if config is None and exported is None:
+        raise ValueError(
+            f"{path} does not say what model it is of: it has no {EXPORT}/{hf.CONFIG_NAME}; say its config"
+        )
+    config = config or hf.load_hf_config(path / EXPORT)
+    shapes = {name: list(parameter.shape) for name, parameter in _on_meta(config).named_parameters()}
+    saved = steps.read_facts(path).get("shapes")
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path / steps.FACTS}: expected 'shapes', an object with each parameter's, found {saved!r}")
+    difference = steps.first_difference(saved, shapes)
+    if difference is not None:
+        raise ValueError(f"{path} is a checkpoint of another model: {difference}")
+    return Model(str(path), config, exported, lambda device: CheckpointSource(path, shapes))
+
+
+def _on_meta(config: DecoderConfig) -> Decoder:
+    try:
+        with torch.device("meta"):
+            return Decoder(config)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"no memory holds a model of such sizes: {config}") from error
+
+
+# --- sources ---
+
+
+class ModuleSource:
+    """A decoder in memory."""
+
+    def __init__(self, module: Decoder) -> None:
+        self._parameters = dict(module.named_parameters())
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        out.copy_(self._parameters[name].detach().flatten()[start : start + len(out)])
+
+
+class RandomSource:
+    """The values that ``Decoder(config)`` starts from on ``device`` with seed 0, drawn there."""
+
+    def __init__(self, config: DecoderConfig, device: torch.device, seed: int = 0) -> None:
+        self._config, self._device, self._seed = config, device, seed
+        self._parameters = {n: (i, p.shape) for i, (n, p) in enumerate(_on_meta(config).named_parameters())}
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        index, shape = self._parameters[name]
+        is_whole = len(out) == shape.numel() and out.device == self._device
+        whole = out.view(shape) if is_whole else torch.empty(shape, dtype=out.dtype, device=self._device)
+        fill_first_values(whole, name, self._config, f"{self._seed}.{index}")
+        if not is_whole:
+            out.copy_(whole.flatten()[start : start + len(out)])
+
+
+class FileSource:
+    """Safetensors files: the rows that hold what is asked for are read, some at a time."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self._stored = stored
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        stored = self._stored[name]
+        num_rows, row_numel = stored.spec.shape[0], torch.Size(stored.spec.shape[1:]).numel()
+        rows_at_once = max(_READ_NBYTES // (row_numel * stored.spec.dtype.itemsize), 1)
+        stop = start + len(out)
+        for row in range(start // row_numel, -(-stop // row_numel), rows_at_once):
+            values = stored.read_rows(row, min(row + rows_at_once, num_rows)).flatten()
+            offset = row * row_numel  # of what was read in the parameter
+            first, last = max(offset, start), min(offset + len(values), stop)
+            out[first - start : last - start].copy_(values[first - offset : last - offset])
+
+
+class CheckpointSource:
+    """The shards that training has saved, a parameter at a time, whole."""
+
+    def __init__(self, path: Path, shapes: Mapping[str, list[int]]) -> None:
+        self._path, self._shapes = path, shapes
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        whole = torch.empty(self._shapes[name], dtype=torch.float32)
+        steps.load_whole(self._path, {"model": {name: whole}})
+        out.copy_(whole.flatten()[start : start + len(out)])

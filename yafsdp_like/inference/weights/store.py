@@ -1,0 +1,378 @@
+"""A served model's weights on a device, whole when a forward reads them, wherever they lie between.
+
+Owns the moving of units into slots, and the order of streams around it. Which units are moved, and where everything
+lies, the plan says (`placement.py`); what the bytes mean, `images.py`; `loading.py` fills them.
+
+[Note: the order of a forward]
+A forward calls ``embedding``, ``layer`` and ``release`` for each layer in order, and ``head``, once each, all on one
+stream. Each call makes the current stream wait until the unit is there. As soon as a unit is released, those that are
+used next are brought, as many as find their bytes free: behind the last reader, which was issued just before. The
+embedding is released by ``layer(0)``, the head by the next ``embedding``, which also releases what a forward that
+failed has left.
+
+[Note: at rest]
+A forward can be recorded as a CUDA graph if each begins with the same units on the device, and ends with them there and
+no copy under way. ``rest`` sees to that: before a recording and each of its replays, and at the end of what is
+recorded. They are what is brought for the next forward while the head is computed, so that little is lost by waiting.
+
+[Note: own pace or lockstep]
+Weights do not change, so ranks that map each other's memory gather without meeting: a rank may serve while another
+idles, and only in the end does each wait for all (``close``), since others read its shard. Over a process group a
+gather is a collective (``lockstep``): whoever drives the engines must step all of them equally often, and an engine
+makes one forward in every step, of all calls above and without a reader where it has nothing to do. A rank that stops
+makes the others wait.
+
+[Note: together]
+Tensor parallel ranks make one forward together (``team``): each has its part of every layer, and a forward holds sums
+over all ranks. So all must step with the same requests, added and cancelled between the same two steps. Sums give
+the same bits everywhere, so that all draw the same tokens, and the scheduler counts tokens and pages only; what it
+knows by the clock (costs that were measured, deadlines) is the first rank's.
+
+Shapes: D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from yafsdp_like.comm.tp_group import Team, world_team
+from yafsdp_like.comm.transport import Transport
+from yafsdp_like.inference.plan.packed_weights import Image
+from yafsdp_like.inference.plan.placement import WEIGHT_SLOTS
+from yafsdp_like.inference.plan.serving_plan import ServingPlan
+from yafsdp_like.memory.arena import Arena, Place
+from yafsdp_like.memory.layout import Segment
+from yafsdp_like.memory.streams import COMPUTE, GATHER, Event, Streams, streams_of
+from yafsdp_like.models.decoder import DecoderConfig
+
+_SHARED = ("gathered", "tensor_parallel")  # modes in which ranks have parts of weights
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """What one layer's forward reads, in the weights' dtype; N, K and F are this rank's (``ServingPlan.share``)."""
+
+    input_norm: Tensor  # (D,)
+    qkv: Tensor  # ((N + 2 K) H, D): rows of queries, keys, values
+    o: Tensor  # (D, N H)
+    post_norm: Tensor  # (D,)
+    gate_up: Tensor  # (2 F, D): rows of gate, up
+    down: Tensor  # (D, F)
+    qkv_bias: Tensor | None = None  # ((N + 2 K) H,)
+    q_norm: Tensor | None = None  # (H,)
+    k_norm: Tensor | None = None  # (H,)
+
+
+class Weights(Protocol):
+    """What an engine is given. See [Note: the order of a forward]."""
+
+    config: DecoderConfig
+    dtype: torch.dtype
+    device: torch.device
+    plan: ServingPlan
+    arena: Arena  # holds all regions of the plan on the device, the engine's own too
+    host: Arena  # and those in host memory, pinned for a GPU
+    graphable: bool  # whether a forward may be recorded as a CUDA graph, see [Note: at rest]
+    lockstep: bool  # whether ranks must step equally often, see [Note: own pace or lockstep]
+    team: Team | None  # the ranks that make each forward together, see [Note: together]; None: each its own
+
+    def embedding(self) -> Tensor:
+        """(V, D), until ``layer(0)``."""
+
+    def layer(self, index: int) -> LayerWeights:
+        """Until its ``release``."""
+
+    def release(self, index: int) -> None:
+        """The forward has issued the last reader of the layer."""
+
+    def head(self) -> tuple[Tensor, Tensor]:
+        """The last norm (D,) and the head (V, D), until the next ``embedding``."""
+
+    def rest(self) -> None:
+        """Between two forwards of which one is recorded, see [Note: at rest]."""
+
+    def close(self) -> None:
+        """There will be no more forwards. Where ranks map each other's memory, blocks until all have said so."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """Elements of a unit's image from ``start`` on, where they are kept: to be filled once."""
+
+    image: Image
+    start: int
+    values: Tensor  # (n,) of the image's dtype; what goes beyond the image is padding
+    rank: int = 0  # whose part it is of parameters that are cut
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A moved unit's bytes on the device, and whether it is there."""
+
+    name: str
+    extent: Place  # what moving writes
+    bring: Callable[[], None]  # issues the copies, on the current stream
+    neighbours: list[_Slot] = field(default_factory=list)  # that share bytes with it
+    is_here: bool = False  # or is being brought
+    arrived: Event | None = None  # to be waited for before it is read; None: it was
+    in_use: bool = False
+
+
+class PlacedWeights:
+    """`Weights` by a plan: every unit stays on the device, or is moved there for each forward."""
+
+    def __init__(
+        self, plan: ServingPlan, arena: Arena, host: Arena, transport: Transport | None, streams: Streams
+    ) -> None:
+        self.config, self.dtype, self.device = plan.config, plan.site.dtype, arena.device
+        self.plan, self.arena, self.host = plan, arena, host
+        self.team = world_team() if plan.mode == "tensor_parallel" else None
+        self.lockstep = self.team is not None or (plan.mode == "gathered" and not plan.site.maps_memory)
+        self.graphable = self.team is not None or not self.lockstep  # ranks in lockstep replay or skip, each on its own
+        self._transport, self._streams = transport, streams
+        wholes = [self._whole(unit) for unit in range(len(plan.placement.images))]
+        self._slots = self._slots_of(wholes)
+        self._following = {unit: [self._slots[u] for u in plan.placement.following(unit)] for unit in self._slots}
+        self._views = [_views(image, whole) for image, whole in zip(plan.placement.images, wholes, strict=True)]
+        self._layers = [_layer(self._views[1 + index]) for index in range(self.config.num_layers)]
+        self._head_unit = plan.placement.uses[-1]
+
+    # --- what a forward calls ---
+
+    def embedding(self) -> Tensor:
+        for unit in self._slots:
+            if unit:  # a tied head is the embedding, and stays in use
+                self._release(unit)
+        self._acquire(0)
+        return self._views[0]["weight"]
+
+    def layer(self, index: int) -> LayerWeights:
+        if index == 0:
+            self._release(0)
+        self._acquire(1 + index)
+        return self._layers[index]
+
+    def release(self, index: int) -> None:
+        self._release(1 + index)
+
+    def head(self) -> tuple[Tensor, Tensor]:
+        self._acquire(self._head_unit)
+        views = self._views[self._head_unit]
+        return views["norm"], views["weight"]
+
+    def rest(self) -> None:
+        for slot in self._slots.values():
+            slot.in_use = False
+            if not slot.neighbours and not slot.is_here:
+                self._bring(slot)  # to stay
+        kept = self._bring_next(list(self._slots.values()))
+        for slot in self._slots.values():
+            slot.is_here = slot in kept or not slot.neighbours
+            self._wait_for(slot)
+
+    # --- slots ---
+
+    def _acquire(self, unit: int) -> None:
+        slot = self._slots.get(unit)
+        if slot is None:
+            return
+        if not slot.is_here:
+            self._bring(slot)
+        self._wait_for(slot)
+        slot.in_use = True
+        self._bring_next(self._following[unit])
+
+    def _release(self, unit: int) -> None:
+        slot = self._slots.get(unit)
+        if slot is not None and slot.in_use:
+            slot.in_use = False
+            self._bring_next(self._following[unit])
+
+    def _bring_next(self, order: Sequence[_Slot]) -> list[_Slot]:
+        """Of ``order``, those up to the first one that does not find its bytes free; all of them are there then."""
+        kept: list[_Slot] = []
+        for slot in order:
+            if not slot.is_here:
+                if any(other.in_use or other in kept for other in slot.neighbours):
+                    break
+                self._bring(slot)
+            kept.append(slot)
+        return kept
+
+    def _bring(self, slot: _Slot) -> None:
+        for other in slot.neighbours:
+            if other.in_use:
+                raise RuntimeError(f"{slot.name!r} needs the bytes of {other.name!r}, which has not been released")
+            other.is_here = False
+        self._streams.wait(GATHER, self._streams.record(COMPUTE))
+        with self._streams.on(GATHER):
+            slot.bring()
+        slot.arrived, slot.is_here = self._streams.record(GATHER), True
+
+    def _wait_for(self, slot: _Slot) -> None:
+        if slot.is_here and slot.arrived is not None:
+            self._streams.wait(COMPUTE, slot.arrived)
+            slot.arrived = None
+
+    # --- where units lie, and come from ---
+
+    def _whole(self, unit: int) -> Place:
+        """All bytes of a unit, where a forward reads them."""
+        placement, name = self.plan.placement, self.plan.placement.images[unit].name
+        if unit not in placement.moved:
+            return self.arena.place(name)
+        slot = self._extent(unit)
+        if not placement.page_nbytes:
+            return slot
+        assert self._transport is not None
+        own = self._transport.rank * placement.part_nbytes(unit)  # where this rank's part begins
+        before, after = Segment(0, own), Segment(own, slot.segment.nbytes - own)
+        parts = [slot.part(before), self.arena.place(f"{name}.shard"), slot.part(after)]
+        return self.arena.show(f"{name}.window", parts)
+
+    def _extent(self, unit: int) -> Place:
+        return self.arena.place(WEIGHT_SLOTS).part(self.plan.placement.slots[0][unit])
+
+    def _slots_of(self, wholes: Sequence[Place]) -> dict[int, _Slot]:
+        """One per moved unit, in the order of a forward; those whose bytes overlap know each other."""
+        images = self.plan.placement.images
+        slots = {
+            unit: _Slot(images[unit].name, self._extent(unit), self._bringer(unit, wholes[unit]))
+            for unit, _ in self.plan.placement.runs
+        }
+        for slot in slots.values():
+            slot.neighbours = [o for o in slots.values() if o is not slot and o.extent.overlaps(slot.extent)]
+        return slots
+
+    def _bringer(self, unit: int, whole: Place) -> Callable[[], None]:
+        placement = self.plan.placement
+        name, values = placement.images[unit].name, _flat(whole, self.dtype)
+        if self.plan.mode == "streamed":
+            return partial(_copy, values, _flat(self.host.place(name), self.dtype))
+        assert self._transport is not None, "a gathered plan is of a transport"
+        shard = _flat(self.arena.place(f"{name}.shard"), self.dtype)
+        return self._transport.gather([values], [shard], in_place={0} if placement.page_nbytes else ())
+
+    def stores(self) -> Iterator[Store]:
+        """All that is to be filled on this rank and its host, unit by unit."""
+        placement = self.plan.placement
+        for unit, image in enumerate(placement.images):
+            if unit not in placement.moved:
+                rank = 0 if self.team is None else self.team.rank
+                yield Store(image, 0, _flat(self.arena.place(image.name), self.dtype), rank)
+            elif self.plan.mode == "streamed":
+                yield Store(image, 0, _flat(self.host.place(image.name), self.dtype))
+            else:
+                assert self._transport is not None
+                values = _flat(self.arena.place(f"{image.name}.shard"), self.dtype)
+                yield Store(image, self._transport.rank * len(values), values)
+
+    # --- before the first forward, and after the last ---
+
+    def filled(self, error: BaseException | None = None) -> None:
+        """This rank's stores are filled, or will not be, because of ``error``, which is then raised. Where ranks share
+        weights, blocks until all ranks' are, and raises where any failed."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what reading and drawing values took is not in the plan
+        self._meet("filled", error)
+
+    def close(self) -> None:
+        self._meet("closed", None)
+
+    def _meet(self, line: str, error: BaseException | None) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self._transport is not None:
+            self._transport.agree([line], error)
+        elif error is not None:
+            raise error
+
+
+def reserve(plan: ServingPlan, device: torch.device, transport: Transport | None = None) -> PlacedWeights:
+    """Everything of the plan allocated, once, and weights on it that are still to be filled.
+
+    A gathered or tensor parallel plan needs the transport of its ranks, who all call this together; it raises on all of
+    them where it does on one, and RuntimeError where their plans differ. Raises ValueError for a transport that a plan
+    cannot use, and what ``Arena.reserve`` does where there is no room.
+    """
+    transport = transport if plan.mode in _SHARED else None
+    _check(plan, transport)
+    arena, host = Arena(device), Arena(torch.device("cpu"))
+    error: BaseException | None = None
+    try:
+        arena.reserve(plan.memory.regions)
+        host.reserve(plan.host.regions)
+        if device.type == "cuda":
+            _pin(host, device)
+    except Exception as caught:
+        error = caught
+    if transport is not None:
+        transport.agree(str(plan).splitlines(), error)
+        if plan.mode == "gathered":
+            transport.connect(arena.blocks)
+    elif error is not None:
+        raise error
+    return PlacedWeights(plan, arena, host, transport, streams_of(device))
+
+
+def _check(plan: ServingPlan, transport: Transport | None) -> None:
+    if plan.mode not in _SHARED:
+        return
+    if transport is None:
+        raise ValueError(f"a {plan.mode} plan needs the transport of its ranks, found none")
+    if plan.mode == "tensor_parallel" and transport.world_size != world_team().size:
+        raise ValueError(f"tensor_parallel takes all {world_team().size} ranks, found those of {transport.world_size}")
+    if plan.mode == "gathered" and transport.column_nbytes([1]):
+        raise ValueError("weights cannot be gathered from peers of several hosts yet; use transport='process_group'")
+    if (transport.world_size, transport.maps_memory) != (plan.site.num_ranks, plan.site.maps_memory):
+        raise ValueError(
+            f"the plan is for {plan.site.num_ranks} ranks (maps_memory={plan.site.maps_memory}), the transport of "
+            f"{transport.world_size} (maps_memory={transport.maps_memory})"
+        )
+
+
+def _views(image: Image, whole: Place) -> dict[str, Tensor]:
+    """The image's fields, by name."""
+    segments = image.segments()
+    return {f.name: whole.part(segments[f.name]).tensor(image.dtype, f.shape) for f in image.fields}
+
+
+def _layer(views: Mapping[str, Tensor]) -> LayerWeights:
+    return LayerWeights(**views)
+
+
+def _flat(whole: Place, dtype: torch.dtype) -> Tensor:
+    """All elements of a place, (n,)."""
+    return whole.tensor(dtype, (whole.segment.nbytes // dtype.itemsize,))
+
+
+def _copy(destination: Tensor, source: Tensor) -> None:
+    destination.copy_(source, non_blocking=True)
+
+
+def _pin(arena: Arena, device: torch.device) -> None:
+    """Locks host memory, so that copies from and to ``device`` run beside the CPU, at the link's full rate.
+
+    PyTorch's own pinned allocator would round sizes up to powers of two, and the plan would not be the truth.
+    """
+    storages = {storage.data_ptr(): storage for storage, _ in map(arena.storage, arena.regions)}
+    for address, storage in storages.items():
+        if not storage.nbytes():
+            continue
+        with torch.cuda.device(device):
+            error = int(torch.cuda.cudart().cudaHostRegister(address, storage.nbytes(), _PORTABLE))
+        if error:
+            raise RuntimeError(f"{storage.nbytes():,} bytes of host memory could not be pinned (CUDA error {error})")
+        weakref.finalize(arena, _unpin, storage)
+
+
+def _unpin(storage: torch.UntypedStorage) -> None:
+    torch.cuda.cudart().cudaHostUnregister(storage.data_ptr())
