@@ -260,7 +260,7 @@ def _fill(path: Path | None, overrides: Sequence[str]) -> Config:
 
 
 def _check_present(told: Mapping[str, Any]) -> None:
-    """jsonargparse takes null for a value of any type, and anything for a section. Raises ValueError."""
+    """Jsonargparse takes null for a value of any type, and anything for a section. Raises ValueError."""
     for key, hint in known_keys(Config):
         section, _, name = key.rpartition(".")
         value = told[section][name] if section else told[name]
@@ -336,7 +336,8 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _bracketed(pairs: Sequence[tuple[str, str]]) -> list[str]:
     """The arguments again, a list written as one: `--data.paths=a.txt`, as often as there are paths, and
-    `--optimizer.betas=0.9,0.95` are lists without their brackets."""
+    `--optimizer.betas=0.9,0.95` are lists without their brackets.
+    """
     types = dict(known_keys(Config))
     lists: dict[str, list[str]] = {}
     arguments = []

@@ -49,7 +49,8 @@ def parser() -> Parser:
 
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Options and the prompt in any order; what follows `--` is no option. Ends the process, with status 2, for what
-    cannot be."""
+    cannot be.
+    """
     made = parser()
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     end = words.index("--") if "--" in words else len(words)

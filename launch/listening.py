@@ -66,7 +66,8 @@ class Server(uvicorn.Server):
 
 def serve(model: Opened, arguments: argparse.Namespace, address: socket) -> None:
     """Until a signal comes, on one rank, or on the first of those that compute together. Raises RuntimeError if the
-    engine has failed; if it is stuck, the process ends here."""
+    engine has failed; if it is stuck, the process ends here.
+    """
     leader = None if model.team is None else Leader(model.engine, model.team)
     engine: Stepped = model.engine if leader is None else leader
     service = Service(
@@ -112,7 +113,8 @@ def server_options(model: Opened, arguments: argparse.Namespace) -> ServerOption
 
 def serve_behind(model: Opened) -> None:
     """On the other ranks: until the first one ends, who has requests to finish after a signal that all are sent. Raises
-    RuntimeError if it has failed."""
+    RuntimeError if it has failed.
+    """
     assert model.team is not None
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

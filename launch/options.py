@@ -167,7 +167,8 @@ def check_model(name: str) -> None:
 
 def model_names(name: str) -> tuple[str, ...]:
     """What a model may be called by those who ask for it: the last part of its path first, then the path as given, and
-    without a slash at its end."""
+    without a slash at its end.
+    """
     path = Path(name).expanduser()
     last = name if name.startswith(PRESET) else path.name or path.resolve().name
     return tuple(dict.fromkeys((last or name, name, name.rstrip("/") or name)))

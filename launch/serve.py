@@ -59,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
 
 def bound(host: str, port: int) -> socket:
     """A socket that listens at this address, so that no other can; who connects now waits. Raises OSError where it
-    cannot be had."""
+    cannot be had.
+    """
     made = socket(AF_INET6 if ":" in host else AF_INET)
     try:
         made.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)

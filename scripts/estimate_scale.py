@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.report import Row, write
 from bench.scale import (
@@ -37,8 +37,10 @@ from bench.scale import (
     topologies,
 )
 from launch.options import HelpAsWritten
-from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.models import DecoderConfig
+
+if TYPE_CHECKING:
+    from yafsdp_like.memory.plan import MemoryPlan
 
 RESULTS = Path(__file__).parent / "results"
 REPORTS = [RESULTS / "2026-11-23-h200x2-8b-eager.json", RESULTS / "2026-11-23-h200x2-8b-eager-t8192.json"]
@@ -96,7 +98,8 @@ class Estimates:
 
     def checks(self) -> list[Row]:
         """The estimate for two GPUs beside what they measured: the step as a graph, and memory without one, since a
-        graph's pool is not estimated."""
+        graph's pool is not estimated.
+        """
         return [self._check(self.topologies[0], seq_len) for seq_len in self.measured.seq_lens]
 
     def _estimators(self, seq_len: int) -> list[Estimator]:

@@ -21,7 +21,8 @@ LONGEST = ("test_train", "test_smollm2", "test_stream_order", "test_peer", "test
 @pytest.hookimpl(tryfirst=True)  # before pytest itself, which selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what is marked `gpu` where there are fewer than two of them, find out which parameters are `slow`, and put
-    the files first that take longest, so that no process is left with one of them at the end."""
+    the files first that take longest, so that no process is left with one of them at the end.
+    """
     items.sort(key=lambda item: item.path.stem not in LONGEST)
     for item in items:
         _settle_slow(item)

@@ -350,7 +350,8 @@ def memory_of(config: DecoderConfig, plan: MemoryPlan, unsharded_device_gib: flo
 
 def topologies(by: Assumptions) -> list[Topology]:
     """2, 4 and 8 GPUs of one host; then many hosts, sharded over all of them, the same with copies that the runtime
-    does not make yet, and one replica a host."""
+    does not make yet, and one replica a host.
+    """
     per_host = int(by.ranks_per_host.value)
     found = [Topology(f"{n} GPUs", n) for n in (2, 4, 8)]
     for n in (8, 32, 128):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from bench.measure import Metrics, allocator_counts, release_cached_memory
 from bench.options import DTYPES
-from bench.serve_options import ServeOptions
-from launch.world import World
 from yafsdp_like.inference.engine.engine import Engine, EngineOptions
 from yafsdp_like.inference.engine.request import Event, Request
 from yafsdp_like.inference.kv.kv_cache import LayerGroup
@@ -25,9 +23,15 @@ from yafsdp_like.inference.weights.loading import (
     site_of,
     world_transport,
 )
-from yafsdp_like.inference.weights.store import PlacedWeights
 from yafsdp_like.kernels.sampling import SamplingParams
-from yafsdp_like.models.decoder import DecoderConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bench.serve_options import ServeOptions
+    from launch.world import World
+    from yafsdp_like.inference.weights.store import PlacedWeights
+    from yafsdp_like.models.decoder import DecoderConfig
 
 GREEDY = SamplingParams(temperature=0.0)
 PAGE_SIZE = 16

@@ -141,7 +141,8 @@ def kv_nbytes(plan: ServingPlan, context: float) -> float:
 
 def decode_floor_s(plan: ServingPlan, batch: int, context: float, rates: Rates) -> float:
     """Each product takes at least the larger of reading its weights and of computing, and so does attention, of reading
-    all contexts; each needs the one before it. Of the embedding some rows are looked up."""
+    all contexts; each needs the one before it. Of the embedding some rows are looked up.
+    """
     itemsize = plan.site.dtype.itemsize
     products = sum(
         max(numel * itemsize / rates.hbm.value, 2 * batch * numel / rates.matmul.value) for numel in _read_numels(plan)
@@ -153,7 +154,8 @@ def decode_floor_s(plan: ServingPlan, batch: int, context: float, rates: Rates) 
 
 def _read_numels(plan: ServingPlan) -> Iterator[int]:
     """Elements of each matrix that one rank multiplies by. Of the head, which is whole on ranks that compute together,
-    each has its part of the vocabulary."""
+    each has its part of the vocabulary.
+    """
     *layers, head = [plan.placement.images[unit] for unit in plan.placement.uses[1:]]
     yield from (field.numel for image in layers for field in image.fields if len(field.shape) == 2)
     yield head.fields[0].numel // num_sharers(plan)

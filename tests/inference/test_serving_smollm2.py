@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import lzma
-from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,9 +14,14 @@ from tests.inference.engine.test_engine import RECOMPUTING, SWAPPING
 from tests.models.test_smollm2 import ROOT
 from yafsdp_like.inference.engine.engine import Engine, EngineOptions, Metrics
 from yafsdp_like.inference.engine.request import Request
-from yafsdp_like.inference.kv.eviction import Costs
 from yafsdp_like.inference.weights.loading import load, open_model
 from yafsdp_like.kernels.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from yafsdp_like.inference.kv.eviction import Costs
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(

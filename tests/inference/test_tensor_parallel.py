@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -33,7 +31,6 @@ from tests.inference.engine.test_engine import (
 )
 from tests.inference.weights import test_weights
 from tests.ranks import RankError, run_ranks
-from yafsdp_like.comm import TransportName
 from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.tp_group import world_team
 from yafsdp_like.inference.engine import engine as engine_module
@@ -50,6 +47,12 @@ from yafsdp_like.memory.layout import aligned
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig
 from yafsdp_like.models.hf import save_hf
 from yafsdp_like.models.tensor_parallel import cuts_of, parallelize, share_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from yafsdp_like.comm import TransportName
 
 CPU = torch.device("cpu")
 CUT = [name for name in ARCHITECTURES if name != "multi-query"]
@@ -346,7 +349,8 @@ def whole(gradient: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("config", [TINY, EVERYTHING], ids=["plain", "everything"])
 def test_the_plan_that_cuts_served_weights_cuts_the_training_module_too(config: DecoderConfig) -> None:
     """The same logits and gradients as uncut, and the same parts as served ones. Prevents: a mesh that cannot send, of
-    the integers, taken for the module's."""
+    the integers, taken for the module's.
+    """
     shapes = {name: p.shape for name, p in Decoder(config).layers[0].named_parameters()}
     cuts = {name: (cut.dim, torch.Size(cut.part(shapes[name])).numel()) for name, cut in cuts_of(config, 2).items()}
     assert len(cuts) == (10 if config.qkv_bias else 7)

@@ -85,7 +85,8 @@ class Shape:
 
 def paged(shape: Shape) -> tuple[KVPages, Contexts]:
     """Random pages in random order, with space between them. Page 0 is poison: tables lead there where nobody looks. So
-    is what lies behind the last token of a sequence."""
+    is what lies behind the last token of a sequence.
+    """
     counts = [-(-length // shape.page_size) for length in shape.lengths]
     num_pages = 1 + sum(counts)
     region = random(num_pages, 2, shape.page_size, shape.num_kv_heads, shape.head_dim)

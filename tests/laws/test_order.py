@@ -223,7 +223,7 @@ def test_without_resharding_nothing_is_gathered_in_backward() -> None:
 
 @on_ranks()
 def test_nested_parents_start_before_their_children_and_end_after() -> None:
-    """b takes the bytes of a.a, the only one that backward gathers again."""
+    """B takes the bytes of a.a, the only one that backward gathers again."""
     assert_order(
         events_of(train, sharded(Parent(Parent(Block(), Block()), Block()))),
         [
@@ -554,7 +554,7 @@ class Segments(nn.Module):
 
 @on_ranks()
 def test_a_segment_recomputed_over_several_units_is_gathered_once_for_its_backward() -> None:
-    """b's backward recomputes a, which stays gathered for its own. The root, without parameters, costs no collective.
+    """B's backward recomputes a, which stays gathered for its own. The root, without parameters, costs no collective.
 
     The root's output is c's own, so that c's backward starts first; no input of a needs a gradient, so that a and the
     root end with the whole backward.
@@ -644,7 +644,7 @@ class Faulty(Block):
 
 @on_ranks()
 def test_an_exception_in_forward_releases_everything() -> None:
-    """b fails while c has been gathered ahead."""
+    """B fails while c has been gathered ahead."""
     model: Any = sharded(Parent(Block(), Faulty(), Block()))
     model.b.fails = True
     with recording() as events, pytest.raises(ArithmeticError, match="asked for"):

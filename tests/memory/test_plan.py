@@ -123,7 +123,7 @@ def test_no_request_takes_no_bytes() -> None:
 @properties
 @given(st.integers(2, 20), multiples)
 def test_a_chain_of_equal_blocks_takes_two_blocks(n: int, b: int) -> None:
-    """total = 2 b: the block that computes and the one gathered ahead, however many there are."""
+    """Total = 2 b: the block that computes and the one gathered ahead, however many there are."""
     slots = chain([b] * n)
     places, nbytes = place(slots)
     assert nbytes == live_nbytes_peak(slots) == 2 * b
@@ -133,7 +133,7 @@ def test_a_chain_of_equal_blocks_takes_two_blocks(n: int, b: int) -> None:
 @properties
 @given(st.integers(1, 12), multiples, multiples, st.booleans())
 def test_one_large_unit_at_an_end_costs_itself_and_one_block(n: int, b: int, extra: int, first: bool) -> None:
-    """total = E + b < 2 E for an embedding E > b at either end of n blocks, where two slots of the largest take 2 E."""
+    """Total = E + b < 2 E for an embedding E > b at either end of n blocks, where two slots of the largest take 2 E."""
     E = b + extra
     slots = chain([E, *[b] * n] if first else [*[b] * n, E])
     _, nbytes = place(slots)
@@ -143,7 +143,7 @@ def test_one_large_unit_at_an_end_costs_itself_and_one_block(n: int, b: int, ext
 @properties
 @given(st.integers(1, 12), multiples, multiples, multiples)
 def test_large_units_at_both_ends_share_bytes(n: int, b: int, more: int, extra: int) -> None:
-    """total = max(E, H) + b for E, H >= 2 b at the two ends of n blocks: E and H lie in the same bytes."""
+    """Total = max(E, H) + b for E, H >= 2 b at the two ends of n blocks: E and H lie in the same bytes."""
     E, H = 2 * b + more, 2 * b + extra
     slots = chain([E, *[b] * n, H])
     _, nbytes = place(slots)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 import pytest
@@ -40,6 +38,10 @@ from yafsdp_like.inference.engine.request import Event, Request, Token
 from yafsdp_like.inference.plan.serving_plan import ServingLimits, ServingPlan, Site, plan_serving
 from yafsdp_like.inference.weights.loading import load
 from yafsdp_like.models import PRESETS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 TINY = PRESETS["tiny"]
 SIZES = ["--context", "40", "--steps", "3", "--warmup", "1", "--max-batch-tokens", "32", "--prefill-tokens", "70"]
@@ -177,7 +179,7 @@ def test_two_ranks_measure_steps_that_they_compute_together() -> None:
 
 def bench_of(engine: Engine, options: ServeOptions) -> Bench:
     served = SimpleNamespace(engine=engine, device=torch.device("cpu"))
-    return Bench(options, cast(World, None), cast(Served, served), Requests(TINY.vocab_size))
+    return Bench(options, cast("World", None), cast("Served", served), Requests(TINY.vocab_size))
 
 
 def test_random_requests_are_all_served_or_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +365,7 @@ def test_requests_are_other_ones_each_time_and_the_same_in_every_run() -> None:
 
 
 def test_a_rate_of_fewer_tokens_than_asked_for_is_an_error() -> None:
-    bench = cast(Bench, SimpleNamespace(options=options_of("--batch", "2")))
+    bench = cast("Bench", SimpleNamespace(options=options_of("--batch", "2")))
     check_count(2 * 6, 2, bench)
     with pytest.raises(RuntimeError, match="2 requests were to draw 12 tokens in all, and drew 11"):
         check_count(11, 2, bench)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from yafsdp_like.comm import TransportName
 from yafsdp_like.comm.consistency import share
@@ -14,7 +13,11 @@ from yafsdp_like.comm.hierarchical import HierarchicalTransport, over_hosts
 from yafsdp_like.comm.peer import PeerTransport, obstacle
 from yafsdp_like.comm.process_group import ProcessGroupTransport
 from yafsdp_like.comm.replicated import ReplicatedTransport
-from yafsdp_like.comm.transport import Transport
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from yafsdp_like.comm.transport import Transport
 
 SEVERAL_HOSTS = "the ranks are on several hosts"  # what peers' ``obstacle`` says
 
@@ -45,7 +48,8 @@ def _alike(
     replicas: dist.ProcessGroup, group: dist.ProcessGroup, device: torch.device, asked: TransportName
 ) -> Transport:
     """The transport inside this replica, of the same kind in all of them: what they hold and when they average it
-    depends on that."""
+    depends on that.
+    """
     found: Transport | None = None
     error: str | None = None
     try:

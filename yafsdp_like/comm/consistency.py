@@ -7,11 +7,13 @@ nothing of what the ranks are doing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 Value = TypeVar("Value")
 ABOUT_INPUT = (ValueError, OSError)  # errors whose words are meant for the user, and need no traceback

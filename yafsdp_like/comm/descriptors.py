@@ -8,15 +8,18 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from yafsdp_like.comm.consistency import share
 from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.vmm import Pages, Window, window
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch.distributed as dist
 
 _AT_ONCE = 64  # descriptors of a message; a process may have few open
 _TIMEOUT_SECONDS = 120.0  # a rank that failed sends nothing more

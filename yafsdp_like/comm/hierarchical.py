@@ -19,9 +19,9 @@ meeting. The columns of sums are this rank's alone: its one reduction stream wri
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -29,10 +29,14 @@ import torch.distributed as dist
 from yafsdp_like.comm import peer
 from yafsdp_like.comm.consistency import agree, share
 from yafsdp_like.comm.process_group import ProcessGroupTransport
-from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
-from yafsdp_like.memory.arena import Block
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.memory.streams import GATHER, Event
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
+    from yafsdp_like.memory.arena import Block
 
 
 class HierarchicalTransport:

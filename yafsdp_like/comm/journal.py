@@ -12,11 +12,10 @@ done.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -26,6 +25,10 @@ from yafsdp_like.comm.consistency import first_difference, share
 from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES
 from yafsdp_like.memory.plan import Region
+
+if TYPE_CHECKING:
+    import datetime
+    from collections.abc import Sequence
 
 _IN_FLIGHT = 8  # comparisons that were posted and not read
 _PRIME, _MASK = 0x100000001B3, (1 << 62) - 1

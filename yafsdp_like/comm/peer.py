@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import platform
 import weakref
-from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -28,13 +28,17 @@ import torch.distributed as dist
 from yafsdp_like.comm.consistency import agree, share
 from yafsdp_like.comm.descriptors import windows_of_all_ranks
 from yafsdp_like.comm.signals import Barrier, Flags
-from yafsdp_like.comm.transport import Gather, Reduce, Reduction
 from yafsdp_like.kernels.reduce import ReduceTable
-from yafsdp_like.memory.arena import Block
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, aligned
 from yafsdp_like.memory.streams import REDUCE, Event, Recording
 from yafsdp_like.memory.vmm import Window
 from yafsdp_like.memory.vmm import obstacle as pages_obstacle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+    from yafsdp_like.comm.transport import Gather, Reduce, Reduction
+    from yafsdp_like.memory.arena import Block
 
 
 class PeerTransport:
@@ -67,7 +71,8 @@ class PeerTransport:
         scratch: torch.Tensor | None = None,
     ) -> Gather:
         """Pulls from the next rank first, so that all links are busy and no rank is asked by all at once; what is on
-        this rank already, and not in place, is copied beside that, by another copy engine."""
+        this rank already, and not in place, is copied beside that, by another copy engine.
+        """
         pieces = [
             (out.view(self.world_size, -1), self._of_all_ranks(inp), index in in_place)
             for index, (out, inp) in enumerate(zip(outputs, inputs, strict=True))
@@ -87,7 +92,8 @@ class PeerTransport:
         scratch: torch.Tensor,
     ) -> Reduce:
         """Peers' chunks are pulled into ``scratch`` by the copy engine, as many at a time as fit, and added up there:
-        a kernel that reads them over the link would hold its multiprocessors several times as long."""
+        a kernel that reads them over the link would hold its multiprocessors several times as long.
+        """
         rounds = self._rounds(outputs, inputs, dtypes, scratch)
         runs: dict[tuple[float, bool], Callable[[], None]] = {}
 

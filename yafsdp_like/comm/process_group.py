@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
 from yafsdp_like.comm.consistency import agree
-from yafsdp_like.comm.transport import Gather, Reduce, Reduction
-from yafsdp_like.memory.arena import Block
-from yafsdp_like.memory.streams import Event
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from yafsdp_like.comm.transport import Gather, Reduce, Reduction
+    from yafsdp_like.memory.arena import Block
+    from yafsdp_like.memory.streams import Event
 
 # Torch 2.12 renamed the coalesced collectives and kept the old names with a warning.
 _NEW_NAMES = hasattr(dist.ProcessGroup, "all_gather_single_coalesced")

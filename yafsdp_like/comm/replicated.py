@@ -13,22 +13,27 @@ the same number, since the mean of what is equal on all replicas is that: when e
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllreduceCoalescedOptions
 
 from yafsdp_like.comm.consistency import agree
-from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
-from yafsdp_like.memory.arena import Block
-from yafsdp_like.memory.streams import Event
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
+    from yafsdp_like.memory.arena import Block
+    from yafsdp_like.memory.streams import Event
 
 
 class ReplicatedTransport:
     """``shards`` between the ranks of one replica, ``replicas`` between the ranks that hold the same shard of each;
-    ``everybody`` is all of them, for host memory."""
+    ``everybody`` is all of them, for host memory.
+    """
 
     def __init__(self, shards: Transport, replicas: dist.ProcessGroup, everybody: dist.ProcessGroup) -> None:
         self.rank, self.world_size = shards.rank, shards.world_size

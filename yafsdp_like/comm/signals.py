@@ -14,13 +14,11 @@ again has passed the other one, which this rank set only after it had cleared th
 
 from __future__ import annotations
 
-import datetime
 import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +27,10 @@ from yafsdp_like.comm.descriptors import windows_of_all_ranks
 from yafsdp_like.memory.arena import Block
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event
 from yafsdp_like.memory.vmm import Window, checked, driver
+
+if TYPE_CHECKING:
+    import datetime
+    from collections.abc import Sequence
 
 _CHANNELS = (GATHER, REDUCE, COMPUTE)  # streams that meet at the same time must not share flags
 _FLAG_NBYTES = 4

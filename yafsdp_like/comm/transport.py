@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
-from yafsdp_like.memory.arena import Block
-from yafsdp_like.memory.streams import Event
+    from yafsdp_like.memory.arena import Block
+    from yafsdp_like.memory.streams import Event
 
 Averaged = Literal["new", "all", "nothing"]
 
@@ -56,7 +57,8 @@ class Transport(Protocol):
 
     def connect(self, blocks: Sequence[Block]) -> None:
         """Makes the ranks' blocks readable by each other. Called by all ranks with blocks of the same sizes, in the
-        same order; blocks the CPU."""
+        same order; blocks the CPU.
+        """
 
     def gather(
         self,
@@ -76,7 +78,8 @@ class Transport(Protocol):
 
     def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
         """Bytes of scratch that a gather of inputs of these sizes, or a reduction to outputs of these sizes, needs for
-        a column of them; none on one host."""
+        a column of them; none on one host.
+        """
 
     def reduce(
         self,
@@ -88,15 +91,18 @@ class Transport(Protocol):
         """``outputs[i]``, ``(n_i,)``, will receive, or have added to it, chunk ``rank`` of the reduction of all ranks'
         ``inputs[i]``, ``(world_size * n_i,)``, rounded to ``dtypes[i]`` before it is cast to the output's own dtype.
         Inputs are scratch afterwards. ``scratch``, ``(nbytes,)`` uint8, is written by every reduction of the
-        stream, and may be empty where no memory is mapped."""
+        stream, and may be empty where no memory is mapped.
+        """
 
     def meet(self, stream: str) -> None:
         """Work that ranks issue to ``stream``, the current one, from here on starts after all that any rank issued to
-        it before. Only where memory is mapped: collectives meet by themselves."""
+        it before. Only where memory is mapped: collectives meet by themselves.
+        """
 
     def expect(self, event: Event) -> None:
         """All that this rank issued ahead of ``event`` has to be done before the timeout of the ranks' group; where
-        nobody else sees to it, the process then ends with a message."""
+        nobody else sees to it, the process then ends with a message.
+        """
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
         """Raises the same error on every rank unless all ranks pass the same ``lines`` and no ``error``.

@@ -18,11 +18,10 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple
+from typing import IO, TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +30,9 @@ from yafsdp_like.data.order import Batches
 from yafsdp_like.data.progress import BETWEEN_WORDS_S, Say, Teller, heard, say_nothing
 from yafsdp_like.data.text import TextSource, is_held_out
 from yafsdp_like.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 Tokens = npt.NDArray[np.unsignedinteger]  # (num_tokens,), mapped from a file
 

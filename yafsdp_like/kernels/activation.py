@@ -1,5 +1,6 @@
 """SwiGLU without its matrix products: silu(gate) * up, in float32, rounded once (Shazeer, "GLU Variants Improve
-Transformer", 2020)."""
+Transformer", 2020).
+"""
 
 from __future__ import annotations
 

@@ -15,9 +15,8 @@ have them where torch's square root is correctly rounded, which on a CPU it is n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -36,6 +35,9 @@ from yafsdp_like.kernels.blocks import (
     triton_dtype,
     upload,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 BLOCK = 1024  # elements of one program
 NUM_WARPS = 4

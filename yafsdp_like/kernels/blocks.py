@@ -7,12 +7,14 @@ elements, the last one shorter; a program of a kernel looks its block up. Tables
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 try:
     import triton

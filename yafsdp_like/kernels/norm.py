@@ -8,9 +8,12 @@ in float32, rounded once.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from yafsdp_like.kernels.blocks import jit, launching_on, rounded, runs_on, tl
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, out: Tensor, residual: Tensor | None = None) -> None:

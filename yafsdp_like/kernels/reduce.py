@@ -12,7 +12,7 @@ kernel and reference give the same bits, and so do all ranks and all runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,6 +30,9 @@ from yafsdp_like.kernels.blocks import (
     tl,
     triton_dtype,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 BLOCK = 2048  # elements that a program takes at a time
 NUM_WARPS = 4

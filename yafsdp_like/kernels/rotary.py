@@ -14,13 +14,15 @@ Shapes: T tokens, N heads, K kv heads, H head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from yafsdp_like.kernels.attention import KVPages
 from yafsdp_like.kernels.blocks import INTERPRETED, jit, launching_on, rounded, runs_on, tl
+
+if TYPE_CHECKING:
+    from yafsdp_like.kernels.attention import KVPages
 
 _FLOAT8_MAX = 448.0
 _ROUND_BY_HAND = tl.constexpr(INTERPRETED) if tl else None

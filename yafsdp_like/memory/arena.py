@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +13,9 @@ from yafsdp_like.memory import vmm as windows
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import Region, readable
 from yafsdp_like.memory.room import free_nbytes, ranks_of_this_host
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 WORTH_ASKING_NBYTES = 64 << 20  # smaller ones are allocated without asking what is free
 MARGIN = 20  # of a GPU's memory, one part in so many is left to what no plan knows

@@ -16,8 +16,11 @@ bytes. A collective is therefore one piece per parameter with nothing to pack be
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
 
 ALIGNMENT_NBYTES = 256
 

@@ -9,10 +9,13 @@ embedding shares bytes with blocks it never meets instead of inflating every slo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from yafsdp_like.memory.layout import Segment, aligned
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 
 @dataclass(frozen=True)

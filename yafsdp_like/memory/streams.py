@@ -8,12 +8,14 @@ other. The CPU never waits, and ``record_stream`` is never used, since arena mem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 COMPUTE, GATHER, REDUCE = "compute", "gather", "reduce"
 

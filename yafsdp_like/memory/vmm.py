@@ -17,13 +17,15 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from yafsdp_like.memory.layout import Segment, aligned
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 try:
     from cuda.bindings import driver as driver
@@ -63,7 +65,8 @@ Part = tuple[Pages, Segment]
 @dataclass(frozen=True, eq=False)
 class Window:
     """``bytes``, ``(nbytes,)`` uint8, on a range of addresses that is given back when the last tensor on it is gone;
-    where it shows a peer's pages, when ``addresses`` is gone."""
+    where it shows a peer's pages, when ``addresses`` is gone.
+    """
 
     bytes: torch.Tensor
     addresses: object
@@ -251,7 +254,8 @@ class _Addresses:
 
 def _unmap(start: int, nbytes: int, device: torch.device) -> None:
     """Once nothing reads or writes there any more. In the middle of a recording, which must not wait for the device,
-    what is given back is left to the next call."""
+    what is given back is left to the next call.
+    """
     _given_back.append((start, nbytes))
     if torch.cuda.is_current_stream_capturing():
         return

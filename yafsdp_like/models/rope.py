@@ -16,7 +16,8 @@ from torch import Tensor
 @dataclass(frozen=True)
 class LinearScaling:
     """Positions divided by `factor`: Chen et al., "Extending Context Window of Large Language Models via Positional
-    Interpolation", 2023, equation 4."""
+    Interpolation", 2023, equation 4.
+    """
 
     factor: float
 

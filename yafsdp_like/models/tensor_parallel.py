@@ -10,9 +10,9 @@ the hidden states whole again (Shoeybi et al., "Megatron-LM", 2019). All else is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,6 +26,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from yafsdp_like.models.decoder import Block, Decoder, DecoderConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 _HEADS_DIM = 1  # of what norms of heads are given, (B, N, T, H)
 

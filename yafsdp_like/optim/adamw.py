@@ -7,18 +7,21 @@ its units updated in the order of their forward says so with ``Passes``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import ParamsT
 
 from yafsdp_like.kernels.adamw import AdamWStep, AdamWTable, AdamWTensors, rate_row
 from yafsdp_like.kernels.blocks import upload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch.optim.optimizer import ParamsT
 
 Kind = tuple[torch.device, tuple[torch.dtype | None, ...], AdamWStep]  # what the parameters of a launch agree in
 UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, Self, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -22,9 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from yafsdp_like.comm import TransportName
 from yafsdp_like.comm.choice import transport_over
-from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.memory.streams import GATHER, Event
 from yafsdp_like.shard import clipping
 from yafsdp_like.shard.drop_in import ShardState, refuse_others, show_state_to_torch
@@ -34,6 +31,12 @@ from yafsdp_like.shard.optimizer_step import watch_optimizers
 from yafsdp_like.shard.param import ShardedParam, ownership_of, refuse_subclass
 from yafsdp_like.shard.pretrained import overrides_of
 from yafsdp_like.shard.unit import Unit, UnitPolicy, unit_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from yafsdp_like.comm import TransportName
+    from yafsdp_like.memory.plan import MemoryPlan
 
 Owners = dict[nn.Parameter, list[tuple[nn.Module, str]]]  # which modules register a parameter, and under what name
 
@@ -233,7 +236,7 @@ def _adopt_assigned(module: nn.Module, name: str, given: nn.Parameter) -> nn.Par
         )
     if unit.engine is not None:
         unit.engine.reshard(unit)
-    return cast(nn.Parameter, unit.adopt(p, given))
+    return cast("nn.Parameter", unit.adopt(p, given))
 
 
 def _move_buffers(modules: Sequence[nn.Module], device: torch.device) -> None:
@@ -559,13 +562,13 @@ class FSDPModule:
         return state
 
     def _unit(self) -> Unit:
-        unit = unit_of(cast(nn.Module, self))
+        unit = unit_of(cast("nn.Module", self))
         assert unit is not None, "an FSDPModule without a unit"
         return unit
 
     def _units(self, recurse: bool) -> Iterator[Unit]:
         modules = list(self.modules()) if recurse else [self]  # type: ignore[attr-defined]
-        return iter({unit: None for m in modules if (unit := unit_of(cast(nn.Module, m))) is not None})
+        return iter({unit: None for m in modules if (unit := unit_of(cast("nn.Module", m))) is not None})
 
     def _engine(self) -> Engine:
         return engine_for(self._unit(), self)  # type: ignore[arg-type]

@@ -6,18 +6,22 @@ Integers only: it works before anything is allocated, on the meta device too. ``
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from yafsdp_like.memory import vmm as windows
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, place, readable
 from yafsdp_like.shard.depth import Course, Depth, Times, choose, depths, step_ms
-from yafsdp_like.shard.family import Family
 from yafsdp_like.shard.schedule import Residency, gather_starts
-from yafsdp_like.shard.unit import Unit, UnitLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from yafsdp_like.shard.family import Family
+    from yafsdp_like.shard.unit import Unit, UnitLayout
 
 GATHER_SLOTS, GRADIENT_SLOTS = "gather slots", "gradient slots"  # the two regions that slots share
 STAGING, COLUMN = "staging", "gather staging"
@@ -109,7 +113,8 @@ def _shards(unit: Unit, layout: UnitLayout, page_nbytes: int) -> list[Region]:
 def _staging(layouts: Mapping[Unit, UnitLayout]) -> list[Region]:
     """Where peers' chunks of one unit's gradients wait for their sum; large units go through it in several rounds, and
     the smallest round has a piece of each peer. Over several hosts, a column of sums lies behind them, and a gathered
-    one in memory of its own (``comm/hierarchical.py``)."""
+    one in memory of its own (``comm/hierarchical.py``).
+    """
     needs = [
         max(x.gradient_slot.nbytes, (unit.transport.world_size - 1) * ALIGNMENT_NBYTES)
         for unit, x in layouts.items()

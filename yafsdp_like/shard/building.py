@@ -6,15 +6,13 @@ not know what is in a slot: who builds or leaves has released them all, and has 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import FlatLayout, Segment
-from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.shard.blueprint import (
     COLUMN,
     GATHER_SLOTS,
@@ -24,11 +22,16 @@ from yafsdp_like.shard.blueprint import (
     draw,
     own_slot_regions,
 )
-from yafsdp_like.shard.depth import Depth
-from yafsdp_like.shard.family import Family
 from yafsdp_like.shard.param import NOWHERE
 from yafsdp_like.shard.slots import GatherSlot, GradientSlot
-from yafsdp_like.shard.unit import Unit, UnitLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from yafsdp_like.memory.plan import MemoryPlan
+    from yafsdp_like.shard.depth import Depth
+    from yafsdp_like.shard.family import Family
+    from yafsdp_like.shard.unit import Unit, UnitLayout
 
 AnySlot = TypeVar("AnySlot", GatherSlot, GradientSlot)
 

@@ -6,12 +6,14 @@ Owns what is written there and what is checked after every forward. It waits for
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from yafsdp_like.shard.nested import tensors_in
-from yafsdp_like.shard.slots import GatherSlot
+
+if TYPE_CHECKING:
+    from yafsdp_like.shard.slots import GatherSlot
 
 
 def poison(slot: GatherSlot) -> None:

@@ -10,10 +10,12 @@ frees a gradient slot. What waits last is the step. Slots count as equal, and th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
 
 MOST_GATHERS, MOST_GRADIENTS = 3, 3
 WORTH = 0.01  # of a step: a smaller difference is not worth memory
@@ -22,7 +24,8 @@ WORTH = 0.01  # of a step: a smaller difference is not worth memory
 @dataclass(frozen=True, order=True)
 class Depth:
     """What a plan has room for: ``gathers`` units ahead of the one that runs, and ``gradients`` slots for those whose
-    backward or reduction runs."""
+    backward or reduction runs.
+    """
 
     gathers: int = 1
     gradients: int = 2

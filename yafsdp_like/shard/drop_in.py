@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch.distributed.fsdp
 from torch import nn
@@ -19,6 +18,9 @@ from torch.distributed._composable_state import _State
 
 from yafsdp_like.shard.hooks import after_method, before_method, finish_accumulating
 from yafsdp_like.shard.unit import Unit, unit_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 ADVICE = {
     "set_custom_all_gather": "name a transport in fully_shard(..., transport=...), or leave it out",

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,6 @@ import torch
 from torch import nn
 
 from yafsdp_like.memory.arena import give_back
-from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event, streams_of
 from yafsdp_like.ops import linear
 from yafsdp_like.shard.blueprint import depth_for
@@ -41,10 +39,13 @@ from yafsdp_like.shard.meetings import Meetings
 from yafsdp_like.shard.sinks import watch_gradients
 from yafsdp_like.shard.slots import GatherSlot, GradientSlot, SlotState, Use
 from yafsdp_like.shard.stopwatch import Stopwatch, agreed, can_measure
-from yafsdp_like.shard.unit import Unit
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from yafsdp_like.memory.plan import MemoryPlan
     from yafsdp_like.shard.hooks import Call
+    from yafsdp_like.shard.unit import Unit
 
 EMPTY, FILLED, HELD = SlotState.EMPTY, SlotState.FILLED, SlotState.HELD
 KEPT, IDLE = SlotState.KEPT, SlotState.IDLE

@@ -5,13 +5,16 @@ Owns what is known of them together as soon as the root is known, before any mem
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from yafsdp_like.shard.schedule import Schedule, schedule_of
 from yafsdp_like.shard.unit import Unit, unit_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
 
 
 @dataclass(frozen=True, eq=False)

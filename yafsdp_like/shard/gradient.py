@@ -11,14 +11,18 @@ again. A program that holds k gradients a step thus allocates k homes once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.memory.plan import Region
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.distributed.tensor import DTensor
 
 _REFERENCES = 3  # to a home's DTensor: the home's own, the variable's and the call's
 

@@ -13,22 +13,25 @@ are set or added to. All of that is the recording's key; another key is another 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from yafsdp_like.comm.transport import Reduction
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, StepRecorder, StepRecording
 from yafsdp_like.shard.api import FSDPModule
 from yafsdp_like.shard.engine import Engine, engine_for
-from yafsdp_like.shard.meetings import Recorded
 from yafsdp_like.shard.nested import map_tensors
-from yafsdp_like.shard.param import ShardedParam
 from yafsdp_like.shard.slots import SlotState
 from yafsdp_like.shard.unit import Unit, unit_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from yafsdp_like.comm.transport import Reduction
+    from yafsdp_like.shard.meetings import Recorded
+    from yafsdp_like.shard.param import ShardedParam
 
 NUM_EAGER = 2  # steps before one is recorded: kernels are compiled and chosen, and tables made, in these
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import enum
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from yafsdp_like.shard.nested import map_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
 # What a module merely refers to. A module's attributes are the very parameters that it computes on.
 _CLOSED = (

@@ -18,8 +18,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,7 +29,6 @@ from yafsdp_like.shard.engine import Engine, backward_task, engine_for
 from yafsdp_like.shard.held import replace_held
 from yafsdp_like.shard.nested import cast_floating, map_tensors
 from yafsdp_like.shard.slots import GatherSlot, GradientSlot, SlotState, Use
-from yafsdp_like.shard.unit import Unit
 from yafsdp_like.shard.watching import (
     NOTHING,
     Watched,
@@ -41,6 +39,11 @@ from yafsdp_like.shard.watching import (
     watch_inputs,
     watch_outputs,
 )
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from yafsdp_like.shard.unit import Unit
 
 
 @dataclass(eq=False)

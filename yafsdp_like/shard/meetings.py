@@ -7,9 +7,12 @@ Decides nothing of what is done.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from yafsdp_like.comm.journal import Entry, journal_of
-from yafsdp_like.shard.unit import Unit
+
+if TYPE_CHECKING:
+    from yafsdp_like.shard.unit import Unit
 
 Recorded = list[Sequence[Entry]]  # of each journal
 

@@ -7,17 +7,20 @@ to be cast. Knows nothing of the arithmetic.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from yafsdp_like.optim.adamw import AdamW, Passes
-from yafsdp_like.shard.engine import Engine
 from yafsdp_like.shard.param import ShardedParam, ownership_of
 from yafsdp_like.shard.unit import Unit
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from yafsdp_like.shard.engine import Engine
 
 _stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 Owned = dict[Unit, list[ShardedParam]]  # an optimizer's sharded parameters
@@ -69,7 +72,8 @@ def _owned(optimizer: torch.optim.Optimizer) -> Owned:
 
 def _make_room_for_states(optimizer: torch.optim.Optimizer, owned: Owned) -> None:
     """States are made in the first step and stay. Cut from cached blocks of activations, they would keep those
-    from being used again whole, and the next step would need more memory: so the cache is given back before, once."""
+    from being used again whole, and the next step would need more memory: so the cache is given back before, once.
+    """
     if optimizer not in _stepped:
         _stepped.add(optimizer)
         if any(unit.device.type == "cuda" for unit in owned):

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.nn.modules.batchnorm import _NormBase
 
-from yafsdp_like.memory.arena import Place
 from yafsdp_like.memory.layout import RowShards
 from yafsdp_like.shard.gradient import Home, Homes
 from yafsdp_like.shard.nested import layers_of
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    from yafsdp_like.memory.arena import Place
     from yafsdp_like.shard.unit import Unit
 
 NOWHERE = torch.empty(0, device="meta")  # stands for a shard that has no place yet

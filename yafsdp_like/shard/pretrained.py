@@ -6,12 +6,14 @@ holds, on the ranks that call it; those of a sharded model are DTensors, of whic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 METHOD = "save_pretrained"
 HOW = (
@@ -38,7 +40,8 @@ def overrides_of(cls: type[nn.Module]) -> dict[str, Any]:
         **kwargs: Any,
     ) -> Any:
         """The method of the unsharded class. Raises RuntimeError unless `state_dict` holds whole weights, which a world
-        of one rank need not give."""
+        of one rank need not give.
+        """
         if state_dict is None and dist.get_world_size() == 1:
             state_dict = {name: _whole(value) for name, value in self.state_dict().items()}
         if state_dict is None:

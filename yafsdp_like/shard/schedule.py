@@ -8,12 +8,15 @@ costs a gather that waits or a slot of its own, never a wrong number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from yafsdp_like.memory.plan import LiveRange
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from yafsdp_like.ops.linear import attach
-from yafsdp_like.shard.slots import GatherSlot
-from yafsdp_like.shard.unit import Unit
+
+if TYPE_CHECKING:
+    from yafsdp_like.shard.slots import GatherSlot
+    from yafsdp_like.shard.unit import Unit
 
 
 def watch_gradients(slot: GatherSlot) -> None:

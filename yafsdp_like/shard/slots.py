@@ -14,7 +14,6 @@ one unit moves to a slot of its own for its later forwards, while what was saved
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -22,14 +21,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from yafsdp_like.comm.transport import Gather, Reduce
-from yafsdp_like.memory.arena import Place
-from yafsdp_like.memory.layout import FlatLayout
-from yafsdp_like.memory.streams import Event
 from yafsdp_like.shard.nested import addresses_in
-from yafsdp_like.shard.param import ShardedParam
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from yafsdp_like.comm.transport import Gather, Reduce
+    from yafsdp_like.memory.arena import Place
+    from yafsdp_like.memory.layout import FlatLayout
+    from yafsdp_like.memory.streams import Event
+    from yafsdp_like.shard.param import ShardedParam
     from yafsdp_like.shard.unit import Unit
 
 Generation = tuple[int, ...]  # what a unit's main shards are by now; equal generations are equal values

@@ -8,20 +8,24 @@ that far.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from yafsdp_like.comm.consistency import share
 from yafsdp_like.memory.arena import room_nbytes
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Mark, Streams
 from yafsdp_like.shard.depth import Times
-from yafsdp_like.shard.unit import Unit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from yafsdp_like.shard.unit import Unit
 
 MEASURED = 3  # iterations before it: kernels are compiled and chosen in them, and PyTorch's allocator settles
 MOST_TRIES = 64  # later iterations that find times incomplete, or something still held

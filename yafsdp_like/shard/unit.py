@@ -7,14 +7,11 @@ ones. It does not decide when anything is gathered or released (``engine.py`` do
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from yafsdp_like.comm.transport import Averaged, Reduction, Transport
 from yafsdp_like.memory.arena import Arena
@@ -24,6 +21,11 @@ from yafsdp_like.shard.param import NOWHERE, Ownership, ShardedParam
 from yafsdp_like.shard.slots import GatherSlot, Generation, GradientSlot, SlotState, Use
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
     from yafsdp_like.shard.engine import Engine
     from yafsdp_like.shard.hooks import Call
 
@@ -228,7 +230,8 @@ class Unit:
 
     def generation(self) -> Generation:
         """What changes when main shards are written: by an optimizer (whose kernels may count nothing), or in place
-        through a DTensor or its local tensor."""
+        through a DTensor or its local tensor.
+        """
         return (self.moves, self.updates, *(v for p in self.params for v in (p.sharded._version, p.local._version)))
 
     def meta_params(self) -> list[str]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import inspect
 import random
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 
 from tests.kernels.test_kernels import run_python
 from tests.ranks import run_ranks
-from yafsdp_like.comm import TransportName
 from yafsdp_like.inference.engine import forward, runner
 from yafsdp_like.inference.engine.engine import Completion, Engine, EngineOptions
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request, Token
@@ -31,6 +29,11 @@ from yafsdp_like.kernels.blocks import INTERPRETED
 from yafsdp_like.kernels.sampling import SamplingParams, SamplingRows, remember, sample
 from yafsdp_like.models.decoder import Attention, Decoder, DecoderConfig
 from yafsdp_like.models.moe import ExpertsConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from yafsdp_like.comm import TransportName
 
 VOCAB_SIZE = 97
 TINY = DecoderConfig(32, 2, 4, 2, 64, vocab_size=VOCAB_SIZE, max_seq_len=128, rope_theta=1e4)

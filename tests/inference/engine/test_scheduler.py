@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence as Ordered
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +13,9 @@ from yafsdp_like.inference.kv.eviction import Costs, Tenant
 from yafsdp_like.inference.kv.kv_cache import KVCache, LayerGroup, Tier, check_integrity
 from yafsdp_like.inference.kv.pages import PagePool
 from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Ordered
 
 PAGE_SIZE = 4
 SHAPE = PageShape(num_layers=1, num_kv_heads=1, head_dim=32, page_size=PAGE_SIZE)  # 512 bytes

@@ -12,11 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
@@ -52,6 +51,9 @@ from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.weights.loading import world_transport
 from yafsdp_like.kernels.sampling import SamplingParams
 from yafsdp_like.models.hf import save_hf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[3]
@@ -219,7 +221,8 @@ def test_what_one_rank_refuses_is_refused_by_all_and_raised_where_it_was_asked(d
 
 def serve_after_silence(directory: str, silence_s: float, keep_alive_s: float) -> list[object]:
     """Serves, is silent, and serves again; where listening may take two seconds. What the others were told meanwhile,
-    or how this rank has failed."""
+    or how this rank has failed.
+    """
     team = Team(dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=2)))
     engine = make_engine(Codec.load(Path(directory)), world_transport(CPU))
     try:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import openai
@@ -27,11 +27,13 @@ from yafsdp_like.inference.http.protocol import MOST_STOP_STRINGS, ServerOptions
 from yafsdp_like.inference.http.server import create_app
 from yafsdp_like.inference.http.service import Service, State, Unavailable
 from yafsdp_like.inference.http.stream import Stream
-from yafsdp_like.inference.plan.serving_plan import AnyMode
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.weights.loading import load, model_of
 from yafsdp_like.kernels.sampling import SamplingParams
 from yafsdp_like.models import Decoder, DecoderConfig
+
+if TYPE_CHECKING:
+    from yafsdp_like.inference.plan.serving_plan import AnyMode
 
 T = TypeVar("T")
 

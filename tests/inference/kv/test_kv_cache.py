@@ -708,7 +708,8 @@ TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
 
 class Serving(RuleBasedStateMachine):
     """Two models, one hybrid, on one device pool and one host pool: after every operation all books agree, every
-    context finds what it wrote, and no tenant lost of its floor to others."""
+    context finds what it wrote, and no tenant lost of its floor to others.
+    """
 
     @initialize(policy=st.sampled_from([LRU, GDSF]), num_slabs=st.integers(2, 6), num_host_slabs=st.integers(1, 4))
     def start(self, policy: type[LRU] | type[GDSF], num_slabs: int, num_host_slabs: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,7 +20,6 @@ from tests.zoo import world_mesh
 from yafsdp_like import fully_shard
 from yafsdp_like.checkpoint.steps import StepCheckpoints
 from yafsdp_like.comm.choice import transport_of
-from yafsdp_like.comm.transport import Transport
 from yafsdp_like.inference.engine.engine import Engine, EngineOptions
 from yafsdp_like.inference.engine.request import Request
 from yafsdp_like.inference.plan.packed_weights import images_of
@@ -33,6 +32,9 @@ from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.streams import COMPUTE, GATHER
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig
 from yafsdp_like.models.hf import save_hf
+
+if TYPE_CHECKING:
+    from yafsdp_like.comm.transport import Transport
 
 CPU = torch.device("cpu")
 LIMITS = ServingLimits(kv_nbytes=1 << 20, max_batch_size=2, max_batch_tokens=8, max_seq_len=32)
@@ -259,7 +261,8 @@ def test_a_layer_that_is_never_released_is_an_error_that_names_it() -> None:
 @pytest.mark.parametrize(("tied", "vocab_size"), [(False, 301), (True, 301), (False, 60)])
 def test_weights_at_rest_are_the_same_whatever_came_before(moved: Sequence[int], tied: bool, vocab_size: int) -> None:
     """Prevents: a recorded forward that relies on a unit which another forward has left there, or has not. A small head
-    may lie where nothing that is kept for the next forward does."""
+    may lie where nothing that is kept for the next forward does.
+    """
     module = decoder(replace(CONFIG, tie_embeddings=tied, vocab_size=vocab_size))
     weights = load_planned(model_of(module), streamed(module.config, [u for u in moved if u < 6 or not tied]), CPU)
     found = set()
@@ -494,7 +497,8 @@ WIDE = replace(CONFIG, dim=1024, num_layers=4, ffn_dim=4096, max_seq_len=64)  # 
 
 def recorded_on_gpu(mode: Any) -> Any:
     """Tokens of steps that are recorded from weights that move, tokens from weights that stay, and how many sizes of
-    steps were recorded."""
+    steps were recorded.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
     transport = transport_of(group(), device, "auto") if mode == "gathered" else None
     module, drawn = Decoder(WIDE), []
@@ -525,7 +529,7 @@ def hf_directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     module = decoder(CONFIGS[request.param])
     directory = tmp_path_factory.mktemp("model")
     save_hf(module, directory, max_file_nbytes=60_000)
-    yield module, directory
+    return module, directory
 
 
 @pytest.mark.parametrize("mode", ["resident", "streamed"])

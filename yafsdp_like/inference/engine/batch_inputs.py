@@ -14,19 +14,22 @@ Shapes: T tokens of a step, B sequences, V vocabulary, G groups of layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from yafsdp_like.inference.engine.forward import StepSize
 from yafsdp_like.inference.engine.scheduler import Run, Sequence, Stage
 from yafsdp_like.kernels.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from collections.abc import Sequence as Ordered
+
+    from yafsdp_like.inference.engine.forward import StepSize
 
 _UPLOADED = (
     "fed",  # (B + T,)

@@ -19,14 +19,12 @@ K kv heads, H head dim, F feed-forward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from yafsdp_like.inference.kv.kv_cache import LayerGroup
-from yafsdp_like.inference.weights.store import LayerWeights, Weights
 from yafsdp_like.kernels.activation import swiglu
 from yafsdp_like.kernels.attention import (
     Contexts,
@@ -39,6 +37,12 @@ from yafsdp_like.kernels.attention import (
 from yafsdp_like.kernels.gemv import product
 from yafsdp_like.kernels.norm import rms_norm
 from yafsdp_like.kernels.rotary import HeadNorms, rotate_and_store
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from yafsdp_like.inference.kv.kv_cache import LayerGroup
+    from yafsdp_like.inference.weights.store import LayerWeights, Weights
 
 ROW_ALIGNMENT = 4
 

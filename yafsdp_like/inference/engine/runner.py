@@ -8,9 +8,8 @@ Shapes: B sequences, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,13 +17,18 @@ from torch import Tensor
 from yafsdp_like.inference.engine.batch_inputs import Staging
 from yafsdp_like.inference.engine.forward import Cache, Forward, StepSize
 from yafsdp_like.inference.engine.request import Token
-from yafsdp_like.inference.engine.scheduler import Batch, Run
 from yafsdp_like.inference.kv.eviction import Costs
 from yafsdp_like.inference.kv.kv_cache import Copy, LayerGroup, Tier
-from yafsdp_like.inference.weights.store import Weights
 from yafsdp_like.kernels.blocks import launching_on
 from yafsdp_like.kernels.sampling import SamplingRows, sample
 from yafsdp_like.memory.streams import COMPUTE, Event, StepRecorder, StepRecording, streams_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Sequence as Ordered
+
+    from yafsdp_like.inference.engine.scheduler import Batch, Run
+    from yafsdp_like.inference.weights.store import Weights
 
 _LOGPROBS = ("drawn_logprobs", "top_logits", "top_ids")
 _NUM_TIMED = 3  # repetitions of what is measured, of which the fastest counts

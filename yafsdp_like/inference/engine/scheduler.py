@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
 from yafsdp_like.inference.kv.kv_cache import Context, Copy, KVCache, LayerGroup, Shortage, State, Tier, ceil_div
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator
 
 
 class Stage(Enum):
@@ -210,7 +213,8 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next step, to be launched and then announced by ``launched``; None where pending tokens must be read
-        first."""
+        first.
+        """
         draft = _Draft(self.budget.max_batch_tokens)
         try:
             self._go_on(draft)
@@ -294,7 +298,8 @@ class Scheduler:
 
     def _bring(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence the pages that it has on the host or shares with others, and lets it run; False if
-        the rest would find no room."""
+        the rest would find no room.
+        """
         available = self._num_available()
         if self._is_known_to_wait(sequence, available):
             return False
@@ -317,7 +322,8 @@ class Scheduler:
 
     def _is_known_to_wait(self, sequence: Sequence, available: list[int]) -> bool:
         """Whether there was no room for it, and there is not more since: to open its context again would only take
-        time. Alone a sequence always fits."""
+        time. Alone a sequence always fits.
+        """
         if not self.running or self._known_to_wait is None or self._known_to_wait[0] is not sequence:
             return False
         wanted = self._known_to_wait[1]
@@ -330,7 +336,8 @@ class Scheduler:
 
     def _num_missing(self, sequence: Sequence, context: Context) -> list[int]:
         """For each group, pages that all tokens and the next one lack, less those that are there to be taken; room is
-        left if everybody who runs finds one more, too."""
+        left if everybody who runs finds one more, too.
+        """
         return [
             self._num_live_pages(group, sequence.length + 1) - held - available
             for group, held, available in zip(
@@ -368,7 +375,8 @@ class Scheduler:
 
     def _secure(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> bool:
         """Places for the next tokens of a running sequence, at the cost of those that rank last; False if that is
-        itself, and it waits now."""
+        itself, and it waits now.
+        """
         assert sequence.context is not None
         wanted = sequence.num_scheduled + num_tokens - sequence.context.num_tokens
         while isinstance(copies := self.cache.reserve(sequence.context, wanted), Shortage):
@@ -391,7 +399,8 @@ class Scheduler:
 
     def _ignore_floors(self) -> None:
         """To be called when nobody else runs: only floors of other tenants can keep pages back then, which are for
-        times when there is room."""
+        times when there is room.
+        """
         self.cache.pools[Tier.DEVICE].clear()
 
     def _outranks_last(self, sequence: Sequence) -> bool:

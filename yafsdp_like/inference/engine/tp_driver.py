@@ -22,10 +22,13 @@ import math
 import time
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
-from yafsdp_like.comm.tp_group import Team
-from yafsdp_like.inference.engine.engine import Engine, Metrics
 from yafsdp_like.inference.engine.request import Event, QueueFull, Request
+
+if TYPE_CHECKING:
+    from yafsdp_like.comm.tp_group import Team
+    from yafsdp_like.inference.engine.engine import Engine, Metrics
 
 KEEP_ALIVE_S = 5.0  # of silence; far less than the timeout of any group
 

@@ -259,7 +259,8 @@ class Reader:
 
     def read(self, kind: type[CompletionBody] | type[ChatBody], raw: bytes, arrival: float | None = None) -> Job:
         """What was sent as JSON at a time of time.monotonic(). Raises ApiError for what is not served, and first for
-        what would take long to look at."""
+        what would take long to look at.
+        """
         sent = self._limits.parsed(raw)
         self._limits.check(sent)
         try:

@@ -113,7 +113,8 @@ class Service(Generic[EngineT]):
     ) -> None:
         """`prepare` is called first in the thread, to choose its device, say. An engine that finds work by itself is
         looked at every `look_s` seconds; other engines only have work after calls. One whose step takes longer than
-        `stuck_after_s` has failed; None: never."""
+        `stuck_after_s` has failed; None: never.
+        """
         self._engine, self._prepare, self._look_s, self._stuck_after_s = engine, prepare, look_s, stuck_after_s
         self._calls: deque[_Call[EngineT]] = deque()  # shared, under `_changed`
         self._changed = threading.Condition()
@@ -213,7 +214,8 @@ class Service(Generic[EngineT]):
 
     async def drain(self, grace_s: float) -> None:
         """Take no more requests; wait `grace_s` seconds for those that run, and cancel what is left. An engine that
-        does not even end what is cancelled has failed."""
+        does not even end what is cancelled has failed.
+        """
         if self.state is State.SERVING:
             self.state = State.DRAINING
         with contextlib.suppress(TimeoutError):

@@ -8,11 +8,13 @@ tenant itself only. What it has beyond its floor is borrowed, and a victim for e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from yafsdp_like.inference.kv.ranked import Rank, Ranked
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,18 @@ of ``n`` tokens is cached if each group still has its pages from that one on.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
-from yafsdp_like.inference.kv.eviction import Costs
-from yafsdp_like.inference.kv.pages import PagePool
 from yafsdp_like.inference.kv.prefix import Content, Prefix, PrefixTree
 from yafsdp_like.inference.kv.slabs import PageShape
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+
+    from yafsdp_like.inference.kv.eviction import Costs
+    from yafsdp_like.inference.kv.pages import PagePool
 
 NO_PAGE = -1
 
@@ -164,7 +168,8 @@ class KVCache:
 
     def open(self, tokens: Sequence[int], tenant: str = "", salt: Hashable = None) -> tuple[Context, tuple[Copy, ...]]:
         """A context that begins with the longest prefix of ``tokens`` that is cached, without the last token, which is
-        left to be computed. Copies bring in pages that only the host has."""
+        left to be computed. Copies bring in pages that only the host has.
+        """
         root = self.tree.root(salt)
         known = list(self.tree.known(root, tokens[:-1], self.page_size))
         context = self._empty(tenant, root)
@@ -235,7 +240,8 @@ class KVCache:
 
     def close(self, context: Context) -> None:
         """Drops all pages, the last first, so that of a text the end goes before the beginning. Full pages stay cached
-        until their bytes are wanted. Preemption by recompute is this, and ``open`` with the same tokens later."""
+        until their bytes are wanted. Preemption by recompute is this, and ``open`` with the same tokens later.
+        """
         if context.state is State.CLOSED:
             raise RuntimeError("close of a context that is closed already")
         self._drop_pages(context)

@@ -9,13 +9,17 @@ A page has content once ``publish`` was called for it, and is found by it from t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.kv.eviction import LRU, Ledger, Policy, Tenant, Use, Victims
-from yafsdp_like.inference.kv.prefix import Content
 from yafsdp_like.inference.kv.ranked import Rank, Ranked
 from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid, SlabPool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from yafsdp_like.inference.kv.prefix import Content
 
 
 @dataclass(slots=True)
@@ -223,7 +227,8 @@ class PagePool:
 
     def check_integrity(self, references: Mapping[PageShape, Mapping[int, int]]) -> None:
         """Raises RuntimeError unless every page is free, cached, or referred to exactly as often as ``references``
-        counts (shape -> page -> references), and all books agree. O(everything)."""
+        counts (shape -> page -> references), and all books agree. O(everything).
+        """
         self.slabs.check_integrity({shape: stock.pages.keys() for shape, stock in self.stocks.items()})
         _expect(set(references) <= set(self.stocks), f"references to shapes {set(references) - set(self.stocks)}")
         charges: dict[str, int] = {}

@@ -12,9 +12,12 @@ again once the page was computed anew.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Sequence
 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
@@ -50,7 +53,8 @@ class PrefixTree:
 
     def child(self, parent: Prefix, tokens: tuple[int, ...]) -> Prefix:
         """``parent`` and one page more. Where a token stands for an image, it must be a number made of the image's
-        content, outside of the vocabulary."""
+        content, outside of the vocabulary.
+        """
         return self._make((parent.number, tokens), parent)
 
     def known(self, root: Prefix, tokens: Sequence[int], page_size: int) -> Iterator[Prefix]:

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.kv.ranked import Ranked
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Set
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 MAX_PAGES = 2**31  # page numbers are int32
@@ -95,7 +98,8 @@ class SlabGrid:
     @classmethod
     def fitting(cls, region_nbytes: int, shapes: Iterable[PageShape], about_nbytes: int = 32 << 20) -> SlabGrid:
         """Slabs of about the given size that whole pages of all ``shapes`` fill, if such a size is within four times
-        it; otherwise slabs of that size, but at least two pages."""
+        it; otherwise slabs of that size, but at least two pages.
+        """
         sizes = [shape.nbytes for shape in shapes]
         common, two_pages = math.lcm(*sizes), 2 * max(sizes)
         slab = aligned(about_nbytes, common)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from yafsdp_like.inference.kv.kv_cache import LayerGroup
 from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid
 from yafsdp_like.memory.layout import aligned
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from yafsdp_like.inference.kv.kv_cache import LayerGroup
 
 _SLAB_NBYTES = 32 << 20  # at most, about
 _LEAST_SLABS = 64  # where slabs of that size would be fewer

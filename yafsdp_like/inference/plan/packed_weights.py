@@ -16,15 +16,19 @@ Shapes: D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-
-import torch
+from typing import TYPE_CHECKING
 
 from yafsdp_like.memory.layout import FlatLayout, Segment, aligned
-from yafsdp_like.models.decoder import DecoderConfig
-from yafsdp_like.models.tensor_parallel import Cut
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import torch
+
+    from yafsdp_like.models.decoder import DecoderConfig
+    from yafsdp_like.models.tensor_parallel import Cut
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 

@@ -16,19 +16,22 @@ alone, and the unit is whole in a window: the slot's pages, with the pages of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from yafsdp_like.inference.plan.packed_weights import Image, images_of, uses_of
 from yafsdp_like.memory import vmm as windows
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import LiveRange, Region, SlotPlace, SlotRequest, live_nbytes_peak, place
-from yafsdp_like.models.decoder import DecoderConfig
 from yafsdp_like.models.tensor_parallel import cuts_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from yafsdp_like.models.decoder import DecoderConfig
 
 Mode = Literal["resident", "gathered", "streamed", "tensor_parallel"]
 WEIGHT_SLOTS = "weight slots"  # a kind, and its region's name
@@ -67,7 +70,8 @@ class Placement:
     @cached_property
     def runs(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """Moved units in the order of a forward, each with its steps in a row; the first follows the last, and a tied
-        head and the next forward's embedding are one run."""
+        head and the next forward's embedding are one run.
+        """
         found: list[tuple[int, tuple[int, ...]]] = []
         for step, unit in enumerate(self.uses):
             if unit in self.moved:
@@ -85,7 +89,8 @@ class Placement:
 
     def live_ranges(self) -> dict[int, LiveRange]:
         """Of moved units' slots: from the start of the use before to the end of their own, around the end of a
-        forward into the next."""
+        forward into the next.
+        """
         end = len(self.uses) - 1
         ranges = {}
         for index, (unit, steps) in enumerate(self.runs):

@@ -394,7 +394,8 @@ def _context(plan: ServingPlan) -> str:
 
 def _floors(plan: ServingPlan, rates: Rates) -> Iterator[str]:
     """A step that decodes reads all weights but an embedding's, of which it looks up some rows; a unit that is moved
-    hides behind the arithmetic of enough tokens."""
+    hides behind the arithmetic of enough tokens.
+    """
     placement, ranks = plan.placement, plan.site.num_ranks
     read = _num_read(plan) / rates.memory_nbytes
     others = (ranks - 1) / ranks
@@ -415,6 +416,7 @@ def _floors(plan: ServingPlan, rates: Rates) -> Iterator[str]:
 
 def _num_read(plan: ServingPlan) -> int:
     """Bytes of weights that a step that decodes reads. The head is whole on ranks that compute together, but each
-    computes the logits of its part of the vocabulary."""
+    computes the logits of its part of the vocabulary.
+    """
     *layers, head = [plan.placement.images[unit].nbytes for unit in plan.placement.uses[1:]]
     return sum(layers) + (head // plan.site.num_ranks if plan.mode == "tensor_parallel" else head)

@@ -10,15 +10,19 @@ S positions of the longest sequence, G groups of layers that share page tables.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from yafsdp_like.kernels.attention import choose_num_splits, workspace_numel
-from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.plan import LiveRange, Region, SlotPlace, SlotRequest, place
-from yafsdp_like.models.decoder import DecoderConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from yafsdp_like.memory.layout import Segment
+    from yafsdp_like.models.decoder import DecoderConfig
 
 WORKSPACE, LOGITS, TABLES = "workspace", "logits", "tables"  # kinds, and their regions' names
 

@@ -118,7 +118,8 @@ class Codec:
 
     def most_characters(self, num_tokens: int) -> int:
         """Characters of the longest text of so many tokens; a normalizer may make one character of as many as four.
-        What a tokenizer leaves out, or takes together as unknown, is not counted."""
+        What a tokenizer leaves out, or takes together as unknown, is not counted.
+        """
         longest = max(map(len, self._tokenizer.get_vocab()))
         return num_tokens * longest * (1 if self._model.normalizer is None else 4)
 
@@ -193,7 +194,8 @@ class Detokenizer:
 
     def _keep_silent(self, tokens: list[int]) -> None:
         """Tokens that have said nothing: a space that was the first there was, or the last. The next token's neighbours
-        are these, too; but not those that never say anything, as special ones."""
+        are these, too; but not those that never say anything, as special ones.
+        """
         speaking = [token for token in tokens if self._decode([token] * MOST_PENDING_TOKENS)]
         silent = [*self._context[self._num_speaking :], *speaking]
         self._context = self._context[: self._num_speaking] + silent[-MOST_PENDING_TOKENS:]

@@ -10,12 +10,14 @@ import json
 import reprlib
 from dataclasses import fields
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from yafsdp_like.inference.text.chat import unpanicked
 from yafsdp_like.kernels.sampling import SamplingParams
 from yafsdp_like.models.hf import CONFIG_NAME, GENERATION_CONFIG_NAME
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = "tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG
@@ -72,7 +74,8 @@ def load_tokenizer(directory: Path) -> Any:
 
 def _check_class(path: Path, transformers: Any) -> None:
     """AutoTokenizer calls whatever of `transformers` has the name that is asked for, and forgets there that code of the
-    directory is not trusted."""
+    directory is not trusted.
+    """
     name = json_object(path).get("tokenizer_class")
     if name is None:
         return

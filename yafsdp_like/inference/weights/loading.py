@@ -8,25 +8,28 @@ reads that part.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from yafsdp_like.checkpoint import steps
-from yafsdp_like.checkpoint.safetensors import StoredTensor
-from yafsdp_like.comm import TransportName
 from yafsdp_like.comm.choice import transport_of
-from yafsdp_like.comm.transport import Transport
-from yafsdp_like.inference.plan.packed_weights import Parameter
 from yafsdp_like.inference.plan.serving_plan import AnyMode, Hardware, ServingLimits, ServingPlan, Site, plan_serving
 from yafsdp_like.inference.weights.store import PlacedWeights, Store, reserve
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig, hf
 from yafsdp_like.models.decoder import fill_first_values
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from yafsdp_like.checkpoint.safetensors import StoredTensor
+    from yafsdp_like.comm import TransportName
+    from yafsdp_like.comm.transport import Transport
+    from yafsdp_like.inference.plan.packed_weights import Parameter
 
 PRESET = "preset:"
 EXPORT = "hf"  # in a checkpoint: the same model as a Hugging Face directory, if training was told to write it
@@ -39,7 +42,8 @@ class Source(Protocol):
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Elements of the decoder's parameter ``name`` from ``start`` on into ``out``, (n,), on any device, cast to
-        its dtype."""
+        its dtype.
+        """
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,8 @@ def fill(store: Store, source: Source) -> None:
 
 def _fill_part(values: Tensor, parameter: Parameter, rank: int, source: Source) -> None:
     """One rank's part (n,) of a parameter that is cut. Parts of rows are copied out of the whole parameter, for which
-    the device must have room while it is loaded: a source gives rows only, and a rank needs some of each."""
+    the device must have room while it is loaded: a source gives rows only, and a rank needs some of each.
+    """
     cut = parameter.cut
     assert cut is not None and len(values) == parameter.numel, "what is cut is kept, not moved"
     if cut.dim == 0:

@@ -34,23 +34,26 @@ Shapes: D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from yafsdp_like.comm.tp_group import Team, world_team
-from yafsdp_like.comm.transport import Transport
-from yafsdp_like.inference.plan.packed_weights import Image
 from yafsdp_like.inference.plan.placement import WEIGHT_SLOTS
-from yafsdp_like.inference.plan.serving_plan import ServingPlan
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.streams import COMPUTE, GATHER, Event, Streams, streams_of
-from yafsdp_like.models.decoder import DecoderConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from yafsdp_like.comm.transport import Transport
+    from yafsdp_like.inference.plan.packed_weights import Image
+    from yafsdp_like.inference.plan.serving_plan import ServingPlan
+    from yafsdp_like.models.decoder import DecoderConfig
 
 _SHARED = ("gathered", "tensor_parallel")  # modes in which ranks have parts of weights
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
@@ -279,7 +282,8 @@ class PlacedWeights:
 
     def filled(self, error: BaseException | None = None) -> None:
         """This rank's stores are filled, or will not be, because of ``error``, which is then raised. Where ranks share
-        weights, blocks until all ranks' are, and raises where any failed."""
+        weights, blocks until all ranks' are, and raises where any failed.
+        """
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what reading and drawing values took is not in the plan
         self._meet("filled", error)
