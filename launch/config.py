@@ -27,7 +27,7 @@ from yafsdp_like.data import DataConfig
 
 USAGE = "usage: [torchrun --nproc-per-node N] -m launch.train [CONFIG.yaml] [--section.key=value ...]"
 FREE_KEYS = ("model.overrides.", "model.factory_args.")  # what follows is the model's own
-MOST_SEQUENCES = 8  # of one forward, where nothing is said
+MAX_SEQUENCES = 8  # of one forward, where nothing is said
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Config:
 
 
 def _fits(num_sequences: int) -> bool:
-    return num_sequences <= MOST_SEQUENCES
+    return num_sequences <= MAX_SEQUENCES
 
 
 def load(arguments: Sequence[str]) -> Config:

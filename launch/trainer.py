@@ -23,7 +23,7 @@ from yafsdp_like.data import Batches, PackedText
 from yafsdp_like.optim.adamw import local
 from yafsdp_like.optim.schedule import WarmupCosine
 
-MOST_SKIPPED = 10  # steps one after the other: then it is not the batch
+MAX_SKIPPED_STEPS = 10  # steps one after the other: then it is not the batch
 
 
 class Trainer:
@@ -102,8 +102,8 @@ class Trainer:
                 f"{words}; this step is in no checkpoint. A lower optimizer.lr may help, or "
                 "--optimizer.nonfinite=skip, which leaves such steps out"
             )
-        if self._num_skipped > MOST_SKIPPED:
-            raise NotFiniteError(f"{words}, after {MOST_SKIPPED} steps that were skipped for it")
+        if self._num_skipped > MAX_SKIPPED_STEPS:
+            raise NotFiniteError(f"{words}, after {MAX_SKIPPED_STEPS} steps that were skipped for it")
         if self.world.is_first:
             print(f"{words}: skipped", flush=True)
 

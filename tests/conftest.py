@@ -15,7 +15,7 @@ import torch
 from tests.ranks import close_pools
 from yafsdp_like.kernels.blocks import INTERPRETED
 
-LONGEST = ("test_train", "test_smollm2", "test_stream_order", "test_peer", "test_running", "test_state", "test_parity")
+SLOWEST = ("test_train", "test_smollm2", "test_stream_order", "test_peer", "test_running", "test_state", "test_parity")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest itself, which selects by markers
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what is marked `gpu` where there are fewer than two of them, find out which parameters are `slow`, and put
     the files first that take longest, so that no process is left with one of them at the end.
     """
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    items.sort(key=lambda item: item.path.stem not in SLOWEST)
     for item in items:
         _settle_slow(item)
         if torch.cuda.device_count() < 2 and item.get_closest_marker("gpu"):

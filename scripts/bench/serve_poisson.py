@@ -14,7 +14,7 @@ from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request
 
 PERCENTS = (50, 95, 99)
-LEAST_REQUESTS = 8
+MIN_REQUESTS = 8
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def measure(bench: Bench) -> Iterator[Row]:
 def arrivals_at(rate: float, options: ServeOptions, requests: Requests) -> list[Arrival]:
     """As many as the rate gives in ``options.seconds``; the times between them are exponentially distributed."""
     clock, at, arrivals = random.Random(f"arrivals {rate}"), 0.0, []
-    for _ in range(max(LEAST_REQUESTS, round(rate * options.seconds))):
+    for _ in range(max(MIN_REQUESTS, round(rate * options.seconds))):
         at += clock.expovariate(rate)
         arrivals.append(Arrival(at, requests.one(options.prompt_tokens, options.new_tokens)))
     return arrivals

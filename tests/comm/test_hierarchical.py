@@ -107,7 +107,7 @@ def train_twice(num_hosts: int, narrow_nbytes: int) -> tuple[Run, Run]:
     with pytest.MonkeyPatch.context() as patch:
         over_hosts(patch, num_hosts)
         wide = train("nested", "ours", recipe)
-        patch.setattr(blueprint, "MOST_STAGING_NBYTES", narrow_nbytes)
+        patch.setattr(blueprint, "MAX_STAGING_NBYTES", narrow_nbytes)
         return wide, train("nested", "ours", recipe)
 
 

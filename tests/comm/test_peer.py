@@ -186,7 +186,7 @@ def train_with_little_staging(nbytes: int) -> tuple[Run, Run]:
     recipe = Recipe(steps=4, precision=BF16, transport="peer")
     wide = train("nested", "ours", recipe)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blueprint, "MOST_STAGING_NBYTES", nbytes)
+        patch.setattr(blueprint, "MAX_STAGING_NBYTES", nbytes)
         model = sharded(SPECIMENS["nested"], mp_policy=MixedPrecisionPolicy(**BF16))
         assert model.memory_plan().nbytes_of("staging") == nbytes
         return wide, train("nested", "ours", recipe)

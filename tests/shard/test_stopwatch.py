@@ -301,7 +301,7 @@ def test_nothing_is_decided_while_gradients_are_held() -> None:
 def test_a_model_that_always_holds_gradients_is_left_alone_after_some_tries() -> None:
     """Prevents: steps that are never recorded, and ranks that ask each other for ever."""
     with measuring(EXPOSED), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stopwatch_module, "MOST_TRIES", 3)
+        patch.setattr(stopwatch_module, "MAX_TRIES", 3)
         model = chain()
         train(model, MEASURED + 3, set_to_none=False)
         assert model._engine().stopwatch is not None

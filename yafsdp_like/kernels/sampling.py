@@ -44,7 +44,7 @@ _PHILOX_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _PHILOX_KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 _PHILOX_ROUNDS = 10
 _LOW_WORD = 0xFFFFFFFF
-_LEAST_TEMPERATURE = 1e-3  # what is colder draws as 0 does; the inverse of much less makes scores overflow
+_MIN_TEMPERATURE = 1e-3  # what is colder draws as 0 does; the inverse of much less makes scores overflow
 _UNIFORM_END = 1 - 2.0**-24  # the largest float32 below 1
 
 
@@ -85,7 +85,7 @@ class SamplingParams:
 
     def numbers(self) -> tuple[float, ...]:
         """A row of `SamplingRows.numbers`."""
-        inverse = 0.0 if self.temperature < _LEAST_TEMPERATURE else 1 / self.temperature
+        inverse = 0.0 if self.temperature < _MIN_TEMPERATURE else 1 / self.temperature
         least = math.log(self.min_p) if self.min_p else -math.inf
         repetition = self.repetition_penalty
         return inverse, self.top_p, least, repetition, 1 / repetition, self.presence_penalty, self.frequency_penalty

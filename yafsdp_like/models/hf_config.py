@@ -19,7 +19,7 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
-_MOST_MODULES, _MOST_OF_ANYTHING = 10_000, 1 << 31
+_MAX_MODULES, _MAX_SIZE = 10_000, 1 << 31
 _MODULES = ("num_hidden_layers", "num_local_experts", "num_experts", "num_experts_per_tok")
 _COUNTS = (
     "hidden_size",
@@ -135,7 +135,7 @@ def _check_kinds(raw: Mapping[str, Any]) -> None:
     if not isinstance(raw, Mapping):
         raise ValueError(f"expected an object in JSON, found {type(raw).__name__}")
     for name in _COUNTS:
-        value, most = raw.get(name), _MOST_MODULES if name in _MODULES else _MOST_OF_ANYTHING
+        value, most = raw.get(name), _MAX_MODULES if name in _MODULES else _MAX_SIZE
         if name in raw and not (value is None and name in _OPTIONAL) and not _is_number(value, 1, most, int):
             raise ValueError(f"{name} must be a whole number from 1 to {most}, found {value!r}")
     for name in ("rms_norm_eps", "rope_theta"):
@@ -146,7 +146,7 @@ def _check_kinds(raw: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be true or false, found {raw[name]!r}")
     if not isinstance(raw.get("layer_types") or [], list):
         raise ValueError(f"layer_types must be a list of names, found {raw['layer_types']!r}")
-    if not _is_number(raw.get("max_window_layers", 0), 0, _MOST_MODULES, int):
+    if not _is_number(raw.get("max_window_layers", 0), 0, _MAX_MODULES, int):
         raise ValueError(f"max_window_layers must be a number of layers, found {raw['max_window_layers']!r}")
     for name in ("rope_scaling", "rope_parameters"):
         _check_rope(name, raw.get(name))

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 GATHER_SLOTS, GRADIENT_SLOTS = "gather slots", "gradient slots"  # the two regions that slots share
 STAGING, COLUMN = "staging", "gather staging"
-MOST_STAGING_NBYTES = 256 << 20
-MOST_PAGE_NBYTES = 16 << 20  # slots end at a page
+MAX_STAGING_NBYTES = 256 << 20
+MAX_PAGE_NBYTES = 16 << 20  # slots end at a page
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _page_nbytes(units: Sequence[Unit]) -> int:
     sharers = [u for u in units if u.transport.spares_own_chunks and u.transport.world_size > 1]
     chunks = [p.chunk_nbytes for unit in sharers for p in unit.params]
     in_pages = [nbytes for nbytes in chunks if nbytes and nbytes % windows.PAGE_NBYTES == 0]
-    return math.gcd(MOST_PAGE_NBYTES, *in_pages) if in_pages else 0
+    return math.gcd(MAX_PAGE_NBYTES, *in_pages) if in_pages else 0
 
 
 def _shards(unit: Unit, layout: UnitLayout, page_nbytes: int) -> list[Region]:
@@ -124,7 +124,7 @@ def _staging(layouts: Mapping[Unit, UnitLayout]) -> list[Region]:
         _column_nbytes(u, [p.reduce_dtype if p.trainable and u.trains else None for p in u.params]) for u in layouts
     )
     column = max(_column_nbytes(u, [p.compute_dtype for p in u.params]) for u in layouts)
-    staging = [Region(STAGING, STAGING, min(max(needs), MOST_STAGING_NBYTES) + sums)] if needs else []
+    staging = [Region(STAGING, STAGING, min(max(needs), MAX_STAGING_NBYTES) + sums)] if needs else []
     return staging + ([Region(COLUMN, STAGING, column, mapped=True)] if column else [])
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-MOST_GATHERS, MOST_GRADIENTS = 3, 3
+MAX_GATHERS, MAX_GRADIENTS = 3, 3
 WORTH = 0.01  # of a step: a smaller difference is not worth memory
 
 
@@ -55,8 +55,8 @@ class Course:
 
 def depths(gathers_are_given: bool) -> list[Depth]:
     """What there is to choose from; the user's own prefetch lists leave only gradient slots."""
-    gathers = (1,) if gathers_are_given else range(1, MOST_GATHERS + 1)
-    return [Depth(*pair) for pair in product(gathers, range(2, MOST_GRADIENTS + 1))]
+    gathers = (1,) if gathers_are_given else range(1, MAX_GATHERS + 1)
+    return [Depth(*pair) for pair in product(gathers, range(2, MAX_GRADIENTS + 1))]
 
 
 def choose(steps: Mapping[Depth, float], more_nbytes: Mapping[Depth, int], room_nbytes: int) -> Depth:

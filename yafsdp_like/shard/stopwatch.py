@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.unit import Unit
 
 MEASURED = 3  # iterations before it: kernels are compiled and chosen in them, and PyTorch's allocator settles
-MOST_TRIES = 64  # later iterations that find times incomplete, or something still held
+MAX_TRIES = 64  # later iterations that find times incomplete, or something still held
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Stopwatch:
 
     @property
     def gives_up(self) -> bool:
-        return self._iterations > MEASURED + MOST_TRIES
+        return self._iterations > MEASURED + MAX_TRIES
 
     @contextmanager
     def span(self, stream: str, unit: Unit | None, in_backward: bool) -> Iterator[None]:

@@ -145,7 +145,7 @@ def test_as_much_as_fits_is_served_however_it_is_written(running: Running, codec
 
 
 def test_an_echo_is_bounded_with_all_of_its_choices(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("yafsdp_like.inference.http.protocol.MOST_ECHOED", 100)
+    monkeypatch.setattr("yafsdp_like.inference.http.protocol.MAX_ECHOED_CHARACTERS", 100)
     body = {**GREEDY, "max_tokens": 1, "prompt": "The quick brown fox", "echo": True}
     assert running.post(COMPLETIONS, {**body, "n": 5}).status_code == 200
     assert running.post(COMPLETIONS, {**body, "n": 6}).json()["error"]["param"] == "echo"
@@ -167,9 +167,9 @@ def test_an_echo_is_bounded_with_all_of_its_choices(running: Running, monkeypatc
     ids=range(9),
 )
 def test_values_are_counted_outside_of_strings(raw: bytes, is_refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "MOST_VALUES", 100)
-    monkeypatch.setattr(costs, "LEAST_VALUES", 0)
-    monkeypatch.setattr(costs, "MOST_CONTAINERS", 20)
+    monkeypatch.setattr(costs, "MAX_VALUES", 100)
+    monkeypatch.setattr(costs, "MIN_VALUES", 0)
+    monkeypatch.setattr(costs, "MAX_CONTAINERS", 20)
     limits = Limits(max_seq_len=10, max_choices=20, most_characters=100)
     if is_refused:
         with pytest.raises(ApiError, match="the body: at most"):
@@ -189,7 +189,7 @@ def test_what_bodies_look_like_is_told(running: Running) -> None:
 
 def test_long_bodies_wait_for_each_other_and_short_ones_for_none(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     """And only so many of them wait."""
-    monkeypatch.setattr(desk, "MOST_LONG", 2)
+    monkeypatch.setattr(desk, "MAX_LONG_BODIES", 2)
     may_end, encode = threading.Event(), codec.encode
 
     def encode_slowly(text: str) -> tuple[int, ...]:
@@ -247,7 +247,7 @@ def iter_done(futures: list[Any]) -> Iterator[Any]:
 
 
 def test_bytes_of_long_bodies_are_bounded_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(desk, "MOST_HELD_NBYTES", 100)
+    monkeypatch.setattr(desk, "MAX_HELD_NBYTES", 100)
     at_work = Desk()
     with at_work.hold() as first, at_work.hold() as second:
         first.add(desk.SHORT_COST)

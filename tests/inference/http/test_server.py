@@ -23,7 +23,7 @@ from tests.inference.text.test_codec import needs_smollm2, smollm2_in, write_tok
 from yafsdp_like.comm.transport import Transport
 from yafsdp_like.inference.engine.engine import Engine, EngineOptions
 from yafsdp_like.inference.engine.request import Event, FinishReason, QueueFull, Request
-from yafsdp_like.inference.http.protocol import MOST_STOP_STRINGS, ServerOptions
+from yafsdp_like.inference.http.protocol import MAX_STOP_STRINGS, ServerOptions
 from yafsdp_like.inference.http.server import create_app
 from yafsdp_like.inference.http.service import Service, State, Unavailable
 from yafsdp_like.inference.http.stream import Stream
@@ -547,7 +547,7 @@ def plain(codec: Codec) -> Iterator[Running]:
         (COMPLETIONS, {"prompt": "x", "seed": 2**63}, 400, "seed", "less than"),
         (COMPLETIONS, {"prompt": "x", "logprobs": 21}, 400, "logprobs", "less than or equal to 20"),
         (COMPLETIONS, {"prompt": "x", "logprobs": 1, "echo": True}, 400, "echo", "not both"),
-        (COMPLETIONS, {"prompt": "x", "stop": ["a"] * (MOST_STOP_STRINGS + 1)}, 400, "stop", "at most 16 strings"),
+        (COMPLETIONS, {"prompt": "x", "stop": ["a"] * (MAX_STOP_STRINGS + 1)}, 400, "stop", "at most 16 strings"),
         (COMPLETIONS, {"prompt": "x", "stop": [""]}, 400, "stop", "of 1 to 256 characters"),
         (COMPLETIONS, {"prompt": "x", "suffix": "y"}, 400, "suffix", "only continues a prompt"),
         (COMPLETIONS, {"prompt": "x", "best_of": 3}, 400, "best_of", "not ranked"),

@@ -306,7 +306,7 @@ def test_an_engine_that_takes_nothing_is_not_offered_more_and_more(
             with contextlib.suppress(QueueFull):
                 (await task).close()
 
-    monkeypatch.setattr(service, "MOST_OPEN", 11)
+    monkeypatch.setattr(service, "MAX_OPEN_REQUESTS", 11)
     engine = Hanging(make_engine(codec, max_waiting=4))
     run(engine, lambda service: main(engine, service))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from yafsdp_like.inference.plan.packed_weights import images_of, uses_of
-from yafsdp_like.inference.plan.placement import LEAST_PAGES, Mode, Placement, placements
+from yafsdp_like.inference.plan.placement import MIN_PAGES_PER_PART, Mode, Placement, placements
 from yafsdp_like.inference.plan.serving_plan import HARDWARE, ServingLimits, ServingPlan, Site, plan_serving
 from yafsdp_like.inference.plan.workspace import ALWAYS, WORKSPACE
 from yafsdp_like.memory.layout import aligned
@@ -153,7 +153,7 @@ def test_slots_hold_other_ranks_parts_alone_where_memory_is_mapped(name: str, nu
     part = aligned(-(-layer // num_ranks), page_nbytes)
     assert plan.memory.nbytes_of("weight slots") == 2 * (num_ranks - 1) * part
     assert plan.memory.nbytes_of("weight shards") == PRESETS[name].num_layers * part
-    assert part <= (1 + 1 / LEAST_PAGES) * layer / num_ranks
+    assert part <= (1 + 1 / MIN_PAGES_PER_PART) * layer / num_ranks
     in_pages = [region for region in plan.memory.regions if region.page_nbytes]
     assert {region.kind for region in in_pages} == {"weight slots", "weight shards"}
     assert {region.page_nbytes for region in in_pages} == {page_nbytes}

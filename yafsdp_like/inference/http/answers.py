@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 from yafsdp_like.inference.engine.request import FinishReason, Request
 from yafsdp_like.inference.text.codec import Codec, Piece, PlacedToken, Transcript
 
-LEAST_LOGPROB = -9999.0  # JSON has no infinity
+MIN_LOGPROB = -9999.0  # JSON has no infinity
 FINISH = {None: None, FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
@@ -136,7 +136,7 @@ class ChatForm:
 
 
 def _finite(logprob: float | None) -> float | None:
-    return None if logprob is None else max(logprob, LEAST_LOGPROB)
+    return None if logprob is None else max(logprob, MIN_LOGPROB)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from typing import Any
 
 from yafsdp_like.inference.http.errors import ApiError, invalid, too_long, too_many_choices
 
-MOST_FIELDS = 100  # of a body, or of a message
-MOST_MESSAGES = 2048
-MOST_PARTS = 4096  # of all messages
-MOST_CONTAINERS = 16384  # lists and objects
-LEAST_VALUES, MOST_VALUES = 2**16, 2**18  # of the limit on single values; two whole prompts are always fewer
+MAX_FIELDS = 100  # of a body, or of a message
+MAX_MESSAGES = 2048
+MAX_PARTS = 4096  # of all messages
+MAX_CONTAINERS = 16384  # lists and objects
+MIN_VALUES, MAX_VALUES = 2**16, 2**18  # of the limit on single values; two whole prompts are always fewer
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Limits:
     @property
     def most_values(self) -> int:
         """Numbers, strings and all else between commas."""
-        most = max(MOST_VALUES, LEAST_VALUES + 2 * self.max_seq_len)
-        return min(most, LEAST_VALUES + self.max_choices * self.max_seq_len)
+        most = max(MAX_VALUES, MIN_VALUES + 2 * self.max_seq_len)
+        return min(most, MIN_VALUES + self.max_choices * self.max_seq_len)
 
     def parsed(self, raw: bytes) -> Any:
         """What the body says. Raises ApiError for what is no JSON, or too much of it: [Note: cost]."""
@@ -60,16 +60,16 @@ class Limits:
         """Raises ApiError for a body whose parts are too many or too long."""
         if not isinstance(body, dict):
             return
-        if len(body) > MOST_FIELDS:
-            raise ApiError(400, f"the body: at most {MOST_FIELDS} fields, found {len(body)}")
+        if len(body) > MAX_FIELDS:
+            raise ApiError(400, f"the body: at most {MAX_FIELDS} fields, found {len(body)}")
         self._check_prompts(body.get("prompt"))
         self._check_messages(body.get("messages"))
 
     def _check_values(self, text: str) -> None:
-        if text.count(",") > self.most_values or text.count("[") + text.count("{") > MOST_CONTAINERS:
+        if text.count(",") > self.most_values or text.count("[") + text.count("{") > MAX_CONTAINERS:
             text = self._outside_strings(text)
         self._expect("values", text.count(","), self.most_values)
-        self._expect("lists and objects", text.count("[") + text.count("{"), MOST_CONTAINERS)
+        self._expect("lists and objects", text.count("[") + text.count("{"), MAX_CONTAINERS)
 
     def _outside_strings(self, text: str) -> str:
         """What is not in quotes; right as far as the text is JSON."""
@@ -104,19 +104,19 @@ class Limits:
     def _check_messages(self, messages: Any) -> None:
         if not isinstance(messages, list):
             return
-        if len(messages) > MOST_MESSAGES:
-            raise invalid("messages", f"at most {MOST_MESSAGES}, found {len(messages)}")
+        if len(messages) > MAX_MESSAGES:
+            raise invalid("messages", f"at most {MAX_MESSAGES}, found {len(messages)}")
         num_parts = num_characters = 0
         for index, message in enumerate(messages):
             if not isinstance(message, dict):
                 continue
-            if len(message) > MOST_FIELDS:
-                raise invalid(f"messages[{index}]", f"at most {MOST_FIELDS} fields, found {len(message)}")
+            if len(message) > MAX_FIELDS:
+                raise invalid(f"messages[{index}]", f"at most {MAX_FIELDS} fields, found {len(message)}")
             content = message.get("content")
             num_parts += len(content) if isinstance(content, list) else 0
             num_characters += sum(map(len, _texts(content)))
-        if num_parts > MOST_PARTS:
-            raise invalid("messages", f"at most {MOST_PARTS} parts in all, found {num_parts}")
+        if num_parts > MAX_PARTS:
+            raise invalid("messages", f"at most {MAX_PARTS} parts in all, found {num_parts}")
         self._check_length("messages", num_characters)
 
     def _check_length(self, param: str, num_characters: int) -> None:

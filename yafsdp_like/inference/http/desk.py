@@ -22,9 +22,9 @@ T = TypeVar("T")
 
 SHORT_COST = 32 * 2**10  # of a body, in bytes
 CONTAINER_COST = 256  # of an object in it, a message say, in bytes of text that take as long
-MOST_SHORT, MOST_LONG = 1024, 16  # that wait
-MOST_HELD_NBYTES = 64 * 2**20  # of long bodies
-LONGEST_REST_S = 2.0
+MAX_SHORT_BODIES, MAX_LONG_BODIES = 1024, 16  # that wait
+MAX_HELD_NBYTES = 64 * 2**20  # of long bodies
+MAX_REST_S = 2.0
 
 
 class Busy(RuntimeError):
@@ -68,7 +68,7 @@ class Lane:
             return function()
         finally:
             ended = time.monotonic()
-            self._rested_at = ended + min(LONGEST_REST_S, ended - began)
+            self._rested_at = ended + min(MAX_REST_S, ended - began)
 
 
 class Held:
@@ -87,7 +87,7 @@ class Held:
     def add(self, nbytes: int) -> None:
         """Raises Busy where long bodies are too many; short ones are not counted."""
         more = max(0, self.nbytes + nbytes - SHORT_COST) - max(0, self.nbytes - SHORT_COST)
-        if more and self._desk.num_held_nbytes + more > MOST_HELD_NBYTES:
+        if more and self._desk.num_held_nbytes + more > MAX_HELD_NBYTES:
             raise Busy("too many long bodies are being read; try again later")
         self.nbytes += nbytes
         self._desk.num_held_nbytes += more
@@ -97,8 +97,8 @@ class Desk:
     """[Note: two lanes] For one event loop."""
 
     def __init__(self) -> None:
-        self._short = Lane("short bodies", 2, MOST_SHORT, rests=False)
-        self._long = Lane("long bodies", 1, MOST_LONG, rests=True)
+        self._short = Lane("short bodies", 2, MAX_SHORT_BODIES, rests=False)
+        self._long = Lane("long bodies", 1, MAX_LONG_BODIES, rests=True)
         self.num_held_nbytes = 0  # of long bodies
 
     def hold(self) -> Held:

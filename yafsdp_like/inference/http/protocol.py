@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from yafsdp_like.inference.engine.request import PLAIN, Request
+from yafsdp_like.inference.engine.request import MAX_LOGPROBS, PLAIN, Request
 from yafsdp_like.inference.http.answers import ChatForm, Choice, CompletionForm, Form, Job
 from yafsdp_like.inference.http.costs import Limits
 from yafsdp_like.inference.http.errors import (
@@ -37,11 +37,10 @@ from yafsdp_like.kernels.sampling import SamplingParams
 
 T = TypeVar("T")
 
-MOST_STOP_STRINGS, LONGEST_STOP_STRING = 16, 256
-MOST_LOGPROBS = 20
+MAX_STOP_STRINGS, MAX_STOP_STRING_LENGTH = 16, 256
 DEFAULT_MAX_TOKENS = 16  # of a completion, as OpenAI's
-LEAST_BODY_NBYTES, TOKEN_NBYTES = 2**20, 32  # of the limit; of a token, in whatever way it is written
-MOST_ECHOED = 2**22  # characters of prompts that are said again, of all choices
+MIN_BODY_NBYTES, TOKEN_NBYTES = 2**20, 32  # of the limit; of a token, in whatever way it is written
+MAX_ECHOED_CHARACTERS = 2**22  # characters of prompts that are said again, of all choices
 PROBED, SPARED_TOKENS = 8, 64  # characters for each token that fits; tokens by which a cut may change their number
 SAMPLED = {item.name for item in fields(SamplingParams)} - {"seed"}
 
@@ -63,7 +62,7 @@ class ServerOptions:
     @property
     def most_body_nbytes(self) -> int:
         """A body may have this many bytes for each token that could be served in answer to it."""
-        return min(self.max_body_nbytes, max(LEAST_BODY_NBYTES, TOKEN_NBYTES * self.max_choices * self.max_seq_len))
+        return min(self.max_body_nbytes, max(MIN_BODY_NBYTES, TOKEN_NBYTES * self.max_choices * self.max_seq_len))
 
 
 # --- values of fields ---
@@ -99,12 +98,12 @@ def _as_stops(value: Any) -> list[str]:
     strings = [] if value is None else [value] if isinstance(value, str) else value
     if (
         isinstance(strings, list)
-        and len(strings) <= MOST_STOP_STRINGS
-        and all(isinstance(string, str) and 0 < len(string) <= LONGEST_STOP_STRING for string in strings)
+        and len(strings) <= MAX_STOP_STRINGS
+        and all(isinstance(string, str) and 0 < len(string) <= MAX_STOP_STRING_LENGTH for string in strings)
     ):
         return strings
     raise ValueError(
-        f"expected a string or at most {MOST_STOP_STRINGS} strings, of 1 to {LONGEST_STOP_STRING} characters each"
+        f"expected a string or at most {MAX_STOP_STRINGS} strings, of 1 to {MAX_STOP_STRING_LENGTH} characters each"
     )
 
 
@@ -189,7 +188,7 @@ class CompletionBody(AnyBody):
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts)]
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     suffix: Annotated[Any, _refused("the model only continues a prompt; leave it out", "")] = None
     best_of: Any = None  # harmless where it is n
 
@@ -223,7 +222,7 @@ class ChatBody(AnyBody):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     parallel_tool_calls: Any = None
     # [Note: fields] Refused.
     tools: Annotated[Any, _refused(NO_TOOLS, [])] = None
@@ -339,8 +338,8 @@ class Reader:
         if not body.echo:
             return ("",) * (len(body.prompt) * body.num_each)
         said = [prompt if isinstance(prompt, str) else self._codec.decode(prompt) for prompt in body.prompt]
-        if (length := sum(map(len, said)) * body.num_each) > MOST_ECHOED:
-            raise invalid("echo", f"at most {MOST_ECHOED} characters are said again, found {length}; lower n")
+        if (length := sum(map(len, said)) * body.num_each) > MAX_ECHOED_CHARACTERS:
+            raise invalid("echo", f"at most {MAX_ECHOED_CHARACTERS} characters are said again, found {length}; lower n")
         return tuple(text for text in said for _ in range(body.num_each))
 
     def _max_tokens(self, param: str, prompt: Sequence[int], asked: int | None, default: int) -> int:

@@ -38,7 +38,7 @@ from yafsdp_like.inference.http.stream import Stream
 T = TypeVar("T")
 
 SLOW_STEP_S = 20.0  # a step that takes longer is worth a word
-MOST_OPEN = 2**16  # requests that have not ended
+MAX_OPEN_REQUESTS = 2**16  # requests that have not ended
 LAST_STEP_S = 5.0  # for the engine to end what was cancelled, and its thread
 logger = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ class Service(Generic[EngineT]):
 
     def _check_room(self, count: int) -> None:
         """Raises QueueFull if more are open than any engine says no to by itself, as when it is stuck."""
-        if len(self._streams) + count > MOST_OPEN:
+        if len(self._streams) + count > MAX_OPEN_REQUESTS:
             raise QueueFull(f"{len(self._streams)} requests are open; try again later")
 
     def _cancel(self, name: str) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.kv.kv_cache import LayerGroup
 
 _SLAB_NBYTES = 32 << 20  # at most, about
-_LEAST_SLABS = 64  # where slabs of that size would be fewer
+_MIN_SLABS = 64  # where slabs of that size would be fewer
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Capacity:
     def grid(self, nbytes: int) -> SlabGrid | None:
         """A region of at most ``nbytes`` in slabs without a rest; None where it holds none."""
         most = max(shape.nbytes for shape in self.shapes)
-        about = min(_SLAB_NBYTES, max(nbytes // _LEAST_SLABS, 2 * most))
+        about = min(_SLAB_NBYTES, max(nbytes // _MIN_SLABS, 2 * most))
         try:
             grid = SlabGrid.fitting(nbytes, self.shapes, about)
         except ValueError:

@@ -11,7 +11,8 @@ before its own to the end of its own.
 [Note: own parts]
 A rank has its own part of a gathered unit already. Where ranks map each other's memory, a slot holds the others' parts
 alone, and the unit is whole in a window: the slot's pages, with the pages of this rank's shard between them
-(``memory/windows.py``, [Note: windows]). So parts are whole pages there, padded by less than one in ``LEAST_PAGES``.
+(``memory/windows.py``, [Note: windows]). So parts are whole pages there, padded by less than one in
+``MIN_PAGES_PER_PART``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["resident", "gathered", "streamed", "tensor_parallel"]
 WEIGHT_SLOTS = "weight slots"  # a kind, and its region's name
-LEAST_PAGES = 8  # of each part, where parts are made of pages
+MIN_PAGES_PER_PART = 8  # of each part, where parts are made of pages
 _ENOUGH_PAGES = 64  # then pages are twice as large, since each is an allocation of its own, and a descriptor
 
 
@@ -65,7 +66,7 @@ class Placement:
             return 0
         num_pages = min(self.images[unit].part_nbytes(self.num_ranks) for unit in self.moved) // windows.PAGE_NBYTES
         doublings = max(num_pages // _ENOUGH_PAGES, 1).bit_length() - 1
-        return windows.PAGE_NBYTES << doublings if num_pages >= LEAST_PAGES else 0
+        return windows.PAGE_NBYTES << doublings if num_pages >= MIN_PAGES_PER_PART else 0
 
     @cached_property
     def runs(self) -> tuple[tuple[int, tuple[int, ...]], ...]:

@@ -29,7 +29,7 @@ Decode = Callable[[Sequence[int]], str]
 
 UNKNOWN = "\ufffd"  # what decoders write for bytes that are no character
 NUM_CONTEXT_TOKENS = 4  # of the prompt: some decoders drop a space before the first token that they see
-MOST_PENDING_TOKENS = 16  # a character has 4 bytes at most: what is still none then will never be one
+MAX_PENDING_TOKENS = 16  # a character has 4 bytes at most: what is still none then will never be one
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how vocabularies of characters spell single bytes
 
 
@@ -159,7 +159,7 @@ class Detokenizer:
         """What each token says of those that have said nothing before: none while bytes may go on in the next."""
         self._pending.append(token)
         self._guesses.append(self._decode(self._context + self._pending)[len(self._context_text) :])
-        if self._guesses[-1].endswith(UNKNOWN) and len(self._pending) < MOST_PENDING_TOKENS:
+        if self._guesses[-1].endswith(UNKNOWN) and len(self._pending) < MAX_PENDING_TOKENS:
             return []
         return self.flush()
 
@@ -172,7 +172,7 @@ class Detokenizer:
             starts.append(max(starts[-1], _num_shared(guess, text)))
         if not text:
             self._keep_silent(self._pending)
-        elif text.isspace() and len(self._context) < MOST_PENDING_TOKENS:  # of which a decoder may drop some
+        elif text.isspace() and len(self._context) < MAX_PENDING_TOKENS:  # of which a decoder may drop some
             self._set_context(self._context + self._pending)
         else:
             self._set_context(self._pending)
@@ -196,9 +196,9 @@ class Detokenizer:
         """Tokens that have said nothing: a space that was the first there was, or the last. The next token's neighbours
         are these, too; but not those that never say anything, as special ones.
         """
-        speaking = [token for token in tokens if self._decode([token] * MOST_PENDING_TOKENS)]
+        speaking = [token for token in tokens if self._decode([token] * MAX_PENDING_TOKENS)]
         silent = [*self._context[self._num_speaking :], *speaking]
-        self._context = self._context[: self._num_speaking] + silent[-MOST_PENDING_TOKENS:]
+        self._context = self._context[: self._num_speaking] + silent[-MAX_PENDING_TOKENS:]
         self._context_text = self._decode(self._context) if self._context else ""
 
 
