@@ -35,20 +35,20 @@ from yafsdp_like.checkpoint.safetensors import TensorSpec
 from yafsdp_like.comm.consistency import AgreedError, share, together
 
 HF_DIR = "hf"  # inside a checkpoint
-FACTS = ("step", "position", "world_size", "order", "shapes")  # that a run cannot go on without
+REQUIRED_METADATA = ("step", "position", "world_size", "order", "shapes")  # that a run cannot go on without
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: from nothing, or from a checkpoint and the facts saved with it."""
+    """Where a run starts: from nothing, or from a checkpoint and the metadata saved with it."""
 
     path: Path | None = None
-    facts: steps.Facts | None = None
+    metadata: steps.RunMetadata | None = None
     broken: tuple[str, ...] = ()  # what is wrong with later ones
 
     @property
     def step(self) -> int:
-        return 0 if self.facts is None else int(self.facts["step"])
+        return 0 if self.metadata is None else int(self.metadata["step"])
 
 
 def find_starts(options: Config, world: World) -> list[Start]:
@@ -78,7 +78,7 @@ def _starts(options: Config) -> list[Start]:
     path = Path(options.resume)
     if (damage := steps.damage(path)) is not None:
         raise ValueError(f"{path} is not a complete checkpoint: {damage}")
-    start = Start(path, steps.read_facts(path))
+    start = Start(path, steps.read_run_metadata(path))
     if latest is not None and steps.step_of(latest) > start.step:
         raise ValueError(
             f"{output} holds {latest.name}, later than {options.resume}; say --resume=auto, or another --output_dir"
@@ -91,13 +91,13 @@ def _sound_starts(output: Path) -> list[Start]:
     found, broken = [], []
     for path in reversed(steps.all_checkpoints(output)):
         damage = steps.damage(path)
-        facts = {} if damage else steps.read_facts(path)
-        if not damage and (missing := [key for key in FACTS if key not in facts]):
-            damage = f"{steps.FACTS} does not say {', '.join(missing)}"
+        metadata = {} if damage else steps.read_run_metadata(path)
+        if not damage and (missing := [key for key in REQUIRED_METADATA if key not in metadata]):
+            damage = f"{steps.METADATA} does not say {', '.join(missing)}"
         if damage:
             broken.append(f"{path} is broken: {damage}")
         else:
-            found.append(Start(path, facts, tuple(broken)))
+            found.append(Start(path, metadata, tuple(broken)))
     if broken and not found:
         raise ValueError(f"no checkpoint can be read: {'; '.join(broken)}; to start anew, move them away")
     return found
@@ -154,11 +154,11 @@ class RunState:
         """Ranks read together: what fails for one fails for all."""
         broken: list[str] = []
         for start in starts:
-            assert start.path is not None and start.facts is not None
+            assert start.path is not None and start.metadata is not None
             with together():
                 self._check(start)
             try:
-                self._load(start.path, start.facts)
+                self._load(start.path, start.metadata)
             except steps.UnreadableError as error:
                 broken.append(f"{start.path} is broken: {error}")
                 continue
@@ -174,9 +174,9 @@ class RunState:
             return start
         raise AgreedError(f"no checkpoint can be read: {'; '.join(broken)}")
 
-    def _load(self, path: Path, facts: steps.Facts) -> None:
+    def _load(self, path: Path, metadata: steps.RunMetadata) -> None:
         trainer = self._trainer
-        state = self._state(with_random=facts["world_size"] == trainer.world.size)
+        state = self._state(with_random=metadata["world_size"] == trainer.world.size)
         steps.load_into(path, state, may_lack=("optimizer", "state"))  # parameters that had no gradient yet
         set_model_state_dict(trainer.model, state["model"])
         partial_state = StateDictOptions(strict=False)
@@ -184,7 +184,7 @@ class RunState:
         set_rates(trainer.optimizer, trainer.options.optimizer)
         if "random" in state:
             steps.set_random_state(state["random"][str(trainer.world.rank)], trainer.world.device)
-        trainer.step, trainer.position = int(facts["step"]), int(facts["position"])
+        trainer.step, trainer.position = int(metadata["step"]), int(metadata["position"])
 
     def save(self, behind: bool) -> None:
         """Write a checkpoint of the trainer as it is now, `behind` the following steps if the options allow it.
@@ -198,7 +198,7 @@ class RunState:
         stopping = self._trainer.stopping
         if self._exporter is not None and not (stopping is not None and stopping.is_bounded):
             export = partial(self._export, self._exporter, self._exported(state["model"]))
-        self._checkpoints.save(self._trainer.step, state, self._facts(), export, behind)
+        self._checkpoints.save(self._trainer.step, state, self._metadata(), export, behind)
 
     def check(self) -> None:
         """Raise what a save under way has failed with."""
@@ -244,7 +244,7 @@ class RunState:
         exporter(weights, checkpoint / HF_DIR, ids)
         tokenizer.save(checkpoint / HF_DIR)
 
-    def _facts(self) -> steps.Facts:
+    def _metadata(self) -> steps.RunMetadata:
         trainer = self._trainer
         return {
             "step": trainer.step,
@@ -263,8 +263,8 @@ class RunState:
 
     def _check(self, start: Start) -> None:
         """ValueError if `start` cannot be gone on from with this model, order and optimizer."""
-        assert start.facts is not None
-        saved, present = start.facts, self._facts()
+        assert start.metadata is not None
+        saved, present = start.metadata, self._metadata()
         if difference := steps.first_difference(saved["shapes"], present["shapes"]):
             raise ValueError(f"{start.path} is a checkpoint of another model: {difference}")
         for key, of in (("model", "a checkpoint of another model"), ("optimizer", "of another optimizer")):
@@ -286,8 +286,8 @@ def set_rates(optimizer: torch.optim.Optimizer, options: OptimizerOptions) -> No
 
 def _config_of(start: Start) -> Mapping[str, Any] | None:
     """What the run that saved it was told; before checkpoints held that, what the last run of its directory was."""
-    assert start.path is not None and start.facts is not None
-    found = start.facts.get("config")
+    assert start.path is not None and start.metadata is not None
+    found = start.metadata.get("config")
     beside = start.path.parent / "config.yaml"
     if found is None and beside.is_file():
         with contextlib.suppress(OSError, yaml.YAMLError):

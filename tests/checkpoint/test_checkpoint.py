@@ -83,7 +83,7 @@ def names(directory: Path) -> list[str]:
 def test_what_two_ranks_saved_one_rank_loads(asynchronous: bool, tmp_path: Path) -> None:
     run_ranks(save_steps, tmp_path, [3, 12], asynchronous=asynchronous)
     latest = steps.find_latest(tmp_path)
-    assert latest == tmp_path / "step-12" and steps.read_facts(latest) == {"step": 12}
+    assert latest == tmp_path / "step-12" and steps.read_run_metadata(latest) == {"step": 12}
     for world_size in (1, 2):
         for result in run_ranks(loaded, latest, world_size=world_size):
             assert torch.equal(result, torch.arange(21.0).view(7, 3) + 1200)
@@ -144,12 +144,12 @@ def test_the_last_k_are_kept_in_the_order_of_numbers_not_of_letters(tmp_path: Pa
 
 def test_what_is_not_complete_is_not_found_and_leftovers_go(tmp_path: Path) -> None:
     run_ranks(save_steps, tmp_path, [1, 2])
-    (tmp_path / "step-2" / steps.FACTS).unlink()  # a copy that broke off
+    (tmp_path / "step-2" / steps.METADATA).unlink()  # a copy that broke off
     for name in (".step-3.partial", ".step-1.old", "step-x", "step-9"):
         (tmp_path / name).mkdir()
     assert steps.find_latest(tmp_path) == tmp_path / "step-1"
     with pytest.raises(ValueError, match=r"step-2 is not a complete checkpoint"):
-        steps.read_facts(tmp_path / "step-2")
+        steps.read_run_metadata(tmp_path / "step-2")
     run_ranks(save_steps, tmp_path, [])
     assert names(tmp_path) == ["step-1", "step-2", "step-9", "step-x"]
     assert steps.find_latest(tmp_path / "nothing") is None
@@ -275,7 +275,7 @@ def test_kill_9_at_any_moment_leaves_the_last_complete_one(mode: str, tmp_path: 
         last = steps.step_of(latest)
         returned = int(log.read_text() or last)  # the last step whose save has returned
         assert last >= returned - (mode == "asynchronous")
-        assert json.loads((latest / steps.FACTS).read_text()) == {"step": last}
+        assert json.loads((latest / steps.METADATA).read_text()) == {"step": last}
         assert (latest / "exported").read_text() == f"{float(last)}\n" * 1000
         (value,) = run_ranks(load_plain, latest, world_size=1)
         assert value == last

@@ -80,7 +80,7 @@ def change(path: Path, **values: object) -> None:
 def plant_checkpoint(directory: Path, trace: Path) -> None:
     """A complete checkpoint by its files' names, whose metadata are a trap."""
     (directory / steps.SHARDS).mkdir(parents=True)
-    (directory / steps.FACTS).write_text(json.dumps({"step": 1, "shapes": {}}))
+    (directory / steps.METADATA).write_text(json.dumps({"step": 1, "shapes": {}}))
     (directory / steps.SHARDS / ".metadata").write_bytes(pickle.dumps(Touch(trace)))
 
 
@@ -201,7 +201,7 @@ def write_checkpoint(directory: Path, extra: dict[str, Any] | None = None) -> Pa
     }
     with warnings.catch_warnings(action="ignore"):  # that it is alone
         save(state, storage_writer=FileSystemWriter(checkpoint / steps.SHARDS), no_dist=True)
-    (checkpoint / steps.FACTS).write_text('{"step": 1}')
+    (checkpoint / steps.METADATA).write_text('{"step": 1}')
     return checkpoint
 
 
@@ -294,11 +294,11 @@ def test_a_model_that_is_served_from_a_checkpoint_runs_nothing_of_it(model: Path
     plant_checkpoint(checkpoint, trace)
     shutil.copytree(model, checkpoint / "hf")
     shapes = {name: list(parameter.shape) for name, parameter in Decoder(CONFIG).named_parameters()}
-    (checkpoint / steps.FACTS).write_text(json.dumps({"step": 1, "shapes": shapes}))
+    (checkpoint / steps.METADATA).write_text(json.dumps({"step": 1, "shapes": shapes}))
     with pytest.raises(ValueError, match=r"names posix\.system"):
         read(open_model(str(tmp_path / "run")))
-    for facts in ("[1]", "{", '{"shapes": 1}', "{}", "[" * 100_000):
-        (checkpoint / steps.FACTS).write_text(facts)
-        with pytest.raises(ValueError, match=r"facts\.json"):
+    for metadata in ("[1]", "{", '{"shapes": 1}', "{}", "[" * 100_000):
+        (checkpoint / steps.METADATA).write_text(metadata)
+        with pytest.raises(ValueError, match=r"metadata\.json"):
             open_model(str(checkpoint))
     assert not trace.exists()

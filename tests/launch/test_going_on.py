@@ -416,9 +416,9 @@ def test_the_differences_are_printed_and_none_where_there_are_none(file: Path, f
     assert "  num_steps  6 -> 5 (also the length of the rate's schedule)\n" in words
     assert words.count(" -> ") == 3
     latest = file.parent / "run" / "step-5"
-    facts = json.loads((latest / steps.FACTS).read_text())
-    del facts["config"]  # an older one, of which config.yaml tells
-    (latest / steps.FACTS).write_text(json.dumps(facts))
+    metadata = json.loads((latest / steps.METADATA).read_text())
+    del metadata["config"]  # an older one, of which config.yaml tells
+    (latest / steps.METADATA).write_text(json.dumps(metadata))
     again = said(file, "--resume=auto", "--optimizer.weight_decay=0.3", "--optimizer.lr=0.02", "--num_steps=5")
     assert " -> " not in again
     assert "starting at step 5 of 5: none is left; to go on, raise num_steps" in again
@@ -470,8 +470,8 @@ def zero(path: Path) -> None:
         ("shards/__1_0.distcp", zero, r"\(rank [01]\)"),
         ("shards/.metadata", cut, r"shards/\.metadata is not the metadata of a"),
         ("shards/.metadata", Path.unlink, r"it has no shards/\.metadata"),
-        ("facts.json", cut, r"facts\.json: expected an object in JSON"),
-        ("facts.json", Path.unlink, r"it has no facts\.json"),
+        ("metadata.json", cut, r"metadata\.json: expected an object in JSON"),
+        ("metadata.json", Path.unlink, r"it has no metadata\.json"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(

@@ -1,8 +1,8 @@
 """Checkpoints of a run: one directory per step, complete or not there at all.
 
 Owns the directories' names, what makes one complete, and what is in it: `shards/` (torch's distributed checkpoint:
-each rank writes and reads its own rows), `facts.json` (plain values that the caller saves with them) and whatever the
-caller makes of the shards beside them. Knows nothing of training.
+each rank writes and reads its own rows), `metadata.json` (plain values that the caller saves with the shards) and what
+the caller exports beside them. Knows nothing of training.
 
 [Note: complete or not there]
 A checkpoint is written to `.step-N.partial`, which no reader looks at. Only when every rank has written and every file
@@ -39,10 +39,11 @@ from yafsdp_like.checkpoint import reading
 from yafsdp_like.comm.consistency import host_group, together
 from yafsdp_like.memory.plan import readable
 
-SHARDS, FACTS = "shards", "facts.json"
+SHARDS, METADATA = "shards", "metadata.json"
+SHARDS_METADATA = f"{SHARDS}/.metadata"  # the name is torch's
 STEP_NAME = re.compile(r"step-(\d+)")
 
-Facts = dict[str, Any]
+RunMetadata = dict[str, Any]
 Export = Callable[[Path], None]  # adds to a checkpoint what it makes of the shards there, on the first rank alone
 
 
@@ -68,11 +69,11 @@ def all_checkpoints(directory: Path) -> list[Path]:
 
 def damage(path: Path) -> str | None:
     """Why the checkpoint at `path` cannot be read, as far as names and sizes of files tell; None if they do not."""
-    missing = [name for name in (FACTS, f"{SHARDS}/.metadata") if not (path / name).is_file()]
+    missing = [name for name in (METADATA, SHARDS_METADATA) if not (path / name).is_file()]
     if missing:
         return f"it has no {' and no '.join(missing)}"
     try:
-        read_facts(path)
+        read_run_metadata(path)
         metadata = reading.read_metadata(path / SHARDS)
     except ValueError as error:
         return " ".join(str(error).split())
@@ -99,7 +100,7 @@ def put_aside_later(directory: Path, step: int) -> None:
 
 def is_complete(path: Path) -> bool:
     """Whether `path` holds all that `StepCheckpoints.save` writes (a copy that broke off does not)."""
-    return (path / FACTS).is_file() and (path / SHARDS / ".metadata").is_file()
+    return (path / METADATA).is_file() and (path / SHARDS_METADATA).is_file()
 
 
 def step_of(path: Path) -> int:
@@ -108,17 +109,17 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def read_facts(path: Path) -> Facts:
+def read_run_metadata(path: Path) -> RunMetadata:
     """The plain values saved with the checkpoint at `path`; ValueError if it is not a complete one."""
     if not is_complete(path):
-        raise ValueError(f"{path} is not a complete checkpoint: it must hold {FACTS} and {SHARDS}/.metadata")
+        raise ValueError(f"{path} is not a complete checkpoint: it must hold {METADATA} and {SHARDS_METADATA}")
     try:
-        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+        metadata = json.loads((path / METADATA).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path / FACTS}: expected an object in JSON: {error}") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"{path / FACTS}: expected an object in JSON, found {type(facts).__name__}")
-    return facts
+        raise ValueError(f"{path / METADATA}: expected an object in JSON: {error}") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path / METADATA}: expected an object in JSON, found {type(metadata).__name__}")
+    return metadata
 
 
 def load_into(path: Path, state: dict[str, Any], may_lack: Sequence[str] = ()) -> None:
@@ -179,7 +180,7 @@ class StepCheckpoints:
                 _remove_leftovers(directory)
 
     def save(
-        self, step: int, state: dict[str, Any], facts: Facts, export: Export | None = None, behind: bool = True
+        self, step: int, state: dict[str, Any], metadata: RunMetadata, export: Export | None = None, behind: bool = True
     ) -> None:
         """Write `step-<step>`. When this returns, `state` may change; asynchronously, the files are not there yet.
 
@@ -189,10 +190,10 @@ class StepCheckpoints:
         partial = self._begin(step)
         if self._asynchronous and behind:
             copy = self._host_copy.take(state)
-            self._pending = self._thread.submit(self._write, partial, copy, facts, export)
+            self._pending = self._thread.submit(self._write, partial, copy, metadata, export)
         else:
             with together(self._group):
-                self._write(partial, state, facts, export)
+                self._write(partial, state, metadata, export)
 
     def _begin(self, step: int) -> Path:
         """An empty directory to write `step` to, once the save under way is done."""
@@ -223,14 +224,14 @@ class StepCheckpoints:
         self._thread.shutdown(wait=True)
         self._host_copy.close()
 
-    def _write(self, partial: Path, state: dict[str, Any], facts: Facts, export: Export | None) -> None:
+    def _write(self, partial: Path, state: dict[str, Any], metadata: RunMetadata, export: Export | None) -> None:
         """Everything between a state that does not change and `step-N`; OSError where the disk does not take it."""
         try:
             save(state, storage_writer=FileSystemWriter(partial / SHARDS), process_group=self._group)
             if self._is_first:  # which has learned last that all ranks have written
                 if export is not None:
                     export(partial)
-                self._publish(partial, facts)
+                self._publish(partial, metadata)
         except CheckpointException as error:  # the same on all ranks, with every rank's traceback in it
             rank, failure = next(iter(error.failures.items()))
             raise self._unwritten(partial, f"{failure[0]} (rank {rank})") from None
@@ -241,9 +242,9 @@ class StepCheckpoints:
         free = readable(shutil.disk_usage(self._directory).free)
         return OSError(f"the checkpoint {partial} could not be written, with {free} free there: {why}")
 
-    def _publish(self, partial: Path, facts: Facts) -> None:
+    def _publish(self, partial: Path, metadata: RunMetadata) -> None:
         """See [Note: complete or not there]."""
-        (partial / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        (partial / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
         _sync_tree(partial)
         final = self._directory / partial.name.removeprefix(".").removesuffix(".partial")
         _remove(final)  # of a longer run that was continued from an earlier step

@@ -552,14 +552,14 @@ def test_ranks_read_their_own_parts_of_a_directory(hf_directory: Any) -> None:
     assert run_ranks(gather_from_files, directory) == [[], []]
 
 
-def save_checkpoint(directory: Path, facts: dict[str, Any]) -> None:
+def save_checkpoint(directory: Path, metadata: dict[str, Any]) -> None:
     """As training does: sharded, in the layout of ``step-N`` directories."""
     module: Any = decoder()
     for layer in module.layers:
         fully_shard(layer, mesh=world_mesh())
     fully_shard(module, mesh=world_mesh())
     checkpoints = StepCheckpoints(directory, keep=2, asynchronous=False)
-    checkpoints.save(3, {"model": get_model_state_dict(module)}, facts)
+    checkpoints.save(3, {"model": get_model_state_dict(module)}, metadata)
     checkpoints.close()
 
 

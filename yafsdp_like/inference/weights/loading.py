@@ -200,9 +200,11 @@ def _checkpoint(path: Path, config: DecoderConfig | None) -> Model:
         )
     config = config or hf.load_hf_config(path / EXPORT)
     shapes = {name: list(parameter.shape) for name, parameter in _on_meta(config).named_parameters()}
-    saved = steps.read_facts(path).get("shapes")
+    saved = steps.read_run_metadata(path).get("shapes")
     if not isinstance(saved, dict):
-        raise ValueError(f"{path / steps.FACTS}: expected 'shapes', an object with each parameter's, found {saved!r}")
+        raise ValueError(
+            f"{path / steps.METADATA}: expected each parameter's shape in 'shapes', found {saved!r}"
+        )
     difference = steps.first_difference(saved, shapes)
     if difference is not None:
         raise ValueError(f"{path} is a checkpoint of another model: {difference}")
