@@ -34,7 +34,6 @@ from yafsdp_like.checkpoint import steps
 from yafsdp_like.checkpoint.safetensors import TensorSpec
 from yafsdp_like.comm.consistency import AgreedError, share, together
 
-HF_DIR = "hf"  # inside a checkpoint
 REQUIRED_METADATA = ("step", "position", "world_size", "order", "shapes")  # that a run cannot go on without
 
 
@@ -186,8 +185,8 @@ class RunState:
             steps.set_random_state(state["random"][str(trainer.world.rank)], trainer.world.device)
         trainer.step, trainer.position = int(metadata["step"]), int(metadata["position"])
 
-    def save(self, behind: bool) -> None:
-        """Write a checkpoint of the trainer as it is now, `behind` the following steps if the options allow it.
+    def save(self, asynchronous: bool) -> None:
+        """Write a checkpoint of the trainer, while training goes on if `asynchronous` and the options allow it.
 
         Raises NotFiniteError rather than write weights that are not finite. Where someone will end this process soon,
         nothing is exported.
@@ -198,7 +197,7 @@ class RunState:
         stopping = self._trainer.stopping
         if self._exporter is not None and not (stopping is not None and stopping.is_bounded):
             export = partial(self._export, self._exporter, self._exported(state["model"]))
-        self._checkpoints.save(self._trainer.step, state, self._metadata(), export, behind)
+        self._checkpoints.save(self._trainer.step, state, self._metadata(), export, asynchronous)
 
     def check(self) -> None:
         """Raise what a save under way has failed with."""
@@ -241,8 +240,8 @@ class RunState:
         steps.load_whole(checkpoint, {"model": weights})
         tokenizer = self._trainer.corpus.tokenizer
         ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
-        exporter(weights, checkpoint / HF_DIR, ids)
-        tokenizer.save(checkpoint / HF_DIR)
+        exporter(weights, checkpoint / steps.HF_EXPORT, ids)
+        tokenizer.save(checkpoint / steps.HF_EXPORT)
 
     def _metadata(self) -> steps.RunMetadata:
         trainer = self._trainer

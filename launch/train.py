@@ -144,7 +144,7 @@ def after_step(trainer: Trainer, state: RunState, log: Log, is_first: bool) -> N
         raise NotFiniteError(f"step {bad_step}: the loss is not finite, though its gradient is; nothing is saved of it")
     state.check()
     if saves or trainer.stops:
-        state.save(behind=not is_last and not trainer.stops)
+        state.save(asynchronous=not is_last and not trainer.stops)
         log.timeline.end("checkpoint")
 
 

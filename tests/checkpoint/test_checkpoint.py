@@ -175,13 +175,13 @@ def test_the_first_rank_alone_exports_from_the_shards_of_all(asynchronous: bool,
     assert (tmp_path / "step-0" / "sum").read_text() == "rank 0: 210.0"
 
 
-def hold_the_export(directory: Path, behind: bool) -> list[list[str]]:
+def hold_the_export(directory: Path, asynchronous: bool) -> list[list[str]]:
     """Complete checkpoints when `save` has returned, while its export is held, and once it is let go."""
     released = threading.Event()
     checkpoints = steps.StepCheckpoints(directory, keep=1, asynchronous=True)
-    if not behind:
+    if not asynchronous:
         released.set()
-    checkpoints.save(1, state_of(1), {}, lambda path: released.wait(30) or None, behind)
+    checkpoints.save(1, state_of(1), {}, lambda path: released.wait(30) or None, asynchronous)
     found = [[path.name for path in steps.complete_checkpoints(directory)]]
     released.set()
     checkpoints.wait()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.planner import ReadItem
 
-METADATA = ".metadata"
+METADATA = ".metadata"  # the name is torch's
 
 _CLASSES: dict[tuple[str, str], Any] = {
     **{

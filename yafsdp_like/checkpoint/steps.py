@@ -40,7 +40,8 @@ from yafsdp_like.comm.consistency import host_group, together
 from yafsdp_like.memory.plan import readable
 
 SHARDS, METADATA = "shards", "metadata.json"
-SHARDS_METADATA = f"{SHARDS}/.metadata"  # the name is torch's
+SHARDS_METADATA = f"{SHARDS}/{reading.METADATA}"
+HF_EXPORT = "hf"  # a Hugging Face directory with the same model, if the run exports one
 STEP_NAME = re.compile(r"step-(\d+)")
 
 RunMetadata = dict[str, Any]
@@ -162,10 +163,11 @@ def load_whole(path: Path, state: dict[str, Any]) -> None:
 
 
 class StepCheckpoints:
-    """The checkpoints of one run, written one at a time, behind the following steps if so wished.
+    """Write the checkpoints of one run, one at a time, asynchronously if asked.
 
-    Behind them, from a copy in host memory, which is kept for the next one: on GPUs it is pinned, and pinning takes
-    longer than copying. Every method is called by all ranks together, and raises on all if it fails on one.
+    An asynchronous save copies the state to host memory and writes from there while training continues. The copy's
+    memory is kept for the next save: on GPUs it is pinned, and pinning takes longer than copying. Every method is
+    collective (all ranks call it) and raises on all ranks if it fails on one.
     """
 
     def __init__(self, directory: Path, keep: int, asynchronous: bool) -> None:
@@ -180,15 +182,20 @@ class StepCheckpoints:
                 _remove_leftovers(directory)
 
     def save(
-        self, step: int, state: dict[str, Any], metadata: RunMetadata, export: Export | None = None, behind: bool = True
+        self,
+        step: int,
+        state: dict[str, Any],
+        metadata: RunMetadata,
+        export: Export | None = None,
+        asynchronous: bool = True,
     ) -> None:
-        """Write `step-<step>`. When this returns, `state` may change; asynchronously, the files are not there yet.
+        """Write `step-<step>`; when this returns, `state` may change.
 
-        Not `behind`, it is written as it is, without a copy, before this returns. Raises what an earlier asynchronous
-        save failed with.
+        Asynchronously (if this and the constructor's flag say so), the files are written later, from a copy. Otherwise
+        they are written from `state` itself before this returns. Raises the error of an earlier asynchronous save.
         """
         partial = self._begin(step)
-        if self._asynchronous and behind:
+        if self._asynchronous and asynchronous:
             copy = self._host_copy.take(state)
             self._pending = self._thread.submit(self._write, partial, copy, metadata, export)
         else:

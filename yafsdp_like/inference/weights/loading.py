@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.plan.packed_weights import Parameter
 
 PRESET = "preset:"
-EXPORT = "hf"  # in a checkpoint: the same model as a Hugging Face directory, if training was told to write it
 ADAPTER_CONFIG = "adapter_config.json"
 _READ_NBYTES = 64 << 20  # at a time, about
 
@@ -193,18 +192,16 @@ def _hf_directory(path: Path) -> Model:
 
 
 def _checkpoint(path: Path, config: DecoderConfig | None) -> Model:
-    exported = path / EXPORT if (path / EXPORT / hf.CONFIG_NAME).is_file() else None
+    exported = path / steps.HF_EXPORT if (path / steps.HF_EXPORT / hf.CONFIG_NAME).is_file() else None
     if config is None and exported is None:
         raise ValueError(
-            f"{path} does not say what model it is of: it has no {EXPORT}/{hf.CONFIG_NAME}; say its config"
+            f"{path} does not say what model it is of: it has no {steps.HF_EXPORT}/{hf.CONFIG_NAME}; say its config"
         )
-    config = config or hf.load_hf_config(path / EXPORT)
+    config = config or hf.load_hf_config(path / steps.HF_EXPORT)
     shapes = {name: list(parameter.shape) for name, parameter in _on_meta(config).named_parameters()}
     saved = steps.read_run_metadata(path).get("shapes")
     if not isinstance(saved, dict):
-        raise ValueError(
-            f"{path / steps.METADATA}: expected each parameter's shape in 'shapes', found {saved!r}"
-        )
+        raise ValueError(f"{path / steps.METADATA}: expected each parameter's shape in 'shapes', found {saved!r}")
     difference = steps.first_difference(saved, shapes)
     if difference is not None:
         raise ValueError(f"{path} is a checkpoint of another model: {difference}")
