@@ -15,7 +15,16 @@ import torch
 from tests.ranks import close_pools
 from yafsdp_like.kernels.blocks import INTERPRETED
 
-SLOWEST = ("test_train", "test_smollm2", "test_stream_order", "test_peer", "test_running", "test_state", "test_parity")
+SLOWEST = (
+    "test_train",
+    "test_smollm2",
+    "test_stream_order",
+    "test_peer",
+    "test_running",
+    "test_exceptions",
+    "test_state",
+    "test_parity",
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest itself, which selects by markers

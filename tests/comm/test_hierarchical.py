@@ -15,7 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tests.laws.test_memory import storage_nbytes, units_of
 from tests.ranks import on_ranks, run_ranks
-from tests.zoo import SPECIMENS, Recipe, Run, Twins, assert_close, assert_same_bits, train
+from tests.training import Recipe, Run, assert_close, assert_same_bits, train
+from tests.twins import Twins
+from tests.zoo import SPECIMENS
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.comm import choice, peer
 from yafsdp_like.comm.choice import SEVERAL_HOSTS, transport_of, transport_over

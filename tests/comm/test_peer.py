@@ -21,20 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.laws.test_memory import DELEGATING, storage_nbytes, units_of
 from tests.laws.test_parity import recompute_inside
 from tests.ranks import on_ranks, run_ranks
-from tests.zoo import (
-    BATCH,
-    FEATURES,
-    SPECIMENS,
-    Prepare,
-    Recipe,
-    Run,
-    Specimen,
-    Twins,
-    assert_close,
-    assert_same_bits,
-    train,
-    world_mesh,
-)
+from tests.training import Prepare, Recipe, Run, assert_close, assert_same_bits, train, world_mesh
+from tests.twins import Twins
+from tests.zoo import BATCH, FEATURES, SPECIMENS, Specimen
 from yafsdp_like import MixedPrecisionPolicy, SpillWarning, fully_shard
 from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.transport import Reduction

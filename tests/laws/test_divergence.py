@@ -17,7 +17,8 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from tests.ranks import run_ranks
-from tests.zoo import FEATURES, Block, Chain, blocks, ours, world_mesh
+from tests.training import ours, world_mesh
+from tests.zoo import FEATURES, Block, Chain, blocks
 
 ODD_RANK = 1
 SECONDS = 5.0  # an error takes milliseconds; the machine may be busy

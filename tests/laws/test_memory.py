@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from tests.ranks import on_ranks, run_ranks
-from tests.zoo import FEATURES, SPECIMENS, Block, Chain, Specimen, Twins, blocks, layers_of, vectors, world_mesh
+from tests.training import world_mesh
+from tests.twins import Twins
+from tests.zoo import FEATURES, SPECIMENS, Block, Chain, Specimen, blocks, layers_of, vectors
 from yafsdp_like import MixedPrecisionPolicy, SpillWarning, fully_shard
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.shard import hooks

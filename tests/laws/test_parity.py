@@ -11,23 +11,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import checkpoint
 
 from tests.ranks import run_ranks
-from tests.zoo import (
-    FEATURES,
-    SPECIMENS,
-    Chain,
-    Prepare,
-    Recipe,
-    Run,
-    Specimen,
-    Twins,
-    assert_close,
-    assert_same_bits,
-    blocks,
-    layers_of,
-    train,
-    train_unsharded,
-    vectors,
-)
+from tests.training import Prepare, Recipe, Run, assert_close, assert_same_bits, train, train_unsharded
+from tests.twins import Twins
+from tests.zoo import FEATURES, SPECIMENS, Chain, Specimen, blocks, layers_of, vectors
 from yafsdp_like.shard.depth import Depth
 
 # Stock warns of views among a unit's outputs, which an LSTM returns.

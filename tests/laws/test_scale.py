@@ -35,7 +35,9 @@ from tests.comm.test_hierarchical import train_twins as train_twins_over_hosts
 from tests.comm.test_hierarchical import world_of
 from tests.comm.test_peer import train_by_both
 from tests.ranks import on_ranks, run_ranks
-from tests.zoo import SPECIMENS, Recipe, Twins, assert_close, train_unsharded
+from tests.training import Recipe, assert_close, train_unsharded
+from tests.twins import Twins
+from tests.zoo import SPECIMENS
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.transport import Reduction

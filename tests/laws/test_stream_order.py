@@ -14,7 +14,8 @@ import torch
 
 from tests.clocks import Omission, RaceDetector, VectorClocks
 from tests.ranks import run_ranks
-from tests.zoo import FEATURES, SPECIMENS, WIDE, Chain, Specimen, blocks, layers_of, vectors, world_mesh
+from tests.training import world_mesh
+from tests.zoo import FEATURES, SPECIMENS, WIDE, Chain, Specimen, blocks, layers_of, vectors
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.comm.peer import PeerTransport
 from yafsdp_like.comm.process_group import ProcessGroupTransport

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ranks import on_ranks
-from tests.zoo import SPECIMENS, Chain, Specimen, Twins, layers_of, ours, tokens, world_mesh
+from tests.training import ours, world_mesh
+from tests.twins import Twins
+from tests.zoo import SPECIMENS, Chain, Specimen, layers_of, tokens
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, live_nbytes_peak, place
 

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.laws.test_memory import storage_nbytes, units_of
 from tests.laws.test_stream_order import Found, train
 from tests.ranks import run_ranks
-from tests.zoo import WIDE, world_mesh
+from tests.training import world_mesh
+from tests.zoo import WIDE
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.comm.descriptors import pages_of_all_ranks, windows_of_all_ranks
 from yafsdp_like.memory import vmm as windows

@@ -23,7 +23,7 @@ from bench.profile import Work, describe, gaps_of, works_of
 from bench.trainee import Implementation, Trainee
 from launch.world import World
 from tests.ranks import run_ranks
-from tests.zoo import world_mesh
+from tests.training import world_mesh
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "bench_train.py"

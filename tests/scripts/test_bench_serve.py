@@ -32,7 +32,7 @@ from bench.serve_poisson import Served as ServedRequest
 from bench.serve_report import table
 from launch.world import World
 from tests.ranks import run_ranks
-from tests.zoo import world_mesh
+from tests.training import world_mesh
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Event, Request, Token
 from yafsdp_like.inference.plan.serving_plan import ServingLimits, ServingPlan, Site, plan_serving

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from tests.ranks import on_ranks, run_ranks
-from tests.zoo import full, ours, world_mesh
+from tests.training import full, ours, world_mesh
 
 
 def pair() -> list[Any]:

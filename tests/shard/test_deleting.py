@@ -10,7 +10,8 @@ from torch import nn
 
 import yafsdp_like as ours
 from tests.ranks import run_ranks
-from tests.zoo import FEATURES, Block, Chain, world_mesh
+from tests.training import world_mesh
+from tests.zoo import FEATURES, Block, Chain
 from yafsdp_like import optim
 from yafsdp_like.memory.arena import Arena
 from yafsdp_like.shard.unit import unit_of

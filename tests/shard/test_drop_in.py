@@ -15,7 +15,8 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 import yafsdp_like as ours
 from tests.ranks import on_ranks, run_ranks
-from tests.zoo import FEATURES, Block, full, world_mesh
+from tests.training import full, world_mesh
+from tests.zoo import FEATURES, Block
 
 both_transports = pytest.mark.parametrize("transport", ["process_group", "peer"])
 

@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.ranks import on_ranks
 from tests.shard.test_optimizer_step import TRANSPORTS
-from tests.zoo import FEATURES, Batch, Chain, Specimen, Twins, blocks, full, layers_of, ours, vectors, world_mesh
+from tests.training import full, ours, world_mesh
+from tests.twins import Twins
+from tests.zoo import FEATURES, Batch, Chain, Specimen, blocks, layers_of, vectors
 
 transports = pytest.mark.parametrize("transport", TRANSPORTS)
 

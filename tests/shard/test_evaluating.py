@@ -7,7 +7,8 @@ import torch
 
 from tests.ranks import on_ranks
 from tests.shard.test_optimizer_step import TRANSPORTS
-from tests.zoo import SPECIMENS, Twins
+from tests.twins import Twins
+from tests.zoo import SPECIMENS
 
 transports = pytest.mark.parametrize("transport", TRANSPORTS)
 GRADIENTS = {"grad_shard", "gradient slots"}

@@ -13,7 +13,8 @@ from torch.func import functional_call
 
 from tests.ranks import on_ranks
 from tests.shard.test_optimizer_step import TRANSPORTS
-from tests.zoo import SPECIMENS, full, ours, world_mesh
+from tests.training import full, ours, world_mesh
+from tests.zoo import SPECIMENS
 from yafsdp_like import MixedPrecisionPolicy
 
 transports = pytest.mark.parametrize("transport", TRANSPORTS)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.zoo import Recipe, Run, assert_same_bits, world_mesh
-from tests.zoo import train as train_specimen
+from tests.training import Recipe, Run, assert_same_bits, world_mesh
+from tests.training import train as train_specimen
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.models import Decoder, DecoderConfig

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.ranks import on_ranks, run_ranks
-from tests.zoo import world_mesh
+from tests.training import world_mesh
 from yafsdp_like import GraphedStep, MixedPrecisionPolicy, fully_shard
 from yafsdp_like.models import Decoder, DecoderConfig
 from yafsdp_like.optim import AdamW

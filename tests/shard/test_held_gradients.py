@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from tests.ranks import on_ranks, run_ranks
-from tests.zoo import ours, world_mesh
+from tests.training import ours, world_mesh
 
 WAYS: dict[str, Callable[[Any], Any]] = {
     "itself": lambda g: g,

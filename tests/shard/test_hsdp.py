@@ -28,12 +28,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tests.ranks import on_ranks, run_ranks
-from tests.zoo import (
+from tests.training import (
     IMPLEMENTATIONS,
-    SPECIMENS,
     Recipe,
     Run,
-    Twins,
     assert_close,
     assert_same_bits,
     assert_tensors_equal,
@@ -41,6 +39,8 @@ from tests.zoo import (
     train,
     train_unsharded,
 )
+from tests.twins import Twins
+from tests.zoo import SPECIMENS
 from yafsdp_like import fully_shard
 from yafsdp_like.comm import choice, peer
 from yafsdp_like.comm.choice import transport_of, transport_over

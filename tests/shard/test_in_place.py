@@ -16,22 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.laws.test_memory import units_of
 from tests.ranks import on_ranks, run_ranks
-from tests.zoo import (
-    FEATURES,
-    SPECIMENS,
-    Block,
-    Chain,
-    DecoderBlock,
-    Recipe,
-    Reuser,
-    Run,
-    Specimen,
-    assert_same_bits,
-    layers_of,
-    train,
-    vectors,
-    world_mesh,
-)
+from tests.training import Recipe, Run, assert_same_bits, train, world_mesh
+from tests.zoo import FEATURES, SPECIMENS, Block, Chain, DecoderBlock, Reuser, Specimen, layers_of, vectors
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.shard import engine as engine_module
 from yafsdp_like.shard.slots import GradientSlot

@@ -9,7 +9,9 @@ from torch import nn
 
 import yafsdp_like as ours
 from tests.ranks import run_ranks
-from tests.zoo import FEATURES, Chain, Specimen, Twins, full, layers_of, vectors, world_mesh
+from tests.training import full, world_mesh
+from tests.twins import Twins
+from tests.zoo import FEATURES, Chain, Specimen, layers_of, vectors
 
 both_transports = pytest.mark.parametrize("transport", ["process_group", "peer"])
 

@@ -14,19 +14,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from tests.ranks import on_ranks, run_ranks
-from tests.zoo import (
-    SPECIMENS,
-    Recipe,
-    Run,
-    Specimen,
-    Twins,
-    assert_close,
-    assert_same_bits,
-    full,
-    full_parameters,
-    train,
-    world_mesh,
-)
+from tests.training import Recipe, Run, assert_close, assert_same_bits, full, full_parameters, train, world_mesh
+from tests.twins import Twins
+from tests.zoo import SPECIMENS, Specimen
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.optim import AdamW
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 import yafsdp_like as ours
 from tests.ranks import run_ranks
-from tests.zoo import full, world_mesh
+from tests.training import full, world_mesh
 from yafsdp_like import optim
 
 both_transports = pytest.mark.parametrize("transport", ["process_group", "peer"])

@@ -23,25 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.ranks import on_ranks, run_ranks
-from tests.zoo import (
-    FEATURES,
-    SPECIMENS,
-    Block,
-    Chain,
-    Decoder,
-    Specimen,
-    Twins,
-    assert_tensors_equal,
-    blocks,
-    buffers,
-    full,
-    full_parameters,
-    layers_of,
-    ours,
-    tokens,
-    vectors,
-    world_mesh,
-)
+from tests.training import assert_tensors_equal, buffers, full, full_parameters, ours, world_mesh
+from tests.twins import Twins
+from tests.zoo import FEATURES, SPECIMENS, Block, Chain, Decoder, Specimen, blocks, layers_of, tokens, vectors
 
 every_specimen = pytest.mark.parametrize("name", SPECIMENS)
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -17,22 +17,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from tests.laws.test_order import Parent, events_of, forward
+from tests.laws.recording import Parent, events_of, forward
 from tests.ranks import on_ranks, run_ranks
-from tests.zoo import (
-    FEATURES,
-    Block,
-    Chain,
-    Recipe,
-    Specimen,
-    Twins,
-    assert_same_bits,
-    blocks,
-    layers_of,
-    vectors,
-    world_mesh,
-)
-from tests.zoo import train as train_specimen
+from tests.training import Recipe, assert_same_bits, world_mesh
+from tests.training import train as train_specimen
+from tests.twins import Twins
+from tests.zoo import FEATURES, Block, Chain, Specimen, blocks, layers_of, vectors
 from yafsdp_like import fully_shard
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, InOrder
 from yafsdp_like.shard import engine as engine_module

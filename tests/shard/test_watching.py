@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from tests.ranks import on_ranks
-from tests.zoo import FEATURES, full, ours, world_mesh
+from tests.training import full, ours, world_mesh
+from tests.zoo import FEATURES
 
 Change = Callable[[nn.Linear, torch.Tensor, torch.Tensor], Any]
 transports = pytest.mark.parametrize("transport", ["process_group", "peer"])

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.clocks import RaceDetector, VectorClocks
 from tests.ranks import RankError, run_ranks
-from tests.zoo import world_mesh
+from tests.training import world_mesh
 from yafsdp_like import fully_shard
 from yafsdp_like.checkpoint.steps import StepCheckpoints
 from yafsdp_like.comm.choice import transport_of
