@@ -59,7 +59,7 @@ SEND_S = 60.0  # after which a client that takes nothing has gone
 # --- answers ---
 
 
-class Front:
+class OpenAIHandler:
     """From bodies to answers, through the service."""
 
     def __init__(self, service: Service[Any], codec: Codec, options: ServerOptions) -> None:
@@ -277,9 +277,9 @@ class EventStream(StreamingResponse):
 class Gate:
     """Before the routes: who may enter, how much may be sent; and what was answered is counted."""
 
-    def __init__(self, app: ASGIApp, front: Front) -> None:
-        self._app, self._front = app, front
-        self._options = front.options
+    def __init__(self, app: ASGIApp, handler: OpenAIHandler) -> None:
+        self._app, self._handler = app, handler
+        self._options = handler.options
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -301,7 +301,7 @@ class Gate:
             await self._enter(scope, receive, counting_send)
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            self._front.numbers.responses.labels(route, status).inc()
+            self._handler.numbers.responses.labels(route, status).inc()
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
@@ -343,7 +343,7 @@ class Gate:
 
 def create_app(service: Service[Any], codec: Codec, options: ServerOptions) -> FastAPI:
     """The application; it starts the service, and closes it at the end."""
-    front = Front(service, codec, options)
+    handler = OpenAIHandler(service, codec, options)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -351,14 +351,14 @@ def create_app(service: Service[Any], codec: Codec, options: ServerOptions) -> F
         try:
             yield
         finally:
-            front.desk.close()
+            handler.desk.close()
             await service.close()
 
     # No pages of documentation: they would load scripts from elsewhere. /openapi.json is there.
     app = FastAPI(title="yafsdp_like", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, front=front)
+    app.add_middleware(Gate, handler=handler)
     app.add_exception_handler(HTTPException, _on_http_error)
-    _add_routes(app, front)
+    _add_routes(app, handler)
     return app
 
 
@@ -379,19 +379,19 @@ async def _on_http_error(http: HttpRequest, error: Exception) -> Response:
     return _refusal(ApiError(error.status_code, str(error.detail), headers=error.headers))  # FastAPI's own, 405 say
 
 
-def answering(front: Front) -> type[APIRoute]:
+def answering(handler: OpenAIHandler) -> type[APIRoute]:
     """Routes whose bodies are not read by FastAPI, which does it on the event loop and whatever they cost."""
 
     class Answering(APIRoute):
         def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
-            return partial(front.answer, get_type_hints(self.endpoint)["body"])
+            return partial(handler.answer, get_type_hints(self.endpoint)["body"])
 
     return Answering
 
 
-def _add_answers(app: FastAPI, front: Front) -> None:
+def _add_answers(app: FastAPI, handler: OpenAIHandler) -> None:
     """The functions only say what bodies look like."""
-    router = APIRouter(route_class=answering(front))
+    router = APIRouter(route_class=answering(handler))
 
     @router.post("/v1/completions", response_model=None)
     async def completions(body: CompletionBody) -> Response:
@@ -404,13 +404,13 @@ def _add_answers(app: FastAPI, front: Front) -> None:
     app.include_router(router)
 
 
-def _add_routes(app: FastAPI, front: Front) -> None:
-    _add_answers(app, front)
-    _add_models(app, front)
+def _add_routes(app: FastAPI, handler: OpenAIHandler) -> None:
+    _add_answers(app, handler)
+    _add_models(app, handler)
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
-        state, trouble = front.service.state, front.service.trouble
+        state, trouble = handler.service.state, handler.service.trouble
         if trouble is None:
             return JSONResponse({"status": state.value})
         if state not in (State.SERVING, State.FAILED):
@@ -422,21 +422,21 @@ def _add_routes(app: FastAPI, front: Front) -> None:
     async def metrics() -> Response:
         try:
             async with asyncio.timeout(METRICS_S):
-                of_engine = await front.service.call(lambda engine: engine.metrics())
+                of_engine = await handler.service.call(lambda engine: engine.metrics())
         except Unavailable as error:
             raise _unavailable(str(error)) from error
         except TimeoutError:
-            raise _unavailable(f"the engine is busy: {front.service.busy_s:.0f} s in one step") from None
-        return Response(front.numbers.text(of_engine), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+            raise _unavailable(f"the engine is busy: {handler.service.busy_s:.0f} s in one step") from None
+        return Response(handler.numbers.text(of_engine), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
-def _add_models(app: FastAPI, front: Front) -> None:
+def _add_models(app: FastAPI, handler: OpenAIHandler) -> None:
     model = {
-        "id": front.options.model_name,
+        "id": handler.options.model_name,
         "object": "model",
         "created": int(time.time()),
         "owned_by": "yafsdp_like",
-        "max_model_len": front.options.max_seq_len,
+        "max_model_len": handler.options.max_seq_len,
     }
 
     @app.get("/v1/models")
@@ -445,5 +445,5 @@ def _add_models(app: FastAPI, front: Front) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        front.reader.check_model(name)
+        handler.reader.check_model(name)
         return model
