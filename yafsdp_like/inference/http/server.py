@@ -274,7 +274,7 @@ class EventStream(StreamingResponse):
 # --- the application ---
 
 
-class Gate:
+class AuthMiddleware:
     """Before the routes: who may enter, how much may be sent; and what was answered is counted."""
 
     def __init__(self, app: ASGIApp, handler: OpenAIHandler) -> None:
@@ -356,7 +356,7 @@ def create_app(service: Service[Any], codec: Codec, options: ServerOptions) -> F
 
     # No pages of documentation: they would load scripts from elsewhere. /openapi.json is there.
     app = FastAPI(title="yafsdp_like", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, handler=handler)
+    app.add_middleware(AuthMiddleware, handler=handler)
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_routes(app, handler)
     return app
