@@ -19,7 +19,7 @@ from yafsdp_like.inference.engine.request import FinishReason
 BUCKETS_S = 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 
-class Numbers:
+class ServerMetrics:
     """What /metrics tells, in a registry of its own."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Numbers:
 class Clock:
     """When the tokens of one job came."""
 
-    numbers: Numbers
+    metrics: ServerMetrics
     arrival: float
     last: dict[int, float] = field(default_factory=dict)  # by choice
 
@@ -66,13 +66,13 @@ class Clock:
         """An event of a choice has come."""
         now = time.monotonic()
         if num_tokens:
-            self.numbers.generated_tokens.inc(num_tokens)
+            self.metrics.generated_tokens.inc(num_tokens)
             if index in self.last:
                 for _ in range(num_tokens):
-                    self.numbers.between_tokens.observe((now - self.last[index]) / num_tokens)
+                    self.metrics.between_tokens.observe((now - self.last[index]) / num_tokens)
             else:
-                self.numbers.first_token.observe(now - self.arrival)
+                self.metrics.first_token.observe(now - self.arrival)
             self.last[index] = now
         if finish is not None:
-            self.numbers.finished.labels(finish.name.lower()).inc()
-            self.numbers.whole.observe(now - self.arrival)
+            self.metrics.finished.labels(finish.name.lower()).inc()
+            self.metrics.whole.observe(now - self.arrival)

@@ -38,7 +38,7 @@ from yafsdp_like.inference.engine.request import FinishReason, QueueFull
 from yafsdp_like.inference.http.answers import Choice, Job
 from yafsdp_like.inference.http.desk import Busy, Desk
 from yafsdp_like.inference.http.errors import ApiError, no_object, too_many_choices
-from yafsdp_like.inference.http.metrics import Clock, Numbers
+from yafsdp_like.inference.http.metrics import Clock, ServerMetrics
 from yafsdp_like.inference.http.protocol import ChatBody, CompletionBody, Reader, ServerOptions
 from yafsdp_like.inference.http.service import Service, State, Unavailable
 from yafsdp_like.inference.http.stream import Stream
@@ -65,7 +65,7 @@ class OpenAIHandler:
     def __init__(self, service: Service[Any], codec: Codec, options: ServerOptions) -> None:
         self.service, self.options = service, options
         self.reader, self.desk = Reader(codec, options), Desk()
-        self.numbers = Numbers()
+        self.metrics = ServerMetrics()
 
     async def answer(self, kind: Kind, http: HttpRequest) -> Response:
         """The answer to a body of this kind. Raises ApiError."""
@@ -76,7 +76,7 @@ class OpenAIHandler:
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
         stream = await self._open(job)
-        self.numbers.prompt_tokens.inc(job.num_prompt_tokens)
+        self.metrics.prompt_tokens.inc(job.num_prompt_tokens)
         if job.wants_stream:
             return EventStream(self._lines(job, stream), stream)
         try:
@@ -127,7 +127,7 @@ class OpenAIHandler:
     async def _pieces(self, job: Job, stream: Stream) -> AsyncIterator[tuple[Choice, Piece]]:
         """Pieces of all choices as they come; ends early if the stream is closed. Raises ApiError."""
         choices = {choice.request.id: choice for choice in job.choices}
-        clock, timer = Clock(self.numbers, job.arrival), None
+        clock, timer = Clock(self.metrics, job.arrival), None
         if job.deadline is not None:
             delay = job.deadline + LATE_S - time.monotonic()
             timer = asyncio.get_running_loop().call_later(delay, stream.fail, _late())
@@ -151,7 +151,7 @@ class OpenAIHandler:
             if timer is not None:
                 timer.cancel()
             num_abandoned = sum(choice.transcript.finish is None for choice in job.choices)
-            self.numbers.finished.labels("abandoned").inc(num_abandoned)
+            self.metrics.finished.labels("abandoned").inc(num_abandoned)
 
     async def _lines(self, job: Job, stream: Stream) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
@@ -301,7 +301,7 @@ class AuthMiddleware:
             await self._enter(scope, receive, counting_send)
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            self._handler.numbers.responses.labels(route, status).inc()
+            self._handler.metrics.responses.labels(route, status).inc()
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
@@ -427,7 +427,7 @@ def _add_routes(app: FastAPI, handler: OpenAIHandler) -> None:
             raise _unavailable(str(error)) from error
         except TimeoutError:
             raise _unavailable(f"the engine is busy: {handler.service.busy_s:.0f} s in one step") from None
-        return Response(handler.numbers.text(of_engine), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+        return Response(handler.metrics.text(of_engine), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
 def _add_models(app: FastAPI, handler: OpenAIHandler) -> None:
