@@ -24,7 +24,7 @@ from yafsdp_like.inference.engine.tp_driver import KEEP_ALIVE_S, Leader, follow
 from yafsdp_like.inference.http.connections import limited
 from yafsdp_like.inference.http.protocol import ServerOptions
 from yafsdp_like.inference.http.server import create_app
-from yafsdp_like.inference.http.service import LAST_STEP_S, Service, State, Stepped
+from yafsdp_like.inference.http.service import LAST_STEP_S, Service, ServiceState, Stepped
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text takes one core: the engine needs the others
 STUCK_STATUS = 3
@@ -55,7 +55,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether it is to end."""
-        has_failed = not self._outlives_engine and self._service.state is State.FAILED
+        has_failed = not self._outlives_engine and self._service.state is ServiceState.FAILED
         return await super().on_tick(counter) or has_failed or self._service.is_stuck
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
@@ -92,7 +92,9 @@ def serve(model: Opened, arguments: argparse.Namespace, address: socket) -> None
     if service.error is not None:
         raise RuntimeError("the engine has failed") from service.error
     if leader is not None:
-        assert service.state is State.CLOSED, f"the service is {service.state.value}, and may still use the engine"
+        assert service.state is ServiceState.CLOSED, (
+            f"the service is {service.state.value}, and may still use the engine"
+        )
         leader.close()
 
 

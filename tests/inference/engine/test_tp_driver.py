@@ -46,7 +46,7 @@ from yafsdp_like.inference.engine import tp_driver as together
 from yafsdp_like.inference.engine.engine import Engine, Metrics
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
 from yafsdp_like.inference.engine.tp_driver import Leader, Word, follow
-from yafsdp_like.inference.http.service import Service, State
+from yafsdp_like.inference.http.service import Service, ServiceState
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.weights.loading import world_transport
 from yafsdp_like.kernels.sampling import SamplingParams
@@ -253,7 +253,7 @@ async def lead(engine: Engine, team: Team, silence_s: float) -> list[object]:
         assert await drawn_from(await service.open(requests(2))) == {"r0": 3, "r1": 3}
     except RuntimeError:
         until = time.monotonic() + SECONDS
-        while service.state is not State.FAILED:
+        while service.state is not ServiceState.FAILED:
             assert time.monotonic() < until, "the service has not noticed"
             await asyncio.sleep(0.01)
         raise

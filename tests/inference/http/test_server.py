@@ -25,7 +25,7 @@ from yafsdp_like.inference.engine.engine import Engine, EngineOptions
 from yafsdp_like.inference.engine.request import Event, FinishReason, QueueFull, Request
 from yafsdp_like.inference.http.protocol import MAX_STOP_STRINGS, ServerOptions
 from yafsdp_like.inference.http.server import create_app
-from yafsdp_like.inference.http.service import Service, State, Unavailable
+from yafsdp_like.inference.http.service import Service, ServiceState, Unavailable
 from yafsdp_like.inference.http.stream import Stream
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.weights.loading import load, model_of
@@ -178,7 +178,7 @@ def serving(engine: Any, codec: Codec, look_s: float | None = None, **options: A
         server.should_exit = True
         thread.join(SECONDS)
         assert not thread.is_alive()
-        assert service.state in (State.CLOSED, State.FAILED)
+        assert service.state in (ServiceState.CLOSED, ServiceState.FAILED)
 
 
 @pytest.fixture(scope="module")
@@ -856,7 +856,7 @@ def test_a_service_that_drains_cancels_what_takes_longer_than_its_grace(codec: C
         while not running.service.num_requests:
             time.sleep(0.005)
         drained = asyncio.run_coroutine_threadsafe(running.service.drain(0.2), running.loop)
-        while running.service.state is not State.DRAINING:
+        while running.service.state is not ServiceState.DRAINING:
             time.sleep(0.005)
         with pytest.raises(openai.InternalServerError, match="draining"):
             running.client().completions.create(model=MODEL, prompt="x")
@@ -1103,7 +1103,7 @@ def test_a_closed_service_answers_that_it_is_closed(codec: Codec) -> None:
         await service.start()
         await service.close()
         await service.close()
-        assert service.state is State.CLOSED
+        assert service.state is ServiceState.CLOSED
         with pytest.raises(Unavailable, match="closed"):
             await service.open(requests(1))
         with pytest.raises(Unavailable):

@@ -25,7 +25,7 @@ from tests.inference.http.test_server import (
 from tests.inference.text.test_codec import write_tokenizer
 from yafsdp_like.inference.engine.request import Event, QueueFull
 from yafsdp_like.inference.http import server, service
-from yafsdp_like.inference.http.service import Service, State, Stuck, Unavailable
+from yafsdp_like.inference.http.service import Service, ServiceState, Stuck, Unavailable
 from yafsdp_like.inference.http.stream import Stream
 from yafsdp_like.inference.text.codec import Codec, Transcript
 
@@ -158,7 +158,7 @@ def test_an_engine_that_hangs_for_too_long_has_failed(codec: Codec, hurried: Non
         for asked in (service.open(requests(1)), service.call(lambda engine: engine.metrics())):
             with pytest.raises(Unavailable, match="Stuck"):
                 await asyncio.wait_for(asked, SECONDS)
-        assert (service.state, service.is_stuck) == (State.FAILED, True)
+        assert (service.state, service.is_stuck) == (ServiceState.FAILED, True)
         await asyncio.wait_for(service.close(), SECONDS)
         assert service.is_stuck
 
@@ -238,7 +238,7 @@ def test_news_that_cannot_be_told_once_loses_its_own_request_only(
         lost.close()
         for number, stream in enumerate(others):
             assert await asyncio.wait_for(drawn(stream), SECONDS) == {f"r{number + 1}": 3}
-        assert (service.state, service.trouble) == (State.SERVING, None)
+        assert (service.state, service.trouble) == (ServiceState.SERVING, None)
         assert await drawn(await service.open(requests(1))) == {"r0": 3}
 
     monkeypatch.setattr(Stream, "put", failing_put)
@@ -260,7 +260,7 @@ def test_a_cancellation_that_raises_once_loses_its_own_request_only(codec: Codec
         with pytest.raises(Unavailable, match="planted"):
             await asyncio.wait_for(drawn(first), SECONDS)
         assert await asyncio.wait_for(drawn(second), SECONDS) == {"r1": 50}
-        assert service.state is State.SERVING
+        assert service.state is ServiceState.SERVING
 
     run(Stubborn(make_engine(codec)), main)
 

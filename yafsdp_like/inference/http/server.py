@@ -40,7 +40,7 @@ from yafsdp_like.inference.http.desk import Busy, Desk
 from yafsdp_like.inference.http.errors import ApiError, no_object, too_many_choices
 from yafsdp_like.inference.http.metrics import Clock, ServerMetrics
 from yafsdp_like.inference.http.protocol import ChatBody, CompletionBody, Reader, ServerOptions
-from yafsdp_like.inference.http.service import Service, State, Unavailable
+from yafsdp_like.inference.http.service import Service, ServiceState, Unavailable
 from yafsdp_like.inference.http.stream import Stream
 from yafsdp_like.inference.text.codec import Codec, Piece
 
@@ -413,9 +413,9 @@ def _add_routes(app: FastAPI, handler: OpenAIHandler) -> None:
         state, trouble = handler.service.state, handler.service.trouble
         if trouble is None:
             return JSONResponse({"status": state.value})
-        if state not in (State.SERVING, State.FAILED):
+        if state not in (ServiceState.SERVING, ServiceState.FAILED):
             return JSONResponse({"status": state.value}, 503)
-        status = "stuck" if state is State.SERVING else state.value
+        status = "stuck" if state is ServiceState.SERVING else state.value
         return JSONResponse({"status": status, "message": trouble}, 503)
 
     @app.get("/metrics", response_model=None)

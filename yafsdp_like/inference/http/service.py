@@ -79,7 +79,7 @@ class Stuck(RuntimeError):
     """The engine has not come back in time from what it was doing."""
 
 
-class State(Enum):
+class ServiceState(Enum):
     """Where a service is in its life; it never goes back."""
 
     NEW = "new"
@@ -126,7 +126,7 @@ class Service(Generic[EngineT]):
         self._idle = asyncio.Event()  # an entry stays until the engine has said the request's last word
         self._idle.set()
         self._watcher: asyncio.Task[None] | None = None
-        self.state = State.NEW
+        self.state = ServiceState.NEW
         self.error: BaseException | None = None  # why it FAILED
 
     @property
@@ -153,7 +153,7 @@ class Service(Generic[EngineT]):
     @property
     def trouble(self) -> str | None:
         """Why nobody should be sent here now; None if all is well."""
-        if self.state is not State.SERVING:
+        if self.state is not ServiceState.SERVING:
             return str(self._unavailable())
         if not self._thread.is_alive():
             return "the engine's thread has ended"
@@ -163,9 +163,9 @@ class Service(Generic[EngineT]):
 
     async def start(self) -> None:
         """Begin to serve the loop that is running."""
-        assert self.state is State.NEW, f"a service starts once, this one is {self.state.value}"
+        assert self.state is ServiceState.NEW, f"a service starts once, this one is {self.state.value}"
         self._loop = asyncio.get_running_loop()
-        self.state = State.SERVING
+        self.state = ServiceState.SERVING
         self._thread.start()
         self._watcher = asyncio.create_task(self._watch())
 
@@ -175,7 +175,7 @@ class Service(Generic[EngineT]):
         Raises what `Engine.add` raises of the first that it does not take, and `Unavailable` at the end of the
         service.
         """
-        if self.state is not State.SERVING:
+        if self.state is not ServiceState.SERVING:
             raise self._unavailable()
         self._check(requests)
         self._check_room(len(requests))
@@ -216,8 +216,8 @@ class Service(Generic[EngineT]):
         """Take no more requests; wait `grace_s` seconds for those that run, and cancel what is left. An engine that
         does not even end what is cancelled has failed.
         """
-        if self.state is State.SERVING:
-            self.state = State.DRAINING
+        if self.state is ServiceState.SERVING:
+            self.state = ServiceState.DRAINING
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), grace_s)
         for name in list(self._streams):
@@ -229,17 +229,17 @@ class Service(Generic[EngineT]):
 
     async def close(self) -> None:
         """Cancel what runs and end the thread, or leave it where it is stuck. Idempotent."""
-        if self.state in (State.SERVING, State.DRAINING):
+        if self.state in (ServiceState.SERVING, ServiceState.DRAINING):
             await self.drain(0)
         if self._watcher is not None:
             self._watcher.cancel()
         self._end_calls(self._unavailable())
-        if self.state is not State.NEW:
+        if self.state is not ServiceState.NEW:
             await asyncio.to_thread(self._thread.join, 0.0 if self.is_stuck else LAST_STEP_S)
             if self._thread.is_alive():
                 self._fail(Stuck(f"it has been in one step for {self.busy_s:.0f} s, and its thread does not end"))
-        if self.state is not State.FAILED:
-            self.state = State.CLOSED
+        if self.state is not ServiceState.FAILED:
+            self.state = ServiceState.CLOSED
 
     # --- on the event loop ---
 
@@ -263,12 +263,12 @@ class Service(Generic[EngineT]):
             except Exception as error:
                 self._post(self._lose, name, error)
 
-        if self.state is not State.FAILED:
+        if self.state is not ServiceState.FAILED:
             self._put(_Call(run, lambda error: None))
 
     async def _watch(self) -> None:
         """[Note: a stuck engine] Fails a service whose engine does not come back."""
-        while self.state in (State.SERVING, State.DRAINING):
+        while self.state in (ServiceState.SERVING, ServiceState.DRAINING):
             await asyncio.sleep(min(1.0, (self._stuck_after_s or 4.0) / 4))
             if self._stuck_after_s is not None and (busy_s := self.busy_s) > self._stuck_after_s:
                 self._fail(Stuck(f"it has been in one step for {busy_s:.0f} s"))
@@ -316,10 +316,10 @@ class Service(Generic[EngineT]):
             self._idle.set()
 
     def _fail(self, error: BaseException) -> None:
-        if self.state in (State.FAILED, State.CLOSED):
+        if self.state in (ServiceState.FAILED, ServiceState.CLOSED):
             return
         logger.error("the engine has failed", exc_info=error)
-        self.state, self.error = State.FAILED, error
+        self.state, self.error = ServiceState.FAILED, error
         unavailable = self._unavailable()
         for stream, _ in self._streams.values():
             stream.fail(unavailable)
