@@ -3,7 +3,7 @@
 from typing import Any
 
 from yafsdp_like.inference.engine.request import FinishReason, Token
-from yafsdp_like.inference.http.answers import CompletionForm
+from yafsdp_like.inference.http.answers import CompletionFormat
 from yafsdp_like.inference.text.codec import Piece, PlacedToken
 
 
@@ -19,9 +19,9 @@ def test_tokens_of_one_text_keep_their_log_probabilities() -> None:
     codec: Any = Names()
     top = ((1, -0.1), (9, -1.0), (2, -2.0), (3, -3.0), (4, -4.0), (5, -5.0), (6, float("-inf")))
     choice: Any = type("Choice", (), {"index": 0})
-    form = CompletionForm(codec, ("",), has_logprobs=True)
+    format = CompletionFormat(codec, ("",), has_logprobs=True)
     placed = PlacedToken(Token(2, -2.0, top), text_offset=0)
-    logprobs = form.part(choice, Piece("the", (placed,), FinishReason.LENGTH))["logprobs"]
+    logprobs = format.part(choice, Piece("the", (placed,), FinishReason.LENGTH))["logprobs"]
     assert logprobs["tokens"] == ["the"]
     assert logprobs["top_logprobs"] == [
         {

@@ -33,7 +33,7 @@ class Choice:
         self.tokens += piece.tokens
 
 
-class Form(Protocol):
+class ResponseFormat(Protocol):
     """How an answer is written in JSON."""
 
     prefix: ClassVar[str]  # of ids
@@ -51,7 +51,7 @@ class Form(Protocol):
 
 
 @dataclass(frozen=True)
-class CompletionForm:
+class CompletionFormat:
     """`text_completion`."""
 
     codec: Codec
@@ -84,7 +84,7 @@ class CompletionForm:
         }
 
     def _top(self, top: Sequence[tuple[int, float]]) -> dict[str, float | None]:
-        """By text, as the form has it; of tokens with one text, all but the most probable are called by their ids."""
+        """By text, as the format has it; of tokens with one text, all but the most probable are called by their ids."""
         found: dict[str, float | None] = {}
         for token, logprob in top:
             text = self.codec.name_of(token)
@@ -93,7 +93,7 @@ class CompletionForm:
 
 
 @dataclass(frozen=True)
-class ChatForm:
+class ChatFormat:
     """`chat.completion` and its chunks."""
 
     codec: Codec
@@ -145,7 +145,7 @@ class Job:
 
     id: str
     model: str
-    form: Form
+    format: ResponseFormat
     choices: tuple[Choice, ...]
     num_prompt_tokens: int  # each prompt once, however many choices continue it
     wants_stream: bool

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from yafsdp_like.inference.engine.request import MAX_LOGPROBS, PLAIN, Request
-from yafsdp_like.inference.http.answers import ChatForm, Choice, CompletionForm, Form, Job
+from yafsdp_like.inference.http.answers import ChatFormat, Choice, CompletionFormat, Job, ResponseFormat
 from yafsdp_like.inference.http.costs import Limits
 from yafsdp_like.inference.http.errors import (
     UNSUPPORTED,
@@ -273,8 +273,8 @@ class Reader:
         self._check(body, len(body.prompt))
         prompts = [self._prompt(prompt) for prompt in body.prompt]
         max_tokens = [self._max_tokens("prompt", prompt, body.max_tokens, DEFAULT_MAX_TOKENS) for prompt in prompts]
-        form = CompletionForm(self._codec, self._echoes(body), body.logprobs is not None)
-        return self._job(body, form, prompts, max_tokens, body.logprobs, arrival)
+        format = CompletionFormat(self._codec, self._echoes(body), body.logprobs is not None)
+        return self._job(body, format, prompts, max_tokens, body.logprobs, arrival)
 
     def chat(self, body: ChatBody, arrival: float | None = None) -> Job:
         """Raises ApiError for what is not served."""
@@ -289,9 +289,9 @@ class Reader:
         prompt = self._ids("messages", self._codec.encode_chat, messages)
         asked = body.max_completion_tokens or body.max_tokens
         max_tokens = self._max_tokens("messages", prompt, asked, self._options.max_seq_len)
-        form = ChatForm(self._codec, bool(body.logprobs))
+        format = ChatFormat(self._codec, bool(body.logprobs))
         return self._job(
-            body, form, [prompt], [max_tokens], (body.top_logprobs or 0) if body.logprobs else None, arrival
+            body, format, [prompt], [max_tokens], (body.top_logprobs or 0) if body.logprobs else None, arrival
         )
 
     def check_model(self, name: str) -> None:
@@ -353,13 +353,13 @@ class Reader:
     def _job(
         self,
         body: AnyBody,
-        form: Form,
+        format: ResponseFormat,
         prompts: Sequence[tuple[int, ...]],
         max_tokens: Sequence[int],  # of each prompt
         num_logprobs: int | None,
         arrival: float | None,
     ) -> Job:
-        job_id = f"{form.prefix}-{secrets.token_hex(12)}"
+        job_id = f"{format.prefix}-{secrets.token_hex(12)}"
         arrival = time.monotonic() if arrival is None else arrival
         deadline = None if self._options.timeout_s is None else arrival + self._options.timeout_s
         choices = []
@@ -379,7 +379,7 @@ class Reader:
         return Job(
             id=job_id,
             model=self._options.model_name,
-            form=form,
+            format=format,
             choices=tuple(choices),
             num_prompt_tokens=sum(len(prompt) for prompt in prompts),
             wants_stream=bool(body.stream),

@@ -90,7 +90,9 @@ class OpenAIHandler:
         if any(choice.transcript.finish is None for choice in job.choices):
             return Response(status_code=499)  # nobody reads it
         return JSONResponse(
-            job.envelope(job.form.whole_object, [job.form.whole(choice) for choice in job.choices], usage=job.usage())
+            job.envelope(
+                job.format.whole_object, [job.format.whole(choice) for choice in job.choices], usage=job.usage()
+            )
         )
 
     async def _job(self, kind: Kind, http: HttpRequest) -> Job:
@@ -158,13 +160,13 @@ class OpenAIHandler:
         more = {"usage": None} if job.wants_usage else {}
         try:
             for choice in job.choices:
-                if (opening := job.form.opening(choice)) is not None:
-                    yield _line(job.envelope(job.form.part_object, [opening], **more))
+                if (opening := job.format.opening(choice)) is not None:
+                    yield _line(job.envelope(job.format.part_object, [opening], **more))
             async for choice, piece in self._pieces(job, stream):
                 if piece.text or piece.tokens or piece.finish is not None:
-                    yield _line(job.envelope(job.form.part_object, [job.form.part(choice, piece)], **more))
+                    yield _line(job.envelope(job.format.part_object, [job.format.part(choice, piece)], **more))
             if job.wants_usage:
-                yield _line(job.envelope(job.form.part_object, [], usage=job.usage()))
+                yield _line(job.envelope(job.format.part_object, [], usage=job.usage()))
         except ApiError as error:  # the status is out already
             yield _line(error.body())
         except Exception as error:
