@@ -21,7 +21,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from yafsdp_like.inference.engine.request import MAX_LOGPROBS, PLAIN, Request
-from yafsdp_like.inference.http.answers import ChatFormat, Choice, CompletionFormat, Job, ResponseFormat
 from yafsdp_like.inference.http.costs import Limits
 from yafsdp_like.inference.http.errors import (
     UNSUPPORTED,
@@ -32,6 +31,7 @@ from yafsdp_like.inference.http.errors import (
     too_long,
     too_many_choices,
 )
+from yafsdp_like.inference.http.responses import ChatFormat, Choice, CompletionFormat, Job, ResponseFormat
 from yafsdp_like.inference.text.codec import Codec, Transcript
 from yafsdp_like.kernels.sampling import SamplingParams
 

@@ -1,7 +1,7 @@
 """The HTTP interface: OpenAI's completions and chat completions over one service, health and metrics.
 
 Owns routes, streams of answers, and who may enter. What is counted is counted.py's, what may be asked protocol.py's,
-what is answered answers.py's. Needs FastAPI and prometheus_client (`pip install 'yafsdp_like[serve]'`), so nothing of
+what is answered responses.py's. Needs FastAPI and prometheus_client (`pip install 'yafsdp_like[serve]'`), so nothing of
 the package imports this file.
 
 [Note: readers who leave]
@@ -35,11 +35,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull
-from yafsdp_like.inference.http.answers import Choice, Job
 from yafsdp_like.inference.http.desk import Busy, Desk
 from yafsdp_like.inference.http.errors import ApiError, no_object, too_many_choices
 from yafsdp_like.inference.http.metrics import Clock, ServerMetrics
 from yafsdp_like.inference.http.protocol import ChatBody, CompletionBody, Reader, ServerOptions
+from yafsdp_like.inference.http.responses import Choice, Job
 from yafsdp_like.inference.http.service import Service, ServiceState, Unavailable
 from yafsdp_like.inference.http.stream import Stream
 from yafsdp_like.inference.text.codec import Codec, Piece

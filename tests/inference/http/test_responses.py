@@ -3,7 +3,7 @@
 from typing import Any
 
 from yafsdp_like.inference.engine.request import FinishReason, Token
-from yafsdp_like.inference.http.answers import CompletionFormat
+from yafsdp_like.inference.http.responses import CompletionFormat
 from yafsdp_like.inference.text.codec import Piece, PlacedToken
 
 
