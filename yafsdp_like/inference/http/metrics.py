@@ -56,7 +56,7 @@ class ServerMetrics:
 
 @dataclass
 class Clock:
-    """When the tokens of one job came."""
+    """When the tokens of one parsed came."""
 
     metrics: ServerMetrics
     arrival: float

@@ -31,7 +31,7 @@ from yafsdp_like.inference.http.errors import (
     too_long,
     too_many_choices,
 )
-from yafsdp_like.inference.http.responses import ChatFormat, Choice, CompletionFormat, Job, ResponseFormat
+from yafsdp_like.inference.http.responses import ChatFormat, Choice, CompletionFormat, ParsedRequest, ResponseFormat
 from yafsdp_like.inference.text.codec import Codec, Transcript
 from yafsdp_like.kernels.sampling import SamplingParams
 
@@ -256,7 +256,9 @@ class Reader:
         most_characters = codec.most_characters(options.max_seq_len)
         self._limits = Limits(options.max_seq_len, options.max_choices, most_characters)
 
-    def read(self, kind: type[CompletionBody] | type[ChatBody], raw: bytes, arrival: float | None = None) -> Job:
+    def read(
+        self, kind: type[CompletionBody] | type[ChatBody], raw: bytes, arrival: float | None = None
+    ) -> ParsedRequest:
         """What was sent as JSON at a time of time.monotonic(). Raises ApiError for what is not served, and first for
         what would take long to look at.
         """
@@ -268,15 +270,15 @@ class Reader:
             raise invalid_body(error.errors(include_url=False, include_context=False)[0]) from None
         return self.completion(body, arrival) if isinstance(body, CompletionBody) else self.chat(body, arrival)
 
-    def completion(self, body: CompletionBody, arrival: float | None = None) -> Job:
+    def completion(self, body: CompletionBody, arrival: float | None = None) -> ParsedRequest:
         """Raises ApiError for what is not served."""
         self._check(body, len(body.prompt))
         prompts = [self._prompt(prompt) for prompt in body.prompt]
         max_tokens = [self._max_tokens("prompt", prompt, body.max_tokens, DEFAULT_MAX_TOKENS) for prompt in prompts]
         format = CompletionFormat(self._codec, self._echoes(body), body.logprobs is not None)
-        return self._job(body, format, prompts, max_tokens, body.logprobs, arrival)
+        return self._parse(body, format, prompts, max_tokens, body.logprobs, arrival)
 
-    def chat(self, body: ChatBody, arrival: float | None = None) -> Job:
+    def chat(self, body: ChatBody, arrival: float | None = None) -> ParsedRequest:
         """Raises ApiError for what is not served."""
         self._check(body, 1)
         for message in body.messages:
@@ -290,7 +292,7 @@ class Reader:
         asked = body.max_completion_tokens or body.max_tokens
         max_tokens = self._max_tokens("messages", prompt, asked, self._options.max_seq_len)
         format = ChatFormat(self._codec, bool(body.logprobs))
-        return self._job(
+        return self._parse(
             body, format, [prompt], [max_tokens], (body.top_logprobs or 0) if body.logprobs else None, arrival
         )
 
@@ -350,7 +352,7 @@ class Reader:
             raise too_long(param, words, self._options.max_seq_len)
         return asked or min(default, room)
 
-    def _job(
+    def _parse(
         self,
         body: AnyBody,
         format: ResponseFormat,
@@ -358,15 +360,15 @@ class Reader:
         max_tokens: Sequence[int],  # of each prompt
         num_logprobs: int | None,
         arrival: float | None,
-    ) -> Job:
-        job_id = f"{format.prefix}-{secrets.token_hex(12)}"
+    ) -> ParsedRequest:
+        response_id = f"{format.prefix}-{secrets.token_hex(12)}"
         arrival = time.monotonic() if arrival is None else arrival
         deadline = None if self._options.timeout_s is None else arrival + self._options.timeout_s
         choices = []
         for index in range(len(prompts) * body.num_each):
             number, draw = divmod(index, body.num_each)
             request = Request(
-                id=f"{job_id}-{index}",
+                id=f"{response_id}-{index}",
                 prompt=prompts[number],
                 sampling=body.sampling(draw, self._options.sampling),
                 max_tokens=max_tokens[number],
@@ -376,8 +378,8 @@ class Reader:
                 salt=body.cache_salt,
             )
             choices.append(Choice(index, request, Transcript(self._codec, request.prompt, body.stop)))
-        return Job(
-            id=job_id,
+        return ParsedRequest(
+            id=response_id,
             model=self._options.model_name,
             format=format,
             choices=tuple(choices),

@@ -140,7 +140,7 @@ def _finite(logprob: float | None) -> float | None:
 
 
 @dataclass(frozen=True)
-class Job:
+class ParsedRequest:
     """A body that was understood: the requests that answer it, and how the answer is written."""
 
     id: str

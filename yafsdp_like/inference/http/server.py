@@ -39,7 +39,7 @@ from yafsdp_like.inference.http.desk import Busy, Desk
 from yafsdp_like.inference.http.errors import ApiError, no_object, too_many_choices
 from yafsdp_like.inference.http.metrics import Clock, ServerMetrics
 from yafsdp_like.inference.http.protocol import ChatBody, CompletionBody, Reader, ServerOptions
-from yafsdp_like.inference.http.responses import Choice, Job
+from yafsdp_like.inference.http.responses import Choice, ParsedRequest
 from yafsdp_like.inference.http.service import Service, ServiceState, Unavailable
 from yafsdp_like.inference.http.stream import Stream
 from yafsdp_like.inference.text.codec import Codec, Piece
@@ -70,32 +70,34 @@ class OpenAIHandler:
     async def answer(self, kind: Kind, http: HttpRequest) -> Response:
         """The answer to a body of this kind. Raises ApiError."""
         try:
-            job = await self._job(kind, http)
+            parsed = await self._parse(kind, http)
         except Busy as error:
             raise _full(str(error)) from error
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
-        stream = await self._open(job)
-        self.metrics.prompt_tokens.inc(job.num_prompt_tokens)
-        if job.wants_stream:
-            return EventStream(self._lines(job, stream), stream)
+        stream = await self._open(parsed)
+        self.metrics.prompt_tokens.inc(parsed.num_prompt_tokens)
+        if parsed.wants_stream:
+            return EventStream(self._lines(parsed, stream), stream)
         try:
             async with abandonable(http.receive, stream):
-                async for choice, piece in self._pieces(job, stream):
+                async for choice, piece in self._pieces(parsed, stream):
                     choice.add(piece)
         except ApiError:
             raise
         except Exception as error:
             raise _bug(error) from error
-        if any(choice.transcript.finish is None for choice in job.choices):
+        if any(choice.transcript.finish is None for choice in parsed.choices):
             return Response(status_code=499)  # nobody reads it
         return JSONResponse(
-            job.envelope(
-                job.format.whole_object, [job.format.whole(choice) for choice in job.choices], usage=job.usage()
+            parsed.envelope(
+                parsed.format.whole_object,
+                [parsed.format.whole(choice) for choice in parsed.choices],
+                usage=parsed.usage(),
             )
         )
 
-    async def _job(self, kind: Kind, http: HttpRequest) -> Job:
+    async def _parse(self, kind: Kind, http: HttpRequest) -> ParsedRequest:
         """What is asked. Others have the event loop while a long text is cut into tokens."""
         _check_is_json(http)
         with self.desk.hold() as held:
@@ -113,25 +115,25 @@ class OpenAIHandler:
                 reading = self.desk.read(sent, lambda: self.reader.read(kind, sent, arrival))
                 return await _unless_gone(reading, http.receive)
 
-    async def _open(self, job: Job) -> Stream:
+    async def _open(self, parsed: ParsedRequest) -> Stream:
         try:
-            async with within(job.deadline):
-                return await self.service.open([choice.request for choice in job.choices])
+            async with within(parsed.deadline):
+                return await self.service.open([choice.request for choice in parsed.choices])
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         except QueueFull as error:
-            if len(job.choices) > (most := self.service.max_waiting):  # to come again would not help
-                raise too_many_choices(len(job.choices), most) from error
+            if len(parsed.choices) > (most := self.service.max_waiting):  # to come again would not help
+                raise too_many_choices(len(parsed.choices), most) from error
             raise _full(str(error)) from error
         except Unavailable as error:
             raise _unavailable(str(error)) from error
 
-    async def _pieces(self, job: Job, stream: Stream) -> AsyncIterator[tuple[Choice, Piece]]:
+    async def _pieces(self, parsed: ParsedRequest, stream: Stream) -> AsyncIterator[tuple[Choice, Piece]]:
         """Pieces of all choices as they come; ends early if the stream is closed. Raises ApiError."""
-        choices = {choice.request.id: choice for choice in job.choices}
-        clock, timer = Clock(self.metrics, job.arrival), None
-        if job.deadline is not None:
-            delay = job.deadline + LATE_S - time.monotonic()
+        choices = {choice.request.id: choice for choice in parsed.choices}
+        clock, timer = Clock(self.metrics, parsed.arrival), None
+        if parsed.deadline is not None:
+            delay = parsed.deadline + LATE_S - time.monotonic()
             timer = asyncio.get_running_loop().call_later(delay, stream.fail, _late())
         try:
             async for event in stream:
@@ -145,28 +147,28 @@ class OpenAIHandler:
                 if piece.finish is not None and event.finish is None:
                     stream.cancel(event.request_id)
                 yield choice, piece
-                if all(choice.transcript.finish is not None for choice in job.choices):
+                if all(choice.transcript.finish is not None for choice in parsed.choices):
                     return
         except Unavailable as error:
             raise _unavailable(str(error)) from error
         finally:
             if timer is not None:
                 timer.cancel()
-            num_abandoned = sum(choice.transcript.finish is None for choice in job.choices)
+            num_abandoned = sum(choice.transcript.finish is None for choice in parsed.choices)
             self.metrics.finished.labels("abandoned").inc(num_abandoned)
 
-    async def _lines(self, job: Job, stream: Stream) -> AsyncIterator[bytes]:
+    async def _lines(self, parsed: ParsedRequest, stream: Stream) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
-        more = {"usage": None} if job.wants_usage else {}
+        more = {"usage": None} if parsed.wants_usage else {}
         try:
-            for choice in job.choices:
-                if (opening := job.format.opening(choice)) is not None:
-                    yield _line(job.envelope(job.format.part_object, [opening], **more))
-            async for choice, piece in self._pieces(job, stream):
+            for choice in parsed.choices:
+                if (opening := parsed.format.opening(choice)) is not None:
+                    yield _line(parsed.envelope(parsed.format.part_object, [opening], **more))
+            async for choice, piece in self._pieces(parsed, stream):
                 if piece.text or piece.tokens or piece.finish is not None:
-                    yield _line(job.envelope(job.format.part_object, [job.format.part(choice, piece)], **more))
-            if job.wants_usage:
-                yield _line(job.envelope(job.format.part_object, [], usage=job.usage()))
+                    yield _line(parsed.envelope(parsed.format.part_object, [parsed.format.part(choice, piece)], **more))
+            if parsed.wants_usage:
+                yield _line(parsed.envelope(parsed.format.part_object, [], usage=parsed.usage()))
         except ApiError as error:  # the status is out already
             yield _line(error.body())
         except Exception as error:
