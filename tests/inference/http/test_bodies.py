@@ -30,9 +30,9 @@ from tests.inference.http.test_server import (
     serving,
 )
 from tests.inference.text.test_codec import write_tokenizer
-from yafsdp_like.inference.http import costs, desk, server
+from yafsdp_like.inference.http import body_pool, costs, server
+from yafsdp_like.inference.http.body_pool import BodyReaderPool, Busy
 from yafsdp_like.inference.http.costs import Limits
-from yafsdp_like.inference.http.desk import Busy, Desk
 from yafsdp_like.inference.http.errors import ApiError
 from yafsdp_like.inference.text.codec import Codec
 
@@ -189,7 +189,7 @@ def test_what_bodies_look_like_is_told(running: Running) -> None:
 
 def test_long_bodies_wait_for_each_other_and_short_ones_for_none(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     """And only so many of them wait."""
-    monkeypatch.setattr(desk, "MAX_LONG_BODIES", 2)
+    monkeypatch.setattr(body_pool, "MAX_LONG_BODIES", 2)
     may_end, encode = threading.Event(), codec.encode
 
     def encode_slowly(text: str) -> tuple[int, ...]:
@@ -197,7 +197,7 @@ def test_long_bodies_wait_for_each_other_and_short_ones_for_none(codec: Codec, m
         return encode(text)
 
     monkeypatch.setattr(codec, "encode", encode_slowly)
-    long = {**GREEDY, "prompt": "long", "max_tokens": 1, "metadata": "m" * 2 * desk.SHORT_COST}
+    long = {**GREEDY, "prompt": "long", "max_tokens": 1, "metadata": "m" * 2 * body_pool.SHORT_COST}
     short = {**GREEDY, "prompt": "x", "max_tokens": 1}
     with serving(make_engine(codec), codec) as running, ThreadPoolExecutor(4) as pool:
         try:
@@ -222,7 +222,7 @@ def test_who_leaves_does_not_keep_others_waiting(codec: Codec, monkeypatch: pyte
         return encode(text)
 
     monkeypatch.setattr(codec, "encode", encode_slowly)
-    long = {**GREEDY, "max_tokens": 1, "metadata": "m" * 2 * desk.SHORT_COST}
+    long = {**GREEDY, "max_tokens": 1, "metadata": "m" * 2 * body_pool.SHORT_COST}
     with serving(make_engine(codec), codec) as running, ThreadPoolExecutor(2) as pool:
         try:
             first = pool.submit(running.post, COMPLETIONS, {**long, "prompt": "first"})
@@ -247,24 +247,24 @@ def iter_done(futures: list[Any]) -> Iterator[Any]:
 
 
 def test_bytes_of_long_bodies_are_bounded_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(desk, "MAX_HELD_NBYTES", 100)
-    at_work = Desk()
-    with at_work.hold() as first, at_work.hold() as second:
-        first.add(desk.SHORT_COST)
+    monkeypatch.setattr(body_pool, "MAX_RESERVED_NBYTES", 100)
+    at_work = BodyReaderPool()
+    with at_work.reserve() as first, at_work.reserve() as second:
+        first.add(body_pool.SHORT_COST)
         first.add(60)
-        second.add(desk.SHORT_COST + 40)
-        with at_work.hold() as third:
-            third.add(desk.SHORT_COST)
+        second.add(body_pool.SHORT_COST + 40)
+        with at_work.reserve() as third:
+            third.add(body_pool.SHORT_COST)
             with pytest.raises(Busy):
                 third.add(1)
-        assert at_work.num_held_nbytes == 100
-    assert at_work.num_held_nbytes == 0
+        assert at_work.num_reserved_nbytes == 100
+    assert at_work.num_reserved_nbytes == 0
     at_work.close()
 
 
 def test_a_lane_for_long_bodies_rests_as_long_as_it_works() -> None:
     async def main() -> None:
-        at_work, raw = Desk(), b" " * 2 * desk.SHORT_COST
+        at_work, raw = BodyReaderPool(), b" " * 2 * body_pool.SHORT_COST
         began = time.monotonic()
         for _ in range(2):
             await at_work.read(raw, lambda: time.sleep(0.1))

@@ -56,7 +56,7 @@ class ServerMetrics:
 
 @dataclass
 class Clock:
-    """When the tokens of one parsed came."""
+    """When the tokens of one request came."""
 
     metrics: ServerMetrics
     arrival: float

@@ -35,7 +35,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull
-from yafsdp_like.inference.http.desk import Busy, Desk
+from yafsdp_like.inference.http.body_pool import BodyReaderPool, Busy
 from yafsdp_like.inference.http.errors import ApiError, no_object, too_many_choices
 from yafsdp_like.inference.http.metrics import Clock, ServerMetrics
 from yafsdp_like.inference.http.protocol import ChatBody, CompletionBody, Reader, ServerOptions
@@ -64,7 +64,7 @@ class OpenAIHandler:
 
     def __init__(self, service: Service[Any], codec: Codec, options: ServerOptions) -> None:
         self.service, self.options = service, options
-        self.reader, self.desk = Reader(codec, options), Desk()
+        self.reader, self.pool = Reader(codec, options), BodyReaderPool()
         self.metrics = ServerMetrics()
 
     async def answer(self, kind: Kind, http: HttpRequest) -> Response:
@@ -100,19 +100,19 @@ class OpenAIHandler:
     async def _parse(self, kind: Kind, http: HttpRequest) -> ParsedRequest:
         """What is asked. Others have the event loop while a long text is cut into tokens."""
         _check_is_json(http)
-        with self.desk.hold() as held:
+        with self.pool.reserve() as reservation:
             raw = bytearray()
             try:
                 async with asyncio.timeout(BODY_S):
                     async for part in http.stream():
-                        held.add(len(part))
+                        reservation.add(len(part))
                         raw += part
             except TimeoutError:
                 words = f"the body has not come within {BODY_S:.0f} s"
                 raise ApiError(408, words, code="body_too_slow", headers={"connection": "close"}) from None
             arrival, sent = time.monotonic(), bytes(raw)
             async with within(None if self.options.timeout_s is None else arrival + self.options.timeout_s):
-                reading = self.desk.read(sent, lambda: self.reader.read(kind, sent, arrival))
+                reading = self.pool.read(sent, lambda: self.reader.read(kind, sent, arrival))
                 return await _unless_gone(reading, http.receive)
 
     async def _open(self, parsed: ParsedRequest) -> Stream:
@@ -355,7 +355,7 @@ def create_app(service: Service[Any], codec: Codec, options: ServerOptions) -> F
         try:
             yield
         finally:
-            handler.desk.close()
+            handler.pool.close()
             await service.close()
 
     # No pages of documentation: they would load scripts from elsewhere. /openapi.json is there.

@@ -2,7 +2,7 @@
 
 Owns how many bodies wait and where. Knows nothing of what is read.
 
-[Note: two lanes]
+[Note: two executors]
 Short bodies are read on threads of their own, so that they never wait for long ones. Long ones are read one at a time,
 and after each the lane rests as long as it has worked: while Python runs there, the engine and the event loop get the
 interpreter late. Only so many bodies wait in either lane, and the bytes of long ones are bounded, whether they wait or
@@ -23,7 +23,7 @@ T = TypeVar("T")
 SHORT_COST = 32 * 2**10  # of a body, in bytes
 CONTAINER_COST = 256  # of an object in it, a message say, in bytes of text that take as long
 MAX_SHORT_BODIES, MAX_LONG_BODIES = 1024, 16  # that wait
-MAX_HELD_NBYTES = 64 * 2**20  # of long bodies
+MAX_RESERVED_NBYTES = 64 * 2**20  # of long bodies
 MAX_REST_S = 2.0
 
 
@@ -31,7 +31,7 @@ class Busy(RuntimeError):
     """Too many bodies wait to be read; try again later."""
 
 
-class Lane:
+class BoundedExecutor:
     """Threads with a bounded queue."""
 
     def __init__(self, name: str, num_threads: int, most: int, rests: bool) -> None:
@@ -71,39 +71,39 @@ class Lane:
             self._rested_at = ended + min(MAX_REST_S, ended - began)
 
 
-class Held:
+class BodyReservation:
     """Bytes of one body, of all that are held."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, pool: BodyReaderPool) -> None:
+        self._pool = pool
         self.nbytes = 0
 
-    def __enter__(self) -> Held:
+    def __enter__(self) -> BodyReservation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._desk.num_held_nbytes -= max(0, self.nbytes - SHORT_COST)
+        self._pool.num_reserved_nbytes -= max(0, self.nbytes - SHORT_COST)
 
     def add(self, nbytes: int) -> None:
         """Raises Busy where long bodies are too many; short ones are not counted."""
         more = max(0, self.nbytes + nbytes - SHORT_COST) - max(0, self.nbytes - SHORT_COST)
-        if more and self._desk.num_held_nbytes + more > MAX_HELD_NBYTES:
+        if more and self._pool.num_reserved_nbytes + more > MAX_RESERVED_NBYTES:
             raise Busy("too many long bodies are being read; try again later")
         self.nbytes += nbytes
-        self._desk.num_held_nbytes += more
+        self._pool.num_reserved_nbytes += more
 
 
-class Desk:
-    """[Note: two lanes] For one event loop."""
+class BodyReaderPool:
+    """[Note: two executors] For one event loop."""
 
     def __init__(self) -> None:
-        self._short = Lane("short bodies", 2, MAX_SHORT_BODIES, rests=False)
-        self._long = Lane("long bodies", 1, MAX_LONG_BODIES, rests=True)
-        self.num_held_nbytes = 0  # of long bodies
+        self._short = BoundedExecutor("short bodies", 2, MAX_SHORT_BODIES, rests=False)
+        self._long = BoundedExecutor("long bodies", 1, MAX_LONG_BODIES, rests=True)
+        self.num_reserved_nbytes = 0  # of long bodies
 
-    def hold(self) -> Held:
+    def reserve(self) -> BodyReservation:
         """To be entered while a body comes and is read."""
-        return Held(self)
+        return BodyReservation(self)
 
     async def read(self, raw: bytes, function: Callable[[], T]) -> T:
         """What `function()` gives or raises, which reads this body. Raises Busy."""
