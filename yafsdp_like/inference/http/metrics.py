@@ -55,14 +55,14 @@ class ServerMetrics:
 
 
 @dataclass
-class Clock:
+class LatencyTracker:
     """When the tokens of one request came."""
 
     metrics: ServerMetrics
     arrival: float
     last: dict[int, float] = field(default_factory=dict)  # by choice
 
-    def tick(self, index: int, num_tokens: int, finish: FinishReason | None) -> None:
+    def observe_event(self, index: int, num_tokens: int, finish: FinishReason | None) -> None:
         """An event of a choice has come."""
         now = time.monotonic()
         if num_tokens:

@@ -37,7 +37,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull
 from yafsdp_like.inference.http.body_pool import BodyReaderPool, Busy
 from yafsdp_like.inference.http.errors import ApiError, no_object, too_many_choices
-from yafsdp_like.inference.http.metrics import Clock, ServerMetrics
+from yafsdp_like.inference.http.metrics import LatencyTracker, ServerMetrics
 from yafsdp_like.inference.http.protocol import ChatBody, CompletionBody, Reader, ServerOptions
 from yafsdp_like.inference.http.responses import Choice, ParsedRequest
 from yafsdp_like.inference.http.service import Service, ServiceState, Unavailable
@@ -131,7 +131,7 @@ class OpenAIHandler:
     async def _pieces(self, parsed: ParsedRequest, stream: Stream) -> AsyncIterator[tuple[Choice, Piece]]:
         """Pieces of all choices as they come; ends early if the stream is closed. Raises ApiError."""
         choices = {choice.request.id: choice for choice in parsed.choices}
-        clock, timer = Clock(self.metrics, parsed.arrival), None
+        latency, timer = LatencyTracker(self.metrics, parsed.arrival), None
         if parsed.deadline is not None:
             delay = parsed.deadline + LATE_S - time.monotonic()
             timer = asyncio.get_running_loop().call_later(delay, stream.fail, _late())
@@ -142,7 +142,7 @@ class OpenAIHandler:
                     continue
                 choice.num_cached_tokens = max(choice.num_cached_tokens, event.num_cached_tokens)
                 piece = choice.transcript.push(event)
-                clock.tick(choice.index, len(event.tokens), piece.finish)
+                latency.observe_event(choice.index, len(event.tokens), piece.finish)
                 _check_finish(piece.finish)
                 if piece.finish is not None and event.finish is None:
                     stream.cancel(event.request_id)
