@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.inference.text.test_codec import TEXT, needs_smollm2, smollm2_in, write_tokenizer
 from yafsdp_like.data import Tokenizer
 from yafsdp_like.inference.http.errors import ApiError
-from yafsdp_like.inference.http.protocol import ChatBody, ChatMessage, Reader, ServerOptions
+from yafsdp_like.inference.http.protocol import ChatBody, ChatMessage, RequestParser, ServerOptions
 from yafsdp_like.inference.text.chat import _any_of, unpanicked
 from yafsdp_like.inference.text.codec import Codec
 
@@ -288,9 +288,9 @@ def test_a_template_that_fails_is_an_error_about_the_template(template: str, tmp
 
 @pytest.mark.parametrize("template", ["{% for", "{{ 1 // 0 }}", "{{ messages[3].content }}", "{{ 5 }}{% if %}"])
 def test_over_http_a_template_that_fails_is_told_to_the_client(template: str, tmp_path: Path) -> None:
-    reader = Reader(Codec.load(write_tokenizer(tmp_path, template=template)), ServerOptions("m", 400, 64))
+    parser = RequestParser(Codec.load(write_tokenizer(tmp_path, template=template)), ServerOptions("m", 400, 64))
     with pytest.raises(ApiError, match="chat template refuses these messages") as caught:
-        reader.chat(ChatBody(model="m", messages=[ChatMessage(role="user", content="x")]))
+        parser.chat(ChatBody(model="m", messages=[ChatMessage(role="user", content="x")]))
     assert caught.value.status_code == 400
 
 

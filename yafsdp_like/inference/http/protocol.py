@@ -248,7 +248,7 @@ class ChatBody(AnyBody):
 # --- bodies to jobs ---
 
 
-class Reader:
+class RequestParser:
     """Bodies to jobs, from any thread; a long text takes more time than an event loop has."""
 
     def __init__(self, codec: Codec, options: ServerOptions) -> None:

@@ -10,7 +10,7 @@ requests; closing it is also what every other way out of an answer ends with.
 
 [Note: late]
 The engine ends what is late, between two steps. If no step ends, the loop answers in its place, a little later: by an
-error that the stream gives its reader, since a cancellation would meet whoever the answer's generator has yielded to.
+error that the stream gives its parser, since a cancellation would meet whoever the answer's generator has yielded to.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from yafsdp_like.inference.engine.request import FinishReason, QueueFull
 from yafsdp_like.inference.http.body_pool import BodyReaderPool, Busy
 from yafsdp_like.inference.http.errors import ApiError, no_object, too_many_choices
 from yafsdp_like.inference.http.metrics import LatencyTracker, ServerMetrics
-from yafsdp_like.inference.http.protocol import ChatBody, CompletionBody, Reader, ServerOptions
+from yafsdp_like.inference.http.protocol import ChatBody, CompletionBody, RequestParser, ServerOptions
 from yafsdp_like.inference.http.responses import Choice, ParsedRequest
 from yafsdp_like.inference.http.service import Service, ServiceState, Unavailable
 from yafsdp_like.inference.http.stream import Stream
@@ -64,7 +64,7 @@ class OpenAIHandler:
 
     def __init__(self, service: Service[Any], codec: Codec, options: ServerOptions) -> None:
         self.service, self.options = service, options
-        self.reader, self.pool = Reader(codec, options), BodyReaderPool()
+        self.parser, self.pool = RequestParser(codec, options), BodyReaderPool()
         self.metrics = ServerMetrics()
 
     async def answer(self, kind: Kind, http: HttpRequest) -> Response:
@@ -112,7 +112,7 @@ class OpenAIHandler:
                 raise ApiError(408, words, code="body_too_slow", headers={"connection": "close"}) from None
             arrival, sent = time.monotonic(), bytes(raw)
             async with within(None if self.options.timeout_s is None else arrival + self.options.timeout_s):
-                reading = self.pool.read(sent, lambda: self.reader.read(kind, sent, arrival))
+                reading = self.pool.read(sent, lambda: self.parser.read(kind, sent, arrival))
                 return await _unless_gone(reading, http.receive)
 
     async def _open(self, parsed: ParsedRequest) -> Stream:
@@ -449,5 +449,5 @@ def _add_models(app: FastAPI, handler: OpenAIHandler) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        handler.reader.check_model(name)
+        handler.parser.check_model(name)
         return model
