@@ -21,7 +21,7 @@ import uvicorn
 from launch.opening import Opened
 from launch.options import model_names
 from yafsdp_like.inference.engine.tp_driver import KEEP_ALIVE_S, Leader, follow
-from yafsdp_like.inference.http.connections import limited
+from yafsdp_like.inference.http.connections import limit_connections
 from yafsdp_like.inference.http.protocol import ServerOptions
 from yafsdp_like.inference.http.server import create_app
 from yafsdp_like.inference.http.service import LAST_STEP_S, Service, ServiceState, Stepped
@@ -78,7 +78,7 @@ def serve(model: Opened, arguments: argparse.Namespace, address: socket) -> None
     )
     config = uvicorn.Config(
         create_app(service, model.codec, server_options(model, arguments)),
-        http=limited(arguments.max_connections),
+        http=limit_connections(arguments.max_connections),
         log_level="info" if arguments.access_log else "warning",
         access_log=arguments.access_log,
         ws="none",

@@ -30,9 +30,9 @@ from tests.inference.http.test_server import (
     serving,
 )
 from tests.inference.text.test_codec import write_tokenizer
-from yafsdp_like.inference.http import body_pool, costs, server
+from yafsdp_like.inference.http import body_limits, body_pool, server
+from yafsdp_like.inference.http.body_limits import BodyLimits
 from yafsdp_like.inference.http.body_pool import BodyReaderPool, Busy
-from yafsdp_like.inference.http.costs import Limits
 from yafsdp_like.inference.http.errors import ApiError
 from yafsdp_like.inference.text.codec import Codec
 
@@ -121,7 +121,7 @@ def test_a_prompt_is_looked_at_before_all_of_it_is_cut_into_tokens(
         lengths.append(len(text))
         return encode(codec, text)
 
-    monkeypatch.setattr(Codec, "most_characters", lambda codec, num_tokens: 10**9)
+    monkeypatch.setattr(Codec, "max_characters", lambda codec, num_tokens: 10**9)
     monkeypatch.setattr(Codec, "encode", counting)
     with serving(make_engine(codec), codec) as running:
         for path, fields in ((COMPLETIONS, {"prompt": text(600_000)}), (CHATS, chat([said(text(600_000))]))):
@@ -167,10 +167,10 @@ def test_an_echo_is_bounded_with_all_of_its_choices(running: Running, monkeypatc
     ids=range(9),
 )
 def test_values_are_counted_outside_of_strings(raw: bytes, is_refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "MAX_VALUES", 100)
-    monkeypatch.setattr(costs, "MIN_VALUES", 0)
-    monkeypatch.setattr(costs, "MAX_CONTAINERS", 20)
-    limits = Limits(max_seq_len=10, max_choices=20, most_characters=100)
+    monkeypatch.setattr(body_limits, "MAX_VALUES", 100)
+    monkeypatch.setattr(body_limits, "MIN_VALUES", 0)
+    monkeypatch.setattr(body_limits, "MAX_CONTAINERS", 20)
+    limits = BodyLimits(max_seq_len=10, max_choices=20, max_characters=100)
     if is_refused:
         with pytest.raises(ApiError, match="the body: at most"):
             limits.parsed(raw)

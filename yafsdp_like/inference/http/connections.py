@@ -20,15 +20,15 @@ REFUSAL = (
 )
 
 
-class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+class LimitedConnectionsProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     """uvicorn's, for clients that are slow, or many."""
 
-    most_connections: ClassVar[int]
+    max_connections: ClassVar[int]
     _timer: asyncio.TimerHandle | None = None
     _is_refused = False
 
     def connection_made(self, transport: Any) -> None:
-        if len(self.connections) >= self.most_connections:
+        if len(self.connections) >= self.max_connections:
             self._is_refused = True
             transport.write(REFUSAL)
             transport.close()
@@ -56,8 +56,8 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             self._timer = None
 
 
-def limited(most_connections: int) -> type[asyncio.Protocol]:
+def limit_connections(max_connections: int) -> type[asyncio.Protocol]:
     """The protocol of a server of at most so many connections, and no more than the process may have files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = most_connections if soft == resource.RLIM_INFINITY else min(most_connections, soft - NUM_SPARED_FILES)
-    return type("Limited", (LimitedProtocol,), {"most_connections": max(1, most)})
+    most = max_connections if soft == resource.RLIM_INFINITY else min(max_connections, soft - NUM_SPARED_FILES)
+    return type("Limited", (LimitedConnectionsProtocol,), {"max_connections": max(1, most)})

@@ -1,6 +1,6 @@
 """What may be asked over HTTP, in the words of OpenAI's clients: bodies to requests, and errors.
 
-Owns the fields of bodies, and what may stand in them; what they may cost is costs.py's. Knows nothing of routes,
+Owns the fields of bodies, and what may stand in them; what they may cost is body_limits.py's. Knows nothing of routes,
 sockets or event loops. Needs pydantic and starlette, which come with FastAPI.
 
 [Note: fields]
@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from yafsdp_like.inference.engine.request import MAX_LOGPROBS, PLAIN, Request
-from yafsdp_like.inference.http.costs import Limits
+from yafsdp_like.inference.http.body_limits import BodyLimits
 from yafsdp_like.inference.http.errors import (
     UNSUPPORTED,
     ApiError,
@@ -60,7 +60,7 @@ class ServerOptions:
     sampling: SamplingParams = PLAIN  # where a request says nothing
 
     @property
-    def most_body_nbytes(self) -> int:
+    def body_limit_nbytes(self) -> int:
         """A body may have this many bytes for each token that could be served in answer to it."""
         return min(self.max_body_nbytes, max(MIN_BODY_NBYTES, TOKEN_NBYTES * self.max_choices * self.max_seq_len))
 
@@ -253,8 +253,8 @@ class RequestParser:
 
     def __init__(self, codec: Codec, options: ServerOptions) -> None:
         self._codec, self._options = codec, options
-        most_characters = codec.most_characters(options.max_seq_len)
-        self._limits = Limits(options.max_seq_len, options.max_choices, most_characters)
+        max_characters = codec.max_characters(options.max_seq_len)
+        self._limits = BodyLimits(options.max_seq_len, options.max_choices, max_characters)
 
     def read(
         self, kind: type[CompletionBody] | type[ChatBody], raw: bytes, arrival: float | None = None

@@ -313,7 +313,7 @@ class AuthMiddleware:
             message = "expected the header 'authorization: Bearer KEY' with this server's key"
             await _refusal(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
             return
-        if self._announced_nbytes(headers) > self._options.most_body_nbytes:
+        if self._announced_nbytes(headers) > self._options.body_limit_nbytes:
             await _refusal(self._too_large())(scope, receive, send)
             return
         await self._app(scope, self._limited(receive), send)
@@ -323,7 +323,7 @@ class AuthMiddleware:
         return int(length) if length.isdigit() and len(length) < 20 else 0
 
     def _too_large(self) -> ApiError:
-        words = f"a body may have {self._options.most_body_nbytes} bytes at most; shorten the prompt"
+        words = f"a body may have {self._options.body_limit_nbytes} bytes at most; shorten the prompt"
         return ApiError(413, words, code="body_too_large", headers={"connection": "close"})  # nobody reads the rest
 
     def _knows_key(self, header: bytes) -> bool:
@@ -332,9 +332,9 @@ class AuthMiddleware:
 
     def _limited(self, receive: Receive) -> Receive:
         """Raises ApiError once more has come than a body may have, whatever its headers have said."""
-        most, num_received = self._options.most_body_nbytes, 0
+        most, num_received = self._options.body_limit_nbytes, 0
 
-        async def limited() -> Message:
+        async def receive_limited() -> Message:
             nonlocal num_received
             message = await receive()
             num_received += len(message.get("body", b""))
@@ -342,7 +342,7 @@ class AuthMiddleware:
                 raise self._too_large()
             return message
 
-        return limited
+        return receive_limited
 
 
 def create_app(service: Service[Any], codec: Codec, options: ServerOptions) -> FastAPI:

@@ -116,7 +116,7 @@ class Codec:
         """Those that were asked for: lists of log-probabilities name many tokens, again and again."""
         return {}
 
-    def most_characters(self, num_tokens: int) -> int:
+    def max_characters(self, num_tokens: int) -> int:
         """Characters of the longest text of so many tokens; a normalizer may make one character of as many as four.
         What a tokenizer leaves out, or takes together as unknown, is not counted.
         """

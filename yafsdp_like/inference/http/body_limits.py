@@ -26,15 +26,15 @@ MIN_VALUES, MAX_VALUES = 2**16, 2**18  # of the limit on single values; two whol
 
 
 @dataclass(frozen=True)
-class Limits:
+class BodyLimits:
     """Of bodies to one model."""
 
     max_seq_len: int
     max_choices: int
-    most_characters: int  # that `max_seq_len` tokens can stand for
+    max_characters: int  # that `max_seq_len` tokens can stand for
 
     @property
-    def most_values(self) -> int:
+    def max_values(self) -> int:
         """Numbers, strings and all else between commas."""
         most = max(MAX_VALUES, MIN_VALUES + 2 * self.max_seq_len)
         return min(most, MIN_VALUES + self.max_choices * self.max_seq_len)
@@ -66,15 +66,15 @@ class Limits:
         self._check_messages(body.get("messages"))
 
     def _check_values(self, text: str) -> None:
-        if text.count(",") > self.most_values or text.count("[") + text.count("{") > MAX_CONTAINERS:
+        if text.count(",") > self.max_values or text.count("[") + text.count("{") > MAX_CONTAINERS:
             text = self._outside_strings(text)
-        self._expect("values", text.count(","), self.most_values)
+        self._expect("values", text.count(","), self.max_values)
         self._expect("lists and objects", text.count("[") + text.count("{"), MAX_CONTAINERS)
 
     def _outside_strings(self, text: str) -> str:
         """What is not in quotes; right as far as the text is JSON."""
         text = text.replace("\\\\", "").replace('\\"', "")
-        self._expect("strings", text.count('"') // 2, self.most_values)
+        self._expect("strings", text.count('"') // 2, self.max_values)
         return "".join(text.split('"')[::2])
 
     def _expect(self, what: str, found: int, most: int) -> None:
@@ -120,8 +120,8 @@ class Limits:
         self._check_length("messages", num_characters)
 
     def _check_length(self, param: str, num_characters: int) -> None:
-        if num_characters > self.most_characters:
-            words = f"{num_characters} characters, where tokens can stand for {self.most_characters} at most"
+        if num_characters > self.max_characters:
+            words = f"{num_characters} characters, where tokens can stand for {self.max_characters} at most"
             raise too_long(param, words, self.max_seq_len)
 
 
