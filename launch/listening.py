@@ -24,7 +24,7 @@ from yafsdp_like.inference.engine.tp_driver import KEEP_ALIVE_S, Leader, follow
 from yafsdp_like.inference.http.connections import limit_connections
 from yafsdp_like.inference.http.protocol import ServerOptions
 from yafsdp_like.inference.http.server import create_app
-from yafsdp_like.inference.http.service import LAST_STEP_S, Service, ServiceState, Stepped
+from yafsdp_like.inference.http.service import LAST_STEP_S, Service, ServiceState, SteppableEngine
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text takes one core: the engine needs the others
 STUCK_STATUS = 3
@@ -69,11 +69,11 @@ def serve(model: Opened, arguments: argparse.Namespace, address: socket) -> None
     engine has failed; if it is stuck, the process ends here.
     """
     leader = None if model.team is None else Leader(model.engine, model.team)
-    engine: Stepped = model.engine if leader is None else leader
+    engine: SteppableEngine = model.engine if leader is None else leader
     service = Service(
         engine,
         prepare=lambda _: _use(model.device),
-        look_s=None if leader is None else KEEP_ALIVE_S,
+        poll_interval_s=None if leader is None else KEEP_ALIVE_S,
         stuck_after_s=arguments.stuck_after or None,
     )
     config = uvicorn.Config(

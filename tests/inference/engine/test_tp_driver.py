@@ -107,7 +107,7 @@ def with_server(directory: str, clients: Callable[..., Any], *arguments: Any, **
     else:
         with contextlib.closing(Leader(engine, team)) as leader:
             disturbed = leader if timeout_s is None else Slow(leader)  # type: ignore[arg-type]
-            with serving(disturbed, codec, look_s=together.KEEP_ALIVE_S, timeout_s=timeout_s) as running:
+            with serving(disturbed, codec, poll_interval_s=together.KEEP_ALIVE_S, timeout_s=timeout_s) as running:
                 result = clients(running, *arguments)
                 running.check_idle()
     check_idle(engine)
@@ -237,7 +237,7 @@ def serve_after_silence(directory: str, silence_s: float, keep_alive_s: float) -
 
 async def lead(engine: Engine, team: Team, silence_s: float) -> list[object]:
     leader, told = Leader(engine, team), list[Any]()
-    service, first = Service(leader, look_s=together.KEEP_ALIVE_S), team.first
+    service, first = Service(leader, poll_interval_s=together.KEEP_ALIVE_S), team.first
 
     def telling(order: Any) -> Any:
         told.append(order)

@@ -151,9 +151,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(engine: Any, codec: Codec, look_s: float | None = None, **options: Any) -> Iterator[Running]:
+def serving(engine: Any, codec: Codec, poll_interval_s: float | None = None, **options: Any) -> Iterator[Running]:
     """A server on a free port, which is down and has freed everything at the end."""
-    service = Service(engine, look_s=look_s)
+    service = Service(engine, poll_interval_s=poll_interval_s)
     told = ServerOptions(MODEL, engine.config.vocab_size, MAX_SEQ_LEN, **options)
     config = uvicorn.Config(create_app(service, codec, told), port=0, log_level="error", ws="none")
     server, started = uvicorn.Server(config), threading.Event()

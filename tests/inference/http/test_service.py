@@ -226,8 +226,8 @@ def test_news_that_cannot_be_told_once_loses_its_own_request_only(
     put, troubles = Stream.put, iter([ZeroDivisionError("planted")])
 
     def failing_put(stream: Stream, event: Event) -> None:
-        if event.request_id == "r0" and (trouble := next(troubles, None)) is not None:
-            raise trouble
+        if event.request_id == "r0" and (unhealthy_reason := next(troubles, None)) is not None:
+            raise unhealthy_reason
         put(stream, event)
 
     async def main(service: Service[Any]) -> None:
@@ -238,7 +238,7 @@ def test_news_that_cannot_be_told_once_loses_its_own_request_only(
         lost.close()
         for number, stream in enumerate(others):
             assert await asyncio.wait_for(drawn(stream), SECONDS) == {f"r{number + 1}": 3}
-        assert (service.state, service.trouble) == (ServiceState.SERVING, None)
+        assert (service.state, service.unhealthy_reason) == (ServiceState.SERVING, None)
         assert await drawn(await service.open(requests(1))) == {"r0": 3}
 
     monkeypatch.setattr(Stream, "put", failing_put)
@@ -250,8 +250,8 @@ def test_a_cancellation_that_raises_once_loses_its_own_request_only(codec: Codec
         troubles = iter([ZeroDivisionError("planted")])
 
         def cancel(self, request_id: str) -> None:
-            if (trouble := next(self.troubles, None)) is not None:
-                raise trouble
+            if (unhealthy_reason := next(self.troubles, None)) is not None:
+                raise unhealthy_reason
             self.engine.cancel(request_id)
 
     async def main(service: Service[Any]) -> None:
@@ -272,8 +272,8 @@ def test_a_bug_in_an_answer_is_an_error_and_the_end_of_its_request_only(
     push, troubles = Transcript.push, iter([ZeroDivisionError("planted")])
 
     def failing_push(transcript: Transcript, event: Event) -> Any:
-        if (trouble := next(troubles, None)) is not None:
-            raise trouble
+        if (unhealthy_reason := next(troubles, None)) is not None:
+            raise unhealthy_reason
         return push(transcript, event)
 
     monkeypatch.setattr(Transcript, "push", failing_push)

@@ -414,13 +414,13 @@ def _add_routes(app: FastAPI, handler: OpenAIHandler) -> None:
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
-        state, trouble = handler.service.state, handler.service.trouble
-        if trouble is None:
+        state, unhealthy_reason = handler.service.state, handler.service.unhealthy_reason
+        if unhealthy_reason is None:
             return JSONResponse({"status": state.value})
         if state not in (ServiceState.SERVING, ServiceState.FAILED):
             return JSONResponse({"status": state.value}, 503)
         status = "stuck" if state is ServiceState.SERVING else state.value
-        return JSONResponse({"status": status, "message": trouble}, 503)
+        return JSONResponse({"status": status, "message": unhealthy_reason}, 503)
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:

@@ -13,7 +13,7 @@ The engine knows a request by a name that the service has made for it alone. So 
 refused or given up is never taken for news of another that was opened under the same id.
 
 [Note: a stuck engine]
-A step may never return. The thread notes when it begins to do something, and the loop reads it: `trouble` puts it into
+A step may never return. The thread notes when it begins to do something, and the loop reads it: `unhealthy_reason` puts it into
 words, `stuck_after_s` ends the service over it, and nothing on the loop waits for the thread without a bound. Whoever
 owns the process must end it then by force: no thread can be ended from outside.
 """
@@ -50,7 +50,7 @@ class Limited(Protocol):
     def max_waiting(self) -> int: ...
 
 
-class Stepped(Protocol):
+class SteppableEngine(Protocol):
     """What the thread needs of an engine; `engine.Engine` says what each does."""
 
     @property
@@ -68,7 +68,7 @@ class Stepped(Protocol):
     def metrics(self) -> Any: ...
 
 
-EngineT = TypeVar("EngineT", bound=Stepped)
+EngineT = TypeVar("EngineT", bound=SteppableEngine)
 
 
 class Unavailable(RuntimeError):
@@ -108,14 +108,19 @@ class Service(Generic[EngineT]):
         self,
         engine: EngineT,
         prepare: Callable[[EngineT], None] = lambda engine: None,
-        look_s: float | None = None,
+        poll_interval_s: float | None = None,
         stuck_after_s: float | None = None,
     ) -> None:
         """`prepare` is called first in the thread, to choose its device, say. An engine that finds work by itself is
-        looked at every `look_s` seconds; other engines only have work after calls. One whose step takes longer than
+        looked at every `poll_interval_s` seconds; other engines only have work after calls. One whose step takes longer than
         `stuck_after_s` has failed; None: never.
         """
-        self._engine, self._prepare, self._look_s, self._stuck_after_s = engine, prepare, look_s, stuck_after_s
+        self._engine, self._prepare, self._poll_interval_s, self._stuck_after_s = (
+            engine,
+            prepare,
+            poll_interval_s,
+            stuck_after_s,
+        )
         self._calls: deque[_Call[EngineT]] = deque()  # shared, under `_changed`
         self._changed = threading.Condition()
         self._is_over = False  # shared, under `_changed`: the thread takes no more calls
@@ -151,7 +156,7 @@ class Service(Generic[EngineT]):
         return isinstance(self.error, Stuck) and self._thread.is_alive()
 
     @property
-    def trouble(self) -> str | None:
+    def unhealthy_reason(self) -> str | None:
         """Why nobody should be sent here now; None if all is well."""
         if self.state is not ServiceState.SERVING:
             return str(self._unavailable())
@@ -369,7 +374,7 @@ class Service(Generic[EngineT]):
         with self._changed:
             self._busy_since = None
             while not self._calls and not self._is_over and not self._engine.has_work:
-                self._changed.wait(self._look_s)
+                self._changed.wait(self._poll_interval_s)
             self._busy_since = time.monotonic()
             return len(self._calls)
 
