@@ -338,7 +338,7 @@ def test_a_reader_that_takes_nothing_is_gone_after_a_while(codec: Codec, monkeyp
 
         scope = {"type": "http", "method": "POST", "path": "/"}
         with pytest.raises(TimeoutError):
-            await server.EventStream(lines(), stream)(scope, receive, send)
+            await server.EventStreamResponse(lines(), stream)(scope, receive, send)
         assert closed == ["0:r0"]
 
     asyncio.run(main())

@@ -78,9 +78,9 @@ class OpenAIHandler:
         stream = await self._open(parsed)
         self.metrics.prompt_tokens.inc(parsed.num_prompt_tokens)
         if parsed.wants_stream:
-            return EventStream(self._lines(parsed, stream), stream)
+            return EventStreamResponse(self._lines(parsed, stream), stream)
         try:
-            async with abandonable(http.receive, stream):
+            async with close_on_disconnect(http.receive, stream):
                 async for choice, piece in self._pieces(parsed, stream):
                     choice.add(piece)
         except ApiError:
@@ -108,16 +108,16 @@ class OpenAIHandler:
                         reservation.add(len(part))
                         raw += part
             except TimeoutError:
-                words = f"the body has not come within {BODY_S:.0f} s"
+                words = f"the body has not come until_deadline {BODY_S:.0f} s"
                 raise ApiError(408, words, code="body_too_slow", headers={"connection": "close"}) from None
             arrival, sent = time.monotonic(), bytes(raw)
-            async with within(None if self.options.timeout_s is None else arrival + self.options.timeout_s):
+            async with until_deadline(None if self.options.timeout_s is None else arrival + self.options.timeout_s):
                 reading = self.pool.read(sent, lambda: self.parser.read(kind, sent, arrival))
-                return await _unless_gone(reading, http.receive)
+                return await _cancel_on_disconnect(reading, http.receive)
 
     async def _open(self, parsed: ParsedRequest) -> Stream:
         try:
-            async with within(parsed.deadline):
+            async with until_deadline(parsed.deadline):
                 return await self.service.open([choice.request for choice in parsed.choices])
         except ValueError as error:
             raise ApiError(400, str(error)) from error
@@ -134,7 +134,7 @@ class OpenAIHandler:
         latency, timer = LatencyTracker(self.metrics, parsed.arrival), None
         if parsed.deadline is not None:
             delay = parsed.deadline + LATE_S - time.monotonic()
-            timer = asyncio.get_running_loop().call_later(delay, stream.fail, _late())
+            timer = asyncio.get_running_loop().call_later(delay, stream.fail, _deadline_error())
         try:
             async for event in stream:
                 choice = choices[event.request_id]
@@ -176,9 +176,9 @@ class OpenAIHandler:
         yield b"data: [DONE]\n\n"
 
 
-async def _unless_gone(doing: Coroutine[Any, Any, T], receive: Receive) -> T:
+async def _cancel_on_disconnect(doing: Coroutine[Any, Any, T], receive: Receive) -> T:
     """What it gives or raises; cancelled if the client disconnects, which raises ClientDisconnect."""
-    done, gone = asyncio.create_task(doing), asyncio.create_task(_gone(receive))
+    done, gone = asyncio.create_task(doing), asyncio.create_task(_wait_for_disconnect(receive))
     try:
         await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
         if done.done():
@@ -189,13 +189,13 @@ async def _unless_gone(doing: Coroutine[Any, Any, T], receive: Receive) -> T:
         gone.cancel()
 
 
-async def _gone(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 @asynccontextmanager
-async def within(deadline: float | None) -> AsyncIterator[None]:
+async def until_deadline(deadline: float | None) -> AsyncIterator[None]:
     """[Note: late] Raises ApiError where what is done here has not ended then, in seconds of time.monotonic()."""
     scope = asyncio.timeout(None if deadline is None else deadline + LATE_S - time.monotonic())
     try:
@@ -204,17 +204,17 @@ async def within(deadline: float | None) -> AsyncIterator[None]:
     except TimeoutError:
         if not scope.expired():
             raise
-        raise _late() from None
+        raise _deadline_error() from None
 
 
-def _late() -> ApiError:
+def _deadline_error() -> ApiError:
     message = "the time that a request may take is over; ask for fewer tokens"
     return ApiError(504, message, code="deadline_exceeded")
 
 
 def _check_finish(finish: FinishReason | None) -> None:
     if finish is FinishReason.DEADLINE:
-        raise _late()
+        raise _deadline_error()
     if finish is FinishReason.CANCELLED:
         raise _unavailable("the request was cancelled because the service is shutting down")
 
@@ -243,11 +243,11 @@ def _line(content: dict[str, Any]) -> bytes:
 
 
 @asynccontextmanager
-async def abandonable(receive: Receive, stream: Stream) -> AsyncIterator[None]:
+async def close_on_disconnect(receive: Receive, stream: Stream) -> AsyncIterator[None]:
     """[Note: readers who leave]"""
 
     async def watch() -> None:
-        await _gone(receive)
+        await _wait_for_disconnect(receive)
         stream.close()
 
     watcher = asyncio.create_task(watch())
@@ -258,7 +258,7 @@ async def abandonable(receive: Receive, stream: Stream) -> AsyncIterator[None]:
         stream.close()
 
 
-class EventStream(StreamingResponse):
+class EventStreamResponse(StreamingResponse):
     """Server-sent events made from a stream, which ends with this."""
 
     def __init__(self, lines: AsyncIterator[bytes], stream: Stream) -> None:
@@ -271,7 +271,7 @@ class EventStream(StreamingResponse):
             async with asyncio.timeout(SEND_S):
                 await send(message)
 
-        async with abandonable(receive, self._stream):
+        async with close_on_disconnect(receive, self._stream):
             await self.stream_response(patient_send)
 
 
@@ -383,19 +383,19 @@ async def _on_http_error(http: HttpRequest, error: Exception) -> Response:
     return _refusal(ApiError(error.status_code, str(error.detail), headers=error.headers))  # FastAPI's own, 405 say
 
 
-def answering(handler: OpenAIHandler) -> type[APIRoute]:
+def raw_body_route(handler: OpenAIHandler) -> type[APIRoute]:
     """Routes whose bodies are not read by FastAPI, which does it on the event loop and whatever they cost."""
 
-    class Answering(APIRoute):
+    class RawBodyRoute(APIRoute):
         def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
             return partial(handler.answer, get_type_hints(self.endpoint)["body"])
 
-    return Answering
+    return RawBodyRoute
 
 
 def _add_answers(app: FastAPI, handler: OpenAIHandler) -> None:
     """The functions only say what bodies look like."""
-    router = APIRouter(route_class=answering(handler))
+    router = APIRouter(route_class=raw_body_route(handler))
 
     @router.post("/v1/completions", response_model=None)
     async def completions(body: CompletionBody) -> Response:
