@@ -108,7 +108,7 @@ class OpenAIHandler:
                         reservation.add(len(part))
                         raw += part
             except TimeoutError:
-                words = f"the body has not come until_deadline {BODY_S:.0f} s"
+                words = f"the body has not come within {BODY_S:.0f} s"
                 raise ApiError(408, words, code="body_too_slow", headers={"connection": "close"}) from None
             arrival, sent = time.monotonic(), bytes(raw)
             async with until_deadline(None if self.options.timeout_s is None else arrival + self.options.timeout_s):

@@ -13,9 +13,9 @@ The engine knows a request by a name that the service has made for it alone. So 
 refused or given up is never taken for news of another that was opened under the same id.
 
 [Note: a stuck engine]
-A step may never return. The thread notes when it begins to do something, and the loop reads it: `unhealthy_reason` puts it into
-words, `stuck_after_s` ends the service over it, and nothing on the loop waits for the thread without a bound. Whoever
-owns the process must end it then by force: no thread can be ended from outside.
+A step may never return. The thread records when it starts to do something, and the event loop reads that time:
+`unhealthy_reason` reports it, `stuck_after_s` fails the service after it, and nothing on the event loop waits for the
+thread without a timeout. A thread cannot be killed, so whoever owns the process must then end the process.
 """
 
 from __future__ import annotations
@@ -111,16 +111,13 @@ class Service(Generic[EngineT]):
         poll_interval_s: float | None = None,
         stuck_after_s: float | None = None,
     ) -> None:
-        """`prepare` is called first in the thread, to choose its device, say. An engine that finds work by itself is
-        looked at every `poll_interval_s` seconds; other engines only have work after calls. One whose step takes longer than
-        `stuck_after_s` has failed; None: never.
+        """`prepare` runs first in the thread, for example to select its CUDA device.
+
+        An engine that finds work by itself is polled every `poll_interval_s` seconds; None: it has work after calls
+        only. An engine whose step takes longer than `stuck_after_s` seconds has failed; None: never.
         """
-        self._engine, self._prepare, self._poll_interval_s, self._stuck_after_s = (
-            engine,
-            prepare,
-            poll_interval_s,
-            stuck_after_s,
-        )
+        self._engine, self._prepare = engine, prepare
+        self._poll_interval_s, self._stuck_after_s = poll_interval_s, stuck_after_s
         self._calls: deque[_Call[EngineT]] = deque()  # shared, under `_changed`
         self._changed = threading.Condition()
         self._is_over = False  # shared, under `_changed`: the thread takes no more calls
