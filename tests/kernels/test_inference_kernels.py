@@ -69,13 +69,13 @@ def assert_near(found: Tensor, expected: Tensor, tolerances: dict[torch.dtype, f
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one launch; `num_new[b]` queries end a sequence of `lengths[b]` tokens."""
+    """Of one launch; `num_new[b]` queries end a sequence of `seq_lens[b]` tokens."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     page_size: int
-    lengths: tuple[int, ...]
+    seq_lens: tuple[int, ...]
     num_new: tuple[int, ...]
     window: int | None = None
     dtype: torch.dtype = F32
@@ -87,13 +87,13 @@ def paged(shape: Shape) -> tuple[KVPages, Contexts]:
     """Random pages in random order, with space between them. Page 0 is poison: tables lead there where nobody looks. So
     is what lies behind the last token of a sequence.
     """
-    counts = [-(-length // shape.page_size) for length in shape.lengths]
+    counts = [-(-length // shape.page_size) for length in shape.seq_lens]
     num_pages = 1 + sum(counts)
     region = random(num_pages, 2, shape.page_size, shape.num_kv_heads, shape.head_dim)
     region[0] = math.nan
     order = iter((1 + torch.randperm(num_pages - 1, generator=torch.Generator().manual_seed(1))).tolist())
     table = torch.zeros(len(counts), max(counts) + 1, dtype=torch.int32)
-    for b, (count, length, num_new) in enumerate(zip(counts, shape.lengths, shape.num_new, strict=True)):
+    for b, (count, length, num_new) in enumerate(zip(counts, shape.seq_lens, shape.num_new, strict=True)):
         behind = 0 if shape.window is None else max(length - num_new - shape.window + 1, 0) // shape.page_size
         for i in range(count):
             page = next(order)
@@ -102,9 +102,9 @@ def paged(shape: Shape) -> tuple[KVPages, Contexts]:
     region = region.to(shape.page_dtype)
     if shape.heads_first:
         region = region.transpose(2, 3).contiguous().transpose(2, 3)
-    starts = int32([sum(shape.num_new[:b]) for b in range(len(counts) + 1)])
+    cu_seqlens_q = int32([sum(shape.num_new[:b]) for b in range(len(counts) + 1)])
     pages = KVPages(region[:, 0], region[:, 1], key_scale=0.75, value_scale=1.5)
-    return pages, Contexts(table.to(DEVICE), int32(shape.lengths), starts)
+    return pages, Contexts(table.to(DEVICE), int32(shape.seq_lens), cu_seqlens_q)
 
 
 def queries(shape: Shape) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ def decoded(shape: Shape, num_splits: int) -> Tensor:
     numel = workspace_numel(len(q), shape.num_heads, shape.head_dim, num_splits)
     workspace = torch.full((numel,), math.nan, device=DEVICE)
     decode_attention(
-        q, pages, Contexts(contexts.page_table, contexts.lengths), out, workspace, num_splits, shape.window
+        q, pages, Contexts(contexts.page_table, contexts.seq_lens), out, workspace, num_splits, shape.window
     )
     return out
 
@@ -143,7 +143,7 @@ def test_the_reference_is_the_attention_of_the_model(window: int | None) -> None
     q, out = queries(shape)
     attention_reference(q, pages, contexts, out, window)
     for b, rows in ((0, slice(0, 13)), (1, slice(13, 22))):
-        length = shape.lengths[b]
+        length = shape.seq_lens[b]
         flat = [pages.keys[contexts.page_table[b].long()], pages.values[contexts.page_table[b].long()]]
         k, v = (cached.flatten(0, 1)[:length].transpose(0, 1)[None] for cached in flat)  # (1, K, L, H)
         mask = None if window is None else window_mask(torch.arange(length, device=DEVICE), window)
@@ -193,9 +193,9 @@ def test_a_sequence_decodes_to_the_same_bits_in_any_batch() -> None:
     pages, contexts = paged(shape)
     q, together = queries(shape)
     alone, workspace = torch.empty_like(together), torch.empty(workspace_numel(3, 4, 32, 3), device=DEVICE)
-    decode_attention(q, pages, Contexts(contexts.page_table, contexts.lengths), together, workspace, 3)
+    decode_attention(q, pages, Contexts(contexts.page_table, contexts.seq_lens), together, workspace, 3)
     for b in range(3):
-        one = Contexts(contexts.page_table[b : b + 1], contexts.lengths[b : b + 1])
+        one = Contexts(contexts.page_table[b : b + 1], contexts.seq_lens[b : b + 1])
         decode_attention(q[b : b + 1], pages, one, alone[b : b + 1], workspace, 3)
     assert torch.equal(together, alone)
 
@@ -222,7 +222,7 @@ def test_prefill_is_the_attention_of_its_reference(shape: Shape) -> None:
 def test_prefill_without_starts_has_equally_many_queries_of_each() -> None:
     shape = Shape(6, 2, 32, 16, (90, 60), (50, 50))
     (pages, contexts), (q, out) = paged(shape), queries(shape)
-    prefill_attention(q, pages, Contexts(contexts.page_table, contexts.lengths), out)
+    prefill_attention(q, pages, Contexts(contexts.page_table, contexts.seq_lens), out)
     assert_near(out, expected_attention(shape), TOLERANCES)
 
 
@@ -248,7 +248,7 @@ def test_rows_past_the_last_start_are_not_written() -> None:
 RAGGED = (
     (200, 77, 813, 0, 1029, 40, 300),
     (1, 77, 300, 0, 129, 40, 0),
-)  # lengths, new ones: in the middle, whole, none
+)  # seq_lens, new ones: in the middle, whole, none
 HOPPER_PREFILLS = [
     Shape(2, 2, 128, 16, *RAGGED, dtype=BF16, page_dtype=BF16),
     Shape(8, 2, 128, 16, *RAGGED, window=200, dtype=BF16, page_dtype=BF16, heads_first=True),
@@ -297,9 +297,9 @@ def test_a_chunk_on_hopper_has_the_same_bits_alone_and_cut_in_two() -> None:
 @needs_hopper
 @pytest.mark.usefixtures("only_hopper")
 def test_a_recorded_launch_on_hopper_allocates_nothing_and_serves_other_lengths() -> None:
-    shape = replace(HOPPER_PREFILLS[0], lengths=(200, 813), num_new=(40, 130))
+    shape = replace(HOPPER_PREFILLS[0], seq_lens=(200, 813), num_new=(40, 130))
     (pages, contexts), (q, out) = paged(shape), queries(shape)
-    assert contexts.starts is not None
+    assert contexts.cu_seqlens_q is not None
     prefill_attention(q, pages, contexts, out)  # compiles
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     prefill_attention(q, pages, contexts, out)
@@ -307,8 +307,8 @@ def test_a_recorded_launch_on_hopper_allocates_nothing_and_serves_other_lengths(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         prefill_attention(q, pages, contexts, out)
-    contexts.lengths.copy_(int32([150, 700]))
-    contexts.starts.copy_(int32([0, 100, 150]))
+    contexts.seq_lens.copy_(int32([150, 700]))
+    contexts.cu_seqlens_q.copy_(int32([0, 100, 150]))
     out.fill_(7.0)
     expected = out.clone()
     attention_reference(q, pages, contexts, expected)
@@ -326,8 +326,8 @@ def hopper_launch(**change: Any) -> tuple[Tensor, KVPages, Contexts]:
     flat = torch.zeros(math.prod(dims) + sizes["offset"], dtype=page_dtype)[sizes["offset"] :]
     pages = flat.view(dims)[..., : sizes["head_dim"]]
     q = torch.zeros(3, sizes["num_heads"], sizes["head_dim"], dtype=dtype)
-    starts = torch.tensor([0, 3]).int() if change.get("starts", True) else None
-    return q, KVPages(pages, pages), Contexts(torch.zeros(1, 1).int(), torch.ones(1).int(), starts)
+    cu_seqlens_q = torch.tensor([0, 3]).int() if change.get("cu_seqlens_q", True) else None
+    return q, KVPages(pages, pages), Contexts(torch.zeros(1, 1).int(), torch.ones(1).int(), cu_seqlens_q)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def hopper_launch(**change: Any) -> tuple[Tensor, KVPages, Contexts]:
         ({"gap": 4}, False),  # strides of 264 bytes
         ({"offset": 8}, True),
         ({"offset": 4}, False),  # an address between two multiples of 16 bytes
-        ({"starts": False}, False),
+        ({"cu_seqlens_q": False}, False),
     ],
 )
 def test_hopper_takes_what_its_copies_can_bring(change: dict[str, Any], taken: bool) -> None:
@@ -386,7 +386,7 @@ def test_the_compiled_prefill_of_hopper_copies_boxes_and_needs_no_memory_of_its_
     kernel, constants = prefill_hopper._kernel, prefill_hopper.constants(4, 0, 16, 64)
     boxes = f"tensordesc<bf16[1, 16, 1, 64],{gl.NVMMASharedLayout(128, 16, rank=4)!r}>"
     types = {"out": "*bf16", "q": "*bf16", "key_boxes": boxes, "value_boxes": boxes}
-    types |= dict.fromkeys(("page_table", "lengths", "starts"), "*i32")
+    types |= dict.fromkeys(("page_table", "seq_lens", "cu_seqlens_q"), "*i32")
     types |= dict.fromkeys(("score_scale", "value_scale"), "fp32")
     names = kernel.arg_names
     source = GluonASTSource(
@@ -454,7 +454,7 @@ def test_the_compiled_decoding_reads_pages_sixteen_bytes_at_a_time() -> None:
     kernel = attention._decode_kernel
     constants = {"GROUP": 4, "QUERIES": 1, "WINDOW": 0, "WHOLE": False, "PAGE_SIZE": 16, "H": 128, "BLOCK_H": 128}
     constants |= {"BLOCK_M": 16, "BLOCK_N": 64}
-    types = {"partial": "*fp32", "sums": "*fp32", "page_table": "*i32", "lengths": "*i32"}
+    types = {"partial": "*fp32", "sums": "*fp32", "page_table": "*i32", "seq_lens": "*i32"}
     types |= dict.fromkeys(("out", "q", "keys", "values"), "*bf16") | dict.fromkeys(
         ("score_scale", "value_scale"), "fp32"
     )
@@ -490,7 +490,7 @@ class NewTokens:
     row: Tensor  # (T, N + 2 K, H)
     tables: tuple[Tensor, Tensor]
     pages: KVPages
-    slots: Tensor
+    slot_mapping: Tensor
     norms: HeadNorms | None
 
     def store(self, reference: bool) -> tuple[Tensor, Tensor]:
@@ -500,18 +500,18 @@ class NewTokens:
         num_kv_heads = pages.num_kv_heads
         q, k, v = row.split([row.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
         run = rotate_and_store_reference if reference else rotate_and_store
-        run(q, k, v, self.tables, pages, self.slots, self.norms)
+        run(q, k, v, self.tables, pages, self.slot_mapping, self.norms)
         return row, region
 
 
 def new_tokens(dtype: torch.dtype, page_dtype: torch.dtype, normed: bool, head_dim: int = 48) -> NewTokens:
-    slots = torch.tensor([5, -1, 17, 0, 18], device=DEVICE)
+    slot_mapping = torch.tensor([5, -1, 17, 0, 18], device=DEVICE)
     row = random(5, 6 + 2 * 2, head_dim, dtype=dtype)
     row[0, 6, 3] = row[2, 9, 5] = 5000.0  # more than float8 can hold
     pages = KVPages(*torch.full((2, 3, 8, 2, head_dim), 7.0, device=DEVICE).to(page_dtype), 0.5, 2.0)
     tables = Rope(head_dim, 10_000.0).tables(torch.tensor([3, 1000, 0, 77, 5], device=DEVICE), dtype)
     weights = (1 + random(head_dim, seed=seed, dtype=dtype) / 4 for seed in (1, 2))
-    return NewTokens(row, tables, pages, slots, HeadNorms(*weights, 1e-6) if normed else None)
+    return NewTokens(row, tables, pages, slot_mapping, HeadNorms(*weights, 1e-6) if normed else None)
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -566,11 +566,11 @@ def test_heads_that_do_not_fit_their_pages_are_refused() -> None:
     tokens = new_tokens(F32, F32, False)
     q, k, v = tokens.row.split([6, 2, 2], dim=1)
     with pytest.raises(ValueError, match=r"k: expected shape \(5, 2, 48\)"):
-        rotate_and_store(q, v[:, :1], v, tokens.tables, tokens.pages, tokens.slots)
+        rotate_and_store(q, v[:, :1], v, tokens.tables, tokens.pages, tokens.slot_mapping)
     with pytest.raises(ValueError, match=r"q: expected shape \(5, 4, 48\)"):
-        rotate_and_store(q[:, :5], k, v, tokens.tables, tokens.pages, tokens.slots)
-    with pytest.raises(ValueError, match=r"slots: expected shape \(5,\)"):
-        rotate_and_store(q, k, v, tokens.tables, tokens.pages, tokens.slots[:4])
+        rotate_and_store(q[:, :5], k, v, tokens.tables, tokens.pages, tokens.slot_mapping)
+    with pytest.raises(ValueError, match=r"slot_mapping: expected shape \(5,\)"):
+        rotate_and_store(q, k, v, tokens.tables, tokens.pages, tokens.slot_mapping[:4])
 
 
 # --- norms and activations ---

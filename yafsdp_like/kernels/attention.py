@@ -102,21 +102,25 @@ class Contexts:
     """
 
     page_table: Tensor  # (B, max_pages) int32: the page of positions [i * page_size, (i + 1) * page_size)
-    lengths: Tensor  # (B,) int32: tokens of each sequence in its pages, new ones included
-    starts: Tensor | None = None  # (B + 1,) int32: each sequence's first row of queries, then T; None: T / B rows each
+    seq_lens: Tensor  # (B,) int32: tokens of each sequence in its pages, new ones included
+    cu_seqlens_q: Tensor | None = None  # (B + 1,) int32: rows of queries before each sequence's; None: T / B each
 
     @property
     def size(self) -> int:
-        return len(self.lengths)
+        return len(self.seq_lens)
 
 
 def attention_reference(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor, window: int | None = None) -> None:
     """What `prefill_attention` and `decode_attention` do, in plain torch and float32."""
     num_rows = len(q) // contexts.size
-    starts = [num_rows * b for b in range(contexts.size + 1)] if contexts.starts is None else contexts.starts.tolist()
-    for b, length in enumerate(contexts.lengths.tolist()):
-        rows = slice(starts[b], starts[b + 1])
-        num_queries = starts[b + 1] - starts[b]
+    cu_seqlens_q = (
+        [num_rows * b for b in range(contexts.size + 1)]
+        if contexts.cu_seqlens_q is None
+        else contexts.cu_seqlens_q.tolist()
+    )
+    for b, length in enumerate(contexts.seq_lens.tolist()):
+        rows = slice(cu_seqlens_q[b], cu_seqlens_q[b + 1])
+        num_queries = cu_seqlens_q[b + 1] - cu_seqlens_q[b]
         first = 0 if window is None else max(length - num_queries - window + 1, 0)
         k, v = _gathered(pages, contexts.page_table[b], first, length)
         positions = torch.arange(length - num_queries, length, device=q.device)
@@ -169,7 +173,7 @@ def decode_attention(
     Args:
         q: `(T, N, H)`, heads dense; the rows of a sequence are together.
         pages: K divides N.
-        contexts: without `starts`.
+        contexts: without `cu_seqlens_q`.
         out: `(T, N, H)`, heads dense, in the dtype of q. A row that sees nothing becomes zeros.
         workspace: flat float32, at least `workspace_numel(T, N, H, num_splits)` elements; overwritten.
         num_splits: pieces of a sequence's keys; see `choose_num_splits`.
@@ -179,7 +183,7 @@ def decode_attention(
     """
     _check(q, pages, contexts, out)
     needed = workspace_numel(len(q), q.shape[1], q.shape[2], num_splits)
-    if contexts.starts is not None or len(q) % contexts.size:
+    if contexts.cu_seqlens_q is not None or len(q) % contexts.size:
         raise ValueError(f"expected equally many queries for each of {contexts.size} sequences, found {len(q)} rows")
     if workspace.numel() < needed or workspace.dtype != torch.float32:
         raise ValueError(
@@ -195,11 +199,11 @@ def decode_attention(
 def prefill_attention(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor, window: int | None = None) -> None:
     """Attention of any number of queries for each of B sequences, on the current stream: one program per tile of them.
 
-    The arguments are those of `decode_attention`; `contexts` may have `starts`, of which the last is at most T. Rows
+    The arguments are those of `decode_attention`; `contexts` may have `cu_seqlens_q`, whose last is at most T. Rows
     past it are not written. Raises `ValueError` for shapes, dtypes or strides that do not fit.
     """
     _check(q, pages, contexts, out)
-    if contexts.starts is None and len(q) % contexts.size:
+    if contexts.cu_seqlens_q is None and len(q) % contexts.size:
         raise ValueError(f"expected equally many queries for each of {contexts.size} sequences, found {len(q)} rows")
     if not runs_on(q.device):
         attention_reference(q, pages, contexts, out, window)
@@ -222,7 +226,11 @@ def _check(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor) -> None:
             f"expected out {tuple(q.shape)} in {q.dtype} with dense heads, "
             f"found {tuple(out.shape)} in {out.dtype}, strides {out.stride()}"
         )
-    tables = [contexts.page_table, contexts.lengths, *([] if contexts.starts is None else [contexts.starts])]
+    tables = [
+        contexts.page_table,
+        contexts.seq_lens,
+        *([] if contexts.cu_seqlens_q is None else [contexts.cu_seqlens_q]),
+    ]
     for tensor in tables:
         if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
             raise ValueError(f"expected dense int32 tables, found {tensor.dtype} with strides {tensor.stride()}")
@@ -302,7 +310,7 @@ def _launch_decode(
         pages.keys,
         pages.values,
         contexts.page_table,
-        contexts.lengths,
+        contexts.seq_lens,
         num_splits,
         *_scalars(pages),
         *q.stride()[:2],
@@ -319,7 +327,7 @@ def _launch_decode(
             out,
             workspace,
             sums,
-            contexts.lengths,
+            contexts.seq_lens,
             num_splits,
             num_heads,
             *out.stride()[:2],
@@ -342,8 +350,8 @@ def _launch_prefill(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor, 
         pages.keys,
         pages.values,
         contexts.page_table,
-        contexts.lengths,
-        contexts.lengths if contexts.starts is None else contexts.starts,
+        contexts.seq_lens,
+        contexts.seq_lens if contexts.cu_seqlens_q is None else contexts.cu_seqlens_q,
         contexts.size,
         *_scalars(pages),
         *q.stride()[:2],
@@ -351,7 +359,7 @@ def _launch_prefill(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor, 
         *_strides(pages),
         contexts.page_table.stride(0),
         GROUP=group,
-        QUERIES=len(q) // contexts.size if contexts.starts is None else 0,
+        QUERIES=len(q) // contexts.size if contexts.cu_seqlens_q is None else 0,
         WINDOW=window,
         **pages.constants,
         **tile.options,
@@ -453,7 +461,7 @@ def _decode_kernel(
     keys: tl.tensor,  # (P, PAGE_SIZE, K, H)
     values: tl.tensor,
     page_table: tl.tensor,  # (B, max_pages) int32
-    lengths: tl.tensor,  # (B,) int32
+    seq_lens: tl.tensor,  # (B,) int32
     num_splits: tl.tensor,
     score_scale: tl.tensor,
     value_scale: tl.tensor,
@@ -479,7 +487,7 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
 ) -> None:
     split, kv_head, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    length = tl.load(lengths + b)
+    length = tl.load(seq_lens + b)
     low, first, split_keys = _split_of(length, num_splits, QUERIES, WINDOW, BLOCK_N)
     start = first + split * split_keys
     end = tl.minimum(start + split_keys, length)
@@ -527,7 +535,7 @@ def _combine_kernel(
     out: tl.tensor,  # (T, N, H)
     partial: tl.tensor,  # (T, N, num_splits, H) float32
     sums: tl.tensor,  # (T, N, num_splits) float32
-    lengths: tl.tensor,  # (B,) int32
+    seq_lens: tl.tensor,  # (B,) int32
     num_splits: tl.tensor,
     num_heads: tl.tensor,
     out_row: tl.tensor,
@@ -540,7 +548,7 @@ def _combine_kernel(
     BLOCK_S: tl.constexpr,
 ) -> None:
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    length = tl.load(lengths + row // QUERIES)
+    length = tl.load(seq_lens + row // QUERIES)
     _, first, split_keys = _split_of(length, num_splits, QUERIES, WINDOW, BLOCK_N)
     num_used = tl.where(length > 0, tl.cdiv(length - first, tl.maximum(split_keys, 1)), 0)  # the others wrote nothing
     dims = tl.arange(0, BLOCK_H)
@@ -565,18 +573,20 @@ def _combine_kernel(
 
 
 @jit()
-def _sequence_of(block: tl.tensor, starts: tl.tensor, num_sequences: tl.tensor, BLOCK_Q: tl.constexpr) -> tl.tensor:
+def _sequence_of(
+    block: tl.tensor, cu_seqlens_q: tl.tensor, num_sequences: tl.tensor, BLOCK_Q: tl.constexpr
+) -> tl.tensor:
     """(sequence, number within it) of a block of BLOCK_Q queries.
 
-    Blocks are numbered so that this needs no table: sequence b has those from starts[b] // BLOCK_Q + b on, which are
-    enough for its queries, since rounding down loses less than the one block that `+ b` gives. Some are left over.
+    Blocks are numbered so that this needs no table: sequence b has those from cu_seqlens_q[b] // BLOCK_Q + b on, which
+    are enough for its queries, since rounding down loses less than the one block that `+ b` gives. Some are left over.
     """
     low, high = num_sequences * 0, num_sequences
     while high - low > 1:
         middle = (low + high) // 2
-        before = tl.load(starts + middle) // BLOCK_Q + middle <= block
+        before = tl.load(cu_seqlens_q + middle) // BLOCK_Q + middle <= block
         low, high = tl.where(before, middle, low), tl.where(before, high, middle)
-    return low, block - (tl.load(starts + low) // BLOCK_Q + low)
+    return low, block - (tl.load(cu_seqlens_q + low) // BLOCK_Q + low)
 
 
 @jit("num_sequences")
@@ -586,8 +596,8 @@ def _prefill_kernel(
     keys: tl.tensor,  # (P, PAGE_SIZE, K, H)
     values: tl.tensor,
     page_table: tl.tensor,  # (B, max_pages) int32
-    lengths: tl.tensor,  # (B,) int32
-    starts: tl.tensor,  # (B + 1,) int32; unused if QUERIES is given
+    seq_lens: tl.tensor,  # (B,) int32
+    cu_seqlens_q: tl.tensor,  # (B + 1,) int32; unused if QUERIES is given
     num_sequences: tl.tensor,
     score_scale: tl.tensor,
     value_scale: tl.tensor,
@@ -603,7 +613,7 @@ def _prefill_kernel(
     value_head: tl.tensor,
     table_row: tl.tensor,
     GROUP: tl.constexpr,
-    QUERIES: tl.constexpr,  # of every sequence; 0: as starts say
+    QUERIES: tl.constexpr,  # of every sequence; 0: see cu_seqlens_q
     WINDOW: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     H: tl.constexpr,
@@ -620,11 +630,11 @@ def _prefill_kernel(
         begin, num_queries = b * QUERIES, tl.where(b < num_sequences, QUERIES, 0)
         b = tl.minimum(b, num_sequences - 1)
     else:
-        b, number = _sequence_of(block, starts, num_sequences, BLOCK_Q)
-        begin = tl.load(starts + b)
-        num_queries = tl.load(starts + b + 1) - begin
+        b, number = _sequence_of(block, cu_seqlens_q, num_sequences, BLOCK_Q)
+        begin = tl.load(cu_seqlens_q + b)
+        num_queries = tl.load(cu_seqlens_q + b + 1) - begin
     if number * BLOCK_Q < num_queries:
-        length = tl.load(lengths + b)
+        length = tl.load(seq_lens + b)
         rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
         token, head = number * BLOCK_Q + rows // GROUP, kv_head * GROUP + rows % GROUP
         inside = ((rows < BLOCK_Q * GROUP) & (token < num_queries))[:, None] & (dims[None, :] < H)

@@ -80,14 +80,14 @@ def fits(q: Tensor, pages: KVPages, contexts: Contexts, capability: tuple[int, i
     """Whether `launch` takes what `attention.prefill_attention` accepts, on a GPU of this compute capability.
 
     It does on 9.x if queries and pages have one dtype, bfloat16 or float16; at most 128 heads share a kv head; pages
-    are `copyable`; and `contexts` has `starts`. Windows, scales, and strides of queries and output may be any.
+    are `copyable`; and `contexts` has `cu_seqlens_q`. Windows, scales, and strides of queries and output may be any.
     """
     return (
         capability[0] == 9
         and q.dtype == pages.keys.dtype
         and q.shape[1] // pages.num_kv_heads <= _ROWS
         and pages.copyable
-        and contexts.starts is not None
+        and contexts.cu_seqlens_q is not None
     )
 
 
@@ -132,8 +132,8 @@ def launch(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor, window: i
         pages.boxes.keys,
         pages.boxes.values,
         contexts.page_table,
-        contexts.lengths,
-        contexts.starts,
+        contexts.seq_lens,
+        contexts.cu_seqlens_q,
         contexts.size,
         pages.key_scale * pages.head_dim**-0.5 * _LOG2_E,
         pages.value_scale,
@@ -167,20 +167,22 @@ def _jit(*do_not_specialize: str) -> Any:
 
 
 @_jit()
-def _sequence_of(block: gl.tensor, starts: gl.tensor, num_sequences: gl.tensor, BLOCK_Q: gl.constexpr) -> gl.tensor:
+def _sequence_of(
+    block: gl.tensor, cu_seqlens_q: gl.tensor, num_sequences: gl.tensor, BLOCK_Q: gl.constexpr
+) -> gl.tensor:
     """(sequence, number within it) of a block of BLOCK_Q queries, as `attention._sequence_of` numbers them."""
     low, high = num_sequences * 0, num_sequences
     while high - low > 1:
         middle = (low + high) // 2
-        before = gl.load(starts + middle) // BLOCK_Q + middle <= block
+        before = gl.load(cu_seqlens_q + middle) // BLOCK_Q + middle <= block
         low, high = gl.where(before, middle, low), gl.where(before, high, middle)
-    return low, block - (gl.load(starts + low) // BLOCK_Q + low)
+    return low, block - (gl.load(cu_seqlens_q + low) // BLOCK_Q + low)
 
 
 @_jit()
 def _tile(
-    starts: gl.tensor,  # (B + 1,) int32
-    lengths: gl.tensor,  # (B,) int32
+    cu_seqlens_q: gl.tensor,  # (B + 1,) int32
+    seq_lens: gl.tensor,  # (B,) int32
     num_sequences: gl.tensor,
     WINDOW: gl.constexpr,
     BLOCK_Q: gl.constexpr,
@@ -191,10 +193,10 @@ def _tile(
     There are no blocks where there are no queries. Each partition of warps asks for itself.
     """
     block = gl.num_programs(0) - 1 - gl.program_id(0)  # late queries see most keys: begin with them
-    b, number = _sequence_of(block, starts, num_sequences, BLOCK_Q)
-    begin = gl.load(starts + b)
-    num_queries = gl.load(starts + b + 1) - begin
-    length = gl.load(lengths + b)
+    b, number = _sequence_of(block, cu_seqlens_q, num_sequences, BLOCK_Q)
+    begin = gl.load(cu_seqlens_q + b)
+    num_queries = gl.load(cu_seqlens_q + b + 1) - begin
+    length = gl.load(seq_lens + b)
     num_left = num_queries - number * BLOCK_Q
     lowest = length - num_left
     end = gl.minimum(lowest + BLOCK_Q, length)
@@ -281,7 +283,7 @@ def _produce(
     landed: gl.tensor,
     page_table: gl.tensor,  # (B, max_pages) int32
     table_row: gl.tensor,
-    tables: gl.tensor,  # starts, lengths, num_sequences
+    tables: gl.tensor,  # cu_seqlens_q, seq_lens, num_sequences
     WINDOW: gl.constexpr,
     PAGE_SIZE: gl.constexpr,
     H: gl.constexpr,
@@ -293,8 +295,8 @@ def _produce(
     """The producer's part. See [Note: the warps of a program]."""
     NUM_BOXES: gl.constexpr = BLOCK_N // BOX
     k_full, k_empty, v_full, v_empty = barriers
-    starts, lengths, num_sequences = tables
-    sequence, _, keys = _tile(starts, lengths, num_sequences, WINDOW, BLOCK_Q, BLOCK_N)
+    cu_seqlens_q, seq_lens, num_sequences = tables
+    sequence, _, keys = _tile(cu_seqlens_q, seq_lens, num_sequences, WINDOW, BLOCK_Q, BLOCK_N)
     b, length = sequence
     low, first, end, num_blocks = keys
     kv_head = gl.program_id(1)
@@ -470,10 +472,10 @@ def _consume(
     """A consumer's part. See [Note: the warps of a program]."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // H, H // 8], [4, 1], [1, 0])  # 16 bytes a thread
-    starts, lengths, num_sequences = tables
+    cu_seqlens_q, seq_lens, num_sequences = tables
     score_scale, value_scale = scales
     q_row, q_head, out_row, out_head = strides
-    _, queries, keys = _tile(starts, lengths, num_sequences, WINDOW, BLOCK_Q, BLOCK_N)
+    _, queries, keys = _tile(cu_seqlens_q, seq_lens, num_sequences, WINDOW, BLOCK_Q, BLOCK_N)
     begin, num_left, lowest = queries
     _, first, end, num_blocks = keys
     if num_blocks > 0:
@@ -523,8 +525,8 @@ def _kernel(
     key_boxes: gl.tensor,  # (P, PAGE_SIZE, K, H), by tensor maps
     value_boxes: gl.tensor,
     page_table: gl.tensor,  # (B, max_pages) int32
-    lengths: gl.tensor,  # (B,) int32
-    starts: gl.tensor,  # (B + 1,) int32
+    seq_lens: gl.tensor,  # (B,) int32
+    cu_seqlens_q: gl.tensor,  # (B + 1,) int32
     num_sequences: gl.tensor,
     score_scale: gl.tensor,
     value_scale: gl.tensor,
@@ -558,7 +560,7 @@ def _kernel(
     )
     barriers = (_barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(STAGES, 1), _barriers(STAGES, 2))
     landed = _barriers(1, 1).index(0)
-    tables = (starts, lengths, num_sequences)
+    tables = (cu_seqlens_q, seq_lens, num_sequences)
     scales = (score_scale, value_scale)
     strides = (q_row, q_head, out_row, out_head)
     gl.warp_specialize(

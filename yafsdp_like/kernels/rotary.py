@@ -43,7 +43,7 @@ def rotate_and_store_reference(
     v: Tensor,
     tables: tuple[Tensor, Tensor],
     pages: KVPages,
-    slots: Tensor,
+    slot_mapping: Tensor,
     norms: HeadNorms | None = None,
 ) -> None:
     """What `rotate_and_store` does, in plain torch."""
@@ -53,8 +53,8 @@ def rotate_and_store_reference(
         turned_k = _normed(turned_k, norms.k_weight, norms.eps)
     q.copy_(_turned(turned_q, tables))
     turned_k = _turned(turned_k, tables)
-    kept = slots >= 0
-    page, offset = slots[kept].long() // pages.page_size, slots[kept].long() % pages.page_size
+    kept = slot_mapping >= 0
+    page, offset = slot_mapping[kept].long() // pages.page_size, slot_mapping[kept].long() % pages.page_size
     pages.keys[page, offset] = _as_stored(turned_k[kept] / pages.key_scale, pages.keys.dtype)
     pages.values[page, offset] = _as_stored(v[kept].float() / pages.value_scale, pages.values.dtype)
 
@@ -79,7 +79,7 @@ def rotate_and_store(
     v: Tensor,
     tables: tuple[Tensor, Tensor],
     pages: KVPages,
-    slots: Tensor,
+    slot_mapping: Tensor,
     norms: HeadNorms | None = None,
 ) -> None:
     """Turns queries in place and puts turned keys, and values, into pages, on the current stream.
@@ -91,20 +91,22 @@ def rotate_and_store(
         tables: cosines and sines `(T, H)` of the tokens' positions, as `Rope.tables` makes them; their first halves
             are read.
         pages: where keys and values go.
-        slots: `(T,)` int32 or int64: page * page_size + offset of each token; -1 for one that is not stored.
+        slot_mapping: `(T,)` int32 or int64: page * page_size + offset of each token; -1 for one that is not stored.
         norms: of the heads, if the model has them.
 
     Raises `ValueError` for shapes or strides that do not fit.
     """
-    _check(q, k, v, tables, pages, slots)
+    _check(q, k, v, tables, pages, slot_mapping)
     if not runs_on(q.device):
-        rotate_and_store_reference(q, k, v, tables, pages, slots, norms)
+        rotate_and_store_reference(q, k, v, tables, pages, slot_mapping, norms)
     elif len(q):
         with launching_on(q.device):
-            _launch(q, k, v, tables, pages, slots, norms)
+            _launch(q, k, v, tables, pages, slot_mapping, norms)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], pages: KVPages, slots: Tensor) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], pages: KVPages, slot_mapping: Tensor
+) -> None:
     num_tokens, num_kv_heads, head_dim = len(q), pages.num_kv_heads, pages.head_dim
     expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
         ("q", q, (num_tokens, q.shape[1] // num_kv_heads * num_kv_heads, head_dim)),
@@ -112,7 +114,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], pages
         ("v", v, (num_tokens, num_kv_heads, head_dim)),
         ("cosines", tables[0], (num_tokens, head_dim)),
         ("sines", tables[1], (num_tokens, head_dim)),
-        ("slots", slots, (num_tokens,)),
+        ("slot_mapping", slot_mapping, (num_tokens,)),
     ]
     for name, tensor, shape in expected:
         if tuple(tensor.shape) != shape or tensor.stride(-1) != 1:
@@ -128,7 +130,7 @@ def _launch(
     v: Tensor,
     tables: tuple[Tensor, Tensor],
     pages: KVPages,
-    slots: Tensor,
+    slot_mapping: Tensor,
     norms: HeadNorms | None,
 ) -> None:
     cos, sin = tables
@@ -142,7 +144,7 @@ def _launch(
         sin,
         pages.keys,
         pages.values,
-        slots,
+        slot_mapping,
         cos if norms is None else norms.q_weight,
         cos if norms is None else norms.k_weight,
         0.0 if norms is None else norms.eps,
@@ -210,7 +212,7 @@ def _rotary_kernel(
     sin_table: tl.tensor,  # (T, H)
     keys: tl.tensor,  # (P, PAGE_SIZE, K, H)
     values: tl.tensor,  # (P, PAGE_SIZE, K, H)
-    slots: tl.tensor,  # (T,)
+    slot_mapping: tl.tensor,  # (T,)
     q_weight: tl.tensor,  # (H,) if NORMED
     k_weight: tl.tensor,  # (H,) if NORMED
     eps: tl.tensor,
@@ -253,7 +255,7 @@ def _rotary_kernel(
     tl.store(pointers, rounded(first, q.dtype.element_ty), mask=in_group)
     tl.store(pointers + HALF, rounded(second, q.dtype.element_ty), mask=in_group)
 
-    slot = tl.load(slots + token).to(tl.int64)
+    slot = tl.load(slot_mapping + token).to(tl.int64)
     if slot >= 0:
         page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
         key_pointers = k + token * k_token + kv_head * k_head + dims[None, :]

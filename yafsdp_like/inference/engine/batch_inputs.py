@@ -35,10 +35,10 @@ _UPLOADED = (
     "fed",  # (B + T,)
     "token_index",  # (T,)
     "positions",  # (T,)
-    "slots",  # (G, T)
+    "slot_mapping",  # (G, T)
     "page_tables",  # (G, B + 4, max_pages)
-    "lengths",  # (B + 4,)
-    "starts",  # (B + 1,)
+    "seq_lens",  # (B + 4,)
+    "cu_seqlens_q",  # (B + 1,)
     "last_rows",  # (B,)
     "sampling_numbers",  # (B, 7)
     "sampling_integers",  # (B, 4)
@@ -66,7 +66,7 @@ class _Side:
             name: torch.zeros(places[name].shape, dtype=places[name].dtype, pin_memory=pinned) for name in _UPLOADED
         }
         self.arrays: dict[str, Array] = {name: tensor.numpy() for name, tensor in self.tensors.items()}
-        self.filled: list[_Filled | None] = [None] * len(places["lengths"])  # rows of page_tables
+        self.filled: list[_Filled | None] = [None] * len(places["seq_lens"])  # rows of page_tables
 
 
 class Staging:
@@ -77,7 +77,7 @@ class Staging:
         self._max_batch_size = len(places["last_rows"])
         self._sides = [_Side(places, pinned) for _ in range(2)]
         self._turn = 0
-        self._filled: list[_Filled | None] = [None] * len(places["lengths"])  # rows of page_tables on the device
+        self._filled: list[_Filled | None] = [None] * len(places["seq_lens"])  # rows of page_tables on the device
         self._drawn: dict[Sequence, int] = {}  # rows of the last step that drew, which is where ``fed`` has its tokens
         self._histories = torch.zeros(places["history"].shape, dtype=torch.int32, pin_memory=pinned)
         self._history_rows: dict[Sequence, tuple[int, int]] = {}  # row, and the admission that it was made for
@@ -96,13 +96,13 @@ class Staging:
         rows = {run.sequence: row for row, run in enumerate(singles)}
         rows |= {run.sequence: size.first_chunk + number for number, run in enumerate(chunks)}
         self._write_pages(runs, rows)
-        self._write_lengths(runs, rows, size)
+        self._write_seq_lens(runs, rows, size)
         self._write_singles(singles, size)
         first = size.num_single
         for run in chunks:
             self._write_chunk(run, rows[run.sequence], first)
             first += run.num_tokens
-        self._write_starts(chunks)
+        self._write_cu_seqlens_q(chunks)
         self._upload_tokens(size)
         self._stage_drawing(runs, drawing, size)
 
@@ -112,9 +112,9 @@ class Staging:
         arrays = self._side.arrays
         for name in ("token_index", "positions"):
             arrays[name][: size.num_tokens] = 0
-        arrays["slots"][:, : size.num_tokens] = _NOWHERE
-        arrays["lengths"][: size.num_rows] = 0
-        arrays["starts"][: size.num_chunks + 1] = [0] * size.num_chunks + [size.num_chunk_tokens]
+        arrays["slot_mapping"][:, : size.num_tokens] = _NOWHERE
+        arrays["seq_lens"][: size.num_rows] = 0
+        arrays["cu_seqlens_q"][: size.num_chunks + 1] = [0] * size.num_chunks + [size.num_chunk_tokens]
         arrays["last_rows"][:] = 0
         self._upload("last_rows", 0, size.num_drawing)
         self._upload_tokens(size)
@@ -133,13 +133,13 @@ class Staging:
         arrays["token_index"][:count] = [
             self._drawn[run.sequence] if run.is_pending else self._max_batch_size + row for row, run in enumerate(runs)
         ]
-        for group, slots in enumerate(arrays["slots"]):
+        for group, slot_mapping in enumerate(arrays["slot_mapping"]):
             tables = [run.sequence.tables[group] for run in runs]
-            slots[:count] = [
+            slot_mapping[:count] = [
                 table[start // page_size] * page_size + start % page_size
                 for table, start in zip(tables, starts, strict=True)
             ]
-            slots[count : size.num_single] = _NOWHERE
+            slot_mapping[count : size.num_single] = _NOWHERE
         for name in ("positions", "token_index"):
             arrays[name][count : size.num_single] = 0
 
@@ -151,20 +151,20 @@ class Staging:
         arrays["fed"][fed : fed + run.num_tokens] = run.sequence.tokens[run.start : run.end]
         arrays["token_index"][rows] = np.arange(fed, fed + run.num_tokens)
         first_page, offset = divmod(run.start, page_size)
-        for group, slots in enumerate(arrays["slots"]):
+        for group, slot_mapping in enumerate(arrays["slot_mapping"]):
             pages = arrays["page_tables"][group, row, first_page : -(-run.end // page_size)]
             places = pages[:, None] * page_size + np.arange(page_size, dtype=np.int32)
-            slots[rows] = places.reshape(-1)[offset : offset + run.num_tokens]
+            slot_mapping[rows] = places.reshape(-1)[offset : offset + run.num_tokens]
 
     def _upload_tokens(self, size: StepSize) -> None:
         self._upload("fed", self._max_batch_size, self._max_batch_size + size.num_tokens)
         for name in ("token_index", "positions"):
             self._upload(name, 0, size.num_tokens)
-        for group in range(len(self._places["slots"])):
-            self._upload("slots", 0, size.num_tokens, group)
-        self._upload("lengths", 0, size.num_rows)
+        for group in range(len(self._places["slot_mapping"])):
+            self._upload("slot_mapping", 0, size.num_tokens, group)
+        self._upload("seq_lens", 0, size.num_rows)
         if size.num_chunks:
-            self._upload("starts", 0, size.num_chunks + 1)
+            self._upload("cu_seqlens_q", 0, size.num_chunks + 1)
 
     def _upload(self, name: str, first: int, last: int, *index: int) -> None:
         """Elements (or rows) ``[first, last)`` of a table, or of its part at ``index``."""
@@ -198,17 +198,17 @@ class Staging:
             side.filled[row] = now
         return self._filled[row] != now
 
-    def _write_lengths(self, runs: Iterable[Run], rows: Mapping[Sequence, int], size: StepSize) -> None:
-        lengths = self._side.arrays["lengths"]
-        lengths[: size.num_rows] = 0
+    def _write_seq_lens(self, runs: Iterable[Run], rows: Mapping[Sequence, int], size: StepSize) -> None:
+        seq_lens = self._side.arrays["seq_lens"]
+        seq_lens[: size.num_rows] = 0
         for run in runs:
-            lengths[rows[run.sequence]] = run.end
+            seq_lens[rows[run.sequence]] = run.end
 
-    def _write_starts(self, chunks: Ordered[Run]) -> None:
+    def _write_cu_seqlens_q(self, chunks: Ordered[Run]) -> None:
         """Of chunks, counted from the first one's first row."""
-        starts = self._side.arrays["starts"]
-        starts[0] = 0
-        starts[1 : len(chunks) + 1] = np.cumsum([run.num_tokens for run in chunks])
+        cu_seqlens_q = self._side.arrays["cu_seqlens_q"]
+        cu_seqlens_q[0] = 0
+        cu_seqlens_q[1 : len(chunks) + 1] = np.cumsum([run.num_tokens for run in chunks])
 
     # --- drawing ---
 

@@ -116,8 +116,8 @@ class Forward:
     """One model's forward over the places of one engine. A call reads these of ``places``, which must be on the device:
 
     fed (B + T,) int64, token_index (T,) int64: the tokens, and where in ``fed`` each is
-    positions (T,) int64, slots (G, T) int32: of the tokens, and where their keys and values go; -1: nowhere
-    page_tables (G, B + 4, max_pages), lengths (B + 4,), starts (B + 1,) int32: of the sequences
+    positions (T,) int64, slot_mapping (G, T) int32: of the tokens, and where their keys and values go; -1: nowhere
+    page_tables (G, B + 4, max_pages), seq_lens (B + 4,), cu_seqlens_q (B + 1,) int32: of the sequences
     last_rows (B,) int64: rows whose next token is drawn, unless all are, in order
     """
 
@@ -180,21 +180,21 @@ class Forward:
         norms = None
         if layer.q_norm is not None and layer.k_norm is not None:
             norms = HeadNorms(layer.q_norm, layer.k_norm, config.norm_eps)
-        rotate_and_store(q, k, v, tables, pages, self._places["slots"][group.index, rows], norms)
+        rotate_and_store(q, k, v, tables, pages, self._places["slot_mapping"][group.index, rows], norms)
         self._attend_pages(q, pages, group, size, attended.unflatten(1, (-1, config.head_dim)))
         product(attended, layer.o, normed)
         self._sum(normed)
 
     def _attend_pages(self, q: Tensor, pages: KVPages, group: Group, size: StepSize, out: Tensor) -> None:
-        tables, lengths = self._places["page_tables"][group.index], self._places["lengths"]
+        tables, seq_lens = self._places["page_tables"][group.index], self._places["seq_lens"]
         single = slice(0, size.num_single)
         if size.num_single:
-            contexts = Contexts(tables[single], lengths[single])
+            contexts = Contexts(tables[single], seq_lens[single])
             workspace, num_splits = self._pieces(size.num_single, group.window)
             decode_attention(q[single], pages, contexts, out[single], workspace, num_splits, group.window)
         if size.num_chunks:
             chunks = slice(size.first_chunk, size.num_rows)
-            contexts = Contexts(tables[chunks], lengths[chunks], self._places["starts"][: size.num_chunks + 1])
+            contexts = Contexts(tables[chunks], seq_lens[chunks], self._places["cu_seqlens_q"][: size.num_chunks + 1])
             prefill_attention(q[size.num_single :], pages, contexts, out[size.num_single :], group.window)
 
     def _pieces(self, batch_size: int, window: int | None) -> tuple[Tensor, int]:

@@ -157,10 +157,10 @@ def _tables(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> Itera
     yield _always("token_index", TABLES, torch.int64, tokens)  # where in ``fed`` each token is
     yield _always("token_ids", TABLES, torch.int64, tokens)
     yield _always("positions", TABLES, torch.int64, tokens)
-    yield _always("slots", TABLES, torch.int32, groups, tokens)  # as kernels/rotary.py reads them
+    yield _always("slot_mapping", TABLES, torch.int32, groups, tokens)  # as kernels/rotary.py reads them
     yield _always("page_tables", TABLES, torch.int32, groups, table_rows, step.max_pages)
-    yield _always("lengths", TABLES, torch.int32, table_rows)
-    yield _always("starts", TABLES, torch.int32, rows + 1)
+    yield _always("seq_lens", TABLES, torch.int32, table_rows)
+    yield _always("cu_seqlens_q", TABLES, torch.int32, rows + 1)
     yield _always("last_rows", TABLES, torch.int64, rows)
     yield _always("sampling_numbers", TABLES, torch.float32, rows, 7)  # as kernels/sampling.py reads them
     yield _always("sampling_integers", TABLES, torch.int64, rows, 4)
