@@ -28,7 +28,7 @@ from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE
 Clock = dict[str, int]
 PEER = "peer's "
 STREAMS = [f"{whose}{stream}" for whose in ("", PEER) for stream in (COMPUTE, GATHER, REDUCE)]
-Omission = tuple[str, str, int]  # in which work; "wait" or "meet"; the how manieth of these in it
+Omission = tuple[str, str, int]  # in which work; "wait" or "stream_barrier"; the how manieth of these in it
 
 
 def mirrored(stream: str) -> str:
@@ -46,7 +46,7 @@ class Stamp:
 
 class VectorClocks:
     """The engine's streams. `forgets` lists pairs (waiting stream, stream of the event) whose waits are left out;
-    `omits` is one wait or meeting that is left out wherever its work is done.
+    `omits` is one wait or barrier that is left out wherever its work is done.
     """
 
     def __init__(self, forgets: Sequence[tuple[str, str]] = (), omits: Omission | None = None) -> None:
@@ -80,9 +80,9 @@ class VectorClocks:
         if pair not in self.forgets and not self._is_omitted("wait"):
             self._learn(stream, event.clock)
 
-    def meet(self, stream: str) -> None:
+    def stream_barrier(self, stream: str) -> None:
         """The stream waits for the same one of the peer, which has come as far and waits likewise."""
-        if not self._is_omitted("meet"):
+        if not self._is_omitted("stream_barrier"):
             self._learn(stream, {mirrored(other): time for other, time in self.clocks[stream].items()})
 
     def _is_omitted(self, kind: str) -> bool:
@@ -128,7 +128,7 @@ class RaceDetector(TorchDispatchMode):
         self.pages: list[tuple[int, int, int]] = []  # see _shown_pages
         self.accesses: dict[tuple[int, int, bool, str], Access] = {}
         self.races: list[str] = []
-        self.read_by_peer: list[torch.Tensor] = []  # after the next meeting, on the stream of that
+        self.read_by_peer: list[torch.Tensor] = []  # after the next barrier, on the stream of that
 
     def watch(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -172,7 +172,7 @@ class RaceDetector(TorchDispatchMode):
             yield start, end
 
     def note_read_by_peer(self) -> None:
-        """A meeting has said that the peer may read what waits to be read by it."""
+        """A barrier has said that the peer may read what waits to be read by it."""
         if self.read_by_peer:
             self.note(self.read_by_peer, False, "reduce", by_peer=True)
             self.read_by_peer = []

@@ -58,7 +58,7 @@ class Assumptions:
         (0.770 - 0.715) / 16 * 1e-3, "s", "derived: a block gathered by 18 copies and by 2, 0.770 and 0.715 ms"
     )
     memory_rate: Figure = Figure(4.25e12, "byte/s", "measured: a copy inside a GPU, bytes read and written")
-    meeting: Figure = Figure(
+    barrier: Figure = Figure(
         24e-6, "s", "derived: half of what pulls and the adding kernel leave of a reduction of 0.87 ms (measured)"
     )
     slowed_by_gather_short: Figure = Figure(
@@ -153,7 +153,7 @@ class Traffic:
     """One gather or reduction: seconds that it takes of each of this rank's resources."""
 
     link: float = 0.0  # bytes from peers
-    gaps: float = 0.0  # between copies, and meetings
+    gaps: float = 0.0  # between copies, and barriers
     network: float = 0.0  # collectives between hosts, their latency included
     adding: float = 0.0  # the kernel, while which matrix products stand still
 
@@ -171,20 +171,20 @@ class Traffic:
 
 
 def gather_of(unit: UnitShape, on: Topology, by: Assumptions) -> Traffic:
-    """Peers' chunks; over hosts a column first, with a meeting before it and behind it."""
+    """Peers' chunks; over hosts a column first, with a barrier before it and behind it."""
     network = ring(unit.numel * COMPUTE_NBYTES // on.per_host, on.num_hosts, by)
-    meetings = 2 * by.meeting.value if on.num_hosts > 1 else 0.0
+    barriers = 2 * by.barrier.value if on.num_hosts > 1 else 0.0
     pulls = pulls_of(unit, on, by)
-    return Traffic(pulls.link, pulls.gaps + meetings, network)
+    return Traffic(pulls.link, pulls.gaps + barriers, network)
 
 
 def reduction_of(unit: UnitShape, on: Topology, by: Assumptions) -> Traffic:
-    """Pulls between two meetings and one kernel, then sums across hosts, then their mean over replicas."""
+    """Pulls between two barriers and one kernel, then sums across hosts, then their mean over replicas."""
     pulls = pulls_of(unit, on, by)
     sums_nbytes = unit.numel * GRAD_NBYTES // on.per_host
     network = ring(sums_nbytes, on.num_hosts, by) + 2 * ring(sums_nbytes // on.num_hosts, on.num_replicas, by)
     added_nbytes = unit.numel * (COMPUTE_NBYTES + GRAD_NBYTES / on.per_host)
-    return Traffic(pulls.link, pulls.gaps + 2 * by.meeting.value, network, added_nbytes / by.memory_rate.value)
+    return Traffic(pulls.link, pulls.gaps + 2 * by.barrier.value, network, added_nbytes / by.memory_rate.value)
 
 
 def pulls_of(unit: UnitShape, on: Topology, by: Assumptions) -> Traffic:
@@ -292,7 +292,7 @@ class PaperTransport:
     """As far as a plan asks: how many ranks share a parameter, and what they read of each other. It moves nothing."""
 
     maps_memory = True
-    gathers_meet = False
+    gather_is_collective = False
 
     def __init__(self, on: Topology) -> None:
         self.everybody = dist.group.WORLD

@@ -26,7 +26,7 @@ def measure(bench: Bench, rates: Rates) -> Iterator[Row]:
     plan, options = bench.served.plan, bench.options
     gather = gathering(bench) if plan.mode == "gathered" else {"gather_floor_ms": 0.0}
     for batch in options.batches:
-        meet(bench)
+        wait_for_all_ranks(bench)
         row = serve_decode.measured(bench, batch)
         floor = slowest(bench, 1e3 * decode_floor_s(plan, batch, row["context"], rates))
         step = slowest(bench, row["step_ms"]["median"])
@@ -48,7 +48,7 @@ def gathering(bench: Bench) -> Row:
 
 def chunk_row(bench: Bench, rates: Rates, gather: Row) -> Row:
     """Of all of a long prompt's chunks together, so that ``floor_ms`` counts as many gathers as there are chunks."""
-    meet(bench)
+    wait_for_all_ranks(bench)
     row, num_tokens = serve_prefill.measured(bench), bench.options.prefill_tokens
     num_chunks = len(row["chunk_ms"])
     floor = slowest(bench, 1e3 * prefill_floor_s(bench.served.plan, num_tokens, rates)) / num_chunks
@@ -74,7 +74,7 @@ def whole(row: Row, num_tokens: float, step_ms: float, compute_floor_ms: float, 
 def gather_ms(bench: Bench) -> float:
     """Everything that a forward gathers, and nothing computed."""
     weights = bench.served.weights
-    meet(bench)
+    wait_for_all_ranks(bench)
     begin = time.perf_counter()
     weights.embedding()
     for index in range(weights.config.num_layers):
@@ -90,7 +90,7 @@ def measured_peer_rate(bench: Bench, alone_ms: float) -> Rate:
     return Rate(gather_floor_s(bench.served.plan, 1.0) / (alone_ms / 1e3), "measured: gathering alone")
 
 
-def meet(bench: Bench) -> None:
+def wait_for_all_ranks(bench: Bench) -> None:
     """So that all ranks load the link at the same time."""
     bench.world.synchronize()
     gathered(None, bench.world)

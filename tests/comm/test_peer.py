@@ -407,7 +407,7 @@ class Collectives(TorchDispatchMode):
 
 
 @on_ranks()
-def test_over_peer_memory_a_step_has_no_collective_but_meetings() -> None:
+def test_over_peer_memory_a_step_has_no_collective_but_barriers() -> None:
     model = sharded(SPECIMENS["nested"])
     step(model, SPECIMENS["nested"])
     with Collectives() as collectives:

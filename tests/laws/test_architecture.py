@@ -167,7 +167,7 @@ COLLECTIVES = re.compile(
     r"|isend|irecv|batch_isend_irecv|barrier|monitored_barrier|new_group|new_subgroups)\w*"
     r"|torch\.distributed\._functional_collectives.*"
     r"|.*\.(allgather|allreduce|alltoall|_allgather|_reduce_scatter|reduce_scatter_|all_gather_)\w*"
-    r"|.*\.\w*(_coalesced|barrier)"
+    r"|.*\.(?!stream_barrier$)\w*(_coalesced|barrier)"  # that one is a transport's
 )
 STREAMS = re.compile(r"torch(\.\w+)*\.(Stream|ExternalStream|Event)")
 

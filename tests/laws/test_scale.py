@@ -59,13 +59,13 @@ TIMEOUT = 55.0
 
 def figures(**values: float) -> Assumptions:
     """Round numbers for what is named, and no latency unless it is."""
-    none = dict.fromkeys(("copy_gap", "meeting", "network_step"), 0.0)
+    none = dict.fromkeys(("copy_gap", "barrier", "network_step"), 0.0)
     given = {name: Figure(value, "", "assumed") for name, value in (none | values).items()}
     return dataclasses.replace(Assumptions(), **given)  # type: ignore[arg-type]
 
 
 UNIT = UnitShape(8000, 3)
-RATES = figures(pull_rate=2000.0, ingress=1000.0, copy_gap=0.5, meeting=0.25, memory_rate=4000.0, network_rate=500.0)
+RATES = figures(pull_rate=2000.0, ingress=1000.0, copy_gap=0.5, barrier=0.25, memory_rate=4000.0, network_rate=500.0)
 HOST, HOSTS, REPLICAS = Topology("", 4), Topology("", 4, 2), Topology("", 4, 1, 2)
 
 

@@ -36,14 +36,14 @@ def watch_transports(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
     for transport in (ProcessGroupTransport, PeerTransport):
         patch.setattr(transport, "gather", _noted_gather(transport.gather, detector))
         patch.setattr(transport, "reduce", _noted_reduce(transport.reduce, detector))
-    meet = PeerTransport.meet
+    stream_barrier = PeerTransport.stream_barrier
 
-    def meet_noted(self: PeerTransport, stream: str) -> None:
-        meet(self, stream)
-        detector.streams.meet(stream)
+    def barrier_noted(self: PeerTransport, stream: str) -> None:
+        stream_barrier(self, stream)
+        detector.streams.stream_barrier(stream)
         detector.note_read_by_peer()
 
-    patch.setattr(PeerTransport, "meet", meet_noted)
+    patch.setattr(PeerTransport, "stream_barrier", barrier_noted)
 
 
 def _noted_gather(gather: Any, detector: RaceDetector) -> Any:
@@ -72,7 +72,7 @@ def _noted_reduce(reduce: Any, detector: RaceDetector) -> Any:
 
         def noted(reduction: Any, accumulate: bool) -> None:
             if self.maps_memory:
-                detector.read_by_peer = list(inputs)  # after the first meeting, which says that it may
+                detector.read_by_peer = list(inputs)  # after the first barrier, which says that it may
             detector.note(inputs, False, "reduce")
             detector.note(outputs, True, "reduce")
             with detector.streams.work("reduce"):
@@ -241,7 +241,7 @@ def test_every_access_to_planned_memory_is_ordered_by_an_event(name: str, bf16: 
 
 @pytest.mark.parametrize("own_optimizer", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_access_of_a_peer_is_ordered_by_a_meeting(name: str, own_optimizer: bool) -> None:
+def test_every_access_of_a_peer_is_ordered_by_a_stream_barrier(name: str, own_optimizer: bool) -> None:
     for found in run_ranks(train, name, own_optimizer=own_optimizer, transport="peer"):
         assert found.races == []
         assert found.num_accesses > 20, "the detector saw nothing"
@@ -314,13 +314,13 @@ def test_a_race_planted_in_the_engine_is_found(plant: str, name: str) -> None:
     ("omission", "race"),
     [
         (("publish", "wait", 1), "_foreach_copy_.* on gather does not wait for .* on compute"),
-        (("publish", "meet", 1), "_foreach_copy_.* on gather does not wait for gather on peer's gather"),
-        (("publish", "meet", 2), "gather on peer's gather does not wait for .*_foreach_copy_.* on gather"),
-        (("reduce", "meet", 1), "reduce on peer's reduce does not wait for .* on compute"),
-        (("reduce", "meet", 2), "on compute does not wait for reduce on peer's reduce"),
+        (("publish", "stream_barrier", 1), "_foreach_copy_.* on gather does not wait for gather on peer's gather"),
+        (("publish", "stream_barrier", 2), "gather on peer's gather does not wait for .*_foreach_copy_.* on gather"),
+        (("reduce", "stream_barrier", 1), "reduce on peer's reduce does not wait for .* on compute"),
+        (("reduce", "stream_barrier", 2), "on compute does not wait for reduce on peer's reduce"),
     ],
 )
-def test_leaving_out_a_wait_or_a_meeting_of_peers_is_found(omission: Omission, race: str) -> None:
+def test_leaving_out_a_wait_or_a_stream_barrier_of_peers_is_found(omission: Omission, race: str) -> None:
     for found in run_ranks(train, "decoder", omits=omission, transport="peer"):
         assert any(re.search(race, line) for line in found.races), sorted(set(found.races))
 
@@ -329,12 +329,12 @@ def test_leaving_out_a_wait_or_a_meeting_of_peers_is_found(omission: Omission, r
     ("omission", "race"),
     [
         (("before_update", "wait", 1), "on compute does not wait for .* on gather"),
-        (("before_update", "meet", 1), "on compute does not wait for gather on peer's gather"),
+        (("before_update", "stream_barrier", 1), "on compute does not wait for gather on peer's gather"),
         (("after_update", "wait", 1), "gather on gather does not wait for .* on compute"),
-        (("after_update", "meet", 1), "gather on peer's gather does not wait for .* on compute"),
+        (("after_update", "stream_barrier", 1), "gather on peer's gather does not wait for .* on compute"),
     ],
 )
-def test_leaving_out_a_wait_or_a_meeting_of_an_update_is_found(omission: Omission, race: str) -> None:
+def test_leaving_out_a_wait_or_a_stream_barrier_of_an_update_is_found(omission: Omission, race: str) -> None:
     """The second of two updates in a row writes what the first has just let be gathered."""
     for found in run_ranks(train, "decoder", omits=omission, transport="peer", own_optimizer=True, updates=2):
         assert any(re.search(race, line) for line in found.races), sorted(set(found.races))

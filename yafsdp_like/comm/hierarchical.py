@@ -44,7 +44,7 @@ class HierarchicalTransport:
 
     maps_memory = True
     spares_own_chunks = False
-    gathers_meet = True
+    gather_is_collective = True
 
     def __init__(self, group: dist.ProcessGroup, inside: Transport, across: Transport) -> None:
         self.rank, self.world_size = group.rank(), group.size()
@@ -59,9 +59,9 @@ class HierarchicalTransport:
     def connect(self, blocks: Sequence[Block]) -> None:
         self._inside.connect(blocks)
 
-    def meet(self, stream: str) -> None:
+    def stream_barrier(self, stream: str) -> None:
         """Of this host's ranks: nobody else reads this rank's memory."""
-        self._inside.meet(stream)
+        self._inside.stream_barrier(stream)
 
     def gather(
         self,
@@ -78,9 +78,9 @@ class HierarchicalTransport:
         to_slot = self._inside.gather(self._by_host(outputs), self._by_host(columns))
 
         def run() -> None:
-            self.meet(GATHER)
+            self.stream_barrier(GATHER)
             to_column()
-            self.meet(GATHER)
+            self.stream_barrier(GATHER)
             to_slot()
 
         return run

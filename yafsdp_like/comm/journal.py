@@ -2,7 +2,7 @@
 
 Two ranks that meet in one collective for different things add up what does not belong together, or wait for ever. So
 each rank notes what it is about to do with the others, and they compare digests of that. On CPUs they do before every
-meeting, since a collective blocks there anyway. On GPUs a note is a line and a hash; the digest is posted once a
+collective, since a collective blocks there anyway. On GPUs a note is a line and a hash; the digest is posted once a
 backward and read when an optimizer is about to step, or at the forward after the next: work goes on meanwhile, and
 the GPU waits for nothing.
 

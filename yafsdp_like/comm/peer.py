@@ -46,7 +46,7 @@ class PeerTransport:
 
     maps_memory = True
     spares_own_chunks = True
-    gathers_meet = False
+    gather_is_collective = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, reason: str) -> None:
         self.rank, self.world_size = group.rank(), group.size()
@@ -54,7 +54,7 @@ class PeerTransport:
         self._group = self.everybody = group
         self._device = device
         self._windows: weakref.WeakKeyDictionary[Block, list[Window]] = weakref.WeakKeyDictionary()  # by rank
-        self._meetings = Flags(group, device) if device.type == "cuda" else Barrier(group)
+        self._barrier = Flags(group, device) if device.type == "cuda" else Barrier(group)
 
     def connect(self, blocks: Sequence[Block]) -> None:
         for block in blocks:
@@ -107,11 +107,11 @@ class PeerTransport:
         return run
 
     def _run_rounds(self, rounds: Sequence[_Round], scale: float, accumulate: bool) -> None:
-        self.meet(REDUCE)
+        self.stream_barrier(REDUCE)
         for number, r in enumerate(rounds, 1):
             _copy_all(r.pulls)
             if number == len(rounds):
-                self.meet(REDUCE)
+                self.stream_barrier(REDUCE)
             for dtype, table in r.tables:
                 table.reduce(scale, dtype, accumulate)
 
@@ -141,11 +141,11 @@ class PeerTransport:
                 start = stop
         return [_Round.of(pieces, self.rank, scratch) for pieces in rounds if pieces]
 
-    def meet(self, stream: str) -> None:
-        self._meetings.meet(stream)
+    def stream_barrier(self, stream: str) -> None:
+        self._barrier.stream_barrier(stream)
 
     def expect(self, event: Event) -> None:
-        self._meetings.expect(event)
+        self._barrier.expect(event)
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
         agree(self._group, lines, error)

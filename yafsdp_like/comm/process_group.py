@@ -39,7 +39,7 @@ class ProcessGroupTransport:
     """Coalesced collectives: one call, one group launch, one piece per parameter, nothing packed or unpacked."""
 
     maps_memory = spares_own_chunks = False
-    gathers_meet = True
+    gather_is_collective = True
 
     def __init__(self, group: dist.ProcessGroup, reason: str) -> None:
         self.rank, self.world_size = group.rank(), group.size()
@@ -50,7 +50,7 @@ class ProcessGroupTransport:
     def connect(self, blocks: Sequence[Block]) -> None:
         pass
 
-    def meet(self, stream: str) -> None:
+    def stream_barrier(self, stream: str) -> None:
         pass
 
     def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:

@@ -1,6 +1,6 @@
 """The transport of a model that is sharded inside each replica and the same on all of them (HSDP).
 
-Owns the mean of gradients over replicas. Gathers, meetings and the maps of memory are those of the ranks that share one
+Owns the mean of gradients over replicas. Gathers, barriers and the maps of memory are those of the ranks that share one
 replica's shards, whose own transport it wraps.
 
 [Note: what replicas average]
@@ -40,13 +40,13 @@ class ReplicatedTransport:
         self.maps_memory, self.spares_own_chunks = shards.maps_memory, shards.spares_own_chunks
         self.description = f"{replicas.size()} replicas over their process group; in each, {shards.description}"
         self.shards, self._replicas, self.everybody = shards, replicas, everybody
-        self.gathers_meet = shards.gathers_meet
+        self.gather_is_collective = shards.gather_is_collective
 
     def connect(self, blocks: Sequence[Block]) -> None:
         self.shards.connect(blocks)
 
-    def meet(self, stream: str) -> None:
-        self.shards.meet(stream)
+    def stream_barrier(self, stream: str) -> None:
+        self.shards.stream_barrier(stream)
 
     def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
         return self.shards.column_nbytes(chunks_nbytes)

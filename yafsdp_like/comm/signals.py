@@ -1,14 +1,14 @@
-"""Meetings of ranks in stream order: nobody's work behind one starts before everybody's ahead of it has ended.
+"""Barriers in stream order: no rank's work behind one starts before all ranks' work ahead of it has ended.
 
-On GPUs a meeting is a list of flags that the stream itself writes and waits for, without a kernel: one thread that
+On GPUs a barrier is a list of flags that the stream itself writes and waits for, without a kernel: one thread that
 waits on a multiprocessor keeps a matrix product that wants all of them waiting too (measured: up to a quarter longer).
 On CPUs it is a barrier of the group, which blocks.
 
 [Note: two flags]
-Each rank has two flags for every other rank. In a meeting it sets the first of its own at each peer, waits until each
+Each rank has two flags for every other rank. In a barrier it sets the first of its own at each peer, waits until each
 peer has set the first one here, and clears that; then the same with the second. A flag that was waited for is cleared
-by who waited, so all are 0 between meetings, and a meeting can be recorded and repeated. One flag would not do: a quick
-peer could set it for the next meeting before it is cleared after this one. With two, a peer that comes to set a flag
+by who waited, so all are 0 between barriers, and a barrier can be recorded and repeated. One flag would not do: a quick
+peer could set it for the next barrier before it is cleared after this one. With two, a peer that comes to set a flag
 again has passed the other one, which this rank set only after it had cleared the first.
 """
 
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     import datetime
     from collections.abc import Sequence
 
-_CHANNELS = (GATHER, REDUCE, COMPUTE)  # streams that meet at the same time must not share flags
+_CHANNELS = (GATHER, REDUCE, COMPUTE)  # streams that are in a barrier at the same time must not share flags
 _FLAG_NBYTES = 4
 
 
 class Barrier:
-    """Meetings of CPU ranks."""
+    """Barriers of CPU ranks."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def meet(self, stream: str) -> None:
+    def stream_barrier(self, stream: str) -> None:
         self._group.barrier().wait()
 
     def expect(self, event: Event) -> None:
@@ -50,31 +50,32 @@ class Barrier:
 
 
 class Flags:
-    """Meetings of GPU ranks that show each other's memory."""
+    """Barriers of GPU ranks that map each other's memory."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._device = device
         self._block = Block.allocate(len(_CHANNELS) * 2 * group.size() * _FLAG_NBYTES, device)
         torch.cuda.synchronize(device)  # flags are 0 before a peer can set one
         self._windows = windows_of_all_ranks(self._block.pages, group)
-        self._meetings = {
-            channel: _meeting(self._windows, number, group.rank()) for number, channel in enumerate(_CHANNELS)
+        self._barrier = {
+            channel: _barrier_operations(self._windows, number, group.rank())
+            for number, channel in enumerate(_CHANNELS)
         }
         self._watchdog = Watchdog(group.rank(), group._get_backend(device).options._timeout)
 
-    def meet(self, stream: str) -> None:
-        operations = self._meetings[stream]
+    def stream_barrier(self, stream: str) -> None:
+        operations = self._barrier[stream]
         current = torch.cuda.current_stream(self._device).cuda_stream
         checked(driver.cuStreamBatchMemOp(current, len(operations), operations, 0))
 
     def expect(self, event: Event) -> None:
-        """All work ahead of ``event``, meetings among it, ends within the group's timeout."""
+        """All work ahead of ``event``, barriers among it, ends within the group's timeout."""
         if not torch.cuda.is_current_stream_capturing():  # what is recorded is expected when it is replayed
             self._watchdog.expect(event)
 
 
-def _meeting(windows: Sequence[Window], channel: int, rank: int) -> list[Any]:
-    """What a stream of ``rank`` does to meet; see [Note: two flags]."""
+def _barrier_operations(windows: Sequence[Window], channel: int, rank: int) -> list[Any]:
+    """What a stream of ``rank`` does in a barrier; see [Note: two flags]."""
     others = [peer for peer in range(len(windows)) if peer != rank]
     operations = []
     for phase in range(2):

@@ -52,7 +52,7 @@ class Transport(Protocol):
     description: str  # what moves the bytes, and why this transport was chosen
     maps_memory: bool  # inputs must lie in blocks that ``connect`` was given, since peers read them where they are
     spares_own_chunks: bool  # of a gather's outputs, where they are in place: see [Note: windows]
-    gathers_meet: bool  # a gather is a collective, and not this rank's own reading
+    gather_is_collective: bool  # a gather is a collective, and not this rank's own reading
     everybody: dist.ProcessGroup  # all ranks that must do the same, in the same order
 
     def connect(self, blocks: Sequence[Block]) -> None:
@@ -94,7 +94,7 @@ class Transport(Protocol):
         stream, and may be empty where no memory is mapped.
         """
 
-    def meet(self, stream: str) -> None:
+    def stream_barrier(self, stream: str) -> None:
         """Work that ranks issue to ``stream``, the current one, from here on starts after all that any rank issued to
         it before. Only where memory is mapped: collectives meet by themselves.
         """

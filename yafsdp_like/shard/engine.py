@@ -276,7 +276,7 @@ class Engine:
     def publish(self) -> None:
         """Gathers from here on, of any rank, bring what this rank's main shards are now.
 
-        Where peers read compute shards in place, all are made current between two meetings: the first says that
+        Where peers read compute shards in place, all are made current between two stream barriers: the first says that
         nobody reads them any more, the second that they are written. Otherwise each is when it is gathered.
         """
         self.streams.wait(GATHER, self.streams.record(COMPUTE))
@@ -285,10 +285,10 @@ class Engine:
             return
         with self.streams.on(GATHER), torch.no_grad():
             for transport in mapping:
-                transport.meet(GATHER)
+                transport.stream_barrier(GATHER)
             cast = [unit.refresh_compute_shard() for unit in self.units if unit.transport.maps_memory]
             for transport in mapping:
-                transport.meet(GATHER)
+                transport.stream_barrier(GATHER)
         self.expect(self.streams.record(GATHER))
         if any(cast):  # the next update of the main shards comes after
             self.streams.wait(COMPUTE, self.streams.record(GATHER))
@@ -298,7 +298,7 @@ class Engine:
         self.streams.wait(COMPUTE, self.streams.record(GATHER))
         self.meetings.updates()
         for transport in self.transports:
-            transport.meet(COMPUTE)
+            transport.stream_barrier(COMPUTE)
 
     def after_update(self, unit: Unit, is_whole: bool) -> None:
         """An optimizer has written main and compute shards of the unit's parameters (all, if ``is_whole``): gathers it
@@ -316,7 +316,7 @@ class Engine:
         slot.state = EMPTY  # the values in it are from before the update
         self.streams.wait(GATHER, self.streams.record(COMPUTE))
         with self.streams.on(GATHER):
-            unit.transport.meet(GATHER)
+            unit.transport.stream_barrier(GATHER)
         self.gather(slot, refresh=False)
 
     def gather(self, slot: GatherSlot, refresh: bool) -> None:

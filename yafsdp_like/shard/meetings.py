@@ -49,7 +49,7 @@ class Meetings:
             journal.post()
 
     def gathers(self, unit: Unit) -> None:
-        if unit.transport.gathers_meet:
+        if unit.transport.gather_is_collective:
             entry = self._entry((unit, "gather"), lambda: f"gathers the parameters of unit {unit.name!r}")
             self._journal_of[unit.transport].note(entry)
 

@@ -286,12 +286,12 @@ class PlacedWeights:
         """
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what reading and drawing values took is not in the plan
-        self._meet("filled", error)
+        self._check_same_on_all_ranks("filled", error)
 
     def close(self) -> None:
-        self._meet("closed", None)
+        self._check_same_on_all_ranks("closed", None)
 
-    def _meet(self, line: str, error: BaseException | None) -> None:
+    def _check_same_on_all_ranks(self, line: str, error: BaseException | None) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self._transport is not None:
