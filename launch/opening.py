@@ -19,8 +19,9 @@ from launch.options import NO_DEFAULTS
 from launch.world import join, leave
 from yafsdp_like.comm.consistency import share
 from yafsdp_like.comm.tp_group import Team
-from yafsdp_like.inference.engine.engine import Engine, EngineOptions
+from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import PLAIN
+from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.serving_plan import plan_serving
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.text.directory import sampling_defaults

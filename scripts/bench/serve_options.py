@@ -9,7 +9,7 @@ import torch
 
 from bench.options import DTYPES
 from launch.options import Help
-from yafsdp_like.inference.plan.serving_plan import AnyMode
+from yafsdp_like.inference.options import AnyMode
 
 DESCRIPTION = "Measure a served model; the method is told at the top of bench_serve.py."
 BATCHES = {False: "1,2,4,8,16,32,64,128", True: "128,256,512"}  # by whether there are several ranks

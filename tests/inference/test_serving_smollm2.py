@@ -12,8 +12,9 @@ from torch import nn
 
 from tests.inference.engine.test_engine import RECOMPUTING, SWAPPING
 from tests.models.test_smollm2 import ROOT
-from yafsdp_like.inference.engine.engine import Engine, EngineOptions, Metrics
+from yafsdp_like.inference.engine.engine import Engine, Metrics
 from yafsdp_like.inference.engine.request import Request
+from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.weights.loading import load, open_model
 from yafsdp_like.kernels.sampling import SamplingParams
 

@@ -34,12 +34,13 @@ from tests.ranks import RankError, run_ranks
 from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.tp_group import world_team
 from yafsdp_like.inference.engine import engine as engine_module
-from yafsdp_like.inference.engine.engine import Engine, EngineOptions, Metrics
+from yafsdp_like.inference.engine.engine import Engine, Metrics
 from yafsdp_like.inference.engine.forward import _range_of
 from yafsdp_like.inference.engine.request import FinishReason, Request, Token
 from yafsdp_like.inference.engine.runner import Runner
 from yafsdp_like.inference.kv.eviction import Costs
-from yafsdp_like.inference.plan.serving_plan import HARDWARE, ServingLimits, Site, plan_serving
+from yafsdp_like.inference.options import EngineOptions, ServingLimits
+from yafsdp_like.inference.plan.serving_plan import HARDWARE, Site, plan_serving
 from yafsdp_like.inference.weights.loading import load, model_of, site_of, world_transport
 from yafsdp_like.inference.weights.store import PlacedWeights, reserve
 from yafsdp_like.kernels.sampling import SamplingParams

@@ -22,9 +22,10 @@ import torch
 
 from launch import generate, options, serve
 from tests.inference.text.test_codec import write_tokenizer
-from yafsdp_like.inference.engine.engine import Engine, EngineOptions
+from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import FinishReason, Request
 from yafsdp_like.inference.http.protocol import CompletionBody
+from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.text.directory import sampling_defaults
 from yafsdp_like.inference.weights.loading import load

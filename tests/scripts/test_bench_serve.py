@@ -35,7 +35,8 @@ from tests.ranks import run_ranks
 from tests.training import world_mesh
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Event, Request, Token
-from yafsdp_like.inference.plan.serving_plan import ServingLimits, ServingPlan, Site, plan_serving
+from yafsdp_like.inference.options import ServingLimits
+from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serving
 from yafsdp_like.inference.weights.loading import load
 from yafsdp_like.models import PRESETS
 

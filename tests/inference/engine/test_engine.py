@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_leaves
 from tests.kernels.test_kernels import run_python
 from tests.ranks import run_ranks
 from yafsdp_like.inference.engine import forward, runner
-from yafsdp_like.inference.engine.engine import Completion, Engine, EngineOptions
+from yafsdp_like.inference.engine.engine import Completion, Engine
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request, Token
 from yafsdp_like.inference.engine.runner import bucket_sizes
 from yafsdp_like.inference.kv.eviction import Costs, Tenant
+from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.weights.loading import load, model_of, world_transport
 from yafsdp_like.kernels.blocks import INTERPRETED
 from yafsdp_like.kernels.sampling import SamplingParams, SamplingRows, remember, sample

@@ -21,19 +21,20 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.inference.text.test_codec import needs_smollm2, smollm2_in, write_tokenizer
 from yafsdp_like.comm.transport import Transport
-from yafsdp_like.inference.engine.engine import Engine, EngineOptions
+from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Event, FinishReason, QueueFull, Request
 from yafsdp_like.inference.http.protocol import MAX_STOP_STRINGS, ServerOptions
 from yafsdp_like.inference.http.server import create_app
 from yafsdp_like.inference.http.service import Service, ServiceState, Unavailable
 from yafsdp_like.inference.http.stream import Stream
+from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.weights.loading import load, model_of
 from yafsdp_like.kernels.sampling import SamplingParams
 from yafsdp_like.models import Decoder, DecoderConfig
 
 if TYPE_CHECKING:
-    from yafsdp_like.inference.plan.serving_plan import AnyMode
+    from yafsdp_like.inference.options import AnyMode
 
 T = TypeVar("T")
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from yafsdp_like.inference.options import ServingLimits
 from yafsdp_like.inference.plan.packed_weights import images_of, uses_of
 from yafsdp_like.inference.plan.placement import MIN_PAGES_PER_PART, Mode, Placement, placements
-from yafsdp_like.inference.plan.serving_plan import HARDWARE, ServingLimits, ServingPlan, Site, plan_serving
+from yafsdp_like.inference.plan.serving_plan import HARDWARE, ServingPlan, Site, plan_serving
 from yafsdp_like.inference.plan.workspace import ALWAYS, WORKSPACE
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.memory.plan import KINDS

@@ -20,10 +20,11 @@ from tests.training import world_mesh
 from yafsdp_like import fully_shard
 from yafsdp_like.checkpoint.steps import StepCheckpoints
 from yafsdp_like.comm.choice import transport_of
-from yafsdp_like.inference.engine.engine import Engine, EngineOptions
+from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request
+from yafsdp_like.inference.options import EngineOptions, ServingLimits
 from yafsdp_like.inference.plan.packed_weights import images_of
-from yafsdp_like.inference.plan.serving_plan import ServingLimits, ServingPlan, plan_serving
+from yafsdp_like.inference.plan.serving_plan import ServingPlan, plan_serving
 from yafsdp_like.inference.weights import store as weights_module
 from yafsdp_like.inference.weights.loading import RandomSource, load, load_planned, model_of, open_model, site_of
 from yafsdp_like.inference.weights.store import LayerWeights, PlacedWeights, reserve

@@ -22,8 +22,8 @@ Not safe for threads: one thread calls everything.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,35 +33,20 @@ from yafsdp_like.inference.engine.scheduler import Batch, Budget, Scheduler, Seq
 from yafsdp_like.inference.kv.eviction import GDSF, LRU, Costs, Policy, Tenant
 from yafsdp_like.inference.kv.kv_cache import KVCache, Tier, check_integrity
 from yafsdp_like.inference.kv.pages import PagePool
-from yafsdp_like.inference.kv.slabs import SlabGrid
-from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS, KV_SLABS, ServingLimits
-from yafsdp_like.inference.weights.store import Weights
-from yafsdp_like.memory.arena import Arena
-from yafsdp_like.memory.plan import MemoryPlan
-from yafsdp_like.models.decoder import DecoderConfig
+from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS, KV_SLABS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable
+
+    from yafsdp_like.inference.kv.slabs import SlabGrid
+    from yafsdp_like.inference.options import EngineOptions
+    from yafsdp_like.inference.weights.store import Weights
+    from yafsdp_like.memory.arena import Arena
+    from yafsdp_like.memory.plan import MemoryPlan
+    from yafsdp_like.models.decoder import DecoderConfig
 
 POLICIES: dict[str, Callable[[], Policy]] = {"lru": LRU, "gdsf": GDSF}
 _NO_LINK = Costs(link_nbytes_per_s=1.0, prefill_tokens_per_s=1e4)  # without a host tier nothing is weighed
-
-
-@dataclass(frozen=True)
-class EngineOptions(ServingLimits):
-    """What an engine may take, and how it serves. Raises ValueError for what cannot be."""
-
-    max_waiting: int = 1024  # requests that wait for their turn, preempted ones among them
-    prefix_cache: bool = True  # whether requests share pages of equal beginnings
-    graphs: bool = True  # whether steps in which everybody draws are CUDA graphs
-    lookahead: bool = True  # see [Note: one step ahead]
-    policy: str = "lru"  # which pages that nobody uses go first: a key of POLICIES
-    tenants: tuple[Tenant, ...] = ()  # those that have a floor of pages, or a priority of theirs
-    costs: Costs | None = None  # of copying and computing pages again; None: measured when the engine is made
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, found {self.policy!r}")
-        if self.max_waiting < 1:
-            raise ValueError(f"max_waiting must be at least 1, found {self.max_waiting}")
 
 
 @dataclass(frozen=True)

@@ -15,61 +15,31 @@ ranks then serve the same requests, and is taken only when it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
 from yafsdp_like.inference.kv.kv_cache import LayerGroup
-from yafsdp_like.inference.kv.slabs import SlabGrid
+from yafsdp_like.inference.options import AnyMode, ServingLimits
 from yafsdp_like.inference.plan.capacity import Capacity
 from yafsdp_like.inference.plan.packed_weights import check_served, images_of
 from yafsdp_like.inference.plan.placement import Mode, Placement, placements
 from yafsdp_like.inference.plan.workspace import Placed, StepShape, forward_buffers, placed
-from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.plan import MemoryPlan, Region
-from yafsdp_like.models.decoder import DecoderConfig
 from yafsdp_like.models.tensor_parallel import share_of
 
-AnyMode = Literal["auto", "resident", "gathered", "streamed", "tensor_parallel"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from yafsdp_like.inference.kv.slabs import SlabGrid
+    from yafsdp_like.memory.arena import Arena
+    from yafsdp_like.models.decoder import DecoderConfig
 
 _SUMS = "process group: sums"  # what moves bytes between ranks that compute together
 
 KV_SLABS, HOST_KV_SLABS = "kv slabs", "host kv slabs"  # kinds, and their regions' names
-
-
-@dataclass(frozen=True)
-class ServingLimits:
-    """What an engine may take, and what it must be able to hold. Raises ValueError for numbers that cannot be.
-
-    One of ``memory_limit_nbytes``, all that is planned on one device, and ``kv_nbytes`` must be given, or both.
-    """
-
-    memory_limit_nbytes: int | None = None
-    kv_nbytes: int | None = None  # of pages of keys and values; None: what the limit leaves
-    host_kv_nbytes: int = 0  # of pages that are swapped out to host memory
-    max_batch_size: int = 32  # sequences of one step
-    max_batch_tokens: int = 2048  # of one step
-    max_seq_len: int | None = None  # tokens of one sequence; None: what fits, up to the model's
-    page_size: int = 16  # tokens
-    kv_dtype: str | None = None  # None: the weights'
-
-    def __post_init__(self) -> None:
-        if self.memory_limit_nbytes is None and self.kv_nbytes is None:
-            raise ValueError("expected memory_limit_nbytes or kv_nbytes, in bytes, found neither")
-        for name in ("memory_limit_nbytes", "kv_nbytes", "max_batch_size", "max_batch_tokens", "max_seq_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, found {value}")
-        if self.host_kv_nbytes < 0 or self.page_size < 1:
-            raise ValueError(f"found host_kv_nbytes {self.host_kv_nbytes} and page_size {self.page_size}")
-        if self.max_batch_tokens < self.max_batch_size:
-            raise ValueError(
-                f"max_batch_tokens must be at least max_batch_size, a token of each sequence, "
-                f"found {self.max_batch_tokens} and {self.max_batch_size}"
-            )
 
 
 @dataclass(frozen=True)
@@ -195,6 +165,8 @@ def plan_serving(
     """
     if mode not in get_args(AnyMode):
         raise ValueError(f"mode must be one of {list(get_args(AnyMode))}, found {mode!r}")
+    if limits.memory_limit_nbytes is None and limits.kv_nbytes is None:
+        raise ValueError("expected memory_limit_nbytes or kv_nbytes, in bytes, found neither")
     check_served(config)
     site = site or Site()
     draft = _Draft.of(config, limits, site, _share(config, site, mode))

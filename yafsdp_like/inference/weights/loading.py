@@ -18,7 +18,7 @@ from torch import Tensor
 
 from yafsdp_like.checkpoint import steps
 from yafsdp_like.comm.choice import transport_of
-from yafsdp_like.inference.plan.serving_plan import AnyMode, Hardware, ServingLimits, ServingPlan, Site, plan_serving
+from yafsdp_like.inference.plan.serving_plan import Hardware, ServingPlan, Site, plan_serving
 from yafsdp_like.inference.weights.store import PlacedWeights, Store, reserve
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig, hf
 from yafsdp_like.models.decoder import fill_first_values
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from yafsdp_like.checkpoint.safetensors import StoredTensor
     from yafsdp_like.comm import TransportName
     from yafsdp_like.comm.transport import Transport
+    from yafsdp_like.inference.options import AnyMode, ServingLimits
     from yafsdp_like.inference.plan.packed_weights import Parameter
 
 PRESET = "preset:"
