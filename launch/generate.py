@@ -22,7 +22,7 @@ from launch.options import Parser, add_model_arguments, exit_status, number, ope
 if TYPE_CHECKING:
     from launch.opening import Opened
     from yafsdp_like.inference.text.codec import Codec
-    from yafsdp_like.kernels.sampling import SamplingParams
+    from yafsdp_like.kernels.sampling_params import SamplingParams
 
 
 def parser() -> Parser:

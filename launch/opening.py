@@ -27,7 +27,7 @@ from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.text.directory import sampling_defaults
 from yafsdp_like.inference.weights.loading import Model, load_planned, open_model, site_of, world_transport
 from yafsdp_like.inference.weights.store import PlacedWeights
-from yafsdp_like.kernels.sampling import SamplingParams
+from yafsdp_like.kernels.sampling_params import SamplingParams
 
 LIBRARIES_NBYTES = 2**30  # of a GPU, what CUDA's libraries and graphs may take beside the plan
 CPU_KV_NBYTES = 2**30  # where nothing is said

@@ -24,7 +24,7 @@ from yafsdp_like.inference.weights.loading import (
     site_of,
     world_transport,
 )
-from yafsdp_like.kernels.sampling import SamplingParams
+from yafsdp_like.kernels.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

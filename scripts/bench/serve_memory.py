@@ -8,7 +8,7 @@ from bench.report import Row
 from bench.serve_engine import GREEDY, Bench, memory_reading
 from bench.serve_options import RANDOM_NEW, RANDOM_PROMPT
 from yafsdp_like.inference.engine.request import FinishReason, Request
-from yafsdp_like.kernels.sampling import SamplingParams
+from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.memory.arena import Arena
 
 COUNTERS = ("allocator_requests", "device_allocs", "alloc_retries", "allocated_nbytes", "reserved_nbytes")

@@ -16,7 +16,7 @@ from yafsdp_like.inference.engine.engine import Engine, Metrics
 from yafsdp_like.inference.engine.request import Request
 from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.weights.loading import load, open_model
-from yafsdp_like.kernels.sampling import SamplingParams
+from yafsdp_like.kernels.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -43,7 +43,7 @@ from yafsdp_like.inference.options import EngineOptions, ServingLimits
 from yafsdp_like.inference.plan.serving_plan import HARDWARE, Site, plan_serving
 from yafsdp_like.inference.weights.loading import load, model_of, site_of, world_transport
 from yafsdp_like.inference.weights.store import PlacedWeights, reserve
-from yafsdp_like.kernels.sampling import SamplingParams
+from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig
 from yafsdp_like.models.hf import save_hf

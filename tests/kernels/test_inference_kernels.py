@@ -29,13 +29,13 @@ from yafsdp_like.kernels.blocks import INTERPRETED
 from yafsdp_like.kernels.norm import rms_norm, rms_norm_reference
 from yafsdp_like.kernels.rotary import HeadNorms, rotate_and_store, rotate_and_store_reference
 from yafsdp_like.kernels.sampling import (
-    SamplingParams,
     SamplingRows,
     gumbel_noise,
     remember,
     sample,
     sample_reference,
 )
+from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.models.decoder import attend, window_mask
 from yafsdp_like.models.rope import Rope, apply_rope
 

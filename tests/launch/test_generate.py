@@ -29,7 +29,7 @@ from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.text.directory import sampling_defaults
 from yafsdp_like.inference.weights.loading import load
-from yafsdp_like.kernels.sampling import SamplingParams
+from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.models import Decoder, DecoderConfig
 from yafsdp_like.models.hf import save_hf
 

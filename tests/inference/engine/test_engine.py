@@ -27,7 +27,8 @@ from yafsdp_like.inference.kv.eviction import Costs, Tenant
 from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.weights.loading import load, model_of, world_transport
 from yafsdp_like.kernels.blocks import INTERPRETED
-from yafsdp_like.kernels.sampling import SamplingParams, SamplingRows, remember, sample
+from yafsdp_like.kernels.sampling import SamplingRows, remember, sample
+from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.models.decoder import Attention, Decoder, DecoderConfig
 from yafsdp_like.models.moe import ExpertsConfig
 

@@ -49,7 +49,7 @@ from yafsdp_like.inference.engine.tp_driver import Leader, Word, follow
 from yafsdp_like.inference.http.service import Service, ServiceState
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.weights.loading import world_transport
-from yafsdp_like.kernels.sampling import SamplingParams
+from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.models.hf import save_hf
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from yafsdp_like.inference.http.stream import Stream
 from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.weights.loading import load, model_of
-from yafsdp_like.kernels.sampling import SamplingParams
+from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.models import Decoder, DecoderConfig
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from yafsdp_like.inference.plan.serving_plan import ServingPlan, plan_serving
 from yafsdp_like.inference.weights import store as weights_module
 from yafsdp_like.inference.weights.loading import RandomSource, load, load_planned, model_of, open_model, site_of
 from yafsdp_like.inference.weights.store import LayerWeights, PlacedWeights, reserve
-from yafsdp_like.kernels.sampling import SamplingParams
+from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.streams import COMPUTE, GATHER
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig

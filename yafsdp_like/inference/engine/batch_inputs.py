@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from yafsdp_like.inference.engine.scheduler import Run, Sequence, Stage
-from yafsdp_like.kernels.sampling import SamplingParams
+from yafsdp_like.kernels.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

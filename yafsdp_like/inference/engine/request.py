@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from yafsdp_like.kernels.sampling import SamplingParams
+from yafsdp_like.kernels.sampling_params import SamplingParams
 
 PLAIN = SamplingParams()
 MAX_LOGPROBS = 20  # tokens at each position whose log-probability can be told, beside that of the one drawn

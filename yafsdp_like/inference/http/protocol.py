@@ -33,7 +33,7 @@ from yafsdp_like.inference.http.errors import (
 )
 from yafsdp_like.inference.http.responses import ChatFormat, Choice, CompletionFormat, ParsedRequest, ResponseFormat
 from yafsdp_like.inference.text.codec import Codec, Transcript
-from yafsdp_like.kernels.sampling import SamplingParams
+from yafsdp_like.kernels.sampling_params import SamplingParams
 
 T = TypeVar("T")
 

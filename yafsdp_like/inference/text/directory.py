@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from yafsdp_like.inference.text.chat import unpanicked
-from yafsdp_like.kernels.sampling import SamplingParams
+from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.models.hf import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 if TYPE_CHECKING:
