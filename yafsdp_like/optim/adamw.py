@@ -28,21 +28,21 @@ UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
 
 
 def no_compute_copy(param: nn.Parameter) -> None:
-    """Parameters are computed on as they are."""
+    """Say that parameters are computed on as they are."""
 
 
 def nothing(batch_index: int) -> None:
-    """Nobody waits for a batch."""
+    """Do nothing after a batch."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """In what order parameters are updated, and what happens beside it.
+    """The order in which parameters are updated, what else gets their new values, and what is called in between.
 
     ``batches`` are updated one after the other, each in one launch where dtypes, betas, eps and step counts agree;
     parameters that none of them names come last, in a batch of their own. ``compute_of`` gives a parameter's
-    contiguous copy in another dtype, with as many elements as its local shard, which is to get the new values; it is
-    asked in every step. ``after_batch`` is called with a batch's index once its update is on the current stream.
+    contiguous copy in another dtype, with as many elements as its local shard, which gets the new values too; it is
+    called in every step. ``after_batch`` is called with a batch's index once its update is on the current stream.
 
     Raises ``ValueError`` when a parameter is named twice.
     """
@@ -92,11 +92,12 @@ class AdamW(torch.optim.AdamW):
         self._rates: dict[torch.device, tuple[list[tuple[float, float]], torch.Tensor]] = {}  # as set, and there
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch's does. Raises ``ValueError`` for an option that is not supported."""
         super().add_param_group(param_group)
         _refuse_unsupported(self.param_groups[-1:])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Ends ``load_state_dict``, unpickling and copying."""
+        """Set the state, at the end of ``load_state_dict``, unpickling and copying."""
         _refuse_unsupported(state["param_groups"])
         super().__setstate__(state)
         self._forget_places()
@@ -106,7 +107,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates every parameter that has a gradient; returns what ``closure`` returns, which is called first."""
+        """Update every parameter that has a gradient; return what ``closure`` returns, which is called first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -119,17 +120,17 @@ class AdamW(torch.optim.AdamW):
 
     def _batches(self, group_of: dict[nn.Parameter, int]) -> list[Sequence[nn.Parameter]]:
         named = {p for batch in self.passes.batches for p in batch}
-        strangers = sum(p not in group_of for p in named)
-        if strangers:
+        unknown = sum(p not in group_of for p in named)
+        if unknown:
             raise RuntimeError(
-                f"the optimizer's batches name {strangers} parameters that are in none of its groups: set `passes` "
+                f"the optimizer's batches name {unknown} parameters that are in none of its groups: set `passes` "
                 "again after parameters were replaced"
             )
         rest = [p for p in group_of if p not in named]
         return [*self.passes.batches, *([rest] if rest else [])]
 
     def _update(self, batch_index: int, params: Sequence[tuple[nn.Parameter, int]]) -> None:
-        """One launch for each kind of parameter; ``params`` come with the index of their group."""
+        """Launch one kernel for each kind of parameter; ``params`` come with the index of their group."""
         launches: dict[Kind, list[AdamWTensors]] = {}
         written: list[torch.Tensor] = []
         for param, group_index in params:
@@ -139,7 +140,7 @@ class AdamW(torch.optim.AdamW):
         for launch_index, ((device, _, step), tensors_of_launch) in enumerate(launches.items()):
             table = self._tables.setdefault((batch_index, launch_index), AdamWTable())
             table.update(tensors_of_launch, self._rates_on(device), step)
-        increment_version(written)  # a kernel's writes are unknown to autograd, and to who compares versions
+        increment_version(written)  # autograd does not see a kernel's writes
 
     def _advance(self, param: nn.Parameter, group_index: int) -> AdamWStep:
         group, count = self.param_groups[group_index], self.state[param]["step"]
@@ -148,7 +149,7 @@ class AdamW(torch.optim.AdamW):
         return AdamWStep(int(count), float(beta1), float(beta2), group["eps"], self.gradient_scale)
 
     def _tensors(self, param: nn.Parameter, group_index: int) -> AdamWTensors:
-        """This rank's part of a parameter and of all that goes with it."""
+        """Return this rank's part of a parameter, its gradient and its states, which are made in the first step."""
         state = self.state[param]
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
@@ -165,7 +166,7 @@ class AdamW(torch.optim.AdamW):
         )
 
     def _rates_on(self, device: torch.device) -> torch.Tensor:
-        """The groups' learning rates and decays there, ``(num_groups, 2)``; sent when a schedule has changed them."""
+        """Return the groups' learning rates and decays, ``(num_groups, 2)`` float32; copied when one has changed."""
         rates = [rate_row(float(group["lr"]), float(group["weight_decay"])) for group in self.param_groups]
         if device not in self._rates or self._rates[device][0] != rates:
             self._rates[device] = rates, upload(rates, torch.float32, device)
@@ -173,7 +174,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor, without a copy; any other tensor as it is."""
+    """Return this rank's part of a DTensor, without a copy; any other tensor as it is."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 

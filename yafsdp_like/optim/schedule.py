@@ -30,7 +30,7 @@ class WarmupCosine:
             )
 
     def __call__(self, step_index: int) -> float:
-        """The rate of step `step_index`, counted from 0."""
+        """Return the rate of step `step_index`, counted from 0."""
         if step_index < self.num_warmup_steps:
             return self.peak * (step_index + 1) / self.num_warmup_steps
         num_decay_steps = max(1, self.num_steps - 1 - self.num_warmup_steps)

@@ -1,8 +1,7 @@
-"""The largest norm of gradients of which some rank has no rows, as ``clip_grad_norm_`` asks for it.
+"""Infinity norms for ``clip_grad_norm_`` where a parameter has fewer rows than there are ranks.
 
-Torch takes the norm of each rank's rows and then of all ranks'. The largest element of nothing is an error to it, which
-only the rank without rows meets, while the others wait for that rank. Where a parameter has fewer rows than there are
-ranks, such a rank contributes what changes no maximum here, a 0.
+Torch takes the norm of each rank's rows and then of all ranks'. The maximum of an empty tensor is an error, which only
+the rank without rows would raise, while the others wait for it. Here such a rank contributes a neutral element.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def _total_norm_of_any_rows(
 
 
 def _never_empty(tensor: torch.Tensor, neutral: float) -> torch.Tensor:
-    """``tensor``, or on a rank that has none of its elements one of a single ``neutral`` element, placed as it is."""
+    """Return ``tensor``; on a rank without elements, one ``neutral`` element with the same placements."""
     if not isinstance(tensor, DTensor) or tensor._local_tensor.numel() > 0:
         return tensor
     local = tensor._local_tensor.sum().add(neutral).reshape([1] * tensor.dim())
@@ -41,5 +40,5 @@ def _never_empty(tensor: torch.Tensor, neutral: float) -> torch.Tensor:
 
 
 def install() -> None:
-    """From now on, torch's norms of gradients are computed so."""
+    """Make torch compute gradient norms this way from now on."""
     clip_grad._get_total_norm = _total_norm_of_any_rows

@@ -1,7 +1,7 @@
-"""What torch's own code, and code written for FSDP2, asks of a sharded module beside the methods that it calls.
+"""Compatibility with FSDP2 beyond the methods of ``FSDPModule``: what torch's own code expects of a sharded module.
 
-Owns the state object that torch finds on a sharded module, forward methods under other names, and the refusal, by name,
-of those of FSDP2's methods that are not there.
+Owns the state object that torch finds on a sharded module, forward methods under other names, and the errors of FSDP2's
+methods that are not supported.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ ADVICE = {
 class ShardState(_State):
     """What ``fully_shard.state(module)`` returns; ``unit`` is what the call made.
 
-    Torch's own functions ask it for some of what FSDP2's has: ``register_fsdp_forward_method`` what to do before and
-    after such a method, ``share_comm_ctx`` its streams (which all models of a device share here), and
-    ``torch.distributed.pipelining`` to reduce what the backwards of a step's microbatches have left.
+    It has what torch's own functions use of FSDP2's: ``register_fsdp_forward_method`` calls hooks before and after such
+    a method, ``share_comm_ctx`` shares its streams (as all models of a device do here anyway), and
+    ``torch.distributed.pipelining`` reduces the gradients that a step's microbatches have accumulated.
     """
 
     unit: Unit
@@ -60,14 +60,16 @@ class ShardState(_State):
 
 
 def show_state_to_torch(module: nn.Module, state: ShardState) -> None:
-    """Lets torch's own ``fully_shard.state(module)``, too, find ``state``."""
+    """Make torch's own ``fully_shard.state(module)`` return ``state`` too."""
     key: Any = torch.distributed.fsdp.fully_shard
     vars(module)[STATE_KEY][key.__wrapped__] = state
 
 
 def register_fsdp_forward_method(module: nn.Module, method_name: str) -> None:
-    """Makes ``module.method_name`` a forward too: parameters are gathered before it and released after it, also when it
-    raises, and inputs and outputs are cast as those of ``forward``. It may call the module itself, any number of times.
+    """Run ``module.method_name`` as a forward.
+
+    Parameters are all-gathered before it and released after it, also when it raises, and inputs and outputs are cast as
+    those of ``forward``. It may call the module itself, any number of times.
 
     Does nothing for a module that is not sharded. Raises ``ValueError`` where there is no such method.
     """
@@ -77,7 +79,7 @@ def register_fsdp_forward_method(module: nn.Module, method_name: str) -> None:
     method = getattr(module, method_name, None)
     if not callable(method):
         raise ValueError(f"{type(module)} does not have a method {method_name}")
-    owner = weakref.ref(module)  # what is set on a module and refers to it would keep it until garbage is collected
+    owner = weakref.ref(module)  # a reference from the module to itself would keep it until garbage is collected
     bound = getattr(method, "__self__", None) is module
     function = method.__func__ if bound else method
 
@@ -97,7 +99,7 @@ def register_fsdp_forward_method(module: nn.Module, method_name: str) -> None:
 
 
 def share_comm_ctx(modules: Sequence[nn.Module]) -> None:
-    """FSDP2's: lets models share their streams, which those of one device do here in any case.
+    """Accept models that are to share their streams, as all models of one device do in any case.
 
     Raises ``ValueError`` for a module that is not sharded.
     """
@@ -107,7 +109,7 @@ def share_comm_ctx(modules: Sequence[nn.Module]) -> None:
 
 
 def refuse_others(cls: type) -> type:
-    """Adds to ``cls`` every public method of torch's ``FSDPModule`` that it does not have, as one that says so."""
+    """Add to ``cls`` every public method of torch's ``FSDPModule`` that it does not have, as one that raises."""
     for name in dir(torch.distributed.fsdp.FSDPModule):
         if not name.startswith("_") and name not in vars(cls):
             setattr(cls, name, _refusal(name))

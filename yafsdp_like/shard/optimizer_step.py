@@ -1,7 +1,7 @@
-"""The optimizer's step, unit by unit in the order of forward: the first units are gathered while others are updated.
+"""The optimizer's step, unit by unit in the order of forward, so that the first units are prefetched meanwhile.
 
-Owns the order of a step of this package's ``AdamW`` over sharded parameters, and what other optimizers' steps leave
-to be cast. Knows nothing of the arithmetic.
+Owns the order of a step of this package's ``AdamW`` over sharded parameters, and the note that other optimizers' steps
+leave compute shards to be cast. Knows nothing of the arithmetic.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Owned = dict[Unit, list[ShardedParam]]  # an optimizer's sharded parameters
 
 
 def watch_optimizers() -> None:
-    """From now on, every optimizer step of the process that writes sharded parameters is known here. Called once."""
+    """Hook every optimizer step of the process from now on. Called once."""
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Does nothing for an optimizer without sharded parameters."""
+    """Prepare the step of an optimizer that has sharded parameters; others are left alone."""
     owned = _owned(optimizer)
     if not owned:
         return
@@ -45,15 +45,17 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Notes which main shards were written: an optimizer's own kernels may not count as writes in place."""
+    """Note which main shards were written: an optimizer's own kernels may not count as writes in place."""
     for unit in _owned(optimizer):
         if not isinstance(optimizer, AdamW) or not unit.is_current:
             unit.updates += 1
 
 
 def _owned(optimizer: torch.optim.Optimizer) -> Owned:
-    """Raises ``RuntimeError`` for an optimizer that was built before ``fully_shard`` and holds parameters that nothing
-    trains any more: FSDP2 says nothing then.
+    """Return the optimizer's sharded parameters by unit.
+
+    Raises ``RuntimeError`` for an optimizer that was built before ``fully_shard``, whose parameters get no gradients
+    any more (FSDP2 does not notice).
     """
     owned: Owned = {}
     for group in optimizer.param_groups:
@@ -71,8 +73,9 @@ def _owned(optimizer: torch.optim.Optimizer) -> Owned:
 
 
 def _make_room_for_states(optimizer: torch.optim.Optimizer, owned: Owned) -> None:
-    """States are made in the first step and stay. Cut from cached blocks of activations, they would keep those
-    from being used again whole, and the next step would need more memory: so the cache is given back before, once.
+    """Empty the allocator's cache before the first step, which allocates the optimizer's states.
+
+    Cut from cached blocks of activations, they would fragment those for good, and the next step would need more memory.
     """
     if optimizer not in _stepped:
         _stepped.add(optimizer)
@@ -81,7 +84,7 @@ def _make_room_for_states(optimizer: torch.optim.Optimizer, owned: Owned) -> Non
 
 
 def _pass_by_units(optimizer: AdamW, owned: Owned) -> None:
-    """One batch per unit, which writes main and compute shards."""
+    """Make one batch per unit, in the order of forward, whose update writes main and compute shards."""
     units = _in_order_of_forward(owned)
     copies = {p.sharded: _compute_copy(p) for unit in units for p in owned[unit]}
     whole = [_is_updated_whole(unit, owned[unit]) for unit in units]

@@ -1,7 +1,7 @@
-"""`save_pretrained` of a model of transformers that is sharded: with whole weights, or an error that says how.
+"""`save_pretrained` of a sharded model of transformers: with full weights, or an error that says how to get them.
 
-Owns what is done with that one method; transformers itself is never imported. It writes the weights that a state dict
-holds, on the ranks that call it; those of a sharded model are DTensors, of which each rank has a part.
+The method writes the weights that a state dict holds, on the ranks that call it; those of a sharded model are DTensors,
+of which each rank has a part. Transformers itself is never imported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HOW = (
 
 
 def overrides_of(cls: type[nn.Module]) -> dict[str, Any]:
-    """What the class of a sharded module has in place of its own, where it has the method."""
+    """Return the methods that a sharded class has in place of its own: ``save_pretrained``, where there is one."""
     own: Any = getattr(cls, METHOD, None)
     if own is None:
         return {}
@@ -39,11 +39,12 @@ def overrides_of(cls: type[nn.Module]) -> dict[str, Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The method of the unsharded class. Raises RuntimeError unless `state_dict` holds whole weights, which a world
-        of one rank need not give.
+        """Call the method of the unsharded class.
+
+        Raises ``RuntimeError`` unless `state_dict` holds full weights; on one rank it may be left out.
         """
         if state_dict is None and dist.get_world_size() == 1:
-            state_dict = {name: _whole(value) for name, value in self.state_dict().items()}
+            state_dict = {name: _full(value) for name, value in self.state_dict().items()}
         if state_dict is None:
             raise RuntimeError(f"save_pretrained() of a sharded {cls.__name__} got no state_dict; {HOW}")
         if parts := [name for name, value in state_dict.items() if isinstance(value, DTensor)]:
@@ -53,5 +54,5 @@ def overrides_of(cls: type[nn.Module]) -> dict[str, Any]:
     return {METHOD: save_pretrained}
 
 
-def _whole(value: Any) -> Any:
+def _full(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value

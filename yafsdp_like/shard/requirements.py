@@ -1,0 +1,82 @@
+"""What ``fully_shard`` requires of its arguments: each check raises, naming what it found and what to do instead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.distributed.fsdp import OffloadPolicy
+from torch.distributed.tensor import DTensor
+
+from yafsdp_like.shard.param import ownership_of, refuse_subclass
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def check_modules(modules: Sequence[nn.Module]) -> None:
+    """Raise ``ValueError`` for an empty list and for containers without a ``forward`` to hook."""
+    if not modules:
+        raise ValueError("fully_shard expects a module or a list of at least one module but got an empty list")
+    for module in modules:
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is nn.Module.forward:
+            raise ValueError(f"fully_shard does not support containers that do not implement forward: {module}")
+
+
+def check_mesh(mesh: DeviceMesh) -> None:
+    """Raise ``ValueError`` for a mesh that is neither 1-D nor 2-D, ``AssertionError`` for a 2-D one without names."""
+    if mesh.ndim not in (1, 2):
+        raise ValueError(f"fully_shard expects a 1D or 2D DeviceMesh but got {mesh}")
+    if mesh.ndim == 2 and mesh.mesh_dim_names is None:
+        raise AssertionError("Please init the 2D mesh for HSDP with mesh_dim_names specified")
+
+
+def check_params(owners: Mapping[nn.Parameter, Sequence[tuple[nn.Module, str]]]) -> None:
+    """Raise for the first parameter that cannot be sharded; those of earlier calls have been checked already.
+
+    ``ValueError`` for scalars; ``NotImplementedError`` for DTensors, subclasses, strided parameters, and embeddings
+    that write their own weight.
+    """
+    for param, places in owners.items():
+        if ownership_of(param) is None:
+            _check_param(param, places)
+
+
+def _check_param(param: nn.Parameter, places: Sequence[tuple[nn.Module, str]]) -> None:
+    name = places[0][1]
+    if isinstance(param, DTensor):
+        raise NotImplementedError(f"{name} is a DTensor on {param.device_mesh}; composing with it is not supported yet")
+    refuse_subclass(param, name)
+    for module, _ in places:
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise NotImplementedError(
+                f"{type(module).__name__} with max_norm={module.max_norm} writes its weight in forward, which is lost "
+                "where that is gathered: shard it without (max_norm=None) and renormalize its rows after "
+                "optimizer.step(), or name its weight in ignored_params"
+            )
+    if param.dim() == 0:
+        raise ValueError(f"fully_shard cannot shard a scalar. Change {name} to a 1D tensor with numel equal to 1.")
+    if not param.is_contiguous():
+        raise NotImplementedError(
+            f"FSDP does not support non-contiguous parameters: {name} has shape {tuple(param.shape)} and strides "
+            f"{param.stride()}; make it contiguous first"
+        )
+
+
+def check_supported(
+    reshard_after_forward: Any, shard_placement_fn: Any, offload_policy: Any, dp_mesh_dims: Any
+) -> None:
+    """Raise ``NotImplementedError`` for FSDP2's options of which only the default is supported."""
+    if reshard_after_forward is not None and not isinstance(reshard_after_forward, bool):
+        raise NotImplementedError(
+            f"reshard_after_forward as a number of ranks is not supported yet, got {reshard_after_forward!r}; "
+            "use True, False or None"
+        )
+    if shard_placement_fn is not None or dp_mesh_dims is not None:
+        raise NotImplementedError(
+            "shard_placement_fn and dp_mesh_dims are not supported yet; parameters are sharded by rows"
+        )
+    if type(offload_policy) is not OffloadPolicy:
+        raise NotImplementedError(f"offloading is not supported yet, got {offload_policy!r}")

@@ -1,0 +1,174 @@
+"""From modules to a unit: which parameters a ``fully_shard`` call takes, and what is installed on their modules.
+
+Owns the walk over modules, parameters tied across units, and the hooks for state dicts and for parameters that the user
+assigns later. Does not change a module's class (``api.py`` does).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from yafsdp_like.comm.choice import transport_over
+from yafsdp_like.shard.hooks import install
+from yafsdp_like.shard.param import ShardedParam, ownership_of
+from yafsdp_like.shard.unit import Unit, UnitPolicy, unit_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from yafsdp_like.comm import TransportName
+
+Owners = dict[nn.Parameter, list[tuple[nn.Module, str]]]  # which modules register a parameter, and under what name
+
+
+def make_unit(
+    modules: Sequence[nn.Module], owners: Owners, mesh: DeviceMesh, policy: UnitPolicy, transport: TransportName
+) -> Unit:
+    """Shard the parameters ``owners`` over ``mesh`` as one unit, run by the forward of each of ``modules``.
+
+    Registers the sharded parameters on their modules, moves buffers to the mesh's device and installs the unit's
+    forward and state-dict hooks.
+    """
+    device = device_of(mesh)
+    params = [ShardedParam(param, places, mesh) for param, places in owners.items()]
+    unit = Unit(modules, params, policy, mesh, transport_over(mesh, device, transport), device)
+    for p, param in zip(params, owners, strict=True):
+        unit.mark(param, p)
+        p.register(p.sharded)
+        for owner, name in p.owners:
+            _follow_assignments(unit, p, owner, name)
+    _move_buffers(modules, device)
+    for module in modules:
+        vars(module)["_yafsdp_unit"] = unit
+        install(unit, module)
+    for module in {owner: None for p in params for owner, _ in p.owners}:
+        _keep_state_dict_sharded(unit, module)
+    return unit
+
+
+def device_of(mesh: DeviceMesh) -> torch.device:
+    """The device of this rank's shards: the current GPU for a CUDA mesh, else the CPU."""
+    is_cuda = mesh.device_type == "cuda"
+    return torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
+
+
+def params_below(modules: Sequence[nn.Module], ignored: set[nn.Parameter]) -> Owners:
+    """Find the parameters of ``modules`` and of their submodules, except below modules that were sharded earlier."""
+    owners: Owners = {}
+    seen: set[nn.Module] = set()
+    for module in modules:
+        _add_params(module, modules, ignored, owners, seen)
+    return owners
+
+
+def _add_params(
+    module: nn.Module,
+    modules: Sequence[nn.Module],
+    ignored: set[nn.Parameter],
+    owners: Owners,
+    seen: set[nn.Module],
+) -> None:
+    if module in seen or (unit_of(module) is not None and module not in modules):
+        return
+    seen.add(module)
+    for name, param in module._parameters.items():
+        if param is not None and param not in ignored:
+            owners.setdefault(param, []).append((module, name))
+    for child in module.children():
+        _add_params(child, modules, ignored, owners, seen)
+
+
+def split_tied(owners: Owners, modules: Sequence[nn.Module]) -> Owners:
+    """Return the parameters that no unit has yet; tie the others into the units that have them."""
+    new: Owners = {}
+    for param, places in owners.items():
+        if ownership_of(param) is None:
+            new[param] = places
+        else:
+            _tie(param, places, modules)
+    return new
+
+
+def _tie(param: nn.Parameter, places: Sequence[tuple[nn.Module, str]], modules: Sequence[nn.Module]) -> None:
+    """Let the unit that has sharded ``param`` be all-gathered for the modules of ``places`` too.
+
+    And for ``modules``, where they share the very module that registers it.
+    """
+    ownership = ownership_of(param)
+    assert ownership is not None
+    unit, p = ownership.unit, ownership.param
+    for module, name in places:
+        if (module, name) not in p.owners:
+            p.add_owner(module, name)
+            _add_modules(unit, [module])
+            _follow_assignments(unit, p, module, name)
+        elif all(unit_of(m) is None for m in modules):  # else the call is a repetition, which torch's contract refuses
+            _add_modules(unit, modules)
+
+
+def _add_modules(unit: Unit, modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        if module not in unit.modules:
+            unit.add_module(module)
+            install(unit, module)
+            _keep_state_dict_sharded(unit, module)
+
+
+def _keep_state_dict_sharded(unit: Unit, module: nn.Module) -> None:
+    """Make state dicts hold and load the sharded parameters, whichever are registered at the time."""
+
+    def reshard(*_: Any) -> None:
+        if unit.engine is not None:
+            unit.engine.reshard(unit)
+
+    def begin(*_: Any) -> None:
+        reshard()
+        unit.is_loading = True
+
+    def end(*_: Any) -> None:
+        unit.is_loading = False
+        unit.materialize()
+
+    module.register_state_dict_pre_hook(reshard)
+    module.register_load_state_dict_pre_hook(begin)
+    module.register_load_state_dict_post_hook(end)
+
+
+def _follow_assignments(unit: Unit, p: ShardedParam, module: nn.Module, name: str) -> None:
+    """Shard parameters that the user assigns to ``module.name`` from now on, in the place of ``p``."""
+    vars(module).setdefault("_yafsdp_params", {})[name] = (unit, p)
+    if not _registration_hook:
+        adopt: Any = _adopt_assigned  # torch takes what it returns, though its types do not say so
+        _registration_hook.append(register_module_parameter_registration_hook(adopt))
+
+
+_registration_hook: list[Any] = []  # torch's, for all modules, from the first sharded parameter of the process on
+
+
+def _adopt_assigned(module: nn.Module, name: str, given: nn.Parameter) -> nn.Parameter | None:
+    """Shard ``given``, which torch registers as ``module.name``, if the parameter that was there was sharded."""
+    unit, p = vars(module).get("_yafsdp_params", {}).get(name, (None, None))
+    if unit is None or unit.calls or p.is_mine(given):  # while the unit computes, what is given is for this call
+        return None
+    owner = ownership_of(given)
+    if (owner is not None and not owner.is_replaced) or (len(p.owners) > 1 and not unit.is_loading):
+        raise NotImplementedError(
+            f"{p.name} is sharded, and cannot be tied to another parameter or untied any more (rank {p.rank}): assign "
+            "before fully_shard, or copy values into it"
+        )
+    if unit.engine is not None:
+        unit.engine.reshard(unit)
+    return cast("nn.Parameter", unit.adopt(p, given))
+
+
+def _move_buffers(modules: Sequence[nn.Module], device: torch.device) -> None:
+    for module in modules:
+        for buffer in module.buffers():
+            if buffer.device != device and not buffer.is_meta:
+                buffer.data = buffer.to(device)
