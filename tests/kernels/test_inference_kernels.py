@@ -638,8 +638,8 @@ def rows_of(
     """Row b has row b of the history, if there is one and it needs it."""
     positions = range(10, 10 + len(params)) if positions is None else positions
     indices = [b if history is not None and p.needs_history else -1 for b, p in enumerate(params)]
-    integers = [p.integers(*pair) for p, *pair in zip(params, positions, indices, strict=True)]
-    numbers = [p.numbers() for p in params]
+    integers = [p.ints(*pair) for p, *pair in zip(params, positions, indices, strict=True)]
+    numbers = [p.floats() for p in params]
     return SamplingRows(torch.tensor(numbers, device=DEVICE), torch.tensor(integers, device=DEVICE), history)
 
 
@@ -805,7 +805,7 @@ def test_parameters_out_of_range_are_refused_by_name(change: dict[str, float]) -
 
 def test_rows_for_other_logits_are_refused() -> None:
     rows = rows_of([SamplingParams()] * 2)
-    with pytest.raises(ValueError, match=r"numbers: expected \(3, 7\)"):
+    with pytest.raises(ValueError, match=r"floats: expected \(3, 7\)"):
         sample(torch.zeros(3, 5, device=DEVICE), rows, torch.zeros(3, device=DEVICE).long())
     with pytest.raises(ValueError, match=r"out: expected \(2,\) in torch.int64"):
         sample(torch.zeros(2, 5, device=DEVICE), rows, torch.zeros(2, device=DEVICE))

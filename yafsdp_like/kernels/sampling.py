@@ -36,9 +36,11 @@ import torch
 from torch import Tensor
 
 from yafsdp_like.kernels.blocks import jit, launching_on, runs_on, tl
+from yafsdp_like.kernels.sampling_params import SamplingFloats, SamplingInts
 
 BLOCK = 8192  # tokens that a program takes at a time
 NUM_WARPS = 16
+NUM_FLOATS, NUM_INTS = len(SamplingFloats._fields), len(SamplingInts._fields)
 _PHILOX_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _PHILOX_KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 _PHILOX_ROUNDS = 10
@@ -50,8 +52,8 @@ _UNIFORM_END = 1 - 2.0**-24  # the largest float32 below 1
 class SamplingRows:
     """How each row of logits is drawn from, on the device; a step may add to the positions in place."""
 
-    numbers: Tensor  # (B, 7) float32, rows as SamplingParams.numbers makes them
-    integers: Tensor  # (B, 4) int64, rows as SamplingParams.integers makes them
+    floats: Tensor  # (B, 7) float32: columns of SamplingFloats
+    ints: Tensor  # (B, 4) int64: columns of SamplingInts
     history: Tensor | None = None  # (rows, V) int32, see `remember`; its rows that are in use differ
 
 
@@ -66,15 +68,15 @@ def remember(history_row: Tensor, prompt: Tensor, generated: Tensor) -> None:
 
 def sample_reference(logits: Tensor, rows: SamplingRows, out: Tensor) -> None:
     """What `sample` does, in plain torch, by sorting; sums in float64."""
-    for b, ((inverse, top_p, least, *penalties), (seed, position, top_k, history_index)) in enumerate(
-        zip(rows.numbers.tolist(), rows.integers.tolist(), strict=True)
+    for b, ((inverse, top_p, log_min_p, *penalties), (seed, position, top_k, history_index)) in enumerate(
+        zip(rows.floats.tolist(), rows.ints.tolist(), strict=True)
     ):
         seen = None if rows.history is None or history_index < 0 else rows.history[history_index]
         scores = logits[b].float() if seen is None else _penalized(logits[b].float(), seen, *penalties)
         if inverse:
             scores = scores * inverse
             noise = gumbel_noise(seed, position, len(scores), scores.device)
-            noisy = (scores + noise).masked_fill(~_candidates(scores, top_k, top_p, least), -torch.inf)
+            noisy = (scores + noise).masked_fill(~_candidates(scores, top_k, top_p, log_min_p), -torch.inf)
         else:
             noisy = scores
         token = noisy.argmax()
@@ -91,7 +93,7 @@ def _penalized(
     return torch.where(seen != 0, repeated, logits) - (count.float() * frequency + (count > 0).float() * presence)
 
 
-def _candidates(scores: Tensor, top_k: int, top_p: float, least: float) -> Tensor:
+def _candidates(scores: Tensor, top_k: int, top_p: float, log_min_p: float) -> Tensor:
     """Which of the scores (V,) may be drawn."""
     descending = scores.sort(descending=True).values
     num_higher = torch.searchsorted(-descending, -scores)  # (V,): how many are strictly higher
@@ -99,7 +101,7 @@ def _candidates(scores: Tensor, top_k: int, top_p: float, least: float) -> Tenso
     weights = (descending - descending[0]).exp().double()
     mass = torch.cat((weights.new_zeros(1), weights.cumsum(0)))  # of the first n
     kept &= (top_p >= 1) | (mass[num_higher] < top_p * mass[kept.sum()])
-    return kept & (scores >= descending[0] + least) & (scores > -torch.inf)
+    return kept & (scores >= descending[0] + log_min_p) & (scores > -torch.inf)
 
 
 def gumbel_noise(seed: int, position: int, num_tokens: int, device: torch.device) -> Tensor:
@@ -148,14 +150,16 @@ def sample(logits: Tensor, rows: SamplingRows, out: Tensor) -> None:
             _sample_kernel[(len(logits),)](
                 out,
                 logits,
-                rows.numbers,
-                rows.integers,
+                rows.floats,
+                rows.ints,
                 history,
                 logits.stride(0),
                 history.stride(0),
                 V=logits.shape[1],
                 HISTORY=rows.history is not None,
                 BLOCK=min(BLOCK, max(4, 1 << (logits.shape[1] - 1).bit_length())),
+                NUM_FLOATS=NUM_FLOATS,
+                NUM_INTS=NUM_INTS,
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=False,  # scores have the reference's bits
             )
@@ -166,8 +170,8 @@ def _check(logits: Tensor, rows: SamplingRows, out: Tensor) -> None:
         raise ValueError(f"expected dense logits (B, V), found {tuple(logits.shape)} with strides {logits.stride()}")
     batch_size, vocab_size = logits.shape
     expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
-        ("numbers", rows.numbers, (batch_size, 7), torch.float32),
-        ("integers", rows.integers, (batch_size, 4), torch.int64),
+        ("floats", rows.floats, (batch_size, NUM_FLOATS), torch.float32),
+        ("ints", rows.ints, (batch_size, NUM_INTS), torch.int64),
         ("out", out, (batch_size,), torch.int64),
     ]
     if rows.history is not None:
@@ -297,33 +301,46 @@ def _highest(
 
 
 @jit()
+def _columns(row: tl.tensor, NUM: tl.constexpr) -> tl.tensor:
+    """Load the NUM elements of a row."""
+    columns = ()
+    for i in tl.static_range(NUM):
+        columns = columns + (tl.load(row + i),)  # type: ignore[assignment]  # noqa: RUF005
+    return columns
+
+
+@jit()
 def _sample_kernel(
     out: tl.tensor,  # (B,) int64
     logits: tl.tensor,  # (B, V)
-    numbers: tl.tensor,  # (B, 7) float32
-    integers: tl.tensor,  # (B, 4) int64
+    floats: tl.tensor,  # (B, NUM_FLOATS) float32
+    ints: tl.tensor,  # (B, NUM_INTS) int64
     history: tl.tensor,  # (rows, V) int32 if HISTORY
     logits_row: tl.tensor,  # strides
     history_row: tl.tensor,
     V: tl.constexpr,
     HISTORY: tl.constexpr,
     BLOCK: tl.constexpr,
+    NUM_FLOATS: tl.constexpr,
+    NUM_INTS: tl.constexpr,
 ) -> None:
     b = tl.program_id(0).to(tl.int64)
-    number, integer = numbers + b * 7, integers + b * 4
-    inverse_temperature, top_p, least = tl.load(number), tl.load(number + 1), tl.load(number + 2)
-    seed, position, top_k = tl.load(integer), tl.load(integer + 1).to(tl.int32), tl.load(integer + 2)
-    history_index = tl.load(integer + 3)
+    # In the order of SamplingFloats and SamplingInts:
+    inverse_temperature, top_p, log_min_p, repetition, inverse_repetition, presence, frequency = _columns(
+        floats + b * NUM_FLOATS, NUM_FLOATS
+    )
+    seed, position, top_k, history_index = _columns(ints + b * NUM_INTS, NUM_INTS)
+    position = position.to(tl.int32)
     history_pointer = history + history_index * history_row
     row = (
         logits + b * logits_row,
         history_pointer,
         tl.where(history_index >= 0, V, 0),
         tl.where(inverse_temperature == 0.0, 1.0, inverse_temperature),
-        tl.load(number + 3),
-        tl.load(number + 4),
-        tl.load(number + 5),
-        tl.load(number + 6),
+        repetition,
+        inverse_repetition,
+        presence,
+        frequency,
     )
     if inverse_temperature == 0.0:
         token = _highest(row, float("-inf"), seed, position, False, V, HISTORY, BLOCK)
@@ -334,7 +351,7 @@ def _sample_kernel(
         if top_p < 1.0:
             target = top_p * _mass(row, cut, peak, V, HISTORY, BLOCK)
             cut = _threshold(row, cut, peak, target, False, V, HISTORY, BLOCK)
-        token = _highest(row, tl.maximum(cut, peak + least), seed, position, True, V, HISTORY, BLOCK)
+        token = _highest(row, tl.maximum(cut, peak + log_min_p), seed, position, True, V, HISTORY, BLOCK)
     tl.store(out + b, token.to(tl.int64))
     if HISTORY:
         counted, remembers = history_pointer + token, history_index >= 0

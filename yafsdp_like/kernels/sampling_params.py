@@ -4,8 +4,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
+MAX_LOGPROBS = 20  # most probable tokens at each position whose log-probabilities a request may ask for
 _MIN_TEMPERATURE = 1e-3  # what is colder draws as 0 does; the inverse of much less makes scores overflow
+
+
+class SamplingFloats(NamedTuple):
+    """The float32 columns of a row that `kernels.sampling.sample` reads."""
+
+    inverse_temperature: float  # 0: draw the most probable token
+    top_p: float
+    log_min_p: float  # -inf: none
+    repetition: float
+    inverse_repetition: float
+    presence: float
+    frequency: float
+
+
+class SamplingInts(NamedTuple):
+    """The int64 columns of a row that `kernels.sampling.sample` reads."""
+
+    seed: int
+    position: int  # of the token to be drawn, in its sequence
+    top_k: int  # 0: all
+    history_row: int  # -1: none
 
 
 @dataclass(frozen=True)
@@ -43,18 +66,23 @@ class SamplingParams:
         """Whether scores depend on what was said before."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
-    def numbers(self) -> tuple[float, ...]:
-        """A row of `SamplingRows.numbers`."""
-        inverse = 0.0 if self.temperature < _MIN_TEMPERATURE else 1 / self.temperature
-        least = math.log(self.min_p) if self.min_p else -math.inf
-        repetition = self.repetition_penalty
-        return inverse, self.top_p, least, repetition, 1 / repetition, self.presence_penalty, self.frequency_penalty
+    def floats(self) -> SamplingFloats:
+        """Return this request's row of `SamplingRows.floats`."""
+        return SamplingFloats(
+            inverse_temperature=0.0 if self.temperature < _MIN_TEMPERATURE else 1 / self.temperature,
+            top_p=self.top_p,
+            log_min_p=math.log(self.min_p) if self.min_p else -math.inf,
+            repetition=self.repetition_penalty,
+            inverse_repetition=1 / self.repetition_penalty,
+            presence=self.presence_penalty,
+            frequency=self.frequency_penalty,
+        )
 
-    def integers(self, position: int, history_index: int = -1) -> tuple[int, ...]:
-        """A row of `SamplingRows.integers`.
+    def ints(self, position: int, history_row: int = -1) -> SamplingInts:
+        """Return this request's row of `SamplingRows.ints`.
 
         Args:
             position: of the token to be drawn, in its sequence.
-            history_index: the request's row of the history, if it `needs_history`.
+            history_row: the request's row of the history, if it `needs_history`.
         """
-        return self.seed, position, self.top_k, history_index
+        return SamplingInts(self.seed, position, self.top_k, history_row)

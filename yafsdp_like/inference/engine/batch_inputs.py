@@ -40,8 +40,8 @@ _UPLOADED = (
     "seq_lens",  # (B + 4,)
     "cu_seqlens_q",  # (B + 1,)
     "last_rows",  # (B,)
-    "sampling_numbers",  # (B, 7)
-    "sampling_integers",  # (B, 4)
+    "sampling_floats",  # (B, 7)
+    "sampling_ints",  # (B, 4)
 )
 _GREEDY = SamplingParams(temperature=0.0)  # of rows that only fill up a recording's batch
 _NOWHERE = -1
@@ -218,12 +218,12 @@ class Staging:
         self._drawn = {sequence: row for row, sequence in enumerate(sequences)}
         if not size.num_drawing:
             return
-        numbers = [sequence.request.sampling.numbers() for sequence in sequences]
-        integers = [run.sequence.request.sampling.integers(run.end, self._history_row(run.sequence)) for run in drawing]
+        floats = [sequence.request.sampling.floats() for sequence in sequences]
+        ints = [run.sequence.request.sampling.ints(run.end, self._history_row(run.sequence)) for run in drawing]
         padding = size.num_drawing - count
-        arrays["sampling_numbers"][: size.num_drawing] = numbers + [_GREEDY.numbers()] * padding
-        arrays["sampling_integers"][: size.num_drawing] = integers + [_GREEDY.integers(0)] * padding
-        for name in ("sampling_numbers", "sampling_integers"):
+        arrays["sampling_floats"][: size.num_drawing] = floats + [_GREEDY.floats()] * padding
+        arrays["sampling_ints"][: size.num_drawing] = ints + [_GREEDY.ints(0)] * padding
+        for name in ("sampling_floats", "sampling_ints"):
             self._upload(name, 0, size.num_drawing)
         if not size.draws_in_order:
             ends = np.cumsum([run.num_tokens for run in runs])

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from yafsdp_like.kernels.sampling_params import SamplingParams
+from yafsdp_like.kernels.sampling_params import MAX_LOGPROBS, SamplingParams
 
 PLAIN = SamplingParams()
-MAX_LOGPROBS = 20  # tokens at each position whose log-probability can be told, beside that of the one drawn
 
 
 class QueueFull(RuntimeError):

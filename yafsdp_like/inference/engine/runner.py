@@ -189,9 +189,7 @@ class Runner:
     def _sample(self, logits: Tensor) -> None:
         places, rows = self._places, slice(0, len(logits))
         if len(logits):
-            drawn_from = SamplingRows(
-                places["sampling_numbers"][rows], places["sampling_integers"][rows], places["history"]
-            )
+            drawn_from = SamplingRows(places["sampling_floats"][rows], places["sampling_ints"][rows], places["history"])
             sample(logits, drawn_from, places["fed"][rows])
 
     def _tell_logprobs(self, num_rows: int) -> None:

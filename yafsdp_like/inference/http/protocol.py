@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from yafsdp_like.inference.engine.request import MAX_LOGPROBS, PLAIN, Request
+from yafsdp_like.inference.engine.request import PLAIN, Request
 from yafsdp_like.inference.http.body_limits import BodyLimits
 from yafsdp_like.inference.http.errors import (
     UNSUPPORTED,
@@ -33,7 +33,7 @@ from yafsdp_like.inference.http.errors import (
 )
 from yafsdp_like.inference.http.responses import ChatFormat, Choice, CompletionFormat, ParsedRequest, ResponseFormat
 from yafsdp_like.inference.text.codec import Codec, Transcript
-from yafsdp_like.kernels.sampling_params import SamplingParams
+from yafsdp_like.kernels.sampling_params import MAX_LOGPROBS, SamplingParams
 
 T = TypeVar("T")
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from yafsdp_like.kernels.attention import choose_num_splits, workspace_numel
+from yafsdp_like.kernels.sampling import NUM_FLOATS, NUM_INTS
+from yafsdp_like.kernels.sampling_params import MAX_LOGPROBS
 from yafsdp_like.memory.plan import LiveRange, Region, SlotPlace, SlotRequest, place
 
 if TYPE_CHECKING:
@@ -30,7 +32,6 @@ WORKSPACE, LOGITS, TABLES = "workspace", "logits", "tables"  # kinds, and their 
 PROJECT, ATTEND, OUTPUT, FEED, DRAW = range(5)
 ALWAYS = LiveRange(((PROJECT, DRAW),))
 
-NUM_TOP = 20  # most probable tokens that a request may ask to be told
 _ROWS_BEFORE_PREFILL = 4  # rows of prefill begin at a multiple of it, so that kernels see aligned addresses
 
 
@@ -146,8 +147,8 @@ def _results(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> Iter
     yield _always("logprobs", LOGITS, torch.float32, rows, vocab)
     yield _always("log_sums", LOGITS, torch.float32, rows)
     yield _always("drawn_logprobs", LOGITS, torch.float32, rows)
-    yield _always("top_logits", LOGITS, torch.float32, rows, min(NUM_TOP, vocab))
-    yield _always("top_ids", LOGITS, torch.int64, rows, min(NUM_TOP, vocab))
+    yield _always("top_logits", LOGITS, torch.float32, rows, min(MAX_LOGPROBS, vocab))
+    yield _always("top_ids", LOGITS, torch.int64, rows, min(MAX_LOGPROBS, vocab))
 
 
 def _tables(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> Iterable[Buffer]:
@@ -162,8 +163,8 @@ def _tables(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> Itera
     yield _always("seq_lens", TABLES, torch.int32, table_rows)
     yield _always("cu_seqlens_q", TABLES, torch.int32, rows + 1)
     yield _always("last_rows", TABLES, torch.int64, rows)
-    yield _always("sampling_numbers", TABLES, torch.float32, rows, 7)  # as kernels/sampling.py reads them
-    yield _always("sampling_integers", TABLES, torch.int64, rows, 4)
+    yield _always("sampling_floats", TABLES, torch.float32, rows, NUM_FLOATS)
+    yield _always("sampling_ints", TABLES, torch.int64, rows, NUM_INTS)
     yield _always("history", TABLES, torch.int32, rows, config.vocab_size)
     yield _always("cos", TABLES, dtype, step.max_seq_len, config.head_dim)  # of all positions
     yield _always("sin", TABLES, dtype, step.max_seq_len, config.head_dim)
