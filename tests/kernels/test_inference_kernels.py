@@ -17,7 +17,7 @@ from tests.kernels.test_kernels import DEVICE, needs_kernels, run_python
 from yafsdp_like.kernels import activation, attention, prefill_hopper, sampling
 from yafsdp_like.kernels.activation import swiglu, swiglu_reference
 from yafsdp_like.kernels.attention import (
-    Contexts,
+    AttentionBatch,
     KVPages,
     attention_reference,
     choose_num_splits,
@@ -83,7 +83,7 @@ class Shape:
     heads_first: bool = False  # in a page's memory: (K, page_size, H)
 
 
-def paged(shape: Shape) -> tuple[KVPages, Contexts]:
+def paged(shape: Shape) -> tuple[KVPages, AttentionBatch]:
     """Random pages in random order, with space between them. Page 0 is poison: tables lead there where nobody looks. So
     is what lies behind the last token of a sequence.
     """
@@ -104,7 +104,7 @@ def paged(shape: Shape) -> tuple[KVPages, Contexts]:
         region = region.transpose(2, 3).contiguous().transpose(2, 3)
     cu_seqlens_q = int32([sum(shape.num_new[:b]) for b in range(len(counts) + 1)])
     pages = KVPages(region[:, 0], region[:, 1], key_scale=0.75, value_scale=1.5)
-    return pages, Contexts(table.to(DEVICE), int32(shape.seq_lens), cu_seqlens_q)
+    return pages, AttentionBatch(table.to(DEVICE), int32(shape.seq_lens), cu_seqlens_q)
 
 
 def queries(shape: Shape) -> tuple[Tensor, Tensor]:
@@ -115,36 +115,36 @@ def queries(shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def expected_attention(shape: Shape) -> Tensor:
-    (pages, contexts), (q, out) = paged(shape), queries(shape)
-    attention_reference(q, pages, contexts, out, shape.window)
+    (pages, batch), (q, out) = paged(shape), queries(shape)
+    attention_reference(q, pages, batch, out, shape.window)
     return out
 
 
 def decoded(shape: Shape, num_splits: int) -> Tensor:
-    (pages, contexts), (q, out) = paged(shape), queries(shape)
+    (pages, batch), (q, out) = paged(shape), queries(shape)
     numel = workspace_numel(len(q), shape.num_heads, shape.head_dim, num_splits)
     workspace = torch.full((numel,), math.nan, device=DEVICE)
     decode_attention(
-        q, pages, Contexts(contexts.page_table, contexts.seq_lens), out, workspace, num_splits, shape.window
+        q, pages, AttentionBatch(batch.page_table, batch.seq_lens), out, workspace, num_splits, shape.window
     )
     return out
 
 
 def prefilled(shape: Shape) -> Tensor:
-    (pages, contexts), (q, out) = paged(shape), queries(shape)
-    prefill_attention(q, pages, contexts, out, shape.window)
+    (pages, batch), (q, out) = paged(shape), queries(shape)
+    prefill_attention(q, pages, batch, out, shape.window)
     return out
 
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_the_reference_is_the_attention_of_the_model(window: int | None) -> None:
     shape = Shape(6, 2, 32, 4, (13, 9), (13, 9), window)
-    pages, contexts = paged(shape)
+    pages, batch = paged(shape)
     q, out = queries(shape)
-    attention_reference(q, pages, contexts, out, window)
+    attention_reference(q, pages, batch, out, window)
     for b, rows in ((0, slice(0, 13)), (1, slice(13, 22))):
         length = shape.seq_lens[b]
-        flat = [pages.keys[contexts.page_table[b].long()], pages.values[contexts.page_table[b].long()]]
+        flat = [pages.keys[batch.page_table[b].long()], pages.values[batch.page_table[b].long()]]
         k, v = (cached.flatten(0, 1)[:length].transpose(0, 1)[None] for cached in flat)  # (1, K, L, H)
         mask = None if window is None else window_mask(torch.arange(length, device=DEVICE), window)
         dense = attend(q[rows].transpose(0, 1)[None], k * pages.key_scale, v * pages.value_scale, mask)
@@ -190,12 +190,12 @@ def test_more_splits_than_the_keys_have_blocks_change_nothing(num_splits: int) -
 @needs_kernels
 def test_a_sequence_decodes_to_the_same_bits_in_any_batch() -> None:
     shape = Shape(4, 2, 32, 16, (150, 40, 8), (1, 1, 1), dtype=BF16, page_dtype=BF16)
-    pages, contexts = paged(shape)
+    pages, batch = paged(shape)
     q, together = queries(shape)
     alone, workspace = torch.empty_like(together), torch.empty(workspace_numel(3, 4, 32, 3), device=DEVICE)
-    decode_attention(q, pages, Contexts(contexts.page_table, contexts.seq_lens), together, workspace, 3)
+    decode_attention(q, pages, AttentionBatch(batch.page_table, batch.seq_lens), together, workspace, 3)
     for b in range(3):
-        one = Contexts(contexts.page_table[b : b + 1], contexts.seq_lens[b : b + 1])
+        one = AttentionBatch(batch.page_table[b : b + 1], batch.seq_lens[b : b + 1])
         decode_attention(q[b : b + 1], pages, one, alone[b : b + 1], workspace, 3)
     assert torch.equal(together, alone)
 
@@ -221,8 +221,8 @@ def test_prefill_is_the_attention_of_its_reference(shape: Shape) -> None:
 @needs_kernels
 def test_prefill_without_starts_has_equally_many_queries_of_each() -> None:
     shape = Shape(6, 2, 32, 16, (90, 60), (50, 50))
-    (pages, contexts), (q, out) = paged(shape), queries(shape)
-    prefill_attention(q, pages, Contexts(contexts.page_table, contexts.seq_lens), out)
+    (pages, batch), (q, out) = paged(shape), queries(shape)
+    prefill_attention(q, pages, AttentionBatch(batch.page_table, batch.seq_lens), out)
     assert_near(out, expected_attention(shape), TOLERANCES)
 
 
@@ -237,8 +237,8 @@ def test_many_short_chunks_find_their_sequences() -> None:
 @needs_kernels
 def test_rows_past_the_last_start_are_not_written() -> None:
     shape = Shape(2, 1, 32, 16, (30,), (30,))
-    (pages, contexts), (q, out) = paged(shape), queries(shape)
-    fewer = Contexts(contexts.page_table, int32([10]), int32([0, 10]))
+    (pages, batch), (q, out) = paged(shape), queries(shape)
+    fewer = AttentionBatch(batch.page_table, int32([10]), int32([0, 10]))
     prefill_attention(q, pages, fewer, out)
     assert out[:10].isfinite().all() and (out[10:] == 7).all()
 
@@ -283,14 +283,14 @@ def test_prefill_on_hopper_is_the_attention_of_its_reference(shape: Shape) -> No
 @needs_hopper
 @pytest.mark.usefixtures("only_hopper")
 def test_a_chunk_on_hopper_has_the_same_bits_alone_and_cut_in_two() -> None:
-    pages, contexts = paged(HOPPER_PREFILLS[1])
+    pages, batch = paged(HOPPER_PREFILLS[1])
     q, together = queries(HOPPER_PREFILLS[1])
     apart = torch.full_like(together, 7.0)
-    table = contexts.page_table[2:3]
+    table = batch.page_table[2:3]
     for first, last in ((78, 211), (211, 378)):  # the third sequence's 300 rows
-        where = Contexts(table, int32([813 - 378 + last]), int32([0, last - first]))
+        where = AttentionBatch(table, int32([813 - 378 + last]), int32([0, last - first]))
         prefill_attention(q[first:last], pages, where, apart[first:last], 200)
-    prefill_attention(q, pages, contexts, together, 200)
+    prefill_attention(q, pages, batch, together, 200)
     assert torch.equal(together[78:378], apart[78:378])
 
 
@@ -298,27 +298,27 @@ def test_a_chunk_on_hopper_has_the_same_bits_alone_and_cut_in_two() -> None:
 @pytest.mark.usefixtures("only_hopper")
 def test_a_recorded_launch_on_hopper_allocates_nothing_and_serves_other_lengths() -> None:
     shape = replace(HOPPER_PREFILLS[0], seq_lens=(200, 813), num_new=(40, 130))
-    (pages, contexts), (q, out) = paged(shape), queries(shape)
-    assert contexts.cu_seqlens_q is not None
-    prefill_attention(q, pages, contexts, out)  # compiles
+    (pages, batch), (q, out) = paged(shape), queries(shape)
+    assert batch.cu_seqlens_q is not None
+    prefill_attention(q, pages, batch, out)  # compiles
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    prefill_attention(q, pages, contexts, out)
+    prefill_attention(q, pages, batch, out)
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        prefill_attention(q, pages, contexts, out)
-    contexts.seq_lens.copy_(int32([150, 700]))
-    contexts.cu_seqlens_q.copy_(int32([0, 100, 150]))
+        prefill_attention(q, pages, batch, out)
+    batch.seq_lens.copy_(int32([150, 700]))
+    batch.cu_seqlens_q.copy_(int32([0, 100, 150]))
     out.fill_(7.0)
     expected = out.clone()
-    attention_reference(q, pages, contexts, expected)
+    attention_reference(q, pages, batch, expected)
     graph.replay()
     assert_near(out, expected, TOLERANCES)
     assert (out[150:] == 7).all()  # rows past the last start
 
 
-def hopper_launch(**change: Any) -> tuple[Tensor, KVPages, Contexts]:
-    """Queries, pages and contexts that Hopper's kernel takes, but for one change."""
+def hopper_launch(**change: Any) -> tuple[Tensor, KVPages, AttentionBatch]:
+    """A launch that Hopper's kernel takes, but for one change."""
     sizes = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16, "gap": 0, "offset": 0} | change
     dtype, page_dtype = change.get("dtype", BF16), change.get("page_dtype", change.get("dtype", BF16))
     row = sizes["head_dim"] + sizes["gap"]
@@ -327,7 +327,7 @@ def hopper_launch(**change: Any) -> tuple[Tensor, KVPages, Contexts]:
     pages = flat.view(dims)[..., : sizes["head_dim"]]
     q = torch.zeros(3, sizes["num_heads"], sizes["head_dim"], dtype=dtype)
     cu_seqlens_q = torch.tensor([0, 3]).int() if change.get("cu_seqlens_q", True) else None
-    return q, KVPages(pages, pages), Contexts(torch.zeros(1, 1).int(), torch.ones(1).int(), cu_seqlens_q)
+    return q, KVPages(pages, pages), AttentionBatch(torch.zeros(1, 1).int(), torch.ones(1).int(), cu_seqlens_q)
 
 
 @pytest.mark.parametrize(
@@ -357,8 +357,8 @@ def hopper_launch(**change: Any) -> tuple[Tensor, KVPages, Contexts]:
     ],
 )
 def test_hopper_takes_what_its_copies_can_bring(change: dict[str, Any], taken: bool) -> None:
-    q, pages, contexts = hopper_launch(**change)
-    assert prefill_hopper.fits(q, pages, contexts, (9, 0)) == taken
+    q, pages, batch = hopper_launch(**change)
+    assert prefill_hopper.fits(q, pages, batch, (9, 0)) == taken
 
 
 @pytest.mark.parametrize("capability", [(0, 0), (8, 0), (8, 9), (10, 0), (12, 0)])
@@ -420,8 +420,8 @@ def test_splits_fill_the_multiprocessors_and_no_more() -> None:
         ({"q": torch.zeros(2, 3, 32)}, "N a multiple of 2"),
         ({"q": torch.zeros(2, 4, 64)[..., ::2]}, "with dense heads"),
         ({"out": torch.zeros(2, 4, 32).half()}, "expected out"),
-        ({"contexts": Contexts(torch.zeros(2, 1).long(), torch.ones(2).int())}, "int32 tables"),
-        ({"contexts": Contexts(torch.zeros(3, 1).int(), torch.ones(3).int())}, "equally many queries"),
+        ({"batch": AttentionBatch(torch.zeros(2, 1).long(), torch.ones(2).int())}, "int32 tables"),
+        ({"batch": AttentionBatch(torch.zeros(3, 1).int(), torch.ones(3).int())}, "equally many queries"),
         ({"workspace": torch.zeros(3)}, "workspace of 528 elements, found 3"),
     ],
 )
@@ -429,7 +429,7 @@ def test_attention_of_what_does_not_fit_is_refused(change: dict[str, object], me
     arguments = {
         "q": torch.zeros(2, 4, 32),
         "pages": KVPages(torch.zeros(1, 16, 2, 32), torch.zeros(1, 16, 2, 32)),
-        "contexts": Contexts(torch.zeros(2, 1).int(), torch.ones(2).int()),
+        "batch": AttentionBatch(torch.zeros(2, 1).int(), torch.ones(2).int()),
         "out": torch.zeros(2, 4, 32),
         "workspace": torch.zeros(528),
     }

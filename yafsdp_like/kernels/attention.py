@@ -93,7 +93,7 @@ class KVPages:
 
 
 @dataclass(frozen=True)
-class Contexts:
+class AttentionBatch:
     """Where the sequences of a batch are. A sequence of length 0, or without queries, is padding.
 
     Entries of the page table that only lead to keys which no query sees may hold anything: those past a length, and
@@ -110,19 +110,19 @@ class Contexts:
         return len(self.seq_lens)
 
 
-def attention_reference(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor, window: int | None = None) -> None:
+def attention_reference(
+    q: Tensor, pages: KVPages, batch: AttentionBatch, out: Tensor, window: int | None = None
+) -> None:
     """What `prefill_attention` and `decode_attention` do, in plain torch and float32."""
-    num_rows = len(q) // contexts.size
+    num_rows = len(q) // batch.size
     cu_seqlens_q = (
-        [num_rows * b for b in range(contexts.size + 1)]
-        if contexts.cu_seqlens_q is None
-        else contexts.cu_seqlens_q.tolist()
+        [num_rows * b for b in range(batch.size + 1)] if batch.cu_seqlens_q is None else batch.cu_seqlens_q.tolist()
     )
-    for b, length in enumerate(contexts.seq_lens.tolist()):
+    for b, length in enumerate(batch.seq_lens.tolist()):
         rows = slice(cu_seqlens_q[b], cu_seqlens_q[b + 1])
         num_queries = cu_seqlens_q[b + 1] - cu_seqlens_q[b]
         first = 0 if window is None else max(length - num_queries - window + 1, 0)
-        k, v = _gathered(pages, contexts.page_table[b], first, length)
+        k, v = _gathered(pages, batch.page_table[b], first, length)
         positions = torch.arange(length - num_queries, length, device=q.device)
         distance = positions[:, None] - torch.arange(first, length, device=q.device)
         seen = (distance >= 0) & (distance < (window or length + 1))
@@ -162,7 +162,7 @@ def workspace_numel(num_rows: int, num_heads: int, head_dim: int, num_splits: in
 def decode_attention(
     q: Tensor,
     pages: KVPages,
-    contexts: Contexts,
+    batch: AttentionBatch,
     out: Tensor,
     workspace: Tensor,
     num_splits: int,
@@ -173,7 +173,7 @@ def decode_attention(
     Args:
         q: `(T, N, H)`, heads dense; the rows of a sequence are together.
         pages: K divides N.
-        contexts: without `cu_seqlens_q`.
+        batch: without `cu_seqlens_q`.
         out: `(T, N, H)`, heads dense, in the dtype of q. A row that sees nothing becomes zeros.
         workspace: flat float32, at least `workspace_numel(T, N, H, num_splits)` elements; overwritten.
         num_splits: pieces of a sequence's keys; see `choose_num_splits`.
@@ -181,41 +181,41 @@ def decode_attention(
 
     Raises `ValueError` for shapes, dtypes or strides that do not fit.
     """
-    _check(q, pages, contexts, out)
+    _check(q, pages, batch, out)
     needed = workspace_numel(len(q), q.shape[1], q.shape[2], num_splits)
-    if contexts.cu_seqlens_q is not None or len(q) % contexts.size:
-        raise ValueError(f"expected equally many queries for each of {contexts.size} sequences, found {len(q)} rows")
+    if batch.cu_seqlens_q is not None or len(q) % batch.size:
+        raise ValueError(f"expected equally many queries for each of {batch.size} sequences, found {len(q)} rows")
     if workspace.numel() < needed or workspace.dtype != torch.float32:
         raise ValueError(
             f"expected a float32 workspace of {needed} elements, found {workspace.numel()} in {workspace.dtype}"
         )
     if not runs_on(q.device):
-        attention_reference(q, pages, contexts, out, window)
+        attention_reference(q, pages, batch, out, window)
     elif len(q):
         with launching_on(q.device):
-            _launch_decode(q, pages, contexts, out, workspace, num_splits, window or 0)
+            _launch_decode(q, pages, batch, out, workspace, num_splits, window or 0)
 
 
-def prefill_attention(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor, window: int | None = None) -> None:
+def prefill_attention(q: Tensor, pages: KVPages, batch: AttentionBatch, out: Tensor, window: int | None = None) -> None:
     """Attention of any number of queries for each of B sequences, on the current stream: one program per tile of them.
 
-    The arguments are those of `decode_attention`; `contexts` may have `cu_seqlens_q`, whose last is at most T. Rows
+    The arguments are those of `decode_attention`; `batch` may have `cu_seqlens_q`, whose last is at most T. Rows
     past it are not written. Raises `ValueError` for shapes, dtypes or strides that do not fit.
     """
-    _check(q, pages, contexts, out)
-    if contexts.cu_seqlens_q is None and len(q) % contexts.size:
-        raise ValueError(f"expected equally many queries for each of {contexts.size} sequences, found {len(q)} rows")
+    _check(q, pages, batch, out)
+    if batch.cu_seqlens_q is None and len(q) % batch.size:
+        raise ValueError(f"expected equally many queries for each of {batch.size} sequences, found {len(q)} rows")
     if not runs_on(q.device):
-        attention_reference(q, pages, contexts, out, window)
+        attention_reference(q, pages, batch, out, window)
     elif len(q):
         with launching_on(q.device):
-            if prefill_hopper.AVAILABLE and prefill_hopper.fits(q, pages, contexts, _capability(q.device)):
-                prefill_hopper.launch(q, pages, contexts, out, window or 0)
+            if prefill_hopper.AVAILABLE and prefill_hopper.fits(q, pages, batch, _capability(q.device)):
+                prefill_hopper.launch(q, pages, batch, out, window or 0)
             else:
-                _launch_prefill(q, pages, contexts, out, window or 0)
+                _launch_prefill(q, pages, batch, out, window or 0)
 
 
-def _check(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor) -> None:
+def _check(q: Tensor, pages: KVPages, batch: AttentionBatch, out: Tensor) -> None:
     if q.dim() != 3 or q.shape[2] != pages.head_dim or q.shape[1] % pages.num_kv_heads or q.stride(2) != 1:
         raise ValueError(
             f"expected q (T, N, {pages.head_dim}) with dense heads, N a multiple of {pages.num_kv_heads}, "
@@ -227,9 +227,9 @@ def _check(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor) -> None:
             f"found {tuple(out.shape)} in {out.dtype}, strides {out.stride()}"
         )
     tables = [
-        contexts.page_table,
-        contexts.seq_lens,
-        *([] if contexts.cu_seqlens_q is None else [contexts.cu_seqlens_q]),
+        batch.page_table,
+        batch.seq_lens,
+        *([] if batch.cu_seqlens_q is None else [batch.cu_seqlens_q]),
     ]
     for tensor in tables:
         if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
@@ -295,28 +295,28 @@ def _strides(pages: KVPages) -> tuple[int, ...]:
 
 
 def _launch_decode(
-    q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor, workspace: Tensor, num_splits: int, window: int
+    q: Tensor, pages: KVPages, batch: AttentionBatch, out: Tensor, workspace: Tensor, num_splits: int, window: int
 ) -> None:
     num_heads, head_dim = q.shape[1:]
-    num_queries, group = len(q) // contexts.size, num_heads // pages.num_kv_heads
+    num_queries, group = len(q) // batch.size, num_heads // pages.num_kv_heads
     tile = _tile(max(_MIN_ROWS, _power_of_2(num_queries * group)), 4, q, pages)
     sums = workspace[len(q) * num_heads * num_splits * head_dim :] if num_splits > 1 else workspace
     shared: dict[str, Any] = {"WINDOW": window, "BLOCK_N": tile.num_cols, "QUERIES": num_queries}
-    _decode_kernel[(num_splits, pages.num_kv_heads, contexts.size)](
+    _decode_kernel[(num_splits, pages.num_kv_heads, batch.size)](
         out,
         workspace,
         sums,
         q,
         pages.keys,
         pages.values,
-        contexts.page_table,
-        contexts.seq_lens,
+        batch.page_table,
+        batch.seq_lens,
         num_splits,
         *_scalars(pages),
         *q.stride()[:2],
         *out.stride()[:2],
         *_strides(pages),
-        contexts.page_table.stride(0),
+        batch.page_table.stride(0),
         GROUP=group,
         WHOLE=num_splits == 1,
         **pages.constants,
@@ -327,7 +327,7 @@ def _launch_decode(
             out,
             workspace,
             sums,
-            contexts.seq_lens,
+            batch.seq_lens,
             num_splits,
             num_heads,
             *out.stride()[:2],
@@ -340,26 +340,26 @@ def _launch_decode(
         )
 
 
-def _launch_prefill(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor, window: int) -> None:
+def _launch_prefill(q: Tensor, pages: KVPages, batch: AttentionBatch, out: Tensor, window: int) -> None:
     group = q.shape[1] // pages.num_kv_heads
     tile = _prefill_tile(q, pages, _capability(q.device))
-    num_blocks = len(q) // (tile.num_rows // group) + contexts.size  # see _sequence_of
+    num_blocks = len(q) // (tile.num_rows // group) + batch.size  # see _sequence_of
     _prefill_kernel[(num_blocks, pages.num_kv_heads)](
         out,
         q,
         pages.keys,
         pages.values,
-        contexts.page_table,
-        contexts.seq_lens,
-        contexts.seq_lens if contexts.cu_seqlens_q is None else contexts.cu_seqlens_q,
-        contexts.size,
+        batch.page_table,
+        batch.seq_lens,
+        batch.seq_lens if batch.cu_seqlens_q is None else batch.cu_seqlens_q,
+        batch.size,
         *_scalars(pages),
         *q.stride()[:2],
         *out.stride()[:2],
         *_strides(pages),
-        contexts.page_table.stride(0),
+        batch.page_table.stride(0),
         GROUP=group,
-        QUERIES=len(q) // contexts.size if contexts.cu_seqlens_q is None else 0,
+        QUERIES=len(q) // batch.size if batch.cu_seqlens_q is None else 0,
         WINDOW=window,
         **pages.constants,
         **tile.options,

@@ -47,7 +47,7 @@ from torch import Tensor
 from yafsdp_like.kernels.blocks import INTERPRETED
 
 if TYPE_CHECKING:
-    from yafsdp_like.kernels.attention import Contexts, KVPages
+    from yafsdp_like.kernels.attention import AttentionBatch, KVPages
 
 try:
     from triton.experimental import gluon
@@ -76,18 +76,18 @@ _LOG2_E = math.log2(math.e)
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 240, 24  # a thread's: of 64 Ki, twice 128 threads and one warp get theirs
 
 
-def fits(q: Tensor, pages: KVPages, contexts: Contexts, capability: tuple[int, int]) -> bool:
+def fits(q: Tensor, pages: KVPages, batch: AttentionBatch, capability: tuple[int, int]) -> bool:
     """Whether `launch` takes what `attention.prefill_attention` accepts, on a GPU of this compute capability.
 
     It does on 9.x if queries and pages have one dtype, bfloat16 or float16; at most 128 heads share a kv head; pages
-    are `copyable`; and `contexts` has `cu_seqlens_q`. Windows, scales, and strides of queries and output may be any.
+    are `copyable`; and `batch` has `cu_seqlens_q`. Windows, scales, and strides of queries and output may be any.
     """
     return (
         capability[0] == 9
         and q.dtype == pages.keys.dtype
         and q.shape[1] // pages.num_kv_heads <= _ROWS
         and pages.copyable
-        and contexts.cu_seqlens_q is not None
+        and batch.cu_seqlens_q is not None
     )
 
 
@@ -122,24 +122,24 @@ class PageBoxes:
         return cls(*(TensorDescriptor.from_tensor(pages, box, layout) for pages in (keys, values)))
 
 
-def launch(q: Tensor, pages: KVPages, contexts: Contexts, out: Tensor, window: int) -> None:
+def launch(q: Tensor, pages: KVPages, batch: AttentionBatch, out: Tensor, window: int) -> None:
     """The arguments of `attention.prefill_attention`, if `fits`; `window` 0: none. Allocates nothing."""
     group = q.shape[1] // pages.num_kv_heads
-    num_blocks = len(q) // (_ROWS // group) + contexts.size  # see `_sequence_of`
+    num_blocks = len(q) // (_ROWS // group) + batch.size  # see `_sequence_of`
     _kernel[(num_blocks, pages.num_kv_heads)](
         out,
         q,
         pages.boxes.keys,
         pages.boxes.values,
-        contexts.page_table,
-        contexts.seq_lens,
-        contexts.cu_seqlens_q,
-        contexts.size,
+        batch.page_table,
+        batch.seq_lens,
+        batch.cu_seqlens_q,
+        batch.size,
         pages.key_scale * pages.head_dim**-0.5 * _LOG2_E,
         pages.value_scale,
         *q.stride()[:2],
         *out.stride()[:2],
-        contexts.page_table.stride(0),
+        batch.page_table.stride(0),
         **constants(group, window, pages.page_size, pages.head_dim),
         num_warps=4,  # of the first consumer; the others' are named in the kernel
         enable_fp_fusion=True,

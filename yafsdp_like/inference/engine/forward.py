@@ -27,7 +27,7 @@ from torch import Tensor
 
 from yafsdp_like.kernels.activation import swiglu
 from yafsdp_like.kernels.attention import (
-    Contexts,
+    AttentionBatch,
     KVPages,
     choose_num_splits,
     decode_attention,
@@ -189,13 +189,15 @@ class Forward:
         tables, seq_lens = self._places["page_tables"][group.index], self._places["seq_lens"]
         single = slice(0, size.num_single)
         if size.num_single:
-            contexts = Contexts(tables[single], seq_lens[single])
+            batch = AttentionBatch(tables[single], seq_lens[single])
             workspace, num_splits = self._pieces(size.num_single, group.window)
-            decode_attention(q[single], pages, contexts, out[single], workspace, num_splits, group.window)
+            decode_attention(q[single], pages, batch, out[single], workspace, num_splits, group.window)
         if size.num_chunks:
             chunks = slice(size.first_chunk, size.num_rows)
-            contexts = Contexts(tables[chunks], seq_lens[chunks], self._places["cu_seqlens_q"][: size.num_chunks + 1])
-            prefill_attention(q[size.num_single :], pages, contexts, out[size.num_single :], group.window)
+            batch = AttentionBatch(
+                tables[chunks], seq_lens[chunks], self._places["cu_seqlens_q"][: size.num_chunks + 1]
+            )
+            prefill_attention(q[size.num_single :], pages, batch, out[size.num_single :], group.window)
 
     def _pieces(self, batch_size: int, window: int | None) -> tuple[Tensor, int]:
         """The workspace of decode attention, and into how many pieces it lets keys be cut."""
