@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.kernels.test_kernels import DEVICE, needs_kernels
-from yafsdp_like.kernels import gemv as product_module
-from yafsdp_like.kernels.gemv import product
+from yafsdp_like.kernels import gemv
+from yafsdp_like.kernels.gemv import matmul
 
 
 def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -21,12 +21,12 @@ def test_a_row_is_multiplied_as_torch_does(
 ) -> None:
     """Over whole blocks and over parts of them; of a weight whose rows lie apart."""
     launched = []
-    launch = product_module._launch
-    monkeypatch.setattr(product_module, "_launch", lambda *args: (launched.append(1), launch(*args)))
+    launch = gemv._launch
+    monkeypatch.setattr(gemv, "_launch", lambda *args: (launched.append(1), launch(*args)))
     row, wide = random(1, num_cols, dtype=dtype), random(num_rows, num_cols + 8, dtype=dtype)
     weight = wide[:, :num_cols]
     out = torch.full((1, num_rows + 1), 7.0, dtype=dtype, device=DEVICE)
-    product(row, weight, out[:, :num_rows])
+    matmul(row, weight, out[:, :num_rows])
     expected = row.double() @ weight.double().T
     epsilon = torch.finfo(dtype).eps
     torch.testing.assert_close(out[:, :num_rows].double(), expected, rtol=epsilon, atol=epsilon)
@@ -39,7 +39,7 @@ def test_a_row_is_multiplied_as_torch_does(
 def test_all_other_products_are_torchs(dtype: torch.dtype, num_rows: int) -> None:
     rows, weight = random(num_rows, 24, dtype=dtype), random(5, 24, dtype=dtype)
     out = torch.empty(num_rows, 5, dtype=dtype, device=DEVICE)
-    product(rows, weight, out)
+    matmul(rows, weight, out)
     if num_rows == 1 and dtype is torch.bfloat16:
         torch.testing.assert_close(out, rows @ weight.T)
     else:
@@ -49,4 +49,4 @@ def test_all_other_products_are_torchs(dtype: torch.dtype, num_rows: int) -> Non
 def test_shapes_that_do_not_fit_are_torchs_error() -> None:
     row = random(1, 8, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        product(row, random(5, 9, dtype=torch.bfloat16), torch.empty(1, 5, dtype=torch.bfloat16, device=DEVICE))
+        matmul(row, random(5, 9, dtype=torch.bfloat16), torch.empty(1, 5, dtype=torch.bfloat16, device=DEVICE))

@@ -1,7 +1,7 @@
-"""The product of one row and a weight, which takes as long as reading the weight does.
+"""Matrix products for serving: of one row (GEMV) by a kernel that runs at the rate of memory, else by torch.mm.
 
-A library's matrix product of one row leaves a tenth of the memory's rate unused, since it computes tiles of many rows;
-one that sums up on ordinary lanes does not. For more rows the library's is as fast.
+cuBLAS reaches about nine tenths of the memory bandwidth for one row, since it computes tiles of many rows; a kernel
+that sums on ordinary lanes reaches all of it. For more rows cuBLAS is as fast.
 
 Shapes: T rows, K columns of them, N rows of the weight.
 """
@@ -16,8 +16,8 @@ from yafsdp_like.kernels.blocks import jit, launching_on, rounded, runs_on, tl
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
-def product(rows: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Writes `rows @ weight.T` on the current stream, summed in float32 and rounded once.
+def matmul(rows: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write `rows @ weight.T` into `out` on the current stream, summed in float32 and rounded once.
 
     Args:
         rows: `(T, K)`.
@@ -36,10 +36,10 @@ def product(rows: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def _launch(row: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Long rows are read by fewer programs, each of more of them: measured on an H200."""
+    """Launch with blocks measured on an H200: for long rows, fewer programs of more rows each."""
     num_rows, num_cols = weight.shape
     block_n, block_k = (4, 1024) if num_cols <= 8192 else (8, 512)
-    _row_kernel[(-(-num_rows // block_n),)](
+    _gemv_kernel[(-(-num_rows // block_n),)](
         out,
         row,
         weight,
@@ -56,7 +56,7 @@ def _launch(row: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 @jit()
-def _row_kernel(
+def _gemv_kernel(
     out: tl.tensor,  # (N,)
     row: tl.tensor,  # (K,)
     weight: tl.tensor,  # (N, K)

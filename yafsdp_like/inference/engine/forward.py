@@ -34,7 +34,7 @@ from yafsdp_like.kernels.attention import (
     prefill_attention,
     workspace_numel,
 )
-from yafsdp_like.kernels.gemv import product
+from yafsdp_like.kernels.gemv import matmul
 from yafsdp_like.kernels.norm import rms_norm
 from yafsdp_like.kernels.rotary import HeadNorms, rotate_and_store
 
@@ -170,7 +170,7 @@ class Forward:
         """Attention of normed rows (T, D), which become what it adds."""
         config, rows = self._config, slice(0, size.num_tokens)
         qkv, attended = self._places["qkv"][rows], self._places["attended"][rows]
-        product(normed, layer.qkv, qkv)
+        matmul(normed, layer.qkv, qkv)
         if layer.qkv_bias is not None:
             qkv.add_(layer.qkv_bias)
         heads = qkv.unflatten(1, (-1, config.head_dim))
@@ -182,7 +182,7 @@ class Forward:
             norms = HeadNorms(layer.q_norm, layer.k_norm, config.norm_eps)
         rotate_and_store(q, k, v, tables, pages, self._places["slot_mapping"][group.index, rows], norms)
         self._attend_pages(q, pages, group, size, attended.unflatten(1, (-1, config.head_dim)))
-        product(attended, layer.o, normed)
+        matmul(attended, layer.o, normed)
         self._sum(normed)
 
     def _attend_pages(self, q: Tensor, pages: KVPages, group: Group, size: StepSize, out: Tensor) -> None:
@@ -211,10 +211,10 @@ class Forward:
     def _feed(self, layer: LayerWeights, rows: slice, normed: Tensor) -> None:
         """The feed-forward of normed rows (T, D), which become what it adds."""
         gate_up = self._places["gate_up"][rows]
-        product(normed, layer.gate_up, gate_up)
+        matmul(normed, layer.gate_up, gate_up)
         gate, up = gate_up.chunk(2, dim=1)
         swiglu(gate, up, gate)
-        product(gate, layer.down, normed)
+        matmul(gate, layer.down, normed)
         self._sum(normed)
 
     def _sum(self, part: Tensor) -> None:
@@ -236,11 +236,11 @@ class Forward:
 
     def _project(self, last: Tensor, head: Tensor, logits: Tensor) -> None:
         if self._team is None:
-            product(last, head, logits)
+            matmul(last, head, logits)
             return
         rows = _range_of(len(head), self._team.rank, self._team.size)
         logits.zero_()
-        product(last, head[rows], logits[:, rows])
+        matmul(last, head[rows], logits[:, rows])
         self._sum(logits)  # exact: of each logit all ranks but one have 0
 
 
