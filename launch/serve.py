@@ -14,50 +14,21 @@ step ends with status 3, by itself after `--stuck-after`.
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOL_SOCKET, socket
 
-from launch.options import Parser, add_model_arguments, exit_status, opened, seconds, whole
+from launch.command_line import exit_status
+from launch.options import SERVE, ServeOptions, check_model
 
 PACKAGES = "fastapi", "uvicorn", "prometheus_client"  # of the extra `serve`
-KEY_VARIABLE = "YAFSDP_LIKE_API_KEY"
 BACKLOG = 1024  # connections that wait, until the model is loaded
 
 
-def parser() -> argparse.ArgumentParser:
-    made = Parser("python -m launch.serve", "Serve a model over HTTP.")
-    add_model_arguments(made, max_batch_size=32, max_batch_tokens=2048)
-    group = made.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all")
-    group.add_argument(
-        "--port", type=whole(0, 65535), default=8000, metavar="PORT", help="of the first rank; 0: any that is free"
-    )
-    group.add_argument("--name", help="what requests call the model; default: the last part of MODEL, or all of it")
-    group.add_argument(
-        "--api-key", default=os.environ.get(KEY_VARIABLE), help=f"asked of clients; default: ${KEY_VARIABLE}, or none"
-    )
-    group.add_argument("--max-waiting", type=whole(1), default=1024, metavar="REQUESTS", help="more are answered 429")
-    group.add_argument(
-        "--max-connections", type=whole(1), default=4096, metavar="CONNECTIONS", help="more are closed at once"
-    )
-    group.add_argument("--timeout", type=seconds, metavar="SECONDS", help="that a request may take; default: any time")
-    group.add_argument("--grace", type=seconds, default=30.0, metavar="SECONDS", help="for what runs when told to end")
-    group.add_argument(
-        "--stuck-after",
-        type=seconds,
-        default=600.0,
-        metavar="SECONDS",
-        help="that a step may take before the server ends with status 3; 0: any time",
-    )
-    group.add_argument("--access-log", action="store_true", help="a line for each request")
-    return made
-
-
-def bound(host: str, port: int) -> socket:
+def bind(host: str, port: int) -> socket:
     """A socket that listens at this address, so that no other can; who connects now waits. Raises OSError where it
     cannot be had.
     """
@@ -80,8 +51,8 @@ def check_packages() -> None:
         )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Everything that the command does."""
+def run(options: ServeOptions) -> None:
+    """Take the port, load the model, and serve it until a signal comes."""
     rank = int(os.environ.get("RANK", "0"))
     check_packages()
 
@@ -89,27 +60,29 @@ def run(arguments: argparse.Namespace) -> None:
         if rank == 0:
             print(plan, flush=True)
 
-    if rank and arguments.mode == "tensor_parallel":  # this rank needs no port
-        with opened(arguments, arguments.max_waiting, say) as model:
-            from launch.listening import serve_behind
+    is_follower = rank > 0 and options.load.mode == "tensor_parallel"  # needs no port
+    with contextlib.ExitStack() as stack:
+        if not is_follower:  # now: a model takes long to load
+            address = stack.enter_context(bind(options.host, options.port and options.port + rank))
+        check_model(options.model)
+        from launch import inference, server
 
-            serve_behind(model)
-        return
-    address = bound(arguments.host, arguments.port and arguments.port + rank)  # now: a model takes long to load
-    with address, opened(arguments, arguments.max_waiting, say) as model:
+        model = stack.enter_context(inference.load_model(options, say))
+        if is_follower:
+            server.follow_first_rank(model)
+            return
         if model.lockstep and model.team is None:
             raise ValueError(
                 "these ranks cannot map each other's memory, so they would have to step together, which requests over "
                 "HTTP do not; serve from one rank, with --mode=streamed if the model does not fit"
             )
-        from launch.listening import serve
-
-        serve(model, arguments, address)
+        server.serve(model, options, address)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, and return the exit status."""
-    return exit_status(run, parser().parse_args(arguments))
+    """Run the command, and return its exit status."""
+    options = SERVE.answer(sys.argv[1:] if arguments is None else arguments)
+    return options if isinstance(options, int) else exit_status(run, options)
 
 
 if __name__ == "__main__":

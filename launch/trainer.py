@@ -15,7 +15,7 @@ from launch.build import build_optimizer
 from launch.config import Config
 from launch.gradients import Gradients, Measured, NotFiniteError, where_not_finite
 from launch.log import Log
-from launch.stopping import Stopping
+from launch.stop_signals import Stopping
 from launch.world import World
 from yafsdp_like import GraphedStep
 from yafsdp_like.comm.consistency import share

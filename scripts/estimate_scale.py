@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.help import HelpAsWritten
 from bench.report import Row, write
 from bench.scale import (
     EASY,
@@ -36,7 +37,6 @@ from bench.scale import (
     plan_for,
     topologies,
 )
-from launch.options import HelpAsWritten
 from yafsdp_like.models import DecoderConfig
 
 if TYPE_CHECKING:

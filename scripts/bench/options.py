@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from launch.options import Help
+from bench.help import Help
 from yafsdp_like.models import PRESETS, DecoderConfig
 
 FIRST_COUNTED_STEP = 2  # from here on an allocator that has settled asks the device for nothing

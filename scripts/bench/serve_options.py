@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from bench.help import Help
 from bench.options import DTYPES
-from launch.options import Help
 from yafsdp_like.inference.options import AnyMode
 
 DESCRIPTION = "Measure a served model; the method is told at the top of bench_serve.py."

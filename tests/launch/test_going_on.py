@@ -25,7 +25,7 @@ import yaml
 from torch import nn
 
 from launch import config, metrics
-from launch.stopping import STOPPED, Stopping
+from launch.stop_signals import STOPPED, Stopping
 from tests.launch.test_train import (
     ENVIRONMENT,
     FACTORY,

@@ -25,7 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from launch import config, metrics
 from launch.sample import draw
-from launch.train import main, run
+from launch.train import main
+from launch.training import run
 from launch.world import CUBLAS_WORKSPACE, World, deterministic
 from tests.ranks import run_ranks
 from yafsdp_like.checkpoint import steps
@@ -246,7 +247,7 @@ FACTORY = ["--model.preset=null", "--model.overrides={}", "--checkpoint.export=f
 
 def main_here(arguments: list[str]) -> int:
     """The command's exit status on this worker, which is in a process group already."""
-    with mock.patch("launch.train.join", lambda device: world_here()), mock.patch("launch.train.leave"):
+    with mock.patch("launch.world.join", lambda device: world_here()), mock.patch("launch.world.leave"):
         return main(arguments)
 
 

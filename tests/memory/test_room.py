@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from launch.room import Claim, Part
 
 from launch import config, room
-from launch.room import Claim, Part
 from launch.world import World
 from tests.launch.test_train import file, refused_here, text, train, world_here, written_to
 from tests.ranks import on_ranks, run_ranks

@@ -21,14 +21,14 @@ class ServingLimits:
     A plan needs ``memory_limit_nbytes``, ``kv_nbytes``, or both. Raises ValueError for numbers out of range.
     """
 
-    memory_limit_nbytes: int | None = None  # everything planned on one device; None: not limited
-    kv_nbytes: int | None = None  # KV cache; None: what the memory limit leaves
+    memory_limit_nbytes: int | None = None  # everything planned on one device; null: no limit
+    kv_nbytes: int | None = None  # KV cache; null: what the memory limit leaves
     host_kv_nbytes: int = 0  # KV cache in host memory, for sequences that are swapped out
     max_batch_size: int = 32  # sequences of one step
     max_batch_tokens: int = 2048  # tokens of one step
-    max_seq_len: int | None = None  # tokens of one sequence; None: what fits, up to the model's
+    max_seq_len: int | None = None  # tokens of one sequence; null: what fits, up to the model's
     page_size: int = 16  # tokens of one page of the KV cache
-    kv_dtype: str | None = None  # of the KV cache: float32, bfloat16 or float8_e4m3fn; None: the weights'
+    kv_dtype: str | None = None  # of the KV cache: float32, bfloat16 or float8_e4m3fn; null: the weights'
 
     def __post_init__(self) -> None:
         for name in ("memory_limit_nbytes", "kv_nbytes", "max_batch_size", "max_batch_tokens", "max_seq_len"):
@@ -46,7 +46,10 @@ class ServingLimits:
 
 @dataclass(frozen=True)
 class EngineOptions(ServingLimits):
-    """Memory, batches, scheduling and prefix caching of one engine. Raises ValueError for values out of range."""
+    """Memory, batches, scheduling and prefix caching of one engine.
+
+    Raises ValueError for values out of range.
+    """
 
     max_waiting: int = 1024  # requests in the waiting queue, preempted ones among them
     prefix_cache: bool = True  # share pages of equal prefixes between requests
@@ -54,7 +57,7 @@ class EngineOptions(ServingLimits):
     lookahead: bool = True  # launch a step before the tokens of the step before it are read
     policy: PolicyName = "lru"  # eviction order of cached pages: lru, or gdsf (greedy dual size frequency)
     tenants: tuple[Tenant, ...] = ()  # tenants with a reserved number of pages or a priority
-    costs: Costs | None = None  # rates of copying and of recomputing pages; None: measured when the engine starts
+    costs: Costs | None = None  # rates of copying and of recomputing pages; null: measured when the engine starts
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 
 from launch import serve
-from launch.opening import Opened
+from launch.inference import LoadedModel
+from launch.options import SERVE
 from tests.inference.engine.test_engine import check_idle
 from tests.inference.http.test_server import (
     COMPLETIONS,
@@ -440,10 +441,10 @@ def test_ranks_that_only_share_weights_over_a_process_group_serve_nobody(monkeyp
     """Each would have requests of its own, and a step is of all."""
 
     @contextlib.contextmanager
-    def opened(*_: Any) -> Iterator[Opened]:
+    def load_model(*_: Any) -> Iterator[LoadedModel]:
         nothing: Any = None
-        yield Opened(nothing, nothing, nothing, CPU, 16, lockstep=True, team=None)
+        yield LoadedModel(nothing, nothing, nothing, CPU, 16, lockstep=True, team=None)
 
-    monkeypatch.setattr(serve, "opened", opened)
+    monkeypatch.setattr("launch.inference.load_model", load_model)
     with pytest.raises(ValueError, match="they would have to step together"):
-        serve.run(serve.parser().parse_args(["nothing", "--port=0", "--mode=gathered"]))
+        serve.run(SERVE.load(["preset:tiny", "--port=0", "--mode=gathered"]))

@@ -155,7 +155,7 @@ class Running:
 def serving(engine: Any, codec: Codec, poll_interval_s: float | None = None, **options: Any) -> Iterator[Running]:
     """A server on a free port, which is down and has freed everything at the end."""
     service = Service(engine, poll_interval_s=poll_interval_s)
-    told = ServerOptions(MODEL, engine.config.vocab_size, MAX_SEQ_LEN, **options)
+    told = ServerOptions(model_name=MODEL, vocab_size=engine.config.vocab_size, max_seq_len=MAX_SEQ_LEN, **options)
     config = uvicorn.Config(create_app(service, codec, told), port=0, log_level="error", ws="none")
     server, started = uvicorn.Server(config), threading.Event()
     loops: list[asyncio.AbstractEventLoop] = []

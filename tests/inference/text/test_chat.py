@@ -288,7 +288,10 @@ def test_a_template_that_fails_is_an_error_about_the_template(template: str, tmp
 
 @pytest.mark.parametrize("template", ["{% for", "{{ 1 // 0 }}", "{{ messages[3].content }}", "{{ 5 }}{% if %}"])
 def test_over_http_a_template_that_fails_is_told_to_the_client(template: str, tmp_path: Path) -> None:
-    parser = RequestParser(Codec.load(write_tokenizer(tmp_path, template=template)), ServerOptions("m", 400, 64))
+    parser = RequestParser(
+        Codec.load(write_tokenizer(tmp_path, template=template)),
+        ServerOptions(model_name="m", vocab_size=400, max_seq_len=64),
+    )
     with pytest.raises(ApiError, match="chat template refuses these messages") as caught:
         parser.chat(ChatBody(model="m", messages=[ChatMessage(role="user", content="x")]))
     assert caught.value.status_code == 400

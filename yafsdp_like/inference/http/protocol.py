@@ -31,6 +31,7 @@ from yafsdp_like.inference.http.errors import (
     too_long,
     too_many_choices,
 )
+from yafsdp_like.inference.http.options import HttpOptions
 from yafsdp_like.inference.http.responses import ChatFormat, Choice, CompletionFormat, ParsedRequest, ResponseFormat
 from yafsdp_like.inference.text.codec import Codec, Transcript
 from yafsdp_like.kernels.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -45,19 +46,15 @@ PROBED, SPARED_TOKENS = 8, 64  # characters for each token that fits; tokens by 
 SAMPLED = {item.name for item in fields(SamplingParams)} - {"seed"}
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """What the interface itself is told."""
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions(HttpOptions):
+    """Options of the HTTP interface, and what it must know of the model."""
 
     model_name: str
-    vocab_size: int  # of the model; ids from there on are refused
-    max_seq_len: int  # of a prompt and its answer together
-    api_key: str | None = None  # asked for as a bearer token under /v1
-    max_body_nbytes: int = 16 * 2**20  # less where less could be served
-    aliases: tuple[str, ...] = ()  # other names that the model answers to
-    max_choices: int = 128  # of one request: prompts times n
-    timeout_s: float | None = None  # from a request's arrival to its last token
-    sampling: SamplingParams = PLAIN  # where a request says nothing
+    vocab_size: int  # token ids from there on are refused
+    max_seq_len: int  # tokens of a prompt and its answer together
+    aliases: tuple[str, ...] = ()  # other names that requests may call the model
+    sampling: SamplingParams = PLAIN  # where a request gives no value
 
     @property
     def body_limit_nbytes(self) -> int:

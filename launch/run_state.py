@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from launch.config import Config, OptimizerOptions, as_dict
+from launch.command_line import as_dict
+from launch.config import Config, OptimizerOptions
 from launch.metrics import environment
 from launch.recipe import Exporter, Recipe
 from launch.trainer import Trainer

@@ -5,17 +5,16 @@ Owns where it runs, what stands where an option says nothing, and the order in w
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from launch.options import NO_DEFAULTS
+from launch.options import GenerateOptions, ServeOptions
 from launch.world import join, leave
 from yafsdp_like.comm.consistency import share
 from yafsdp_like.comm.tp_group import Team
@@ -34,7 +33,7 @@ CPU_KV_NBYTES = 2**30  # where nothing is said
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedModel:
     """A model that is ready to be asked."""
 
     model: Model
@@ -48,25 +47,24 @@ class Opened:
 
 
 @contextlib.contextmanager
-def opened(arguments: argparse.Namespace, max_waiting: int, say: Callable[[str], None]) -> Iterator[Opened]:
+def load_model(options: GenerateOptions | ServeOptions, say: Callable[[str], None]) -> Iterator[LoadedModel]:
     """The model that was asked for, on this rank; `say` is told the plan before anything is allocated.
 
     Raises ValueError for what cannot be, and ImportError where a package is missing.
     """
-    model = open_model(arguments.model)
-    codec = codec_of(model, arguments.tokenizer)
-    takes_defaults = arguments.generation_config != NO_DEFAULTS
-    sampling = sampling_defaults(model.directory if takes_defaults else None)
-    device = _join(arguments.device)
+    model, load = open_model(options.model), options.load
+    codec = load_codec(model, load.tokenizer)
+    sampling = sampling_defaults(model.directory if load.generation_config == "model" else None)
+    device = _join(load.device)
     try:
         transport = world_transport(device)
-        options = engine_options(arguments, device, max_waiting)
-        site = site_of(device, arguments.dtype and getattr(torch, arguments.dtype), transport)
-        plan = plan_serving(model.config, options, site, arguments.mode)
+        engine_options = with_memory_limit(options.engine, device)
+        site = site_of(device, load.dtype and getattr(torch, load.dtype), transport)
+        plan = plan_serving(model.config, engine_options, site, load.mode)
         say(str(plan))
         weights = load_planned(model, plan, device, transport)
         with _closing(weights):
-            yield _ready(model, codec, weights, options, sampling)
+            yield _ready(model, codec, weights, engine_options, sampling)
     finally:
         leave()
 
@@ -85,9 +83,9 @@ def _closing(weights: PlacedWeights) -> Iterator[None]:
 
 def _ready(
     model: Model, codec: Codec, weights: PlacedWeights, options: EngineOptions, sampling: SamplingParams
-) -> Opened:
+) -> LoadedModel:
     engine, longest = Engine(weights, options), weights.plan.max_seq_len
-    return Opened(model, codec, engine, weights.device, longest, weights.lockstep, weights.team, sampling)
+    return LoadedModel(model, codec, engine, weights.device, longest, weights.lockstep, weights.team, sampling)
 
 
 def _join(device_type: str) -> torch.device:
@@ -99,7 +97,7 @@ def _join(device_type: str) -> torch.device:
     return torch.device("cuda" if device_type != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def codec_of(model: Model, directory: str | None = None) -> Codec:
+def load_codec(model: Model, directory: str | None = None) -> Codec:
     """The tokenizer in `directory`, or the model's own; the model's directory says, too, what ends a text.
 
     Raises ValueError where it is not one of this model's.
@@ -116,22 +114,12 @@ def codec_of(model: Model, directory: str | None = None) -> Codec:
     return codec
 
 
-def engine_options(arguments: argparse.Namespace, device: torch.device, max_waiting: int) -> EngineOptions:
-    """What the arguments of `add_model_arguments` say, and what is there where they say nothing."""
-    limit, kv = arguments.memory_limit, arguments.kv_memory
-    if limit is None and device.type == "cuda":
+def with_memory_limit(options: EngineOptions, device: torch.device) -> EngineOptions:
+    """Limit memory, where nothing is given, to free GPU memory less `LIBRARIES_NBYTES`, or to `CPU_KV_NBYTES`."""
+    if options.memory_limit_nbytes is None and device.type == "cuda":
         limit = max(1, torch.cuda.mem_get_info(device)[0] - LIBRARIES_NBYTES)
         limit = min(share(limit)) if dist.is_initialized() else limit  # ranks plan alike
-    elif limit is None and kv is None:
-        kv = CPU_KV_NBYTES
-    return EngineOptions(
-        memory_limit_nbytes=limit,
-        kv_nbytes=kv,
-        host_kv_nbytes=arguments.host_kv,
-        max_batch_size=arguments.max_batch_size,
-        max_batch_tokens=arguments.max_batch_tokens,
-        max_seq_len=arguments.max_seq_len,
-        kv_dtype=arguments.kv_dtype,
-        max_waiting=max_waiting,
-        graphs=not arguments.no_graphs,
-    )
+        return replace(options, memory_limit_nbytes=limit)
+    if options.memory_limit_nbytes is None and options.kv_nbytes is None:
+        return replace(options, kv_nbytes=CPU_KV_NBYTES)
+    return options

@@ -5,7 +5,6 @@ Owns the HTTP server, signals and the exit status of a server whose engine does 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import signal
@@ -18,8 +17,8 @@ from typing import Any, NoReturn
 import torch
 import uvicorn
 
-from launch.opening import Opened
-from launch.options import model_names
+from launch.inference import LoadedModel
+from launch.options import KEY_VARIABLE, ServeOptions, model_names
 from yafsdp_like.inference.engine.tp_driver import KEEP_ALIVE_S, Leader, follow
 from yafsdp_like.inference.http.connections import limit_connections
 from yafsdp_like.inference.http.protocol import ServerOptions
@@ -64,7 +63,7 @@ class Server(uvicorn.Server):
         await draining
 
 
-def serve(model: Opened, arguments: argparse.Namespace, address: socket) -> None:
+def serve(model: LoadedModel, options: ServeOptions, address: socket) -> None:
     """Until a signal comes, on one rank, or on the first of those that compute together. Raises RuntimeError if the
     engine has failed; if it is stuck, the process ends here.
     """
@@ -74,19 +73,19 @@ def serve(model: Opened, arguments: argparse.Namespace, address: socket) -> None
         engine,
         prepare=lambda _: _use(model.device),
         poll_interval_s=None if leader is None else KEEP_ALIVE_S,
-        stuck_after_s=arguments.stuck_after or None,
+        stuck_after_s=options.stuck_after_s or None,
     )
     config = uvicorn.Config(
-        create_app(service, model.codec, server_options(model, arguments)),
-        http=limit_connections(arguments.max_connections),
-        log_level="info" if arguments.access_log else "warning",
-        access_log=arguments.access_log,
+        create_app(service, model.codec, server_options(model, options)),
+        http=limit_connections(options.max_connections),
+        log_level="info" if options.access_log else "warning",
+        access_log=options.access_log,
         ws="none",
-        timeout_graceful_shutdown=int(arguments.grace + LAST_STEP_S) + LAST_WORDS_S,
+        timeout_graceful_shutdown=int(options.grace_s + LAST_STEP_S) + LAST_WORDS_S,
     )
     for number in SIGNALS:  # uvicorn raises again what it was ended by
         signal.signal(number, lambda *_: None)
-    Server(config, service, arguments.grace, outlives_engine=leader is None).run([address])
+    Server(config, service, options.grace_s, outlives_engine=leader is None).run([address])
     if service.is_stuck:
         end_stuck(f"the engine ({service.error})")
     if service.error is not None:
@@ -98,22 +97,24 @@ def serve(model: Opened, arguments: argparse.Namespace, address: socket) -> None
         leader.close()
 
 
-def server_options(model: Opened, arguments: argparse.Namespace) -> ServerOptions:
+def server_options(model: LoadedModel, options: ServeOptions) -> ServerOptions:
     """What the interface is told; says what the model is called."""
-    name, *aliases = (arguments.name,) if arguments.name else model_names(arguments.model)
+    name, *aliases = (options.name,) if options.name else model_names(options.model)
     print(f"requests call the model {name!r}", flush=True)
     return ServerOptions(
+        api_key=options.http.api_key or os.environ.get(KEY_VARIABLE),
+        timeout_s=options.http.timeout_s or None,
+        max_choices=options.http.max_choices,
+        max_body_nbytes=options.http.max_body_nbytes,
         model_name=name,
         aliases=tuple(aliases),
         vocab_size=model.model.config.vocab_size,
         max_seq_len=model.max_seq_len,
-        api_key=arguments.api_key,
-        timeout_s=arguments.timeout or None,
         sampling=model.sampling,
     )
 
 
-def serve_behind(model: Opened) -> None:
+def follow_first_rank(model: LoadedModel) -> None:
     """On the other ranks: until the first one ends, who has requests to finish after a signal that all are sent. Raises
     RuntimeError if it has failed.
     """

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import config, usage
-from launch.config import Config
+from launch import command_line, config
+from launch.config import COMMAND, Config
 from yafsdp_like.models import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def test_a_path_in_a_file_needs_none_either(tmp_path: Path, written: str) -> Non
     file.write_text(f"data:\n  paths: {written}\n")
     options = config.load([str(file)])
     assert options.data.paths == ("one.txt",)
-    assert config.as_dict(options)["data"]["paths"] == ["one.txt"]
+    assert command_line.as_dict(options)["data"]["paths"] == ["one.txt"]
 
 
 def test_a_pair_of_numbers_needs_no_brackets() -> None:
@@ -110,21 +110,21 @@ def test_a_batch_that_ranks_cannot_share_says_which_would_do() -> None:
 def test_help_names_every_key_with_its_type_and_default() -> None:
     words = without_torch("--help")
     assert (words.returncode, words.stderr) == (0, "")
-    assert words.stdout.rstrip("\n") == usage.help_text()
+    assert words.stdout.rstrip("\n") == COMMAND.help_text()
     said = dict(re.findall(r"^  --([\w.]+)=(.*?\(default: .*?\))", words.stdout, re.MULTILINE))
     assert said["optimizer.lr"] == "float (default: 0.0003)"
     assert said["optimizer.betas"] == "[float,float] (default: [0.9, 0.95])"
     assert said["device"] == "auto|cpu|cuda (default: auto)"
     assert said["data.paths"] == "str|[str,...] (default: [])"
     assert said["model.hf_dir"] == "str|null (default: null)"
-    leaves = [key for key, hint in config.known_keys(Config) if not dataclasses.is_dataclass(hint)]
+    leaves = [key for key, hint in command_line.known_keys(Config) if not dataclasses.is_dataclass(hint)]
     assert [key.removesuffix(".KEY") for key in said] == leaves
     assert "the last complete checkpoint" in words.stdout  # what stands beside a key in the code
     assert max(map(len, words.stdout.splitlines())) <= 120
 
 
 def test_help_names_every_preset() -> None:
-    (named,) = re.findall(r"--model\.preset\S+ \(default: \w+\)(.*)", usage.help_text())
+    (named,) = re.findall(r"--model\.preset\S+ \(default: \w+\)(.*)", COMMAND.help_text())
     assert set(re.findall(r"[\w.-]+", named.replace(" or ", " "))) == set(PRESETS)
 
 
@@ -151,7 +151,7 @@ def test_what_would_be_run_is_printed_on_demand_and_runs(tmp_path: Path) -> None
         (["configs/tiny.yaml", "--micro_batch_size=3"], "not a multiple of micro_batch_size 3 × 2 ranks = 6"),
         (["configs/tiny.yaml", "--data.paths=nowhere.txt"], "nowhere.txt does not exist"),
         (["configs/tyni.yaml"], "cannot read the configuration configs/tyni.yaml"),
-        ([], "no configuration file given; usage: "),
+        ([], "no arguments; usage: "),
     ],
 )
 def test_a_mistake_is_one_line_before_torch_is_imported(arguments: list[str], message: str) -> None:
@@ -168,9 +168,9 @@ def test_a_wrong_value_in_a_file_names_the_file(tmp_path: Path) -> None:
 
 
 def test_help_says_something_of_every_key() -> None:
-    for section in (Config, *config.sections(Config).values()):
-        options = {f.name for f in dataclasses.fields(section)} - set(config.sections(section))
-        assert options <= set(usage._comments(section)), section
+    for section in (Config, *command_line.sections(Config).values()):
+        options = {f.name for f in dataclasses.fields(section)} - set(command_line.sections(section))
+        assert options <= set(command_line._comments(section)), section
 
 
 def test_the_first_rank_speaks_and_others_wait_to_be_ended(
@@ -178,17 +178,17 @@ def test_the_first_rank_speaks_and_others_wait_to_be_ended(
 ) -> None:
     """Who is not ended may be on a host that lacks what the first one has: it has its say, and its rank."""
     slept: list[float] = []
-    monkeypatch.setattr(usage.time, "sleep", slept.append)
+    monkeypatch.setattr(command_line.time, "sleep", slept.append)
     mistaken = ["configs/tiny.yaml", "--num_stepz=1"]
     monkeypatch.setenv("RANK", "1")
-    assert usage.answered(["--help"]) == 0
+    assert COMMAND.answer(["--help"]) == 0
     assert capsys.readouterr() == ("", "") and slept == []
-    assert usage.answered(mistaken) == 1
+    assert COMMAND.answer(mistaken) == 1
     assert capsys.readouterr().err.endswith("did you mean 'num_steps'? (rank 1)\n") and slept == [5.0]
     monkeypatch.setenv("RANK", "0")
-    assert usage.answered(mistaken) == 1
+    assert COMMAND.answer(mistaken) == 1
     assert capsys.readouterr().err.endswith("did you mean 'num_steps'?\n") and slept == [5.0]
-    assert usage.answered(["configs/tiny.yaml", "--num_steps=1"]) is None
+    assert isinstance(COMMAND.answer(["configs/tiny.yaml", "--num_steps=1"]), Config)
     assert capsys.readouterr() == ("", "")
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 
-from launch import complaints
+from launch import errors as launch_errors
 from tests.launch.test_train import FACTORY, command, errors_in, file, finished, text
 from tests.ranks import run_ranks
 from yafsdp_like.comm.consistency import AgreedError
@@ -24,12 +24,12 @@ LOST = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1")
 def said_here(errors: list[Exception]) -> tuple[float, str]:
     """When this rank has said what its error makes it say, and what."""
     if dist.get_rank() == 0:
-        _get_default_store().delete_key("ranks that complained")
+        _get_default_store().delete_key("ranks that reported an error")
     dist.barrier()
     with contextlib.redirect_stderr(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(complaints, "GRACE_SECONDS", 0.6)
-        patch.setattr(complaints, "LOST_SECONDS", 0.4)
-        complaints.report(errors[dist.get_rank()], dist.get_rank())
+        patch.setattr(launch_errors, "GRACE_SECONDS", 0.6)
+        patch.setattr(launch_errors, "LOST_SECONDS", 0.4)
+        launch_errors.report(errors[dist.get_rank()], dist.get_rank())
     return time.monotonic(), said.getvalue()
 
 
@@ -84,7 +84,7 @@ class MistakenOnce(Mistaken):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Mistaken", "MistakenOnce"])
 def test_a_mistake_under_torchrun_has_one_traceback(file: Path, name: str) -> None:
-    result = finished(command(file, *FACTORY, f"--model.factory=tests.launch.test_complaints:{name}", num_ranks=2))
+    result = finished(command(file, *FACTORY, f"--model.factory=tests.launch.test_errors:{name}", num_ranks=2))
     ours = result.stderr.split("torch/distributed/elastic")[0]
     assert result.returncode != 0 and ours.count("Traceback") == 1 and ours.count("KeyError: 'a mistake'") == 1
     assert not errors_in(result.stderr)

@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from launch.usage import GRACE_SECONDS
+from launch.command_line import GRACE_SECONDS, NO_MEMORY
 from yafsdp_like.comm.consistency import ABOUT_INPUT, AgreedError
 
 LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed? ?out|remote process exited")
-NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 TOLD_SECONDS, LOST_SECONDS = 0.5, 2.5  # what ranks that know less wait before they speak
 
 
@@ -65,6 +64,6 @@ def _is_first_to_speak(rank: int) -> bool:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rank == 0
     try:
-        return int(_get_default_store().add("ranks that complained", 1)) == 1
+        return int(_get_default_store().add("ranks that reported an error", 1)) == 1
     except RuntimeError:
         return rank == 0
