@@ -206,7 +206,7 @@ def test_the_same_seed_makes_the_same_module() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("Bigram", {"widht": 3}, r"do not fit tests\.launch\.test_factory:Bigram\(width.*'widht'; did you mean 'width'\?"),
+        ("Bigram", {"widht": 3}, r"do not fit tests\.\w+\.test_factory:Bigram\(width.*'widht'; did you mean 'width'\?"),
         ("gpt2", {"depth": 3}, r"do not fit tests\.launch\.test_factory:gpt2\(num_positions.*'depth'"),
         ("Bigrams", {}, r"'tests\.launch\.test_factory:Bigrams' is not a package\.module:function: .*Bigrams"),
         ("VOCAB", {}, r"is not a package\.module:function: it is 300"),
