@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 WORTH_ASKING_NBYTES = 64 << 20  # smaller ones are allocated without asking what is free
-MARGIN = 20  # of a GPU's memory, one part in so many is left to what no plan knows
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,19 +128,6 @@ def _refuse_what_the_host_cannot_hold(nbytes: int) -> None:
             f"not enough memory: {readable(nbytes)} on each of {num_ranks} ranks of this host are to be allocated, and "
             f"{readable(free)} are free; shard over more hosts, or take a smaller model"
         )
-
-
-def room_nbytes(device: torch.device) -> int:
-    """What a GPU has free beside all that is allocated, or cached for what was, less a margin; may be negative."""
-    free, total = torch.cuda.mem_get_info(device)
-    return free - total // MARGIN
-
-
-def give_back(device: torch.device) -> None:
-    """Frees arenas that nobody refers to but their own slots, which refer to each other, down to the GPU."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, eq=False)

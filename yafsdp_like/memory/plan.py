@@ -152,7 +152,6 @@ class MemoryPlan:
     regions: tuple[Region, ...]
     slots: tuple[SlotPlace, ...] = field(default=())
     transports: tuple[str, ...] = ()  # what moves bytes between the ranks, and why
-    depth: str = ""  # how far ahead units are gathered, and why, once that was decided by measured times
 
     @property
     def nbytes(self) -> int:
@@ -165,7 +164,6 @@ class MemoryPlan:
     def __str__(self) -> str:
         lines = [f"memory plan of one rank of {self.world_size}: {readable(self.nbytes)} ({self.nbytes:,} bytes)"]
         lines += [f"  over {transport}" for transport in self.transports]
-        lines += [f"  {self.depth}"] if self.depth else []
         for kind, meaning in KINDS.items():
             regions = [r for r in self.regions if r.kind == kind and r.nbytes]
             if not regions:

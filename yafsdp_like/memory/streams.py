@@ -22,16 +22,6 @@ COMPUTE, GATHER, REDUCE = "compute", "gather", "reduce"
 Event = Any  # what ``record`` returned; opaque to everyone but the streams that made it
 
 
-class Mark(Protocol):
-    """An event that knows when it was passed."""
-
-    def query(self) -> bool:
-        """Whether it was."""
-
-    def elapsed_time(self, later: Any) -> float:
-        """Milliseconds from here to another mark of the same streams; both must have been passed."""
-
-
 class Streams(Protocol):
     """What the engine asks of streams. Implementations: CUDA, a CPU that runs in order, and a vector-clock test
     double.
@@ -48,9 +38,6 @@ class Streams(Protocol):
 
     def settle(self, event: Event) -> None:
         """Blocks the CPU until ``event`` is complete; never in a training step."""
-
-    def mark(self, stream: str) -> Mark:
-        """As ``record``, with the time. Not on a CPU, where nothing is measured."""
 
 
 class CudaStreams:
@@ -77,11 +64,6 @@ class CudaStreams:
     def settle(self, event: torch.cuda.Event) -> None:
         event.synchronize()
 
-    def mark(self, stream: str) -> Mark:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(self._stream(stream))
-        return event
-
 
 class InOrder:
     """A device that runs everything in the order issued (the CPU): there is nothing to wait for."""
@@ -97,9 +79,6 @@ class InOrder:
 
     def settle(self, event: Event) -> None:
         pass
-
-    def mark(self, stream: str) -> Mark:
-        raise AssertionError("nothing runs by itself here, so nothing is measured")
 
 
 class Recording:

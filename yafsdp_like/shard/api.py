@@ -253,16 +253,6 @@ class FSDPModule(Base):
         for unit in self._units(recurse=True):
             unit.updates += 1
 
-    def follow_measured_times(self) -> None:
-        """Let the number of units prefetched, and of gradient slots, follow what the next iterations take.
-
-        On GPUs the fourth iteration from here on is timed by events, without waiting for any; ranks then choose once
-        the smallest depth whose step is within 1 % of the best, of those that free memory has room for, and the plan
-        is remade if it is another (its first lines say which, and why). Prefetch lists of the user's win. On CPUs, and
-        on one rank, nothing is measured. To be called on the root.
-        """
-        self._engine().follow_times()
-
     def set_debug_mode(self, debug: bool) -> None:
         """Set whether released parameters read as NaN, and a forward that turns finite inputs into NaN is an error.
 
@@ -375,7 +365,7 @@ class FSDPModule(Base):
         if max_input_buffers > 1:
             raise NotImplementedError(
                 f"set_reduce_scatter_max_input_buffers({max_input_buffers}) is not supported: the number of gradient "
-                "slots is the plan's; leave it out, or call follow_measured_times()"
+                "slots is the plan's; leave it out"
             )
 
     def set_force_sum_reduction_for_comms(self, enable: bool) -> None:

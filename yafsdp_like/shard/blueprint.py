@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from yafsdp_like.memory import vmm as windows
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
-from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, place, readable
-from yafsdp_like.shard.depth import Course, Depth, Times, choose, depths, step_ms
+from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, place
 from yafsdp_like.shard.schedule import Residency, gather_starts
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from yafsdp_like.shard.depth import Depth
     from yafsdp_like.shard.family import Family
     from yafsdp_like.shard.unit import Unit, UnitLayout
 
@@ -37,10 +37,6 @@ class Blueprint:
     layouts: Mapping[Unit, UnitLayout]
     gather_places: Mapping[Unit, Segment]
     gradient_places: Mapping[Unit, Segment]
-
-    def with_depth(self, depth: str) -> Blueprint:
-        """The same, saying how far ahead units are gathered, and why."""
-        return replace(self, plan=replace(self.plan, depth=depth))
 
     def with_region(self, region: Region) -> Blueprint:
         """The same with one more region, which execution asked for."""
@@ -71,23 +67,6 @@ def draw(family: Family, depth: Depth) -> Blueprint:
     transports = dict.fromkeys(unit.transport.description for unit in units)
     plan = MemoryPlan(units[0].mesh.size(), tuple(regions), tuple(slots), tuple(transports))
     return Blueprint(plan, layouts, gather_places, gradient_places)
-
-
-def depth_for(family: Family, times: Sequence[Times], room_nbytes: int) -> tuple[Depth, str]:
-    """What the units' measured times and the memory to spare ask for, and in words why."""
-    units, schedule = family.units, family.schedule
-    candidates = depths(any(u.policy.forward_prefetch or u.policy.backward_prefetch for u in units))
-    nbytes = {depth: draw(family, depth).plan.nbytes for depth in candidates}
-    more = {depth: nbytes[depth] - nbytes[Depth()] for depth in candidates}
-    outer = {i for i, span in enumerate(schedule.spans) if schedule.surrounds(span)}
-    kept = {i for i, unit in enumerate(units) if not family.reshards_after_forward(unit)}
-    course = Course(schedule.forward_order, schedule.backward_order, outer | kept, outer)
-    steps = {depth: step_ms(times, course, depth) for depth in candidates}
-    depth = choose(steps, more, room_nbytes)
-    return depth, (
-        f"{depth}: {steps[depth]:.2f} ms a step by measured times, {min(steps.values()):.2f} with any depth, "
-        f"{steps[Depth()]:.2f} {Depth()}; {readable(more[depth])} more, {readable(max(0, room_nbytes))} free"
-    )
 
 
 def _page_nbytes(units: Sequence[Unit]) -> int:

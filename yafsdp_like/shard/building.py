@@ -48,7 +48,7 @@ class Spill:
 class Building:
     """Of one root module's units; empty until it is built, and again once it is left.
 
-    What a build depends on beside the units is given: ``depth``, and ``why`` it is that, for the printed plan.
+    What a build depends on beside the units is given: ``depth``.
     """
 
     def __init__(self, family: Family) -> None:
@@ -66,14 +66,11 @@ class Building:
     def _signatures(self, depth: Depth) -> tuple[object, ...]:
         return (depth, *(unit.signature for unit in self._family.units))
 
-    def plan(self, depth: Depth, why: str) -> MemoryPlan:
+    def plan(self, depth: Depth) -> MemoryPlan:
         """What is built, or else what would be. Allocates nothing."""
         if self._blueprint is not None and self.stands_for(depth):
             return self._blueprint.plan
-        return self._draw(depth, why).plan
-
-    def _draw(self, depth: Depth, why: str) -> Blueprint:
-        return draw(self._family, depth).with_depth(why)
+        return draw(self._family, depth).plan
 
     @property
     def nbytes(self) -> int:
@@ -82,9 +79,9 @@ class Building:
         homes = sum(p.homes.added_nbytes for unit in units for p in unit.params if p.homes)
         return sum(unit.arena.nbytes for unit in units) + (self.arena.nbytes if self.arena else 0) + homes
 
-    def build(self, depth: Depth, why: str) -> None:
+    def build(self, depth: Depth) -> None:
         """Gives every unit its shards and slots, on an arena of their own. Units must have their main shards."""
-        self._blueprint = self._draw(depth, why)
+        self._blueprint = draw(self._family, depth)
         self.arena = build(self._blueprint)
         self._built_for = self._signatures(depth)
         self.num_layouts += 1
@@ -123,11 +120,6 @@ class Building:
     def invalidate(self) -> None:
         """Whatever it was built for, the next forward builds it anew."""
         self._built_for = ()
-
-    def explain(self, why: str) -> None:
-        """The depth that it was built for is now known to be right, and ``why``."""
-        assert self._blueprint is not None
-        self._blueprint = self._blueprint.with_depth(why)
 
     def leave(self) -> None:
         """Its memory is free as soon as nothing else, autograd say, refers to it."""

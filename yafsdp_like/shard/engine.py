@@ -27,10 +27,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from yafsdp_like.memory.arena import give_back
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event, streams_of
 from yafsdp_like.ops import linear
-from yafsdp_like.shard.blueprint import depth_for
 from yafsdp_like.shard.building import Building, Spill
 from yafsdp_like.shard.debug import poison
 from yafsdp_like.shard.depth import Depth
@@ -38,7 +36,6 @@ from yafsdp_like.shard.family import Family, family_of
 from yafsdp_like.shard.meetings import Meetings
 from yafsdp_like.shard.sinks import watch_gradients
 from yafsdp_like.shard.slots import GatherSlot, GradientSlot, SlotState, Use
-from yafsdp_like.shard.stopwatch import Stopwatch, agreed, can_measure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -79,8 +76,6 @@ class Engine:
         self.transports = list(dict.fromkeys(unit.transport for unit in self.units))
         self.meetings = Meetings(self.units)
         self.depth = Depth()
-        self.depth_reason = ""  # empty until measured times have decided it
-        self.stopwatch: Stopwatch | None = None  # from ``follow_times`` until it is decided
         self.wasted_prefetches = 0
         self.evictions = 0
         self.last_reduce: Event = None  # the end of the latest reduction; None once compute has waited for it
@@ -122,7 +117,7 @@ class Engine:
 
     def plan(self) -> MemoryPlan:
         """What the arenas hold; before they are built, what they will hold. Allocates nothing."""
-        return self.building.plan(self.depth, self.depth_reason)
+        return self.building.plan(self.depth)
 
     @property
     def is_built(self) -> bool:
@@ -191,7 +186,7 @@ class Engine:
             )
         unsynced = [slot for unit in self.units if (slot := unit.unsynced()) is not None]
         self._leave_building()
-        self.building.build(self.depth, self.depth_reason)
+        self.building.build(self.depth)
         for unit in self.units:
             watch_gradients(unit.gather_slot)
         for slot in unsynced:
@@ -228,41 +223,10 @@ class Engine:
             unit.own_gather_slot = True
         self.building.invalidate()
 
-    # --- the depth, from measured times ---
-
-    def follow_times(self) -> None:
-        """Measures one of the next iterations, and lets the depth follow; nothing where nothing can be measured."""
-        self.stopwatch = Stopwatch(self.streams) if can_measure(self.units) else None
-
-    def _measured(self, stream: str, unit: Unit | None) -> AbstractContextManager[None]:
-        """Work of one unit on a side stream, or a wait of COMPUTE behind which the unit computes."""
-        if self.stopwatch is None or not self.stopwatch.is_running:
-            return nullcontext()
-        return self.stopwatch.span(stream, unit, backward_task() is not None)
-
-    def _follow_times(self, watch: Stopwatch) -> None:
-        """An iteration begins: once an earlier one's times are agreed on, the depth follows, and the plan with it."""
-        found = watch.found(self.units)
-        if found is not None or watch.gives_up:
-            self.stopwatch = None
-        if found is None:
-            return
-        self.depth, self.depth_reason = depth_for(self.family, *found)
-        if self.is_built:
-            self.building.explain(self.depth_reason)
-            return
-        for unit in self.units:
-            self.reshard(unit)
-        self._leave_building()
-        give_back(self.units[0].device)
-        agreed(found, self.units[0].mesh)  # once every rank has left: peers map these bytes too
-
     # --- gather slots ---
 
     def begin(self) -> None:
         """A forward starts: what compute wrote (optimizer, loaded weights) comes before all gathers; stale slots go."""
-        if self.stopwatch is not None:
-            self._follow_times(self.stopwatch)
         self.build_if_changed()
         self.meetings.begins_forward()
         self.publish()
@@ -330,10 +294,9 @@ class Engine:
         self.meetings.gathers(unit)
         with label("gather", unit), self.streams.on(GATHER):
             self._wait_for_readers(GATHER, slot)
-            with self._measured(GATHER, unit):
-                if refresh and not unit.transport.maps_memory:
-                    unit.refresh_compute_shard()
-                slot.gather()
+            if refresh and not unit.transport.maps_memory:
+                unit.refresh_compute_shard()
+            slot.gather()
         slot.ready = self.streams.record(GATHER)
         slot.generation = unit.cast
         slot.state = FILLED
@@ -362,9 +325,8 @@ class Engine:
         if slot.state is EMPTY:
             self._make_room(slot)
             self.gather(slot, refresh)
-        with self._measured(COMPUTE, slot.unit):
-            if slot.state is FILLED:
-                self._wait_until_ready(slot)
+        if slot.state is FILLED:
+            self._wait_until_ready(slot)
         slot.state = HELD
         slot.unit.register(slot)
 
@@ -496,8 +458,7 @@ class Engine:
         if held:
             self.isolate_gradients(unit, f"its gradients arrived before those of {held} were complete")
             slot = unit.gradient_slot
-        with self._measured(COMPUTE, unit):
-            self._wait_for_readers(COMPUTE, slot)
+        self._wait_for_readers(COMPUTE, slot)
         slot.state = HELD
         return slot
 
@@ -553,10 +514,9 @@ class Engine:
             setting = [k for k in arrived if k not in adding]
             self.meetings.reduces(unit, setting, adding)
             slot.spare_kept_grads(setting)
-            with self._measured(REDUCE, unit):
-                for which, adds in ((setting, False), (adding, True)):
-                    if which:
-                        slot.reduce(which)(unit.reduction(), adds)
+            for which, adds in ((setting, False), (adding, True)):
+                if which:
+                    slot.reduce(which)(unit.reduction(), adds)
             for k in arrived:
                 unit.params[k].deliver_grad(k in adding)
         self.last_reduce = self.streams.record(REDUCE)
@@ -567,8 +527,7 @@ class Engine:
     def wait_for_reductions(self) -> None:
         """A backward ends: what follows on compute (clipping, the optimizer) sees every gradient."""
         if self.last_reduce is not None:
-            with self._measured(COMPUTE, None):
-                self.streams.wait(COMPUTE, self.last_reduce)
+            self.streams.wait(COMPUTE, self.last_reduce)
             self.expect(self.last_reduce)
             self.last_reduce = None
 

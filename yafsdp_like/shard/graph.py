@@ -78,7 +78,7 @@ class GraphedStep:
     The first two calls for each kind of inputs run as they are, the third is recorded, and later ones replay it; the
     numbers are the same. ``function`` takes tensors and returns tensors (nested as you like), of which the caller gets
     copies. It must not read the GPU's results on the CPU or decide by them, must leave gradients synchronised, and
-    sees no Python of its own run again. After ``follow_measured_times`` nothing is recorded until the plan has settled.
+    sees no Python of its own run again.
     On CPUs the function is simply called.
 
     Recordings hold their activations in a memory pool of their own, which all of them share. Raises ``ValueError`` for
@@ -155,10 +155,9 @@ class GraphedStep:
 
 def repeatable_state(engine: Engine) -> State | None:
     """What a step that starts now would decide by; None when it cannot be repeated as it is: something is running
-    or held between steps, ``.grad`` is none of ours, or a recording cannot do what is asked: times are still to be
-    measured, or outputs are checked (debug mode).
+    or held between steps, ``.grad`` is none of ours, or outputs are to be checked (debug mode).
     """
-    if not engine.is_built or engine.stopwatch is not None or engine.debug:
+    if not engine.is_built or engine.debug:
         return None
     busy = engine.iteration is not None or engine.tasks or not engine.is_last_backward
     if busy or not all(unit.policy.requires_gradient_sync for unit in engine.units):
