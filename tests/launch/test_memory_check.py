@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from launch.room import Claim, Part
 
-from launch import config, room
+from launch import config, memory_check
+from launch.memory_check import Claim, Part
 from launch.world import World
 from tests.launch.test_train import file, refused_here, text, train, world_here, written_to
 from tests.ranks import on_ranks, run_ranks
@@ -98,7 +98,7 @@ def test_an_arena_that_the_host_cannot_hold_is_refused_for_all_ranks_of_this_hos
 def with_free(free: dict[int, int], arguments: list[str]) -> str:
     """The words that a run fails with where this rank finds so much memory free."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "free_nbytes", lambda device: free[dist.get_rank()])
+        patch.setattr(memory_check, "free_nbytes", lambda device: free[dist.get_rank()])
         return refused_here(arguments)
 
 
@@ -124,9 +124,9 @@ def test_a_checkpoint_s_copy_counts_too_and_can_be_left_out(file: Path) -> None:
 def test_gpus_are_counted_one_by_one_and_ranks_of_a_host_together() -> None:
     world, rank = world_here(), dist.get_rank()
     parts = (Part("memory plan", 6 * GIB, 4 * GIB),)
-    room._check([Claim(f"GPU {rank}", 8 * GIB, parts)], world, lambda claim, count: [])
+    memory_check._check([Claim(f"GPU {rank}", 8 * GIB, parts)], world, lambda claim, count: [])
     with pytest.raises(AgreedError, match=r"6\.00 GiB a rank .* × 2 ranks on host = 12\.00 GiB, and 8\.00 GiB"):
-        room._check([Claim("host", 8 * GIB, parts)], world, lambda claim, count: [])
+        memory_check._check([Claim("host", 8 * GIB, parts)], world, lambda claim, count: [])
 
 
 def test_what_fits_is_trained(file: Path) -> None:
