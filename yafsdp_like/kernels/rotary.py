@@ -22,7 +22,7 @@ from torch import Tensor
 from yafsdp_like.kernels.blocks import INTERPRETED, jit, launching_on, rounded, runs_on, tl
 
 if TYPE_CHECKING:
-    from yafsdp_like.kernels.attention import KVPages
+    from yafsdp_like.kernels.paged_attention import KVPages
 
 _FLOAT8_MAX = 448.0
 _ROUND_BY_HAND = tl.constexpr(INTERPRETED) if tl else None
@@ -186,11 +186,6 @@ def _stored(values: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 
 @jit()
-def _turn(first: tl.tensor, second: tl.tensor, cos: tl.tensor, sin: tl.tensor) -> tl.tensor:
-    return first * cos - second * sin, second * cos + first * sin
-
-
-@jit()
 def _norm(
     first: tl.tensor, second: tl.tensor, weight: tl.tensor, eps: tl.tensor, HALF: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
@@ -201,6 +196,26 @@ def _norm(
     weight1 = tl.load(weight + dims, mask=dims < HALF, other=0.0).to(tl.float32)
     weight2 = tl.load(weight + HALF + dims, mask=dims < HALF, other=0.0).to(tl.float32)
     return first * scale * weight1[None, :], second * scale * weight2[None, :]
+
+
+@jit()
+def _load_turned(
+    pointers: tl.tensor,
+    mask: tl.tensor,
+    weight: tl.tensor,
+    eps: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    NORMED: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """Load heads (heads, 2 * HALF), norm them if NORMED, and return their turned halves in float32."""
+    first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
+    if NORMED:
+        first, second = _norm(first, second, weight, eps, HALF, BLOCK)
+    return first * cos - second * sin, second * cos + first * sin
 
 
 @jit()
@@ -244,30 +259,19 @@ def _rotary_kernel(
     inside = dims[None, :] < HALF
     cos = tl.load(cos_table + token * cos_token + dims, mask=dims < HALF, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(sin_table + token * sin_token + dims, mask=dims < HALF, other=0.0).to(tl.float32)[None, :]
-
     pointers = q + token * q_token + ((kv_head * GROUP + heads) * q_head)[:, None] + dims[None, :]
     in_group = (heads < GROUP)[:, None] & inside
-    first = tl.load(pointers, mask=in_group, other=0.0).to(tl.float32)
-    second = tl.load(pointers + HALF, mask=in_group, other=0.0).to(tl.float32)
-    if NORMED:
-        first, second = _norm(first, second, q_weight, eps, HALF, BLOCK)
-    first, second = _turn(first, second, cos, sin)
+    first, second = _load_turned(pointers, in_group, q_weight, eps, cos, sin, NORMED, HALF, BLOCK)
     tl.store(pointers, rounded(first, q.dtype.element_ty), mask=in_group)
     tl.store(pointers + HALF, rounded(second, q.dtype.element_ty), mask=in_group)
-
     slot = tl.load(slot_mapping + token).to(tl.int64)
     if slot >= 0:
         page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
         key_pointers = k + token * k_token + kv_head * k_head + dims[None, :]
-        key1 = tl.load(key_pointers, mask=inside, other=0.0).to(tl.float32)
-        key2 = tl.load(key_pointers + HALF, mask=inside, other=0.0).to(tl.float32)
-        if NORMED:
-            key1, key2 = _norm(key1, key2, k_weight, eps, HALF, BLOCK)
-        key1, key2 = _turn(key1, key2, cos, sin)
+        key1, key2 = _load_turned(key_pointers, inside, k_weight, eps, cos, sin, NORMED, HALF, BLOCK)
         key_target = keys + page * key_page + offset * key_slot + kv_head * key_head + dims[None, :]
         tl.store(key_target, _stored(tl.div_rn(key1, key_scale), keys.dtype.element_ty), mask=inside)
         tl.store(key_target + HALF, _stored(tl.div_rn(key2, key_scale), keys.dtype.element_ty), mask=inside)
-
         value_pointers = v + token * v_token + kv_head * v_head + dims[None, :]
         value_target = values + page * value_page + offset * value_slot + kv_head * value_head + dims[None, :]
         for half in tl.static_range(2):

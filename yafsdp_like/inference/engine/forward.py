@@ -26,16 +26,11 @@ import torch
 from torch import Tensor
 
 from yafsdp_like.kernels.activation import swiglu
-from yafsdp_like.kernels.attention import (
-    AttentionBatch,
-    KVPages,
-    choose_num_splits,
-    decode_attention,
-    prefill_attention,
-    workspace_numel,
-)
+from yafsdp_like.kernels.decode_attention import choose_num_splits, decode_attention, workspace_numel
 from yafsdp_like.kernels.gemv import matmul
 from yafsdp_like.kernels.norm import rms_norm
+from yafsdp_like.kernels.paged_attention import AttentionBatch, KVPages
+from yafsdp_like.kernels.prefill_attention import prefill_attention
 from yafsdp_like.kernels.rotary import HeadNorms, rotate_and_store
 
 if TYPE_CHECKING:

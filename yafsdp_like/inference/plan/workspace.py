@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from yafsdp_like.kernels.attention import choose_num_splits, workspace_numel
+from yafsdp_like.kernels.decode_attention import choose_num_splits, workspace_numel
 from yafsdp_like.kernels.sampling import NUM_FLOATS, NUM_INTS
 from yafsdp_like.kernels.sampling_params import MAX_LOGPROBS
 from yafsdp_like.memory.plan import LiveRange, Region, SlotPlace, SlotRequest, place
