@@ -1,6 +1,7 @@
 # make train      a small model on the carried text, two ranks, a few minutes; makes its own environment in .venv
 # make test       lint, type checks and the tests that need no GPU, in under 15 minutes on 2 cores; makes .venv too
-# make test-all   the same, with every combination of models, precisions and transports
+# make test-fast  what matters most while developing, in about two minutes: no lint, and FAST_TESTS below
+# make test-all   as `make test`, with every combination of models, precisions and transports
 # make test-gpu   the tests that need two GPUs
 # make bench      ours against stock FSDP2 and the unsharded floor; see scripts/results/README.md
 #
@@ -13,6 +14,17 @@ TEST_PROCESSES ?= 2
 TRAIN_ARGS ?= configs/tiny.yaml --resume=auto
 BENCH_ARGS ?= --model 8b --seq-len 1024,2048,4096,8192
 
+# The laws (structure, order, memory, ranks that differ), plans and layouts, kernels against their references, and one
+# sample each of parity with FSDP2, stream order, and unusual programs. Choose by `pytest --durations`.
+FAST_TESTS := \
+	tests/laws/test_stream_order.py::test_every_access_to_planned_memory_is_ordered_by_an_event \
+	tests/laws/test_parity.py::test_twenty_steps_equal_stock_bit_for_bit \
+	tests/laws/test_running.py::test_two_forwards_before_one_backward \
+	tests/laws/test_architecture.py tests/laws/test_architecture_checks.py \
+	tests/laws/test_order.py tests/laws/test_order_of_depth.py tests/laws/test_memory.py tests/laws/test_divergence.py \
+	tests/memory tests/kernels tests/ops tests/optim tests/shard/test_schedule.py tests/shard/test_queries.py \
+	tests/inference/kv tests/inference/plan tests/launch/test_config.py
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BASE := $(VENV)/.base
@@ -20,7 +32,7 @@ TRAIN_STAMP := $(VENV)/.installed-train
 # Where there is no GPU, torch comes first and pinned, so that a CPU build satisfies what follows.
 TORCH_FIRST := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo torch==2.13.0)
 
-.PHONY: train test lint format test-cpu test-all test-gpu bench clean
+.PHONY: train test lint format test-cpu test-fast test-all test-gpu bench clean
 
 test: lint test-cpu
 
@@ -56,6 +68,9 @@ format: $(STAMP)
 
 test-cpu: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses $(TEST_PROCESSES) --dist loadfile $(FAST_TESTS)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu" --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder

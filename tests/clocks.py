@@ -1,14 +1,13 @@
-"""A device without order: streams as vector clocks, and a detector of accesses that no event orders.
+"""A race detector for streams: vector clocks in their place, and a check that events order all accesses to memory.
 
-Owns two doubles. `VectorClocks` stands for the engine's streams and keeps, per stream, how far each other stream
-is known to have come; those of a peer are among them, where ranks read each other's memory. `RaceDetector` sees every
-operation, notes which bytes of the watched storages it reads and writes on which stream, and calls a race whatever
-touches bytes that another stream may still be writing (or writes bytes that it may still be reading). Everything runs
-in program order on the CPU, so numbers are right even
-where a race is found: what is checked is that a GPU could not have run it otherwise.
+`VectorClocks` replaces the engine's streams and keeps, per stream, up to which operation of each other stream it has
+waited; a peer's streams are among them, where ranks read each other's memory. `RaceDetector` sees every operation,
+notes which bytes of the watched storages it reads and writes on which stream, and reports a race where it touches bytes
+that another stream may still be writing (or writes bytes that another may still be reading). Everything runs in program
+order on the CPU, so numbers are right even where a race is found: a GPU might have run the operations in another order.
 
-One rank stands for all, since ranks do the same: what a peer's stream has seen of mine is what my own has seen of the
-peer's, and where I read a peer's memory, the peer reads mine.
+One rank stands for all, since ranks do the same: a peer's stream has waited for mine as far as mine has for the peer's,
+and where this rank reads a peer's memory, the peer reads this rank's.
 """
 
 import contextlib
@@ -32,13 +31,13 @@ Omission = tuple[str, str, int]  # in which work; "wait" or "stream_barrier"; th
 
 
 def mirrored(stream: str) -> str:
-    """The peer's for mine, and mine for the peer's."""
+    """The same stream on the other side: the peer's for this rank's, and the other way round."""
     return stream.removeprefix(PEER) if stream.startswith(PEER) else PEER + stream
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """An event: whose it is, and what its stream knew when it was recorded."""
+    """An event: its stream, and that stream's clock when it was recorded."""
 
     stream: str
     clock: Clock
@@ -65,7 +64,7 @@ class VectorClocks:
 
     @contextlib.contextmanager
     def work(self, name: str) -> Iterator[None]:
-        """What runs inside is part of the work that an omission calls by this name."""
+        """Name what runs inside, for `omits`."""
         outer = self._work, self._done
         self._work, self._done = name, Counter()
         yield
@@ -95,12 +94,12 @@ class VectorClocks:
             mine[other] = max(mine[other], time)
 
     def tick(self) -> tuple[str, int]:
-        """The current stream does something: its name, and the time of that."""
+        """Count an operation of the current stream; return its name and the operation's time."""
         self.clocks[self.current][self.current] += 1
         return self.current, self.clocks[self.current][self.current]
 
     def has_seen(self, stream: str, other: str, time: int) -> bool:
-        """Whether what `stream` does now comes after what `other` did at `time`."""
+        """Whether what `stream` does now is ordered after what `other` did at `time`."""
         if stream.startswith(PEER):
             stream, other = mirrored(stream), mirrored(other)
         return self.clocks[stream][other] >= time
@@ -125,7 +124,7 @@ class RaceDetector(TorchDispatchMode):
         super().__init__()
         self.streams = streams
         self.watched: list[tuple[int, int]] = []
-        self.pages: list[tuple[int, int, int]] = []  # see _shown_pages
+        self.pages: list[tuple[int, int, int]] = []  # see _mapped_pages
         self.accesses: dict[tuple[int, int, bool, str], Access] = {}
         self.races: list[str] = []
         self.read_by_peer: list[torch.Tensor] = []  # after the next barrier, on the stream of that
@@ -133,7 +132,7 @@ class RaceDetector(TorchDispatchMode):
     def watch(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         self.watched.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
-        self.pages = _shown_pages()
+        self.pages = _mapped_pages()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -162,13 +161,13 @@ class RaceDetector(TorchDispatchMode):
                     self._check(Access(start, end, writes, stream, time, operation))
 
     def _physical(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """The same bytes, equal for all addresses at which they can be seen."""
-        is_shown = False
+        """Yield the physical ranges of addresses, equal for all virtual addresses that map the same bytes."""
+        is_mapped = False
         for low, high, moved in self.pages:
             if low < end and start < high:
-                is_shown = True
+                is_mapped = True
                 yield max(start, low) + moved, min(end, high) + moved
-        if not is_shown:
+        if not is_mapped:
             yield start, end
 
     def note_read_by_peer(self) -> None:
@@ -185,8 +184,8 @@ class RaceDetector(TorchDispatchMode):
         self.accesses[new.start, new.end, new.writes, new.stream] = new
 
 
-def _shown_pages() -> list[tuple[int, int, int]]:
-    """Ranges of addresses at which pages are shown, each with what leads from there to a number for the bytes."""
+def _mapped_pages() -> list[tuple[int, int, int]]:
+    """Return ranges of addresses that map shared pages, each with its offset to the physical address."""
     found = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         if "/memfd:yafsdp_like" in line:

@@ -50,7 +50,7 @@ def _settle_slow(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def loops_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6 makes a loop's bound of an array of one element, which newer numpy refuses; Triton 3.9 squeezes it."""
+    """Let Triton 3.6's interpreter take an array of one element for a loop's bound, as Triton 3.9 does."""
     if not INTERPRETED:
         return
     from triton.runtime import interpreter
@@ -69,7 +69,7 @@ SMOLLM2 = Path(__file__).parent.parent / "configs" / "smollm2.yaml"
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2's directory, by the program in the configuration's comment; made once, also for several processes."""
+    """Make SmolLM2's directory by the program in the configuration's comment, once for all test processes."""
     directory = tmp_path_factory.getbasetemp()
     directory = directory.parent if "PYTEST_XDIST_WORKER" in os.environ else directory
     found = directory / "runs" / "smollm2" / "base"
@@ -87,12 +87,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Products of test models gain nothing from a second thread, and where cores are shared they wait for it."""
+    """Limit torch to one thread: small models gain nothing from a second, and wait for it where cores are shared."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def pools() -> Iterator[None]:
-    """Workers live as long as the session."""
+    """Keep workers as long as the session."""
     yield
     close_pools()

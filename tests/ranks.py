@@ -4,7 +4,7 @@ Owns the pools (one per world size and device type, started at their first use, 
 pytest), how a job reaches its workers, and how failures and hangs come back. Knows nothing of what is tested.
 
 Workers are forked from multiprocessing's fork server, which imports torch once: a pool starts, or starts anew
-after a failure, in a fraction of a second. They meet at a store that the parent serves, so no port has to be
+after a failure, in a fraction of a second. Their rendezvous is a store of the parent, so no port has to be
 guessed free.
 """
 
@@ -58,7 +58,7 @@ class RankError(Exception):
 
 @dataclass(frozen=True)
 class Seat:
-    """What one worker knows of its pool."""
+    """A worker's rank, its pool's size and device, and where it writes its log."""
 
     rank: int
     world_size: int
@@ -69,7 +69,7 @@ class Seat:
 
 @dataclass(frozen=True)
 class Failure:
-    """What a worker, or the pool on its behalf, says instead of a result."""
+    """What a worker, or the pool on its behalf, returns instead of a result."""
 
     type_name: str
     message: str
@@ -262,7 +262,7 @@ def _report(job_name: str, failures: dict[int, Failure], world_size: int) -> str
 
 
 def _serve(connection: Connection, seat: Seat) -> None:
-    """A worker's life: join the group, answer jobs until told to leave."""
+    """A worker's life: join the group, answer jobs until an empty one ends it."""
     try:
         _join(seat)
         connection.send_bytes(pickle.dumps(None))

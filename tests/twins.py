@@ -11,7 +11,8 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
 import yafsdp_like as ours
-from tests.training import full, world_mesh
+from tests import training
+from tests.training import full
 from tests.zoo import FEATURES, Chain, Specimen, blocks, layers_of, vectors
 
 Mode = Callable[[], AbstractContextManager[Any]]
@@ -43,7 +44,7 @@ class Twins:
     def __init__(self, specimen: Specimen, **options: Any) -> None:
         self.specimen = specimen
         self.plain: Any = specimen.fresh()
-        self.sharded: Any = specimen.wrap(specimen.fresh(), ours.fully_shard, mesh=world_mesh(), **options)
+        self.sharded: Any = specimen.wrap(specimen.fresh(), ours.fully_shard, mesh=training.world_mesh(), **options)
         self.parameters = [dict(model.named_parameters()) for model in self]
         self.optimizers = [torch.optim.SGD(parameters.values(), lr=0.1, momentum=0.9) for parameters in self.parameters]
 

@@ -52,7 +52,7 @@ def mesh_over(num_hosts: int) -> DeviceMesh:
 
 def over_hosts(patch: pytest.MonkeyPatch, num_hosts: int) -> None:
     """From now on, the zoo's mesh is that of several hosts."""
-    patch.setattr("tests.zoo.world_mesh", lambda device="cpu": mesh_over(num_hosts))
+    patch.setattr("tests.training.world_mesh", lambda device="cpu": mesh_over(num_hosts))
 
 
 # --- training ---
@@ -312,7 +312,7 @@ def train_replicas_over_hosts() -> None:
     mesh = DeviceMesh("cpu", [[0, 1, 2, 3], [4, 5, 6, 7]], mesh_dim_names=("replicate", "shard"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peer, "_host", lambda: f"host {dist.get_rank() // 2}")
-        patch.setattr("tests.zoo.world_mesh", lambda: mesh)
+        patch.setattr("tests.training.world_mesh", lambda: mesh)
         twins = Twins(SPECIMENS["nested"], transport="hierarchical")
         assert fully_shard.state(twins.sharded).unit.transport.description.startswith("2 replicas")  # type: ignore[attr-defined]
         twins.train(0, 1)

@@ -191,5 +191,5 @@ CHAIN_BACKWARD = [
     *backward("release root", "reduce root"),
 ]
 CHAIN_STEP = CHAIN_FORWARD + CHAIN_BACKWARD
-# What a forward does after another one that nothing was updated since: root, b and c rest where it left them.
+# What a forward does after another one that nothing was updated since: root, b and c are still where it left them.
 CHAIN_FORWARD_AGAIN = CHAIN_FORWARD[1:]  # while the root is kept: all but its gather

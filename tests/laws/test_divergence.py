@@ -147,7 +147,7 @@ def divided(odd: bool) -> Chain:
 
 @world_sizes
 @pytest.mark.parametrize("build", [the_same, siblings_in_another_order])
-def test_ranks_that_agree_just_run(build: Build, world_size: int) -> None:
+def test_ranks_with_the_same_model_just_run(build: Build, world_size: int) -> None:
     """Units run in the order of the tree, so that the order of calls on siblings makes no difference."""
     assert [outcome.error for outcome in run(build, world_size)] == [""] * world_size
 
@@ -165,7 +165,7 @@ DIFFERENCES = {  # what the others have where they first differ, and what the od
 
 @world_sizes
 @pytest.mark.parametrize("build", DIFFERENCES)
-def test_ranks_that_differ_are_all_told_the_first_difference(build: Build, world_size: int) -> None:
+def test_ranks_that_differ_all_raise_the_first_difference(build: Build, world_size: int) -> None:
     """Prevents: a hang, or shards of one parameter taken for another's."""
     theirs, odd_ones = DIFFERENCES[build]
     found = run(build, world_size)
@@ -269,17 +269,17 @@ def test_a_rank_that_mends_its_model_can_go_on() -> None:
 # --- different policies ---
 
 
-def test_ranks_that_reshard_differently_are_told_so() -> None:
+def test_ranks_that_reshard_differently_raise_an_error() -> None:
     """Prevents: ranks waiting for all-gathers in backward that others do not need."""
     assert [outcome.error for outcome in run(resharded, timeout=3)] == ["RuntimeError"] * 2
 
 
-def test_ranks_that_prefetch_differently_are_told_so() -> None:
+def test_ranks_that_prefetch_differently_raise_an_error() -> None:
     """Prevents: one rank's layer 2 arriving as another's layer 1, which no error and no hang would show."""
     assert [outcome.error for outcome in run(prefetched)] == ["RuntimeError"] * 2
 
 
-def test_ranks_that_divide_gradients_differently_are_told_so() -> None:
+def test_ranks_that_divide_gradients_differently_raise_an_error() -> None:
     """Prevents: rows of one parameter that learn at different rates."""
     assert [outcome.error for outcome in run(divided)] == ["RuntimeError"] * 2
 
@@ -292,7 +292,7 @@ def freeze_after_the_first_step() -> list[Outcome]:
 
 
 def test_a_rank_that_changes_its_model_later_is_named() -> None:
-    """Prevents: a collective of the agreement meeting another rank's all-gather."""
+    """Prevents: the collective that compares models being matched with another rank's all-gather."""
     found = run_ranks(freeze_after_the_first_step, timeout=PATIENCE)
     assert [[outcome.error for outcome in steps] for steps in found] == [["", "RuntimeError"]] * 2
     assert "rank 1: plans the memory of the model" in found[0][1].message == found[1][1].message
@@ -362,7 +362,7 @@ def forked(transport: str, fills: bool, unsynced: bool) -> tuple[str, list[float
 
 @transports
 @pytest.mark.parametrize("unsynced", [False, True], ids=["one backward", "accumulated"])
-def test_ranks_that_use_different_parameters_are_told_so_or_reduce_zeros(transport: str, unsynced: bool) -> None:
+def test_ranks_that_use_different_parameters_raise_or_reduce_zeros(transport: str, unsynced: bool) -> None:
     """Prevents: 1.5 for 0.5, where different parameters' gradients are added up, or 100.5, from a stale slot."""
     factor = 2.0 if unsynced else 1.0
     assert run_ranks(forked, transport, True, unsynced, timeout=PATIENCE) == [("", [0.5 * factor, 1.0 * factor])] * 2
@@ -406,7 +406,7 @@ def test_experts_that_are_units_may_differ_by_rank_over_peers(routes: Any, width
         ("peer", False, ["reduces gradients of unit 'experts.0': experts.0.weight", "reduces .* unit 'experts.3'"]),
     ],
 )
-def test_ranks_that_run_different_units_are_told_the_first(
+def test_ranks_that_run_different_units_raise_the_first_difference(
     transport: str, fills: bool, told: list[str], widths: Sequence[int]
 ) -> None:
     """Prevents: outputs of another rank's expert, whose bytes arrived where they were not expected."""
@@ -424,7 +424,7 @@ def synchronized_on_one_rank(transport: str) -> list[Outcome]:
 
 
 @transports
-def test_ranks_that_synchronize_different_backwards_are_told_so(transport: str) -> None:
+def test_ranks_that_synchronize_different_backwards_raise_an_error(transport: str) -> None:
     """Prevents: a rank that waits in a reduction until its group's timeout."""
     found = run_ranks(synchronized_on_one_rank, transport, timeout=PATIENCE)
     assert [[outcome.error for outcome in steps] for steps in found] == [["", "", "RuntimeError", ""]] * 2

@@ -99,7 +99,7 @@ class Fragile(Chain):
 
 
 class FragileBlock(Block):
-    """Raises when told to."""
+    """Raises where `fault` is set."""
 
     fault = False
 

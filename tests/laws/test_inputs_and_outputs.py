@@ -136,7 +136,7 @@ def test_an_embedding_that_backward_does_not_read_need_not_be_gathered_for_it() 
 
 
 class Caster(Block):
-    """Notes the dtypes it meets."""
+    """Notes the dtypes of its inputs and parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Caster(Block):
 @pytest.mark.parametrize("cast_forward_inputs", [True, False])
 @on_ranks()
 def test_mixed_precision_casts_what_its_policy_says(cast_forward_inputs: bool) -> None:
-    """Prevents: casts at the wrong border, and optimizers that meet low-precision parameters."""
+    """Prevents: casts at the wrong border, and optimizers that update low-precision parameters."""
     policy = ours.MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, output_dtype=torch.float64, cast_forward_inputs=cast_forward_inputs
     )

@@ -65,7 +65,7 @@ def test_a_depth_of_two_gathers_two_units_ahead(num_gradients: int) -> None:
 
 @on_ranks()
 def test_slots_take_turns_as_the_depth_says() -> None:
-    """A gather slot for each unit ahead and one for that which runs; gradient slots as told. The root has its own."""
+    """A gather slot for each unit ahead and one for that which runs; gradient slots by the depth; the root has its."""
     model: Any = deep_chain(Depth(2, 3))
     train(model)
     units = model._engine().units

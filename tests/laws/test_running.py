@@ -113,7 +113,7 @@ def test_gradients_can_be_cleared_on_the_model_after_an_evaluation() -> None:
     twins.train(1, 2)
 
 
-# --- which forwards meet which backwards ---
+# --- the order of forwards and backwards ---
 
 
 @keeping

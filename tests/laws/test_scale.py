@@ -1,4 +1,4 @@
-"""Many ranks: what an estimate for more GPUs than there are rests on, and that eight ranks do what two do.
+"""Many ranks: what an estimate for more GPUs than there are is based on, and that eight ranks do what two do.
 
 The estimate's arithmetic is done by hand, its plans are those that ranks make, and for two GPUs it must lie near what
 was measured. Sums and training run on 4 and 8 gloo ranks.
@@ -273,5 +273,5 @@ def test_eight_ranks_of_several_hosts_follow_the_unsharded_model(num_hosts: int)
 def test_two_replicas_of_four_peers_follow_the_unsharded_model() -> None:
     mesh = DeviceMesh("cpu", torch.arange(8).view(2, 4), mesh_dim_names=("replicate", "shard"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.zoo.world_mesh", lambda: mesh)
+        patch.setattr("tests.training.world_mesh", lambda: mesh)
         train_and_compare(["odd", "nested"], {"transport": "peer"})

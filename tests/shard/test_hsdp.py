@@ -71,7 +71,7 @@ def mesh_of(num_replicas: int, device: str = "cpu") -> DeviceMesh:
 @contextmanager
 def replicas(num: int = 2) -> Iterator[None]:
     """Inside, what the zoo shards over all ranks is sharded in this many replicas."""
-    with mock.patch("tests.zoo.world_mesh", lambda device="cpu": mesh_of(num, device)):
+    with mock.patch("tests.training.world_mesh", lambda device="cpu": mesh_of(num, device)):
         yield
 
 
@@ -440,7 +440,7 @@ SECONDS = 15.0  # before a job counts as hung
 
 
 def errors_of_first_forwards(odd_ranks: Sequence[int], mend: bool) -> list[str]:
-    """What each rank is told by two forwards; `odd_ranks` build a wider model, or leave theirs on meta."""
+    """The errors that two forwards raise on each rank; `odd_ranks` build a wider model, or leave theirs on meta."""
     odd = dist.get_rank() in odd_ranks
     with torch.device("meta" if mend and odd else "cpu"):
         model: Any = nn.Linear(4, 6 if odd and not mend else 4)
@@ -458,7 +458,7 @@ def errors_of_first_forwards(odd_ranks: Sequence[int], mend: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("odd_ranks", [(2, 3), (1,), (0, 1, 2)])
-def test_a_replica_that_builds_another_model_is_told_and_so_are_the_others(odd_ranks: tuple[int, ...]) -> None:
+def test_a_replica_that_builds_another_model_raises_and_so_do_the_others(odd_ranks: tuple[int, ...]) -> None:
     """Prevents: replicas that each agree inside, and hang or average the wrong numbers in the first all-reduce."""
     found = run_ranks(errors_of_first_forwards, odd_ranks, False, world_size=4, timeout=SECONDS)
     assert len({message for messages in found for message in messages}) == 1

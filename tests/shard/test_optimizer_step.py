@@ -218,7 +218,7 @@ def step_edit_announce_and_compare(edit: str, transport: str) -> None:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("edit", COUNTED_EDITS | SILENT_EDITS)
 def test_an_edit_after_an_evaluation_is_seen(edit: str, transport: str) -> None:
-    """Prevents: a slot that rests with its values, or a compute shard, hiding writes that no counter tells of."""
+    """Prevents: a released slot that still has its values, or a compute shard, hiding writes that no counter shows."""
     run_ranks(evaluate_edit_and_compare, edit, transport)
 
 

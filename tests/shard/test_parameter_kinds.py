@@ -167,7 +167,7 @@ class Tagged(torch.Tensor):
 
 
 class Extended(nn.Parameter):
-    """A parameter that brings its own gather, as quantized ones do."""
+    """A parameter with an all-gather of its own, as quantized ones have."""
 
     def fsdp_pre_all_gather(self, *_: Any) -> None:
         raise AssertionError("never called")

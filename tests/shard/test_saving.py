@@ -89,7 +89,7 @@ def save_pickle_copy(transport: str, param_dtype: torch.dtype | None) -> None:
 
 @both_transports
 def test_what_is_saved_takes_its_own_bytes(transport: str) -> None:
-    """Prevents: files, messages and copies in which each tensor brings all memory that lies around it."""
+    """Prevents: files, messages and copies in which each tensor comes with its whole storage."""
     run_ranks(measure, transport)
 
 

@@ -88,7 +88,7 @@ def test_a_tied_module_needs_two_units() -> None:
     assert spans(plain(unit(0), unit(1), Tree([2, 0], []))) == [(0, 2), (1, 1), (2, 2)]
 
 
-def test_a_module_shared_in_the_tree_counts_from_where_it_is_met_first_to_the_last_other_parent() -> None:
+def test_a_module_shared_in_the_tree_counts_from_its_first_parent_to_the_last_other_one() -> None:
     """A second place below one parent says nothing of a second call; running it again costs a gather that waits. Below
     another unit it runs while that one holds its bytes.
     """
@@ -223,7 +223,7 @@ def test_gathers_are_issued_when_the_unit_that_names_them_starts(
     ],
     ids=["two", "three", "more than there are", "a list of the user's is shorter"],
 )
-def test_units_without_a_list_gather_as_far_ahead_as_told(
+def test_units_without_a_list_prefetch_as_far_ahead_as_the_depth_says(
     num_ahead: int, prefetches: Mapping[int, Sequence[int]], issued: list[int]
 ) -> None:
     assert gather_starts([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], prefetches, num_ahead) == issued

@@ -142,7 +142,7 @@ def test_one_rank_needs_no_mesh_of_more() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would shard over GPUs")
 @on_ranks()
-def test_without_a_mesh_all_ranks_share() -> None:
+def test_without_a_mesh_parameters_are_sharded_over_all_ranks() -> None:
     """Prevents: the shortest call, fully_shard(model), needing more."""
     model = ours.fully_shard(nn.Linear(4, 2))
     assert model.weight.device_mesh == world_mesh()
@@ -412,7 +412,7 @@ def test_buffers_stay_whole_and_keep_counting() -> None:
 
 
 @on_ranks(4)
-def test_between_steps_a_rank_stores_its_share() -> None:
+def test_between_steps_a_rank_stores_its_shards_only() -> None:
     """Prevents: whole parameters, gradients or moments that stay alive."""
     model = sharded("decoder")
     optimizer = adam(model)
@@ -522,7 +522,7 @@ def test_what_cannot_work_is_refused_with_fsdp2s_words(
 
 
 @on_ranks(3)
-def test_ranks_that_shard_different_models_are_told_the_first_difference() -> None:
+def test_ranks_that_shard_different_models_raise_the_first_difference() -> None:
     """Prevents: a hang, or gradients added to other parameters' gradients."""
     hidden = 10 if dist.get_rank() < 2 else 12
     model = ours.fully_shard(Block(hidden=hidden), mesh=world_mesh())
