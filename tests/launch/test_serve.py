@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from launch import options, serve
-from tests.inference.http.test_server import SECONDS, make_decoder
+from tests.inference.http.servers import SECONDS, make_decoder
 from tests.inference.text.test_codec import write_tokenizer
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.models.hf import save_hf

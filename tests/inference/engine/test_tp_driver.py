@@ -27,7 +27,7 @@ from launch import serve
 from launch.inference import LoadedModel
 from launch.options import SERVE
 from tests.inference.engine.test_engine import check_idle
-from tests.inference.http.test_server import (
+from tests.inference.http.servers import (
     COMPLETIONS,
     GREEDY,
     PROMPT,
@@ -39,7 +39,7 @@ from tests.inference.http.test_server import (
     requests,
     serving,
 )
-from tests.inference.http.test_server import drawn as drawn_from
+from tests.inference.http.servers import drawn as drawn_from
 from tests.inference.text.test_codec import write_tokenizer
 from tests.ranks import PRELOADED, run_ranks
 from yafsdp_like.comm.tp_group import Team, world_team

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.inference.http.test_server import (
+from tests.inference.http.servers import (
     CHATS,
     COMPLETIONS,
     GREEDY,
@@ -29,7 +29,6 @@ from tests.inference.http.test_server import (
     make_engine,
     serving,
 )
-from tests.inference.text.test_codec import write_tokenizer
 from yafsdp_like.inference.http import body_limits, body_pool, server
 from yafsdp_like.inference.http.body_limits import BodyLimits
 from yafsdp_like.inference.http.body_pool import BodyReaderPool, Busy
@@ -37,11 +36,6 @@ from yafsdp_like.inference.http.errors import ApiError
 from yafsdp_like.inference.text.codec import Codec
 
 MIB = 2**20
-
-
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory: pytest.TempPathFactory) -> Codec:
-    return Codec.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture(scope="module")

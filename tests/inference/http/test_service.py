@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.inference.http.test_server import (
+from tests.inference.http.servers import (
     COMPLETIONS,
     GREEDY,
     SECONDS,
@@ -22,7 +22,6 @@ from tests.inference.http.test_server import (
     run,
     serving,
 )
-from tests.inference.text.test_codec import write_tokenizer
 from yafsdp_like.inference.engine.request import Event, QueueFull
 from yafsdp_like.inference.http import server, service
 from yafsdp_like.inference.http.service import Service, ServiceState, Stuck, Unavailable
@@ -30,11 +29,6 @@ from yafsdp_like.inference.http.stream import Stream
 from yafsdp_like.inference.text.codec import Codec, Transcript
 
 BODY = {**GREEDY, "prompt": "x", "max_tokens": 200, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory: pytest.TempPathFactory) -> Codec:
-    return Codec.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 class Hanging(Wrapped):

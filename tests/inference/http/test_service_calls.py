@@ -1,0 +1,110 @@
+"""The service alone, without HTTP: opening, cancelling, draining and closing."""
+
+import asyncio
+import contextlib
+import threading
+from typing import Any
+
+import pytest
+
+from tests.inference.http.servers import SECONDS, Turnstile, drawn, let, make_engine, requests, run
+from yafsdp_like.inference.engine.request import QueueFull
+from yafsdp_like.inference.http.service import Service, ServiceState, Unavailable
+from yafsdp_like.inference.text.codec import Codec
+
+
+def test_a_stream_tells_of_all_of_its_requests_to_their_ends(codec: Codec) -> None:
+    async def main(service: Service[Any]) -> None:
+        stream = await service.open(requests(3))
+        assert await drawn(stream) == {"r0": 3, "r1": 3, "r2": 3}
+        assert service.num_requests == 0
+
+    run(make_engine(codec), main)
+
+
+def test_requests_are_opened_all_or_none(codec: Codec) -> None:
+    async def main(service: Service[Any]) -> None:
+        with pytest.raises(ValueError, match="the id is in use"):
+            await service.open([*requests(2), *requests(1)])
+        assert service.num_requests == 0
+        with pytest.raises(QueueFull):
+            await service.open(requests(5))
+        assert service.num_requests == 0
+        assert await drawn(await service.open(requests(4))) == dict.fromkeys(("r0", "r1", "r2", "r3"), 3)
+        await service.call(lambda engine: engine.check_integrity())
+
+    run(make_engine(codec, max_waiting=4), main)
+
+
+def test_who_is_cancelled_while_opening_leaves_nothing_behind(codec: Codec) -> None:
+    engine = Turnstile(make_engine(codec))
+
+    async def main(service: Service[Any]) -> None:
+        await service.open(requests(1))
+        long = requests(6, max_tokens=200)
+        for others in (long[1:4], [*long[4:], long[0]]):  # taken; refused, as the last id is in use
+            held = threading.Event()
+            holding = asyncio.create_task(service.call(lambda _, held=held: held.wait(SECONDS)))
+            await asyncio.sleep(0.05)
+            opening = asyncio.create_task(service.open(others))
+            await asyncio.sleep(0.05)
+            opening.cancel()
+            held.set()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+            assert await holding
+        await service.call(let)
+        while service.num_requests:
+            await asyncio.sleep(0.005)
+        assert await service.call(lambda engine: engine.metrics().num_tokens_drawn) < 10
+        await service.call(lambda engine: engine.check_integrity())
+
+    run(engine, main)
+
+
+def test_a_closed_stream_ends_for_its_reader_at_once(codec: Codec) -> None:
+    engine = Turnstile(make_engine(codec))
+
+    async def main(service: Service[Any]) -> None:
+        with contextlib.closing(await service.open(requests(2))) as stream:
+            reading = asyncio.create_task(drawn(stream))
+            await asyncio.sleep(0.01)
+        assert await reading == {}
+        await service.call(let)
+
+    run(engine, main)
+
+
+def test_a_drained_service_lets_run_what_runs_and_begins_nothing(codec: Codec) -> None:
+    async def main(service: Service[Any]) -> None:
+        stream = await service.open(requests(2, max_tokens=20))
+        await service.drain(SECONDS)
+        assert await drawn(stream) == {"r0": 20, "r1": 20}
+        with pytest.raises(Unavailable, match="draining"):
+            await service.open(requests(1))
+
+    run(make_engine(codec), main)
+
+
+def test_a_closed_service_answers_that_it_is_closed(codec: Codec) -> None:
+    async def main() -> None:
+        service = Service(make_engine(codec))
+        await service.start()
+        await service.close()
+        await service.close()
+        assert service.state is ServiceState.CLOSED
+        with pytest.raises(Unavailable, match="closed"):
+            await service.open(requests(1))
+        with pytest.raises(Unavailable):
+            await service.call(lambda engine: engine.metrics())
+
+    asyncio.run(main())
+
+
+def test_a_call_gives_what_the_function_raises_and_the_service_goes_on(codec: Codec) -> None:
+    async def main(service: Service[Any]) -> None:
+        with pytest.raises(ZeroDivisionError):
+            await service.call(lambda engine: 1 / 0)
+        assert await drawn(await service.open(requests(1))) == {"r0": 3}
+
+    run(make_engine(codec), main)
