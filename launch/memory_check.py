@@ -30,7 +30,7 @@ COPY = "a checkpoint's copy on its way to the disk"
 
 
 @dataclass(frozen=True)
-class Part:
+class Allocation:
     """Something that a rank allocates in one memory."""
 
     name: str
@@ -39,12 +39,12 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Claim:
+class MemoryDemand:
     """What one rank takes of one memory: of a GPU, or of its host's."""
 
     place: str  # equal for those who share it
     free_nbytes: int
-    parts: tuple[Part, ...]
+    parts: tuple[Allocation, ...]
 
     @property
     def nbytes(self) -> int:
@@ -55,62 +55,64 @@ class Claim:
         return sum(part.sharded_nbytes for part in self.parts)
 
 
-def check_room(model: Any, options: Config, world: World) -> None:
+def check_memory(model: Any, options: Config, world: World) -> None:
     """`AgreedError`, on all ranks, if plan, moments and copies do not fit into the memory that some rank finds."""
-    _check(_claims(model, options, world), world, lambda claim, count: _remedies(claim, count, options, world))
+    _check(_demands(model, options, world), world, lambda demand, count: _remedies(demand, count, options, world))
 
 
-def _claims(model: Any, options: Config, world: World) -> list[Claim]:
+def _demands(model: Any, options: Config, world: World) -> list[MemoryDemand]:
     plan: MemoryPlan = model.memory_plan()
     moments = build.moments_nbytes(model, world)
     sharded = sum(plan.nbytes_of(kind) for kind in SHARDED)
-    parts = [Part("memory plan", plan.nbytes, sharded), Part("AdamW's moments", moments, moments)]
+    parts = [Allocation("memory plan", plan.nbytes, sharded), Allocation("AdamW's moments", moments, moments)]
     copies = []
     if options.checkpoint.asynchronous and 0 < options.checkpoint.every < options.num_steps:
         copied = plan.nbytes_of("main_shard") + moments
-        copies = [Part(COPY, copied, copied)]
+        copies = [Allocation(COPY, copied, copied)]
     if world.device.type != "cuda":
-        return [_host_claim([*parts, *copies])]
+        return [_host_demand([*parts, *copies])]
     free = free_nbytes(world.device)
     assert free is not None
     name = f"{platform.node()}, GPU {torch.cuda.get_device_properties(world.device).uuid}"
-    return [Claim(name, free, tuple(parts)), _host_claim(copies)]
+    return [MemoryDemand(name, free, tuple(parts)), _host_demand(copies)]
 
 
-def _host_claim(parts: Sequence[Part]) -> Claim:
+def _host_demand(parts: Sequence[Allocation]) -> MemoryDemand:
     free = free_nbytes(torch.device("cpu"))
-    return Claim(platform.node(), 1 << 62 if free is None else free, tuple(parts))
+    return MemoryDemand(platform.node(), 1 << 62 if free is None else free, tuple(parts))
 
 
-def _check(claims: Sequence[Claim], world: World, remedies: Any) -> None:
-    """Ranks see all claims, and come to the same end: the first memory that is too small."""
-    everyone = [claim for there in share(list(claims)) for claim in there]
-    for place in dict.fromkeys(claim.place for claim in everyone):
-        sharing = [claim for claim in everyone if claim.place == place]
-        needed, free = sum(claim.nbytes for claim in sharing), min(claim.free_nbytes for claim in sharing)
+def _check(demands: Sequence[MemoryDemand], world: World, remedies: Any) -> None:
+    """Ranks see all demands, and come to the same end: the first memory that is too small."""
+    everyone = [demand for there in share(list(demands)) for demand in there]
+    for place in dict.fromkeys(demand.place for demand in everyone):
+        sharing = [demand for demand in everyone if demand.place == place]
+        needed, free = sum(demand.nbytes for demand in sharing), min(demand.free_nbytes for demand in sharing)
         if needed > free - free // MARGIN:
-            most = max(sharing, key=lambda claim: claim.nbytes)
+            most = max(sharing, key=lambda demand: demand.nbytes)
             raise AgreedError(_words(most, len(sharing), needed, free, remedies(most, len(sharing))))
 
 
-def _words(claim: Claim, count: int, needed: int, free: int, remedies: list[str]) -> str:
-    parts = ", ".join(f"{part.name} {readable(part.nbytes)}" for part in claim.parts)
-    many = f" × {count} ranks on {claim.place} = {readable(needed)}" if count > 1 else f" on {claim.place}"
+def _words(demand: MemoryDemand, count: int, needed: int, free: int, remedies: list[str]) -> str:
+    parts = ", ".join(f"{part.name} {readable(part.nbytes)}" for part in demand.parts)
+    many = f" × {count} ranks on {demand.place} = {readable(needed)}" if count > 1 else f" on {demand.place}"
     cure = " or ".join(remedies) or "a smaller model, or more memory"
-    return f"training needs {readable(claim.nbytes)} a rank ({parts}){many}, and {readable(free)} are free: take {cure}"
+    return (
+        f"training needs {readable(demand.nbytes)} a rank ({parts}){many}, and {readable(free)} are free: take {cure}"
+    )
 
 
-def _remedies(claim: Claim, count: int, options: Config, world: World) -> list[str]:
+def _remedies(demand: MemoryDemand, count: int, options: Config, world: World) -> list[str]:
     """What would fit, as far as is known without trying: each a few words."""
-    free = claim.free_nbytes - claim.free_nbytes // MARGIN
+    free = demand.free_nbytes - demand.free_nbytes // MARGIN
     found = []
-    without = claim.nbytes - sum(part.nbytes for part in claim.parts if part.name == COPY)
+    without = demand.nbytes - sum(part.nbytes for part in demand.parts if part.name == COPY)
     if count * without <= free:
         found.append("--checkpoint.asynchronous=false")
-    fixed = claim.nbytes - claim.sharded_nbytes
+    fixed = demand.nbytes - demand.sharded_nbytes
     if free > count * fixed:
-        num_places = math.ceil(claim.sharded_nbytes * world.size / (free - count * fixed))
-        whole = world.device.type == "cuda" and claim.place != platform.node()
+        num_places = math.ceil(demand.sharded_nbytes * world.size / (free - count * fixed))
+        whole = world.device.type == "cuda" and demand.place != platform.node()
         found.append(f"{num_places} such GPUs" if whole else f"{num_places} such hosts, of {count} ranks each")
     if (smaller := _smaller_preset(free // count, options, world)) is not None:
         found.append(f"--model.preset={smaller}")
@@ -133,6 +135,6 @@ def _smaller_preset(free_nbytes: int, options: Config, world: World) -> str | No
             smaller[num_params] = dataclasses.replace(options, model=model)
     for _, there in sorted(smaller.items(), reverse=True):
         drawn = build.build_model(recipe_of(there.model, there.seed), there, world)
-        if _claims(drawn, there, world)[0].nbytes <= free_nbytes:
+        if _demands(drawn, there, world)[0].nbytes <= free_nbytes:
             return there.model.preset
     return None

@@ -73,7 +73,7 @@ def planned_model(recipe: Recipe, options: Config, world: World) -> Any:
     with together():
         model = build.build_model(recipe, options, world)
     try:
-        memory_check.check_room(model, options, world)
+        memory_check.check_memory(model, options, world)
     except AgreedError:
         if world.is_first:
             print(build.describe_plan(model, world), flush=True)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from launch import config, memory_check
-from launch.memory_check import Claim, Part
+from launch.memory_check import Allocation, MemoryDemand
 from launch.world import World
 from tests.launch.test_train import file, refused_here, text, train, world_here, written_to
 from tests.ranks import on_ranks, run_ranks
@@ -123,10 +123,10 @@ def test_a_checkpoint_s_copy_counts_too_and_can_be_left_out(file: Path) -> None:
 @on_ranks()
 def test_gpus_are_counted_one_by_one_and_ranks_of_a_host_together() -> None:
     world, rank = world_here(), dist.get_rank()
-    parts = (Part("memory plan", 6 * GIB, 4 * GIB),)
-    memory_check._check([Claim(f"GPU {rank}", 8 * GIB, parts)], world, lambda claim, count: [])
+    parts = (Allocation("memory plan", 6 * GIB, 4 * GIB),)
+    memory_check._check([MemoryDemand(f"GPU {rank}", 8 * GIB, parts)], world, lambda demand, count: [])
     with pytest.raises(AgreedError, match=r"6\.00 GiB a rank .* × 2 ranks on host = 12\.00 GiB, and 8\.00 GiB"):
-        memory_check._check([Claim("host", 8 * GIB, parts)], world, lambda claim, count: [])
+        memory_check._check([MemoryDemand("host", 8 * GIB, parts)], world, lambda demand, count: [])
 
 
 def test_what_fits_is_trained(file: Path) -> None:
