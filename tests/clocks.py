@@ -44,8 +44,10 @@ class Stamp:
 
 
 class VectorClocks:
-    """The engine's streams. `forgets` lists pairs (waiting stream, stream of the event) whose waits are left out;
-    `omits` is one wait or barrier that is left out wherever its work is done.
+    """The engine's streams.
+
+    `forgets` lists pairs (waiting stream, stream of the event) whose waits are left out; `omits` is one wait or barrier
+    that is left out wherever its work is done.
     """
 
     def __init__(self, forgets: Sequence[tuple[str, str]] = (), omits: Omission | None = None) -> None:

@@ -29,8 +29,9 @@ SLOWEST = (
 
 @pytest.hookimpl(tryfirst=True)  # before pytest itself, which selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there are fewer than two of them, find out which parameters are `slow`, and put
-    the files first that take longest, so that no process is left with one of them at the end.
+    """Skip what needs more GPUs than there are, settle which parameters are `slow`, and put the longest files first.
+
+    So no process is left with one of these at the end.
     """
     items.sort(key=lambda item: item.path.stem not in SLOWEST)
     for item in items:

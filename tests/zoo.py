@@ -149,10 +149,14 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(0.1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, T, D = x.shape
-        q, k, v = self.qkv(self.attention_norm(x)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        rows, length, width = x.shape
+        q, k, v = (
+            self.qkv(self.attention_norm(x))
+            .view(rows, length, 3, self.heads, width // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.dropout(self.out(mixed.transpose(1, 2).reshape(B, T, D)))
+        x = x + self.dropout(self.out(mixed.transpose(1, 2).reshape(rows, length, width)))
         return self.feed_forward(x)
 
 

@@ -64,7 +64,7 @@ def test_recomputation_may_be_nested_and_repeated(reshard_after_forward: bool | 
 # --- exceptions ---
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """Raised on purpose, on every rank."""
 
 
@@ -77,7 +77,7 @@ class FailingBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
-        raise Fault("backward")
+        raise FaultError("backward")
 
 
 class Fragile(Chain):
@@ -88,13 +88,13 @@ class Fragile(Chain):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for index, layer in enumerate(self.layers):
             if self.fault == ("before", index):
-                raise Fault("forward")
+                raise FaultError("forward")
             layer.fault = self.fault == ("inside", index)
             x = layer(x)
             if self.fault == ("backward", index):
                 x = FailingBackward.apply(x)
         if self.fault == ("after", index):
-            raise Fault("forward")
+            raise FaultError("forward")
         return x
 
 
@@ -105,7 +105,7 @@ class FragileBlock(Block):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.fault:
-            raise Fault("inside")
+            raise FaultError("inside")
         return super().forward(x)
 
 
@@ -129,7 +129,7 @@ def fail(twins: Twins, fault: tuple[str, int]) -> None:
     """One step of the sharded model that raises."""
     twins.sharded.fault = fault
     twins.sharded.fault = fault
-    with pytest.raises(Fault):
+    with pytest.raises(FaultError):
         twins.specimen.loss_of(twins.sharded, 77, dist.get_rank()).backward()
     twins.sharded.fault = None
     for parameter in twins.sharded.parameters():

@@ -102,9 +102,7 @@ def test_nested_parents_start_before_their_children_and_end_after() -> None:
 
 @on_ranks()
 def test_explicit_prefetch_lists_gather_two_ahead() -> None:
-    """Set before the first forward, so that the plan has room for them: for all three at once, so that backward finds
-    every one where forward left it.
-    """
+    """Set before the first forward, lists widen the plan: for all three units, so that backward gathers none again."""
     model: Any = Parent(Block(), Block(), Block())
     for module in (model.a, model.b, model.c, model):
         ours.fully_shard(module, mesh=world_mesh())
@@ -149,9 +147,7 @@ def test_unsynchronised_backwards_reduce_nothing_until_one_that_does() -> None:
 
 @on_ranks(1)
 def test_one_rank_does_the_same_as_two_that_never_share_bytes() -> None:
-    """One class serves one rank and many: communication degenerates. A slot is the shard, which no other unit takes,
-    so that not even a is gathered again.
-    """
+    """Prevents: another code path for one rank. A slot is the shard, so that not even a is gathered again."""
     assert_order(events_of(train, chain()), [e for e in CHAIN_STEP if e != ("gather", "a", "backward")])
 
 
@@ -211,8 +207,9 @@ def test_a_block_skipped_in_forward_is_not_gathered_in_backward(skipped: str, ex
 
 @on_ranks()
 def test_an_evaluation_releases_the_root_too() -> None:
-    """Its backward will not come, and modules are to show the sharded parameters again. The next forward gathers all
-    anew: weights may have been written in between by ways that nothing counts.
+    """No backward follows, so modules register the sharded parameters again.
+
+    The next forward gathers all anew: weights may have been written in between in ways that nothing counts.
     """
     model = chain()
     assert CHAIN_FORWARD[-1:] == forward("keep root")
@@ -322,8 +319,9 @@ def test_a_segment_recomputed_over_several_units_is_gathered_once_for_its_backwa
 
 @on_ranks()
 def test_several_forwards_before_one_backward_reduce_once() -> None:
-    """Each use is gathered for its own backward, unless what a use before left is still there; a unit's gradients are
-    reduced after its last use.
+    """A unit's gradients are reduced after its last use.
+
+    Each use is gathered for its own backward, unless the values of a use before are still there.
     """
     model = chain()
     assert_order(

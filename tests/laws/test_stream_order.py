@@ -30,9 +30,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def watch_transports(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
-    """Collectives do not pass the dispatcher as the detector reads it, and what a peer reads of this rank's memory
-    passes no dispatcher here: these accesses are noted by hand.
-    """
+    """Note by hand what collectives access, and peers read of this rank's memory: no dispatcher sees either."""
     for transport in (ProcessGroupTransport, PeerTransport):
         patch.setattr(transport, "gather", _noted_gather(transport.gather, detector))
         patch.setattr(transport, "reduce", _noted_reduce(transport.reduce, detector))
@@ -116,8 +114,10 @@ def train(
     depth: Depth | None = None,
     **options: Any,
 ) -> Found:
-    """Some steps of a specimen, and an evaluation after each, on this rank under the detector; `updates` is how many
-    steps of the optimizer follow a backward, `depth` replaces the usual one, `options` are `fully_shard`'s.
+    """Run some steps of a specimen, and an evaluation after each, on this rank under the detector.
+
+    `updates` is how many steps of the optimizer follow a backward, `depth` replaces the usual one, `options` are
+    `fully_shard`'s.
     """
     streams = VectorClocks(forgets, omits)
     detector = RaceDetector(streams)

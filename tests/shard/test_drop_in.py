@@ -1,6 +1,4 @@
-"""Code written for FSDP2: what libraries and torch itself ask of a sharded module finds what it expects, or its name in
-an error.
-"""
+"""Code written for FSDP2, libraries' and torch's own: it runs, or an error names the method that is not supported."""
 
 from collections.abc import Callable
 from typing import Any

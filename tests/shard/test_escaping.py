@@ -1,6 +1,4 @@
-"""What a unit hands out keeps its values when the unit's slot goes to others; what it keeps behind is found in debug
-mode.
-"""
+"""What a unit returns keeps its values when the unit's slot goes to others; debug mode finds views kept elsewhere."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -155,8 +153,9 @@ class Actor(nn.Module):
 @pytest.mark.parametrize("reshards", [None, True])
 @on_ranks()
 def test_a_model_that_returns_a_distribution_trains(reshards: bool | None, transport: Any) -> None:
-    """Literals: at mean 2 and std 1, the log-density at 5 has the slopes 3 and 3 * 3 - 1 = 8. Prevents: a backward that
-    nothing says the begin of, after which no gradient is there.
+    """Prevents: a backward whose start is not noticed, and which leaves no gradient.
+
+    At mean 2 and std 1, the log-density at 5 has the slopes 3 and 3 * 3 - 1 = 8.
     """
     model = ours.fully_shard(Actor(), mesh=world_mesh(), transport=transport, reshard_after_forward=reshards)
     for _ in range(2):

@@ -1,6 +1,4 @@
-"""Weights that the user puts in the place of sharded ones: for one call, as ``functional_call`` does, or for good; and
-edits of weights that are unsharded.
-"""
+"""Weights in the place of sharded ones, for one call (``functional_call``) or for good; edits of unsharded weights."""
 
 from typing import Any
 
@@ -96,8 +94,9 @@ def test_the_callers_own_weights_are_left_in_the_dict_that_was_given(kind: str, 
 @pytest.mark.parametrize("when", ["first", "later"])
 @on_ranks()
 def test_torch_func_differentiates_given_weights(when: str, dtype: torch.dtype, transport: Any) -> None:
-    """Literals: of y = w x summed over 4 rows, dy/dw is x, and along a tangent of ones y moves by 3 x a row. Prevents:
-    zeros, from weights that were cast outside of the transform.
+    """Prevents: zeros, from weights that were cast outside of the transform.
+
+    Of y = w x summed over 4 rows, dy/dw is x, and along a tangent of ones y moves by 3 x a row.
     """
     model, x = twos(transport=transport, mp_policy=MixedPrecisionPolicy(param_dtype=dtype)), torch.full((1, 3), 2.0)
     if when == "later":

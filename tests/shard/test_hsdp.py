@@ -1,5 +1,6 @@
-"""Models sharded inside each replica and the same on all of them (HSDP): the same bits as stock FSDP2's, replicas that
-stay equal, and ranks that are told when replicas differ. Four gloo ranks are two replicas of two, unless it is said.
+"""HSDP: models sharded inside each replica have stock FSDP2's bits, and ranks raise where replicas differ.
+
+Four gloo ranks are two replicas of two ranks, unless a test says otherwise.
 """
 
 import copy

@@ -1,5 +1,6 @@
-"""Gradients of linear layers are written where they will be reduced, and not copied there; whatever is more than one
-plain use falls back to autograd's own sums. Either way the bits are stock FSDP2's.
+"""Gradients of linear layers are written where they will be reduced, and not copied there.
+
+Whatever is more than one plain use falls back to autograd's own sums. Either way the bits are stock FSDP2's.
 """
 
 from collections import Counter

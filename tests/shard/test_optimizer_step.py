@@ -1,5 +1,6 @@
-"""After an optimizer's step the next forward computes on the new weights, whoever wrote them and however; and this
-package's AdamW, which gathers the first units while it updates the rest, trains as torch's does.
+"""After an optimizer's step the next forward computes on the new weights, whatever wrote them and however.
+
+And this package's AdamW, which all-gathers the first units while it updates the rest, trains as torch's does.
 """
 
 from collections.abc import Callable, Iterator
@@ -189,8 +190,9 @@ def step_edit_and_compare(edit: str, transport: str) -> None:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("edit", SILENT_EDITS)
 def test_a_silent_edit_after_our_step_is_seen_once_it_is_announced(edit: str, transport: str) -> None:
-    """Until then the forward computes on what the step wrote beside the main shards. Prevents: a mark that comes too
-    late for the units that the step has gathered ahead.
+    """Prevents: a mark that comes too late for the units that the step has all-gathered already.
+
+    Without it the forward computes on what the step wrote beside the main shards.
     """
     run_ranks(step_edit_announce_and_compare, edit, transport)
 

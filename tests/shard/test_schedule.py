@@ -89,8 +89,9 @@ def test_a_tied_module_needs_two_units() -> None:
 
 
 def test_a_module_shared_in_the_tree_counts_from_its_first_parent_to_the_last_other_one() -> None:
-    """A second place below one parent says nothing of a second call; running it again costs a gather that waits. Below
-    another unit it runs while that one holds its bytes.
+    """A second place below one parent need not be a second call, which would cost a gather that waits.
+
+    Below another unit it runs while that one holds its bytes.
     """
     shared = unit(1)
     assert spans(plain(unit(0), shared, unit(2), shared)) == [(0, 0), (1, 1), (2, 2)]
