@@ -16,7 +16,6 @@ error that the stream gives its parser, since a cancellation would meet whoever 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import time
@@ -32,12 +31,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull
 from yafsdp_like.inference.http.body_pool import BodyReaderPool, Busy
 from yafsdp_like.inference.http.errors import ApiError, no_object, too_many_choices
 from yafsdp_like.inference.http.metrics import LatencyTracker, ServerMetrics
+from yafsdp_like.inference.http.middleware import AuthMiddleware, error_response
 from yafsdp_like.inference.http.protocol import ChatBody, CompletionBody, RequestParser, ServerOptions
 from yafsdp_like.inference.http.responses import Choice, ParsedRequest
 from yafsdp_like.inference.http.service import Service, ServiceState, Unavailable
@@ -278,73 +278,6 @@ class EventStreamResponse(StreamingResponse):
 # --- the application ---
 
 
-class AuthMiddleware:
-    """Before the routes: who may enter, how much may be sent; and what was answered is counted."""
-
-    def __init__(self, app: ASGIApp, handler: OpenAIHandler) -> None:
-        self._app, self._handler = app, handler
-        self._options = handler.options
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status, is_head = 500, scope["method"] == "HEAD"  # the status if nothing is sent
-        if is_head:
-            scope = {**scope, "method": "GET"}
-
-        async def counting_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            elif is_head:
-                message = {**message, "body": b""}
-            await send(message)
-
-        try:
-            await self._enter(scope, receive, counting_send)
-        finally:
-            route = getattr(scope.get("route"), "path", "none")
-            self._handler.metrics.responses.labels(route, status).inc()
-
-    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        if scope["path"].startswith("/v1/") and not self._knows_key(headers.get(b"authorization", b"")):
-            message = "expected the header 'authorization: Bearer KEY' with this server's key"
-            await _refusal(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
-            return
-        if self._announced_nbytes(headers) > self._options.body_limit_nbytes:
-            await _refusal(self._too_large())(scope, receive, send)
-            return
-        await self._app(scope, self._limited(receive), send)
-
-    def _announced_nbytes(self, headers: dict[bytes, bytes]) -> int:
-        length = headers.get(b"content-length", b"")
-        return int(length) if length.isdigit() and len(length) < 20 else 0
-
-    def _too_large(self) -> ApiError:
-        words = f"a body may have {self._options.body_limit_nbytes} bytes at most; shorten the prompt"
-        return ApiError(413, words, code="body_too_large", headers={"connection": "close"})  # nobody reads the rest
-
-    def _knows_key(self, header: bytes) -> bool:
-        key = self._options.api_key
-        return key is None or hmac.compare_digest(header, b"Bearer " + key.encode())
-
-    def _limited(self, receive: Receive) -> Receive:
-        """Raises ApiError once more has come than a body may have, whatever its headers have said."""
-        most, num_received = self._options.body_limit_nbytes, 0
-
-        async def receive_limited() -> Message:
-            nonlocal num_received
-            message = await receive()
-            num_received += len(message.get("body", b""))
-            if num_received > most:
-                raise self._too_large()
-            return message
-
-        return receive_limited
-
-
 def create_app(service: Service[Any], codec: Codec, options: ServerOptions) -> FastAPI:
     """The application; it starts the service, and closes it at the end."""
     handler = OpenAIHandler(service, codec, options)
@@ -360,14 +293,10 @@ def create_app(service: Service[Any], codec: Codec, options: ServerOptions) -> F
 
     # No pages of documentation: they would load scripts from elsewhere. /openapi.json is there.
     app = FastAPI(title="yafsdp_like", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(AuthMiddleware, handler=handler)
+    app.add_middleware(AuthMiddleware, options=options, metrics=handler.metrics)
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_routes(app, handler)
     return app
-
-
-def _refusal(error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status_code, error.headers)
 
 
 async def _on_http_error(http: HttpRequest, error: Exception) -> Response:
@@ -379,8 +308,10 @@ async def _on_http_error(http: HttpRequest, error: Exception) -> Response:
             return Response(status_code=204, headers={"allow": allow})
         error.headers = {**error.headers, "Allow": allow}
     if isinstance(error, ApiError):
-        return _refusal(error)
-    return _refusal(ApiError(error.status_code, str(error.detail), headers=error.headers))  # FastAPI's own, 405 say
+        return error_response(error)
+    return error_response(
+        ApiError(error.status_code, str(error.detail), headers=error.headers)
+    )  # FastAPI's own, 405 say
 
 
 def raw_body_route(handler: OpenAIHandler) -> type[APIRoute]:
