@@ -20,6 +20,7 @@ COLUMNS = (
 
 
 def is_terminal() -> bool:
+    """Return whether standard output is a terminal."""
     return sys.stdout.isatty()
 
 
@@ -53,6 +54,7 @@ class Console:
             self.say(f"step {record['step']}/{self._num_steps}  " + "  ".join(parts))
 
     def close(self) -> None:
+        """Remove the progress bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

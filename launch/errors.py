@@ -39,6 +39,7 @@ def report(error: Exception, rank: int) -> None:
 
 
 def complain(words: str) -> None:
+    """Print one line of an error on standard error."""
     print(f"error: {words}", file=sys.stderr, flush=True)
 
 

@@ -62,9 +62,11 @@ class FactoryRecipe:
 
     @property
     def identity(self) -> dict[str, Any]:
+        """Return nothing: a factory may return any module."""
         return {}
 
     def make(self) -> tuple[nn.Module, list[nn.Module]]:
+        """Return the module with its loss, and its blocks."""
         module = self._module
         try:
             blocks = list(module.get_submodule(self.blocks).children()) if self.blocks else []
@@ -73,6 +75,7 @@ class FactoryRecipe:
         return WithLoss(module), blocks
 
     def fill(self, model: Any, device: torch.device, from_checkpoint: bool) -> None:
+        """Move the parameters, which the factory has filled, to ``device``."""
         model.to(device)
 
     def exporter(self) -> Exporter:

@@ -48,10 +48,12 @@ class MemoryDemand:
 
     @property
     def nbytes(self) -> int:
+        """Return the bytes of all allocations."""
         return sum(part.nbytes for part in self.parts)
 
     @property
     def sharded_nbytes(self) -> int:
+        """Return the bytes that more ranks make smaller."""
         return sum(part.sharded_nbytes for part in self.parts)
 
 

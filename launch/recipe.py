@@ -29,7 +29,8 @@ class Recipe(Protocol):
     """A model that can be made on every rank."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Number of token ids that the model takes."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -83,20 +84,24 @@ class DecoderRecipe:
 
     @property
     def vocab_size(self) -> int:
+        """Return the decoder's vocabulary size."""
         return self.config.vocab_size
 
     @property
     def identity(self) -> dict[str, Any]:
+        """Return the fields that change what weights of the same shapes mean."""
         experts = None if self.config.experts is None else dataclasses.asdict(self.config.experts)
         names = ("num_heads", "num_kv_heads", "head_dim", "qkv_bias", "qk_norm", "tie_embeddings")
         return {**{name: getattr(self.config, name) for name in names}, "experts": experts}
 
     def make(self) -> tuple[nn.Module, list[nn.Module]]:
+        """Return the decoder on the meta device, and its layers."""
         with torch.device("meta"):
             model = Decoder(self.config)
         return model, list(model.layers)
 
     def fill(self, model: Any, device: torch.device, from_checkpoint: bool) -> None:
+        """Allocate the shards, and fill them from the directory or from the seed."""
         model.to_empty(device=device)
         if self.hf_dir is None or from_checkpoint:
             model.init_weights(self.seed)
@@ -104,6 +109,7 @@ class DecoderRecipe:
             load_hf_weights(model, Path(self.hf_dir))
 
     def exporter(self) -> Exporter:
+        """Return what writes a Hugging Face directory; ValueError where transformers has no such model."""
         config_to_hf(self.config)
         with torch.device("meta"):  # now: this context is not one thread's own, and a checkpoint has one
             blank = Decoder(self.config)

@@ -48,6 +48,7 @@ class Start:
 
     @property
     def step(self) -> int:
+        """Return the number of steps that were done before."""
         return 0 if self.metadata is None else int(self.metadata["step"])
 
 
@@ -210,6 +211,7 @@ class RunState:
         self._checkpoints.close()
 
     def latest(self) -> Path | None:
+        """Return the directory of the last complete checkpoint, if there is one."""
         return steps.find_latest(self._directory)
 
     def _state(self, with_random: bool) -> dict[str, Any]:

@@ -29,8 +29,9 @@ BACKLOG = 1024  # connections that wait, until the model is loaded
 
 
 def bind(host: str, port: int) -> socket:
-    """A socket that listens at this address, so that no other can; who connects now waits. Raises OSError where it
-    cannot be had.
+    """Return a socket that listens at this address; connections wait in its backlog until the model is loaded.
+
+    Raises OSError where the address cannot be bound.
     """
     made = socket(AF_INET6 if ":" in host else AF_INET)
     try:

@@ -39,6 +39,7 @@ class Server(uvicorn.Server):
         self._service, self._grace_s, self._outlives_engine = service, grace_s, outlives_engine
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Listen, and print the address."""
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
@@ -58,14 +59,16 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or has_failed or self._service.is_stuck
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Drain the service while connections are closed."""
         draining = asyncio.create_task(self._service.drain(self._grace_s))
         await super().shutdown(sockets)
         await draining
 
 
 def serve(model: LoadedModel, options: ServeOptions, address: socket) -> None:
-    """Until a signal comes, on one rank, or on the first of those that compute together. Raises RuntimeError if the
-    engine has failed; if it is stuck, the process ends here.
+    """Serve until a signal comes: on one rank, or on the first of those that are tensor parallel.
+
+    Raises RuntimeError if the engine has failed; if it is stuck, the process ends here.
     """
     leader = None if model.team is None else Leader(model.engine, model.team)
     engine: SteppableEngine = model.engine if leader is None else leader
@@ -115,8 +118,9 @@ def server_options(model: LoadedModel, options: ServeOptions) -> ServerOptions:
 
 
 def follow_first_rank(model: LoadedModel) -> None:
-    """On the other ranks: until the first one ends, who has requests to finish after a signal that all are sent. Raises
-    RuntimeError if it has failed.
+    """Follow the first tensor parallel rank until it ends; it finishes requests after a signal, which all ranks get.
+
+    Raises RuntimeError if it has failed.
     """
     assert model.team is not None
     for number in SIGNALS:

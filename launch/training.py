@@ -156,6 +156,7 @@ def finish(trainer: Trainer, state: RunState, log: Log) -> None:
 
 
 def stopped_words(trainer: Trainer, state: RunState) -> str:
+    """Return what is printed when a signal has stopped the run."""
     asked = None if trainer.stopping is None else trainer.stopping.asked
     by = "a signal to another rank" if asked is None else asked.name
     return (

@@ -30,13 +30,16 @@ class World:
 
     @property
     def size(self) -> int:
+        """Return the number of ranks."""
         return self.mesh.size()
 
     @property
     def is_first(self) -> bool:
+        """Return whether this is rank 0."""
         return self.rank == 0
 
     def synchronize(self) -> None:
+        """Wait until the device is idle."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -111,5 +111,6 @@ class BodyReaderPool:
         return await (self._short if cost <= SHORT_COST else self._long).do(function)
 
     def close(self) -> None:
+        """Cancel what has not begun."""
         self._short.close()
         self._long.close()

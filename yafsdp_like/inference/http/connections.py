@@ -28,6 +28,7 @@ class LimitedConnectionsProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-
     _is_refused = False
 
     def connection_made(self, transport: Any) -> None:
+        """Refuse the connection with status 503 where there are too many, else await its headers."""
         if len(self.connections) >= self.max_connections:
             self._is_refused = True
             transport.write(REFUSAL)
@@ -37,10 +38,12 @@ class LimitedConnectionsProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        """Parse, and start or stop the timer of headers."""
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
         if not self._is_refused:

@@ -55,14 +55,17 @@ def _sendable(text: str) -> str:
 
 
 def invalid(param: str, message: str, code: str | None = None) -> ApiError:
+    """Return the error of a field: status 400."""
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
 def too_many_choices(count: int, most: int) -> ApiError:
+    """Return the error of a request for more choices than ``most``."""
     return invalid("n", f"at most {most} choices in all, found {count}")
 
 
 def no_object() -> ApiError:
+    """Return the error of a body that is no JSON object."""
     return ApiError(400, "the body must be a JSON object, sent with content-type: application/json")
 
 

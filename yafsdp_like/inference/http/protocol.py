@@ -129,6 +129,8 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
+    """Options of a stream."""
+
     include_usage: bool | None = None
     include_obfuscation: Any = None  # harmless: there is none
 
@@ -190,6 +192,7 @@ class CompletionBody(AnyBody):
     best_of: Any = None  # harmless where it is n
 
     def check(self) -> None:
+        """Raise ApiError for a combination that is not served."""
         super().check()
         if self.best_of is not None and self.best_of != self.num_each:
             raise invalid("best_of", "answers are not ranked; leave it out, or say what n says", UNSUPPORTED)
@@ -198,6 +201,8 @@ class CompletionBody(AnyBody):
 
 
 class ChatMessage(Body):
+    """One message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_as_text)]
     name: str | None = None  # harmless: templates do not show it
@@ -235,6 +240,7 @@ class ChatBody(AnyBody):
     web_search_options: Annotated[Any, _refused("nothing is searched; leave it out")] = None
 
     def check(self) -> None:
+        """Raise ApiError for a combination that is not served."""
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs", "needs logprobs: true")
@@ -256,8 +262,9 @@ class RequestParser:
     def read(
         self, kind: type[CompletionBody] | type[ChatBody], raw: bytes, arrival: float | None = None
     ) -> ParsedRequest:
-        """What was sent as JSON at a time of time.monotonic(). Raises ApiError for what is not served, and first for
-        what would take long to look at.
+        """Parse a JSON body that arrived at ``arrival``, in seconds of time.monotonic().
+
+        Raises ApiError for what is not served; what would take long to parse is refused before it is.
         """
         sent = self._limits.parsed(raw)
         self._limits.check(sent)

@@ -29,6 +29,7 @@ class Choice:
     num_cached_tokens: int = 0
 
     def add(self, piece: Piece) -> None:
+        """Append a piece of text and its tokens."""
         self.text += piece.text
         self.tokens += piece.tokens
 
@@ -62,14 +63,17 @@ class CompletionFormat:
     part_object: ClassVar[str] = "text_completion"
 
     def whole(self, choice: Choice) -> dict[str, Any]:
+        """Return a finished choice."""
         finish = choice.transcript.finish
         return self.part(choice, Piece(self.echoes[choice.index] + choice.text, tuple(choice.tokens), finish))
 
     def part(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+        """Return a choice of a chunk that holds one piece."""
         logprobs = self._logprobs(piece.tokens) if self.has_logprobs and (piece.tokens or piece.finish) else None
         return {"index": choice.index, "text": piece.text, "logprobs": logprobs, "finish_reason": FINISH[piece.finish]}
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
+        """Return the chunk of the echoed prompt, if it is asked for."""
         echo = self.echoes[choice.index]
         return self.part(choice, Piece(echo)) if echo else None
 
@@ -103,6 +107,7 @@ class ChatFormat:
     part_object: ClassVar[str] = "chat.completion.chunk"
 
     def whole(self, choice: Choice) -> dict[str, Any]:
+        """Return a finished choice."""
         assert choice.transcript.finish is not None
         return {
             "index": choice.index,
@@ -112,11 +117,13 @@ class ChatFormat:
         }
 
     def part(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+        """Return a choice of a chunk that holds one piece."""
         delta = {"content": piece.text} if piece.text or piece.finish is None else {}
         logprobs = self._logprobs(piece.tokens) if piece.tokens else None
         return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": FINISH[piece.finish]}
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
+        """Return the chunk that names the role."""
         delta = {"role": "assistant", "content": ""}
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
@@ -159,6 +166,7 @@ class ParsedRequest:
         return self.choices[0].request.deadline
 
     def envelope(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """Return the JSON object around choices; ``kind`` is its `object`."""
         return {
             "id": self.id,
             "object": kind,
@@ -169,6 +177,7 @@ class ParsedRequest:
         }
 
     def usage(self) -> dict[str, Any]:
+        """Return the number of tokens of prompts and answers."""
         num_generated = sum(choice.transcript.num_tokens for choice in self.choices)
         num_cached = min(sum(choice.num_cached_tokens for choice in self.choices), self.num_prompt_tokens)
         return {

@@ -4,9 +4,9 @@ Owns routes, streams of answers, and who may enter. What is counted is counted.p
 what is answered responses.py's. Needs FastAPI and prometheus_client (`pip install 'yafsdp_like[serve]'`), so nothing of
 the package imports this file.
 
-[Note: readers who leave]
-While an answer is made, a task waits for the client to disconnect and then closes the stream, which cancels the
-requests; closing it is also what every other way out of an answer ends with.
+[Note: disconnects]
+While a response is made, a task waits for the client to disconnect and then closes the stream, which cancels its
+requests. Every other way out of a response closes the stream, too.
 
 [Note: late]
 The engine ends what is late, between two steps. If no step ends, the loop answers in its place, a little later: by an
@@ -244,7 +244,7 @@ def _line(content: dict[str, Any]) -> bytes:
 
 @asynccontextmanager
 async def close_on_disconnect(receive: Receive, stream: Stream) -> AsyncIterator[None]:
-    """[Note: readers who leave]"""
+    """Close the stream when the client disconnects, and at the end: [Note: disconnects]."""
 
     async def watch() -> None:
         await _wait_for_disconnect(receive)
@@ -267,6 +267,8 @@ class EventStreamResponse(StreamingResponse):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send lines, until the client leaves or takes none for `SEND_S` seconds."""
+
         async def patient_send(message: Message) -> None:
             async with asyncio.timeout(SEND_S):
                 await send(message)

@@ -47,25 +47,32 @@ class Limited(Protocol):
     """What the service asks of an engine's options."""
 
     @property
-    def max_waiting(self) -> int: ...
+    def max_waiting(self) -> int:
+        """Requests that may wait."""
 
 
 class SteppableEngine(Protocol):
     """What the thread needs of an engine; `engine.Engine` says what each does."""
 
     @property
-    def options(self) -> Limited: ...
+    def options(self) -> Limited:
+        """The engine's options."""
 
     @property
-    def has_work(self) -> bool: ...
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
 
-    def add(self, request: Request) -> None: ...
+    def add(self, request: Request) -> None:
+        """Queue a request."""
 
-    def cancel(self, request_id: str) -> None: ...
+    def cancel(self, request_id: str) -> None:
+        """End a request; its last event still comes."""
 
-    def step(self) -> list[Event]: ...
+    def step(self) -> list[Event]:
+        """Run one step, and return its events."""
 
-    def metrics(self) -> Any: ...
+    def metrics(self) -> Any:
+        """Return a dataclass of numbers."""
 
 
 EngineT = TypeVar("EngineT", bound=SteppableEngine)
@@ -215,8 +222,9 @@ class Service(Generic[EngineT]):
         return await future
 
     async def drain(self, grace_s: float) -> None:
-        """Take no more requests; wait `grace_s` seconds for those that run, and cancel what is left. An engine that
-        does not even end what is cancelled has failed.
+        """Take no more requests, wait `grace_s` seconds for those that run, and cancel what is left.
+
+        An engine that does not end what is cancelled within `LAST_STEP_S` seconds has failed.
         """
         if self.state is ServiceState.SERVING:
             self.state = ServiceState.DRAINING

@@ -49,9 +49,7 @@ def cut(model: Any, text: str, add_special_tokens: bool = False) -> list[int]:
 
 @contextmanager
 def unpanicked(kind: type[Exception], told: str) -> Iterator[None]:
-    """`tokenizers` panics where its code has a mistake, which Python shows as no Exception, and so ends what nothing
-    ought to end: an error of this `kind` instead.
-    """
+    """Raise an error of this `kind` where `tokenizers` panics: a panic is a BaseException, and would end the thread."""
     try:
         yield
     except BaseException as error:
@@ -223,9 +221,7 @@ def _rename_vocabulary(model: dict[str, Any], names: Mapping[str, str]) -> None:
 
 
 def _any_of(names: Sequence[str]) -> str:
-    """A pattern of the longest of these names, which are sorted; its cost at each place does not grow with how many
-    there are.
-    """
+    """Return a pattern that matches the longest of these sorted names: a trie, so that many names cost no more."""
     pairs = enumerate(zip(names[0], names[-1], strict=False))
     prefix = names[0][: next((index for index, (first, last) in pairs if first != last), len(names[0]))]
     groups: dict[str, list[str]] = {}

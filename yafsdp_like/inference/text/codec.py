@@ -48,8 +48,7 @@ class Codec:
 
     @classmethod
     def load(cls, directory: str | Path, model_directory: Path | None = None) -> Codec:
-        """The tokenizer of a Hugging Face directory, and the ids that its configurations, and the model's, end a text
-        with.
+        """Load the tokenizer of a Hugging Face directory, and the stop tokens that it and the model's directory name.
 
         Raises ValueError where there is none that can be read, or only by running code that comes with it; ImportError
         without `transformers`.
@@ -82,6 +81,7 @@ class Codec:
 
     @property
     def has_chat_template(self) -> bool:
+        """Return whether the tokenizer has a chat template."""
         return bool(self._tokenizer.chat_template)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -102,7 +102,7 @@ class Codec:
         return self._model.decode([token], skip_special_tokens=False).encode()
 
     def name_of(self, token: int) -> str:
-        """One token as lists of log-probabilities name it: its text, or "bytes:\\xe2\\x82" where that is none."""
+        r"""Return a token's name in lists of log-probabilities: its text, or "bytes:\xe2\x82" where that is none."""
         if token not in self._names:
             raw = self.bytes_of(token)
             try:
@@ -117,8 +117,10 @@ class Codec:
         return {}
 
     def max_characters(self, num_tokens: int) -> int:
-        """Characters of the longest text of so many tokens; a normalizer may make one character of as many as four.
-        What a tokenizer leaves out, or takes together as unknown, is not counted.
+        """Return the length of the longest text of so many tokens, in characters.
+
+        A normalizer may make one character of as many as four. Characters that a tokenizer leaves out, or merges into
+        one unknown token, are not counted.
         """
         longest = max(map(len, self._tokenizer.get_vocab()))
         return num_tokens * longest * (1 if self._model.normalizer is None else 4)
@@ -193,8 +195,9 @@ class Detokenizer:
         self._context_text = self._decode(tokens) if tokens else ""
 
     def _keep_silent(self, tokens: list[int]) -> None:
-        """Tokens that have said nothing: a space that was the first there was, or the last. The next token's neighbours
-        are these, too; but not those that never say anything, as special ones.
+        """Keep tokens that decode to no text yet, such as a first or last space, as context of the next token.
+
+        Tokens that never decode to text, such as special ones, are dropped.
         """
         speaking = [token for token in tokens if self._decode([token] * MAX_PENDING_TOKENS)]
         silent = [*self._context[self._num_speaking :], *speaking]

@@ -73,8 +73,9 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def _check_class(path: Path, transformers: Any) -> None:
-    """AutoTokenizer calls whatever of `transformers` has the name that is asked for, and forgets there that code of the
-    directory is not trusted.
+    """Raise ValueError for a `tokenizer_class` that is no tokenizer of transformers.
+
+    AutoTokenizer would call any attribute of `transformers` of that name, without trust_remote_code=False.
     """
     name = json_object(path).get("tokenizer_class")
     if name is None:
