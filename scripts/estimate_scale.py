@@ -75,6 +75,7 @@ class Measurements:
 
     @property
     def seq_lens(self) -> list[int]:
+        """Lengths at which both the floor and the graphed step were measured."""
         return sorted(seq_len for impl, seq_len in self.rows if impl == FLOOR and (MEASURED, seq_len) in self.rows)
 
     def floor(self, seq_len: int) -> float:
@@ -82,6 +83,7 @@ class Measurements:
         return float(self.rows[FLOOR, seq_len]["forward_backward_ms"]["median"] / 1e3)
 
     def ratio(self, seq_len: int) -> float:
+        """Return the measured step as one CUDA graph over the floor."""
         return float(self.rows[MEASURED, seq_len]["ratio_to_floor"])
 
 
@@ -94,11 +96,13 @@ class Estimates:
         self.plans: dict[Topology, MemoryPlan] = {on: plan_for(measured.config, on) for on in self.topologies}
 
     def rows(self) -> list[Row]:
+        """Return a row per topology and length."""
         return [self._row(on, seq_len) for on in self.topologies for seq_len in self.measured.seq_lens]
 
     def checks(self) -> list[Row]:
-        """The estimate for two GPUs beside what they measured: the step as a graph, and memory without one, since a
-        graph's pool is not estimated.
+        """Compare the estimate for two GPUs with what they measured.
+
+        The step as a graph, and memory without one, since a graph's pool is not estimated.
         """
         return [self._check(self.topologies[0], seq_len) for seq_len in self.measured.seq_lens]
 
@@ -159,6 +163,7 @@ def format_rows(rows: Sequence[Row]) -> str:
 
 
 def cells(row: Row) -> tuple[str, ...]:
+    """Format one row of the table."""
     easy, hard = row["easy"], row["hard"]
     low, high = row["ratio_from_measured"]
     goal = "" if row["goal"] is None else f"{row['goal']:.2f}"
@@ -176,6 +181,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def format_checks(checks: Sequence[Row]) -> str:
+    """Format the comparison of estimates for two GPUs with measurements."""
     head = ("T", "measured", "easy", "off by", "hard", "off by", "device GiB", "estimate", "off by")
     lines = [
         (
@@ -190,6 +196,7 @@ def format_checks(checks: Sequence[Row]) -> str:
 
 
 def aligned_lines(lines: Sequence[Sequence[str]]) -> str:
+    """Join cells into lines, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(c.rjust(width) for c, width in zip(line, widths, strict=True)) for line in lines)
 
@@ -209,6 +216,7 @@ def report_on(measured: Measurements, by: Assumptions, arguments: Sequence[str],
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Estimate, print the tables, and print and write the JSON object."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpAsWritten)
     parser.add_argument("--reports", type=Path, nargs="+", default=REPORTS, help="of bench_train.py on two GPUs")

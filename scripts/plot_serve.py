@@ -27,6 +27,7 @@ Row = dict[str, Any]
 
 
 def draw(report: Report, out: Path) -> None:
+    """Draw the three plots of a report into one picture."""
     figure, (decode_axes, latency_axes, offline_axes) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
     results = report["results"]
     draw_decode(decode_axes, results.get("decode", []))
@@ -84,6 +85,7 @@ def draw_offline(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def logarithmic(axes: Axes, ticks: Sequence[float]) -> None:
+    """Set logarithmic axes with ticks at the given values, a grid and a legend."""
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -93,6 +95,7 @@ def logarithmic(axes: Axes, ticks: Sequence[float]) -> None:
 
 
 def title_of(report: Report) -> str:
+    """Return the line above the plots: model, dtype, hardware and version of torch."""
     hardware, model = report["hardware"], report["model"]
     return (
         f"{model['num_params'] / 1e9:.1f}B parameters in {report['options']['dtype']}, "
@@ -101,6 +104,7 @@ def title_of(report: Report) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Plot the reports that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", nargs="+", type=Path, help="of bench_serve.py")
     parser.add_argument("out", type=Path, help="the picture")

@@ -52,12 +52,14 @@ class Series:
     reduce_dtype: str | None  # None for the floor, which reduces nothing
 
     def label(self, several_dtypes: bool) -> str:
+        """Return its entry in the legend."""
         parts = [NAMES.get(self.impl, self.impl)]
         if several_dtypes and self.reduce_dtype is not None:
             parts.append(f"{self.reduce_dtype} reduce")
         return ", ".join([*parts, "compiled"] if self.compiled else parts)
 
     def style(self, several_dtypes: bool) -> dict[str, Any]:
+        """Return matplotlib's keywords of its line."""
         return {
             "color": COLORS.get(self.impl, "#000000"),
             "linestyle": "--" if self.compiled else "-",
@@ -91,6 +93,7 @@ def draw_line(axes: Axes, rows: list[Row], values: list[float | None], style: di
 
 
 def draw(series: dict[Series, list[Row]], title: str, out: Path) -> None:
+    """Draw time, ratio and memory against length into one picture."""
     figure, (time_axes, ratio_axes, memory_axes) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
     several_dtypes = len({key.reduce_dtype for key in series} - {None}) > 1
     for key, rows in series.items():
@@ -118,6 +121,7 @@ def draw(series: dict[Series, list[Row]], title: str, out: Path) -> None:
 
 
 def title_of(reports: Sequence[Report]) -> str:
+    """Return the line above the plots: model, hardware, gradients' dtypes and version of torch."""
     hardware, model = reports[0]["hardware"], reports[0]["model"]
     dtypes = sorted({report["options"]["reduce_dtype"] for report in reports})
     versions = sorted({report["versions"]["torch"] for report in reports})
@@ -128,6 +132,7 @@ def title_of(reports: Sequence[Report]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Plot the reports that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", type=Path, nargs="+", metavar="REPORT", help="of bench_train.py")
     parser.add_argument("out", type=Path, help="the picture")

@@ -21,6 +21,7 @@ def build_unsharded(options: Options, world: World) -> Trainee:
 
 
 def build_ours(options: Options, world: World, **transport: str) -> Trainee:
+    """Shard by this package; its AdamW with `--optimizer fused`, torch's fused AdamW otherwise."""
     model = fully_sharded(yafsdp_like, options, world, **transport)
     if options.optimizer == "torch":
         return Trainee(model, torch_adamw(model, options))
@@ -40,6 +41,7 @@ def build_unsharded_graphed(options: Options, world: World) -> Trainee:
 
 
 def build_fsdp2(options: Options, world: World) -> Trainee:
+    """Shard by PyTorch's `fully_shard`, updated by torch's fused AdamW."""
     model = fully_sharded(torch.distributed.fsdp, options, world)
     return Trainee(model, torch_adamw(model, options))
 
@@ -54,6 +56,7 @@ def fully_sharded(runtime: Any, options: Options, world: World, **keywords: str)
 
 
 def torch_adamw(model: torch.nn.Module, options: Options) -> torch.optim.Optimizer:
+    """Return torch's fused AdamW over all parameters of a model."""
     return torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True)
 
 

@@ -69,6 +69,7 @@ def mark(device: torch.device) -> Mark:
 
 
 def elapsed_ms(begin: Mark, end: Mark) -> float:
+    """Return the milliseconds between two marks of one kind."""
     if isinstance(begin, float) or isinstance(end, float):
         assert isinstance(begin, float) and isinstance(end, float)
         return (end - begin) * 1e3
@@ -76,6 +77,7 @@ def elapsed_ms(begin: Mark, end: Mark) -> float:
 
 
 def times_of(marks: list[Marks], trainee: Trainee) -> Metrics:
+    """Return medians over steps, in ms, of forward + backward and, with an optimizer, of update and step."""
     times = {"forward_backward_ms": statistics.median(elapsed_ms(begin, middle) for begin, middle, _ in marks)}
     if trainee.optimizer is not None:
         times["optimizer_ms"] = statistics.median(elapsed_ms(middle, end) for _, middle, end in marks)
@@ -97,6 +99,7 @@ def release_cached_memory(world: World) -> None:
 
 
 def allocator_counts(world: World) -> Metrics:
+    """Return PyTorch's counters of requests so far; empty on a CPU."""
     if world.device.type != "cuda":
         return {}
     stats = torch.cuda.memory_stats(world.device)

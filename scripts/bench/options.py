@@ -42,6 +42,7 @@ class Options:
 
     @property
     def config(self) -> DecoderConfig:
+        """The preset's shape, with `num_layers` blocks where that is given."""
         config = PRESETS[self.model]
         return config if self.num_layers is None else dataclasses.replace(config, num_layers=self.num_layers)
 

@@ -45,6 +45,7 @@ def profile_steps(trainee: Trainee, batch: tuple[Tensor, Tensor], trace: Path, w
 
 
 def run_steps(trainee: Trainee, batch: tuple[Tensor, Tensor], world: World, after_each: Callable[[], None]) -> None:
+    """Run three steps, and call `after_each` behind each of them."""
     for _ in range(3):
         trainee.forward_backward(*batch)
         trainee.update()
@@ -68,6 +69,7 @@ class Work:
 
     @property
     def ms(self) -> float:
+        """Its duration."""
         return self.end_ms - self.begin_ms
 
     @property
@@ -110,6 +112,7 @@ class Gap:
 
     @property
     def ms(self) -> float:
+        """Its duration."""
         return self.after.begin_ms - self.before.end_ms
 
     @property
@@ -147,6 +150,7 @@ def gaps_of(works: list[Work], stream: int) -> list[Gap]:
 
 
 def make_gap(before: Work, after: Work, others: dict[int, list[Work]]) -> Gap:
+    """Return the gap between two works of one stream, with the time that other streams were busy in it."""
     beside: dict[str, float] = defaultdict(float)
     covered: list[tuple[float, float]] = []
     for stream, works in others.items():
@@ -219,6 +223,7 @@ def describe_phases(mine: list[Work], gaps: list[Gap], phase: Callable[[Work], s
 
 
 def sum_of_causes(gaps: list[Gap]) -> dict[str, float]:
+    """Add up, by cause, the ms of all gaps."""
     total: dict[str, float] = defaultdict(float)
     for gap in gaps:
         for cause, ms in gap.causes().items():
@@ -234,6 +239,7 @@ def describe_causes(causes: dict[str, float], whole_ms: float | None = None) -> 
 
 
 def describe_gaps(gaps: list[Gap], origin_ms: float, phase: Callable[[Work], str]) -> list[str]:
+    """Format the longest gaps, one line each."""
     return [
         f"  idle {gap.ms:8.3f} ms at {gap.before.end_ms - origin_ms:9.3f} ms ({phase(gap.after)}): "
         f"{gap.before.name[:40]} -> {gap.after.name[:40]}; {describe_causes(gap.causes(), gap.ms)}"
@@ -242,6 +248,7 @@ def describe_gaps(gaps: list[Gap], origin_ms: float, phase: Callable[[Work], str
 
 
 def describe_busiest(works: list[Work]) -> list[str]:
+    """Format the kernels that take longest in all, by stream and name."""
     by_name: dict[tuple[int, str], list[float]] = defaultdict(list)
     for work in works:
         by_name[work.stream, work.name].append(work.ms)

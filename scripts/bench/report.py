@@ -67,6 +67,7 @@ def make_row(name: str, seq_len: int, rounds: Sequence[Metrics | None], options:
 
 
 def spread(values: list[float]) -> dict[str, float] | None:
+    """Return median, least and largest value; None of no values."""
     if not values:
         return None
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
@@ -91,6 +92,7 @@ def format_table(rows: list[Row]) -> str:
 
 
 def format_cell(row: Row, field: str, spec: str) -> str:
+    """Format one field of a row: its median where it has one, nothing where there is no figure."""
     if field == "forward_backward_ms" and row["status"] != "ok":
         return str(row["status"])
     value = row.get(field)
@@ -100,6 +102,7 @@ def format_cell(row: Row, field: str, spec: str) -> str:
 
 
 def format_metrics(metrics: Metrics | None) -> str:
+    """Format one measurement as a line; `OOM` where memory ran out."""
     if metrics is None:
         return "OOM"
     return ", ".join(f"{name} {value:.6g}" for name, value in metrics.items())
@@ -117,6 +120,7 @@ def describe_run(options: Options, world: World, arguments: Sequence[str]) -> Ro
 
 
 def hardware(world: World) -> Row:
+    """Describe the device, its memory in GiB, and the numbers of ranks and CPU cores."""
     on_gpu = world.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
@@ -127,6 +131,7 @@ def hardware(world: World) -> Row:
 
 
 def versions(world: World) -> Row:
+    """Return the versions of Python, torch, CUDA, NCCL and DeepSpeed; None for what is not used."""
     on_gpu = world.device.type == "cuda"
     return {
         "python": platform.python_version(),
@@ -138,5 +143,6 @@ def versions(world: World) -> Row:
 
 
 def write(report: Row, out: Path) -> None:
+    """Write a report as JSON, with the directories that its path needs."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n")

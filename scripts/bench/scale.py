@@ -110,10 +110,12 @@ class Topology:
 
     @property
     def num_shards(self) -> int:
+        """Ranks over which one replica is sharded."""
         return self.per_host * self.num_hosts
 
     @property
     def world_size(self) -> int:
+        """Ranks in all."""
         return self.num_shards * self.num_replicas
 
 
@@ -137,6 +139,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: DecoderConfig, seq_len: int) -> "ModelShape":
+        """Return the shape of a decoder, and its head's share of the operations at `seq_len` tokens."""
         wide = config.vocab_size * config.dim
         head_flops = 6 * wide * seq_len
         return cls(
@@ -163,6 +166,7 @@ class Traffic:
         return self.link + self.gaps + self.network + self.adding
 
     def times(self, number: int) -> "Traffic":
+        """Return the traffic of `number` of these."""
         return Traffic(*(number * part for part in (self.link, self.gaps, self.network, self.adding)))
 
     def __add__(self, other: "Traffic") -> "Traffic":
@@ -196,6 +200,7 @@ def pulls_of(unit: UnitShape, on: Topology, by: Assumptions) -> Traffic:
 
 
 def num_copies(unit: UnitShape, on: Topology) -> int:
+    """Return the copies of one all-gather: one per parameter, peer and, unless they are strided, host."""
     return unit.num_params * (on.per_host - 1) * (1 if on.strided_copies else on.num_hosts)
 
 
@@ -229,6 +234,7 @@ class StepEstimate:
 
     @property
     def seconds(self) -> float:
+        """Forward and backward, and what is not hidden before and behind them."""
         return self.start + self.forward + self.backward + self.end
 
 
@@ -243,6 +249,7 @@ class Estimator:
     by: Assumptions
 
     def step(self, on: Topology) -> StepEstimate:
+        """Estimate one step on a topology."""
         model = ModelShape.of(self.config, self.seq_len)
         gather, reduction = gather_of(model.block, on, self.by), reduction_of(model.block, on, self.by)
         wide = reduction_of(model.wide, on, self.by)
@@ -255,6 +262,7 @@ class Estimator:
         return StepEstimate(forward, backward, self._start(model, on), wide.stream, forward_bound, backward_bound)
 
     def ratio(self, on: Topology) -> float:
+        """Return the estimate over the eager unsharded step."""
         return self.step(on).seconds / self.floor
 
     def _longest(self, compute: float, head_share: float, gathers: Traffic, reductions: Traffic) -> tuple[float, str]:
@@ -339,6 +347,7 @@ class Memory:
 
     @property
     def device(self) -> int:
+        """Bytes in all."""
         return self.plan + self.moments + self.rest
 
 
@@ -349,8 +358,9 @@ def memory_of(config: DecoderConfig, plan: MemoryPlan, unsharded_device_gib: flo
 
 
 def topologies(by: Assumptions) -> list[Topology]:
-    """2, 4 and 8 GPUs of one host; then many hosts, sharded over all of them, the same with copies that the runtime
-    does not make yet, and one replica a host.
+    """List the topologies: 2, 4 and 8 GPUs of one host, then many hosts.
+
+    Many hosts: sharded over all of them, the same with strided copies (not in the runtime yet), and a replica each.
     """
     per_host = int(by.ranks_per_host.value)
     found = [Topology(f"{n} GPUs", n) for n in (2, 4, 8)]

@@ -49,13 +49,16 @@ class Served:
 
     @property
     def plan(self) -> ServingPlan:
+        """The plan of the weights' engine."""
         return self.weights.plan
 
     @property
     def device(self) -> torch.device:
+        """The device that the weights are on."""
         return self.weights.device
 
     def drain(self) -> None:
+        """Step until no request is left."""
         while self.engine.has_work:
             self.engine.step()
 
@@ -69,11 +72,13 @@ class Requests:
     num_made: int = 0
 
     def one(self, num_prompt: int, num_new: int, sampling: SamplingParams = GREEDY) -> Request:
+        """Return a request of `num_prompt` random tokens that draws `num_new`."""
         self.num_made += 1
         prompt = tuple(self.random.choices(range(self.vocab_size), k=num_prompt))
         return Request(str(self.num_made), prompt, sampling, max_tokens=num_new)
 
     def many(self, count: int, num_prompt: int, num_new: int) -> list[Request]:
+        """Return `count` such requests."""
         return [self.one(num_prompt, num_new) for _ in range(count)]
 
 
@@ -171,6 +176,7 @@ class Decoding:
         return events
 
     def stop(self) -> None:
+        """Cancel all requests, and step until they are gone."""
         for request_id in self._num_drawn:
             self._engine.cancel(request_id)
         while self._engine.has_work:

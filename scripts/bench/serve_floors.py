@@ -46,11 +46,13 @@ def rates_of(options: ServeOptions, device: torch.device) -> Rates:
 
 
 def host_rate(device: torch.device) -> Rate:
+    """Measure the rate of copies from pinned host memory, in bytes/s."""
     source = torch.zeros(COPY_NBYTES[device.type], dtype=torch.uint8, pin_memory=device.type == "cuda")
     return Rate(len(source) / copy_s(source, device), f"measured: a copy of {len(source):,} bytes from the host")
 
 
 def copy_rate(device: torch.device) -> Rate:
+    """Measure the rate of copies inside the device, in bytes/s read and written."""
     source = torch.zeros(COPY_NBYTES[device.type], dtype=torch.uint8, device=device)
     how = f"measured: a copy of {len(source):,} bytes, read and written"
     return Rate(2 * len(source) / copy_s(source, device), how)
@@ -64,6 +66,7 @@ def copy_s(source: torch.Tensor, device: torch.device) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> Rate:
+    """Measure the sustained rate of a large product over `seconds`, in operations/s."""
     rows, inner, columns = MATMUL[device.type]
     a = torch.randn(rows, inner, device=device).to(dtype)
     b = torch.randn(inner, columns, device=device).to(dtype)
@@ -140,7 +143,9 @@ def kv_nbytes(plan: ServingPlan, context: float) -> float:
 
 
 def decode_floor_s(plan: ServingPlan, batch: int, context: float, rates: Rates) -> float:
-    """Each product takes at least the larger of reading its weights and of computing, and so does attention, of reading
+    """Return the least time of a step that decodes, in seconds.
+
+    Each product takes at least the larger of reading its weights and of computing, and so does attention, of reading
     all contexts; each needs the one before it. Of the embedding some rows are looked up.
     """
     itemsize = plan.site.dtype.itemsize
@@ -153,8 +158,9 @@ def decode_floor_s(plan: ServingPlan, batch: int, context: float, rates: Rates) 
 
 
 def _read_numels(plan: ServingPlan) -> Iterator[int]:
-    """Elements of each matrix that one rank multiplies by. Of the head, which is whole on ranks that compute together,
-    each has its part of the vocabulary.
+    """Yield the elements of each matrix that one rank multiplies by.
+
+    The head is whole on tensor parallel ranks, and each multiplies by its part of the vocabulary.
     """
     *layers, head = [plan.placement.images[unit] for unit in plan.placement.uses[1:]]
     yield from (field.numel for image in layers for field in image.fields if len(field.shape) == 2)

@@ -22,6 +22,7 @@ SAMPLINGS = (
 
 
 def measure(bench: Bench) -> Row:
+    """Compare the plan with what the arena, PyTorch's allocator and the device say."""
     served = bench.served
     return {
         "planned_nbytes": served.plan.memory.nbytes,
@@ -93,5 +94,6 @@ def play(bench: Bench) -> tuple[int, int]:
 
 
 def short(bench: Bench, random: Random) -> Request:
+    """Return a short request of random length and sampling."""
     num_prompt, num_new = random.randint(1, RANDOM_PROMPT), random.randint(1, RANDOM_NEW)
     return bench.requests.one(num_prompt, num_new, random.choice(SAMPLINGS))

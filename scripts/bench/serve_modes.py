@@ -97,4 +97,5 @@ def wait_for_all_ranks(bench: Bench) -> None:
 
 
 def slowest(bench: Bench, value: float) -> float:
+    """Return the largest value of all ranks."""
     return max(gathered(value, bench.world))

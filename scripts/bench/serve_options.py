@@ -61,6 +61,7 @@ class ServeOptions:
 
     @property
     def max_batch_size(self) -> int:
+        """Sequences of the largest batch."""
         return self.batches[-1]
 
     @property

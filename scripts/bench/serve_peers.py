@@ -56,6 +56,7 @@ def build(config: DecoderConfig, bench: Bench) -> Any:
 
 
 def static_row(model: Any, count: int, bench: Bench) -> Row:
+    """Measure `generate` with a cache of fixed size on `count` requests."""
     return attempt(GENERATE, count, lambda: row_of(GENERATE, count, bench, partial(static_s, model, count, bench)))
 
 
@@ -100,6 +101,7 @@ def batched_row(model: Any, count: int, bench: Bench) -> Row:
 
 
 def batched(model: Any, count: int, num_new: int, bench: Bench) -> list[Any]:
+    """Run `generate_batch` on `count` requests, and return its outputs."""
     transformers = importlib.import_module("transformers")
     settings = transformers.GenerationConfig(**generation_settings(num_new), eos_token_id=-1)
     outputs = model.generate_batch(prompts_of(count, bench), generation_config=settings)
@@ -121,6 +123,7 @@ def generation_settings(num_new: int) -> dict[str, Any]:
 
 
 def prompts_of(count: int, bench: Bench) -> list[list[int]]:
+    """Return `count` random prompts, as lists of tokens."""
     made = bench.requests.many(count, bench.options.prompt_tokens, bench.options.new_tokens)
     return [list(request.prompt) for request in made]
 

@@ -39,6 +39,7 @@ class Served:
 
     @property
     def between_ms(self) -> list[float]:
+        """The times between its tokens."""
         return [1e3 * (after - before) for before, after in pairwise(self.tokens_at)]
 
 
@@ -77,6 +78,7 @@ def play(engine: Engine, arrivals: Sequence[Arrival]) -> list[Served]:
 
 
 def row_of(rate: float, served: Sequence[Served]) -> Row:
+    """Return the row of one rate: percentiles of latencies, and tokens a second."""
     seconds = max(one.tokens_at[-1] for one in served) - served[0].arrival.at
     num_tokens = sum(len(one.tokens_at) for one in served)
     return {

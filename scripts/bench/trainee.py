@@ -49,6 +49,7 @@ class Graphed(Trainee):
     step: Callable[[Tensor, Tensor], Tensor]
 
     def forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Replay both as one CUDA graph."""
         return self.step(tokens, targets)
 
 
@@ -61,6 +62,7 @@ class PlainGraph:
         self._calls: Counter[torch.Size] = Counter()
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Call the function, or replay its graph for tensors of these shapes."""
         shape = tokens.shape
         self._calls[shape] += 1
         if not tokens.is_cuda or self._calls[shape] <= NUM_EAGER:

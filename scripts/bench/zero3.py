@@ -40,11 +40,13 @@ class Zero3Trainee(Trainee):
     engine: Any
 
     def forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Run both through DeepSpeed's engine."""
         loss: Tensor = self.engine(tokens, targets)
         self.engine.backward(loss)
         return loss.detach()
 
     def update(self) -> None:
+        """Apply and clear the gradients."""
         self.engine.step()
 
     def close(self) -> None:
@@ -115,6 +117,7 @@ def build(options: Options, world: World, whole_blocks: bool = False) -> Trainee
 
 
 def engine_settings(options: Options) -> dict[str, Any]:
+    """Return DeepSpeed's configuration, with the settings that `--zero3` overrides."""
     overrides = dict(setting.split("=", 1) for setting in options.zero3)
     return {
         "train_micro_batch_size_per_gpu": options.batch_size,
