@@ -3,6 +3,7 @@
 # make test-fast  what matters most while developing, in about two minutes: no lint, and FAST_TESTS below
 # make test-all   as `make test`, with every combination of models, precisions and transports
 # make test-gpu   the tests that need two GPUs
+# make docs       the API reference, into site/; needs no network once its packages are installed
 # make bench      ours against stock FSDP2 and the unsharded floor; see scripts/results/README.md
 #
 # PYTHON is any Python >= 3.11. pip takes its own settings (indexes, wheel directories) from PIP_* variables.
@@ -29,10 +30,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BASE := $(VENV)/.base
 TRAIN_STAMP := $(VENV)/.installed-train
+DOCS_STAMP := $(VENV)/.installed-docs
 # Where there is no GPU, torch comes first and pinned, so that a CPU build satisfies what follows.
 TORCH_FIRST := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo torch==2.13.0)
 
-.PHONY: train test lint format test-cpu test-fast test-all test-gpu bench clean
+.PHONY: train test lint format test-cpu test-fast test-all test-gpu docs bench clean
 
 test: lint test-cpu
 
@@ -51,6 +53,10 @@ $(STAMP): setup.py pyproject.toml | $(BASE)
 
 $(TRAIN_STAMP): setup.py pyproject.toml | $(BASE)
 	$(BIN)/python -m pip install --quiet -e '.[train]'
+	touch $@
+
+$(DOCS_STAMP): setup.py pyproject.toml | $(BASE)
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	touch $@
 
 # Two ranks: on GPUs where there are two, otherwise on the CPU, whose cores they share.
@@ -78,8 +84,11 @@ test-all: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
+docs: $(DOCS_STAMP)
+	$(BIN)/mkdocs build --quiet
+
 bench: $(STAMP)
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) scripts/bench_train.py $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

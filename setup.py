@@ -23,6 +23,7 @@ TOOLS = [
 TOKENIZERS = ["sentencepiece", "protobuf", "tiktoken"]  # to convert a directory's tokenizer.model
 SERVE = ["transformers", "jinja2", "fastapi", "uvicorn", "prometheus-client", *TOKENIZERS]
 TEST = [*TRAIN, *PARQUET, *HF, *SERVE, "openai", "httpx", *TOOLS]
+DOCS = ["mkdocs", "mkdocstrings[python]", "ruff"]
 BENCH = ["deepspeed", "transformers", "matplotlib"]
 
 ROOT = Path(__file__).parent
@@ -54,6 +55,7 @@ setup(
         "parquet": PARQUET,
         "test": TEST,
         "bench": BENCH,
+        "docs": DOCS,
         "dev": TEST + BENCH,
     },
 )
