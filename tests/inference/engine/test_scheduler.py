@@ -127,7 +127,7 @@ def test_a_stop_token_ends_a_sequence_and_is_one_of_its_tokens() -> None:
     sequence = add(it, "a", 2, stop_tokens=frozenset({5}))
     batch = schedule(it)
     assert batch is not None and it.read(batch.runs[0], 5) is FinishReason.STOP
-    assert sequence.tokens[-1] == 5 and it.cache.contexts == set()
+    assert sequence.tokens[-1] == 5 and it.cache.sequences == set()
 
 
 # --- steps ahead of their tokens ---
@@ -328,5 +328,5 @@ def test_by_chance_every_token_is_computed_once_between_preemptions_and_nothing_
         it.check_integrity()
         check_integrity([it.cache])
         ended += [sequence for sequence in sequences if sequence.stage is Stage.ENDED and sequence not in ended]
-    assert len(ended) == 60 and it.cache.contexts == set()
+    assert len(ended) == 60 and it.cache.sequences == set()
     assert it.counts.num_swapped_out + it.counts.num_recomputed > 0

@@ -17,9 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from yafsdp_like.inference.kv.eviction import GDSF, LRU, Costs, Policy, Tenant
 from yafsdp_like.inference.kv.kv_cache import (
     NO_PAGE,
-    Context,
     Copy,
     KVCache,
+    KVSequence,
     LayerGroup,
     Shortage,
     Tier,
@@ -164,76 +164,76 @@ class Memory:
 
 
 class Engine:
-    """Does what the books say, and knows what every context must find."""
+    """Does what the books say, and knows what every sequence must find."""
 
     def __init__(self, cache: KVCache, memories: dict[Tier, Memory], name: str = "model") -> None:
         self.cache, self.memories, self.name = cache, memories, name
-        self.texts: dict[Context, list[int]] = {}
-        self.salts: dict[Context, Hashable] = {}
+        self.texts: dict[KVSequence, list[int]] = {}
+        self.salts: dict[KVSequence, Hashable] = {}
 
     def copy(self, copies: Sequence[Copy]) -> None:
         for copy in copies:
             content = self.memories[copy.source_tier].read(copy.shape, copy.source)
             self.memories[copy.destination_tier].write(copy.shape, copy.destination, content)
 
-    def open(self, tokens: Sequence[int], tenant: str = "", salt: Hashable = None) -> Context:
-        context, copies = self.cache.open(tokens, tenant, salt)
+    def open(self, tokens: Sequence[int], tenant: str = "", salt: Hashable = None) -> KVSequence:
+        sequence, copies = self.cache.open(tokens, tenant, salt)
         self.copy(copies)
-        self.texts[context], self.salts[context] = list(tokens[: context.num_tokens]), salt
-        self.check(context)
-        return context
+        self.texts[sequence], self.salts[sequence] = list(tokens[: sequence.num_tokens]), salt
+        self.check(sequence)
+        return sequence
 
-    def append(self, context: Context, tokens: Sequence[int], num_spare: int = 0) -> Shortage | None:
-        copies = self.cache.reserve(context, len(tokens) + num_spare)
+    def append(self, sequence: KVSequence, tokens: Sequence[int], num_spare: int = 0) -> Shortage | None:
+        copies = self.cache.reserve(sequence, len(tokens) + num_spare)
         if isinstance(copies, Shortage):
             return copies
         self.copy(copies)
-        start = len(self.texts[context])
-        self.texts[context] += tokens
-        for position in range(start, len(self.texts[context])):
-            self._write(context, position)
-        self.cache.commit(context, tokens)
+        start = len(self.texts[sequence])
+        self.texts[sequence] += tokens
+        for position in range(start, len(self.texts[sequence])):
+            self._write(sequence, position)
+        self.cache.commit(sequence, tokens)
         return None
 
-    def _write(self, context: Context, position: int) -> None:
+    def _write(self, sequence: KVSequence, position: int) -> None:
         index, slot = divmod(position, self.cache.page_size)
         for number, group in enumerate(self.cache.groups):
-            page = context.tables[number][index]
-            self.memories[Tier.DEVICE].write(group.shape, page, {slot: self.value(context, number, position)})
+            page = sequence.tables[number][index]
+            self.memories[Tier.DEVICE].write(group.shape, page, {slot: self.value(sequence, number, position)})
 
-    def value(self, context: Context, group: int, position: int) -> Value:
-        return (self.name, group, self.salts[context]), tuple(self.texts[context][: position + 1])
+    def value(self, sequence: KVSequence, group: int, position: int) -> Value:
+        return (self.name, group, self.salts[sequence]), tuple(self.texts[sequence][: position + 1])
 
-    def run(self, tokens: Sequence[int], tenant: str = "", salt: Hashable = None) -> Context:
-        """A context with all of ``tokens``."""
-        context = self.open(tokens, tenant, salt)
-        assert self.append(context, tokens[context.num_tokens :]) is None
-        return context
+    def run(self, tokens: Sequence[int], tenant: str = "", salt: Hashable = None) -> KVSequence:
+        """A sequence with all of ``tokens``."""
+        sequence = self.open(tokens, tenant, salt)
+        assert self.append(sequence, tokens[sequence.num_tokens :]) is None
+        return sequence
 
-    def fork(self, context: Context) -> Context:
-        twin = self.cache.fork(context)
-        self.texts[twin], self.salts[twin] = list(self.texts[context]), self.salts[context]
+    def fork(self, sequence: KVSequence) -> KVSequence:
+        twin = self.cache.fork(sequence)
+        self.texts[twin], self.salts[twin] = list(self.texts[sequence]), self.salts[sequence]
         return twin
 
-    def close(self, context: Context) -> None:
-        self.cache.close(context)
-        del self.texts[context], self.salts[context]
+    def close(self, sequence: KVSequence) -> None:
+        self.cache.close(sequence)
+        del self.texts[sequence], self.salts[sequence]
 
-    def swap(self, context: Context, out: bool) -> tuple[Copy, ...] | Shortage:
-        copies = self.cache.swap_out(context) if out else self.cache.swap_in(context)
+    def swap(self, sequence: KVSequence, out: bool) -> tuple[Copy, ...] | Shortage:
+        copies = self.cache.swap_out(sequence) if out else self.cache.swap_in(sequence)
         if not isinstance(copies, Shortage):
             self.copy(copies)
         return copies
 
-    def check(self, context: Context) -> None:
+    def check(self, sequence: KVSequence) -> None:
         """Every token that the next one reads is where the table says, whole."""
-        tier = Tier.HOST if context.state.name == "SWAPPED" else Tier.DEVICE
+        tier = Tier.HOST if sequence.state.name == "SWAPPED" else Tier.DEVICE
         for number, group in enumerate(self.cache.groups):
-            first = 0 if group.window is None else max(0, context.num_tokens - group.window + 1)
-            for position in range(first, context.num_tokens):
+            first = 0 if group.window is None else max(0, sequence.num_tokens - group.window + 1)
+            for position in range(first, sequence.num_tokens):
                 index, slot = divmod(position, self.cache.page_size)
-                held = self.memories[tier].read(group.shape, context.tables[number][index])
-                assert held.get(slot) == self.value(context, number, position)
+                held = self.memories[tier].read(group.shape, sequence.tables[number][index])
+                assert held.get(slot) == self.value(sequence, number, position)
 
 
 def engine(
@@ -258,10 +258,10 @@ def text(start: int, num_tokens: int) -> list[int]:
 
 
 def ok(found: Engine) -> None:
-    """All books agree, and all contexts find what they wrote."""
+    """All books agree, and all sequences find what they wrote."""
     check_integrity([found.cache])
-    for context in found.texts:
-        found.check(context)
+    for sequence in found.texts:
+        found.check(sequence)
 
 
 # --- prefixes ---
@@ -341,8 +341,8 @@ def test_prefixes_that_nobody_needs_are_forgotten_and_a_long_chain_goes_without_
 def test_the_same_text_computed_twice_at_once_is_cached_once() -> None:
     e = engine(8)
     one, two = e.open(text(0, 9)), e.open(text(0, 9))
-    for context in (one, two):
-        assert e.append(context, text(0, 9)) is None
+    for sequence in (one, two):
+        assert e.append(sequence, text(0, 9)) is None
     ok(e)
     e.close(one)
     e.close(two)
@@ -412,21 +412,21 @@ def test_places_reserved_before_a_fork_are_written_where_they_are_and_the_twin_c
 
 def test_a_windowed_group_keeps_the_pages_that_the_next_token_reads() -> None:
     e = engine(24, window=6)
-    context = e.open(text(0, 30))
+    sequence = e.open(text(0, 30))
     for token in range(30):
-        assert e.append(context, [token]) is None
-        held = [index for index, page in enumerate(context.tables[1]) if page != NO_PAGE]
+        assert e.append(sequence, [token]) is None
+        held = [index for index, page in enumerate(sequence.tables[1]) if page != NO_PAGE]
         assert held == sorted({position // 4 for position in range(max(0, token + 1 - 5), token + 1)})
         ok(e)
-    assert NO_PAGE not in context.tables[0]
+    assert NO_PAGE not in sequence.tables[0]
 
 
 def test_a_prefix_counts_only_where_the_window_behind_it_is_cached_too() -> None:
     e = engine(24, window=6)
-    context = e.run(text(0, 20))
+    sequence = e.run(text(0, 20))
     pool, (full, windowed) = e.cache.pools[Tier.DEVICE], e.cache.groups
-    contents = [Content(1, prefix) for prefix in context.prefixes]
-    e.close(context)
+    contents = [Content(1, prefix) for prefix in sequence.prefixes]
+    e.close(sequence)
     for index in (3, 0):  # the next token after 20 reads pages 3 and 4, after 16 pages 2 and 3, after 12 pages 1 and 2
         page = pool.find(windowed.shape, contents[index])
         assert page is not None
@@ -442,28 +442,28 @@ def test_a_prefix_counts_only_where_the_window_behind_it_is_cached_too() -> None
 
 def test_a_second_swap_copies_only_what_the_host_does_not_have() -> None:
     e = engine(8, 8)
-    context = e.run(text(0, 10))
-    assert e.cache.reserve(context, 4) == ()
-    first = e.swap(context, out=True)
+    sequence = e.run(text(0, 10))
+    assert e.cache.reserve(sequence, 4) == ()
+    first = e.swap(sequence, out=True)
     assert not isinstance(first, Shortage) and len(first) == 3
-    assert len(context.tables[0]) == 3 and context.num_reserved == 0
+    assert len(sequence.tables[0]) == 3 and sequence.num_reserved == 0
     ok(e)
-    assert not isinstance(e.swap(context, out=False), Shortage)
-    assert e.append(context, text(10, 3)) is None
+    assert not isinstance(e.swap(sequence, out=False), Shortage)
+    assert e.append(sequence, text(10, 3)) is None
     ok(e)
-    second = e.swap(context, out=True)
+    second = e.swap(sequence, out=True)
     assert not isinstance(second, Shortage) and len(second) == 2  # the page filled since, and the page that is not full
     ok(e)
 
 
 def test_swapping_in_shares_what_is_still_on_the_device() -> None:
     e = engine(4, 8)
-    context = e.run(text(0, 10))
-    e.swap(context, out=True)
+    sequence = e.run(text(0, 10))
+    e.swap(sequence, out=True)
     other = e.run(text(100, 5))  # takes the two free pages
-    assert e.swap(context, out=False) == Shortage(Tier.DEVICE, SMALL, 1)
+    assert e.swap(sequence, out=False) == Shortage(Tier.DEVICE, SMALL, 1)
     e.close(other)
-    back = e.swap(context, out=False)
+    back = e.swap(sequence, out=False)
     assert not isinstance(back, Shortage) and len(back) == 1
     ok(e)
 
@@ -495,18 +495,18 @@ def test_too_few_pages_is_an_answer_that_changes_nothing() -> None:
 
 def test_protocols_that_are_broken_say_what_was_expected() -> None:
     e = engine(8)
-    context = e.open([1, 2, 3])
+    sequence = e.open([1, 2, 3])
     with pytest.raises(RuntimeError, match="0 places are reserved; call reserve"):
-        e.cache.commit(context, [1])
+        e.cache.commit(sequence, [1])
     with pytest.raises(RuntimeError, match="needs a host pool"):
-        e.cache.swap_out(context)
+        e.cache.swap_out(sequence)
     with pytest.raises(RuntimeError, match="must be SWAPPED here, this one is RESIDENT"):
-        e.cache.swap_in(context)
-    e.close(context)
+        e.cache.swap_in(sequence)
+    e.close(sequence)
     with pytest.raises(RuntimeError, match="closed already"):
-        e.cache.close(context)
+        e.cache.close(sequence)
     with pytest.raises(RuntimeError, match="must be RESIDENT here, this one is CLOSED"):
-        e.cache.reserve(context, 1)
+        e.cache.reserve(sequence, 1)
 
 
 def test_preemption_goes_the_way_that_the_rates_make_cheaper() -> None:
@@ -514,19 +514,19 @@ def test_preemption_goes_the_way_that_the_rates_make_cheaper() -> None:
     for link, swaps in ((50e9, True), (1e8, False)):
         pools = [PagePool(SlabGrid(64 << 20, 32 << 20)) for _ in range(2)]
         cache = KVCache([group], Costs(link, prefill_tokens_per_s=20e3), *pools)
-        context, _ = cache.open(text(0, 65))
-        cache.reserve(context, 65)
-        cache.commit(context, text(0, 65))
-        assert cache.prefers_swap(context) is swaps
+        sequence, _ = cache.open(text(0, 65))
+        cache.reserve(sequence, 65)
+        cache.commit(sequence, text(0, 65))
+        assert cache.prefers_swap(sequence) is swaps
 
 
 def test_what_fits_is_what_can_be_reserved_alone() -> None:
     for window in (None, 6):
         e = engine(16, window=window)
         most = max(n for n in range(200) if e.cache.fits(n, chunk=4))
-        context = e.open(text(0, most))
+        sequence = e.open(text(0, most))
         for start in range(0, most, 4):
-            assert e.append(context, text(start, min(4, most - start))) is None
+            assert e.append(sequence, text(start, min(4, most - start))) is None
         assert most >= 48 - 16
         ok(e)
 
@@ -615,10 +615,10 @@ def cached_after(texts: Sequence[tuple[PageShape, list[int], str]], *tenants: Te
     caches = {s: KVCache([LayerGroup(tuple(range(s.num_layers)), s)], COSTS, pool) for s in (SMALL, WIDE)}
     for shape, tokens, tenant in texts:
         cache = caches[shape]
-        context, _ = cache.open(tokens, tenant)
-        assert cache.reserve(context, len(tokens)) == ()
-        cache.commit(context, tokens)
-        cache.close(context)
+        sequence, _ = cache.open(tokens, tenant)
+        assert cache.reserve(sequence, len(tokens)) == ()
+        cache.commit(sequence, tokens)
+        cache.close(sequence)
         check_integrity(caches.values())
     return len(pool.stocks[SMALL].pages), len(pool.stocks[WIDE].pages)
 
@@ -660,41 +660,41 @@ def test_ranked_items_come_in_order_and_leave_nothing_behind(changes: list[tuple
 # --- the check itself ---
 
 
-def leak(e: Engine, context: Context) -> None:
+def leak(e: Engine, sequence: KVSequence) -> None:
     e.cache.pools[Tier.DEVICE].take(SMALL)
 
 
-def alias(e: Engine, context: Context) -> None:
-    context.tables[0][1] = context.tables[0][0]
+def alias(e: Engine, sequence: KVSequence) -> None:
+    sequence.tables[0][1] = sequence.tables[0][0]
 
 
-def double_free(e: Engine, context: Context) -> None:
-    e.cache.pools[Tier.DEVICE].slabs.leases[0].free.append(context.tables[0][0])
+def double_free(e: Engine, sequence: KVSequence) -> None:
+    e.cache.pools[Tier.DEVICE].slabs.leases[0].free.append(sequence.tables[0][0])
 
 
-def forget_a_charge(e: Engine, context: Context) -> None:
+def forget_a_charge(e: Engine, sequence: KVSequence) -> None:
     e.cache.pools[Tier.DEVICE].ledger.charge("", -512)
 
 
-def lose_a_slab(e: Engine, context: Context) -> None:
+def lose_a_slab(e: Engine, sequence: KVSequence) -> None:
     e.cache.pools[Tier.DEVICE].slabs._idle.pop()
 
 
-def keep_a_page_outside_the_window(e: Engine, context: Context) -> None:
-    context.firsts[0] = 1
+def keep_a_page_outside_the_window(e: Engine, sequence: KVSequence) -> None:
+    sequence.firsts[0] = 1
 
 
-FAULTS: list[Callable[[Engine, Context], None]] = [
+FAULTS: list[Callable[[Engine, KVSequence], None]] = [
     leak, alias, double_free, forget_a_charge, lose_a_slab, keep_a_page_outside_the_window,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(fault: Callable[[Engine, Context], None]) -> None:
+def test_a_planted_fault_is_found(fault: Callable[[Engine, KVSequence], None]) -> None:
     e = engine(8)
-    context = e.run(text(0, 9))
+    sequence = e.run(text(0, 9))
     ok(e)
-    fault(e, context)
+    fault(e, sequence)
     with pytest.raises(RuntimeError, match=r"(books|tables) are wrong"):
         check_integrity([e.cache])
 
@@ -708,7 +708,7 @@ TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
 
 class Serving(RuleBasedStateMachine):
     """Two models, one hybrid, on one device pool and one host pool: after every operation all books agree, every
-    context finds what it wrote, and no tenant lost of its floor to others.
+    sequence finds what it wrote, and no tenant lost of its floor to others.
     """
 
     @initialize(policy=st.sampled_from([LRU, GDSF]), num_slabs=st.integers(2, 6), num_host_slabs=st.integers(1, 4))
@@ -727,11 +727,11 @@ class Serving(RuleBasedStateMachine):
             for groups, name in ((hybrid, "hybrid"), (plain, "plain"))
         ]
 
-    def contexts(self, state: str) -> list[tuple[Engine, Context]]:
-        return [(e, context) for e in self.engines for context in e.texts if context.state.name == state]
+    def sequences(self, state: str) -> list[tuple[Engine, KVSequence]]:
+        return [(e, sequence) for e in self.engines for sequence in e.texts if sequence.state.name == state]
 
-    def pick(self, state: str, choice: int) -> tuple[Engine, Context]:
-        found = self.contexts(state)
+    def pick(self, state: str, choice: int) -> tuple[Engine, KVSequence]:
+        found = self.sequences(state)
         return found[choice % len(found)]
 
     def guarded(self, tenant: str, operate: Callable[[], object]) -> None:
@@ -750,67 +750,67 @@ class Serving(RuleBasedStateMachine):
         best = longest_prefix(e, tokens, salt, (Tier.DEVICE, Tier.HOST))
 
         def operate() -> None:
-            context = e.open(tokens, tenant, salt)
-            assert context.num_tokens in (device_only, best)
-            e.append(context, tokens[context.num_tokens :])
+            sequence = e.open(tokens, tenant, salt)
+            assert sequence.num_tokens in (device_only, best)
+            e.append(sequence, tokens[sequence.num_tokens :])
 
         self.guarded(tenant, operate)
 
-    @precondition(lambda self: self.contexts("RESIDENT"))
+    @precondition(lambda self: self.sequences("RESIDENT"))
     @rule(choice=st.integers(0, 99), tokens=TOKENS, num_spare=st.integers(0, 5))
     def append(self, choice: int, tokens: list[int], num_spare: int) -> None:
-        e, context = self.pick("RESIDENT", choice)
+        e, sequence = self.pick("RESIDENT", choice)
         (shape, *others), pool = (group.shape for group in e.cache.groups), self.pools[Tier.DEVICE]
-        own = [page.tenant == context.tenant and not page.num_references for page in pool.stocks[shape].pages.values()]
+        own = [page.tenant == sequence.tenant and not page.num_references for page in pool.stocks[shape].pages.values()]
         num_sure = pool.slabs.num_free(shape) + sum(own)
 
         def operate() -> None:
-            short = e.append(context, tokens, num_spare)
+            short = e.append(sequence, tokens, num_spare)
             assert short is None or others or short.num_wanted > num_sure
 
-        self.guarded(context.tenant, operate)
+        self.guarded(sequence.tenant, operate)
 
-    @precondition(lambda self: self.contexts("RESIDENT"))
+    @precondition(lambda self: self.sequences("RESIDENT"))
     @rule(choice=st.integers(0, 99), tokens=TOKENS, others=TOKENS, ended=st.booleans())
     def fork(self, choice: int, tokens: list[int], others: list[int], ended: bool) -> None:
-        e, context = self.pick("RESIDENT", choice)
-        twins = e.fork(context), e.fork(context)
-        self.guarded(context.tenant, lambda: e.append(context, [0, *tokens]))
+        e, sequence = self.pick("RESIDENT", choice)
+        twins = e.fork(sequence), e.fork(sequence)
+        self.guarded(sequence.tenant, lambda: e.append(sequence, [0, *tokens]))
         if ended:
-            e.close(context)
-        self.guarded(context.tenant, lambda: e.append(twins[0], [1, *others]))
+            e.close(sequence)
+        self.guarded(sequence.tenant, lambda: e.append(twins[0], [1, *others]))
         self.all_is_well()
-        self.guarded(context.tenant, lambda: e.append(twins[1], tokens))
+        self.guarded(sequence.tenant, lambda: e.append(twins[1], tokens))
 
-    @precondition(lambda self: self.contexts("RESIDENT"))
+    @precondition(lambda self: self.sequences("RESIDENT"))
     @rule(choice=st.integers(0, 99))
     def close(self, choice: int) -> None:
-        e, context = self.pick("RESIDENT", choice)
-        self.guarded(context.tenant, lambda: e.close(context))
+        e, sequence = self.pick("RESIDENT", choice)
+        self.guarded(sequence.tenant, lambda: e.close(sequence))
 
-    @precondition(lambda self: self.contexts("RESIDENT"))
+    @precondition(lambda self: self.sequences("RESIDENT"))
     @rule(choice=st.integers(0, 99))
     def swap_out(self, choice: int) -> None:
-        e, context = self.pick("RESIDENT", choice)
-        self.guarded(context.tenant, lambda: e.swap(context, out=True))
+        e, sequence = self.pick("RESIDENT", choice)
+        self.guarded(sequence.tenant, lambda: e.swap(sequence, out=True))
 
-    @precondition(lambda self: self.contexts("SWAPPED"))
+    @precondition(lambda self: self.sequences("SWAPPED"))
     @rule(choice=st.integers(0, 99), cancelled=st.booleans())
     def swap_in(self, choice: int, cancelled: bool) -> None:
-        e, context = self.pick("SWAPPED", choice)
-        self.guarded(context.tenant, lambda: e.close(context) if cancelled else e.swap(context, out=False))
+        e, sequence = self.pick("SWAPPED", choice)
+        self.guarded(sequence.tenant, lambda: e.close(sequence) if cancelled else e.swap(sequence, out=False))
 
     @invariant()
     def all_is_well(self) -> None:
         for e in getattr(self, "engines", []):
-            for context in e.texts:
-                e.check(context)
+            for sequence in e.texts:
+                e.check(sequence)
         check_integrity([e.cache for e in getattr(self, "engines", [])])
 
     def teardown(self) -> None:
         for e in getattr(self, "engines", []):
-            for context in list(e.texts):
-                e.close(context)
+            for sequence in list(e.texts):
+                e.close(sequence)
         self.all_is_well()
         for pool in getattr(self, "pools", {}).values():
             pool.clear()
@@ -849,13 +849,13 @@ def test_ten_thousand_requests_leave_the_books_as_they_were() -> None:
     e = engine(16)
     chance = random.Random(0)
     for _ in range(10_000):
-        context, _ = e.cache.open([chance.randrange(3) for _ in range(9)])
-        if not isinstance(e.cache.reserve(context, 5), Shortage):
-            e.cache.commit(context, [chance.randrange(3) for _ in range(5)])
-        e.cache.close(context)
+        sequence, _ = e.cache.open([chance.randrange(3) for _ in range(9)])
+        if not isinstance(e.cache.reserve(sequence, 5), Shortage):
+            e.cache.commit(sequence, [chance.randrange(3) for _ in range(5)])
+        e.cache.close(sequence)
     check_integrity([e.cache])
-    del context
+    del sequence
     pool = e.cache.pools[Tier.DEVICE]
-    assert len(e.cache.tree) <= 1 + 16 * 4 and not e.cache.contexts
+    assert len(e.cache.tree) <= 1 + 16 * 4 and not e.cache.sequences
     pool.clear()
     assert len(e.cache.tree) == 0 and not pool.ledger.charges and pool.slabs.num_idle == 4

@@ -21,7 +21,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
-from yafsdp_like.inference.kv.kv_cache import Context, Copy, KVCache, LayerGroup, Shortage, State, Tier, ceil_div
+from yafsdp_like.inference.kv.kv_cache import Copy, KVCache, KVSequence, LayerGroup, Shortage, State, Tier, ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
@@ -42,7 +42,7 @@ class Sequence:
     salt: Hashable
     tokens: list[int]  # the prompt, and what was drawn and read
     stage: Stage = Stage.WAITING
-    context: Context | None = None
+    kv: KVSequence | None = None
     num_scheduled: int = 0  # tokens whose keys and values the steps so far write
     num_pending: int = 0  # tokens that steps so far draw, not read yet
     num_cached: int | None = None  # of the prompt, when it was first admitted
@@ -67,12 +67,12 @@ class Sequence:
     @property
     def tables(self) -> tuple[list[int], ...]:
         """Per group of layers, the pages of a sequence that runs."""
-        assert self.context is not None
-        return self.context.tables
+        assert self.kv is not None
+        return self.kv.tables
 
     @property
     def is_swapped(self) -> bool:
-        return self.context is not None and self.context.state is State.SWAPPED
+        return self.kv is not None and self.kv.state is State.SWAPPED
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,9 @@ class Scheduler:
     def end(self, sequence: Sequence) -> None:
         """Takes a sequence out; its full pages stay cached."""
         _remove(self.running if sequence.stage is Stage.RUNNING else self.waiting, sequence)
-        if sequence.context is not None:
-            self.cache.close(sequence.context)
-        sequence.context, sequence.stage = None, Stage.ENDED
+        if sequence.kv is not None:
+            self.cache.close(sequence.kv)
+        sequence.kv, sequence.stage = None, Stage.ENDED
 
     def expired(self, now: float) -> Iterator[Sequence]:
         """The sequences whose deadlines are over, each once."""
@@ -291,10 +291,10 @@ class Scheduler:
 
     def _commit(self, sequence: Sequence) -> None:
         """Tells the cache of tokens that are both known and scheduled."""
-        assert sequence.context is not None
+        assert sequence.kv is not None
         known = min(sequence.num_scheduled, len(sequence.tokens))
-        if known > sequence.context.num_tokens:
-            self.cache.commit(sequence.context, sequence.tokens[sequence.context.num_tokens : known])
+        if known > sequence.kv.num_tokens:
+            self.cache.commit(sequence.kv, sequence.tokens[sequence.kv.num_tokens : known])
 
     def _bring(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence the pages that it has on the host or shares with others, and lets it run; False if
@@ -303,25 +303,25 @@ class Scheduler:
         available = self._num_available()
         if self._is_known_to_wait(sequence, available):
             return False
-        if sequence.context is None:
-            sequence.context, copies = self.cache.open(sequence.tokens, sequence.request.tenant, sequence.salt)
+        if sequence.kv is None:
+            sequence.kv, copies = self.cache.open(sequence.tokens, sequence.request.tenant, sequence.salt)
             self._copies += copies
-        missing = self._num_missing(sequence, sequence.context)
+        missing = self._num_missing(sequence, sequence.kv)
         if self.running and any(count + len(self.running) > 0 for count in missing):
             self._known_to_wait = sequence, [n + count for n, count in zip(available, missing, strict=True)]
             if not sequence.is_swapped:
                 self._close(sequence)
             return False
         if sequence.is_swapped:
-            brought = self._swap_in(sequence.context)
+            brought = self._swap_in(sequence.kv)
             if isinstance(brought, Shortage):
                 return False
             self._copies += brought
-        self._start(sequence, sequence.context)
+        self._start(sequence, sequence.kv)
         return True
 
     def _is_known_to_wait(self, sequence: Sequence, available: list[int]) -> bool:
-        """Whether there was no room for it, and there is not more since: to open its context again would only take
+        """Whether there was no room for it, and there is not more since: to open its pages again would only take
         time. Alone a sequence always fits.
         """
         if not self.running or self._known_to_wait is None or self._known_to_wait[0] is not sequence:
@@ -334,38 +334,38 @@ class Scheduler:
         pool = self.cache.pools[Tier.DEVICE]
         return [pool.num_available(group.shape) for group in self.cache.groups]
 
-    def _num_missing(self, sequence: Sequence, context: Context) -> list[int]:
+    def _num_missing(self, sequence: Sequence, kv: KVSequence) -> list[int]:
         """For each group, pages that all tokens and the next one lack, less those that are there to be taken; room is
         left if everybody who runs finds one more, too.
         """
         return [
             self._num_live_pages(group, sequence.length + 1) - held - available
             for group, held, available in zip(
-                self.cache.groups, self._num_held(sequence, context), self._num_available(), strict=True
+                self.cache.groups, self._num_held(sequence, kv), self._num_available(), strict=True
             )
         ]
 
-    def _num_held(self, sequence: Sequence, context: Context) -> list[int]:
+    def _num_held(self, sequence: Sequence, kv: KVSequence) -> list[int]:
         if sequence.is_swapped:
-            return [0] * len(context.tables)
-        return [len(table) - first for table, first in zip(context.tables, context.firsts, strict=True)]
+            return [0] * len(kv.tables)
+        return [len(table) - first for table, first in zip(kv.tables, kv.firsts, strict=True)]
 
-    def _swap_in(self, context: Context) -> tuple[Copy, ...] | Shortage:
-        brought = self.cache.swap_in(context)
+    def _swap_in(self, kv: KVSequence) -> tuple[Copy, ...] | Shortage:
+        brought = self.cache.swap_in(kv)
         if isinstance(brought, Shortage) and not self.running:
             self._ignore_floors()
-            brought = self.cache.swap_in(context)
+            brought = self.cache.swap_in(kv)
         return brought
 
-    def _start(self, sequence: Sequence, context: Context) -> None:
+    def _start(self, sequence: Sequence, kv: KVSequence) -> None:
         self.waiting.remove(sequence)
         _insert(self.running, sequence)
         sequence.stage = Stage.RUNNING
-        sequence.num_scheduled = context.num_tokens
+        sequence.num_scheduled = kv.num_tokens
         sequence.num_admitted += 1
         if sequence.num_cached is None:
-            sequence.num_cached = context.num_tokens
-            self.counts.num_tokens_cached += context.num_tokens
+            sequence.num_cached = kv.num_tokens
+            self.counts.num_tokens_cached += kv.num_tokens
 
     def _num_live_pages(self, layers: LayerGroup, num_tokens: int) -> int:
         page_size = layers.shape.page_size
@@ -377,11 +377,11 @@ class Scheduler:
         """Places for the next tokens of a running sequence, at the cost of those that rank last; False if that is
         itself, and it waits now.
         """
-        assert sequence.context is not None
-        wanted = sequence.num_scheduled + num_tokens - sequence.context.num_tokens
-        while isinstance(copies := self.cache.reserve(sequence.context, wanted), Shortage):
+        assert sequence.kv is not None
+        wanted = sequence.num_scheduled + num_tokens - sequence.kv.num_tokens
+        while isinstance(copies := self.cache.reserve(sequence.kv, wanted), Shortage):
             if len(self.running) == 1:
-                copies = self._reserve_alone(sequence.context, wanted)
+                copies = self._reserve_alone(sequence.kv, wanted)
                 break
             last = self.running[-1]
             self._preempt(last, draft)
@@ -390,9 +390,9 @@ class Scheduler:
         self._copies += copies
         return True
 
-    def _reserve_alone(self, context: Context, num_tokens: int) -> tuple[Copy, ...]:
+    def _reserve_alone(self, kv: KVSequence, num_tokens: int) -> tuple[Copy, ...]:
         self._ignore_floors()
-        copies = self.cache.reserve(context, num_tokens)
+        copies = self.cache.reserve(kv, num_tokens)
         if isinstance(copies, Shortage):
             raise RuntimeError(f"a sequence alone finds no room for {num_tokens} tokens, which was promised: {copies}")
         return copies
@@ -411,9 +411,9 @@ class Scheduler:
         """Takes a sequence's pages, to the host or to nowhere, whichever is cheaper to undo."""
         if sequence.num_pending:
             raise _Unread
-        assert sequence.context is not None
+        assert sequence.kv is not None
         draft.drop(sequence)
-        copies = self.cache.swap_out(sequence.context) if self.cache.prefers_swap(sequence.context) else None
+        copies = self.cache.swap_out(sequence.kv) if self.cache.prefers_swap(sequence.kv) else None
         if copies is None or isinstance(copies, Shortage):
             self._close(sequence)
             self.counts.num_recomputed += 1
@@ -425,18 +425,18 @@ class Scheduler:
         _insert(self.waiting, sequence)
 
     def _close(self, sequence: Sequence) -> None:
-        assert sequence.context is not None
-        self.cache.close(sequence.context)
-        sequence.context, sequence.num_scheduled = None, 0
+        assert sequence.kv is not None
+        self.cache.close(sequence.kv)
+        sequence.kv, sequence.num_scheduled = None, 0
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError unless the cache's contexts are just those of the sequences. O(everything)."""
+        """Raises RuntimeError unless the cache's kv_sequences are just those of the sequences. O(everything)."""
         sequences = self.running + self.waiting
-        contexts = {sequence.context for sequence in sequences if sequence.context is not None}
-        if contexts != self.cache.contexts:
-            raise RuntimeError(f"{len(self.cache.contexts)} contexts are open, sequences have {len(contexts)}")
+        kv_sequences = {sequence.kv for sequence in sequences if sequence.kv is not None}
+        if kv_sequences != self.cache.sequences:
+            raise RuntimeError(f"{len(self.cache.sequences)} kv_sequences are open, sequences have {len(kv_sequences)}")
         for sequence in self.running:
-            if sequence.context is None or sequence.context.state is not State.RESIDENT:
+            if sequence.kv is None or sequence.kv.state is not State.RESIDENT:
                 raise RuntimeError(f"request {sequence.request.id!r} runs without pages on the device")
 
 

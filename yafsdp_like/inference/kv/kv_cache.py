@@ -1,4 +1,4 @@
-"""Which pages hold the keys and values of which tokens: page tables of many contexts over a device and a host tier.
+"""Which pages hold the keys and values of which tokens: page tables of many sequences over a device and a host tier.
 
 Integers only. What has to be copied is handed out as a list of ``Copy``, and the engine copies.
 
@@ -115,7 +115,7 @@ class Brought:
 
 
 @dataclass(eq=False)
-class Context:
+class KVSequence:
     """Tokens whose keys and values are in pages, and the tables that say in which. Changed by ``KVCache`` only."""
 
     tenant: str
@@ -126,7 +126,7 @@ class Context:
     prefixes: list[Prefix] = field(default_factory=list)  # one per full page
     tail: list[int] = field(default_factory=list)  # tokens of the page that is not full
     num_tokens: int = 0
-    num_reserved: int = 0  # tokens behind them that have places of this context's own
+    num_reserved: int = 0  # tokens behind them that have places of this sequence's own
 
     @property
     def num_pages(self) -> int:
@@ -143,7 +143,7 @@ class Context:
 
 
 class KVCache:
-    """The contexts of one model on a device pool and, if there is one, a host pool; pools may be other models' too.
+    """The sequences of one model on a device pool and, if there is one, a host pool; pools may be other models' too.
 
     Work is O(pages touched), each at the price of ``PagePool``; a token that fills no page and needs none is O(groups).
     """
@@ -159,133 +159,135 @@ class KVCache:
         self.costs = costs
         self.pools = {Tier.DEVICE: device} if host is None else {Tier.DEVICE: device, Tier.HOST: host}
         self.tree = PrefixTree()
-        self.contexts: set[Context] = set()
+        self.sequences: set[KVSequence] = set()
         for pool in self.pools.values():
             for group in groups:
                 pool.admit(group.shape)
 
-    # --- what a context goes through ---
+    # --- what a sequence goes through ---
 
-    def open(self, tokens: Sequence[int], tenant: str = "", salt: Hashable = None) -> tuple[Context, tuple[Copy, ...]]:
-        """A context that begins with the longest prefix of ``tokens`` that is cached, without the last token, which is
+    def open(
+        self, tokens: Sequence[int], tenant: str = "", salt: Hashable = None
+    ) -> tuple[KVSequence, tuple[Copy, ...]]:
+        """A sequence that begins with the longest prefix of ``tokens`` that is cached, without the last token, which is
         left to be computed. Copies bring in pages that only the host has.
         """
         root = self.tree.root(salt)
         known = list(self.tree.known(root, tokens[:-1], self.page_size))
-        context = self._empty(tenant, root)
+        sequence = self._empty(tenant, root)
         for tiers in (tuple(self.pools), (Tier.DEVICE,)):
-            copies = self._adopt(context, known[: self._num_cached(known, tiers)])
+            copies = self._adopt(sequence, known[: self._num_cached(known, tiers)])
             if not isinstance(copies, Shortage):
                 break
         assert not isinstance(copies, Shortage), f"pages on the device were found, and are not there: {copies}"
-        self.contexts.add(context)
-        return context, copies
+        self.sequences.add(sequence)
+        return sequence, copies
 
-    def reserve(self, context: Context, num_tokens: int) -> tuple[Copy, ...] | Shortage:
+    def reserve(self, sequence: KVSequence, num_tokens: int) -> tuple[Copy, ...] | Shortage:
         """Makes sure that the next ``num_tokens`` tokens, and more up to a page's end, have places of their own.
 
         To be called before the forward that writes them; the copies are of a page that others share (copy on write).
-        Places that were reserved before a fork stay the context's own: it is the twin that copies.
+        Places that were reserved before a fork stay the sequence's own: it is the twin that copies.
         """
-        self._require(context, State.RESIDENT)
-        if num_tokens <= context.num_reserved:
+        self._require(sequence, State.RESIDENT)
+        if num_tokens <= sequence.num_reserved:
             return ()
-        end = ceil_div(context.num_tokens + num_tokens, self.page_size)
-        lacking = [range(len(table), end) for table in context.tables]
-        shared = [self._tail_is_shared(context, group) for group in range(len(self.groups))]
-        taken = self._take(Tier.DEVICE, context.tenant, [len(lacking[g]) + shared[g] for g in range(len(self.groups))])
+        end = ceil_div(sequence.num_tokens + num_tokens, self.page_size)
+        lacking = [range(len(table), end) for table in sequence.tables]
+        shared = [self._tail_is_shared(sequence, group) for group in range(len(self.groups))]
+        taken = self._take(Tier.DEVICE, sequence.tenant, [len(lacking[g]) + shared[g] for g in range(len(self.groups))])
         if isinstance(taken, Shortage):
             return taken
         copies = []
         for group, pages in enumerate(taken):
             if shared[group]:
-                copies.append(self._copy_on_write(context, group, pages.pop()))
-            context.tables[group].extend(pages)
-        context.num_reserved = end * self.page_size - context.num_tokens
+                copies.append(self._copy_on_write(sequence, group, pages.pop()))
+            sequence.tables[group].extend(pages)
+        sequence.num_reserved = end * self.page_size - sequence.num_tokens
         return tuple(copies)
 
-    def commit(self, context: Context, tokens: Iterable[int]) -> None:
+    def commit(self, sequence: KVSequence, tokens: Iterable[int]) -> None:
         """Says that the keys and values of ``tokens`` are written, or will be before anything scheduled from now on.
 
         Full pages can be found from now on; pages that left a window are dropped.
         """
-        self._require(context, State.RESIDENT)
+        self._require(sequence, State.RESIDENT)
         tokens = list(tokens)
-        if len(tokens) > context.num_reserved:
+        if len(tokens) > sequence.num_reserved:
             raise RuntimeError(
-                f"commit of {len(tokens)} tokens behind {context.num_tokens}: {context.num_reserved} places are "
+                f"commit of {len(tokens)} tokens behind {sequence.num_tokens}: {sequence.num_reserved} places are "
                 "reserved; call reserve() before the forward that writes them"
             )
-        context.num_reserved -= len(tokens)
-        context.num_tokens += len(tokens)
-        context.tail += tokens
-        full = len(context.tail) // self.page_size * self.page_size
+        sequence.num_reserved -= len(tokens)
+        sequence.num_tokens += len(tokens)
+        sequence.tail += tokens
+        full = len(sequence.tail) // self.page_size * self.page_size
         for start in range(0, full, self.page_size):
-            self._publish_next(context, tuple(context.tail[start : start + self.page_size]))
-        del context.tail[:full]
-        self._drop_outside_windows(context)
+            self._publish_next(sequence, tuple(sequence.tail[start : start + self.page_size]))
+        del sequence.tail[:full]
+        self._drop_outside_windows(sequence)
 
-    def fork(self, context: Context) -> Context:
-        """Another context with the same tokens, on the same pages; who needs new places in a shared page copies it."""
-        self._require(context, State.RESIDENT)
-        twin = self._empty(context.tenant, context.root)
-        twin.prefixes, twin.tail = list(context.prefixes), list(context.tail)
-        twin.num_tokens, twin.firsts = context.num_tokens, list(context.firsts)
-        for group, table in enumerate(context.tables):
-            twin.tables[group].extend(table[: context.num_pages])
+    def fork(self, sequence: KVSequence) -> KVSequence:
+        """Another sequence with the same tokens, on the same pages; who needs new places in a shared page copies it."""
+        self._require(sequence, State.RESIDENT)
+        twin = self._empty(sequence.tenant, sequence.root)
+        twin.prefixes, twin.tail = list(sequence.prefixes), list(sequence.tail)
+        twin.num_tokens, twin.firsts = sequence.num_tokens, list(sequence.firsts)
+        for group, table in enumerate(sequence.tables):
+            twin.tables[group].extend(table[: sequence.num_pages])
         for group, _, page in self._pages(twin):
             self._pool(twin).share(self.groups[group].shape, page)
-        self.contexts.add(twin)
+        self.sequences.add(twin)
         return twin
 
-    def close(self, context: Context) -> None:
+    def close(self, sequence: KVSequence) -> None:
         """Drops all pages, the last first, so that of a text the end goes before the beginning. Full pages stay cached
         until their bytes are wanted. Preemption by recompute is this, and ``open`` with the same tokens later.
         """
-        if context.state is State.CLOSED:
-            raise RuntimeError("close of a context that is closed already")
-        self._drop_pages(context)
-        context.state = State.CLOSED
-        self.contexts.remove(context)
+        if sequence.state is State.CLOSED:
+            raise RuntimeError("close of a sequence that is closed already")
+        self._drop_pages(sequence)
+        sequence.state = State.CLOSED
+        self.sequences.remove(sequence)
 
     # --- preemption by swapping ---
 
-    def swap_out(self, context: Context) -> tuple[Copy, ...] | Shortage:
-        """Moves a context to the host; the copies are of what the host does not have yet. Places reserved are lost."""
-        self._require(context, State.RESIDENT)
+    def swap_out(self, sequence: KVSequence) -> tuple[Copy, ...] | Shortage:
+        """Moves a sequence to the host; the copies are of what the host does not have yet. Places reserved are lost."""
+        self._require(sequence, State.RESIDENT)
         if Tier.HOST not in self.pools:
             raise RuntimeError(
-                "swap_out needs a host pool, this cache has none; close() the context and open() it again"
+                "swap_out needs a host pool, this cache has none; close() the sequence and open() it again"
             )
-        copies = self._move(context, Tier.HOST)
+        copies = self._move(sequence, Tier.HOST)
         if not isinstance(copies, Shortage):
-            context.state = State.SWAPPED
+            sequence.state = State.SWAPPED
         return copies
 
-    def swap_in(self, context: Context) -> tuple[Copy, ...] | Shortage:
-        """Moves a context back; the copies are of what is on the device no more. The host keeps full pages, cached."""
-        self._require(context, State.SWAPPED)
-        copies = self._move(context, Tier.DEVICE)
+    def swap_in(self, sequence: KVSequence) -> tuple[Copy, ...] | Shortage:
+        """Moves a sequence back; the copies are of what is on the device no more. The host keeps full pages, cached."""
+        self._require(sequence, State.SWAPPED)
+        copies = self._move(sequence, Tier.DEVICE)
         if not isinstance(copies, Shortage):
-            context.state = State.RESIDENT
+            sequence.state = State.RESIDENT
         return copies
 
-    def prefers_swap(self, context: Context) -> bool:
-        """Whether moving a context out and back takes less time than computing it again, by the costs given."""
-        self._require(context, State.RESIDENT)
+    def prefers_swap(self, sequence: KVSequence) -> bool:
+        """Whether moving a sequence out and back takes less time than computing it again, by the costs given."""
+        self._require(sequence, State.RESIDENT)
         if Tier.HOST not in self.pools:
             return False
         back = out = 0
-        for group, index, _ in self._written(context):
+        for group, index, _ in self._written(sequence):
             nbytes = self.groups[group].shape.nbytes
             back += nbytes
-            out += nbytes if self._find(Tier.HOST, group, context.content(group, index)) is None else 0
-        return self.costs.copy_s(out + back) < self.costs.recompute_s(context.num_tokens)
+            out += nbytes if self._find(Tier.HOST, group, sequence.content(group, index)) is None else 0
+        return self.costs.copy_s(out + back) < self.costs.recompute_s(sequence.num_tokens)
 
     # --- admission ---
 
     def fits(self, num_tokens: int, chunk: int) -> bool:
-        """Whether a context of ``num_tokens``, written at most ``chunk`` at a time, fits on a device without others.
+        """Whether a sequence of ``num_tokens``, written at most ``chunk`` at a time, fits on a device without others.
 
         May say no where slabs hold a page more than the least.
         """
@@ -296,27 +298,27 @@ class KVCache:
             num_slabs += ceil_div(ceil_div(live, self.page_size), grid.pages_per_slab(group.shape))
         return num_slabs <= grid.num_slabs
 
-    # --- pages of a context ---
+    # --- pages of a sequence ---
 
-    def _empty(self, tenant: str, root: Prefix) -> Context:
-        return Context(tenant, root, tuple([] for _ in self.groups), [0] * len(self.groups))
+    def _empty(self, tenant: str, root: Prefix) -> KVSequence:
+        return KVSequence(tenant, root, tuple([] for _ in self.groups), [0] * len(self.groups))
 
-    def _pool(self, context: Context) -> PagePool:
-        return self.pools[Tier.DEVICE if context.state is State.RESIDENT else Tier.HOST]
+    def _pool(self, sequence: KVSequence) -> PagePool:
+        return self.pools[Tier.DEVICE if sequence.state is State.RESIDENT else Tier.HOST]
 
-    def _pages(self, context: Context) -> Iterator[tuple[int, int, int]]:
+    def _pages(self, sequence: KVSequence) -> Iterator[tuple[int, int, int]]:
         """(group, index, page) of all that the tables hold, first to last."""
-        for group, table in enumerate(context.tables):
-            for index in range(context.firsts[group], len(table)):
+        for group, table in enumerate(sequence.tables):
+            for index in range(sequence.firsts[group], len(table)):
                 yield group, index, table[index]
 
-    def _written(self, context: Context) -> list[tuple[int, int, int]]:
+    def _written(self, sequence: KVSequence) -> list[tuple[int, int, int]]:
         """The same, without pages that are only reserved."""
-        return [(group, index, page) for group, index, page in self._pages(context) if index < context.num_pages]
+        return [(group, index, page) for group, index, page in self._pages(sequence) if index < sequence.num_pages]
 
-    def _drop_pages(self, context: Context) -> None:
-        pool = self._pool(context)
-        for group, _, page in sorted(self._pages(context), key=lambda found: -found[1]):
+    def _drop_pages(self, sequence: KVSequence) -> None:
+        pool = self._pool(sequence)
+        for group, _, page in sorted(self._pages(sequence), key=lambda found: -found[1]):
             pool.drop(self.groups[group].shape, page)
 
     def _find(self, tier: Tier, group: int, content: Content | None) -> int | None:
@@ -344,26 +346,26 @@ class KVCache:
                 return Shortage(tier, shape, count)
         return taken
 
-    def _tail_is_shared(self, context: Context, group: int) -> bool:
+    def _tail_is_shared(self, sequence: KVSequence, group: int) -> bool:
         """Whether the page that is not full is another's too, or was filled and published by another since the fork."""
-        if not context.tail:
+        if not sequence.tail:
             return False
-        shape, page = self.groups[group].shape, context.tables[group][len(context.prefixes)]
+        shape, page = self.groups[group].shape, sequence.tables[group][len(sequence.prefixes)]
         pool = self.pools[Tier.DEVICE]
         return pool.num_references(shape, page) > 1 or pool.content(shape, page) is not None
 
-    def _copy_on_write(self, context: Context, group: int, page: int) -> Copy:
-        shape, index = self.groups[group].shape, len(context.prefixes)
-        source, context.tables[group][index] = context.tables[group][index], page
+    def _copy_on_write(self, sequence: KVSequence, group: int, page: int) -> Copy:
+        shape, index = self.groups[group].shape, len(sequence.prefixes)
+        source, sequence.tables[group][index] = sequence.tables[group][index], page
         self.pools[Tier.DEVICE].drop(shape, source)
         return Copy(shape, Tier.DEVICE, source, Tier.DEVICE, page)
 
-    def _publish_next(self, context: Context, tokens: tuple[int, ...]) -> None:
-        """The next page of a context is full of ``tokens``."""
-        context.prefixes.append(self.tree.child(context.prefixes[-1] if context.prefixes else context.root, tokens))
-        index = len(context.prefixes) - 1
-        for group, table in enumerate(context.tables):
-            self._publish(Tier.DEVICE, group, table[index], Content(group, context.prefixes[index]))
+    def _publish_next(self, sequence: KVSequence, tokens: tuple[int, ...]) -> None:
+        """The next page of a sequence is full of ``tokens``."""
+        sequence.prefixes.append(self.tree.child(sequence.prefixes[-1] if sequence.prefixes else sequence.root, tokens))
+        index = len(sequence.prefixes) - 1
+        for group, table in enumerate(sequence.tables):
+            self._publish(Tier.DEVICE, group, table[index], Content(group, sequence.prefixes[index]))
 
     def _publish(self, tier: Tier, group: int, page: int, content: Content) -> None:
         """Content that the host has too costs a copy, if that is less than computing it."""
@@ -373,13 +375,13 @@ class KVCache:
             cost = min(cost, self.costs.copy_s(shape.nbytes))
         self.pools[tier].publish(shape, page, content, cost)
 
-    def _drop_outside_windows(self, context: Context) -> None:
+    def _drop_outside_windows(self, sequence: KVSequence) -> None:
         for group, layers in enumerate(self.groups):
-            first = layers.first_page(context.num_tokens)
-            for index in range(context.firsts[group], first):
-                self.pools[Tier.DEVICE].drop(layers.shape, context.tables[group][index])
-                context.tables[group][index] = NO_PAGE
-            context.firsts[group] = max(first, context.firsts[group])
+            first = layers.first_page(sequence.num_tokens)
+            for index in range(sequence.firsts[group], first):
+                self.pools[Tier.DEVICE].drop(layers.shape, sequence.tables[group][index])
+                sequence.tables[group][index] = NO_PAGE
+            sequence.firsts[group] = max(first, sequence.firsts[group])
 
     # --- content from where it is to where it is wanted ---
 
@@ -395,8 +397,8 @@ class KVCache:
                 best = num_pages
         return best
 
-    def _adopt(self, context: Context, prefixes: Sequence[Prefix]) -> tuple[Copy, ...] | Shortage:
-        """Fills an empty context with cached prefixes: shares what the device has, copies the rest from the host."""
+    def _adopt(self, sequence: KVSequence, prefixes: Sequence[Prefix]) -> tuple[Copy, ...] | Shortage:
+        """Fills an empty sequence with cached prefixes: shares what the device has, copies the rest from the host."""
         num_tokens = len(prefixes) * self.page_size
         firsts = [group.first_page(num_tokens) for group in self.groups]
         wanted = []
@@ -405,30 +407,30 @@ class KVCache:
                 content = Content(group, prefixes[index])
                 source = self._find(Tier.HOST, group, content)
                 wanted.append(Wanted(group, index, content, NO_PAGE if source is None else source))
-        brought = self._bring(wanted, Tier.DEVICE, context.tenant)
+        brought = self._bring(wanted, Tier.DEVICE, sequence.tenant)
         if isinstance(brought, Shortage):
             return brought
-        context.prefixes, context.firsts, context.num_tokens = list(prefixes), firsts, num_tokens
-        for table in context.tables:
+        sequence.prefixes, sequence.firsts, sequence.num_tokens = list(prefixes), firsts, num_tokens
+        for table in sequence.tables:
             table.extend([NO_PAGE] * len(prefixes))
-        context.place(brought.pages)
+        sequence.place(brought.pages)
         return brought.copies
 
-    def _move(self, context: Context, tier: Tier) -> tuple[Copy, ...] | Shortage:
+    def _move(self, sequence: KVSequence, tier: Tier) -> tuple[Copy, ...] | Shortage:
         """From the other tier to ``tier``; the caller changes the state."""
-        wanted = [Wanted(g, i, context.content(g, i), page) for g, i, page in self._written(context)]
-        brought = self._bring(wanted, tier, context.tenant)
+        wanted = [Wanted(g, i, sequence.content(g, i), page) for g, i, page in self._written(sequence)]
+        brought = self._bring(wanted, tier, sequence.tenant)
         if isinstance(brought, Shortage):
             return brought
         if tier is Tier.HOST:
             for want in wanted:
                 if want.content is not None:
                     self._publish(Tier.DEVICE, want.group, want.source, want.content)  # cheaper to bring back now
-        self._drop_pages(context)
-        for table in context.tables:
-            del table[context.num_pages :]
-        context.num_reserved = 0
-        context.place(brought.pages)
+        self._drop_pages(sequence)
+        for table in sequence.tables:
+            del table[sequence.num_pages :]
+        sequence.num_reserved = 0
+        sequence.place(brought.pages)
         return brought.copies
 
     def _bring(self, wanted: Sequence[Wanted], tier: Tier, tenant: str) -> Brought | Shortage:
@@ -460,41 +462,41 @@ class KVCache:
 
     # --- faults ---
 
-    def _require(self, context: Context, state: State) -> None:
-        if context.state is not state:
-            raise RuntimeError(f"a context must be {state.name} here, this one is {context.state.name}")
+    def _require(self, sequence: KVSequence, state: State) -> None:
+        if sequence.state is not state:
+            raise RuntimeError(f"a sequence must be {state.name} here, this one is {sequence.state.name}")
 
     def references(self) -> dict[Tier, dict[PageShape, Counter[int]]]:
         """How often each page stands in a table."""
         found: dict[Tier, dict[PageShape, Counter[int]]] = {tier: {} for tier in self.pools}
-        for context in self.contexts:
-            tier = Tier.DEVICE if context.state is State.RESIDENT else Tier.HOST
-            for group, _, page in self._pages(context):
+        for sequence in self.sequences:
+            tier = Tier.DEVICE if sequence.state is State.RESIDENT else Tier.HOST
+            for group, _, page in self._pages(sequence):
                 found[tier].setdefault(self.groups[group].shape, Counter())[page] += 1
         return found
 
     def check_tables(self) -> None:
-        """Raises RuntimeError unless every table has just the pages that its context needs, and content is its own."""
-        for context in self.contexts:
-            full = len(context.prefixes) * self.page_size
-            pages = [prefix.num_pages for prefix in context.prefixes]
+        """Raises RuntimeError unless every table has just the pages that its sequence needs, and content is its own."""
+        for sequence in self.sequences:
+            full = len(sequence.prefixes) * self.page_size
+            pages = [prefix.num_pages for prefix in sequence.prefixes]
             _expect(
-                full + len(context.tail) == context.num_tokens, f"{context.num_tokens} tokens: {full} in full pages"
+                full + len(sequence.tail) == sequence.num_tokens, f"{sequence.num_tokens} tokens: {full} in full pages"
             )
             _expect(pages == list(range(1, len(pages) + 1)), f"prefixes of {pages} pages")
-            _expect(len(context.tail) < self.page_size, f"{len(context.tail)} tokens in a page that is not full")
-            for group, table in enumerate(context.tables):
-                first = self.groups[group].first_page(context.num_tokens)
+            _expect(len(sequence.tail) < self.page_size, f"{len(sequence.tail)} tokens in a page that is not full")
+            for group, table in enumerate(sequence.tables):
+                first = self.groups[group].first_page(sequence.num_tokens)
                 gone = [index for index, page in enumerate(table) if page == NO_PAGE]
-                _expect(context.firsts[group] == first, f"first page {context.firsts[group]}, expected {first}")
+                _expect(sequence.firsts[group] == first, f"first page {sequence.firsts[group]}, expected {first}")
                 _expect(gone == list(range(first)), f"no pages at {gone}, expected up to {first}")
-                num_places = len(table) * self.page_size - context.num_tokens
+                num_places = len(table) * self.page_size - sequence.num_tokens
                 _expect(
-                    num_places >= context.num_reserved >= 0, f"{num_places} places, {context.num_reserved} reserved"
+                    num_places >= sequence.num_reserved >= 0, f"{num_places} places, {sequence.num_reserved} reserved"
                 )
-            for group, index, page in self._pages(context):
-                held = self._pool(context).content(self.groups[group].shape, page)
-                expected = context.content(group, index)
+            for group, index, page in self._pages(sequence):
+                held = self._pool(sequence).content(self.groups[group].shape, page)
+                expected = sequence.content(group, index)
                 _expect(held in (None, expected) or expected is None, f"page {page} is {expected}, holds {held}")
 
 
@@ -520,4 +522,4 @@ def check_integrity(caches: Iterable[KVCache]) -> None:
 
 def _expect(holds: bool, found: str) -> None:
     if not holds:
-        raise RuntimeError(f"a context's tables are wrong; {found}")
+        raise RuntimeError(f"a sequence's tables are wrong; {found}")

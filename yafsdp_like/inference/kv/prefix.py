@@ -4,7 +4,7 @@
 A prefix is a node that its parent and its page of tokens determine, and one dictionary holds them all under the key
 (number of the parent, tokens). Numbers are never used twice. The dictionary's hash is therefore a chained content
 hash, and since a dictionary compares keys that have equal hashes, two different texts never share a node: a collision
-costs time, not correctness. A node lives as long as a page, a context or a longer prefix refers to it, and no longer:
+costs time, not correctness. A node lives as long as a page, a sequence or a longer prefix refers to it, and no longer:
 when a page was evicted and its successor was not, the chain between them is still known, and the successor is found
 again once the page was computed anew.
 """
