@@ -21,7 +21,16 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
-from yafsdp_like.inference.kv.kv_cache import Copy, KVCache, KVSequence, LayerGroup, Shortage, State, Tier, ceil_div
+from yafsdp_like.inference.kv.kv_cache import (
+    Copy,
+    KVCache,
+    KVSequence,
+    KVSequenceState,
+    LayerGroup,
+    Shortage,
+    Tier,
+    ceil_div,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
@@ -72,7 +81,7 @@ class Sequence:
 
     @property
     def is_swapped(self) -> bool:
-        return self.kv is not None and self.kv.state is State.SWAPPED
+        return self.kv is not None and self.kv.state is KVSequenceState.SWAPPED
 
 
 @dataclass(frozen=True)
@@ -436,7 +445,7 @@ class Scheduler:
         if kv_sequences != self.cache.sequences:
             raise RuntimeError(f"{len(self.cache.sequences)} kv_sequences are open, sequences have {len(kv_sequences)}")
         for sequence in self.running:
-            if sequence.kv is None or sequence.kv.state is not State.RESIDENT:
+            if sequence.kv is None or sequence.kv.state is not KVSequenceState.RESIDENT:
                 raise RuntimeError(f"request {sequence.request.id!r} runs without pages on the device")
 
 

@@ -38,7 +38,7 @@ class Tier(Enum):
     HOST = auto()
 
 
-class State(Enum):
+class KVSequenceState(Enum):
     RESIDENT = auto()  # pages on the device
     SWAPPED = auto()  # pages on the host
     CLOSED = auto()
@@ -122,7 +122,7 @@ class KVSequence:
     root: Prefix
     tables: tuple[list[int], ...]  # per group: the page of tokens [i page_size, (i + 1) page_size), or NO_PAGE
     firsts: list[int]  # per group: the first page that is still there
-    state: State = State.RESIDENT
+    state: KVSequenceState = KVSequenceState.RESIDENT
     prefixes: list[Prefix] = field(default_factory=list)  # one per full page
     tail: list[int] = field(default_factory=list)  # tokens of the page that is not full
     num_tokens: int = 0
@@ -189,7 +189,7 @@ class KVCache:
         To be called before the forward that writes them; the copies are of a page that others share (copy on write).
         Places that were reserved before a fork stay the sequence's own: it is the twin that copies.
         """
-        self._require(sequence, State.RESIDENT)
+        self._require(sequence, KVSequenceState.RESIDENT)
         if num_tokens <= sequence.num_reserved:
             return ()
         end = ceil_div(sequence.num_tokens + num_tokens, self.page_size)
@@ -211,7 +211,7 @@ class KVCache:
 
         Full pages can be found from now on; pages that left a window are dropped.
         """
-        self._require(sequence, State.RESIDENT)
+        self._require(sequence, KVSequenceState.RESIDENT)
         tokens = list(tokens)
         if len(tokens) > sequence.num_reserved:
             raise RuntimeError(
@@ -229,7 +229,7 @@ class KVCache:
 
     def fork(self, sequence: KVSequence) -> KVSequence:
         """Another sequence with the same tokens, on the same pages; who needs new places in a shared page copies it."""
-        self._require(sequence, State.RESIDENT)
+        self._require(sequence, KVSequenceState.RESIDENT)
         twin = self._empty(sequence.tenant, sequence.root)
         twin.prefixes, twin.tail = list(sequence.prefixes), list(sequence.tail)
         twin.num_tokens, twin.firsts = sequence.num_tokens, list(sequence.firsts)
@@ -244,37 +244,37 @@ class KVCache:
         """Drops all pages, the last first, so that of a text the end goes before the beginning. Full pages stay cached
         until their bytes are wanted. Preemption by recompute is this, and ``open`` with the same tokens later.
         """
-        if sequence.state is State.CLOSED:
+        if sequence.state is KVSequenceState.CLOSED:
             raise RuntimeError("close of a sequence that is closed already")
         self._drop_pages(sequence)
-        sequence.state = State.CLOSED
+        sequence.state = KVSequenceState.CLOSED
         self.sequences.remove(sequence)
 
     # --- preemption by swapping ---
 
     def swap_out(self, sequence: KVSequence) -> tuple[Copy, ...] | Shortage:
         """Moves a sequence to the host; the copies are of what the host does not have yet. Places reserved are lost."""
-        self._require(sequence, State.RESIDENT)
+        self._require(sequence, KVSequenceState.RESIDENT)
         if Tier.HOST not in self.pools:
             raise RuntimeError(
                 "swap_out needs a host pool, this cache has none; close() the sequence and open() it again"
             )
         copies = self._move(sequence, Tier.HOST)
         if not isinstance(copies, Shortage):
-            sequence.state = State.SWAPPED
+            sequence.state = KVSequenceState.SWAPPED
         return copies
 
     def swap_in(self, sequence: KVSequence) -> tuple[Copy, ...] | Shortage:
         """Moves a sequence back; the copies are of what is on the device no more. The host keeps full pages, cached."""
-        self._require(sequence, State.SWAPPED)
+        self._require(sequence, KVSequenceState.SWAPPED)
         copies = self._move(sequence, Tier.DEVICE)
         if not isinstance(copies, Shortage):
-            sequence.state = State.RESIDENT
+            sequence.state = KVSequenceState.RESIDENT
         return copies
 
     def prefers_swap(self, sequence: KVSequence) -> bool:
         """Whether moving a sequence out and back takes less time than computing it again, by the costs given."""
-        self._require(sequence, State.RESIDENT)
+        self._require(sequence, KVSequenceState.RESIDENT)
         if Tier.HOST not in self.pools:
             return False
         back = out = 0
@@ -304,7 +304,7 @@ class KVCache:
         return KVSequence(tenant, root, tuple([] for _ in self.groups), [0] * len(self.groups))
 
     def _pool(self, sequence: KVSequence) -> PagePool:
-        return self.pools[Tier.DEVICE if sequence.state is State.RESIDENT else Tier.HOST]
+        return self.pools[Tier.DEVICE if sequence.state is KVSequenceState.RESIDENT else Tier.HOST]
 
     def _pages(self, sequence: KVSequence) -> Iterator[tuple[int, int, int]]:
         """(group, index, page) of all that the tables hold, first to last."""
@@ -462,7 +462,7 @@ class KVCache:
 
     # --- faults ---
 
-    def _require(self, sequence: KVSequence, state: State) -> None:
+    def _require(self, sequence: KVSequence, state: KVSequenceState) -> None:
         if sequence.state is not state:
             raise RuntimeError(f"a sequence must be {state.name} here, this one is {sequence.state.name}")
 
@@ -470,7 +470,7 @@ class KVCache:
         """How often each page stands in a table."""
         found: dict[Tier, dict[PageShape, Counter[int]]] = {tier: {} for tier in self.pools}
         for sequence in self.sequences:
-            tier = Tier.DEVICE if sequence.state is State.RESIDENT else Tier.HOST
+            tier = Tier.DEVICE if sequence.state is KVSequenceState.RESIDENT else Tier.HOST
             for group, _, page in self._pages(sequence):
                 found[tier].setdefault(self.groups[group].shape, Counter())[page] += 1
         return found
