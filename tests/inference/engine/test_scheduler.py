@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
-from yafsdp_like.inference.engine.scheduler import Batch, Budget, Scheduler, Sequence, Stage
+from yafsdp_like.inference.engine.scheduler import ActiveRequest, Batch, Budget, RequestStatus, Scheduler
 from yafsdp_like.inference.kv.eviction import Costs, Tenant
 from yafsdp_like.inference.kv.kv_cache import KVCache, LayerGroup, Tier, check_integrity
 from yafsdp_like.inference.kv.pages import PagePool
 from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence as Ordered
+    from collections.abc import Sequence
 
 PAGE_SIZE = 4
 SHAPE = PageShape(num_layers=1, num_kv_heads=1, head_dim=32, page_size=PAGE_SIZE)  # 512 bytes
@@ -23,7 +23,7 @@ SWAPPING = Costs(link_nbytes_per_s=1e15, prefill_tokens_per_s=1.0)
 RECOMPUTING = Costs(link_nbytes_per_s=1.0, prefill_tokens_per_s=1e15)
 
 
-def pool(num_pages: int, tenants: Ordered[Tenant] = ()) -> PagePool:
+def pool(num_pages: int, tenants: Sequence[Tenant] = ()) -> PagePool:
     return PagePool(SlabGrid(num_pages * SHAPE.nbytes, SHAPE.nbytes), tenants=tenants)
 
 
@@ -35,14 +35,14 @@ def scheduler(
     costs: Costs = SWAPPING,
     host_pages: int = 64,
     window: int | None = None,
-    tenants: Ordered[Tenant] = (),
+    tenants: Sequence[Tenant] = (),
     max_waiting: int = 100,
 ) -> Scheduler:
     cache = KVCache([LayerGroup((0,), SHAPE, window)], costs, pool(num_pages, tenants), pool(host_pages))
     return Scheduler(cache, Budget(size, tokens, max_waiting))
 
 
-def add(to: Scheduler, name: str, num_prompt: int, max_tokens: int = 100, **more: object) -> Sequence:
+def add(to: Scheduler, name: str, num_prompt: int, max_tokens: int = 100, **more: object) -> ActiveRequest:
     """A request whose prompt is like no other's."""
     base = 1000 * (1 + to._num_added)
     return to.add(Request(name, tuple(range(base, base + num_prompt)), max_tokens=max_tokens, **more), None)  # type: ignore[arg-type]
@@ -56,7 +56,7 @@ def runs(batch: Batch | None) -> list[tuple[str, int, int]]:
 def read(of: Scheduler, batch: Batch | None, token: int = 7) -> None:
     assert batch is not None
     for run in batch.runs:
-        if run.draws and run.sequence.stage is not Stage.ENDED:
+        if run.draws and run.sequence.status is not RequestStatus.ENDED:
             of.read(run, token)
 
 
@@ -119,7 +119,7 @@ def test_who_has_drawn_its_last_token_is_not_computed_again() -> None:
     assert runs(batch) == [("a", 0, 2)]
     assert runs(schedule(it)) == []
     assert batch is not None and it.read(batch.runs[0], 5) is FinishReason.LENGTH
-    assert one.stage is Stage.ENDED and not it.running
+    assert one.status is RequestStatus.ENDED and not it.running
 
 
 def test_a_stop_token_ends_a_sequence_and_is_one_of_its_tokens() -> None:
@@ -211,7 +211,7 @@ def test_what_found_no_room_is_looked_at_again_only_when_there_is_more(monkeypat
     it, opened = scheduler(num_pages=16), list[int]()
     plain = it.cache.open
 
-    def counted(tokens: Ordered[int], *more: object) -> object:
+    def counted(tokens: Sequence[int], *more: object) -> object:
         opened.append(len(tokens))
         return plain(tokens, *more)  # type: ignore[arg-type]
 
@@ -277,7 +277,7 @@ def test_sequences_that_ended_are_not_kept_until_their_deadlines() -> None:
     it = scheduler(num_pages=100)
     for i in range(20):
         sequence = add(it, str(i), 2, max_tokens=1, deadline=1e9)
-        assert step(it) == [(str(i), 0, 2)] and sequence.stage is Stage.ENDED
+        assert step(it) == [(str(i), 0, 2)] and sequence.status is RequestStatus.ENDED
     assert len(it._deadlines) <= 2
     last = add(it, "last", 2, deadline=1e9)
     assert list(it.expired(2e9)) == [last]
@@ -298,9 +298,9 @@ def test_by_chance_every_token_is_computed_once_between_preemptions_and_nothing_
         tenants=[Tenant("floor", draw.choice([0, 4]) * SHAPE.nbytes)],
     )
     unread: Batch | None = None
-    reach: dict[Sequence, tuple[int, int]] = {}  # admission, and tokens computed since
-    ended: list[Sequence] = []
-    sequences: list[Sequence] = []
+    reach: dict[ActiveRequest, tuple[int, int]] = {}  # admission, and tokens computed since
+    ended: list[ActiveRequest] = []
+    sequences: list[ActiveRequest] = []
     while len(sequences) < 60 or it.running or it.waiting:
         if len(sequences) < 60 and draw.random() < 0.4:
             more = {
@@ -327,6 +327,8 @@ def test_by_chance_every_token_is_computed_once_between_preemptions_and_nothing_
         unread = batch
         it.check_integrity()
         check_integrity([it.cache])
-        ended += [sequence for sequence in sequences if sequence.stage is Stage.ENDED and sequence not in ended]
+        ended += [
+            sequence for sequence in sequences if sequence.status is RequestStatus.ENDED and sequence not in ended
+        ]
     assert len(ended) == 60 and it.cache.sequences == set()
     assert it.counts.num_swapped_out + it.counts.num_recomputed > 0

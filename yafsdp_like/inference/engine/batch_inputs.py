@@ -22,12 +22,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from yafsdp_like.inference.engine.scheduler import Run, Sequence, Stage
+from yafsdp_like.inference.engine.scheduler import ActiveRequest, RequestStatus, Run
 from yafsdp_like.kernels.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from collections.abc import Sequence as Ordered
+    from collections.abc import Iterable, Mapping, Sequence
 
     from yafsdp_like.inference.engine.forward import StepSize
 
@@ -53,7 +52,7 @@ Array = npt.NDArray[Any]
 class _Filled:
     """Whose pages a row of page tables holds, since which admission, and how many."""
 
-    sequence: Sequence
+    sequence: ActiveRequest
     num_admitted: int
     num_pages: int
 
@@ -78,15 +77,17 @@ class Staging:
         self._sides = [_Side(places, pinned) for _ in range(2)]
         self._turn = 0
         self._filled: list[_Filled | None] = [None] * len(places["seq_lens"])  # rows of page_tables on the device
-        self._drawn: dict[Sequence, int] = {}  # rows of the last step that drew, which is where ``fed`` has its tokens
+        self._drawn: dict[
+            ActiveRequest, int
+        ] = {}  # rows of the last step that drew, which is where ``fed`` has its tokens
         self._histories = torch.zeros(places["history"].shape, dtype=torch.int32, pin_memory=pinned)
-        self._history_rows: dict[Sequence, tuple[int, int]] = {}  # row, and the admission that it was made for
+        self._history_rows: dict[ActiveRequest, tuple[int, int]] = {}  # row, and the admission that it was made for
 
     @property
     def _side(self) -> _Side:
         return self._sides[self._turn]
 
-    def stage(self, runs: Ordered[Run], drawing: Ordered[Run], size: StepSize) -> None:
+    def stage(self, runs: Sequence[Run], drawing: Sequence[Run], size: StepSize) -> None:
         """Writes and uploads all that a step of ``size`` reads; ``drawing`` are those of ``runs`` that draw.
 
         ``size`` may have more single rows than there are runs; the others read and write nothing.
@@ -122,7 +123,7 @@ class Staging:
 
     # --- tokens ---
 
-    def _write_singles(self, runs: Ordered[Run], size: StepSize) -> None:
+    def _write_singles(self, runs: Sequence[Run], size: StepSize) -> None:
         """Rows of one token each, in lists: a step of the largest batch costs as many elements, not calls."""
         count, arrays, page_size = len(runs), self._side.arrays, self._page_size
         starts = [run.start for run in runs]
@@ -173,7 +174,7 @@ class Staging:
 
     # --- sequences ---
 
-    def _write_pages(self, runs: Ordered[Run], rows: Mapping[Sequence, int]) -> None:
+    def _write_pages(self, runs: Sequence[Run], rows: Mapping[ActiveRequest, int]) -> None:
         """Page tables, of which only what is new is written, and only rows with news are uploaded."""
         changed = [rows[run.sequence] for run in runs if self._write_row(run.sequence, rows[run.sequence])]
         if changed:
@@ -182,7 +183,7 @@ class Staging:
             for row in range(min(changed), max(changed) + 1):
                 self._filled[row] = self._side.filled[row]
 
-    def _write_row(self, sequence: Sequence, row: int) -> bool:
+    def _write_row(self, sequence: ActiveRequest, row: int) -> bool:
         """Brings a row up to date on this side; whether the device's is out of date.
 
         Pages that have left a window stay in it, and are not read.
@@ -198,13 +199,13 @@ class Staging:
             side.filled[row] = now
         return self._filled[row] != now
 
-    def _write_seq_lens(self, runs: Iterable[Run], rows: Mapping[Sequence, int], size: StepSize) -> None:
+    def _write_seq_lens(self, runs: Iterable[Run], rows: Mapping[ActiveRequest, int], size: StepSize) -> None:
         seq_lens = self._side.arrays["seq_lens"]
         seq_lens[: size.num_rows] = 0
         for run in runs:
             seq_lens[rows[run.sequence]] = run.end
 
-    def _write_cu_seqlens_q(self, chunks: Ordered[Run]) -> None:
+    def _write_cu_seqlens_q(self, chunks: Sequence[Run]) -> None:
         """Of chunks, counted from the first one's first row."""
         cu_seqlens_q = self._side.arrays["cu_seqlens_q"]
         cu_seqlens_q[0] = 0
@@ -212,7 +213,7 @@ class Staging:
 
     # --- drawing ---
 
-    def _stage_drawing(self, runs: Ordered[Run], drawing: Ordered[Run], size: StepSize) -> None:
+    def _stage_drawing(self, runs: Sequence[Run], drawing: Sequence[Run], size: StepSize) -> None:
         arrays, count = self._side.arrays, len(drawing)
         sequences = [run.sequence for run in drawing]
         self._drawn = {sequence: row for row, sequence in enumerate(sequences)}
@@ -230,7 +231,7 @@ class Staging:
             arrays["last_rows"][:count] = [end - 1 for end, run in zip(ends, runs, strict=True) if run.draws]
             self._upload("last_rows", 0, count)
 
-    def _history_row(self, sequence: Sequence) -> int:
+    def _history_row(self, sequence: ActiveRequest) -> int:
         """The row that counts what the sequence has said, if that matters to it; -1 if not."""
         if not sequence.request.sampling.needs_history:
             return _NOWHERE
@@ -242,13 +243,13 @@ class Staging:
         return row
 
     def _free_history_row(self) -> int:
-        gone = [sequence for sequence in self._history_rows if sequence.stage is not Stage.RUNNING]
+        gone = [sequence for sequence in self._history_rows if sequence.status is not RequestStatus.RUNNING]
         for sequence in gone:
             del self._history_rows[sequence]
         taken = {row for row, _ in self._history_rows.values()}
         return next(row for row in range(self._max_batch_size) if row not in taken)
 
-    def _write_history(self, sequence: Sequence, row: int) -> None:
+    def _write_history(self, sequence: ActiveRequest, row: int) -> None:
         """As `kernels.sampling.remember` would make it; drawing keeps it up on the device from then on."""
         history, num_prompt = self._histories[row].numpy(), len(sequence.request.prompt)
         history[:] = 0

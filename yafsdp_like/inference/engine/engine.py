@@ -29,7 +29,7 @@ import torch
 
 from yafsdp_like.inference.engine.request import Event, FinishReason, Request, Token
 from yafsdp_like.inference.engine.runner import Launched, Runner
-from yafsdp_like.inference.engine.scheduler import Batch, Budget, Scheduler, Sequence, Stage
+from yafsdp_like.inference.engine.scheduler import ActiveRequest, Batch, Budget, RequestStatus, Scheduler
 from yafsdp_like.inference.kv.eviction import GDSF, LRU, Costs, Policy, Tenant
 from yafsdp_like.inference.kv.kv_cache import KVCache, Tier, check_integrity
 from yafsdp_like.inference.kv.pages import PagePool
@@ -110,8 +110,8 @@ class Engine:
         self._cache = self._kv_cache()
         budget = Budget(options.max_batch_size, options.max_batch_tokens, options.max_waiting)
         self._scheduler = Scheduler(self._cache, budget)
-        self._sequences: dict[str, Sequence] = {}
-        self._cancelled: list[Sequence] = []
+        self._sequences: dict[str, ActiveRequest] = {}
+        self._cancelled: list[ActiveRequest] = []
         self._unread: Launched | None = None
         self._num_steps = 0
         self._runner.warm_up(options.graphs)
@@ -235,24 +235,24 @@ class Engine:
                     done[event.request_id] = Completion(tuple(drawn), event.finish, event.num_cached_tokens)
         return done
 
-    def _over(self) -> list[tuple[Sequence, FinishReason]]:
+    def _over(self) -> list[tuple[ActiveRequest, FinishReason]]:
         """Those that end now, whatever they have drawn; each once."""
         over = dict.fromkeys(self._cancelled, FinishReason.CANCELLED)
         self._cancelled = []
         for sequence in self._scheduler.expired(self._now()):
             over.setdefault(sequence, FinishReason.DEADLINE)
-        return [(sequence, reason) for sequence, reason in over.items() if sequence.stage is not Stage.ENDED]
+        return [(sequence, reason) for sequence, reason in over.items() if sequence.status is not RequestStatus.ENDED]
 
     def _now(self) -> float:
         """Seconds as of ``time.monotonic``. All ranks that compute together ask in the same steps, as few as can be."""
         now = time.monotonic()
         return now if self._team is None or not self._scheduler.has_deadlines else self._team.first(now)
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> Event:
+    def _finish(self, sequence: ActiveRequest, reason: FinishReason) -> Event:
         self._scheduler.end(sequence)
         return self._event(sequence, (), reason)
 
-    def _event(self, sequence: Sequence, tokens: tuple[Token, ...], finish: FinishReason | None) -> Event:
+    def _event(self, sequence: ActiveRequest, tokens: tuple[Token, ...], finish: FinishReason | None) -> Event:
         if finish is not None:
             del self._sequences[sequence.request.id]
         return Event(sequence.request.id, tokens, finish, sequence.num_cached or 0)
@@ -264,7 +264,7 @@ class Engine:
             return []
         events = []
         for run, token in zip(launched.drawing, self._runner.read(launched), strict=True):
-            if run.sequence.stage is Stage.ENDED:
+            if run.sequence.status is RequestStatus.ENDED:
                 self._scheduler.counts.num_tokens_dropped += 1
                 continue
             finish = self._scheduler.read(run, token.id)

@@ -24,8 +24,7 @@ from yafsdp_like.kernels.sampling import SamplingRows, sample
 from yafsdp_like.memory.streams import COMPUTE, Event, StepRecorder, StepRecording, streams_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-    from collections.abc import Sequence as Ordered
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from yafsdp_like.inference.engine.scheduler import Batch, Run
     from yafsdp_like.inference.weights.store import Weights
@@ -52,7 +51,7 @@ class Runner:
         self,
         weights: Weights,
         places: Mapping[str, Tensor],
-        groups: Ordered[LayerGroup],
+        groups: Sequence[LayerGroup],
         regions: Mapping[Tier, Tensor],
     ) -> None:
         """``places`` are the buffers of the plan by name, ``regions`` the bytes (nbytes,) uint8 that pages lie in."""
@@ -99,7 +98,7 @@ class Runner:
             if graphs:
                 self._record(sizes)
 
-    def _record(self, sizes: Ordered[int]) -> None:
+    def _record(self, sizes: Sequence[int]) -> None:
         """The largest first, whose memory the others then use."""
         recorder = StepRecorder()
         for size in reversed(sizes):
@@ -238,7 +237,7 @@ def bucket_sizes(max_batch_size: int) -> list[int]:
     return [*(size for size in sizes if size < max_batch_size), max_batch_size]
 
 
-def _size_of(runs: Ordered[Run]) -> StepSize:
+def _size_of(runs: Sequence[Run]) -> StepSize:
     """Runs of one token come first."""
     chunks = [run.num_tokens for run in runs if run.num_tokens > 1]
     return StepSize(len(runs) - len(chunks), len(chunks), sum(chunks), sum(run.draws for run in runs))

@@ -36,21 +36,21 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
 
-class Stage(Enum):
+class RequestStatus(Enum):
     WAITING = auto()  # for its first turn, or after a preemption
     RUNNING = auto()  # in the batch, with pages on the device
     ENDED = auto()
 
 
 @dataclass(eq=False)
-class Sequence:
+class ActiveRequest:
     """A request's tokens and how far they are. Changed by ``Scheduler`` only."""
 
     request: Request
     number: int  # in order of arrival
     salt: Hashable
     tokens: list[int]  # the prompt, and what was drawn and read
-    stage: Stage = Stage.WAITING
+    status: RequestStatus = RequestStatus.WAITING
     kv: KVSequence | None = None
     num_scheduled: int = 0  # tokens whose keys and values the steps so far write
     num_pending: int = 0  # tokens that steps so far draw, not read yet
@@ -88,7 +88,7 @@ class Sequence:
 class Run:
     """What a step does for one sequence: ``num_tokens`` tokens from position ``start`` on."""
 
-    sequence: Sequence
+    sequence: ActiveRequest
     start: int
     num_tokens: int
     draws: bool  # whether the next token is drawn after them
@@ -145,13 +145,13 @@ class _Draft:
     """A step in the making: nothing is changed yet but reservations of pages."""
 
     num_tokens_left: int
-    num_tokens: dict[Sequence, int] = field(default_factory=dict)
+    num_tokens: dict[ActiveRequest, int] = field(default_factory=dict)
 
-    def put(self, sequence: Sequence, num_tokens: int) -> None:
+    def put(self, sequence: ActiveRequest, num_tokens: int) -> None:
         self.num_tokens[sequence] = num_tokens
         self.num_tokens_left -= num_tokens
 
-    def drop(self, sequence: Sequence) -> None:
+    def drop(self, sequence: ActiveRequest) -> None:
         self.num_tokens_left += self.num_tokens.pop(sequence, 0)
 
 
@@ -166,22 +166,24 @@ class Scheduler:
         self.cache = cache
         self.budget = budget
         self.counts = Counts()
-        self.running: list[Sequence] = []  # by rank, as the next
-        self.waiting: list[Sequence] = []
+        self.running: list[ActiveRequest] = []  # by rank, as the next
+        self.waiting: list[ActiveRequest] = []
         self._copies: list[Copy] = []  # of the next step
-        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap
+        self._deadlines: list[tuple[float, int, ActiveRequest]] = []  # a heap
         self._num_added = 0
-        self._known_to_wait: tuple[Sequence, list[int]] | None = None  # and the pages that it needs, for each group
+        self._known_to_wait: tuple[ActiveRequest, list[int]] | None = (
+            None  # and the pages that it needs, for each group
+        )
 
     # --- who is there ---
 
-    def add(self, request: Request, salt: Hashable) -> Sequence:
+    def add(self, request: Request, salt: Hashable) -> ActiveRequest:
         """A new sequence, which waits. Raises QueueFull."""
         if len(self.waiting) >= self.budget.max_waiting:
             raise QueueFull(
                 f"{len(self.waiting)} requests wait, of {self.budget.max_waiting} that may; try again later"
             )
-        sequence = Sequence(request, self._num_added, salt, list(request.prompt))
+        sequence = ActiveRequest(request, self._num_added, salt, list(request.prompt))
         self._num_added += 1
         _insert(self.waiting, sequence)
         if request.deadline is not None:
@@ -192,21 +194,21 @@ class Scheduler:
     def _forget_ended(self) -> None:
         """Those that ended long before their deadlines, once they are most; O(1) amortised."""
         if len(self._deadlines) > 2 * (len(self.running) + len(self.waiting)):
-            self._deadlines = [entry for entry in self._deadlines if entry[2].stage is not Stage.ENDED]
+            self._deadlines = [entry for entry in self._deadlines if entry[2].status is not RequestStatus.ENDED]
             heapq.heapify(self._deadlines)
 
-    def end(self, sequence: Sequence) -> None:
+    def end(self, sequence: ActiveRequest) -> None:
         """Takes a sequence out; its full pages stay cached."""
-        _remove(self.running if sequence.stage is Stage.RUNNING else self.waiting, sequence)
+        _remove(self.running if sequence.status is RequestStatus.RUNNING else self.waiting, sequence)
         if sequence.kv is not None:
             self.cache.close(sequence.kv)
-        sequence.kv, sequence.stage = None, Stage.ENDED
+        sequence.kv, sequence.status = None, RequestStatus.ENDED
 
-    def expired(self, now: float) -> Iterator[Sequence]:
+    def expired(self, now: float) -> Iterator[ActiveRequest]:
         """The sequences whose deadlines are over, each once."""
         while self._deadlines and self._deadlines[0][0] <= now:
             _, _, sequence = heapq.heappop(self._deadlines)
-            if sequence.stage is not Stage.ENDED:
+            if sequence.status is not RequestStatus.ENDED:
                 yield sequence
 
     @property
@@ -262,7 +264,7 @@ class Scheduler:
         """Tokens for those that run, in order of rank; all that draw have one."""
         num_drawing = sum(sequence.num_left == 1 for sequence in self.running)
         for sequence in list(self.running):
-            if sequence.stage is not Stage.RUNNING:  # it had to make room
+            if sequence.status is not RequestStatus.RUNNING:  # it had to make room
                 num_drawing -= sequence.num_left == 1
                 continue
             num_left = sequence.num_left
@@ -285,7 +287,7 @@ class Scheduler:
                 return
             draft.put(sequence, num_tokens)
 
-    def _run(self, sequence: Sequence, num_tokens: int) -> Run:
+    def _run(self, sequence: ActiveRequest, num_tokens: int) -> Run:
         """From here on the tokens count as computed."""
         start = sequence.num_scheduled
         sequence.num_scheduled += num_tokens
@@ -298,14 +300,14 @@ class Scheduler:
 
     # --- pages ---
 
-    def _commit(self, sequence: Sequence) -> None:
+    def _commit(self, sequence: ActiveRequest) -> None:
         """Tells the cache of tokens that are both known and scheduled."""
         assert sequence.kv is not None
         known = min(sequence.num_scheduled, len(sequence.tokens))
         if known > sequence.kv.num_tokens:
             self.cache.commit(sequence.kv, sequence.tokens[sequence.kv.num_tokens : known])
 
-    def _bring(self, sequence: Sequence) -> bool:
+    def _bring(self, sequence: ActiveRequest) -> bool:
         """Gives a waiting sequence the pages that it has on the host or shares with others, and lets it run; False if
         the rest would find no room.
         """
@@ -329,7 +331,7 @@ class Scheduler:
         self._start(sequence, sequence.kv)
         return True
 
-    def _is_known_to_wait(self, sequence: Sequence, available: list[int]) -> bool:
+    def _is_known_to_wait(self, sequence: ActiveRequest, available: list[int]) -> bool:
         """Whether there was no room for it, and there is not more since: to open its pages again would only take
         time. Alone a sequence always fits.
         """
@@ -343,7 +345,7 @@ class Scheduler:
         pool = self.cache.pools[Tier.DEVICE]
         return [pool.num_available(group.shape) for group in self.cache.groups]
 
-    def _num_missing(self, sequence: Sequence, kv: KVSequence) -> list[int]:
+    def _num_missing(self, sequence: ActiveRequest, kv: KVSequence) -> list[int]:
         """For each group, pages that all tokens and the next one lack, less those that are there to be taken; room is
         left if everybody who runs finds one more, too.
         """
@@ -354,7 +356,7 @@ class Scheduler:
             )
         ]
 
-    def _num_held(self, sequence: Sequence, kv: KVSequence) -> list[int]:
+    def _num_held(self, sequence: ActiveRequest, kv: KVSequence) -> list[int]:
         if sequence.is_swapped:
             return [0] * len(kv.tables)
         return [len(table) - first for table, first in zip(kv.tables, kv.firsts, strict=True)]
@@ -366,10 +368,10 @@ class Scheduler:
             brought = self.cache.swap_in(kv)
         return brought
 
-    def _start(self, sequence: Sequence, kv: KVSequence) -> None:
+    def _start(self, sequence: ActiveRequest, kv: KVSequence) -> None:
         self.waiting.remove(sequence)
         _insert(self.running, sequence)
-        sequence.stage = Stage.RUNNING
+        sequence.status = RequestStatus.RUNNING
         sequence.num_scheduled = kv.num_tokens
         sequence.num_admitted += 1
         if sequence.num_cached is None:
@@ -382,7 +384,7 @@ class Scheduler:
             num_tokens = min(num_tokens, layers.window + self.budget.max_batch_tokens + page_size)
         return ceil_div(num_tokens, page_size)
 
-    def _secure(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> bool:
+    def _secure(self, sequence: ActiveRequest, num_tokens: int, draft: _Draft) -> bool:
         """Places for the next tokens of a running sequence, at the cost of those that rank last; False if that is
         itself, and it waits now.
         """
@@ -412,11 +414,11 @@ class Scheduler:
         """
         self.cache.pools[Tier.DEVICE].clear()
 
-    def _outranks_last(self, sequence: Sequence) -> bool:
+    def _outranks_last(self, sequence: ActiveRequest) -> bool:
         """By priority: an arrival alone is no reason to stop anybody."""
         return bool(self.running) and self.running[-1].request.priority < sequence.request.priority
 
-    def _preempt(self, sequence: Sequence, draft: _Draft) -> None:
+    def _preempt(self, sequence: ActiveRequest, draft: _Draft) -> None:
         """Takes a sequence's pages, to the host or to nowhere, whichever is cheaper to undo."""
         if sequence.num_pending:
             raise _Unread
@@ -430,10 +432,10 @@ class Scheduler:
             self._copies += copies
             self.counts.num_swapped_out += 1
         _remove(self.running, sequence)
-        sequence.stage = Stage.WAITING
+        sequence.status = RequestStatus.WAITING
         _insert(self.waiting, sequence)
 
-    def _close(self, sequence: Sequence) -> None:
+    def _close(self, sequence: ActiveRequest) -> None:
         assert sequence.kv is not None
         self.cache.close(sequence.kv)
         sequence.kv, sequence.num_scheduled = None, 0
@@ -449,11 +451,11 @@ class Scheduler:
                 raise RuntimeError(f"request {sequence.request.id!r} runs without pages on the device")
 
 
-def _insert(sequences: list[Sequence], sequence: Sequence) -> None:
+def _insert(sequences: list[ActiveRequest], sequence: ActiveRequest) -> None:
     bisect.insort(sequences, sequence, key=lambda other: other.rank)
 
 
-def _remove(sequences: list[Sequence], sequence: Sequence) -> None:
+def _remove(sequences: list[ActiveRequest], sequence: ActiveRequest) -> None:
     index = bisect.bisect_left(sequences, sequence.rank, key=lambda other: other.rank)
     assert sequences[index] is sequence
     del sequences[index]
