@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Use:
+class PageUse:
     """What a policy may know of a page whose last reference went."""
 
     tick: int  # when, counted in pages let go
@@ -30,7 +30,7 @@ class Use:
 class Policy(Protocol):
     """Ranks pages when they become victims; lowest goes first, the longest-known of equals before others."""
 
-    def rank(self, use: Use) -> float: ...
+    def rank(self, use: PageUse) -> float: ...
 
     def evicted(self, rank: float) -> None:
         """A page of this rank was evicted."""
@@ -39,7 +39,7 @@ class Policy(Protocol):
 class LRU:
     """The page whose last reference went first."""
 
-    def rank(self, use: Use) -> float:
+    def rank(self, use: PageUse) -> float:
         return use.tick
 
     def evicted(self, rank: float) -> None:
@@ -56,7 +56,7 @@ class GDSF:
     def __init__(self) -> None:
         self.clock = 0.0
 
-    def rank(self, use: Use) -> float:
+    def rank(self, use: PageUse) -> float:
         return self.clock + use.num_uses * use.cost / use.nbytes
 
     def evicted(self, rank: float) -> None:

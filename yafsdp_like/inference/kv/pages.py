@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from yafsdp_like.inference.kv.eviction import LRU, Ledger, Policy, Tenant, Use, Victims
+from yafsdp_like.inference.kv.eviction import LRU, Ledger, PageUse, Policy, Tenant, Victims
 from yafsdp_like.inference.kv.ranked import Rank, Ranked
 from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid, SlabPool
 
@@ -197,7 +197,7 @@ class PagePool:
 
     def _rank(self, shape: PageShape, record: Page) -> Rank:
         self._tick += 1
-        use = Use(self._tick, record.num_uses, shape.nbytes, record.cost)
+        use = PageUse(self._tick, record.num_uses, shape.nbytes, record.cost)
         return (self.ledger.tenant(record.tenant).priority, self.policy.rank(use), self._tick)
 
     def _charge(self, tenant: str, nbytes: int) -> None:
