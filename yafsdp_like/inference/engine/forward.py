@@ -76,7 +76,7 @@ class StepSize:
 
 
 @dataclass(frozen=True)
-class Group:
+class AttentionGroup:
     """Layers with the same window, and what their kernels read."""
 
     index: int
@@ -84,16 +84,16 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Cache:
+class LayerPages:
     """Where the keys and values of each layer are."""
 
     pages: tuple[KVPages, ...]  # per layer
-    groups: tuple[Group, ...]  # per layer
+    groups: tuple[AttentionGroup, ...]  # per layer
 
     @classmethod
-    def of(cls, groups: Sequence[LayerGroup], region: Tensor) -> Cache:
+    def of(cls, groups: Sequence[LayerGroup], region: Tensor) -> LayerPages:
         """Pages of all groups on the bytes (nbytes,) uint8 of one region."""
-        found: dict[int, tuple[KVPages, Group]] = {}
+        found: dict[int, tuple[KVPages, AttentionGroup]] = {}
         for index, group in enumerate(groups):
             shape = group.shape
             dtype = getattr(torch, shape.dtype)
@@ -102,7 +102,10 @@ class Cache:
             dims = (num_pages, shape.num_layers, 2, shape.num_kv_heads, shape.page_size, shape.head_dim)
             pages = flat.as_strided(dims, shape.strides).transpose(3, 4)  # (P, layers, 2, page_size, K, H)
             for position, layer in enumerate(group.layers):
-                found[layer] = KVPages(pages[:, position, 0], pages[:, position, 1]), Group(index, group.window)
+                found[layer] = (
+                    KVPages(pages[:, position, 0], pages[:, position, 1]),
+                    AttentionGroup(index, group.window),
+                )
         ordered = [found[layer] for layer in range(len(found))]
         return cls(tuple(pages for pages, _ in ordered), tuple(group for _, group in ordered))
 
@@ -117,7 +120,7 @@ class Forward:
     """
 
     def __init__(
-        self, weights: Weights, places: Mapping[str, Tensor], cache: Cache, num_multiprocessors: int = 1
+        self, weights: Weights, places: Mapping[str, Tensor], cache: LayerPages, num_multiprocessors: int = 1
     ) -> None:
         self._weights, self._places, self._cache = weights, places, cache
         self._config, self._team = weights.plan.share, weights.team
@@ -180,7 +183,7 @@ class Forward:
         matmul(attended, layer.o, normed)
         self._sum(normed)
 
-    def _attend_pages(self, q: Tensor, pages: KVPages, group: Group, size: StepSize, out: Tensor) -> None:
+    def _attend_pages(self, q: Tensor, pages: KVPages, group: AttentionGroup, size: StepSize, out: Tensor) -> None:
         tables, seq_lens = self._places["page_tables"][group.index], self._places["seq_lens"]
         single = slice(0, size.num_single)
         if size.num_single:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from yafsdp_like.inference.engine.batch_inputs import Staging
-from yafsdp_like.inference.engine.forward import Cache, Forward, StepSize
+from yafsdp_like.inference.engine.forward import Forward, LayerPages, StepSize
 from yafsdp_like.inference.engine.request import Token
 from yafsdp_like.inference.kv.eviction import Costs
 from yafsdp_like.inference.kv.kv_cache import Copy, LayerGroup, Tier
@@ -59,7 +59,7 @@ class Runner:
         self._on_gpu = weights.device.type == "cuda"
         self._max_batch_size, self._max_batch_tokens = len(places["last_rows"]), len(places["token_index"])
         self._forward = Forward(
-            weights, places, Cache.of(groups, regions[Tier.DEVICE]), _num_multiprocessors(weights.device)
+            weights, places, LayerPages.of(groups, regions[Tier.DEVICE]), _num_multiprocessors(weights.device)
         )
         self._staging = Staging(places, groups[0].shape.page_size, self._on_gpu)
         self._streams = streams_of(weights.device)
