@@ -19,7 +19,7 @@ import uvicorn
 
 from launch.inference import LoadedModel
 from launch.options import KEY_VARIABLE, ServeOptions, model_names
-from yafsdp_like.inference.engine.tp_driver import KEEP_ALIVE_S, Leader, follow
+from yafsdp_like.inference.engine.tp_driver import KEEP_ALIVE_S, TPDriver, follow
 from yafsdp_like.inference.http.connections import limit_connections
 from yafsdp_like.inference.http.protocol import ServerOptions
 from yafsdp_like.inference.http.server import create_app
@@ -70,7 +70,7 @@ def serve(model: LoadedModel, options: ServeOptions, address: socket) -> None:
 
     Raises RuntimeError if the engine has failed; if it is stuck, the process ends here.
     """
-    leader = None if model.team is None else Leader(model.engine, model.team)
+    leader = None if model.team is None else TPDriver(model.engine, model.team)
     engine: SteppableEngine = model.engine if leader is None else leader
     service = Service(
         engine,

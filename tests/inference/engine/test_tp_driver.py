@@ -46,7 +46,7 @@ from yafsdp_like.comm.tp_group import Team, world_team
 from yafsdp_like.inference.engine import tp_driver as together
 from yafsdp_like.inference.engine.engine import Engine, Metrics
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
-from yafsdp_like.inference.engine.tp_driver import Leader, Word, follow
+from yafsdp_like.inference.engine.tp_driver import Command, TPDriver, follow
 from yafsdp_like.inference.http.service import Service, ServiceState
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.weights.loading import world_transport
@@ -106,7 +106,7 @@ def with_server(directory: str, clients: Callable[..., Any], *arguments: Any, **
     if team.rank:
         follow(engine, team)
     else:
-        with contextlib.closing(Leader(engine, team)) as leader:
+        with contextlib.closing(TPDriver(engine, team)) as leader:
             disturbed = leader if timeout_s is None else Slow(leader)  # type: ignore[arg-type]
             with serving(disturbed, codec, poll_interval_s=together.KEEP_ALIVE_S, timeout_s=timeout_s) as running:
                 result = clients(running, *arguments)
@@ -185,7 +185,7 @@ def refuse(directory: str) -> tuple[list[str], dict[str, FinishReason], Metrics]
     if team.rank:
         follow(engine, team)
     else:
-        leader, good = Leader(engine, team), requests(2)
+        leader, good = TPDriver(engine, team), requests(2)
         long, unknown = Request("long", (1,), max_tokens=10**6), Request("unknown", (10**6,))
         for request in (good[0], good[0], long, unknown, good[1], Request("third", (1, 2))):
             try:
@@ -202,7 +202,7 @@ def refuse(directory: str) -> tuple[list[str], dict[str, FinishReason], Metrics]
     return refused, done, engine.metrics()
 
 
-def finished(leader: Leader) -> dict[str, FinishReason]:
+def finished(leader: TPDriver) -> dict[str, FinishReason]:
     """How requests end, by id, once all have."""
     done = {}
     while leader.has_work:
@@ -237,7 +237,7 @@ def serve_after_silence(directory: str, silence_s: float, keep_alive_s: float) -
 
 
 async def lead(engine: Engine, team: Team, silence_s: float) -> list[object]:
-    leader, told = Leader(engine, team), list[Any]()
+    leader, told = TPDriver(engine, team), list[Any]()
     service, first = Service(leader, poll_interval_s=together.KEEP_ALIVE_S), team.first
 
     def telling(order: Any) -> Any:
@@ -266,8 +266,8 @@ async def lead(engine: Engine, team: Team, silence_s: float) -> list[object]:
 
 def test_silence_may_last_longer_than_a_collective(directory: str) -> None:
     meanwhile, _ = run_ranks(serve_after_silence, directory, 2.8, 0.3)
-    assert {word for word in meanwhile if word is not Word.STEP} == {Word.LISTEN}
-    assert 2 <= meanwhile.count(Word.LISTEN) <= 10  # every 0.3 to 0.6 s on an idle machine, and not all the time
+    assert {word for word in meanwhile if word is not Command.STEP} == {Command.LISTEN}
+    assert 2 <= meanwhile.count(Command.LISTEN) <= 10  # every 0.3 to 0.6 s on an idle machine, and not all the time
 
 
 def test_without_a_word_now_and_then_it_could_not(directory: str) -> None:

@@ -5,7 +5,7 @@ Owns what ranks tell each other between their engines' steps. Knows nothing of t
 [Note: one rank is asked]
 Ranks that compute together must make the same calls of their engines in the same order (``weights.py``, [Note:
 together]), and requests come to the first one only. Whatever is asked of its engine it tells the others first
-(`Leader`), who listen and then ask the same of theirs (`follow`). Engines that were asked the same are the same, so
+(`TPDriver`), who listen and then ask the same of theirs (`follow`). Engines that were asked the same are the same, so
 what one refuses all refuse; who asked hears of it from the first rank.
 
 Listening is a collective, which must end within the timeout of its group. So the first rank is not silent for long:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 KEEP_ALIVE_S = 5.0  # of silence; far less than the timeout of any group
 
 
-class Word(Enum):
+class Command(Enum):
     STEP = auto()
     LISTEN = auto()  # there is nothing to do
     END = auto()
@@ -44,10 +44,10 @@ class Cancel:
     request_id: str
 
 
-Order = Request | Cancel | Word  # a request is to be added
+Message = Request | Cancel | Command  # a request is to be added
 
 
-class Leader:
+class TPDriver:
     """The engine of the first of ranks that compute together, with the others' behind it.
 
     For a service: what is asked of it is asked of all, and it answers as `engine.Engine` does. Not safe for threads. If
@@ -58,31 +58,33 @@ class Leader:
         assert team.rank == 0, f"the first rank leads, this is {team.rank}"
         self.config, self.options = engine.config, engine.options
         self._engine, self._team = engine, team
-        self._heard_at = time.monotonic()  # when the others were told something; -inf: they may not have heard it
+        self._last_broadcast_s = (
+            time.monotonic()
+        )  # when the others were told something; -inf: they may not have heard it
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to tell, were it that the others are to go on listening."""
-        return self._engine.has_work or time.monotonic() - self._heard_at >= KEEP_ALIVE_S
+        return self._engine.has_work or time.monotonic() - self._last_broadcast_s >= KEEP_ALIVE_S
 
     def add(self, request: Request) -> None:
-        self._tell(request)
+        self._broadcast(request)
         self._engine.add(request)
 
     def cancel(self, request_id: str) -> None:
-        self._tell(Cancel(request_id))
+        self._broadcast(Cancel(request_id))
         self._engine.cancel(request_id)
 
     def step(self) -> list[Event]:
         if not self._engine.has_work:
-            self._tell(Word.LISTEN)
+            self._broadcast(Command.LISTEN)
             return []
-        self._tell(Word.STEP)
+        self._broadcast(Command.STEP)
         return self._engine.step()
 
     def close(self) -> None:
         """Ends `follow` on the other ranks; nothing can be asked after it. Not after an error: nobody may listen."""
-        self._tell(Word.END)
+        self._broadcast(Command.END)
 
     def metrics(self) -> Metrics:
         """Of this rank, as of every other."""
@@ -92,10 +94,12 @@ class Leader:
         """Of this rank."""
         self._engine.check_integrity()
 
-    def _tell(self, order: Order) -> None:
-        self._heard_at = -math.inf  # if this fails there is work: a step, which fails again where a service notices it
-        self._team.first(order)
-        self._heard_at = time.monotonic()
+    def _broadcast(self, message: Message) -> None:
+        self._last_broadcast_s = (
+            -math.inf
+        )  # if this fails there is work: a step, which fails again where a service notices it
+        self._team.first(message)
+        self._last_broadcast_s = time.monotonic()
 
 
 def follow(engine: Engine, team: Team) -> None:
@@ -104,17 +108,17 @@ def follow(engine: Engine, team: Team) -> None:
     Blocks the CPU while there is nothing to do. Raises what a step raises, and RuntimeError if the first rank has ended
     otherwise or was silent for longer than the timeout of the group.
     """
-    listening: Order = Word.LISTEN
-    while (order := team.first(listening)) is not Word.END:
-        _obey(engine, order)
+    listening: Message = Command.LISTEN
+    while (message := team.first(listening)) is not Command.END:
+        _apply(engine, message)
 
 
-def _obey(engine: Engine, order: Order) -> None:
-    match order:
+def _apply(engine: Engine, message: Message) -> None:
+    match message:
         case Request():
             with contextlib.suppress(ValueError, QueueFull):  # the first rank raises it, too, and answers
-                engine.add(order)
+                engine.add(message)
         case Cancel(request_id):
             engine.cancel(request_id)
-        case Word.STEP:
+        case Command.STEP:
             engine.step()
