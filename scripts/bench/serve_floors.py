@@ -162,8 +162,8 @@ def _read_numels(plan: ServingPlan) -> Iterator[int]:
 
     The head is whole on tensor parallel ranks, and each multiplies by its part of the vocabulary.
     """
-    *layers, head = [plan.placement.images[unit] for unit in plan.placement.uses[1:]]
-    yield from (field.numel for image in layers for field in image.fields if len(field.shape) == 2)
+    *layers, head = [plan.placement.packed_units[unit] for unit in plan.placement.uses[1:]]
+    yield from (field.numel for packed in layers for field in packed.fields if len(field.shape) == 2)
     yield head.fields[0].numel // num_sharers(plan)
 
 
@@ -200,4 +200,4 @@ def _num_moved(plan: ServingPlan) -> int:
     """Bytes of the units that every forward moves, since another takes their bytes."""
     placement, (slots, _) = plan.placement, plan.placement.slots
     lent = [unit for unit in slots if any(slots[unit].overlaps(slots[other]) for other in slots if other != unit)]
-    return sum(placement.images[unit].nbytes for unit in lent)
+    return sum(placement.packed_units[unit].nbytes for unit in lent)

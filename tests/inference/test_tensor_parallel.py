@@ -373,7 +373,7 @@ def test_the_plan_is_that_of_a_decoder_of_fewer_heads_but_for_embedding_and_head
     D, F, V = 64, 176, 4096
     qkv, o, gate_up, down = 2 * 64 * D, 2 * D * 32, 2 * F * D, 2 * D * F // 2  # bytes: half of the heads, half of F
     layer = aligned(2 * D) + qkv + aligned(2 * 64) + o + aligned(2 * D) + gate_up + down  # with norms and biases
-    assert plan.placement.images[1].nbytes == layer
+    assert plan.placement.packed_units[1].nbytes == layer
     assert plan.memory.nbytes_of("weights") == 12 * layer + 2 * (2 * V * D) + aligned(2 * D)
     page, whole_page = plan.groups[0].shape.nbytes, whole_plan.groups[0].shape.nbytes
     assert (plan.groups[0].shape.num_kv_heads, page) == (1, whole_page // 2)

@@ -309,7 +309,7 @@ def test_the_floor_of_offline_requests_counts_prompts_and_full_batches() -> None
 
 def test_the_floor_of_gathering_is_the_others_part_of_layers_that_share_slots() -> None:
     plan = plan_of("8b", "gathered", num_ranks=2, maps_memory=True)
-    layers = 32 * plan.placement.images[1].nbytes
+    layers = 32 * plan.placement.packed_units[1].nbytes
     assert gather_floor_s(plan, 390e9) == pytest.approx(layers / 2 / 390e9)
     two_layers = plan_of("tiny", "gathered", num_ranks=2, maps_memory=True)  # a slot each: gathered once and for all
     assert gather_floor_s(two_layers, 390e9) == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from yafsdp_like.inference.options import ServingLimits
-from yafsdp_like.inference.plan.packed_weights import images_of, uses_of
+from yafsdp_like.inference.plan.packed_weights import pack_units, uses_of
 from yafsdp_like.inference.plan.placement import MIN_PAGES_PER_PART, Mode, Placement, placements
 from yafsdp_like.inference.plan.serving_plan import HARDWARE, ServingPlan, Site, plan_serving
 from yafsdp_like.inference.plan.workspace import ALWAYS, WORKSPACE
@@ -32,24 +32,24 @@ def all_moved(config: DecoderConfig, mode: Mode = "streamed", num_ranks: int = 1
     return list(placements(config, torch.bfloat16, mode, num_ranks))[-1]
 
 
-# --- images ---
+# --- packed_units ---
 
 
 @pytest.mark.parametrize("name", SERVED)
 def test_images_hold_every_parameter_once_and_little_else(name: str) -> None:
     config = PRESETS[name]
-    images = images_of(config, torch.bfloat16)
-    found = [parameter for image in images for parameter, _ in image.parameters()]
+    packed_units = pack_units(config, torch.bfloat16)
+    found = [parameter for packed in packed_units for parameter, _ in packed.parameters()]
     assert len({parameter.name for parameter in found}) == len(found)
     assert sum(parameter.numel for parameter in found) == config.num_params
-    padding = sum(image.nbytes for image in images) - 2 * config.num_params
-    assert 0 <= padding < 256 * sum(len(image.fields) for image in images)
+    padding = sum(packed.nbytes for packed in packed_units) - 2 * config.num_params
+    assert 0 <= padding < 256 * sum(len(packed.fields) for packed in packed_units)
 
 
 def test_projections_lie_back_to_back_in_the_order_of_their_matrix() -> None:
     """So that the rows of q, k and v are one matrix without a copy, whatever their sizes."""
     config = DecoderConfig(40, 1, 5, 1, 24, vocab_size=31, qkv_bias=True)
-    (_, layer, _) = images_of(config, torch.float32)
+    (_, layer, _) = pack_units(config, torch.float32)
     where = {parameter.name.removeprefix("layers.0."): segment for parameter, segment in layer.parameters()}
     for parts in (
         [f"self_attn.{x}_proj.weight" for x in "qkv"],
@@ -70,7 +70,7 @@ def test_a_decoder_with_experts_is_refused() -> None:
 
 def test_a_chain_of_layers_takes_two_slots_whose_live_ranges_follow_each_other() -> None:
     placement = list(placements(CHAIN, torch.bfloat16, "streamed"))[CHAIN.num_layers - 1]
-    layer = placement.images[1].nbytes
+    layer = placement.packed_units[1].nbytes
     assert placement.moved == frozenset(range(1, 13))
     assert placement.slots[1] == 2 * layer
     live = placement.live_ranges()
@@ -95,7 +95,7 @@ def test_slots_that_are_live_together_never_share_a_byte(config: DecoderConfig, 
         segments, nbytes = placement.slots
         live = placement.live_ranges()
         for unit, segment in segments.items():
-            assert segment.nbytes == placement.slot_nbytes(unit) >= placement.images[unit].nbytes
+            assert segment.nbytes == placement.slot_nbytes(unit) >= placement.packed_units[unit].nbytes
             assert segment.end_nbytes <= nbytes
             for other in segments.keys() - {unit}:
                 assert not (live[unit].meets(live[other]) and segment.overlaps(segments[other]))
@@ -117,7 +117,7 @@ def test_the_plan_of_resident_weights_is_an_equation() -> None:
     qkv, attended, gate_up = 2 * T * 8 * 16, 2 * T * 4 * 16, 2 * T * 2 * 176
     attention, last, turns = 4 * B * 4 * 17, 2 * B * D, 2 * T * 16
     shared = max(qkv + aligned(attended) + aligned(attention), gate_up, last)
-    assert plan.memory.nbytes_of("weights") == sum(image.nbytes for image in images_of(CHAIN, torch.bfloat16))
+    assert plan.memory.nbytes_of("weights") == sum(packed.nbytes for packed in pack_units(CHAIN, torch.bfloat16))
     page = 12 * 2 * 2 * 16 * 16 * 2  # layers, keys and values, kv heads, tokens, head dim, bytes
     assert plan.memory.nbytes_of("kv slabs") == (1 << 20) // (2 * page) * (2 * page), "whole slabs, of two pages"
     assert plan.memory.nbytes_of("workspace") == aligned(shared) + 2 * (2 * T * D) + 2 * turns
@@ -135,10 +135,10 @@ def test_the_plan_of_resident_weights_is_an_equation() -> None:
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_the_plan_of_gathered_weights_is_an_equation(num_ranks: int) -> None:
     plan = plan_serving(TIED, SMALL, Site(num_ranks=num_ranks), "gathered")
-    images = plan.placement.images
-    parts = [aligned(-(-image.nbytes // num_ranks)) for image in images]
+    packed_units = plan.placement.packed_units
+    parts = [aligned(-(-packed.nbytes // num_ranks)) for packed in packed_units]
     assert plan.placement.moved == frozenset(range(1, 13))
-    assert plan.memory.nbytes_of("weights") == images[0].nbytes
+    assert plan.memory.nbytes_of("weights") == packed_units[0].nbytes
     assert plan.memory.nbytes_of("weight shards") == sum(parts[1:])
     assert plan.memory.nbytes_of("weight slots") == 2 * num_ranks * parts[1]
 
@@ -150,7 +150,7 @@ def test_the_plan_of_gathered_weights_is_an_equation(num_ranks: int) -> None:
 def test_slots_hold_other_ranks_parts_alone_where_memory_is_mapped(name: str, num_ranks: int, page_nbytes: int) -> None:
     site = Site(num_ranks=num_ranks, maps_memory=True)
     plan = plan_serving(PRESETS[name], replace(SMALL, kv_nbytes=1 << 30), site, "gathered")
-    layer = plan.placement.images[1].nbytes
+    layer = plan.placement.packed_units[1].nbytes
     part = aligned(-(-layer // num_ranks), page_nbytes)
     assert plan.memory.nbytes_of("weight slots") == 2 * (num_ranks - 1) * part
     assert plan.memory.nbytes_of("weight shards") == PRESETS[name].num_layers * part
@@ -168,10 +168,10 @@ def test_parts_of_few_pages_are_copied_into_slots() -> None:
 
 def test_the_plan_of_streamed_weights_is_an_equation() -> None:
     plan = plan_serving(TIED, replace(SMALL, host_kv_nbytes=1 << 20), mode="streamed")
-    images = plan.placement.images
-    assert plan.memory.nbytes_of("weights") == images[0].nbytes
-    assert plan.memory.nbytes_of("weight slots") == 2 * images[1].nbytes
-    assert plan.host.nbytes_of("host weights") == 12 * images[1].nbytes
+    packed_units = plan.placement.packed_units
+    assert plan.memory.nbytes_of("weights") == packed_units[0].nbytes
+    assert plan.memory.nbytes_of("weight slots") == 2 * packed_units[1].nbytes
+    assert plan.host.nbytes_of("host weights") == 12 * packed_units[1].nbytes
     assert plan.host.nbytes_of("host kv slabs") == plan.memory.nbytes_of("kv slabs")
     assert plan.memory.nbytes_of("weight shards") == 0
 
@@ -199,7 +199,7 @@ def test_activations_that_may_share_bytes_are_these() -> None:
 
 
 def total(plan: ServingPlan) -> int:
-    return sum(image.nbytes for image in plan.placement.images)
+    return sum(packed.nbytes for packed in plan.placement.packed_units)
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -241,9 +241,9 @@ def test_where_the_whole_batch_finds_no_room_all_layers_move_for_one_sequence() 
 def test_a_small_device_moves_embedding_and_head_too() -> None:
     """They are larger than a layer; while layers run, others use their slots' bytes."""
     plan = plan_serving(PRESETS["8b"], limited(int(3.2 * GIB), max_batch_size=8, max_seq_len=1024), H200)
-    images = plan.placement.images
+    packed_units = plan.placement.packed_units
     assert plan.placement.moved == frozenset(range(34))
-    assert plan.memory.nbytes_of("weight slots") == images[0].nbytes + images[-1].nbytes
+    assert plan.memory.nbytes_of("weight slots") == packed_units[0].nbytes + packed_units[-1].nbytes
 
 
 def test_asked_for_a_mode_moves_all_layers_where_there_is_no_limit() -> None:
@@ -373,7 +373,7 @@ def test_modes_that_cannot_be_are_refused() -> None:
 
 def test_steps_of_a_forward_read_every_unit_in_order() -> None:
     for config in (CHAIN, TIED):
-        images = images_of(config, torch.bfloat16)
-        names = [images[unit].name for unit in uses_of(images, config)]
+        packed_units = pack_units(config, torch.bfloat16)
+        names = [packed_units[unit].name for unit in uses_of(packed_units, config)]
         last = "embed_tokens" if config.tie_embeddings else "lm_head"
         assert names == ["embed_tokens", *(f"layers.{i}" for i in range(12)), last]

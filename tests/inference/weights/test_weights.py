@@ -23,7 +23,7 @@ from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request
 from yafsdp_like.inference.options import EngineOptions, ServingLimits
-from yafsdp_like.inference.plan.packed_weights import images_of
+from yafsdp_like.inference.plan.packed_weights import pack_units
 from yafsdp_like.inference.plan.serving_plan import ServingPlan, plan_serving
 from yafsdp_like.inference.weights import store as weights_module
 from yafsdp_like.inference.weights.loading import RandomSource, load, load_planned, model_of, open_model, site_of
@@ -108,7 +108,7 @@ def with_moved(plan: ServingPlan, moved: Sequence[int]) -> ServingPlan:
 
 def streamed(config: DecoderConfig, moved: Sequence[int] | None = None) -> ServingPlan:
     plan = plan_serving(config, LIMITS, site_of(CPU), "streamed")
-    return with_moved(plan, range(len(plan.placement.images)) if moved is None else moved)
+    return with_moved(plan, range(len(plan.placement.packed_units)) if moved is None else moved)
 
 
 # --- resident ---
@@ -360,7 +360,7 @@ def gathered_differences(name: str, asked: Any, moved: list[int] | None, forward
     module = decoder(CONFIGS[name])
     transport = transport_of(group(), CPU, asked)
     plan = plan_serving(module.config, LIMITS, site_of(CPU, None, transport), "gathered")
-    plan = with_moved(plan, range(len(plan.placement.images)) if moved is None else moved)
+    plan = with_moved(plan, range(len(plan.placement.packed_units)) if moved is None else moved)
     weights = load_planned(model_of(module), plan, CPU, transport)
     found = [differences(weights, module) for _ in range(forwards_by_rank[transport.rank])]
     weights.close()
@@ -635,9 +635,9 @@ def test_a_directory_that_lacks_a_weight_is_refused_before_anything_is_read(hf_d
 
 def test_images_are_the_same_in_every_mode() -> None:
     """So that a host copy, a shard and what stays are cut from one layout."""
-    images = images_of(CONFIG, torch.float32)
+    packed_units = pack_units(CONFIG, torch.float32)
     for mode in ("resident", "streamed"):
-        assert plan_serving(CONFIG, LIMITS, site_of(CPU), mode).placement.images == images
+        assert plan_serving(CONFIG, LIMITS, site_of(CPU), mode).placement.packed_units == packed_units
 
 
 # --- in an engine ---

@@ -3,12 +3,12 @@
 A unit is what is brought to a device together: the embedding, each layer, the head. A tied head is the embedding, which
 then has the last norm with it.
 
-[Note: one image]
-A unit's image is its parameters' bytes one after the other, in the order in which products read them: the projections
-to queries, keys and values are the rows of one matrix, as are gate and up. Where a unit stays on the device, its image
-lies there; where it is streamed, the same image lies in host memory; where it is gathered, rank r holds the r-th of W
+[Note: one packed]
+A unit's packed is its parameters' bytes one after the other, in the order in which products read them: the projections
+to queries, keys and values are the rows of one matrix, as are gate and up. Where a unit stays on the device, its packed
+lies there; where it is streamed, the same packed lies in host memory; where it is gathered, rank r holds the r-th of W
 equal parts of it, wherever that cuts a matrix. So a unit arrives by one copy a part, and nothing is left to be done.
-Where ranks compute together, each has images of its own: of its part of the parameters that are cut.
+Where ranks compute together, each has packed_units of its own: of its part of the parameters that are cut.
 
 Shapes: D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary.
 """
@@ -67,7 +67,7 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Image:
+class PackedUnit:
     """The bytes of one unit, in ``dtype``."""
 
     name: str
@@ -101,8 +101,10 @@ class Image:
                 offset += nbytes
 
 
-def images_of(config: DecoderConfig, dtype: torch.dtype, cuts: Mapping[str, Cut] | None = None) -> tuple[Image, ...]:
-    """The units' images in the order in which a forward reads them: embedding, layers, and the head unless it is tied.
+def pack_units(
+    config: DecoderConfig, dtype: torch.dtype, cuts: Mapping[str, Cut] | None = None
+) -> tuple[PackedUnit, ...]:
+    """The units' packed_units in the order in which a forward reads them: embedding, layers, and the head unless it is tied.
     Of parameters of layers that are in ``cuts``, by their names there, they hold one rank's part.
 
     Raises ValueError as ``check_served`` does.
@@ -111,10 +113,10 @@ def images_of(config: DecoderConfig, dtype: torch.dtype, cuts: Mapping[str, Cut]
     norm = Field("norm", (Parameter("norm.weight", (config.dim,)),))
     embedding, head = (_vocabulary(name, config) for name in (EMBEDDING, HEAD))
     names = [f"layers.{i}" for i in range(config.num_layers)]
-    layers = [Image(name, _layer_fields(name, config, cuts or {}), dtype) for name in names]
+    layers = [PackedUnit(name, _layer_fields(name, config, cuts or {}), dtype) for name in names]
     if config.tie_embeddings:
-        return Image(EMBEDDING, (embedding, norm), dtype), *layers
-    return Image(EMBEDDING, (embedding,), dtype), *layers, Image(HEAD, (head, norm), dtype)
+        return PackedUnit(EMBEDDING, (embedding, norm), dtype), *layers
+    return PackedUnit(EMBEDDING, (embedding,), dtype), *layers, PackedUnit(HEAD, (head, norm), dtype)
 
 
 def check_served(config: DecoderConfig) -> None:
@@ -123,9 +125,9 @@ def check_served(config: DecoderConfig) -> None:
         raise ValueError(f"a decoder with experts cannot be served yet, found {config.experts}")
 
 
-def uses_of(images: Sequence[Image], config: DecoderConfig) -> tuple[int, ...]:
+def uses_of(packed_units: Sequence[PackedUnit], config: DecoderConfig) -> tuple[int, ...]:
     """Which unit, by index, each step of a forward reads: embedding, layers in order, head."""
-    return (*range(config.num_layers + 1), 0 if config.tie_embeddings else len(images) - 1)
+    return (*range(config.num_layers + 1), 0 if config.tie_embeddings else len(packed_units) - 1)
 
 
 def _vocabulary(unit: str, config: DecoderConfig) -> Field:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from yafsdp_like.inference.plan.packed_weights import Image, images_of, uses_of
+from yafsdp_like.inference.plan.packed_weights import PackedUnit, pack_units, uses_of
 from yafsdp_like.memory import vmm as windows
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import LiveRange, Region, SlotPlace, SlotRequest, live_nbytes_peak, place
@@ -45,7 +45,7 @@ class Placement:
     """Which units stay on the device, and which are moved there when they are needed."""
 
     mode: Mode
-    images: tuple[Image, ...]
+    packed_units: tuple[PackedUnit, ...]
     uses: tuple[int, ...]  # unit of each step of a forward, see ``uses_of``
     moved: frozenset[int] = frozenset()  # units
     num_ranks: int = 1
@@ -53,7 +53,7 @@ class Placement:
 
     def part_nbytes(self, unit: int) -> int:
         """What this rank, or its host, holds of a unit that is moved."""
-        return aligned(self.images[unit].part_nbytes(self.num_ranks), self.page_nbytes or ALIGNMENT_NBYTES)
+        return aligned(self.packed_units[unit].part_nbytes(self.num_ranks), self.page_nbytes or ALIGNMENT_NBYTES)
 
     def slot_nbytes(self, unit: int) -> int:
         """What is moved of it, and what its slot holds: all parts, less this rank's where that is shown."""
@@ -64,7 +64,9 @@ class Placement:
         """Of the pages that parts are made of; 0 where they are too small for that, or are not shown."""
         if not (self.maps_memory and self.moved):
             return 0
-        num_pages = min(self.images[unit].part_nbytes(self.num_ranks) for unit in self.moved) // windows.PAGE_NBYTES
+        num_pages = (
+            min(self.packed_units[unit].part_nbytes(self.num_ranks) for unit in self.moved) // windows.PAGE_NBYTES
+        )
         doublings = max(num_pages // _ENOUGH_PAGES, 1).bit_length() - 1
         return windows.PAGE_NBYTES << doublings if num_pages >= MIN_PAGES_PER_PART else 0
 
@@ -104,7 +106,7 @@ class Placement:
     @cached_property
     def _requests(self) -> tuple[SlotRequest, ...]:
         live = self.live_ranges()
-        return tuple(SlotRequest(self.images[u].name, self.slot_nbytes(u), live[u]) for u, _ in self.runs)
+        return tuple(SlotRequest(self.packed_units[u].name, self.slot_nbytes(u), live[u]) for u, _ in self.runs)
 
     @cached_property
     def slots(self) -> tuple[dict[int, Segment], int]:
@@ -116,7 +118,7 @@ class Placement:
     def staying_nbytes(self) -> int:
         """What weights take on the device, without slots."""
         parts = sum(self.part_nbytes(u) for u in self.moved) if self.mode == "gathered" else 0
-        return parts + sum(image.nbytes for u, image in enumerate(self.images) if u not in self.moved)
+        return parts + sum(packed.nbytes for u, packed in enumerate(self.packed_units) if u not in self.moved)
 
     @property
     def nbytes_at_least(self) -> int:
@@ -130,24 +132,24 @@ class Placement:
 
     def regions(self) -> Iterator[Region]:
         """On the device."""
-        for unit, image in enumerate(self.images):
+        for unit, packed in enumerate(self.packed_units):
             if unit not in self.moved:
-                yield Region(image.name, "weights", image.nbytes)
+                yield Region(packed.name, "weights", packed.nbytes)
             elif self.mode == "gathered":
                 nbytes = self.part_nbytes(unit)
-                yield Region(f"{image.name}.shard", "weight shards", nbytes, self.maps_memory, self.page_nbytes)
+                yield Region(f"{packed.name}.shard", "weight shards", nbytes, self.maps_memory, self.page_nbytes)
         if self.moved:
             yield Region(WEIGHT_SLOTS, WEIGHT_SLOTS, self.slots[1], page_nbytes=self.page_nbytes)
 
     def host_regions(self) -> Iterator[Region]:
         if self.mode == "streamed":
             for unit in sorted(self.moved):
-                yield Region(self.images[unit].name, "host weights", self.part_nbytes(unit))
+                yield Region(self.packed_units[unit].name, "host weights", self.part_nbytes(unit))
 
     def slot_places(self) -> Iterator[SlotPlace]:
         live = self.live_ranges()
         for unit, segment in self.slots[0].items():
-            yield SlotPlace(self.images[unit].name, WEIGHT_SLOTS, segment, live[unit])
+            yield SlotPlace(self.packed_units[unit].name, WEIGHT_SLOTS, segment, live[unit])
 
 
 def placements(
@@ -157,10 +159,10 @@ def placements(
     if mode == "tensor_parallel":
         yield _together(config, dtype, num_ranks)
         return
-    images = images_of(config, dtype)
-    uses = uses_of(images, config)
+    packed_units = pack_units(config, dtype)
+    uses = uses_of(packed_units, config)
     if mode == "resident":
-        yield Placement(mode, images, uses)
+        yield Placement(mode, packed_units, uses)
         return
     if mode == "gathered" and num_ranks < 2:
         raise ValueError("weights are gathered from at least two ranks, found one; use streamed, or more ranks")
@@ -168,18 +170,18 @@ def placements(
     layers = config.num_layers
     moved = [frozenset(_spread(num_moved, layers)) for num_moved in range(1, layers + 1)]
     if not config.tie_embeddings:
-        moved.append(moved[-1] | {len(images) - 1})
+        moved.append(moved[-1] | {len(packed_units) - 1})
     moved.append(moved[-1] | {0})
     for units in moved:
-        yield Placement(mode, images, uses, units, num_ranks if gathered else 1, maps_memory and gathered)
+        yield Placement(mode, packed_units, uses, units, num_ranks if gathered else 1, maps_memory and gathered)
 
 
 def _together(config: DecoderConfig, dtype: torch.dtype, num_ranks: int) -> Placement:
     """Every rank keeps its part of each layer, and all of the embedding and the head."""
     if num_ranks < 2:
         raise ValueError("tensor_parallel takes at least two ranks, found one; use resident, or more ranks")
-    images = images_of(config, dtype, cuts_of(config, num_ranks))
-    return Placement("tensor_parallel", images, uses_of(images, config), num_ranks=num_ranks)
+    packed_units = pack_units(config, dtype, cuts_of(config, num_ranks))
+    return Placement("tensor_parallel", packed_units, uses_of(packed_units, config), num_ranks=num_ranks)
 
 
 def _spread(count: int, layers: int) -> Iterator[int]:

@@ -24,7 +24,7 @@ import torch
 from yafsdp_like.inference.kv.kv_cache import LayerGroup
 from yafsdp_like.inference.options import AnyMode, ServingLimits
 from yafsdp_like.inference.plan.capacity import Capacity
-from yafsdp_like.inference.plan.packed_weights import check_served, images_of
+from yafsdp_like.inference.plan.packed_weights import check_served, pack_units
 from yafsdp_like.inference.plan.placement import Mode, Placement, placements
 from yafsdp_like.inference.plan.workspace import Placed, StepShape, forward_buffers, placed
 from yafsdp_like.memory.plan import MemoryPlan, Region
@@ -332,12 +332,12 @@ def _reasons(plan: ServingPlan, draft: _Draft, asked: bool) -> Iterator[str]:
 
 def _why(plan: ServingPlan, draft: _Draft, asked: bool) -> str:
     placement = plan.placement
-    total = sum(image.nbytes for image in placement.images)
+    total = sum(packed.nbytes for packed in placement.packed_units)
     if plan.mode == "resident":
         return f"resident: all {total:,} bytes of weights stay on the device"
     if plan.mode == "tensor_parallel":
         return _why_together(plan, total)
-    moved, all_units = len(placement.moved), len(placement.images)
+    moved, all_units = len(placement.moved), len(placement.packed_units)
     source = f"the shards of {plan.site.num_ranks} ranks" if plan.mode == "gathered" else "host memory"
     room = draft.room(total)
     because = "as asked for"
@@ -350,7 +350,7 @@ def _why(plan: ServingPlan, draft: _Draft, asked: bool) -> str:
 
 def _why_together(plan: ServingPlan, kept_nbytes: int) -> str:
     config, share = plan.config, plan.share
-    whole_nbytes = sum(image.nbytes for image in images_of(config, plan.site.dtype))
+    whole_nbytes = sum(packed.nbytes for packed in pack_units(config, plan.site.dtype))
     return (
         f"tensor_parallel: {plan.site.num_ranks} ranks compute every step together, as asked for: each has "
         f"{share.num_heads} of {config.num_heads} heads, {share.num_kv_heads} of {config.num_kv_heads} of keys and "
@@ -371,7 +371,7 @@ def _floors(plan: ServingPlan, rates: Rates) -> Iterator[str]:
     placement, ranks = plan.placement, plan.site.num_ranks
     read = _num_read(plan) / rates.memory_nbytes
     others = (ranks - 1) / ranks
-    moved = sum(placement.images[unit].nbytes for unit in placement.moved)
+    moved = sum(placement.packed_units[unit].nbytes for unit in placement.moved)
     by_mode = {
         "resident": (0.0, 0.0),
         "tensor_parallel": (0.0, 0.0),  # without the sums, which take their latency rather than bytes
@@ -390,5 +390,5 @@ def _num_read(plan: ServingPlan) -> int:
     """Bytes of weights that a step that decodes reads. The head is whole on ranks that compute together, but each
     computes the logits of its part of the vocabulary.
     """
-    *layers, head = [plan.placement.images[unit].nbytes for unit in plan.placement.uses[1:]]
+    *layers, head = [plan.placement.packed_units[unit].nbytes for unit in plan.placement.uses[1:]]
     return sum(layers) + (head // plan.site.num_ranks if plan.mode == "tensor_parallel" else head)

@@ -151,8 +151,8 @@ def indexed(device: torch.device | str) -> torch.device:
 
 def fill(store: Store, source: Source) -> None:
     """Every parameter's elements that ``store`` holds, from ``source``."""
-    itemsize = store.image.dtype.itemsize
-    for parameter, segment in store.image.parameters():
+    itemsize = store.packed.dtype.itemsize
+    for parameter, segment in store.packed.parameters():
         offset = segment.offset_nbytes // itemsize - store.start  # of the parameter in the store
         first, last = max(offset, 0), min(offset + parameter.numel, len(store.values))
         if parameter.cut is not None:

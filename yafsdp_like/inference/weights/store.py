@@ -1,7 +1,7 @@
 """A served model's weights on a device, whole when a forward reads them, wherever they lie between.
 
 Owns the moving of units into slots, and the order of streams around it. Which units are moved, and where everything
-lies, the plan says (`placement.py`); what the bytes mean, `images.py`; `loading.py` fills them.
+lies, the plan says (`placement.py`); what the bytes mean, `packed_weights.py`; `loading.py` fills them.
 
 [Note: the order of a forward]
 A forward calls ``embedding``, ``layer`` and ``release`` for each layer in order, and ``head``, once each, all on one
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from yafsdp_like.comm.transport import Transport
-    from yafsdp_like.inference.plan.packed_weights import Image
+    from yafsdp_like.inference.plan.packed_weights import PackedUnit
     from yafsdp_like.inference.plan.serving_plan import ServingPlan
     from yafsdp_like.models.decoder import DecoderConfig
 
@@ -108,11 +108,11 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Store:
-    """Elements of a unit's image from ``start`` on, where they are kept: to be filled once."""
+    """Elements of a unit's packed from ``start`` on, where they are kept: to be filled once."""
 
-    image: Image
+    packed: PackedUnit
     start: int
-    values: Tensor  # (n,) of the image's dtype; what goes beyond the image is padding
+    values: Tensor  # (n,) of the packed's dtype; what goes beyond the packed is padding
     rank: int = 0  # whose part it is of parameters that are cut
 
 
@@ -141,10 +141,10 @@ class PlacedWeights:
         self.lockstep = self.team is not None or (plan.mode == "gathered" and not plan.site.maps_memory)
         self.graphable = self.team is not None or not self.lockstep  # ranks in lockstep replay or skip, each on its own
         self._transport, self._streams = transport, streams
-        wholes = [self._whole(unit) for unit in range(len(plan.placement.images))]
+        wholes = [self._whole(unit) for unit in range(len(plan.placement.packed_units))]
         self._slots = self._slots_of(wholes)
         self._following = {unit: [self._slots[u] for u in plan.placement.following(unit)] for unit in self._slots}
-        self._views = [_views(image, whole) for image, whole in zip(plan.placement.images, wholes, strict=True)]
+        self._views = [_views(packed, whole) for packed, whole in zip(plan.placement.packed_units, wholes, strict=True)]
         self._layers = [_layer(self._views[1 + index]) for index in range(self.config.num_layers)]
         self._head_unit = plan.placement.uses[-1]
 
@@ -229,7 +229,7 @@ class PlacedWeights:
 
     def _whole(self, unit: int) -> Place:
         """All bytes of a unit, where a forward reads them."""
-        placement, name = self.plan.placement, self.plan.placement.images[unit].name
+        placement, name = self.plan.placement, self.plan.placement.packed_units[unit].name
         if unit not in placement.moved:
             return self.arena.place(name)
         slot = self._extent(unit)
@@ -246,9 +246,9 @@ class PlacedWeights:
 
     def _slots_of(self, wholes: Sequence[Place]) -> dict[int, _Slot]:
         """One per moved unit, in the order of a forward; those whose bytes overlap know each other."""
-        images = self.plan.placement.images
+        packed_units = self.plan.placement.packed_units
         slots = {
-            unit: _Slot(images[unit].name, self._extent(unit), self._bringer(unit, wholes[unit]))
+            unit: _Slot(packed_units[unit].name, self._extent(unit), self._bringer(unit, wholes[unit]))
             for unit, _ in self.plan.placement.runs
         }
         for slot in slots.values():
@@ -257,7 +257,7 @@ class PlacedWeights:
 
     def _bringer(self, unit: int, whole: Place) -> Callable[[], None]:
         placement = self.plan.placement
-        name, values = placement.images[unit].name, _flat(whole, self.dtype)
+        name, values = placement.packed_units[unit].name, _flat(whole, self.dtype)
         if self.plan.mode == "streamed":
             return partial(_copy, values, _flat(self.host.place(name), self.dtype))
         assert self._transport is not None, "a gathered plan is of a transport"
@@ -267,16 +267,16 @@ class PlacedWeights:
     def stores(self) -> Iterator[Store]:
         """All that is to be filled on this rank and its host, unit by unit."""
         placement = self.plan.placement
-        for unit, image in enumerate(placement.images):
+        for unit, packed in enumerate(placement.packed_units):
             if unit not in placement.moved:
                 rank = 0 if self.team is None else self.team.rank
-                yield Store(image, 0, _flat(self.arena.place(image.name), self.dtype), rank)
+                yield Store(packed, 0, _flat(self.arena.place(packed.name), self.dtype), rank)
             elif self.plan.mode == "streamed":
-                yield Store(image, 0, _flat(self.host.place(image.name), self.dtype))
+                yield Store(packed, 0, _flat(self.host.place(packed.name), self.dtype))
             else:
                 assert self._transport is not None
-                values = _flat(self.arena.place(f"{image.name}.shard"), self.dtype)
-                yield Store(image, self._transport.rank * len(values), values)
+                values = _flat(self.arena.place(f"{packed.name}.shard"), self.dtype)
+                yield Store(packed, self._transport.rank * len(values), values)
 
     # --- before the first forward, and after the last ---
 
@@ -343,10 +343,10 @@ def _check(plan: ServingPlan, transport: Transport | None) -> None:
         )
 
 
-def _views(image: Image, whole: Place) -> dict[str, Tensor]:
-    """The image's fields, by name."""
-    segments = image.segments()
-    return {f.name: whole.part(segments[f.name]).tensor(image.dtype, f.shape) for f in image.fields}
+def _views(packed: PackedUnit, whole: Place) -> dict[str, Tensor]:
+    """The packed's fields, by name."""
+    segments = packed.segments()
+    return {f.name: whole.part(segments[f.name]).tensor(packed.dtype, f.shape) for f in packed.fields}
 
 
 def _layer(views: Mapping[str, Tensor]) -> LayerWeights:
