@@ -71,7 +71,7 @@ def test_a_decoder_with_experts_is_refused() -> None:
 def test_a_chain_of_layers_takes_two_slots_whose_live_ranges_follow_each_other() -> None:
     placement = list(placements(CHAIN, torch.bfloat16, "streamed"))[CHAIN.num_layers - 1]
     layer = placement.packed_units[1].nbytes
-    assert placement.moved == frozenset(range(1, 13))
+    assert placement.non_resident == frozenset(range(1, 13))
     assert placement.slots[1] == 2 * layer
     live = placement.live_ranges()
     assert [live[unit].intervals for unit in (2, 3)] == [((1, 2),), ((2, 3),)]
@@ -103,7 +103,7 @@ def test_slots_that_are_live_together_never_share_a_byte(config: DecoderConfig, 
 
 
 def test_moved_layers_are_evenly_spread_so_that_each_has_time_to_arrive() -> None:
-    by_count = [sorted(placement.moved) for placement in placements(CHAIN, torch.bfloat16, "streamed")]
+    by_count = [sorted(placement.non_resident) for placement in placements(CHAIN, torch.bfloat16, "streamed")]
     assert by_count[:4] == [[7], [4, 10], [3, 7, 11], [2, 5, 8, 11]]
     assert by_count[11:] == [[*range(1, 13)], [*range(1, 14)], [*range(14)]]
 
@@ -137,7 +137,7 @@ def test_the_plan_of_gathered_weights_is_an_equation(num_ranks: int) -> None:
     plan = plan_serving(TIED, SMALL, Site(num_ranks=num_ranks), "gathered")
     packed_units = plan.placement.packed_units
     parts = [aligned(-(-packed.nbytes // num_ranks)) for packed in packed_units]
-    assert plan.placement.moved == frozenset(range(1, 13))
+    assert plan.placement.non_resident == frozenset(range(1, 13))
     assert plan.memory.nbytes_of("weights") == packed_units[0].nbytes
     assert plan.memory.nbytes_of("weight shards") == sum(parts[1:])
     assert plan.memory.nbytes_of("weight slots") == 2 * num_ranks * parts[1]
@@ -224,9 +224,9 @@ def test_as_few_units_move_as_leave_room_for_the_batch(num_ranks: int, mode: str
     plan = plan_serving(config, limited(14 * GIB, max_batch_size=8, max_seq_len=2048), site)
     assert plan.mode == mode
     assert plan.num_context_tokens >= 8 * 2048
-    assert 0 < len(plan.placement.moved) < config.num_layers, "some layers stay"
-    fewer = list(placements(config, torch.bfloat16, plan.mode, num_ranks))[len(plan.placement.moved) - 2]
-    assert len(fewer.moved) == len(plan.placement.moved) - 1
+    assert 0 < len(plan.placement.non_resident) < config.num_layers, "some layers stay"
+    fewer = list(placements(config, torch.bfloat16, plan.mode, num_ranks))[len(plan.placement.non_resident) - 2]
+    assert len(fewer.non_resident) == len(plan.placement.non_resident) - 1
     room = 14 * GIB - fewer.nbytes - plan.buffers.nbytes
     assert room <= 0 or not plan.capacity.holds(room, 8 * 2048, 2048), "one layer more would have left the room, too"
 
@@ -234,7 +234,7 @@ def test_as_few_units_move_as_leave_room_for_the_batch(num_ranks: int, mode: str
 def test_where_the_whole_batch_finds_no_room_all_layers_move_for_one_sequence() -> None:
     plan = plan_serving(PRESETS["8b"], limited(5 * GIB, max_batch_size=32, max_seq_len=8192), H200)
     assert plan.mode == "streamed"
-    assert {*range(1, 33)} <= plan.placement.moved
+    assert {*range(1, 33)} <= plan.placement.non_resident
     assert 8192 <= plan.num_context_tokens < 32 * 8192
 
 
@@ -242,15 +242,15 @@ def test_a_small_device_moves_embedding_and_head_too() -> None:
     """They are larger than a layer; while layers run, others use their slots' bytes."""
     plan = plan_serving(PRESETS["8b"], limited(int(3.2 * GIB), max_batch_size=8, max_seq_len=1024), H200)
     packed_units = plan.placement.packed_units
-    assert plan.placement.moved == frozenset(range(34))
+    assert plan.placement.non_resident == frozenset(range(34))
     assert plan.memory.nbytes_of("weight slots") == packed_units[0].nbytes + packed_units[-1].nbytes
 
 
 def test_asked_for_a_mode_moves_all_layers_where_there_is_no_limit() -> None:
     assert plan_serving(CHAIN, SMALL).mode == "resident"
     assert plan_serving(CHAIN, SMALL, Site(num_ranks=4)).mode == "resident"
-    assert plan_serving(CHAIN, SMALL, mode="streamed").placement.moved == {*range(1, 13)}
-    assert plan_serving(CHAIN, SMALL, Site(num_ranks=2), "gathered").placement.moved == {*range(1, 13)}
+    assert plan_serving(CHAIN, SMALL, mode="streamed").placement.non_resident == {*range(1, 13)}
+    assert plan_serving(CHAIN, SMALL, Site(num_ranks=2), "gathered").placement.non_resident == {*range(1, 13)}
 
 
 def test_windowed_layers_let_more_context_fit() -> None:

@@ -103,7 +103,7 @@ def differences(weights: PlacedWeights, module: Decoder) -> list[str]:
 
 def with_moved(plan: ServingPlan, moved: Sequence[int]) -> ServingPlan:
     """The plan with these units moved, whichever it chose."""
-    return replace(plan, placement=replace(plan.placement, moved=frozenset(moved)))
+    return replace(plan, placement=replace(plan.placement, non_resident=frozenset(moved)))
 
 
 def streamed(config: DecoderConfig, moved: Sequence[int] | None = None) -> ServingPlan:

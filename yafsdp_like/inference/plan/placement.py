@@ -47,7 +47,7 @@ class Placement:
     mode: Mode
     packed_units: tuple[PackedUnit, ...]
     uses: tuple[int, ...]  # unit of each step of a forward, see ``uses_of``
-    moved: frozenset[int] = frozenset()  # units
+    non_resident: frozenset[int] = frozenset()  # units
     num_ranks: int = 1
     maps_memory: bool = False
 
@@ -62,10 +62,11 @@ class Placement:
     @cached_property
     def page_nbytes(self) -> int:
         """Of the pages that parts are made of; 0 where they are too small for that, or are not shown."""
-        if not (self.maps_memory and self.moved):
+        if not (self.maps_memory and self.non_resident):
             return 0
         num_pages = (
-            min(self.packed_units[unit].part_nbytes(self.num_ranks) for unit in self.moved) // windows.PAGE_NBYTES
+            min(self.packed_units[unit].part_nbytes(self.num_ranks) for unit in self.non_resident)
+            // windows.PAGE_NBYTES
         )
         doublings = max(num_pages // _ENOUGH_PAGES, 1).bit_length() - 1
         return windows.PAGE_NBYTES << doublings if num_pages >= MIN_PAGES_PER_PART else 0
@@ -77,7 +78,7 @@ class Placement:
         """
         found: list[tuple[int, tuple[int, ...]]] = []
         for step, unit in enumerate(self.uses):
-            if unit in self.moved:
+            if unit in self.non_resident:
                 found.append((unit, (step,)))
         if len(found) > 1 and found[0][0] == found[-1][0]:
             last = found.pop()
@@ -115,35 +116,35 @@ class Placement:
         return dict(zip([unit for unit, _ in self.runs], segments, strict=True)), nbytes
 
     @cached_property
-    def staying_nbytes(self) -> int:
+    def resident_nbytes(self) -> int:
         """What weights take on the device, without slots."""
-        parts = sum(self.part_nbytes(u) for u in self.moved) if self.mode == "gathered" else 0
-        return parts + sum(packed.nbytes for u, packed in enumerate(self.packed_units) if u not in self.moved)
+        parts = sum(self.part_nbytes(u) for u in self.non_resident) if self.mode == "gathered" else 0
+        return parts + sum(packed.nbytes for u, packed in enumerate(self.packed_units) if u not in self.non_resident)
 
     @property
     def nbytes_at_least(self) -> int:
         """What weights take on the device, if slots can be placed without a gap."""
-        return self.staying_nbytes + live_nbytes_peak(self._requests)
+        return self.resident_nbytes + live_nbytes_peak(self._requests)
 
     @property
     def nbytes(self) -> int:
         """What weights take on the device."""
-        return self.staying_nbytes + self.slots[1]
+        return self.resident_nbytes + self.slots[1]
 
     def regions(self) -> Iterator[Region]:
         """On the device."""
         for unit, packed in enumerate(self.packed_units):
-            if unit not in self.moved:
+            if unit not in self.non_resident:
                 yield Region(packed.name, "weights", packed.nbytes)
             elif self.mode == "gathered":
                 nbytes = self.part_nbytes(unit)
                 yield Region(f"{packed.name}.shard", "weight shards", nbytes, self.maps_memory, self.page_nbytes)
-        if self.moved:
+        if self.non_resident:
             yield Region(WEIGHT_SLOTS, WEIGHT_SLOTS, self.slots[1], page_nbytes=self.page_nbytes)
 
     def host_regions(self) -> Iterator[Region]:
         if self.mode == "streamed":
-            for unit in sorted(self.moved):
+            for unit in sorted(self.non_resident):
                 yield Region(self.packed_units[unit].name, "host weights", self.part_nbytes(unit))
 
     def slot_places(self) -> Iterator[SlotPlace]:

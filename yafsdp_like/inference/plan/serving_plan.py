@@ -337,7 +337,7 @@ def _why(plan: ServingPlan, draft: _Draft, asked: bool) -> str:
         return f"resident: all {total:,} bytes of weights stay on the device"
     if plan.mode == "tensor_parallel":
         return _why_together(plan, total)
-    moved, all_units = len(placement.moved), len(placement.packed_units)
+    moved, all_units = len(placement.non_resident), len(placement.packed_units)
     source = f"the shards of {plan.site.num_ranks} ranks" if plan.mode == "gathered" else "host memory"
     room = draft.room(total)
     because = "as asked for"
@@ -371,7 +371,7 @@ def _floors(plan: ServingPlan, rates: Rates) -> Iterator[str]:
     placement, ranks = plan.placement, plan.site.num_ranks
     read = _num_read(plan) / rates.memory_nbytes
     others = (ranks - 1) / ranks
-    moved = sum(placement.packed_units[unit].nbytes for unit in placement.moved)
+    moved = sum(placement.packed_units[unit].nbytes for unit in placement.non_resident)
     by_mode = {
         "resident": (0.0, 0.0),
         "tensor_parallel": (0.0, 0.0),  # without the sums, which take their latency rather than bytes

@@ -230,7 +230,7 @@ class PlacedWeights:
     def _whole(self, unit: int) -> Place:
         """All bytes of a unit, where a forward reads them."""
         placement, name = self.plan.placement, self.plan.placement.packed_units[unit].name
-        if unit not in placement.moved:
+        if unit not in placement.non_resident:
             return self.arena.place(name)
         slot = self._extent(unit)
         if not placement.page_nbytes:
@@ -268,7 +268,7 @@ class PlacedWeights:
         """All that is to be filled on this rank and its host, unit by unit."""
         placement = self.plan.placement
         for unit, packed in enumerate(placement.packed_units):
-            if unit not in placement.moved:
+            if unit not in placement.non_resident:
                 rank = 0 if self.team is None else self.team.rank
                 yield Store(packed, 0, _flat(self.arena.place(packed.name), self.dtype), rank)
             elif self.plan.mode == "streamed":
