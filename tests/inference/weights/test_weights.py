@@ -155,7 +155,7 @@ def test_some_units_may_stay_while_others_are_streamed(moved: list[int]) -> None
     assert [differences(weights, module) for _ in range(3)] == [[], [], []]
 
 
-class Brought(TorchDispatchMode):
+class Prefetched(TorchDispatchMode):
     """The names of operations, while entered."""
 
     def __init__(self) -> None:
@@ -168,14 +168,14 @@ class Brought(TorchDispatchMode):
 
 
 def test_a_forward_brings_each_moved_unit_once_by_one_copy_and_does_nothing_else() -> None:
-    """Prevents: an allocation in a step, and a tied head that is brought a second time as the embedding."""
+    """Prevents: an allocation in a step, and a tied head that is prefetched a second time as the embedding."""
     for config, num_moved in ((CONFIG, 7), (replace(CONFIG, tie_embeddings=True), 6)):
         module = decoder(config)
         weights = load_planned(model_of(module), streamed(config), CPU)
         differences(weights, module)
-        with Brought() as brought:
+        with Prefetched() as prefetched:
             run_forward(weights)
-        assert brought.operations == ["aten.copy_.default"] * num_moved
+        assert prefetched.operations == ["aten.copy_.default"] * num_moved
 
 
 def run_forward(weights: PlacedWeights, read: Callable[[Tensor], Any] = lambda tensor: None) -> None:
@@ -217,26 +217,26 @@ def raced(plan: ServingPlan, forgets: Sequence[tuple[str, str]] = (), at_rest: b
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights_module, "streams_of", lambda device: clocks)
         weights = load_planned(model_of(decoder(plan.config)), plan, CPU)
-    detector, brought = RaceDetector(clocks), Brought()
+    detector, prefetched = RaceDetector(clocks), Prefetched()
     slots = weights.arena.place("weight slots")
     detector.watch(slots.tensor(torch.uint8, (slots.segment.nbytes,)))
     with detector:
         run_forward(weights, torch.Tensor.sum)
-        with brought:
+        with prefetched:
             for _ in range(3):
                 if at_rest:
                     weights.rest()
                 run_forward(weights, torch.Tensor.sum)
-    return Raced(detector.races, brought.operations.count("aten.copy_.default"))
+    return Raced(detector.races, prefetched.operations.count("aten.copy_.default"))
 
 
 def test_units_are_brought_as_soon_as_their_bytes_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of what is issued, as a literal list: beside the head, two layers of the next forward are brought."""
+    """The order of what is issued, as a literal list: beside the head, two layers of the next forward are prefetched."""
     plan = streamed(replace(CONFIG, num_layers=4), [1, 2, 3, 4])
     weights = load_planned(model_of(decoder(plan.config)), plan, CPU)
     issued: list[str] = []
     for unit, slot in weights._slots.items():
-        monkeypatch.setattr(slot, "bring", lambda unit=unit: issued.append(f"bring {unit}"))
+        monkeypatch.setattr(slot, "copy_in", lambda unit=unit: issued.append(f"prefetch {unit}"))
     for _ in range(2):
         weights.embedding()
         for index in range(4):
@@ -245,8 +245,18 @@ def test_units_are_brought_as_soon_as_their_bytes_are_free(monkeypatch: pytest.M
             weights.release(index)
         weights.head()
         issued.append("head")
-    forward = ["layer 1", "bring 3", "layer 2", "bring 4", "layer 3", "bring 1", "layer 4", "bring 2", "head"]
-    assert issued == ["bring 1", "bring 2", *forward, *forward]
+    forward = [
+        "layer 1",
+        "prefetch 3",
+        "layer 2",
+        "prefetch 4",
+        "layer 3",
+        "prefetch 1",
+        "layer 4",
+        "prefetch 2",
+        "head",
+    ]
+    assert issued == ["prefetch 1", "prefetch 2", *forward, *forward]
 
 
 def test_a_layer_that_is_never_released_is_an_error_that_names_it() -> None:
@@ -277,7 +287,7 @@ def test_weights_at_rest_are_the_same_whatever_came_before(moved: Sequence[int],
         else:
             weights.head()
         weights.rest()
-        found.add(tuple(slot.name for slot in weights._slots.values() if slot.is_here))
+        found.add(tuple(slot.name for slot in weights._slots.values() if slot.is_resident))
         assert not any(slot.in_use for slot in weights._slots.values())
         assert differences(weights, module) == []
     assert len(found) == 1
@@ -320,7 +330,7 @@ def test_a_replayed_forward_reads_the_right_values_whatever_came_before(moved: S
             weights.release(index)
         weights.rest()
         for slot in weights._slots.values():
-            if not slot.is_here and not any(other.is_here for other in slot.neighbours):
+            if not slot.is_resident and not any(other.is_resident for other in slot.neighbours):
                 slot.extent.tensor(torch.uint8, (slot.extent.segment.nbytes,)).fill_(0xFF)
         for tensor in found:
             tensor.zero_()
@@ -333,11 +343,11 @@ def test_a_forward_from_rest_to_rest_brings_each_unit_once() -> None:
     for config, num_moved in ((CONFIG, 7), (replace(CONFIG, tie_embeddings=True), 6)):
         weights = load_planned(model_of(decoder(config)), streamed(config), CPU)
         weights.rest()
-        with Brought() as brought:
+        with Prefetched() as prefetched:
             run_forward(weights)
             weights.rest()
             weights.rest()
-        assert brought.operations == ["aten.copy_.default"] * num_moved
+        assert prefetched.operations == ["aten.copy_.default"] * num_moved
 
 
 def test_a_forward_after_one_that_failed_reads_the_right_values() -> None:
@@ -398,7 +408,7 @@ def gathered_in_pages() -> Any:
     transport = transport_of(group(), CPU, "peer")
     weights = load(model_of(module), LIMITS, mode="gathered", transport=transport)
     found = [differences(weights, module) for _ in range(3)]
-    with Brought() as brought:
+    with Prefetched() as prefetched:
         run_forward(weights)
     rank, part = transport.rank, weights.plan.placement.part_nbytes(1)
     window, shard = (weights.arena.place(f"layers.0.{name}") for name in ("window", "shard"))
@@ -407,7 +417,7 @@ def gathered_in_pages() -> Any:
     weights.close()
     before = shown[:9].tolist()
     of_rank[:9].add_(1)
-    return found, brought.operations, [(b + 1) % 256 for b in before] == shown[:9].tolist()
+    return found, prefetched.operations, [(b + 1) % 256 for b in before] == shown[:9].tolist()
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -6,14 +6,14 @@ lies, the plan says (`placement.py`); what the bytes mean, `packed_weights.py`; 
 [Note: the order of a forward]
 A forward calls ``embedding``, ``layer`` and ``release`` for each layer in order, and ``head``, once each, all on one
 stream. Each call makes the current stream wait until the unit is there. As soon as a unit is released, those that are
-used next are brought, as many as find their bytes free: behind the last reader, which was issued just before. The
+used next are prefetched, as many as find their bytes free: behind the last reader, which was issued just before. The
 embedding is released by ``layer(0)``, the head by the next ``embedding``, which also releases what a forward that
 failed has left.
 
 [Note: at rest]
 A forward can be recorded as a CUDA graph if each begins with the same units on the device, and ends with them there and
 no copy under way. ``rest`` sees to that: before a recording and each of its replays, and at the end of what is
-recorded. They are what is brought for the next forward while the head is computed, so that little is lost by waiting.
+recorded. They are what is prefetched for the next forward while the head is computed, so that little is lost by waiting.
 
 [Note: own pace or lockstep]
 Weights do not change, so ranks that map each other's memory gather without meeting: a rank may serve while another
@@ -122,9 +122,9 @@ class _Slot:
 
     name: str
     extent: Place  # what moving writes
-    bring: Callable[[], None]  # issues the copies, on the current stream
+    copy_in: Callable[[], None]  # issues the copies, on the current stream
     neighbours: list[_Slot] = field(default_factory=list)  # that share bytes with it
-    is_here: bool = False  # or is being brought
+    is_resident: bool = False  # or is being prefetched
     arrived: Event | None = None  # to be waited for before it is read; None: it was
     in_use: bool = False
 
@@ -174,11 +174,11 @@ class PlacedWeights:
     def rest(self) -> None:
         for slot in self._slots.values():
             slot.in_use = False
-            if not slot.neighbours and not slot.is_here:
-                self._bring(slot)  # to stay
-        kept = self._bring_next(list(self._slots.values()))
+            if not slot.neighbours and not slot.is_resident:
+                self._prefetch(slot)  # to stay
+        kept = self._prefetch_next(list(self._slots.values()))
         for slot in self._slots.values():
-            slot.is_here = slot in kept or not slot.neighbours
+            slot.is_resident = slot in kept or not slot.neighbours
             self._wait_for(slot)
 
     # --- slots ---
@@ -187,41 +187,41 @@ class PlacedWeights:
         slot = self._slots.get(unit)
         if slot is None:
             return
-        if not slot.is_here:
-            self._bring(slot)
+        if not slot.is_resident:
+            self._prefetch(slot)
         self._wait_for(slot)
         slot.in_use = True
-        self._bring_next(self._following[unit])
+        self._prefetch_next(self._following[unit])
 
     def _release(self, unit: int) -> None:
         slot = self._slots.get(unit)
         if slot is not None and slot.in_use:
             slot.in_use = False
-            self._bring_next(self._following[unit])
+            self._prefetch_next(self._following[unit])
 
-    def _bring_next(self, order: Sequence[_Slot]) -> list[_Slot]:
+    def _prefetch_next(self, order: Sequence[_Slot]) -> list[_Slot]:
         """Of ``order``, those up to the first one that does not find its bytes free; all of them are there then."""
         kept: list[_Slot] = []
         for slot in order:
-            if not slot.is_here:
+            if not slot.is_resident:
                 if any(other.in_use or other in kept for other in slot.neighbours):
                     break
-                self._bring(slot)
+                self._prefetch(slot)
             kept.append(slot)
         return kept
 
-    def _bring(self, slot: _Slot) -> None:
+    def _prefetch(self, slot: _Slot) -> None:
         for other in slot.neighbours:
             if other.in_use:
                 raise RuntimeError(f"{slot.name!r} needs the bytes of {other.name!r}, which has not been released")
-            other.is_here = False
+            other.is_resident = False
         self._streams.wait(GATHER, self._streams.record(COMPUTE))
         with self._streams.on(GATHER):
-            slot.bring()
-        slot.arrived, slot.is_here = self._streams.record(GATHER), True
+            slot.copy_in()
+        slot.arrived, slot.is_resident = self._streams.record(GATHER), True
 
     def _wait_for(self, slot: _Slot) -> None:
-        if slot.is_here and slot.arrived is not None:
+        if slot.is_resident and slot.arrived is not None:
             self._streams.wait(COMPUTE, slot.arrived)
             slot.arrived = None
 
@@ -248,14 +248,14 @@ class PlacedWeights:
         """One per moved unit, in the order of a forward; those whose bytes overlap know each other."""
         packed_units = self.plan.placement.packed_units
         slots = {
-            unit: _Slot(packed_units[unit].name, self._extent(unit), self._bringer(unit, wholes[unit]))
+            unit: _Slot(packed_units[unit].name, self._extent(unit), self._copy_into_slot(unit, wholes[unit]))
             for unit, _ in self.plan.placement.runs
         }
         for slot in slots.values():
             slot.neighbours = [o for o in slots.values() if o is not slot and o.extent.overlaps(slot.extent)]
         return slots
 
-    def _bringer(self, unit: int, whole: Place) -> Callable[[], None]:
+    def _copy_into_slot(self, unit: int, whole: Place) -> Callable[[], None]:
         placement = self.plan.placement
         name, values = placement.packed_units[unit].name, _flat(whole, self.dtype)
         if self.plan.mode == "streamed":
