@@ -230,20 +230,20 @@ def record_steps(it: Engine, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recorder
 
 
-def test_recorded_steps_begin_and_end_with_weights_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_steps_begin_and_end_with_weights_same_residency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents: a replay that overtakes a copy which a step before it has left under way."""
     config = replace(TINY, num_layers=4)
     options = replace(OPTIONS, kv_nbytes=1 << 20, max_batch_size=6)
     it = Engine(load(model_of(decoder(config)), options, mode="streamed", dtype=torch.float32), options)
     done: list[str] = []
-    rest, decode, texts = it._weights.rest, it._runner._decode, prompts(9)
+    rest, decode, texts = it._weights.reset_residency, it._runner._decode, prompts(9)
 
     def _decode(size: int) -> None:
         done.append("begin")
         decode(size)
         done.append("end")
 
-    monkeypatch.setattr(it._weights, "rest", lambda: (rest(), done.append("rest")))
+    monkeypatch.setattr(it._weights, "reset_residency", lambda: (reset_residency(), done.append("rest")))
     monkeypatch.setattr(it._runner, "_decode", _decode)
     recorder = record_steps(it, monkeypatch)
     assert ids(it.generate(requests(texts))) == {str(i): expected(config, text) for i, text in enumerate(texts)}

@@ -190,10 +190,10 @@ def run_forward(weights: PlacedWeights, read: Callable[[Tensor], Any] = lambda t
 
 @pytest.mark.parametrize("moved", [range(7), [1, 2, 3, 4, 5], [1, 2, 4, 5], [0, 2, 3, 5]])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("at_rest", [False, True])
-def test_every_access_to_a_slot_is_ordered_by_an_event(moved: Sequence[int], tied: bool, at_rest: bool) -> None:
+@pytest.mark.parametrize("same_residency", [False, True])
+def test_every_access_to_a_slot_is_ordered_by_an_event(moved: Sequence[int], tied: bool, same_residency: bool) -> None:
     config = replace(CONFIG, tie_embeddings=tied)
-    found = raced(streamed(config, [unit for unit in moved if unit < 6 or not tied]), at_rest=at_rest)
+    found = raced(streamed(config, [unit for unit in moved if unit < 6 or not tied]), same_residency=same_residency)
     assert found.races == []
     assert found.num_copies >= 4 * 3, "the detector has seen no copies"
 
@@ -211,7 +211,7 @@ class Raced:
     num_copies: int
 
 
-def raced(plan: ServingPlan, forgets: Sequence[tuple[str, str]] = (), at_rest: bool = False) -> Raced:
+def raced(plan: ServingPlan, forgets: Sequence[tuple[str, str]] = (), same_residency: bool = False) -> Raced:
     """Three forwards, after one that warms up; perhaps from rest to rest."""
     clocks = VectorClocks(forgets)
     with pytest.MonkeyPatch.context() as patch:
@@ -224,8 +224,8 @@ def raced(plan: ServingPlan, forgets: Sequence[tuple[str, str]] = (), at_rest: b
         run_forward(weights, torch.Tensor.sum)
         with prefetched:
             for _ in range(3):
-                if at_rest:
-                    weights.rest()
+                if same_residency:
+                    weights.reset_residency()
                 run_forward(weights, torch.Tensor.sum)
     return Raced(detector.races, prefetched.operations.count("aten.copy_.default"))
 
@@ -270,7 +270,9 @@ def test_a_layer_that_is_never_released_is_an_error_that_names_it() -> None:
 
 @pytest.mark.parametrize("moved", [range(7), [1, 2, 3, 4, 5], [1, 3, 5], [0, 6], [3]])
 @pytest.mark.parametrize(("tied", "vocab_size"), [(False, 301), (True, 301), (False, 60)])
-def test_weights_at_rest_are_the_same_whatever_came_before(moved: Sequence[int], tied: bool, vocab_size: int) -> None:
+def test_weights_same_residency_are_the_same_whatever_came_before(
+    moved: Sequence[int], tied: bool, vocab_size: int
+) -> None:
     """Prevents: a recorded forward that relies on a unit which another forward has left there, or has not. A small head
     may lie where nothing that is kept for the next forward does.
     """
@@ -286,7 +288,7 @@ def test_weights_at_rest_are_the_same_whatever_came_before(moved: Sequence[int],
             weights.layer(layers_done)
         else:
             weights.head()
-        weights.rest()
+        weights.reset_residency()
         found.add(tuple(slot.name for slot in weights._slots.values() if slot.is_resident))
         assert not any(slot.in_use for slot in weights._slots.values())
         assert differences(weights, module) == []
@@ -318,17 +320,17 @@ def test_a_replayed_forward_reads_the_right_values_whatever_came_before(moved: S
     read: list[Tensor] = []
     run_forward(weights, lambda tensor: read.append(tensor.clone()))
     found = [torch.empty_like(tensor) for tensor in read]
-    weights.rest()
+    weights.reset_residency()
     recorded, place = Recorded(), iter(found)
     with recorded:
         run_forward(weights, lambda tensor: next(place).copy_(tensor))
-        weights.rest()
+        weights.reset_residency()
     for layers_done in (5, 2, 0):
         weights.embedding()
         for index in range(layers_done):
             weights.layer(index)
             weights.release(index)
-        weights.rest()
+        weights.reset_residency()
         for slot in weights._slots.values():
             if not slot.is_resident and not any(other.is_resident for other in slot.neighbours):
                 slot.extent.tensor(torch.uint8, (slot.extent.segment.nbytes,)).fill_(0xFF)
@@ -342,11 +344,11 @@ def test_a_forward_from_rest_to_rest_brings_each_unit_once() -> None:
     """So that a recording costs no copy more than a forward that is not recorded."""
     for config, num_moved in ((CONFIG, 7), (replace(CONFIG, tie_embeddings=True), 6)):
         weights = load_planned(model_of(decoder(config)), streamed(config), CPU)
-        weights.rest()
+        weights.reset_residency()
         with Prefetched() as prefetched:
             run_forward(weights)
-            weights.rest()
-            weights.rest()
+            weights.reset_residency()
+            weights.reset_residency()
         assert prefetched.operations == ["aten.copy_.default"] * num_moved
 
 

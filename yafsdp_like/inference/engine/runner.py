@@ -104,7 +104,7 @@ class Runner:
         for size in reversed(sizes):
             self._logprobs[size] = recorder.record(_bound(self._tell_logprobs, size))
             if self._weights.graphable:
-                self._weights.rest()
+                self._weights.reset_residency()
                 self._decodes[size] = recorder.record(_bound(self._decode, size))
 
     @torch.inference_mode()
@@ -160,7 +160,7 @@ class Runner:
             if recorded is None:
                 self._sample(self._forward(size))
             else:
-                self._weights.rest()
+                self._weights.reset_residency()
                 self._decodes[recorded].replay()
             return self._fetch(drawing, size.num_drawing)
 
@@ -183,7 +183,7 @@ class Runner:
     def _decode(self, batch_size: int) -> None:
         """What is recorded: from rest to rest."""
         self._sample(self._forward(StepSize.decode(batch_size)))
-        self._weights.rest()
+        self._weights.reset_residency()
 
     def _sample(self, logits: Tensor) -> None:
         places, rows = self._places, slice(0, len(logits))

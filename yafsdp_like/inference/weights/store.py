@@ -10,9 +10,9 @@ used next are prefetched, as many as find their bytes free: behind the last read
 embedding is released by ``layer(0)``, the head by the next ``embedding``, which also releases what a forward that
 failed has left.
 
-[Note: at rest]
+[Note: same residency]
 A forward can be recorded as a CUDA graph if each begins with the same units on the device, and ends with them there and
-no copy under way. ``rest`` sees to that: before a recording and each of its replays, and at the end of what is
+no copy under way. ``reset_residency`` sees to that: before a recording and each of its replays, and at the end of what is
 recorded. They are what is prefetched for the next forward while the head is computed, so that little is lost by waiting.
 
 [Note: own pace or lockstep]
@@ -83,7 +83,7 @@ class Weights(Protocol):
     plan: ServingPlan
     arena: Arena  # holds all regions of the plan on the device, the engine's own too
     host: Arena  # and those in host memory, pinned for a GPU
-    graphable: bool  # whether a forward may be recorded as a CUDA graph, see [Note: at rest]
+    graphable: bool  # whether a forward may be recorded as a CUDA graph, see [Note: same residency]
     lockstep: bool  # whether ranks must step equally often, see [Note: own pace or lockstep]
     team: Team | None  # the ranks that make each forward together, see [Note: together]; None: each its own
 
@@ -99,8 +99,8 @@ class Weights(Protocol):
     def head(self) -> tuple[Tensor, Tensor]:
         """The last norm (D,) and the head (V, D), until the next ``embedding``."""
 
-    def rest(self) -> None:
-        """Between two forwards of which one is recorded, see [Note: at rest]."""
+    def reset_residency(self) -> None:
+        """Between two forwards of which one is recorded, see [Note: same residency]."""
 
     def close(self) -> None:
         """There will be no more forwards. Where ranks map each other's memory, blocks until all have said so."""
@@ -171,7 +171,7 @@ class PlacedWeights:
         views = self._views[self._head_unit]
         return views["norm"], views["weight"]
 
-    def rest(self) -> None:
+    def reset_residency(self) -> None:
         for slot in self._slots.values():
             slot.in_use = False
             if not slot.neighbours and not slot.is_resident:
