@@ -123,7 +123,7 @@ class Forward:
         self, weights: Weights, places: Mapping[str, Tensor], cache: LayerPages, num_multiprocessors: int = 1
     ) -> None:
         self._weights, self._places, self._cache = weights, places, cache
-        self._config, self._team = weights.plan.share, weights.team
+        self._config, self._team = weights.plan.rank_config, weights.team
         self._max_seq_len, self._num_multiprocessors = len(places["cos"]), num_multiprocessors
 
     def __call__(self, size: StepSize) -> Tensor:

@@ -26,7 +26,7 @@ from yafsdp_like.inference.options import AnyMode, ServingLimits
 from yafsdp_like.inference.plan.capacity import Capacity
 from yafsdp_like.inference.plan.packed_weights import check_served, pack_units
 from yafsdp_like.inference.plan.placement import Mode, Placement, placements
-from yafsdp_like.inference.plan.workspace import Placed, StepShape, forward_buffers, placed
+from yafsdp_like.inference.plan.workspace import PlacedBuffers, StepShape, forward_buffers, place_buffers
 from yafsdp_like.memory.plan import MemoryPlan, Region
 from yafsdp_like.models.tensor_parallel import share_of
 
@@ -99,7 +99,7 @@ class ServingPlan:
     site: Site
     placement: Placement
     capacity: Capacity
-    buffers: Placed
+    buffers: PlacedBuffers
     grid: SlabGrid  # of pages on the device
     host_grid: SlabGrid | None  # of pages that are swapped out
     max_seq_len: int
@@ -110,9 +110,9 @@ class ServingPlan:
         return self.placement.mode
 
     @cached_property
-    def share(self) -> DecoderConfig:
+    def rank_config(self) -> DecoderConfig:
         """What one rank computes of the decoder's layers: all heads and the whole feed-forward, or its part of them."""
-        return _share(self.config, self.site, self.mode)
+        return _rank_config(self.config, self.site, self.mode)
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
@@ -169,7 +169,7 @@ def plan_serving(
         raise ValueError("expected memory_limit_nbytes or kv_nbytes, in bytes, found neither")
     check_served(config)
     site = site or Site()
-    draft = _Draft.of(config, limits, site, _share(config, site, mode))
+    draft = _Draft.of(config, limits, site, _rank_config(config, site, mode))
     tried: list[Mode] = list(_auto_modes(site)) if mode == "auto" else [mode]
     for candidate in tried:
         placement = draft.choose(candidate)
@@ -178,7 +178,7 @@ def plan_serving(
     raise ValueError(draft.refusal(tried))
 
 
-def _share(config: DecoderConfig, site: Site, mode: AnyMode) -> DecoderConfig:
+def _rank_config(config: DecoderConfig, site: Site, mode: AnyMode) -> DecoderConfig:
     return share_of(config, site.num_ranks) if mode == "tensor_parallel" else config
 
 
@@ -200,7 +200,7 @@ class _Draft:
     limits: ServingLimits
     site: Site
     capacity: Capacity
-    buffers: Placed
+    buffers: PlacedBuffers
     max_seq_len: int  # at most
     least: int  # tokens of context that must fit
 
@@ -216,7 +216,7 @@ class _Draft:
         step = StepShape(
             limits.max_batch_size, limits.max_batch_tokens, longest, limits.page_size, len(groups), multiprocessors
         )
-        buffers = placed(forward_buffers(share, step, site.dtype))
+        buffers = place_buffers(forward_buffers(share, step, site.dtype))
         least = limits.max_seq_len or min(longest, limits.max_batch_tokens)
         return cls(config, limits, site, capacity, buffers, longest, least)
 
@@ -349,7 +349,7 @@ def _why(plan: ServingPlan, draft: _Draft, asked: bool) -> str:
 
 
 def _why_together(plan: ServingPlan, kept_nbytes: int) -> str:
-    config, share = plan.config, plan.share
+    config, share = plan.config, plan.rank_config
     whole_nbytes = sum(packed.nbytes for packed in pack_units(config, plan.site.dtype))
     return (
         f"tensor_parallel: {plan.site.num_ranks} ranks compute every step together, as asked for: each has "

@@ -68,7 +68,7 @@ class Buffer:
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedBuffers:
     """Where buffers lie: each one's segment in the region of its kind."""
 
     buffers: Mapping[str, Buffer]
@@ -88,7 +88,7 @@ class Placed:
         )
 
 
-def placed(buffers: Iterable[Buffer]) -> Placed:
+def place_buffers(buffers: Iterable[Buffer]) -> PlacedBuffers:
     """One region per kind; buffers of a kind share bytes where their live ranges do not meet."""
     by_kind: dict[str, list[Buffer]] = {}
     for buffer in buffers:
@@ -99,7 +99,7 @@ def placed(buffers: Iterable[Buffer]) -> Placed:
         spots, nbytes = place([SlotRequest(b.name, b.nbytes, b.live) for b in found])
         segments |= {b.name: spot for b, spot in zip(found, spots, strict=True)}
         regions.append(Region(kind, kind, nbytes))
-    return Placed({b.name: b for found in by_kind.values() for b in found}, segments, tuple(regions))
+    return PlacedBuffers({b.name: b for found in by_kind.values() for b in found}, segments, tuple(regions))
 
 
 def forward_buffers(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> tuple[Buffer, ...]:

@@ -119,7 +119,7 @@ def load_planned(
             fill(store, source)
     except Exception as caught:
         error = caught
-    weights.filled(error)
+    weights.finish_loading(error)
     return weights
 
 

@@ -61,7 +61,7 @@ _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """What one layer's forward reads, in the weights' dtype; N, K and F are this rank's (``ServingPlan.share``)."""
+    """What one layer's forward reads, in the weights' dtype; N, K and F are this rank's (``ServingPlan.rank_config``)."""
 
     input_norm: Tensor  # (D,)
     qkv: Tensor  # ((N + 2 K) H, D): rows of queries, keys, values
@@ -280,13 +280,13 @@ class PlacedWeights:
 
     # --- before the first forward, and after the last ---
 
-    def filled(self, error: BaseException | None = None) -> None:
+    def finish_loading(self, error: BaseException | None = None) -> None:
         """This rank's stores are filled, or will not be, because of ``error``, which is then raised. Where ranks share
         weights, blocks until all ranks' are, and raises where any failed.
         """
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what reading and drawing values took is not in the plan
-        self._check_same_on_all_ranks("filled", error)
+        self._check_same_on_all_ranks("loaded", error)
 
     def close(self) -> None:
         self._check_same_on_all_ranks("closed", None)
