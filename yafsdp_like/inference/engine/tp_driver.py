@@ -3,7 +3,7 @@
 Owns what ranks tell each other between their engines' steps. Knows nothing of threads, text or HTTP.
 
 [Note: one rank is asked]
-Ranks that compute together must make the same calls of their engines in the same order (``weights.py``, [Note:
+Ranks that compute together must make the same calls of their engines in the same order (``store.py``, [Note:
 together]), and requests come to the first one only. Whatever is asked of its engine it tells the others first
 (`TPDriver`), who listen and then ask the same of theirs (`follow`). Engines that were asked the same are the same, so
 what one refuses all refuse; who asked hears of it from the first rank.

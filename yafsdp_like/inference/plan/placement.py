@@ -158,7 +158,7 @@ def placements(
 ) -> Iterator[Placement]:
     """All that are considered, from the one that moves least. ValueError where the mode is not possible."""
     if mode == "tensor_parallel":
-        yield _together(config, dtype, num_ranks)
+        yield _tensor_parallel(config, dtype, num_ranks)
         return
     packed_units = pack_units(config, dtype)
     uses = uses_of(packed_units, config)
@@ -177,7 +177,7 @@ def placements(
         yield Placement(mode, packed_units, uses, units, num_ranks if gathered else 1, maps_memory and gathered)
 
 
-def _together(config: DecoderConfig, dtype: torch.dtype, num_ranks: int) -> Placement:
+def _tensor_parallel(config: DecoderConfig, dtype: torch.dtype, num_ranks: int) -> Placement:
     """Every rank keeps its part of each layer, and all of the embedding and the head."""
     if num_ranks < 2:
         raise ValueError("tensor_parallel takes at least two ranks, found one; use resident, or more ranks")

@@ -336,7 +336,7 @@ def _why(plan: ServingPlan, draft: _Draft, asked: bool) -> str:
     if plan.mode == "resident":
         return f"resident: all {total:,} bytes of weights stay on the device"
     if plan.mode == "tensor_parallel":
-        return _why_together(plan, total)
+        return _why_tensor_parallel(plan, total)
     moved, all_units = len(placement.non_resident), len(placement.packed_units)
     source = f"the shards of {plan.site.num_ranks} ranks" if plan.mode == "gathered" else "host memory"
     room = draft.room(total)
@@ -348,7 +348,7 @@ def _why(plan: ServingPlan, draft: _Draft, asked: bool) -> str:
     return f"{plan.mode}: {moved} of {all_units} units come out of {source} in every forward, {because}"
 
 
-def _why_together(plan: ServingPlan, kept_nbytes: int) -> str:
+def _why_tensor_parallel(plan: ServingPlan, kept_nbytes: int) -> str:
     config, share = plan.config, plan.rank_config
     whole_nbytes = sum(packed.nbytes for packed in pack_units(config, plan.site.dtype))
     return (

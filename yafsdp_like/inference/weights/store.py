@@ -22,7 +22,7 @@ gather is a collective (``lockstep``): whoever drives the engines must step all 
 makes one forward in every step, of all calls above and without a reader where it has nothing to do. A rank that stops
 makes the others wait.
 
-[Note: together]
+[Note: tensor parallel]
 Tensor parallel ranks make one forward together (``team``): each has its part of every layer, and a forward holds sums
 over all ranks. So all must step with the same requests, added and cancelled between the same two steps. Sums give
 the same bits everywhere, so that all draw the same tokens, and the scheduler counts tokens and pages only; what it
@@ -85,7 +85,7 @@ class Weights(Protocol):
     host: Arena  # and those in host memory, pinned for a GPU
     graphable: bool  # whether a forward may be recorded as a CUDA graph, see [Note: same residency]
     lockstep: bool  # whether ranks must step equally often, see [Note: own pace or lockstep]
-    team: Team | None  # the ranks that make each forward together, see [Note: together]; None: each its own
+    team: Team | None  # the ranks that make each forward together, see [Note: tensor parallel]; None: each its own
 
     def embedding(self) -> Tensor:
         """(V, D), until ``layer(0)``."""
