@@ -277,7 +277,7 @@ class Scheduler:
         """Tokens for those that wait, in order of rank, while there is room."""
         while self.waiting and draft.num_tokens_left > 0:
             sequence = self.waiting[0]
-            if len(self.running) == self.budget.max_batch_size or not self._bring(sequence):
+            if len(self.running) == self.budget.max_batch_size or not self._make_resident(sequence):
                 if not self._outranks_last(sequence):
                     return
                 self._preempt(self.running[-1], draft)
@@ -307,7 +307,7 @@ class Scheduler:
         if known > sequence.kv.num_tokens:
             self.cache.commit(sequence.kv, sequence.tokens[sequence.kv.num_tokens : known])
 
-    def _bring(self, sequence: ActiveRequest) -> bool:
+    def _make_resident(self, sequence: ActiveRequest) -> bool:
         """Gives a waiting sequence the pages that it has on the host or shares with others, and lets it run; False if
         the rest would find no room.
         """
@@ -324,10 +324,10 @@ class Scheduler:
                 self._close(sequence)
             return False
         if sequence.is_swapped:
-            brought = self._swap_in(sequence.kv)
-            if isinstance(brought, Shortage):
+            copies = self._swap_in(sequence.kv)
+            if isinstance(copies, Shortage):
                 return False
-            self._copies += brought
+            self._copies += copies
         self._start(sequence, sequence.kv)
         return True
 
@@ -362,11 +362,11 @@ class Scheduler:
         return [len(table) - first for table, first in zip(kv.tables, kv.firsts, strict=True)]
 
     def _swap_in(self, kv: KVSequence) -> tuple[Copy, ...] | Shortage:
-        brought = self.cache.swap_in(kv)
-        if isinstance(brought, Shortage) and not self.running:
+        copies = self.cache.swap_in(kv)
+        if isinstance(copies, Shortage) and not self.running:
             self._ignore_floors()
-            brought = self.cache.swap_in(kv)
-        return brought
+            copies = self.cache.swap_in(kv)
+        return copies
 
     def _start(self, sequence: ActiveRequest, kv: KVSequence) -> None:
         self.waiting.remove(sequence)

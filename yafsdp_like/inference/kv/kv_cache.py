@@ -97,7 +97,7 @@ class Shortage:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedPage:
     """A place in a table that wants a page, what should be in it, and the page of the other tier that has it."""
 
     group: int
@@ -107,10 +107,10 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Brought:
+class AcquiredPages:
     """Pages for what was wanted, each with a reference, and the copies that fill those that were not there."""
 
-    pages: Mapping[Wanted, int]
+    pages: Mapping[WantedPage, int]
     copies: tuple[Copy, ...]
 
 
@@ -133,7 +133,7 @@ class KVSequence:
         """Pages that ``num_tokens`` take in a group that keeps all."""
         return len(self.prefixes) + bool(self.tail)
 
-    def place(self, pages: Mapping[Wanted, int]) -> None:
+    def place(self, pages: Mapping[WantedPage, int]) -> None:
         for want, page in pages.items():
             self.tables[want.group][want.index] = page
 
@@ -406,22 +406,22 @@ class KVCache:
             for index in range(first, len(prefixes)):
                 content = Content(group, prefixes[index])
                 source = self._find(Tier.HOST, group, content)
-                wanted.append(Wanted(group, index, content, NO_PAGE if source is None else source))
-        brought = self._bring(wanted, Tier.DEVICE, sequence.tenant)
-        if isinstance(brought, Shortage):
-            return brought
+                wanted.append(WantedPage(group, index, content, NO_PAGE if source is None else source))
+        acquired = self._acquire(wanted, Tier.DEVICE, sequence.tenant)
+        if isinstance(acquired, Shortage):
+            return acquired
         sequence.prefixes, sequence.firsts, sequence.num_tokens = list(prefixes), firsts, num_tokens
         for table in sequence.tables:
             table.extend([NO_PAGE] * len(prefixes))
-        sequence.place(brought.pages)
-        return brought.copies
+        sequence.place(acquired.pages)
+        return acquired.copies
 
     def _move(self, sequence: KVSequence, tier: Tier) -> tuple[Copy, ...] | Shortage:
         """From the other tier to ``tier``; the caller changes the state."""
-        wanted = [Wanted(g, i, sequence.content(g, i), page) for g, i, page in self._written(sequence)]
-        brought = self._bring(wanted, tier, sequence.tenant)
-        if isinstance(brought, Shortage):
-            return brought
+        wanted = [WantedPage(g, i, sequence.content(g, i), page) for g, i, page in self._written(sequence)]
+        acquired = self._acquire(wanted, tier, sequence.tenant)
+        if isinstance(acquired, Shortage):
+            return acquired
         if tier is Tier.HOST:
             for want in wanted:
                 if want.content is not None:
@@ -430,16 +430,16 @@ class KVCache:
         for table in sequence.tables:
             del table[sequence.num_pages :]
         sequence.num_reserved = 0
-        sequence.place(brought.pages)
-        return brought.copies
+        sequence.place(acquired.pages)
+        return acquired.copies
 
-    def _bring(self, wanted: Sequence[Wanted], tier: Tier, tenant: str) -> Brought | Shortage:
+    def _acquire(self, wanted: Sequence[WantedPage], tier: Tier, tenant: str) -> AcquiredPages | Shortage:
         """A reference on ``tier`` to a page for each of ``wanted``, all or none, and copies from the other tier.
 
         What is there is shared before anything is taken, since taking evicts.
         """
         pool, other = self.pools[tier], Tier.HOST if tier is Tier.DEVICE else Tier.DEVICE
-        pages: dict[Wanted, int] = {}
+        pages: dict[WantedPage, int] = {}
         for want in wanted:
             page = self._find(tier, want.group, want.content)
             if page is not None:
@@ -458,7 +458,7 @@ class KVCache:
             copies.append(Copy(self.groups[want.group].shape, other, want.source, tier, page))
             if want.content is not None:
                 self._publish(tier, want.group, page, want.content)
-        return Brought(pages, tuple(copies))
+        return AcquiredPages(pages, tuple(copies))
 
     # --- faults ---
 
