@@ -236,20 +236,20 @@ def test_recorded_steps_begin_and_end_with_weights_same_residency(monkeypatch: p
     options = replace(OPTIONS, kv_nbytes=1 << 20, max_batch_size=6)
     it = Engine(load(model_of(decoder(config)), options, mode="streamed", dtype=torch.float32), options)
     done: list[str] = []
-    rest, decode, texts = it._weights.reset_residency, it._runner._decode, prompts(9)
+    reset_residency, decode, texts = it._weights.reset_residency, it._runner._decode, prompts(9)
 
     def _decode(size: int) -> None:
         done.append("begin")
         decode(size)
         done.append("end")
 
-    monkeypatch.setattr(it._weights, "reset_residency", lambda: (reset_residency(), done.append("rest")))
+    monkeypatch.setattr(it._weights, "reset_residency", lambda: (reset_residency(), done.append("reset")))
     monkeypatch.setattr(it._runner, "_decode", _decode)
     recorder = record_steps(it, monkeypatch)
     assert ids(it.generate(requests(texts))) == {str(i): expected(config, text) for i, text in enumerate(texts)}
     steps = [name for name, _ in recorder.recorded + recorder.replayed if name == "_decode"]
     assert len(steps) > 10
-    assert done == ["rest", "begin", "rest", "end"] * len(steps)
+    assert done == ["reset", "begin", "reset", "end"] * len(steps)
 
 
 def test_rows_that_fill_up_a_recorded_batch_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,7 +212,7 @@ class Raced:
 
 
 def raced(plan: ServingPlan, forgets: Sequence[tuple[str, str]] = (), same_residency: bool = False) -> Raced:
-    """Three forwards, after one that warms up; perhaps from rest to rest."""
+    """Three forwards, after one that warms up; perhaps from the same residency to the same."""
     clocks = VectorClocks(forgets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights_module, "streams_of", lambda device: clocks)
@@ -231,7 +231,7 @@ def raced(plan: ServingPlan, forgets: Sequence[tuple[str, str]] = (), same_resid
 
 
 def test_units_are_brought_as_soon_as_their_bytes_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of what is issued, as a literal list: beside the head, two layers of the next forward are prefetched."""
+    """The order of what is issued, as a literal list: beside the head two layers of the next forward are prefetched."""
     plan = streamed(replace(CONFIG, num_layers=4), [1, 2, 3, 4])
     weights = load_planned(model_of(decoder(plan.config)), plan, CPU)
     issued: list[str] = []
@@ -314,7 +314,7 @@ class Recorded(TorchDispatchMode):
 @pytest.mark.parametrize("moved", [range(7), [1, 2, 3, 4, 5], [1, 3, 5], [0, 6], [3]])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_replayed_forward_reads_the_right_values_whatever_came_before(moved: Sequence[int], tied: bool) -> None:
-    """Bytes of units that are not there at rest are lost before a replay: it must not rely on them."""
+    """Bytes of units that are not resident then are lost before a replay: it must not rely on them."""
     module = decoder(replace(CONFIG, tie_embeddings=tied))
     weights = load_planned(model_of(module), streamed(module.config, [u for u in moved if u < 6 or not tied]), CPU)
     read: list[Tensor] = []

@@ -13,8 +13,8 @@ With ``lookahead`` a step is launched before the tokens of the step before it ar
 the CPU. ``step`` then returns what the step before drew. A sequence that ended with it has been computed once too
 often; that token is dropped.
 
-Where ranks compute together (``store.py``, [Note: tensor parallel]) each has an engine, with the same options, and all make
-the same calls in the same order. The first rank's clock holds for all: its costs, its deadlines, and its time.
+Tensor parallel ranks (``store.py``, [Note: tensor parallel]) have an engine each, with the same options, and make the
+same calls in the same order. The first rank's clock holds for all: its costs, its deadlines, and its time.
 
 Not safe for threads: one thread calls everything.
 """

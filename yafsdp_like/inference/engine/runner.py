@@ -181,7 +181,7 @@ class Runner:
         return min((found for found in self._decodes if found >= size.num_single), default=None)
 
     def _decode(self, batch_size: int) -> None:
-        """What is recorded: from rest to rest."""
+        """Run what is recorded: a decode step that ends with the residency that it began with."""
         self._sample(self._forward(StepSize.decode(batch_size)))
         self._weights.reset_residency()
 

@@ -324,10 +324,10 @@ class Scheduler:
                 self._close(sequence)
             return False
         if sequence.is_swapped:
-            copies = self._swap_in(sequence.kv)
-            if isinstance(copies, Shortage):
+            swapped_in = self._swap_in(sequence.kv)
+            if isinstance(swapped_in, Shortage):
                 return False
-            self._copies += copies
+            self._copies += swapped_in
         self._start(sequence, sequence.kv)
         return True
 

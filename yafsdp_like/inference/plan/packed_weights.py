@@ -1,14 +1,14 @@
-"""What the bytes of a served model's units are, in which order. Integers and names; no tensor.
+"""The layout of a served model's weights: each unit's parameters, packed into one run of bytes. No tensor is made here.
 
-A unit is what is brought to a device together: the embedding, each layer, the head. A tied head is the embedding, which
-then has the last norm with it.
+A unit is what is moved to a device as a whole: the embedding, each layer, the head. A tied head is the embedding, which
+then holds the final norm too.
 
-[Note: one packed]
-A unit's packed is its parameters' bytes one after the other, in the order in which products read them: the projections
-to queries, keys and values are the rows of one matrix, as are gate and up. Where a unit stays on the device, its packed
-lies there; where it is streamed, the same packed lies in host memory; where it is gathered, rank r holds the r-th of W
-equal parts of it, wherever that cuts a matrix. So a unit arrives by one copy a part, and nothing is left to be done.
-Where ranks compute together, each has packed_units of its own: of its part of the parameters that are cut.
+[Note: one layout]
+A packed unit is its parameters back to back, in the order in which matrix products read them: the projections to
+queries, keys and values are the rows of one matrix, as are gate and up. A resident unit has this layout on the device, a
+streamed unit the same in host memory; of a gathered unit, rank r holds the r-th of W equal ranges of bytes, wherever
+they cut a matrix. So a unit arrives by one copy per range and is ready to be read.
+Tensor parallel ranks pack units of their own, which hold their parts of the parameters that are cut.
 
 Shapes: D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary.
 """
@@ -104,10 +104,9 @@ class PackedUnit:
 def pack_units(
     config: DecoderConfig, dtype: torch.dtype, cuts: Mapping[str, Cut] | None = None
 ) -> tuple[PackedUnit, ...]:
-    """The units' packed_units in the order in which a forward reads them: embedding, layers, and the head unless it is tied.
-    Of parameters of layers that are in ``cuts``, by their names there, they hold one rank's part.
+    """Pack embedding, layers, and the head unless it is tied, in the order in which a forward reads them.
 
-    Raises ValueError as ``check_served`` does.
+    Of parameters of layers that are in ``cuts``, by their names there, units hold one rank's part. Raises ValueError as ``check_served`` does.
     """
     check_served(config)
     norm = Field("norm", (Parameter("norm.weight", (config.dim,)),))

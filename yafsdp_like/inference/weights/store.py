@@ -11,9 +11,9 @@ embedding is released by ``layer(0)``, the head by the next ``embedding``, which
 failed has left.
 
 [Note: same residency]
-A forward can be recorded as a CUDA graph if each begins with the same units on the device, and ends with them there and
-no copy under way. ``reset_residency`` sees to that: before a recording and each of its replays, and at the end of what is
-recorded. They are what is prefetched for the next forward while the head is computed, so that little is lost by waiting.
+A CUDA graph of a forward needs the same units resident, and no copy in flight, when it begins and when it ends.
+``reset_residency`` makes it so before a recording, before each of its replays, and at the end of what is recorded. The
+units are those that are prefetched for the next forward while the head is computed, so waiting for them costs little.
 
 [Note: own pace or lockstep]
 Weights do not change, so ranks that map each other's memory gather without meeting: a rank may serve while another
@@ -61,7 +61,7 @@ _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """What one layer's forward reads, in the weights' dtype; N, K and F are this rank's (``ServingPlan.rank_config``)."""
+    """What one layer's forward reads, in the weights' dtype; N, K, F are this rank's (``ServingPlan.rank_config``)."""
 
     input_norm: Tensor  # (D,)
     qkv: Tensor  # ((N + 2 K) H, D): rows of queries, keys, values
@@ -108,11 +108,11 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Store:
-    """Elements of a unit's packed from ``start`` on, where they are kept: to be filled once."""
+    """Elements of a packed unit from ``start`` on, where they are kept: to be filled once."""
 
     packed: PackedUnit
     start: int
-    values: Tensor  # (n,) of the packed's dtype; what goes beyond the packed is padding
+    values: Tensor  # (n,) of the unit's dtype; what goes beyond the unit is padding
     rank: int = 0  # whose part it is of parameters that are cut
 
 
@@ -344,7 +344,7 @@ def _check(plan: ServingPlan, transport: Transport | None) -> None:
 
 
 def _views(packed: PackedUnit, whole: Place) -> dict[str, Tensor]:
-    """The packed's fields, by name."""
+    """Views of the unit's fields, by name."""
     segments = packed.segments()
     return {f.name: whole.part(segments[f.name]).tensor(packed.dtype, f.shape) for f in packed.fields}
 
