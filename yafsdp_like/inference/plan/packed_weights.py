@@ -5,8 +5,8 @@ then holds the final norm too.
 
 [Note: one layout]
 A packed unit is its parameters back to back, in the order in which matrix products read them: the projections to
-queries, keys and values are the rows of one matrix, as are gate and up. A resident unit has this layout on the device, a
-streamed unit the same in host memory; of a gathered unit, rank r holds the r-th of W equal ranges of bytes, wherever
+queries, keys and values are the rows of one matrix, as are gate and up. A resident unit has this layout on the device,
+a streamed unit in host memory; of a gathered unit, rank r holds the r-th of W equal ranges of bytes, wherever
 they cut a matrix. So a unit arrives by one copy per range and is ready to be read.
 Tensor parallel ranks pack units of their own, which hold their parts of the parameters that are cut.
 
@@ -106,7 +106,9 @@ def pack_units(
 ) -> tuple[PackedUnit, ...]:
     """Pack embedding, layers, and the head unless it is tied, in the order in which a forward reads them.
 
-    Of parameters of layers that are in ``cuts``, by their names there, units hold one rank's part. Raises ValueError as ``check_served`` does.
+    Of parameters of layers that are in ``cuts``, by their names there, units hold one rank's part.
+
+    Raises ValueError as ``check_served`` does.
     """
     check_served(config)
     norm = Field("norm", (Parameter("norm.weight", (config.dim,)),))
