@@ -1,31 +1,31 @@
-"""The safetensors format, by byte range: what a directory holds, some rows of one tensor, and writing tensor by tensor.
+"""Safetensors files: which tensors a directory holds, rows of one tensor, and writing tensor by tensor.
 
-Owns the bytes of the files. It must not know of models, of ranks, or of what a name means. The format, as Hugging
-Face's `safetensors` repository specifies it: eight bytes with the header's length, little-endian; the header, JSON
-that gives each tensor's dtype, shape and range of bytes behind the header; the tensors, row-major, without gaps.
-
-`safetensors` itself maps files, so that what is read is whole pages, and writes only what is in memory at once.
+Reading is the `safetensors` library's, which maps a file and copies what is asked for. It writes only what is in memory
+at once, so writing is ours. The format, as the library's repository specifies it: eight bytes with the header's length,
+little-endian; the header, JSON with each tensor's dtype, shape and range of bytes after the header; the tensors,
+row-major, without gaps. This file knows nothing of models, of ranks, or of what a name means.
 """
 
+import contextlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 FILE_NAME = "model.safetensors"
 
 _ADAPTER, _MISTRALS = "adapter_model", "consolidated"
-_OF_OTHERS = (_ADAPTER, _MISTRALS)  # how names of files begin that may lie beside a model's
+_OF_OTHERS = (_ADAPTER, _MISTRALS)  # prefixes of other files that may be beside a model's
 
-_MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -52,38 +52,46 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: `spec.nbytes` bytes of `path` from `offset_nbytes` on."""
+    """One tensor of a file."""
 
     path: Path
-    offset_nbytes: int
+    name: str
     spec: TensorSpec
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of dimension 0, on the CPU; no other byte of the file is read.
+        """Read rows [start, stop) of dimension 0 to the CPU, and no others.
 
-        Raises ValueError when the file has become shorter than its header says.
+        Raises ValueError for rows that are not there, and if the file has become damaged or shorter.
         """
-        num_rows, *row_shape = self.spec.shape
+        num_rows = self.spec.shape[0]
         if not 0 <= start <= stop <= num_rows:
             raise ValueError(f"rows {start} to {stop} are not within the {num_rows} rows of a tensor in {self.path}")
-        rows = torch.empty(stop - start, *row_shape, dtype=self.spec.dtype)
-        row_nbytes = math.prod(row_shape) * self.spec.dtype.itemsize
-        if rows.numel():
-            _read_into(self.path, self.offset_nbytes + start * row_nbytes, _bytes_of(rows))
-        return rows
+        with _opened(self.path) as file:
+            return file.get_slice(self.name)[start:stop]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a file by the library, which checks its header and size; ValueError in one line if they are wrong."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a directory: of the files its index names, else of `model.safetensors`, else of every
-    `*.safetensors` in it, but those of adapters and of Mistral's own format.
+    """List every tensor of a directory by name.
 
-    Only headers are read. Raises ValueError for a directory without such files, a name that is stored twice, and a
-    file that is missing, damaged or cut short.
+    Its files are those that its index names, else `model.safetensors`, else every `*.safetensors` except adapters and
+    Mistral's own format. Only headers are read. Raises ValueError for a directory without such files, a name that is
+    stored twice, and a file that is missing, damaged or cut short.
     """
     found: dict[str, StoredTensor] = {}
     for path in _files_of(directory):
@@ -111,7 +119,7 @@ def _files_of(directory: Path) -> list[Path]:
 
 
 def _named_in(index: Path) -> list[str]:
-    """The files that an index names, each of which is beside it."""
+    """Return the files that an index names, each of which is beside it."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
@@ -126,7 +134,7 @@ def _named_in(index: Path) -> list[str]:
 
 
 def _instead(directory: Path) -> str:
-    """What is there where weights are missing, and what to do about it."""
+    """Describe what is there instead of weights, and what to do about it."""
     if found := sorted(directory.glob(f"{_ADAPTER}*")):
         return f"only an adapter, {found[0].name}: merge it into the model that it was made for, and save that"
     if found := sorted(directory.glob(f"{_MISTRALS}*.safetensors")):
@@ -138,60 +146,19 @@ def _instead(directory: Path) -> str:
 
 
 def _stored_in(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file, by its header."""
-    file_nbytes = path.stat().st_size
-    try:
-        if file_nbytes < 8:
-            raise ValueError(f"it has {file_nbytes} bytes")
-        prefix = bytearray(8)
-        _read_into(path, 0, memoryview(prefix))
-        (header_nbytes,) = struct.unpack("<Q", prefix)
-        if not 2 <= header_nbytes <= min(_MAX_HEADER_NBYTES, file_nbytes - 8):
-            raise ValueError(f"its header would have {header_nbytes} bytes, in a file of {file_nbytes}")
-        header = bytearray(header_nbytes)
-        _read_into(path, 8, memoryview(header))
-        entries: dict[str, Any] = json.loads(header)
-        if not isinstance(entries, dict):
-            raise ValueError(f"its header is {type(entries).__name__}, expected an object in JSON")
-        entries.pop("__metadata__", None)
-        return {name: _stored_tensor(path, 8 + header_nbytes, entry, file_nbytes) for name, entry in entries.items()}
-    except KeyError as error:
-        raise ValueError(f"{path} is no whole safetensors file: a tensor in its header lacks {error}") from error
-    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+    """List the tensors of one file, by its header."""
+    with _opened(path) as file:
+        return {name: StoredTensor(path, name, _spec_of(file.get_slice(name))) for name in file.keys()}  # noqa: SIM118
 
 
-def _stored_tensor(path: Path, data_nbytes: int, entry: Mapping[str, Any], file_nbytes: int) -> StoredTensor:
-    """One entry of a header whose tensors begin at byte `data_nbytes`, checked against the file's size."""
-    begin, end = entry["data_offsets"]
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
-        raise ValueError(f"dtype {entry['dtype']} is not one of {', '.join(_DTYPES)}")
-    for number in (begin, end, *entry["shape"]):
-        if type(number) is not int or number < 0:
-            raise ValueError(f"shapes and offsets are whole numbers from 0 on, found {number!r}")
-    spec = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    if end - begin != spec.nbytes or data_nbytes + end > file_nbytes:
-        raise ValueError(
-            f"bytes {begin} to {end} behind the header do not hold {spec.shape} of {spec.dtype}, "
-            f"in a file of {file_nbytes}"
-        )
-    return StoredTensor(path, data_nbytes + begin, spec)
-
-
-def _read_into(path: Path, offset_nbytes: int, buffer: memoryview) -> None:
-    """Fill `buffer` from `offset_nbytes` on. Every byte that this module reads is read here."""
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset_nbytes)
-        num_read = 0
-        while num_read < len(buffer):
-            count = file.readinto(buffer[num_read:])
-            if not count:
-                raise ValueError(f"{path} ends {len(buffer) - num_read} bytes early")
-            num_read += count
+def _spec_of(stored: Any) -> TensorSpec:
+    if (name := stored.get_dtype()) not in _DTYPES:
+        raise ValueError(f"dtype {name} is not one of {', '.join(_DTYPES)}")
+    return TensorSpec(_DTYPES[name], tuple(stored.get_shape()))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
+    """Return the memory of a contiguous CPU tensor."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -199,7 +166,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 class TensorWriter:
-    """Writes the tensors of `specs` into a directory, one at a time and in that order.
+    """Write the tensors of `specs` into a directory, one at a time and in that order.
 
     They go into `model.safetensors`, or, where that would have more than `max_file_nbytes` bytes of tensors, into
     several files with an index; a file holds at least one tensor. Used as a context, it raises RuntimeError when
@@ -217,7 +184,7 @@ class TensorWriter:
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> Self:
-        """Raises FileExistsError where other weights lie already: a reader might take theirs for ours."""
+        """Raise FileExistsError where the directory holds weights already: a reader might take them for these."""
         self._directory.mkdir(parents=True, exist_ok=True)
         there = sorted(path.name for path in self._directory.glob("*.safetensors*"))
         if there:
@@ -264,7 +231,7 @@ class TensorWriter:
 
 
 def _split(specs: Mapping[str, TensorSpec], max_file_nbytes: int) -> dict[str, list[str]]:
-    """Which tensors go into which file, in order."""
+    """Assign tensors to files, in order."""
     groups: list[list[str]] = []
     size = 0
     for name, spec in specs.items():
@@ -282,7 +249,7 @@ def _split(specs: Mapping[str, TensorSpec], max_file_nbytes: int) -> dict[str, l
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> bytes:
-    """The length and the header of a file with these tensors; padded, so that tensors begin at a multiple of 8."""
+    """Encode the length and the header of a file with these tensors, padded to a multiple of 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     offset = 0
     for name, spec in specs.items():

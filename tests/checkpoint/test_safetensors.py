@@ -1,0 +1,90 @@
+"""Safetensors files: what is written is read, by us and by the library, and damaged files are refused by name."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from yafsdp_like.checkpoint.safetensors import TensorSpec, TensorWriter, stored_tensors
+from yafsdp_like.models import PRESETS, Decoder
+from yafsdp_like.models.hf import load_hf_weights, save_hf
+
+
+def test_the_package_safetensors_reads_what_is_written(tmp_path: Path) -> None:
+    written = {f"t{index}": torch.randn(3, index).to(dtype) for index, dtype in enumerate([torch.float32, torch.half])}
+    specs = {name: TensorSpec(it.dtype, tuple(it.shape)) for name, it in written.items()}
+    with TensorWriter(tmp_path, specs, 1 << 30) as writer:
+        for name, tensor in written.items():
+            writer.write(name, tensor)
+    read = load_file(tmp_path / "model.safetensors")
+    for name, tensor in written.items():
+        assert torch.equal(read[name], tensor)
+        stored = stored_tensors(tmp_path)[name]
+        assert torch.equal(stored.read_rows(1, 3), tensor[1:])
+
+
+def test_tensors_out_of_order_and_missing_tensors_are_refused(tmp_path: Path) -> None:
+    specs = {"a": TensorSpec(torch.float32, (2,)), "b": TensorSpec(torch.float32, (3,))}
+    with pytest.raises(ValueError, match="expected 'a'"), TensorWriter(tmp_path / "1", specs, 1 << 30) as writer:
+        writer.write("b", torch.zeros(3))
+    with pytest.raises(RuntimeError, match="'b' and what follows"), TensorWriter(tmp_path / "2", specs, 8) as writer:
+        writer.write("a", torch.zeros(2))
+
+
+@pytest.mark.parametrize("num_kept", [0, 7, 100, -1])
+def test_a_file_cut_short_is_refused(num_kept: int, tmp_path: Path) -> None:
+    model = Decoder(PRESETS["tiny"])
+    save_hf(model, tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:num_kept])
+    with pytest.raises(ValueError, match=r"model.safetensors is no whole safetensors file"):
+        load_hf_weights(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [], 3, {"x": 3}, {"x": None}, {"x": {}}, {"x": {"dtype": "F32", "shape": [2]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0]}},
+        {"x": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "Q4", "shape": [2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
+        {"x": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 8]}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_header_that_is_none_names_its_file(header: Any, tmp_path: Path) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file: "):
+        stored_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["{", "[]", "3", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"x": 3}}', "[" * 100_000,
+     '{"weight_map": {"x": ["model.safetensors"]}}', '{"weight_map": {"x": "../model.safetensors"}}',
+     '{"weight_map": {"x": "/etc/passwd"}}', '{"weight_map": {"x": ""}}', '{"weight_map": {"x": ".."}}'],
+)  # fmt: skip
+def test_an_index_that_is_none_names_its_file(index: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"index\.json is no index of safetensors files: "):
+        stored_tensors(tmp_path)
+
+
+def test_an_index_that_names_absent_files_is_refused(tmp_path: Path) -> None:
+    model = Decoder(PRESETS["tiny"])
+    save_hf(model, tmp_path, max_file_nbytes=100_000)
+    gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(ValueError, match=f"names files that are not there: {gone.name}"):
+        load_hf_weights(model, tmp_path)
