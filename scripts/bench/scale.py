@@ -305,7 +305,7 @@ class PaperTransport:
     def __init__(self, on: Topology) -> None:
         self.everybody = dist.group.WORLD
         self.rank, self.world_size = 0, on.num_shards
-        self.spares_own_chunks = on.num_hosts == 1
+        self.aliases_local_shard = on.num_hosts == 1
         self.description = f"paper: {on.name}"
         self._num_hosts = on.num_hosts
 

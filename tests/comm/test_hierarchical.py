@@ -24,7 +24,7 @@ from yafsdp_like.comm.choice import SEVERAL_HOSTS, transport_of, transport_over
 from yafsdp_like.comm.hierarchical import HierarchicalTransport
 from yafsdp_like.comm.transport import Gather, Reduction, Transport
 from yafsdp_like.memory.arena import Block
-from yafsdp_like.shard import blueprint
+from yafsdp_like.shard import memory_layout
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 CPU = torch.device("cpu")
@@ -109,7 +109,7 @@ def train_twice(num_hosts: int, narrow_nbytes: int) -> tuple[Run, Run]:
     with pytest.MonkeyPatch.context() as patch:
         over_hosts(patch, num_hosts)
         wide = train("nested", "ours", recipe)
-        patch.setattr(blueprint, "MAX_STAGING_NBYTES", narrow_nbytes)
+        patch.setattr(memory_layout, "MAX_STAGING_NBYTES", narrow_nbytes)
         return wide, train("nested", "ours", recipe)
 
 

@@ -91,6 +91,6 @@ def stepped_after_different_backwards() -> tuple[str, list[float]]:
 def test_gradients_of_different_backwards_are_not_stepped_with() -> None:
     """Prevents: weights that have moved by another parameter's gradient before anybody looks, as on GPUs."""
     (first, weights), (second, others) = run_ranks(stepped_after_different_backwards, timeout=15.0)
-    told = "rank 0: reduces gradients of unit 'root': a.*; rank 1: reduces gradients of unit 'root': b"
+    told = "rank 0: reduce-scatters gradients of unit 'root': a.*; rank 1: reduce-scatters gradients of unit 'root': b"
     assert first == second and re.search(told, first), first
     assert weights == others == [1.0, 1.0]

@@ -28,8 +28,8 @@ from yafsdp_like import MixedPrecisionPolicy, SpillWarning, fully_shard
 from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.transport import Reduction
 from yafsdp_like.memory.arena import Block
-from yafsdp_like.shard import blueprint
-from yafsdp_like.shard import building as building_module
+from yafsdp_like.shard import allocated_memory as allocated_memory_module
+from yafsdp_like.shard import memory_layout
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 CPU = torch.device("cpu")
@@ -175,7 +175,7 @@ def train_with_little_staging(nbytes: int) -> tuple[Run, Run]:
     recipe = Recipe(steps=4, precision=BF16, transport="peer")
     wide = train("nested", "ours", recipe)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blueprint, "MAX_STAGING_NBYTES", nbytes)
+        patch.setattr(memory_layout, "MAX_STAGING_NBYTES", nbytes)
         model = sharded(SPECIMENS["nested"], mp_policy=MixedPrecisionPolicy(**BF16))
         assert model.memory_plan().nbytes_of("staging") == nbytes
         return wide, train("nested", "ours", recipe)
@@ -204,7 +204,7 @@ def test_memory_that_ranks_share_has_no_name() -> None:
 @on_ranks()
 def test_no_descriptor_stays_open_when_a_rank_fails_to_build() -> None:
     model = sharded(SPECIMENS["odd"])
-    build, opened = building_module.build, []
+    build, opened = allocated_memory_module.build, []
 
     def fail(*args: Any) -> Any:
         arena = build(*args)
@@ -215,7 +215,7 @@ def test_no_descriptor_stays_open_when_a_rank_fails_to_build() -> None:
 
     before = num_descriptors()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building_module, "build", fail)
+        patch.setattr(allocated_memory_module, "build", fail)
         with pytest.raises((MemoryError, RuntimeError), match="no room"):
             step(model, SPECIMENS["odd"])
     gc.collect()

@@ -25,7 +25,7 @@ from yafsdp_like.shard.slots import GatherSlot, SlotState
 from yafsdp_like.shard.unit import Unit
 
 Event = tuple[str, str, str]  # operation, unit, phase
-OPERATIONS = ("gather", "unshard", "release", "rest", "keep", "reduce")
+OPERATIONS = ("all_gather", "unshard", "release", "release_but_keep", "keep", "reduce_scatter")
 COLLECTIVES = {"allgather_into_tensor_coalesced_": "all-gather", "reduce_scatter_tensor_coalesced_": "reduce-scatter"}
 
 
@@ -43,9 +43,9 @@ def recorded(operation: str, events: list[Event]) -> Callable[..., None]:
     def perform(engine: Engine, subject: GatherSlot | Unit, *args: Any, **kwargs: Any) -> None:
         unit = subject.unit if isinstance(subject, GatherSlot) else subject
         slot = subject if isinstance(subject, GatherSlot) else subject.gradient_slot
-        does_nothing = operation in ("release", "reduce") and slot.state in (SlotState.EMPTY, SlotState.IDLE)
+        does_nothing = operation in ("release", "reduce_scatter") and slot.state in (SlotState.EMPTY, SlotState.STALE)
         original(engine, subject, *args, **kwargs)
-        if operation == "rest":
+        if operation == "release_but_keep":
             assert events.pop()[0] == "release"
         if not does_nothing:
             events.append((operation, unit.name, "forward" if backward_task() is None else "backward"))
@@ -177,18 +177,18 @@ def step_of_adamw(model: nn.Module) -> Callable[[], None]:
 # a and c share their bytes. At the turn from forward to backward c and b are still where forward left them, since
 # nobody took their bytes; c's gather has overwritten a, which alone is gathered again.
 CHAIN_FORWARD = [
-    *forward("gather root", "unshard root", "gather a"),
-    *forward("unshard a", "gather b", "rest a"),
-    *forward("unshard b", "gather c", "rest b"),
-    *forward("unshard c", "rest c"),
+    *forward("all_gather root", "unshard root", "all_gather a"),
+    *forward("unshard a", "all_gather b", "release_but_keep a"),
+    *forward("unshard b", "all_gather c", "release_but_keep b"),
+    *forward("unshard c", "release_but_keep c"),
     *forward("keep root"),
 ]
 CHAIN_BACKWARD = [
     *backward("unshard root"),
-    *backward("unshard c", "release c", "reduce c"),
-    *backward("unshard b", "gather a", "release b", "reduce b"),
-    *backward("unshard a", "release a", "reduce a"),
-    *backward("release root", "reduce root"),
+    *backward("unshard c", "release c", "reduce_scatter c"),
+    *backward("unshard b", "all_gather a", "release b", "reduce_scatter b"),
+    *backward("unshard a", "release a", "reduce_scatter a"),
+    *backward("release root", "reduce_scatter root"),
 ]
 CHAIN_STEP = CHAIN_FORWARD + CHAIN_BACKWARD
 # What a forward does after another one that nothing was updated since: root, b and c are still where it left them.

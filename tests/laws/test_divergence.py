@@ -184,7 +184,7 @@ def test_ranks_that_differ_all_raise_the_first_difference(build: Build, world_si
 def no_room(odd: bool) -> AbstractContextManager[Any]:
     """An arena that cannot be allocated."""
     error = torch.OutOfMemoryError("no room for 7 bytes")
-    return mock.patch("yafsdp_like.shard.building.build", side_effect=error) if odd else nullcontext()
+    return mock.patch("yafsdp_like.shard.allocated_memory.build", side_effect=error) if odd else nullcontext()
 
 
 def first_forward_without_room() -> Outcome:
@@ -367,7 +367,9 @@ def test_ranks_that_use_different_parameters_raise_or_reduce_zeros(transport: st
     factor = 2.0 if unsynced else 1.0
     assert run_ranks(forked, transport, True, unsynced, timeout=PATIENCE) == [("", [0.5 * factor, 1.0 * factor])] * 2
     (first, _), (second, _) = run_ranks(forked, transport, False, unsynced, timeout=PATIENCE)
-    told = "rank 0: reduces gradients of unit 'root': a .*; rank 1: reduces gradients of unit 'root': b "
+    told = (
+        "rank 0: reduce-scatters gradients of unit 'root': a .*; rank 1: reduce-scatters gradients of unit 'root': b "
+    )
     assert first == second and re.search(told, first) and "set_reduce_scatter_unused_params(True)" in first
 
 
@@ -401,9 +403,13 @@ def test_experts_that_are_units_may_differ_by_rank_over_peers(routes: Any, width
 @pytest.mark.parametrize(
     ("transport", "fills", "told"),
     [
-        ("process_group", False, ["gathers the parameters of unit 'experts.1'", "gathers .* unit 'experts.3'"]),
-        ("process_group", True, ["gathers the parameters of unit 'experts.1'", "gathers .* unit 'experts.3'"]),
-        ("peer", False, ["reduces gradients of unit 'experts.0': experts.0.weight", "reduces .* unit 'experts.3'"]),
+        ("process_group", False, ["all-gathers the parameters of unit 'experts.1'", "all-gathers .* unit 'experts.3'"]),
+        ("process_group", True, ["all-gathers the parameters of unit 'experts.1'", "all-gathers .* unit 'experts.3'"]),
+        (
+            "peer",
+            False,
+            ["reduce-scatters gradients of unit 'experts.0': experts.0.weight", "reduce-scatters .* unit 'experts.3'"],
+        ),
     ],
 )
 def test_ranks_that_run_different_units_raise_the_first_difference(
@@ -428,7 +434,9 @@ def test_ranks_that_synchronize_different_backwards_raise_an_error(transport: st
     """Prevents: a rank that waits in a reduction until its group's timeout."""
     found = run_ranks(synchronized_on_one_rank, transport, timeout=PATIENCE)
     assert [[outcome.error for outcome in steps] for steps in found] == [["", "", "RuntimeError", ""]] * 2
-    assert re.search("rank 0: .*; rank 1: reduces gradients of unit 'layers.1'", found[0][2].message), found[0][2]
+    assert re.search("rank 0: .*; rank 1: reduce-scatters gradients of unit 'layers.1'", found[0][2].message), found[0][
+        2
+    ]
 
 
 def forward_on_one_rank_more(transport: str) -> str:

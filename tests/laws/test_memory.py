@@ -84,9 +84,9 @@ def storage_nbytes(model: nn.Module) -> int:
     """What the arenas really take: pages, and what was allocated without them; what windows show is counted once."""
     units = units_of(model)
     engine = units[0].engine
-    assert engine is not None and engine.building.arena is not None
+    assert engine is not None and engine.memory.arena is not None
     total = 0
-    for arena in (engine.building.arena, *(unit.arena for unit in units)):
+    for arena in (engine.memory.arena, *(unit.arena for unit in units)):
         spots = [arena._spots[name] for name in arena.regions]
         total += sum({id(spot.block): spot.block.pages.nbytes for spot in spots if spot.block}.values())
         total += sum({s.storage.data_ptr(): s.storage.nbytes() for s in spots if not s.block and s.nbytes}.values())
@@ -140,7 +140,7 @@ def _storage(tensor: torch.Tensor) -> int:
     return local.untyped_storage()._cdata
 
 
-ENGINE_WORK = ("begin", "gather", "prefetch", "unshard", "keep", "release", "accumulate", "reduce")
+ENGINE_WORK = ("begin", "all_gather", "prefetch", "unshard", "keep", "release", "accumulate", "reduce_scatter")
 
 
 @contextlib.contextmanager
@@ -209,9 +209,9 @@ def test_a_unit_has_one_address_for_all_forwards_and_backwards() -> None:
         if slot.params:
             addresses.setdefault(slot.unit.name, set()).add(slot.params[0].data_ptr())
 
-    gather = Engine.gather
+    gather = Engine.all_gather
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "gather", lambda self, slot, refresh: (note(slot), gather(self, slot, refresh)))
+        patch.setattr(Engine, "all_gather", lambda self, slot, refresh: (note(slot), gather(self, slot, refresh)))
         for number in range(3):
             step(model, CHAIN, number)
             with torch.no_grad():
@@ -242,7 +242,7 @@ def test_gathering_over_a_neighbour_in_use_is_refused() -> None:
     engine, slot = engine_for(unit_of(first), model), unit_of(third).gather_slot
     assert [blocker.unit.name for blocker in engine.blockers(slot)] == ["layers.0"]
     with pytest.raises(AssertionError):
-        engine.gather(slot, refresh=True)
+        engine.all_gather(slot, refresh=True)
 
 
 @on_ranks()

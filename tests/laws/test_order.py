@@ -53,7 +53,7 @@ def test_resharding_the_root_too_costs_no_gather_while_nobody_takes_its_bytes() 
     """Its backward comes next, and finds it where forward left it."""
     assert_order(
         events_of(train, chain(reshard_after_forward=True)),
-        [*CHAIN_FORWARD[:-1], *forward("rest root"), *CHAIN_BACKWARD],
+        [*CHAIN_FORWARD[:-1], *forward("release_but_keep root"), *CHAIN_BACKWARD],
     )
 
 
@@ -62,16 +62,16 @@ def test_without_resharding_nothing_is_gathered_in_backward() -> None:
     assert_order(
         events_of(train, chain(reshard_after_forward=False)),
         [
-            *forward("gather root", "unshard root", "gather a"),
-            *forward("unshard a", "gather b", "keep a"),
-            *forward("unshard b", "gather c", "keep b"),
+            *forward("all_gather root", "unshard root", "all_gather a"),
+            *forward("unshard a", "all_gather b", "keep a"),
+            *forward("unshard b", "all_gather c", "keep b"),
             *forward("unshard c", "keep c"),
             *forward("keep root"),
             *backward("unshard root"),
-            *backward("unshard c", "release c", "reduce c"),
-            *backward("unshard b", "release b", "reduce b"),
-            *backward("unshard a", "release a", "reduce a"),
-            *backward("release root", "reduce root"),
+            *backward("unshard c", "release c", "reduce_scatter c"),
+            *backward("unshard b", "release b", "reduce_scatter b"),
+            *backward("unshard a", "release a", "reduce_scatter a"),
+            *backward("release root", "reduce_scatter root"),
         ],
     )
 
@@ -82,20 +82,20 @@ def test_nested_parents_start_before_their_children_and_end_after() -> None:
     assert_order(
         events_of(train, sharded(Parent(Parent(Block(), Block()), Block()))),
         [
-            *forward("gather root", "unshard root", "gather a"),
-            *forward("unshard a", "gather a.a"),
-            *forward("unshard a.a", "gather a.b", "rest a.a"),
-            *forward("unshard a.b", "gather b", "rest a.b"),
-            *forward("rest a"),
-            *forward("unshard b", "rest b"),
+            *forward("all_gather root", "unshard root", "all_gather a"),
+            *forward("unshard a", "all_gather a.a"),
+            *forward("unshard a.a", "all_gather a.b", "release_but_keep a.a"),
+            *forward("unshard a.b", "all_gather b", "release_but_keep a.b"),
+            *forward("release_but_keep a"),
+            *forward("unshard b", "release_but_keep b"),
             *forward("keep root"),
             *backward("unshard root"),
-            *backward("unshard b", "release b", "reduce b"),
+            *backward("unshard b", "release b", "reduce_scatter b"),
             *backward("unshard a"),
-            *backward("unshard a.b", "gather a.a", "release a.b", "reduce a.b"),
-            *backward("unshard a.a", "release a.a", "reduce a.a"),
-            *backward("release a", "reduce a"),
-            *backward("release root", "reduce root"),
+            *backward("unshard a.b", "all_gather a.a", "release a.b", "reduce_scatter a.b"),
+            *backward("unshard a.a", "release a.a", "reduce_scatter a.a"),
+            *backward("release a", "reduce_scatter a"),
+            *backward("release root", "reduce_scatter root"),
         ],
     )
 
@@ -113,16 +113,16 @@ def test_explicit_prefetch_lists_gather_two_ahead() -> None:
     assert_order(
         events_of(train, model),
         [
-            *forward("gather root", "unshard root", "gather a", "gather b"),
-            *forward("unshard a", "gather c", "rest a"),
-            *forward("unshard b", "rest b"),
-            *forward("unshard c", "rest c"),
+            *forward("all_gather root", "unshard root", "all_gather a", "all_gather b"),
+            *forward("unshard a", "all_gather c", "release_but_keep a"),
+            *forward("unshard b", "release_but_keep b"),
+            *forward("unshard c", "release_but_keep c"),
             *forward("keep root"),
             *backward("unshard root"),
-            *backward("unshard c", "release c", "reduce c"),
-            *backward("unshard b", "release b", "reduce b"),
-            *backward("unshard a", "release a", "reduce a"),
-            *backward("release root", "reduce root"),
+            *backward("unshard c", "release c", "reduce_scatter c"),
+            *backward("unshard b", "release b", "reduce_scatter b"),
+            *backward("unshard a", "release a", "reduce_scatter a"),
+            *backward("release root", "reduce_scatter root"),
         ],
     )
 
@@ -131,7 +131,7 @@ def test_explicit_prefetch_lists_gather_two_ahead() -> None:
 def test_frozen_units_are_gathered_but_not_reduced() -> None:
     model: Any = Parent(Block(), Block(), Block())
     model.b.requires_grad_(False)
-    assert_order(events_of(train, sharded(model)), [e for e in CHAIN_STEP if e != ("reduce", "b", "backward")])
+    assert_order(events_of(train, sharded(model)), [e for e in CHAIN_STEP if e != ("reduce_scatter", "b", "backward")])
 
 
 @on_ranks()
@@ -139,7 +139,7 @@ def test_unsynchronised_backwards_reduce_nothing_until_one_that_does() -> None:
     model: Any = chain()
     model.set_requires_gradient_sync(False)
     train(model)  # gives each unit a gradient slot of its own
-    without = [e for e in CHAIN_STEP if e[0] != "reduce"]
+    without = [e for e in CHAIN_STEP if e[0] != "reduce_scatter"]
     assert_order(events_of(train, model), without)
     model.set_requires_gradient_sync(True)
     assert_order(events_of(train, model), CHAIN_STEP)
@@ -148,7 +148,7 @@ def test_unsynchronised_backwards_reduce_nothing_until_one_that_does() -> None:
 @on_ranks(1)
 def test_one_rank_does_the_same_as_two_that_never_share_bytes() -> None:
     """Prevents: another code path for one rank. A slot is the shard, so that not even a is gathered again."""
-    assert_order(events_of(train, chain()), [e for e in CHAIN_STEP if e != ("gather", "a", "backward")])
+    assert_order(events_of(train, chain()), [e for e in CHAIN_STEP if e != ("all_gather", "a", "backward")])
 
 
 # --- programs that leave the order ---
@@ -160,40 +160,40 @@ def test_one_rank_does_the_same_as_two_that_never_share_bytes() -> None:
         (
             "a",  # gathered for nothing; c, which shares its bytes, takes them over
             [
-                *forward("gather root", "unshard root", "gather a"),
-                *forward("gather b", "unshard b", "gather c", "rest b"),
-                *forward("unshard c", "rest c"),
+                *forward("all_gather root", "unshard root", "all_gather a"),
+                *forward("all_gather b", "unshard b", "all_gather c", "release_but_keep b"),
+                *forward("unshard c", "release_but_keep c"),
                 *forward("keep root"),
                 *backward("unshard root"),
-                *backward("unshard c", "release c", "reduce c"),
-                *backward("unshard b", "release b", "reduce b"),
-                *backward("release root", "reduce root"),
+                *backward("unshard c", "release c", "reduce_scatter c"),
+                *backward("unshard b", "release b", "reduce_scatter b"),
+                *backward("release root", "reduce_scatter root"),
             ],
         ),
         (
             "b",  # gathered for nothing; in backward a follows c, but must wait for the bytes that they share
             [
-                *forward("gather root", "unshard root", "gather a"),
-                *forward("unshard a", "gather b", "rest a"),
-                *forward("gather c", "unshard c", "rest c"),
+                *forward("all_gather root", "unshard root", "all_gather a"),
+                *forward("unshard a", "all_gather b", "release_but_keep a"),
+                *forward("all_gather c", "unshard c", "release_but_keep c"),
                 *forward("keep root", "release b"),
                 *backward("unshard root"),
-                *backward("unshard c", "release c", "reduce c"),
-                *backward("gather a", "unshard a", "release a", "reduce a"),
-                *backward("release root", "reduce root"),
+                *backward("unshard c", "release c", "reduce_scatter c"),
+                *backward("all_gather a", "unshard a", "release a", "reduce_scatter a"),
+                *backward("release root", "reduce_scatter root"),
             ],
         ),
         (
             "c",  # gathered for nothing, over a, which backward needs again; dropped at the end of forward
             [
-                *forward("gather root", "unshard root", "gather a"),
-                *forward("unshard a", "gather b", "rest a"),
-                *forward("unshard b", "gather c", "rest b"),
+                *forward("all_gather root", "unshard root", "all_gather a"),
+                *forward("unshard a", "all_gather b", "release_but_keep a"),
+                *forward("unshard b", "all_gather c", "release_but_keep b"),
                 *forward("keep root", "release c"),
                 *backward("unshard root"),
-                *backward("unshard b", "gather a", "release b", "reduce b"),
-                *backward("unshard a", "release a", "reduce a"),
-                *backward("release root", "reduce root"),
+                *backward("unshard b", "all_gather a", "release b", "reduce_scatter b"),
+                *backward("unshard a", "release a", "reduce_scatter a"),
+                *backward("release root", "reduce_scatter root"),
             ],
         ),
     ],
@@ -213,8 +213,8 @@ def test_an_evaluation_releases_the_root_too() -> None:
     """
     model = chain()
     assert CHAIN_FORWARD[-1:] == forward("keep root")
-    assert_order(events_of(evaluate, model), [*CHAIN_FORWARD[:-1], *forward("rest root")])
-    assert_order(events_of(evaluate, model), [*CHAIN_FORWARD[:-1], *forward("rest root")])
+    assert_order(events_of(evaluate, model), [*CHAIN_FORWARD[:-1], *forward("release_but_keep root")])
+    assert_order(events_of(evaluate, model), [*CHAIN_FORWARD[:-1], *forward("release_but_keep root")])
     assert_order(events_of(train, model), CHAIN_STEP)
     assert_order(events_of(train, model), CHAIN_STEP)
 
@@ -233,7 +233,7 @@ def test_after_an_update_the_next_forward_gathers_again_what_rested() -> None:
 @on_ranks()
 def test_over_peers_our_update_gathers_the_first_units_of_the_next_forward() -> None:
     """As many as have bytes of their own: c would take those of a. Prevents: gathering them again in the forward."""
-    model, ahead = chain(transport="peer"), forward("gather root", "gather a", "gather b")
+    model, ahead = chain(transport="peer"), forward("all_gather root", "all_gather a", "all_gather b")
     for _ in range(2):
         assert_order(events_of(step_of_adamw(model)), ahead)
         assert_order(events_of(train, model), [e for e in CHAIN_STEP if e not in ahead])
@@ -255,7 +255,7 @@ def test_after_an_update_the_next_forward_gathers_what_was_kept_again() -> None:
     evaluate(model)
     with torch.no_grad():
         bias.add_(1)
-    assert_order(events_of(evaluate, model)[:2], forward("release root", "gather root"))
+    assert_order(events_of(evaluate, model)[:2], forward("release root", "all_gather root"))
 
 
 @on_ranks()
@@ -300,19 +300,19 @@ def test_a_segment_recomputed_over_several_units_is_gathered_once_for_its_backwa
     assert_order(
         events_of(train, model),
         [
-            *forward("gather root", "unshard root", "gather a"),
-            *forward("unshard a", "gather b", "rest a"),
-            *forward("unshard b", "gather c", "rest b"),
-            *forward("unshard c", "rest c"),
-            *forward("rest root"),
+            *forward("all_gather root", "unshard root", "all_gather a"),
+            *forward("unshard a", "all_gather b", "release_but_keep a"),
+            *forward("unshard b", "all_gather c", "release_but_keep b"),
+            *forward("unshard c", "release_but_keep c"),
+            *forward("release_but_keep root"),
             *backward("unshard c"),
             *backward("unshard root"),
-            *backward("release c", "reduce c"),
-            *backward("unshard b", "gather a"),
+            *backward("release c", "reduce_scatter c"),
+            *backward("unshard b", "all_gather a"),
             *backward("unshard a", "keep a"),  # recomputed
-            *backward("release b", "reduce b"),
+            *backward("release b", "reduce_scatter b"),
             *backward("unshard a"),
-            *backward("release root", "release a", "reduce a"),
+            *backward("release root", "release a", "reduce_scatter a"),
         ],
     )
 
@@ -331,13 +331,13 @@ def test_several_forwards_before_one_backward_reduce_once() -> None:
             *CHAIN_FORWARD_AGAIN,
             *backward("unshard root"),
             *backward("unshard c", "release c"),
-            *backward("unshard b", "gather a", "release b"),
+            *backward("unshard b", "all_gather a", "release b"),
             *backward("unshard a", "release a"),
-            *backward("unshard root", "gather c"),
-            *backward("unshard c", "gather b", "release c", "reduce c"),
-            *backward("unshard b", "gather a", "release b", "reduce b"),
-            *backward("unshard a", "release a", "reduce a"),
-            *backward("release root", "reduce root"),
+            *backward("unshard root", "all_gather c"),
+            *backward("unshard c", "all_gather b", "release c", "reduce_scatter c"),
+            *backward("unshard b", "all_gather a", "release b", "reduce_scatter b"),
+            *backward("unshard a", "release a", "reduce_scatter a"),
+            *backward("release root", "reduce_scatter root"),
         ],
     )
 
@@ -357,11 +357,11 @@ def test_several_forwards_before_as_many_backwards_reduce_in_each() -> None:
             *CHAIN_FORWARD,
             *CHAIN_FORWARD_AGAIN,
             *CHAIN_BACKWARD,
-            *backward("gather root", "unshard root", "gather c"),
-            *backward("unshard c", "gather b", "release c", "reduce c"),
-            *backward("unshard b", "gather a", "release b", "reduce b"),
-            *backward("unshard a", "release a", "reduce a"),
-            *backward("release root", "reduce root"),
+            *backward("all_gather root", "unshard root", "all_gather c"),
+            *backward("unshard c", "all_gather b", "release c", "reduce_scatter c"),
+            *backward("unshard b", "all_gather a", "release b", "reduce_scatter b"),
+            *backward("unshard a", "release a", "reduce_scatter a"),
+            *backward("release root", "reduce_scatter root"),
         ],
     )
 
@@ -387,9 +387,9 @@ def test_an_exception_in_forward_releases_everything() -> None:
     assert_order(
         events,
         [
-            *forward("gather root", "unshard root", "gather a"),
-            *forward("unshard a", "gather b", "rest a"),
-            *forward("unshard b", "gather c", "rest b"),
+            *forward("all_gather root", "unshard root", "all_gather a"),
+            *forward("unshard a", "all_gather b", "release_but_keep a"),
+            *forward("unshard b", "all_gather c", "release_but_keep b"),
             *forward("keep root", "release root", "release c"),
         ],
     )

@@ -31,23 +31,23 @@ def deep_chain(depth: Depth, **options: Any) -> nn.Module:
 
 # Three slots: a and d share one, and b and e. At the turn c, d and e are still where forward left them.
 DEEP_FORWARD = [
-    *forward("gather root", "unshard root", "gather a", "gather b"),
-    *forward("unshard a", "gather c", "rest a"),
-    *forward("unshard b", "gather d", "rest b"),
-    *forward("unshard c", "gather e", "rest c"),
-    *forward("unshard d", "rest d"),
-    *forward("unshard e", "rest e"),
+    *forward("all_gather root", "unshard root", "all_gather a", "all_gather b"),
+    *forward("unshard a", "all_gather c", "release_but_keep a"),
+    *forward("unshard b", "all_gather d", "release_but_keep b"),
+    *forward("unshard c", "all_gather e", "release_but_keep c"),
+    *forward("unshard d", "release_but_keep d"),
+    *forward("unshard e", "release_but_keep e"),
     *forward("keep root"),
 ]
 DEEP_STEP = [
     *DEEP_FORWARD,
     *backward("unshard root"),
-    *backward("unshard e", "release e", "reduce e"),
-    *backward("unshard d", "gather b", "release d", "reduce d"),
-    *backward("unshard c", "gather a", "release c", "reduce c"),
-    *backward("unshard b", "release b", "reduce b"),
-    *backward("unshard a", "release a", "reduce a"),
-    *backward("release root", "reduce root"),
+    *backward("unshard e", "release e", "reduce_scatter e"),
+    *backward("unshard d", "all_gather b", "release d", "reduce_scatter d"),
+    *backward("unshard c", "all_gather a", "release c", "reduce_scatter c"),
+    *backward("unshard b", "release b", "reduce_scatter b"),
+    *backward("unshard a", "release a", "reduce_scatter a"),
+    *backward("release root", "reduce_scatter root"),
 ]
 
 
@@ -80,11 +80,11 @@ def test_slots_take_turns_as_the_depth_says() -> None:
 def test_a_depth_of_three_gathers_only_what_has_no_room_at_the_turn() -> None:
     """Four slots for five blocks: e takes the bytes of a, the only one that backward gathers again, behind e's."""
     events = events_of(train, deep_chain(Depth(3, 3)))
-    assert [e for e in events if e[0] == "gather"] == [
-        *forward("gather root", "gather a", "gather b", "gather c", "gather d", "gather e"),
-        *backward("gather a"),
+    assert [e for e in events if e[0] == "all_gather"] == [
+        *forward("all_gather root", "all_gather a", "all_gather b", "all_gather c", "all_gather d", "all_gather e"),
+        *backward("all_gather a"),
     ]
-    assert events.index(("gather", "a", "backward")) == events.index(("unshard", "d", "backward")) + 1
+    assert events.index(("all_gather", "a", "backward")) == events.index(("unshard", "d", "backward")) + 1
 
 
 @on_ranks()
@@ -94,9 +94,12 @@ def test_prefetch_lists_of_the_user_win_over_the_depth() -> None:
     model.set_modules_to_forward_prefetch([model.b])
     model.d.set_modules_to_backward_prefetch([model.a])
     events = events_of(train, model)
-    assert_order(events[:6], forward("gather root", "unshard root", "gather b", "gather a", "unshard a", "gather c"))
+    assert_order(
+        events[:6],
+        forward("all_gather root", "unshard root", "all_gather b", "all_gather a", "unshard a", "all_gather c"),
+    )
     following = events[events.index(("unshard", "d", "backward")) + 1 :]
-    assert_order(following[:1], backward("gather a"))
+    assert_order(following[:1], backward("all_gather a"))
 
 
 @on_ranks()
@@ -105,14 +108,17 @@ def test_a_block_skipped_at_a_depth_of_two_costs_its_gather_and_nothing_else() -
     model = deep_chain(Depth(2, 2))
     train(model)
     events = events_of(train, model, "c")
-    assert ("gather", "c", "backward") not in events
-    assert_order([e for e in events if e[1] == "c"], [*forward("gather c", "release c")])
+    assert ("all_gather", "c", "backward") not in events
+    assert_order([e for e in events if e[1] == "c"], [*forward("all_gather c", "release c")])
     assert_order(events_of(train, model), DEEP_STEP)
 
 
 @on_ranks()
 def test_over_peers_our_update_gathers_as_many_units_ahead_as_there_are_slots() -> None:
-    model, ahead = deep_chain(Depth(2, 2), transport="peer"), forward("gather root", "gather a", "gather b", "gather c")
+    model, ahead = (
+        deep_chain(Depth(2, 2), transport="peer"),
+        forward("all_gather root", "all_gather a", "all_gather b", "all_gather c"),
+    )
     train(model)
     assert_order(events_of(step_of_adamw(model)), ahead)
     assert_order(events_of(train, model), [e for e in DEEP_STEP if e not in ahead])

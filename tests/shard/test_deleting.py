@@ -29,7 +29,7 @@ def sharded(model: nn.Module, transport: str) -> Any:
 def arenas_of(model: Any) -> list[weakref.ref[Arena]]:
     units = [unit for module in model.modules() if (unit := unit_of(module)) is not None]
     found = [unit.arena for unit in units]
-    found += [unit.engine.building.arena for unit in units if unit.engine is not None]
+    found += [unit.engine.memory.arena for unit in units if unit.engine is not None]
     return [weakref.ref(arena) for arena in found if arena is not None]
 
 

@@ -83,13 +83,13 @@ def count_device_allocations() -> tuple[int, int, float]:
 
 ENGINE_WORK = (
     "begin",
-    "gather",
+    "all_gather",
     "prefetch",
     "unshard",
     "keep",
     "release",
     "accumulate",
-    "reduce",
+    "reduce_scatter",
     "wait_for_reductions",
 )
 

@@ -50,7 +50,7 @@ def state_of(model: nn.Module) -> Iterator[Any]:
         yield contents(vars(unit)), contents(vars(unit.policy)), unit.signature, unit.generation()
         yield [contents(vars(p)) for p in unit.params]
         if unit.engine is not None:
-            yield contents(vars(unit.engine)), contents(vars(unit.engine.building))
+            yield contents(vars(unit.engine)), contents(vars(unit.engine.memory))
 
 
 def sharded(transport: str, device: str = "cpu") -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch.nn as nn
 
 from yafsdp_like.memory.plan import LiveRange
-from yafsdp_like.shard.schedule import Residency, Schedule, Span, gather_starts, schedule_of
+from yafsdp_like.shard.schedule import Residency, Schedule, UnitSpan, gather_starts, schedule_of
 
 RESHARDED = Residency(after_forward=False, after_backward=False)
 KEPT_AFTER_FORWARD = Residency(after_forward=True, after_backward=False)
@@ -126,7 +126,7 @@ def test_backward_mirrors_forward_with_parents_first(root: Tree, forward: list[i
 
 def test_units_of_one_module_keep_their_numbers_order() -> None:
     """Prevents: an order that depends on hashes where two units start and end at the same ticks."""
-    both = Schedule((Span(0, 0), Span(0, 0)), 1)
+    both = Schedule((UnitSpan(0, 0), UnitSpan(0, 0)), 1)
     assert both.forward_order == both.backward_order == [0, 1]
 
 

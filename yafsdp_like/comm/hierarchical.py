@@ -43,7 +43,7 @@ class HierarchicalTransport:
     """``inside`` between the ranks of this host, ``across`` between those of this rank's number on every host."""
 
     maps_memory = True
-    spares_own_chunks = False
+    aliases_local_shard = False
     gather_is_collective = True
 
     def __init__(self, group: dist.ProcessGroup, inside: Transport, across: Transport) -> None:

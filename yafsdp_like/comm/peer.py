@@ -45,7 +45,7 @@ class PeerTransport:
     """Ranks that read each other's memory. ``connect`` must have been given all inputs' blocks."""
 
     maps_memory = True
-    spares_own_chunks = True
+    aliases_local_shard = True
     gather_is_collective = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, reason: str) -> None:

@@ -38,7 +38,7 @@ def _reduce_group_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
 class ProcessGroupTransport:
     """Coalesced collectives: one call, one group launch, one piece per parameter, nothing packed or unpacked."""
 
-    maps_memory = spares_own_chunks = False
+    maps_memory = aliases_local_shard = False
     gather_is_collective = True
 
     def __init__(self, group: dist.ProcessGroup, reason: str) -> None:

@@ -37,7 +37,7 @@ class ReplicatedTransport:
 
     def __init__(self, shards: Transport, replicas: dist.ProcessGroup, everybody: dist.ProcessGroup) -> None:
         self.rank, self.world_size = shards.rank, shards.world_size
-        self.maps_memory, self.spares_own_chunks = shards.maps_memory, shards.spares_own_chunks
+        self.maps_memory, self.aliases_local_shard = shards.maps_memory, shards.aliases_local_shard
         self.description = f"{replicas.size()} replicas over their process group; in each, {shards.description}"
         self.shards, self._replicas, self.everybody = shards, replicas, everybody
         self.gather_is_collective = shards.gather_is_collective

@@ -51,7 +51,7 @@ class Transport(Protocol):
     world_size: int
     description: str  # what moves the bytes, and why this transport was chosen
     maps_memory: bool  # inputs must lie in blocks that ``connect`` was given, since peers read them where they are
-    spares_own_chunks: bool  # of a gather's outputs, where they are in place: see [Note: windows]
+    aliases_local_shard: bool  # of a gather's outputs, where they are in place: see [Note: windows]
     gather_is_collective: bool  # a gather is a collective, and not this rank's own reading
     everybody: dist.ProcessGroup  # all ranks that must do the same, in the same order
 

@@ -22,16 +22,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
 from yafsdp_like.memory.streams import GATHER, Event
 from yafsdp_like.shard import clipping
-from yafsdp_like.shard.blueprint import draw
 from yafsdp_like.shard.depth import Depth
 from yafsdp_like.shard.drop_in import ShardState, refuse_others, show_state_to_torch
 from yafsdp_like.shard.engine import Engine, Report, engine_for
-from yafsdp_like.shard.family import family_of
 from yafsdp_like.shard.hooks import abandon
+from yafsdp_like.shard.memory_layout import plan_memory
 from yafsdp_like.shard.optimizer_step import watch_optimizers
 from yafsdp_like.shard.pretrained import overrides_of
 from yafsdp_like.shard.requirements import check_mesh, check_modules, check_params, check_supported
 from yafsdp_like.shard.unit import Unit, UnitPolicy, unit_of
+from yafsdp_like.shard.unit_tree import unit_tree_of
 from yafsdp_like.shard.wrapping import Owners, make_unit, params_below, split_tied
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _become_fsdp_module(module: nn.Module) -> None:
 
 
 def _refuse_deepcopy(*_: Any) -> NoReturn:
-    raise AssertionError("FSDP does not support deepcopy. Use a state dict to copy a sharded module.")
+    raise AssertionError("FSDP does not support deepcopy. ForwardUse a state dict to copy a sharded module.")
 
 
 class UnshardHandle(torch.distributed.fsdp.UnshardHandle):
@@ -210,7 +210,7 @@ class FSDPModule(Base):
         """
         engine = self._unit().engine
         with _left_as_they_are(self._units(recurse=True) if engine is None else engine.units):
-            return draw(family_of(self), Depth()).plan if engine is None else engine.plan()
+            return plan_memory(unit_tree_of(self), Depth()).plan if engine is None else engine.plan()
 
     def memory_report(self) -> Report:
         """Return the bytes held now, and what departed from the plan: spills, evictions, unused prefetches."""

@@ -22,7 +22,7 @@ def poison(slot: GatherSlot) -> None:
         for k, (p, output) in enumerate(zip(slot.unit.params, slot.outputs, strict=True)):
             chunks = output.view(p.shards.world_size, -1)
             for rank, chunk in enumerate(chunks):
-                if k not in slot.shown or rank != p.rank:
+                if k not in slot.aliased or rank != p.rank:
                     chunk.fill_(_poison_of(chunk.dtype))
 
 

@@ -1,13 +1,13 @@
 """The runtime of one sharded model: fills, reads and releases slots in stream order, and reduces gradients.
 
 The engine owns every transition of a slot's state and the order of streams around it, and decides when memory is
-built again, which ``building.py`` does. It knows nothing of module hooks and autograd graphs: ``hooks.py`` tells it
-what starts and what ends.
+built again, which ``allocated_memory.py`` does. It knows nothing of module hooks and autograd graphs: ``hooks.py``
+calls it when a forward or a backward starts and ends.
 
-    gather slot      EMPTY --gather--> FILLED --unshard--> HELD --keep--> KEPT --unshard--> HELD --release--> EMPTY
-                                                           HELD --rest--> IDLE --unshard--> HELD
-                     FILLED, KEPT or IDLE --a neighbour needs the bytes--> EMPTY
-    gradient slot    EMPTY --first gradient--> HELD --reduce--> EMPTY
+    gather slot      EMPTY --all-gather--> FILLED --unshard--> HELD --keep--> KEPT --unshard--> HELD --release--> EMPTY
+                                                           HELD --release_but_keep--> STALE --unshard--> HELD
+                     FILLED, KEPT or STALE --a neighbour needs the bytes--> EMPTY
+    gradient slot    EMPTY --first gradient--> HELD --reduce-scatter--> EMPTY
 
 [Note: spills]
 When a unit needs its slot while a neighbour's is HELD, execution has left the order that the plan was made for. In
@@ -29,13 +29,13 @@ from torch import nn
 
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event, streams_of
 from yafsdp_like.ops import linear
-from yafsdp_like.shard.building import Building, Spill
+from yafsdp_like.shard.allocated_memory import AllocatedMemory, Spill
 from yafsdp_like.shard.debug import poison
 from yafsdp_like.shard.depth import Depth
-from yafsdp_like.shard.family import Family, family_of
 from yafsdp_like.shard.meetings import Meetings
 from yafsdp_like.shard.sinks import watch_gradients
-from yafsdp_like.shard.slots import GatherSlot, GradientSlot, SlotState, Use
+from yafsdp_like.shard.slots import ForwardUse, GatherSlot, GradientSlot, SlotState
+from yafsdp_like.shard.unit_tree import UnitTree, unit_tree_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.unit import Unit
 
 EMPTY, FILLED, HELD = SlotState.EMPTY, SlotState.FILLED, SlotState.HELD
-KEPT, IDLE = SlotState.KEPT, SlotState.IDLE
+KEPT, STALE = SlotState.KEPT, SlotState.STALE
 
 
 EARLY_NUMEL = 1 << 23  # a reduction of fewer elements costs more in latency than it hides
@@ -68,10 +68,10 @@ class Report:
 class Engine:
     """Of one root module and the units below it."""
 
-    def __init__(self, family: Family) -> None:
-        self.family = family
-        self.units = family.units
-        self.building = Building(family)
+    def __init__(self, tree: UnitTree) -> None:
+        self.tree = tree
+        self.units = tree.units
+        self.memory = AllocatedMemory(tree)
         self.streams = streams_of(self.units[0].device)
         self.transports = list(dict.fromkeys(unit.transport for unit in self.units))
         self.meetings = Meetings(self.units)
@@ -79,14 +79,14 @@ class Engine:
         self.wasted_prefetches = 0
         self.evictions = 0
         self.last_reduce: Event = None  # the end of the latest reduction; None once compute has waited for it
-        self.reduced_early = _reduced_early(family)
+        self.reduced_early = _reduced_early(tree)
         self.debug = False  # released slots are poisoned, and outputs checked
         self.filled: list[Unit] = []  # whose unused parameters the running backward reduces, in order of reduction
         self.reduced: set[Unit] = set()  # by the running backward
         self._trains = all(unit.trains for unit in self.units)  # units may have been evaluated alone before
         self.is_last_backward = True  # whether the end of a backward waits for its reductions
         self.iteration: Call | None = None  # the forward that everything running now is part of
-        self.tasks: dict[int, list[Use]] = {}  # running backwards by autograd's number, and the uses they reached
+        self.tasks: dict[int, list[ForwardUse]] = {}  # by autograd's number of a running backward: what it reached
         for unit in self.units:
             unit.engine = self
 
@@ -99,7 +99,7 @@ class Engine:
         units = [unit for unit in self.units if unit.engine in (self, None)]
         for owner in _owners(units):
             linear.uninstall(owner)
-        if self.building.arena is not None:
+        if self.memory.arena is not None:
             self._wait_for_side_streams()
         for unit in units:
             if unit.has_slots:
@@ -117,25 +117,25 @@ class Engine:
 
     def plan(self) -> MemoryPlan:
         """What the arenas hold; before they are built, what they will hold. Allocates nothing."""
-        return self.building.plan(self.depth)
+        return self.memory.plan(self.depth)
 
     @property
     def is_built(self) -> bool:
         """Whether there are shards and slots for the units as they are now."""
-        return self.building.stands_for(self.depth)
+        return self.memory.stands_for(self.depth)
 
     @property
     def num_layouts(self) -> int:
         """How often slots were given places."""
-        return self.building.num_layouts
+        return self.memory.num_layouts
 
     @property
     def arena_nbytes(self) -> int:
         """The bytes held now, main shards included."""
-        return self.building.nbytes
+        return self.memory.nbytes
 
     def report(self) -> Report:
-        return Report(self.arena_nbytes, tuple(self.building.spills), self.wasted_prefetches, self.evictions)
+        return Report(self.arena_nbytes, tuple(self.memory.spills), self.wasted_prefetches, self.evictions)
 
     def build_if_changed(self) -> None:
         """Makes shards and slots before the first iteration, and again when parameters were moved, cast or (un)frozen.
@@ -153,7 +153,7 @@ class Engine:
                 self._build()
         except Exception as e:
             error = e
-        self.building.agree(self.depth, error)
+        self.memory.agree(self.depth, error)
 
     def _follow_grad_mode(self) -> None:
         """A model that begins without grad mode gets room for gradients only once a forward may lead to a backward."""
@@ -169,7 +169,7 @@ class Engine:
         self._trains = True
         for unit in self.units:
             unit.trains = True
-        self.building.invalidate()
+        self.memory.invalidate()
 
     def _build(self) -> None:
         edited = {
@@ -185,8 +185,8 @@ class Engine:
                 f"on meta device: {on_meta}\nCall model.to_empty(device=...), then initialize or load the parameters"
             )
         unsynced = [slot for unit in self.units if (slot := unit.unsynced()) is not None]
-        self._leave_building()
-        self.building.build(self.depth)
+        self._leave_memory()
+        self.memory.build(self.depth)
         for unit in self.units:
             watch_gradients(unit.gather_slot)
         for slot in unsynced:
@@ -208,9 +208,9 @@ class Engine:
         slot.state, slot.generation = HELD, unit.generation()
         unit.register(slot)
 
-    def _leave_building(self) -> None:
+    def _leave_memory(self) -> None:
         self._wait_for_side_streams()
-        self.building.leave()
+        self.memory.leave()
 
     def _wait_for_side_streams(self) -> None:
         for stream in (GATHER, REDUCE):  # its bytes go back to the allocator, which knows only compute
@@ -221,7 +221,7 @@ class Engine:
         self.debug = debug
         for unit in self.units if debug else ():
             unit.own_gather_slot = True
-        self.building.invalidate()
+        self.memory.invalidate()
 
     # --- gather slots ---
 
@@ -232,7 +232,7 @@ class Engine:
         self.publish()
         for unit in self.units:
             slot = unit.gather_slot
-            if slot.state is IDLE:  # left by a forward without a backward; weights may have changed since, uncounted
+            if slot.state is STALE:  # left by a forward without a backward; weights may have changed since, uncounted
                 slot.state = EMPTY
             elif slot.state is not EMPTY and slot.generation != unit.generation():
                 self.release(slot)
@@ -272,7 +272,7 @@ class Engine:
         if is_whole:
             unit.cast = unit.generation()
         slot = unit.gather_slot
-        is_free = all(s.state in (EMPTY, IDLE) for s in (slot, *slot.neighbours))
+        is_free = all(s.state in (EMPTY, STALE) for s in (slot, *slot.neighbours))
         if not is_whole or not is_free or not unit.transport.maps_memory:
             return
         self._make_room(slot)
@@ -281,9 +281,9 @@ class Engine:
         self.streams.wait(GATHER, self.streams.record(COMPUTE))
         with self.streams.on(GATHER):
             unit.transport.stream_barrier(GATHER)
-        self.gather(slot, refresh=False)
+        self.all_gather(slot, refresh=False)
 
-    def gather(self, slot: GatherSlot, refresh: bool) -> None:
+    def all_gather(self, slot: GatherSlot, refresh: bool) -> None:
         """Issues the gather of an EMPTY slot whose neighbours are all EMPTY; the slot is FILLED. Does not wait.
 
         ``refresh`` casts the main shard first: in forward, and not in backward, which must see forward's values again.
@@ -292,11 +292,11 @@ class Engine:
         assert slot.state is EMPTY and all(other.state is EMPTY for other in slot.neighbours)
         unit = slot.unit
         self.meetings.gathers(unit)
-        with label("gather", unit), self.streams.on(GATHER):
+        with label("all_gather", unit), self.streams.on(GATHER):
             self._wait_for_readers(GATHER, slot)
             if refresh and not unit.transport.maps_memory:
                 unit.refresh_compute_shard()
-            slot.gather()
+            slot.all_gather()
         slot.ready = self.streams.record(GATHER)
         slot.generation = unit.cast
         slot.state = FILLED
@@ -313,9 +313,9 @@ class Engine:
     def prefetch(self, unit: Unit, refresh: bool) -> None:
         """Gathers ahead when the unit's bytes are free; otherwise the unit waits for its own turn."""
         slot = unit.gather_slot
-        if slot.state is EMPTY and all(other.state in (EMPTY, FILLED, IDLE) for other in slot.neighbours):
+        if slot.state is EMPTY and all(other.state in (EMPTY, FILLED, STALE) for other in slot.neighbours):
             self._make_room(slot)
-            self.gather(slot, refresh)
+            self.all_gather(slot, refresh)
 
     def unshard(self, slot: GatherSlot, refresh: bool) -> None:
         """Makes the slot's full parameters readable by compute and visible to modules: the slot is HELD.
@@ -324,7 +324,7 @@ class Engine:
         """
         if slot.state is EMPTY:
             self._make_room(slot)
-            self.gather(slot, refresh)
+            self.all_gather(slot, refresh)
         if slot.state is FILLED:
             self._wait_until_ready(slot)
         slot.state = HELD
@@ -348,18 +348,18 @@ class Engine:
             elif other.state is KEPT:
                 self.evictions += 1
                 self.release(other)
-            elif other.state is IDLE:
+            elif other.state is STALE:
                 other.state = EMPTY
 
     def keep(self, slot: GatherSlot) -> None:
         """The work on the slot is over, but the user wants it to stay gathered."""
         slot.state = KEPT
 
-    def rest(self, slot: GatherSlot) -> None:
+    def release_but_keep(self, slot: GatherSlot) -> None:
         """As ``release``, but who comes back before a neighbour took the bytes finds them filled."""
         self.release(slot)
         if not self.debug:
-            slot.state = IDLE
+            slot.state = STALE
 
     def release(self, slot: GatherSlot) -> None:
         """All reads of the slot have been issued: its bytes are free after them, and modules see the shards again."""
@@ -391,7 +391,7 @@ class Engine:
             if unit.gather_slot.state is FILLED:
                 self.wasted_prefetches += 1
                 self.release(unit.gather_slot)
-            elif unit.gather_slot.state is IDLE and not unit.pending:
+            elif unit.gather_slot.state is STALE and not unit.pending:
                 unit.gather_slot.state = EMPTY
 
     # --- gradient slots ---
@@ -464,7 +464,7 @@ class Engine:
 
     def begin_backward(self) -> None:
         """The first gradient of an outermost backward has come."""
-        self.filled = [unit for unit in self.family.backward_ticks if unit.policy.reduces_unused]
+        self.filled = [unit for unit in self.tree.backward_ticks if unit.policy.reduces_unused]
         self.reduced.clear()
 
     def reduce_unused(self, tick: int) -> None:
@@ -472,10 +472,10 @@ class Engine:
         and will not come: they are reduced where they are on ranks that use them.
         """
         for unit in self.filled:
-            if self.family.backward_ticks[unit][1] >= tick:
+            if self.tree.backward_ticks[unit][1] >= tick:
                 return
             if unit.policy.requires_gradient_sync and not unit.pending and unit not in self.reduced:
-                self.reduce(unit)
+                self.reduce_scatter(unit)
 
     def _fill_unused(self, unit: Unit) -> None:
         for k in unit.trainable:
@@ -485,19 +485,19 @@ class Engine:
                     view.zero_()
                 unit.gradient_slot.arrived[k] = backward_task()
 
-    def reduce(self, unit: Unit) -> None:
+    def reduce_scatter(self, unit: Unit) -> None:
         """Reduces the gradients that have arrived, and frees the slot, unless it holds parts of others."""
         slot = unit.gradient_slot
         if unit.policy.reduces_unused and unit not in self.reduced:
             self.reduced.add(unit)
-            self.reduce_unused(self.family.backward_ticks[unit][1])
+            self.reduce_unused(self.tree.backward_ticks[unit][1])
             self._fill_unused(unit)
             slot = unit.gradient_slot
         if not slot.arrived and not slot.early:
             return
         if self.filled and unit not in self.reduced:
             self.reduced.add(unit)
-            self.reduce_unused(self.family.backward_ticks[unit][1])
+            self.reduce_unused(self.tree.backward_ticks[unit][1])
         slot.released = self._reduce_arrived(unit) if slot.arrived else self.last_reduce
         if not slot.holds:
             slot.early.clear()
@@ -508,7 +508,7 @@ class Engine:
         slot = unit.gradient_slot
         arrived = sorted(slot.arrived)  # the same order on every rank
         complete = self.streams.record(COMPUTE)
-        with label("reduce", unit), self.streams.on(REDUCE), torch.no_grad():
+        with label("reduce_scatter", unit), self.streams.on(REDUCE), torch.no_grad():
             self.streams.wait(REDUCE, complete)
             adding = [k for k in arrived if unit.params[k].has_own_grad]
             setting = [k for k in arrived if k not in adding]
@@ -516,7 +516,7 @@ class Engine:
             slot.spare_kept_grads(setting)
             for which, adds in ((setting, False), (adding, True)):
                 if which:
-                    slot.reduce(which)(unit.reduction(), adds)
+                    slot.reduce_scatter(which)(unit.reduction(), adds)
             for k in arrived:
                 unit.params[k].deliver_grad(k in adding)
         self.last_reduce = self.streams.record(REDUCE)
@@ -549,13 +549,13 @@ class Engine:
     def isolate(self, unit: Unit, reason: str) -> None:
         """Gives ``unit`` a gather slot of its own, from its next forward on."""
         self.release(unit.gather_slot)  # of a gather ahead of time
-        spill = self.building.add_gather_slot(unit, reason)
+        spill = self.memory.add_gather_slot(unit, reason)
         watch_gradients(unit.gather_slot)
         _warn_of(spill)
 
     def isolate_gradients(self, unit: Unit, reason: str) -> None:
         """Gives ``unit`` a gradient slot of its own, from its next gradient on."""
-        _warn_of(self.building.add_gradient_slot(unit, reason))
+        _warn_of(self.memory.add_gradient_slot(unit, reason))
 
 
 def _warn_of(spill: Spill) -> None:
@@ -588,7 +588,7 @@ def engine_for(unit: Unit, module: nn.Module) -> Engine:
     """
     engine = unit.engine
     if engine is None:
-        engine = Engine(family_of(module))
+        engine = Engine(unit_tree_of(module))
         for below in module.modules():
             vars(below).pop("_yafsdp_engine", None)  # of a root that is none any more
         vars(module)["_yafsdp_engine"] = engine
@@ -601,11 +601,11 @@ def _owners(units: Sequence[Unit]) -> Iterator[nn.Module]:
     return (module for unit in units for p in unit.params for module, _ in p.owners)
 
 
-def _reduced_early(family: Family) -> dict[Unit, set[int]]:
+def _reduced_early(tree: UnitTree) -> dict[Unit, set[int]]:
     """Large parameters of units whose backward contains that of others: they do not wait for the unit's end.
 
     A head's gradient is then reduced behind the blocks, and only an embedding's is left for the end.
     """
-    spans = zip(family.units, family.schedule.spans, strict=True)
-    outer = (unit for unit, span in spans if family.schedule.surrounds(span))
+    spans = zip(tree.units, tree.schedule.spans, strict=True)
+    outer = (unit for unit, span in spans if tree.schedule.surrounds(span))
     return {u: {k for k in u.trainable if u.params[k].shards.padded_numel >= EARLY_NUMEL} for u in outer}

@@ -49,7 +49,7 @@ class UnitState:
 
 
 @dataclass(frozen=True)
-class State:
+class StepKey:
     """What a step that starts now would decide by, of all units."""
 
     num_layouts: int  # which addresses
@@ -153,7 +153,7 @@ class GraphedStep:
         return map_tensors(torch.clone, step.recording.result)
 
 
-def repeatable_state(engine: Engine) -> State | None:
+def repeatable_state(engine: Engine) -> StepKey | None:
     """What a step that starts now would decide by; None when it cannot be repeated as it is: something is running
     or held between steps, ``.grad`` is none of ours, or outputs are to be checked (debug mode).
     """
@@ -168,7 +168,7 @@ def repeatable_state(engine: Engine) -> State | None:
         if state is None:
             return None
         units.append(state)
-    return State(
+    return StepKey(
         engine.num_layouts,
         tuple(unit.reduction() for unit in engine.units),
         tuple(unit.policy.reduces_unused for unit in engine.units),
@@ -179,7 +179,7 @@ def repeatable_state(engine: Engine) -> State | None:
 def _repeatable_unit(engine: Engine, unit: Unit) -> UnitState | None:
     """Values in its slot that no step would read are dropped."""
     slot, is_current = unit.gather_slot, unit.is_current
-    if slot.state is SlotState.IDLE:
+    if slot.state is SlotState.STALE:
         slot.state = SlotState.EMPTY
     elif slot.state is SlotState.FILLED and slot.generation != unit.generation():
         engine.release(slot)
@@ -207,7 +207,7 @@ def _join_streams(engine: Engine) -> None:
         unit.gather_slot.ready = unit.gather_slot.released = unit.gradient_slot.released = None
 
 
-def _return_to(state: State, engine: Engine, reduced: Sequence[ShardedParam]) -> None:
+def _return_to(state: StepKey, engine: Engine, reduced: Sequence[ShardedParam]) -> None:
     """A step was recorded, of which nothing has run yet: back to what it was recorded from."""
     for unit, before in zip(engine.units, state.units, strict=True):
         unit.gather_slot.state = SlotState.FILLED if before.is_filled else SlotState.EMPTY

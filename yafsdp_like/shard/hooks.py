@@ -1,11 +1,12 @@
 """From a module's forward and autograd's backward to the engine: what starts, what ends, and what failed.
 
 [Note: the life of a use]
-Every forward call of a unit under grad mode is a ``Use``. Its outputs carry a hook that fires before the first gradient
-enters the unit (``start_backward``: gather again), and its inputs pass through a node that runs after the last one
-left it (``end_backward``: release, reduce). When no input needs a gradient there is no such node, and the end is the
-end of the whole backward. A unit's gradients are reduced once all its parameters' have arrived, or no other use is
-outstanding, or at the end of that backward, whichever comes first; so a block used twice is reduced once.
+Every forward call of a unit under grad mode is a ``ForwardUse``. Its outputs carry a hook that fires before the first
+gradient enters the unit (``start_backward``: all-gather again), and its inputs pass through a node that runs after the
+last one left it (``end_backward``: release, reduce-scatter). When no input needs a gradient there is no such node, and
+the end is the end of the whole backward. A unit's gradients are reduced once all its parameters' have arrived, or no
+other use is outstanding, or at the end of that backward, whichever comes first; so a block used twice is reduced
+once.
 
 [Note: one backward in another]
 Backwards are told apart by autograd's task number, since one may run inside another (reentrant activation
@@ -28,7 +29,7 @@ from yafsdp_like.shard.debug import holds_nan, output_error
 from yafsdp_like.shard.engine import Engine, backward_task, engine_for
 from yafsdp_like.shard.held import replace_held
 from yafsdp_like.shard.nested import cast_floating, map_tensors
-from yafsdp_like.shard.slots import GatherSlot, GradientSlot, SlotState, Use
+from yafsdp_like.shard.slots import ForwardUse, GatherSlot, GradientSlot, SlotState
 from yafsdp_like.shard.watching import (
     NOTHING,
     Watched,
@@ -55,7 +56,7 @@ class Call:
     recomputes: bool = False  # a checkpointed forward runs again inside the unit's own backward
     starts_iteration: bool = False
     has_nan_inputs: bool = False  # known in debug mode only
-    use: Use | None = None  # None without grad mode, and when it recomputes
+    use: ForwardUse | None = None  # None without grad mode, and when it recomputes
     frame: FrameType | None = None  # that runs a method as a forward, which may run the module's own forward
     watched: Watched = NOTHING
 
@@ -110,7 +111,7 @@ def _enter(engine: Engine, unit: Unit, call: Call, inputs: Any) -> Any:
         p.use_given()
     if not builds_graph:
         return inputs
-    call.use = Use(unit.gather_slot)
+    call.use = ForwardUse(unit.gather_slot)
     unit.pending.add(call.use)
     if not tensors:
         return inputs
@@ -124,7 +125,7 @@ def _gather(engine: Engine, unit: Unit, open_ended: bool) -> None:
     refresh = backward_task() is None
     engine.unshard(unit.gather_slot, refresh)
     if refresh:
-        for target in unit.policy.forward_prefetch or engine.family.after_in_forward[unit][: engine.depth.gathers]:
+        for target in unit.policy.forward_prefetch or engine.tree.after_in_forward[unit][: engine.depth.gathers]:
             engine.prefetch(target, refresh)
 
 
@@ -146,7 +147,7 @@ def _choose_slot(engine: Engine, unit: Unit, open_ended: bool) -> None:
 
 
 def _pending_neighbours(slot: GatherSlot | GradientSlot) -> list[str]:
-    free = slot.state in (SlotState.EMPTY, SlotState.FILLED, SlotState.IDLE)
+    free = slot.state in (SlotState.EMPTY, SlotState.FILLED, SlotState.STALE)
     return [other.unit.name for other in slot.neighbours if other.unit.pending] if free else []
 
 
@@ -188,7 +189,7 @@ def _own_values(slot: GatherSlot, output: Any, others: list[Any]) -> Any:
     """
 
     def own(t: torch.Tensor) -> torch.Tensor:
-        return t.clone() if slot.shows(t) else t
+        return t.clone() if slot.aliases(t) else t
 
     output = map_tensors(own, output, others)
     if others:
@@ -206,8 +207,8 @@ def _leave(engine: Engine, unit: Unit) -> None:
     # By default the root stays gathered for its backward. Where none will come, modules must show the sharded
     # parameters again, or zero_grad() and clipping over model.parameters() would miss the gradients.
     idle = unit.policy.reshard_after_forward is None and not torch.is_grad_enabled()
-    if backward_task() is None and (idle or engine.family.reshards_after_forward(unit)):
-        engine.rest(unit.registered)
+    if backward_task() is None and (idle or engine.tree.reshards_after_forward(unit)):
+        engine.release_but_keep(unit.registered)
     else:
         engine.keep(unit.registered)
 
@@ -252,7 +253,7 @@ def _still_runs(call: Call) -> bool:
 # --- backward ---
 
 
-def _start_backward(engine: Engine, unit: Unit, use: Use, refuses_second: bool) -> None:
+def _start_backward(engine: Engine, unit: Unit, use: ForwardUse, refuses_second: bool) -> None:
     """A gradient is about to enter the unit: its full parameters must be where forward had them."""
     task = backward_task()
     assert task is not None
@@ -275,9 +276,9 @@ def _start_backward(engine: Engine, unit: Unit, use: Use, refuses_second: bool) 
     outside_transforms(_gather_for_backward, engine, unit, use)
 
 
-def _gather_for_backward(engine: Engine, unit: Unit, use: Use) -> None:
+def _gather_for_backward(engine: Engine, unit: Unit, use: ForwardUse) -> None:
     if engine.filled:
-        engine.reduce_unused(engine.family.backward_ticks[unit][0])
+        engine.reduce_unused(engine.tree.backward_ticks[unit][0])
     if unit.policy.unshard_in_backward:
         if blockers := engine.blockers(use.slot):
             raise RuntimeError(
@@ -292,13 +293,13 @@ def _gather_for_backward(engine: Engine, unit: Unit, use: Use) -> None:
 
 def _prefetch_in_backward(engine: Engine, unit: Unit) -> None:
     """Gathers the next units that have a backward to come; units that were skipped in forward are not gathered."""
-    following = unit.policy.backward_prefetch or engine.family.after_in_backward[unit]
+    following = unit.policy.backward_prefetch or engine.tree.after_in_backward[unit]
     expected = (u for u in following if u.pending and u.policy.unshard_in_backward)
     for target in islice(expected, None if unit.policy.backward_prefetch else engine.depth.gathers):
         engine.prefetch(target, refresh=False)
 
 
-def _end_backward(engine: Engine, unit: Unit, use: Use) -> None:
+def _end_backward(engine: Engine, unit: Unit, use: ForwardUse) -> None:
     """The unit has computed all gradients of this use: its slot is free, and its gradients may be complete."""
     if use not in use.slot.active:
         return
@@ -306,10 +307,10 @@ def _end_backward(engine: Engine, unit: Unit, use: Use) -> None:
     _finish_use(engine, unit, use)
     early = not unit.policy.reduces_unused and engine.gradients_complete(unit)
     if unit.policy.requires_gradient_sync and (early or not unit.pending):
-        outside_transforms(engine.reduce, unit)
+        outside_transforms(engine.reduce_scatter, unit)
 
 
-def _finish_use(engine: Engine, unit: Unit, use: Use) -> None:
+def _finish_use(engine: Engine, unit: Unit, use: ForwardUse) -> None:
     use.task = None
     use.slot.active.pop(use, None)
     if not use.slot.active and use.slot.state is SlotState.HELD:
@@ -327,11 +328,11 @@ def _end_task(engine: Engine, task: int) -> None:
             use.slot.unit.pending.discard(use)
             _finish_use(engine, use.slot.unit, use)
     is_outermost = not engine.tasks
-    for unit in engine.family.backward_ticks if engine.filled and is_outermost else engine.units:
+    for unit in engine.tree.backward_ticks if engine.filled and is_outermost else engine.units:
         if unit.gather_slot.active or (unit.registered and unit.registered.active):
             continue  # in an outer backward
         if unit.policy.requires_gradient_sync and (is_outermost or not unit.policy.reduces_unused):
-            engine.reduce(unit)
+            engine.reduce_scatter(unit)
         if unit.policy.reshard_after_backward and unit.registered and not unit.calls:
             engine.reshard(unit)
     engine.settle_prefetches()
@@ -344,7 +345,7 @@ def _end_task(engine: Engine, task: int) -> None:
 def finish_accumulating(engine: Engine) -> None:
     """Reduces what backwards without synchronisation have left, without another backward."""
     for unit in engine.units:
-        engine.reduce(unit)
+        engine.reduce_scatter(unit)
         engine.reshard(unit)
     engine.wait_for_reductions()
     engine.meetings.ends_backward()

@@ -50,7 +50,7 @@ class Meetings:
 
     def gathers(self, unit: Unit) -> None:
         if unit.transport.gather_is_collective:
-            entry = self._entry((unit, "gather"), lambda: f"gathers the parameters of unit {unit.name!r}")
+            entry = self._entry((unit, "gather"), lambda: f"all-gathers the parameters of unit {unit.name!r}")
             self._journal_of[unit.transport].note(entry)
 
     def reduces(self, unit: Unit, setting: Sequence[int], adding: Sequence[int]) -> None:
@@ -61,7 +61,7 @@ class Meetings:
             kinds = {"": setting, "adds up ": adding}
             told = [prefix + ", ".join(unit.params[k].name for k in which) for prefix, which in kinds.items() if which]
             over = "" if unit.policy.averaged == "new" else f", replicas averaging {unit.policy.averaged}"
-            return f"reduces gradients of unit {unit.name!r}: {'; '.join(told)}{over}"
+            return f"reduce-scatters gradients of unit {unit.name!r}: {'; '.join(told)}{over}"
 
         self._journal_of[unit.transport].note(self._entry(key, words))
 
@@ -78,7 +78,7 @@ class Meetings:
             for journal in self._mapping:
                 journal.note(entry)
         else:
-            entry = self._entry((unit, "update"), lambda: f"gathers the updated parameters of unit {unit.name!r}")
+            entry = self._entry((unit, "update"), lambda: f"all-gathers the updated parameters of unit {unit.name!r}")
             self._journal_of[unit.transport].note(entry)
 
     def adds_slot(self, unit: Unit) -> None:

@@ -105,7 +105,7 @@ def _is_updated_whole(unit: Unit, owned: Sequence[ShardedParam]) -> bool:
 def _in_order_of_forward(owned: Owned) -> list[Unit]:
     engines: dict[Engine, None] = {unit.engine: None for unit in owned if unit.engine is not None}
     return [
-        engine.units[i] for engine in engines for i in engine.family.schedule.forward_order if engine.units[i] in owned
+        engine.units[i] for engine in engines for i in engine.tree.schedule.forward_order if engine.units[i] in owned
     ]
 
 

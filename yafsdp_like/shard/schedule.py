@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Span:
+class UnitSpan:
     """The forward ticks of one unit: when its first module starts, and the last tick inside its last module."""
 
     first: int
@@ -43,7 +43,7 @@ class Schedule:
     backward a parent starts before its children, the last child first.
     """
 
-    spans: tuple[Span, ...]
+    spans: tuple[UnitSpan, ...]
     num_ticks: int
 
     @property
@@ -54,7 +54,7 @@ class Schedule:
     def backward_order(self) -> list[int]:
         return sorted(range(len(self.spans)), key=lambda u: (-self.spans[u].last, self.spans[u].first, u))
 
-    def surrounds(self, span: Span) -> bool:
+    def surrounds(self, span: UnitSpan) -> bool:
         """Whether another unit starts within ``span``."""
         return any(other is not span and span.first < other.first <= span.last for other in self.spans)
 
@@ -90,7 +90,7 @@ def schedule_of(root: nn.Module, units_of: Mapping[nn.Module, Sequence[int]], nu
     """
     walk = _Walk(units_of)
     walk.visit(root)
-    spans = tuple(Span(walk.first[unit], walk.last[unit]) for unit in range(num_units))
+    spans = tuple(UnitSpan(walk.first[unit], walk.last[unit]) for unit in range(num_units))
     return Schedule(spans, walk.tick + 1)
 
 

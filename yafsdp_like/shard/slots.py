@@ -1,14 +1,14 @@
 """Where a unit's full parameters and full gradients lie: at fixed addresses, in states that ``engine.py`` changes.
 
 This file owns the tensors on a slot's bytes and what compute last did with them. It decides neither which bytes those
-are (``blueprint.py``, ``building.py``) nor when they are filled and left.
+are (``memory_layout.py``, ``allocated_memory.py``) nor when they are filled and left.
 
 [Note: one address per unit]
 Autograd saves views of a unit's full parameters in forward and reads them in backward. They must find the same values
 at the same address, so a slot belongs to one unit for good: slots share bytes with other units' slots
 (``neighbours``), never addresses with "any free slot". When execution asks for two slots at once that share bytes,
 one unit moves to a slot of its own for its later forwards, while what was saved earlier keeps the old slot
-(``Use.slot``).
+(``ForwardUse.slot``).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SlotState(enum.Enum):
 
     EMPTY = "nobody's: any neighbour may take the bytes"
     FILLED = "gathered ahead, not yet read: a neighbour in need may still take the bytes"
-    IDLE = "read and released, the values still there: any neighbour may take the bytes"
+    STALE = "read and released, the values still there: any neighbour may take the bytes"
     HELD = "being read or written by running work: nobody may touch the bytes"
     KEPT = "idle but left unsharded on purpose: given up when a neighbour needs the bytes"
 
@@ -54,19 +54,21 @@ class GatherSlot:
     ``params[k]`` is the ``nn.Parameter`` that modules compute on; ``outputs[k]``, ``(padded_numel,)``, is the same
     bytes for the collective to write. They are different tensors: see [Note: version counters]. ``places`` has one
     place per parameter; ``extent`` is what is gathered, or None when the slot is the shard (one rank). Of the
-    parameters in ``shown`` the places show this rank's shard itself: see [Note: windows].
+    parameters in ``aliased`` the places show this rank's shard itself: see [Note: windows].
     """
 
-    def __init__(self, unit: Unit, places: Sequence[Place], extent: Place | None, shown: Collection[int] = ()) -> None:
+    def __init__(
+        self, unit: Unit, places: Sequence[Place], extent: Place | None, aliased: Collection[int] = ()
+    ) -> None:
         self.unit = unit
         self.extent = extent
-        self.shown = frozenset(shown)
+        self.aliased = frozenset(aliased)
         self.neighbours: list[GatherSlot] = []  # slots that share bytes with this one
         self.state = SlotState.EMPTY
         self.ready: Event = None  # the gather has arrived
         self.released: Event = None  # the last reader is done; None once a gather has waited for it
         self.generation: Generation = ()  # of the main shards when they were gathered
-        self.active: dict[Use, None] = {}  # uses whose backward is running
+        self.active: dict[ForwardUse, None] = {}  # uses whose backward is running
         self.params = [_full_param(p, place) for p, place in zip(unit.params, places, strict=True)]
         self.outputs = [
             place.flat(p.compute_dtype, p.shards.padded_numel) for p, place in zip(unit.params, places, strict=True)
@@ -80,17 +82,17 @@ class GatherSlot:
         start = min(output.data_ptr() for output in self.outputs)
         return range(start, max(output.data_ptr() + output.nbytes for output in self.outputs))
 
-    def shows(self, tensor: torch.Tensor) -> bool:
+    def aliases(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is a full parameter of this slot or a view of one: its values go when the slot is
         released.
         """
         return any(address in self._addresses for address in addresses_in(tensor))
 
     @cached_property
-    def gather(self) -> Gather:
+    def all_gather(self) -> Gather:
         """Brings every rank's compute shard here. First asked for once transports are connected."""
         inputs = [p.compute for p in self.unit.params]
-        return self.unit.transport.gather(self.outputs, inputs, self.shown, self.unit.column)
+        return self.unit.transport.gather(self.outputs, inputs, self.aliased, self.unit.column)
 
 
 def _full_param(p: ShardedParam, place: Place) -> nn.Parameter:
@@ -127,7 +129,7 @@ class GradientSlot:
             self.views[k] = place.tensor(p.gradient_dtype, p.shards.shape)
             self.inputs[k] = place.flat(p.gradient_dtype, p.shards.padded_numel)
 
-    def reduce(self, which: Sequence[int]) -> Reduce:
+    def reduce_scatter(self, which: Sequence[int]) -> Reduce:
         """Reduces the gradients of these parameters into their gradient shards."""
         key = tuple(which), self.homes
         if key not in self._reduces:
@@ -148,7 +150,7 @@ class GradientSlot:
 
 
 @dataclass(eq=False)
-class Use:
+class ForwardUse:
     """One forward call of a unit whose backward may come: which slot its saved tensors point to.
 
     Held by the autograd graph only, so that it dies with a graph that is never run backward.

@@ -18,7 +18,7 @@ from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.layout import FlatLayout
 from yafsdp_like.memory.plan import Region
 from yafsdp_like.shard.param import NOWHERE, Ownership, ShardedParam
-from yafsdp_like.shard.slots import GatherSlot, Generation, GradientSlot, SlotState, Use
+from yafsdp_like.shard.slots import ForwardUse, GatherSlot, Generation, GradientSlot, SlotState
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -36,7 +36,7 @@ class UnitLayout:
 
     main_shard: FlatLayout
     compute_shard: FlatLayout  # only parameters that peers do not gather from the main shard itself
-    shown_shard: FlatLayout  # the rest of the compute shard: whole pages that the gather slot shows
+    aliased_shard: FlatLayout  # the rest of the compute shard: whole pages that the gather slot shows
     grad_shard: FlatLayout  # only trainable parameters, as in the gradient slot
     gather_slot: FlatLayout
     gradient_slot: FlatLayout
@@ -48,7 +48,7 @@ class UnitLayout:
         """With gradients of the ``trainable`` ones. Where peers read the compute shard in place (``maps_memory``),
         every parameter has one; slots are windows where ``page_nbytes`` is not 0.
         """
-        shown = {
+        aliased = {
             k for k, p in enumerate(params) if page_nbytes and p.chunk_nbytes and p.chunk_nbytes % page_nbytes == 0
         }
 
@@ -66,18 +66,18 @@ class UnitLayout:
         return cls(
             main_shard=chunks([p.main_dtype for p in params]),
             compute_shard=chunks(
-                [p.compute_dtype if has_shard[k] and k not in shown else None for k, p in enumerate(params)]
+                [p.compute_dtype if has_shard[k] and k not in aliased else None for k, p in enumerate(params)]
             ),
-            shown_shard=chunks([p.compute_dtype if k in shown else None for k, p in enumerate(params)]),
+            aliased_shard=chunks([p.compute_dtype if k in aliased else None for k, p in enumerate(params)]),
             grad_shard=chunks([p.main_dtype if k in trainable else None for k, p in enumerate(params)]),
-            gather_slot=full([p.compute_dtype if p.shards.world_size > 1 else None for p in params], shown),
+            gather_slot=full([p.compute_dtype if p.shards.world_size > 1 else None for p in params], aliased),
             gradient_slot=full([p.gradient_dtype if k in trainable else None for k, p in enumerate(params)]),
         )
 
     @property
     def gathered_nbytes(self) -> int:
         """What a gather slot takes beside the shard that it shows."""
-        return self.gather_slot.nbytes - self.shown_shard.nbytes
+        return self.gather_slot.nbytes - self.aliased_shard.nbytes
 
 
 @dataclass(eq=False)
@@ -143,7 +143,7 @@ class Unit:
         self.own_gather_slot = False  # by a spill; later plans keep to it
         self.own_gradient_slot = False  # by a spill, or because unsynced gradients stay in it between backwards
         self.unsynced_gradients = False  # set_requires_gradient_sync(False) was called
-        self.pending: weakref.WeakSet[Use] = weakref.WeakSet()  # uses whose backward has not ended
+        self.pending: weakref.WeakSet[ForwardUse] = weakref.WeakSet()  # uses whose backward has not ended
         self.reached: set[int] = set()  # running backwards, by autograd's number, that have entered it by an output
         self.is_loading = False  # a state dict, whose entries may be assigned
         self.to_run: list[nn.Module] = []  # of several modules: those that have not run in this forward pass
@@ -242,8 +242,8 @@ class Unit:
         windows of such pages, or are none.
         """
         self.plan_dtypes()
-        spares_own_chunks = self.transport.spares_own_chunks and self.transport.world_size > 1
-        page_nbytes = page_nbytes if spares_own_chunks else 0
+        aliases_local_shard = self.transport.aliases_local_shard and self.transport.world_size > 1
+        page_nbytes = page_nbytes if aliases_local_shard else 0
         return UnitLayout.of(self.params, self.trainable, self.transport.maps_memory, page_nbytes)
 
     def plan_dtypes(self) -> None:

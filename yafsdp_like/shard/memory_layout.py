@@ -1,6 +1,6 @@
 """From units and their schedule to the memory plan: which regions there are, and where in them each unit's slots lie.
 
-Integers only: it works before anything is allocated, on the meta device too. ``building.py`` makes it memory.
+Integers only: it works before anything is allocated, on the meta device too. ``allocated_memory.py`` makes it memory.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from yafsdp_like.shard.depth import Depth
-    from yafsdp_like.shard.family import Family
     from yafsdp_like.shard.unit import Unit, UnitLayout
+    from yafsdp_like.shard.unit_tree import UnitTree
 
 GATHER_SLOTS, GRADIENT_SLOTS = "gather slots", "gradient slots"  # the two regions that slots share
 STAGING, COLUMN = "staging", "gather staging"
@@ -30,7 +30,7 @@ MAX_PAGE_NBYTES = 16 << 20  # slots end at a page
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class MemoryLayout:
     """The plan and what it was made from: the units' layouts, and the slots' places in the shared regions."""
 
     plan: MemoryPlan
@@ -38,17 +38,17 @@ class Blueprint:
     gather_places: Mapping[Unit, Segment]
     gradient_places: Mapping[Unit, Segment]
 
-    def with_region(self, region: Region) -> Blueprint:
+    def with_region(self, region: Region) -> MemoryLayout:
         """The same with one more region, which execution asked for."""
         return replace(self, plan=replace(self.plan, regions=(*self.plan.regions, region)))
 
 
-def draw(family: Family, depth: Depth) -> Blueprint:
+def plan_memory(tree: UnitTree, depth: Depth) -> MemoryLayout:
     """The plan for the units as they are now."""
-    units, schedule = family.units, family.schedule
+    units, schedule = tree.units, tree.schedule
     page_nbytes = _page_nbytes(units)
     layouts = {unit: unit.plan_layout(page_nbytes) for unit in units}
-    gather_live = _gather_ranges(family, depth.gathers)
+    gather_live = _gather_ranges(tree, depth.gathers)
     gradient_live = {unit: schedule.gradient_range(i, depth.gradients) for i, unit in enumerate(units)}
     gather = {u: aligned(x.gathered_nbytes, page_nbytes or 1) for u, x in layouts.items() if not u.own_gather_slot}
     gradient = {u: x.gradient_slot.nbytes for u, x in layouts.items() if not u.own_gradient_slot}
@@ -66,23 +66,23 @@ def draw(family: Family, depth: Depth) -> Blueprint:
     slots += [SlotPlace(u.name, GRADIENT_SLOTS, segment, gradient_live[u]) for u, segment in gradient_places.items()]
     transports = dict.fromkeys(unit.transport.description for unit in units)
     plan = MemoryPlan(units[0].mesh.size(), tuple(regions), tuple(slots), tuple(transports))
-    return Blueprint(plan, layouts, gather_places, gradient_places)
+    return MemoryLayout(plan, layouts, gather_places, gradient_places)
 
 
 def _page_nbytes(units: Sequence[Unit]) -> int:
     """The largest pages that many chunks are made of; 0 where no slot can show its shard."""
     for unit in units:
         unit.plan_dtypes()
-    sharers = [u for u in units if u.transport.spares_own_chunks and u.transport.world_size > 1]
+    sharers = [u for u in units if u.transport.aliases_local_shard and u.transport.world_size > 1]
     chunks = [p.chunk_nbytes for unit in sharers for p in unit.params]
     in_pages = [nbytes for nbytes in chunks if nbytes and nbytes % windows.PAGE_NBYTES == 0]
     return math.gcd(MAX_PAGE_NBYTES, *in_pages) if in_pages else 0
 
 
 def _shards(unit: Unit, layout: UnitLayout, page_nbytes: int) -> list[Region]:
-    shown = layout.shown_shard.nbytes
+    aliased = layout.aliased_shard.nbytes
     return [
-        *([Region(f"{unit.name}.shown_shard", "compute_shard", shown, True, page_nbytes)] if shown else []),
+        *([Region(f"{unit.name}.aliased_shard", "compute_shard", aliased, True, page_nbytes)] if aliased else []),
         Region(f"{unit.name}.main_shard", "main_shard", layout.main_shard.nbytes),
         Region(f"{unit.name}.compute_shard", "compute_shard", layout.compute_shard.nbytes, unit.transport.maps_memory),
         Region(f"{unit.name}.grad_shard", "grad_shard", layout.grad_shard.nbytes),
@@ -133,8 +133,8 @@ def own_slot_regions(unit: Unit, layout: UnitLayout) -> list[Region]:
     return regions
 
 
-def _gather_ranges(family: Family, num_ahead: int) -> dict[Unit, LiveRange]:
-    schedule, index = family.schedule, {unit: i for i, unit in enumerate(family.units)}
+def _gather_ranges(tree: UnitTree, num_ahead: int) -> dict[Unit, LiveRange]:
+    schedule, index = tree.schedule, {unit: i for i, unit in enumerate(tree.units)}
     forward = {i: [index[t] for t in u.policy.forward_prefetch if t in index] for u, i in index.items()}
     backward = {i: [index[t] for t in u.policy.backward_prefetch if t in index] for u, i in index.items()}
     forward_from = gather_starts(
@@ -144,14 +144,14 @@ def _gather_ranges(family: Family, num_ahead: int) -> dict[Unit, LiveRange]:
         schedule.backward_order, [schedule.backward_start(i) for i in index.values()], backward, num_ahead
     )
     return {
-        unit: schedule.gather_range(i, forward_from[i], backward_from[i], _residency(family, unit))
+        unit: schedule.gather_range(i, forward_from[i], backward_from[i], _residency(tree, unit))
         for unit, i in index.items()
     }
 
 
-def _residency(family: Family, unit: Unit) -> Residency:
+def _residency(tree: UnitTree, unit: Unit) -> Residency:
     return Residency(
-        after_forward=not family.reshards_after_forward(unit), after_backward=not unit.policy.reshard_after_backward
+        after_forward=not tree.reshards_after_forward(unit), after_backward=not unit.policy.reshard_after_backward
     )
 
 

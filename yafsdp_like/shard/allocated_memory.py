@@ -1,4 +1,4 @@
-"""The memory of one sharded model: what was built from the blueprint, for what, and what was added to it since.
+"""The memory of one sharded model: what was built from the memory_layout, for what, and what was added to it since.
 
 Owns the plan in force, the arena of everything but main shards, and where on it units' shards and slots lie. It does
 not know what is in a slot: who builds or leaves has released them all, and has ordered the streams.
@@ -13,14 +13,14 @@ import torch
 
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import FlatLayout, Segment
-from yafsdp_like.shard.blueprint import (
+from yafsdp_like.shard.memory_layout import (
     COLUMN,
     GATHER_SLOTS,
     GRADIENT_SLOTS,
     STAGING,
-    Blueprint,
-    draw,
+    MemoryLayout,
     own_slot_regions,
+    plan_memory,
 )
 from yafsdp_like.shard.param import NOWHERE
 from yafsdp_like.shard.slots import GatherSlot, GradientSlot
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from yafsdp_like.memory.plan import MemoryPlan
     from yafsdp_like.shard.depth import Depth
-    from yafsdp_like.shard.family import Family
     from yafsdp_like.shard.unit import Unit, UnitLayout
+    from yafsdp_like.shard.unit_tree import UnitTree
 
 AnySlot = TypeVar("AnySlot", GatherSlot, GradientSlot)
 
@@ -45,18 +45,18 @@ class Spill:
     nbytes: int
 
 
-class Building:
+class AllocatedMemory:
     """Of one root module's units; empty until it is built, and again once it is left.
 
     What a build depends on beside the units is given: ``depth``.
     """
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, tree: UnitTree) -> None:
         self.arena: Arena | None = None
         self.num_layouts = 0  # how often slots were given places
         self.spills: list[Spill] = []
-        self._family = family
-        self._blueprint: Blueprint | None = None
+        self._tree = tree
+        self._layout: MemoryLayout | None = None
         self._built_for: tuple[object, ...] = ()  # the depth and the units' signatures then
 
     def stands_for(self, depth: Depth) -> bool:
@@ -64,25 +64,25 @@ class Building:
         return self._built_for == self._signatures(depth)
 
     def _signatures(self, depth: Depth) -> tuple[object, ...]:
-        return (depth, *(unit.signature for unit in self._family.units))
+        return (depth, *(unit.signature for unit in self._tree.units))
 
     def plan(self, depth: Depth) -> MemoryPlan:
         """What is built, or else what would be. Allocates nothing."""
-        if self._blueprint is not None and self.stands_for(depth):
-            return self._blueprint.plan
-        return draw(self._family, depth).plan
+        if self._layout is not None and self.stands_for(depth):
+            return self._layout.plan
+        return plan_memory(self._tree, depth).plan
 
     @property
     def nbytes(self) -> int:
         """The bytes held now, main shards included."""
-        units = self._family.units
+        units = self._tree.units
         homes = sum(p.homes.added_nbytes for unit in units for p in unit.params if p.homes)
         return sum(unit.arena.nbytes for unit in units) + (self.arena.nbytes if self.arena else 0) + homes
 
     def build(self, depth: Depth) -> None:
         """Gives every unit its shards and slots, on an arena of their own. Units must have their main shards."""
-        self._blueprint = draw(self._family, depth)
-        self.arena = build(self._blueprint)
+        self._layout = plan_memory(self._tree, depth)
+        self.arena = build(self._layout)
         self._built_for = self._signatures(depth)
         self.num_layouts += 1
 
@@ -90,7 +90,7 @@ class Building:
         """All ranks have built the same, which peers may map now; or they leave it, and raise the same error: one for
         what differs, or ``error`` of any rank.
         """
-        transports = list(dict.fromkeys(unit.transport for unit in self._family.units))
+        transports = list(dict.fromkeys(unit.transport for unit in self._tree.units))
         try:
             for transport in transports:
                 transport.agree(self._fingerprint(depth), error)
@@ -107,14 +107,14 @@ class Building:
             f"{p.name} {list(p.shards.shape)} of unit {unit.name!r}, {p.main_dtype} computed in {p.compute_dtype} and "
             f"reduced in {p.reduce_dtype}, {'trainable' if p.trainable else 'frozen'}"
             + ("" if unit.trains else ", without room for gradients")
-            for unit in self._family.units
+            for unit in self._tree.units
             for p in unit.params
         ] + [
-            f"unit {unit.name!r} with reshard_after_forward={self._family.reshards_after_forward(unit)}, "
+            f"unit {unit.name!r} with reshard_after_forward={self._tree.reshards_after_forward(unit)}, "
             f"reshard_after_backward={unit.policy.reshard_after_backward}, {unit.reduction()}, prefetching "
             f"{[u.name for u in unit.policy.forward_prefetch]} and {[u.name for u in unit.policy.backward_prefetch]}"
             f", {depth}"
-            for unit in self._family.units
+            for unit in self._tree.units
         ]
 
     def invalidate(self) -> None:
@@ -123,9 +123,9 @@ class Building:
 
     def leave(self) -> None:
         """Its memory is free as soon as nothing else, autograd say, refers to it."""
-        self.arena = self._blueprint = None
+        self.arena = self._layout = None
         self._built_for = ()
-        for unit in self._family.units:
+        for unit in self._tree.units:
             unit.forget_slots()
 
     def add_gather_slot(self, unit: Unit, reason: str) -> Spill:
@@ -143,8 +143,8 @@ class Building:
         return self.spills[-1]
 
     def _spill(self, unit: Unit, which: int, reason: str) -> tuple[Place, UnitLayout]:
-        assert self._blueprint is not None and self.arena is not None
-        layout = self._blueprint.layouts[unit]
+        assert self._layout is not None and self.arena is not None
+        layout = self._layout.layouts[unit]
         region = own_slot_regions(unit, layout)[which]
         known = len(self.arena.blocks)
         self.arena.reserve([region])
@@ -152,21 +152,21 @@ class Building:
             assert unit.engine is not None
             unit.engine.meetings.adds_slot(unit)
             unit.transport.connect(self.arena.blocks[known:])
-        self._blueprint = self._blueprint.with_region(region)
+        self._layout = self._layout.with_region(region)
         self.num_layouts += 1
         self.spills.append(Spill(region.name, reason, region.nbytes))
         return self.arena.place(region.name), layout
 
 
-def build(blueprint: Blueprint) -> Arena:
+def build(memory_layout: MemoryLayout) -> Arena:
     """Allocates everything but the main shards, which units hold already, and gives every unit its shards and slots."""
-    units = list(blueprint.layouts)
+    units = list(memory_layout.layouts)
     arena = Arena(units[0].device)
-    arena.reserve([region for region in blueprint.plan.regions if region.kind != "main_shard"])
-    for unit, layout in blueprint.layouts.items():
+    arena.reserve([region for region in memory_layout.plan.regions if region.kind != "main_shard"])
+    for unit, layout in memory_layout.layouts.items():
         _place_shards(unit, layout, arena)
-        unit.gather_slot = _gather_slot(unit, blueprint, arena)
-        unit.gradient_slot = _gradient_slot(unit, blueprint, arena)
+        unit.gather_slot = _gather_slot(unit, memory_layout, arena)
+        unit.gradient_slot = _gradient_slot(unit, memory_layout, arena)
     for unit in units:
         unit.staging, unit.column = _scratch(arena, STAGING), _scratch(arena, COLUMN)
     _introduce([unit.gather_slot for unit in units])
@@ -184,7 +184,7 @@ def _scratch(arena: Arena, region: str) -> torch.Tensor:
 def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
     for k, p in enumerate(unit.params):
         p.compute = p.main
-        for region, part in (("compute_shard", layout.compute_shard), ("shown_shard", layout.shown_shard)):
+        for region, part in (("compute_shard", layout.compute_shard), ("aliased_shard", layout.aliased_shard)):
             if part.segments[k].nbytes:
                 shard = arena.place(f"{unit.name}.{region}").part(part.segments[k])
                 p.compute = shard.flat(p.compute_dtype, p.shards.chunk_numel)
@@ -192,11 +192,13 @@ def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
             p.place_grad(arena.place(f"{unit.name}.grad_shard").part(layout.grad_shard.segments[k]))
 
 
-def _gather_slot(unit: Unit, blueprint: Blueprint, arena: Arena) -> GatherSlot:
-    layout = blueprint.layouts[unit]
-    if unit in blueprint.gather_places:
-        extent = arena.place(GATHER_SLOTS).part(blueprint.gather_places[unit])
-        return _window(unit, layout, extent) if layout.shown_shard.nbytes else slot_at(unit, extent, layout.gather_slot)
+def _gather_slot(unit: Unit, memory_layout: MemoryLayout, arena: Arena) -> GatherSlot:
+    layout = memory_layout.layouts[unit]
+    if unit in memory_layout.gather_places:
+        extent = arena.place(GATHER_SLOTS).part(memory_layout.gather_places[unit])
+        return (
+            _window(unit, layout, extent) if layout.aliased_shard.nbytes else slot_at(unit, extent, layout.gather_slot)
+        )
     if unit.own_gather_slot:
         return slot_at(unit, arena.place(f"{unit.name}.gather_slot"), layout.gather_slot)
     return _slot_on_shards(unit, layout, arena)
@@ -208,16 +210,16 @@ def slot_at(unit: Unit, extent: Place, layout: FlatLayout) -> GatherSlot:
 
 def _window(unit: Unit, layout: UnitLayout, extent: Place) -> GatherSlot:
     """A slot that shows pages of ``extent``, and of the shard where this rank's chunks belong."""
-    shown = {k: segment for k, segment in enumerate(layout.shown_shard.segments) if segment.nbytes}
-    shard = extent.arena.place(f"{unit.name}.shown_shard")
+    aliased = {k: segment for k, segment in enumerate(layout.aliased_shard.segments) if segment.nbytes}
+    shard = extent.arena.place(f"{unit.name}.aliased_shard")
     parts, end, taken = [], 0, 0
-    for k, own in shown.items():
+    for k, own in aliased.items():
         start = layout.gather_slot.segments[k].offset_nbytes + unit.params[k].rank * own.nbytes
         parts += [extent.part(Segment(taken, start - end)), shard.part(own)]
         taken, end = taken + start - end, start + own.nbytes
     parts.append(extent.part(Segment(taken, layout.gather_slot.nbytes - end)))
     window = extent.arena.show(f"{unit.name}.window", parts)
-    return GatherSlot(unit, [window.part(segment) for segment in layout.gather_slot.segments], extent, shown)
+    return GatherSlot(unit, [window.part(segment) for segment in layout.gather_slot.segments], extent, aliased)
 
 
 def _slot_on_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> GatherSlot:
@@ -231,10 +233,10 @@ def _slot_on_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> GatherSlot:
     return GatherSlot(unit, places, None)
 
 
-def _gradient_slot(unit: Unit, blueprint: Blueprint, arena: Arena) -> GradientSlot:
-    layout = blueprint.layouts[unit].gradient_slot
-    if unit in blueprint.gradient_places:
-        return GradientSlot(unit, arena.place(GRADIENT_SLOTS).part(blueprint.gradient_places[unit]), layout)
+def _gradient_slot(unit: Unit, memory_layout: MemoryLayout, arena: Arena) -> GradientSlot:
+    layout = memory_layout.layouts[unit].gradient_slot
+    if unit in memory_layout.gradient_places:
+        return GradientSlot(unit, arena.place(GRADIENT_SLOTS).part(memory_layout.gradient_places[unit]), layout)
     if unit.own_gradient_slot:
         return GradientSlot(unit, arena.place(f"{unit.name}.gradient_slot"), layout)
     # Parameters without elements have gradients too, but no bytes in any region: an empty one holds them.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Family:
+class UnitTree:
     """A root module's units, in order of registration, which is their number in ``schedule``.
 
     ``after_in_forward`` and ``after_in_backward`` are, for each unit, those expected after it that have something to
@@ -38,13 +38,13 @@ class Family:
         return unit is not self.root_unit if asked is None else asked
 
 
-def family_of(root: nn.Module) -> Family:
+def unit_tree_of(root: nn.Module) -> UnitTree:
     """All units below ``root``, which get their full names from it."""
     units = list({found: None for module in root.modules() if (found := unit_of(module)) is not None})
     _name(root, units)
     schedule = schedule_of(root, _units_of_modules(units), len(units))
     ticks = {unit: (schedule.backward_start(i), schedule.backward_end(i)) for i, unit in enumerate(units)}
-    return Family(
+    return UnitTree(
         units,
         next((unit for unit in units if root in unit.modules), None),
         schedule,
