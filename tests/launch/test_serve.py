@@ -266,5 +266,5 @@ def test_a_stuck_server_ends_by_itself_after_a_while(directory: Path) -> None:
         body = {"model": "base", "prompt": "x", "max_tokens": 200, "ignore_eos": True}
         answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=SECONDS, verify=False)
         assert answer.status_code == 503
-        assert "the engine has failed: Stuck" in answer.json()["error"]["message"]
+        assert "the engine has failed: StuckEngineError" in answer.json()["error"]["message"]
         assert running.process.wait(SECONDS) == 3

@@ -31,7 +31,7 @@ from tests.inference.http.servers import (
 )
 from yafsdp_like.inference.http import body_limits, body_pool, server
 from yafsdp_like.inference.http.body_limits import BodyLimits
-from yafsdp_like.inference.http.body_pool import BodyReaderPool, Busy
+from yafsdp_like.inference.http.body_pool import BodyReaderPool, ReaderBusyError
 from yafsdp_like.inference.http.errors import ApiError
 from yafsdp_like.inference.text.codec import Codec
 
@@ -249,7 +249,7 @@ def test_bytes_of_long_bodies_are_bounded_and_given_back(monkeypatch: pytest.Mon
         second.add(body_pool.SHORT_COST + 40)
         with at_work.reserve() as third:
             third.add(body_pool.SHORT_COST)
-            with pytest.raises(Busy):
+            with pytest.raises(ReaderBusyError):
                 third.add(1)
         assert at_work.num_reserved_nbytes == 100
     assert at_work.num_reserved_nbytes == 0

@@ -24,7 +24,7 @@ from tests.inference.http.servers import (
 )
 from yafsdp_like.inference.engine.request import Event, QueueFull
 from yafsdp_like.inference.http import server, service
-from yafsdp_like.inference.http.service import Service, ServiceState, Stuck, Unavailable
+from yafsdp_like.inference.http.service import Service, ServiceState, StuckEngineError, UnavailableError
 from yafsdp_like.inference.http.stream import Stream
 from yafsdp_like.inference.text.codec import Codec, Transcript
 
@@ -147,10 +147,12 @@ def test_an_engine_that_hangs_for_too_long_has_failed(codec: Codec, hurried: Non
         service = Service(engine, stuck_after_s=0.5)
         await service.start()
         stream = await service.open(requests(1))
-        with pytest.raises(Unavailable, match="the engine has failed: Stuck: it has been in one step for"):
+        with pytest.raises(
+            UnavailableError, match="the engine has failed: StuckEngineError: it has been in one step for"
+        ):
             await asyncio.wait_for(drawn(stream), SECONDS)
         for asked in (service.open(requests(1)), service.call(lambda engine: engine.metrics())):
-            with pytest.raises(Unavailable, match="Stuck"):
+            with pytest.raises(UnavailableError, match="StuckEngineError"):
                 await asyncio.wait_for(asked, SECONDS)
         assert (service.state, service.is_stuck) == (ServiceState.FAILED, True)
         await asyncio.wait_for(service.close(), SECONDS)
@@ -170,8 +172,8 @@ def test_an_end_is_not_waited_for_longer_than_its_bound(codec: Codec, hurried: N
         await asyncio.wait_for(service.drain(0.2), SECONDS)
         await asyncio.wait_for(service.close(), SECONDS)
         assert time.monotonic() - began < 10
-        assert isinstance(service.error, Stuck)
-        with pytest.raises(Unavailable, match="ends nothing that is cancelled"):
+        assert isinstance(service.error, StuckEngineError)
+        with pytest.raises(UnavailableError, match="ends nothing that is cancelled"):
             await asyncio.wait_for(drawn(stream), SECONDS)
 
     with hanging(codec) as engine:
@@ -209,7 +211,7 @@ def test_a_call_that_raises_leaves_no_other_call_waiting(codec: Codec, error: Ba
         assert await holding
         first, second = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), SECONDS)
         assert isinstance(first, Exception)
-        assert isinstance(second, Unavailable) == isinstance(error, SystemExit)
+        assert isinstance(second, UnavailableError) == isinstance(error, SystemExit)
 
     run(make_engine(codec), main)
 
@@ -227,7 +229,7 @@ def test_news_that_cannot_be_told_once_loses_its_own_request_only(
     async def main(service: Service[Any]) -> None:
         lost = await service.open(requests(1))
         others = [await service.open([request]) for request in requests(4)[1:]]
-        with pytest.raises(Unavailable, match="the request is lost: ZeroDivisionError: planted"):
+        with pytest.raises(UnavailableError, match="the request is lost: ZeroDivisionError: planted"):
             await asyncio.wait_for(drawn(lost), SECONDS)
         lost.close()
         for number, stream in enumerate(others):
@@ -251,7 +253,7 @@ def test_a_cancellation_that_raises_once_loses_its_own_request_only(codec: Codec
     async def main(service: Service[Any]) -> None:
         first, second = [await service.open([request]) for request in requests(2, max_tokens=50)]
         first.cancel("r0")
-        with pytest.raises(Unavailable, match="planted"):
+        with pytest.raises(UnavailableError, match="planted"):
             await asyncio.wait_for(drawn(first), SECONDS)
         assert await asyncio.wait_for(drawn(second), SECONDS) == {"r1": 50}
         assert service.state is ServiceState.SERVING

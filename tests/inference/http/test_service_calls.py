@@ -9,7 +9,7 @@ import pytest
 
 from tests.inference.http.servers import SECONDS, Turnstile, drawn, let, make_engine, requests, run
 from yafsdp_like.inference.engine.request import QueueFull
-from yafsdp_like.inference.http.service import Service, ServiceState, Unavailable
+from yafsdp_like.inference.http.service import Service, ServiceState, UnavailableError
 from yafsdp_like.inference.text.codec import Codec
 
 
@@ -80,7 +80,7 @@ def test_a_drained_service_lets_run_what_runs_and_begins_nothing(codec: Codec) -
         stream = await service.open(requests(2, max_tokens=20))
         await service.drain(SECONDS)
         assert await drawn(stream) == {"r0": 20, "r1": 20}
-        with pytest.raises(Unavailable, match="draining"):
+        with pytest.raises(UnavailableError, match="draining"):
             await service.open(requests(1))
 
     run(make_engine(codec), main)
@@ -93,9 +93,9 @@ def test_a_closed_service_answers_that_it_is_closed(codec: Codec) -> None:
         await service.close()
         await service.close()
         assert service.state is ServiceState.CLOSED
-        with pytest.raises(Unavailable, match="closed"):
+        with pytest.raises(UnavailableError, match="closed"):
             await service.open(requests(1))
-        with pytest.raises(Unavailable):
+        with pytest.raises(UnavailableError):
             await service.call(lambda engine: engine.metrics())
 
     asyncio.run(main())

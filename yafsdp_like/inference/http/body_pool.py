@@ -27,7 +27,7 @@ MAX_RESERVED_NBYTES = 64 * 2**20  # of long bodies
 MAX_REST_S = 2.0
 
 
-class Busy(RuntimeError):
+class ReaderBusyError(RuntimeError):
     """Too many bodies wait to be read; try again later."""
 
 
@@ -42,10 +42,10 @@ class BoundedExecutor:
         self._rested_at = 0.0
 
     async def do(self, function: Callable[[], T]) -> T:
-        """What `function()` gives or raises. Raises Busy."""
+        """What `function()` gives or raises. Raises ReaderBusyError."""
         with self._lock:
             if self._num_waiting >= self._most:
-                raise Busy(f"{self._num_waiting} {self._name} wait to be read; try again later")
+                raise ReaderBusyError(f"{self._num_waiting} {self._name} wait to be read; try again later")
             self._num_waiting += 1
         future = self._threads.submit(self._run, function)
         future.add_done_callback(self._leave)
@@ -85,10 +85,10 @@ class BodyReservation:
         self._pool.num_reserved_nbytes -= max(0, self.nbytes - SHORT_COST)
 
     def add(self, nbytes: int) -> None:
-        """Raises Busy where long bodies are too many; short ones are not counted."""
+        """Raises ReaderBusyError where long bodies are too many; short ones are not counted."""
         more = max(0, self.nbytes + nbytes - SHORT_COST) - max(0, self.nbytes - SHORT_COST)
         if more and self._pool.num_reserved_nbytes + more > MAX_RESERVED_NBYTES:
-            raise Busy("too many long bodies are being read; try again later")
+            raise ReaderBusyError("too many long bodies are being read; try again later")
         self.nbytes += nbytes
         self._pool.num_reserved_nbytes += more
 
@@ -106,7 +106,7 @@ class BodyReaderPool:
         return BodyReservation(self)
 
     async def read(self, raw: bytes, function: Callable[[], T]) -> T:
-        """What `function()` gives or raises, which reads this body. Raises Busy."""
+        """What `function()` gives or raises, which reads this body. Raises ReaderBusyError."""
         cost = len(raw) + CONTAINER_COST * raw.count(b"{")
         return await (self._short if cost <= SHORT_COST else self._long).do(function)
 

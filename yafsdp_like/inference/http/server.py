@@ -34,13 +34,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull
-from yafsdp_like.inference.http.body_pool import BodyReaderPool, Busy
+from yafsdp_like.inference.http.body_pool import BodyReaderPool, ReaderBusyError
 from yafsdp_like.inference.http.errors import ApiError, no_object, too_many_choices
 from yafsdp_like.inference.http.metrics import LatencyTracker, ServerMetrics
 from yafsdp_like.inference.http.middleware import AuthMiddleware, error_response
 from yafsdp_like.inference.http.protocol import ChatBody, CompletionBody, RequestParser, ServerOptions
 from yafsdp_like.inference.http.responses import Choice, ParsedRequest
-from yafsdp_like.inference.http.service import Service, ServiceState, Unavailable
+from yafsdp_like.inference.http.service import Service, ServiceState, UnavailableError
 from yafsdp_like.inference.http.stream import Stream
 from yafsdp_like.inference.text.codec import Codec, Piece
 
@@ -71,7 +71,7 @@ class OpenAIHandler:
         """The answer to a body of this kind. Raises ApiError."""
         try:
             parsed = await self._parse(kind, http)
-        except Busy as error:
+        except ReaderBusyError as error:
             raise _full(str(error)) from error
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
@@ -125,7 +125,7 @@ class OpenAIHandler:
             if len(parsed.choices) > (most := self.service.max_waiting):  # to come again would not help
                 raise too_many_choices(len(parsed.choices), most) from error
             raise _full(str(error)) from error
-        except Unavailable as error:
+        except UnavailableError as error:
             raise _unavailable(str(error)) from error
 
     async def _pieces(self, parsed: ParsedRequest, stream: Stream) -> AsyncIterator[tuple[Choice, Piece]]:
@@ -149,7 +149,7 @@ class OpenAIHandler:
                 yield choice, piece
                 if all(choice.transcript.finish is not None for choice in parsed.choices):
                     return
-        except Unavailable as error:
+        except UnavailableError as error:
             raise _unavailable(str(error)) from error
         finally:
             if timer is not None:
@@ -360,7 +360,7 @@ def _add_routes(app: FastAPI, handler: OpenAIHandler) -> None:
         try:
             async with asyncio.timeout(METRICS_S):
                 of_engine = await handler.service.call(lambda engine: engine.metrics())
-        except Unavailable as error:
+        except UnavailableError as error:
             raise _unavailable(str(error)) from error
         except TimeoutError:
             raise _unavailable(f"the engine is busy: {handler.service.busy_s:.0f} s in one step") from None

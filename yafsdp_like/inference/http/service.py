@@ -78,11 +78,11 @@ class SteppableEngine(Protocol):
 EngineT = TypeVar("EngineT", bound=SteppableEngine)
 
 
-class Unavailable(RuntimeError):
+class UnavailableError(RuntimeError):
     """The service takes no requests: it is shutting down, or its engine has failed."""
 
 
-class Stuck(RuntimeError):
+class StuckEngineError(RuntimeError):
     """The engine has not come back in time from what it was doing."""
 
 
@@ -157,7 +157,7 @@ class Service(Generic[EngineT]):
     @property
     def is_stuck(self) -> bool:
         """Whether the thread could not be ended: only the process can."""
-        return isinstance(self.error, Stuck) and self._thread.is_alive()
+        return isinstance(self.error, StuckEngineError) and self._thread.is_alive()
 
     @property
     def unhealthy_reason(self) -> str | None:
@@ -181,7 +181,7 @@ class Service(Generic[EngineT]):
     async def open(self, requests: Sequence[Request]) -> Stream:
         """Give the engine all of these requests, or none of them.
 
-        Raises what `Engine.add` raises of the first that it does not take, and `Unavailable` at the end of the
+        Raises what `Engine.add` raises of the first that it does not take, and `UnavailableError` at the end of the
         service.
         """
         if self.state is not ServiceState.SERVING:
@@ -203,7 +203,7 @@ class Service(Generic[EngineT]):
     async def call(self, function: Callable[[EngineT], T]) -> T:
         """What `function(engine)` gives, made in the engine's thread between two steps.
 
-        Raises what it raises, and `Unavailable` if there is no engine any more.
+        Raises what it raises, and `UnavailableError` if there is no engine any more.
         """
         future: asyncio.Future[T] = self._loop.create_future()
 
@@ -235,7 +235,9 @@ class Service(Generic[EngineT]):
         try:
             await asyncio.wait_for(self._idle.wait(), LAST_STEP_S)
         except TimeoutError:
-            self._fail(Stuck(f"it has been in one step for {self.busy_s:.0f} s, and ends nothing that is cancelled"))
+            self._fail(
+                StuckEngineError(f"it has been in one step for {self.busy_s:.0f} s, and ends nothing that is cancelled")
+            )
 
     async def close(self) -> None:
         """Cancel what runs and end the thread, or leave it where it is stuck. Idempotent."""
@@ -247,7 +249,9 @@ class Service(Generic[EngineT]):
         if self.state is not ServiceState.NEW:
             await asyncio.to_thread(self._thread.join, 0.0 if self.is_stuck else LAST_STEP_S)
             if self._thread.is_alive():
-                self._fail(Stuck(f"it has been in one step for {self.busy_s:.0f} s, and its thread does not end"))
+                self._fail(
+                    StuckEngineError(f"it has been in one step for {self.busy_s:.0f} s, and its thread does not end")
+                )
         if self.state is not ServiceState.FAILED:
             self.state = ServiceState.CLOSED
 
@@ -281,7 +285,7 @@ class Service(Generic[EngineT]):
         while self.state in (ServiceState.SERVING, ServiceState.DRAINING):
             await asyncio.sleep(min(1.0, (self._stuck_after_s or 4.0) / 4))
             if self._stuck_after_s is not None and (busy_s := self.busy_s) > self._stuck_after_s:
-                self._fail(Stuck(f"it has been in one step for {busy_s:.0f} s"))
+                self._fail(StuckEngineError(f"it has been in one step for {busy_s:.0f} s"))
             elif not self._thread.is_alive() and not self._is_over:
                 self._fail(RuntimeError("its thread has ended"))
 
@@ -293,10 +297,10 @@ class Service(Generic[EngineT]):
                 return
         call.fail(self._unavailable())
 
-    def _unavailable(self) -> Unavailable:
+    def _unavailable(self) -> UnavailableError:
         if self.error is not None:
             return _failed(self.error)
-        return Unavailable(f"the service takes no requests: it is {self.state.value}")
+        return UnavailableError(f"the service takes no requests: it is {self.state.value}")
 
     def _route(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -317,7 +321,7 @@ class Service(Generic[EngineT]):
         logger.error("a request is lost", exc_info=error)
         if name in self._streams:
             stream, _ = self._streams[name]
-            stream.fail(Unavailable(f"the request is lost: {type(error).__name__}: {error}"))
+            stream.fail(UnavailableError(f"the request is lost: {type(error).__name__}: {error}"))
 
     def _forget(self, names: Sequence[str]) -> None:
         for name in names:
@@ -403,8 +407,8 @@ class Service(Generic[EngineT]):
                 raise
 
 
-def _failed(error: BaseException) -> Unavailable:
-    return Unavailable(f"the engine has failed: {type(error).__name__}: {error}")
+def _failed(error: BaseException) -> UnavailableError:
+    return UnavailableError(f"the engine has failed: {type(error).__name__}: {error}")
 
 
 def _resolve(future: asyncio.Future[T], result: T) -> None:

@@ -32,7 +32,7 @@ class Stream:
         return self
 
     async def __anext__(self) -> Event:
-        """The next event of any of the requests. Raises `Unavailable` if the engine has failed."""
+        """The next event of any of the requests. Raises `UnavailableError` if the engine has failed."""
         while not self._is_closed:
             if self._events:
                 return self._events.popleft()
