@@ -15,7 +15,7 @@ from tests.inference.text.test_codec import TEXT, needs_smollm2, smollm2_in, wri
 from yafsdp_like.data import Tokenizer
 from yafsdp_like.inference.http.errors import ApiError
 from yafsdp_like.inference.http.protocol import ChatBody, ChatMessage, RequestParser, ServerOptions
-from yafsdp_like.inference.text.chat import _any_of, unpanicked
+from yafsdp_like.inference.text.chat import _any_of, translate_panics
 from yafsdp_like.inference.text.codec import Codec
 
 transformers = pytest.importorskip("transformers")
@@ -100,7 +100,7 @@ def test_the_copy_that_knows_other_names_cuts_everything_else_the_same(
     smollm2: tuple[Codec, Any], content: str
 ) -> None:
     template = smollm2[0]._chat_template
-    text, places = template._owned(template.render(users(content)), users(content))
+    text, places = template._find_own_tokens(template.render(users(content)), users(content))
     assert template._encode_owned(text, places) == smollm2[0].encode_chat(users(content))
 
 
@@ -254,7 +254,7 @@ def test_thousands_of_control_tokens_cost_no_more_than_a_few(tmp_path: Path) -> 
     content, template = "<|reserved_" * 20_000, codec._chat_template
     template.render(users("x"))
     start = time.process_time()
-    template._owned(template.render(users(content)), users(content))
+    template._find_own_tokens(template.render(users(content)), users(content))
     assert time.process_time() - start < 1
 
 
@@ -304,9 +304,12 @@ def test_a_panic_of_the_tokenizer_is_an_error_about_the_text() -> None:
 
     model = Model(models.BPE({"a": 0}, []))
     model.decoder = decoders.Strip(" ", 0, 1)
-    with pytest.raises(ValueError, match="fails on this: index out of bounds"), unpanicked(ValueError, "fails on this"):
+    with (
+        pytest.raises(ValueError, match="fails on this: index out of bounds"),
+        translate_panics(ValueError, "fails on this"),
+    ):
         model.decode([0]) and decoders.Strip(" ", 0, 1).decode([""])
-    with pytest.raises(KeyboardInterrupt), unpanicked(ValueError, "x"):
+    with pytest.raises(KeyboardInterrupt), translate_panics(ValueError, "x"):
         raise KeyboardInterrupt
 
 

@@ -41,14 +41,14 @@ def cut(model: Any, text: str, add_special_tokens: bool = False) -> list[int]:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"text must be Unicode, found half a surrogate pair at character {error.start}") from None
-    with unpanicked(ValueError, "the tokenizer fails on this text"):  # `encode` lets no other thread run
+    with translate_panics(ValueError, "the tokenizer fails on this text"):  # `encode` lets no other thread run
         (encoded,) = model.encode_batch([text], add_special_tokens=add_special_tokens)
     ids: list[int] = encoded.ids
     return ids
 
 
 @contextmanager
-def unpanicked(kind: type[Exception], told: str) -> Iterator[None]:
+def translate_panics(kind: type[Exception], told: str) -> Iterator[None]:
     """Raise an error of this `kind` where `tokenizers` panics: a panic is a BaseException, and would end the thread."""
     try:
         yield
@@ -70,7 +70,7 @@ class ChatTemplate:
         if any(self._places(message.get("role", "")) for message in messages):
             raise ValueError("a role must not have a control token of the model in its name")
         plain = self.render(messages)
-        text, places = self._owned(plain, messages)
+        text, places = self._find_own_tokens(plain, messages)
         if places == self._places(text):
             ids = cut(self._model, text)
             if not self._is_normalized or self._are_at(places, text, ids):
@@ -132,24 +132,24 @@ class ChatTemplate:
         """Where control tokens are in a text."""
         return [found.span() for found in self._pattern.finditer(text)]
 
-    def _owned(self, plain: str, messages: Messages) -> tuple[str, Places]:
+    def _find_own_tokens(self, plain: str, messages: Messages) -> tuple[str, Places]:
         """The conversation's text, and where in it the template's own control tokens are: [Note: whose tokens]."""
         contents = "".join(content for message in messages for key, content in message.items() if key != "role")
         if not any(edge in contents for edge in self._edges):
             return plain, self._places(plain)
-        there = dict(zip(self._edges, _absent(plain + contents), strict=False))
+        there = dict(zip(self._edges, _find_absent(plain + contents), strict=False))
         back = {private: edge for edge, private in there.items()}
-        chosen = self.render(_changed(messages, lambda content: _replaced(content, there)))
-        if _replaced(chosen, back) != plain:
-            partly = self.render(_changed(messages, lambda content: self._broken(content, there)))
+        chosen = self.render(_map_contents(messages, lambda content: _replace(content, there)))
+        if _replace(chosen, back) != plain:
+            partly = self.render(_map_contents(messages, lambda content: self._break_control_tokens(content, there)))
             if self._pattern.findall(partly) == self._pattern.findall(chosen):
                 chosen = partly
-        return _replaced(chosen, back), self._places(chosen)
+        return _replace(chosen, back), self._places(chosen)
 
-    def _broken(self, content: str, there: Mapping[str, str]) -> str:
+    def _break_control_tokens(self, content: str, there: Mapping[str, str]) -> str:
         """A content without control tokens, and other characters as they are."""
         while True:  # tokens may overlap
-            broken = self._pattern.sub(lambda found: _replaced(found[0], there), content)
+            broken = self._pattern.sub(lambda found: _replace(found[0], there), content)
             if broken == content:
                 return content
             content = broken
@@ -181,7 +181,7 @@ class ChatTemplate:
 
     @cached_property
     def _renamed(self) -> Renamed:
-        return renamed(self._model, self._control)
+        return rename_control_tokens(self._model, self._control)
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Renamed:
     numbers: Mapping[int, int]  # old by new, where they differ
 
 
-def renamed(model: Any, control: Mapping[str, int]) -> Renamed:
+def rename_control_tokens(model: Any, control: Mapping[str, int]) -> Renamed:
     """The same tokenizer with other names for some of its added tokens."""
     secret = secrets.token_hex(16)
     names = {name: f"{secret}n{index}n" for index, name in enumerate(control)}
@@ -239,19 +239,19 @@ def _is_mark(name: str) -> bool:
     return not (name[0].isalnum() or name[-1].isalnum()) and any(character.isalnum() for character in name)
 
 
-def _absent(text: str) -> Iterator[str]:
+def _find_absent(text: str) -> Iterator[str]:
     """Characters that are not in a text."""
     return (
         character for character in map(chr, range(FIRST_PRIVATE, FIRST_PRIVATE + NUM_PRIVATE)) if character not in text
     )
 
 
-def _replaced(text: str, others: Mapping[str, str]) -> str:
+def _replace(text: str, others: Mapping[str, str]) -> str:
     for character, other in others.items():
         text = text.replace(character, other)
     return text
 
 
-def _changed(messages: Messages, change: Callable[[str], str]) -> list[dict[str, str]]:
+def _map_contents(messages: Messages, change: Callable[[str], str]) -> list[dict[str, str]]:
     """Messages with other contents."""
     return [{key: text if key == "role" else change(text) for key, text in message.items()} for message in messages]

@@ -12,7 +12,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from yafsdp_like.inference.text.chat import unpanicked
+from yafsdp_like.inference.text.chat import translate_panics
 from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.models.hf import CONFIG_NAME, GENERATION_CONFIG_NAME
 
@@ -59,7 +59,7 @@ def load_tokenizer(directory: Path) -> Any:
     for name in (TOKENIZER_CONFIG, CONFIG_NAME):
         _check_class(directory / name, transformers)
     try:
-        with unpanicked(ValueError, "a mistake in tokenizers"):
+        with translate_panics(ValueError, "a mistake in tokenizers"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(directory), local_files_only=True, trust_remote_code=False
             )
