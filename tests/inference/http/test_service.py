@@ -147,9 +147,7 @@ def test_an_engine_that_hangs_for_too_long_has_failed(codec: Codec, hurried: Non
         service = Service(engine, stuck_after_s=0.5)
         await service.start()
         stream = await service.open(requests(1))
-        with pytest.raises(
-            UnavailableError, match="the engine has failed: StuckEngineError: it has been in one step for"
-        ):
+        with pytest.raises(UnavailableError, match="failed: StuckEngineError: it has been in one step for"):
             await asyncio.wait_for(drawn(stream), SECONDS)
         for asked in (service.open(requests(1)), service.call(lambda engine: engine.metrics())):
             with pytest.raises(UnavailableError, match="StuckEngineError"):

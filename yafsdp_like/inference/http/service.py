@@ -257,6 +257,9 @@ class Service(Generic[EngineT]):
 
     # --- on the event loop ---
 
+    def _stuck(self, more: str) -> StuckEngineError:
+        return StuckEngineError(f"it has been in one step for {self.busy_s:.0f} s, {more}")
+
     def _check(self, requests: Sequence[Request]) -> None:
         """Raises ValueError for requests whose events could not be told apart."""
         seen: set[str] = set()

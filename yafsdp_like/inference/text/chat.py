@@ -35,7 +35,7 @@ Messages = Sequence[Mapping[str, str]]
 Places = list[tuple[int, int]]  # from character, to character
 
 
-def cut(model: Any, text: str, add_special_tokens: bool = False) -> list[int]:
+def tokenize(model: Any, text: str, add_special_tokens: bool = False) -> list[int]:
     """Ids of a text, as it is unless the model expects something around it. Raises ValueError for what is no text."""
     try:
         text.encode()
@@ -72,7 +72,7 @@ class ChatTemplate:
         plain = self.render(messages)
         text, places = self._find_own_tokens(plain, messages)
         if places == self._places(text):
-            ids = cut(self._model, text)
+            ids = tokenize(self._model, text)
             if not self._is_normalized or self._are_at(places, text, ids):
                 return tuple(ids)
         return self._encode_owned(text, places)
@@ -174,7 +174,7 @@ class ChatTemplate:
         for start, stop in places:
             parts += [text[end:start], renamed.names[text[start:stop]]]
             end = stop
-        ids = [renamed.numbers.get(number, number) for number in cut(renamed.model, "".join([*parts, text[end:]]))]
+        ids = [renamed.numbers.get(number, number) for number in tokenize(renamed.model, "".join([*parts, text[end:]]))]
         if not self._are_at(places, text, ids):
             raise ValueError("a content has the name of a control token, which this tokenizer cannot take as text")
         return tuple(ids)

@@ -23,7 +23,7 @@ from typing import Any
 
 from yafsdp_like.inference.engine.request import Event, FinishReason, Token
 from yafsdp_like.inference.text import directory as hf_directory
-from yafsdp_like.inference.text.chat import ChatTemplate, cut
+from yafsdp_like.inference.text.chat import ChatTemplate, tokenize
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -63,7 +63,7 @@ class Codec:
 
         Raises ValueError for text with half a surrogate pair, which is no Unicode.
         """
-        return tuple(cut(self._model, text, add_special_tokens=True))
+        return tuple(tokenize(self._model, text, add_special_tokens=True))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """Ids of a conversation up to where the model answers; `messages` have `role` and `content`.
