@@ -167,9 +167,9 @@ def test_values_are_counted_outside_of_strings(raw: bytes, is_refused: bool, mon
     limits = BodyLimits(max_seq_len=10, max_choices=20, max_characters=100)
     if is_refused:
         with pytest.raises(ApiError, match="the body: at most"):
-            limits.parsed(raw)
+            limits.parse(raw)
     else:
-        assert limits.parsed(raw) == json.loads(raw)
+        assert limits.parse(raw) == json.loads(raw)
 
 
 def test_what_bodies_look_like_is_told(running: Running) -> None:

@@ -39,7 +39,7 @@ class BodyLimits:
         most = max(MAX_VALUES, MIN_VALUES + 2 * self.max_seq_len)
         return min(most, MIN_VALUES + self.max_choices * self.max_seq_len)
 
-    def parsed(self, raw: bytes) -> Any:
+    def parse(self, raw: bytes) -> Any:
         """What the body says. Raises ApiError for what is no JSON, or too much of it: [Note: cost]."""
         try:
             text = raw.decode("utf-8-sig")

@@ -65,7 +65,7 @@ class ServerOptions(HttpOptions):
 # --- values of fields ---
 
 
-def _refused(instead: str, *harmless: Any) -> AfterValidator:
+def _unsupported(instead: str, *harmless: Any) -> AfterValidator:
     """[Note: fields] What is not honoured: what to do instead, and the values that say what is done anyway."""
 
     def check(value: Any) -> Any:
@@ -164,7 +164,7 @@ class AnyBody(Body):
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
     # [Note: fields] Refused.
-    logit_bias: Annotated[Any, _refused("biases of single tokens are not supported; leave it out", {})] = None
+    logit_bias: Annotated[Any, _unsupported("biases of single tokens are not supported; leave it out", {})] = None
 
     @property
     def num_each(self) -> int:
@@ -188,7 +188,7 @@ class CompletionBody(AnyBody):
     prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts)]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    suffix: Annotated[Any, _refused("the model only continues a prompt; leave it out", "")] = None
+    suffix: Annotated[Any, _unsupported("the model only continues a prompt; leave it out", "")] = None
     best_of: Any = None  # harmless where it is n
 
     def check(self) -> None:
@@ -227,17 +227,17 @@ class ChatBody(AnyBody):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     parallel_tool_calls: Any = None
     # [Note: fields] Refused.
-    tools: Annotated[Any, _refused(NO_TOOLS, [])] = None
-    tool_choice: Annotated[Any, _refused(NO_TOOLS, "none", "auto")] = None
-    functions: Annotated[Any, _refused(NO_TOOLS, [])] = None
-    function_call: Annotated[Any, _refused(NO_TOOLS, "none", "auto")] = None
-    response_format: Annotated[Any, _refused("only {'type': 'text'} is supported", {"type": "text"})] = None
-    modalities: Annotated[Any, _refused(TEXT_ONLY, ["text"])] = None
-    audio: Annotated[Any, _refused(TEXT_ONLY)] = None
-    prediction: Annotated[Any, _refused("nothing is predicted; leave it out")] = None
-    reasoning_effort: Annotated[Any, _refused("there is no effort to choose; leave it out", "none")] = None
-    verbosity: Annotated[Any, _refused("there is none to choose; leave it out", "medium")] = None
-    web_search_options: Annotated[Any, _refused("nothing is searched; leave it out")] = None
+    tools: Annotated[Any, _unsupported(NO_TOOLS, [])] = None
+    tool_choice: Annotated[Any, _unsupported(NO_TOOLS, "none", "auto")] = None
+    functions: Annotated[Any, _unsupported(NO_TOOLS, [])] = None
+    function_call: Annotated[Any, _unsupported(NO_TOOLS, "none", "auto")] = None
+    response_format: Annotated[Any, _unsupported("only {'type': 'text'} is supported", {"type": "text"})] = None
+    modalities: Annotated[Any, _unsupported(TEXT_ONLY, ["text"])] = None
+    audio: Annotated[Any, _unsupported(TEXT_ONLY)] = None
+    prediction: Annotated[Any, _unsupported("nothing is predicted; leave it out")] = None
+    reasoning_effort: Annotated[Any, _unsupported("there is no effort to choose; leave it out", "none")] = None
+    verbosity: Annotated[Any, _unsupported("there is none to choose; leave it out", "medium")] = None
+    web_search_options: Annotated[Any, _unsupported("nothing is searched; leave it out")] = None
 
     def check(self) -> None:
         """Raise ApiError for a combination that is not served."""
@@ -266,7 +266,7 @@ class RequestParser:
 
         Raises ApiError for what is not served; what would take long to parse is refused before it is.
         """
-        sent = self._limits.parsed(raw)
+        sent = self._limits.parse(raw)
         self._limits.check(sent)
         try:
             body = kind.model_validate(sent)
