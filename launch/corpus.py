@@ -25,7 +25,7 @@ def open_text(options: Config, model_vocab_size: int, speaks: bool) -> PackedTex
     """
     data = text_of(options, model_vocab_size)
     try:
-        with shown(speaks) as say:
+        with show_progress(speaks) as say:
             corpus = prepare(data, say)
     except RuntimeError as error:  # the cache cannot be written
         raise ValueError(str(error)) from error
@@ -56,7 +56,7 @@ def text_of(options: Config, model_vocab_size: int) -> DataConfig:
     return dataclasses.replace(data, tokenizer=hf_dir)
 
 
-def described(corpus: PackedText, options: Config) -> str:
+def describe_text(corpus: PackedText, options: Config) -> str:
     """How much text there is, and how often all steps go through it."""
     header = corpus.header
     num_seen = options.num_steps * options.global_batch_size * options.seq_len
@@ -73,7 +73,7 @@ def _passes(passes: float) -> str:
 
 
 @contextmanager
-def shown(speaks: bool) -> Iterator[Callable[[Progress], None]]:
+def show_progress(speaks: bool) -> Iterator[Callable[[Progress], None]]:
     """What shows progress meanwhile: a bar on a terminal, a line now and then elsewhere, nothing on other ranks."""
     if not speaks:
         yield lambda progress: None

@@ -169,7 +169,7 @@ class RunState:
             with together():
                 if broken and self._trainer.world.is_first:
                     steps.put_aside_later(self._directory, start.step)
-            if changes := changed(_config_of(start), self._trainer.options):
+            if changes := describe_changes(_config_of(start), self._trainer.options):
                 say(f"from step {start.step + 1} on, other than when {start.path.name} was saved:")
                 say("\n".join(f"  {line}" for line in changes))
             return start
@@ -198,7 +198,7 @@ class RunState:
         export = None
         stopping = self._trainer.stopping
         if self._exporter is not None and not (stopping is not None and stopping.is_bounded):
-            export = partial(self._export, self._exporter, self._exported(state["model"]))
+            export = partial(self._export, self._exporter, self._export_specs(state["model"]))
         self._checkpoints.save(self._trainer.step, state, self._metadata(), export, asynchronous)
 
     def check(self) -> None:
@@ -225,7 +225,7 @@ class RunState:
             state["random"] = {str(trainer.world.rank): steps.random_state(trainer.world.device)}
         return state
 
-    def _exported(self, weights: dict[str, Any]) -> dict[str, TensorSpec]:
+    def _export_specs(self, weights: dict[str, Any]) -> dict[str, TensorSpec]:
         """What is to be written for others: the same names, whole, floating-point values in the dtype asked for."""
         dtype = getattr(torch, self._trainer.options.checkpoint.export_dtype)
         return {
@@ -273,7 +273,9 @@ class RunState:
             if key in saved and (difference := steps.first_difference(saved[key], present[key])):
                 raise ValueError(f"{start.path} is {of}: {difference}")
         if difference := steps.first_difference(saved["order"], present["order"]):
-            told = [line for line in changed(_config_of(start), self._trainer.options) if line.startswith("data.")]
+            told = [
+                line for line in describe_changes(_config_of(start), self._trainer.options) if line.startswith("data.")
+            ]
             why = f" ({'; '.join(' '.join(line.split()) for line in told)})" if told else ""
             raise ValueError(f"{start.path} was trained on other data or in another order: {difference}{why}")
 
@@ -297,7 +299,7 @@ def _config_of(start: Start) -> Mapping[str, Any] | None:
     return found if isinstance(found, Mapping) else None
 
 
-def changed(saved: Mapping[str, Any] | None, present: Config) -> list[str]:
+def describe_changes(saved: Mapping[str, Any] | None, present: Config) -> list[str]:
     """What is told to this run and was told otherwise to the one that saved: `key  then -> now`, a line each."""
     if saved is None:
         return []

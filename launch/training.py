@@ -15,7 +15,7 @@ from typing import Any
 from launch import build, memory_check, metrics, sample
 from launch.config import Config
 from launch.console import Console
-from launch.corpus import described, open_text
+from launch.corpus import describe_text, open_text
 from launch.gradients import NotFiniteError
 from launch.log import Log
 from launch.profiling import Profiling
@@ -44,7 +44,7 @@ def run(options: Config, world: World, stopping: Stopping | None = None) -> int:
     with together():
         corpus = open_text(options, model_vocab_size, world.is_first)
     console = Console(world.is_first, options.num_steps, starts[0].step)
-    console.say("\n".join(words for words in (described(corpus, options), unexported) if words))
+    console.say("\n".join(words for words in (describe_text(corpus, options), unexported) if words))
     console.say(build.describe_plan(model, world))
     with together():
         recipe.fill(model, world.device, from_checkpoint=starts[0].path is not None)

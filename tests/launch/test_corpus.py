@@ -12,7 +12,7 @@ import pytest
 
 from launch import config, corpus, metrics
 from launch.config import Config, ModelOptions
-from launch.corpus import described, open_text, text_of
+from launch.corpus import describe_text, open_text, text_of
 from launch.recipe import recipe_of
 from tests.launch.test_train import run_here
 from tests.ranks import run_ranks
@@ -71,12 +71,12 @@ def test_an_empty_configuration_trains_on_the_carried_text(tmp_path: Path) -> No
 def test_the_size_of_the_text_and_its_passes_are_told(text: DataConfig) -> None:
     options = Config(data=text, num_steps=25, global_batch_size=4, seq_len=8)
     packed = open_text(options, 300, speaks=False)
-    assert described(packed, options) == (
+    assert describe_text(packed, options) == (
         "text: 1.46 KiB in 40 documents, 442 tokens to train on and 22 held out (documents by hash), of a vocabulary "
         "of 300; 25 steps see 800 tokens, 1.8 passes over the text"
     )
     once = Config(data=text, num_steps=1, global_batch_size=1, seq_len=8)
-    assert described(packed, once).endswith("1 steps see 8 tokens, 1.8% of the text")
+    assert describe_text(packed, once).endswith("1 steps see 8 tokens, 1.8% of the text")
 
 
 def test_without_a_terminal_each_thing_has_a_line_and_then_one_now_and_then(
@@ -84,19 +84,19 @@ def test_without_a_terminal_each_thing_has_a_line_and_then_one_now_and_then(
 ) -> None:
     clock = iter([0.0, 1.0, 4.9, 5.0, 5.0, 6.0, 6.0])
     monkeypatch.setattr(corpus.time, "monotonic", lambda: next(clock))
-    with corpus.shown(speaks=True) as show:
+    with corpus.show_progress(speaks=True) as show:
         for what, done in (("reading", 0), ("reading", 10), ("reading", 20), ("reading", 30), ("packing", 0)):
             show(Progress(what, done, 2048))
     assert capsys.readouterr().out == "reading: 2.00 KiB\nreading: 1%\npacking: 2.00 KiB\n"
-    with corpus.shown(speaks=False) as show:
+    with corpus.show_progress(speaks=False) as show:
         show(Progress("reading", 0, 2048))
     assert capsys.readouterr().out == ""
 
 
 ON_A_TERMINAL = """
-from launch.corpus import shown
+from launch.corpus import show_progress
 from yafsdp_like.data import Progress
-with shown(True) as show:
+with show_progress(True) as show:
     for done in (0, 500, 1000):
         show(Progress("tokenizing book.txt", done, 1000))
 """

@@ -81,10 +81,10 @@ def invalid_body(found: Mapping[str, Any]) -> ApiError:
         return invalid(param, "no such field is known here")
     if kind == UNSUPPORTED:
         return invalid(param, message, UNSUPPORTED)
-    return invalid(param, message if kind == "missing" else f"{message}; found {shown(found['input'])}")
+    return invalid(param, message if kind == "missing" else f"{message}; found {shorten(found['input'])}")
 
 
-def shown(value: Any) -> str:
+def shorten(value: Any) -> str:
     """The beginning of what was sent, however long or deep it is."""
     return SHORT.repr(value).encode("ascii", "backslashreplace").decode()[:80]
 

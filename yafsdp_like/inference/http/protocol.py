@@ -27,7 +27,7 @@ from yafsdp_like.inference.http.errors import (
     ApiError,
     invalid,
     invalid_body,
-    shown,
+    shorten,
     too_long,
     too_many_choices,
 )
@@ -112,7 +112,7 @@ def _as_text(value: Any) -> str:
         for part in value:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind != "text":
-                raise ValueError(f"only parts of type 'text' are understood, not {shown(kind)[:40]}")
+                raise ValueError(f"only parts of type 'text' are understood, not {shorten(kind)[:40]}")
             if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
                 raise ValueError('a part must be {"type": "text", "text": "..."}')
         return "\n".join(part["text"] for part in value)
@@ -303,7 +303,7 @@ class RequestParser:
     def check_model(self, name: str) -> None:
         """Raises ApiError unless it is the one that is served."""
         if name not in (self._options.model_name, *self._options.aliases):
-            message = f"model: there is no {shown(name)} here, only {self._options.model_name!r}"
+            message = f"model: there is no {shorten(name)} here, only {self._options.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def _check(self, body: AnyBody, num_prompts: int) -> None:
@@ -319,7 +319,7 @@ class RequestParser:
         for token in (min(prompt), max(prompt)):
             if not 0 <= token < self._options.vocab_size:
                 most = self._options.vocab_size - 1
-                raise invalid("prompt", f"token ids must be from 0 to {most}, found {shown(token)}")
+                raise invalid("prompt", f"token ids must be from 0 to {most}, found {shorten(token)}")
         return tuple(prompt)
 
     def _probe(self, param: str, text: str) -> None:
@@ -352,7 +352,7 @@ class RequestParser:
         """Tokens to generate after a prompt: what was asked for, which must fit, or as much of the default as fits."""
         room = self._options.max_seq_len - len(prompt)
         if room < (asked or 1):
-            words = f"{len(prompt)} tokens, and {shown(asked or 1)} to generate"
+            words = f"{len(prompt)} tokens, and {shorten(asked or 1)} to generate"
             raise too_long(param, words, self._options.max_seq_len)
         return asked or min(default, room)
 
