@@ -123,8 +123,8 @@ class HierarchicalTransport:
         """Each tensor's parts, of one host after the other."""
         return [part for tensor in tensors for part in tensor.view(self.num_hosts, tensor.numel() // self.num_hosts)]
 
-    def expect(self, event: Event) -> None:
-        self._inside.expect(event)
+    def arm_watchdog(self, event: Event) -> None:
+        self._inside.arm_watchdog(event)
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
         agree(self._group, lines, error)

@@ -144,8 +144,8 @@ class PeerTransport:
     def stream_barrier(self, stream: str) -> None:
         self._barrier.stream_barrier(stream)
 
-    def expect(self, event: Event) -> None:
-        self._barrier.expect(event)
+    def arm_watchdog(self, event: Event) -> None:
+        self._barrier.arm_watchdog(event)
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
         agree(self._group, lines, error)

@@ -112,7 +112,7 @@ class ProcessGroupTransport:
         if reduction.post_divisor != 1.0:
             torch._foreach_div_(list(outputs), reduction.post_divisor)
 
-    def expect(self, event: Event) -> None:
+    def arm_watchdog(self, event: Event) -> None:
         pass  # the group does
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:

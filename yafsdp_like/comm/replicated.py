@@ -111,8 +111,8 @@ class ReplicatedTransport:
             if work is not None:
                 work.wait()  # blocks the CPU on gloo, and only orders the current stream on NCCL
 
-    def expect(self, event: Event) -> None:
-        self.shards.expect(event)
+    def arm_watchdog(self, event: Event) -> None:
+        self.shards.arm_watchdog(event)
 
     def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
         """Of all replicas: one that was built of another model would meet the others in its first all-reduce."""

@@ -45,7 +45,7 @@ class Barrier:
     def stream_barrier(self, stream: str) -> None:
         self._group.barrier().wait()
 
-    def expect(self, event: Event) -> None:
+    def arm_watchdog(self, event: Event) -> None:
         """A barrier has a timeout of its own."""
 
 
@@ -68,10 +68,10 @@ class Flags:
         current = torch.cuda.current_stream(self._device).cuda_stream
         checked(driver.cuStreamBatchMemOp(current, len(operations), operations, 0))
 
-    def expect(self, event: Event) -> None:
+    def arm_watchdog(self, event: Event) -> None:
         """All work ahead of ``event``, barriers among it, ends within the group's timeout."""
         if not torch.cuda.is_current_stream_capturing():  # what is recorded is expected when it is replayed
-            self._watchdog.expect(event)
+            self._watchdog.arm(event)
 
 
 def _barrier_operations(windows: Sequence[Window], channel: int, rank: int) -> list[Any]:
@@ -116,25 +116,25 @@ class Watchdog:
 
     def __init__(self, rank: int, timeout: datetime.timedelta) -> None:
         self._rank, self._timeout_s = rank, timeout.total_seconds()
-        self._expected: tuple[Event, float] | None = None  # the oldest event that is not known to be complete
+        self._armed: tuple[Event, float] | None = None  # the oldest event that is not known to be complete
         self._changed = threading.Condition()
         threading.Thread(target=self._watch, name="yafsdp_watchdog", daemon=True).start()
 
-    def expect(self, event: Event) -> None:
+    def arm(self, event: Event) -> None:
         """An event that has to be complete before the timeout; ignored while an earlier one is not."""
         with self._changed:
-            if self._expected is None or self._expected[0].query():
-                self._expected = event, time.monotonic() + self._timeout_s
+            if self._armed is None or self._armed[0].query():
+                self._armed = event, time.monotonic() + self._timeout_s
                 self._changed.notify()
 
     def _watch(self) -> None:
         while True:
             with self._changed:
-                while self._expected is None:
+                while self._armed is None:
                     self._changed.wait()
-                event, deadline = self._expected
+                event, deadline = self._armed
                 if event.query():
-                    self._expected = None
+                    self._armed = None
                     continue
             if time.monotonic() > deadline:
                 self._end()

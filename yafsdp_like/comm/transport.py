@@ -99,7 +99,7 @@ class Transport(Protocol):
         it before. Only where memory is mapped: collectives meet by themselves.
         """
 
-    def expect(self, event: Event) -> None:
+    def arm_watchdog(self, event: Event) -> None:
         """All that this rank issued ahead of ``event`` has to be done before the timeout of the ranks' group; where
         nobody else sees to it, the process then ends with a message.
         """

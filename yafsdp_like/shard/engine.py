@@ -253,7 +253,7 @@ class Engine:
             cast = [unit.refresh_compute_shard() for unit in self.units if unit.transport.maps_memory]
             for transport in mapping:
                 transport.stream_barrier(GATHER)
-        self.expect(self.streams.record(GATHER))
+        self.arm_watchdog(self.streams.record(GATHER))
         if any(cast):  # the next update of the main shards comes after
             self.streams.wait(COMPUTE, self.streams.record(GATHER))
 
@@ -528,13 +528,13 @@ class Engine:
         """A backward ends: what follows on compute (clipping, the optimizer) sees every gradient."""
         if self.last_reduce is not None:
             self.streams.wait(COMPUTE, self.last_reduce)
-            self.expect(self.last_reduce)
+            self.arm_watchdog(self.last_reduce)
             self.last_reduce = None
 
-    def expect(self, event: Event) -> None:
+    def arm_watchdog(self, event: Event) -> None:
         """Ranks that wait for each other ahead of ``event`` must not do so for ever."""
         for transport in self.transports:
-            transport.expect(event)
+            transport.arm_watchdog(event)
 
     def discard_gradients(self) -> None:
         """Drops gradients that are complete in part only, after a backward that failed."""

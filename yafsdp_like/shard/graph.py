@@ -217,7 +217,7 @@ def _return_to(state: StepKey, engine: Engine, reduced: Sequence[ShardedParam]) 
 
 def _settle(engine: Engine, reduced: Sequence[ShardedParam]) -> None:
     """A step was replayed: what Python would have noted."""
-    engine.expect(engine.streams.record(COMPUTE))
+    engine.arm_watchdog(engine.streams.record(COMPUTE))
     for unit in engine.units:
         unit.gather_slot.state = SlotState.EMPTY
         unit.cast, unit.written_by_update = unit.generation(), False
