@@ -50,7 +50,7 @@ def share(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
     return values
 
 
-def agree(group: dist.ProcessGroup, lines: Sequence[str], error: BaseException | None) -> None:
+def check_same_on_all_ranks(group: dist.ProcessGroup, lines: Sequence[str], error: BaseException | None) -> None:
     """Raises on every rank of `group` unless all pass the same `lines` and none an `error`.
 
     A rank with an error raises it as it is. `RuntimeError` on the others, and on all for lines that differ: it names

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from yafsdp_like.comm import peer
-from yafsdp_like.comm.consistency import agree, share
+from yafsdp_like.comm.consistency import share
 from yafsdp_like.comm.process_group import ProcessGroupTransport
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.memory.streams import GATHER, Event
@@ -125,9 +125,6 @@ class HierarchicalTransport:
 
     def arm_watchdog(self, event: Event) -> None:
         self._inside.arm_watchdog(event)
-
-    def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
-        agree(self._group, lines, error)
 
 
 def over_hosts(group: dist.ProcessGroup, device: torch.device, reason: str) -> HierarchicalTransport | str:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from yafsdp_like.comm.consistency import agree, share
+from yafsdp_like.comm.consistency import share
 from yafsdp_like.comm.descriptors import windows_of_all_ranks
 from yafsdp_like.comm.signals import Barrier, Flags
 from yafsdp_like.kernels.reduce import ReduceTable
@@ -146,9 +146,6 @@ class PeerTransport:
 
     def arm_watchdog(self, event: Event) -> None:
         self._barrier.arm_watchdog(event)
-
-    def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
-        agree(self._group, lines, error)
 
     def _of_all_ranks(self, mine: torch.Tensor) -> list[torch.Tensor]:
         """The same place as that of ``mine``, in every rank's memory."""

@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
-from yafsdp_like.comm.consistency import agree
-
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
@@ -114,9 +112,6 @@ class ProcessGroupTransport:
 
     def arm_watchdog(self, event: Event) -> None:
         pass  # the group does
-
-    def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
-        agree(self._gather_group, lines, error)
 
 
 def _finish(work: dist.Work | None) -> None:

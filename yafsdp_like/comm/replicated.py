@@ -20,8 +20,6 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllreduceCoalescedOptions
 
-from yafsdp_like.comm.consistency import agree
-
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
@@ -113,10 +111,6 @@ class ReplicatedTransport:
 
     def arm_watchdog(self, event: Event) -> None:
         self.shards.arm_watchdog(event)
-
-    def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
-        """Of all replicas: one that was built of another model would meet the others in its first all-reduce."""
-        agree(self.everybody, lines, error)
 
 
 def _are(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> bool:

@@ -40,7 +40,7 @@ class Team:
         dist.broadcast_object_list(box, group=self._group, group_src=0)
         return box[0]
 
-    def expect_same(self, what: str, value: object) -> None:
+    def check_same(self, what: str, value: object) -> None:
         """Raises RuntimeError on all ranks unless they pass equal values. Blocks the CPU."""
         values = share(value, self._group)
         others = [rank for rank, other in enumerate(values) if other != values[0]]

@@ -103,9 +103,3 @@ class Transport(Protocol):
         """All that this rank issued ahead of ``event`` has to be done before the timeout of the ranks' group; where
         nobody else sees to it, the process then ends with a message.
         """
-
-    def agree(self, lines: Sequence[str], error: BaseException | None) -> None:
-        """Raises the same error on every rank unless all ranks pass the same ``lines`` and no ``error``.
-
-        Blocks the CPU; called once per model, never in a step.
-        """

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from yafsdp_like.comm.consistency import check_same_on_all_ranks
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import FlatLayout, Segment
 from yafsdp_like.shard.memory_layout import (
@@ -86,14 +87,14 @@ class AllocatedMemory:
         self._built_for = self._signatures(depth)
         self.num_layouts += 1
 
-    def agree(self, depth: Depth, error: Exception | None) -> None:
+    def check_same_on_all_ranks(self, depth: Depth, error: Exception | None) -> None:
         """All ranks have built the same, which peers may map now; or they leave it, and raise the same error: one for
         what differs, or ``error`` of any rank.
         """
         transports = list(dict.fromkeys(unit.transport for unit in self._tree.units))
         try:
             for transport in transports:
-                transport.agree(self._fingerprint(depth), error)
+                check_same_on_all_ranks(transport.everybody, self._fingerprint(depth), error)
             for transport in transports:
                 if transport.maps_memory and self.arena is not None:
                     transport.connect(self.arena.blocks)

@@ -153,7 +153,7 @@ class Engine:
                 self._build()
         except Exception as e:
             error = e
-        self.memory.agree(self.depth, error)
+        self.memory.check_same_on_all_ranks(self.depth, error)
 
     def _follow_grad_mode(self) -> None:
         """A model that begins without grad mode gets room for gradients only once a forward may lead to a backward."""

@@ -104,7 +104,7 @@ class Engine:
         self.options = options
         self._weights, self._team = weights, weights.team
         if self._team is not None:
-            self._team.expect_same("the options of engines", options)
+            self._team.check_same("the options of engines", options)
         self._max_seq_len = weights.plan.max_seq_len
         self._runner = _runner(weights)
         self._cache = self._kv_cache()
@@ -213,7 +213,7 @@ class Engine:
         """
         requests = list(requests)
         if self._team is not None:
-            self._team.expect_same("requests", [replace(request, deadline=None) for request in requests])
+            self._team.check_same("requests", [replace(request, deadline=None) for request in requests])
         elif self._weights.lockstep:
             raise RuntimeError("generate() cannot know when other ranks have ended: call step() equally often on all")
         tokens: dict[str, list[Token]] = {}

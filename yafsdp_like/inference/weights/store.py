@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from yafsdp_like.comm.consistency import check_same_on_all_ranks
 from yafsdp_like.comm.tp_group import Team, world_team
 from yafsdp_like.inference.plan.placement import WEIGHT_SLOTS
 from yafsdp_like.memory.arena import Arena, Place
@@ -295,7 +296,7 @@ class PlacedWeights:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self._transport is not None:
-            self._transport.agree([line], error)
+            check_same_on_all_ranks(self._transport.everybody, [line], error)
         elif error is not None:
             raise error
 
@@ -319,7 +320,7 @@ def reserve(plan: ServingPlan, device: torch.device, transport: Transport | None
     except Exception as caught:
         error = caught
     if transport is not None:
-        transport.agree(str(plan).splitlines(), error)
+        check_same_on_all_ranks(transport.everybody, str(plan).splitlines(), error)
         if plan.mode == "gathered":
             transport.connect(arena.blocks)
     elif error is not None:
