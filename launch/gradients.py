@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from launch.world import World
-from yafsdp_like.comm.consistency import AgreedError, share
+from yafsdp_like.comm.consistency import AgreedError, all_gather_object
 from yafsdp_like.optim.adamw import local
 
 
@@ -82,7 +82,7 @@ def where_not_finite(names: list[str], norms: list[Tensor]) -> str | None:
     """Which tensors are not finite, in words, from this rank's norms of its parts; asked on all ranks, told to all."""
     finite = torch.isfinite(torch.stack([norm.float() for norm in norms])).tolist() if norms else []
     here = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
-    bad = {name for there in share(here) for name in there}
+    bad = {name for there in all_gather_object(here) for name in there}
     found = [name for name in names if name in bad]
     if not found:
         return None

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from launch.options import GenerateOptions, ServeOptions
 from launch.world import join, leave
-from yafsdp_like.comm.consistency import share
+from yafsdp_like.comm.consistency import all_gather_object
 from yafsdp_like.comm.tp_group import Team
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import PLAIN
@@ -118,7 +118,7 @@ def with_memory_limit(options: EngineOptions, device: torch.device) -> EngineOpt
     """Limit memory, where nothing is given, to free GPU memory less `LIBRARIES_NBYTES`, or to `CPU_KV_NBYTES`."""
     if options.memory_limit_nbytes is None and device.type == "cuda":
         limit = max(1, torch.cuda.mem_get_info(device)[0] - LIBRARIES_NBYTES)
-        limit = min(share(limit)) if dist.is_initialized() else limit  # ranks plan alike
+        limit = min(all_gather_object(limit)) if dist.is_initialized() else limit  # ranks plan alike
         return replace(options, memory_limit_nbytes=limit)
     if options.memory_limit_nbytes is None and options.kv_nbytes is None:
         return replace(options, kv_nbytes=CPU_KV_NBYTES)

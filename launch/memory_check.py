@@ -19,7 +19,7 @@ from launch import build
 from launch.config import Config
 from launch.recipe import decoder_config, recipe_of
 from launch.world import World
-from yafsdp_like.comm.consistency import AgreedError, share
+from yafsdp_like.comm.consistency import AgreedError, all_gather_object
 from yafsdp_like.memory.plan import MemoryPlan, readable
 from yafsdp_like.memory.room import free_nbytes
 from yafsdp_like.models import PRESETS

@@ -33,7 +33,7 @@ from launch.trainer import Trainer
 from launch.world import World
 from yafsdp_like.checkpoint import steps
 from yafsdp_like.checkpoint.safetensors import TensorSpec
-from yafsdp_like.comm.consistency import AgreedError, share, together
+from yafsdp_like.comm.consistency import AgreedError, all_gather_object, together
 
 REQUIRED_METADATA = ("step", "position", "world_size", "order", "shapes")  # that a run cannot go on without
 
@@ -62,7 +62,7 @@ def find_starts(options: Config, world: World) -> list[Start]:
     with together():
         if world.is_first:
             found = _starts(options)
-    return share(found)[0]
+    return all_gather_object(found)[0]
 
 
 def _starts(options: Config) -> list[Start]:

@@ -18,7 +18,7 @@ from launch.log import Log
 from launch.stop_signals import Stopping
 from launch.world import World
 from yafsdp_like import GraphedStep
-from yafsdp_like.comm.consistency import share
+from yafsdp_like.comm.consistency import all_gather_object
 from yafsdp_like.data import Batches, PackedText
 from yafsdp_like.optim.adamw import local
 from yafsdp_like.optim.schedule import WarmupCosine
@@ -135,7 +135,7 @@ class Trainer:
     def _is_stopped(self) -> bool:
         """Whether any rank has been told to stop by now, between two batches of an evaluation."""
         if self.stopping is not None and not self.stops:
-            self.stops = any(share(self.stopping.asked is not None))
+            self.stops = any(all_gather_object(self.stopping.asked is not None))
         return self.stops
 
     def _forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:

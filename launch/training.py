@@ -24,14 +24,16 @@ from launch.run_state import RunState, find_starts, prepare_directory
 from launch.stop_signals import STOPPED, Stopping
 from launch.trainer import Trainer
 from launch.world import World
-from yafsdp_like.comm.consistency import AgreedError, share, together
+from yafsdp_like.comm.consistency import AgreedError, all_gather_object, together
 from yafsdp_like.data import unigram_entropy
 
 
 def run(options: Config, world: World, stopping: Stopping | None = None) -> int:
     """Everything between joining the process group and leaving it; the exit status: 0, or STOPPED."""
     if stopping is not None:
-        stopping.peers = [process for host, process in share((platform.node(), os.getpid())) if host == platform.node()]
+        stopping.peers = [
+            process for host, process in all_gather_object((platform.node(), os.getpid())) if host == platform.node()
+        ]
     with together():
         options.num_accumulated(world.size)
         recipe = recipe_of(options.model, options.seed)

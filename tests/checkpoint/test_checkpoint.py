@@ -24,7 +24,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.ranks import RankError, on_ranks, run_ranks
 from yafsdp_like.checkpoint import steps
-from yafsdp_like.comm.consistency import AgreedError, share, together
+from yafsdp_like.comm.consistency import AgreedError, all_gather_object, together
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("KILLS", "2"))  # how often a writer is killed in one test
@@ -308,7 +308,7 @@ def test_an_error_about_input_on_one_rank_is_raised_on_all_and_nobody_is_left_wa
         raise ValueError("the same on both")
     with together():
         pass
-    assert share(dist.get_rank()) == [0, 1]
+    assert all_gather_object(dist.get_rank()) == [0, 1]
 
 
 def raise_on_rank_1() -> None:

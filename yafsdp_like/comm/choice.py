@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from yafsdp_like.comm import TransportName
-from yafsdp_like.comm.consistency import share
+from yafsdp_like.comm.consistency import all_gather_object
 from yafsdp_like.comm.hierarchical import HierarchicalTransport, over_hosts
 from yafsdp_like.comm.peer import PeerTransport, obstacle
 from yafsdp_like.comm.process_group import ProcessGroupTransport
@@ -56,7 +56,7 @@ def _alike(
         found = transport_of(group, device, asked)
     except ValueError as e:
         error = str(e)
-    kinds = share((type(found).__name__, error), replicas)
+    kinds = all_gather_object((type(found).__name__, error), replicas)
     errors = [e for _, e in kinds if e is not None]
     if found is None or errors:
         raise ValueError(errors[0])

@@ -35,7 +35,7 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    reports = share(None if error is None else described(error), group)
+    reports = all_gather_object(None if error is None else described(error), group)
     if error is not None and not isinstance(error, (*ABOUT_INPUT, AgreedError)):
         raise error
     for rank, report in enumerate(reports):
@@ -43,7 +43,7 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
             raise AgreedError(report if all(r == report for r in reports) else f"{report} (rank {rank})") from error
 
 
-def share(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
+def all_gather_object(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
     """Every rank's value, in order of rank."""
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
@@ -61,14 +61,14 @@ def check_same_on_all_ranks(group: dist.ProcessGroup, lines: Sequence[str], erro
             raise error
         return
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    reports = share((digest, None if error is None else f"{type(error).__name__}: {error}"), group)
+    reports = all_gather_object((digest, None if error is None else f"{type(error).__name__}: {error}"), group)
     if error is not None:
         raise error
     failed = [(rank, message) for rank, (_, message) in enumerate(reports) if message is not None]
     if failed:
         raise RuntimeError("\n".join(f"rank {rank} failed to shard the model: {m}" for rank, m in failed))
     if any(other != digest for other, _ in reports):
-        position, told = first_difference(share(list(lines), group))
+        position, told = first_difference(all_gather_object(list(lines), group))
         raise RuntimeError(
             f"ranks shard different models; the first difference is entry {position}: {told}. Build the same "
             "modules, and call fully_shard on them in the same order with the same arguments, on every rank"

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from yafsdp_like.comm.consistency import share
+from yafsdp_like.comm.consistency import all_gather_object
 from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.vmm import Pages, Window, window
 
@@ -74,7 +74,7 @@ def _connections(group: dist.ProcessGroup) -> Iterator[dict[int, socket.socket]]
         listener.bind(str(folder / "pages"))
         listener.listen(group.size())
         listener.settimeout(_TIMEOUT_SECONDS)
-        addresses: list[str] = share(str(folder / "pages"), group)
+        addresses: list[str] = all_gather_object(str(folder / "pages"), group)
         found: dict[int, socket.socket] = {}
         for rank in range(group.rank()):
             found[rank] = stack.enter_context(socket.socket(socket.AF_UNIX))

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from yafsdp_like.comm import peer
-from yafsdp_like.comm.consistency import share
+from yafsdp_like.comm.consistency import all_gather_object
 from yafsdp_like.comm.process_group import ProcessGroupTransport
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.memory.streams import GATHER, Event
@@ -129,14 +129,14 @@ class HierarchicalTransport:
 
 def over_hosts(group: dist.ProcessGroup, device: torch.device, reason: str) -> HierarchicalTransport | str:
     """The transport for ``group``, or why it is not possible. Asked by all ranks together."""
-    hosts = share(peer._host(), group)
+    hosts = all_gather_object(peer._host(), group)
     per_host = hosts.count(hosts[0])
     if (irregular := _irregular(hosts)) is not None:
         return irregular
     ranks, (host, place) = dist.get_process_group_ranks(group), divmod(group.rank(), per_host)
     inside = _group_of(ranks[host * per_host : (host + 1) * per_host], "yafsdp_inside_host")
     across = _group_of(ranks[place::per_host], "yafsdp_across_hosts")
-    obstacles = [o for o in share(peer.obstacle(inside, device), group) if o is not None]
+    obstacles = [o for o in all_gather_object(peer.obstacle(inside, device), group) if o is not None]
     if obstacles:
         return f"on a host, {obstacles[0]}"
     return HierarchicalTransport(

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllreduceOptions
 
-from yafsdp_like.comm.consistency import first_difference, share
+from yafsdp_like.comm.consistency import all_gather_object, first_difference
 from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES
 from yafsdp_like.memory.plan import Region
@@ -137,7 +137,7 @@ class Journal:
             self._entries, self._digest = [], 0
             # Some ranks may have posted more since than others, so words would meet digests in the same channel.
             self._channel = _Channel(self._group, self._device)
-            lines = share([entry.words for entry in posted.entries], self._channel.group)
+            lines = all_gather_object([entry.words for entry in posted.entries], self._channel.group)
             raise RuntimeError(_different(lines))
 
 

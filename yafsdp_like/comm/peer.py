@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from yafsdp_like.comm.consistency import share
+from yafsdp_like.comm.consistency import all_gather_object
 from yafsdp_like.comm.descriptors import windows_of_all_ranks
 from yafsdp_like.comm.signals import Barrier, Flags
 from yafsdp_like.kernels.reduce import ReduceTable
@@ -202,14 +202,16 @@ def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 def obstacle(group: dist.ProcessGroup, device: torch.device) -> str | None:
     """Why the ranks of ``group`` cannot map each other's memory; None if they can. Asked by all ranks together."""
-    identities = share((_host(), _gpu(device)), group)
+    identities = all_gather_object((_host(), _gpu(device)), group)
     if len({host for host, _ in identities}) > 1:
         return "the ranks are on several hosts"
-    if (why := next(filter(None, share(pages_obstacle(device), group)), None)) is not None or device.type == "cpu":
+    if (
+        why := next(filter(None, all_gather_object(pages_obstacle(device), group)), None)
+    ) is not None or device.type == "cpu":
         return why
     if len(set(identities)) < len(identities):
         return "several ranks share one GPU"
-    reachable = share(_reaches_all(device, [gpu for _, gpu in identities]), group)
+    reachable = all_gather_object(_reaches_all(device, [gpu for _, gpu in identities]), group)
     return None if all(reachable) else "the GPUs cannot read each other's memory, or do not see each other"
 
 

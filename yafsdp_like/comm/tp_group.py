@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllreduceOptions
 
-from yafsdp_like.comm.consistency import share
+from yafsdp_like.comm.consistency import all_gather_object
 
 Value = TypeVar("Value")
 
@@ -42,7 +42,7 @@ class Team:
 
     def check_same(self, what: str, value: object) -> None:
         """Raises RuntimeError on all ranks unless they pass equal values. Blocks the CPU."""
-        values = share(value, self._group)
+        values = all_gather_object(value, self._group)
         others = [rank for rank, other in enumerate(values) if other != values[0]]
         if others:
             raise RuntimeError(f"{what} must be the same on all ranks that compute together; those of {others} differ")
