@@ -17,7 +17,7 @@ from launch import metrics
 from launch.config import Config
 from launch.console import Console
 from launch.world import World
-from yafsdp_like.comm.consistency import together
+from yafsdp_like.comm.consistency import raise_on_all_ranks
 from yafsdp_like.memory.plan import readable
 
 
@@ -40,7 +40,7 @@ class Log:
         self._start = time.perf_counter()
         self._pending: list[Pending] = []
         self._recorder: metrics.Recorder | None = None
-        with together():
+        with raise_on_all_ranks():
             if world.is_first:
                 self._recorder = metrics.Recorder(Path(options.output_dir), options.log.tensorboard, step + 1)
 
@@ -76,7 +76,7 @@ class Log:
         if held_out_loss is not None:
             records[-1]["held_out_loss"] = _finite(held_out_loss)
         self._pending.clear()
-        with together():
+        with raise_on_all_ranks():
             if self._recorder is not None:
                 self._recorder.write(records)
         self._console.show(records[-1])

@@ -33,7 +33,7 @@ from launch.trainer import Trainer
 from launch.world import World
 from yafsdp_like.checkpoint import steps
 from yafsdp_like.checkpoint.safetensors import TensorSpec
-from yafsdp_like.comm.consistency import AgreedError, all_gather_object, together
+from yafsdp_like.comm.consistency import AgreedError, all_gather_object, raise_on_all_ranks
 
 REQUIRED_METADATA = ("step", "position", "world_size", "order", "shapes")  # that a run cannot go on without
 
@@ -59,7 +59,7 @@ def find_starts(options: Config, world: World) -> list[Start]:
     another run's.
     """
     found: list[Start] = []
-    with together():
+    with raise_on_all_ranks():
         if world.is_first:
             found = _starts(options)
     return all_gather_object(found)[0]
@@ -147,7 +147,7 @@ class RunState:
         start = starts[0]
         if start.path is not None:
             start = self._load_first(starts, say)
-        with together():
+        with raise_on_all_ranks():
             if self._trainer.world.is_first:
                 write_config(self._trainer.options, start.step)
 
@@ -156,7 +156,7 @@ class RunState:
         broken: list[str] = []
         for start in starts:
             assert start.path is not None and start.metadata is not None
-            with together():
+            with raise_on_all_ranks():
                 self._check(start)
             try:
                 self._load(start.path, start.metadata)
@@ -166,7 +166,7 @@ class RunState:
             broken += [words for words in start.broken if words not in broken]
             for words in broken:
                 say(f"{words}; going on from {start.path.name}")
-            with together():
+            with raise_on_all_ranks():
                 if broken and self._trainer.world.is_first:
                     steps.put_aside_later(self._directory, start.step)
             if changes := describe_changes(_config_of(start), self._trainer.options):

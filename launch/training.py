@@ -24,17 +24,16 @@ from launch.run_state import RunState, find_starts, prepare_directory
 from launch.stop_signals import STOPPED, Stopping
 from launch.trainer import Trainer
 from launch.world import World
-from yafsdp_like.comm.consistency import AgreedError, all_gather_object, together
+from yafsdp_like.comm.consistency import AgreedError, all_gather_object, raise_on_all_ranks
 from yafsdp_like.data import unigram_entropy
 
 
 def run(options: Config, world: World, stopping: Stopping | None = None) -> int:
     """Everything between joining the process group and leaving it; the exit status: 0, or STOPPED."""
     if stopping is not None:
-        stopping.peers = [
-            process for host, process in all_gather_object((platform.node(), os.getpid())) if host == platform.node()
-        ]
-    with together():
+        host_and_process = all_gather_object((platform.node(), os.getpid()))
+        stopping.peers = [process for host, process in host_and_process if host == platform.node()]
+    with raise_on_all_ranks():
         options.num_accumulated(world.size)
         recipe = recipe_of(options.model, options.seed)
         model_vocab_size = recipe.vocab_size
@@ -43,14 +42,14 @@ def run(options: Config, world: World, stopping: Stopping | None = None) -> int:
             prepare_directory(options, world)
     starts = find_starts(options, world)
     model = planned_model(recipe, options, world)
-    with together():
+    with raise_on_all_ranks():
         corpus = open_text(options, model_vocab_size, world.is_first)
     console = Console(world.is_first, options.num_steps, starts[0].step)
     console.say("\n".join(words for words in (describe_text(corpus, options), unexported) if words))
     console.say(build.describe_plan(model, world))
-    with together():
+    with raise_on_all_ranks():
         recipe.fill(model, world.device, from_checkpoint=starts[0].path is not None)
-    with together():
+    with raise_on_all_ranks():
         trainer = Trainer(options, world, corpus, model, stopping)
     state = RunState(trainer, recipe, exporter)
     state.restore(starts, console.say)
@@ -72,7 +71,7 @@ def run(options: Config, world: World, stopping: Stopping | None = None) -> int:
 
 def planned_model(recipe: Recipe, options: Config, world: World) -> Any:
     """The sharded model, for which nothing is allocated yet and all that it needs is free. Fails on all ranks else."""
-    with together():
+    with raise_on_all_ranks():
         model = build.build_model(recipe, options, world)
     try:
         memory_check.check_memory(model, options, world)
@@ -150,7 +149,7 @@ def finish(trainer: Trainer, state: RunState, log: Log) -> None:
         tokens = sample.generate(trainer.model, prompt, options.sample, options.seq_len, trainer.world)
         log.say(f"sample: {corpus.tokenizer.decode(tokens)}")
     output = Path(options.output_dir)
-    with together():
+    with raise_on_all_ranks():
         if trainer.world.is_first:
             metrics.draw_losses(metrics.read_records(output), unigram_entropy(corpus.train), output / "loss.png")
     log.say(f"step {trainer.step} after {log.totals()}")

@@ -24,7 +24,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.ranks import RankError, on_ranks, run_ranks
 from yafsdp_like.checkpoint import steps
-from yafsdp_like.comm.consistency import AgreedError, all_gather_object, together
+from yafsdp_like.comm.consistency import AgreedError, all_gather_object, raise_on_all_ranks
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("KILLS", "2"))  # how often a writer is killed in one test
@@ -301,18 +301,18 @@ def load_plain(path: Path) -> float:
 
 @on_ranks()
 def test_an_error_about_input_on_one_rank_is_raised_on_all_and_nobody_is_left_waiting() -> None:
-    with pytest.raises(AgreedError, match=r"no such text \(rank 1\)"), together():
+    with pytest.raises(AgreedError, match=r"no such text \(rank 1\)"), raise_on_all_ranks():
         if dist.get_rank() == 1:
             raise ValueError("no such text")
-    with pytest.raises(AgreedError, match=r"^the same on both$"), together():
+    with pytest.raises(AgreedError, match=r"^the same on both$"), raise_on_all_ranks():
         raise ValueError("the same on both")
-    with together():
+    with raise_on_all_ranks():
         pass
     assert all_gather_object(dist.get_rank()) == [0, 1]
 
 
 def raise_on_rank_1() -> None:
-    with together():
+    with raise_on_all_ranks():
         if dist.get_rank() == 1:
             raise KeyError("a mistake")
 

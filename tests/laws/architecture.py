@@ -222,11 +222,11 @@ FACTORIES = re.compile(
     r"|.*\.new_(empty|zeros|ones|full|tensor|empty_strided)"
 )
 COLLECTIVES = re.compile(
-    r"torch\.distributed\.(all_gather|all_reduce|all_to_all|reduce|reduce_scatter|scatter|gather|broadcast|send|recv"
+    r"(?!yafsdp_like\.)(?:torch\.distributed\.(all_gather|all_reduce|all_to_all|reduce|reduce_scatter|scatter|gather|broadcast|send|recv"
     r"|isend|irecv|batch_isend_irecv|barrier|monitored_barrier|new_group|new_subgroups)\w*"
     r"|torch\.distributed\._functional_collectives.*"
     r"|.*\.(allgather|allreduce|alltoall|_allgather|_reduce_scatter|reduce_scatter_|all_gather_)\w*"
-    r"|.*\.(?!stream_barrier$)\w*(_coalesced|barrier)"  # that one is a transport's
+    r"|.*\.(?!stream_barrier$)\w*(_coalesced|barrier))"  # that one is a transport's
 )
 STREAMS = re.compile(r"torch(\.\w+)*\.(Stream|ExternalStream|Event)")
 

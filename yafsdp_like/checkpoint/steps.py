@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from yafsdp_like.checkpoint import reading
-from yafsdp_like.comm.consistency import host_group, together
+from yafsdp_like.comm.consistency import host_group, raise_on_all_ranks
 from yafsdp_like.memory.plan import readable
 
 SHARDS, METADATA = "shards", "metadata.json"
@@ -130,7 +130,7 @@ def load_into(path: Path, state: dict[str, Any], may_lack: Sequence[str] = ()) -
     was saved is taken out. Called by all ranks together. Raises UnreadableError for a checkpoint that cannot be read,
     or lacks something.
     """
-    with together():
+    with raise_on_all_ranks():
         metadata = reading.read_metadata(path / SHARDS)
     if may_lack:
         _take_out_unsaved(state, may_lack, metadata.state_dict_metadata)
@@ -177,7 +177,7 @@ class StepCheckpoints:
         self._host_copy = HostCopy(on_gpu=torch.cuda.is_initialized())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        with together(self._group):
+        with raise_on_all_ranks(self._group):
             if self._is_first:
                 _remove_leftovers(directory)
 
@@ -199,14 +199,14 @@ class StepCheckpoints:
             copy = self._host_copy.take(state)
             self._pending = self._thread.submit(self._write, partial, copy, metadata, export)
         else:
-            with together(self._group):
+            with raise_on_all_ranks(self._group):
                 self._write(partial, state, metadata, export)
 
     def _begin(self, step: int) -> Path:
         """An empty directory to write `step` to, once the save under way is done."""
         self.wait()
         partial = self._directory / f".step-{step}.partial"
-        with together(self._group):
+        with raise_on_all_ranks(self._group):
             if self._is_first:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -217,12 +217,12 @@ class StepCheckpoints:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.exception()  # first of all wait: its thread communicates over the same group
-            with together(self._group):
+            with raise_on_all_ranks(self._group):
                 pending.result()
 
     def check(self) -> None:
         """Raise what the save under way failed with, as far as it has come; do not wait for it."""
-        with together():  # not over the group of the thread, which may be communicating
+        with raise_on_all_ranks():  # not over the group of the thread, which may be communicating
             if self._pending is not None and self._pending.done():
                 self._pending.result()
 

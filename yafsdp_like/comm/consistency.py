@@ -24,7 +24,7 @@ class AgreedError(RuntimeError):
 
 
 @contextmanager
-def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def raise_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run the body on every rank of `group`; if it fails on some, raise `AgreedError` on all of them.
 
     A rank that met a mistake of ours, not of the input's, raises its own error instead, with its traceback. The body

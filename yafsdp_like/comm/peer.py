@@ -205,9 +205,8 @@ def obstacle(group: dist.ProcessGroup, device: torch.device) -> str | None:
     identities = all_gather_object((_host(), _gpu(device)), group)
     if len({host for host, _ in identities}) > 1:
         return "the ranks are on several hosts"
-    if (
-        why := next(filter(None, all_gather_object(pages_obstacle(device), group)), None)
-    ) is not None or device.type == "cpu":
+    why = next(filter(None, all_gather_object(pages_obstacle(device), group)), None)
+    if why is not None or device.type == "cpu":
         return why
     if len(set(identities)) < len(identities):
         return "several ranks share one GPU"
