@@ -17,7 +17,7 @@ import torch.distributed as dist
 from launch.options import GenerateOptions, ServeOptions
 from launch.world import join, leave
 from yafsdp_like.comm.consistency import all_gather_object
-from yafsdp_like.comm.tp_group import Team
+from yafsdp_like.comm.tp_group import TPGroup
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import PLAIN
 from yafsdp_like.inference.options import EngineOptions
@@ -42,7 +42,7 @@ class LoadedModel:
     device: torch.device
     max_seq_len: int
     lockstep: bool  # ranks must step together
-    team: Team | None  # and these also compute together
+    tp_group: TPGroup | None  # and these also compute together
     sampling: SamplingParams = PLAIN  # where a request says nothing
 
 
@@ -85,7 +85,7 @@ def _ready(
     model: Model, codec: Codec, weights: PlacedWeights, options: EngineOptions, sampling: SamplingParams
 ) -> LoadedModel:
     engine, longest = Engine(weights, options), weights.plan.max_seq_len
-    return LoadedModel(model, codec, engine, weights.device, longest, weights.lockstep, weights.team, sampling)
+    return LoadedModel(model, codec, engine, weights.device, longest, weights.lockstep, weights.tp_group, sampling)
 
 
 def _join(device_type: str) -> torch.device:

@@ -70,7 +70,7 @@ def serve(model: LoadedModel, options: ServeOptions, address: socket) -> None:
 
     Raises RuntimeError if the engine has failed; if it is stuck, the process ends here.
     """
-    leader = None if model.team is None else TPDriver(model.engine, model.team)
+    leader = None if model.tp_group is None else TPDriver(model.engine, model.tp_group)
     engine: SteppableEngine = model.engine if leader is None else leader
     service = Service(
         engine,
@@ -122,10 +122,10 @@ def follow_first_rank(model: LoadedModel) -> None:
 
     Raises RuntimeError if it has failed.
     """
-    assert model.team is not None
+    assert model.tp_group is not None
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    follow(model.engine, model.team)
+    follow(model.engine, model.tp_group)
 
 
 def end_stuck(what: str) -> NoReturn:

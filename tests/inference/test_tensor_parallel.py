@@ -32,7 +32,7 @@ from tests.inference.engine.test_engine import (
 from tests.inference.weights import test_weights
 from tests.ranks import RankError, run_ranks
 from yafsdp_like.comm.choice import transport_of
-from yafsdp_like.comm.tp_group import world_team
+from yafsdp_like.comm.tp_group import world_tp_group
 from yafsdp_like.inference.engine import engine as engine_module
 from yafsdp_like.inference.engine.engine import Engine, Metrics
 from yafsdp_like.inference.engine.forward import _range_of
@@ -194,7 +194,7 @@ def serve_by_clocks_that_differ(seconds: float) -> tuple[dict[str, FinishReason]
     """Ends, numbers of tokens, and how often the clock was told; "a" has a deadline so many seconds from now on."""
     rank, rounds = dist.get_rank(), 0
     it = engine_together(TINY, OPTIONS)
-    first = world_team().first
+    first = world_tp_group().broadcast
 
     def told(value: Any) -> Any:
         nonlocal rounds
@@ -203,7 +203,7 @@ def serve_by_clocks_that_differ(seconds: float) -> tuple[dict[str, FinishReason]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module.time, "monotonic", lambda now=time.monotonic: now() + 1e6 * rank)
-        patch.setattr(it._team, "first", told)
+        patch.setattr(it._tp_group, "broadcast", told)
         text = prompts(1)[0]
         deadline = time.monotonic() + seconds
         asked = [Request("a", text, GREEDY, 8, deadline=deadline), Request("b", text, GREEDY, 8)]
@@ -226,10 +226,10 @@ def test_deadlines_go_by_the_first_ranks_clock(seconds: float, finish: FinishRea
 def step_with_cancellations() -> list[tuple[str, int, FinishReason | None]]:
     """Requests come and go between steps, in the same places on all ranks; no clock is asked."""
     it = engine_together(TINY, OPTIONS)
-    assert it._team is not None
+    assert it._tp_group is not None
     told = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(it._team, "first", lambda value: pytest.fail("a step without deadlines must not meet"))
+        patch.setattr(it._tp_group, "broadcast", lambda value: pytest.fail("a step without deadlines must not meet"))
         for number, request in enumerate(requests(prompts(6), max_tokens=9)):
             it.add(request)
             told += [(e.request_id, len(e.tokens), e.finish) for e in it.step()]

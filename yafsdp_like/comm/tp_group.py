@@ -16,7 +16,7 @@ from yafsdp_like.comm.consistency import all_gather_object
 Value = TypeVar("Value")
 
 
-class Team:
+class TPGroup:
     """The ranks of ``group``, who all make the same calls in the same order."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -34,7 +34,7 @@ class Team:
         if work is not None:
             work.wait()  # blocks the CPU on gloo, and only orders the current stream on NCCL
 
-    def first(self, value: Value) -> Value:
+    def broadcast(self, value: Value) -> Value:
         """The first rank's ``value``. Blocks the CPU; on the first rank perhaps until it is sent only."""
         box = [value]
         dist.broadcast_object_list(box, group=self._group, group_src=0)
@@ -48,8 +48,8 @@ class Team:
             raise RuntimeError(f"{what} must be the same on all ranks that compute together; those of {others} differ")
 
 
-def world_team() -> Team:
+def world_tp_group() -> TPGroup:
     """All ranks of this process's world, which there must be."""
     group = dist.group.WORLD
     assert group is not None, "there is no process group"
-    return Team(group)
+    return TPGroup(group)

@@ -42,7 +42,7 @@ from tests.inference.http.servers import (
 from tests.inference.http.servers import drawn as drawn_from
 from tests.inference.text.test_codec import write_tokenizer
 from tests.ranks import PRELOADED, run_ranks
-from yafsdp_like.comm.tp_group import Team, world_team
+from yafsdp_like.comm.tp_group import TPGroup, world_tp_group
 from yafsdp_like.inference.engine import tp_driver as together
 from yafsdp_like.inference.engine.engine import Engine, Metrics
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
@@ -99,14 +99,14 @@ def texts(directory: str) -> list[Text]:
 
 def with_server(directory: str, clients: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, Metrics]:
     """What `clients(server, *arguments)` gives on the first rank, and the metrics of each, on which nothing is left."""
-    codec, team = Codec.load(Path(directory)), world_team()
+    codec, tp_group = Codec.load(Path(directory)), world_tp_group()
     timeout_s = options.pop("timeout_s", None)
     engine = make_engine(codec, world_transport(CPU), **options)
     result = None
-    if team.rank:
-        follow(engine, team)
+    if tp_group.rank:
+        follow(engine, tp_group)
     else:
-        with contextlib.closing(TPDriver(engine, team)) as leader:
+        with contextlib.closing(TPDriver(engine, tp_group)) as leader:
             disturbed = leader if timeout_s is None else Slow(leader)  # type: ignore[arg-type]
             with serving(disturbed, codec, poll_interval_s=together.KEEP_ALIVE_S, timeout_s=timeout_s) as running:
                 result = clients(running, *arguments)
@@ -179,13 +179,13 @@ def test_a_deadline_ends_a_request_on_all_ranks(directory: str) -> None:
 
 def refuse(directory: str) -> tuple[list[str], dict[str, FinishReason], Metrics]:
     """What the first rank refuses, how what it took ends, and what was done; requests may be two that wait."""
-    codec, team = Codec.load(Path(directory)), world_team()
+    codec, tp_group = Codec.load(Path(directory)), world_tp_group()
     engine = make_engine(codec, world_transport(CPU), max_waiting=2)
     refused, done = [], {}
-    if team.rank:
-        follow(engine, team)
+    if tp_group.rank:
+        follow(engine, tp_group)
     else:
-        leader, good = TPDriver(engine, team), requests(2)
+        leader, good = TPDriver(engine, tp_group), requests(2)
         long, unknown = Request("long", (1,), max_tokens=10**6), Request("unknown", (10**6,))
         for request in (good[0], good[0], long, unknown, good[1], Request("third", (1, 2))):
             try:
@@ -224,27 +224,27 @@ def serve_after_silence(directory: str, silence_s: float, keep_alive_s: float) -
     """Serves, is silent, and serves again; where listening may take two seconds. What the others were told meanwhile,
     or how this rank has failed.
     """
-    team = Team(dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=2)))
+    tp_group = TPGroup(dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=2)))
     engine = make_engine(Codec.load(Path(directory)), world_transport(CPU))
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(together, "KEEP_ALIVE_S", keep_alive_s)
-            return follow(engine, team) or [] if team.rank else asyncio.run(lead(engine, team, silence_s))
+            return follow(engine, tp_group) or [] if tp_group.rank else asyncio.run(lead(engine, tp_group, silence_s))
     except RuntimeError as error:
         return [type(error).__name__]
     finally:
         engine.check_integrity()
 
 
-async def lead(engine: Engine, team: Team, silence_s: float) -> list[object]:
-    leader, told = TPDriver(engine, team), list[Any]()
-    service, first = Service(leader, poll_interval_s=together.KEEP_ALIVE_S), team.first
+async def lead(engine: Engine, tp_group: TPGroup, silence_s: float) -> list[object]:
+    leader, told = TPDriver(engine, tp_group), list[Any]()
+    service, first = Service(leader, poll_interval_s=together.KEEP_ALIVE_S), tp_group.broadcast
 
     def telling(order: Any) -> Any:
         told.append(order)
         return first(order)
 
-    team.first = telling  # type: ignore[method-assign]
+    tp_group.broadcast = telling  # type: ignore[method-assign]
     await service.start()
     try:
         assert await drawn_from(await service.open(requests(1))) == {"r0": 3}
@@ -443,7 +443,7 @@ def test_ranks_that_only_share_weights_over_a_process_group_serve_nobody(monkeyp
     @contextlib.contextmanager
     def load_model(*_: Any) -> Iterator[LoadedModel]:
         nothing: Any = None
-        yield LoadedModel(nothing, nothing, nothing, CPU, 16, lockstep=True, team=None)
+        yield LoadedModel(nothing, nothing, nothing, CPU, 16, lockstep=True, tp_group=None)
 
     monkeypatch.setattr("launch.inference.load_model", load_model)
     with pytest.raises(ValueError, match="they would have to step together"):

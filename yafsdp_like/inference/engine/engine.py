@@ -102,9 +102,9 @@ class Engine:
         self.config: DecoderConfig = weights.config
         self.plan: MemoryPlan = weights.plan.memory
         self.options = options
-        self._weights, self._team = weights, weights.team
-        if self._team is not None:
-            self._team.check_same("the options of engines", options)
+        self._weights, self._tp_group = weights, weights.tp_group
+        if self._tp_group is not None:
+            self._tp_group.check_same("the options of engines", options)
         self._max_seq_len = weights.plan.max_seq_len
         self._runner = _runner(weights)
         self._cache = self._kv_cache()
@@ -128,7 +128,7 @@ class Engine:
 
     def _measured(self) -> Costs:
         costs = self._runner.measure()
-        return costs if self._team is None else self._team.first(costs)
+        return costs if self._tp_group is None else self._tp_group.broadcast(costs)
 
     # --- requests ---
 
@@ -139,8 +139,8 @@ class Engine:
         Ranks that compute together must all be given it before the same step.
         """
         self._check_request(request)
-        if self._team is not None and request.deadline is not None:
-            request = replace(request, deadline=self._team.first(request.deadline))
+        if self._tp_group is not None and request.deadline is not None:
+            request = replace(request, deadline=self._tp_group.broadcast(request.deadline))
         salt: Hashable = request.salt if self.options.prefix_cache else object()
         self._sequences[request.id] = self._scheduler.add(request, salt)
 
@@ -212,8 +212,8 @@ class Engine:
         same requests, but for deadlines, which are the first rank's; RuntimeError if they are others.
         """
         requests = list(requests)
-        if self._team is not None:
-            self._team.check_same("requests", [replace(request, deadline=None) for request in requests])
+        if self._tp_group is not None:
+            self._tp_group.check_same("requests", [replace(request, deadline=None) for request in requests])
         elif self._weights.lockstep:
             raise RuntimeError("generate() cannot know when other ranks have ended: call step() equally often on all")
         tokens: dict[str, list[Token]] = {}
@@ -246,7 +246,7 @@ class Engine:
     def _now(self) -> float:
         """Seconds as of ``time.monotonic``. All ranks that compute together ask in the same steps, as few as can be."""
         now = time.monotonic()
-        return now if self._team is None or not self._scheduler.has_deadlines else self._team.first(now)
+        return now if self._tp_group is None or not self._scheduler.has_deadlines else self._tp_group.broadcast(now)
 
     def _finish(self, sequence: ActiveRequest, reason: FinishReason) -> Event:
         self._scheduler.end(sequence)

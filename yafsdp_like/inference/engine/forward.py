@@ -123,7 +123,7 @@ class Forward:
         self, weights: Weights, places: Mapping[str, Tensor], cache: LayerPages, num_multiprocessors: int = 1
     ) -> None:
         self._weights, self._places, self._cache = weights, places, cache
-        self._config, self._team = weights.plan.rank_config, weights.team
+        self._config, self._tp_group = weights.plan.rank_config, weights.tp_group
         self._max_seq_len, self._num_multiprocessors = len(places["cos"]), num_multiprocessors
 
     def __call__(self, size: StepSize) -> Tensor:
@@ -217,8 +217,8 @@ class Forward:
 
     def _sum(self, part: Tensor) -> None:
         """What all ranks have computed of it, where they compute together."""
-        if self._team is not None:
-            self._team.sum_(part)
+        if self._tp_group is not None:
+            self._tp_group.sum_(part)
 
     def _head(self, size: StepSize, added: Tensor, hidden: Tensor) -> Tensor:
         norm, head = self._weights.head()
@@ -233,10 +233,10 @@ class Forward:
         return logits
 
     def _project(self, last: Tensor, head: Tensor, logits: Tensor) -> None:
-        if self._team is None:
+        if self._tp_group is None:
             matmul(last, head, logits)
             return
-        rows = _range_of(len(head), self._team.rank, self._team.size)
+        rows = _range_of(len(head), self._tp_group.rank, self._tp_group.size)
         logits.zero_()
         matmul(last, head[rows], logits[:, rows])
         self._sum(logits)  # exact: of each logit all ranks but one have 0

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from yafsdp_like.inference.engine.request import Event, QueueFull, Request
 
 if TYPE_CHECKING:
-    from yafsdp_like.comm.tp_group import Team
+    from yafsdp_like.comm.tp_group import TPGroup
     from yafsdp_like.inference.engine.engine import Engine, Metrics
 
 KEEP_ALIVE_S = 5.0  # of silence; far less than the timeout of any group
@@ -54,10 +54,10 @@ class TPDriver:
     a rank has failed, RuntimeError is raised here and by every ``step`` from then on.
     """
 
-    def __init__(self, engine: Engine, team: Team) -> None:
-        assert team.rank == 0, f"the first rank leads, this is {team.rank}"
+    def __init__(self, engine: Engine, tp_group: TPGroup) -> None:
+        assert tp_group.rank == 0, f"the first rank leads, this is {tp_group.rank}"
         self.config, self.options = engine.config, engine.options
-        self._engine, self._team = engine, team
+        self._engine, self._tp_group = engine, tp_group
         self._last_broadcast_s = (
             time.monotonic()
         )  # when the others were told something; -inf: they may not have heard it
@@ -98,18 +98,18 @@ class TPDriver:
         self._last_broadcast_s = (
             -math.inf
         )  # if this fails there is work: a step, which fails again where a service notices it
-        self._team.first(message)
+        self._tp_group.broadcast(message)
         self._last_broadcast_s = time.monotonic()
 
 
-def follow(engine: Engine, team: Team) -> None:
+def follow(engine: Engine, tp_group: TPGroup) -> None:
     """Asks of this rank's engine what the first rank is asked, until that one is closed.
 
     Blocks the CPU while there is nothing to do. Raises what a step raises, and RuntimeError if the first rank has ended
     otherwise or was silent for longer than the timeout of the group.
     """
     listening: Message = Command.LISTEN
-    while (message := team.first(listening)) is not Command.END:
+    while (message := tp_group.broadcast(listening)) is not Command.END:
         _apply(engine, message)
 
 

@@ -23,7 +23,7 @@ makes one forward in every step, of all calls above and without a reader where i
 makes the others wait.
 
 [Note: tensor parallel]
-Tensor parallel ranks make one forward together (``team``): each has its part of every layer, and a forward holds sums
+Tensor parallel ranks make one forward together (``tp_group``): each has its part of every layer, and a forward holds sums
 over all ranks. So all must step with the same requests, added and cancelled between the same two steps. Sums give
 the same bits everywhere, so that all draw the same tokens, and the scheduler counts tokens and pages only; what it
 knows by the clock (costs that were measured, deadlines) is the first rank's.
@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from yafsdp_like.comm.consistency import check_same_on_all_ranks
-from yafsdp_like.comm.tp_group import Team, world_team
+from yafsdp_like.comm.tp_group import TPGroup, world_tp_group
 from yafsdp_like.inference.plan.placement import WEIGHT_SLOTS
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import Segment
@@ -86,7 +86,7 @@ class Weights(Protocol):
     host: Arena  # and those in host memory, pinned for a GPU
     graphable: bool  # whether a forward may be recorded as a CUDA graph, see [Note: same residency]
     lockstep: bool  # whether ranks must step equally often, see [Note: own pace or lockstep]
-    team: Team | None  # the ranks that make each forward together, see [Note: tensor parallel]; None: each its own
+    tp_group: TPGroup | None  # the ranks that make each forward together, see [Note: tensor parallel]; None: each its own
 
     def embedding(self) -> Tensor:
         """(V, D), until ``layer(0)``."""
@@ -138,9 +138,10 @@ class PlacedWeights:
     ) -> None:
         self.config, self.dtype, self.device = plan.config, plan.site.dtype, arena.device
         self.plan, self.arena, self.host = plan, arena, host
-        self.team = world_team() if plan.mode == "tensor_parallel" else None
-        self.lockstep = self.team is not None or (plan.mode == "gathered" and not plan.site.maps_memory)
-        self.graphable = self.team is not None or not self.lockstep  # ranks in lockstep replay or skip, each on its own
+        self.tp_group = world_tp_group() if plan.mode == "tensor_parallel" else None
+        self.lockstep = self.tp_group is not None or (plan.mode == "gathered" and not plan.site.maps_memory)
+        # Gathering ranks in lockstep replay or skip, each on its own, so they cannot record.
+        self.graphable = self.tp_group is not None or not self.lockstep
         self._transport, self._streams = transport, streams
         wholes = [self._whole(unit) for unit in range(len(plan.placement.packed_units))]
         self._slots = self._slots_of(wholes)
@@ -270,7 +271,7 @@ class PlacedWeights:
         placement = self.plan.placement
         for unit, packed in enumerate(placement.packed_units):
             if unit not in placement.non_resident:
-                rank = 0 if self.team is None else self.team.rank
+                rank = 0 if self.tp_group is None else self.tp_group.rank
                 yield Store(packed, 0, _flat(self.arena.place(packed.name), self.dtype), rank)
             elif self.plan.mode == "streamed":
                 yield Store(packed, 0, _flat(self.host.place(packed.name), self.dtype))
@@ -333,8 +334,10 @@ def _check(plan: ServingPlan, transport: Transport | None) -> None:
         return
     if transport is None:
         raise ValueError(f"a {plan.mode} plan needs the transport of its ranks, found none")
-    if plan.mode == "tensor_parallel" and transport.world_size != world_team().size:
-        raise ValueError(f"tensor_parallel takes all {world_team().size} ranks, found those of {transport.world_size}")
+    if plan.mode == "tensor_parallel" and transport.world_size != world_tp_group().size:
+        raise ValueError(
+            f"tensor_parallel takes all {world_tp_group().size} ranks, found those of {transport.world_size}"
+        )
     if plan.mode == "gathered" and transport.column_nbytes([1]):
         raise ValueError("weights cannot be gathered from peers of several hosts yet; use transport='process_group'")
     if (transport.world_size, transport.maps_memory) != (plan.site.num_ranks, plan.site.maps_memory):
