@@ -86,7 +86,7 @@ def _host_demand(parts: Sequence[Allocation]) -> MemoryDemand:
 
 def _check(demands: Sequence[MemoryDemand], world: World, remedies: Any) -> None:
     """Ranks see all demands, and come to the same end: the first memory that is too small."""
-    everyone = [demand for there in share(list(demands)) for demand in there]
+    everyone = [demand for there in all_gather_object(list(demands)) for demand in there]
     for place in dict.fromkeys(demand.place for demand in everyone):
         sharing = [demand for demand in everyone if demand.place == place]
         needed, free = sum(demand.nbytes for demand in sharing), min(demand.free_nbytes for demand in sharing)

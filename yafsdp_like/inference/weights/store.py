@@ -23,8 +23,8 @@ makes one forward in every step, of all calls above and without a reader where i
 makes the others wait.
 
 [Note: tensor parallel]
-Tensor parallel ranks make one forward together (``tp_group``): each has its part of every layer, and a forward holds sums
-over all ranks. So all must step with the same requests, added and cancelled between the same two steps. Sums give
+Tensor parallel ranks make one forward together (``tp_group``): each has its part of every layer, and a forward holds
+sums over all ranks. So all must step with the same requests, added and cancelled between the same two steps. Sums give
 the same bits everywhere, so that all draw the same tokens, and the scheduler counts tokens and pages only; what it
 knows by the clock (costs that were measured, deadlines) is the first rank's.
 
@@ -86,7 +86,7 @@ class Weights(Protocol):
     host: Arena  # and those in host memory, pinned for a GPU
     graphable: bool  # whether a forward may be recorded as a CUDA graph, see [Note: same residency]
     lockstep: bool  # whether ranks must step equally often, see [Note: own pace or lockstep]
-    tp_group: TPGroup | None  # the ranks that make each forward together, see [Note: tensor parallel]; None: each its own
+    tp_group: TPGroup | None  # see [Note: tensor parallel]; None: each rank makes its own forwards
 
     def embedding(self) -> Tensor:
         """(V, D), until ``layer(0)``."""
