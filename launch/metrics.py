@@ -165,10 +165,24 @@ class EventFile:
 
 
 def read_records(directory: Path) -> list[Record]:
-    """All whole lines of a run's metrics.jsonl."""
+    """Read all whole lines of a run's metrics.jsonl; raise ValueError, with file and line, for what is no record."""
     path = directory / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or "step" not in record:
+            raise ValueError(
+                f"{path}, line {number}: expected a record with a step as JSON, found {line[:60]!r}; "
+                "remove the line, or move the file away"
+            )
+        records.append(record)
+    return records
 
 
 def draw_losses(records: list[Record], unigram_entropy: float, path: Path) -> None:

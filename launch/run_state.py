@@ -118,7 +118,7 @@ def write_config(options: Config, first_step: int) -> None:
     """config.yaml, of what the run was told; another that is there is kept, by the step that it was in force until."""
     output = Path(options.output_dir)
     path, content = output / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False)
-    if path.exists() and path.read_text(encoding="utf-8") != content:
+    if path.exists() and path.read_bytes() != content.encode():
         names = (f"config-until-step-{first_step}{suffix}.yaml" for suffix in ("", *(f"-{i}" for i in range(2, 10000))))
         os.rename(path, output / next(name for name in names if not (output / name).exists()))
     _replace(path, content)

@@ -413,6 +413,15 @@ def test_a_damaged_directory_is_refused_and_made_again(config: DataConfig, damag
     assert prepare(config).header == header
 
 
+def test_tokens_that_no_vocabulary_has_are_named_with_their_directory(config: DataConfig) -> None:
+    """Prevents: an IndexError of an embedding, or on GPUs an assertion in a kernel."""
+    packed = prepare(config)
+    path = packed.directory / "train.bin"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(ValueError, match=r"training text in .* has the token 65535, .* the file is damaged"):
+        open_packed(packed.directory).train_batches(seq_len=4).batch(0, 2)
+
+
 def test_a_full_disk_is_one_error_and_leaves_nothing(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_space(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

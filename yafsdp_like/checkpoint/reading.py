@@ -85,6 +85,8 @@ def _check(found: object) -> None:
     for entry in found.storage_data.values():
         if not isinstance(entry, _StorageInfo) or not isinstance(entry.relative_path, str):
             raise ValueError(f"where a tensor lies is told by {type(entry).__name__}")
+        if not all(isinstance(vars(entry).get(name), int) for name in ("offset", "length")):
+            raise ValueError(f"it does not say which bytes of {entry.relative_path!r} are a tensor's")
         place = PurePath(entry.relative_path)
         if place.is_absolute() or ".." in place.parts:
             raise ValueError(f"it refers to {entry.relative_path!r}, which is not in the checkpoint's directory")
@@ -121,4 +123,6 @@ def why(error: CheckpointException) -> str:
     cause = failure[0]
     kind = "" if isinstance(cause, (ValueError, OSError)) else f"{type(cause).__name__}: "
     words = str(cause).strip().splitlines() or [""]
-    return f"{kind}{words[0]} (rank {rank})"
+    # Torch goes on with advice to read the file unrestricted, which is none for a damaged one.
+    first = words[0] if not kind else words[0].split(". ")[0]
+    return f"{kind}{first} (rank {rank})"

@@ -74,6 +74,7 @@ class Batches:
     seq_len: int
     seed: int | None = 0
     name: str = "the text"  # of the tokens, in errors
+    vocab_size: int | None = None  # no id is this large; None: unknown
 
     def __post_init__(self) -> None:
         if self.seq_len < 1:
@@ -113,6 +114,11 @@ class Batches:
         rows = self.order.indices(position + rank * num_rows, num_rows).astype(np.int64)
         columns = np.arange(self.seq_len + 1, dtype=np.int64)
         tokens = torch.from_numpy(self.tokens[rows[:, None] * self.seq_len + columns].astype(np.int64))  # (B, T + 1)
+        if self.vocab_size is not None and (largest := int(tokens.max())) >= self.vocab_size:
+            raise ValueError(
+                f"{self.name} has the token {largest}, and its vocabulary has {self.vocab_size}: the file is damaged; "
+                "remove its directory, and it is made again"
+            )
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 

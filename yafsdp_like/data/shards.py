@@ -107,11 +107,14 @@ class PackedText:
 
     def train_batches(self, seq_len: int, seed: int = 0) -> Batches:
         """Shuffled anew each epoch. Raises ValueError where the text is shorter than one sequence."""
-        return Batches(self.train, seq_len, seed, name=f"the training text in {self.directory}")
+        return self._batches(self.train, seq_len, seed, "training")
 
     def heldout_batches(self, seq_len: int) -> Batches:
         """In the order of the text."""
-        return Batches(self.heldout, seq_len, seed=None, name=f"the held-out text in {self.directory}")
+        return self._batches(self.heldout, seq_len, None, "held-out")
+
+    def _batches(self, tokens: Tokens, seq_len: int, seed: int | None, split: str) -> Batches:
+        return Batches(tokens, seq_len, seed, f"the {split} text in {self.directory}", self.header.vocab_size)
 
 
 def prepare(config: DataConfig, say: Say = say_nothing) -> PackedText:
