@@ -12,7 +12,7 @@ from bench.measure import Metrics, allocator_counts, release_cached_memory
 from bench.options import DTYPES
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Event, Request
-from yafsdp_like.inference.kv.kv_cache import LayerGroup
+from yafsdp_like.inference.kv.layer_groups import LayerGroup
 from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.capacity import Capacity
 from yafsdp_like.inference.plan.serving_plan import ServingPlan, plan_serving

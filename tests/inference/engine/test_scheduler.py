@@ -10,7 +10,8 @@ import pytest
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
 from yafsdp_like.inference.engine.scheduler import ActiveRequest, Batch, Budget, RequestStatus, Scheduler
 from yafsdp_like.inference.kv.eviction import Costs, Tenant
-from yafsdp_like.inference.kv.kv_cache import KVCache, LayerGroup, Tier, check_integrity
+from yafsdp_like.inference.kv.kv_cache import KVCache, Tier, check_integrity
+from yafsdp_like.inference.kv.layer_groups import LayerGroup
 from yafsdp_like.inference.kv.pages import PagePool
 from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid
 

@@ -20,15 +20,16 @@ from yafsdp_like.inference.kv.kv_cache import (
     Copy,
     KVCache,
     KVSequence,
-    LayerGroup,
     Shortage,
     Tier,
     check_integrity,
 )
+from yafsdp_like.inference.kv.layer_groups import LayerGroup
 from yafsdp_like.inference.kv.pages import PagePool
 from yafsdp_like.inference.kv.prefix import Content, PrefixTree
 from yafsdp_like.inference.kv.ranked import Ranked
 from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid, SlabPool
+from yafsdp_like.inference.plan.capacity import Capacity
 
 COSTS = Costs(link_nbytes_per_s=50e9, prefill_tokens_per_s=10e3)
 SMALL = PageShape(num_layers=1, num_kv_heads=1, head_dim=32, page_size=4)  # 512 bytes
@@ -184,10 +185,9 @@ class Engine:
         return sequence
 
     def append(self, sequence: KVSequence, tokens: Sequence[int], num_spare: int = 0) -> Shortage | None:
-        copies = self.cache.reserve(sequence, len(tokens) + num_spare)
-        if isinstance(copies, Shortage):
-            return copies
-        self.copy(copies)
+        shortage = self.cache.reserve(sequence, len(tokens) + num_spare)
+        if shortage is not None:
+            return shortage
         start = len(self.texts[sequence])
         self.texts[sequence] += tokens
         for position in range(start, len(self.texts[sequence])):
@@ -209,11 +209,6 @@ class Engine:
         sequence = self.open(tokens, tenant, salt)
         assert self.append(sequence, tokens[sequence.num_tokens :]) is None
         return sequence
-
-    def fork(self, sequence: KVSequence) -> KVSequence:
-        twin = self.cache.fork(sequence)
-        self.texts[twin], self.salts[twin] = list(self.texts[sequence]), self.salts[sequence]
-        return twin
 
     def close(self, sequence: KVSequence) -> None:
         self.cache.close(sequence)
@@ -314,11 +309,8 @@ def test_a_page_is_found_again_once_its_evicted_parent_was_computed_anew() -> No
     """Prevents: children that are cached and out of reach until they are evicted."""
     e = engine(8)
     first = e.run(text(0, 9))
-    twin = e.fork(first)
+    pool, content = e.cache.pools[Tier.DEVICE], Content(0, first.prefixes[0])
     e.close(first)
-    pool = e.cache.pools[Tier.DEVICE]
-    content = Content(0, twin.prefixes[0])
-    e.close(twin)
     page = pool.find(e.cache.groups[0].shape, content)
     assert page is not None
     pool._evict(e.cache.groups[0].shape, page)
@@ -347,63 +339,6 @@ def test_the_same_text_computed_twice_at_once_is_cached_once() -> None:
     e.close(one)
     e.close(two)
     assert len(e.cache.pools[Tier.DEVICE].stocks[e.cache.groups[0].shape].pages) == 2
-    ok(e)
-
-
-# --- forks ---
-
-
-def test_who_appends_first_to_a_shared_page_copies_it_and_who_is_left_does_not() -> None:
-    e = engine(8)
-    source = e.run(text(0, 6))
-    one, two = e.fork(source), e.fork(source)
-    e.close(source)
-    shared = one.tables[0][1]
-    copies = e.cache.reserve(one, 1)
-    assert not isinstance(copies, Shortage)
-    assert [(copy.source, copy.destination) for copy in copies] == [(shared, one.tables[0][1])]
-    assert e.cache.reserve(two, 1) == () and two.tables[0][1] == shared
-    e.copy(copies)
-    assert e.append(one, [50]) is None and e.append(two, [60]) is None
-    ok(e)
-
-
-def test_a_page_that_another_filled_since_the_fork_is_copied_although_nobody_else_refers_to_it() -> None:
-    """Prevents: a twin that writes into a page which others may find as cached."""
-    e = engine(8)
-    one = e.run(text(0, 6))
-    assert e.cache.reserve(one, 2) == ()
-    two = e.fork(one)
-    for position in (6, 7):
-        e.texts[one].append(position)
-        e._write(one, position)
-    e.cache.commit(one, [6, 7])
-    e.close(one)
-    assert e.append(two, [60, 61]) is None
-    assert e.open(text(0, 9)).num_tokens == 8
-    ok(e)
-
-
-def test_pages_that_are_reserved_stay_with_their_owner() -> None:
-    e = engine(8)
-    one = e.run(text(0, 4))
-    assert e.cache.reserve(one, 8) == ()
-    two = e.fork(one)
-    assert len(one.tables[0]) == 3 and len(two.tables[0]) == 1 and two.num_reserved == 0
-    assert e.append(one, text(50, 6)) is None and e.append(two, text(60, 6)) is None
-    ok(e)
-
-
-def test_places_reserved_before_a_fork_are_written_where_they_are_and_the_twin_copies() -> None:
-    e = engine(8)
-    one = e.run(text(0, 6))
-    assert e.cache.reserve(one, 3) == ()
-    two, page = e.fork(one), one.tables[0][1]
-    assert e.append(one, [50]) is None and one.tables[0][1] == page == two.tables[0][1]
-    copies = e.cache.reserve(two, 1)
-    assert not isinstance(copies, Shortage) and [copy.source for copy in copies] == [page]
-    e.copy(copies)
-    assert e.append(two, [60]) is None and e.append(one, [51, 52]) is None
     ok(e)
 
 
@@ -443,7 +378,7 @@ def test_a_prefix_counts_only_where_the_window_behind_it_is_cached_too() -> None
 def test_a_second_swap_copies_only_what_the_host_does_not_have() -> None:
     e = engine(8, 8)
     sequence = e.run(text(0, 10))
-    assert e.cache.reserve(sequence, 4) == ()
+    assert e.cache.reserve(sequence, 4) is None
     first = e.swap(sequence, out=True)
     assert not isinstance(first, Shortage) and len(first) == 3
     assert len(sequence.tables[0]) == 3 and sequence.num_reserved == 0
@@ -523,7 +458,8 @@ def test_preemption_goes_the_way_that_the_rates_make_cheaper() -> None:
 def test_what_fits_is_what_can_be_reserved_alone() -> None:
     for window in (None, 6):
         e = engine(16, window=window)
-        most = max(n for n in range(200) if e.cache.fits(n, chunk=4))
+        grid, capacity = e.cache.pools[Tier.DEVICE].grid, Capacity(e.cache.groups, chunk=4)
+        most = max(n for n in range(200) if capacity.fits(grid, n))
         sequence = e.open(text(0, most))
         for start in range(0, most, 4):
             assert e.append(sequence, text(start, min(4, most - start))) is None
@@ -616,7 +552,7 @@ def cached_after(texts: Sequence[tuple[PageShape, list[int], str]], *tenants: Te
     for shape, tokens, tenant in texts:
         cache = caches[shape]
         sequence, _ = cache.open(tokens, tenant)
-        assert cache.reserve(sequence, len(tokens)) == ()
+        assert cache.reserve(sequence, len(tokens)) is None
         cache.commit(sequence, tokens)
         cache.close(sequence)
         check_integrity(caches.values())
@@ -771,18 +707,6 @@ class Serving(RuleBasedStateMachine):
         self.guarded(sequence.tenant, operate)
 
     @precondition(lambda self: self.sequences("RESIDENT"))
-    @rule(choice=st.integers(0, 99), tokens=TOKENS, others=TOKENS, ended=st.booleans())
-    def fork(self, choice: int, tokens: list[int], others: list[int], ended: bool) -> None:
-        e, sequence = self.pick("RESIDENT", choice)
-        twins = e.fork(sequence), e.fork(sequence)
-        self.guarded(sequence.tenant, lambda: e.append(sequence, [0, *tokens]))
-        if ended:
-            e.close(sequence)
-        self.guarded(sequence.tenant, lambda: e.append(twins[0], [1, *others]))
-        self.all_is_well()
-        self.guarded(sequence.tenant, lambda: e.append(twins[1], tokens))
-
-    @precondition(lambda self: self.sequences("RESIDENT"))
     @rule(choice=st.integers(0, 99))
     def close(self, choice: int) -> None:
         e, sequence = self.pick("RESIDENT", choice)
@@ -850,7 +774,7 @@ def test_ten_thousand_requests_leave_the_books_as_they_were() -> None:
     chance = random.Random(0)
     for _ in range(10_000):
         sequence, _ = e.cache.open([chance.randrange(3) for _ in range(9)])
-        if not isinstance(e.cache.reserve(sequence, 5), Shortage):
+        if e.cache.reserve(sequence, 5) is None:
             e.cache.commit(sequence, [chance.randrange(3) for _ in range(5)])
         e.cache.close(sequence)
     check_integrity([e.cache])

@@ -159,7 +159,7 @@ class Engine:
                 f"{name}: {len(request.prompt)} tokens of prompt and max_tokens {request.max_tokens} are more than "
                 f"max_seq_len {self._max_seq_len}"
             )
-        if not self._cache.fits(num_tokens, self.options.max_batch_tokens):
+        if not self._weights.plan.capacity.fits(self._weights.plan.grid, num_tokens):
             raise ValueError(
                 f"{name}: keys and values of {num_tokens} tokens do not fit {self._weights.plan.grid.region_nbytes} "
                 "bytes for pages"

@@ -36,7 +36,7 @@ from yafsdp_like.kernels.rotary import HeadNorms, rotate_and_store
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from yafsdp_like.inference.kv.kv_cache import LayerGroup
+    from yafsdp_like.inference.kv.layer_groups import LayerGroup
     from yafsdp_like.inference.weights.store import LayerWeights, Weights
 
 ROW_ALIGNMENT = 4

@@ -18,7 +18,7 @@ from yafsdp_like.inference.engine.batch_inputs import Staging
 from yafsdp_like.inference.engine.forward import Forward, LayerPages, StepSize
 from yafsdp_like.inference.engine.request import Token
 from yafsdp_like.inference.kv.eviction import Costs
-from yafsdp_like.inference.kv.kv_cache import Copy, LayerGroup, Tier
+from yafsdp_like.inference.kv.kv_cache import Copy, Tier
 from yafsdp_like.kernels.blocks import launching_on
 from yafsdp_like.kernels.sampling import SamplingRows, sample
 from yafsdp_like.memory.streams import COMPUTE, Event, StepRecorder, StepRecording, streams_of
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from yafsdp_like.inference.engine.scheduler import Batch, Run
+    from yafsdp_like.inference.kv.layer_groups import LayerGroup
     from yafsdp_like.inference.weights.store import Weights
 
 _LOGPROBS = ("drawn_logprobs", "top_logits", "top_ids")
@@ -261,16 +262,11 @@ def _merged(copies: Iterable[Copy]) -> list[tuple[Copy, int]]:
     for copy in copies:
         first, count = merged[-1] if merged else (copy, 0)
         follows = replace(first, source=first.source + count, destination=first.destination + count) == copy
-        if merged and follows and _are_apart(first, count + 1):
+        if merged and follows:
             merged[-1] = first, count + 1
         else:
             merged.append((copy, 1))
     return merged
-
-
-def _are_apart(first: Copy, count: int) -> bool:
-    """Whether pages read and pages written are not the same, which only copies on one tier could have."""
-    return first.source_tier is not first.destination_tier or abs(first.source - first.destination) >= count
 
 
 def _bound(work: Callable[[int], None], size: int) -> Callable[[], None]:

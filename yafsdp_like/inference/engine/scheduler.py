@@ -26,7 +26,6 @@ from yafsdp_like.inference.kv.kv_cache import (
     KVCache,
     KVSequence,
     KVSequenceState,
-    LayerGroup,
     Shortage,
     Tier,
     ceil_div,
@@ -34,6 +33,8 @@ from yafsdp_like.inference.kv.kv_cache import (
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
+
+    from yafsdp_like.inference.kv.layer_groups import LayerGroup
 
 
 class RequestStatus(Enum):
@@ -390,23 +391,23 @@ class Scheduler:
         """
         assert sequence.kv is not None
         wanted = sequence.num_scheduled + num_tokens - sequence.kv.num_tokens
-        while isinstance(copies := self.cache.reserve(sequence.kv, wanted), Shortage):
+        while self.cache.reserve(sequence.kv, wanted) is not None:
             if len(self.running) == 1:
-                copies = self._reserve_alone(sequence.kv, wanted)
-                break
+                self._reserve_alone(sequence.kv, wanted)
+                return True
             last = self.running[-1]
             self._preempt(last, draft)
             if last is sequence:
                 return False
-        self._copies += copies
         return True
 
-    def _reserve_alone(self, kv: KVSequence, num_tokens: int) -> tuple[Copy, ...]:
+    def _reserve_alone(self, kv: KVSequence, num_tokens: int) -> None:
         self._ignore_floors()
-        copies = self.cache.reserve(kv, num_tokens)
-        if isinstance(copies, Shortage):
-            raise RuntimeError(f"a sequence alone finds no room for {num_tokens} tokens, which was promised: {copies}")
-        return copies
+        shortage = self.cache.reserve(kv, num_tokens)
+        if shortage is not None:
+            raise RuntimeError(
+                f"expected pages for {num_tokens} tokens of the only sequence that runs, as planned; found {shortage}"
+            )
 
     def _ignore_floors(self) -> None:
         """To be called when nobody else runs: only floors of other tenants can keep pages back then, which are for

@@ -22,13 +22,14 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.kv.prefix import Content, Prefix, PrefixTree
-from yafsdp_like.inference.kv.slabs import PageShape
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
     from yafsdp_like.inference.kv.eviction import Costs
+    from yafsdp_like.inference.kv.layer_groups import LayerGroup
     from yafsdp_like.inference.kv.pages import PagePool
+    from yafsdp_like.inference.kv.slabs import PageShape
 
 NO_PAGE = -1
 
@@ -45,40 +46,8 @@ class KVSequenceState(Enum):
 
 
 @dataclass(frozen=True)
-class LayerGroup:
-    """Layers of a model that have the same window, and the shape of their pages."""
-
-    layers: tuple[int, ...]  # of the model; the shape's layer i is layers[i]
-    shape: PageShape
-    window: int | None = None  # keys that a query sees, its own included; None: all before it
-
-    def __post_init__(self) -> None:
-        if len(self.layers) != self.shape.num_layers:
-            raise ValueError(f"layers {self.layers} need a page shape of {len(self.layers)} layers, found {self.shape}")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"a window must be at least 1, found {self.window}")
-
-    def first_page(self, num_tokens: int) -> int:
-        """The first page that a token behind ``num_tokens`` others, or a later one, reads."""
-        return 0 if self.window is None else max(0, num_tokens - self.window + 1) // self.shape.page_size
-
-    @classmethod
-    def of_windows(
-        cls, windows: Sequence[int | None], num_kv_heads: int, head_dim: int, page_size: int, dtype: str = "bfloat16"
-    ) -> tuple[LayerGroup, ...]:
-        """One group per distinct window, in order of the first layer that has it; ``windows`` is one per layer."""
-        layers: dict[int | None, list[int]] = {}
-        for layer, window in enumerate(windows):
-            layers.setdefault(window, []).append(layer)
-        return tuple(
-            cls(tuple(found), PageShape(len(found), num_kv_heads, head_dim, page_size, dtype), window)
-            for window, found in layers.items()
-        )
-
-
-@dataclass(frozen=True)
 class Copy:
-    """All of page ``source`` goes to page ``destination``; where both are on one tier it is a copy on write."""
+    """Copy all of page ``source`` to page ``destination``, which is on the other tier."""
 
     shape: PageShape
     source_tier: Tier
@@ -183,28 +152,22 @@ class KVCache:
         self.sequences.add(sequence)
         return sequence, copies
 
-    def reserve(self, sequence: KVSequence, num_tokens: int) -> tuple[Copy, ...] | Shortage:
-        """Makes sure that the next ``num_tokens`` tokens, and more up to a page's end, have places of their own.
+    def reserve(self, sequence: KVSequence, num_tokens: int) -> Shortage | None:
+        """Reserve pages for the next ``num_tokens`` tokens, and for more up to the end of the last page.
 
-        To be called before the forward that writes them; the copies are of a page that others share (copy on write).
-        Places that were reserved before a fork stay the sequence's own: it is the twin that copies.
+        To be called before the forward that writes them. Returns None, or the shortage of pages that prevents it.
         """
         self._require(sequence, KVSequenceState.RESIDENT)
         if num_tokens <= sequence.num_reserved:
-            return ()
+            return None
         end = ceil_div(sequence.num_tokens + num_tokens, self.page_size)
-        lacking = [range(len(table), end) for table in sequence.tables]
-        shared = [self._tail_is_shared(sequence, group) for group in range(len(self.groups))]
-        taken = self._take(Tier.DEVICE, sequence.tenant, [len(lacking[g]) + shared[g] for g in range(len(self.groups))])
+        taken = self._take(Tier.DEVICE, sequence.tenant, [max(0, end - len(table)) for table in sequence.tables])
         if isinstance(taken, Shortage):
             return taken
-        copies = []
-        for group, pages in enumerate(taken):
-            if shared[group]:
-                copies.append(self._copy_on_write(sequence, group, pages.pop()))
-            sequence.tables[group].extend(pages)
+        for table, pages in zip(sequence.tables, taken, strict=True):
+            table.extend(pages)
         sequence.num_reserved = end * self.page_size - sequence.num_tokens
-        return tuple(copies)
+        return None
 
     def commit(self, sequence: KVSequence, tokens: Iterable[int]) -> None:
         """Says that the keys and values of ``tokens`` are written, or will be before anything scheduled from now on.
@@ -226,19 +189,6 @@ class KVCache:
             self._publish_next(sequence, tuple(sequence.tail[start : start + self.page_size]))
         del sequence.tail[:full]
         self._drop_outside_windows(sequence)
-
-    def fork(self, sequence: KVSequence) -> KVSequence:
-        """Another sequence with the same tokens, on the same pages; who needs new places in a shared page copies it."""
-        self._require(sequence, KVSequenceState.RESIDENT)
-        twin = self._empty(sequence.tenant, sequence.root)
-        twin.prefixes, twin.tail = list(sequence.prefixes), list(sequence.tail)
-        twin.num_tokens, twin.firsts = sequence.num_tokens, list(sequence.firsts)
-        for group, table in enumerate(sequence.tables):
-            twin.tables[group].extend(table[: sequence.num_pages])
-        for group, _, page in self._pages(twin):
-            self._pool(twin).share(self.groups[group].shape, page)
-        self.sequences.add(twin)
-        return twin
 
     def close(self, sequence: KVSequence) -> None:
         """Drops all pages, the last first, so that of a text the end goes before the beginning. Full pages stay cached
@@ -283,20 +233,6 @@ class KVCache:
             back += nbytes
             out += nbytes if self._find(Tier.HOST, group, sequence.content(group, index)) is None else 0
         return self.costs.copy_s(out + back) < self.costs.recompute_s(sequence.num_tokens)
-
-    # --- admission ---
-
-    def fits(self, num_tokens: int, chunk: int) -> bool:
-        """Whether a sequence of ``num_tokens``, written at most ``chunk`` at a time, fits on a device without others.
-
-        May say no where slabs hold a page more than the least.
-        """
-        grid = self.pools[Tier.DEVICE].grid
-        num_slabs = 0
-        for group in self.groups:
-            live = num_tokens if group.window is None else min(num_tokens, group.window + chunk + self.page_size)
-            num_slabs += ceil_div(ceil_div(live, self.page_size), grid.pages_per_slab(group.shape))
-        return num_slabs <= grid.num_slabs
 
     # --- pages of a sequence ---
 
@@ -345,20 +281,6 @@ class KVCache:
                         pool.drop(self.groups[other].shape, page)
                 return Shortage(tier, shape, count)
         return taken
-
-    def _tail_is_shared(self, sequence: KVSequence, group: int) -> bool:
-        """Whether the page that is not full is another's too, or was filled and published by another since the fork."""
-        if not sequence.tail:
-            return False
-        shape, page = self.groups[group].shape, sequence.tables[group][len(sequence.prefixes)]
-        pool = self.pools[Tier.DEVICE]
-        return pool.num_references(shape, page) > 1 or pool.content(shape, page) is not None
-
-    def _copy_on_write(self, sequence: KVSequence, group: int, page: int) -> Copy:
-        shape, index = self.groups[group].shape, len(sequence.prefixes)
-        source, sequence.tables[group][index] = sequence.tables[group][index], page
-        self.pools[Tier.DEVICE].drop(shape, source)
-        return Copy(shape, Tier.DEVICE, source, Tier.DEVICE, page)
 
     def _publish_next(self, sequence: KVSequence, tokens: tuple[int, ...]) -> None:
         """The next page of a sequence is full of ``tokens``."""

@@ -73,9 +73,6 @@ class PagePool:
         others = sum(len(stock.unheld) for other, stock in self.stocks.items() if other != shape)
         return self.slabs.num_free(shape) + len(self.stocks[shape].victims) + others * per_slab
 
-    def num_references(self, shape: PageShape, page: int) -> int:
-        return self.stocks[shape].pages[page].num_references
-
     def content(self, shape: PageShape, page: int) -> Content | None:
         return self.stocks[shape].pages[page].content
 

@@ -11,7 +11,7 @@ from yafsdp_like.memory.layout import aligned
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from yafsdp_like.inference.kv.kv_cache import LayerGroup
+    from yafsdp_like.inference.kv.layer_groups import LayerGroup
 
 _SLAB_NBYTES = 32 << 20  # at most, about
 _MIN_SLABS = 64  # where slabs of that size would be fewer
@@ -40,7 +40,14 @@ class Capacity:
 
     def longest(self, grid: SlabGrid | None, most: int) -> int:
         """Tokens of the longest context that fits alone, up to ``most``."""
-        return 0 if grid is None else _last(lambda n: self._num_slabs(grid, n) <= grid.num_slabs, most)
+        return 0 if grid is None else _last(lambda n: self.fits(grid, n), most)
+
+    def fits(self, grid: SlabGrid, num_tokens: int) -> bool:
+        """Return whether one sequence of ``num_tokens`` tokens fits ``grid`` alone.
+
+        False where only slabs that hold a page more than the least would make room.
+        """
+        return self._num_slabs(grid, num_tokens) <= grid.num_slabs
 
     def num_tokens(self, grid: SlabGrid | None, max_seq_len: int) -> int:
         """Tokens of all contexts that fit together, each of ``max_seq_len`` tokens but one."""

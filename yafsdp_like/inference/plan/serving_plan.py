@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 
-from yafsdp_like.inference.kv.kv_cache import LayerGroup
+from yafsdp_like.inference.kv.layer_groups import LayerGroup
 from yafsdp_like.inference.options import AnyMode, ServingLimits
 from yafsdp_like.inference.plan.capacity import Capacity
 from yafsdp_like.inference.plan.packed_weights import check_served, pack_units
