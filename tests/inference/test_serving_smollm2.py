@@ -15,7 +15,7 @@ from tests.models.test_smollm2 import ROOT
 from yafsdp_like.inference.engine.engine import Engine, Metrics
 from yafsdp_like.inference.engine.request import Request
 from yafsdp_like.inference.options import EngineOptions
-from yafsdp_like.inference.weights.loading import load, open_model
+from yafsdp_like.inference.weights.loading import open_model
 from yafsdp_like.kernels.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def served(
     directory: Path, to: EngineOptions, texts: Sequence[Prompt], num_tokens: int
 ) -> tuple[list[list[int]], Metrics]:
     """What each of ``texts`` goes on with; nothing is left in the end."""
-    engine = Engine(load(open_model(str(directory)), to, device="cpu", dtype=torch.float32), to)
+    engine = Engine.load(open_model(str(directory)), to, device="cpu", dtype=torch.float32)
     greedy = SamplingParams(temperature=0.0)
     done = engine.generate([Request(str(i), text, greedy, max_tokens=num_tokens) for i, text in enumerate(texts)])
     engine.check_integrity()

@@ -78,7 +78,7 @@ class Served:
 def engine_together(config: DecoderConfig, options: EngineOptions, asked: TransportName = "auto") -> Engine:
     """This rank's, of all ranks that there are."""
     transport = world_transport(CPU, asked)
-    return Engine(load(model_of(decoder(config)), options, mode="tensor_parallel", transport=transport), options)
+    return Engine.load(model_of(decoder(config)), options, mode="tensor_parallel", transport=transport)
 
 
 def serve_together(
@@ -93,7 +93,7 @@ def serve_together(
 
 
 def serve_alone(config: DecoderConfig, options: EngineOptions, rounds: Sequence[list[Request]]) -> Served:
-    it = Engine(load(model_of(decoder(config)), options), options)
+    it = Engine.load(model_of(decoder(config)), options)
     return Served({name: c.tokens for round_ in rounds for name, c in it.generate(round_).items()}, it.metrics())
 
 
@@ -455,7 +455,7 @@ def serve_on_gpus(graphs: bool) -> tuple[dict[str, list[int]], dict[str, list[in
     options = replace(OPTIONS, kv_nbytes=1 << 20, graphs=graphs)
     transport = world_transport(device)
     engines = [
-        Engine(load(model_of(decoder(TINY)), options, device=device, dtype=torch.float32, **how), options)
+        Engine.load(model_of(decoder(TINY)), options, device=device, dtype=torch.float32, **how)
         for how in ({"mode": "tensor_parallel", "transport": transport}, {"mode": "resident"})
     ]
     together, alone = (ids(it.generate(requests(prompts(8)))) for it in engines)

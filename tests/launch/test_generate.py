@@ -30,7 +30,6 @@ from yafsdp_like.inference.http.protocol import CompletionBody
 from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.text.directory import sampling_defaults
-from yafsdp_like.inference.weights.loading import load
 from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.models import Decoder, DecoderConfig
 from yafsdp_like.models.hf import save_hf
@@ -66,7 +65,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
         decoder.lm_head.weight.mul_(8)
     save_hf(decoder, directory)
     options = EngineOptions(kv_nbytes=1 << 20, max_batch_size=1, max_batch_tokens=512)
-    return Saved(directory, codec, Engine(load(str(directory), options), options))
+    return Saved(directory, codec, Engine.load(str(directory), options))
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -37,7 +37,6 @@ from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Event, Request, Token
 from yafsdp_like.inference.options import ServingLimits
 from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serving
-from yafsdp_like.inference.weights.loading import load
 from yafsdp_like.models import PRESETS
 
 if TYPE_CHECKING:
@@ -331,7 +330,7 @@ def test_streamed_weights_are_measured_against_the_hosts_link() -> None:
 
 def tiny_engine(options: ServeOptions) -> Engine:
     limits = engine_options(options, TINY)
-    return Engine(load("preset:tiny", limits), limits)
+    return Engine.load("preset:tiny", limits)
 
 
 @pytest.mark.parametrize(("batch", "budget"), [("1", "2"), ("3", "4"), ("12", "32")])

@@ -1,1 +1,45 @@
-"""Serving one model: where keys and values lie, who shares them, and what goes when memory is short."""
+"""Serve one model: load it into an engine, add requests, read what each step generates.
+
+Names are imported when they are first used, so that importing the package, or its options, loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from yafsdp_like.inference.engine.engine import Completion, Engine, Metrics
+    from yafsdp_like.inference.engine.request import Event, FinishReason, QueueFull, Request, Token
+    from yafsdp_like.inference.options import EngineOptions
+    from yafsdp_like.inference.weights.loading import open_model, world_transport
+    from yafsdp_like.kernels.sampling_params import SamplingParams
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineOptions",
+    "Event",
+    "FinishReason",
+    "Metrics",
+    "QueueFull",
+    "Request",
+    "SamplingParams",
+    "Token",
+    "open_model",
+    "world_transport",
+]
+
+_MODULES = {
+    **dict.fromkeys(("Completion", "Engine", "Metrics"), "inference.engine.engine"),
+    **dict.fromkeys(("Event", "FinishReason", "QueueFull", "Request", "Token"), "inference.engine.request"),
+    **dict.fromkeys(("open_model", "world_transport"), "inference.weights.loading"),
+    "EngineOptions": "inference.options",
+    "SamplingParams": "kernels.sampling_params",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"yafsdp_like.{_MODULES[name]}"), name)

@@ -79,7 +79,7 @@ def decoder(config: DecoderConfig) -> Decoder:
 
 def engine(config: DecoderConfig = TINY, options: EngineOptions = OPTIONS, **more: Any) -> Engine:
     options = replace(options, **more)
-    return Engine(load(model_of(decoder(config)), options, device="cpu", dtype=torch.float32), options)
+    return Engine.load(model_of(decoder(config)), options, device="cpu", dtype=torch.float32)
 
 
 def pages_nbytes(config: DecoderConfig, num_pages: int) -> int:
@@ -234,7 +234,7 @@ def test_recorded_steps_begin_and_end_with_weights_same_residency(monkeypatch: p
     """Prevents: a replay that overtakes a copy which a step before it has left under way."""
     config = replace(TINY, num_layers=4)
     options = replace(OPTIONS, kv_nbytes=1 << 20, max_batch_size=6)
-    it = Engine(load(model_of(decoder(config)), options, mode="streamed", dtype=torch.float32), options)
+    it = Engine.load(model_of(decoder(config)), options, mode="streamed", dtype=torch.float32)
     done: list[str] = []
     reset_residency, decode, texts = it._weights.reset_residency, it._runner._decode, prompts(9)
 
@@ -461,7 +461,7 @@ def allocations() -> dict[str, int]:
 def test_on_a_gpu_tokens_are_the_same_and_nothing_is_allocated(graphs: bool) -> None:
     """The plain loop is on the CPU; the requests differ in all that a request may say."""
     options = replace(OPTIONS, kv_nbytes=1 << 20, graphs=graphs)
-    it = Engine(load(model_of(decoder(TINY)), options, device="cuda", dtype=torch.float32), options)
+    it = Engine.load(model_of(decoder(TINY)), options, device="cuda", dtype=torch.float32)
     texts = prompts(8)
     assert ids(it.generate(requests(texts))) == {str(i): expected(TINY, text) for i, text in enumerate(texts)}
     draw, starts = random.Random(0), prompts(4, longest=20)
@@ -590,7 +590,7 @@ def test_options_and_models_that_cannot_be_served_are_refused() -> None:
         Engine(weights, replace(OPTIONS, max_batch_size=3))
     with pytest.raises(ValueError, match="experts"):
         experts = replace(TINY, experts=ExpertsConfig(num_experts=4, experts_per_token=2))
-        Engine(load(model_of(Decoder(experts)), OPTIONS, device="cpu", dtype=torch.float32), OPTIONS)
+        Engine.load(model_of(Decoder(experts)), OPTIONS, device="cpu", dtype=torch.float32)
 
 
 # --- long runs ---

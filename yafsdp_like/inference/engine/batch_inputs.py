@@ -5,9 +5,9 @@ Tables are written to host memory, and uploaded from there. There are two of eac
 the CPU writes one while the device may still read the other. What a step fetched is read before the next but one is
 staged, so what is written is no longer read.
 
-[Note: fed tokens]
-``fed`` holds the tokens that the last step drew, then tokens that the host gives. A step finds its tokens there by
-index, so it can be launched before the CPU knows what the last one drew.
+[Note: token pool]
+``token_pool`` holds the tokens that the last step drew, then tokens that the host gives. A step finds its tokens by
+index there, so it can be launched before the CPU knows what the last one drew.
 
 Shapes: T tokens of a step, B sequences, V vocabulary, G groups of layers.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.engine.forward import StepSize
 
 _UPLOADED = (
-    "fed",  # (B + T,)
+    "token_pool",  # (B + T,)
     "token_index",  # (T,)
     "positions",  # (T,)
     "slot_mapping",  # (G, T)
@@ -69,7 +69,7 @@ class _Side:
 
 
 class Staging:
-    """Writes the tables of steps. See [Note: two sides] and [Note: fed tokens]."""
+    """Writes the tables of steps. See [Note: two sides] and [Note: token pool]."""
 
     def __init__(self, places: Mapping[str, Tensor], page_size: int, pinned: bool) -> None:
         self._places, self._page_size = places, page_size
@@ -79,7 +79,7 @@ class Staging:
         self._filled: list[_Filled | None] = [None] * len(places["seq_lens"])  # rows of page_tables on the device
         self._drawn: dict[
             ActiveRequest, int
-        ] = {}  # rows of the last step that drew, which is where ``fed`` has its tokens
+        ] = {}  # rows of the last step that drew, which is where ``token_pool`` has its tokens
         self._histories = torch.zeros(places["history"].shape, dtype=torch.int32, pin_memory=pinned)
         self._history_rows: dict[ActiveRequest, tuple[int, int]] = {}  # row, and the admission that it was made for
 
@@ -128,7 +128,7 @@ class Staging:
         count, arrays, page_size = len(runs), self._side.arrays, self._page_size
         starts = [run.start for run in runs]
         arrays["positions"][:count] = starts
-        arrays["fed"][self._max_batch_size :][:count] = [
+        arrays["token_pool"][self._max_batch_size :][:count] = [
             0 if run.is_pending else run.sequence.tokens[run.start] for run in runs
         ]
         arrays["token_index"][:count] = [
@@ -147,10 +147,10 @@ class Staging:
     def _write_chunk(self, run: Run, row: int, first: int) -> None:
         """Rows from ``first`` on: one run of several tokens, all of them known."""
         arrays, page_size = self._side.arrays, self._page_size
-        rows, fed = slice(first, first + run.num_tokens), self._max_batch_size + first
+        rows, first_token = slice(first, first + run.num_tokens), self._max_batch_size + first
         arrays["positions"][rows] = np.arange(run.start, run.end)
-        arrays["fed"][fed : fed + run.num_tokens] = run.sequence.tokens[run.start : run.end]
-        arrays["token_index"][rows] = np.arange(fed, fed + run.num_tokens)
+        arrays["token_pool"][first_token : first_token + run.num_tokens] = run.sequence.tokens[run.start : run.end]
+        arrays["token_index"][rows] = np.arange(first_token, first_token + run.num_tokens)
         first_page, offset = divmod(run.start, page_size)
         for group, slot_mapping in enumerate(arrays["slot_mapping"]):
             pages = arrays["page_tables"][group, row, first_page : -(-run.end // page_size)]
@@ -158,7 +158,7 @@ class Staging:
             slot_mapping[rows] = places.reshape(-1)[offset : offset + run.num_tokens]
 
     def _upload_tokens(self, size: StepSize) -> None:
-        self._upload("fed", self._max_batch_size, self._max_batch_size + size.num_tokens)
+        self._upload("token_pool", self._max_batch_size, self._max_batch_size + size.num_tokens)
         for name in ("token_index", "positions"):
             self._upload(name, 0, size.num_tokens)
         for group in range(len(self._places["slot_mapping"])):

@@ -2,7 +2,7 @@
 
 Owns what a step is made of and in which order its parts happen; integers are the scheduler's, tensors the runner's.
 
-    engine = Engine(weights, options)
+    engine = Engine.load(model, options)
     engine.add(Request("a", prompt=(1, 2, 3)))
     while engine.has_work:
         for event in engine.step():
@@ -34,12 +34,15 @@ from yafsdp_like.inference.kv.eviction import GDSF, LRU, Costs, Policy, Tenant
 from yafsdp_like.inference.kv.kv_cache import KVCache, Tier, check_integrity
 from yafsdp_like.inference.kv.pages import PagePool
 from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS, KV_SLABS
+from yafsdp_like.inference.weights.loading import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
 
+    from yafsdp_like.comm.transport import Transport
     from yafsdp_like.inference.kv.slabs import SlabGrid
-    from yafsdp_like.inference.options import EngineOptions
+    from yafsdp_like.inference.options import AnyMode, EngineOptions
+    from yafsdp_like.inference.weights.loading import Model
     from yafsdp_like.inference.weights.store import Weights
     from yafsdp_like.memory.arena import Arena
     from yafsdp_like.memory.plan import MemoryPlan
@@ -115,6 +118,29 @@ class Engine:
         self._unread: Launched | None = None
         self._num_steps = 0
         self._runner.warm_up(options.graphs)
+
+    @classmethod
+    def load(
+        cls,
+        model: Model | str,
+        options: EngineOptions,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        mode: AnyMode = "auto",
+        transport: Transport | None = None,
+    ) -> Engine:
+        """Plan memory for ``model`` within ``options``, load its weights, and make the engine that serves it.
+
+        ``model`` is a directory, ``preset:NAME``, or what ``open_model`` returns; weights are bf16 on a GPU and float32
+        on a CPU unless ``dtype`` is given. Ranks that share weights pass their ``transport`` and call this together.
+        Raises ValueError for a model that is not found, cannot be served, or does not fit.
+        """
+        return cls(load(model, options, device=device, dtype=dtype, mode=mode, transport=transport), options)
+
+    def close(self) -> None:
+        """Say that no step will follow. Ranks that read each other's weights wait here for all of them."""
+        self._weights.close()
 
     def _kv_cache(self) -> KVCache:
         plan, options = self._weights.plan, self.options

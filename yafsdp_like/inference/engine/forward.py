@@ -113,7 +113,7 @@ class LayerPages:
 class Forward:
     """One model's forward over the places of one engine. A call reads these of ``places``, which must be on the device:
 
-    fed (B + T,) int64, token_index (T,) int64: the tokens, and where in ``fed`` each is
+    token_pool (B + T,) int64, token_index (T,) int64: the tokens, and where in ``token_pool`` each is
     positions (T,) int64, slot_mapping (G, T) int32: of the tokens, and where their keys and values go; -1: nowhere
     page_tables (G, B + 4, max_pages), seq_lens (B + 4,), cu_seqlens_q (B + 1,) int32: of the sequences
     last_rows (B,) int64: rows whose next token is drawn, unless all are, in order
@@ -152,7 +152,7 @@ class Forward:
 
     def _embed(self, rows: slice, hidden: Tensor) -> None:
         token_ids, positions = self._places["token_ids"][rows], self._places["positions"][rows]
-        torch.index_select(self._places["fed"], 0, self._places["token_index"][rows], out=token_ids)
+        torch.index_select(self._places["token_pool"], 0, self._places["token_index"][rows], out=token_ids)
         torch.index_select(self._weights.embedding(), 0, token_ids, out=hidden)
         for name in ("cos", "sin"):
             torch.index_select(self._places[name], 0, positions, out=self._places[f"step_{name}"][rows])

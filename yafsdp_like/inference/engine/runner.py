@@ -71,7 +71,7 @@ class Runner:
 
     def _host_results(self) -> dict[str, Tensor]:
         results = {name: self._host_like(self._places[name]) for name in _LOGPROBS}
-        return results | {"fed": self._host_like(self._places["fed"][: self._max_batch_size])}
+        return results | {"token_pool": self._host_like(self._places["token_pool"][: self._max_batch_size])}
 
     def _host_like(self, place: Tensor) -> Tensor:
         return torch.zeros(place.shape, dtype=place.dtype, pin_memory=self._on_gpu)
@@ -168,7 +168,7 @@ class Runner:
     def read(self, launched: Launched) -> list[Token]:
         """What each of ``launched.drawing`` drew; waits for the device."""
         self._streams.settle(launched.done)
-        tokens = launched.results["fed"][: len(launched.drawing)].tolist()
+        tokens = launched.results["token_pool"][: len(launched.drawing)].tolist()
         return [_token(run, token, launched.results, row) for row, (run, token) in _numbered(launched.drawing, tokens)]
 
     def skip(self) -> None:
@@ -190,7 +190,7 @@ class Runner:
         places, rows = self._places, slice(0, len(logits))
         if len(logits):
             drawn_from = SamplingRows(places["sampling_floats"][rows], places["sampling_ints"][rows], places["history"])
-            sample(logits, drawn_from, places["fed"][rows])
+            sample(logits, drawn_from, places["token_pool"][rows])
 
     def _tell_logprobs(self, num_rows: int) -> None:
         """Log-probabilities of the tokens drawn, and of the most probable, from the step's logits.
@@ -202,14 +202,14 @@ class Runner:
         top = places["top_logits"][rows]
         scores.copy_(places["logits"][rows])
         torch.topk(scores, top.shape[1], dim=1, out=(top, places["top_ids"][rows]))
-        torch.gather(scores, 1, places["fed"][rows, None], out=drawn[:, None])
+        torch.gather(scores, 1, places["token_pool"][rows, None], out=drawn[:, None])
         torch.sum(scores.sub_(top[:, :1]).exp_(), 1, out=sums)
         sums.log_().add_(top[:, 0])
         drawn.sub_(sums)
         top.sub_(sums[:, None])
 
     def _fetch(self, drawing: tuple[Run, ...], num_rows: int) -> Launched:
-        names = ["fed"]
+        names = ["token_pool"]
         if any(run.sequence.request.num_logprobs is not None for run in drawing):
             recorded = min((found for found in self._logprobs if found >= num_rows), default=None)
             if recorded is None:

@@ -154,8 +154,8 @@ def _results(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> Iter
 def _tables(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> Iterable[Buffer]:
     rows, tokens, groups = step.num_sequences, step.num_tokens, step.num_groups
     table_rows = rows + _ROWS_BEFORE_PREFILL
-    yield _always("fed", TABLES, torch.int64, rows + tokens)  # what the last step drew, then tokens from the host
-    yield _always("token_index", TABLES, torch.int64, tokens)  # where in ``fed`` each token is
+    yield _always("token_pool", TABLES, torch.int64, rows + tokens)  # drawn by the last step, then from the host
+    yield _always("token_index", TABLES, torch.int64, tokens)  # where in ``token_pool`` each token is
     yield _always("token_ids", TABLES, torch.int64, tokens)
     yield _always("positions", TABLES, torch.int64, tokens)
     yield _always("slot_mapping", TABLES, torch.int32, groups, tokens)  # as kernels/rotary.py reads them
