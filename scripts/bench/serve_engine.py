@@ -29,7 +29,7 @@ from yafsdp_like.kernels.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from bench.serve_options import ServeOptions
+    from bench.serve_options import ServeBenchOptions
     from launch.world import World
     from yafsdp_like.inference.weights.store import PlacedWeights
     from yafsdp_like.models.decoder import DecoderConfig
@@ -86,13 +86,13 @@ class Requests:
 class Bench:
     """What every measurement is given."""
 
-    options: ServeOptions
+    options: ServeBenchOptions
     world: World
     served: Served
     requests: Requests
 
 
-def serve(options: ServeOptions, world: World) -> Served:
+def serve(options: ServeBenchOptions, world: World) -> Served:
     """The engine that the options ask for; random weights are drawn on the device."""
     release_cached_memory(world)
     before = memory_reading(world)
@@ -106,7 +106,7 @@ def serve(options: ServeOptions, world: World) -> Served:
     return Served(engine, weights, before, memory_reading(world))
 
 
-def model_of(options: ServeOptions) -> Model:
+def model_of(options: ServeBenchOptions) -> Model:
     """Random values instead where it is to have another number of layers."""
     model = open_model(options.model)
     if options.num_layers is None:
@@ -116,7 +116,7 @@ def model_of(options: ServeOptions) -> Model:
     )
 
 
-def engine_options(options: ServeOptions, config: DecoderConfig) -> EngineOptions:
+def engine_options(options: ServeBenchOptions, config: DecoderConfig) -> EngineOptions:
     """Room for what the measurements need, and no more."""
     windows = [config.window_of(layer) for layer in range(config.num_layers)]
     dtype = str(DTYPES[options.dtype]).removeprefix("torch.")

@@ -9,7 +9,7 @@ import torch
 
 from bench.measure import elapsed_ms, mark
 from bench.options import DTYPES
-from bench.serve_options import ServeOptions
+from bench.serve_options import ServeBenchOptions
 from yafsdp_like.inference.plan.serving_plan import Hardware, ServingPlan
 from yafsdp_like.models.decoder import DecoderConfig
 
@@ -36,7 +36,7 @@ class Rates:
     host: Rate | None = None  # bytes from pinned host memory, where weights are streamed
 
 
-def rates_of(options: ServeOptions, device: torch.device) -> Rates:
+def rates_of(options: ServeBenchOptions, device: torch.device) -> Rates:
     """As given by the options, else measured here."""
     given = "given"
     hbm = Rate(options.hbm_rate, given) if options.hbm_rate else copy_rate(device)
@@ -94,7 +94,7 @@ def timed_ms(work: Callable[[], object], device: torch.device) -> float:
     return elapsed_ms(begin, end)
 
 
-def known_peer_rate(options: ServeOptions, device: torch.device) -> Rate | None:
+def known_peer_rate(options: ServeBenchOptions, device: torch.device) -> Rate | None:
     """Bytes a second from another device: given, or known of such devices."""
     if options.peer_rate:
         return Rate(options.peer_rate, "given")

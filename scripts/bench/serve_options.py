@@ -19,7 +19,7 @@ RANDOM_PROMPT, RANDOM_NEW = 64, 16  # tokens of a random request, at most
 
 
 @dataclass(frozen=True)
-class ServeOptions:
+class ServeBenchOptions:
     """The command line, parsed."""
 
     model: str
@@ -80,7 +80,7 @@ class ServeOptions:
         return max(offline, decode, random, self.max_seq_len)
 
 
-def parse_options(arguments: Sequence[str], measures: Mapping[str, bool], num_ranks: int) -> ServeOptions:
+def parse_options(arguments: Sequence[str], measures: Mapping[str, bool], num_ranks: int) -> ServeBenchOptions:
     """Exits with a message, as argparse does, where the command line cannot be run.
 
     ``measures`` says of each measurement whether it is one of several ranks.
@@ -103,7 +103,7 @@ def parse_options(arguments: Sequence[str], measures: Mapping[str, bool], num_ra
     if values["mode"] not in modes:
         parser.error(f"--mode: {values['mode']} is not for {num_ranks} ranks, expected one of {modes}")
     values["dtype"] = values["dtype"] or ("bf16" if values["device"] == "cuda" else "fp32")
-    options = ServeOptions(**values)
+    options = ServeBenchOptions(**values)
     if complaint := complaint_about(options):
         parser.error(complaint)
     return options
@@ -174,7 +174,7 @@ def add_rates(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--matmul-seconds", type=float, default=3.0, help="for which the matrix product is repeated")
 
 
-def complaint_about(options: ServeOptions) -> str | None:
+def complaint_about(options: ServeBenchOptions) -> str | None:
     """What is wrong with the options, or None."""
     positive = (options.steps, options.rounds, options.context, options.prefill_tokens, options.prompt_tokens)
     if min(*positive, options.new_tokens, options.batches[0], options.num_requests[0]) < 1 or options.warmup < 0:

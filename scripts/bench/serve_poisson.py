@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from bench.report import Row
 from bench.serve_engine import Bench, Requests
-from bench.serve_options import ServeOptions
+from bench.serve_options import ServeBenchOptions
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request
 
@@ -26,7 +26,7 @@ class Arrival:
 
 
 @dataclass
-class Served:
+class ServedRequest:
     """When a request's tokens came, in seconds after the start."""
 
     arrival: Arrival
@@ -50,7 +50,7 @@ def measure(bench: Bench) -> Iterator[Row]:
         yield row_of(rate, play(bench.served.engine, arrivals))
 
 
-def arrivals_at(rate: float, options: ServeOptions, requests: Requests) -> list[Arrival]:
+def arrivals_at(rate: float, options: ServeBenchOptions, requests: Requests) -> list[Arrival]:
     """As many as the rate gives in ``options.seconds``; the times between them are exponentially distributed."""
     clock, at, arrivals = random.Random(f"arrivals {rate}"), 0.0, []
     for _ in range(max(MIN_REQUESTS, round(rate * options.seconds))):
@@ -59,9 +59,9 @@ def arrivals_at(rate: float, options: ServeOptions, requests: Requests) -> list[
     return arrivals
 
 
-def play(engine: Engine, arrivals: Sequence[Arrival]) -> list[Served]:
+def play(engine: Engine, arrivals: Sequence[Arrival]) -> list[ServedRequest]:
     """Serves all, each from its time on; QueueFull where too many wait."""
-    served = {arrival.request.id: Served(arrival) for arrival in arrivals}
+    served = {arrival.request.id: ServedRequest(arrival) for arrival in arrivals}
     coming, start = list(reversed(arrivals)), time.perf_counter()
     while coming or engine.has_work:
         now = time.perf_counter() - start
@@ -77,7 +77,7 @@ def play(engine: Engine, arrivals: Sequence[Arrival]) -> list[Served]:
     return list(served.values())
 
 
-def row_of(rate: float, served: Sequence[Served]) -> Row:
+def row_of(rate: float, served: Sequence[ServedRequest]) -> Row:
     """Return the row of one rate: percentiles of latencies, and tokens a second."""
     seconds = max(one.tokens_at[-1] for one in served) - served[0].arrival.at
     num_tokens = sum(len(one.tokens_at) for one in served)

@@ -13,7 +13,7 @@ from bench.ranks import say
 from bench.report import Row, write
 from bench.serve_engine import Bench, Requests, serve
 from bench.serve_floors import Rates, rates_of
-from bench.serve_options import ServeOptions, parse_options
+from bench.serve_options import ServeBenchOptions, parse_options
 from bench.serve_report import describe, describe_run
 from launch import world as ranks
 from launch.world import World
@@ -70,7 +70,7 @@ def ranks_there() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def reports(options: ServeOptions, world: World, arguments: Sequence[str]) -> Iterator[Row]:
+def reports(options: ServeBenchOptions, world: World, arguments: Sequence[str]) -> Iterator[Row]:
     """The report so far, after each measurement; what was measured is printed as it comes."""
     seconds: dict[str, float] = {}
     with timed("rates", seconds):

@@ -26,9 +26,8 @@ from bench.serve_floors import (
     offline_floor_s,
 )
 from bench.serve_offline import check_count
-from bench.serve_options import ServeOptions, parse_options
-from bench.serve_poisson import Arrival, arrivals_at, percentiles, play, row_of
-from bench.serve_poisson import Served as ServedRequest
+from bench.serve_options import ServeBenchOptions, parse_options
+from bench.serve_poisson import Arrival, ServedRequest, arrivals_at, percentiles, play, row_of
 from bench.serve_report import table
 from launch.world import World
 from tests.ranks import run_ranks
@@ -67,7 +66,7 @@ def run_bench(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return lines, json.loads(last)
 
 
-def options_of(*arguments: str, num_ranks: int = 1) -> ServeOptions:
+def options_of(*arguments: str, num_ranks: int = 1) -> ServeBenchOptions:
     return parse_options([*ARGUMENTS, *arguments], NAMES, num_ranks)
 
 
@@ -177,7 +176,7 @@ def test_two_ranks_measure_steps_that_they_compute_together() -> None:
 # --- memory ---
 
 
-def bench_of(engine: Engine, options: ServeOptions) -> Bench:
+def bench_of(engine: Engine, options: ServeBenchOptions) -> Bench:
     served = SimpleNamespace(engine=engine, device=torch.device("cpu"))
     return Bench(options, cast("World", None), cast("Served", served), Requests(TINY.vocab_size))
 
@@ -328,7 +327,7 @@ def test_streamed_weights_are_measured_against_the_hosts_link() -> None:
 # --- what is asked of the engine ---
 
 
-def tiny_engine(options: ServeOptions) -> Engine:
+def tiny_engine(options: ServeBenchOptions) -> Engine:
     limits = engine_options(options, TINY)
     return Engine.load("preset:tiny", limits)
 
