@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from yafsdp_like.comm.transport import Transport
 
-SEVERAL_HOSTS = "the ranks are on several hosts"  # what peers' ``obstacle`` says
-
 # Keyed by the group object, so that groups of a process's former life are never met again.
 _chosen: dict[tuple[dist.ProcessGroup, str], Transport] = {}
 _replicated: dict[tuple[dist.ProcessGroup, dist.ProcessGroup, str], Transport] = {}
@@ -68,9 +66,9 @@ def _alike(
 def transport_of(group: dist.ProcessGroup, device: torch.device, asked: TransportName) -> Transport:
     """The transport for ``group``, on whose ranks the shards are on ``device``'s type of device.
 
-    "auto" takes, between GPUs that can map each other's memory, "peer" on one host and "hierarchical" on several of
-    several ranks each, and the process group otherwise. Raises ``ValueError`` for an unknown name, and on every rank
-    when a transport was asked for and is not possible.
+    "auto" takes "peer" between GPUs of one host that can map each other's memory, and the process group otherwise, also
+    over several hosts: "hierarchical" has not run on real hosts, so it must be asked for by name. Raises
+    ``ValueError`` for an unknown name, and on every rank when a transport was asked for and is not possible.
     """
     if asked not in get_args(TransportName):
         raise ValueError(f"transport must be one of {list(get_args(TransportName))}, got {asked!r}")
@@ -89,8 +87,8 @@ def _choose(group: dist.ProcessGroup, device: torch.device, asked: str) -> Trans
     why_not = obstacle(group, device)
     if why_not is None and asked != "hierarchical":
         return PeerTransport(group, device, "asked for" if asked == "peer" else f"{group.size()} GPUs of one host")
-    if asked == "hierarchical" or (asked == "auto" and why_not == SEVERAL_HOSTS):
-        found = over_hosts(group, device, "asked for" if asked == "hierarchical" else "they map no memory")
+    if asked == "hierarchical":
+        found = over_hosts(group, device, "asked for")
         if isinstance(found, HierarchicalTransport):
             return found
         why_not = found

@@ -18,6 +18,7 @@ from __future__ import annotations
 import platform
 import weakref
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,14 @@ if TYPE_CHECKING:
 
     from yafsdp_like.comm.transport import Gather, Reduce, Reduction
     from yafsdp_like.memory.arena import Block
+
+
+class Obstacle(StrEnum):
+    """Why ranks cannot map each other's memory; the value is what is printed."""
+
+    SEVERAL_HOSTS = "the ranks are on several hosts"
+    SHARED_GPU = "several ranks share one GPU"
+    NO_PEER_ACCESS = "the GPUs cannot read each other's memory, or do not see each other"
 
 
 class PeerTransport:
@@ -204,14 +213,14 @@ def obstacle(group: dist.ProcessGroup, device: torch.device) -> str | None:
     """Why the ranks of ``group`` cannot map each other's memory; None if they can. Asked by all ranks together."""
     identities = all_gather_object((_host(), _gpu(device)), group)
     if len({host for host, _ in identities}) > 1:
-        return "the ranks are on several hosts"
+        return Obstacle.SEVERAL_HOSTS
     why = next(filter(None, all_gather_object(pages_obstacle(device), group)), None)
     if why is not None or device.type == "cpu":
         return why
     if len(set(identities)) < len(identities):
-        return "several ranks share one GPU"
+        return Obstacle.SHARED_GPU
     reachable = all_gather_object(_reaches_all(device, [gpu for _, gpu in identities]), group)
-    return None if all(reachable) else "the GPUs cannot read each other's memory, or do not see each other"
+    return None if all(reachable) else Obstacle.NO_PEER_ACCESS
 
 
 def _host() -> str:
