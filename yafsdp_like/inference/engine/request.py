@@ -15,6 +15,8 @@ class QueueFull(RuntimeError):
 
 
 class FinishReason(Enum):
+    """Why a request ended."""
+
     STOP = "stop"  # a stop token was drawn
     LENGTH = "length"  # max_tokens were drawn
     CANCELLED = "cancelled"
