@@ -1,12 +1,10 @@
-"""Where bodies are read: on threads that are not the event loop's, so many at a time, and so many in memory.
-
-Owns how many bodies wait and where. Knows nothing of what is read.
+"""A pool of threads that read request bodies off the event loop, with limits on how many wait and how large they are.
 
 [Note: two executors]
-Short bodies are read on threads of their own, so that they never wait for long ones. Long ones are read one at a time,
-and after each the lane rests as long as it has worked: while Python runs there, the engine and the event loop get the
-interpreter late. Only so many bodies wait in either lane, and the bytes of long ones are bounded, whether they wait or
-are still coming.
+Short bodies have threads of their own, so that they never wait for long ones. Long bodies are read one at a time, and
+after each its thread sleeps as long as it has worked: while Python runs there, the engine and the event loop get the
+interpreter late. The number of bodies that wait for either executor is limited, and so are the bytes of long bodies,
+whether they wait or are still being received.
 """
 
 from __future__ import annotations

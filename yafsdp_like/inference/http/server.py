@@ -1,8 +1,8 @@
 """The HTTP interface: OpenAI's completions and chat completions over one service, health and metrics.
 
-Owns routes, streams of answers, and who may enter. What is counted is counted.py's, what may be asked protocol.py's,
-what is answered responses.py's. Needs FastAPI and prometheus_client (`pip install 'yafsdp_like[serve]'`), so nothing of
-the package imports this file.
+Owns routes and streamed responses. Keys and sizes are checked in middleware.py, bodies are parsed in protocol.py, and
+responses are written in responses.py. Needs FastAPI and prometheus_client (`pip install 'yafsdp_like[serve]'`), so
+nothing of the package imports this file.
 
 [Note: disconnects]
 While a response is made, a task waits for the client to disconnect and then closes the stream, which cancels its
