@@ -21,6 +21,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "transpose": lambda g: g.t(),
     "to_local": lambda g: g.to_local(),
     "a row of to_local": lambda g: g.to_local()[0],
+    "storage": lambda g: [g.to_local().storage_offset(), g.to_local().untyped_storage()],
     "full_tensor": lambda g: g.full_tensor(),
     "both": lambda g: (g, g.detach()),
 }
@@ -34,6 +35,9 @@ def first_element(held: Any) -> float:
         first, second = map(first_element, held)
         assert first == second
         return first
+    if isinstance(held, list):
+        offset, storage = held
+        held = torch.empty(0).set_(storage, offset, (1,))
     return (held.to_local() if hasattr(held, "to_local") else held).flatten()[0].item()
 
 
@@ -93,3 +97,19 @@ def test_accumulated_gradients_add_up_under_a_held_view_as_they_would_unsharded(
     view = gradient_of(model, 1.0).to_local()
     model(torch.full((1, 3), dist.get_rank() + 1.0)).sum().backward()
     assert view[0, 0].item() == model.weight.grad.to_local()[0, 0].item() == 3.0
+
+
+@on_ranks()
+def test_a_parameter_that_is_frozen_after_its_forward_gets_no_gradient() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    for layer in model:
+        ours.fully_shard(layer, mesh=world_mesh())
+    ours.fully_shard(model, mesh=world_mesh())
+    for _ in range(2):
+        loss = model(torch.ones(2, 3)).sum()
+        model[1].weight.requires_grad_(False)
+        loss.backward()
+        assert model[1].weight.grad is None
+        assert model[0].weight.grad is not None
+        model.zero_grad()
+        model[1].weight.requires_grad_(True)

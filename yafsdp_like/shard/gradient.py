@@ -46,18 +46,24 @@ class Home:
         del local
         self._address = self._storage._cdata
         self._num_uses = torch._C._storage_Use_Count(self._address)  # by this object
+        self._num_references = sys.getrefcount(self._storage)  # from Python, which C++ does not count
 
     @property
     def is_free(self) -> bool:
         """Whether nobody else holds anything of it. Asked of each parameter in each step."""
         dtensor = self.dtensor
         uses = torch._C._storage_Use_Count(self._address)
-        return sys.getrefcount(dtensor) <= _REFERENCES and bool(uses <= self._num_uses)
+        return (
+            sys.getrefcount(dtensor) <= _REFERENCES
+            and bool(uses <= self._num_uses)
+            and sys.getrefcount(self._storage) <= self._num_references
+        )
 
     @property
     def is_shared(self) -> bool:
-        """Whether a tensor beside the DTensor's own shares the bytes."""
-        return torch._C._storage_Use_Count(self._address) > self._num_uses
+        """Whether a tensor beside the DTensor's own shares the bytes, or somebody holds their storage."""
+        uses = torch._C._storage_Use_Count(self._address)
+        return uses > self._num_uses or sys.getrefcount(self._storage) > self._num_references
 
     @property
     def is_held(self) -> bool:

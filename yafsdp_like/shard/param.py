@@ -283,6 +283,8 @@ class ShardedParam:
         and after.
         """
         assert self.homes is not None
+        if not self.sharded.requires_grad:
+            return  # frozen since the forward: no optimizer is to see it
         if self.sharded._backward_hooks:
             self._run_hooks()
         if not was_added:
