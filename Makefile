@@ -67,6 +67,7 @@ train: $(TRAIN_STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests examples
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -285,7 +285,8 @@ def test_make_test_runs_the_tests_that_the_readme_says(command: str, markers: st
     (tests,) = [words for words in lines if words[:3] == [".venv/bin/python", "-m", "pytest"]]
     assert tests[tests.index("-m", 2) + 1] == markers
     lints = [words[:2] for words in lines if words[0] in (".venv/bin/ruff", ".venv/bin/mypy")]
-    assert lints == ([[".venv/bin/ruff", "check"], [".venv/bin/mypy"]] if command == "make test " else [])
+    checks = [[".venv/bin/ruff", "check"], [".venv/bin/mypy"], [".venv/bin/mypy", "tests"]]
+    assert lints == (checks if command == "make test " else [])
 
 
 def test_what_pip_is_told_exists() -> None:
