@@ -21,6 +21,7 @@ from tests.laws.architecture import (
     record_stream,
     streams_and_events,
 )
+from tests.laws.test_architecture import CHECKS, EXCEPTIONS, findings_of, offending_paths, unneeded_exceptions
 
 
 def offences(check: Check, text: str, path: str) -> int:
@@ -233,3 +234,16 @@ def test_a_long_function_is_found_wherever_it_is(kind: str) -> None:
     lines = ["class A:", f"    {kind} f(self):", *["        x = 1"] * 60]
     assert offences(long_functions, "\n".join(lines), "comm/x.py") == 1
     assert offences(long_functions, "\n".join(lines[:-1]), "comm/x.py") == 0
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_every_exception_is_needed(name: str) -> None:
+    """Prevents: a list of exceptions that outlives what it excuses."""
+    assert not unneeded_exceptions(name, findings_of(name)), "remove these from EXCEPTIONS"
+
+
+def test_an_exception_that_is_no_longer_needed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXCEPTIONS, "check", {"a.py", "b.py"})
+    findings = ["a.py:3: something", "a.py:4: something", "c.py: something"]
+    assert offending_paths("check", findings) == {"c.py"}
+    assert unneeded_exceptions("check", findings) == {"b.py"}
