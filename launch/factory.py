@@ -24,14 +24,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from launch.recipe import Exporter
+Exporter = Callable[[dict[str, Tensor], Path, Mapping[str, int | None]], None]  # writes weights for others
 
 TARGETS = ("targets", "target", "y")
 LABELS = "labels"

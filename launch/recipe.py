@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,15 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from launch.config import ModelOptions
-from launch.factory import FactoryRecipe
+from launch.factory import Exporter, FactoryRecipe
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig
 from yafsdp_like.models.hf import GENERATION_CONFIG_NAME, load_hf_config, load_hf_weights, save_hf
 from yafsdp_like.models.hf_config import config_to_hf
 
+
 # Writes whole weights, by name, as a directory that transformers loads; the ids of tokens go into its config.json.
-Exporter = Callable[[dict[str, Tensor], Path, Mapping[str, int | None]], None]
-
-
 class Recipe(Protocol):
     """A model that can be made on every rank."""
 

@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from launch.command_line import as_dict
 from launch.config import Config, OptimizerOptions
+from launch.factory import Exporter
 from launch.metrics import environment
-from launch.recipe import Exporter, Recipe
+from launch.recipe import Recipe
 from launch.trainer import Trainer
 from launch.world import World
 from yafsdp_like.checkpoint import steps

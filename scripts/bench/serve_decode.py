@@ -9,13 +9,13 @@ import torch
 from bench.measure import elapsed_ms, mark
 from bench.report import Row, spread
 from bench.serve_engine import Bench, Decoding
-from bench.serve_floors import Rates, decode_floor_s, streaming_floor_s
+from bench.serve_floors import MeasuredRates, decode_floor_s, streaming_floor_s
 from bench.serve_options import NUM_HELD
 
 HOLD_CYCLES = 60_000_000  # of a device at up to 2 GHz: longer than the CPU takes to issue a step
 
 
-def measure(bench: Bench, rates: Rates) -> Iterator[Row]:
+def measure(bench: Bench, rates: MeasuredRates) -> Iterator[Row]:
     """A row per batch."""
     for batch in bench.options.batches:
         row = measured(bench, batch)

@@ -28,7 +28,7 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Rates:
+class MeasuredRates:
     """A device's own."""
 
     hbm: Rate  # bytes read from its memory
@@ -36,13 +36,13 @@ class Rates:
     host: Rate | None = None  # bytes from pinned host memory, where weights are streamed
 
 
-def rates_of(options: ServeBenchOptions, device: torch.device) -> Rates:
+def rates_of(options: ServeBenchOptions, device: torch.device) -> MeasuredRates:
     """As given by the options, else measured here."""
     given = "given"
     hbm = Rate(options.hbm_rate, given) if options.hbm_rate else copy_rate(device)
     dtype, seconds = DTYPES[options.dtype], options.matmul_seconds
     matmul = Rate(options.matmul_rate, given) if options.matmul_rate else matmul_rate(device, dtype, seconds)
-    return Rates(hbm, matmul, host_rate(device) if options.mode == "streamed" else None)
+    return MeasuredRates(hbm, matmul, host_rate(device) if options.mode == "streamed" else None)
 
 
 def host_rate(device: torch.device) -> Rate:
@@ -142,7 +142,7 @@ def kv_nbytes(plan: ServingPlan, context: float) -> float:
     return total
 
 
-def decode_floor_s(plan: ServingPlan, batch: int, context: float, rates: Rates) -> float:
+def decode_floor_s(plan: ServingPlan, batch: int, context: float, rates: MeasuredRates) -> float:
     """Return the least time of a step that decodes, in seconds.
 
     Each product takes at least the larger of reading its weights and of computing, and so does attention, of reading
@@ -172,13 +172,13 @@ def num_sharers(plan: ServingPlan) -> int:
     return plan.placement.num_ranks if plan.mode == "tensor_parallel" else 1
 
 
-def prefill_floor_s(plan: ServingPlan, num_tokens: int, rates: Rates) -> float:
+def prefill_floor_s(plan: ServingPlan, num_tokens: int, rates: MeasuredRates) -> float:
     """Of one prompt."""
     return forward_flops(plan.config, 0, num_tokens, 1) / num_sharers(plan) / rates.matmul.value
 
 
 def offline_floor_s(
-    plan: ServingPlan, num_requests: int, batch: int, num_prompt: int, num_new: int, rates: Rates
+    plan: ServingPlan, num_requests: int, batch: int, num_prompt: int, num_new: int, rates: MeasuredRates
 ) -> float:
     """All prompts, then all other tokens, in full batches whose contexts grow."""
     prompts = num_requests * prefill_floor_s(plan, num_prompt, rates)
@@ -191,7 +191,7 @@ def gather_floor_s(plan: ServingPlan, peer_rate: float) -> float:
     return _num_moved(plan) * (plan.placement.num_ranks - 1) / plan.placement.num_ranks / peer_rate
 
 
-def streaming_floor_s(plan: ServingPlan, rates: Rates) -> float:
+def streaming_floor_s(plan: ServingPlan, rates: MeasuredRates) -> float:
     """Of one forward; 0 where nothing is streamed."""
     return 0.0 if rates.host is None else _num_moved(plan) / rates.host.value
 

@@ -9,8 +9,8 @@ from bench.ranks import gathered
 from bench.report import Row
 from bench.serve_engine import Bench
 from bench.serve_floors import (
+    MeasuredRates,
     Rate,
-    Rates,
     decode_floor_s,
     gather_floor_s,
     known_peer_rate,
@@ -21,7 +21,7 @@ from bench.serve_floors import (
 GATHERS = 5  # forwards without a reader, which gather and do no more
 
 
-def measure(bench: Bench, rates: Rates) -> Iterator[Row]:
+def measure(bench: Bench, rates: MeasuredRates) -> Iterator[Row]:
     """A row per batch, and one of chunks; ms of the slowest rank, tokens a second of all."""
     plan, options = bench.served.plan, bench.options
     gather = gathering(bench) if plan.mode == "gathered" else {"gather_floor_ms": 0.0}
@@ -46,7 +46,7 @@ def gathering(bench: Bench) -> Row:
     }
 
 
-def chunk_row(bench: Bench, rates: Rates, gather: Row) -> Row:
+def chunk_row(bench: Bench, rates: MeasuredRates, gather: Row) -> Row:
     """Of all of a long prompt's chunks together, so that ``floor_ms`` counts as many gathers as there are chunks."""
     wait_for_all_ranks(bench)
     row, num_tokens = serve_prefill.measured(bench), bench.options.prefill_tokens

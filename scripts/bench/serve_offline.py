@@ -6,12 +6,12 @@ from functools import partial
 
 from bench.report import Row, spread
 from bench.serve_engine import Bench
-from bench.serve_floors import Rates, offline_floor_s
+from bench.serve_floors import MeasuredRates, offline_floor_s
 
 OURS = "ours"
 
 
-def measure(bench: Bench, rates: Rates) -> Iterator[Row]:
+def measure(bench: Bench, rates: MeasuredRates) -> Iterator[Row]:
     """A row per number of requests."""
     options = bench.options
     for count in options.num_requests:

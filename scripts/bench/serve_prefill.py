@@ -7,11 +7,11 @@ from itertools import pairwise
 from bench.measure import elapsed_ms, mark
 from bench.report import Row, spread
 from bench.serve_engine import Bench, Served
-from bench.serve_floors import Rates, prefill_floor_s, streaming_floor_s
+from bench.serve_floors import MeasuredRates, prefill_floor_s, streaming_floor_s
 from yafsdp_like.inference.engine.request import Request
 
 
-def measure(bench: Bench, rates: Rates) -> list[Row]:
+def measure(bench: Bench, rates: MeasuredRates) -> list[Row]:
     """The one row."""
     row = measured(bench)
     plan, num_chunks = bench.served.plan, len(row["chunk_ms"])

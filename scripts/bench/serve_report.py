@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from bench.report import Row, hardware, versions
 from bench.serve_engine import Bench
-from bench.serve_floors import Rates
+from bench.serve_floors import MeasuredRates
 
 COLUMNS = {  # of the printed tables: measurement -> field -> heading and format
     "decode": {
@@ -60,7 +60,7 @@ COLUMNS = {  # of the printed tables: measurement -> field -> heading and format
 }
 
 
-def describe_run(bench: Bench, rates: Rates, arguments: Sequence[str]) -> Row:
+def describe_run(bench: Bench, rates: MeasuredRates, arguments: Sequence[str]) -> Row:
     """Everything in a report but what was measured."""
     options, world, plan = bench.options, bench.world, bench.served.plan
     command = "python" if world.size == 1 else f"torchrun --nproc-per-node {world.size}"

@@ -12,7 +12,7 @@ from bench import serve_decode, serve_memory, serve_modes, serve_offline, serve_
 from bench.ranks import say
 from bench.report import Row, write
 from bench.serve_engine import Bench, Requests, serve
-from bench.serve_floors import Rates, rates_of
+from bench.serve_floors import MeasuredRates, rates_of
 from bench.serve_options import ServeBenchOptions, parse_options
 from bench.serve_report import describe, describe_run
 from launch import world as ranks
@@ -25,11 +25,11 @@ Result = Row | list[Row]
 class Measure:
     """A part of the report, and whether several ranks measure it together, or one alone."""
 
-    run: Callable[[Bench, Rates], Result]
+    run: Callable[[Bench, MeasuredRates], Result]
     of_ranks: bool = False
 
 
-def measure_offline(bench: Bench, rates: Rates) -> Result:
+def measure_offline(bench: Bench, rates: MeasuredRates) -> Result:
     """Ours, then transformers', which takes memory that ours does not give back to it."""
     ours = list(serve_offline.measure(bench, rates))
     if not bench.options.peers:

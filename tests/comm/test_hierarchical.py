@@ -24,7 +24,7 @@ from yafsdp_like.comm.choice import transport_of, transport_over
 from yafsdp_like.comm.hierarchical import HierarchicalTransport
 from yafsdp_like.comm.peer import Obstacle
 from yafsdp_like.comm.transport import Gather, Reduction, Transport
-from yafsdp_like.memory.arena import Block
+from yafsdp_like.memory.arena import MemoryBlock
 from yafsdp_like.shard import memory_layout
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
@@ -128,8 +128,8 @@ class Buffers:
     def __init__(self, transport: HierarchicalTransport, dtype: torch.dtype, wire_dtype: torch.dtype) -> None:
         sizes, width = (NUMEL, NUMEL // 2), transport.world_size
         column = transport.column_nbytes([n * dtype.itemsize for n in sizes])
-        gradients = [Block.allocate(width * n * dtype.itemsize, CPU) for n in sizes]
-        staging = Block.allocate(column, CPU)
+        gradients = [MemoryBlock.allocate(width * n * dtype.itemsize, CPU) for n in sizes]
+        staging = MemoryBlock.allocate(column, CPU)
         transport.connect([*gradients, staging])
         self.shards = [torch.zeros(n, dtype=dtype) for n in sizes]
         self.slots = [torch.zeros(width * n, dtype=dtype) for n in sizes]

@@ -27,7 +27,7 @@ from tests.zoo import BATCH, FEATURES, SPECIMENS, Specimen
 from yafsdp_like import MixedPrecisionPolicy, SpillWarning, fully_shard
 from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.transport import Reduction
-from yafsdp_like.memory.arena import Block
+from yafsdp_like.memory.arena import MemoryBlock
 from yafsdp_like.shard import allocated_memory as allocated_memory_module
 from yafsdp_like.shard import memory_layout
 
@@ -182,12 +182,12 @@ def train_with_little_staging(nbytes: int) -> tuple[Run, Run]:
 
 
 @contextmanager
-def allocations() -> Iterator[list[Block]]:
+def allocations() -> Iterator[list[MemoryBlock]]:
     """The blocks that are allocated inside, which stay alive as long as the list."""
-    blocks: list[Block] = []
-    allocate = Block.allocate
+    blocks: list[MemoryBlock] = []
+    allocate = MemoryBlock.allocate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Block, "allocate", lambda *args: blocks.append(allocate(*args)) or blocks[-1])
+        patch.setattr(MemoryBlock, "allocate", lambda *args: blocks.append(allocate(*args)) or blocks[-1])
         yield blocks
 
 
@@ -336,7 +336,7 @@ def test_four_ranks_add_in_order_of_rank(
     """In fp32, whatever the gradients' dtype; rounded once to what a collective would have sent."""
     rank, everybody = dist.get_rank(), chunks_of_all_ranks(dtype)
     transport = transport_of(dist.group.WORLD, CPU, "peer")
-    block = Block.allocate(everybody[rank].numel() * dtype.itemsize, CPU)
+    block = MemoryBlock.allocate(everybody[rank].numel() * dtype.itemsize, CPU)
     transport.connect([block])
     gradients = block.bytes.view(dtype)
     gradients.copy_(everybody[rank])

@@ -42,7 +42,7 @@ from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.transport import Reduction
 from yafsdp_like.memory import vmm as windows
-from yafsdp_like.memory.arena import Block
+from yafsdp_like.memory.arena import MemoryBlock
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.models import PRESETS, Decoder
 
@@ -203,7 +203,7 @@ def gradients_of(rank: int, world_size: int, exact: bool) -> torch.Tensor:
 def reduced(transport_name: Any, gradients: torch.Tensor, staging_nbytes: int) -> torch.Tensor:
     """This rank's chunk of the mean."""
     transport = transport_of(dist.group.WORLD, CPU, transport_name)
-    block = Block.allocate(gradients.nbytes, CPU)
+    block = MemoryBlock.allocate(gradients.nbytes, CPU)
     transport.connect([block])
     inputs = block.bytes.view(torch.float32)
     inputs.copy_(gradients)

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from bench import serve_memory, serve_peers, serve_run
 from bench.serve_engine import Bench, Decoding, Requests, Served, engine_options
 from bench.serve_floors import (
+    MeasuredRates,
     Rate,
-    Rates,
     decode_floor_s,
     forward_flops,
     gather_floor_s,
@@ -48,7 +48,7 @@ LOAD = ["--rounds", "3", "--prompt-tokens", "20", "--new-tokens", "6", "--num-re
 EFFORT = ["--seconds", "0.2", "--random-requests", "20", "--matmul-seconds", "0.05", "--device", "cpu"]
 ARGUMENTS = ["--model", "preset:tiny", *SIZES, *LOAD, *EFFORT]
 NAMES = {name: measure.of_ranks for name, measure in serve_run.MEASURES.items()}
-RATES = Rates(Rate(1e9, "given"), Rate(1e12, "given"))
+RATES = MeasuredRates(Rate(1e9, "given"), Rate(1e12, "given"))
 
 
 @pytest.fixture(autouse=True)
@@ -254,18 +254,18 @@ def test_the_floor_of_decoding_an_8b_model_is_what_it_reads() -> None:
     """The head is read, the embedding is not; keys and values are 2 x 32 layers x 8 heads x 128 x 2 bytes a token."""
     plan, config = plan_of("8b"), PRESETS["8b"]
     weights = 2 * (config.num_params - config.vocab_size * config.dim)
-    rates = Rates(Rate(4.25e12, "given"), Rate(600e12, "given"))
+    rates = MeasuredRates(Rate(4.25e12, "given"), Rate(600e12, "given"))
     nbytes = weights + 32 * 1024 * 131_072
     assert decode_floor_s(plan, 32, 1024, rates) == pytest.approx(nbytes / 4.25e12, rel=1e-4)  # without norms
     assert 32 / decode_floor_s(plan, 32, 1024, rates) == pytest.approx(7049, rel=1e-3)
     many = weights * 512 / 600e12 + 512 * 1024 * 131_072 / 4.25e12  # products compute, and attention reads after them
     assert decode_floor_s(plan, 512, 1024, rates) == pytest.approx(many, rel=1e-3)
-    slow = Rates(Rate(4.25e12, "given"), Rate(1e12, "given"))  # where arithmetic takes longer than reading
+    slow = MeasuredRates(Rate(4.25e12, "given"), Rate(1e12, "given"))  # where arithmetic takes longer than reading
     assert decode_floor_s(plan, 32, 1023, slow) == pytest.approx(32 * forward_flops(config, 1023, 1, 1) / 1e12)
 
 
 def test_ranks_that_compute_together_each_read_their_part() -> None:
-    rates = Rates(Rate(4.25e12, "given"), Rate(600e12, "given"))
+    rates = MeasuredRates(Rate(4.25e12, "given"), Rate(600e12, "given"))
     alone, together = plan_of("8b"), plan_of("8b", "tensor_parallel", num_ranks=2)
     for batch in (1, 512):
         whole = decode_floor_s(alone, batch, 1024, rates)
@@ -275,7 +275,7 @@ def test_ranks_that_compute_together_each_read_their_part() -> None:
 def test_a_tied_head_is_read_and_a_window_bounds_what_a_query_sees() -> None:
     tied = PRESETS["small"]
     plan = plan_of("small", dtype=torch.float32)
-    reading = Rates(Rate(1e9, "given"), Rate(1e18, "given"))
+    reading = MeasuredRates(Rate(1e9, "given"), Rate(1e18, "given"))
     assert decode_floor_s(plan, 1, 0, reading) == pytest.approx(4 * tied.num_params / 1e9, rel=1e-3)
     windowed = replace(TINY, sliding_window=10)
     short = plan_serving(windowed, ServingLimits(kv_nbytes=1 << 24), Site(torch.float32))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
-    from yafsdp_like.memory.arena import Block
+    from yafsdp_like.memory.arena import MemoryBlock
 
 
 class HierarchicalTransport:
@@ -56,7 +56,7 @@ class HierarchicalTransport:
     def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
         return sum(aligned(self.num_hosts * nbytes) for nbytes in chunks_nbytes)
 
-    def connect(self, blocks: Sequence[Block]) -> None:
+    def connect(self, blocks: Sequence[MemoryBlock]) -> None:
         self._inside.connect(blocks)
 
     def stream_barrier(self, stream: str) -> None:

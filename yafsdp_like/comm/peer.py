@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from yafsdp_like.comm.transport import Gather, Reduce, Reduction
-    from yafsdp_like.memory.arena import Block
+    from yafsdp_like.memory.arena import MemoryBlock
 
 
 class Obstacle(StrEnum):
@@ -62,10 +62,10 @@ class PeerTransport:
         self.description = f"peer: {reason}"
         self._group = self.everybody = group
         self._device = device
-        self._windows: weakref.WeakKeyDictionary[Block, list[Window]] = weakref.WeakKeyDictionary()  # by rank
+        self._windows: weakref.WeakKeyDictionary[MemoryBlock, list[Window]] = weakref.WeakKeyDictionary()  # by rank
         self._barrier = Flags(group, device) if device.type == "cuda" else Barrier(group)
 
-    def connect(self, blocks: Sequence[Block]) -> None:
+    def connect(self, blocks: Sequence[MemoryBlock]) -> None:
         for block in blocks:
             self._windows[block] = windows_of_all_ranks(block.pages, self._group)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from yafsdp_like.comm.transport import Gather, Reduce, Reduction
-    from yafsdp_like.memory.arena import Block
+    from yafsdp_like.memory.arena import MemoryBlock
     from yafsdp_like.memory.streams import Event
 
 # Torch 2.12 renamed the coalesced collectives and kept the old names with a warning.
@@ -45,7 +45,7 @@ class ProcessGroupTransport:
         self._gather_group = self.everybody = group
         self._reduce_group = _reduce_group_of(group) if self.world_size > 1 else group
 
-    def connect(self, blocks: Sequence[Block]) -> None:
+    def connect(self, blocks: Sequence[MemoryBlock]) -> None:
         pass
 
     def stream_barrier(self, stream: str) -> None:

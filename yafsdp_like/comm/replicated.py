@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
-    from yafsdp_like.memory.arena import Block
+    from yafsdp_like.memory.arena import MemoryBlock
     from yafsdp_like.memory.streams import Event
 
 
@@ -40,7 +40,7 @@ class ReplicatedTransport:
         self.shards, self._replicas, self.everybody = shards, replicas, everybody
         self.gather_is_collective = shards.gather_is_collective
 
-    def connect(self, blocks: Sequence[Block]) -> None:
+    def connect(self, blocks: Sequence[MemoryBlock]) -> None:
         self.shards.connect(blocks)
 
     def stream_barrier(self, stream: str) -> None:

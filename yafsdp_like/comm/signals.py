@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from yafsdp_like.comm.descriptors import windows_of_all_ranks
-from yafsdp_like.memory.arena import Block
+from yafsdp_like.memory.arena import MemoryBlock
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event
 from yafsdp_like.memory.vmm import Window, checked, driver
 
@@ -54,7 +54,7 @@ class Flags:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._device = device
-        self._block = Block.allocate(len(_CHANNELS) * 2 * group.size() * _FLAG_NBYTES, device)
+        self._block = MemoryBlock.allocate(len(_CHANNELS) * 2 * group.size() * _FLAG_NBYTES, device)
         torch.cuda.synchronize(device)  # flags are 0 before a peer can set one
         self._windows = windows_of_all_ranks(self._block.pages, group)
         self._barrier = {

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from yafsdp_like.memory.arena import Block
+    from yafsdp_like.memory.arena import MemoryBlock
     from yafsdp_like.memory.streams import Event
 
 Averaged = Literal["new", "all", "nothing"]
@@ -55,7 +55,7 @@ class Transport(Protocol):
     gather_is_collective: bool  # a gather is a collective, and not this rank's own reading
     everybody: dist.ProcessGroup  # all ranks that must do the same, in the same order
 
-    def connect(self, blocks: Sequence[Block]) -> None:
+    def connect(self, blocks: Sequence[MemoryBlock]) -> None:
         """Makes the ranks' blocks readable by each other. Called by all ranks with blocks of the same sizes, in the
         same order; blocks the CPU.
         """

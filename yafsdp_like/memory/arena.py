@@ -20,14 +20,14 @@ WORTH_ASKING_NBYTES = 64 << 20  # smaller ones are allocated without asking what
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class MemoryBlock:
     """One allocation of pages, zeroed, which other processes of this host and windows can show."""
 
     bytes: torch.Tensor  # (nbytes,) uint8
     pages: windows.Pages
 
     @classmethod
-    def allocate(cls, nbytes: int, device: torch.device, page_nbytes: int = 0) -> Block:
+    def allocate(cls, nbytes: int, device: torch.device, page_nbytes: int = 0) -> MemoryBlock:
         pages = windows.allocate(nbytes, page_nbytes or windows.PAGE_NBYTES, device)
         block = cls(windows.window([(pages, Segment(0, pages.nbytes))]).bytes[:nbytes], pages)
         block.bytes.zero_()
@@ -47,7 +47,7 @@ class _Spot:
     storage: torch.UntypedStorage
     offset_nbytes: int
     nbytes: int
-    block: Block | None = None
+    block: MemoryBlock | None = None
 
 
 class Arena:
@@ -59,7 +59,7 @@ class Arena:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.regions: dict[str, Region] = {}
-        self.blocks: list[Block] = []  # those that peers map
+        self.blocks: list[MemoryBlock] = []  # those that peers map
         self._spots: dict[str, _Spot] = {}  # by name of region or window
 
     @property
@@ -85,7 +85,7 @@ class Arena:
     def _reserve(self, regions: Sequence[Region], mapped: bool, page_nbytes: int) -> None:
         nbytes, block = sum(r.nbytes for r in regions), None
         if nbytes and (mapped or page_nbytes):
-            block = Block.allocate(nbytes, self.device, page_nbytes)
+            block = MemoryBlock.allocate(nbytes, self.device, page_nbytes)
             storage = block.bytes.untyped_storage()
             self.blocks += [block] if mapped else []
         else:

@@ -46,7 +46,7 @@ from yafsdp_like.comm.tp_group import TPGroup, world_tp_group
 from yafsdp_like.inference.engine import tp_driver as together
 from yafsdp_like.inference.engine.engine import Engine, Metrics
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
-from yafsdp_like.inference.engine.tp_driver import Command, TPDriver, follow
+from yafsdp_like.inference.engine.tp_driver import TPCommand, TPDriver, follow
 from yafsdp_like.inference.http.service import Service, ServiceState
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.weights.loading import world_transport
@@ -266,8 +266,8 @@ async def lead(engine: Engine, tp_group: TPGroup, silence_s: float) -> list[obje
 
 def test_silence_may_last_longer_than_a_collective(directory: str) -> None:
     meanwhile, _ = run_ranks(serve_after_silence, directory, 2.8, 0.3)
-    assert {word for word in meanwhile if word is not Command.STEP} == {Command.LISTEN}
-    assert 2 <= meanwhile.count(Command.LISTEN) <= 10  # every 0.3 to 0.6 s on an idle machine, and not all the time
+    assert {word for word in meanwhile if word is not TPCommand.STEP} == {TPCommand.LISTEN}
+    assert 2 <= meanwhile.count(TPCommand.LISTEN) <= 10  # every 0.3 to 0.6 s on an idle machine, and not all the time
 
 
 def test_without_a_word_now_and_then_it_could_not(directory: str) -> None:

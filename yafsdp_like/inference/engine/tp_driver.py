@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 KEEP_ALIVE_S = 5.0  # of silence; far less than the timeout of any group
 
 
-class Command(Enum):
+class TPCommand(Enum):
     STEP = auto()
     LISTEN = auto()  # there is nothing to do
     END = auto()
@@ -44,7 +44,7 @@ class Cancel:
     request_id: str
 
 
-Message = Request | Cancel | Command  # a request is to be added
+Message = Request | Cancel | TPCommand  # a request is to be added
 
 
 class TPDriver:
@@ -77,14 +77,14 @@ class TPDriver:
 
     def step(self) -> list[Event]:
         if not self._engine.has_work:
-            self._broadcast(Command.LISTEN)
+            self._broadcast(TPCommand.LISTEN)
             return []
-        self._broadcast(Command.STEP)
+        self._broadcast(TPCommand.STEP)
         return self._engine.step()
 
     def close(self) -> None:
         """Ends `follow` on the other ranks; nothing can be asked after it. Not after an error: nobody may listen."""
-        self._broadcast(Command.END)
+        self._broadcast(TPCommand.END)
 
     def metrics(self) -> Metrics:
         """Of this rank, as of every other."""
@@ -108,8 +108,8 @@ def follow(engine: Engine, tp_group: TPGroup) -> None:
     Blocks the CPU while there is nothing to do. Raises what a step raises, and RuntimeError if the first rank has ended
     otherwise or was silent for longer than the timeout of the group.
     """
-    listening: Message = Command.LISTEN
-    while (message := tp_group.broadcast(listening)) is not Command.END:
+    listening: Message = TPCommand.LISTEN
+    while (message := tp_group.broadcast(listening)) is not TPCommand.END:
         _apply(engine, message)
 
 
@@ -120,5 +120,5 @@ def _apply(engine: Engine, message: Message) -> None:
                 engine.add(message)
         case Cancel(request_id):
             engine.cancel(request_id)
-        case Command.STEP:
+        case TPCommand.STEP:
             engine.step()
