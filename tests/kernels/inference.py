@@ -47,8 +47,10 @@ class Shape:
 
 
 def paged(shape: Shape) -> tuple[KVPages, AttentionBatch]:
-    """Random pages in random order, with space between them. Page 0 is poison: tables lead there where nobody looks. So
-    is what lies behind the last token of a sequence.
+    """Make random pages in random order, with space between them.
+
+    Page 0 is poisoned, and table entries that no query needs lead there. What follows a sequence's last token is
+    poisoned too.
     """
     counts = [-(-length // shape.page_size) for length in shape.seq_lens]
     num_pages = 1 + sum(counts)

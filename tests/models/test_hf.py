@@ -275,7 +275,7 @@ def test_one_error_names_what_is_missing_unexpected_and_misshapen(tmp_path: Path
     with TensorWriter(tmp_path / "odd", entries, 1 << 30) as writer:
         for name, spec in entries.items():
             writer.write(name, torch.zeros(spec.shape))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="missing: ") as caught:
         load_hf_weights(model, tmp_path / "odd")
     assert str(caught.value).split("; ")[1:] == [
         "missing: model.norm.weight",

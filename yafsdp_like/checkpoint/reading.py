@@ -100,6 +100,7 @@ class CheckedReader(FileSystemReader):
         self._metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the metadata given at construction, which have been checked."""
         if self._metadata.storage_meta is None:
             self._metadata.storage_meta = StorageMeta()
         self._metadata.storage_meta.load_id = self.load_id
@@ -110,6 +111,7 @@ class CheckedPlanner(DefaultLoadPlanner):
     """Torch's plan of what is read, whose values that are no tensors are plain ones: numbers, texts, containers."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Unpickle only plain values, and hand them on to torch."""
         plain = torch.load(value, map_location="cpu", weights_only=True)
         checked = io.BytesIO()  # torch's own method, which knows where the value belongs, reads it again
         torch.save(plain, checked)

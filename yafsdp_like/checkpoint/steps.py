@@ -105,6 +105,7 @@ def is_complete(path: Path) -> bool:
 
 
 def step_of(path: Path) -> int:
+    """Return the step of a directory that is named as a checkpoint."""
     match = STEP_NAME.fullmatch(path.name)
     assert match is not None, path
     return int(match[1])

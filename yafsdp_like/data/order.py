@@ -87,10 +87,12 @@ class Batches:
 
     @property
     def num_sequences(self) -> int:
+        """Number of whole sequences in the tokens."""
         return (len(self.tokens) - 1) // self.seq_len
 
     @property
     def order(self) -> SequenceOrder:
+        """The order in which sequences are drawn."""
         return SequenceOrder(self.num_sequences, self.seed)
 
     def batch(

@@ -43,6 +43,7 @@ class Teller:
         self._next = 0.0
 
     def begin(self, what: str) -> None:
+        """Start to report `what` from 0 bytes on."""
         self._what, self._next = what, 0.0
         self.read(0)
 

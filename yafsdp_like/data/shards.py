@@ -69,10 +69,12 @@ class DataConfig:
 
     @property
     def bpe_size(self) -> int:
+        """Tokens of the vocabulary that is trained."""
         return DEFAULT_VOCAB if self.vocab_size is None else self.vocab_size
 
     @property
     def cache_directory(self) -> Path:
+        """The directory below which packed tokens are kept."""
         if self.cache is not None:
             return Path(self.cache).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "yafsdp_like"

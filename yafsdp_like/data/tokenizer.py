@@ -118,6 +118,7 @@ class Tokenizer:
 
     @cached_property
     def hash(self) -> str:
+        """Hash of the files' names and contents, in hexadecimal."""
         digest = hashlib.blake2b(digest_size=16)
         for name, content in sorted(self.files.items()):
             digest.update(f"{name}\0{len(content)}\0".encode() + content)

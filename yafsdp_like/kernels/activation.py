@@ -1,5 +1,6 @@
-"""SwiGLU without its matrix products: silu(gate) * up, in float32, rounded once (Shazeer, "GLU Variants Improve
-Transformer", 2020).
+"""SwiGLU without its matrix products: silu(gate) * up, in float32, rounded once.
+
+Source: Shazeer, "GLU Variants Improve Transformer", 2020.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ def swiglu_reference(gate: Tensor, up: Tensor, out: Tensor) -> None:
 
 
 def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
-    """Writes `silu(gate) * up` on the current stream.
+    """Write `silu(gate) * up` on the current stream.
 
     Args:
-        gate, up: `(T, F)`, rows dense; two halves of one wider row perhaps.
+        gate: `(T, F)`, rows dense; may be a half of a wider row, and `up` the other.
+        up: `(T, F)`, rows dense.
         out: `(T, F)`, rows dense; may be gate or up.
 
     Raises `ValueError` for shapes or strides that do not fit.

@@ -55,6 +55,7 @@ class AdamWTensors(NamedTuple):
 
     @property
     def tensors(self) -> list[torch.Tensor]:
+        """The tensors that are there, without the compute copy if there is none."""
         return [tensor for tensor in self[:5] if tensor is not None]
 
     @property

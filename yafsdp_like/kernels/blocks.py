@@ -107,6 +107,7 @@ class BlockTable:
 
     @property
     def num_blocks(self) -> int:
+        """Number of blocks of all segments."""
         return len(self.blocks)
 
 
@@ -158,8 +159,9 @@ def store(base: tl.tensor, offsets: tl.tensor, values: tl.tensor, mask: tl.tenso
 
 @jit()
 def rounded(values: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """float32 ``values`` to nearest even in ``DTYPE``, for which Triton's interpreter needs help: it truncates to
-    bfloat16, so the 16 bits that it will cut are first rounded away in integers.
+    """Round float32 ``values`` to nearest even in ``DTYPE``.
+
+    Triton's interpreter truncates to bfloat16, so there the 16 bits that it will cut are rounded away in integers.
     """
     if _ROUND_BY_HAND and tl.bfloat16 == DTYPE:
         bits = values.to(tl.uint32, bitcast=True)

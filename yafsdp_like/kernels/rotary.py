@@ -169,8 +169,10 @@ def _launch(
 
 @jit()
 def _stored(values: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """float32 ``values`` to nearest even in ``DTYPE``, clamped if that is float8. The interpreter, which casts to
-    float8 in another way, gets numbers that are float8's already: of 3 bits after the first, or multiples of 2**-9.
+    """Round float32 ``values`` to nearest even in ``DTYPE``, clamped if that is float8.
+
+    Triton's interpreter casts to float8 in another way, so there values are rounded by hand to numbers of float8: 3
+    bits after the first, or multiples of 2**-9.
     """
     if tl.float8e4nv == DTYPE:
         values = tl.minimum(tl.maximum(values, -448.0), 448.0)

@@ -103,10 +103,12 @@ class DecoderConfig:
 
     @property
     def head_dim(self) -> int:
+        """H."""
         return self.dim // self.num_heads if self.custom_head_dim is None else self.custom_head_dim
 
     @property
     def rope(self) -> Rope:
+        """Rotary positions of all layers."""
         return Rope(self.head_dim, self.rope_theta, self.rope_scaling)
 
     def window_of(self, layer_index: int) -> int | None:
@@ -244,7 +246,8 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -353,9 +356,9 @@ def fill_first_values(param: Tensor, name: str, config: DecoderConfig, key: str)
 
 
 def _fill_normal_(param: Tensor, std: float, key: str) -> None:
-    """Fill this rank's rows of `param` (rows, cols) or (rows, cols, depth); equal keys give equal values under any
-    sharding.
+    """Fill this rank's rows of `param` (rows, cols) or (rows, cols, depth).
 
+    Equal keys give equal values under any sharding.
     Rows are drawn in groups, each from its own generator, so that a rank draws little more than its own rows
     and never holds a full matrix. A row of three dimensions, one expert's matrix, is a group of its own.
     """

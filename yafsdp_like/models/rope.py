@@ -15,8 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """Positions divided by `factor`: Chen et al., "Extending Context Window of Large Language Models via Positional
-    Interpolation", 2023, equation 4.
+    """Positions divided by `factor`.
+
+    Source: Chen et al., "Extending Context Window of Large Language Models via Positional Interpolation", 2023,
+    equation 4.
     """
 
     factor: float
@@ -26,7 +28,8 @@ class LinearScaling:
 
     amplitude = 1.0
 
-    def stretch(self, frequencies: Tensor, theta: float) -> Tensor:  # (H / 2,) -> (H / 2,)
+    def stretch(self, frequencies: Tensor, theta: float) -> Tensor:
+        """Scale the frequencies (H / 2,) of base `theta`."""
         return frequencies / self.factor
 
 
@@ -52,7 +55,8 @@ class Llama3Scaling:
         if not 0 < self.slow_turns < self.fast_turns:
             raise ValueError(f"expected 0 < slow_turns < fast_turns, got {self.slow_turns} and {self.fast_turns}")
 
-    def stretch(self, frequencies: Tensor, theta: float) -> Tensor:  # (H / 2,) -> (H / 2,)
+    def stretch(self, frequencies: Tensor, theta: float) -> Tensor:
+        """Scale the frequencies (H / 2,) of base `theta`."""
         turns = self.original_seq_len * frequencies / (2 * math.pi)
         kept = ((turns - self.slow_turns) / (self.fast_turns - self.slow_turns)).clamp(0, 1)
         return (1 - kept) * frequencies / self.factor + kept * frequencies
@@ -82,9 +86,11 @@ class YarnScaling:
 
     @property
     def amplitude(self) -> float:
+        """Factor of cosines and sines."""
         return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
 
-    def stretch(self, frequencies: Tensor, theta: float) -> Tensor:  # (H / 2,) -> (H / 2,)
+    def stretch(self, frequencies: Tensor, theta: float) -> Tensor:
+        """Scale the frequencies (H / 2,) of base `theta`."""
         head_dim = 2 * len(frequencies)
         first = max(math.floor(self._index(self.fast_turns, head_dim, theta)), 0)
         last = min(math.ceil(self._index(self.slow_turns, head_dim, theta)), head_dim - 1)

@@ -42,8 +42,10 @@ _SINK, _NUMBER = "_yafsdp_sink", "_yafsdp_number"  # attributes of a weight; a g
 
 
 class Sink(Protocol):
-    """Where one weight's gradient goes. It should hold what it leads to weakly: the weight holds the sink, and the
-    garbage collector does not see through a graph's nodes, which hold both.
+    """Where one weight's gradient is written.
+
+    A sink should refer weakly to its destination: the weight holds the sink, and the garbage collector does not see
+    through a graph's nodes, which hold both.
     """
 
     def open(self) -> tuple[Tensor, bool] | None:
@@ -54,8 +56,9 @@ class Sink(Protocol):
         """
 
     def withdraw(self) -> Tensor | None:
-        """A copy of what an earlier use has written in this backward, for autograd to add up in its own order; the sink
-        forgets it. None if there is nothing.
+        """Return a copy of what an earlier use wrote in this backward, and forget it; None if there is nothing.
+
+        Autograd then adds it up in its own order.
         """
 
 
