@@ -5,12 +5,11 @@ The last test drives two models over one pair of pools by chance, on a memory th
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -27,117 +26,12 @@ from yafsdp_like.inference.kv.kv_cache import (
 from yafsdp_like.inference.kv.layer_groups import LayerGroup
 from yafsdp_like.inference.kv.pages import PagePool
 from yafsdp_like.inference.kv.prefix import Content, PrefixTree
-from yafsdp_like.inference.kv.ranked import Ranked
-from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid, SlabPool
+from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid
 from yafsdp_like.inference.plan.capacity import Capacity
 
 COSTS = Costs(link_nbytes_per_s=50e9, prefill_tokens_per_s=10e3)
 SMALL = PageShape(num_layers=1, num_kv_heads=1, head_dim=32, page_size=4)  # 512 bytes
 LLAMA = PageShape(num_layers=32, num_kv_heads=8, head_dim=128, page_size=16)  # 2 MiB
-SMOLLM = PageShape(num_layers=30, num_kv_heads=3, head_dim=64, page_size=16)
-
-SHAPES = st.builds(
-    PageShape,
-    num_layers=st.integers(1, 3),
-    num_kv_heads=st.integers(1, 3),
-    head_dim=st.sampled_from([8, 32, 80]),
-    page_size=st.sampled_from([1, 4, 16]),
-    dtype=st.sampled_from(["float32", "bfloat16", "float8_e4m3fn"]),
-)
-
-# --- where bytes are ---
-
-
-@given(shape=SHAPES)
-@settings(max_examples=25, deadline=None)
-def test_heads_of_pages_tile_without_overlap_where_strides_say(shape: PageShape) -> None:
-    """Prevents: a stride in bytes where it should be in elements, or planes that overlap where they are padded."""
-    page_stride, layer_stride, kv_stride, head_stride, token_stride, _ = shape.strides
-    end = 0
-    for page, layer, kv, head in itertools.product(
-        range(2), range(shape.num_layers), range(2), range(shape.num_kv_heads)
-    ):
-        by_stride = page * page_stride + layer * layer_stride + kv * kv_stride + head * head_stride
-        start = shape.offset_nbytes(page, layer, kv) + head * shape.head_nbytes
-        assert by_stride * shape.itemsize == start >= end
-        assert shape.offset_nbytes(page, layer, kv) % 256 == 0
-        end = start + shape.page_size * token_stride * shape.itemsize
-    assert end <= 2 * shape.nbytes
-
-
-@given(shape=SHAPES, pages=st.integers(2, 5), extra=st.integers(0, 3), num_slabs=st.integers(1, 5))
-@settings(max_examples=50, deadline=None)
-def test_pages_lie_inside_their_slab_and_say_which_it_is(
-    shape: PageShape, pages: int, extra: int, num_slabs: int
-) -> None:
-    slab_nbytes = pages * shape.nbytes + extra * 256
-    grid = SlabGrid(num_slabs * slab_nbytes + 100, slab_nbytes)
-    grid.check_shape(shape)
-    for slab in range(num_slabs):
-        segment, found = grid.segment(slab), grid.pages(slab, shape)
-        assert len(found) >= grid.pages_per_slab(shape) >= 1
-        for page in found:
-            assert segment.offset_nbytes <= page * shape.nbytes and (page + 1) * shape.nbytes <= segment.end_nbytes
-            assert grid.slab_of(page, shape) == slab
-        assert segment.nbytes - len(found) * shape.nbytes < 2 * shape.nbytes
-
-
-def test_one_tensor_over_the_region_addresses_every_page_by_number() -> None:
-    import torch
-
-    shape = PageShape(num_layers=3, num_kv_heads=2, head_dim=40, page_size=4, dtype="float32")
-    region = torch.arange(5 * shape.nbytes // 4, dtype=torch.float32)
-    dims = (5, shape.num_layers, 2, shape.num_kv_heads, shape.page_size, shape.head_dim)
-    view = region.as_strided(dims, shape.strides)
-    for page, layer, kv in itertools.product(range(5), range(3), range(2)):
-        assert int(view[page, layer, kv, 0, 0, 0]) == shape.offset_nbytes(page, layer, kv) // 4
-
-
-def test_sizes_of_real_models_are_what_arithmetic_says() -> None:
-    assert LLAMA.nbytes == 32 * 2 * 16 * 8 * 128 * 2 == 2 << 20
-    assert LLAMA.offset_nbytes(1, 1, 1) == (2 << 20) + 3 * (32 << 10)
-    assert SMOLLM.nbytes == 30 * 2 * 16 * 3 * 64 * 2
-
-
-def test_a_fitting_slab_is_filled_by_whole_pages_of_both_groups_of_a_hybrid_model() -> None:
-    groups = LayerGroup.of_windows([512] * 5 + [None] + [512] * 5 + [None], 4, 256, 16)
-    assert [group.layers for group in groups] == [(0, 1, 2, 3, 4, 6, 7, 8, 9, 10), (5, 11)]
-    grid = SlabGrid.fitting(1 << 30, [group.shape for group in groups])
-    for group in groups:
-        assert grid.slab_nbytes % group.shape.nbytes == 0
-    assert 32 << 20 <= grid.slab_nbytes <= 128 << 20
-
-
-def test_what_cannot_be_cut_is_refused_with_the_numbers() -> None:
-    with pytest.raises(ValueError, match="at least two"):
-        SlabGrid(1 << 20, SMALL.nbytes + 256).check_shape(SMALL)
-    with pytest.raises(ValueError, match="holds no slab"):
-        SlabGrid(1 << 10, 1 << 20)
-    with pytest.raises(ValueError, match="multiple of 256"):
-        SlabGrid(1 << 20, 1000)
-    with pytest.raises(ValueError, match="found 'int3'"):
-        PageShape(1, 1, 1, 1, "int3")
-    with pytest.raises(ValueError, match="found 0"):
-        PageShape(1, 0, 1, 1)
-
-
-def test_a_slab_returns_with_its_last_page_and_goes_to_another_shape() -> None:
-    wide = PageShape(num_layers=3, num_kv_heads=1, head_dim=32, page_size=4)
-    slabs = SlabPool(SlabGrid(2 * 6 * 512, 6 * 512))
-    slabs.admit(SMALL)
-    slabs.admit(wide)
-    small = [slabs.take(SMALL) for _ in range(12)]
-    assert sorted(page for page in small if page is not None) == list(range(12))
-    assert slabs.take(SMALL) is None and slabs.take(wide) is None
-    for page in range(6, 12):
-        assert slabs.take(wide) is None
-        slabs.put(SMALL, page)
-    assert slabs.take(wide) == 2  # 2 * 1536 bytes: where page 6 of the small shape was
-    slabs.check_integrity({SMALL: set(range(6)), wide: {2}})
-    with pytest.raises(RuntimeError, match="are lent"):
-        slabs.check_integrity({SMALL: set(range(5)), wide: {2}})
-
-
 # --- a cache, its engine, and a memory that remembers ---
 
 Value = tuple[Hashable, tuple[int, ...]]  # what a token's keys depend on: the group's salt, and all tokens up to it
@@ -465,132 +359,6 @@ def test_what_fits_is_what_can_be_reserved_alone() -> None:
             assert e.append(sequence, text(start, min(4, most - start))) is None
         assert most >= 48 - 16
         ok(e)
-
-
-# --- who goes first ---
-
-
-def filled(e: Engine, num_texts: int, tenants: Sequence[str] = ("",)) -> None:
-    """Texts of one page each, at 1000 i, by the tenants in turn."""
-    for i in range(num_texts):
-        e.close(e.run(text(1000 * i, 4), tenants[i % len(tenants)]))
-
-
-def cached(e: Engine, num_texts: int) -> list[int]:
-    """Which of those texts are cached, without changing anything."""
-    tree, pool, (group, *_) = e.cache.tree, e.cache.pools[Tier.DEVICE], e.cache.groups
-    known = [list(tree.known(tree.root(), text(1000 * i, 4), 4)) for i in range(num_texts)]
-    return [i for i, nodes in enumerate(known) if nodes and pool.find(group.shape, Content(0, nodes[0])) is not None]
-
-
-def test_lru_evicts_what_was_let_go_longest_ago() -> None:
-    e = engine(4)
-    filled(e, 4)
-    e.close(e.open([*text(0, 4), 7]))
-    e.close(e.run(text(9000, 8)))
-    assert cached(e, 4) == [0, 3]
-
-
-def test_gdsf_keeps_what_is_used_often_until_time_has_passed() -> None:
-    e = engine(4, policy=GDSF())
-    filled(e, 4)
-    for _ in range(3):
-        e.close(e.open([*text(0, 4), 7]))
-    for start in range(1, 4):
-        e.close(e.run(text(9000 * start, 4)))
-    assert cached(e, 4) == [0]
-    for start in range(4, 24):
-        e.close(e.run(text(9000 * start, 4)))
-    assert cached(e, 4) == []
-    ok(e)
-
-
-def test_gdsf_evicts_first_what_the_host_can_bring_back_sooner() -> None:
-    e = engine(4, 4, policy=GDSF())
-    filled(e, 3)
-    last = e.run(text(3000, 4))
-    e.swap(last, out=True)
-    e.close(last)
-    e.close(e.run(text(9000, 4)))
-    assert cached(e, 4) == [0, 1, 2]
-    ok(e)
-
-
-def test_low_priority_goes_first() -> None:
-    e = engine(4, tenants=[Tenant("paying", priority=1), Tenant("free")])
-    filled(e, 4, ["paying", "free"])
-    e.close(e.run(text(9000, 8), "free"))
-    assert cached(e, 4) == [0, 2]
-    ok(e)
-
-
-def test_a_tenants_floor_is_left_to_it_and_its_surplus_is_not() -> None:
-    e = engine(8, tenants=[Tenant("a", floor_nbytes=2 * 512)])
-    filled(e, 4, ["a"])
-    e.close(e.run(text(9000, 24), "b"))
-    assert e.cache.pools[Tier.DEVICE].ledger.charges == {"a": 1024, "b": 6 * 512}
-    assert cached(e, 4) == [2, 3]
-    assert isinstance(e.append(e.run(text(8000, 24), "b"), [1]), Shortage)
-    ok(e)
-    e.close(e.run(text(7000, 8), "a"))
-    assert cached(e, 4) == []
-    ok(e)
-
-
-def test_floors_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="5000 bytes in all, the slabs 4096"):
-        engine(8, tenants=[Tenant("a", 2500), Tenant("b", 2500)])
-
-
-WIDE = PageShape(num_layers=2, num_kv_heads=1, head_dim=32, page_size=4)  # 1024 bytes
-
-
-def cached_after(texts: Sequence[tuple[PageShape, list[int], str]], *tenants: Tenant) -> tuple[int, int]:
-    """Pages of SMALL and of WIDE after these texts, on two slabs that hold four of the one or two of the other."""
-    pool = PagePool(SlabGrid(2 * 2048, 2048), tenants=tenants)
-    caches = {s: KVCache([LayerGroup(tuple(range(s.num_layers)), s)], COSTS, pool) for s in (SMALL, WIDE)}
-    for shape, tokens, tenant in texts:
-        cache = caches[shape]
-        sequence, _ = cache.open(tokens, tenant)
-        assert cache.reserve(sequence, len(tokens)) is None
-        cache.commit(sequence, tokens)
-        cache.close(sequence)
-        check_integrity(caches.values())
-    return len(pool.stocks[SMALL].pages), len(pool.stocks[WIDE].pages)
-
-
-def test_a_slab_of_another_shape_is_taken_when_all_of_it_is_older() -> None:
-    small, wide, more = (SMALL, text(0, 16), "a"), (WIDE, text(0, 8), "b"), (WIDE, text(8, 8), "b")
-    assert cached_after([small, wide]) == (4, 2)
-    assert cached_after([small, wide, more]) == (0, 4)
-    assert cached_after([wide, small, more]) == (4, 2)  # its own page is older than any of that slab
-    assert cached_after([small, wide, more], Tenant("a", floor_nbytes=2048)) == (4, 2)
-
-
-def test_clear_evicts_all_that_nobody_refers_to() -> None:
-    e = engine(8)
-    kept = e.run(text(0, 5))
-    filled(e, 4)
-    e.cache.pools[Tier.DEVICE].clear()
-    assert cached(e, 4) == [0] and kept.num_tokens == 5  # the first text is the page that is in use
-    ok(e)
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(-1, 5)), max_size=200))
-@settings(max_examples=25, deadline=None)
-def test_ranked_items_come_in_order_and_leave_nothing_behind(changes: list[tuple[int, int]]) -> None:
-    ranked: Ranked[int] = Ranked()
-    naive: dict[int, int] = {}
-    for item, rank in changes:
-        if rank < 0:
-            ranked.discard(item)
-            naive.pop(item, None)
-        else:
-            ranked.put(item, (rank,))
-            naive[item] = rank
-        assert list(ranked) == sorted(naive, key=lambda item: (naive[item], item))
-        assert ranked.first() == next(iter(ranked), None)
-        assert len(ranked._heap) <= 2 * len(naive) + 18
 
 
 # --- the check itself ---

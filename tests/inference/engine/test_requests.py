@@ -1,0 +1,146 @@
+"""A request's life in an engine: how it ends, when it is cancelled or late, and what is refused."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.inference.engine.test_engine import (
+    GREEDY,
+    MAX_STEPS,
+    OPTIONS,
+    TINY,
+    VOCAB_SIZE,
+    check_idle,
+    decoder,
+    engine,
+    expected,
+    pages_nbytes,
+    prompts,
+    requests,
+)
+from yafsdp_like.inference.engine.engine import Engine
+from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
+from yafsdp_like.inference.weights.loading import load, model_of
+from yafsdp_like.models.decoder import Decoder
+from yafsdp_like.models.moe import ExpertsConfig
+
+
+@pytest.mark.parametrize("lookahead", [True, False])
+def test_a_stop_token_is_the_last_that_is_told(lookahead: bool) -> None:
+    it = engine(lookahead=lookahead)
+    by_text = {text: expected(TINY, text) for text in prompts(8)}
+    text, tokens = max(by_text.items(), key=lambda found: len(set(found[1])))
+    stop = list(dict.fromkeys(tokens))[2]  # the third token that is new
+    (request,) = requests([text], stop_tokens=frozenset({stop}))
+    done = it.generate([request])["0"]
+    assert (done.ids, done.finish) == (tokens[: tokens.index(stop) + 1], FinishReason.STOP)
+    assert it.metrics().num_tokens_dropped == lookahead
+    check_idle(it)
+
+
+def test_events_come_token_by_token_and_the_last_says_why() -> None:
+    it, text = engine(), prompts(1)[0]
+    it.add(Request("a", text, GREEDY, max_tokens=3))
+    events = [event for _ in range(20) if it.has_work for event in it.step()]
+    assert [token.id for event in events for token in event.tokens] == expected(TINY, text, 3)
+    assert [event.finish for event in events] == [None, None, FinishReason.LENGTH]
+
+
+def test_a_step_is_launched_before_the_one_before_is_read() -> None:
+    it = engine()
+    it.add(Request("a", (1, 2, 3), GREEDY, max_tokens=4))
+    assert it.step() == [] and it._unread is not None
+    assert len(it.step()) == 1 and it.metrics().num_steps == 2
+
+
+def test_what_is_cancelled_ends_with_the_next_step_wherever_it_is() -> None:
+    it = engine(kv_nbytes=pages_nbytes(TINY, 16), max_batch_size=2)
+    for i, text in enumerate(prompts(4, longest=22)):
+        it.add(Request(str(i), text, GREEDY, max_tokens=30))
+    for _ in range(6):
+        it.step()
+    for name in ("0", "3", "0", "nobody"):
+        it.cancel(name)
+    events = it.step()
+    assert [e.request_id for e in events if e.finish is FinishReason.CANCELLED] == ["0", "3"]
+    it.cancel("0")
+    it.add(Request("0", (1, 2), GREEDY, max_tokens=1))
+    rest = [event for _ in range(MAX_STEPS) if it.has_work for event in it.step()]
+    assert {e.request_id: e.finish for e in rest if e.finish} == dict.fromkeys("012", FinishReason.LENGTH)
+    check_idle(it)
+
+
+def test_a_deadline_ends_a_request_that_runs_and_one_that_waits() -> None:
+    it = engine(max_batch_size=1)
+    now = time.monotonic()
+    it.add(Request("runs", (1, 2, 3), GREEDY, max_tokens=40, deadline=now + 0.5))
+    it.add(Request("waits", (1, 2, 3), GREEDY, max_tokens=40, deadline=now + 0.5))
+    first = [event for _ in range(3) for event in it.step()]
+    assert first and all(event.finish is None for event in first)
+    time.sleep(max(0.0, now + 0.55 - time.monotonic()))
+    events = it.step()
+    assert {e.request_id: e.finish for e in events if e.finish} == dict.fromkeys(
+        ["runs", "waits"], FinishReason.DEADLINE
+    )
+    it.step()
+    check_idle(it)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"prompt": (1, VOCAB_SIZE)}, "token 97 is outside of the vocabulary of 97 tokens"),
+        ({"prompt": (-1,)}, "token -1 is outside"),
+        ({"prompt": (1,) * 60, "max_tokens": 5}, "60 tokens of prompt and max_tokens 5 are more than max_seq_len 64"),
+        ({"prompt": ()}, "at least one token"),
+        ({"prompt": (1,), "max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"prompt": (1,), "num_logprobs": 21}, "num_logprobs must be between 0 and 20"),
+    ],
+)
+def test_a_request_that_can_never_be_served_is_refused(request_: dict[str, Any], message: str) -> None:
+    it = engine()
+    with pytest.raises(ValueError, match=message):
+        it.add(Request("a", **request_))
+    check_idle(it)
+
+
+def test_an_id_in_use_and_more_than_may_wait_are_refused() -> None:
+    it = engine(max_waiting=2)
+    it.add(Request("a", (1,)))
+    with pytest.raises(ValueError, match="the id is in use"):
+        it.add(Request("a", (2,)))
+    it.add(Request("b", (1,)))
+    with pytest.raises(QueueFull):
+        it.add(Request("c", (1,)))
+    it.generate([])
+    assert len(it.generate(requests(prompts(9)))) == 9
+
+
+def test_where_one_of_many_is_refused_none_is_served() -> None:
+    """Prevents: requests that stay behind in an engine whose caller was told of an error."""
+    it = engine()
+    for wrong in (Request("b", (VOCAB_SIZE,)), Request("a", (1,))):
+        with pytest.raises(ValueError, match=r"vocabulary|different ids"):
+            it.generate([Request("a", (1,)), wrong])
+        check_idle(it)
+
+
+def test_options_and_models_that_cannot_be_served_are_refused() -> None:
+    with pytest.raises(ValueError, match="policy must be one of lru, gdsf"):
+        replace(OPTIONS, policy="fifo")
+    with pytest.raises(ValueError, match="max_waiting"):
+        replace(OPTIONS, max_waiting=0)
+    weights = load(model_of(decoder(TINY)), OPTIONS, device="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match="max_batch_size: the weights were planned with 4, the options say 3"):
+        Engine(weights, replace(OPTIONS, max_batch_size=3))
+    with pytest.raises(ValueError, match="experts"):
+        experts = replace(TINY, experts=ExpertsConfig(num_experts=4, experts_per_token=2))
+        Engine.load(model_of(Decoder(experts)), OPTIONS, device="cpu", dtype=torch.float32)
