@@ -24,7 +24,7 @@ from yafsdp_like.optim import AdamW
 from yafsdp_like.shard import engine as engine_module
 from yafsdp_like.shard.depth import Depth
 from yafsdp_like.shard.engine import Engine
-from yafsdp_like.shard.unit import unit_of
+from yafsdp_like.shard.unit_state import unit_of
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 

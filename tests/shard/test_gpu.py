@@ -20,7 +20,7 @@ from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.models import Decoder, DecoderConfig
 from yafsdp_like.shard.engine import Engine
-from yafsdp_like.shard.unit import unit_of
+from yafsdp_like.shard.unit_state import unit_of
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]

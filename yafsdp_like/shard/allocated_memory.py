@@ -24,14 +24,16 @@ from yafsdp_like.shard.memory_layout import (
     plan_memory,
 )
 from yafsdp_like.shard.param import NOWHERE
-from yafsdp_like.shard.slots import GatherSlot, GradientSlot
+from yafsdp_like.shard.unit_state import GatherSlot, GradientSlot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from yafsdp_like.memory.plan import MemoryPlan
     from yafsdp_like.shard.depth import Depth
-    from yafsdp_like.shard.unit import Unit, UnitLayout
+    from yafsdp_like.shard.meetings import Meetings
+    from yafsdp_like.shard.unit_spec import UnitLayout
+    from yafsdp_like.shard.unit_state import Unit
     from yafsdp_like.shard.unit_tree import UnitTree
 
 AnySlot = TypeVar("AnySlot", GatherSlot, GradientSlot)
@@ -52,11 +54,11 @@ class AllocatedMemory:
     What a build depends on beside the units is given: ``depth``.
     """
 
-    def __init__(self, tree: UnitTree) -> None:
+    def __init__(self, tree: UnitTree, meetings: Meetings) -> None:
         self.arena: Arena | None = None
         self.num_layouts = 0  # how often slots were given places
         self.spills: list[Spill] = []
-        self._tree = tree
+        self._tree, self._meetings = tree, meetings
         self._layout: MemoryLayout | None = None
         self._built_for: tuple[object, ...] = ()  # the depth and the units' signatures then
 
@@ -113,7 +115,7 @@ class AllocatedMemory:
         ] + [
             f"unit {unit.name!r} with reshard_after_forward={self._tree.reshards_after_forward(unit)}, "
             f"reshard_after_backward={unit.policy.reshard_after_backward}, {unit.reduction()}, prefetching "
-            f"{[u.name for u in unit.policy.forward_prefetch]} and {[u.name for u in unit.policy.backward_prefetch]}"
+            f"{[u.name for u in unit.forward_prefetch]} and {[u.name for u in unit.backward_prefetch]}"
             f", {depth}"
             for unit in self._tree.units
         ]
@@ -150,8 +152,7 @@ class AllocatedMemory:
         known = len(self.arena.blocks)
         self.arena.reserve([region])
         if region.mapped:
-            assert unit.engine is not None
-            unit.engine.meetings.adds_slot(unit)
+            self._meetings.adds_slot(unit)
             unit.transport.connect(self.arena.blocks[known:])
         self._layout = self._layout.with_region(region)
         self.num_layouts += 1

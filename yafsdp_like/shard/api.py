@@ -24,13 +24,14 @@ from yafsdp_like.memory.streams import GATHER, Event
 from yafsdp_like.shard import clipping
 from yafsdp_like.shard.depth import Depth
 from yafsdp_like.shard.drop_in import ShardState, refuse_others, show_state_to_torch
-from yafsdp_like.shard.engine import Engine, Report, engine_for
+from yafsdp_like.shard.engine import Engine, Report, engine_for, engine_of
 from yafsdp_like.shard.hooks import abandon
 from yafsdp_like.shard.memory_layout import plan_memory
 from yafsdp_like.shard.optimizer_step import watch_optimizers
 from yafsdp_like.shard.pretrained import overrides_of
 from yafsdp_like.shard.requirements import check_mesh, check_modules, check_params, check_supported
-from yafsdp_like.shard.unit import Unit, UnitPolicy, unit_of
+from yafsdp_like.shard.unit_spec import UnitPolicy
+from yafsdp_like.shard.unit_state import Unit, unit_of
 from yafsdp_like.shard.unit_tree import unit_tree_of
 from yafsdp_like.shard.wrapping import Owners, make_unit, params_below, split_tied
 
@@ -208,13 +209,13 @@ class FSDPModule(Base):
         Before the first forward this module is taken for the root, nothing is allocated yet, and parameters may still
         be on the meta device.
         """
-        engine = self._unit().engine
+        engine = engine_of(self._unit())
         with _left_as_they_are(self._units(recurse=True) if engine is None else engine.units):
             return plan_memory(unit_tree_of(self), Depth()).plan if engine is None else engine.plan()
 
     def memory_report(self) -> Report:
         """Return the bytes held now, and what departed from the plan: spills, evictions, unused prefetches."""
-        engine = self._unit().engine
+        engine = engine_of(self._unit())
         if engine is not None:
             return engine.report()
         return Report(sum(unit.arena.nbytes for unit in self._units(recurse=True)), (), 0, 0)
@@ -328,14 +329,14 @@ class FSDPModule(Base):
 
         Raises ``ValueError`` for modules that are not sharded.
         """
-        self._unit().policy.forward_prefetch = _units_to_prefetch(modules)
+        self._unit().forward_prefetch = _units_to_prefetch(modules)
 
     def set_modules_to_backward_prefetch(self, modules: Sequence[FSDPModule]) -> None:
         """Prefetch ``modules`` when this one's backward starts, instead of the next. Set before the plan, it widens it.
 
         Raises ``ValueError`` for modules that are not sharded.
         """
-        self._unit().policy.backward_prefetch = _units_to_prefetch(modules)
+        self._unit().backward_prefetch = _units_to_prefetch(modules)
 
     def set_gradient_divide_factor(self, factor: float) -> None:
         """Divide this module's own gradients by ``factor`` instead of the number of ranks."""

@@ -13,7 +13,7 @@ import torch
 from yafsdp_like.shard.nested import tensors_in
 
 if TYPE_CHECKING:
-    from yafsdp_like.shard.slots import GatherSlot
+    from yafsdp_like.shard.unit_state import GatherSlot
 
 
 def poison(slot: GatherSlot) -> None:

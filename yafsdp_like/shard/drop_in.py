@@ -16,8 +16,9 @@ from torch import nn
 from torch.distributed._composable.contract import STATE_KEY
 from torch.distributed._composable_state import _State
 
+from yafsdp_like.shard.engine import engine_of
 from yafsdp_like.shard.hooks import after_method, before_method, finish_accumulating
-from yafsdp_like.shard.unit import Unit, unit_of
+from yafsdp_like.shard.unit_state import Unit, unit_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,8 +56,9 @@ class ShardState(_State):
     all_states = _fsdp_param_groups = ()
 
     def _root_post_backward_final_callback(self) -> None:
-        assert self.unit.engine is not None, "a backward without a forward"
-        finish_accumulating(self.unit.engine)
+        engine = engine_of(self.unit)
+        assert engine is not None, "a backward without a forward"
+        finish_accumulating(engine)
 
 
 def show_state_to_torch(module: nn.Module, state: ShardState) -> None:

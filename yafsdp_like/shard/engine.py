@@ -34,15 +34,14 @@ from yafsdp_like.shard.debug import poison
 from yafsdp_like.shard.depth import Depth
 from yafsdp_like.shard.meetings import Meetings
 from yafsdp_like.shard.sinks import watch_gradients
-from yafsdp_like.shard.slots import ForwardUse, GatherSlot, GradientSlot, SlotState
+from yafsdp_like.shard.unit_spec import SlotState
 from yafsdp_like.shard.unit_tree import UnitTree, unit_tree_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from yafsdp_like.memory.plan import MemoryPlan
-    from yafsdp_like.shard.hooks import Call
-    from yafsdp_like.shard.unit import Unit
+    from yafsdp_like.shard.unit_state import Call, ForwardUse, GatherSlot, GradientSlot, Unit
 
 EMPTY, FILLED, HELD = SlotState.EMPTY, SlotState.FILLED, SlotState.HELD
 KEPT, STALE = SlotState.KEPT, SlotState.STALE
@@ -71,10 +70,10 @@ class Engine:
     def __init__(self, tree: UnitTree) -> None:
         self.tree = tree
         self.units = tree.units
-        self.memory = AllocatedMemory(tree)
         self.streams = streams_of(self.units[0].device)
         self.transports = list(dict.fromkeys(unit.transport for unit in self.units))
         self.meetings = Meetings(self.units)
+        self.memory = AllocatedMemory(tree, self.meetings)
         self.depth = Depth()
         self.wasted_prefetches = 0
         self.evictions = 0
@@ -581,12 +580,19 @@ def backward_task() -> int | None:
     return None if task == -1 else task
 
 
+def engine_of(unit: Unit) -> Engine | None:
+    """Return the engine that runs ``unit``; None before its root is known, and once that is gone."""
+    engine = unit.engine
+    assert engine is None or isinstance(engine, Engine)
+    return engine
+
+
 def engine_for(unit: Unit, module: nn.Module) -> Engine:
     """The engine that runs ``unit``. The first module to run becomes the root of all units below it.
 
     When a module above runs later, it becomes the root, and takes its units over with a plan of its own.
     """
-    engine = unit.engine
+    engine = engine_of(unit)
     if engine is None:
         engine = Engine(unit_tree_of(module))
         for below in module.modules():

@@ -23,8 +23,8 @@ from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, StepRecorder, St
 from yafsdp_like.shard.api import FSDPModule
 from yafsdp_like.shard.engine import Engine, engine_for
 from yafsdp_like.shard.nested import map_tensors
-from yafsdp_like.shard.slots import SlotState
-from yafsdp_like.shard.unit import Unit, unit_of
+from yafsdp_like.shard.unit_spec import SlotState
+from yafsdp_like.shard.unit_state import Unit, unit_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -16,7 +16,6 @@ checkpointing), and since one that failed never runs its final callback.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -26,13 +25,12 @@ from torch import nn
 from torch.autograd import Variable
 
 from yafsdp_like.shard.debug import holds_nan, output_error
-from yafsdp_like.shard.engine import Engine, backward_task, engine_for
+from yafsdp_like.shard.engine import Engine, backward_task, engine_for, engine_of
 from yafsdp_like.shard.held import replace_held
 from yafsdp_like.shard.nested import cast_floating, map_tensors
-from yafsdp_like.shard.slots import ForwardUse, GatherSlot, GradientSlot, SlotState
+from yafsdp_like.shard.unit_spec import SlotState
+from yafsdp_like.shard.unit_state import Call, ForwardUse, GatherSlot, GradientSlot
 from yafsdp_like.shard.watching import (
-    NOTHING,
-    Watched,
     differentiable,
     no_second_gradients,
     outside_transforms,
@@ -44,21 +42,7 @@ from yafsdp_like.shard.watching import (
 if TYPE_CHECKING:
     from types import FrameType
 
-    from yafsdp_like.shard.unit import Unit
-
-
-@dataclass(eq=False)
-class Call:
-    """One running forward of one module of a unit."""
-
-    module: nn.Module
-    outer_error: BaseException | None  # what the caller was handling already when the forward began
-    recomputes: bool = False  # a checkpointed forward runs again inside the unit's own backward
-    starts_iteration: bool = False
-    has_nan_inputs: bool = False  # known in debug mode only
-    use: ForwardUse | None = None  # None without grad mode, and when it recomputes
-    frame: FrameType | None = None  # that runs a method as a forward, which may run the module's own forward
-    watched: Watched = NOTHING
+    from yafsdp_like.shard.unit_state import Unit
 
 
 def install(unit: Unit, module: nn.Module) -> None:
@@ -125,7 +109,7 @@ def _gather(engine: Engine, unit: Unit, open_ended: bool) -> None:
     refresh = backward_task() is None
     engine.unshard(unit.gather_slot, refresh)
     if refresh:
-        for target in unit.policy.forward_prefetch or engine.tree.after_in_forward[unit][: engine.depth.gathers]:
+        for target in unit.forward_prefetch or engine.tree.after_in_forward[unit][: engine.depth.gathers]:
             engine.prefetch(target, refresh)
 
 
@@ -155,7 +139,7 @@ def _pending_neighbours(slot: GatherSlot | GradientSlot) -> list[str]:
 def _after_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     if not unit.calls or unit.calls[-1].module is not module:
         return output  # the forward failed before this unit knew of it
-    call, engine = unit.calls.pop(), unit.engine
+    call, engine = unit.calls.pop(), engine_of(unit)
     failed = sys.exc_info()[1] is not call.outer_error
     assert engine is not None
     error: RuntimeError | None = None
@@ -293,9 +277,9 @@ def _gather_for_backward(engine: Engine, unit: Unit, use: ForwardUse) -> None:
 
 def _prefetch_in_backward(engine: Engine, unit: Unit) -> None:
     """Gathers the next units that have a backward to come; units that were skipped in forward are not gathered."""
-    following = unit.policy.backward_prefetch or engine.tree.after_in_backward[unit]
+    following = unit.backward_prefetch or engine.tree.after_in_backward[unit]
     expected = (u for u in following if u.pending and u.policy.unshard_in_backward)
-    for target in islice(expected, None if unit.policy.backward_prefetch else engine.depth.gathers):
+    for target in islice(expected, None if unit.backward_prefetch else engine.depth.gathers):
         engine.prefetch(target, refresh=False)
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from yafsdp_like.shard.depth import Depth
-    from yafsdp_like.shard.unit import Unit, UnitLayout
+    from yafsdp_like.shard.unit_spec import UnitLayout
+    from yafsdp_like.shard.unit_state import Unit
     from yafsdp_like.shard.unit_tree import UnitTree
 
 GATHER_SLOTS, GRADIENT_SLOTS = "gather slots", "gradient slots"  # the two regions that slots share
@@ -135,8 +136,8 @@ def own_slot_regions(unit: Unit, layout: UnitLayout) -> list[Region]:
 
 def _gather_ranges(tree: UnitTree, num_ahead: int) -> dict[Unit, LiveRange]:
     schedule, index = tree.schedule, {unit: i for i, unit in enumerate(tree.units)}
-    forward = {i: [index[t] for t in u.policy.forward_prefetch if t in index] for u, i in index.items()}
-    backward = {i: [index[t] for t in u.policy.backward_prefetch if t in index] for u, i in index.items()}
+    forward = {i: [index[t] for t in u.forward_prefetch if t in index] for u, i in index.items()}
+    backward = {i: [index[t] for t in u.backward_prefetch if t in index] for u, i in index.items()}
     forward_from = gather_starts(
         schedule.forward_order, [schedule.forward_start(i) for i in index.values()], forward, num_ahead
     )

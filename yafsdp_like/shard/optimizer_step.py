@@ -14,8 +14,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from yafsdp_like.optim.adamw import AdamW, Passes
-from yafsdp_like.shard.param import ShardedParam, ownership_of
-from yafsdp_like.shard.unit import Unit
+from yafsdp_like.shard.engine import engine_of
+from yafsdp_like.shard.param import ShardedParam
+from yafsdp_like.shard.unit_state import Unit, ownership_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +38,7 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     owned = _owned(optimizer)
     if not owned:
         return
-    for engine in {unit.engine: None for unit in owned if unit.engine is not None}:
+    for engine in {engine: None for unit in owned if (engine := engine_of(unit)) is not None}:
         engine.meetings.settle()
     _make_room_for_states(optimizer, owned)
     if isinstance(optimizer, AdamW):
@@ -93,7 +94,7 @@ def _pass_by_units(optimizer: AdamW, owned: Owned) -> None:
         compute_of=copies.get,
         after_batch=partial(_after_batch, units, whole),
     )
-    for engine in {unit.engine: None for unit in units}:
+    for engine in {engine_of(unit): None for unit in units}:
         assert engine is not None
         engine.before_update()
 
@@ -103,7 +104,7 @@ def _is_updated_whole(unit: Unit, owned: Sequence[ShardedParam]) -> bool:
 
 
 def _in_order_of_forward(owned: Owned) -> list[Unit]:
-    engines: dict[Engine, None] = {unit.engine: None for unit in owned if unit.engine is not None}
+    engines: dict[Engine, None] = {engine: None for unit in owned if (engine := engine_of(unit)) is not None}
     return [
         engine.units[i] for engine in engines for i in engine.tree.schedule.forward_order if engine.units[i] in owned
     ]
@@ -114,5 +115,5 @@ def _compute_copy(p: ShardedParam) -> torch.Tensor | None:
 
 
 def _after_batch(units: Sequence[Unit], whole: Sequence[bool], index: int) -> None:
-    if index < len(units) and (engine := units[index].engine) is not None:
+    if index < len(units) and (engine := engine_of(units[index])) is not None:
         engine.after_update(units[index], whole[index])

@@ -1,7 +1,7 @@
 """One sharded parameter: the DTensor that the user sees, and this rank's flat chunks of it.
 
 This file owns what is a single parameter's: dtypes, rows, shards and ``.grad``, and which modules register it. It knows
-nothing of the unit that it is gathered with (``unit.py``), nor of where its full values lie (``slots.py``).
+nothing of the unit that it is gathered with (``unit_state.py``).
 """
 
 from __future__ import annotations
@@ -25,44 +25,30 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     from yafsdp_like.memory.arena import Place
-    from yafsdp_like.shard.unit import Unit
 
 NOWHERE = torch.empty(0, device="meta")  # stands for a shard that has no place yet
 
 
 @dataclass(frozen=True)
-class Ownership:
+class ParamMark:
     """Marks a parameter with where it lives now: the sharded one, a slot's full one, or one that was sharded or adopted
     and holds nothing that is trained any more (``is_replaced``).
 
     Pickled and copied with the parameter, it becomes an empty set: files that ``torch.load`` trusts know nothing of us.
     """
 
-    unit_ref: weakref.ref[Unit]  # weak: see [Note: who owns whom]
     param_ref: weakref.ref[ShardedParam]
     is_replaced: bool = False
 
     @property
-    def unit(self) -> Unit:
-        unit = self.unit_ref()
-        assert unit is not None
-        return unit
-
-    @property
     def param(self) -> ShardedParam:
+        """The parameter, which lives as long as its unit."""
         param = self.param_ref()
         assert param is not None
         return param
 
     def __reduce__(self) -> tuple[type[set[Any]], tuple[()]]:
         return set, ()
-
-
-def ownership_of(param: torch.Tensor) -> Ownership | None:
-    """Which unit has sharded ``param``, or None if none has."""
-    found = vars(param).get("_yafsdp_ownership")
-    is_owned = isinstance(found, Ownership) and found.unit_ref() is not None and found.param_ref() is not None
-    return found if is_owned else None
 
 
 def refuse_subclass(param: torch.Tensor, name: str) -> None:
@@ -339,8 +325,8 @@ class ShardedParam:
 
     def is_mine(self, found: torch.Tensor | None) -> bool:
         """Whether ``found`` is the sharded parameter or a slot's full one."""
-        ownership = ownership_of(found) if found is not None else None
-        return ownership is not None and ownership.param is self and not ownership.is_replaced
+        mark = vars(found).get("_yafsdp_ownership") if found is not None else None
+        return isinstance(mark, ParamMark) and mark.param_ref() is self and not mark.is_replaced
 
     def _stand_in(self, module: nn.Module, attribute: str, given: torch.Tensor) -> None:
         """Lets ``module`` compute on ``given`` as it would on a gathered parameter: whole, and in ``compute_dtype``.

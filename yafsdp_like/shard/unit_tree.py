@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from yafsdp_like.shard.schedule import Schedule, schedule_of
-from yafsdp_like.shard.unit import Unit, unit_of
+from yafsdp_like.shard.unit_state import Unit, unit_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -1,100 +1,211 @@
-"""A unit: the parameters gathered together, what the user asked of them, and what is known of their shards and slots.
+"""One unit at run time: its parameters and shards, its slots at fixed addresses, and the calls that use them.
 
-This file owns the main shard and says how a unit's bytes are laid out, and when the compute shards follow the main
-ones. It does not decide when anything is gathered or released (``engine.py`` does).
+Owns the main shard, when compute shards follow main ones, and the tensors on a slot's bytes. It decides neither which
+bytes those are (``memory_layout.py``, ``allocated_memory.py``) nor when they are gathered and released (``engine.py``).
+
+[Note: one address per unit]
+Autograd saves views of a unit's full parameters in forward and reads them in backward. They must find the same values
+at the same address, so a slot belongs to one unit for good: slots share bytes with other units' slots
+(``neighbours``), never addresses with "any free slot". When execution asks for two slots at once that share bytes,
+one unit moves to a slot of its own for its later forwards, while what was saved earlier keeps the old slot
+(``ForwardUse.slot``).
 """
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
-from yafsdp_like.comm.transport import Averaged, Reduction, Transport
 from yafsdp_like.memory.arena import Arena
-from yafsdp_like.memory.layout import FlatLayout
 from yafsdp_like.memory.plan import Region
-from yafsdp_like.shard.param import NOWHERE, Ownership, ShardedParam
-from yafsdp_like.shard.slots import ForwardUse, GatherSlot, Generation, GradientSlot, SlotState
+from yafsdp_like.shard.nested import addresses_in
+from yafsdp_like.shard.param import NOWHERE, ParamMark, ShardedParam
+from yafsdp_like.shard.unit_spec import SlotState, UnitLayout, UnitPolicy
+from yafsdp_like.shard.watching import NOTHING, Watched
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
+    from types import FrameType
 
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    from yafsdp_like.shard.engine import Engine
-    from yafsdp_like.shard.hooks import Call
+    from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
+    from yafsdp_like.memory.arena import Place
+    from yafsdp_like.memory.layout import FlatLayout
+    from yafsdp_like.memory.streams import Event
+
+Generation = tuple[int, ...]  # what a unit's main shards are by now; equal generations are equal values
 
 
-@dataclass(frozen=True)
-class UnitLayout:
-    """The flat layouts of a unit; a parameter that a layout does not hold has an empty segment in it."""
+class GatherSlot:
+    """A unit's full parameters at a fixed address.
 
-    main_shard: FlatLayout
-    compute_shard: FlatLayout  # only parameters that peers do not gather from the main shard itself
-    aliased_shard: FlatLayout  # the rest of the compute shard: whole pages that the gather slot shows
-    grad_shard: FlatLayout  # only trainable parameters, as in the gradient slot
-    gather_slot: FlatLayout
-    gradient_slot: FlatLayout
+    ``params[k]`` is the ``nn.Parameter`` that modules compute on; ``outputs[k]``, ``(padded_numel,)``, is the same
+    bytes for the collective to write. They are different tensors: see [Note: version counters]. ``places`` has one
+    place per parameter; ``extent`` is what is gathered, or None when the slot is the shard (one rank). Of the
+    parameters in ``aliased`` the places show this rank's shard itself: see [Note: windows].
+    """
 
-    @classmethod
-    def of(
-        cls, params: Sequence[ShardedParam], trainable: Collection[int], maps_memory: bool, page_nbytes: int
-    ) -> UnitLayout:
-        """With gradients of the ``trainable`` ones. Where peers read the compute shard in place (``maps_memory``),
-        every parameter has one; slots are windows where ``page_nbytes`` is not 0.
+    def __init__(
+        self, unit: Unit, places: Sequence[Place], extent: Place | None, aliased: Collection[int] = ()
+    ) -> None:
+        self.unit = unit
+        self.extent = extent
+        self.aliased = frozenset(aliased)
+        self.neighbours: list[GatherSlot] = []  # slots that share bytes with this one
+        self.state = SlotState.EMPTY
+        self.ready: Event = None  # the gather has arrived
+        self.released: Event = None  # the last reader is done; None once a gather has waited for it
+        self.generation: Generation = ()  # of the main shards when they were gathered
+        self.active: dict[ForwardUse, None] = {}  # uses whose backward is running
+        self.params = [_full_param(p, place) for p, place in zip(unit.params, places, strict=True)]
+        self.outputs = [
+            place.flat(p.compute_dtype, p.shards.padded_numel) for p, place in zip(unit.params, places, strict=True)
+        ]
+
+    @cached_property
+    def _addresses(self) -> range:
+        """What the slot occupies; nothing where it is the shard, which stays."""
+        if self.extent is None or not self.outputs:
+            return range(0)
+        start = min(output.data_ptr() for output in self.outputs)
+        return range(start, max(output.data_ptr() + output.nbytes for output in self.outputs))
+
+    def aliases(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is a full parameter of this slot or a view of one: its values go when the slot is
+        released.
         """
-        aliased = {
-            k for k, p in enumerate(params) if page_nbytes and p.chunk_nbytes and p.chunk_nbytes % page_nbytes == 0
-        }
+        return any(address in self._addresses for address in addresses_in(tensor))
 
-        def chunks(dtypes: Sequence[torch.dtype | None]) -> FlatLayout:
-            return FlatLayout.pack(
-                [p.shards.chunk_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
+    @cached_property
+    def all_gather(self) -> Gather:
+        """Brings every rank's compute shard here. First asked for once transports are connected."""
+        inputs = [p.compute for p in self.unit.params]
+        return self.unit.transport.gather(self.outputs, inputs, self.aliased, self.unit.column)
+
+
+def _full_param(p: ShardedParam, place: Place) -> nn.Parameter:
+    full = nn.Parameter(place.tensor(p.compute_dtype, p.shards.shape), requires_grad=p.trainable)
+    vars(full).update(vars(p.sharded))
+    return full
+
+
+class GradientSlot:
+    """A unit's full gradients from their arrival in backward until they are reduced.
+
+    For each trainable parameter ``k``: ``views[k]`` has its shape and ``inputs[k]`` is ``(padded_numel,)``, in its
+    ``gradient_dtype``. ``holds`` are those with some gradient in the slot, ``arrived`` those for which it is all that
+    the backwards so far have computed.
+    Padding holds anything.
+    """
+
+    def __init__(self, unit: Unit, extent: Place | None, layout: FlatLayout) -> None:
+        self.unit = unit
+        self.extent = extent  # None: nothing is trainable
+        self.neighbours: list[GradientSlot] = []
+        self.state = SlotState.EMPTY
+        self.released: Event = None  # the reduction is done; None once compute has waited for it
+        self.holds: set[int] = set()
+        self.early: dict[int, Event] = {}  # reduced before the rest, and when that was done
+        self.arrived: dict[int, int | None] = {}  # parameter -> the backward in which it arrived last
+        self.views: dict[int, torch.Tensor] = {}
+        self.inputs: dict[int, torch.Tensor] = {}
+        self.homes: tuple[int, ...] = ()  # of gradients that are still held, where the unit's go meanwhile
+        self._reduces: dict[tuple[tuple[int, ...], tuple[int, ...]], Reduce] = {}
+        for k in unit.trainable:
+            assert extent is not None
+            p, place = unit.params[k], extent.part(layout.segments[k])
+            self.views[k] = place.tensor(p.gradient_dtype, p.shards.shape)
+            self.inputs[k] = place.flat(p.gradient_dtype, p.shards.padded_numel)
+
+    def reduce_scatter(self, which: Sequence[int]) -> Reduce:
+        """Reduces the gradients of these parameters into their gradient shards."""
+        key = tuple(which), self.homes
+        if key not in self._reduces:
+            params = [self.unit.params[k] for k in which]
+            self._reduces[key] = self.unit.transport.reduce(
+                [p.grad for p in params],
+                [self.inputs[k] for k in which],
+                [p.reduce_dtype.to_real() for p in params],
+                self.unit.staging,
             )
+        return self._reduces[key]
 
-        def full(dtypes: Sequence[torch.dtype | None], in_pages: Collection[int] = ()) -> FlatLayout:
-            sizes = [p.shards.padded_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
-            return FlatLayout.pack(sizes, in_pages, page_nbytes)
-
-        has_shard = [maps_memory or p.compute_dtype != p.main_dtype for p in params]
-
-        return cls(
-            main_shard=chunks([p.main_dtype for p in params]),
-            compute_shard=chunks(
-                [p.compute_dtype if has_shard[k] and k not in aliased else None for k, p in enumerate(params)]
-            ),
-            aliased_shard=chunks([p.compute_dtype if k in aliased else None for k, p in enumerate(params)]),
-            grad_shard=chunks([p.main_dtype if k in trainable else None for k, p in enumerate(params)]),
-            gather_slot=full([p.compute_dtype if p.shards.world_size > 1 else None for p in params], aliased),
-            gradient_slot=full([p.gradient_dtype if k in trainable else None for k, p in enumerate(params)]),
-        )
-
-    @property
-    def gathered_nbytes(self) -> int:
-        """What a gather slot takes beside the shard that it shows."""
-        return self.gather_slot.nbytes - self.aliased_shard.nbytes
+    def spare_kept_grads(self, which: Sequence[int]) -> None:
+        """The gradients of these parameters are written next: those of before that are still held keep their values."""
+        moved = [self.unit.params[k].spare_kept_grad() for k in which]
+        if any(moved):
+            self.homes = tuple(p.homes.index if p.homes else 0 for p in self.unit.params)
 
 
 @dataclass(eq=False)
-class UnitPolicy:
-    """What the user asked of one unit; the setters of ``FSDPModule`` write here."""
+class ForwardUse:
+    """One forward call of a unit whose backward may come: which slot its saved tensors point to.
 
-    mp: MixedPrecisionPolicy
-    reshard_after_forward: bool | None  # None: the root keeps its parameters, others reshard
-    reshard_after_backward: bool = True
-    requires_gradient_sync: bool = True
-    reduces_unused: bool = False  # as zeros, parameters without a gradient too
-    unshard_in_backward: bool = True
-    gradient_divisor: float | None = None  # None: the number of ranks
-    sum_only: bool = False
-    averaged: Averaged = "new"  # over replicas
-    forward_prefetch: list[Unit] = field(default_factory=list)
-    backward_prefetch: list[Unit] = field(default_factory=list)
+    Held by the autograd graph only, so that it dies with a graph that is never run backward.
+    """
+
+    slot: GatherSlot
+    task: int | None = None  # the running backward that has reached it, by autograd's number
+
+
+@dataclass(eq=False)
+class Call:
+    """One running forward of one module of a unit."""
+
+    module: nn.Module
+    outer_error: BaseException | None  # what the caller was handling already when the forward began
+    recomputes: bool = False  # a checkpointed forward runs again inside the unit's own backward
+    starts_iteration: bool = False
+    has_nan_inputs: bool = False  # known in debug mode only
+    use: ForwardUse | None = None  # None without grad mode, and when it recomputes
+    frame: FrameType | None = None  # that runs a method as a forward, which may run the module's own forward
+    watched: Watched = NOTHING
+
+
+class UnitRuntime(Protocol):
+    """What a unit's own gradients and modules ask of the engine that runs it."""
+
+    def reshard(self, unit: Unit) -> None:
+        """Release the unit's full parameters, and register the sharded ones."""
+
+    def check_entered(self, unit: Unit, k: int) -> None:
+        """Raise ``RuntimeError`` if the unit is released, though a gradient of parameter ``k`` was computed."""
+
+    def accumulate(self, unit: Unit, k: int, grad: torch.Tensor | None) -> None:
+        """Take parameter ``k``'s full gradient, ``(rows, ...)``, of the running backward."""
+
+    def open_gradient(self, unit: Unit, k: int) -> tuple[torch.Tensor, bool]:
+        """Return where to write parameter ``k``'s full gradient, and whether to add it to what is there."""
+
+
+@dataclass(frozen=True)
+class Ownership(ParamMark):
+    """The mark on a parameter that says which unit has sharded it."""
+
+    unit_ref: weakref.ref[Unit] | None = None  # weak: see [Note: who owns whom]
+
+    __reduce__ = ParamMark.__reduce__
+
+    @property
+    def unit(self) -> Unit:
+        """The unit, which lives as long as its modules."""
+        unit = self.unit_ref() if self.unit_ref is not None else None
+        assert unit is not None
+        return unit
+
+
+def ownership_of(param: torch.Tensor) -> Ownership | None:
+    """Which unit has sharded ``param``, or None if none has."""
+    found = vars(param).get("_yafsdp_ownership")
+    if not isinstance(found, Ownership) or found.unit_ref is None or found.unit_ref() is None:
+        return None
+    return found if found.param_ref() is not None else None
 
 
 class Unit:
@@ -121,6 +232,8 @@ class Unit:
         self._modules = [weakref.ref(module) for module in modules]
         self.params = list(params)
         self.policy = policy
+        self.forward_prefetch: list[Unit] = []  # what the user names instead of the next unit
+        self.backward_prefetch: list[Unit] = []
         self.mesh = mesh
         self.transport = transport
         self.device = device
@@ -131,10 +244,8 @@ class Unit:
         self.updates = 0  # how often an optimizer stepped over them
         self.cast: Generation = ()  # of the main shards when the compute shards were last made from them
         self.written_by_update = False  # an update has made both since the last forward
-        self._engine: weakref.ref[Engine] | None = None  # see the property
-        self.given: list[
-            ShardedParam
-        ] = []  # in whose place modules hold tensors of the user's, while that is registered
+        self._engine: weakref.ref[UnitRuntime] | None = None  # see the property
+        self.given: list[ShardedParam] = []  # for which modules hold tensors of the user's, while full ones are seen
         self.registered: GatherSlot | None = None  # whose parameters the modules see; None: the sharded ones
         self._gather_slot: GatherSlot | None = None  # see the property
         self._gradient_slot: GradientSlot | None = None
@@ -154,12 +265,12 @@ class Unit:
         return f"Unit({self.name!r}, {len(self.params)} parameters)"
 
     @property
-    def engine(self) -> Engine | None:
+    def engine(self) -> UnitRuntime | None:
         """Of the root module, once that is known; None again when that module is gone."""
         return None if self._engine is None else self._engine()
 
     @engine.setter
-    def engine(self, engine: Engine) -> None:
+    def engine(self, engine: UnitRuntime) -> None:
         self._engine = weakref.ref(engine)
 
     @property
@@ -194,16 +305,6 @@ class Unit:
         """Before the engine makes new ones. What autograd saved keeps the old ones alive as long as it needs them."""
         self._gather_slot = self._gradient_slot = None
         self.cast = ()
-
-    @property
-    def holds_something(self) -> bool:
-        """Whether memory of the plan is referred to beyond the arena, by a graph or as gradients, and would not be free
-        with it; or there is no plan yet.
-        """
-        slot = self._gradient_slot
-        if slot is None or self.pending or slot.state is not SlotState.EMPTY:
-            return True
-        return any(p.sharded.grad is not None for p in self.params)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -278,7 +379,7 @@ class Unit:
     def mark(self, param: torch.Tensor, p: ShardedParam) -> None:
         """Notes on ``param`` that it is ``p`` of this unit, or what ``p`` was made of, for ``ownership_of``."""
         param._yafsdp_ownership = Ownership(  # type: ignore[attr-defined]
-            weakref.ref(self), weakref.ref(p), is_replaced=param is not p.sharded
+            weakref.ref(p), param is not p.sharded, weakref.ref(self)
         )
 
     def adopt(self, p: ShardedParam, given: nn.Parameter) -> nn.Parameter:
@@ -332,22 +433,8 @@ class Unit:
 
     def reduction(self) -> Reduction:
         """How this unit's gradients are divided, and what replicas average."""
-        return replace(self._division(), averaged=self.policy.averaged)
-
-    def _division(self) -> Reduction:
-        """By the number of ranks, those of all replicas, or by the user's own factor.
-
-        In fp16, whose range is small, the division is split evenly before and after the sum, as FSDP2 does.
-        """
-        divisor = self.policy.gradient_divisor or float(self.mesh.size())
-        if any(p.reduce_dtype == torch.float16 for p in self.params):
-            pre = 1.0
-            while divisor % pre == 0 and divisor / pre > pre:
-                pre *= 2
-            return Reduction(mean=False, pre_divisor=pre, post_divisor=divisor / pre)
-        if self.policy.sum_only or divisor != self.mesh.size():
-            return Reduction(mean=False, post_divisor=divisor)
-        return Reduction()
+        in_fp16 = any(p.reduce_dtype == torch.float16 for p in self.params)
+        return replace(self.policy.division(self.mesh.size(), in_fp16), averaged=self.policy.averaged)
 
 
 def unit_of(module: nn.Module) -> Unit | None:

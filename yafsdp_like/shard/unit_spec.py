@@ -1,0 +1,114 @@
+"""What was asked of one unit, and how its bytes are laid out: integers and options, no tensors.
+
+Owns the flat layouts of a unit's shards and slots, and the policy that the setters of ``FSDPModule`` write.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from yafsdp_like.comm.transport import Reduction
+from yafsdp_like.memory.layout import FlatLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    from yafsdp_like.comm.transport import Averaged
+    from yafsdp_like.shard.param import ShardedParam
+
+
+class SlotState(enum.Enum):
+    """What a slot's bytes are to the compute stream. The transitions are in ``engine.py``, and those of a replayed step
+    in ``graph.py``; no others happen.
+    """
+
+    EMPTY = "nobody's: any neighbour may take the bytes"
+    FILLED = "gathered ahead, not yet read: a neighbour in need may still take the bytes"
+    STALE = "read and released, the values still there: any neighbour may take the bytes"
+    HELD = "being read or written by running work: nobody may touch the bytes"
+    KEPT = "idle but left unsharded on purpose: given up when a neighbour needs the bytes"
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """The flat layouts of a unit; a parameter that a layout does not hold has an empty segment in it."""
+
+    main_shard: FlatLayout
+    compute_shard: FlatLayout  # only parameters that peers do not gather from the main shard itself
+    aliased_shard: FlatLayout  # the rest of the compute shard: whole pages that the gather slot shows
+    grad_shard: FlatLayout  # only trainable parameters, as in the gradient slot
+    gather_slot: FlatLayout
+    gradient_slot: FlatLayout
+
+    @classmethod
+    def of(
+        cls, params: Sequence[ShardedParam], trainable: Collection[int], maps_memory: bool, page_nbytes: int
+    ) -> UnitLayout:
+        """With gradients of the ``trainable`` ones. Where peers read the compute shard in place (``maps_memory``),
+        every parameter has one; slots are windows where ``page_nbytes`` is not 0.
+        """
+        aliased = {
+            k for k, p in enumerate(params) if page_nbytes and p.chunk_nbytes and p.chunk_nbytes % page_nbytes == 0
+        }
+
+        def chunks(dtypes: Sequence[torch.dtype | None]) -> FlatLayout:
+            return FlatLayout.pack(
+                [p.shards.chunk_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
+            )
+
+        def full(dtypes: Sequence[torch.dtype | None], in_pages: Collection[int] = ()) -> FlatLayout:
+            sizes = [p.shards.padded_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
+            return FlatLayout.pack(sizes, in_pages, page_nbytes)
+
+        has_shard = [maps_memory or p.compute_dtype != p.main_dtype for p in params]
+
+        return cls(
+            main_shard=chunks([p.main_dtype for p in params]),
+            compute_shard=chunks(
+                [p.compute_dtype if has_shard[k] and k not in aliased else None for k, p in enumerate(params)]
+            ),
+            aliased_shard=chunks([p.compute_dtype if k in aliased else None for k, p in enumerate(params)]),
+            grad_shard=chunks([p.main_dtype if k in trainable else None for k, p in enumerate(params)]),
+            gather_slot=full([p.compute_dtype if p.shards.world_size > 1 else None for p in params], aliased),
+            gradient_slot=full([p.gradient_dtype if k in trainable else None for k, p in enumerate(params)]),
+        )
+
+    @property
+    def gathered_nbytes(self) -> int:
+        """What a gather slot takes beside the shard that it shows."""
+        return self.gather_slot.nbytes - self.aliased_shard.nbytes
+
+
+@dataclass(eq=False)
+class UnitPolicy:
+    """What the user asked of one unit; the setters of ``FSDPModule`` write here."""
+
+    mp: MixedPrecisionPolicy
+    reshard_after_forward: bool | None  # None: the root keeps its parameters, others reshard
+    reshard_after_backward: bool = True
+    requires_gradient_sync: bool = True
+    reduces_unused: bool = False  # as zeros, parameters without a gradient too
+    unshard_in_backward: bool = True
+    gradient_divisor: float | None = None  # None: the number of ranks
+    sum_only: bool = False
+    averaged: Averaged = "new"  # over replicas
+
+    def division(self, num_ranks: int, in_fp16: bool) -> Reduction:
+        """How gradients are divided: by ``num_ranks``, those of all replicas, or by the user's own factor.
+
+        In fp16, whose range is small, the division is split evenly before and after the sum, as FSDP2 does.
+        """
+        divisor = self.gradient_divisor or float(num_ranks)
+        if in_fp16:
+            pre = 1.0
+            while divisor % pre == 0 and divisor / pre > pre:
+                pre *= 2
+            return Reduction(mean=False, pre_divisor=pre, post_divisor=divisor / pre)
+        if self.sum_only or divisor != num_ranks:
+            return Reduction(mean=False, post_divisor=divisor)
+        return Reduction()
