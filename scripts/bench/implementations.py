@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed.fsdp
 
 import yafsdp_like
 from bench import zero3

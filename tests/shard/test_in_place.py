@@ -182,7 +182,7 @@ def test_accumulation_over_backwards_equals_stock(name: str, sync_each: bool) ->
 def reductions_of_a_step(model: nn.Module, specimen: Specimen) -> list[tuple[str, ...]]:
     """The parameters that were reduced together, in order, in a second step."""
     found: list[tuple[str, ...]] = []
-    reduce = GradientSlot.reduce
+    reduce = GradientSlot.reduce_scatter
 
     def noted(slot: GradientSlot, which: Sequence[int]) -> Any:
         found.append(tuple(slot.unit.params[k].name for k in which))
@@ -191,7 +191,7 @@ def reductions_of_a_step(model: nn.Module, specimen: Specimen) -> list[tuple[str
     specimen.loss_of(model, 0, 0).backward()
     model.zero_grad()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GradientSlot, "reduce", noted)
+        patch.setattr(GradientSlot, "reduce_scatter", noted)
         specimen.loss_of(model, 1, 0).backward()
     return found
 
