@@ -151,10 +151,10 @@ def wide(transport: str, mixed: bool, own_optimizer: bool) -> tuple[list[float],
         with torch.no_grad():
             losses += [loss.item(), WIDE.loss_of(model, step, 0).item()]
     dist.barrier()  # nobody gathers any more
-    return losses, [_shown(unit) for unit in units_of(model)]
+    return losses, [_aliased(unit) for unit in units_of(model)]
 
 
-def _shown(unit: Unit) -> list[bool]:
+def _aliased(unit: Unit) -> list[bool]:
     """For each parameter, whether what is written to its shard is read in its slot."""
     found = []
     for p, output in zip(unit.params, unit.gather_slot.outputs, strict=True):
@@ -162,7 +162,7 @@ def _shown(unit: Unit) -> list[bool]:
             p.compute.fill_(0.5)
             output.fill_(0.25)
         found.append(bool((p.compute == 0.25).all()))
-    assert found == [k in unit.gather_slot.shown for k in range(len(found))]
+    assert found == [k in unit.gather_slot.aliased for k in range(len(found))]
     return found
 
 
@@ -199,8 +199,8 @@ def copies_of_gathers() -> list[tuple[int, int]]:
     for unit in units_of(model):
         if unit.params:
             with Copies() as copies:
-                unit.gather_slot.gather()
-            found.append((copies.count, len(unit.gather_slot.shown)))
+                unit.gather_slot.all_gather()
+            found.append((copies.count, len(unit.gather_slot.aliased)))
     dist.barrier()  # nobody's memory goes while another still reads it
     return found
 
