@@ -73,7 +73,7 @@ def stepped_after_different_backwards() -> tuple[str, list[float]]:
     model(x, "both").backward()
     model.zero_grad()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    journals, message = model._engine().meetings.journals, ""
+    journals, message = model._engine().collective_log.journals, ""
     for journal in journals:
         journal._at_once = False
     try:

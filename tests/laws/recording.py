@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.training import ours, world_mesh
 from tests.zoo import FEATURES, Block
 from yafsdp_like.optim import AdamW
-from yafsdp_like.shard.engine import Engine, backward_task
+from yafsdp_like.shard.engine import ShardEngine, backward_task
 from yafsdp_like.shard.unit_spec import SlotState
 from yafsdp_like.shard.unit_state import GatherSlot, Unit
 
@@ -38,9 +38,9 @@ def recorded(operation: str, events: list[Event]) -> Callable[..., None]:
     The release of a slot that nobody uses and the reduction of an empty gradient slot do nothing, and are not noted;
     nor is the release that is part of `rest`.
     """
-    original = getattr(Engine, operation)
+    original = getattr(ShardEngine, operation)
 
-    def perform(engine: Engine, subject: GatherSlot | Unit, *args: Any, **kwargs: Any) -> None:
+    def perform(engine: ShardEngine, subject: GatherSlot | Unit, *args: Any, **kwargs: Any) -> None:
         unit = subject.unit if isinstance(subject, GatherSlot) else subject
         slot = subject if isinstance(subject, GatherSlot) else subject.gradient_slot
         does_nothing = operation in ("release", "reduce_scatter") and slot.state in (SlotState.EMPTY, SlotState.STALE)
@@ -57,7 +57,7 @@ def recorded(operation: str, events: list[Event]) -> Callable[..., None]:
 def recording() -> Iterator[list[Event]]:
     """The events of what runs inside."""
     events: list[Event] = []
-    with mock.patch.multiple(Engine, **{operation: recorded(operation, events) for operation in OPERATIONS}):
+    with mock.patch.multiple(ShardEngine, **{operation: recorded(operation, events) for operation in OPERATIONS}):
         yield events
 
 

@@ -77,9 +77,6 @@ EXCEPTIONS: dict[str, set[str]] = {  # by check, the paths that still offend; on
         "yafsdp_like/inference/engine/request.py",
         "yafsdp_like/inference/kv/pages.py",
     },
-    "classes_of_one_name": {
-        "yafsdp_like/inference/engine/engine.py, yafsdp_like/shard/engine.py",
-    },
 }
 
 

@@ -17,7 +17,7 @@ from tests.zoo import FEATURES, SPECIMENS, Block, Chain, Specimen, blocks, layer
 from yafsdp_like import MixedPrecisionPolicy, SpillWarning, fully_shard
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.shard import hooks
-from yafsdp_like.shard.engine import Engine, engine_for
+from yafsdp_like.shard.engine import ShardEngine, engine_for
 from yafsdp_like.shard.unit_spec import SlotState
 from yafsdp_like.shard.unit_state import Unit, unit_of
 
@@ -157,7 +157,7 @@ def allocations_of_the_runtime() -> Iterator[NewStorages]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ENGINE_WORK:
-            patch.setattr(Engine, name, watched(getattr(Engine, name)))
+            patch.setattr(ShardEngine, name, watched(getattr(ShardEngine, name)))
         yield new
 
 
@@ -209,9 +209,9 @@ def test_a_unit_has_one_address_for_all_forwards_and_backwards() -> None:
         if slot.params:
             addresses.setdefault(slot.unit.name, set()).add(slot.params[0].data_ptr())
 
-    gather = Engine.all_gather
+    gather = ShardEngine.all_gather
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "all_gather", lambda self, slot, refresh: (note(slot), gather(self, slot, refresh)))
+        patch.setattr(ShardEngine, "all_gather", lambda self, slot, refresh: (note(slot), gather(self, slot, refresh)))
         for number in range(3):
             step(model, CHAIN, number)
             with torch.no_grad():

@@ -23,7 +23,7 @@ from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE
 from yafsdp_like.optim import AdamW
 from yafsdp_like.shard import engine as engine_module
 from yafsdp_like.shard.depth import Depth
-from yafsdp_like.shard.engine import Engine
+from yafsdp_like.shard.engine import ShardEngine
 from yafsdp_like.shard.unit_state import unit_of
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -155,7 +155,7 @@ def train(
 
 def name_works(patch: pytest.MonkeyPatch, streams: VectorClocks) -> None:
     for name in ("publish", "before_update", "after_update"):
-        patch.setattr(Engine, name, _within(streams, name, getattr(Engine, name)))
+        patch.setattr(ShardEngine, name, _within(streams, name, getattr(ShardEngine, name)))
 
 
 def _within(streams: VectorClocks, name: str, work: Any) -> Any:
@@ -178,34 +178,34 @@ def watch_arenas(model: Any, detector: RaceDetector) -> None:
 
 
 def forget_readers(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Engine, "_wait_for_readers", lambda self, stream, slot: None)
+    patch.setattr(ShardEngine, "_wait_for_readers", lambda self, stream, slot: None)
 
 
 def forget_the_optimizer(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Engine, "begin", Engine.build_if_changed)
+    patch.setattr(ShardEngine, "begin", ShardEngine.build_if_changed)
 
 
 def forget_unread_prefetches(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Engine, "settle_prefetches", lambda self: None)
+    patch.setattr(ShardEngine, "settle_prefetches", lambda self: None)
 
 
 def forget_reductions(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Engine, "wait_for_reductions", lambda self: None)
+    patch.setattr(ShardEngine, "wait_for_reductions", lambda self: None)
 
 
 def release_before_the_last_read(patch: pytest.MonkeyPatch) -> None:
-    unshard = Engine.unshard
+    unshard = ShardEngine.unshard
 
-    def early(self: Engine, slot: Any, refresh: bool) -> None:
+    def early(self: ShardEngine, slot: Any, refresh: bool) -> None:
         unshard(self, slot, refresh)
         slot.released = self.streams.record(COMPUTE)
 
-    def late(self: Engine, slot: Any) -> None:
+    def late(self: ShardEngine, slot: Any) -> None:
         slot.state = engine_module.EMPTY
         slot.unit.register(None)
 
-    patch.setattr(Engine, "unshard", early)
-    patch.setattr(Engine, "release", late)
+    patch.setattr(ShardEngine, "unshard", early)
+    patch.setattr(ShardEngine, "release", late)
 
 
 def reduce_everything_early(patch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from tests.training import train as train_specimen
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.models import Decoder, DecoderConfig
-from yafsdp_like.shard.engine import Engine
+from yafsdp_like.shard.engine import ShardEngine
 from yafsdp_like.shard.unit_state import unit_of
 
 pytestmark = pytest.mark.gpu
@@ -116,7 +116,7 @@ def count_runtime_allocations() -> list[int]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ENGINE_WORK:
-            patch.setattr(Engine, name, counted(getattr(Engine, name)))
+            patch.setattr(ShardEngine, name, counted(getattr(ShardEngine, name)))
         train(model, 2)
     return requests
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from yafsdp_like.memory.plan import MemoryPlan
+    from yafsdp_like.shard.collective_log import CollectiveLog
     from yafsdp_like.shard.depth import Depth
-    from yafsdp_like.shard.meetings import Meetings
     from yafsdp_like.shard.unit_spec import UnitLayout
     from yafsdp_like.shard.unit_state import Unit
     from yafsdp_like.shard.unit_tree import UnitTree
@@ -54,11 +54,11 @@ class AllocatedMemory:
     What a build depends on beside the units is given: ``depth``.
     """
 
-    def __init__(self, tree: UnitTree, meetings: Meetings) -> None:
+    def __init__(self, tree: UnitTree, collective_log: CollectiveLog) -> None:
         self.arena: Arena | None = None
         self.num_layouts = 0  # how often slots were given places
         self.spills: list[Spill] = []
-        self._tree, self._meetings = tree, meetings
+        self._tree, self._collective_log = tree, collective_log
         self._layout: MemoryLayout | None = None
         self._built_for: tuple[object, ...] = ()  # the depth and the units' signatures then
 
@@ -152,7 +152,7 @@ class AllocatedMemory:
         known = len(self.arena.blocks)
         self.arena.reserve([region])
         if region.mapped:
-            self._meetings.adds_slot(unit)
+            self._collective_log.adds_slot(unit)
             unit.transport.connect(self.arena.blocks[known:])
         self._layout = self._layout.with_region(region)
         self.num_layouts += 1

@@ -24,7 +24,7 @@ from yafsdp_like.memory.streams import GATHER, Event
 from yafsdp_like.shard import clipping
 from yafsdp_like.shard.depth import Depth
 from yafsdp_like.shard.drop_in import ShardState, refuse_others, show_state_to_torch
-from yafsdp_like.shard.engine import Engine, Report, engine_for, engine_of
+from yafsdp_like.shard.engine import Report, ShardEngine, engine_for, engine_of
 from yafsdp_like.shard.hooks import abandon
 from yafsdp_like.shard.memory_layout import plan_memory
 from yafsdp_like.shard.optimizer_step import watch_optimizers
@@ -175,7 +175,7 @@ def _refuse_deepcopy(*_: Any) -> NoReturn:
 class UnshardHandle(torch.distributed.fsdp.UnshardHandle):
     """What ``unshard(async_op=True)`` returns."""
 
-    def __init__(self, engine: Engine, unit: Unit) -> None:
+    def __init__(self, engine: ShardEngine, unit: Unit) -> None:
         self._engine, self._unit = engine, unit
 
     def wait(self) -> None:
@@ -401,7 +401,7 @@ class FSDPModule(Base):
         modules = self.modules() if recurse else [self]
         return list({unit: None for m in modules if (unit := unit_of(m)) is not None})
 
-    def _engine(self) -> Engine:
+    def _engine(self) -> ShardEngine:
         return engine_for(self._unit(), self)
 
 

@@ -30,9 +30,9 @@ from torch import nn
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event, streams_of
 from yafsdp_like.ops import linear
 from yafsdp_like.shard.allocated_memory import AllocatedMemory, Spill
+from yafsdp_like.shard.collective_log import CollectiveLog
 from yafsdp_like.shard.debug import poison
 from yafsdp_like.shard.depth import Depth
-from yafsdp_like.shard.meetings import Meetings
 from yafsdp_like.shard.sinks import watch_gradients
 from yafsdp_like.shard.unit_spec import SlotState
 from yafsdp_like.shard.unit_tree import UnitTree, unit_tree_of
@@ -64,7 +64,7 @@ class Report:
     evictions: int  # units that were to stay gathered and had to make room
 
 
-class Engine:
+class ShardEngine:
     """Of one root module and the units below it."""
 
     def __init__(self, tree: UnitTree) -> None:
@@ -72,8 +72,8 @@ class Engine:
         self.units = tree.units
         self.streams = streams_of(self.units[0].device)
         self.transports = list(dict.fromkeys(unit.transport for unit in self.units))
-        self.meetings = Meetings(self.units)
-        self.memory = AllocatedMemory(tree, self.meetings)
+        self.collective_log = CollectiveLog(self.units)
+        self.memory = AllocatedMemory(tree, self.collective_log)
         self.depth = Depth()
         self.wasted_prefetches = 0
         self.evictions = 0
@@ -145,7 +145,7 @@ class Engine:
         self._follow_grad_mode()
         if self.is_built:
             return
-        self.meetings.builds()
+        self.collective_log.builds()
         error: Exception | None = None
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -227,7 +227,7 @@ class Engine:
     def begin(self) -> None:
         """A forward starts: what compute wrote (optimizer, loaded weights) comes before all gathers; stale slots go."""
         self.build_if_changed()
-        self.meetings.begins_forward()
+        self.collective_log.begins_forward()
         self.publish()
         for unit in self.units:
             slot = unit.gather_slot
@@ -259,7 +259,7 @@ class Engine:
     def before_update(self) -> None:
         """An optimizer will write compute shards from here on: on no rank a gather reads them any more."""
         self.streams.wait(COMPUTE, self.streams.record(GATHER))
-        self.meetings.updates()
+        self.collective_log.updates()
         for transport in self.transports:
             transport.stream_barrier(COMPUTE)
 
@@ -275,7 +275,7 @@ class Engine:
         if not is_whole or not is_free or not unit.transport.maps_memory:
             return
         self._make_room(slot)
-        self.meetings.updates(unit)
+        self.collective_log.updates(unit)
         slot.state = EMPTY  # the values in it are from before the update
         self.streams.wait(GATHER, self.streams.record(COMPUTE))
         with self.streams.on(GATHER):
@@ -290,7 +290,7 @@ class Engine:
         """
         assert slot.state is EMPTY and all(other.state is EMPTY for other in slot.neighbours)
         unit = slot.unit
-        self.meetings.gathers(unit)
+        self.collective_log.gathers(unit)
         with label("all_gather", unit), self.streams.on(GATHER):
             self._wait_for_readers(GATHER, slot)
             if refresh and not unit.transport.maps_memory:
@@ -511,7 +511,7 @@ class Engine:
             self.streams.wait(REDUCE, complete)
             adding = [k for k in arrived if unit.params[k].has_own_grad]
             setting = [k for k in arrived if k not in adding]
-            self.meetings.reduces(unit, setting, adding)
+            self.collective_log.reduces(unit, setting, adding)
             slot.spare_kept_grads(setting)
             for which, adds in ((setting, False), (adding, True)):
                 if which:
@@ -580,21 +580,21 @@ def backward_task() -> int | None:
     return None if task == -1 else task
 
 
-def engine_of(unit: Unit) -> Engine | None:
+def engine_of(unit: Unit) -> ShardEngine | None:
     """Return the engine that runs ``unit``; None before its root is known, and once that is gone."""
     engine = unit.engine
-    assert engine is None or isinstance(engine, Engine)
+    assert engine is None or isinstance(engine, ShardEngine)
     return engine
 
 
-def engine_for(unit: Unit, module: nn.Module) -> Engine:
+def engine_for(unit: Unit, module: nn.Module) -> ShardEngine:
     """The engine that runs ``unit``. The first module to run becomes the root of all units below it.
 
     When a module above runs later, it becomes the root, and takes its units over with a plan of its own.
     """
     engine = engine_of(unit)
     if engine is None:
-        engine = Engine(unit_tree_of(module))
+        engine = ShardEngine(unit_tree_of(module))
         for below in module.modules():
             vars(below).pop("_yafsdp_engine", None)  # of a root that is none any more
         vars(module)["_yafsdp_engine"] = engine

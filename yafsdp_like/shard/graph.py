@@ -21,7 +21,7 @@ from torch import nn
 
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, StepRecorder, StepRecording
 from yafsdp_like.shard.api import FSDPModule
-from yafsdp_like.shard.engine import Engine, engine_for
+from yafsdp_like.shard.engine import ShardEngine, engine_for
 from yafsdp_like.shard.nested import map_tensors
 from yafsdp_like.shard.unit_spec import SlotState
 from yafsdp_like.shard.unit_state import Unit, unit_of
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from yafsdp_like.comm.transport import Reduction
-    from yafsdp_like.shard.meetings import Recorded
+    from yafsdp_like.shard.collective_log import Recorded
     from yafsdp_like.shard.param import ShardedParam
 
 NUM_EAGER = 2  # steps before one is recorded: kernels are compiled and chosen, and tables made, in these
@@ -63,7 +63,7 @@ class _Step:
     inputs: tuple[torch.Tensor, ...]  # where the recording reads
     recording: StepRecording
     reduced: list[ShardedParam]  # parameters whose gradient it brings
-    meetings: Recorded  # with other ranks
+    collective_log: Recorded  # with other ranks
 
 
 class GraphedStep:
@@ -111,11 +111,11 @@ class GraphedStep:
             self._steps[key] = self._record(engine, inputs)
         return self._replay(engine, self._steps[key], inputs)
 
-    def _key(self, engine: Engine, inputs: tuple[torch.Tensor, ...]) -> Key:
+    def _key(self, engine: ShardEngine, inputs: tuple[torch.Tensor, ...]) -> Key:
         """Its first element is None where steps cannot be recorded as things are."""
         return (repeatable_state(engine), self._model.training, *((t.shape, t.stride(), t.dtype) for t in inputs))
 
-    def _record(self, engine: Engine, inputs: tuple[torch.Tensor, ...]) -> _Step:
+    def _record(self, engine: ShardEngine, inputs: tuple[torch.Tensor, ...]) -> _Step:
         self._recorder = self._recorder or StepRecorder()
         own = tuple(t.clone() for t in inputs)
         state = repeatable_state(engine)
@@ -130,30 +130,30 @@ class GraphedStep:
 
         without = [p for unit in engine.units for p in unit.params if p.trainable and p.sharded.grad is None]
         try:
-            engine.meetings.record()
+            engine.collective_log.record()
             recording = self._recorder.record(work)
         finally:
-            meetings = engine.meetings.recorded()
+            collective_log = engine.collective_log.recorded()
         reduced = [p for p in without if p.sharded.grad is not None]
         _return_to(state, engine, reduced)
         self._forget_other_layouts(engine)
-        return _Step(own, recording, reduced, meetings)
+        return _Step(own, recording, reduced, collective_log)
 
-    def _forget_other_layouts(self, engine: Engine) -> None:
+    def _forget_other_layouts(self, engine: ShardEngine) -> None:
         """Recordings of slots that are no more would never be replayed, and hold memory."""
         self._steps = {key: step for key, step in self._steps.items() if key[0].num_layouts == engine.num_layouts}
 
-    def _replay(self, engine: Engine, step: _Step, inputs: tuple[torch.Tensor, ...]) -> Any:
+    def _replay(self, engine: ShardEngine, step: _Step, inputs: tuple[torch.Tensor, ...]) -> Any:
         for own, given in zip(step.inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         _join_streams(engine)
-        engine.meetings.repeat(step.meetings)
+        engine.collective_log.repeat(step.collective_log)
         step.recording.replay()
         _settle(engine, step.reduced)
         return map_tensors(torch.clone, step.recording.result)
 
 
-def repeatable_state(engine: Engine) -> StepKey | None:
+def repeatable_state(engine: ShardEngine) -> StepKey | None:
     """What a step that starts now would decide by; None when it cannot be repeated as it is: something is running
     or held between steps, ``.grad`` is none of ours, or outputs are to be checked (debug mode).
     """
@@ -176,7 +176,7 @@ def repeatable_state(engine: Engine) -> StepKey | None:
     )
 
 
-def _repeatable_unit(engine: Engine, unit: Unit) -> UnitState | None:
+def _repeatable_unit(engine: ShardEngine, unit: Unit) -> UnitState | None:
     """Values in its slot that no step would read are dropped."""
     slot, is_current = unit.gather_slot, unit.is_current
     if slot.state is SlotState.STALE:
@@ -192,13 +192,13 @@ def _repeatable_unit(engine: Engine, unit: Unit) -> UnitState | None:
     return UnitState(slot.state is SlotState.FILLED, is_current, adds, unit.gradient_slot.homes)
 
 
-def _fork_streams(engine: Engine) -> None:
+def _fork_streams(engine: ShardEngine) -> None:
     """Side streams start here."""
     for stream in (GATHER, REDUCE):
         engine.streams.wait(stream, engine.streams.record(COMPUTE))
 
 
-def _join_streams(engine: Engine) -> None:
+def _join_streams(engine: ShardEngine) -> None:
     """Compute waits for all that side streams were given, so that no event is left to wait for."""
     for stream in (GATHER, REDUCE):
         engine.streams.wait(COMPUTE, engine.streams.record(stream))
@@ -207,7 +207,7 @@ def _join_streams(engine: Engine) -> None:
         unit.gather_slot.ready = unit.gather_slot.released = unit.gradient_slot.released = None
 
 
-def _return_to(state: StepKey, engine: Engine, reduced: Sequence[ShardedParam]) -> None:
+def _return_to(state: StepKey, engine: ShardEngine, reduced: Sequence[ShardedParam]) -> None:
     """A step was recorded, of which nothing has run yet: back to what it was recorded from."""
     for unit, before in zip(engine.units, state.units, strict=True):
         unit.gather_slot.state = SlotState.FILLED if before.is_filled else SlotState.EMPTY
@@ -215,7 +215,7 @@ def _return_to(state: StepKey, engine: Engine, reduced: Sequence[ShardedParam]) 
         p.sharded.grad = None
 
 
-def _settle(engine: Engine, reduced: Sequence[ShardedParam]) -> None:
+def _settle(engine: ShardEngine, reduced: Sequence[ShardedParam]) -> None:
     """A step was replayed: what Python would have noted."""
     engine.arm_watchdog(engine.streams.record(COMPUTE))
     for unit in engine.units:

@@ -25,7 +25,7 @@ from torch import nn
 from torch.autograd import Variable
 
 from yafsdp_like.shard.debug import holds_nan, output_error
-from yafsdp_like.shard.engine import Engine, backward_task, engine_for, engine_of
+from yafsdp_like.shard.engine import ShardEngine, backward_task, engine_for, engine_of
 from yafsdp_like.shard.held import replace_held
 from yafsdp_like.shard.nested import cast_floating, map_tensors
 from yafsdp_like.shard.unit_spec import SlotState
@@ -77,14 +77,14 @@ def _in_own_backward(unit: Unit, task: int | None) -> bool:
     return task is not None and unit.registered is not None and bool(unit.registered.active)
 
 
-def _begin_iteration(engine: Engine, call: Call) -> None:
+def _begin_iteration(engine: ShardEngine, call: Call) -> None:
     if engine.tasks:
         abandon(engine)  # the last backward raised
     engine.begin()
     call.starts_iteration, engine.iteration = True, call
 
 
-def _enter(engine: Engine, unit: Unit, call: Call, inputs: Any) -> Any:
+def _enter(engine: ShardEngine, unit: Unit, call: Call, inputs: Any) -> Any:
     """Gathers the unit for its forward, and the next unit behind it; returns the inputs, watched for backward's end."""
     if not unit.to_run:
         unit.to_run = list(unit.modules)
@@ -104,7 +104,7 @@ def _enter(engine: Engine, unit: Unit, call: Call, inputs: Any) -> Any:
     return inputs
 
 
-def _gather(engine: Engine, unit: Unit, open_ended: bool) -> None:
+def _gather(engine: ShardEngine, unit: Unit, open_ended: bool) -> None:
     _choose_slot(engine, unit, open_ended)
     refresh = backward_task() is None
     engine.unshard(unit.gather_slot, refresh)
@@ -113,7 +113,7 @@ def _gather(engine: Engine, unit: Unit, open_ended: bool) -> None:
             engine.prefetch(target, refresh)
 
 
-def _choose_slot(engine: Engine, unit: Unit, open_ended: bool) -> None:
+def _choose_slot(engine: ShardEngine, unit: Unit, open_ended: bool) -> None:
     """Moves the unit to a slot of its own where its planned one would be taken from under somebody. See [Note: spills].
 
     A unit none of whose inputs needs a gradient is in backward until the very end (``open_ended``): units that ran
@@ -181,7 +181,7 @@ def _own_values(slot: GatherSlot, output: Any, others: list[Any]) -> Any:
     return output
 
 
-def _leave(engine: Engine, unit: Unit) -> None:
+def _leave(engine: ShardEngine, unit: Unit) -> None:
     """The unit's forward is over: its slot is released or kept, unless another call of the unit still runs."""
     unit.to_run.clear()
     if unit.calls or unit.registered is None:
@@ -197,7 +197,7 @@ def _leave(engine: Engine, unit: Unit) -> None:
         engine.keep(unit.registered)
 
 
-def _end_iteration(engine: Engine, failed: bool) -> None:
+def _end_iteration(engine: ShardEngine, failed: bool) -> None:
     for unit in engine.units:
         if unit.to_run:  # some of the unit's modules did not run in this pass
             _leave(engine, unit)
@@ -237,7 +237,7 @@ def _still_runs(call: Call) -> bool:
 # --- backward ---
 
 
-def _start_backward(engine: Engine, unit: Unit, use: ForwardUse, refuses_second: bool) -> None:
+def _start_backward(engine: ShardEngine, unit: Unit, use: ForwardUse, refuses_second: bool) -> None:
     """A gradient is about to enter the unit: its full parameters must be where forward had them."""
     task = backward_task()
     assert task is not None
@@ -260,7 +260,7 @@ def _start_backward(engine: Engine, unit: Unit, use: ForwardUse, refuses_second:
     outside_transforms(_gather_for_backward, engine, unit, use)
 
 
-def _gather_for_backward(engine: Engine, unit: Unit, use: ForwardUse) -> None:
+def _gather_for_backward(engine: ShardEngine, unit: Unit, use: ForwardUse) -> None:
     if engine.filled:
         engine.reduce_unused(engine.tree.backward_ticks[unit][0])
     if unit.policy.unshard_in_backward:
@@ -275,7 +275,7 @@ def _gather_for_backward(engine: Engine, unit: Unit, use: ForwardUse) -> None:
     _prefetch_in_backward(engine, unit)
 
 
-def _prefetch_in_backward(engine: Engine, unit: Unit) -> None:
+def _prefetch_in_backward(engine: ShardEngine, unit: Unit) -> None:
     """Gathers the next units that have a backward to come; units that were skipped in forward are not gathered."""
     following = unit.backward_prefetch or engine.tree.after_in_backward[unit]
     expected = (u for u in following if u.pending and u.policy.unshard_in_backward)
@@ -283,7 +283,7 @@ def _prefetch_in_backward(engine: Engine, unit: Unit) -> None:
         engine.prefetch(target, refresh=False)
 
 
-def _end_backward(engine: Engine, unit: Unit, use: ForwardUse) -> None:
+def _end_backward(engine: ShardEngine, unit: Unit, use: ForwardUse) -> None:
     """The unit has computed all gradients of this use: its slot is free, and its gradients may be complete."""
     if use not in use.slot.active:
         return
@@ -294,7 +294,7 @@ def _end_backward(engine: Engine, unit: Unit, use: ForwardUse) -> None:
         outside_transforms(engine.reduce_scatter, unit)
 
 
-def _finish_use(engine: Engine, unit: Unit, use: ForwardUse) -> None:
+def _finish_use(engine: ShardEngine, unit: Unit, use: ForwardUse) -> None:
     use.task = None
     use.slot.active.pop(use, None)
     if not use.slot.active and use.slot.state is SlotState.HELD:
@@ -304,7 +304,7 @@ def _finish_use(engine: Engine, unit: Unit, use: ForwardUse) -> None:
             engine.keep(use.slot)
 
 
-def _end_task(engine: Engine, task: int) -> None:
+def _end_task(engine: ShardEngine, task: int) -> None:
     """A backward is over: ends the uses that no node ended, and reduces what has arrived and waits for nothing more."""
     for use in engine.tasks.pop(task, []):
         use.slot.unit.reached.discard(task)
@@ -323,19 +323,19 @@ def _end_task(engine: Engine, task: int) -> None:
     if engine.is_last_backward:
         engine.wait_for_reductions()
     if is_outermost:
-        engine.meetings.ends_backward()
+        engine.collective_log.ends_backward()
 
 
-def finish_accumulating(engine: Engine) -> None:
+def finish_accumulating(engine: ShardEngine) -> None:
     """Reduces what backwards without synchronisation have left, without another backward."""
     for unit in engine.units:
         engine.reduce_scatter(unit)
         engine.reshard(unit)
     engine.wait_for_reductions()
-    engine.meetings.ends_backward()
+    engine.collective_log.ends_backward()
 
 
-def abandon(engine: Engine) -> None:
+def abandon(engine: ShardEngine) -> None:
     """After an exception: every slot is free, and gradients that had arrived in part are dropped."""
     engine.tasks.clear()
     engine.iteration = None

@@ -21,7 +21,7 @@ from yafsdp_like.shard.unit_state import Unit, ownership_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from yafsdp_like.shard.engine import Engine
+    from yafsdp_like.shard.engine import ShardEngine
 
 _stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 Owned = dict[Unit, list[ShardedParam]]  # an optimizer's sharded parameters
@@ -39,7 +39,7 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if not owned:
         return
     for engine in {engine: None for unit in owned if (engine := engine_of(unit)) is not None}:
-        engine.meetings.settle()
+        engine.collective_log.settle()
     _make_room_for_states(optimizer, owned)
     if isinstance(optimizer, AdamW):
         _pass_by_units(optimizer, owned)
@@ -104,7 +104,7 @@ def _is_updated_whole(unit: Unit, owned: Sequence[ShardedParam]) -> bool:
 
 
 def _in_order_of_forward(owned: Owned) -> list[Unit]:
-    engines: dict[Engine, None] = {engine: None for unit in owned if (engine := engine_of(unit)) is not None}
+    engines: dict[ShardEngine, None] = {engine: None for unit in owned if (engine := engine_of(unit)) is not None}
     return [
         engine.units[i] for engine in engines for i in engine.tree.schedule.forward_order if engine.units[i] in owned
     ]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Recorded = list[Sequence[Entry]]  # of each journal
 
 
-class Meetings:
+class CollectiveLog:
     """Of one engine's units."""
 
     def __init__(self, units: Sequence[Unit]) -> None:
