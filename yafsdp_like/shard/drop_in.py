@@ -54,6 +54,7 @@ class ShardState(_State):
         return self
 
     all_states = _fsdp_param_groups = ()
+    _fsdp_param_group = None  # its name in torch 2.11
 
     def _root_post_backward_final_callback(self) -> None:
         engine = engine_of(self.unit)
