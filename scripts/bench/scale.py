@@ -300,7 +300,7 @@ class PaperTransport:
     """As far as a plan asks: how many ranks share a parameter, and what they read of each other. It moves nothing."""
 
     maps_memory = True
-    gather_is_collective = False
+    gathers_collectively = False
 
     def __init__(self, on: Topology) -> None:
         self.everybody = dist.group.WORLD

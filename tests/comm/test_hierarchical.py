@@ -23,7 +23,7 @@ from yafsdp_like.comm import choice, peer
 from yafsdp_like.comm.choice import transport_of, transport_over
 from yafsdp_like.comm.hierarchical import HierarchicalTransport
 from yafsdp_like.comm.peer import Obstacle
-from yafsdp_like.comm.transport import Gather, Reduction, Transport
+from yafsdp_like.comm.transport import AllGather, Reduction, Transport
 from yafsdp_like.memory.arena import MemoryBlock
 from yafsdp_like.shard import memory_layout
 
@@ -135,10 +135,10 @@ class Buffers:
         self.slots = [torch.zeros(width * n, dtype=dtype) for n in sizes]
         self.gradients = [block.bytes.view(dtype) for block in gradients]
         self.sums = [torch.zeros(n) for n in sizes]
-        self.gather = transport.gather(self.slots, self.shards, scratch=staging.bytes)
+        self.gather = transport.all_gather(self.slots, self.shards, scratch=staging.bytes)
         sums_column = transport.column_nbytes([n * wire_dtype.itemsize for n in sizes])
         scratch = torch.empty(1024 + sums_column, dtype=torch.uint8)
-        self.reduce = transport.reduce(self.sums, self.gradients, [wire_dtype] * 2, scratch)
+        self.reduce = transport.reduce_scatter(self.sums, self.gradients, [wire_dtype] * 2, scratch)
         self.blocks = [*gradients, staging]
 
 
@@ -157,8 +157,8 @@ class Late:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
-    def gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Gather:
-        gather: Gather = self._transport.gather(outputs, inputs)
+    def all_gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> AllGather:
+        gather: AllGather = self._transport.all_gather(outputs, inputs)
 
         def run() -> None:
             if self._late:

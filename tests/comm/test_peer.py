@@ -342,7 +342,7 @@ def test_four_ranks_add_in_order_of_rank(
     gradients.copy_(everybody[rank])
     shard = torch.full((NUMEL,), 7.0)
     staging = torch.empty(staging_nbytes, dtype=torch.uint8)
-    reduce = transport.reduce([shard], [gradients], [wire_dtype], staging)
+    reduce = transport.reduce_scatter([shard], [gradients], [wire_dtype], staging)
 
     chunks = everybody[:, rank * NUMEL : (rank + 1) * NUMEL]
     scale = torch.tensor(1.0 / divisor)

@@ -69,11 +69,6 @@ EXCEPTIONS: dict[str, set[str]] = {  # by check, the paths that still offend; on
         "yafsdp_like/shard/engine.py",
     },
     "old_words": {
-        "yafsdp_like/comm/hierarchical.py",
-        "yafsdp_like/comm/peer.py",
-        "yafsdp_like/comm/process_group.py",
-        "yafsdp_like/comm/replicated.py",
-        "yafsdp_like/comm/transport.py",
         "yafsdp_like/inference/engine/request.py",
         "yafsdp_like/inference/kv/pages.py",
     },

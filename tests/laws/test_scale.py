@@ -208,7 +208,7 @@ def reduced(transport_name: Any, gradients: torch.Tensor, staging_nbytes: int) -
     inputs = block.bytes.view(torch.float32)
     inputs.copy_(gradients)
     shard, scratch = torch.zeros(NUMEL), torch.empty(staging_nbytes, dtype=torch.uint8)
-    transport.reduce([shard], [inputs], [torch.float32], scratch)(Reduction(), False)
+    transport.reduce_scatter([shard], [inputs], [torch.float32], scratch)(Reduction(), False)
     return shard
 
 

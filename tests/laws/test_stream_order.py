@@ -32,8 +32,8 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 def watch_transports(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
     """Note by hand what collectives access, and peers read of this rank's memory: no dispatcher sees either."""
     for transport in (ProcessGroupTransport, PeerTransport):
-        patch.setattr(transport, "gather", _noted_gather(transport.gather, detector))
-        patch.setattr(transport, "reduce", _noted_reduce(transport.reduce, detector))
+        patch.setattr(transport, "all_gather", _noted_gather(transport.all_gather, detector))
+        patch.setattr(transport, "reduce_scatter", _noted_reduce(transport.reduce_scatter, detector))
     stream_barrier = PeerTransport.stream_barrier
 
     def barrier_noted(self: PeerTransport, stream: str) -> None:

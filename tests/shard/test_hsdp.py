@@ -220,7 +220,7 @@ def test_a_reduction_is_the_mean_over_both_dimensions_of_the_mesh(
     block = peer.Block.allocate(2 * NUMEL * dtype.itemsize, CPU)
     over.connect([block])
     gradients, shard = block.bytes.view(dtype), torch.full((NUMEL,), 7.0, dtype=shard_dtype)
-    reduce = over.reduce([shard], [gradients], [wire_dtype], torch.empty(1 << 14, dtype=torch.uint8))
+    reduce = over.reduce_scatter([shard], [gradients], [wire_dtype], torch.empty(1 << 14, dtype=torch.uint8))
 
     replica, place = divmod(rank, 2)
     chunks = everybody[:, :, place * NUMEL : (place + 1) * NUMEL]

@@ -35,7 +35,7 @@ from yafsdp_like.memory.streams import GATHER, Event
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
+    from yafsdp_like.comm.transport import AllGather, ReduceScatter, Reduction, Transport
     from yafsdp_like.memory.arena import MemoryBlock
 
 
@@ -44,7 +44,7 @@ class HierarchicalTransport:
 
     maps_memory = True
     aliases_local_shard = False
-    gather_is_collective = True
+    gathers_collectively = True
 
     def __init__(self, group: dist.ProcessGroup, inside: Transport, across: Transport) -> None:
         self.rank, self.world_size = group.rank(), group.size()
@@ -63,19 +63,19 @@ class HierarchicalTransport:
         """Of this host's ranks: nobody else reads this rank's memory."""
         self._inside.stream_barrier(stream)
 
-    def gather(
+    def all_gather(
         self,
         outputs: Sequence[torch.Tensor],
         inputs: Sequence[torch.Tensor],
         in_place: Collection[int] = (),
         scratch: torch.Tensor | None = None,
-    ) -> Gather:
+    ) -> AllGather:
         """See [Note: columns]."""
         assert scratch is not None, "a column must lie where peers of this host read it"
         assert not in_place, "a slot shows no shard here: a column comes between"
         columns = self._columns(inputs, [i.dtype for i in inputs], scratch)
-        to_column = self._across.gather(columns, inputs)
-        to_slot = self._inside.gather(self._by_host(outputs), self._by_host(columns))
+        to_column = self._across.all_gather(columns, inputs)
+        to_slot = self._inside.all_gather(self._by_host(outputs), self._by_host(columns))
 
         def run() -> None:
             self.stream_barrier(GATHER)
@@ -85,21 +85,21 @@ class HierarchicalTransport:
 
         return run
 
-    def reduce(
+    def reduce_scatter(
         self,
         outputs: Sequence[torch.Tensor],
         inputs: Sequence[torch.Tensor],
         dtypes: Sequence[torch.dtype],
         scratch: torch.Tensor,
-    ) -> Reduce:
+    ) -> ReduceScatter:
         """The end of ``scratch`` holds the column of sums, the rest is for what is pulled."""
         nbytes = self.column_nbytes([o.numel() * d.itemsize for o, d in zip(outputs, dtypes, strict=True)])
         pulled, summed = scratch[: scratch.numel() - nbytes], scratch[scratch.numel() - nbytes :]
         columns = self._columns(outputs, dtypes, summed)
-        to_column = self._inside.reduce(
+        to_column = self._inside.reduce_scatter(
             self._by_host(columns), self._by_host(inputs), [d for d in dtypes for _ in range(self.num_hosts)], pulled
         )
-        to_shard = self._across.reduce(outputs, columns, dtypes, summed)
+        to_shard = self._across.reduce_scatter(outputs, columns, dtypes, summed)
 
         def run(reduction: Reduction, accumulate: bool) -> None:
             to_column(replace(reduction, post_divisor=1.0), False)

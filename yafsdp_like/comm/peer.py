@@ -38,7 +38,7 @@ from yafsdp_like.memory.vmm import obstacle as pages_obstacle
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from yafsdp_like.comm.transport import Gather, Reduce, Reduction
+    from yafsdp_like.comm.transport import AllGather, ReduceScatter, Reduction
     from yafsdp_like.memory.arena import MemoryBlock
 
 
@@ -55,7 +55,7 @@ class PeerTransport:
 
     maps_memory = True
     aliases_local_shard = True
-    gather_is_collective = False
+    gathers_collectively = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, reason: str) -> None:
         self.rank, self.world_size = group.rank(), group.size()
@@ -72,13 +72,13 @@ class PeerTransport:
     def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
         return 0
 
-    def gather(
+    def all_gather(
         self,
         outputs: Sequence[torch.Tensor],
         inputs: Sequence[torch.Tensor],
         in_place: Collection[int] = (),
         scratch: torch.Tensor | None = None,
-    ) -> Gather:
+    ) -> AllGather:
         """Pulls from the next rank first, so that all links are busy and no rank is asked by all at once; what is on
         this rank already, and not in place, is copied beside that, by another copy engine.
         """
@@ -93,13 +93,13 @@ class PeerTransport:
         branches = [partial(_copy_all, copies) for copies in (pulls, own) if copies]
         return Recording(self._device, branches) if branches else lambda: None
 
-    def reduce(
+    def reduce_scatter(
         self,
         outputs: Sequence[torch.Tensor],
         inputs: Sequence[torch.Tensor],
         dtypes: Sequence[torch.dtype],
         scratch: torch.Tensor,
-    ) -> Reduce:
+    ) -> ReduceScatter:
         """Peers' chunks are pulled into ``scratch`` by the copy engine, as many at a time as fit, and added up there:
         a kernel that reads them over the link would hold its multiprocessors several times as long.
         """

@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from yafsdp_like.comm.transport import Gather, Reduce, Reduction
+    from yafsdp_like.comm.transport import AllGather, ReduceScatter, Reduction
     from yafsdp_like.memory.arena import MemoryBlock
     from yafsdp_like.memory.streams import Event
 
@@ -37,7 +37,7 @@ class ProcessGroupTransport:
     """Coalesced collectives: one call, one group launch, one piece per parameter, nothing packed or unpacked."""
 
     maps_memory = aliases_local_shard = False
-    gather_is_collective = True
+    gathers_collectively = True
 
     def __init__(self, group: dist.ProcessGroup, reason: str) -> None:
         self.rank, self.world_size = group.rank(), group.size()
@@ -54,13 +54,13 @@ class ProcessGroupTransport:
     def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
         return 0
 
-    def gather(
+    def all_gather(
         self,
         outputs: Sequence[torch.Tensor],
         inputs: Sequence[torch.Tensor],
         in_place: Collection[int] = (),
         scratch: torch.Tensor | None = None,
-    ) -> Gather:
+    ) -> AllGather:
         pieces = _by_dtype(outputs, inputs) if self.world_size > 1 else []
         return partial(self._all_gather, pieces)
 
@@ -70,13 +70,13 @@ class ProcessGroupTransport:
         for out, inp in pieces:
             _finish(getattr(self._gather_group, _GATHER)(out, inp, options))
 
-    def reduce(
+    def reduce_scatter(
         self,
         outputs: Sequence[torch.Tensor],
         inputs: Sequence[torch.Tensor],
         dtypes: Sequence[torch.dtype],
         scratch: torch.Tensor,
-    ) -> Reduce:
+    ) -> ReduceScatter:
         assert [i.dtype for i in inputs] == list(dtypes), "a collective sums in the dtype that it sends"
         # In place into this rank's chunk of the inputs when a cast or an addition follows, straight away otherwise.
         chunks = [i.view(self.world_size, -1)[self.rank] for i in inputs]

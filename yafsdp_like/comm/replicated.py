@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import AllreduceCoalescedOptions
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
+    from yafsdp_like.comm.transport import AllGather, ReduceScatter, Reduction, Transport
     from yafsdp_like.memory.arena import MemoryBlock
     from yafsdp_like.memory.streams import Event
 
@@ -38,7 +38,7 @@ class ReplicatedTransport:
         self.maps_memory, self.aliases_local_shard = shards.maps_memory, shards.aliases_local_shard
         self.description = f"{replicas.size()} replicas over their process group; in each, {shards.description}"
         self.shards, self._replicas, self.everybody = shards, replicas, everybody
-        self.gather_is_collective = shards.gather_is_collective
+        self.gathers_collectively = shards.gathers_collectively
 
     def connect(self, blocks: Sequence[MemoryBlock]) -> None:
         self.shards.connect(blocks)
@@ -49,25 +49,25 @@ class ReplicatedTransport:
     def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
         return self.shards.column_nbytes(chunks_nbytes)
 
-    def gather(
+    def all_gather(
         self,
         outputs: Sequence[torch.Tensor],
         inputs: Sequence[torch.Tensor],
         in_place: Collection[int] = (),
         scratch: torch.Tensor | None = None,
-    ) -> Gather:
-        return self.shards.gather(outputs, inputs, in_place, scratch)
+    ) -> AllGather:
+        return self.shards.all_gather(outputs, inputs, in_place, scratch)
 
-    def reduce(
+    def reduce_scatter(
         self,
         outputs: Sequence[torch.Tensor],
         inputs: Sequence[torch.Tensor],
         dtypes: Sequence[torch.dtype],
         scratch: torch.Tensor,
-    ) -> Reduce:
+    ) -> ReduceScatter:
         chunks = [i.view(self.world_size, i.numel() // self.world_size)[self.rank] for i in inputs]
-        straight = self.shards.reduce(outputs, inputs, dtypes, scratch)
-        in_place = self.shards.reduce(chunks, inputs, dtypes, scratch) if _are(chunks, dtypes) else None
+        straight = self.shards.reduce_scatter(outputs, inputs, dtypes, scratch)
+        in_place = self.shards.reduce_scatter(chunks, inputs, dtypes, scratch) if _are(chunks, dtypes) else None
         replaces_as_reduced = _are(outputs, dtypes)
 
         def run(reduction: Reduction, accumulate: bool) -> None:

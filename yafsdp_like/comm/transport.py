@@ -4,8 +4,8 @@ A transport moves pieces between buffers it is given; it owns no memory that liv
 nothing of units or schedules. It issues work on the stream that is current when it is called and does not block the
 CPU, except where that is said.
 
-Buffers never move, so what is to be moved is said once (``gather``, ``reduce``) and done many times by calling what
-came back.
+Buffers never move, so ``all_gather`` and ``reduce_scatter`` are asked once for a list of buffers, and return what runs
+the operation on them as often as it is called.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Reduction:
     averaged: Averaged = "new"
 
 
-Gather = Callable[[], None]
-Reduce = Callable[[Reduction, bool], None]  # how to combine, and whether to add to the outputs or to replace them
+AllGather = Callable[[], None]
+ReduceScatter = Callable[[Reduction, bool], None]  # how to combine; whether to add to the outputs or to replace them
 
 
 class Transport(Protocol):
@@ -52,7 +52,7 @@ class Transport(Protocol):
     description: str  # what moves the bytes, and why this transport was chosen
     maps_memory: bool  # inputs must lie in blocks that ``connect`` was given, since peers read them where they are
     aliases_local_shard: bool  # of a gather's outputs, where they are in place: see [Note: windows]
-    gather_is_collective: bool  # a gather is a collective, and not this rank's own reading
+    gathers_collectively: bool  # and not by this rank's own reading
     everybody: dist.ProcessGroup  # all ranks that must do the same, in the same order
 
     def connect(self, blocks: Sequence[MemoryBlock]) -> None:
@@ -60,13 +60,13 @@ class Transport(Protocol):
         same order; blocks the CPU.
         """
 
-    def gather(
+    def all_gather(
         self,
         outputs: Sequence[torch.Tensor],
         inputs: Sequence[torch.Tensor],
         in_place: Collection[int] = (),
         scratch: torch.Tensor | None = None,
-    ) -> Gather:
+    ) -> AllGather:
         """``outputs[i]``, ``(world_size * n_i,)``, will receive every rank's ``inputs[i]``, ``(n_i,)``, in order of
         rank.
 
@@ -81,13 +81,13 @@ class Transport(Protocol):
         a column of them; none on one host.
         """
 
-    def reduce(
+    def reduce_scatter(
         self,
         outputs: Sequence[torch.Tensor],
         inputs: Sequence[torch.Tensor],
         dtypes: Sequence[torch.dtype],
         scratch: torch.Tensor,
-    ) -> Reduce:
+    ) -> ReduceScatter:
         """``outputs[i]``, ``(n_i,)``, will receive, or have added to it, chunk ``rank`` of the reduction of all ranks'
         ``inputs[i]``, ``(world_size * n_i,)``, rounded to ``dtypes[i]`` before it is cast to the output's own dtype.
         Inputs are scratch afterwards. ``scratch``, ``(nbytes,)`` uint8, is written by every reduction of the

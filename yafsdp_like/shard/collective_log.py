@@ -49,7 +49,7 @@ class CollectiveLog:
             journal.post()
 
     def gathers(self, unit: Unit) -> None:
-        if unit.transport.gather_is_collective:
+        if unit.transport.gathers_collectively:
             entry = self._entry((unit, "gather"), lambda: f"all-gathers the parameters of unit {unit.name!r}")
             self._journal_of[unit.transport].note(entry)
 

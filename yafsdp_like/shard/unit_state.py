@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
-    from yafsdp_like.comm.transport import Gather, Reduce, Reduction, Transport
+    from yafsdp_like.comm.transport import AllGather, ReduceScatter, Reduction, Transport
     from yafsdp_like.memory.arena import Place
     from yafsdp_like.memory.layout import FlatLayout
     from yafsdp_like.memory.streams import Event
@@ -83,10 +83,10 @@ class GatherSlot:
         return any(address in self._addresses for address in addresses_in(tensor))
 
     @cached_property
-    def all_gather(self) -> Gather:
+    def all_gather(self) -> AllGather:
         """Brings every rank's compute shard here. First asked for once transports are connected."""
         inputs = [p.compute for p in self.unit.params]
-        return self.unit.transport.gather(self.outputs, inputs, self.aliased, self.unit.column)
+        return self.unit.transport.all_gather(self.outputs, inputs, self.aliased, self.unit.column)
 
 
 def _full_param(p: ShardedParam, place: Place) -> nn.Parameter:
@@ -116,19 +116,19 @@ class GradientSlot:
         self.views: dict[int, torch.Tensor] = {}
         self.inputs: dict[int, torch.Tensor] = {}
         self.homes: tuple[int, ...] = ()  # of gradients that are still held, where the unit's go meanwhile
-        self._reduces: dict[tuple[tuple[int, ...], tuple[int, ...]], Reduce] = {}
+        self._reduces: dict[tuple[tuple[int, ...], tuple[int, ...]], ReduceScatter] = {}
         for k in unit.trainable:
             assert extent is not None
             p, place = unit.params[k], extent.part(layout.segments[k])
             self.views[k] = place.tensor(p.gradient_dtype, p.shards.shape)
             self.inputs[k] = place.flat(p.gradient_dtype, p.shards.padded_numel)
 
-    def reduce_scatter(self, which: Sequence[int]) -> Reduce:
+    def reduce_scatter(self, which: Sequence[int]) -> ReduceScatter:
         """Reduces the gradients of these parameters into their gradient shards."""
         key = tuple(which), self.homes
         if key not in self._reduces:
             params = [self.unit.params[k] for k in which]
-            self._reduces[key] = self.unit.transport.reduce(
+            self._reduces[key] = self.unit.transport.reduce_scatter(
                 [p.grad for p in params],
                 [self.inputs[k] for k in which],
                 [p.reduce_dtype.to_real() for p in params],

@@ -264,7 +264,7 @@ class PlacedWeights:
             return partial(_copy, values, _flat(self.host.place(name), self.dtype))
         assert self._transport is not None, "a gathered plan is of a transport"
         shard = _flat(self.arena.place(f"{name}.shard"), self.dtype)
-        return self._transport.gather([values], [shard], in_place={0} if placement.page_nbytes else ())
+        return self._transport.all_gather([values], [shard], in_place={0} if placement.page_nbytes else ())
 
     def stores(self) -> Iterator[Store]:
         """All that is to be filled on this rank and its host, unit by unit."""
