@@ -47,8 +47,8 @@ def state_of(model: nn.Module) -> Iterator[Any]:
         unit = unit_of(module)
         if unit is None:
             continue
-        yield contents(vars(unit)), contents(vars(unit.policy)), unit.signature, unit.generation()
-        yield [contents(vars(p)) for p in unit.params]
+        yield contents(vars(unit)), contents(vars(unit.policy)), unit.signature
+        yield contents(vars(unit.freshness)), [contents(vars(p)) for p in unit.params]
         if unit.engine is not None:
             yield contents(vars(unit.engine)), contents(vars(unit.engine.memory))
 

@@ -252,7 +252,7 @@ class FSDPModule(Base):
         that PyTorch does not count: through ``.data``, or to many in one ``torch._foreach`` call.
         """
         for unit in self._units(recurse=True):
-            unit.updates += 1
+            unit.freshness.main_shards_written()
 
     def set_debug_mode(self, debug: bool) -> None:
         """Set whether released parameters read as NaN, and a forward that turns finite inputs into NaN is an error.

@@ -204,7 +204,7 @@ class ShardEngine:
         with torch.no_grad():
             for param, value in zip(slot.params, values, strict=True):
                 param.detach().copy_(value)
-        slot.state, slot.generation = HELD, unit.generation()
+        slot.state, slot.version = HELD, unit.freshness.main_version()
         unit.register(slot)
 
     def _leave_memory(self) -> None:
@@ -233,7 +233,7 @@ class ShardEngine:
             slot = unit.gather_slot
             if slot.state is STALE:  # left by a forward without a backward; weights may have changed since, uncounted
                 slot.state = EMPTY
-            elif slot.state is not EMPTY and slot.generation != unit.generation():
+            elif slot.state is not EMPTY and slot.version != unit.freshness.main_version():
                 self.release(slot)
 
     def publish(self) -> None:
@@ -267,9 +267,10 @@ class ShardEngine:
         """An optimizer has written main and compute shards of the unit's parameters (all, if ``is_whole``): gathers it
         for the next forward, if its bytes are free and peers need not take part.
         """
-        unit.written_by_update = is_whole
         if is_whole:
-            unit.cast = unit.generation()
+            unit.freshness.compute_shard_written(by_update=True)
+        else:
+            unit.freshness.main_shards_written()
         slot = unit.gather_slot
         is_free = all(s.state in (EMPTY, STALE) for s in (slot, *slot.neighbours))
         if not is_whole or not is_free or not unit.transport.maps_memory:
@@ -297,7 +298,7 @@ class ShardEngine:
                 unit.refresh_compute_shard()
             slot.all_gather()
         slot.ready = self.streams.record(GATHER)
-        slot.generation = unit.cast
+        slot.version = unit.freshness.compute_version
         slot.state = FILLED
 
     def _wait_for_readers(self, stream: str, slot: GatherSlot | GradientSlot) -> None:
@@ -376,11 +377,6 @@ class ShardEngine:
         for slot in unit.slots:
             self.release(slot)
         unit.register(None)
-
-    def forget_updates(self) -> None:
-        """A forward is over: whatever writes main shards from here on may do so uncounted."""
-        for unit in self.units:
-            unit.written_by_update = False
 
     def settle_prefetches(self) -> None:
         """An iteration ends: gathers that nobody read are dropped, so that the optimizer may write the shards, and so

@@ -178,10 +178,10 @@ def repeatable_state(engine: ShardEngine) -> StepKey | None:
 
 def _repeatable_unit(engine: ShardEngine, unit: Unit) -> UnitState | None:
     """Values in its slot that no step would read are dropped."""
-    slot, is_current = unit.gather_slot, unit.is_current
+    slot, is_current = unit.gather_slot, unit.freshness.is_current()
     if slot.state is SlotState.STALE:
         slot.state = SlotState.EMPTY
-    elif slot.state is SlotState.FILLED and slot.generation != unit.generation():
+    elif slot.state is SlotState.FILLED and slot.version != unit.freshness.main_version():
         engine.release(slot)
     if slot.state not in (SlotState.EMPTY, SlotState.FILLED) or unit.gradient_slot.state is not SlotState.EMPTY:
         return None
@@ -220,6 +220,6 @@ def _settle(engine: ShardEngine, reduced: Sequence[ShardedParam]) -> None:
     engine.arm_watchdog(engine.streams.record(COMPUTE))
     for unit in engine.units:
         unit.gather_slot.state = SlotState.EMPTY
-        unit.cast, unit.written_by_update = unit.generation(), False
+        unit.freshness.compute_shard_written()
     for p in reduced:
         p.sharded.grad = p.grad_dtensor

@@ -203,8 +203,8 @@ def _end_iteration(engine: ShardEngine, failed: bool) -> None:
             _leave(engine, unit)
         if failed:
             engine.reshard(unit)
+        unit.freshness.forward_ended()
     engine.settle_prefetches()
-    engine.forget_updates()
     engine.iteration = None
 
 

@@ -48,8 +48,8 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Note which main shards were written: an optimizer's own kernels may not count as writes in place."""
     for unit in _owned(optimizer):
-        if not isinstance(optimizer, AdamW) or not unit.is_current:
-            unit.updates += 1
+        if not isinstance(optimizer, AdamW) or not unit.freshness.is_current():
+            unit.freshness.main_shards_written()
 
 
 def _owned(optimizer: torch.optim.Optimizer) -> Owned:

@@ -25,6 +25,7 @@ from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.plan import Region
 from yafsdp_like.shard.nested import addresses_in
 from yafsdp_like.shard.param import NOWHERE, ParamMark, ShardedParam
+from yafsdp_like.shard.runtime.freshness import Freshness
 from yafsdp_like.shard.unit_spec import SlotState, UnitLayout, UnitPolicy
 from yafsdp_like.shard.watching import NOTHING, Watched
 
@@ -38,8 +39,7 @@ if TYPE_CHECKING:
     from yafsdp_like.memory.arena import Place
     from yafsdp_like.memory.layout import FlatLayout
     from yafsdp_like.memory.streams import Event
-
-Generation = tuple[int, ...]  # what a unit's main shards are by now; equal generations are equal values
+    from yafsdp_like.shard.runtime.freshness import Version
 
 
 class GatherSlot:
@@ -61,7 +61,7 @@ class GatherSlot:
         self.state = SlotState.EMPTY
         self.ready: Event = None  # the gather has arrived
         self.released: Event = None  # the last reader is done; None once a gather has waited for it
-        self.generation: Generation = ()  # of the main shards when they were gathered
+        self.version: Version = ()  # of the main shards whose values are in it
         self.active: dict[ForwardUse, None] = {}  # uses whose backward is running
         self.params = [_full_param(p, place) for p, place in zip(unit.params, places, strict=True)]
         self.outputs = [
@@ -240,10 +240,7 @@ class Unit:
         self.name = type(modules[0]).__name__  # the modules' full names, once the root is known
         self.arena = Arena(device)  # of the main shard, which is needed before the root is known
         self.layout: UnitLayout | None = None  # None until materialized
-        self.moves = 0  # how often main shards were put somewhere else
-        self.updates = 0  # how often an optimizer stepped over them
-        self.cast: Generation = ()  # of the main shards when the compute shards were last made from them
-        self.written_by_update = False  # an update has made both since the last forward
+        self.freshness = Freshness(self.params)
         self._engine: weakref.ref[UnitRuntime] | None = None  # see the property
         self.given: list[ShardedParam] = []  # for which modules hold tensors of the user's, while full ones are seen
         self.registered: GatherSlot | None = None  # whose parameters the modules see; None: the sharded ones
@@ -304,7 +301,7 @@ class Unit:
     def forget_slots(self) -> None:
         """Before the engine makes new ones. What autograd saved keeps the old ones alive as long as it needs them."""
         self._gather_slot = self._gradient_slot = None
-        self.cast = ()
+        self.freshness.compute_shard_lost()
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -327,13 +324,7 @@ class Unit:
     @property
     def signature(self) -> tuple[object, ...]:
         """What the plan was made for; a change of it asks for a new plan."""
-        return (self.unsynced_gradients, self.moves, *((p.trainable, p.is_placed) for p in self.params))
-
-    def generation(self) -> Generation:
-        """What changes when main shards are written: by an optimizer (whose kernels may count nothing), or in place
-        through a DTensor or its local tensor.
-        """
-        return (self.moves, self.updates, *(v for p in self.params for v in (p.sharded._version, p.local._version)))
+        return (self.unsynced_gradients, self.freshness.num_moves, *((p.trainable, p.is_placed) for p in self.params))
 
     def meta_params(self) -> list[str]:
         return [p.name for p in self.params if p.local.is_meta]
@@ -372,7 +363,7 @@ class Unit:
         self.layout = layout
         for p, segment in zip(self.params, layout.main_shard.segments, strict=True):
             if not p.is_placed:
-                self.moves += 1
+                self.freshness.main_shard_moved()
                 place = self.arena.place("main_shard").part(segment)
                 p.place_main(place)
 
@@ -410,25 +401,14 @@ class Unit:
         assert self.registered is not None
         return [param.detach().clone() for param in self.registered.params]
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the compute shard need not be cast for the next forward.
-
-        Counters miss writes through ``.data`` and of whole lists (``torch._foreach_mul_``), so they are believed only
-        where an update has just written both shards: everything else is cast again in every forward.
-        """
-        return self.written_by_update and self.cast == self.generation()
-
     def refresh_compute_shard(self) -> bool:
-        """Casts main shards into what peers gather, where the two are not the same memory and not ``is_current``;
-        returns whether there was anything to cast.
-        """
-        if self.is_current:
+        """Cast main shards into what is all-gathered, unless that is current; return whether there was any to cast."""
+        if self.freshness.is_current():
             return False
         pairs = [(p.compute, p.main) for p in self.params if p.compute is not p.main]
         if pairs:
             torch._foreach_copy_([compute for compute, _ in pairs], [main for _, main in pairs])
-        self.cast = self.generation()
+        self.freshness.compute_shard_written()
         return bool(pairs)
 
     def reduction(self) -> Reduction:

@@ -1,0 +1,77 @@
+"""Whether a unit's compute shard holds what its main shard does.
+
+Owns the count of writes to main shards, and what of it the compute shard was made from. It copies nothing itself, and
+everything that writes either shard says so here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+Version = tuple[int, ...]  # of main shards: equal versions are equal values
+
+
+class MainShard(Protocol):
+    """The two tensors whose counters see writes to one parameter's main shard."""
+
+    @property
+    def sharded(self) -> torch.Tensor:
+        """The DTensor that users and optimizers see."""
+
+    @property
+    def local(self) -> torch.Tensor:
+        """Its local tensor."""
+
+
+class Freshness:
+    """The versions of one unit's main shards, and the version that its compute shard was made from.
+
+    PyTorch counts a write in place through a DTensor or its local tensor. It misses writes through ``.data``, those of
+    whole lists (``torch._foreach_mul_``) and those of an optimizer's own kernels. So counters are believed only from an
+    update that has written both shards until the end of the next forward: at other times every forward casts again.
+    """
+
+    def __init__(self, params: Sequence[MainShard]) -> None:
+        self._params = params
+        self._num_moves = self._num_uncounted = 0
+        self._is_trusted = False
+        self.compute_version: Version = ()  # of the main shards that the compute shard was made from; (): it has none
+
+    @property
+    def num_moves(self) -> int:
+        """How often a main shard was put somewhere else."""
+        return self._num_moves
+
+    def main_version(self) -> Version:
+        """Return the version of the main shards as they are now."""
+        counters = (v for p in self._params for v in (p.sharded._version, p.local._version))
+        return (self._num_moves, self._num_uncounted, *counters)
+
+    def is_current(self) -> bool:
+        """Return whether the compute shard need not be written before the next forward."""
+        return self._is_trusted and self.compute_version == self.main_version()
+
+    def main_shard_moved(self) -> None:
+        """Note that one parameter's main shard lies somewhere else, perhaps with other values."""
+        self._num_moves += 1
+
+    def main_shards_written(self) -> None:
+        """Note a write that PyTorch may not have counted, by an optimizer's kernels say."""
+        self._num_uncounted += 1
+
+    def compute_shard_written(self, by_update: bool = False) -> None:
+        """Note that the compute shard holds what main shards do; ``by_update`` if one kernel has just written both."""
+        self.compute_version, self._is_trusted = self.main_version(), by_update
+
+    def compute_shard_lost(self) -> None:
+        """Note that the compute shard has no place any more."""
+        self.compute_version = ()
+
+    def forward_ended(self) -> None:
+        """Trust counters no longer: whatever writes main shards from here on may do so uncounted."""
+        self._is_trusted = False
