@@ -25,7 +25,7 @@ for name, completion in done.items():
 engine.add(Request("c", (6, 7, 8, 9), SamplingParams(temperature=0.8, top_p=0.9, seed=1), max_tokens=4))
 tokens = []
 while engine.has_work:
-    for event in engine.step():
-        tokens += [token.id for token in event.tokens]
+    for output in engine.step():
+        tokens += [token.id for token in output.tokens]
 print(f"request c, step by step: {tokens}")
 engine.close()

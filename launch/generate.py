@@ -66,8 +66,8 @@ def answer(model: LoadedModel, prompt: tuple[int, ...], options: GenerateOptions
     transcript = Transcript(model.codec, prompt, options.stop)
     model.engine.add(request)
     while model.engine.has_work:
-        for event in model.engine.step():
-            yield transcript.push(event).text
+        for output in model.engine.step():
+            yield transcript.push(output).text
         if transcript.finish is FinishReason.STOP:  # by a stop string, perhaps, of which the engine knows nothing
             model.engine.cancel(request.id)
 

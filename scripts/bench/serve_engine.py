@@ -11,7 +11,7 @@ import torch
 from bench.measure import Metrics, allocator_counts, release_cached_memory
 from bench.options import DTYPES
 from yafsdp_like.inference.engine.engine import Engine
-from yafsdp_like.inference.engine.request import Event, Request
+from yafsdp_like.inference.engine.request import Request, RequestOutput
 from yafsdp_like.inference.kv.layer_groups import LayerGroup
 from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.capacity import Capacity
@@ -166,14 +166,14 @@ class Decoding:
         while not all(self._num_drawn.values()):
             self.step()
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[RequestOutput]:
         """One of the engine's. Raises RuntimeError where a request ends, for which it was to have no reason."""
-        events = self._engine.step()
-        for event in events:
-            if event.finish is not None:
-                raise RuntimeError(f"request {event.request_id} ended while it was measured: {event.finish}")
-            self._num_drawn[event.request_id] += len(event.tokens)
-        return events
+        outputs = self._engine.step()
+        for output in outputs:
+            if output.finish is not None:
+                raise RuntimeError(f"request {output.request_id} ended while it was measured: {output.finish}")
+            self._num_drawn[output.request_id] += len(output.tokens)
+        return outputs
 
     def stop(self) -> None:
         """Cancel all requests, and step until they are gone."""

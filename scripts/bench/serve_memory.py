@@ -85,11 +85,11 @@ def play(bench: Bench) -> tuple[int, int]:
             num_left, there[request.id] = num_left - 1, None
             if random.random() < CANCELLED_SHARE:
                 engine.cancel(random.choice(list(there)))
-        for event in engine.step():
-            num_tokens += len(event.tokens)
-            num_cancelled += event.finish is FinishReason.CANCELLED
-            if event.finish is not None:
-                del there[event.request_id]
+        for output in engine.step():
+            num_tokens += len(output.tokens)
+            num_cancelled += output.finish is FinishReason.CANCELLED
+            if output.finish is not None:
+                del there[output.request_id]
     return num_tokens, num_cancelled
 
 

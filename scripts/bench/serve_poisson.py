@@ -70,10 +70,10 @@ def play(engine: Engine, arrivals: Sequence[Arrival]) -> list[ServedRequest]:
         if not engine.has_work:
             time.sleep(max(0.0, coming[-1].at - now))
             continue
-        events = engine.step()
+        outputs = engine.step()
         now = time.perf_counter() - start
-        for event in events:
-            served[event.request_id].tokens_at += [now] * len(event.tokens)
+        for output in outputs:
+            served[output.request_id].tokens_at += [now] * len(output.tokens)
     return list(served.values())
 
 

@@ -33,7 +33,7 @@ from launch.world import World
 from tests.ranks import run_ranks
 from tests.training import world_mesh
 from yafsdp_like.inference.engine.engine import Engine
-from yafsdp_like.inference.engine.request import Event, Request, Token
+from yafsdp_like.inference.engine.request import Request, RequestOutput, Token
 from yafsdp_like.inference.options import ServingLimits
 from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serving
 from yafsdp_like.models import PRESETS
@@ -396,13 +396,13 @@ class Metronome:
     def add(self, request: Request) -> None:
         self._left[request.id] = request.max_tokens
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[RequestOutput]:
         self._clock.now += 1.0
         request_id = next(iter(self._left))
         self._left[request_id] -= 1
         if not self._left[request_id]:
             del self._left[request_id]
-        return [Event(request_id, (Token(0),))]
+        return [RequestOutput(request_id, (Token(0),))]
 
 
 def test_latencies_count_from_arrivals_not_from_when_the_engine_took_notice() -> None:

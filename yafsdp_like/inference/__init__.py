@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from yafsdp_like.inference.engine.engine import Completion, Engine, Metrics
-    from yafsdp_like.inference.engine.request import Event, FinishReason, QueueFull, Request, Token
+    from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request, RequestOutput, Token
     from yafsdp_like.inference.options import EngineOptions
     from yafsdp_like.inference.weights.loading import open_model, world_transport
     from yafsdp_like.kernels.sampling_params import SamplingParams
@@ -19,11 +19,11 @@ __all__ = [
     "Completion",
     "Engine",
     "EngineOptions",
-    "Event",
     "FinishReason",
     "Metrics",
     "QueueFull",
     "Request",
+    "RequestOutput",
     "SamplingParams",
     "Token",
     "open_model",
@@ -32,7 +32,7 @@ __all__ = [
 
 _MODULES = {
     **dict.fromkeys(("Completion", "Engine", "Metrics"), "inference.engine.engine"),
-    **dict.fromkeys(("Event", "FinishReason", "QueueFull", "Request", "Token"), "inference.engine.request"),
+    **dict.fromkeys(("RequestOutput", "FinishReason", "QueueFull", "Request", "Token"), "inference.engine.request"),
     **dict.fromkeys(("open_model", "world_transport"), "inference.weights.loading"),
     "EngineOptions": "inference.options",
     "SamplingParams": "kernels.sampling_params",

@@ -368,8 +368,8 @@ def serve_gathered(
     for step in range(MAX_STEPS):
         if step >= num_steps if weights.lockstep else not it.has_work:
             break
-        for event in it.step():
-            drawn.setdefault(event.request_id, []).extend(token.id for token in event.tokens)
+        for output in it.step():
+            drawn.setdefault(output.request_id, []).extend(token.id for token in output.tokens)
     check_idle(it)
     weights.close()
     return weights.lockstep, drawn
@@ -513,10 +513,10 @@ def test_random_arrivals_leave_no_page_behind(policy: str, count: int) -> None:
                 break
         if it._sequences and draw.random() < 0.1:
             it.cancel(draw.choice(list(it._sequences)))
-        for event in it.step():
-            if event.finish is not None:
-                assert event.request_id not in finished
-                finished[event.request_id] = event.finish
+        for output in it.step():
+            if output.finish is not None:
+                assert output.request_id not in finished
+                finished[output.request_id] = output.finish
         if draw.random() < 0.02:
             it.check_integrity()
     assert len(finished) == count and set(finished.values()) == set(FinishReason)

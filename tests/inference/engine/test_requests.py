@@ -46,9 +46,9 @@ def test_a_stop_token_is_the_last_that_is_told(lookahead: bool) -> None:
 def test_events_come_token_by_token_and_the_last_says_why() -> None:
     it, text = engine(), prompts(1)[0]
     it.add(Request("a", text, GREEDY, max_tokens=3))
-    events = [event for _ in range(20) if it.has_work for event in it.step()]
-    assert [token.id for event in events for token in event.tokens] == expected(TINY, text, 3)
-    assert [event.finish for event in events] == [None, None, FinishReason.LENGTH]
+    outputs = [output for _ in range(20) if it.has_work for output in it.step()]
+    assert [token.id for output in outputs for token in output.tokens] == expected(TINY, text, 3)
+    assert [output.finish for output in outputs] == [None, None, FinishReason.LENGTH]
 
 
 def test_a_step_is_launched_before_the_one_before_is_read() -> None:
@@ -66,11 +66,11 @@ def test_what_is_cancelled_ends_with_the_next_step_wherever_it_is() -> None:
         it.step()
     for name in ("0", "3", "0", "nobody"):
         it.cancel(name)
-    events = it.step()
-    assert [e.request_id for e in events if e.finish is FinishReason.CANCELLED] == ["0", "3"]
+    outputs = it.step()
+    assert [e.request_id for e in outputs if e.finish is FinishReason.CANCELLED] == ["0", "3"]
     it.cancel("0")
     it.add(Request("0", (1, 2), GREEDY, max_tokens=1))
-    rest = [event for _ in range(MAX_STEPS) if it.has_work for event in it.step()]
+    rest = [output for _ in range(MAX_STEPS) if it.has_work for output in it.step()]
     assert {e.request_id: e.finish for e in rest if e.finish} == dict.fromkeys("012", FinishReason.LENGTH)
     check_idle(it)
 
@@ -80,11 +80,11 @@ def test_a_deadline_ends_a_request_that_runs_and_one_that_waits() -> None:
     now = time.monotonic()
     it.add(Request("runs", (1, 2, 3), GREEDY, max_tokens=40, deadline=now + 0.5))
     it.add(Request("waits", (1, 2, 3), GREEDY, max_tokens=40, deadline=now + 0.5))
-    first = [event for _ in range(3) for event in it.step()]
-    assert first and all(event.finish is None for event in first)
+    first = [output for _ in range(3) for output in it.step()]
+    assert first and all(output.finish is None for output in first)
     time.sleep(max(0.0, now + 0.55 - time.monotonic()))
-    events = it.step()
-    assert {e.request_id: e.finish for e in events if e.finish} == dict.fromkeys(
+    outputs = it.step()
+    assert {e.request_id: e.finish for e in outputs if e.finish} == dict.fromkeys(
         ["runs", "waits"], FinishReason.DEADLINE
     )
     it.step()

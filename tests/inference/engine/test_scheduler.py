@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStatus
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
-from yafsdp_like.inference.engine.scheduler import ActiveRequest, Batch, Budget, RequestStatus, Scheduler
+from yafsdp_like.inference.engine.scheduler import Scheduler
 from yafsdp_like.inference.kv.eviction import Costs, Tenant
 from yafsdp_like.inference.kv.kv_cache import KVCache, Tier, check_integrity
 from yafsdp_like.inference.kv.layer_groups import LayerGroup
 from yafsdp_like.inference.kv.pages import PagePool
 from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid
+from yafsdp_like.inference.options import EngineOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +42,7 @@ def scheduler(
     max_waiting: int = 100,
 ) -> Scheduler:
     cache = KVCache([LayerGroup((0,), SHAPE, window)], costs, pool(num_pages, tenants), pool(host_pages))
-    return Scheduler(cache, Budget(size, tokens, max_waiting))
+    return Scheduler(cache, EngineOptions(max_batch_size=size, max_batch_tokens=tokens, max_waiting=max_waiting))
 
 
 def add(to: Scheduler, name: str, num_prompt: int, max_tokens: int = 100, **more: object) -> ActiveRequest:
@@ -94,7 +96,7 @@ def test_those_that_draw_never_wait_for_a_prompt_before_them() -> None:
     it = scheduler(num_pages=100, tokens=4)
     add(it, "long", 20)
     assert step(it) == [("long", 0, 4)]
-    it.budget = Budget(4, 8, 100)
+    it.options = EngineOptions(max_batch_size=4, max_batch_tokens=8)
     add(it, "short", 2)
     assert step(it) == [("long", 4, 8)]
     assert step(it) == [("long", 12, 8)]
@@ -316,8 +318,8 @@ def test_by_chance_every_token_is_computed_once_between_preemptions_and_nothing_
         if batch is None:
             read(it, unread)
             unread, batch = None, it.schedule()
-        assert batch is not None and batch.num_tokens <= it.budget.max_batch_tokens
-        assert len(batch.runs) <= it.budget.max_batch_size
+        assert batch is not None and batch.num_tokens <= it.options.max_batch_tokens
+        assert len(batch.runs) <= it.options.max_batch_size
         for run in batch.runs:
             admission, computed = reach.get(run.sequence, (0, 0))
             assert run.start == computed or run.sequence.num_admitted > admission

@@ -206,7 +206,7 @@ def finished(leader: TPDriver) -> dict[str, FinishReason]:
     """How requests end, by id, once all have."""
     done = {}
     while leader.has_work:
-        done |= {event.request_id: event.finish for event in leader.step() if event.finish is not None}
+        done |= {output.request_id: output.finish for output in leader.step() if output.finish is not None}
     return done
 
 

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from yafsdp_like.comm.transport import Transport
 from yafsdp_like.inference.engine.engine import Engine
-from yafsdp_like.inference.engine.request import Event, FinishReason, Request
+from yafsdp_like.inference.engine.request import FinishReason, Request, RequestOutput
 from yafsdp_like.inference.http.protocol import ServerOptions
 from yafsdp_like.inference.http.server import create_app
 from yafsdp_like.inference.http.service import Service, ServiceState
@@ -82,7 +82,7 @@ class Turnstile(Wrapped):
     def has_work(self) -> bool:
         return self.is_open and self.engine.has_work
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[RequestOutput]:
         if self.error is not None:
             raise self.error
         return self.engine.step()
@@ -96,7 +96,7 @@ def let(engine: Turnstile) -> None:
 class Slow(Wrapped):
     """An engine whose steps take at least some milliseconds, so that requests can be met while they run."""
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[RequestOutput]:
         time.sleep(0.02)
         return self.engine.step()
 
@@ -217,8 +217,8 @@ def requests(count: int, **fields: Any) -> list[Request]:
 async def drawn(stream: Stream) -> dict[str, int]:
     """Tokens by request."""
     counts: dict[str, int] = {}
-    async for event in stream:
-        counts[event.request_id] = counts.get(event.request_id, 0) + len(event.tokens)
+    async for output in stream:
+        counts[output.request_id] = counts.get(output.request_id, 0) + len(output.tokens)
     return counts
 
 

@@ -22,7 +22,7 @@ from tests.inference.http.servers import (
     run,
     serving,
 )
-from yafsdp_like.inference.engine.request import Event, QueueFull
+from yafsdp_like.inference.engine.request import QueueFull, RequestOutput
 from yafsdp_like.inference.http import server, service
 from yafsdp_like.inference.http.service import Service, ServiceState, StuckEngineError, UnavailableError
 from yafsdp_like.inference.http.stream import Stream
@@ -39,7 +39,7 @@ class Hanging(Wrapped):
         self._at, self._error = at, error
         self.hangs, self.may_go_on = threading.Event(), threading.Event()
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[RequestOutput]:
         self._at -= 1
         if self._at == 0:
             self.hangs.set()
@@ -219,10 +219,10 @@ def test_news_that_cannot_be_told_once_loses_its_own_request_only(
 ) -> None:
     put, troubles = Stream.put, iter([ZeroDivisionError("planted")])
 
-    def failing_put(stream: Stream, event: Event) -> None:
-        if event.request_id == "r0" and (unhealthy_reason := next(troubles, None)) is not None:
+    def failing_put(stream: Stream, output: RequestOutput) -> None:
+        if output.request_id == "r0" and (unhealthy_reason := next(troubles, None)) is not None:
             raise unhealthy_reason
-        put(stream, event)
+        put(stream, output)
 
     async def main(service: Service[Any]) -> None:
         lost = await service.open(requests(1))
@@ -265,10 +265,10 @@ def test_a_bug_in_an_answer_is_an_error_and_the_end_of_its_request_only(
 ) -> None:
     push, troubles = Transcript.push, iter([ZeroDivisionError("planted")])
 
-    def failing_push(transcript: Transcript, event: Event) -> Any:
+    def failing_push(transcript: Transcript, output: RequestOutput) -> Any:
         if (unhealthy_reason := next(troubles, None)) is not None:
             raise unhealthy_reason
-        return push(transcript, event)
+        return push(transcript, output)
 
     monkeypatch.setattr(Transcript, "push", failing_push)
     with serving(make_engine(codec), codec) as running:

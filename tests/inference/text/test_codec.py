@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from yafsdp_like.data import Tokenizer
-from yafsdp_like.inference.engine.request import Event, FinishReason, Token
+from yafsdp_like.inference.engine.request import FinishReason, RequestOutput, Token
 from yafsdp_like.inference.text.codec import Codec, Detokenizer, Piece, StopStrings, Transcript
 
 transformers = pytest.importorskip("transformers")
@@ -365,21 +365,27 @@ def test_an_empty_stop_string_is_refused() -> None:
 # --- answers ---
 
 
-def events(tokens: Sequence[int], finish: FinishReason = FinishReason.LENGTH, per_event: int = 1) -> list[Event]:
+def outputs(
+    tokens: Sequence[int], finish: FinishReason = FinishReason.LENGTH, per_output: int = 1
+) -> list[RequestOutput]:
     drawn = [Token(token, -0.5 * index) for index, token in enumerate(tokens)]
-    groups = [tuple(drawn[at : at + per_event]) for at in range(0, len(drawn), per_event)] or [()]
-    return [Event("r", group, finish if index + 1 == len(groups) else None) for index, group in enumerate(groups)]
+    groups = [tuple(drawn[at : at + per_output]) for at in range(0, len(drawn), per_output)] or [()]
+    return [
+        RequestOutput("r", group, finish if index + 1 == len(groups) else None) for index, group in enumerate(groups)
+    ]
 
 
-def transcribe(codec: Codec, news: Sequence[Event], stops: Sequence[str] = ()) -> tuple[list[Piece], Transcript]:
+def transcribe(
+    codec: Codec, news: Sequence[RequestOutput], stops: Sequence[str] = ()
+) -> tuple[list[Piece], Transcript]:
     transcript = Transcript(codec, (), stops)
-    return [transcript.push(event) for event in news], transcript
+    return [transcript.push(output) for output in news], transcript
 
 
-@pytest.mark.parametrize("per_event", [1, 2, 100])
-def test_an_answers_pieces_are_its_text_and_each_token_is_told_once(small: Codec, per_event: int) -> None:
+@pytest.mark.parametrize("per_output", [1, 2, 100])
+def test_an_answers_pieces_are_its_text_and_each_token_is_told_once(small: Codec, per_output: int) -> None:
     ids = small.encode("naïve 🙂 fox")
-    pieces, transcript = transcribe(small, events(ids, per_event=per_event))
+    pieces, transcript = transcribe(small, outputs(ids, per_output=per_output))
     assert "".join(piece.text for piece in pieces) == "naïve 🙂 fox"
     placed = [token for piece in pieces for token in piece.tokens]
     assert [item.token.id for item in placed] == list(ids)
@@ -394,16 +400,16 @@ def test_an_answers_pieces_are_its_text_and_each_token_is_told_once(small: Codec
 def test_the_token_that_stops_is_counted_and_not_said(small: Codec) -> None:
     """Not even one that has a text."""
     ids = small.encode("fox jumps!")
-    pieces, transcript = transcribe(small, events(ids, FinishReason.STOP))
+    pieces, transcript = transcribe(small, outputs(ids, FinishReason.STOP))
     assert "".join(piece.text for piece in pieces) == "fox jumps"
     assert [token.token.id for piece in pieces for token in piece.tokens] == list(ids[:-1])
     assert (pieces[-1].finish, transcript.num_tokens) == (FinishReason.STOP, len(ids))
 
 
-@pytest.mark.parametrize("per_event", [1, 3, 100])
-def test_a_stop_string_ends_the_answer_before_it_with_the_tokens_before_it(small: Codec, per_event: int) -> None:
+@pytest.mark.parametrize("per_output", [1, 3, 100])
+def test_a_stop_string_ends_the_answer_before_it_with_the_tokens_before_it(small: Codec, per_output: int) -> None:
     ids = small.encode("brown fox jumps over the lazy dog")
-    pieces, transcript = transcribe(small, events(ids, per_event=per_event), ["mps ov"])
+    pieces, transcript = transcribe(small, outputs(ids, per_output=per_output), ["mps ov"])
     assert "".join(piece.text for piece in pieces) == "brown fox ju"
     assert transcript.finish is FinishReason.STOP
     tokens = [token for piece in pieces for token in piece.tokens]
@@ -415,7 +421,7 @@ def test_a_stop_string_ends_the_answer_before_it_with_the_tokens_before_it(small
 
 def test_a_token_waits_for_its_text_while_that_may_be_a_stop_string(small: Codec) -> None:
     ids = small.encode("fo") + small.encode("x") + small.encode("y")
-    pieces, _ = transcribe(small, events(ids), ["oxen"])
+    pieces, _ = transcribe(small, outputs(ids), ["oxen"])
     told = [(piece.text, "".join(small.name_of(item.token.id) for item in piece.tokens)) for piece in pieces]
     assert "".join(text for text, _ in told) == "".join(names for _, names in told) == "foxy"
     shown = ""
@@ -427,13 +433,13 @@ def test_a_token_waits_for_its_text_while_that_may_be_a_stop_string(small: Codec
 
 def test_what_was_held_back_is_said_at_the_end(small: Codec) -> None:
     for finish in (FinishReason.LENGTH, FinishReason.CANCELLED):
-        pieces, _ = transcribe(small, events(small.encode("a fox"), finish), ["foxes"])
+        pieces, _ = transcribe(small, outputs(small.encode("a fox"), finish), ["foxes"])
         assert "".join(piece.text for piece in pieces) == "a fox"
         assert pieces[-1].finish is finish
 
 
 def test_an_answer_may_end_without_a_token(small: Codec) -> None:
-    (piece,), transcript = transcribe(small, events((), FinishReason.DEADLINE))
+    (piece,), transcript = transcribe(small, outputs((), FinishReason.DEADLINE))
     assert (piece, transcript.num_tokens) == (Piece("", (), FinishReason.DEADLINE), 0)
 
 

@@ -546,8 +546,8 @@ def served(weights: PlacedWeights, asked: list[Request], num_steps: int) -> dict
         engine.add(request)
     tokens: dict[str, list[int]] = {request.id: [] for request in asked}
     for _ in range(num_steps):
-        for event in engine.step():
-            tokens[event.request_id] += [token.id for token in event.tokens]
+        for output in engine.step():
+            tokens[output.request_id] += [token.id for token in output.tokens]
     assert not engine.has_work
     engine.check_integrity()
     return tokens

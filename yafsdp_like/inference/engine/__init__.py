@@ -1,1 +1,1 @@
-"""The engine: requests in, events out, a step at a time."""
+"""The engine: requests in, outputs out, a step at a time."""

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from yafsdp_like.inference.engine.scheduler import ActiveRequest, RequestStatus, Run
+from yafsdp_like.inference.engine.batch import ActiveRequest, RequestStatus, Run
 from yafsdp_like.kernels.sampling_params import SamplingParams
 
 if TYPE_CHECKING:

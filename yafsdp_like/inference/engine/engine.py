@@ -1,11 +1,11 @@
-"""Serves one model on one device: requests come in, events come out, a step at a time.
+"""Serves one model on one device: requests come in, outputs come out, a step at a time.
 
 Owns what a step is made of and in which order its parts happen; integers are the scheduler's, tensors the runner's.
 
     engine = Engine.load(model, options)
     engine.add(Request("a", prompt=(1, 2, 3)))
     while engine.has_work:
-        for event in engine.step():
+        for output in engine.step():
             ...
 
 [Note: one step ahead]
@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from yafsdp_like.inference.engine.request import Event, FinishReason, Request, Token
+from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStatus
+from yafsdp_like.inference.engine.request import FinishReason, Request, RequestOutput, Token
 from yafsdp_like.inference.engine.runner import Launched, Runner
-from yafsdp_like.inference.engine.scheduler import ActiveRequest, Batch, Budget, RequestStatus, Scheduler
+from yafsdp_like.inference.engine.scheduler import Scheduler
 from yafsdp_like.inference.kv.eviction import GDSF, LRU, Costs, Policy, Tenant
 from yafsdp_like.inference.kv.kv_cache import KVCache, Tier, check_integrity
 from yafsdp_like.inference.kv.pages import PagePool
@@ -111,8 +112,7 @@ class Engine:
         self._max_seq_len = weights.plan.max_seq_len
         self._runner = _runner(weights)
         self._cache = self._kv_cache()
-        budget = Budget(options.max_batch_size, options.max_batch_tokens, options.max_waiting)
-        self._scheduler = Scheduler(self._cache, budget)
+        self._scheduler = Scheduler(self._cache, options)
         self._sequences: dict[str, ActiveRequest] = {}
         self._cancelled: list[ActiveRequest] = []
         self._unread: Launched | None = None
@@ -159,7 +159,7 @@ class Engine:
     # --- requests ---
 
     def add(self, request: Request) -> None:
-        """Takes a request; its events come from ``step``.
+        """Takes a request; its outputs come from ``step``.
 
         Raises ValueError for one that can never be served, or whose id is in use, and QueueFull where too many wait.
         Ranks that compute together must all be given it before the same step.
@@ -171,7 +171,7 @@ class Engine:
         self._sequences[request.id] = self._scheduler.add(request, salt)
 
     def cancel(self, request_id: str) -> None:
-        """The request's last event, by the next ``step``, says CANCELLED; nothing happens if it has ended."""
+        """The request's last output, by the next ``step``, says CANCELLED; nothing happens if it has ended."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._cancelled.append(sequence)
@@ -203,22 +203,22 @@ class Engine:
         """Whether ``step`` has anything to do, or to tell."""
         return bool(self._sequences) or self._unread is not None
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[RequestOutput]:
         """Launches one batch and tells what the one before, or with ``lookahead=False`` this one, drew.
 
-        Events may be none while there is work. Where ranks step together (``Weights.lockstep``) each call makes
+        Outputs may be none while there is work. Where ranks step together (``Weights.lockstep``) each call makes
         exactly one forward, and all ranks must call it equally often, whether they have work or not.
         """
-        events = [self._finish(sequence, reason) for sequence, reason in self._over()]
+        outputs = [self._finish(sequence, reason) for sequence, reason in self._over()]
         batch = self._scheduler.schedule()
         if batch is None:
-            events += self._read()
+            outputs += self._read()
             batch = self._scheduler.schedule()
             assert batch is not None, "nothing is pending once it has been read"
         launched = self._launch(batch)
-        events += self._read()
+        outputs += self._read()
         self._unread = launched
-        return events if self.options.lookahead else events + self._read()
+        return outputs if self.options.lookahead else outputs + self._read()
 
     def _launch(self, batch: Batch) -> Launched | None:
         if not batch.runs:
@@ -254,11 +254,11 @@ class Engine:
                 request = left.pop()
                 self.add(request)
                 tokens[request.id] = []
-            for event in self.step():
-                drawn = tokens.setdefault(event.request_id, [])
-                drawn += event.tokens
-                if event.finish is not None:
-                    done[event.request_id] = Completion(tuple(drawn), event.finish, event.num_cached_tokens)
+            for output in self.step():
+                drawn = tokens.setdefault(output.request_id, [])
+                drawn += output.tokens
+                if output.finish is not None:
+                    done[output.request_id] = Completion(tuple(drawn), output.finish, output.num_cached_tokens)
         return done
 
     def _over(self) -> list[tuple[ActiveRequest, FinishReason]]:
@@ -274,33 +274,33 @@ class Engine:
         now = time.monotonic()
         return now if self._tp_group is None or not self._scheduler.has_deadlines else self._tp_group.broadcast(now)
 
-    def _finish(self, sequence: ActiveRequest, reason: FinishReason) -> Event:
+    def _finish(self, sequence: ActiveRequest, reason: FinishReason) -> RequestOutput:
         self._scheduler.end(sequence)
-        return self._event(sequence, (), reason)
+        return self._output(sequence, (), reason)
 
-    def _event(self, sequence: ActiveRequest, tokens: tuple[Token, ...], finish: FinishReason | None) -> Event:
+    def _output(self, sequence: ActiveRequest, tokens: tuple[Token, ...], finish: FinishReason | None) -> RequestOutput:
         if finish is not None:
             del self._sequences[sequence.request.id]
-        return Event(sequence.request.id, tokens, finish, sequence.num_cached or 0)
+        return RequestOutput(sequence.request.id, tokens, finish, sequence.num_cached or 0)
 
-    def _read(self) -> list[Event]:
+    def _read(self) -> list[RequestOutput]:
         """What the step that is not read yet has drawn."""
         launched, self._unread = self._unread, None
         if launched is None:
             return []
-        events = []
+        outputs = []
         for run, token in zip(launched.drawing, self._runner.read(launched), strict=True):
             if run.sequence.status is RequestStatus.ENDED:
                 self._scheduler.counts.num_tokens_dropped += 1
                 continue
             finish = self._scheduler.read(run, token.id)
-            events.append(self._event(run.sequence, (token,), finish))
-        return events
+            outputs.append(self._output(run.sequence, (token,), finish))
+        return outputs
 
     # --- how things stand ---
 
     def metrics(self) -> Metrics:
-        scheduler, counts = self._scheduler, self._scheduler.counts
+        scheduler = self._scheduler
         device, host = self._cache.pools[Tier.DEVICE], self._cache.pools.get(Tier.HOST)
         used, cached = _kv_nbytes(device)
         host_used, host_cached = (0, 0) if host is None else _kv_nbytes(host)
@@ -309,13 +309,7 @@ class Engine:
             num_waiting=len(scheduler.waiting),
             num_swapped=scheduler.num_swapped,
             num_steps=self._num_steps,
-            num_swapped_out=counts.num_swapped_out,
-            num_recomputed=counts.num_recomputed,
-            num_tokens_computed=counts.num_tokens_computed,
-            num_tokens_cached=counts.num_tokens_cached,
-            num_tokens_drawn=counts.num_tokens_drawn,
-            num_tokens_dropped=counts.num_tokens_dropped,
-            num_chunks=counts.num_chunks,
+            **vars(scheduler.counts),
             num_pages_evicted=device.num_evicted,
             kv_nbytes_used=used,
             kv_nbytes_cached=cached,

@@ -59,10 +59,10 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Event:
+class RequestOutput:
     """News of one request. The last one of a request has a reason to finish."""
 
     request_id: str
-    tokens: tuple[Token, ...]  # since the event before
+    tokens: tuple[Token, ...]  # since the output before
     finish: FinishReason | None = None
     num_cached_tokens: int = 0  # of the prompt, that were not computed

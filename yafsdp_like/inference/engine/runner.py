@@ -26,7 +26,7 @@ from yafsdp_like.memory.streams import COMPUTE, Event, StepRecorder, StepRecordi
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from yafsdp_like.inference.engine.scheduler import Batch, Run
+    from yafsdp_like.inference.engine.batch import Batch, Run
     from yafsdp_like.inference.kv.layer_groups import LayerGroup
     from yafsdp_like.inference.weights.store import Weights
 

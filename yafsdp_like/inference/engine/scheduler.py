@@ -17,115 +17,18 @@ from __future__ import annotations
 import bisect
 import heapq
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
-from yafsdp_like.inference.kv.kv_cache import (
-    Copy,
-    KVCache,
-    KVSequence,
-    KVSequenceState,
-    Shortage,
-    Tier,
-    ceil_div,
-)
+from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStatus, Run
+from yafsdp_like.inference.engine.request import FinishReason, QueueFull
+from yafsdp_like.inference.kv.kv_cache import KVCache, KVSequenceState, Shortage, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
-    from yafsdp_like.inference.kv.layer_groups import LayerGroup
-
-
-class RequestStatus(Enum):
-    WAITING = auto()  # for its first turn, or after a preemption
-    RUNNING = auto()  # in the batch, with pages on the device
-    ENDED = auto()
-
-
-@dataclass(eq=False)
-class ActiveRequest:
-    """A request's tokens and how far they are. Changed by ``Scheduler`` only."""
-
-    request: Request
-    number: int  # in order of arrival
-    salt: Hashable
-    tokens: list[int]  # the prompt, and what was drawn and read
-    status: RequestStatus = RequestStatus.WAITING
-    kv: KVSequence | None = None
-    num_scheduled: int = 0  # tokens whose keys and values the steps so far write
-    num_pending: int = 0  # tokens that steps so far draw, not read yet
-    num_cached: int | None = None  # of the prompt, when it was first admitted
-    num_admitted: int = 0  # how often it was given pages anew, other ones perhaps
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Lower goes first."""
-        return -self.request.priority, self.number
-
-    @property
-    def length(self) -> int:
-        """Tokens, pending ones included."""
-        return len(self.tokens) + self.num_pending
-
-    @property
-    def num_left(self) -> int:
-        """Tokens to compute until the next is drawn; 0 while the last one is pending."""
-        ends = self.length - len(self.request.prompt) >= self.request.max_tokens
-        return 0 if ends else self.length - self.num_scheduled
-
-    @property
-    def tables(self) -> tuple[list[int], ...]:
-        """Per group of layers, the pages of a sequence that runs."""
-        assert self.kv is not None
-        return self.kv.tables
-
-    @property
-    def is_swapped(self) -> bool:
-        return self.kv is not None and self.kv.state is KVSequenceState.SWAPPED
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a step does for one sequence: ``num_tokens`` tokens from position ``start`` on."""
-
-    sequence: ActiveRequest
-    start: int
-    num_tokens: int
-    draws: bool  # whether the next token is drawn after them
-    is_pending: bool  # whether the last of them is pending, so that only the device knows it
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_tokens
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a step does; copies come before it."""
-
-    runs: tuple[Run, ...]
-    copies: tuple[Copy, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(run.num_tokens for run in self.runs)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What one step may hold, and how many may wait. Raises ValueError where not everybody could draw in one step."""
-
-    max_batch_size: int
-    max_batch_tokens: int
-    max_waiting: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.max_batch_size <= self.max_batch_tokens:
-            raise ValueError(
-                f"max_batch_tokens must be at least max_batch_size, which must be at least 1; "
-                f"found {self.max_batch_tokens} and {self.max_batch_size}"
-            )
+    from yafsdp_like.inference.engine.request import Request
+    from yafsdp_like.inference.kv.kv_cache import Copy, KVSequence
+    from yafsdp_like.inference.options import EngineOptions
 
 
 @dataclass
@@ -163,9 +66,9 @@ class _Unread(Exception):
 class Scheduler:
     """The sequences of one engine. Work of a step is O(sequences running + pages touched)."""
 
-    def __init__(self, cache: KVCache, budget: Budget) -> None:
+    def __init__(self, cache: KVCache, options: EngineOptions) -> None:
         self.cache = cache
-        self.budget = budget
+        self.options = options
         self.counts = Counts()
         self.running: list[ActiveRequest] = []  # by rank, as the next
         self.waiting: list[ActiveRequest] = []
@@ -180,9 +83,9 @@ class Scheduler:
 
     def add(self, request: Request, salt: Hashable) -> ActiveRequest:
         """A new sequence, which waits. Raises QueueFull."""
-        if len(self.waiting) >= self.budget.max_waiting:
+        if len(self.waiting) >= self.options.max_waiting:
             raise QueueFull(
-                f"{len(self.waiting)} requests wait, of {self.budget.max_waiting} that may; try again later"
+                f"{len(self.waiting)} requests wait, of {self.options.max_waiting} that may; try again later"
             )
         sequence = ActiveRequest(request, self._num_added, salt, list(request.prompt))
         self._num_added += 1
@@ -227,7 +130,7 @@ class Scheduler:
         """The next step, to be launched and then announced by ``launched``; None where pending tokens must be read
         first.
         """
-        draft = _Draft(self.budget.max_batch_tokens)
+        draft = _Draft(self.options.max_batch_tokens)
         try:
             self._go_on(draft)
             self._admit(draft)
@@ -278,7 +181,7 @@ class Scheduler:
         """Tokens for those that wait, in order of rank, while there is room."""
         while self.waiting and draft.num_tokens_left > 0:
             sequence = self.waiting[0]
-            if len(self.running) == self.budget.max_batch_size or not self._make_resident(sequence):
+            if len(self.running) == self.options.max_batch_size or not self._make_resident(sequence):
                 if not self._outranks_last(sequence):
                     return
                 self._preempt(self.running[-1], draft)
@@ -351,7 +254,7 @@ class Scheduler:
         left if everybody who runs finds one more, too.
         """
         return [
-            self._num_live_pages(group, sequence.length + 1) - held - available
+            group.max_live_pages(sequence.length + 1, self.options.max_batch_tokens) - held - available
             for group, held, available in zip(
                 self.cache.groups, self._num_held(sequence, kv), self._num_available(), strict=True
             )
@@ -378,12 +281,6 @@ class Scheduler:
         if sequence.num_cached is None:
             sequence.num_cached = kv.num_tokens
             self.counts.num_tokens_cached += kv.num_tokens
-
-    def _num_live_pages(self, layers: LayerGroup, num_tokens: int) -> int:
-        page_size = layers.shape.page_size
-        if layers.window is not None:
-            num_tokens = min(num_tokens, layers.window + self.budget.max_batch_tokens + page_size)
-        return ceil_div(num_tokens, page_size)
 
     def _secure(self, sequence: ActiveRequest, num_tokens: int, draft: _Draft) -> bool:
         """Places for the next tokens of a running sequence, at the cost of those that rank last; False if that is

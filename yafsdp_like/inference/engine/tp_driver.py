@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from yafsdp_like.inference.engine.request import Event, QueueFull, Request
+from yafsdp_like.inference.engine.request import QueueFull, Request, RequestOutput
 
 if TYPE_CHECKING:
     from yafsdp_like.comm.tp_group import TPGroup
@@ -75,7 +75,7 @@ class TPDriver:
         self._broadcast(Cancel(request_id))
         self._engine.cancel(request_id)
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[RequestOutput]:
         if not self._engine.has_work:
             self._broadcast(TPCommand.LISTEN)
             return []

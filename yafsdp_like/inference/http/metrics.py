@@ -34,7 +34,7 @@ class ServerMetrics:
             "yafsdp_like_time_to_first_token_seconds", "From a body's arrival to a choice's first token"
         )
         self.between_tokens = seconds(
-            "yafsdp_like_time_between_tokens_seconds", "Between tokens of a choice, as its events tell"
+            "yafsdp_like_time_between_tokens_seconds", "Between tokens of a choice, as its outputs tell"
         )
         self.whole = seconds("yafsdp_like_request_seconds", "From a body's arrival to a choice's end")
         self._gauges: dict[str, Gauge] = {}
@@ -62,8 +62,8 @@ class LatencyTracker:
     arrival: float
     last: dict[int, float] = field(default_factory=dict)  # by choice
 
-    def observe_event(self, index: int, num_tokens: int, finish: FinishReason | None) -> None:
-        """An event of a choice has come."""
+    def observe_output(self, index: int, num_tokens: int, finish: FinishReason | None) -> None:
+        """An output of a choice has come."""
         now = time.monotonic()
         if num_tokens:
             self.metrics.generated_tokens.inc(num_tokens)

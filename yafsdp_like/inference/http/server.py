@@ -136,16 +136,16 @@ class OpenAIHandler:
             delay = parsed.deadline + LATE_S - time.monotonic()
             timer = asyncio.get_running_loop().call_later(delay, stream.fail, _deadline_error())
         try:
-            async for event in stream:
-                choice = choices[event.request_id]
+            async for output in stream:
+                choice = choices[output.request_id]
                 if choice.transcript.finish is not None:  # by a stop string; what the engine says after is not text
                     continue
-                choice.num_cached_tokens = max(choice.num_cached_tokens, event.num_cached_tokens)
-                piece = choice.transcript.push(event)
-                latency.observe_event(choice.index, len(event.tokens), piece.finish)
+                choice.num_cached_tokens = max(choice.num_cached_tokens, output.num_cached_tokens)
+                piece = choice.transcript.push(output)
+                latency.observe_output(choice.index, len(output.tokens), piece.finish)
                 _check_finish(piece.finish)
-                if piece.finish is not None and event.finish is None:
-                    stream.cancel(event.request_id)
+                if piece.finish is not None and output.finish is None:
+                    stream.cancel(output.request_id)
                 yield choice, piece
                 if all(choice.transcript.finish is not None for choice in parsed.choices):
                     return

@@ -1,4 +1,4 @@
-"""A thread that steps the engine, and hands its events to streams on an event loop.
+"""A thread that steps the engine, and hands its outputs to streams on an event loop.
 
 Owns the thread: nothing else touches the engine while it runs, so the engine needs no locks. Owns what becomes of
 requests whose reader goes away, and of all of them at the end. Knows nothing of text or HTTP.
@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Generic, Protocol, TypeVar
 
-from yafsdp_like.inference.engine.request import Event, QueueFull, Request
+from yafsdp_like.inference.engine.request import QueueFull, Request, RequestOutput
 from yafsdp_like.inference.http.stream import Stream
 
 T = TypeVar("T")
@@ -66,10 +66,10 @@ class SteppableEngine(Protocol):
         """Queue a request."""
 
     def cancel(self, request_id: str) -> None:
-        """End a request; its last event still comes."""
+        """End a request; its last output still comes."""
 
-    def step(self) -> list[Event]:
-        """Run one step, and return its events."""
+    def step(self) -> list[RequestOutput]:
+        """Run one step, and return its outputs."""
 
     def metrics(self) -> Any:
         """Return a dataclass of numbers."""
@@ -261,7 +261,7 @@ class Service(Generic[EngineT]):
         return StuckEngineError(f"it has been in one step for {self.busy_s:.0f} s, {more}")
 
     def _check(self, requests: Sequence[Request]) -> None:
-        """Raises ValueError for requests whose events could not be told apart."""
+        """Raises ValueError for requests whose outputs could not be told apart."""
         seen: set[str] = set()
         for request in requests:
             if request.id in seen:
@@ -305,19 +305,19 @@ class Service(Generic[EngineT]):
             return _failed(self.error)
         return UnavailableError(f"the service takes no requests: it is {self.state.value}")
 
-    def _route(self, events: Sequence[Event]) -> None:
-        for event in events:
+    def _route(self, outputs: Sequence[RequestOutput]) -> None:
+        for output in outputs:
             try:
-                self._deliver(event)
+                self._deliver(output)
             except Exception as error:  # others in the same step have nothing to do with it
-                self._lose(event.request_id, error)
-            if event.finish is not None:
-                self._forget([event.request_id])
+                self._lose(output.request_id, error)
+            if output.finish is not None:
+                self._forget([output.request_id])
 
-    def _deliver(self, event: Event) -> None:
-        if event.request_id in self._streams:  # else it was not opened in the end
-            stream, request_id = self._streams[event.request_id]
-            stream.put(replace(event, request_id=request_id))
+    def _deliver(self, output: RequestOutput) -> None:
+        if output.request_id in self._streams:  # else it was not opened in the end
+            stream, request_id = self._streams[output.request_id]
+            stream.put(replace(output, request_id=request_id))
 
     def _lose(self, name: str, error: Exception) -> None:
         """Ends what a request is part of, which could not be told its news, or not be cancelled."""
@@ -377,8 +377,8 @@ class Service(Generic[EngineT]):
             call.run(self._engine)
         if self._is_over:
             return False
-        if self._engine.has_work and (events := self._engine.step()):
-            self._post(self._route, events)
+        if self._engine.has_work and (outputs := self._engine.step()):
+            self._post(self._route, outputs)
         return True
 
     def _wait(self) -> int:

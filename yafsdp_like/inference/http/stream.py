@@ -1,6 +1,6 @@
-"""Events of requests on their way from a service to one reader, on one event loop.
+"""Outputs of requests on their way from a service to one reader, on one event loop.
 
-Owns what a reader sees: events in order, the end, an error. Knows nothing of engines or threads.
+Owns what a reader sees: outputs in order, the end, an error. Knows nothing of engines or threads.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from yafsdp_like.inference.engine.request import Event
+from yafsdp_like.inference.engine.request import RequestOutput
 
 
 class Stream:
-    """Events of requests that were opened together, as they come; ends when all of them have ended.
+    """Outputs of requests that were opened together, as they come; ends when all of them have ended.
 
-    `close` it in the end: requests that nobody reads any more are cancelled. Events that are not read yet are kept;
+    `close` it in the end: requests that nobody reads any more are cancelled. Outputs that are not read yet are kept;
     there are at most as many as tokens were asked for.
     """
 
@@ -23,7 +23,7 @@ class Stream:
         """`names`: what the engine calls each request, by its id; `cancel` is told that."""
         self._live = dict(names)
         self._cancel = cancel
-        self._events: deque[Event] = deque()
+        self._outputs: deque[RequestOutput] = deque()
         self._news = asyncio.Event()
         self._error: Exception | None = None
         self._is_closed = False
@@ -31,11 +31,11 @@ class Stream:
     def __aiter__(self) -> Stream:
         return self
 
-    async def __anext__(self) -> Event:
-        """The next event of any of the requests. Raises `UnavailableError` if the engine has failed."""
+    async def __anext__(self) -> RequestOutput:
+        """The next output of any of the requests. Raises `UnavailableError` if the engine has failed."""
         while not self._is_closed:
-            if self._events:
-                return self._events.popleft()
+            if self._outputs:
+                return self._outputs.popleft()
             if self._error is not None:
                 raise self._error
             if not self._live:
@@ -45,7 +45,7 @@ class Stream:
         raise StopAsyncIteration
 
     def cancel(self, request_id: str) -> None:
-        """Ask the engine to end one of the requests; its last event still comes. Harmless once it has ended."""
+        """Ask the engine to end one of the requests; its last output still comes. Harmless once it has ended."""
         if request_id in self._live:
             self._cancel(self._live[request_id])
 
@@ -54,20 +54,20 @@ class Stream:
         if self._is_closed:
             return
         self._is_closed = True
-        self._events.clear()
+        self._outputs.clear()
         for name in self._live.values():
             self._cancel(name)
         self._news.set()
 
-    def put(self, event: Event) -> None:
-        """For the service: an event of one of the requests."""
-        if event.finish is not None:
-            del self._live[event.request_id]
+    def put(self, output: RequestOutput) -> None:
+        """For the service: an output of one of the requests."""
+        if output.finish is not None:
+            del self._live[output.request_id]
         if not self._is_closed:
-            self._events.append(event)
+            self._outputs.append(output)
         self._news.set()
 
     def fail(self, error: Exception) -> None:
-        """For the service: no event will come any more."""
+        """For the service: no output will come any more."""
         self._error = error
         self._news.set()

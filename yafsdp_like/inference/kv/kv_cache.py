@@ -22,6 +22,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.kv.prefix import Content, Prefix, PrefixTree
+from yafsdp_like.inference.kv.slabs import ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -365,7 +366,7 @@ class KVCache:
         for want in wanted:
             page = self._find(tier, want.group, want.content)
             if page is not None:
-                pool.share(self.groups[want.group].shape, page)
+                pool.add_reference(self.groups[want.group].shape, page)
                 pages[want] = page
         absent = [want for want in wanted if want not in pages]
         counts = Counter(want.group for want in absent)
@@ -420,10 +421,6 @@ class KVCache:
                 held = self._pool(sequence).content(self.groups[group].shape, page)
                 expected = sequence.content(group, index)
                 _expect(held in (None, expected) or expected is None, f"page {page} is {expected}, holds {held}")
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def check_integrity(caches: Iterable[KVCache]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from yafsdp_like.inference.kv.slabs import PageShape
+from yafsdp_like.inference.kv.slabs import PageShape, ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +28,12 @@ class LayerGroup:
     def first_page(self, num_tokens: int) -> int:
         """The first page that a token behind ``num_tokens`` others, or a later one, reads."""
         return 0 if self.window is None else max(0, num_tokens - self.window + 1) // self.shape.page_size
+
+    def max_live_pages(self, num_tokens: int, chunk: int) -> int:
+        """Return the most pages that a sequence of ``num_tokens`` holds, written at most ``chunk`` tokens at a time."""
+        if self.window is not None:
+            num_tokens = min(num_tokens, self.window + chunk + self.shape.page_size)
+        return ceil_div(num_tokens, self.shape.page_size)
 
     @classmethod
     def of_windows(

@@ -1,7 +1,7 @@
 """Pages of many shapes on one region: each is free, cached, or referred to by so many.
 
     free --take--> referenced --drop, without content--> free
-                   referenced --drop, with content--> cached --share--> referenced
+                   referenced --drop, with content--> cached --add_reference--> referenced
                                                       cached --evicted--> free
 
 A page has content once ``publish`` was called for it, and is found by it from then on, until it is free.
@@ -46,9 +46,9 @@ class Stock:
 class PagePool:
     """The pages of one tier: a region on the device, or one of pinned host memory.
 
-    ``take``, ``share``, ``drop``, ``publish`` and ``find`` are O(log n) amortised in pages, slabs and tenants, times
-    the few shapes that share the pool; evicting a slab of another shape is O(log n) for each of its pages. Where that
-    slab is protected by a tenant's floor, all slabs without referenced pages are looked at.
+    Each operation is O(log n) amortised in pages, slabs and tenants, times the few shapes that share the pool; evicting
+    a slab of another shape is O(log n) for each of its pages. Where that slab is protected by a tenant's floor, all
+    slabs without referenced pages are looked at.
     """
 
     def __init__(self, grid: SlabGrid, policy: Policy | None = None, tenants: Iterable[Tenant] = ()) -> None:
@@ -92,8 +92,8 @@ class PagePool:
         self._hold(shape, page)
         return page
 
-    def share(self, shape: PageShape, page: int) -> None:
-        """One reference more to a page that is not free."""
+    def add_reference(self, shape: PageShape, page: int) -> None:
+        """Add a reference to a page that is not free."""
         stock = self.stocks[shape]
         record = stock.pages[page]
         if not record.num_references:

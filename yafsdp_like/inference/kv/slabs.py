@@ -30,6 +30,11 @@ ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "flo
 MAX_PAGES = 2**31  # page numbers are int32
 
 
+def ceil_div(a: int, b: int) -> int:
+    """Return ``a / b``, rounded up."""
+    return -(-a // b)
+
+
 @dataclass(frozen=True)
 class PageShape:
     """What one page holds: the shape class that a slab is lent to. Equal shapes share slabs, whosever they are."""

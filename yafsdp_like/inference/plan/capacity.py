@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid
+from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid, ceil_div
 from yafsdp_like.memory.layout import aligned
 
 if TYPE_CHECKING:
@@ -70,16 +70,14 @@ class Capacity:
         enough = self.num_tokens(grid, max_seq_len) >= num_tokens
         return enough and self.longest(grid, max_seq_len) >= min(num_tokens, max_seq_len)
 
-    def _live(self, group: LayerGroup, num_tokens: int) -> int:
-        """Pages that one context has in a group."""
-        window = num_tokens if group.window is None else group.window + self.chunk + group.shape.page_size
-        return -(-min(num_tokens, window) // group.shape.page_size)
-
     def _nbytes(self, num_tokens: int) -> int:
-        return sum(self._live(group, num_tokens) * group.shape.nbytes for group in self.groups)
+        return sum(group.max_live_pages(num_tokens, self.chunk) * group.shape.nbytes for group in self.groups)
 
     def _num_slabs(self, grid: SlabGrid, num_tokens: int) -> int:
-        return sum(-(-self._live(g, num_tokens) // grid.pages_per_slab(g.shape)) for g in self.groups)
+        return sum(
+            ceil_div(group.max_live_pages(num_tokens, self.chunk), grid.pages_per_slab(group.shape))
+            for group in self.groups
+        )
 
 
 def _last(holds: Callable[[int], bool], most: int) -> int:

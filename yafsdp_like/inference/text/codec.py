@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from yafsdp_like.inference.engine.request import Event, FinishReason, Token
+from yafsdp_like.inference.engine.request import FinishReason, RequestOutput, Token
 from yafsdp_like.inference.text import directory as hf_directory
 from yafsdp_like.inference.text.chat import ChatTemplate, tokenize
 
@@ -265,7 +265,7 @@ class Piece:
 
 
 class Transcript:
-    """One request's events in, pieces of its answer out."""
+    """One request's outputs in, pieces of its answer out."""
 
     def __init__(self, codec: Codec, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
         self._detokenizer = Detokenizer(codec.decode, prompt)
@@ -277,17 +277,17 @@ class Transcript:
         self.num_tokens = 0  # generated, the one that stopped it included
         self.finish: FinishReason | None = None
 
-    def push(self, event: Event) -> Piece:
-        """What an event adds. Once `finish` is set, by a stop string even before the engine has ended it, nothing."""
+    def push(self, output: RequestOutput) -> Piece:
+        """What an output adds. Once `finish` is set, by a stop string even before the engine has ended it, nothing."""
         shown = ""
-        for index, token in enumerate(event.tokens):
+        for index, token in enumerate(output.tokens):
             if self.finish is not None:
                 break
             self.num_tokens += 1
-            if event.finish is not FinishReason.STOP or index + 1 < len(event.tokens):  # which is no text
+            if output.finish is not FinishReason.STOP or index + 1 < len(output.tokens):  # which is no text
                 shown += self._add(token)
-        if self.finish is None and event.finish is not None:
-            shown += self._end(event.finish)
+        if self.finish is None and output.finish is not None:
+            shown += self._end(output.finish)
         self._num_shown += len(shown)
         return Piece(shown, self._take_tokens(), self.finish)
 

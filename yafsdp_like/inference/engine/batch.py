@@ -1,0 +1,93 @@
+"""What a step does and for whom: the scheduler's answer, as tables are written from it and steps are run by it.
+
+Plain values; ``scheduler.py`` alone changes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from yafsdp_like.inference.kv.kv_cache import KVSequenceState
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from yafsdp_like.inference.engine.request import Request
+    from yafsdp_like.inference.kv.kv_cache import Copy, KVSequence
+
+
+class RequestStatus(Enum):
+    WAITING = auto()  # for its first turn, or after a preemption
+    RUNNING = auto()  # in the batch, with pages on the device
+    ENDED = auto()
+
+
+@dataclass(eq=False)
+class ActiveRequest:
+    """A request's tokens and how far they are. Changed by ``Scheduler`` only."""
+
+    request: Request
+    number: int  # in order of arrival
+    salt: Hashable
+    tokens: list[int]  # the prompt, and what was drawn and read
+    status: RequestStatus = RequestStatus.WAITING
+    kv: KVSequence | None = None
+    num_scheduled: int = 0  # tokens whose keys and values the steps so far write
+    num_pending: int = 0  # tokens that steps so far draw, not read yet
+    num_cached: int | None = None  # of the prompt, when it was first admitted
+    num_admitted: int = 0  # how often it was given pages anew, other ones perhaps
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower goes first."""
+        return -self.request.priority, self.number
+
+    @property
+    def length(self) -> int:
+        """Tokens, pending ones included."""
+        return len(self.tokens) + self.num_pending
+
+    @property
+    def num_left(self) -> int:
+        """Tokens to compute until the next is drawn; 0 while the last one is pending."""
+        ends = self.length - len(self.request.prompt) >= self.request.max_tokens
+        return 0 if ends else self.length - self.num_scheduled
+
+    @property
+    def tables(self) -> tuple[list[int], ...]:
+        """Per group of layers, the pages of a sequence that runs."""
+        assert self.kv is not None
+        return self.kv.tables
+
+    @property
+    def is_swapped(self) -> bool:
+        return self.kv is not None and self.kv.state is KVSequenceState.SWAPPED
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a step does for one sequence: ``num_tokens`` tokens from position ``start`` on."""
+
+    sequence: ActiveRequest
+    start: int
+    num_tokens: int
+    draws: bool  # whether the next token is drawn after them
+    is_pending: bool  # whether the last of them is pending, so that only the device knows it
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step does; copies come before it."""
+
+    runs: tuple[Run, ...]
+    copies: tuple[Copy, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(run.num_tokens for run in self.runs)
