@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 import yafsdp_like as ours
 from tests.zoo import SPECIMENS, Specimen
 from yafsdp_like import optim as our_optim
-from yafsdp_like.shard.depth import Depth
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"ours": ours, "stock": stock}
 
@@ -43,7 +42,6 @@ class Recipe:
     divide_factor: float | None = None
     precision: Mapping[str, Any] = field(default_factory=dict)  # fields of MixedPrecisionPolicy
     transport: str = "auto"  # of ours; stock has one
-    depth: Depth | None = None  # of ours, beside the usual one
     device: str = "cpu"
 
 
@@ -81,8 +79,6 @@ def shard(specimen: Specimen, model: nn.Module, impl: str, recipe: Recipe) -> nn
         if recipe.divide_factor is not None and isinstance(module, names.FSDPModule):
             module.set_gradient_divide_factor(recipe.divide_factor)
             module.set_force_sum_reduction_for_comms(True)
-    if recipe.depth is not None and names is ours:
-        model._engine().depth = recipe.depth
     return model
 
 

@@ -14,7 +14,6 @@ from tests.ranks import run_ranks
 from tests.training import Prepare, Recipe, Run, assert_close, assert_same_bits, train, train_unsharded
 from tests.twins import Twins
 from tests.zoo import FEATURES, SPECIMENS, Chain, Specimen, blocks, layers_of, vectors
-from yafsdp_like.shard.depth import Depth
 
 # Stock warns of views among a unit's outputs, which an LSTM returns.
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
@@ -70,27 +69,17 @@ def test_on_gpus_too_twenty_steps_equal_stock_bit_for_bit(name: str) -> None:
         assert_same_bits(dataclasses.replace(ours, norms=stock.norms), stock)
 
 
-# --- depths ---
+# --- slots that change hands ---
 
 
-@pytest.mark.parametrize("transport", ["process_group", "peer"])
-@pytest.mark.parametrize("depth", [Depth(2, 3), Depth(3, 2)], ids=str)
-@pytest.mark.parametrize("name", ["decoder", "nested", "skipped"])
-def test_any_depth_equals_stock_bit_for_bit(name: str, depth: Depth, transport: str) -> None:
-    """Also where gradients are set in one micro-batch and added to in the next."""
-    assert_equals_stock(name, Recipe(steps=5, micro_batches=2, depth=depth, transport=transport))
-
-
-def train_long(depth: Depth) -> tuple[Run, Run]:
+def train_long() -> tuple[Run, Run]:
     long = Specimen(lambda: Chain(blocks(6)), vectors(FEATURES), layers_of)
-    recipe = Recipe(steps=5, depth=depth)
-    return train(long, "ours", recipe), train(long, "stock", recipe)
+    return train(long, "ours", Recipe(steps=5)), train(long, "stock", Recipe(steps=5))
 
 
-@pytest.mark.parametrize("depth", [Depth(2, 3), Depth(3, 3)], ids=str)
-def test_a_chain_longer_than_its_slots_equals_stock_bit_for_bit(depth: Depth) -> None:
+def test_a_chain_longer_than_its_slots_equals_stock_bit_for_bit() -> None:
     """Prevents: bytes that change hands while somebody still reads them."""
-    for ours, stock in run_ranks(train_long, depth):
+    for ours, stock in run_ranks(train_long):
         assert_same_bits(ours, stock)
 
 

@@ -22,7 +22,6 @@ from yafsdp_like.comm.process_group import ProcessGroupTransport
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE
 from yafsdp_like.optim import AdamW
 from yafsdp_like.shard import engine as engine_module
-from yafsdp_like.shard.depth import Depth
 from yafsdp_like.shard.engine import ShardEngine
 from yafsdp_like.shard.unit_state import unit_of
 
@@ -90,7 +89,7 @@ class EarlyExit(Chain):
         return x
 
 
-LONG = Specimen(lambda: Chain(blocks(6)), vectors(FEATURES), layers_of)  # more units than slots at any depth
+LONG = Specimen(lambda: Chain(blocks(6)), vectors(FEATURES), layers_of)  # more units than slots
 EARLY_EXIT = Specimen(lambda: EarlyExit(blocks(2)), vectors(FEATURES), layers_of)
 
 
@@ -111,13 +110,11 @@ def train(
     own_optimizer: bool = False,
     omits: Omission | None = None,
     updates: int = 1,
-    depth: Depth | None = None,
     **options: Any,
 ) -> Found:
     """Run some steps of a specimen, and an evaluation after each, on this rank under the detector.
 
-    `updates` is how many steps of the optimizer follow a backward, `depth` replaces the usual one, `options` are
-    `fully_shard`'s.
+    `updates` is how many steps of the optimizer follow a backward, `options` are `fully_shard`'s.
     """
     streams = VectorClocks(forgets, omits)
     detector = RaceDetector(streams)
@@ -130,8 +127,6 @@ def train(
         if plant is not None:
             PLANTS[plant](patch)
         model: Any = specimen.wrap(specimen.fresh(), fully_shard, mesh=world_mesh(), mp_policy=policy, **options)
-        if depth is not None:
-            model._engine().depth = depth
         model.unshard()  # makes the arena
         model.reshard()
         watch_arenas(model, detector)
@@ -270,21 +265,11 @@ def test_reducing_large_parameters_early_is_ordered(transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", ["process_group", "peer"])
-@pytest.mark.parametrize("depth", [Depth(2, 2), Depth(1, 3), Depth(3, 3)], ids=str)
-@pytest.mark.parametrize("name", ["long", "nested", "early exit"])
-def test_every_access_is_ordered_at_any_depth(name: str, depth: Depth, transport: str) -> None:
-    for found in run_ranks(train, name, depth=depth, transport=transport, own_optimizer=transport == "peer"):
+def test_every_access_is_ordered_in_a_chain_longer_than_its_slots(transport: str) -> None:
+    for found in run_ranks(train, "long", transport=transport, own_optimizer=transport == "peer"):
         assert found.races == []
         assert found.num_accesses > 20, "the detector saw nothing"
         assert set(found.waits) == ALL_WAITS
-
-
-@pytest.mark.parametrize("pair", [(GATHER, COMPUTE), (COMPUTE, REDUCE)])
-def test_leaving_out_what_frees_a_slot_is_found_at_a_greater_depth_too(pair: tuple[str, str]) -> None:
-    """With more slots than two, units that share bytes are further from each other."""
-    waiting, waited_for = pair
-    for found in run_ranks(train, "long", forgets=[pair], depth=Depth(2, 3)):
-        assert any(f" on {waiting} " in race and race.endswith(f" on {waited_for}") for race in found.races)
 
 
 @pytest.mark.parametrize("pair", sorted(ALL_WAITS))

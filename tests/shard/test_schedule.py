@@ -170,23 +170,6 @@ def test_gather_ranges_of_a_chain() -> None:
     ]
 
 
-def test_gather_ranges_of_a_chain_that_gathers_two_ahead() -> None:
-    it = schedule(chain(4))
-    forward = gather_starts(it.forward_order, [it.forward_start(u) for u in range(4)], {}, num_ahead=2)
-    backward = gather_starts(it.backward_order, [it.backward_start(u) for u in range(4)], {}, num_ahead=2)
-    assert [it.gather_range(u, forward[u], backward[u], RESHARDED).intervals for u in range(4)] == [
-        ((0, 0), (5, 7)),
-        ((0, 1), (4, 6)),
-        ((0, 2), (4, 5)),
-        ((1, 3), (4, 4)),
-    ]
-
-
-def test_a_third_gradient_slot_is_live_for_one_more_unit() -> None:
-    it = schedule(rooted_chain(3))
-    assert [it.gradient_range(u, 3).intervals for u in range(4)] == [((4, 9),), ((6, 8),), ((5, 7),), ((4, 6),)]
-
-
 def test_a_gradient_slot_is_live_until_the_next_unit_is_done() -> None:
     it = schedule(rooted_chain(3))
     assert [it.gradient_range(u).intervals for u in range(4)] == [((4, 8),), ((6, 7),), ((5, 6),), ((4, 5),)]
@@ -212,22 +195,6 @@ def test_gathers_are_issued_when_the_unit_that_names_them_starts(
 ) -> None:
     """In a chain of five; a unit that nobody names is gathered at its own start, and no list delays a gather."""
     assert gather_starts([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], prefetches) == issued
-
-
-@pytest.mark.parametrize(
-    ("num_ahead", "prefetches", "issued"),
-    [
-        (2, {}, [0, 0, 0, 1, 2]),
-        (3, {}, [0, 0, 0, 0, 1]),
-        (9, {}, [0, 0, 0, 0, 0]),
-        (2, {0: [1]}, [0, 0, 1, 1, 2]),
-    ],
-    ids=["two", "three", "more than there are", "a list of the user's is shorter"],
-)
-def test_units_without_a_list_prefetch_as_far_ahead_as_the_depth_says(
-    num_ahead: int, prefetches: Mapping[int, Sequence[int]], issued: list[int]
-) -> None:
-    assert gather_starts([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], prefetches, num_ahead) == issued
 
 
 def test_gathers_follow_the_order_given_not_the_units_numbers() -> None:

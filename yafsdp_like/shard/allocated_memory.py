@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from yafsdp_like.memory.plan import MemoryPlan
     from yafsdp_like.shard.collective_log import CollectiveLog
-    from yafsdp_like.shard.depth import Depth
     from yafsdp_like.shard.unit_spec import UnitLayout
     from yafsdp_like.shard.unit_state import Unit
     from yafsdp_like.shard.unit_tree import UnitTree
@@ -49,10 +48,7 @@ class Spill:
 
 
 class AllocatedMemory:
-    """Of one root module's units; empty until it is built, and again once it is left.
-
-    What a build depends on beside the units is given: ``depth``.
-    """
+    """Of one root module's units; empty until it is built, and again once it is left."""
 
     def __init__(self, tree: UnitTree, collective_log: CollectiveLog) -> None:
         self.arena: Arena | None = None
@@ -60,20 +56,21 @@ class AllocatedMemory:
         self.spills: list[Spill] = []
         self._tree, self._collective_log = tree, collective_log
         self._layout: MemoryLayout | None = None
-        self._built_for: tuple[object, ...] = ()  # the depth and the units' signatures then
+        self._built_for: tuple[object, ...] = ()  # the units' signatures then
 
-    def stands_for(self, depth: Depth) -> bool:
-        """Whether what is built is for ``depth`` and for the units as they are now."""
-        return self._built_for == self._signatures(depth)
+    @property
+    def is_built(self) -> bool:
+        """Whether there are shards and slots for the units as they are now."""
+        return self._built_for == self._signatures()
 
-    def _signatures(self, depth: Depth) -> tuple[object, ...]:
-        return (depth, *(unit.signature for unit in self._tree.units))
+    def _signatures(self) -> tuple[object, ...]:
+        return tuple(unit.signature for unit in self._tree.units)
 
-    def plan(self, depth: Depth) -> MemoryPlan:
+    def plan(self) -> MemoryPlan:
         """What is built, or else what would be. Allocates nothing."""
-        if self._layout is not None and self.stands_for(depth):
+        if self._layout is not None and self.is_built:
             return self._layout.plan
-        return plan_memory(self._tree, depth).plan
+        return plan_memory(self._tree).plan
 
     @property
     def nbytes(self) -> int:
@@ -82,21 +79,21 @@ class AllocatedMemory:
         homes = sum(p.homes.added_nbytes for unit in units for p in unit.params if p.homes)
         return sum(unit.arena.nbytes for unit in units) + (self.arena.nbytes if self.arena else 0) + homes
 
-    def build(self, depth: Depth) -> None:
+    def build(self) -> None:
         """Gives every unit its shards and slots, on an arena of their own. Units must have their main shards."""
-        self._layout = plan_memory(self._tree, depth)
+        self._layout = plan_memory(self._tree)
         self.arena = build(self._layout)
-        self._built_for = self._signatures(depth)
+        self._built_for = self._signatures()
         self.num_layouts += 1
 
-    def check_same_on_all_ranks(self, depth: Depth, error: Exception | None) -> None:
+    def check_same_on_all_ranks(self, error: Exception | None) -> None:
         """All ranks have built the same, which peers may map now; or they leave it, and raise the same error: one for
         what differs, or ``error`` of any rank.
         """
         transports = list(dict.fromkeys(unit.transport for unit in self._tree.units))
         try:
             for transport in transports:
-                check_same_on_all_ranks(transport.everybody, self._fingerprint(depth), error)
+                check_same_on_all_ranks(transport.everybody, self._fingerprint(), error)
             for transport in transports:
                 if transport.maps_memory and self.arena is not None:
                     transport.connect(self.arena.blocks)
@@ -104,7 +101,7 @@ class AllocatedMemory:
             self.leave()  # so that every rank builds again, once the model is mended
             raise
 
-    def _fingerprint(self, depth: Depth) -> list[str]:
+    def _fingerprint(self) -> list[str]:
         """What must be the same on every rank: a line for each parameter, and one for each unit's policy."""
         return [
             f"{p.name} {list(p.shards.shape)} of unit {unit.name!r}, {p.main_dtype} computed in {p.compute_dtype} and "
@@ -116,7 +113,6 @@ class AllocatedMemory:
             f"unit {unit.name!r} with reshard_after_forward={self._tree.reshards_after_forward(unit)}, "
             f"reshard_after_backward={unit.policy.reshard_after_backward}, {unit.reduction()}, prefetching "
             f"{[u.name for u in unit.forward_prefetch]} and {[u.name for u in unit.backward_prefetch]}"
-            f", {depth}"
             for unit in self._tree.units
         ]
 

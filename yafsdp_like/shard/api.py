@@ -22,7 +22,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
 from yafsdp_like.memory.streams import GATHER, Event
 from yafsdp_like.shard import clipping
-from yafsdp_like.shard.depth import Depth
 from yafsdp_like.shard.drop_in import ShardState, refuse_others, show_state_to_torch
 from yafsdp_like.shard.engine import Report, ShardEngine, engine_for, engine_of
 from yafsdp_like.shard.hooks import abandon
@@ -211,7 +210,7 @@ class FSDPModule(Base):
         """
         engine = engine_of(self._unit())
         with _left_as_they_are(self._units(recurse=True) if engine is None else engine.units):
-            return plan_memory(unit_tree_of(self), Depth()).plan if engine is None else engine.plan()
+            return plan_memory(unit_tree_of(self)).plan if engine is None else engine.plan()
 
     def memory_report(self) -> Report:
         """Return the bytes held now, and what departed from the plan: spills, evictions, unused prefetches."""

@@ -32,7 +32,6 @@ from yafsdp_like.ops import linear
 from yafsdp_like.shard.allocated_memory import AllocatedMemory, Spill
 from yafsdp_like.shard.collective_log import CollectiveLog
 from yafsdp_like.shard.debug import poison
-from yafsdp_like.shard.depth import Depth
 from yafsdp_like.shard.sinks import watch_gradients
 from yafsdp_like.shard.unit_spec import SlotState
 from yafsdp_like.shard.unit_tree import UnitTree, unit_tree_of
@@ -74,7 +73,6 @@ class ShardEngine:
         self.transports = list(dict.fromkeys(unit.transport for unit in self.units))
         self.collective_log = CollectiveLog(self.units)
         self.memory = AllocatedMemory(tree, self.collective_log)
-        self.depth = Depth()
         self.wasted_prefetches = 0
         self.evictions = 0
         self.last_reduce: Event = None  # the end of the latest reduction; None once compute has waited for it
@@ -116,12 +114,12 @@ class ShardEngine:
 
     def plan(self) -> MemoryPlan:
         """What the arenas hold; before they are built, what they will hold. Allocates nothing."""
-        return self.memory.plan(self.depth)
+        return self.memory.plan()
 
     @property
     def is_built(self) -> bool:
         """Whether there are shards and slots for the units as they are now."""
-        return self.memory.stands_for(self.depth)
+        return self.memory.is_built
 
     @property
     def num_layouts(self) -> int:
@@ -152,7 +150,7 @@ class ShardEngine:
                 self._build()
         except Exception as e:
             error = e
-        self.memory.check_same_on_all_ranks(self.depth, error)
+        self.memory.check_same_on_all_ranks(error)
 
     def _follow_grad_mode(self) -> None:
         """A model that begins without grad mode gets room for gradients only once a forward may lead to a backward."""
@@ -185,7 +183,7 @@ class ShardEngine:
             )
         unsynced = [slot for unit in self.units if (slot := unit.unsynced()) is not None]
         self._leave_memory()
-        self.memory.build(self.depth)
+        self.memory.build()
         for unit in self.units:
             watch_gradients(unit.gather_slot)
         for slot in unsynced:

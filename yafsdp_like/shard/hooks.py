@@ -109,7 +109,7 @@ def _gather(engine: ShardEngine, unit: Unit, open_ended: bool) -> None:
     refresh = backward_task() is None
     engine.unshard(unit.gather_slot, refresh)
     if refresh:
-        for target in unit.forward_prefetch or engine.tree.after_in_forward[unit][: engine.depth.gathers]:
+        for target in unit.forward_prefetch or engine.tree.next_in_forward[unit]:
             engine.prefetch(target, refresh)
 
 
@@ -279,7 +279,7 @@ def _prefetch_in_backward(engine: ShardEngine, unit: Unit) -> None:
     """Gathers the next units that have a backward to come; units that were skipped in forward are not gathered."""
     following = unit.backward_prefetch or engine.tree.after_in_backward[unit]
     expected = (u for u in following if u.pending and u.policy.unshard_in_backward)
-    for target in islice(expected, None if unit.backward_prefetch else engine.depth.gathers):
+    for target in islice(expected, None if unit.backward_prefetch else 1):
         engine.prefetch(target, refresh=False)
 
 

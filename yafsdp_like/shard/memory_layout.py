@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from yafsdp_like.shard.depth import Depth
     from yafsdp_like.shard.unit_spec import UnitLayout
     from yafsdp_like.shard.unit_state import Unit
     from yafsdp_like.shard.unit_tree import UnitTree
@@ -44,13 +43,13 @@ class MemoryLayout:
         return replace(self, plan=replace(self.plan, regions=(*self.plan.regions, region)))
 
 
-def plan_memory(tree: UnitTree, depth: Depth) -> MemoryLayout:
+def plan_memory(tree: UnitTree) -> MemoryLayout:
     """The plan for the units as they are now."""
     units, schedule = tree.units, tree.schedule
     page_nbytes = _page_nbytes(units)
     layouts = {unit: unit.plan_layout(page_nbytes) for unit in units}
-    gather_live = _gather_ranges(tree, depth.gathers)
-    gradient_live = {unit: schedule.gradient_range(i, depth.gradients) for i, unit in enumerate(units)}
+    gather_live = _gather_ranges(tree)
+    gradient_live = {unit: schedule.gradient_range(i) for i, unit in enumerate(units)}
     gather = {u: aligned(x.gathered_nbytes, page_nbytes or 1) for u, x in layouts.items() if not u.own_gather_slot}
     gradient = {u: x.gradient_slot.nbytes for u, x in layouts.items() if not u.own_gradient_slot}
     gather_places, gather_nbytes = _place_shared(gather, gather_live)
@@ -134,15 +133,13 @@ def own_slot_regions(unit: Unit, layout: UnitLayout) -> list[Region]:
     return regions
 
 
-def _gather_ranges(tree: UnitTree, num_ahead: int) -> dict[Unit, LiveRange]:
+def _gather_ranges(tree: UnitTree) -> dict[Unit, LiveRange]:
     schedule, index = tree.schedule, {unit: i for i, unit in enumerate(tree.units)}
     forward = {i: [index[t] for t in u.forward_prefetch if t in index] for u, i in index.items()}
     backward = {i: [index[t] for t in u.backward_prefetch if t in index] for u, i in index.items()}
-    forward_from = gather_starts(
-        schedule.forward_order, [schedule.forward_start(i) for i in index.values()], forward, num_ahead
-    )
+    forward_from = gather_starts(schedule.forward_order, [schedule.forward_start(i) for i in index.values()], forward)
     backward_from = gather_starts(
-        schedule.backward_order, [schedule.backward_start(i) for i in index.values()], backward, num_ahead
+        schedule.backward_order, [schedule.backward_start(i) for i in index.values()], backward
     )
     return {
         unit: schedule.gather_range(i, forward_from[i], backward_from[i], _residency(tree, unit))

@@ -76,11 +76,9 @@ class Schedule:
             return LiveRange(((forward_from, self.backward_end(unit)),))
         return LiveRange(((forward_from, self.spans[unit].last), (backward_from, self.backward_end(unit))))
 
-    def gradient_range(self, unit: int, num_slots: int = 2) -> LiveRange:
-        """When its gradient slot is live: until the next unit in backward is done, behind which it is reduced, or more
-        of them where a chain has more than two slots.
-        """
-        return LiveRange(((self.backward_start(unit), self.backward_end(unit) + num_slots - 1),))
+    def gradient_range(self, unit: int) -> LiveRange:
+        """When its gradient slot is live: until the next unit in backward is done, behind which it is reduced."""
+        return LiveRange(((self.backward_start(unit), self.backward_end(unit) + 1),))
 
 
 def schedule_of(root: nn.Module, units_of: Mapping[nn.Module, Sequence[int]], num_units: int) -> Schedule:
@@ -119,17 +117,15 @@ class _Walk:
         self.last.update(dict.fromkeys(units, self.tick))
 
 
-def gather_starts(
-    order: Sequence[int], starts: Sequence[int], prefetches: Mapping[int, Sequence[int]], num_ahead: int = 1
-) -> list[int]:
+def gather_starts(order: Sequence[int], starts: Sequence[int], prefetches: Mapping[int, Sequence[int]]) -> list[int]:
     """The tick at which each unit's gather is issued: when the first unit that prefetches it starts.
 
-    ``starts[u]`` is unit ``u``'s own tick. By default every unit prefetches the next ``num_ahead`` in ``order``; a unit
-    in ``prefetches`` names its own list instead.
+    ``starts[u]`` is unit ``u``'s own tick. By default every unit prefetches the next in ``order``; a unit in
+    ``prefetches`` names its own list instead.
     """
     issued = list(starts)
     for position, unit in enumerate(order):
-        targets = prefetches.get(unit) or order[position + 1 : position + 1 + num_ahead]
+        targets = prefetches.get(unit) or order[position + 1 : position + 2]
         for target in targets:
             issued[target] = min(issued[target], starts[unit])
     return issued

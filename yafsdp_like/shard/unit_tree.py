@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 class UnitTree:
     """A root module's units, in order of registration, which is their number in ``schedule``.
 
-    ``after_in_forward`` and ``after_in_backward`` are, for each unit, those expected after it that have something to
-    gather, nearest first.
+    ``next_in_forward`` (one at most) and ``after_in_backward`` (all, nearest first) are, for each unit, those expected
+    after it that have something to gather.
     """
 
     units: Sequence[Unit]
     root_unit: Unit | None  # that of the root module itself
     schedule: Schedule
-    after_in_forward: Mapping[Unit, Sequence[Unit]]
+    next_in_forward: Mapping[Unit, Sequence[Unit]]
     after_in_backward: Mapping[Unit, Sequence[Unit]]
     backward_ticks: Mapping[Unit, tuple[int, int]]  # when each is expected to start and to end; sorted by the latter
 
@@ -48,7 +48,7 @@ def unit_tree_of(root: nn.Module) -> UnitTree:
         units,
         next((unit for unit in units if root in unit.modules), None),
         schedule,
-        _following(units, schedule.forward_order),
+        {unit: after[:1] for unit, after in _following(units, schedule.forward_order).items()},
         _following(units, schedule.backward_order),
         dict(sorted(ticks.items(), key=lambda item: item[1][1])),
     )
