@@ -31,7 +31,7 @@ from typing import Any, ParamSpec
 import torch
 import torch.distributed as dist
 
-from yafsdp_like.memory import vmm as windows
+from yafsdp_like.memory import vmm
 
 START_SECONDS = 180.0  # the first pool waits for the fork server to import torch
 GRACE_SECONDS = 5.0  # what other ranks get to answer once one has failed
@@ -289,7 +289,7 @@ def _join(seat: Seat) -> None:
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     torch.set_num_threads(1)
     if seat.device == "cpu":
-        windows.PAGE_NBYTES = mmap.PAGESIZE  # so that slots of small models are windows too
+        vmm.GRANULE_NBYTES = mmap.PAGESIZE  # so that slots of small models alias shards too
     if seat.device == "cuda":
         torch.cuda.set_device(seat.rank)
         torch.backends.cudnn.deterministic = True  # tests compare bits

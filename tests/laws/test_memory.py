@@ -81,14 +81,14 @@ def compare_plan_with_arenas(name: str) -> None:
 
 
 def storage_nbytes(model: nn.Module) -> int:
-    """What the arenas really take: pages, and what was allocated without them; what windows show is counted once."""
+    """What the arenas really take: granules, and what was allocated without them; what slots alias is counted once."""
     units = units_of(model)
     engine = units[0].engine
     assert engine is not None and engine.memory.arena is not None
     total = 0
     for arena in (engine.memory.arena, *(unit.arena for unit in units)):
         spots = [arena._spots[name] for name in arena.regions]
-        total += sum({id(spot.block): spot.block.pages.nbytes for spot in spots if spot.block}.values())
+        total += sum({id(spot.block): spot.block.physical.nbytes for spot in spots if spot.block}.values())
         total += sum({s.storage.data_ptr(): s.storage.nbytes() for s in spots if not s.block and s.nbytes}.values())
     return total
 

@@ -41,7 +41,7 @@ from tests.zoo import SPECIMENS
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.transport import Reduction
-from yafsdp_like.memory import vmm as windows
+from yafsdp_like.memory import vmm
 from yafsdp_like.memory.arena import MemoryBlock
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.models import PRESETS, Decoder
@@ -179,7 +179,7 @@ def test_the_plan_on_paper_is_the_plan_of_ranks(
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     transport = "hierarchical" if num_hosts > 1 else "peer"
     plans = run_ranks(planned, transport, num_hosts, policy, world_size=num_ranks, timeout=TIMEOUT)
-    monkeypatch.setattr(windows, "PAGE_NBYTES", 4096)  # as in the ranks of tests
+    monkeypatch.setattr(vmm, "GRANULE_NBYTES", 4096)  # as in the ranks of tests
     found = plan_for(TINY, Topology("", num_ranks // num_hosts, num_hosts), policy)
     for plan in plans:
         assert (found.world_size, found.regions, found.slots) == (plan.world_size, plan.regions, plan.slots)

@@ -126,13 +126,13 @@ GRANULARITY = 2 << 20  # in which a GPU's memory is handed out, in bytes
 
 @pytest.mark.parametrize("transport", ["process_group", "peer"])
 def test_the_plan_is_what_the_gpu_holds(transport: str) -> None:
-    """In the allocator, and outside of it what lies in pages, which it does not count."""
+    """In the allocator, and outside of it what lies in granules, which it does not count."""
     for plan, allocated, elsewhere in run_ranks(compare_plan_with_gpu, transport, device="cuda", timeout=120):
-        in_pages = sum(region.nbytes for region in plan.regions if region.mapped or region.page_nbytes)
-        rest = plan.nbytes - in_pages
-        assert bool(in_pages) is (transport == "peer")
+        in_granules = sum(region.nbytes for region in plan.regions if region.mapped or region.granule_nbytes)
+        rest = plan.nbytes - in_granules
+        assert bool(in_granules) is (transport == "peer")
         assert 0 <= allocated - rest < 0.01 * rest  # the allocator rounds blocks up
-        assert -GRANULARITY < elsewhere - in_pages <= GRANULARITY  # what else the driver keeps
+        assert -GRANULARITY < elsewhere - in_granules <= GRANULARITY  # what else the driver keeps
 
 
 def compare_plan_with_gpu(transport: str) -> tuple[MemoryPlan, int, int]:

@@ -1,4 +1,4 @@
-"""Pages of memory that the processes of one host show each other: their file descriptors, sent over sockets.
+"""Memory that the processes of one host map of each other: its file descriptors, sent over sockets.
 
 Owns nothing that lives longer than the exchange. It blocks the CPU, once per block of memory.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from yafsdp_like.comm.consistency import all_gather_object
 from yafsdp_like.memory.layout import Segment
-from yafsdp_like.memory.vmm import Pages, Window, window
+from yafsdp_like.memory.vmm import MappedRange, PhysicalMemory, map_range
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,9 +25,11 @@ _AT_ONCE = 64  # descriptors of a message; a process may have few open
 _TIMEOUT_SECONDS = 120.0  # a rank that failed sends nothing more
 
 
-def pages_of_all_ranks(mine: Pages, group: dist.ProcessGroup) -> list[Pages]:
-    """The same pages of every rank, by rank; this rank's are ``mine``. Asked by all ranks together, with pages of the
-    same sizes. Raises ``OSError`` on a rank that another does not answer.
+def exchange_memory(mine: PhysicalMemory, group: dist.ProcessGroup) -> list[PhysicalMemory]:
+    """Import the memory of every rank, by rank; this rank's is ``mine``.
+
+    Called by all ranks together, with memory of the same size and granule. Raises ``OSError`` on a rank that another
+    does not answer.
     """
     found = [mine if rank == group.rank() else mine.of_peer() for rank in range(group.size())]
     with _connections(group) as connections:
@@ -38,22 +40,22 @@ def pages_of_all_ranks(mine: Pages, group: dist.ProcessGroup) -> list[Pages]:
     return found
 
 
-def windows_of_all_ranks(mine: Pages, group: dist.ProcessGroup) -> list[Window]:
-    """All pages of every rank, by rank, as this process sees them."""
-    return [window([(pages, Segment(0, pages.nbytes))]) for pages in pages_of_all_ranks(mine, group)]
+def map_all_ranks(mine: PhysicalMemory, group: dist.ProcessGroup) -> list[MappedRange]:
+    """Map the whole memory of every rank into this process, by rank; see ``exchange_memory``."""
+    return [map_range([(memory, Segment(0, memory.nbytes))]) for memory in exchange_memory(mine, group)]
 
 
-def _exchange(mine: Pages, to: socket.socket, theirs: Pages, source: socket.socket) -> None:
+def _exchange(mine: PhysicalMemory, to: socket.socket, theirs: PhysicalMemory, source: socket.socket) -> None:
     """A message each way at a time, so that few descriptors are open or under way."""
     for start in range(0, mine.num_descriptors, _AT_ONCE):
-        sent = mine.descriptors(start, min(start + _AT_ONCE, mine.num_descriptors))
+        sent = mine.export_descriptors(start, min(start + _AT_ONCE, mine.num_descriptors))
         with _closing(sent):
             socket.send_fds(to, [b"."], sent)
         _, received, _, _ = socket.recv_fds(source, 1, _AT_ONCE)
         with _closing(received):
             if len(received) != len(sent):
                 raise OSError(f"expected {len(sent)} file descriptors from another rank, received {len(received)}")
-            theirs.adopt(received)
+            theirs.import_descriptors(received)
 
 
 @contextmanager
@@ -71,10 +73,10 @@ def _connections(group: dist.ProcessGroup) -> Iterator[dict[int, socket.socket]]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="yafsdp_")))
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(str(folder / "pages"))
+        listener.bind(str(folder / "socket"))
         listener.listen(group.size())
         listener.settimeout(_TIMEOUT_SECONDS)
-        addresses: list[str] = all_gather_object(str(folder / "pages"), group)
+        addresses: list[str] = all_gather_object(str(folder / "socket"), group)
         found: dict[int, socket.socket] = {}
         for rank in range(group.rank()):
             found[rank] = stack.enter_context(socket.socket(socket.AF_UNIX))

@@ -72,7 +72,7 @@ class HierarchicalTransport:
     ) -> AllGather:
         """See [Note: columns]."""
         assert scratch is not None, "a column must lie where peers of this host read it"
-        assert not in_place, "a slot shows no shard here: a column comes between"
+        assert not in_place, "a slot aliases no shard here: a column comes between"
         columns = self._columns(inputs, [i.dtype for i in inputs], scratch)
         to_column = self._across.all_gather(columns, inputs)
         to_slot = self._inside.all_gather(self._by_host(outputs), self._by_host(columns))

@@ -27,13 +27,13 @@ import torch
 import torch.distributed as dist
 
 from yafsdp_like.comm.consistency import all_gather_object
-from yafsdp_like.comm.descriptors import windows_of_all_ranks
+from yafsdp_like.comm.descriptors import map_all_ranks
 from yafsdp_like.comm.signals import Barrier, Flags
 from yafsdp_like.kernels.reduce import ReduceTable
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, aligned
 from yafsdp_like.memory.streams import REDUCE, Event, Recording
-from yafsdp_like.memory.vmm import Window
-from yafsdp_like.memory.vmm import obstacle as pages_obstacle
+from yafsdp_like.memory.vmm import MappedRange
+from yafsdp_like.memory.vmm import obstacle as mapping_obstacle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -62,12 +62,12 @@ class PeerTransport:
         self.description = f"peer: {reason}"
         self._group = self.everybody = group
         self._device = device
-        self._windows: weakref.WeakKeyDictionary[MemoryBlock, list[Window]] = weakref.WeakKeyDictionary()  # by rank
+        self._ranges: weakref.WeakKeyDictionary[MemoryBlock, list[MappedRange]] = weakref.WeakKeyDictionary()  # by rank
         self._barrier = Flags(group, device) if device.type == "cuda" else Barrier(group)
 
     def connect(self, blocks: Sequence[MemoryBlock]) -> None:
         for block in blocks:
-            self._windows[block] = windows_of_all_ranks(block.pages, self._group)
+            self._ranges[block] = map_all_ranks(block.physical, self._group)
 
     def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
         return 0
@@ -158,10 +158,10 @@ class PeerTransport:
 
     def _of_all_ranks(self, mine: torch.Tensor) -> list[torch.Tensor]:
         """The same place as that of ``mine``, in every rank's memory."""
-        for block, windows in self._windows.items():
+        for block, ranges in self._ranges.items():
             if (where := block.find(mine)) is not None:
                 offset, nbytes = where
-                theirs = [w.bytes[offset : offset + nbytes] for w in windows]
+                theirs = [r.bytes[offset : offset + nbytes] for r in ranges]
                 parts = [part.view(mine.dtype).view(mine.shape) for part in theirs]
                 return [mine if rank == self.rank else part for rank, part in enumerate(parts)]
         raise AssertionError(f"a tensor of shape {tuple(mine.shape)} lies outside the memory that peers map")
@@ -214,7 +214,7 @@ def obstacle(group: dist.ProcessGroup, device: torch.device) -> str | None:
     identities = all_gather_object((_host(), _gpu(device)), group)
     if len({host for host, _ in identities}) > 1:
         return Obstacle.SEVERAL_HOSTS
-    why = next(filter(None, all_gather_object(pages_obstacle(device), group)), None)
+    why = next(filter(None, all_gather_object(mapping_obstacle(device), group)), None)
     if why is not None or device.type == "cpu":
         return why
     if len(set(identities)) < len(identities):

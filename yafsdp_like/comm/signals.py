@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from yafsdp_like.comm.descriptors import windows_of_all_ranks
+from yafsdp_like.comm.descriptors import map_all_ranks
 from yafsdp_like.memory.arena import MemoryBlock
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event
-from yafsdp_like.memory.vmm import Window, checked, driver
+from yafsdp_like.memory.vmm import MappedRange, checked, driver
 
 if TYPE_CHECKING:
     import datetime
@@ -56,10 +56,9 @@ class Flags:
         self._device = device
         self._block = MemoryBlock.allocate(len(_CHANNELS) * 2 * group.size() * _FLAG_NBYTES, device)
         torch.cuda.synchronize(device)  # flags are 0 before a peer can set one
-        self._windows = windows_of_all_ranks(self._block.pages, group)
+        self._ranges = map_all_ranks(self._block.physical, group)
         self._barrier = {
-            channel: _barrier_operations(self._windows, number, group.rank())
-            for number, channel in enumerate(_CHANNELS)
+            channel: _barrier_operations(self._ranges, number, group.rank()) for number, channel in enumerate(_CHANNELS)
         }
         self._watchdog = Watchdog(group.rank(), group._get_backend(device).options._timeout)
 
@@ -74,21 +73,21 @@ class Flags:
             self._watchdog.arm(event)
 
 
-def _barrier_operations(windows: Sequence[Window], channel: int, rank: int) -> list[Any]:
+def _barrier_operations(ranges: Sequence[MappedRange], channel: int, rank: int) -> list[Any]:
     """What a stream of ``rank`` does in a barrier; see [Note: two flags]."""
-    others = [peer for peer in range(len(windows)) if peer != rank]
+    others = [peer for peer in range(len(ranges)) if peer != rank]
     operations = []
     for phase in range(2):
-        first = (2 * channel + phase) * len(windows)
-        operations += [_write(_flag(windows[peer], first + rank), 1) for peer in others]
+        first = (2 * channel + phase) * len(ranges)
+        operations += [_write(_flag(ranges[peer], first + rank), 1) for peer in others]
         for peer in others:
-            flag = _flag(windows[rank], first + peer)
+            flag = _flag(ranges[rank], first + peer)
             operations += [_wait_for_1(flag), _write(flag, 0)]
     return operations
 
 
-def _flag(window: Window, number: int) -> int:
-    return window.bytes.data_ptr() + number * _FLAG_NBYTES
+def _flag(flags: MappedRange, number: int) -> int:
+    return flags.bytes.data_ptr() + number * _FLAG_NBYTES
 
 
 def _write(address: int, value: int) -> Any:

@@ -51,7 +51,7 @@ class Transport(Protocol):
     world_size: int
     description: str  # what moves the bytes, and why this transport was chosen
     maps_memory: bool  # inputs must lie in blocks that ``connect`` was given, since peers read them where they are
-    aliases_local_shard: bool  # of a gather's outputs, where they are in place: see [Note: windows]
+    aliases_local_shard: bool  # an all-gather's output may alias its input: see [Note: aliased granules]
     gathers_collectively: bool  # and not by this rank's own reading
     everybody: dist.ProcessGroup  # all ranks that must do the same, in the same order
 

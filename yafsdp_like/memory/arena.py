@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from yafsdp_like.memory import vmm as windows
+from yafsdp_like.memory import vmm
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import Region, readable
 from yafsdp_like.memory.room import free_nbytes, ranks_of_this_host
@@ -21,15 +21,15 @@ WORTH_ASKING_NBYTES = 64 << 20  # smaller ones are allocated without asking what
 
 @dataclass(frozen=True, eq=False)
 class MemoryBlock:
-    """One allocation of pages, zeroed, which other processes of this host and windows can show."""
+    """One allocation, zeroed, which other processes of this host and other addresses can map."""
 
     bytes: torch.Tensor  # (nbytes,) uint8
-    pages: windows.Pages
+    physical: vmm.PhysicalMemory
 
     @classmethod
-    def allocate(cls, nbytes: int, device: torch.device, page_nbytes: int = 0) -> MemoryBlock:
-        pages = windows.allocate(nbytes, page_nbytes or windows.PAGE_NBYTES, device)
-        block = cls(windows.window([(pages, Segment(0, pages.nbytes))]).bytes[:nbytes], pages)
+    def allocate(cls, nbytes: int, device: torch.device, granule_nbytes: int = 0) -> MemoryBlock:
+        physical = vmm.allocate(nbytes, granule_nbytes or vmm.GRANULE_NBYTES, device)
+        block = cls(vmm.map_range([(physical, Segment(0, physical.nbytes))]).bytes[:nbytes], physical)
         block.bytes.zero_()
         return block
 
@@ -42,7 +42,7 @@ class MemoryBlock:
 
 @dataclass(frozen=True)
 class _Spot:
-    """Where a region or a window is: bytes ``[offset, offset + nbytes)`` of a storage, and of a block's pages."""
+    """Where a region or a range of aliases is: bytes ``[offset, offset + nbytes)`` of a storage, and of a block."""
 
     storage: torch.UntypedStorage
     offset_nbytes: int
@@ -60,7 +60,7 @@ class Arena:
         self.device = device
         self.regions: dict[str, Region] = {}
         self.blocks: list[MemoryBlock] = []  # those that peers map
-        self._spots: dict[str, _Spot] = {}  # by name of region or window
+        self._spots: dict[str, _Spot] = {}  # by name of region or of aliases
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +68,7 @@ class Arena:
 
     def reserve(self, regions: Sequence[Region]) -> None:
         """Allocates a block for ``regions`` one after the other: one for those that stay private, one for those that
-        peers map (to be found in ``blocks``), one for each size of page. Sizes must be multiples of the alignment.
+        peers map (to be found in ``blocks``), one for each size of granule. Sizes must be multiples of the alignment.
 
         Raises ``torch.OutOfMemoryError`` (CUDA) or ``RuntimeError`` (CPU) when the device has no room for the block.
         """
@@ -76,16 +76,16 @@ class Arena:
             _refuse_what_the_host_cannot_hold(sum(region.nbytes for region in regions))
         for region in regions:
             assert region.name not in self._spots, f"region {region.name!r} is reserved already"
-            assert aligned(region.nbytes, region.page_nbytes or ALIGNMENT_NBYTES) == region.nbytes, f"{region}"
-        for mapped, page_nbytes in sorted({(r.mapped, r.page_nbytes) for r in regions}):
-            together = [r for r in regions if (r.mapped, r.page_nbytes) == (mapped, page_nbytes)]
+            assert aligned(region.nbytes, region.granule_nbytes or ALIGNMENT_NBYTES) == region.nbytes, f"{region}"
+        for mapped, granule_nbytes in sorted({(r.mapped, r.granule_nbytes) for r in regions}):
+            together = [r for r in regions if (r.mapped, r.granule_nbytes) == (mapped, granule_nbytes)]
             with torch.inference_mode(False):
-                self._reserve(together, mapped, page_nbytes)
+                self._reserve(together, mapped, granule_nbytes)
 
-    def _reserve(self, regions: Sequence[Region], mapped: bool, page_nbytes: int) -> None:
+    def _reserve(self, regions: Sequence[Region], mapped: bool, granule_nbytes: int) -> None:
         nbytes, block = sum(r.nbytes for r in regions), None
-        if nbytes and (mapped or page_nbytes):
-            block = MemoryBlock.allocate(nbytes, self.device, page_nbytes)
+        if nbytes and (mapped or granule_nbytes):
+            block = MemoryBlock.allocate(nbytes, self.device, granule_nbytes)
             storage = block.bytes.untyped_storage()
             self.blocks += [block] if mapped else []
         else:
@@ -96,26 +96,26 @@ class Arena:
             self._spots[region.name] = _Spot(storage, offset, region.nbytes, block)
             offset += region.nbytes
 
-    def show(self, name: str, places: Sequence[Place]) -> Place:
-        """A window, under a name of its own, on ``places`` one after the other: whole pages of this arena's regions."""
-        assert name not in self._spots, f"window {name!r} is there already"
+    def alias(self, name: str, places: Sequence[Place]) -> Place:
+        """Map ``places``, whole granules of this arena's regions, one after the other at a new range named ``name``."""
+        assert name not in self._spots, f"range {name!r} is there already"
         parts = []
         for place in places:
             spot = self._spots[place.region]
-            assert spot.block is not None, f"region {place.region!r} has no pages"
+            assert spot.block is not None, f"region {place.region!r} cannot be aliased"
             offset = spot.offset_nbytes + place.segment.offset_nbytes
-            parts.append((spot.block.pages, Segment(offset, place.segment.nbytes)))
+            parts.append((spot.block.physical, Segment(offset, place.segment.nbytes)))
         with torch.inference_mode(False):
-            shown = windows.window(parts).bytes
-        self._spots[name] = _Spot(shown.untyped_storage(), 0, shown.numel())
+            mapped = vmm.map_range(parts).bytes
+        self._spots[name] = _Spot(mapped.untyped_storage(), 0, mapped.numel())
         return self.place(name)
 
     def place(self, name: str) -> Place:
-        """All of a region or window."""
+        """All of a region or of a range of aliases."""
         return Place(self, name, Segment(0, self._spots[name].nbytes))
 
     def storage(self, name: str) -> tuple[torch.UntypedStorage, int]:
-        """What holds a region or window, and the byte in it where that starts."""
+        """What holds a region or a range of aliases, and the byte in it where that starts."""
         return self._spots[name].storage, self._spots[name].offset_nbytes
 
 
@@ -132,7 +132,7 @@ def _refuse_what_the_host_cannot_hold(nbytes: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A range of bytes in a region or window of an arena: where a slot, a shard or a part of either lies."""
+    """A range of bytes in a region of an arena or a range of aliases: where a slot, a shard or a part of one lies."""
 
     arena: Arena
     region: str

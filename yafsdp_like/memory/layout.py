@@ -92,7 +92,7 @@ class FlatLayout:
 
     segments: tuple[Segment, ...]
     nbytes: int
-    page_nbytes: int = ALIGNMENT_NBYTES  # where the region may end
+    granule_nbytes: int = ALIGNMENT_NBYTES  # where the region may end
 
     def __post_init__(self) -> None:
         end = 0
@@ -100,20 +100,22 @@ class FlatLayout:
             assert segment.offset_nbytes % ALIGNMENT_NBYTES == 0, f"misaligned {segment}"
             assert segment.offset_nbytes >= end and segment.nbytes >= 0, f"{segment} overlaps what ends at {end}"
             end = segment.end_nbytes
-        assert aligned(end, self.page_nbytes) == self.nbytes, f"segments end at {end}, the region at {self.nbytes}"
+        assert aligned(end, self.granule_nbytes) == self.nbytes, f"segments end at {end}, the region at {self.nbytes}"
 
     @classmethod
-    def pack(cls, sizes_nbytes: Sequence[int], in_pages: Collection[int] = (), page_nbytes: int = 0) -> FlatLayout:
+    def pack(
+        cls, sizes_nbytes: Sequence[int], in_granules: Collection[int] = (), granule_nbytes: int = 0
+    ) -> FlatLayout:
         """Segments of the given sizes, in order, as close together as alignment allows.
 
-        Those whose index is in ``in_pages`` start at a page, and are whole pages; all of them together are then too.
+        Those whose index is in ``in_granules`` start at a granule, and are whole granules, as the whole then is.
         """
         segments, offset = [], 0
         for index, nbytes in enumerate(sizes_nbytes):
-            if index in in_pages:
-                assert nbytes % page_nbytes == 0, f"{nbytes} bytes are not whole pages of {page_nbytes}"
-                offset = aligned(offset, page_nbytes)
+            if index in in_granules:
+                assert nbytes % granule_nbytes == 0, f"{nbytes} bytes are not whole granules of {granule_nbytes}"
+                offset = aligned(offset, granule_nbytes)
             segments.append(Segment(offset, nbytes))
             offset = aligned(offset + nbytes)
-        page_nbytes = page_nbytes if in_pages else ALIGNMENT_NBYTES
-        return cls(tuple(segments), aligned(offset, page_nbytes), page_nbytes)
+        granule_nbytes = granule_nbytes if in_granules else ALIGNMENT_NBYTES
+        return cls(tuple(segments), aligned(offset, granule_nbytes), granule_nbytes)

@@ -97,7 +97,7 @@ class Region:
     kind: str
     nbytes: int
     mapped: bool = False  # read by peers where it is
-    page_nbytes: int = 0  # made of whole pages of this size, which windows show; 0: none does
+    granule_nbytes: int = 0  # made of whole granules of this size, which slots alias; 0: none does
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ KINDS = {
     "gradient slots": "units' full gradients, shared by live range",
     "unsynced gradients": "full gradients kept while set_requires_gradient_sync(False)",
     "staging": "peers' chunks of gradients while they are added up",
-    "page end": "what the last page of the memory that peers map has left",
+    "granule end": "the unused end of the last granule of the memory that peers map",
     "spill": "slots that the order of execution asked for beyond the plan",
     "weights": "served units that stay: whole, or this rank's part",
     "weight shards": "this rank's part of those that are gathered",

@@ -195,7 +195,9 @@ def _gather_slot(unit: Unit, memory_layout: MemoryLayout, arena: Arena) -> Gathe
     if unit in memory_layout.gather_places:
         extent = arena.place(GATHER_SLOTS).part(memory_layout.gather_places[unit])
         return (
-            _window(unit, layout, extent) if layout.aliased_shard.nbytes else slot_at(unit, extent, layout.gather_slot)
+            _aliased_slot(unit, layout, extent)
+            if layout.aliased_shard.nbytes
+            else slot_at(unit, extent, layout.gather_slot)
         )
     if unit.own_gather_slot:
         return slot_at(unit, arena.place(f"{unit.name}.gather_slot"), layout.gather_slot)
@@ -206,8 +208,8 @@ def slot_at(unit: Unit, extent: Place, layout: FlatLayout) -> GatherSlot:
     return GatherSlot(unit, [extent.part(segment) for segment in layout.segments], extent)
 
 
-def _window(unit: Unit, layout: UnitLayout, extent: Place) -> GatherSlot:
-    """A slot that shows pages of ``extent``, and of the shard where this rank's chunks belong."""
+def _aliased_slot(unit: Unit, layout: UnitLayout, extent: Place) -> GatherSlot:
+    """A slot that maps granules of ``extent``, and of the shard where this rank's chunks belong."""
     aliased = {k: segment for k, segment in enumerate(layout.aliased_shard.segments) if segment.nbytes}
     shard = extent.arena.place(f"{unit.name}.aliased_shard")
     parts, end, taken = [], 0, 0
@@ -216,8 +218,8 @@ def _window(unit: Unit, layout: UnitLayout, extent: Place) -> GatherSlot:
         parts += [extent.part(Segment(taken, start - end)), shard.part(own)]
         taken, end = taken + start - end, start + own.nbytes
     parts.append(extent.part(Segment(taken, layout.gather_slot.nbytes - end)))
-    window = extent.arena.show(f"{unit.name}.window", parts)
-    return GatherSlot(unit, [window.part(segment) for segment in layout.gather_slot.segments], extent, aliased)
+    slot = extent.arena.alias(f"{unit.name}.aliased_slot", parts)
+    return GatherSlot(unit, [slot.part(segment) for segment in layout.gather_slot.segments], extent, aliased)
 
 
 def _slot_on_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> GatherSlot:

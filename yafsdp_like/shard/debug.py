@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def poison(slot: GatherSlot) -> None:
-    """Fills the slot with NaN (integers with their largest value), except where it shows this rank's own shard."""
+    """Fills the slot with NaN (integers with their largest value), except where it aliases this rank's shard."""
     with torch.no_grad():
         for k, (p, output) in enumerate(zip(slot.unit.params, slot.outputs, strict=True)):
             chunks = output.view(p.shards.world_size, -1)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from yafsdp_like.memory import vmm as windows
+from yafsdp_like.memory import vmm
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, place
 from yafsdp_like.shard.schedule import Residency, gather_starts
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 GATHER_SLOTS, GRADIENT_SLOTS = "gather slots", "gradient slots"  # the two regions that slots share
 STAGING, COLUMN = "staging", "gather staging"
 MAX_STAGING_NBYTES = 256 << 20
-MAX_PAGE_NBYTES = 16 << 20  # slots end at a page
+MAX_GRANULE_NBYTES = 16 << 20  # slots end at a granule
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,22 @@ class MemoryLayout:
 def plan_memory(tree: UnitTree) -> MemoryLayout:
     """The plan for the units as they are now."""
     units, schedule = tree.units, tree.schedule
-    page_nbytes = _page_nbytes(units)
-    layouts = {unit: unit.plan_layout(page_nbytes) for unit in units}
+    granule_nbytes = _granule_nbytes(units)
+    layouts = {unit: unit.plan_layout(granule_nbytes) for unit in units}
     gather_live = _gather_ranges(tree)
     gradient_live = {unit: schedule.gradient_range(i) for i, unit in enumerate(units)}
-    gather = {u: aligned(x.gathered_nbytes, page_nbytes or 1) for u, x in layouts.items() if not u.own_gather_slot}
+    gather = {u: aligned(x.gathered_nbytes, granule_nbytes or 1) for u, x in layouts.items() if not u.own_gather_slot}
     gradient = {u: x.gradient_slot.nbytes for u, x in layouts.items() if not u.own_gradient_slot}
     gather_places, gather_nbytes = _place_shared(gather, gather_live)
     gradient_places, gradient_nbytes = _place_shared(gradient, gradient_live)
-    regions = [shard for unit in units for shard in _shards(unit, layouts[unit], page_nbytes)]
+    regions = [shard for unit in units for shard in _shards(unit, layouts[unit], granule_nbytes)]
     regions += [
-        Region(GATHER_SLOTS, GATHER_SLOTS, gather_nbytes, page_nbytes=page_nbytes),
+        Region(GATHER_SLOTS, GATHER_SLOTS, gather_nbytes, granule_nbytes=granule_nbytes),
         Region(GRADIENT_SLOTS, GRADIENT_SLOTS, gradient_nbytes, any(u.transport.maps_memory for u in units)),
     ]
     regions += _staging(layouts)
     regions += [region for unit in units for region in own_slot_regions(unit, layouts[unit])]
-    regions += _page_end(regions)
+    regions += _granule_end(regions)
     slots = [SlotPlace(u.name, GATHER_SLOTS, segment, gather_live[u]) for u, segment in gather_places.items()]
     slots += [SlotPlace(u.name, GRADIENT_SLOTS, segment, gradient_live[u]) for u, segment in gradient_places.items()]
     transports = dict.fromkeys(unit.transport.description for unit in units)
@@ -69,20 +69,20 @@ def plan_memory(tree: UnitTree) -> MemoryLayout:
     return MemoryLayout(plan, layouts, gather_places, gradient_places)
 
 
-def _page_nbytes(units: Sequence[Unit]) -> int:
-    """The largest pages that many chunks are made of; 0 where no slot can show its shard."""
+def _granule_nbytes(units: Sequence[Unit]) -> int:
+    """The largest granule that chunks are made of; 0 where no slot can alias its shard."""
     for unit in units:
         unit.plan_dtypes()
     sharers = [u for u in units if u.transport.aliases_local_shard and u.transport.world_size > 1]
     chunks = [p.chunk_nbytes for unit in sharers for p in unit.params]
-    in_pages = [nbytes for nbytes in chunks if nbytes and nbytes % windows.PAGE_NBYTES == 0]
-    return math.gcd(MAX_PAGE_NBYTES, *in_pages) if in_pages else 0
+    in_granules = [nbytes for nbytes in chunks if nbytes and nbytes % vmm.GRANULE_NBYTES == 0]
+    return math.gcd(MAX_GRANULE_NBYTES, *in_granules) if in_granules else 0
 
 
-def _shards(unit: Unit, layout: UnitLayout, page_nbytes: int) -> list[Region]:
+def _shards(unit: Unit, layout: UnitLayout, granule_nbytes: int) -> list[Region]:
     aliased = layout.aliased_shard.nbytes
     return [
-        *([Region(f"{unit.name}.aliased_shard", "compute_shard", aliased, True, page_nbytes)] if aliased else []),
+        *([Region(f"{unit.name}.aliased_shard", "compute_shard", aliased, True, granule_nbytes)] if aliased else []),
         Region(f"{unit.name}.main_shard", "main_shard", layout.main_shard.nbytes),
         Region(f"{unit.name}.compute_shard", "compute_shard", layout.compute_shard.nbytes, unit.transport.maps_memory),
         Region(f"{unit.name}.grad_shard", "grad_shard", layout.grad_shard.nbytes),
@@ -113,11 +113,11 @@ def _column_nbytes(unit: Unit, dtypes: Sequence[torch.dtype | None]) -> int:
     return unit.transport.column_nbytes([p.shards.chunk_numel * dtype.itemsize for p, dtype in pairs if dtype])
 
 
-def _page_end(regions: Sequence[Region]) -> list[Region]:
-    """What the last page of the block that peers map has left."""
-    in_block = sum(region.nbytes for region in regions if region.mapped and not region.page_nbytes)
-    left = aligned(in_block, windows.PAGE_NBYTES) - in_block
-    return [Region("page end", "page end", left, mapped=True)] if left else []
+def _granule_end(regions: Sequence[Region]) -> list[Region]:
+    """The unused end of the last granule of the block that peers map."""
+    in_block = sum(region.nbytes for region in regions if region.mapped and not region.granule_nbytes)
+    left = aligned(in_block, vmm.GRANULE_NBYTES) - in_block
+    return [Region("granule end", "granule end", left, mapped=True)] if left else []
 
 
 def own_slot_regions(unit: Unit, layout: UnitLayout) -> list[Region]:
@@ -128,7 +128,7 @@ def own_slot_regions(unit: Unit, layout: UnitLayout) -> list[Region]:
     if unit.own_gradient_slot:
         kind = "unsynced gradients" if unit.unsynced_gradients else "spill"
         mapped = unit.transport.maps_memory
-        nbytes = aligned(layout.gradient_slot.nbytes, windows.PAGE_NBYTES if mapped else 1)
+        nbytes = aligned(layout.gradient_slot.nbytes, vmm.GRANULE_NBYTES if mapped else 1)
         regions.append(Region(f"{unit.name}.gradient_slot", kind, nbytes, mapped))
     return regions
 

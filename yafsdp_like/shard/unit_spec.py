@@ -40,20 +40,22 @@ class UnitLayout:
 
     main_shard: FlatLayout
     compute_shard: FlatLayout  # only parameters that peers do not gather from the main shard itself
-    aliased_shard: FlatLayout  # the rest of the compute shard: whole pages that the gather slot shows
+    aliased_shard: FlatLayout  # the rest of the compute shard: whole granules that the gather slot aliases
     grad_shard: FlatLayout  # only trainable parameters, as in the gradient slot
     gather_slot: FlatLayout
     gradient_slot: FlatLayout
 
     @classmethod
     def of(
-        cls, params: Sequence[ShardedParam], trainable: Collection[int], maps_memory: bool, page_nbytes: int
+        cls, params: Sequence[ShardedParam], trainable: Collection[int], maps_memory: bool, granule_nbytes: int
     ) -> UnitLayout:
         """With gradients of the ``trainable`` ones. Where peers read the compute shard in place (``maps_memory``),
-        every parameter has one; slots are windows where ``page_nbytes`` is not 0.
+        every parameter has one; slots alias shards where ``granule_nbytes`` is not 0.
         """
         aliased = {
-            k for k, p in enumerate(params) if page_nbytes and p.chunk_nbytes and p.chunk_nbytes % page_nbytes == 0
+            k
+            for k, p in enumerate(params)
+            if granule_nbytes and p.chunk_nbytes and p.chunk_nbytes % granule_nbytes == 0
         }
 
         def chunks(dtypes: Sequence[torch.dtype | None]) -> FlatLayout:
@@ -61,9 +63,9 @@ class UnitLayout:
                 [p.shards.chunk_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
             )
 
-        def full(dtypes: Sequence[torch.dtype | None], in_pages: Collection[int] = ()) -> FlatLayout:
+        def full(dtypes: Sequence[torch.dtype | None], in_granules: Collection[int] = ()) -> FlatLayout:
             sizes = [p.shards.padded_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
-            return FlatLayout.pack(sizes, in_pages, page_nbytes)
+            return FlatLayout.pack(sizes, in_granules, granule_nbytes)
 
         has_shard = [maps_memory or p.compute_dtype != p.main_dtype for p in params]
 
@@ -80,7 +82,7 @@ class UnitLayout:
 
     @property
     def gathered_nbytes(self) -> int:
-        """What a gather slot takes beside the shard that it shows."""
+        """What a gather slot takes beside the shard that it aliases."""
         return self.gather_slot.nbytes - self.aliased_shard.nbytes
 
 

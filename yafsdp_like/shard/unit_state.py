@@ -48,7 +48,7 @@ class GatherSlot:
     ``params[k]`` is the ``nn.Parameter`` that modules compute on; ``outputs[k]``, ``(padded_numel,)``, is the same
     bytes for the collective to write. They are different tensors: see [Note: version counters]. ``places`` has one
     place per parameter; ``extent`` is what is gathered, or None when the slot is the shard (one rank). Of the
-    parameters in ``aliased`` the places show this rank's shard itself: see [Note: windows].
+    parameters in ``aliased`` the places alias this rank's shard: see [Note: aliased granules].
     """
 
     def __init__(
@@ -329,14 +329,14 @@ class Unit:
     def meta_params(self) -> list[str]:
         return [p.name for p in self.params if p.local.is_meta]
 
-    def plan_layout(self, page_nbytes: int = 0) -> UnitLayout:
-        """The layout for the dtypes and ``requires_grad`` of now, without touching memory; with gather slots that are
-        windows of such pages, or are none.
+    def plan_layout(self, granule_nbytes: int = 0) -> UnitLayout:
+        """The layout for the dtypes and ``requires_grad`` of now, without touching memory; with gather slots that
+        alias whole granules of the shard, unless ``granule_nbytes`` is 0.
         """
         self.plan_dtypes()
         aliases_local_shard = self.transport.aliases_local_shard and self.transport.world_size > 1
-        page_nbytes = page_nbytes if aliases_local_shard else 0
-        return UnitLayout.of(self.params, self.trainable, self.transport.maps_memory, page_nbytes)
+        granule_nbytes = granule_nbytes if aliases_local_shard else 0
+        return UnitLayout.of(self.params, self.trainable, self.transport.maps_memory, granule_nbytes)
 
     def plan_dtypes(self) -> None:
         """What each parameter is computed and its gradient reduced in, by the policy of now."""

@@ -8,7 +8,7 @@ import torch
 
 from yafsdp_like.inference.options import ServingLimits
 from yafsdp_like.inference.plan.packed_weights import pack_units, uses_of
-from yafsdp_like.inference.plan.placement import MIN_PAGES_PER_PART, Mode, Placement, placements
+from yafsdp_like.inference.plan.placement import MIN_GRANULES_PER_PART, Mode, Placement, placements
 from yafsdp_like.inference.plan.serving_plan import HARDWARE, ServingPlan, Site, plan_serving
 from yafsdp_like.inference.plan.workspace import ALWAYS, WORKSPACE
 from yafsdp_like.memory.layout import aligned
@@ -144,25 +144,27 @@ def test_the_plan_of_gathered_weights_is_an_equation(num_ranks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "num_ranks", "page_nbytes"),
+    ("name", "num_ranks", "granule_nbytes"),
     [("8b", 2, 2 << 20), ("8b", 8, 2 << 20), ("70b", 2, 8 << 20), ("70b", 8, 2 << 20)],
 )
-def test_slots_hold_other_ranks_parts_alone_where_memory_is_mapped(name: str, num_ranks: int, page_nbytes: int) -> None:
+def test_slots_hold_other_ranks_parts_alone_where_memory_is_mapped(
+    name: str, num_ranks: int, granule_nbytes: int
+) -> None:
     site = Site(num_ranks=num_ranks, maps_memory=True)
     plan = plan_serving(PRESETS[name], replace(SMALL, kv_nbytes=1 << 30), site, "gathered")
     layer = plan.placement.packed_units[1].nbytes
-    part = aligned(-(-layer // num_ranks), page_nbytes)
+    part = aligned(-(-layer // num_ranks), granule_nbytes)
     assert plan.memory.nbytes_of("weight slots") == 2 * (num_ranks - 1) * part
     assert plan.memory.nbytes_of("weight shards") == PRESETS[name].num_layers * part
-    assert part <= (1 + 1 / MIN_PAGES_PER_PART) * layer / num_ranks
-    in_pages = [region for region in plan.memory.regions if region.page_nbytes]
-    assert {region.kind for region in in_pages} == {"weight slots", "weight shards"}
-    assert {region.page_nbytes for region in in_pages} == {page_nbytes}
+    assert part <= (1 + 1 / MIN_GRANULES_PER_PART) * layer / num_ranks
+    in_granules = [region for region in plan.memory.regions if region.granule_nbytes]
+    assert {region.kind for region in in_granules} == {"weight slots", "weight shards"}
+    assert {region.granule_nbytes for region in in_granules} == {granule_nbytes}
 
 
 def test_parts_of_few_pages_are_copied_into_slots() -> None:
     plan = plan_serving(TIED, SMALL, Site(num_ranks=2, maps_memory=True), "gathered")
-    assert plan.placement.page_nbytes == 0
+    assert plan.placement.granule_nbytes == 0
     assert plan.memory.nbytes_of("weight slots") == 2 * 2 * plan.placement.part_nbytes(1)
 
 

@@ -393,11 +393,11 @@ def test_ranks_that_map_memory_each_go_at_their_own_pace() -> None:
     assert results == [([[]] * 4, False, True), ([], False, True)]
 
 
-LARGE = replace(CONFIG, dim=128, num_layers=4, ffn_dim=384)  # parts of pages, on the small pages of tests
+LARGE = replace(CONFIG, dim=128, num_layers=4, ffn_dim=384)  # parts of granules, on the small granules of tests
 
 
-def gathered_in_pages() -> Any:
-    """What differs in three forwards, copies of a forward, and whether each slot shows this rank's shard."""
+def gathered_in_granules() -> Any:
+    """What differs in three forwards, copies of a forward, and whether each slot aliases this rank's shard."""
     module = decoder(LARGE)
     transport = transport_of(group(), CPU, "peer")
     weights = load(model_of(module), LIMITS, mode="gathered", transport=transport)
@@ -405,21 +405,21 @@ def gathered_in_pages() -> Any:
     with Prefetched() as prefetched:
         run_forward(weights)
     rank, part = transport.rank, weights.plan.placement.part_nbytes(1)
-    window, shard = (weights.arena.place(f"layers.0.{name}") for name in ("window", "shard"))
-    shown = window.part(Segment(rank * part, part)).tensor(torch.uint8, (part,))
+    slot, shard = (weights.arena.place(f"layers.0.{name}") for name in ("aliased_slot", "shard"))
+    own = slot.part(Segment(rank * part, part)).tensor(torch.uint8, (part,))
     of_rank = shard.tensor(torch.uint8, (part,))
     weights.close()
-    before = shown[:9].tolist()
+    before = own[:9].tolist()
     of_rank[:9].add_(1)
-    return found, prefetched.operations, [(b + 1) % 256 for b in before] == shown[:9].tolist()
+    return found, prefetched.operations, [(b + 1) % 256 for b in before] == own[:9].tolist()
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_a_slot_shows_this_ranks_part_and_is_brought_the_others(world_size: int) -> None:
-    for found, operations, is_shown in run_ranks(gathered_in_pages, world_size=world_size):
+def test_a_slot_aliases_this_ranks_part_and_receives_the_others(world_size: int) -> None:
+    for found, operations, is_aliased in run_ranks(gathered_in_granules, world_size=world_size):
         assert found == [[], [], []]
         assert operations == ["aten.copy_.default"] * 4 * (world_size - 1)
-        assert is_shown
+        assert is_aliased
 
 
 def load_by_unequal_plans() -> None:

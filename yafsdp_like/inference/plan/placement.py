@@ -10,9 +10,9 @@ before its own to the end of its own.
 
 [Note: own parts]
 A rank has its own part of a gathered unit already. Where ranks map each other's memory, a slot holds the others' parts
-alone, and the unit is whole in a window: the slot's pages, with the pages of this rank's shard between them
-(``memory/windows.py``, [Note: windows]). So parts are whole pages there, padded by less than one in
-``MIN_PAGES_PER_PART``.
+alone, and the unit is whole in a range of addresses that maps the slot's granules, with those of this rank's shard
+between them (``memory/vmm.py``, [Note: aliased granules]). So parts are whole granules there, padded by less than one
+in ``MIN_GRANULES_PER_PART``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from yafsdp_like.inference.plan.packed_weights import PackedUnit, pack_units, uses_of
-from yafsdp_like.memory import vmm as windows
+from yafsdp_like.memory import vmm
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import LiveRange, Region, SlotPlace, SlotRequest, live_nbytes_peak, place
 from yafsdp_like.models.tensor_parallel import cuts_of
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 Mode = Literal["resident", "gathered", "streamed", "tensor_parallel"]
 WEIGHT_SLOTS = "weight slots"  # a kind, and its region's name
-MIN_PAGES_PER_PART = 8  # of each part, where parts are made of pages
-_ENOUGH_PAGES = 64  # then pages are twice as large, since each is an allocation of its own, and a descriptor
+MIN_GRANULES_PER_PART = 8  # of each part, where parts are made of granules
+_ENOUGH_GRANULES = 64  # then granules are twice as large, since each is an allocation of its own, and a descriptor
 
 
 @dataclass(frozen=True)
@@ -53,23 +53,22 @@ class Placement:
 
     def part_nbytes(self, unit: int) -> int:
         """What this rank, or its host, holds of a unit that is moved."""
-        return aligned(self.packed_units[unit].part_nbytes(self.num_ranks), self.page_nbytes or ALIGNMENT_NBYTES)
+        return aligned(self.packed_units[unit].part_nbytes(self.num_ranks), self.granule_nbytes or ALIGNMENT_NBYTES)
 
     def slot_nbytes(self, unit: int) -> int:
-        """What is moved of it, and what its slot holds: all parts, less this rank's where that is shown."""
-        return self.part_nbytes(unit) * (self.num_ranks - 1 if self.page_nbytes else self.num_ranks)
+        """What is moved of it, and what its slot holds: all parts, less this rank's where that is aliased."""
+        return self.part_nbytes(unit) * (self.num_ranks - 1 if self.granule_nbytes else self.num_ranks)
 
     @cached_property
-    def page_nbytes(self) -> int:
-        """Of the pages that parts are made of; 0 where they are too small for that, or are not shown."""
+    def granule_nbytes(self) -> int:
+        """Of the granules that parts are made of; 0 where they are too small for that, or are not aliased."""
         if not (self.maps_memory and self.non_resident):
             return 0
-        num_pages = (
-            min(self.packed_units[unit].part_nbytes(self.num_ranks) for unit in self.non_resident)
-            // windows.PAGE_NBYTES
+        num_granules = (
+            min(self.packed_units[unit].part_nbytes(self.num_ranks) for unit in self.non_resident) // vmm.GRANULE_NBYTES
         )
-        doublings = max(num_pages // _ENOUGH_PAGES, 1).bit_length() - 1
-        return windows.PAGE_NBYTES << doublings if num_pages >= MIN_PAGES_PER_PART else 0
+        doublings = max(num_granules // _ENOUGH_GRANULES, 1).bit_length() - 1
+        return vmm.GRANULE_NBYTES << doublings if num_granules >= MIN_GRANULES_PER_PART else 0
 
     @cached_property
     def runs(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
@@ -138,9 +137,9 @@ class Placement:
                 yield Region(packed.name, "weights", packed.nbytes)
             elif self.mode == "gathered":
                 nbytes = self.part_nbytes(unit)
-                yield Region(f"{packed.name}.shard", "weight shards", nbytes, self.maps_memory, self.page_nbytes)
+                yield Region(f"{packed.name}.shard", "weight shards", nbytes, self.maps_memory, self.granule_nbytes)
         if self.non_resident:
-            yield Region(WEIGHT_SLOTS, WEIGHT_SLOTS, self.slots[1], page_nbytes=self.page_nbytes)
+            yield Region(WEIGHT_SLOTS, WEIGHT_SLOTS, self.slots[1], granule_nbytes=self.granule_nbytes)
 
     def host_regions(self) -> Iterator[Region]:
         if self.mode == "streamed":

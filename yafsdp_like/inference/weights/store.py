@@ -235,13 +235,13 @@ class PlacedWeights:
         if unit not in placement.non_resident:
             return self.arena.place(name)
         slot = self._extent(unit)
-        if not placement.page_nbytes:
+        if not placement.granule_nbytes:
             return slot
         assert self._transport is not None
         own = self._transport.rank * placement.part_nbytes(unit)  # where this rank's part begins
         before, after = Segment(0, own), Segment(own, slot.segment.nbytes - own)
         parts = [slot.part(before), self.arena.place(f"{name}.shard"), slot.part(after)]
-        return self.arena.show(f"{name}.window", parts)
+        return self.arena.alias(f"{name}.aliased_slot", parts)
 
     def _extent(self, unit: int) -> Place:
         return self.arena.place(WEIGHT_SLOTS).part(self.plan.placement.slots[0][unit])
@@ -264,7 +264,7 @@ class PlacedWeights:
             return partial(_copy, values, _flat(self.host.place(name), self.dtype))
         assert self._transport is not None, "a gathered plan is of a transport"
         shard = _flat(self.arena.place(f"{name}.shard"), self.dtype)
-        return self._transport.all_gather([values], [shard], in_place={0} if placement.page_nbytes else ())
+        return self._transport.all_gather([values], [shard], in_place={0} if placement.granule_nbytes else ())
 
     def stores(self) -> Iterator[Store]:
         """All that is to be filled on this rank and its host, unit by unit."""
