@@ -25,7 +25,7 @@ from yafsdp_like.comm.hierarchical import HierarchicalTransport
 from yafsdp_like.comm.peer import Obstacle
 from yafsdp_like.comm.transport import AllGather, Reduction, Transport
 from yafsdp_like.memory.arena import MemoryBlock
-from yafsdp_like.shard import memory_layout
+from yafsdp_like.shard.runtime import memory_layout
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 CPU = torch.device("cpu")

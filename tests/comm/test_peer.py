@@ -28,8 +28,8 @@ from yafsdp_like import MixedPrecisionPolicy, SpillWarning, fully_shard
 from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.transport import Reduction
 from yafsdp_like.memory.arena import MemoryBlock
-from yafsdp_like.shard import allocated_memory as allocated_memory_module
-from yafsdp_like.shard import memory_layout
+from yafsdp_like.shard.runtime import allocated_memory as allocated_memory_module
+from yafsdp_like.shard.runtime import memory_layout
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 CPU = torch.device("cpu")

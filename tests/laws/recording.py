@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from tests.training import ours, world_mesh
 from tests.zoo import FEATURES, Block
 from yafsdp_like.optim import AdamW
-from yafsdp_like.shard.engine import ShardEngine, backward_task
-from yafsdp_like.shard.unit_spec import SlotState
-from yafsdp_like.shard.unit_state import GatherSlot, Unit
+from yafsdp_like.shard.runtime.engine import ShardEngine, backward_task
+from yafsdp_like.shard.runtime.unit_spec import SlotState
+from yafsdp_like.shard.runtime.unit_state import GatherSlot, Unit
 
 Event = tuple[str, str, str]  # operation, unit, phase
 OPERATIONS = ("all_gather", "unshard", "release", "release_but_keep", "keep", "reduce_scatter")

@@ -184,7 +184,7 @@ def test_ranks_that_differ_all_raise_the_first_difference(build: Build, world_si
 def no_room(odd: bool) -> AbstractContextManager[Any]:
     """An arena that cannot be allocated."""
     error = torch.OutOfMemoryError("no room for 7 bytes")
-    return mock.patch("yafsdp_like.shard.allocated_memory.build", side_effect=error) if odd else nullcontext()
+    return mock.patch("yafsdp_like.shard.runtime.allocated_memory.build", side_effect=error) if odd else nullcontext()
 
 
 def first_forward_without_room() -> Outcome:

@@ -17,9 +17,9 @@ from tests.zoo import FEATURES, SPECIMENS, Block, Chain, Specimen, blocks, layer
 from yafsdp_like import MixedPrecisionPolicy, SpillWarning, fully_shard
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.shard import hooks
-from yafsdp_like.shard.engine import ShardEngine, engine_for
-from yafsdp_like.shard.unit_spec import SlotState
-from yafsdp_like.shard.unit_state import Unit, unit_of
+from yafsdp_like.shard.runtime.engine import ShardEngine, engine_for
+from yafsdp_like.shard.runtime.unit_spec import SlotState
+from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
 
 CHAIN = Specimen(lambda: Chain([Block() for _ in range(4)]), vectors(FEATURES), layers_of)
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -21,9 +21,9 @@ from yafsdp_like.comm.peer import PeerTransport
 from yafsdp_like.comm.process_group import ProcessGroupTransport
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE
 from yafsdp_like.optim import AdamW
-from yafsdp_like.shard import engine as engine_module
-from yafsdp_like.shard.engine import ShardEngine
-from yafsdp_like.shard.unit_state import unit_of
+from yafsdp_like.shard.runtime import engine as engine_module
+from yafsdp_like.shard.runtime.engine import ShardEngine
+from yafsdp_like.shard.runtime.unit_state import unit_of
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 

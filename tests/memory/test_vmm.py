@@ -21,7 +21,7 @@ from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.layout import FlatLayout, Segment
 from yafsdp_like.memory.plan import MemoryPlan, Region
 from yafsdp_like.optim import AdamW
-from yafsdp_like.shard.unit_state import Unit
+from yafsdp_like.shard.runtime.unit_state import Unit
 
 CPU = torch.device("cpu")
 GRANULE = mmap.PAGESIZE

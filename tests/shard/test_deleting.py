@@ -14,7 +14,7 @@ from tests.training import world_mesh
 from tests.zoo import FEATURES, Block, Chain
 from yafsdp_like import optim
 from yafsdp_like.memory.arena import Arena
-from yafsdp_like.shard.unit_state import unit_of
+from yafsdp_like.shard.runtime.unit_state import unit_of
 
 both_transports = pytest.mark.parametrize("transport", ["process_group", "peer"])
 

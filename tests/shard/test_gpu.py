@@ -19,8 +19,8 @@ from tests.training import train as train_specimen
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.models import Decoder, DecoderConfig
-from yafsdp_like.shard.engine import ShardEngine
-from yafsdp_like.shard.unit_state import unit_of
+from yafsdp_like.shard.runtime.engine import ShardEngine
+from yafsdp_like.shard.runtime.unit_state import unit_of
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]

@@ -20,8 +20,8 @@ from tests.ranks import on_ranks, run_ranks
 from tests.training import Recipe, Run, assert_same_bits, train, world_mesh
 from tests.zoo import FEATURES, SPECIMENS, Block, Chain, DecoderBlock, Reuser, Specimen, layers_of, vectors
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
-from yafsdp_like.shard import engine as engine_module
-from yafsdp_like.shard.unit_state import GradientSlot
+from yafsdp_like.shard.runtime import engine as engine_module
+from yafsdp_like.shard.runtime.unit_state import GradientSlot
 
 BF16 = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
 ALL_BF16 = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.bfloat16}

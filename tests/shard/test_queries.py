@@ -15,7 +15,7 @@ import yafsdp_like as ours
 from tests.ranks import on_ranks
 from tests.training import world_mesh
 from tests.zoo import FEATURES, Block
-from yafsdp_like.shard.unit_state import unit_of
+from yafsdp_like.shard.runtime.unit_state import unit_of
 
 QUERIES = ["memory_plan", "memory_report"]
 

@@ -23,15 +23,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from yafsdp_like.memory.streams import GATHER, Event
 from yafsdp_like.shard import clipping
 from yafsdp_like.shard.drop_in import ShardState, refuse_others, show_state_to_torch
-from yafsdp_like.shard.engine import Report, ShardEngine, engine_for, engine_of
 from yafsdp_like.shard.hooks import abandon
-from yafsdp_like.shard.memory_layout import plan_memory
 from yafsdp_like.shard.optimizer_step import watch_optimizers
 from yafsdp_like.shard.pretrained import overrides_of
 from yafsdp_like.shard.requirements import check_mesh, check_modules, check_params, check_supported
-from yafsdp_like.shard.unit_spec import UnitPolicy
-from yafsdp_like.shard.unit_state import Unit, unit_of
-from yafsdp_like.shard.unit_tree import unit_tree_of
+from yafsdp_like.shard.runtime.engine import Report, ShardEngine, engine_for, engine_of
+from yafsdp_like.shard.runtime.memory_layout import plan_memory
+from yafsdp_like.shard.runtime.unit_spec import UnitPolicy
+from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
+from yafsdp_like.shard.runtime.unit_tree import unit_tree_of
 from yafsdp_like.shard.wrapping import Owners, make_unit, params_below, split_tied
 
 if TYPE_CHECKING:

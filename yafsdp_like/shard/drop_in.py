@@ -16,9 +16,9 @@ from torch import nn
 from torch.distributed._composable.contract import STATE_KEY
 from torch.distributed._composable_state import _State
 
-from yafsdp_like.shard.engine import engine_of
 from yafsdp_like.shard.hooks import after_method, before_method, finish_accumulating
-from yafsdp_like.shard.unit_state import Unit, unit_of
+from yafsdp_like.shard.runtime.engine import engine_of
+from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -21,17 +21,17 @@ from torch import nn
 
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, StepRecorder, StepRecording
 from yafsdp_like.shard.api import FSDPModule
-from yafsdp_like.shard.engine import ShardEngine, engine_for
-from yafsdp_like.shard.nested import map_tensors
-from yafsdp_like.shard.unit_spec import SlotState
-from yafsdp_like.shard.unit_state import Unit, unit_of
+from yafsdp_like.shard.runtime.engine import ShardEngine, engine_for
+from yafsdp_like.shard.runtime.nested import map_tensors
+from yafsdp_like.shard.runtime.unit_spec import SlotState
+from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from yafsdp_like.comm.transport import Reduction
-    from yafsdp_like.shard.collective_log import Recorded
-    from yafsdp_like.shard.param import ShardedParam
+    from yafsdp_like.shard.runtime.collective_log import Recorded
+    from yafsdp_like.shard.runtime.param import ShardedParam
 
 NUM_EAGER = 2  # steps before one is recorded: kernels are compiled and chosen, and tables made, in these
 

@@ -24,13 +24,13 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
-from yafsdp_like.shard.debug import holds_nan, output_error
-from yafsdp_like.shard.engine import ShardEngine, backward_task, engine_for, engine_of
-from yafsdp_like.shard.held import replace_held
-from yafsdp_like.shard.nested import cast_floating, map_tensors
-from yafsdp_like.shard.unit_spec import SlotState
-from yafsdp_like.shard.unit_state import Call, ForwardUse, GatherSlot, GradientSlot
-from yafsdp_like.shard.watching import (
+from yafsdp_like.shard.runtime.debug import holds_nan, output_error
+from yafsdp_like.shard.runtime.engine import ShardEngine, backward_task, engine_for, engine_of
+from yafsdp_like.shard.runtime.held import replace_held
+from yafsdp_like.shard.runtime.nested import cast_floating, map_tensors
+from yafsdp_like.shard.runtime.unit_spec import SlotState
+from yafsdp_like.shard.runtime.unit_state import Call, ForwardUse, GatherSlot, GradientSlot
+from yafsdp_like.shard.runtime.watching import (
     differentiable,
     no_second_gradients,
     outside_transforms,
@@ -42,7 +42,7 @@ from yafsdp_like.shard.watching import (
 if TYPE_CHECKING:
     from types import FrameType
 
-    from yafsdp_like.shard.unit_state import Unit
+    from yafsdp_like.shard.runtime.unit_state import Unit
 
 
 def install(unit: Unit, module: nn.Module) -> None:

@@ -14,14 +14,14 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from yafsdp_like.optim.adamw import AdamW, Passes
-from yafsdp_like.shard.engine import engine_of
-from yafsdp_like.shard.param import ShardedParam
-from yafsdp_like.shard.unit_state import Unit, ownership_of
+from yafsdp_like.shard.runtime.engine import engine_of
+from yafsdp_like.shard.runtime.param import ShardedParam
+from yafsdp_like.shard.runtime.unit_state import Unit, ownership_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from yafsdp_like.shard.engine import ShardEngine
+    from yafsdp_like.shard.runtime.engine import ShardEngine
 
 _stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 Owned = dict[Unit, list[ShardedParam]]  # an optimizer's sharded parameters

@@ -8,8 +8,8 @@ from torch import nn
 from torch.distributed.fsdp import OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from yafsdp_like.shard.param import refuse_subclass
-from yafsdp_like.shard.unit_state import ownership_of
+from yafsdp_like.shard.runtime.param import refuse_subclass
+from yafsdp_like.shard.runtime.unit_state import ownership_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

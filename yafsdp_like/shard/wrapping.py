@@ -14,8 +14,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from yafsdp_like.comm.choice import transport_over
 from yafsdp_like.shard.hooks import install
-from yafsdp_like.shard.param import ShardedParam
-from yafsdp_like.shard.unit_state import Unit, ownership_of, unit_of
+from yafsdp_like.shard.runtime.param import ShardedParam
+from yafsdp_like.shard.runtime.unit_state import Unit, ownership_of, unit_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from yafsdp_like.comm import TransportName
-    from yafsdp_like.shard.unit_spec import UnitPolicy
+    from yafsdp_like.shard.runtime.unit_spec import UnitPolicy
 
 Owners = dict[nn.Parameter, list[tuple[nn.Module, str]]]  # which modules register a parameter, and under what name
 

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.nn.modules.batchnorm import _NormBase
 
 from yafsdp_like.memory.layout import RowShards
-from yafsdp_like.shard.gradient import Home, Homes
-from yafsdp_like.shard.nested import layers_of
+from yafsdp_like.shard.runtime.gradient_homes import Home, Homes
+from yafsdp_like.shard.runtime.nested import layers_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

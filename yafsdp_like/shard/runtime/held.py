@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from yafsdp_like.shard.nested import map_tensors
+from yafsdp_like.shard.runtime.nested import map_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

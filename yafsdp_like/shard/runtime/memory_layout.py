@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 from yafsdp_like.memory import vmm
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, place
-from yafsdp_like.shard.schedule import Residency, gather_starts
+from yafsdp_like.shard.spec.schedule import Residency, gather_starts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import torch
 
-    from yafsdp_like.shard.unit_spec import UnitLayout
-    from yafsdp_like.shard.unit_state import Unit
-    from yafsdp_like.shard.unit_tree import UnitTree
+    from yafsdp_like.shard.runtime.unit_spec import UnitLayout
+    from yafsdp_like.shard.runtime.unit_state import Unit
+    from yafsdp_like.shard.runtime.unit_tree import UnitTree
 
 GATHER_SLOTS, GRADIENT_SLOTS = "gather slots", "gradient slots"  # the two regions that slots share
 STAGING, COLUMN = "staging", "gather staging"

@@ -9,7 +9,7 @@ import pytest
 import torch.nn as nn
 
 from yafsdp_like.memory.plan import LiveRange
-from yafsdp_like.shard.schedule import Residency, Schedule, UnitSpan, gather_starts, schedule_of
+from yafsdp_like.shard.spec.schedule import Residency, Schedule, UnitSpan, gather_starts, schedule_of
 
 RESHARDED = Residency(after_forward=False, after_backward=False)
 KEPT_AFTER_FORWARD = Residency(after_forward=True, after_backward=False)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from yafsdp_like.shard.schedule import Schedule, schedule_of
-from yafsdp_like.shard.unit_state import Unit, unit_of
+from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
+from yafsdp_like.shard.spec.schedule import Schedule, schedule_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -29,18 +29,18 @@ from torch import nn
 
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event, streams_of
 from yafsdp_like.ops import linear
-from yafsdp_like.shard.allocated_memory import AllocatedMemory, Spill
-from yafsdp_like.shard.collective_log import CollectiveLog
-from yafsdp_like.shard.debug import poison
-from yafsdp_like.shard.sinks import watch_gradients
-from yafsdp_like.shard.unit_spec import SlotState
-from yafsdp_like.shard.unit_tree import UnitTree, unit_tree_of
+from yafsdp_like.shard.runtime.allocated_memory import AllocatedMemory, Spill
+from yafsdp_like.shard.runtime.collective_log import CollectiveLog
+from yafsdp_like.shard.runtime.debug import poison
+from yafsdp_like.shard.runtime.sinks import watch_gradients
+from yafsdp_like.shard.runtime.unit_spec import SlotState
+from yafsdp_like.shard.runtime.unit_tree import UnitTree, unit_tree_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from yafsdp_like.memory.plan import MemoryPlan
-    from yafsdp_like.shard.unit_state import Call, ForwardUse, GatherSlot, GradientSlot, Unit
+    from yafsdp_like.shard.runtime.unit_state import Call, ForwardUse, GatherSlot, GradientSlot, Unit
 
 EMPTY, FILLED, HELD = SlotState.EMPTY, SlotState.FILLED, SlotState.HELD
 KEPT, STALE = SlotState.KEPT, SlotState.STALE

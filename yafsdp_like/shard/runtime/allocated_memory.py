@@ -14,7 +14,7 @@ import torch
 from yafsdp_like.comm.consistency import check_same_on_all_ranks
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import FlatLayout, Segment
-from yafsdp_like.shard.memory_layout import (
+from yafsdp_like.shard.runtime.memory_layout import (
     COLUMN,
     GATHER_SLOTS,
     GRADIENT_SLOTS,
@@ -23,17 +23,17 @@ from yafsdp_like.shard.memory_layout import (
     own_slot_regions,
     plan_memory,
 )
-from yafsdp_like.shard.param import NOWHERE
-from yafsdp_like.shard.unit_state import GatherSlot, GradientSlot
+from yafsdp_like.shard.runtime.param import NOWHERE
+from yafsdp_like.shard.runtime.unit_state import GatherSlot, GradientSlot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from yafsdp_like.memory.plan import MemoryPlan
-    from yafsdp_like.shard.collective_log import CollectiveLog
-    from yafsdp_like.shard.unit_spec import UnitLayout
-    from yafsdp_like.shard.unit_state import Unit
-    from yafsdp_like.shard.unit_tree import UnitTree
+    from yafsdp_like.shard.runtime.collective_log import CollectiveLog
+    from yafsdp_like.shard.runtime.unit_spec import UnitLayout
+    from yafsdp_like.shard.runtime.unit_state import Unit
+    from yafsdp_like.shard.runtime.unit_tree import UnitTree
 
 AnySlot = TypeVar("AnySlot", GatherSlot, GradientSlot)
 

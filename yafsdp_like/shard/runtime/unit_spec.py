@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     from yafsdp_like.comm.transport import Averaged
-    from yafsdp_like.shard.param import ShardedParam
+    from yafsdp_like.shard.runtime.param import ShardedParam
 
 
 class SlotState(enum.Enum):

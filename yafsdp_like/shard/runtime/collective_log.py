@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from yafsdp_like.comm.journal import Entry, journal_of
 
 if TYPE_CHECKING:
-    from yafsdp_like.shard.unit_state import Unit
+    from yafsdp_like.shard.runtime.unit_state import Unit
 
 Recorded = list[Sequence[Entry]]  # of each journal
 

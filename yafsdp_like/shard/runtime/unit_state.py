@@ -23,11 +23,11 @@ from torch import nn
 
 from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.plan import Region
-from yafsdp_like.shard.nested import addresses_in
-from yafsdp_like.shard.param import NOWHERE, ParamMark, ShardedParam
 from yafsdp_like.shard.runtime.freshness import Freshness
-from yafsdp_like.shard.unit_spec import SlotState, UnitLayout, UnitPolicy
-from yafsdp_like.shard.watching import NOTHING, Watched
+from yafsdp_like.shard.runtime.nested import addresses_in
+from yafsdp_like.shard.runtime.param import NOWHERE, ParamMark, ShardedParam
+from yafsdp_like.shard.runtime.unit_spec import SlotState, UnitLayout, UnitPolicy
+from yafsdp_like.shard.runtime.watching import NOTHING, Watched
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

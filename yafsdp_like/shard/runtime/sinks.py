@@ -16,7 +16,7 @@ import torch
 from yafsdp_like.ops.linear import attach
 
 if TYPE_CHECKING:
-    from yafsdp_like.shard.unit_state import GatherSlot, Unit
+    from yafsdp_like.shard.runtime.unit_state import GatherSlot, Unit
 
 
 def watch_gradients(slot: GatherSlot) -> None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from yafsdp_like.shard.nested import tensors_in
+from yafsdp_like.shard.runtime.nested import tensors_in
 
 if TYPE_CHECKING:
-    from yafsdp_like.shard.unit_state import GatherSlot
+    from yafsdp_like.shard.runtime.unit_state import GatherSlot
 
 
 def poison(slot: GatherSlot) -> None:

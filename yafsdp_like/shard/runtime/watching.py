@@ -30,8 +30,8 @@ from torch._C._autograd import CreationMeta, _get_creation_meta
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from yafsdp_like.shard.held import replace_held
-from yafsdp_like.shard.nested import layers_of, map_tensors, tensors_in
+from yafsdp_like.shard.runtime.held import replace_held
+from yafsdp_like.shard.runtime.nested import layers_of, map_tensors, tensors_in
 
 Start = Callable[[bool], None]  # is told whether gradients of the gradients are prepared for, but refused later
 
