@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from yafsdp_like.inference.options import ServingLimits
+from yafsdp_like.inference.plan.buffers import ALWAYS, WORKSPACE
 from yafsdp_like.inference.plan.packed_weights import pack_units, uses_of
 from yafsdp_like.inference.plan.placement import MIN_GRANULES_PER_PART, Mode, Placement, placements
 from yafsdp_like.inference.plan.serving_plan import HARDWARE, ServingPlan, Site, plan_serving
-from yafsdp_like.inference.plan.workspace import ALWAYS, WORKSPACE
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.memory.plan import KINDS
 from yafsdp_like.models import PRESETS, DecoderConfig

@@ -29,19 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from yafsdp_like.inference.engine.forward import StepSize
+    from yafsdp_like.inference.plan.buffers import BatchInputs, StepBuffers
 
-_UPLOADED = (
-    "token_pool",  # (B + T,)
-    "token_index",  # (T,)
-    "positions",  # (T,)
-    "slot_mapping",  # (G, T)
-    "page_tables",  # (G, B + 4, max_pages)
-    "seq_lens",  # (B + 4,)
-    "cu_seqlens_q",  # (B + 1,)
-    "last_rows",  # (B,)
-    "sampling_floats",  # (B, 7)
-    "sampling_ints",  # (B, 4)
-)
 _GREEDY = SamplingParams(temperature=0.0)  # of rows that only fill up a recording's batch
 _NOWHERE = -1
 
@@ -57,30 +46,43 @@ class _Filled:
     num_pages: int
 
 
+@dataclass(frozen=True)
+class _HostTable:
+    """A table in host memory, as the CPU writes it, and the one on the device that it is uploaded to."""
+
+    array: Array
+    source: Tensor  # the same elements
+    destination: Tensor
+
+    def upload(self, first: int, last: int, *index: int) -> None:
+        """Upload elements (or rows) ``[first, last)`` of the table, or of its part at ``index``."""
+        self.destination[index][first:last].copy_(self.source[index][first:last], non_blocking=True)
+
+
 class _Side:
     """Host memory for what one step uploads, pinned where there is a GPU."""
 
-    def __init__(self, places: Mapping[str, Tensor], pinned: bool) -> None:
-        self.tensors = {
-            name: torch.zeros(places[name].shape, dtype=places[name].dtype, pin_memory=pinned) for name in _UPLOADED
-        }
-        self.arrays: dict[str, Array] = {name: tensor.numpy() for name, tensor in self.tensors.items()}
-        self.filled: list[_Filled | None] = [None] * len(places["seq_lens"])  # rows of page_tables
+    def __init__(self, inputs: BatchInputs[Tensor], pinned: bool) -> None:
+        def host_table(device: Tensor) -> _HostTable:
+            host = host_like(device, pinned)
+            return _HostTable(host.numpy(), host, device)
+
+        self.inputs = inputs.map(host_table)
+        self.filled: list[_Filled | None] = [None] * len(inputs.seq_lens)  # rows of page_tables
 
 
 class Staging:
-    """Writes the tables of steps. See [Note: two sides] and [Note: token pool]."""
+    """Writes the inputs of steps. See [Note: two sides] and [Note: token pool]."""
 
-    def __init__(self, places: Mapping[str, Tensor], page_size: int, pinned: bool) -> None:
-        self._places, self._page_size = places, page_size
-        self._max_batch_size = len(places["last_rows"])
-        self._sides = [_Side(places, pinned) for _ in range(2)]
+    def __init__(self, buffers: StepBuffers, page_size: int, pinned: bool) -> None:
+        self._history, self._page_size = buffers.tables.history, page_size
+        self._max_batch_size = len(buffers.inputs.last_rows)
+        self._sides = [_Side(buffers.inputs, pinned) for _ in range(2)]
         self._turn = 0
-        self._filled: list[_Filled | None] = [None] * len(places["seq_lens"])  # rows of page_tables on the device
-        self._drawn: dict[
-            ActiveRequest, int
-        ] = {}  # rows of the last step that drew, which is where ``token_pool`` has its tokens
-        self._histories = torch.zeros(places["history"].shape, dtype=torch.int32, pin_memory=pinned)
+        self._filled: list[_Filled | None] = [None] * len(buffers.inputs.seq_lens)  # page_tables on the device
+        # Rows of the last step that drew, which is where ``token_pool`` has its tokens.
+        self._drawn: dict[ActiveRequest, int] = {}
+        self._histories = host_like(self._history, pinned)
         self._history_rows: dict[ActiveRequest, tuple[int, int]] = {}  # row, and the admission that it was made for
 
     @property
@@ -110,14 +112,14 @@ class Staging:
     def stage_idle(self, size: StepSize) -> None:
         """A step of ``size`` whose rows read and write nothing."""
         self._turn ^= 1
-        arrays = self._side.arrays
-        for name in ("token_index", "positions"):
-            arrays[name][: size.num_tokens] = 0
-        arrays["slot_mapping"][:, : size.num_tokens] = _NOWHERE
-        arrays["seq_lens"][: size.num_rows] = 0
-        arrays["cu_seqlens_q"][: size.num_chunks + 1] = [0] * size.num_chunks + [size.num_chunk_tokens]
-        arrays["last_rows"][:] = 0
-        self._upload("last_rows", 0, size.num_drawing)
+        inputs = self._side.inputs
+        inputs.token_index.array[: size.num_tokens] = 0
+        inputs.positions.array[: size.num_tokens] = 0
+        inputs.slot_mapping.array[:, : size.num_tokens] = _NOWHERE
+        inputs.seq_lens.array[: size.num_rows] = 0
+        inputs.cu_seqlens_q.array[: size.num_chunks + 1] = [0] * size.num_chunks + [size.num_chunk_tokens]
+        inputs.last_rows.array[:] = 0
+        inputs.last_rows.upload(0, size.num_drawing)
         self._upload_tokens(size)
         self._stage_drawing((), (), replace(size, num_single=size.num_drawing, num_chunks=0))
 
@@ -125,52 +127,48 @@ class Staging:
 
     def _write_singles(self, runs: Sequence[Run], size: StepSize) -> None:
         """Rows of one token each, in lists: a step of the largest batch costs as many elements, not calls."""
-        count, arrays, page_size = len(runs), self._side.arrays, self._page_size
+        count, inputs, page_size = len(runs), self._side.inputs, self._page_size
         starts = [run.start for run in runs]
-        arrays["positions"][:count] = starts
-        arrays["token_pool"][self._max_batch_size :][:count] = [
+        inputs.positions.array[:count] = starts
+        inputs.token_pool.array[self._max_batch_size :][:count] = [
             0 if run.is_pending else run.sequence.tokens[run.start] for run in runs
         ]
-        arrays["token_index"][:count] = [
+        inputs.token_index.array[:count] = [
             self._drawn[run.sequence] if run.is_pending else self._max_batch_size + row for row, run in enumerate(runs)
         ]
-        for group, slot_mapping in enumerate(arrays["slot_mapping"]):
+        for group, slot_mapping in enumerate(inputs.slot_mapping.array):
             tables = [run.sequence.tables[group] for run in runs]
             slot_mapping[:count] = [
                 table[start // page_size] * page_size + start % page_size
                 for table, start in zip(tables, starts, strict=True)
             ]
             slot_mapping[count : size.num_single] = _NOWHERE
-        for name in ("positions", "token_index"):
-            arrays[name][count : size.num_single] = 0
+        inputs.positions.array[count : size.num_single] = 0
+        inputs.token_index.array[count : size.num_single] = 0
 
     def _write_chunk(self, run: Run, row: int, first: int) -> None:
         """Rows from ``first`` on: one run of several tokens, all of them known."""
-        arrays, page_size = self._side.arrays, self._page_size
+        inputs, page_size = self._side.inputs, self._page_size
         rows, first_token = slice(first, first + run.num_tokens), self._max_batch_size + first
-        arrays["positions"][rows] = np.arange(run.start, run.end)
-        arrays["token_pool"][first_token : first_token + run.num_tokens] = run.sequence.tokens[run.start : run.end]
-        arrays["token_index"][rows] = np.arange(first_token, first_token + run.num_tokens)
+        inputs.positions.array[rows] = np.arange(run.start, run.end)
+        inputs.token_pool.array[first_token : first_token + run.num_tokens] = run.sequence.tokens[run.start : run.end]
+        inputs.token_index.array[rows] = np.arange(first_token, first_token + run.num_tokens)
         first_page, offset = divmod(run.start, page_size)
-        for group, slot_mapping in enumerate(arrays["slot_mapping"]):
-            pages = arrays["page_tables"][group, row, first_page : -(-run.end // page_size)]
-            places = pages[:, None] * page_size + np.arange(page_size, dtype=np.int32)
-            slot_mapping[rows] = places.reshape(-1)[offset : offset + run.num_tokens]
+        for group, slot_mapping in enumerate(inputs.slot_mapping.array):
+            pages = inputs.page_tables.array[group, row, first_page : -(-run.end // page_size)]
+            slots = pages[:, None] * page_size + np.arange(page_size, dtype=np.int32)
+            slot_mapping[rows] = slots.reshape(-1)[offset : offset + run.num_tokens]
 
     def _upload_tokens(self, size: StepSize) -> None:
-        self._upload("token_pool", self._max_batch_size, self._max_batch_size + size.num_tokens)
-        for name in ("token_index", "positions"):
-            self._upload(name, 0, size.num_tokens)
-        for group in range(len(self._places["slot_mapping"])):
-            self._upload("slot_mapping", 0, size.num_tokens, group)
-        self._upload("seq_lens", 0, size.num_rows)
+        inputs = self._side.inputs
+        inputs.token_pool.upload(self._max_batch_size, self._max_batch_size + size.num_tokens)
+        inputs.token_index.upload(0, size.num_tokens)
+        inputs.positions.upload(0, size.num_tokens)
+        for group in range(len(inputs.slot_mapping.array)):
+            inputs.slot_mapping.upload(0, size.num_tokens, group)
+        inputs.seq_lens.upload(0, size.num_rows)
         if size.num_chunks:
-            self._upload("cu_seqlens_q", 0, size.num_chunks + 1)
-
-    def _upload(self, name: str, first: int, last: int, *index: int) -> None:
-        """Elements (or rows) ``[first, last)`` of a table, or of its part at ``index``."""
-        source, destination = self._side.tensors[name][index], self._places[name][index]
-        destination[first:last].copy_(source[first:last], non_blocking=True)
+            inputs.cu_seqlens_q.upload(0, size.num_chunks + 1)
 
     # --- sequences ---
 
@@ -178,8 +176,9 @@ class Staging:
         """Page tables, of which only what is new is written, and only rows with news are uploaded."""
         changed = [rows[run.sequence] for run in runs if self._write_row(run.sequence, rows[run.sequence])]
         if changed:
-            for group in range(len(self._places["page_tables"])):
-                self._upload("page_tables", min(changed), max(changed) + 1, group)
+            page_tables = self._side.inputs.page_tables
+            for group in range(len(page_tables.array)):
+                page_tables.upload(min(changed), max(changed) + 1, group)
             for row in range(min(changed), max(changed) + 1):
                 self._filled[row] = self._side.filled[row]
 
@@ -195,26 +194,26 @@ class Staging:
             is_known = filled is not None and (filled.sequence, filled.num_admitted) == (sequence, now.num_admitted)
             first = filled.num_pages if filled is not None and is_known else 0
             for group, table in enumerate(tables):
-                side.arrays["page_tables"][group, row, first:num_pages] = table[first:]
+                side.inputs.page_tables.array[group, row, first:num_pages] = table[first:]
             side.filled[row] = now
         return self._filled[row] != now
 
     def _write_seq_lens(self, runs: Iterable[Run], rows: Mapping[ActiveRequest, int], size: StepSize) -> None:
-        seq_lens = self._side.arrays["seq_lens"]
+        seq_lens = self._side.inputs.seq_lens.array
         seq_lens[: size.num_rows] = 0
         for run in runs:
             seq_lens[rows[run.sequence]] = run.end
 
     def _write_cu_seqlens_q(self, chunks: Sequence[Run]) -> None:
         """Of chunks, counted from the first one's first row."""
-        cu_seqlens_q = self._side.arrays["cu_seqlens_q"]
+        cu_seqlens_q = self._side.inputs.cu_seqlens_q.array
         cu_seqlens_q[0] = 0
         cu_seqlens_q[1 : len(chunks) + 1] = np.cumsum([run.num_tokens for run in chunks])
 
     # --- drawing ---
 
     def _stage_drawing(self, runs: Sequence[Run], drawing: Sequence[Run], size: StepSize) -> None:
-        arrays, count = self._side.arrays, len(drawing)
+        inputs, count = self._side.inputs, len(drawing)
         sequences = [run.sequence for run in drawing]
         self._drawn = {sequence: row for row, sequence in enumerate(sequences)}
         if not size.num_drawing:
@@ -222,14 +221,14 @@ class Staging:
         floats = [sequence.request.sampling.floats() for sequence in sequences]
         ints = [run.sequence.request.sampling.ints(run.end, self._history_row(run.sequence)) for run in drawing]
         padding = size.num_drawing - count
-        arrays["sampling_floats"][: size.num_drawing] = floats + [_GREEDY.floats()] * padding
-        arrays["sampling_ints"][: size.num_drawing] = ints + [_GREEDY.ints(0)] * padding
-        for name in ("sampling_floats", "sampling_ints"):
-            self._upload(name, 0, size.num_drawing)
+        inputs.sampling_floats.array[: size.num_drawing] = floats + [_GREEDY.floats()] * padding
+        inputs.sampling_ints.array[: size.num_drawing] = ints + [_GREEDY.ints(0)] * padding
+        inputs.sampling_floats.upload(0, size.num_drawing)
+        inputs.sampling_ints.upload(0, size.num_drawing)
         if not size.draws_in_order:
             ends = np.cumsum([run.num_tokens for run in runs])
-            arrays["last_rows"][:count] = [end - 1 for end, run in zip(ends, runs, strict=True) if run.draws]
-            self._upload("last_rows", 0, count)
+            inputs.last_rows.array[:count] = [end - 1 for end, run in zip(ends, runs, strict=True) if run.draws]
+            inputs.last_rows.upload(0, count)
 
     def _history_row(self, sequence: ActiveRequest) -> int:
         """The row that counts what the sequence has said, if that matters to it; -1 if not."""
@@ -255,4 +254,9 @@ class Staging:
         history[:] = 0
         history[sequence.tokens[:num_prompt]] = 1
         np.add.at(history, sequence.tokens[num_prompt:], 2)
-        self._places["history"][row].copy_(self._histories[row], non_blocking=True)
+        self._history[row].copy_(self._histories[row], non_blocking=True)
+
+
+def host_like(tensor: Tensor, pinned: bool) -> Tensor:
+    """Return zeros in host memory, of the same shape and dtype."""
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)

@@ -336,11 +336,10 @@ def _check(weights: Weights, options: EngineOptions) -> None:
 
 def _runner(weights: Weights) -> Runner:
     plan = weights.plan
-    places = {name: plan.tensor(weights.arena, name) for name in plan.buffers.buffers}
     regions = {Tier.DEVICE: _bytes_of(weights.arena, KV_SLABS)}
     if plan.host_grid is not None:
         regions[Tier.HOST] = _bytes_of(weights.host, HOST_KV_SLABS)
-    return Runner(weights, places, plan.groups, regions)
+    return Runner(weights, plan.buffers.tensors(weights.arena), plan.groups, regions)
 
 
 def _bytes_of(arena: Arena, region: str) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""The packed forward: tokens of many sequences, one row each, through the model to logits, in places planned before.
+"""The packed forward: tokens of many sequences, one row each, through the model to logits.
 
-Nothing is allocated: every operation writes into a place given. This file knows weights, places and pages; it must not
-know whose tokens they are, nor how they got here.
+Nothing is allocated: every operation writes into a planned buffer. This file knows weights, buffers and pages; it must
+not know whose tokens they are, nor how they got here.
 
 Rows of a step: first one token of each of ``num_single`` sequences, then chunks of ``num_chunks`` others. Tables of
 sequences are laid out alike, with the chunks' first row at a multiple of 4, see [Note: aligned rows].
@@ -34,9 +34,10 @@ from yafsdp_like.kernels.prefill_attention import prefill_attention
 from yafsdp_like.kernels.rotary import HeadNorms, rotate_and_store
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from yafsdp_like.inference.kv.layer_groups import LayerGroup
+    from yafsdp_like.inference.plan.buffers import StepBuffers
     from yafsdp_like.inference.weights.store import LayerWeights, Weights
 
 ROW_ALIGNMENT = 4
@@ -111,25 +112,19 @@ class LayerPages:
 
 
 class Forward:
-    """One model's forward over the places of one engine. A call reads these of ``places``, which must be on the device:
+    """One model's forward over the buffers of one engine; a call reads the inputs that the device has by then."""
 
-    token_pool (B + T,) int64, token_index (T,) int64: the tokens, and where in ``token_pool`` each is
-    positions (T,) int64, slot_mapping (G, T) int32: of the tokens, and where their keys and values go; -1: nowhere
-    page_tables (G, B + 4, max_pages), seq_lens (B + 4,), cu_seqlens_q (B + 1,) int32: of the sequences
-    last_rows (B,) int64: rows whose next token is drawn, unless all are, in order
-    """
-
-    def __init__(
-        self, weights: Weights, places: Mapping[str, Tensor], cache: LayerPages, num_multiprocessors: int = 1
-    ) -> None:
-        self._weights, self._places, self._cache = weights, places, cache
+    def __init__(self, weights: Weights, buffers: StepBuffers, cache: LayerPages, num_multiprocessors: int = 1) -> None:
+        self._weights, self._cache = weights, cache
+        self._activations, self._logits = buffers.activations, buffers.logits.logits
+        self._inputs, self._tables = buffers.inputs, buffers.tables
         self._config, self._tp_group = weights.plan.rank_config, weights.tp_group
-        self._max_seq_len, self._num_multiprocessors = len(places["cos"]), num_multiprocessors
+        self._max_seq_len, self._num_multiprocessors = len(buffers.tables.cos), num_multiprocessors
 
     def __call__(self, size: StepSize) -> Tensor:
         """Logits (num_drawing, V), in the weights' dtype, on the current stream; keys and values go into pages."""
         rows = slice(0, size.num_tokens)
-        hidden, normed = self._places["hidden"][rows], self._places["normed"][rows]
+        hidden, normed = self._activations.hidden[rows], self._activations.normed[rows]
         self._embed(rows, hidden)
         added = None
         for index in range(self._config.num_layers):
@@ -151,11 +146,11 @@ class Forward:
         self._weights.head()
 
     def _embed(self, rows: slice, hidden: Tensor) -> None:
-        token_ids, positions = self._places["token_ids"][rows], self._places["positions"][rows]
-        torch.index_select(self._places["token_pool"], 0, self._places["token_index"][rows], out=token_ids)
+        inputs, tables, token_ids = self._inputs, self._tables, self._tables.token_ids[rows]
+        torch.index_select(inputs.token_pool, 0, inputs.token_index[rows], out=token_ids)
         torch.index_select(self._weights.embedding(), 0, token_ids, out=hidden)
-        for name in ("cos", "sin"):
-            torch.index_select(self._places[name], 0, positions, out=self._places[f"step_{name}"][rows])
+        torch.index_select(tables.cos, 0, inputs.positions[rows], out=self._activations.step_cos[rows])
+        torch.index_select(tables.sin, 0, inputs.positions[rows], out=self._activations.step_sin[rows])
 
     def _norm(self, added: Tensor | None, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         """Adds to the residual stream what is to be added, and norms it."""
@@ -166,25 +161,25 @@ class Forward:
 
     def _attend(self, index: int, layer: LayerWeights, size: StepSize, normed: Tensor) -> None:
         """Attention of normed rows (T, D), which become what it adds."""
-        config, rows = self._config, slice(0, size.num_tokens)
-        qkv, attended = self._places["qkv"][rows], self._places["attended"][rows]
+        config, to, rows = self._config, self._activations, slice(0, size.num_tokens)
+        qkv, attended = to.qkv[rows], to.attended[rows]
         matmul(normed, layer.qkv, qkv)
         if layer.qkv_bias is not None:
             qkv.add_(layer.qkv_bias)
         heads = qkv.unflatten(1, (-1, config.head_dim))
         q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
-        tables = self._places["step_cos"][rows], self._places["step_sin"][rows]
+        tables = to.step_cos[rows], to.step_sin[rows]
         pages, group = self._cache.pages[index], self._cache.groups[index]
         norms = None
         if layer.q_norm is not None and layer.k_norm is not None:
             norms = HeadNorms(layer.q_norm, layer.k_norm, config.norm_eps)
-        rotate_and_store(q, k, v, tables, pages, self._places["slot_mapping"][group.index, rows], norms)
+        rotate_and_store(q, k, v, tables, pages, self._inputs.slot_mapping[group.index, rows], norms)
         self._attend_pages(q, pages, group, size, attended.unflatten(1, (-1, config.head_dim)))
         matmul(attended, layer.o, normed)
         self._sum(normed)
 
     def _attend_pages(self, q: Tensor, pages: KVPages, group: AttentionGroup, size: StepSize, out: Tensor) -> None:
-        tables, seq_lens = self._places["page_tables"][group.index], self._places["seq_lens"]
+        tables, seq_lens = self._inputs.page_tables[group.index], self._inputs.seq_lens
         single = slice(0, size.num_single)
         if size.num_single:
             batch = AttentionBatch(tables[single], seq_lens[single])
@@ -192,14 +187,13 @@ class Forward:
             decode_attention(q[single], pages, batch, out[single], workspace, num_splits, group.window)
         if size.num_chunks:
             chunks = slice(size.first_chunk, size.num_rows)
-            batch = AttentionBatch(
-                tables[chunks], seq_lens[chunks], self._places["cu_seqlens_q"][: size.num_chunks + 1]
-            )
+            cu_seqlens_q = self._inputs.cu_seqlens_q[: size.num_chunks + 1]
+            batch = AttentionBatch(tables[chunks], seq_lens[chunks], cu_seqlens_q)
             prefill_attention(q[size.num_single :], pages, batch, out[size.num_single :], group.window)
 
     def _pieces(self, batch_size: int, window: int | None) -> tuple[Tensor, int]:
         """The workspace of decode attention, and into how many pieces it lets keys be cut."""
-        config, workspace = self._config, self._places["attention"]
+        config, workspace = self._config, self._activations.attention
         max_length = min(window or self._max_seq_len, self._max_seq_len)
         wanted = choose_num_splits(batch_size, config.num_kv_heads, max_length, self._num_multiprocessors)
         while workspace_numel(batch_size, config.num_heads, config.head_dim, wanted) > workspace.numel():
@@ -208,7 +202,7 @@ class Forward:
 
     def _feed(self, layer: LayerWeights, rows: slice, normed: Tensor) -> None:
         """The feed-forward of normed rows (T, D), which become what it adds."""
-        gate_up = self._places["gate_up"][rows]
+        gate_up = self._activations.gate_up[rows]
         matmul(normed, layer.gate_up, gate_up)
         gate, up = gate_up.chunk(2, dim=1)
         swiglu(gate, up, gate)
@@ -222,12 +216,12 @@ class Forward:
 
     def _head(self, size: StepSize, added: Tensor, hidden: Tensor) -> Tensor:
         norm, head = self._weights.head()
-        last, logits = self._places["last"][: size.num_drawing], self._places["logits"][: size.num_drawing]
+        last, logits = self._activations.last[: size.num_drawing], self._logits[: size.num_drawing]
         if size.draws_in_order:
             self._norm(added, hidden, norm, last)
         elif size.num_drawing:
             self._norm(added, hidden, norm, added)
-            torch.index_select(added, 0, self._places["last_rows"][: size.num_drawing], out=last)
+            torch.index_select(added, 0, self._inputs.last_rows[: size.num_drawing], out=last)
         if size.num_drawing:
             self._project(last, head, logits)
         return logits

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from yafsdp_like.inference.engine.batch_inputs import Staging
+from yafsdp_like.inference.engine.batch_inputs import Staging, host_like
 from yafsdp_like.inference.engine.forward import Forward, LayerPages, StepSize
 from yafsdp_like.inference.engine.request import Token
 from yafsdp_like.inference.kv.eviction import Costs
@@ -28,12 +29,22 @@ if TYPE_CHECKING:
 
     from yafsdp_like.inference.engine.batch import Batch, Run
     from yafsdp_like.inference.kv.layer_groups import LayerGroup
+    from yafsdp_like.inference.plan.buffers import StepBuffers
     from yafsdp_like.inference.weights.store import Weights
 
-_LOGPROBS = ("drawn_logprobs", "top_logits", "top_ids")
 _NUM_TIMED = 3  # repetitions of what is measured, of which the fastest counts
 _TIMED_NBYTES = 64 << 20
 _TIMED_TOKENS_ON_CPU = 16
+
+
+@dataclass(frozen=True)
+class DrawnTokens:
+    """What the rows of a step drew, on the device or on the host; log-probabilities only where they are asked for."""
+
+    ids: Tensor  # (B,) int64
+    logprobs: Tensor  # (B,) float32
+    top_logprobs: Tensor  # (B, L) float32, in falling order
+    top_ids: Tensor  # (B, L) int64
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Launched:
     """A step that was issued, and where its results are being put."""
 
     drawing: tuple[Run, ...]  # in order of rows
-    results: Mapping[str, Tensor]  # on the host, once ``done``
+    results: DrawnTokens  # on the host, once ``done``
     done: Event
 
 
@@ -51,36 +62,35 @@ class Runner:
     def __init__(
         self,
         weights: Weights,
-        places: Mapping[str, Tensor],
+        buffers: StepBuffers,
         groups: Sequence[LayerGroup],
         regions: Mapping[Tier, Tensor],
     ) -> None:
-        """``places`` are the buffers of the plan by name, ``regions`` the bytes (nbytes,) uint8 that pages lie in."""
-        self._weights, self._places, self._regions = weights, places, regions
+        """``regions`` are the bytes (nbytes,) uint8 that pages lie in."""
+        self._weights, self._buffers, self._regions = weights, buffers, regions
         self._on_gpu = weights.device.type == "cuda"
-        self._max_batch_size, self._max_batch_tokens = len(places["last_rows"]), len(places["token_index"])
+        self._max_batch_size, self._max_batch_tokens = len(buffers.inputs.last_rows), len(buffers.inputs.positions)
         self._forward = Forward(
-            weights, places, LayerPages.of(groups, regions[Tier.DEVICE]), _num_multiprocessors(weights.device)
+            weights, buffers, LayerPages.of(groups, regions[Tier.DEVICE]), _num_multiprocessors(weights.device)
         )
-        self._staging = Staging(places, groups[0].shape.page_size, self._on_gpu)
+        self._staging = Staging(buffers, groups[0].shape.page_size, self._on_gpu)
         self._streams = streams_of(weights.device)
-        self._results = [self._host_results() for _ in range(2)]  # see staging.py, [Note: two sides]
+        scores, ids = buffers.logits, buffers.inputs.token_pool[: self._max_batch_size]
+        self._drawn = DrawnTokens(ids, scores.drawn_logprobs, scores.top_logits, scores.top_ids)
+        self._results = [self._host_results() for _ in range(2)]  # see batch_inputs.py, [Note: two sides]
         self._decodes: dict[int, StepRecording] = {}  # by batch size
         self._logprobs: dict[int, StepRecording] = {}
         self._fill_rotary()
 
-    def _host_results(self) -> dict[str, Tensor]:
-        results = {name: self._host_like(self._places[name]) for name in _LOGPROBS}
-        return results | {"token_pool": self._host_like(self._places["token_pool"][: self._max_batch_size])}
-
-    def _host_like(self, place: Tensor) -> Tensor:
-        return torch.zeros(place.shape, dtype=place.dtype, pin_memory=self._on_gpu)
+    def _host_results(self) -> DrawnTokens:
+        return DrawnTokens(*(host_like(tensor, self._on_gpu) for tensor in vars(self._drawn).values()))
 
     def _fill_rotary(self) -> None:
-        positions = torch.arange(len(self._places["cos"]), device=self._weights.device)
-        tables = self._weights.config.rope.tables(positions, self._places["cos"].dtype)
-        for name, table in zip(("cos", "sin"), tables, strict=True):
-            self._places[name].copy_(table)
+        tables = self._buffers.tables
+        positions = torch.arange(len(tables.cos), device=self._weights.device)
+        cos, sin = self._weights.config.rope.tables(positions, tables.cos.dtype)
+        tables.cos.copy_(cos)
+        tables.sin.copy_(sin)
 
     # --- before the first step ---
 
@@ -168,7 +178,7 @@ class Runner:
     def read(self, launched: Launched) -> list[Token]:
         """What each of ``launched.drawing`` drew; waits for the device."""
         self._streams.settle(launched.done)
-        tokens = launched.results["token_pool"][: len(launched.drawing)].tolist()
+        tokens = launched.results.ids[: len(launched.drawing)].tolist()
         return [_token(run, token, launched.results, row) for row, (run, token) in _numbered(launched.drawing, tokens)]
 
     def skip(self) -> None:
@@ -187,40 +197,39 @@ class Runner:
         self._weights.reset_residency()
 
     def _sample(self, logits: Tensor) -> None:
-        places, rows = self._places, slice(0, len(logits))
         if len(logits):
-            drawn_from = SamplingRows(places["sampling_floats"][rows], places["sampling_ints"][rows], places["history"])
-            sample(logits, drawn_from, places["token_pool"][rows])
+            inputs, tables, rows = self._buffers.inputs, self._buffers.tables, slice(0, len(logits))
+            drawn_from = SamplingRows(inputs.sampling_floats[rows], inputs.sampling_ints[rows], tables.history)
+            sample(logits, drawn_from, self._drawn.ids[rows])
 
     def _tell_logprobs(self, num_rows: int) -> None:
         """Log-probabilities of the tokens drawn, and of the most probable, from the step's logits.
 
         They are logits less the log of the sum of all exponentials, which is taken relative to the highest logit.
         """
-        places, rows = self._places, slice(0, num_rows)
-        scores, sums, drawn = places["logprobs"][rows], places["log_sums"][rows], places["drawn_logprobs"][rows]
-        top = places["top_logits"][rows]
-        scores.copy_(places["logits"][rows])
-        torch.topk(scores, top.shape[1], dim=1, out=(top, places["top_ids"][rows]))
-        torch.gather(scores, 1, places["token_pool"][rows, None], out=drawn[:, None])
+        to, rows = self._buffers.logits, slice(0, num_rows)
+        scores, sums, drawn, top = to.logprobs[rows], to.log_sums[rows], to.drawn_logprobs[rows], to.top_logits[rows]
+        scores.copy_(to.logits[rows])
+        torch.topk(scores, top.shape[1], dim=1, out=(top, to.top_ids[rows]))
+        torch.gather(scores, 1, self._drawn.ids[rows, None], out=drawn[:, None])
         torch.sum(scores.sub_(top[:, :1]).exp_(), 1, out=sums)
         sums.log_().add_(top[:, 0])
         drawn.sub_(sums)
         top.sub_(sums[:, None])
 
     def _fetch(self, drawing: tuple[Run, ...], num_rows: int) -> Launched:
-        names = ["token_pool"]
-        if any(run.sequence.request.num_logprobs is not None for run in drawing):
+        with_logprobs = any(run.sequence.request.num_logprobs is not None for run in drawing)
+        if with_logprobs:
             recorded = min((found for found in self._logprobs if found >= num_rows), default=None)
             if recorded is None:
                 self._tell_logprobs(num_rows)
             else:
                 self._logprobs[recorded].replay()
-            names += _LOGPROBS
         self._results.reverse()
-        results = self._results[0]
-        for name in names:
-            results[name][: len(drawing)].copy_(self._places[name][: len(drawing)], non_blocking=True)
+        results, rows = self._results[0], slice(0, len(drawing))
+        pairs = zip(vars(results).values(), vars(self._drawn).values(), strict=True)
+        for result, drawn in islice(pairs, None if with_logprobs else 1):
+            result[rows].copy_(drawn[rows], non_blocking=True)
         return Launched(drawing, results, self._streams.record(COMPUTE))
 
     def _copy_pages(self, copies: Iterable[Copy]) -> None:
@@ -248,12 +257,12 @@ def _numbered(drawing: Iterable[Run], tokens: Iterable[int]) -> enumerate[tuple[
     return enumerate(zip(drawing, tokens, strict=True))
 
 
-def _token(run: Run, token: int, results: Mapping[str, Tensor], row: int) -> Token:
+def _token(run: Run, token: int, results: DrawnTokens, row: int) -> Token:
     num_logprobs = run.sequence.request.num_logprobs
     if num_logprobs is None:
         return Token(token)
-    ids, logprobs = (results[name][row, :num_logprobs].tolist() for name in ("top_ids", "top_logits"))
-    return Token(token, results["drawn_logprobs"][row].item(), tuple(zip(ids, logprobs, strict=True)))
+    ids, logprobs = (top[row, :num_logprobs].tolist() for top in (results.top_ids, results.top_logprobs))
+    return Token(token, results.logprobs[row].item(), tuple(zip(ids, logprobs, strict=True)))
 
 
 def _merged(copies: Iterable[Copy]) -> list[tuple[Copy, int]]:

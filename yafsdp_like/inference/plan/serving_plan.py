@@ -1,6 +1,6 @@
 """What a served model takes, in bytes, before anything is allocated: which mode, what fits, and why. No GPU is needed.
 
-Owns the choice of where weights lie, and the plan that all places of an engine come from. It knows sizes and rates; how
+Owns the choice of where weights lie, and the plan of all memory of an engine. It knows sizes and rates; how
 bytes are moved is `weights.py`'s.
 
 [Note: what is kept]
@@ -23,10 +23,10 @@ import torch
 
 from yafsdp_like.inference.kv.layer_groups import LayerGroup
 from yafsdp_like.inference.options import AnyMode, ServingLimits
+from yafsdp_like.inference.plan.buffers import PlacedBuffers, StepShape, plan_buffers
 from yafsdp_like.inference.plan.capacity import Capacity
 from yafsdp_like.inference.plan.packed_weights import check_served, pack_units
 from yafsdp_like.inference.plan.placement import Mode, Placement, placements
-from yafsdp_like.inference.plan.workspace import PlacedBuffers, StepShape, forward_buffers, place_buffers
 from yafsdp_like.memory.plan import MemoryPlan, Region
 from yafsdp_like.models.tensor_parallel import share_of
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from yafsdp_like.inference.kv.slabs import SlabGrid
-    from yafsdp_like.memory.arena import Arena
     from yafsdp_like.models.decoder import DecoderConfig
 
 _SUMS = "process group: sums"  # what moves bytes between ranks that compute together
@@ -143,11 +142,6 @@ class ServingPlan:
             regions = (*regions, Region(HOST_KV_SLABS, HOST_KV_SLABS, self.host_grid.region_nbytes))
         return MemoryPlan(self.site.num_ranks, regions)
 
-    def tensor(self, arena: Arena, name: str) -> torch.Tensor:
-        """The buffer ``name`` (see ``workspace.py``) on an arena that has this plan's regions."""
-        buffer = self.buffers.buffers[name]
-        return arena.place(buffer.kind).part(self.buffers.segments[name]).tensor(buffer.dtype, buffer.shape)
-
     def __str__(self) -> str:
         lines = [*self.reasons, str(self.memory)]
         return "\n".join([*lines, f"in host memory: {self.host}"] if self.host.regions else lines)
@@ -216,7 +210,7 @@ class _Draft:
         step = StepShape(
             limits.max_batch_size, limits.max_batch_tokens, longest, limits.page_size, len(groups), multiprocessors
         )
-        buffers = place_buffers(forward_buffers(share, step, site.dtype))
+        buffers = plan_buffers(share, step, site.dtype)
         least = limits.max_seq_len or min(longest, limits.max_batch_tokens)
         return cls(config, limits, site, capacity, buffers, longest, least)
 

@@ -1,0 +1,247 @@
+"""The buffers that a step writes to: activations, logits, and the tables that describe the step.
+
+Fields declare the shape, dtype and live range of each tensor, from which buffers are planned before anything is
+allocated; instances hold the tensors. Activations of one layer share bytes where they are not live together.
+
+Shapes: T tokens of a step, B sequences, D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary,
+S positions of the longest sequence, G groups of layers that share page tables, L log-probabilities of a token at most.
+"""
+
+# ruff: noqa: RUF009 (`_tensor` returns a `dataclasses.field`)
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from yafsdp_like.kernels.decode_attention import choose_num_splits, workspace_numel
+from yafsdp_like.kernels.sampling import NUM_FLOATS, NUM_INTS
+from yafsdp_like.kernels.sampling_params import MAX_LOGPROBS
+from yafsdp_like.memory.plan import LiveRange, Region, SlotPlace, SlotRequest, place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from yafsdp_like.memory.arena import Arena
+    from yafsdp_like.memory.layout import Segment
+    from yafsdp_like.models.decoder import DecoderConfig
+
+WORKSPACE, LOGITS, TABLES = "workspace", "logits", "tables"  # kinds, and their regions' names
+
+# What a forward does, in order, the first four once a layer; a live range is from the first to the last that needs it.
+PROJECT, ATTEND, OUTPUT, FEED, DRAW = range(5)
+ALWAYS = LiveRange(((PROJECT, DRAW),))
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The most that one step may hold."""
+
+    num_sequences: int
+    num_tokens: int
+    max_seq_len: int
+    page_size: int
+    num_groups: int
+    num_multiprocessors: int = 1  # of the device; decides into how many pieces attention cuts keys
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of one sequence, at most."""
+        return -(-self.max_seq_len // self.page_size)
+
+
+# --- what there is ---
+
+
+def _tensor(*shape: str, dtype: torch.dtype | None = None, live: tuple[int, int] = (PROJECT, DRAW)) -> Any:
+    """Declare a buffer by sizes that `_sizes` names; ``dtype`` None is the weights'."""
+    return field(metadata={"shape": shape, "dtype": dtype, "live": LiveRange((live,))})
+
+
+def _sizes(config: DecoderConfig, step: StepShape) -> dict[str, int]:
+    """Elements of each dimension, by what it is called in the declarations below."""
+    batch, head_dim = step.num_sequences, config.head_dim
+    return {
+        "T": step.num_tokens,
+        "B": batch,
+        "B + T": batch + step.num_tokens,
+        "B + 1": batch + 1,
+        "B + 4": batch + 4,  # rows of prefill begin at a multiple of 4, so that kernels see aligned addresses
+        "D": config.dim,
+        "H": head_dim,
+        "N H": config.num_heads * head_dim,
+        "(N + 2 K) H": (config.num_heads + 2 * config.num_kv_heads) * head_dim,
+        "2 F": 2 * config.ffn_dim,
+        "V": config.vocab_size,
+        "S": step.max_seq_len,
+        "G": step.num_groups,
+        "L": min(MAX_LOGPROBS, config.vocab_size),
+        "pages": step.max_pages,
+        "pieces": _num_pieces(config, step),
+        "floats": NUM_FLOATS,
+        "ints": NUM_INTS,
+    }
+
+
+def _num_pieces(config: DecoderConfig, step: StepShape) -> int:
+    """Elements for the pieces of decode attention, whichever power of two sequences decode: at least one piece each."""
+    most, heads, head_dim = step.num_sequences, config.num_heads, config.head_dim
+
+    def numel(size: int) -> int:
+        splits = choose_num_splits(size, config.num_kv_heads, step.max_seq_len, step.num_multiprocessors)
+        return workspace_numel(size, heads, head_dim, splits)
+
+    sizes = {min(1 << power, most) for power in range(most.bit_length() + 1)}
+    return max(most * heads * (head_dim + 1), *(numel(size) for size in sizes))
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the layers of one forward write; in the weights' dtype where none is named."""
+
+    kind: ClassVar = WORKSPACE
+    hidden: Tensor = _tensor("T", "D")  # the residual stream
+    normed: Tensor = _tensor("T", "D")  # and what a layer adds to it
+    step_cos: Tensor = _tensor("T", "H", live=(PROJECT, FEED))  # of the step's positions
+    step_sin: Tensor = _tensor("T", "H", live=(PROJECT, FEED))
+    qkv: Tensor = _tensor("T", "(N + 2 K) H", live=(PROJECT, ATTEND))
+    attended: Tensor = _tensor("T", "N H", live=(ATTEND, OUTPUT))
+    attention: Tensor = _tensor("pieces", dtype=torch.float32, live=(ATTEND, ATTEND))  # of decode attention
+    gate_up: Tensor = _tensor("T", "2 F", live=(FEED, FEED))
+    last: Tensor = _tensor("B", "D", live=(DRAW, DRAW))  # normed, of tokens that draw
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Scores of the next tokens, and log-probabilities where they are asked for."""
+
+    kind: ClassVar = LOGITS
+    logits: Tensor = _tensor("B", "V")
+    logprobs: Tensor = _tensor("B", "V", dtype=torch.float32)
+    log_sums: Tensor = _tensor("B", dtype=torch.float32)
+    drawn_logprobs: Tensor = _tensor("B", dtype=torch.float32)
+    top_logits: Tensor = _tensor("B", "L", dtype=torch.float32)  # then their log-probabilities, in falling order
+    top_ids: Tensor = _tensor("B", "L", dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class BatchInputs(Generic[T]):
+    """What a step reads of its batch, uploaded from host memory (``engine/batch_inputs.py``)."""
+
+    kind: ClassVar = TABLES
+    token_pool: T = _tensor("B + T", dtype=torch.int64)  # drawn by the last step, then from the host
+    token_index: T = _tensor("T", dtype=torch.int64)  # where in ``token_pool`` each token is
+    positions: T = _tensor("T", dtype=torch.int64)
+    slot_mapping: T = _tensor("G", "T", dtype=torch.int32)  # where keys and values go; -1: nowhere
+    page_tables: T = _tensor("G", "B + 4", "pages", dtype=torch.int32)
+    seq_lens: T = _tensor("B + 4", dtype=torch.int32)
+    cu_seqlens_q: T = _tensor("B + 1", dtype=torch.int32)  # of chunks
+    last_rows: T = _tensor("B", dtype=torch.int64)  # rows whose next token is drawn, unless all are, in order
+    sampling_floats: T = _tensor("B", "floats", dtype=torch.float32)
+    sampling_ints: T = _tensor("B", "ints", dtype=torch.int64)
+
+    def map(self, function: Callable[[T], U]) -> BatchInputs[U]:
+        """Apply ``function`` to every table."""
+        return BatchInputs(**{table.name: function(getattr(self, table.name)) for table in fields(self)})
+
+
+@dataclass(frozen=True)
+class DeviceTables:
+    """What is made or kept up to date on the device."""
+
+    kind: ClassVar = TABLES
+    token_ids: Tensor = _tensor("T", dtype=torch.int64)  # picked from ``token_pool``
+    history: Tensor = _tensor("B", "V", dtype=torch.int32)  # see ``kernels/sampling.py``
+    cos: Tensor = _tensor("S", "H")  # of all positions
+    sin: Tensor = _tensor("S", "H")
+
+
+@dataclass(frozen=True)
+class StepBuffers:
+    """All buffers of one engine, on the device."""
+
+    activations: Activations
+    logits: Logits
+    inputs: BatchInputs[Tensor]
+    tables: DeviceTables
+
+
+# --- where they lie ---
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """The plan of one tensor."""
+
+    name: str
+    kind: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    live: LiveRange
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PlacedBuffers:
+    """Where buffers lie: each one's segment in the region of its kind."""
+
+    buffers: Mapping[str, Buffer]
+    segments: Mapping[str, Segment]
+    regions: tuple[Region, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all regions."""
+        return sum(region.nbytes for region in self.regions)
+
+    def slots(self) -> tuple[SlotPlace, ...]:
+        """Return activations as a plan prints them, since they share bytes."""
+        return tuple(
+            SlotPlace(name, buffer.kind, self.segments[name], buffer.live)
+            for name, buffer in self.buffers.items()
+            if buffer.kind == WORKSPACE and buffer.nbytes
+        )
+
+    def tensors(self, arena: Arena) -> StepBuffers:
+        """Return the buffers on an arena that has these regions."""
+
+        def tensor(buffer: Buffer) -> Tensor:
+            segment = self.segments[buffer.name]
+            return arena.place(buffer.kind).part(segment).tensor(buffer.dtype, buffer.shape)
+
+        def group(cls: Any) -> Any:
+            return cls(**{declared.name: tensor(self.buffers[declared.name]) for declared in fields(cls)})
+
+        return StepBuffers(group(Activations), group(Logits), group(BatchInputs), group(DeviceTables))
+
+
+def plan_buffers(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> PlacedBuffers:
+    """Place all buffers that a forward of ``config`` in ``dtype`` needs, and its drawing of the next tokens.
+
+    One region per kind; buffers of a kind share bytes where their live ranges do not meet.
+    """
+    sizes, buffers = _sizes(config, step), dict[str, Buffer]()
+    for group in (Activations, Logits, BatchInputs, DeviceTables):
+        for declared in fields(group):
+            how = declared.metadata
+            shape = tuple(sizes[name] for name in how["shape"])
+            buffers[declared.name] = Buffer(declared.name, group.kind, how["dtype"] or dtype, shape, how["live"])
+    segments: dict[str, Segment] = {}
+    regions = []
+    for kind in (WORKSPACE, LOGITS, TABLES):
+        found = [buffer for buffer in buffers.values() if buffer.kind == kind]
+        spots, nbytes = place([SlotRequest(b.name, b.nbytes, b.live) for b in found])
+        segments |= {b.name: spot for b, spot in zip(found, spots, strict=True)}
+        regions.append(Region(kind, kind, nbytes))
+    return PlacedBuffers(buffers, segments, tuple(regions))
