@@ -18,7 +18,7 @@ two streams take turns, and collectives between hosts take from compute what the
 both leave out why a long step on two GPUs lasts 2 to 3 % longer than either says.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
-from yafsdp_like.memory.layout import aligned
+from yafsdp_like.comm.mapped_memory import MappedMemory
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.models import Decoder, DecoderConfig
 
@@ -299,19 +299,12 @@ class Estimator:
 class PaperTransport:
     """As far as a plan asks: how many ranks share a parameter, and what they read of each other. It moves nothing."""
 
-    maps_memory = True
-    gathers_collectively = False
-
     def __init__(self, on: Topology) -> None:
-        self.everybody = dist.group.WORLD
+        group = dist.group.WORLD
+        assert group is not None
+        self.everybody, self.mapped = group, MappedMemory(group, torch.device("cpu"), on.num_hosts)
         self.rank, self.world_size = 0, on.num_shards
-        self.aliases_local_shard = on.num_hosts == 1
         self.description = f"paper: {on.name}"
-        self._num_hosts = on.num_hosts
-
-    def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
-        """As ``HierarchicalTransport`` says."""
-        return sum(aligned(self._num_hosts * nbytes) for nbytes in chunks_nbytes) if self._num_hosts > 1 else 0
 
 
 @contextmanager

@@ -127,16 +127,16 @@ class Buffers:
 
     def __init__(self, transport: HierarchicalTransport, dtype: torch.dtype, wire_dtype: torch.dtype) -> None:
         sizes, width = (NUMEL, NUMEL // 2), transport.world_size
-        column = transport.column_nbytes([n * dtype.itemsize for n in sizes])
+        column = transport.mapped.column_nbytes([n * dtype.itemsize for n in sizes])
         gradients = [MemoryBlock.allocate(width * n * dtype.itemsize, CPU) for n in sizes]
         staging = MemoryBlock.allocate(column, CPU)
-        transport.connect([*gradients, staging])
+        transport.mapped.connect([*gradients, staging])
         self.shards = [torch.zeros(n, dtype=dtype) for n in sizes]
         self.slots = [torch.zeros(width * n, dtype=dtype) for n in sizes]
         self.gradients = [block.bytes.view(dtype) for block in gradients]
         self.sums = [torch.zeros(n) for n in sizes]
         self.gather = transport.all_gather(self.slots, self.shards, scratch=staging.bytes)
-        sums_column = transport.column_nbytes([n * wire_dtype.itemsize for n in sizes])
+        sums_column = transport.mapped.column_nbytes([n * wire_dtype.itemsize for n in sizes])
         scratch = torch.empty(1024 + sums_column, dtype=torch.uint8)
         self.reduce = transport.reduce_scatter(self.sums, self.gradients, [wire_dtype] * 2, scratch)
         self.blocks = [*gradients, staging]

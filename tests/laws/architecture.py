@@ -298,7 +298,7 @@ OLD_WORDS = {
     "windows.py": "vmm.py",
     "shown()": "aliased",
     "shows()": "aliases",
-    "spares_own_chunks()": "aliases_local_shard",
+    "spares_own_chunks()": "aliases_shards",
     "images.py": "packed_weights.py",
     "tables.py": "kv_cache.py",
     "Context": "KVSequence",

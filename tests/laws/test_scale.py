@@ -204,7 +204,8 @@ def reduced(transport_name: Any, gradients: torch.Tensor, staging_nbytes: int) -
     """This rank's chunk of the mean."""
     transport = transport_of(dist.group.WORLD, CPU, transport_name)
     block = MemoryBlock.allocate(gradients.nbytes, CPU)
-    transport.connect([block])
+    if transport.mapped is not None:
+        transport.mapped.connect([block])
     inputs = block.bytes.view(torch.float32)
     inputs.copy_(gradients)
     shard, scratch = torch.zeros(NUMEL), torch.empty(staging_nbytes, dtype=torch.uint8)

@@ -17,6 +17,7 @@ from tests.ranks import run_ranks
 from tests.training import world_mesh
 from tests.zoo import FEATURES, SPECIMENS, WIDE, Chain, Specimen, blocks, layers_of, vectors
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
+from yafsdp_like.comm.mapped_memory import MappedMemory
 from yafsdp_like.comm.peer import PeerTransport
 from yafsdp_like.comm.process_group import ProcessGroupTransport
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE
@@ -33,14 +34,14 @@ def watch_transports(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
     for transport in (ProcessGroupTransport, PeerTransport):
         patch.setattr(transport, "all_gather", _noted_gather(transport.all_gather, detector))
         patch.setattr(transport, "reduce_scatter", _noted_reduce(transport.reduce_scatter, detector))
-    stream_barrier = PeerTransport.stream_barrier
+    stream_barrier = MappedMemory.stream_barrier
 
-    def barrier_noted(self: PeerTransport, stream: str) -> None:
+    def barrier_noted(self: MappedMemory, stream: str) -> None:
         stream_barrier(self, stream)
         detector.streams.stream_barrier(stream)
         detector.note_read_by_peer()
 
-    patch.setattr(PeerTransport, "stream_barrier", barrier_noted)
+    patch.setattr(MappedMemory, "stream_barrier", barrier_noted)
 
 
 def _noted_gather(gather: Any, detector: RaceDetector) -> Any:
@@ -54,7 +55,7 @@ def _noted_gather(gather: Any, detector: RaceDetector) -> Any:
         def noted() -> None:
             detector.note(inputs, False, "gather")
             detector.note(written, True, "gather")
-            if self.maps_memory:
+            if self.mapped is not None:
                 detector.note(inputs, False, "gather", by_peer=True)
             run()
 
@@ -68,7 +69,7 @@ def _noted_reduce(reduce: Any, detector: RaceDetector) -> Any:
         run = reduce(self, outputs, inputs, *others)
 
         def noted(reduction: Any, accumulate: bool) -> None:
-            if self.maps_memory:
+            if self.mapped is not None:
                 detector.read_by_peer = list(inputs)  # after the first barrier, which says that it may
             detector.note(inputs, False, "reduce")
             detector.note(outputs, True, "reduce")

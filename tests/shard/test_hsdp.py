@@ -46,6 +46,7 @@ from yafsdp_like import fully_shard
 from yafsdp_like.comm import choice, peer
 from yafsdp_like.comm.choice import transport_of, transport_over
 from yafsdp_like.comm.transport import Averaged, Reduction
+from yafsdp_like.memory.arena import MemoryBlock
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 CPU = torch.device("cpu")
@@ -217,8 +218,9 @@ def test_a_reduction_is_the_mean_over_both_dimensions_of_the_mesh(
     mesh, rank = mesh_of(2), dist.get_rank()
     over = transport_over(mesh, CPU, transport)
     everybody = torch.randint(-3, 4, (2, 2, 2 * NUMEL), generator=torch.Generator().manual_seed(1)) * 8
-    block = peer.Block.allocate(2 * NUMEL * dtype.itemsize, CPU)
-    over.connect([block])
+    block = MemoryBlock.allocate(2 * NUMEL * dtype.itemsize, CPU)
+    if over.mapped is not None:
+        over.mapped.connect([block])
     gradients, shard = block.bytes.view(dtype), torch.full((NUMEL,), 7.0, dtype=shard_dtype)
     reduce = over.reduce_scatter([shard], [gradients], [wire_dtype], torch.empty(1 << 14, dtype=torch.uint8))
 

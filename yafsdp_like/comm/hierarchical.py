@@ -30,38 +30,25 @@ from yafsdp_like.comm import peer
 from yafsdp_like.comm.consistency import all_gather_object
 from yafsdp_like.comm.process_group import ProcessGroupTransport
 from yafsdp_like.memory.layout import aligned
-from yafsdp_like.memory.streams import GATHER, Event
+from yafsdp_like.memory.streams import GATHER
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from yafsdp_like.comm.transport import AllGather, ReduceScatter, Reduction, Transport
-    from yafsdp_like.memory.arena import MemoryBlock
 
 
 class HierarchicalTransport:
     """``inside`` between the ranks of this host, ``across`` between those of this rank's number on every host."""
 
-    maps_memory = True
-    aliases_local_shard = False
-    gathers_collectively = True
-
     def __init__(self, group: dist.ProcessGroup, inside: Transport, across: Transport) -> None:
         self.rank, self.world_size = group.rank(), group.size()
         self.num_hosts = across.world_size
         self.description = f"{self.num_hosts} hosts; in each, {inside.description}; between them, {across.description}"
-        self._group = self.everybody = group
+        self.everybody = group
         self._inside, self._across = inside, across
-
-    def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
-        return sum(aligned(self.num_hosts * nbytes) for nbytes in chunks_nbytes)
-
-    def connect(self, blocks: Sequence[MemoryBlock]) -> None:
-        self._inside.connect(blocks)
-
-    def stream_barrier(self, stream: str) -> None:
-        """Of this host's ranks: nobody else reads this rank's memory."""
-        self._inside.stream_barrier(stream)
+        assert inside.mapped is not None, "the ranks of a host must map each other's memory"
+        self.mapped = inside.mapped.over_hosts(self.num_hosts)
 
     def all_gather(
         self,
@@ -78,9 +65,9 @@ class HierarchicalTransport:
         to_slot = self._inside.all_gather(self._by_host(outputs), self._by_host(columns))
 
         def run() -> None:
-            self.stream_barrier(GATHER)
+            self.mapped.stream_barrier(GATHER)
             to_column()
-            self.stream_barrier(GATHER)
+            self.mapped.stream_barrier(GATHER)
             to_slot()
 
         return run
@@ -93,7 +80,7 @@ class HierarchicalTransport:
         scratch: torch.Tensor,
     ) -> ReduceScatter:
         """The end of ``scratch`` holds the column of sums, the rest is for what is pulled."""
-        nbytes = self.column_nbytes([o.numel() * d.itemsize for o, d in zip(outputs, dtypes, strict=True)])
+        nbytes = self.mapped.column_nbytes([o.numel() * d.itemsize for o, d in zip(outputs, dtypes, strict=True)])
         pulled, summed = scratch[: scratch.numel() - nbytes], scratch[scratch.numel() - nbytes :]
         columns = self._columns(outputs, dtypes, summed)
         to_column = self._inside.reduce_scatter(
@@ -122,9 +109,6 @@ class HierarchicalTransport:
     def _by_host(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Each tensor's parts, of one host after the other."""
         return [part for tensor in tensors for part in tensor.view(self.num_hosts, tensor.numel() // self.num_hosts)]
-
-    def arm_watchdog(self, event: Event) -> None:
-        self._inside.arm_watchdog(event)
 
 
 def over_hosts(group: dist.ProcessGroup, device: torch.device, reason: str) -> HierarchicalTransport | str:

@@ -1,6 +1,6 @@
 """The transport between ranks of one host that can map each other's memory: copies, and one kernel that adds.
 
-Owns the maps of other ranks' blocks. A gather pulls every peer's shard with the copy engine, which takes no
+A gather pulls every peer's shard with the copy engine, which takes no
 multiprocessor. A reduction pulls every peer's chunk of the gradients likewise, and one kernel adds them up in fp32 in
 order of rank and writes the gradient shard. Nothing else crosses the link, and multicast is never used.
 
@@ -16,7 +16,6 @@ On CPUs the same transport runs over files in memory, and meets at a barrier of 
 from __future__ import annotations
 
 import platform
-import weakref
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -27,19 +26,16 @@ import torch
 import torch.distributed as dist
 
 from yafsdp_like.comm.consistency import all_gather_object
-from yafsdp_like.comm.descriptors import map_all_ranks
-from yafsdp_like.comm.signals import Barrier, Flags
+from yafsdp_like.comm.mapped_memory import MappedMemory
 from yafsdp_like.kernels.reduce import ReduceTable
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, aligned
-from yafsdp_like.memory.streams import REDUCE, Event, Recording
-from yafsdp_like.memory.vmm import MappedRange
+from yafsdp_like.memory.streams import REDUCE, Recording
 from yafsdp_like.memory.vmm import obstacle as mapping_obstacle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from yafsdp_like.comm.transport import AllGather, ReduceScatter, Reduction
-    from yafsdp_like.memory.arena import MemoryBlock
 
 
 class Obstacle(StrEnum):
@@ -51,26 +47,14 @@ class Obstacle(StrEnum):
 
 
 class PeerTransport:
-    """Ranks that read each other's memory. ``connect`` must have been given all inputs' blocks."""
-
-    maps_memory = True
-    aliases_local_shard = True
-    gathers_collectively = False
+    """Ranks that read each other's memory. ``mapped.connect`` must have been given all inputs' blocks."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, reason: str) -> None:
         self.rank, self.world_size = group.rank(), group.size()
         self.description = f"peer: {reason}"
-        self._group = self.everybody = group
+        self.everybody = group
+        self.mapped = MappedMemory(group, device)
         self._device = device
-        self._ranges: weakref.WeakKeyDictionary[MemoryBlock, list[MappedRange]] = weakref.WeakKeyDictionary()  # by rank
-        self._barrier = Flags(group, device) if device.type == "cuda" else Barrier(group)
-
-    def connect(self, blocks: Sequence[MemoryBlock]) -> None:
-        for block in blocks:
-            self._ranges[block] = map_all_ranks(block.physical, self._group)
-
-    def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
-        return 0
 
     def all_gather(
         self,
@@ -83,7 +67,7 @@ class PeerTransport:
         this rank already, and not in place, is copied beside that, by another copy engine.
         """
         pieces = [
-            (out.view(self.world_size, -1), self._of_all_ranks(inp), index in in_place)
+            (out.view(self.world_size, -1), self.mapped.of_all_ranks(inp), index in in_place)
             for index, (out, inp) in enumerate(zip(outputs, inputs, strict=True))
             if out.numel()
         ]
@@ -116,11 +100,11 @@ class PeerTransport:
         return run
 
     def _run_rounds(self, rounds: Sequence[_Round], scale: float, accumulate: bool) -> None:
-        self.stream_barrier(REDUCE)
+        self.mapped.stream_barrier(REDUCE)
         for number, r in enumerate(rounds, 1):
             _copy_all(r.pulls)
             if number == len(rounds):
-                self.stream_barrier(REDUCE)
+                self.mapped.stream_barrier(REDUCE)
             for dtype, table in r.tables:
                 table.reduce(scale, dtype, accumulate)
 
@@ -135,7 +119,7 @@ class PeerTransport:
         rounds: list[list[_Piece]] = [[]]
         free_nbytes = scratch.numel()
         for out, inp, dtype in zip(outputs, inputs, dtypes, strict=True):
-            by_rank = self._of_all_ranks(inp.view(self.world_size, -1)[self.rank])
+            by_rank = self.mapped.of_all_ranks(inp.view(self.world_size, -1)[self.rank])
             start = 0
             while start < out.numel():
                 most = free_nbytes // (self.world_size - 1) // ALIGNMENT_NBYTES * ALIGNMENT_NBYTES // inp.itemsize
@@ -149,22 +133,6 @@ class PeerTransport:
                 free_nbytes -= (self.world_size - 1) * aligned((stop - start) * inp.itemsize)
                 start = stop
         return [_Round.of(pieces, self.rank, scratch) for pieces in rounds if pieces]
-
-    def stream_barrier(self, stream: str) -> None:
-        self._barrier.stream_barrier(stream)
-
-    def arm_watchdog(self, event: Event) -> None:
-        self._barrier.arm_watchdog(event)
-
-    def _of_all_ranks(self, mine: torch.Tensor) -> list[torch.Tensor]:
-        """The same place as that of ``mine``, in every rank's memory."""
-        for block, ranges in self._ranges.items():
-            if (where := block.find(mine)) is not None:
-                offset, nbytes = where
-                theirs = [r.bytes[offset : offset + nbytes] for r in ranges]
-                parts = [part.view(mine.dtype).view(mine.shape) for part in theirs]
-                return [mine if rank == self.rank else part for rank, part in enumerate(parts)]
-        raise AssertionError(f"a tensor of shape {tuple(mine.shape)} lies outside the memory that peers map")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from yafsdp_like.comm.transport import AllGather, ReduceScatter, Reduction
-    from yafsdp_like.memory.arena import MemoryBlock
-    from yafsdp_like.memory.streams import Event
 
 # Torch 2.12 renamed the coalesced collectives and kept the old names with a warning.
 _NEW_NAMES = hasattr(dist.ProcessGroup, "all_gather_single_coalesced")
@@ -36,23 +34,13 @@ def _reduce_group_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
 class ProcessGroupTransport:
     """Coalesced collectives: one call, one group launch, one piece per parameter, nothing packed or unpacked."""
 
-    maps_memory = aliases_local_shard = False
-    gathers_collectively = True
+    mapped = None
 
     def __init__(self, group: dist.ProcessGroup, reason: str) -> None:
         self.rank, self.world_size = group.rank(), group.size()
         self.description = f"process group: {reason}"
         self._gather_group = self.everybody = group
         self._reduce_group = _reduce_group_of(group) if self.world_size > 1 else group
-
-    def connect(self, blocks: Sequence[MemoryBlock]) -> None:
-        pass
-
-    def stream_barrier(self, stream: str) -> None:
-        pass
-
-    def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
-        return 0
 
     def all_gather(
         self,
@@ -109,9 +97,6 @@ class ProcessGroupTransport:
                 _finish(getattr(self._reduce_group, _REDUCE)(out, inp, options))
         if reduction.post_divisor != 1.0:
             torch._foreach_div_(list(outputs), reduction.post_divisor)
-
-    def arm_watchdog(self, event: Event) -> None:
-        pass  # the group does
 
 
 def _finish(work: dist.Work | None) -> None:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from yafsdp_like.comm.transport import AllGather, ReduceScatter, Reduction, Transport
-    from yafsdp_like.memory.arena import MemoryBlock
-    from yafsdp_like.memory.streams import Event
 
 
 class ReplicatedTransport:
@@ -35,19 +33,9 @@ class ReplicatedTransport:
 
     def __init__(self, shards: Transport, replicas: dist.ProcessGroup, everybody: dist.ProcessGroup) -> None:
         self.rank, self.world_size = shards.rank, shards.world_size
-        self.maps_memory, self.aliases_local_shard = shards.maps_memory, shards.aliases_local_shard
         self.description = f"{replicas.size()} replicas over their process group; in each, {shards.description}"
         self.shards, self._replicas, self.everybody = shards, replicas, everybody
-        self.gathers_collectively = shards.gathers_collectively
-
-    def connect(self, blocks: Sequence[MemoryBlock]) -> None:
-        self.shards.connect(blocks)
-
-    def stream_barrier(self, stream: str) -> None:
-        self.shards.stream_barrier(stream)
-
-    def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
-        return self.shards.column_nbytes(chunks_nbytes)
+        self.mapped = shards.mapped
 
     def all_gather(
         self,
@@ -108,9 +96,6 @@ class ReplicatedTransport:
             work = self._replicas.allreduce_coalesced([t for t in tensors if t.numel() and t.dtype == dtype], options)
             if work is not None:
                 work.wait()  # blocks the CPU on gloo, and only orders the current stream on NCCL
-
-    def arm_watchdog(self, event: Event) -> None:
-        self.shards.arm_watchdog(event)
 
 
 def _are(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> bool:

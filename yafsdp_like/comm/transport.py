@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from yafsdp_like.memory.arena import MemoryBlock
-    from yafsdp_like.memory.streams import Event
+    from yafsdp_like.comm.mapped_memory import MappedMemory
 
 Averaged = Literal["new", "all", "nothing"]
 
@@ -50,15 +49,11 @@ class Transport(Protocol):
     rank: int
     world_size: int
     description: str  # what moves the bytes, and why this transport was chosen
-    maps_memory: bool  # inputs must lie in blocks that ``connect`` was given, since peers read them where they are
-    aliases_local_shard: bool  # an all-gather's output may alias its input: see [Note: aliased granules]
-    gathers_collectively: bool  # and not by this rank's own reading
     everybody: dist.ProcessGroup  # all ranks that must do the same, in the same order
 
-    def connect(self, blocks: Sequence[MemoryBlock]) -> None:
-        """Makes the ranks' blocks readable by each other. Called by all ranks with blocks of the same sizes, in the
-        same order; blocks the CPU.
-        """
+    @property
+    def mapped(self) -> MappedMemory | None:
+        """The memory that ranks map of each other, see [Note: mapped memory]; None if all goes by collectives."""
 
     def all_gather(
         self,
@@ -71,14 +66,9 @@ class Transport(Protocol):
         rank.
 
         For ``i`` in ``in_place`` this rank's chunk of the output is the input, seen at another address.
-        ``scratch``, ``(column_nbytes,)`` uint8 or more, lies in memory that peers map, and is written by
+        ``scratch``, ``(mapped.column_nbytes(...),)`` uint8 or more, lies in memory that peers map, and is written by
         every gather of the stream.
         At world size 1 the engine makes outputs and inputs the same memory, and there is nothing to do.
-        """
-
-    def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
-        """Bytes of scratch that a gather of inputs of these sizes, or a reduction to outputs of these sizes, needs for
-        a column of them; none on one host.
         """
 
     def reduce_scatter(
@@ -92,14 +82,4 @@ class Transport(Protocol):
         ``inputs[i]``, ``(world_size * n_i,)``, rounded to ``dtypes[i]`` before it is cast to the output's own dtype.
         Inputs are scratch afterwards. ``scratch``, ``(nbytes,)`` uint8, is written by every reduction of the
         stream, and may be empty where no memory is mapped.
-        """
-
-    def stream_barrier(self, stream: str) -> None:
-        """Work that ranks issue to ``stream``, the current one, from here on starts after all that any rank issued to
-        it before. Only where memory is mapped: collectives meet by themselves.
-        """
-
-    def arm_watchdog(self, event: Event) -> None:
-        """All that this rank issued ahead of ``event`` has to be done before the timeout of the ranks' group; where
-        nobody else sees to it, the process then ends with a message.
         """

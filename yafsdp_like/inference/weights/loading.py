@@ -129,7 +129,7 @@ def site_of(device: torch.device | str, dtype: torch.dtype | None = None, transp
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if transport is None:
         return Site(dtype, hardware=Hardware.of(device))
-    return Site(dtype, transport.world_size, transport.maps_memory, transport.description, Hardware.of(device))
+    return Site(dtype, transport.world_size, transport.mapped is not None, transport.description, Hardware.of(device))
 
 
 def world_transport(device: torch.device | str, asked: TransportName = "auto") -> Transport | None:

@@ -322,8 +322,8 @@ def reserve(plan: ServingPlan, device: torch.device, transport: Transport | None
         error = caught
     if transport is not None:
         check_same_on_all_ranks(transport.everybody, str(plan).splitlines(), error)
-        if plan.mode == "gathered":
-            transport.connect(arena.blocks)
+        if plan.mode == "gathered" and transport.mapped is not None:
+            transport.mapped.connect(arena.blocks)
     elif error is not None:
         raise error
     return PlacedWeights(plan, arena, host, transport, streams_of(device))
@@ -338,12 +338,13 @@ def _check(plan: ServingPlan, transport: Transport | None) -> None:
         raise ValueError(
             f"tensor_parallel takes all {world_tp_group().size} ranks, found those of {transport.world_size}"
         )
-    if plan.mode == "gathered" and transport.column_nbytes([1]):
+    if plan.mode == "gathered" and transport.mapped is not None and not transport.mapped.reads_shards:
         raise ValueError("weights cannot be gathered from peers of several hosts yet; use transport='process_group'")
-    if (transport.world_size, transport.maps_memory) != (plan.site.num_ranks, plan.site.maps_memory):
+    maps_memory = transport.mapped is not None
+    if (transport.world_size, maps_memory) != (plan.site.num_ranks, plan.site.maps_memory):
         raise ValueError(
             f"the plan is for {plan.site.num_ranks} ranks (maps_memory={plan.site.maps_memory}), the transport of "
-            f"{transport.world_size} (maps_memory={transport.maps_memory})"
+            f"{transport.world_size} (maps_memory={maps_memory})"
         )
 
 

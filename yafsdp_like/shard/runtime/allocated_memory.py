@@ -95,8 +95,8 @@ class AllocatedMemory:
             for transport in transports:
                 check_same_on_all_ranks(transport.everybody, self._fingerprint(), error)
             for transport in transports:
-                if transport.maps_memory and self.arena is not None:
-                    transport.connect(self.arena.blocks)
+                if transport.mapped is not None and self.arena is not None:
+                    transport.mapped.connect(self.arena.blocks)
         except BaseException:
             self.leave()  # so that every rank builds again, once the model is mended
             raise
@@ -147,9 +147,9 @@ class AllocatedMemory:
         region = own_slot_regions(unit, layout)[which]
         known = len(self.arena.blocks)
         self.arena.reserve([region])
-        if region.mapped:
+        if region.mapped and (mapped := unit.transport.mapped) is not None:
             self._collective_log.adds_slot(unit)
-            unit.transport.connect(self.arena.blocks[known:])
+            mapped.connect(self.arena.blocks[known:])
         self._layout = self._layout.with_region(region)
         self.num_layouts += 1
         self.spills.append(Spill(region.name, reason, region.nbytes))

@@ -24,7 +24,7 @@ class CollectiveLog:
         transports = dict.fromkeys(unit.transport for unit in units)
         self._journal_of = {t: journal_of(t.everybody, units[0].device) for t in transports}
         self.journals = list(dict.fromkeys(self._journal_of.values()))
-        self._mapping = list(dict.fromkeys(self._journal_of[t] for t in transports if t.maps_memory))
+        self._mapping = list(dict.fromkeys(self._journal_of[t] for t in transports if t.mapped is not None))
         self._number = 0  # of this model, on all ranks; 0: nothing was built yet
         self._entries: dict[object, Entry] = {}
 
@@ -49,7 +49,7 @@ class CollectiveLog:
             journal.post()
 
     def gathers(self, unit: Unit) -> None:
-        if unit.transport.gathers_collectively:
+        if unit.transport.mapped is None or not unit.transport.mapped.reads_shards:
             entry = self._entry((unit, "gather"), lambda: f"all-gathers the parameters of unit {unit.name!r}")
             self._journal_of[unit.transport].note(entry)
 

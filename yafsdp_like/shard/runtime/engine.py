@@ -70,7 +70,9 @@ class ShardEngine:
         self.tree = tree
         self.units = tree.units
         self.streams = streams_of(self.units[0].device)
-        self.transports = list(dict.fromkeys(unit.transport for unit in self.units))
+        self.mapped = list(
+            dict.fromkeys(unit.transport.mapped for unit in self.units if unit.transport.mapped is not None)
+        )
         self.collective_log = CollectiveLog(self.units)
         self.memory = AllocatedMemory(tree, self.collective_log)
         self.wasted_prefetches = 0
@@ -241,15 +243,14 @@ class ShardEngine:
         nobody reads them any more, the second that they are written. Otherwise each is when it is gathered.
         """
         self.streams.wait(GATHER, self.streams.record(COMPUTE))
-        mapping = [transport for transport in self.transports if transport.maps_memory]
-        if not mapping:
+        if not self.mapped:
             return
         with self.streams.on(GATHER), torch.no_grad():
-            for transport in mapping:
-                transport.stream_barrier(GATHER)
-            cast = [unit.refresh_compute_shard() for unit in self.units if unit.transport.maps_memory]
-            for transport in mapping:
-                transport.stream_barrier(GATHER)
+            for mapped in self.mapped:
+                mapped.stream_barrier(GATHER)
+            cast = [unit.refresh_compute_shard() for unit in self.units if unit.transport.mapped is not None]
+            for mapped in self.mapped:
+                mapped.stream_barrier(GATHER)
         self.arm_watchdog(self.streams.record(GATHER))
         if any(cast):  # the next update of the main shards comes after
             self.streams.wait(COMPUTE, self.streams.record(GATHER))
@@ -258,8 +259,8 @@ class ShardEngine:
         """An optimizer will write compute shards from here on: on no rank a gather reads them any more."""
         self.streams.wait(COMPUTE, self.streams.record(GATHER))
         self.collective_log.updates()
-        for transport in self.transports:
-            transport.stream_barrier(COMPUTE)
+        for mapped in self.mapped:
+            mapped.stream_barrier(COMPUTE)
 
     def after_update(self, unit: Unit, is_whole: bool) -> None:
         """An optimizer has written main and compute shards of the unit's parameters (all, if ``is_whole``): gathers it
@@ -271,14 +272,15 @@ class ShardEngine:
             unit.freshness.main_shards_written()
         slot = unit.gather_slot
         is_free = all(s.state in (EMPTY, STALE) for s in (slot, *slot.neighbours))
-        if not is_whole or not is_free or not unit.transport.maps_memory:
+        mapped = unit.transport.mapped
+        if not is_whole or not is_free or mapped is None:
             return
         self._make_room(slot)
         self.collective_log.updates(unit)
         slot.state = EMPTY  # the values in it are from before the update
         self.streams.wait(GATHER, self.streams.record(COMPUTE))
         with self.streams.on(GATHER):
-            unit.transport.stream_barrier(GATHER)
+            mapped.stream_barrier(GATHER)
         self.all_gather(slot, refresh=False)
 
     def all_gather(self, slot: GatherSlot, refresh: bool) -> None:
@@ -292,7 +294,7 @@ class ShardEngine:
         self.collective_log.gathers(unit)
         with label("all_gather", unit), self.streams.on(GATHER):
             self._wait_for_readers(GATHER, slot)
-            if refresh and not unit.transport.maps_memory:
+            if refresh and unit.transport.mapped is None:
                 unit.refresh_compute_shard()
             slot.all_gather()
         slot.ready = self.streams.record(GATHER)
@@ -526,8 +528,8 @@ class ShardEngine:
 
     def arm_watchdog(self, event: Event) -> None:
         """Ranks that wait for each other ahead of ``event`` must not do so for ever."""
-        for transport in self.transports:
-            transport.arm_watchdog(event)
+        for mapped in self.mapped:
+            mapped.arm_watchdog(event)
 
     def discard_gradients(self) -> None:
         """Drops gradients that are complete in part only, after a backward that failed."""

@@ -57,7 +57,7 @@ def plan_memory(tree: UnitTree) -> MemoryLayout:
     regions = [shard for unit in units for shard in _shards(unit, layouts[unit], granule_nbytes)]
     regions += [
         Region(GATHER_SLOTS, GATHER_SLOTS, gather_nbytes, granule_nbytes=granule_nbytes),
-        Region(GRADIENT_SLOTS, GRADIENT_SLOTS, gradient_nbytes, any(u.transport.maps_memory for u in units)),
+        Region(GRADIENT_SLOTS, GRADIENT_SLOTS, gradient_nbytes, any(u.transport.mapped is not None for u in units)),
     ]
     regions += _staging(layouts)
     regions += [region for unit in units for region in own_slot_regions(unit, layouts[unit])]
@@ -73,18 +73,17 @@ def _granule_nbytes(units: Sequence[Unit]) -> int:
     """The largest granule that chunks are made of; 0 where no slot can alias its shard."""
     for unit in units:
         unit.plan_dtypes()
-    sharers = [u for u in units if u.transport.aliases_local_shard and u.transport.world_size > 1]
-    chunks = [p.chunk_nbytes for unit in sharers for p in unit.params]
+    chunks = [p.chunk_nbytes for unit in units if unit.aliases_shards for p in unit.params]
     in_granules = [nbytes for nbytes in chunks if nbytes and nbytes % vmm.GRANULE_NBYTES == 0]
     return math.gcd(MAX_GRANULE_NBYTES, *in_granules) if in_granules else 0
 
 
 def _shards(unit: Unit, layout: UnitLayout, granule_nbytes: int) -> list[Region]:
-    aliased = layout.aliased_shard.nbytes
+    aliased, mapped = layout.aliased_shard.nbytes, unit.transport.mapped is not None
     return [
         *([Region(f"{unit.name}.aliased_shard", "compute_shard", aliased, True, granule_nbytes)] if aliased else []),
         Region(f"{unit.name}.main_shard", "main_shard", layout.main_shard.nbytes),
-        Region(f"{unit.name}.compute_shard", "compute_shard", layout.compute_shard.nbytes, unit.transport.maps_memory),
+        Region(f"{unit.name}.compute_shard", "compute_shard", layout.compute_shard.nbytes, mapped),
         Region(f"{unit.name}.grad_shard", "grad_shard", layout.grad_shard.nbytes),
     ]
 
@@ -97,7 +96,7 @@ def _staging(layouts: Mapping[Unit, UnitLayout]) -> list[Region]:
     needs = [
         max(x.gradient_slot.nbytes, (unit.transport.world_size - 1) * ALIGNMENT_NBYTES)
         for unit, x in layouts.items()
-        if unit.transport.maps_memory and x.gradient_slot.nbytes
+        if unit.transport.mapped is not None and x.gradient_slot.nbytes
     ]
     sums = max(
         _column_nbytes(u, [p.reduce_dtype if p.trainable and u.trains else None for p in u.params]) for u in layouts
@@ -109,8 +108,10 @@ def _staging(layouts: Mapping[Unit, UnitLayout]) -> list[Region]:
 
 def _column_nbytes(unit: Unit, dtypes: Sequence[torch.dtype | None]) -> int:
     """Of the parameters that have a dtype."""
+    if unit.transport.mapped is None:
+        return 0
     pairs = zip(unit.params, dtypes, strict=True)
-    return unit.transport.column_nbytes([p.shards.chunk_numel * dtype.itemsize for p, dtype in pairs if dtype])
+    return unit.transport.mapped.column_nbytes([p.shards.chunk_numel * dtype.itemsize for p, dtype in pairs if dtype])
 
 
 def _granule_end(regions: Sequence[Region]) -> list[Region]:
@@ -127,7 +128,7 @@ def own_slot_regions(unit: Unit, layout: UnitLayout) -> list[Region]:
         regions.append(Region(f"{unit.name}.gather_slot", "spill", layout.gather_slot.nbytes))
     if unit.own_gradient_slot:
         kind = "unsynced gradients" if unit.unsynced_gradients else "spill"
-        mapped = unit.transport.maps_memory
+        mapped = unit.transport.mapped is not None
         nbytes = aligned(layout.gradient_slot.nbytes, vmm.GRANULE_NBYTES if mapped else 1)
         regions.append(Region(f"{unit.name}.gradient_slot", kind, nbytes, mapped))
     return regions

@@ -47,9 +47,9 @@ class UnitLayout:
 
     @classmethod
     def of(
-        cls, params: Sequence[ShardedParam], trainable: Collection[int], maps_memory: bool, granule_nbytes: int
+        cls, params: Sequence[ShardedParam], trainable: Collection[int], mapped: bool, granule_nbytes: int
     ) -> UnitLayout:
-        """With gradients of the ``trainable`` ones. Where peers read the compute shard in place (``maps_memory``),
+        """With gradients of the ``trainable`` ones. Where peers read the compute shard in place (``mapped``),
         every parameter has one; slots alias shards where ``granule_nbytes`` is not 0.
         """
         aliased = {
@@ -67,7 +67,7 @@ class UnitLayout:
             sizes = [p.shards.padded_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
             return FlatLayout.pack(sizes, in_granules, granule_nbytes)
 
-        has_shard = [maps_memory or p.compute_dtype != p.main_dtype for p in params]
+        has_shard = [mapped or p.compute_dtype != p.main_dtype for p in params]
 
         return cls(
             main_shard=chunks([p.main_dtype for p in params]),

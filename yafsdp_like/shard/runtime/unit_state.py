@@ -329,20 +329,25 @@ class Unit:
     def meta_params(self) -> list[str]:
         return [p.name for p in self.params if p.local.is_meta]
 
+    @property
+    def aliases_shards(self) -> bool:
+        """Whether gather slots may alias this rank's shard: see [Note: mapped memory]."""
+        return self.transport.mapped is not None and self.transport.mapped.reads_shards
+
     def plan_layout(self, granule_nbytes: int = 0) -> UnitLayout:
         """The layout for the dtypes and ``requires_grad`` of now, without touching memory; with gather slots that
         alias whole granules of the shard, unless ``granule_nbytes`` is 0.
         """
         self.plan_dtypes()
-        aliases_local_shard = self.transport.aliases_local_shard and self.transport.world_size > 1
-        granule_nbytes = granule_nbytes if aliases_local_shard else 0
-        return UnitLayout.of(self.params, self.trainable, self.transport.maps_memory, granule_nbytes)
+        granule_nbytes = granule_nbytes if self.aliases_shards else 0
+        return UnitLayout.of(self.params, self.trainable, self.transport.mapped is not None, granule_nbytes)
 
     def plan_dtypes(self) -> None:
         """What each parameter is computed and its gradient reduced in, by the policy of now."""
+        # A kernel that sums in fp32 reads gradients as they were computed; sums over backwards need reduce_dtype.
+        as_computed = self.transport.mapped is not None and not self.unsynced_gradients
         for p in self.params:
-            # A kernel that sums in fp32 reads gradients as they were computed; sums over backwards need reduce_dtype.
-            p.set_dtypes(self.policy.mp, as_computed=self.transport.maps_memory and not self.unsynced_gradients)
+            p.set_dtypes(self.policy.mp, as_computed)
 
     def materialize(self) -> None:
         """Puts the main shard into the arena, or back into it after the user moved, cast or replaced parameters.
