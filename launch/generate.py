@@ -53,9 +53,11 @@ def answer(model: LoadedModel, prompt: tuple[int, ...], options: GenerateOptions
     from yafsdp_like.inference.engine.request import FinishReason, Request
     from yafsdp_like.inference.text.codec import Transcript
 
-    room = model.max_seq_len - len(prompt)
+    room = model.engine.max_seq_len - len(prompt)
     if room < 1:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, and {model.max_seq_len} fit with what is to follow")
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens, and {model.engine.max_seq_len} fit with what is to follow"
+        )
     request = Request(
         "prompt",
         prompt,

@@ -72,7 +72,7 @@ def run(options: ServeOptions) -> None:
         if is_follower:
             server.follow_first_rank(model)
             return
-        if model.lockstep and model.tp_group is None:
+        if model.engine.lockstep and model.engine.tp_group is None:
             raise ValueError(
                 "these ranks cannot map each other's memory, so they would have to step together, which requests over "
                 "HTTP do not; serve from one rank, with --mode=streamed if the model does not fit"

@@ -70,11 +70,11 @@ def serve(model: LoadedModel, options: ServeOptions, address: socket) -> None:
 
     Raises RuntimeError if the engine has failed; if it is stuck, the process ends here.
     """
-    leader = None if model.tp_group is None else TPDriver(model.engine, model.tp_group)
+    leader = None if model.engine.tp_group is None else TPDriver(model.engine, model.engine.tp_group)
     engine: SteppableEngine = model.engine if leader is None else leader
     service = Service(
         engine,
-        prepare=lambda _: _use(model.device),
+        prepare=lambda _: _use(model.engine.device),
         poll_interval_s=None if leader is None else KEEP_ALIVE_S,
         stuck_after_s=options.stuck_after_s or None,
     )
@@ -112,7 +112,7 @@ def server_options(model: LoadedModel, options: ServeOptions) -> ServerOptions:
         model_name=name,
         aliases=tuple(aliases),
         vocab_size=model.model.config.vocab_size,
-        max_seq_len=model.max_seq_len,
+        max_seq_len=model.engine.max_seq_len,
         sampling=model.sampling,
     )
 
@@ -122,10 +122,10 @@ def follow_first_rank(model: LoadedModel) -> None:
 
     Raises RuntimeError if it has failed.
     """
-    assert model.tp_group is not None
+    assert model.engine.tp_group is not None
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    follow(model.engine, model.tp_group)
+    follow(model.engine, model.engine.tp_group)
 
 
 def end_stuck(what: str) -> NoReturn:

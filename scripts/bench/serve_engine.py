@@ -15,15 +15,7 @@ from yafsdp_like.inference.engine.request import Request, RequestOutput
 from yafsdp_like.inference.kv.layer_groups import LayerGroup
 from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.capacity import Capacity
-from yafsdp_like.inference.plan.serving_plan import ServingPlan, plan_serving
-from yafsdp_like.inference.weights.loading import (
-    Model,
-    load_planned,
-    open_model,
-    random_model,
-    site_of,
-    world_transport,
-)
+from yafsdp_like.inference.weights.loading import Model, load, open_model, random_model, world_transport
 from yafsdp_like.kernels.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -31,6 +23,7 @@ if TYPE_CHECKING:
 
     from bench.serve_options import ServeBenchOptions
     from launch.world import World
+    from yafsdp_like.inference.plan.serving_plan import ServingPlan
     from yafsdp_like.inference.weights.store import PlacedWeights
     from yafsdp_like.models.decoder import DecoderConfig
 
@@ -96,12 +89,16 @@ def serve(options: ServeBenchOptions, world: World) -> Served:
     """The engine that the options ask for; random weights are drawn on the device."""
     release_cached_memory(world)
     before = memory_reading(world)
-    model, transport = model_of(options), world_transport(world.device)
-    limits = engine_options(options, model.config)
-    site = site_of(world.device, DTYPES[options.dtype], transport)
-    plan = plan_serving(model.config, limits, site, options.mode)
-    weights = load_planned(model, plan, world.device, transport)
-    engine = Engine(weights, limits)
+    model = model_of(options)
+    weights = load(  # without a memory limit, so that a mode that moves units moves all layers
+        model,
+        engine_options(options, model.config),
+        device=world.device,
+        dtype=DTYPES[options.dtype],
+        mode=options.mode,
+        transport=world_transport(world.device),
+    )
+    engine = Engine(weights)
     world.synchronize()
     return Served(engine, weights, before, memory_reading(world))
 

@@ -39,7 +39,7 @@ from yafsdp_like.inference.engine.forward import _range_of
 from yafsdp_like.inference.engine.request import FinishReason, Request, Token
 from yafsdp_like.inference.engine.runner import Runner
 from yafsdp_like.inference.kv.eviction import Costs
-from yafsdp_like.inference.options import EngineOptions, ServingLimits
+from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.serving_plan import HARDWARE, Site, plan_serving
 from yafsdp_like.inference.weights.loading import load, model_of, site_of, world_transport
 from yafsdp_like.inference.weights.store import PlacedWeights, reserve
@@ -60,7 +60,7 @@ CUT = [name for name in ARCHITECTURES if name != "multi-query"]
 EVERYTHING = replace(TINY, qk_norm=True, custom_head_dim=12, qkv_bias=True, tie_embeddings=True)
 IN_THREE = replace(TINY, dim=36, num_heads=6, num_kv_heads=3, ffn_dim=48)
 DRAWN = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.2, seed=5)
-LIMITS = ServingLimits(kv_nbytes=1 << 20, max_batch_size=4, max_batch_tokens=32, max_seq_len=64)
+LIMITS = EngineOptions(kv_nbytes=1 << 20, max_batch_size=4, max_batch_tokens=32, max_seq_len=64)
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def serve_by_clocks_that_differ(seconds: float) -> tuple[dict[str, FinishReason]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module.time, "monotonic", lambda now=time.monotonic: now() + 1e6 * rank)
-        patch.setattr(it._tp_group, "broadcast", told)
+        patch.setattr(it.tp_group, "broadcast", told)
         text = prompts(1)[0]
         deadline = time.monotonic() + seconds
         asked = [Request("a", text, GREEDY, 8, deadline=deadline), Request("b", text, GREEDY, 8)]
@@ -226,10 +226,10 @@ def test_deadlines_go_by_the_first_ranks_clock(seconds: float, finish: FinishRea
 def step_with_cancellations() -> list[tuple[str, int, FinishReason | None]]:
     """Requests come and go between steps, in the same places on all ranks; no clock is asked."""
     it = engine_together(TINY, OPTIONS)
-    assert it._tp_group is not None
+    assert it.tp_group is not None
     told = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(it._tp_group, "broadcast", lambda value: pytest.fail("a step without deadlines must not meet"))
+        patch.setattr(it.tp_group, "broadcast", lambda value: pytest.fail("a step without deadlines must not meet"))
         for number, request in enumerate(requests(prompts(6), max_tokens=9)):
             it.add(request)
             told += [(e.request_id, len(e.tokens), e.finish) for e in it.step()]
@@ -386,7 +386,7 @@ def test_the_plan_is_that_of_a_decoder_of_fewer_heads_but_for_embedding_and_head
 
 def test_the_plan_says_the_mode_and_why_and_is_never_chosen_by_itself() -> None:
     site = Site(num_ranks=2, hardware=HARDWARE["h200"])
-    limits = ServingLimits(memory_limit_nbytes=140 << 30, max_batch_size=4, max_batch_tokens=64)
+    limits = EngineOptions(memory_limit_nbytes=140 << 30, max_batch_size=4, max_batch_tokens=64)
     assert plan_serving(PRESETS["8b"], limits, site).mode == "resident"
     plan = plan_serving(PRESETS["8b"], limits, site, "tensor_parallel")
     assert plan.reasons[0] == (
@@ -400,7 +400,7 @@ def test_the_plan_says_the_mode_and_why_and_is_never_chosen_by_itself() -> None:
 
 
 def test_what_does_not_fit_says_what_would() -> None:
-    limits = ServingLimits(memory_limit_nbytes=8 << 30, max_seq_len=4096)
+    limits = EngineOptions(memory_limit_nbytes=8 << 30, max_seq_len=4096)
     with pytest.raises(ValueError, match=r"9,081,200,640 for weights \(tensor_parallel\)"):
         plan_serving(PRESETS["8b"], limits, Site(num_ranks=2), "tensor_parallel")
 

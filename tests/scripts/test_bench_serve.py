@@ -34,7 +34,7 @@ from tests.ranks import run_ranks
 from tests.training import world_mesh
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request, RequestOutput, Token
-from yafsdp_like.inference.options import ServingLimits
+from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serving
 from yafsdp_like.models import PRESETS
 
@@ -247,7 +247,7 @@ def test_measurements_are_made_in_one_order_whatever_was_asked() -> None:
 
 
 def plan_of(model: str, mode: Any = "resident", **site: Any) -> ServingPlan:
-    return plan_serving(PRESETS[model], ServingLimits(kv_nbytes=1 << 30), Site(**site), mode)
+    return plan_serving(PRESETS[model], EngineOptions(kv_nbytes=1 << 30), Site(**site), mode)
 
 
 def test_the_floor_of_decoding_an_8b_model_is_what_it_reads() -> None:
@@ -278,7 +278,7 @@ def test_a_tied_head_is_read_and_a_window_bounds_what_a_query_sees() -> None:
     reading = MeasuredRates(Rate(1e9, "given"), Rate(1e18, "given"))
     assert decode_floor_s(plan, 1, 0, reading) == pytest.approx(4 * tied.num_params / 1e9, rel=1e-3)
     windowed = replace(TINY, sliding_window=10)
-    short = plan_serving(windowed, ServingLimits(kv_nbytes=1 << 24), Site(torch.float32))
+    short = plan_serving(windowed, EngineOptions(kv_nbytes=1 << 24), Site(torch.float32))
     per_token = 2 * 2 * 2 * 16 * 4  # both of two layers, two heads of 16, fp32
     of_context = decode_floor_s(short, 3, 100, reading) - decode_floor_s(short, 3, 0, reading)
     assert of_context == pytest.approx(3 * 10 * per_token / 1e9)

@@ -349,7 +349,7 @@ def check_logprobs(token: Token, scores: Tensor, num_logprobs: int | None) -> No
 
 def test_weights_that_are_streamed_give_the_same_tokens() -> None:
     weights = load(model_of(decoder(TINY)), OPTIONS, device="cpu", dtype=torch.float32, mode="streamed")
-    it, texts = Engine(weights, OPTIONS), prompts(5)
+    it, texts = Engine(weights), prompts(5)
     assert weights.plan.mode == "streamed"
     assert ids(it.generate(requests(texts))) == {str(i): expected(TINY, text) for i, text in enumerate(texts)}
 
@@ -362,7 +362,7 @@ def serve_gathered(
     weights = load(
         model_of(decoder(TINY)), OPTIONS, device="cpu", dtype=torch.float32, mode="gathered", transport=transport
     )
-    it, drawn = Engine(weights, OPTIONS), dict[str, list[int]]()
+    it, drawn = Engine(weights), dict[str, list[int]]()
     for request in requests(prompts(num_prompts[dist.get_rank()], seed=dist.get_rank())):
         it.add(request)
     for step in range(MAX_STEPS):
@@ -393,7 +393,7 @@ def test_ranks_that_step_together_make_one_forward_a_step_with_work_or_without()
     options = replace(OPTIONS, kv_nbytes=pages_nbytes(TINY, 16), costs=RECOMPUTING)
     weights = load(model_of(decoder(TINY)), options, device="cpu", dtype=torch.float32)
     weights.lockstep = True
-    it, forwards, embedding = Engine(weights, options), [0], weights.embedding
+    it, forwards, embedding = Engine(weights), [0], weights.embedding
 
     def counted() -> Tensor:
         forwards[0] += 1

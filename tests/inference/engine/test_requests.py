@@ -16,7 +16,6 @@ from tests.inference.engine.test_engine import (
     TINY,
     VOCAB_SIZE,
     check_idle,
-    decoder,
     engine,
     expected,
     pages_nbytes,
@@ -25,7 +24,7 @@ from tests.inference.engine.test_engine import (
 )
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
-from yafsdp_like.inference.weights.loading import load, model_of
+from yafsdp_like.inference.weights.loading import model_of
 from yafsdp_like.models.decoder import Decoder
 from yafsdp_like.models.moe import ExpertsConfig
 
@@ -138,9 +137,6 @@ def test_options_and_models_that_cannot_be_served_are_refused() -> None:
         replace(OPTIONS, policy="fifo")
     with pytest.raises(ValueError, match="max_waiting"):
         replace(OPTIONS, max_waiting=0)
-    weights = load(model_of(decoder(TINY)), OPTIONS, device="cpu", dtype=torch.float32)
-    with pytest.raises(ValueError, match="max_batch_size: the weights were planned with 4, the options say 3"):
-        Engine(weights, replace(OPTIONS, max_batch_size=3))
     with pytest.raises(ValueError, match="experts"):
         experts = replace(TINY, experts=ExpertsConfig(num_experts=4, experts_per_token=2))
         Engine.load(model_of(Decoder(experts)), OPTIONS, device="cpu", dtype=torch.float32)

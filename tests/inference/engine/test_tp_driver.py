@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -443,7 +444,8 @@ def test_ranks_that_only_share_weights_over_a_process_group_serve_nobody(monkeyp
     @contextlib.contextmanager
     def load_model(*_: Any) -> Iterator[LoadedModel]:
         nothing: Any = None
-        yield LoadedModel(nothing, nothing, nothing, CPU, 16, lockstep=True, tp_group=None)
+        engine: Any = SimpleNamespace(lockstep=True, tp_group=None)
+        yield LoadedModel(nothing, nothing, engine)
 
     monkeypatch.setattr("launch.inference.load_model", load_model)
     with pytest.raises(ValueError, match="they would have to step together"):

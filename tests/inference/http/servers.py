@@ -59,7 +59,7 @@ def make_engine(codec: Codec, transport: Transport | None = None, **options: Any
     engine_options = EngineOptions(max_seq_len=MAX_SEQ_LEN, **{**limits, **options})
     mode: AnyMode = "auto" if transport is None else "tensor_parallel"
     weights = load(model_of(make_decoder(codec)), engine_options, mode=mode, transport=transport)
-    return Engine(weights, engine_options)
+    return Engine(weights)
 
 
 class Wrapped:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from yafsdp_like.inference.options import ServingLimits
+from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.buffers import ALWAYS, WORKSPACE
 from yafsdp_like.inference.plan.packed_weights import pack_units, uses_of
 from yafsdp_like.inference.plan.placement import MIN_GRANULES_PER_PART, Mode, Placement, placements
@@ -20,10 +20,10 @@ SERVED = [name for name, config in PRESETS.items() if config.experts is None]
 H200 = Site(hardware=HARDWARE["h200"])
 CHAIN = DecoderConfig(64, 12, 4, 2, 176, vocab_size=4096)
 TIED = replace(CHAIN, tie_embeddings=True)
-SMALL = ServingLimits(kv_nbytes=1 << 20, max_batch_size=4, max_batch_tokens=32, max_seq_len=64)
+SMALL = EngineOptions(kv_nbytes=1 << 20, max_batch_size=4, max_batch_tokens=32, max_seq_len=64)
 
 
-def limited(nbytes: int, **more: int) -> ServingLimits:
+def limited(nbytes: int, **more: int) -> EngineOptions:
     return replace(SMALL, kv_nbytes=None, memory_limit_nbytes=nbytes, **more)
 
 
@@ -206,7 +206,7 @@ def total(plan: ServingPlan) -> int:
 
 @pytest.mark.parametrize("name", SERVED)
 def test_any_preset_is_planned_without_a_gpu(name: str) -> None:
-    plan = plan_serving(PRESETS[name], ServingLimits(memory_limit_nbytes=160 * GIB), H200)
+    plan = plan_serving(PRESETS[name], EngineOptions(memory_limit_nbytes=160 * GIB), H200)
     assert plan.mode == "resident"
     assert plan.memory.nbytes <= 160 * GIB
     assert plan.num_context_tokens >= plan.max_seq_len > 0
@@ -320,7 +320,7 @@ def test_the_plan_says_where_ranks_must_keep_step() -> None:
 @pytest.mark.parametrize("mode", ["auto", "resident", "streamed"])
 @pytest.mark.parametrize(("name", "limit"), [("8b", GIB), ("70b", 2 * GIB), ("135m", 10 << 20)])
 def test_what_does_not_fit_says_what_is_missing_and_that_then_fits(name: str, limit: int, mode: Mode) -> None:
-    limits = ServingLimits(memory_limit_nbytes=limit, max_seq_len=4096)
+    limits = EngineOptions(memory_limit_nbytes=limit, max_seq_len=4096)
     with pytest.raises(ValueError, match="bytes are missing") as refused:
         plan_serving(PRESETS[name], limits, mode=mode)
     needed = int(re.search(r"It fits with memory_limit_nbytes=(\d+)", str(refused.value))[1])  # type: ignore[index]
@@ -332,7 +332,7 @@ def test_what_does_not_fit_says_what_is_missing_and_that_then_fits(name: str, li
 
 
 def test_where_shorter_sequences_would_fit_the_error_says_how_long_they_may_be() -> None:
-    limits = ServingLimits(memory_limit_nbytes=17 * GIB, max_seq_len=131_072)
+    limits = EngineOptions(memory_limit_nbytes=17 * GIB, max_seq_len=131_072)
     with pytest.raises(ValueError, match="or with max_seq_len=") as refused:
         plan_serving(PRESETS["8b"], limits, H200, "resident")
     longest = int(re.search(r"max_seq_len=(\d+)", str(refused.value))[1])  # type: ignore[index]
@@ -341,7 +341,7 @@ def test_where_shorter_sequences_would_fit_the_error_says_how_long_they_may_be()
 
 
 def test_pages_that_find_no_room_are_told_how_much_there_is() -> None:
-    limits = ServingLimits(memory_limit_nbytes=17 * GIB, kv_nbytes=4 * GIB, max_seq_len=1024)
+    limits = EngineOptions(memory_limit_nbytes=17 * GIB, kv_nbytes=4 * GIB, max_seq_len=1024)
     with pytest.raises(ValueError, match="or with kv_nbytes=") as refused:
         plan_serving(PRESETS["8b"], limits, H200, "resident")
     room = int(re.search(r"or with kv_nbytes=(\d+)", str(refused.value))[1])  # type: ignore[index]
@@ -354,7 +354,7 @@ def test_pages_that_find_no_room_are_told_how_much_there_is() -> None:
         ({}, "memory_limit_nbytes or kv_nbytes"),
         ({"kv_nbytes": 0}, "kv_nbytes must be at least 1"),
         ({"kv_nbytes": GIB, "max_batch_size": 8, "max_batch_tokens": 4}, "a token of each sequence"),
-        ({"kv_nbytes": GIB, "page_size": 0}, "page_size 0"),
+        ({"kv_nbytes": GIB, "page_size": 0}, "page_size must be at least 1"),
         ({"kv_nbytes": GIB, "max_seq_len": 200_000}, "at most 131072, the model's"),
         ({"kv_nbytes": 4096, "max_seq_len": 8192}, "8192 must fit"),
         ({"kv_nbytes": GIB, "kv_dtype": "int4"}, "dtype must be one of"),
@@ -363,7 +363,7 @@ def test_pages_that_find_no_room_are_told_how_much_there_is() -> None:
 )
 def test_limits_that_cannot_be_are_refused(limits: dict[str, int], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        plan_serving(CHAIN, ServingLimits(**limits))
+        plan_serving(CHAIN, EngineOptions(**limits))
 
 
 def test_modes_that_cannot_be_are_refused() -> None:

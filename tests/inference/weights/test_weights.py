@@ -16,7 +16,7 @@ from tests.ranks import RankError, run_ranks
 from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request
-from yafsdp_like.inference.options import EngineOptions, ServingLimits
+from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.serving_plan import ServingPlan, plan_serving
 from yafsdp_like.inference.weights import store as weights_module
 from yafsdp_like.inference.weights.loading import load, load_planned, model_of, site_of
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from yafsdp_like.comm.transport import Transport
 
 CPU = torch.device("cpu")
-LIMITS = ServingLimits(kv_nbytes=1 << 20, max_batch_size=2, max_batch_tokens=8, max_seq_len=32)
+LIMITS = EngineOptions(kv_nbytes=1 << 20, max_batch_size=2, max_batch_tokens=8, max_seq_len=32)
 CONFIG = DecoderConfig(48, 5, 4, 2, 40, vocab_size=301, max_seq_len=64)
 CONFIGS = {
     "grouped-query": CONFIG,
@@ -512,7 +512,7 @@ def recorded_on_gpu(mode: Any) -> Any:
     module, drawn = Decoder(WIDE), []
     for how in ({"mode": mode, "transport": transport}, {"mode": "resident"}):
         weights = load(model_of(module), OPTIONS, device=device, dtype=torch.float32, **how)  # type: ignore[arg-type]
-        engine = Engine(weights, OPTIONS)
+        engine = Engine(weights)
         rank = 0 if transport is None else transport.rank
         for _ in range(2):  # the second finds what the first has left
             drawn.append({name: done.ids for name, done in engine.generate(requests(rank)).items()})
@@ -544,7 +544,7 @@ def requests(rank: int = 0) -> list[Request]:
 
 def served(weights: PlacedWeights, asked: list[Request], num_steps: int) -> dict[str, list[int]]:
     """The tokens of all requests after so many steps; the engine must then be idle."""
-    engine = Engine(weights, OPTIONS)
+    engine = Engine(weights)
     for request in asked:
         engine.add(request)
     tokens: dict[str, list[int]] = {request.id: [] for request in asked}

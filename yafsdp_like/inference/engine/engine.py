@@ -35,7 +35,7 @@ from yafsdp_like.inference.kv.eviction import GDSF, LRU, Costs, Policy, Tenant
 from yafsdp_like.inference.kv.kv_cache import KVCache, Tier, check_integrity
 from yafsdp_like.inference.kv.pages import PagePool
 from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS, KV_SLABS
-from yafsdp_like.inference.weights.loading import load
+from yafsdp_like.inference.weights.loading import load, with_memory_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from yafsdp_like.comm.transport import Transport
     from yafsdp_like.inference.kv.slabs import SlabGrid
     from yafsdp_like.inference.options import AnyMode, EngineOptions
+    from yafsdp_like.inference.plan.serving_plan import ServingPlan
     from yafsdp_like.inference.weights.loading import Model
     from yafsdp_like.inference.weights.store import Weights
     from yafsdp_like.memory.arena import Arena
@@ -97,19 +98,19 @@ class Metrics:
 class Engine:
     """One model, its pages, and the requests that it serves.
 
-    Everything is allocated when it is made, on the arenas of ``weights``. ``options`` must have the limits that the
-    weights were planned with. Raises ValueError for a model or options that cannot be served.
+    Everything is allocated when it is made, on the arenas of ``weights``, which were planned within its options. As a
+    context manager it is closed in the end, but not after an error that left other ranks in the middle of a step.
     """
 
-    def __init__(self, weights: Weights, options: EngineOptions) -> None:
-        _check(weights, options)
+    def __init__(self, weights: Weights) -> None:
         self.config: DecoderConfig = weights.config
         self.plan: MemoryPlan = weights.plan.memory
-        self.options = options
-        self._weights, self._tp_group = weights, weights.tp_group
-        if self._tp_group is not None:
-            self._tp_group.check_same("the options of engines", options)
-        self._max_seq_len = weights.plan.max_seq_len
+        self.options = options = weights.plan.options
+        self.device, self.max_seq_len = weights.device, weights.plan.max_seq_len
+        self.lockstep, self.tp_group = weights.lockstep, weights.tp_group  # see `Weights`
+        self._weights = weights
+        if self.tp_group is not None:
+            self.tp_group.check_same("the options of engines", options)
         self._runner = _runner(weights)
         self._cache = self._kv_cache()
         self._scheduler = Scheduler(self._cache, options)
@@ -129,18 +130,35 @@ class Engine:
         dtype: torch.dtype | None = None,
         mode: AnyMode = "auto",
         transport: Transport | None = None,
+        on_plan: Callable[[ServingPlan], object] | None = None,
     ) -> Engine:
         """Plan memory for ``model`` within ``options``, load its weights, and make the engine that serves it.
 
         ``model`` is a directory, ``preset:NAME``, or what ``open_model`` returns; weights are bf16 on a GPU and float32
-        on a CPU unless ``dtype`` is given. Ranks that share weights pass their ``transport`` and call this together.
-        Raises ValueError for a model that is not found, cannot be served, or does not fit.
+        on a CPU unless ``dtype`` is given. Where ``options`` have no memory limit it is a GPU's free memory less 1 GiB,
+        and where they say nothing of memory a CPU has 1 GiB of KV cache. ``on_plan`` is called with the plan before
+        anything is allocated. Ranks that share weights pass their ``transport`` and call this together. Raises
+        ValueError for a model that is not found, cannot be served, or does not fit.
         """
-        return cls(load(model, options, device=device, dtype=dtype, mode=mode, transport=transport), options)
+        options = with_memory_limit(options, device, transport)
+        weights = load(model, options, device=device, dtype=dtype, mode=mode, transport=transport, on_plan=on_plan)
+        try:
+            return cls(weights)
+        except BaseException:
+            if not weights.lockstep:
+                weights.close()
+            raise
 
     def close(self) -> None:
         """Say that no step will follow. Ranks that read each other's weights wait here for all of them."""
         self._weights.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None or not self.lockstep:
+            self.close()
 
     def _kv_cache(self) -> KVCache:
         plan, options = self._weights.plan, self.options
@@ -154,7 +172,7 @@ class Engine:
 
     def _measured(self) -> Costs:
         costs = self._runner.measure()
-        return costs if self._tp_group is None else self._tp_group.broadcast(costs)
+        return costs if self.tp_group is None else self.tp_group.broadcast(costs)
 
     # --- requests ---
 
@@ -165,8 +183,8 @@ class Engine:
         Ranks that compute together must all be given it before the same step.
         """
         self._check_request(request)
-        if self._tp_group is not None and request.deadline is not None:
-            request = replace(request, deadline=self._tp_group.broadcast(request.deadline))
+        if self.tp_group is not None and request.deadline is not None:
+            request = replace(request, deadline=self.tp_group.broadcast(request.deadline))
         salt: Hashable = request.salt if self.options.prefix_cache else object()
         self._sequences[request.id] = self._scheduler.add(request, salt)
 
@@ -180,10 +198,10 @@ class Engine:
         name, num_tokens = f"request {request.id!r}", len(request.prompt) + request.max_tokens
         if request.id in self._sequences:
             raise ValueError(f"{name}: the id is in use")
-        if num_tokens > self._max_seq_len:
+        if num_tokens > self.max_seq_len:
             raise ValueError(
                 f"{name}: {len(request.prompt)} tokens of prompt and max_tokens {request.max_tokens} are more than "
-                f"max_seq_len {self._max_seq_len}"
+                f"max_seq_len {self.max_seq_len}"
             )
         if not self._weights.plan.capacity.fits(self._weights.plan.grid, num_tokens):
             raise ValueError(
@@ -222,7 +240,7 @@ class Engine:
 
     def _launch(self, batch: Batch) -> Launched | None:
         if not batch.runs:
-            if self._weights.lockstep:
+            if self.lockstep:
                 self._runner.skip()
             return None
         launched = self._runner.launch(batch)
@@ -238,9 +256,9 @@ class Engine:
         same requests, but for deadlines, which are the first rank's; RuntimeError if they are others.
         """
         requests = list(requests)
-        if self._tp_group is not None:
-            self._tp_group.check_same("requests", [replace(request, deadline=None) for request in requests])
-        elif self._weights.lockstep:
+        if self.tp_group is not None:
+            self.tp_group.check_same("requests", [replace(request, deadline=None) for request in requests])
+        elif self.lockstep:
             raise RuntimeError("generate() cannot know when other ranks have ended: call step() equally often on all")
         tokens: dict[str, list[Token]] = {}
         done: dict[str, Completion] = {}
@@ -272,7 +290,7 @@ class Engine:
     def _now(self) -> float:
         """Seconds as of ``time.monotonic``. All ranks that compute together ask in the same steps, as few as can be."""
         now = time.monotonic()
-        return now if self._tp_group is None or not self._scheduler.has_deadlines else self._tp_group.broadcast(now)
+        return now if self.tp_group is None or not self._scheduler.has_deadlines else self.tp_group.broadcast(now)
 
     def _finish(self, sequence: ActiveRequest, reason: FinishReason) -> RequestOutput:
         self._scheduler.end(sequence)
@@ -323,15 +341,6 @@ class Engine:
         """Raises RuntimeError unless no page leaks or is two things at once. O(everything): for when it is idle."""
         self._scheduler.check_integrity()
         check_integrity([self._cache])
-
-
-def _check(weights: Weights, options: EngineOptions) -> None:
-    if weights.config.experts is not None:
-        raise ValueError("models with experts cannot be served yet")
-    for name in ("max_batch_size", "max_batch_tokens", "page_size", "kv_dtype", "host_kv_nbytes"):
-        planned, found = getattr(weights.plan.limits, name), getattr(options, name)
-        if planned != found:
-            raise ValueError(f"{name}: the weights were planned with {planned}, the options say {found}")
 
 
 def _runner(weights: Weights) -> Runner:

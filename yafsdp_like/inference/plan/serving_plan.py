@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from yafsdp_like.inference.kv.layer_groups import LayerGroup
-from yafsdp_like.inference.options import AnyMode, ServingLimits
+from yafsdp_like.inference.options import AnyMode, EngineOptions
 from yafsdp_like.inference.plan.buffers import PlacedBuffers, StepShape, plan_buffers
 from yafsdp_like.inference.plan.capacity import Capacity
 from yafsdp_like.inference.plan.packed_weights import check_served, pack_units
@@ -94,7 +94,7 @@ class ServingPlan:
     """Every place of an engine, on the device and in host memory, and why weights lie where they do."""
 
     config: DecoderConfig
-    limits: ServingLimits
+    options: EngineOptions
     site: Site
     placement: Placement
     capacity: Capacity
@@ -148,9 +148,9 @@ class ServingPlan:
 
 
 def plan_serving(
-    config: DecoderConfig, limits: ServingLimits, site: Site | None = None, mode: AnyMode = "auto"
+    config: DecoderConfig, options: EngineOptions, site: Site | None = None, mode: AnyMode = "auto"
 ) -> ServingPlan:
-    """The plan for ``config`` within ``limits``; ``site`` is a CPU, or an unknown GPU, in bf16 by default.
+    """The plan for ``config`` within ``options``; ``site`` is a CPU, or an unknown GPU, in bf16 by default.
 
     "auto" takes the first that fits of resident, gathered (where there are several ranks) and streamed. Without
     ``memory_limit_nbytes`` that is resident; gathered or streamed, when asked for, then move all layers.
@@ -159,11 +159,11 @@ def plan_serving(
     """
     if mode not in get_args(AnyMode):
         raise ValueError(f"mode must be one of {list(get_args(AnyMode))}, found {mode!r}")
-    if limits.memory_limit_nbytes is None and limits.kv_nbytes is None:
+    if options.memory_limit_nbytes is None and options.kv_nbytes is None:
         raise ValueError("expected memory_limit_nbytes or kv_nbytes, in bytes, found neither")
     check_served(config)
     site = site or Site()
-    draft = _Draft.of(config, limits, site, _rank_config(config, site, mode))
+    draft = _Draft.of(config, options, site, _rank_config(config, site, mode))
     tried: list[Mode] = list(_auto_modes(site)) if mode == "auto" else [mode]
     for candidate in tried:
         placement = draft.choose(candidate)
@@ -191,7 +191,7 @@ class _Draft:
     """What all modes that are tried have in common."""
 
     config: DecoderConfig
-    limits: ServingLimits
+    options: EngineOptions
     site: Site
     capacity: Capacity
     buffers: PlacedBuffers
@@ -199,79 +199,79 @@ class _Draft:
     least: int  # tokens of context that must fit
 
     @classmethod
-    def of(cls, config: DecoderConfig, limits: ServingLimits, site: Site, share: DecoderConfig) -> _Draft:
+    def of(cls, config: DecoderConfig, options: EngineOptions, site: Site, share: DecoderConfig) -> _Draft:
         """``share`` is what one rank computes of ``config``."""
         windows = [config.window_of(layer) for layer in range(config.num_layers)]
-        dtype = limits.kv_dtype or site.dtype_name
-        groups = LayerGroup.of_windows(windows, share.num_kv_heads, share.head_dim, limits.page_size, dtype)
-        capacity = Capacity(groups, limits.max_batch_tokens)
-        longest = _longest(config, limits, capacity)
+        dtype = options.kv_dtype or site.dtype_name
+        groups = LayerGroup.of_windows(windows, share.num_kv_heads, share.head_dim, options.page_size, dtype)
+        capacity = Capacity(groups, options.max_batch_tokens)
+        longest = _longest(config, options, capacity)
         multiprocessors = site.hardware.num_multiprocessors if site.hardware else 1
         step = StepShape(
-            limits.max_batch_size, limits.max_batch_tokens, longest, limits.page_size, len(groups), multiprocessors
+            options.max_batch_size, options.max_batch_tokens, longest, options.page_size, len(groups), multiprocessors
         )
         buffers = plan_buffers(share, step, site.dtype)
-        least = limits.max_seq_len or min(longest, limits.max_batch_tokens)
-        return cls(config, limits, site, capacity, buffers, longest, least)
+        least = options.max_seq_len or min(longest, options.max_batch_tokens)
+        return cls(config, options, site, capacity, buffers, longest, least)
 
     def choose(self, mode: Mode) -> Placement | None:
         """See [Note: what is kept]; None where not even one context fits beside the weights."""
-        options = self._options(mode)
+        candidates = self._placements(mode)
         if mode in ("gathered", "streamed"):
-            if self.limits.memory_limit_nbytes is None:
-                return options[self.config.num_layers - 1]
-            wanted = self.least * self.limits.max_batch_size
-            for option in options:
-                if self._fits(option.nbytes_at_least, wanted) and self._fits(option.nbytes, wanted):
-                    return option
-        smallest = _smallest(options)
+            if self.options.memory_limit_nbytes is None:
+                return candidates[self.config.num_layers - 1]
+            wanted = self.least * self.options.max_batch_size
+            for placement in candidates:
+                if self._fits(placement.nbytes_at_least, wanted) and self._fits(placement.nbytes, wanted):
+                    return placement
+        smallest = _smallest(candidates)
         return smallest if self._fits(smallest.nbytes, self.least) else None
 
-    def _options(self, mode: Mode) -> list[Placement]:
+    def _placements(self, mode: Mode) -> list[Placement]:
         return list(placements(self.config, self.site.dtype, mode, self.site.num_ranks, self.site.maps_memory))
 
     def room(self, weights_nbytes: int) -> int | None:
         """Bytes that are left for keys and values; None: any number."""
-        limit = self.limits.memory_limit_nbytes
+        limit = self.options.memory_limit_nbytes
         return None if limit is None else limit - weights_nbytes - self.buffers.nbytes
 
     def _fits(self, weights_nbytes: int, num_tokens: int) -> bool:
         room = self.room(weights_nbytes)
-        if self.limits.kv_nbytes is not None:
-            return room is None or self.limits.kv_nbytes <= room
-        assert room is not None, "limits say one or the other"
+        if self.options.kv_nbytes is not None:
+            return room is None or self.options.kv_nbytes <= room
+        assert room is not None, "options say one or the other"
         return room > 0 and self.capacity.holds(room, num_tokens, self.max_seq_len)
 
     def plan(self, placement: Placement, asked: bool) -> ServingPlan:
         """With all that is left of the limit for keys and values, unless they have a number of bytes of their own."""
-        grid = self.capacity.grid(self.limits.kv_nbytes or self.room(placement.nbytes) or 0)
+        grid = self.capacity.grid(self.options.kv_nbytes or self.room(placement.nbytes) or 0)
         assert grid is not None, "least tokens of context fit"
-        longest = self.limits.max_seq_len or self.capacity.longest(grid, self.max_seq_len)
+        longest = self.options.max_seq_len or self.capacity.longest(grid, self.max_seq_len)
         host_grid = self._host_grid(grid)
         plan = ServingPlan(
-            self.config, self.limits, self.site, placement, self.capacity, self.buffers, grid, host_grid, longest
+            self.config, self.options, self.site, placement, self.capacity, self.buffers, grid, host_grid, longest
         )
         return replace(plan, reasons=tuple(_reasons(plan, self, asked)))
 
     def _host_grid(self, grid: SlabGrid) -> SlabGrid | None:
-        if not self.limits.host_kv_nbytes:
+        if not self.options.host_kv_nbytes:
             return None
-        found = self.capacity.grid(self.limits.host_kv_nbytes)
+        found = self.capacity.grid(self.options.host_kv_nbytes)
         if found is None:
             least = max(shape.nbytes for shape in self.capacity.shapes)
-            raise ValueError(f"host_kv_nbytes {self.limits.host_kv_nbytes} hold no pages; of these one has {least}")
+            raise ValueError(f"host_kv_nbytes {self.options.host_kv_nbytes} hold no pages; of these one has {least}")
         return found
 
     # --- what does not fit ---
 
     def refusal(self, tried: Sequence[Mode]) -> str:
         """How many bytes are missing, and what would fit."""
-        limit = self.limits.memory_limit_nbytes
+        limit = self.options.memory_limit_nbytes
         assert limit is not None, "anything fits without a limit"
-        smallest = min((_smallest(self._options(mode)) for mode in tried), key=lambda p: p.nbytes)
-        context = self.limits.kv_nbytes or self.capacity.nbytes_for(self.least, self.max_seq_len)
+        smallest = min((_smallest(self._placements(mode)) for mode in tried), key=lambda p: p.nbytes)
+        context = self.options.kv_nbytes or self.capacity.nbytes_for(self.least, self.max_seq_len)
         needed = smallest.nbytes + self.buffers.nbytes + context
-        what = "kv_nbytes" if self.limits.kv_nbytes else f"keys and values of {self.least:,} tokens"
+        what = "kv_nbytes" if self.options.kv_nbytes else f"keys and values of {self.least:,} tokens"
         remedies = [f"memory_limit_nbytes={needed}", *self._smaller_contexts(smallest)]
         return (
             f"the model does not fit memory_limit_nbytes={limit}: {needed - limit:,} bytes are missing. {needed:,} are "
@@ -282,26 +282,26 @@ class _Draft:
     def _smaller_contexts(self, placement: Placement) -> Iterator[str]:
         room = self.room(placement.nbytes) or 0
         longest = self.capacity.longest(self.capacity.grid(room), self.max_seq_len) if room > 0 else 0
-        if self.limits.kv_nbytes and longest:
+        if self.options.kv_nbytes and longest:
             yield f"kv_nbytes={room}"
         elif longest:
             yield f"max_seq_len={longest}"
 
 
-def _smallest(options: Sequence[Placement]) -> Placement:
+def _smallest(candidates: Sequence[Placement]) -> Placement:
     """With all layers moved, if any are; which of embedding and head are then best moved depends on the slots."""
-    return min(options[-3:], key=lambda placement: placement.nbytes)
+    return min(candidates[-3:], key=lambda placement: placement.nbytes)
 
 
-def _longest(config: DecoderConfig, limits: ServingLimits, capacity: Capacity) -> int:
+def _longest(config: DecoderConfig, options: EngineOptions, capacity: Capacity) -> int:
     """Tokens of the longest sequence: what is asked for, or a bound on what can fit."""
-    asked, most = limits.max_seq_len, limits.kv_nbytes or limits.memory_limit_nbytes
+    asked, most = options.max_seq_len, options.kv_nbytes or options.memory_limit_nbytes
     assert most is not None
     if asked is not None and asked > config.max_seq_len:
         raise ValueError(f"max_seq_len must be at most {config.max_seq_len}, the model's, found {asked}")
     longest = capacity.longest(capacity.grid(most), asked or config.max_seq_len)
-    if not longest or (limits.kv_nbytes and asked and longest < asked):
-        which = "kv_nbytes" if limits.kv_nbytes else "memory_limit_nbytes"
+    if not longest or (options.kv_nbytes and asked and longest < asked):
+        which = "kv_nbytes" if options.kv_nbytes else "memory_limit_nbytes"
         wanted = asked or 1
         raise ValueError(
             f"{which}={most} hold a context of {longest} tokens, and {wanted} must fit; that takes "
@@ -338,7 +338,7 @@ def _why(plan: ServingPlan, draft: _Draft, asked: bool) -> str:
     if not asked:
         assert room is not None
         because = f"since all {total:,} bytes of weights would leave {max(room, 0):,} for keys and values"
-        because += ", fewer than kv_nbytes" if plan.limits.kv_nbytes else f", too few for {draft.least:,} tokens"
+        because += ", fewer than kv_nbytes" if plan.options.kv_nbytes else f", too few for {draft.least:,} tokens"
     return f"{plan.mode}: {moved} of {all_units} units come out of {source} in every forward, {because}"
 
 

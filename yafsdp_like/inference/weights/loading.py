@@ -8,7 +8,7 @@ reads that part.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from yafsdp_like.checkpoint import steps
 from yafsdp_like.comm.choice import transport_of
+from yafsdp_like.comm.consistency import all_gather_object
 from yafsdp_like.inference.plan.serving_plan import Hardware, ServingPlan, Site, plan_serving
 from yafsdp_like.inference.weights.store import PlacedWeights, Store, reserve
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig, hf
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
     from yafsdp_like.checkpoint.safetensors import StoredTensor
     from yafsdp_like.comm import TransportName
     from yafsdp_like.comm.transport import Transport
-    from yafsdp_like.inference.options import AnyMode, ServingLimits
+    from yafsdp_like.inference.options import AnyMode, EngineOptions
     from yafsdp_like.inference.plan.packed_weights import Parameter
 
 PRESET = "preset:"
 ADAPTER_CONFIG = "adapter_config.json"
+LIBRARIES_NBYTES = 2**30  # of a GPU, what CUDA's libraries and graphs may take beside the plan
+CPU_KV_NBYTES = 2**30  # pages on a CPU, where nothing is said
 _READ_NBYTES = 64 << 20  # at a time, about
 
 
@@ -89,28 +92,48 @@ def random_model(name: str, config: DecoderConfig) -> Model:
 
 def load(
     model: Model | str,
-    limits: ServingLimits,
+    options: EngineOptions,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     mode: AnyMode = "auto",
     transport: Transport | None = None,
+    on_plan: Callable[[ServingPlan], object] | None = None,
 ) -> PlacedWeights:
-    """Plans, reserves everything and fills the weights: bf16 on a GPU and float32 on a CPU, unless ``dtype`` is said.
+    """Plan memory within ``options``, allocate all of it, and read the weights of ``model``.
 
-    With a ``transport`` its ranks may share weights, who then all call this together. Raises what ``open_model``,
-    ``plan_serving`` and ``reserve`` do.
+    Weights are bf16 on a GPU and float32 on a CPU unless ``dtype`` is given. ``on_plan`` is called with the plan before
+    anything is allocated. With a ``transport`` its ranks may share weights; all of them then call this together. Raises
+    what ``open_model``, ``plan_serving`` and ``reserve`` do.
     """
     model = open_model(model) if isinstance(model, str) else model
-    device = indexed(device)
-    plan = plan_serving(model.config, limits, site_of(device, dtype, transport), mode)
+    plan = plan_serving(model.config, options, site_of(device, dtype, transport), mode)
+    if on_plan is not None:
+        on_plan(plan)
     return load_planned(model, plan, device, transport)
+
+
+def with_memory_limit(
+    options: EngineOptions, device: torch.device | str, transport: Transport | None = None
+) -> EngineOptions:
+    """Limit memory, where nothing is given, to free GPU memory less `LIBRARIES_NBYTES`, or to `CPU_KV_NBYTES`.
+
+    Ranks that a ``transport`` joins call this together, and take the least of what they find, so that they plan alike.
+    """
+    device = indexed(device)
+    if options.memory_limit_nbytes is None and device.type == "cuda":
+        limit = max(1, torch.cuda.mem_get_info(device)[0] - LIBRARIES_NBYTES)
+        limit = limit if transport is None else min(all_gather_object(limit))
+        return replace(options, memory_limit_nbytes=limit)
+    if options.memory_limit_nbytes is None and options.kv_nbytes is None:
+        return replace(options, kv_nbytes=CPU_KV_NBYTES)
+    return options
 
 
 def load_planned(
     model: Model, plan: ServingPlan, device: torch.device | str, transport: Transport | None = None
 ) -> PlacedWeights:
-    """The same by a plan that was made before, for ``site_of`` the same device and transport."""
+    """Allocate what ``plan`` says and read the weights; it was made for ``site_of`` the same device and transport."""
     weights = reserve(plan, indexed(device), transport)
     error: BaseException | None = None
     try:
