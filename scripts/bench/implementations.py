@@ -67,7 +67,9 @@ IMPLEMENTATIONS = {
     "ours": Implementation(build_ours),
     "ours-graph": Implementation(build_ours_graphed),
     "ours-nccl": Implementation(partial(build_ours, transport="process_group")),
+    "ours-expandable": Implementation(build_ours, expandable=True),
     "fsdp2": Implementation(build_fsdp2),
+    "fsdp2-expandable": Implementation(build_fsdp2, expandable=True),
     "deepspeed": Implementation(zero3.build, zero3.obstacle),
     "deepspeed-blocks": Implementation(partial(zero3.build, whole_blocks=True), zero3.obstacle),
 }

@@ -28,7 +28,7 @@ Deal = Callable[[int], Tensor]  # a step's index to the order of its global batc
 
 def text_batches(options: Options, world: World, seq_len: int) -> Batches:
     """The carried text as bytes, as much as the steps need: every model's vocabulary holds 256 tokens."""
-    num_tokens = options.losses * options.batch_size * world.size * seq_len + 1
+    num_tokens = options.losses * options.batch_sizes[0] * world.size * seq_len + 1
     characters = itertools.chain.from_iterable(TextSource().documents())
     text = "".join(itertools.islice(characters, num_tokens)).encode()  # a character is at least a byte
     return Batches(np.frombuffer(text[:num_tokens], np.uint8), seq_len, name="the carried text")
@@ -47,9 +47,9 @@ def dealt(seed: int, num_rows: int) -> Deal:
 
 def train(trainee: Trainee, options: Options, world: World, batches: Batches, seed: int) -> list[float]:
     """The loss at each step, over the global batch, while `trainee` trains on it."""
-    num_rows = options.batch_size * world.size
+    num_rows = options.batch_sizes[0] * world.size
     deal = dealt(seed, num_rows)
-    mine = slice(world.rank * options.batch_size, (world.rank + 1) * options.batch_size)
+    mine = slice(world.rank * options.batch_sizes[0], (world.rank + 1) * options.batch_sizes[0])
     losses = []
     for step_index in range(options.losses):
         rows = deal(step_index)[mine]

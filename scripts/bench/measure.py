@@ -1,56 +1,59 @@
-"""Time and memory of steps at one sequence length. Knows neither runtimes nor reports."""
+"""Time and memory of steps on one batch. Knows neither runtimes nor reports."""
 
-import gc
 import statistics
 import time
 
 import torch
 from torch import Tensor
 
-from bench.options import FIRST_COUNTED_STEP, Options
+from bench.allocator import allocator_counts, memory_since, release_cached_memory, used_nbytes
+from bench.options import FIRST_COUNTED_STEP, Options, Shape
 from bench.ranks import gathered
 from bench.trainee import Trainee
 from launch.world import World
 
-GIB = 2**30
-
 Metrics = dict[str, float]  # one measurement; what a device cannot tell is left out
 Mark = torch.cuda.Event | float
-Marks = tuple[Mark, Mark, Mark]  # of one step: its beginning, after backward, after the optimizer
+Marks = tuple[Mark, Mark, Mark, Mark]  # of one step: its beginning, after backward, after clipping, after the update
 
 
-def measure(trainee: Trainee, options: Options, world: World, seq_len: int) -> Metrics:
-    """Steps at one sequence length: this rank's times in ms (medians over steps), memory and last loss."""
-    batch = make_batch(options, world, seq_len)
+def measure(trainee: Trainee, options: Options, world: World, batch: tuple[Tensor, Tensor]) -> Metrics:
+    """Run steps on a batch: this rank's times in ms (medians over steps), memory and last loss."""
     release_cached_memory(world)
     marks: list[Marks] = []
-    before: Metrics = {}
+    before, used = Metrics(), 0
     for step_index in range(options.warmup + options.steps):
         if step_index == FIRST_COUNTED_STEP:
             before = allocator_counts(world)
         begin = mark(world.device)
         loss = trainee.forward_backward(*batch)
         middle = mark(world.device)
+        if step_index < options.warmup:  # asking takes time
+            used = max(used, used_nbytes(world))
+        trainee.clip(options.clip)
+        clipped = mark(world.device)
         trainee.update()
-        marks.append((begin, middle, mark(world.device)))
+        marks.append((begin, middle, clipped, mark(world.device)))
         if not options.free_running:
             world.synchronize()
     world.synchronize()
-    num_counted_steps = options.warmup + options.steps - FIRST_COUNTED_STEP
-    memory = memory_metrics(before, allocator_counts(world), num_counted_steps, world)
-    return {**times_of(marks[options.warmup :], trainee), **memory, "loss": loss.item()}
+    memory = memory_since(before, used, world)
+    if memory:
+        num_counted_steps = options.warmup + options.steps - FIRST_COUNTED_STEP
+        memory["allocator_requests_per_step"] = memory.pop("allocator_requests") / num_counted_steps
+    return {**times_of(marks[options.warmup :], trainee, options), **memory, "loss": loss.item()}
 
 
-def make_batch(options: Options, world: World, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Tokens and targets (B, T), a function of the sequence length and the rank."""
-    generator = torch.Generator().manual_seed(1_000_003 * seq_len + world.rank)
-    shape = (options.batch_size, seq_len + 1)
-    tokens = torch.randint(options.config.vocab_size, shape, generator=generator).to(world.device)
+def make_batch(options: Options, world: World, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Return tokens and targets (B, T), a function of the sequence length and the rank."""
+    generator = torch.Generator().manual_seed(1_000_003 * shape.seq_len + world.rank)
+    sizes = (shape.batch_size, shape.seq_len + 1)
+    tokens = torch.randint(options.config.vocab_size, sizes, generator=generator).to(world.device)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def over_ranks(metrics: Metrics, world: World) -> Metrics:
-    """The mean loss, and of everything else the largest."""
+    """Return the mean loss, and of everything else the largest."""
     ranks = gathered(metrics, world)
     largest = {name: max(rank[name] for rank in ranks) for name in metrics}
     return {**largest, "loss": statistics.fmean(rank["loss"] for rank in ranks)}
@@ -60,7 +63,7 @@ def over_ranks(metrics: Metrics, world: World) -> Metrics:
 
 
 def mark(device: torch.device) -> Mark:
-    """A point in time: of the compute stream on a GPU, of the clock elsewhere."""
+    """Return a point in time: of the compute stream on a GPU, of the clock elsewhere."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -76,51 +79,14 @@ def elapsed_ms(begin: Mark, end: Mark) -> float:
     return begin.elapsed_time(end)
 
 
-def times_of(marks: list[Marks], trainee: Trainee) -> Metrics:
-    """Return medians over steps, in ms, of forward + backward and, with an optimizer, of update and step."""
-    times = {"forward_backward_ms": statistics.median(elapsed_ms(begin, middle) for begin, middle, _ in marks)}
+def times_of(marks: list[Marks], trainee: Trainee, options: Options) -> Metrics:
+    """Return medians over steps, in ms, of forward + backward and, with an optimizer, of clip, update and step."""
+    begins, middles, clippeds, ends = zip(*marks, strict=True)
+    spans = {"forward_backward_ms": (begins, middles)}
     if trainee.optimizer is not None:
-        times["optimizer_ms"] = statistics.median(elapsed_ms(middle, end) for _, middle, end in marks)
-        times["step_ms"] = statistics.median(elapsed_ms(begin, end) for begin, _, end in marks)
-    return times
-
-
-# --- memory ---
-
-
-def release_cached_memory(world: World) -> None:
-    """Give unused memory back, on all ranks before any goes on, and count peaks from here."""
-    gc.collect()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(world.device)
-    gathered(None, world)
-
-
-def allocator_counts(world: World) -> Metrics:
-    """Return PyTorch's counters of requests so far; empty on a CPU."""
-    if world.device.type != "cuda":
-        return {}
-    stats = torch.cuda.memory_stats(world.device)
+        spans |= {"optimizer_ms": (clippeds, ends), "step_ms": (begins, ends)}
+        spans |= {"clip_ms": (middles, clippeds)} if options.clip else {}
     return {
-        "allocator_requests": stats["allocation.all.allocated"],
-        "device_allocs": stats["num_device_alloc"],
-        "alloc_retries": stats["num_alloc_retries"],
-    }
-
-
-def memory_metrics(before: Metrics, after: Metrics, num_steps: int, world: World) -> Metrics:
-    """Peaks since cached memory was last released, and what the allocator did in `num_steps` steps."""
-    if world.device.type != "cuda":
-        return {}
-    delta = {name: after[name] - before[name] for name in after}
-    free_nbytes, total_nbytes = torch.cuda.mem_get_info(world.device)
-    return {
-        "peak_allocated_gib": torch.cuda.max_memory_allocated(world.device) / GIB,
-        "peak_reserved_gib": torch.cuda.max_memory_reserved(world.device) / GIB,
-        "device_used_gib": (total_nbytes - free_nbytes) / GIB,
-        "allocator_requests_per_step": delta["allocator_requests"] / num_steps,
-        "device_allocs": delta["device_allocs"],
-        "alloc_retries": delta["alloc_retries"],
+        name: statistics.median(elapsed_ms(first, last) for first, last in zip(*pair, strict=True))
+        for name, pair in spans.items()
     }

@@ -14,7 +14,19 @@ from yafsdp_like.models import PRESETS, DecoderConfig
 FIRST_COUNTED_STEP = 2  # from here on an allocator that has settled asks the device for nothing
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 REFERENCE = "fsdp2"  # whose losses the others' are compared with
-DESCRIPTION = "Compare sharding runtimes on one training step; the method is told at the top of bench_train.py."
+DESCRIPTION = "Compare sharding runtimes on one training step; the method is described at the top of bench_train.py."
+CHECKPOINTING = ("none", "block")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one step is given: (B, T) tokens on each rank."""
+
+    batch_size: int
+    seq_len: int
+
+    def __str__(self) -> str:
+        return f"B {self.batch_size} T {self.seq_len}"
 
 
 @dataclass(frozen=True)
@@ -24,11 +36,13 @@ class Options:
     model: str
     num_layers: int | None
     impls: tuple[str, ...]
+    checkpointing: tuple[str, ...]  # of CHECKPOINTING; builders are given options that name one
+    batch_sizes: tuple[int, ...]  # ascending
     seq_lens: tuple[int, ...]  # ascending
-    batch_size: int
     reduce_dtype: str
     optimizer: str
     lr: float
+    clip: float
     compile: bool
     zero3: tuple[str, ...]
     device: str
@@ -36,7 +50,11 @@ class Options:
     warmup: int
     steps: int
     free_running: bool
+    peak_tflops: float | None
     losses: int
+    varying: int
+    cycle: int
+    limit_gib: float | None
     profile: Path | None
     out: Path | None
 
@@ -46,37 +64,61 @@ class Options:
         config = PRESETS[self.model]
         return config if self.num_layers is None else dataclasses.replace(config, num_layers=self.num_layers)
 
+    @property
+    def shapes(self) -> list[Shape]:
+        """Every batch size at every sequence length, the fewest tokens first."""
+        shapes = [Shape(batch_size, seq_len) for batch_size in self.batch_sizes for seq_len in self.seq_lens]
+        return sorted(shapes, key=lambda shape: (shape.batch_size * shape.seq_len, shape.seq_len))
+
+    @property
+    def recomputes(self) -> bool:
+        """Return whether backward computes each block's activations again, in options that name one way."""
+        (way,) = self.checkpointing
+        return way == "block"
+
 
 def parse_options(arguments: Sequence[str], implementations: Collection[str]) -> Options:
     """Exits with a message, as argparse does, where the command line cannot be run."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=Help)
     add_subject(parser, implementations)
     add_effort(parser)
+    add_modes(parser)
     values = vars(parser.parse_args(arguments))
-    values["impls"] = tuple(values["impls"].split(","))
-    values["zero3"] = tuple(values["zero3"])
-    values["seq_lens"] = tuple(sorted(int(seq_len) for seq_len in values["seq_lens"].split(",")))
-    options = Options(**values)
+    options = Options(**{**values, "zero3": tuple(values["zero3"])})
     if complaint := complaint_about(options, implementations):
         parser.error(complaint)
     return options
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Split at commas."""
+    return tuple(text.split(","))
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Split at commas, in ascending order."""
+    return tuple(sorted(int(part) for part in text.split(",")))
+
+
 def add_subject(parser: argparse.ArgumentParser, implementations: Collection[str]) -> None:
-    """What is compared."""
+    """Add what is compared."""
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--model", choices=PRESETS, default="8b", help="its shape; weights are random")
     parser.add_argument("--num-layers", type=int, help="fewer blocks than the model has")
     parser.add_argument(
-        "--impl", dest="impls", default="unsharded,ours,fsdp2", help="some of " + ", ".join(implementations)
+        "--impl", dest="impls", type=names, default="unsharded,ours,fsdp2", help="some of " + ", ".join(implementations)
     )
-    parser.add_argument("--seq-len", dest="seq_lens", default="1024,2048,4096,8192", help="tokens of a sequence")
-    parser.add_argument("--batch-size", type=int, default=1, help="sequences per rank")
+    parser.add_argument(
+        "--checkpointing", type=names, default="none", help="of activations, in all: none, block, or none,block"
+    )
+    parser.add_argument("--batch-size", dest="batch_sizes", type=numbers, default="1", help="sequences per rank")
+    parser.add_argument("--seq-len", dest="seq_lens", type=numbers, default="1024,2048,4096,8192", help="tokens")
     parser.add_argument("--reduce-dtype", choices=DTYPES, default="fp32", help="of gradients between ranks")
     parser.add_argument(
         "--optimizer", choices=("torch", "fused"), default="torch", help="of ours; the others run torch's fused AdamW"
     )
     parser.add_argument("--lr", type=float, default=1e-5, help="of the optimizer's steps")
+    parser.add_argument("--clip", type=float, default=1.0, help="the gradients' norm at most; 0 does not clip")
     parser.add_argument("--compile", action="store_true", help="torch.compile each block, for each length anew")
     parser.add_argument(
         "--zero3",
@@ -91,30 +133,54 @@ def add_subject(parser: argparse.ArgumentParser, implementations: Collection[str
 
 
 def add_effort(parser: argparse.ArgumentParser) -> None:
-    """How much is measured, and what is written."""
+    """Add how much is measured, and what is written."""
     parser.add_argument("--rounds", type=int, default=2, help="times the list of implementations is gone through")
-    parser.add_argument("--warmup", type=int, default=3, help="steps at each length that are not timed, at least 2")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps at each length")
+    parser.add_argument("--warmup", type=int, default=3, help="steps of each shape that are not timed, at least 2")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each shape")
     parser.add_argument("--free-running", action="store_true", help="do not synchronise after each step")
+    parser.add_argument("--peak-tflops", type=float, help="what MFU is a share of; by default the device's by its name")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="one profiled step of each; rank 0's traces")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the full report as JSON")
+
+
+def add_modes(parser: argparse.ArgumentParser) -> None:
+    """Add what may be measured instead of the times of steps."""
     parser.add_argument(
         "--losses", type=int, default=0, metavar="N", help="instead of timing, train N steps on text; compare losses"
     )
-    parser.add_argument("--profile", type=Path, metavar="DIR", help="one profiled step of each; rank 0's traces")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the final JSON object here too")
+    parser.add_argument(
+        "--varying",
+        type=int,
+        default=0,
+        metavar="N",
+        help="instead, train N steps of lengths between the least and the most of --seq-len; memory by cycle",
+    )
+    parser.add_argument(
+        "--cycle", type=int, default=50, help="steps of --varying before an evaluation and a checkpoint"
+    )
+    parser.add_argument(
+        "--limit-gib",
+        type=float,
+        help="instead, find the longest sequence that trains in so much device memory, up to the most of --seq-len",
+    )
 
 
 def complaint_about(options: Options, implementations: Collection[str]) -> str | None:
-    """What is wrong with the options, or None."""
+    """Return what is wrong with the options, or None."""
     if unknown := set(options.impls) - set(implementations):
         return f"--impl: unknown {sorted(unknown)}, expected some of {sorted(implementations)}"
-    if options.warmup < FIRST_COUNTED_STEP or options.steps < 1 or options.rounds < 1:
-        return f"--warmup must be at least {FIRST_COUNTED_STEP}, --steps and --rounds at least 1"
+    if unknown := set(options.checkpointing) - set(CHECKPOINTING):
+        return f"--checkpointing: unknown {sorted(unknown)}, expected some of {sorted(CHECKPOINTING)}"
+    if options.warmup < FIRST_COUNTED_STEP or options.steps < 1 or options.rounds < 1 or options.cycle < 1:
+        return f"--warmup must be at least {FIRST_COUNTED_STEP}, --steps, --rounds and --cycle at least 1"
     if options.optimizer == "fused" and not any(name.startswith("ours") for name in options.impls):
         return f"--optimizer fused is ours alone, and --impl names {', '.join(options.impls)}"
     if any("=" not in setting for setting in options.zero3):
         return f"--zero3 takes KEY=VALUE, got {' '.join(options.zero3)}"
+    if sum([options.losses > 0, options.varying > 0, options.limit_gib is not None]) > 1:
+        return "--losses, --varying and --limit-gib are runs of their own: name one"
     if options.losses and REFERENCE not in options.impls:
         return f"--losses compares with {REFERENCE}: name it in --impl"
-    if options.losses and options.batch_size < 2:
+    if options.losses and options.batch_sizes[0] < 2:
         return "--losses needs --batch-size of at least 2: with one sequence a rank there is one order of summation"
     return None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bench.measure import Metrics, allocator_counts, release_cached_memory
+from bench.allocator import allocator_counts, release_cached_memory
 from bench.options import DTYPES
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request, RequestOutput
@@ -21,6 +21,7 @@ from yafsdp_like.kernels.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from bench.measure import Metrics
     from bench.serve_options import ServeBenchOptions
     from launch.world import World
     from yafsdp_like.inference.plan.serving_plan import ServingPlan

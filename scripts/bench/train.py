@@ -1,129 +1,126 @@
-"""The benchmark from its command line to its last line of output: implementations take turns, round after round."""
+"""The benchmark from its command line to its tables: implementations take turns, round after round."""
 
-import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-
+from bench.accounting import account
 from bench.implementations import IMPLEMENTATIONS
-from bench.measure import Metrics, make_batch, measure, over_ranks, release_cached_memory
+from bench.largest import run_largest
+from bench.machine import Machine, survey
+from bench.measure import make_batch, measure, over_ranks
 from bench.options import REFERENCE, Options, parse_options
 from bench.profile import profile_steps
-from bench.ranks import gathered, say, unless_out_of_memory
-from bench.report import Row, add_ratios, describe_run, format_metrics, format_table, make_row, write
-from bench.trainee import Trainee
+from bench.ranks import say, unless_out_of_memory
+from bench.report import (
+    BenchCase,
+    Measurement,
+    Row,
+    add_ratios,
+    describe_run,
+    format_metrics,
+    heading,
+    make_row,
+    step_tables,
+    write,
+)
+from bench.turns import Turn, built, forget, possible, turns
+from bench.varying import run_varying
 from launch import world as ranks
 from launch.world import World
 
 NUM_ORDERS = 3  # of the reference's sums, beside its own
-Rounds = dict[tuple[str, int], list[Metrics | None]]  # by implementation and sequence length
+Rounds = dict[BenchCase, list[Measurement | None]]
+Run = Callable[[Sequence[str], Options, World, Machine], Iterator[Row]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what the command line asks for; the last line of output is the report as one JSON object."""
+    """Run what the command line asks for, and print its tables last; `--out` gets the report as one JSON object."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_options(arguments, IMPLEMENTATIONS)
     world = ranks.join(options.device)
     names = possible(options, world)
-    run = run_losses if options.losses else run_rounds
-    report: Row = {}
-    for result in run(names, options, world):  # one that is cut short leaves what it has
-        report = {**describe_run(options, world, arguments), **result}
+    machine = survey(options, world)
+    described = describe_run(options, world, machine, arguments)
+    table = ""
+    for result in run_of(options)(names, options, world, machine):  # one that is cut short leaves what it has
+        table = result.pop("table")
         if world.is_first and options.out is not None:
-            write(report, options.out)
+            write({**described, **result}, options.out)
     ranks.leave()
-    say(world, json.dumps(report))
+    say(world, f"\n{heading(described)}\n\n{table}")
 
 
-def possible(options: Options, world: World) -> list[str]:
-    """The implementations that every rank can build; of each other one a line says why it is left out."""
-    names = []
-    for name in options.impls:
-        obstacles = [obstacle for obstacle in gathered(IMPLEMENTATIONS[name].obstacle(world), world) if obstacle]
-        if obstacles:
-            say(world, f"{name} is left out: {obstacles[0]}")
-        else:
-            names.append(name)
-    return names
+def run_of(options: Options) -> Run:
+    """Return what the options ask for: it yields what the report holds so far, and a `table` to print."""
+    if options.losses:
+        return run_losses
+    if options.varying:
+        return run_varying
+    return run_rounds if options.limit_gib is None else run_largest
 
 
 # --- times ---
 
 
-def run_rounds(names: Sequence[str], options: Options, world: World) -> Iterator[Row]:
-    """After each round over all implementations, the rows of a report."""
+def run_rounds(names: Sequence[str], options: Options, world: World, machine: Machine) -> Iterator[Row]:
+    """Yield the rows of a report after each round over all implementations."""
     rounds: Rounds = defaultdict(list)
-    rows: list[Row] = []
     for round_index in range(options.rounds):
-        for name in names:
-            results = run_round(name, options, world, options.profile if round_index == 0 else None)
-            for seq_len, metrics in results.items():
-                rounds[name, seq_len].append(metrics)
-                say(world, f"round {round_index} {name} T {seq_len}: {format_metrics(metrics)}")
+        for turn in turns(names, options):
+            for case, measured in run_turn(turn, world, options.profile if round_index == 0 else None).items():
+                rounds[case].append(measured)
+                metrics = None if measured is None else measured.metrics
+                say(world, f"round {round_index} {case.impl} {case.shape}: {format_metrics(metrics)}")
             forget(world)
-        rows = [make_row(name, seq_len, metrics, options) for (name, seq_len), metrics in rounds.items()]
+        rows = [make_row(case, found, options, machine) for case, found in rounds.items()]
         add_ratios(rows)
-        yield {"rows": rows}
-    say(world, format_table(rows))
+        yield {"rows": rows, "table": step_tables(rows)}
 
 
-def run_round(name: str, options: Options, world: World, traces: Path | None) -> dict[int, Metrics | None]:
-    """Build, and measure at each sequence length. None: out of memory, at that length or a shorter one."""
-    results: dict[int, Metrics | None] = dict.fromkeys(options.seq_lens)
+def run_turn(turn: Turn, world: World, traces: Path | None) -> dict[BenchCase, Measurement | None]:
+    """Build, and measure each shape. None: out of memory, at that shape or one of fewer tokens."""
+    name, options = turn
+    cases = [BenchCase(name, options.checkpointing[0], shape) for shape in options.shapes]
+    results: dict[BenchCase, Measurement | None] = dict.fromkeys(cases)
     with built(name, options, world) as trainee:
         if trainee is None:
             return results
-        for seq_len in options.seq_lens:
-            metrics = unless_out_of_memory(partial(measure, trainee, options, world, seq_len), world)
+        for case in cases:
+            batch = make_batch(options, world, case.shape)
+            metrics = unless_out_of_memory(partial(measure, trainee, options, world, batch), world)
             if metrics is None:
                 return results
-            results[seq_len] = over_ranks(metrics, world)
+            found = unless_out_of_memory(partial(account, trainee, batch, options.clip, world), world)
+            if found is None:
+                return results
+            results[case] = Measurement(over_ranks(metrics, world), found)
         if traces is not None:  # last, because these steps train too
-            for seq_len in options.seq_lens:
-                batch = make_batch(options, world, seq_len)
-                say(world, profile_steps(trainee, batch, traces / f"{name}-T{seq_len}.json.gz", world))
+            for case in cases:
+                file = traces / f"{case.impl}-{case.checkpointing}-{str(case.shape).replace(' ', '')}.json.gz"
+                say(world, profile_steps(trainee, make_batch(options, world, case.shape), file, world))
     return results
-
-
-@contextmanager
-def built(name: str, options: Options, world: World) -> Iterator[Trainee | None]:
-    """A trainee for a while; None on every rank if it does not fit on one."""
-    trainee = unless_out_of_memory(partial(IMPLEMENTATIONS[name].build, options, world), world)
-    try:
-        yield trainee
-    finally:
-        if trainee is not None:
-            trainee.close()
-
-
-def forget(world: World) -> None:
-    """Free what the last implementation left, compiled code included."""
-    torch.compiler.reset()
-    release_cached_memory(world)
 
 
 # --- losses ---
 
 
-def run_losses(names: Sequence[str], options: Options, world: World) -> Iterator[Row]:
-    """The losses of each implementation that trains, and of the reference with its sums in other orders."""
+def run_losses(names: Sequence[str], options: Options, world: World, machine: Machine) -> Iterator[Row]:
+    """Yield the losses of each implementation that trains, and of the reference with its sums in other orders."""
     from bench import losses  # reads text, which takes the extra `train`; times do not
 
     text = losses.text_batches(options, world, options.seq_lens[0])
-    turns = [(name, name, 0) for name in names if name != "unsharded"]  # which has no optimizer
-    turns += [(losses.reordered(seed), REFERENCE, seed) for seed in range(1, 1 + NUM_ORDERS)]
+    labelled = [(name, name, one, 0) for name, one in turns(names, options) if name != "unsharded"]  # no optimizer
+    orders = [(losses.reordered(seed), REFERENCE, labelled[0][2], seed) for seed in range(1, 1 + NUM_ORDERS)]
     per_step: dict[str, list[float]] = {}
-    for label, name, seed in turns:
-        with built(name, options, world) as trainee:
+    for label, name, one, seed in labelled + orders:
+        with built(name, one, world) as trainee:
             if trainee is not None:
                 per_step[label] = losses.train(trainee, options, world, text, seed)
         del trainee
         forget(world)
         say(world, losses.describe(label, per_step))
-    say(world, f"orders of {REFERENCE}'s sums differ by up to {losses.spread(per_step)}")
-    yield {"rows": [], "losses": losses.compare(per_step)}
+    table = f"orders of {REFERENCE}'s sums differ by up to {losses.spread(per_step)}"
+    yield {"rows": [], "losses": losses.compare(per_step), "table": table}

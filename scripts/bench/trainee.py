@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from bench.options import Options
 from launch.world import World
@@ -24,11 +25,25 @@ class Trainee:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer | None
 
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of (B, T) tokens and targets, from which `backward` starts."""
+        loss: Tensor = self.model(tokens, targets)
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients from what `forward` returned."""
+        loss.backward()
+
     def forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Run both on (B, T) tokens and targets, and return the loss."""
-        loss: Tensor = self.model(tokens, targets)
-        loss.backward()
+        loss = self.forward(tokens, targets)
+        self.backward(loss)
         return loss.detach()
+
+    def clip(self, max_norm: float) -> None:
+        """Scale gradients to a norm of at most `max_norm`; nothing for 0, and without an optimizer."""
+        if max_norm and self.optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
     def update(self) -> None:
         """Apply and clear the gradients; without an optimizer, zero them in place."""
@@ -48,9 +63,12 @@ class Graphed(Trainee):
 
     step: Callable[[Tensor, Tensor], Tensor]
 
-    def forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Replay both as one CUDA graph."""
         return self.step(tokens, targets)
+
+    def backward(self, loss: Tensor) -> None:
+        """Do nothing: it has been replayed."""
 
 
 class PlainGraph:
@@ -92,16 +110,25 @@ class Implementation:
 
     build: Builder
     obstacle: Callable[[World], str | None] = nothing
+    expandable: bool = False  # how PyTorch's allocator grows while it is there
 
 
 def meta_model(options: Options) -> Decoder:
-    """The decoder without bytes, its blocks compiled where that was asked for."""
+    """The decoder without bytes, its blocks compiled or their activations recomputed where that was asked for."""
     with torch.device("meta"):
         model = Decoder(options.config)
     if options.compile:
         for layer in model.layers:
             layer.compile(dynamic=False)
+    if options.recomputes:
+        recompute_blocks(model)
     return model
+
+
+def recompute_blocks(model: Decoder) -> None:
+    """Keep each block's input alone for backward; nothing in a block is random, so no generator's state is kept."""
+    for index, layer in enumerate(model.layers):
+        model.layers[index] = checkpoint_wrapper(layer, preserve_rng_state=False)
 
 
 def materialized(model: Decoder, world: World) -> Decoder:

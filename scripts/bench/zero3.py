@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.options import Options
-from bench.trainee import Trainee
+from bench.trainee import Trainee, recompute_blocks
 from launch.world import World
 from yafsdp_like.models import Decoder
 
@@ -39,11 +39,17 @@ class Zero3Trainee(Trainee):
 
     engine: Any
 
-    def forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Run both through DeepSpeed's engine."""
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss by DeepSpeed's engine."""
         loss: Tensor = self.engine(tokens, targets)
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients by DeepSpeed's engine."""
         self.engine.backward(loss)
-        return loss.detach()
+
+    def clip(self, max_norm: float) -> None:
+        """Do nothing: the engine's step clips."""
 
     def update(self) -> None:
         """Apply and clear the gradients."""
@@ -102,6 +108,8 @@ def build(options: Options, world: World, whole_blocks: bool = False) -> Trainee
     try:
         with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.bfloat16):
             model = Decoder(options.config)
+        if options.recomputes:
+            recompute_blocks(model)
         fill_bf16(model, deepspeed)
         if whole_blocks or options.compile:
             deepspeed.utils.set_z3_leaf_modules(model, [type(model.layers[0])])
@@ -120,13 +128,13 @@ def engine_settings(options: Options) -> dict[str, Any]:
     """Return DeepSpeed's configuration, with the settings that `--zero3` overrides."""
     overrides = dict(setting.split("=", 1) for setting in options.zero3)
     return {
-        "train_micro_batch_size_per_gpu": options.batch_size,
+        "train_micro_batch_size_per_gpu": options.batch_sizes[0],
         "gradient_accumulation_steps": 1,
         "bf16": {"enabled": True},
         "communication_data_type": options.reduce_dtype,  # gradients are summed between ranks in it
         "data_types": {"grad_accum_dtype": options.reduce_dtype},  # and kept in it
         "zero_optimization": {"stage": 3, **TUNING, **overrides},
-        "gradient_clipping": 0.0,  # DeepSpeed clips at 1.0 if not told otherwise; nobody else does
+        "gradient_clipping": options.clip,  # in its step; at 1.0 if not told otherwise
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would have to be compiled
         "steps_per_print": 1_000_000_000,
     }

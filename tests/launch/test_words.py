@@ -55,7 +55,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     [
         (
             "bench_train",
-            {"--batch-size": "(int); default: 1", "--lr": "(float); default: 1e-05", "--rounds": "default: 2"},
+            {"--batch-size": "default: 1", "--lr": "(float); default: 1e-05", "--rounds": "default: 2"},
         ),
         ("bench_serve", {"--context": "(int); default: 1024", "--seconds": "(float); default: 6.0"}),
         ("estimate_scale", {"--reports": "of bench_train.py on two GPUs"}),

@@ -24,6 +24,7 @@ from bench.trainee import Implementation, Trainee
 from launch.world import World
 from tests.ranks import run_ranks
 from tests.training import world_mesh
+from yafsdp_like.models import PRESETS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "bench_train.py"
@@ -31,45 +32,50 @@ TINY = ["--device", "cpu", "--model", "tiny"]
 TIMES = ["--seq-len", "32,16", "--warmup", "2", "--steps", "1"]
 
 
-def run_bench(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The lines that the command prints before the last, and the JSON object of the last."""
+def run_bench(arguments: list[str], out: Path) -> tuple[list[str], dict[str, Any]]:
+    """The lines that the command prints, and the report that it writes."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = [str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, str(SCRIPT), *TINY, *arguments], env=environment, capture_output=True, text=True, timeout=170
+        [*launch, str(SCRIPT), *TINY, *arguments, "--out", str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=170,
     )
     assert done.returncode == 0, done.stderr[-6000:]
-    return lines_and_report(done.stdout)
+    return done.stdout.splitlines(), json.loads(out.read_text())
 
 
-def lines_and_report(text: str) -> tuple[list[str], dict[str, Any]]:
-    *lines, last = text.splitlines()
-    return lines, json.loads(last)
-
-
-def bench_here(arguments: list[str]) -> str:
+def bench_here(arguments: list[str], out: Path) -> str:
     """What the command prints on this worker, which is one of its ranks, in a process group already."""
-    world = World(dist.get_rank(), torch.device("cpu"), world_mesh())
     with (
-        mock.patch("bench.train.ranks.join", lambda device: world),
+        mock.patch("bench.train.ranks.join", lambda device: world_here()),
         mock.patch("bench.train.ranks.leave"),
         redirect_stdout(io.StringIO()) as printed,
     ):
-        train.main([*TINY, *arguments])
+        train.main([*TINY, *arguments, "--out", str(out)])
     return printed.getvalue()
+
+
+def world_here() -> World:
+    return World(dist.get_rank(), torch.device("cpu"), world_mesh())
+
+
+def subjects(report: dict[str, Any]) -> list[tuple[str, str, int, int]]:
+    return [(row["impl"], row["checkpointing"], row["batch_size"], row["seq_len"]) for row in report["rows"]]
 
 
 def test_implementations_are_compared_on_the_same_model_and_data(tmp_path: Path) -> None:
     out = tmp_path / "results" / "tiny.json"
     names = ["unsharded", "ours", "fsdp2"]
-    effort = [*TIMES, "--rounds", "2", "--out", str(out), "--profile", str(tmp_path)]
-    lines, report = run_bench(["--impl", ",".join(names), *effort])
-    assert json.loads(out.read_text()) == report
+    effort = [*TIMES, "--rounds", "2", "--profile", str(tmp_path)]
+    lines, report = run_bench(["--impl", ",".join(names), *effort], out)
     assert report["hardware"]["ranks"] == 2
     assert report["command"].startswith("torchrun --nproc-per-node 2 scripts/bench_train.py --device cpu")
     rows = {(row["impl"], row["seq_len"]): row for row in report["rows"]}
-    assert list(rows) == [(name, seq_len) for name in names for seq_len in (16, 32)]
+    assert subjects(report) == [(name, "none", 1, seq_len) for name in names for seq_len in (16, 32)]
     for (name, seq_len), row in rows.items():
         assert row["status"] == "ok"
         time = row["forward_backward_ms"]
@@ -77,24 +83,51 @@ def test_implementations_are_compared_on_the_same_model_and_data(tmp_path: Path)
         assert row["ratio_to_floor"] == pytest.approx(
             time["median"] / rows["unsharded", seq_len]["forward_backward_ms"]["median"]
         )
-        assert (row["step_ms"] is None) == (row["optimizer_ms"] is None) == (name == "unsharded")
-        assert row["peak_allocated_gib"] is row["device_allocs"] is None  # a CPU has no such allocator
+        phases = {row[field] is None for field in ("clip_ms", "optimizer_ms", "step_ms", "ratio_to_copy")}
+        assert phases == {name == "unsharded"}
+        assert row["peak_allocated_gib"] is row["device_allocs"] is row["mfu"] is None  # not of a CPU
         # All start from the same bits; a few steps at a learning rate of 1e-5 hardly move the loss.
         assert row["loss"] == pytest.approx(rows["unsharded", seq_len]["loss"], abs=0.05)
-        assert (tmp_path / f"{name}-T{seq_len}.json.gz").exists()
-    heading = next(index for index, line in enumerate(lines) if line.split()[:2] == ["impl", "T"])
-    assert [line.split()[:2] for line in lines[heading + 1 :]] == [
-        [name, seq_len] for seq_len in ("16", "32") for name in names
+        assert (tmp_path / f"{name}-none-B1T{seq_len}.json.gz").exists()
+    heading = next(index for index, line in enumerate(lines) if line.split()[:1] == ["impl"])
+    assert [line.split()[:4] for line in lines[heading + 1 :]] == [
+        [name, "none", "1", seq_len] for seq_len in ("16", "32") for name in names
     ]
 
 
-class Hungry(Trainee):
-    """Runs out of memory on one rank alone, at the longer sequence."""
+def test_every_way_of_checkpointing_and_batch_size_is_a_row(tmp_path: Path) -> None:
+    names = ["ours-expandable", "fsdp2"]
+    cases = ["--checkpointing", "none,block", "--batch-size", "2,1", "--peak-tflops", "1e-3"]
+    run_ranks(bench_here, ["--impl", ",".join(names), *cases, *TIMES, "--rounds", "1"], tmp_path / "out.json")
+    report = json.loads((tmp_path / "out.json").read_text())
+    by_tokens = [(1, 16), (2, 16), (1, 32), (2, 32)]
+    assert subjects(report) == [
+        (name, way, *shape) for way in ("none", "block") for name in names for shape in by_tokens
+    ]
+    losses = {row["loss"] for row in report["rows"] if row["batch_size"] == 1 and row["seq_len"] == 16}
+    assert len(losses) == 1  # activations computed twice are the same
+    for row in report["rows"]:
+        flops = PRESETS["tiny"].train_flops(row["batch_size"], row["seq_len"])
+        assert row["mfu"] == pytest.approx(flops / (row["step_ms"]["median"] / 1e3) / 1e9)
 
-    def forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        if tokens.shape[1] == 32 and dist.get_rank() == 1:
+
+def test_varying_lengths_are_a_row_each_cycle(tmp_path: Path) -> None:
+    arguments = ["--impl", "ours,fsdp2", "--seq-len", "8,24", "--varying", "5", "--cycle", "2"]
+    printed, _ = run_ranks(bench_here, arguments, tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["impl"], row["cycle"]) for row in rows] == [(name, i) for name in ("ours", "fsdp2") for i in range(3)]
+    ours, theirs = ([row["loss"] for row in rows if row["impl"] == name] for name in ("ours", "fsdp2"))
+    assert ours == pytest.approx(theirs, abs=1e-3) and len(set(ours)) == 3  # the same lengths, each another
+    assert printed.splitlines()[-7].split()[:3] == ["impl", "ckpt", "cycle"]
+
+
+class Hungry(Trainee):
+    """Runs out of memory on one rank alone, at longer sequences."""
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        if tokens.shape[1] in (32, 1536, 2048, 2560) and dist.get_rank() == 1:
             raise torch.OutOfMemoryError("planted")
-        return super().forward_backward(tokens, targets)
+        return super().forward(tokens, targets)
 
 
 def build_hungry(options: Options, world: World) -> Trainee:
@@ -105,18 +138,18 @@ def obstacle_on_rank_1(world: World) -> str | None:
     return "nowhere to be found" if world.rank == 1 else None
 
 
-def bench_with_hungry(arguments: list[str]) -> str:
+def bench_with_hungry(arguments: list[str], out: Path) -> str:
     planted = {"hungry": Implementation(build_hungry), "missing": Implementation(build_hungry, obstacle_on_rank_1)}
     with mock.patch.dict(train.IMPLEMENTATIONS, planted):
-        return bench_here(arguments)
+        return bench_here(arguments, out)
 
 
-def test_running_out_of_memory_or_missing_on_one_rank_is_so_on_all() -> None:
+def test_running_out_of_memory_or_missing_on_one_rank_is_so_on_all(tmp_path: Path) -> None:
     """A rank that went on alone would wait for ever in its next collective."""
     arguments = ["--impl", "hungry,missing,unsharded", *TIMES, "--rounds", "1"]
-    printed, by_the_other = run_ranks(bench_with_hungry, arguments)
+    printed, by_the_other = run_ranks(bench_with_hungry, arguments, tmp_path / "out.json")
     assert by_the_other == ""
-    lines, report = lines_and_report(printed)
+    lines, report = printed.splitlines(), json.loads((tmp_path / "out.json").read_text())
     status = {(row["impl"], row["seq_len"]): row["status"] for row in report["rows"]}
     assert status == {
         ("hungry", 16): "ok",
@@ -124,27 +157,36 @@ def test_running_out_of_memory_or_missing_on_one_rank_is_so_on_all() -> None:
         ("unsharded", 16): "ok",
         ("unsharded", 32): "ok",
     }
-    assert any(line.split() == ["hungry", "32", "OOM"] for line in lines)
+    assert any(line.split() == ["hungry", "none", "1", "32", "OOM"] for line in lines)
     assert "missing is left out: nowhere to be found" in lines
+
+
+def test_the_longest_sequence_is_found_by_bisection_and_models_built_anew(tmp_path: Path) -> None:
+    arguments = ["--impl", "hungry,unsharded", "--seq-len", "2560", "--limit-gib", "1"]
+    printed, _ = run_ranks(bench_with_hungry, arguments, tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["impl"], row["largest_seq_len"]) for row in rows] == [("hungry", 1024), ("unsharded", 2560)]
+    tried = [line for line in printed.splitlines() if line.startswith("hungry T")]
+    assert tried == ["hungry T 1536: does not fit", "hungry T 512: fits", "hungry T 1024: fits"]
 
 
 LOSSES = ["--seq-len", "32", "--batch-size", "2", "--lr", "1e-3", "--losses", "5"]
 
 
-def test_losses_on_text_are_within_what_the_order_of_sums_is_worth() -> None:
+def test_losses_on_text_are_within_what_the_order_of_sums_is_worth(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     names = ["ours", "ours-nccl", "fsdp2"]
-    printed, _ = run_ranks(bench_here, ["--impl", ",".join(names), *LOSSES])
-    assert_losses_are_close(names, lines_and_report(printed)[1])
+    run_ranks(bench_here, ["--impl", ",".join(names), *LOSSES], tmp_path / "out.json")
+    assert_losses_are_close(names, json.loads((tmp_path / "out.json").read_text()))
 
 
 @pytest.mark.slow
-def test_losses_of_deepspeed_are_so_too() -> None:
+def test_losses_of_deepspeed_are_so_too(tmp_path: Path) -> None:
     """It clipped gradients by default until this was compared."""
     pytest.importorskip("tokenizers")
     pytest.importorskip("deepspeed")
     names = ["fsdp2", "deepspeed"]
-    _, report = run_bench(["--impl", ",".join(names), *LOSSES])
+    _, report = run_bench(["--impl", ",".join(names), *LOSSES], tmp_path / "out.json")
     assert_losses_are_close(names, report)
 
 
@@ -174,6 +216,8 @@ def test_rows_are_dealt_anew_at_every_step_and_none_is_lost() -> None:
         (["--losses", "3"], "--losses needs --batch-size of at least 2"),
         (["--losses", "3", "--impl", "ours"], "--losses compares with fsdp2"),
         (["--zero3", "reduce_bucket_size"], "--zero3 takes KEY=VALUE"),
+        (["--checkpointing", "all"], "--checkpointing: unknown ['all']"),
+        (["--varying", "3", "--limit-gib", "80"], "are runs of their own: name one"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(
@@ -185,10 +229,11 @@ def test_bad_options_are_refused_before_anything_starts(
 
 
 def test_settings_of_deepspeed_follow_the_command_line() -> None:
-    arguments = ["--batch-size", "3", "--reduce-dtype", "bf16", "--zero3", "reduce_bucket_size=7"]
+    arguments = ["--batch-size", "3", "--reduce-dtype", "bf16", "--zero3", "reduce_bucket_size=7", "--clip", "0.5"]
     settings = zero3.engine_settings(parse_options(arguments, train.IMPLEMENTATIONS))
     assert settings["train_micro_batch_size_per_gpu"] == 3
     assert settings["communication_data_type"] == "bf16"
+    assert settings["gradient_clipping"] == 0.5
     assert settings["zero_optimization"] == {"stage": 3, **zero3.TUNING, "reduce_bucket_size": "7"}
 
 

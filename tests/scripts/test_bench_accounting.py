@@ -1,0 +1,112 @@
+"""What memory holds at a step's peak, by category, and how the benchmark counts it."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bench import accounting, allocator
+from bench.accounting import account, category_of, events_of, replay, update_nbytes, with_rest
+from bench.implementations import IMPLEMENTATIONS
+from bench.measure import make_batch
+from bench.options import Shape, parse_options
+from launch.world import World
+from tests.ranks import run_ranks
+from tests.training import world_mesh
+from yafsdp_like.models import PRESETS
+
+FSDP = "torch/distributed/fsdp/_fully_shard/"
+NUM_PARAMS = PRESETS["tiny"].num_params
+ON_GPU = World(0, torch.device("cuda", 0), mock.Mock())
+
+
+def accounted(name: str) -> dict[str, Any]:
+    """The account of an implementation's third step on this worker."""
+    options = parse_options(["--device", "cpu", "--model", "tiny", "--impl", name], IMPLEMENTATIONS)
+    world = World(dist.get_rank(), torch.device("cpu"), world_mesh())
+    trainee = IMPLEMENTATIONS[name].build(options, world)
+    batch = make_batch(options, world, Shape(1, 16))
+    for _ in range(2):
+        trainee.forward_backward(*batch)
+        trainee.update()
+    return account(trainee, batch, options.clip, world)
+
+
+def test_fsdp2_holds_its_main_shards_and_moments_between_steps() -> None:
+    here = run_ranks(accounted, "fsdp2")[0]
+    (peak,) = here["peaks"]
+    main = peak["main shards"] * 2**30
+    assert main == NUM_PARAMS * 4 / 2  # every dimension of the tiny model is even
+    assert peak["moments"] * 2**30 == pytest.approx(2 * main, rel=1e-3)  # and the steps' counters
+    assert peak["gradients"] == peak["slots"] == peak["staging"] == 0
+    assert here["update_nbytes"] == pytest.approx(main + 2 * main + 4 * main, rel=1e-3)  # gradients: read once
+
+
+def test_this_packages_bytes_are_those_of_its_plan() -> None:
+    here = run_ranks(accounted, "ours")[0]
+    (peak,) = here["peaks"]
+    least = NUM_PARAMS / 2 / 2**30
+    assert 4 * least <= peak["main shards"] < 5 * least
+    assert 2 * least <= peak["compute shards"] < 3 * least
+    assert 4 * least <= peak["gradients"] < 5 * least
+    assert peak["slots"] > 0
+    moved = {name: peak[name] * 2**30 for name in accounting.CATEGORIES}
+    assert here["update_nbytes"] == pytest.approx(update_nbytes(moved))
+
+
+def test_a_block_is_told_by_the_frames_that_asked_for_it() -> None:
+    assert category_of([]) == "activations"
+    assert category_of([{"filename": "decoder.py", "name": "forward"}]) == "activations"
+    assert category_of([{"filename": f"{FSDP}_fsdp_collectives.py", "name": "foreach_all_gather"}]) == "slots"
+    frames = [{"filename": "_tensor.py", "name": "to"}, {"filename": f"{FSDP}a.py", "name": "foreach_reduce"}]
+    assert category_of(frames) == "staging"
+
+
+def event(time_us: float, action: str, addr: int, size: int, *filenames: str) -> dict[str, Any]:
+    frames = [{"filename": name, "name": "foreach_reduce"} for name in filenames]
+    return {"time_us": time_us, "action": action, "addr": addr, "size": size, "frames": frames}
+
+
+def test_a_replayed_step_tells_gradients_from_what_had_their_address_before() -> None:
+    trace = [
+        event(1, "alloc", 100, 7),
+        event(2, "alloc", 200, 5),
+        event(3, "free_requested", 100, 7),
+        event(3.5, "free_completed", 100, 7),
+        event(11, "alloc", 100, 4, FSDP),  # becomes a gradient
+        event(12, "alloc", 300, 2, FSDP),  # input of its reduction
+        event(13, "free_requested", 200, 5),
+        event(14, "free_requested", 300, 2),
+        event(21, "free_requested", 100, 4),
+        event(22, "free_requested", 999, 1),  # was there before the step
+        event(31, "alloc", 400, 50),  # after the step
+    ]
+    before = dict.fromkeys(accounting.CATEGORIES, 0) | {"main shards": 10}
+    events = events_of(trace, [("forward", 10), ("backward", 20), ("update", 30)])
+    peaks = replay(events, {"backward": {100}}, before)
+    found = {phase: {name: n for name, n in peak.items() if n} for phase, peak in peaks.items()}
+    assert found == {
+        "forward": {"main shards": 10, "activations": 12},
+        "backward": {"main shards": 10, "activations": 5, "gradients": 4, "staging": 2},
+        "update": {"main shards": 10},
+    }
+
+
+def test_what_no_tensor_has_is_the_caches_or_somebody_elses() -> None:
+    peak = dict.fromkeys(accounting.CATEGORIES, 0) | {"main shards": 4 << 30}
+    with (
+        mock.patch("torch.cuda.max_memory_allocated", return_value=6 << 30),
+        mock.patch("torch.cuda.memory_reserved", return_value=8 << 30),
+        mock.patch("torch.cuda.mem_get_info", return_value=(1 << 30, 10 << 30)),
+    ):
+        found = with_rest(peak, 2 << 30, ON_GPU)
+    assert found["unused cache"] == 4 and found["other"] == 1  # 6 - 2 allocated of 8 reserved; 9 used
+
+
+def test_each_implementation_says_how_the_allocator_grows() -> None:
+    for name, implementation in IMPLEMENTATIONS.items():
+        with mock.patch("torch._C._accelerator_setAllocatorSettings", create=True) as settings:
+            allocator.set_expandable_segments(implementation.expandable, ON_GPU)
+        settings.assert_called_once_with(f"expandable_segments:{name.endswith('-expandable')}")
