@@ -1,7 +1,14 @@
 """Command lines and YAML files to dataclasses: every field is an option, with its type, default and comment in --help.
 
 Owns how options are written and how mistakes in them are reported. Imports no torch, so that --help and mistakes are
-answered at once. Values are checked against the fields' types by pydantic; ranges are checked by the dataclasses.
+answered at once. YAML is read by PyYAML, values are checked against the fields' types by pydantic, ranges by the
+dataclasses.
+
+[Note: why no library splits the arguments]
+jsonargparse 4.53 and pydantic-settings 2.16 were tried: both split by one pass of argparse, which refuses an optional
+argument behind an option (``MODEL --max-tokens=5 PROMPT``), and neither offers argparse's intermixed pass, whose
+handling of ``--`` differs between versions of Python. Neither takes flags without their section, text as it is (a stop
+string ``[``), or bytes with a unit, nor names the file or the nearest key in an error. Splitting is forty lines here.
 """
 
 from __future__ import annotations
@@ -157,16 +164,16 @@ class Command(Generic[OptionsT]):
     def _key_of(self, flag: str) -> tuple[str, bool]:
         """The key of a flag, and whether the flag negates it."""
         if not self.flat:
-            if not self._is_known(flag) and flag != CONFIG:
-                raise ValueError(f"unknown key '{flag}' in the command line; {self._hint(flag, [*self._hints])}")
-            return flag, False
+            if flag in self.flags or self._is_known(flag):
+                return flag, False
+            raise ValueError(f"unknown key '{flag}' in the command line; {self._hint(flag, [*self._hints])}")
         flag = flag.replace("_", "-")
+        if flag in self.flags:
+            return self.flags[flag], False
         positive = self.flags.get(flag.removeprefix("no-"), "")
-        if flag not in self.flags and self._hints.get(positive) is bool:
+        if self._hints.get(positive) is bool:
             return positive, True
-        if flag not in self.flags:
-            raise ValueError(f"unknown option --{flag}; {self._hint(flag, [*self.flags])}")
-        return self.flags[flag], False
+        raise ValueError(f"unknown option --{flag}; {self._hint(flag, [*self.flags])}")
 
     def _is_known(self, key: str) -> bool:
         """Whether the key is a field, or a key of a field that is a dictionary."""
