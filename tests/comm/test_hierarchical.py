@@ -1,5 +1,6 @@
-"""One shard dimension over several hosts, on gloo ranks that are told which host they are on: the same numbers as the
-process group's, the order of sums, memory, and what is said when hosts are not alike.
+"""One shard dimension over several hosts, on gloo ranks each of which is given a host.
+
+The same numbers as the process group's, the order of sums, memory, and the errors where hosts are not alike.
 """
 
 import dataclasses

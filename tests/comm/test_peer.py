@@ -1,5 +1,6 @@
-"""The transport between ranks that map each other's memory, on CPUs: the same bits as the process group's, the memory
-that it asks for, and what it says when it is not possible.
+"""The transport between ranks that map each other's memory, on CPUs.
+
+The same bits as the process group's, the memory that it takes, and its errors where it is not possible.
 """
 
 import dataclasses

@@ -46,19 +46,19 @@ def chain(sizes_nbytes: list[int]) -> list[SlotRequest]:
 @properties
 @given(live_ranges, live_ranges)
 def test_ranges_meet_where_they_share_a_tick(one: LiveRange, other: LiveRange) -> None:
-    assert one.meets(other) == other.meets(one) == bool(set(one.ticks()) & set(other.ticks()))
+    assert one.overlaps(other) == other.overlaps(one) == bool(set(one.ticks()) & set(other.ticks()))
 
 
 def test_ranges_that_touch_at_their_ends_meet() -> None:
     """Prevents: half-open arithmetic on ticks, which would gather over what is still read in the same tick."""
-    assert LiveRange(((0, 3),)).meets(LiveRange(((3, 5),)))
-    assert not LiveRange(((0, 3),)).meets(LiveRange(((4, 5),)))
+    assert LiveRange(((0, 3),)).overlaps(LiveRange(((3, 5),)))
+    assert not LiveRange(((0, 3),)).overlaps(LiveRange(((4, 5),)))
 
 
 def test_a_range_meets_in_the_gaps_of_another_only_what_is_there() -> None:
     forward_and_backward = LiveRange(((0, 1), (8, 9)))
-    assert not forward_and_backward.meets(LiveRange(((2, 7),)))
-    assert forward_and_backward.meets(LiveRange(((2, 3), (7, 8))))
+    assert not forward_and_backward.overlaps(LiveRange(((2, 7),)))
+    assert forward_and_backward.overlaps(LiveRange(((2, 3), (7, 8))))
 
 
 def test_an_interval_that_ends_before_it_starts_is_refused() -> None:
@@ -74,7 +74,7 @@ def test_an_interval_that_ends_before_it_starts_is_refused() -> None:
 def test_slots_whose_ranges_meet_never_share_a_byte(slots: list[SlotRequest]) -> None:
     places, _ = place(slots)
     for i, j in combinations(range(len(slots)), 2):
-        if slots[i].live.meets(slots[j].live):
+        if slots[i].live.overlaps(slots[j].live):
             first, second = sorted((places[i], places[j]), key=lambda segment: segment.offset_nbytes)
             assert first.end_nbytes <= second.offset_nbytes
 
@@ -135,21 +135,21 @@ def test_a_chain_of_equal_blocks_takes_two_blocks(n: int, b: int) -> None:
 @properties
 @given(st.integers(1, 12), multiples, multiples, st.booleans())
 def test_one_large_unit_at_an_end_costs_itself_and_one_block(n: int, b: int, extra: int, first: bool) -> None:
-    """Total = E + b < 2 E for an embedding E > b at either end of n blocks, where two slots of the largest take 2 E."""
-    E = b + extra
-    slots = chain([E, *[b] * n] if first else [*[b] * n, E])
+    """Total = embed + b < 2 embed, at either end of n blocks of b < embed; two slots of the largest take 2 embed."""
+    embed = b + extra
+    slots = chain([embed, *[b] * n] if first else [*[b] * n, embed])
     _, nbytes = place(slots)
-    assert nbytes == live_nbytes_peak(slots) == E + b < 2 * E
+    assert nbytes == live_nbytes_peak(slots) == embed + b < 2 * embed
 
 
 @properties
 @given(st.integers(1, 12), multiples, multiples, multiples)
 def test_large_units_at_both_ends_share_bytes(n: int, b: int, more: int, extra: int) -> None:
-    """Total = max(E, H) + b for E, H >= 2 b at the two ends of n blocks: E and H lie in the same bytes."""
-    E, H = 2 * b + more, 2 * b + extra
-    slots = chain([E, *[b] * n, H])
+    """Total = max(embed, head) + b for embed, head >= 2 b at the ends of n blocks: both lie in the same bytes."""
+    embed, head = 2 * b + more, 2 * b + extra
+    slots = chain([embed, *[b] * n, head])
     _, nbytes = place(slots)
-    assert nbytes == live_nbytes_peak(slots) == max(E, H) + b
+    assert nbytes == live_nbytes_peak(slots) == max(embed, head) + b
 
 
 # --- the plan ---
@@ -234,15 +234,15 @@ lookup = Specimen(  # planned here, never run
 
 @on_ranks()
 def test_the_plan_of_a_model_is_an_equation_between_its_layers() -> None:
-    """An embedding E and four layers b on two ranks, in fp32: every byte has a term."""
-    E, b = 4 * ROWS * WIDTH, 4 * WIDTH * WIDTH
+    """An embedding and four layers b on two ranks, in fp32: every byte has a term."""
+    embed, b = 4 * ROWS * WIDTH, 4 * WIDTH * WIDTH
     model = lookup.wrap(lookup.fresh(), ours.fully_shard, mesh=world_mesh())
     plan = model.memory_plan()
-    assert plan.nbytes_of("main_shard") == (E + 4 * b) / 2
+    assert plan.nbytes_of("main_shard") == (embed + 4 * b) / 2
     assert plan.nbytes_of("compute_shard") == 0  # the same bytes as the main shard
-    assert plan.nbytes_of("grad_shard") == (E + 4 * b) / 2
-    assert plan.nbytes_of("gather slots") == E + b
-    assert plan.nbytes_of("gradient slots") == E + b
+    assert plan.nbytes_of("grad_shard") == (embed + 4 * b) / 2
+    assert plan.nbytes_of("gather slots") == embed + b
+    assert plan.nbytes_of("gradient slots") == embed + b
     assert str(plan) == (
         "memory plan of one rank of 2: 216.00 KiB (221,184 bytes)\n"
         "  over process group: on cpu, peer memory is used only when asked for\n"

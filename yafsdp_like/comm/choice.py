@@ -19,34 +19,35 @@ if TYPE_CHECKING:
 
     from yafsdp_like.comm.transport import Transport
 
-# Keyed by the group object, so that groups of a process's former life are never met again.
+# Keyed by the group object, so that groups that were destroyed are never found again.
 _chosen: dict[tuple[dist.ProcessGroup, str], Transport] = {}
 _replicated: dict[tuple[dist.ProcessGroup, dist.ProcessGroup, str], Transport] = {}
 
 
 def transport_over(mesh: DeviceMesh, device: torch.device, asked: TransportName) -> Transport:
-    """The transport for units sharded over ``mesh``: over its last dimension, and of replicas if it has two.
+    """Return the transport for units sharded over the last dimension of ``mesh``, and replicated over a first of two.
 
-    As ``transport_of``. Replicas whose ranks could be joined in different ways all take the process group.
+    See ``transport_of``. If replicas would choose different transports inside, all take the process group.
     """
     if mesh.ndim == 1 or mesh.size(0) == 1:
         return transport_of(mesh.get_group(mesh.ndim - 1), device, asked)
     groups = mesh.get_group(0), mesh.get_group(1)
     if (*groups, asked) not in _replicated:
-        # Agreements block the CPU, so they use host memory, and no communicator of the GPUs'.
+        # Comparisons between ranks block the CPU, so they go through host memory, over no communicator of the GPUs.
         ranks = mesh.mesh.flatten().tolist()
         everybody = dist.new_group(ranks, backend="gloo", use_local_synchronization=True, group_desc="yafsdp_replicas")
         assert everybody is not None
-        shards = _alike(*groups, device, asked)
+        shards = _same_in_all_replicas(*groups, device, asked)
         _replicated[*groups, asked] = ReplicatedTransport(shards, groups[0], everybody)
     return _replicated[*groups, asked]
 
 
-def _alike(
+def _same_in_all_replicas(
     replicas: dist.ProcessGroup, group: dist.ProcessGroup, device: torch.device, asked: TransportName
 ) -> Transport:
-    """The transport inside this replica, of the same kind in all of them: what they hold and when they average it
-    depends on that.
+    """Return the transport inside this replica, of the same kind in all of them.
+
+    What replicas hold, and when they average it, depends on the kind.
     """
     found: Transport | None = None
     error: str | None = None
@@ -64,7 +65,7 @@ def _alike(
 
 
 def transport_of(group: dist.ProcessGroup, device: torch.device, asked: TransportName) -> Transport:
-    """The transport for ``group``, on whose ranks the shards are on ``device``'s type of device.
+    """Return the transport for ``group``, whose ranks keep their shards on ``device``'s type of device.
 
     "auto" takes "peer" between GPUs of one host that can map each other's memory, and the process group otherwise, also
     over several hosts: "hierarchical" has not run on real hosts, so it must be asked for by name. Raises

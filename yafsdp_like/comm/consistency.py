@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 Value = TypeVar("Value")
-ABOUT_INPUT = (ValueError, OSError)  # errors whose words are meant for the user, and need no traceback
+ABOUT_INPUT = (ValueError, OSError)  # errors whose message is for the user, and needs no traceback
 
 
 class AgreedError(RuntimeError):
@@ -27,15 +27,15 @@ class AgreedError(RuntimeError):
 def raise_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run the body on every rank of `group`; if it fails on some, raise `AgreedError` on all of them.
 
-    A rank that met a mistake of ours, not of the input's, raises its own error instead, with its traceback. The body
-    must not communicate, or only in ways that fail on every rank.
+    A rank whose error is a mistake of ours, not of the input, raises its own instead, with its traceback. The body must
+    not communicate, or only in ways that fail on every rank.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    reports = all_gather_object(None if error is None else described(error), group)
+    reports = all_gather_object(None if error is None else message_of(error), group)
     if error is not None and not isinstance(error, (*ABOUT_INPUT, AgreedError)):
         raise error
     for rank, report in enumerate(reports):
@@ -44,14 +44,14 @@ def raise_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]
 
 
 def all_gather_object(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
-    """Every rank's value, in order of rank."""
+    """Return every rank's value, in order of rank; blocks the CPU."""
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def check_same_on_all_ranks(group: dist.ProcessGroup, lines: Sequence[str], error: BaseException | None) -> None:
-    """Raises on every rank of `group` unless all pass the same `lines` and none an `error`.
+    """Raise on every rank of `group` unless all pass the same `lines` and none an `error`.
 
     A rank with an error raises it as it is. `RuntimeError` on the others, and on all for lines that differ: it names
     the first difference.
@@ -68,15 +68,15 @@ def check_same_on_all_ranks(group: dist.ProcessGroup, lines: Sequence[str], erro
     if failed:
         raise RuntimeError("\n".join(f"rank {rank} failed to shard the model: {m}" for rank, m in failed))
     if any(other != digest for other, _ in reports):
-        position, told = first_difference(all_gather_object(list(lines), group))
+        position, difference = first_difference(all_gather_object(list(lines), group))
         raise RuntimeError(
-            f"ranks shard different models; the first difference is entry {position}: {told}. Build the same "
+            f"ranks shard different models; the first difference is entry {position}: {difference}. Build the same "
             "modules, and call fully_shard on them in the same order with the same arguments, on every rank"
         )
 
 
 def first_difference(lines_by_rank: Sequence[Sequence[str]]) -> tuple[int, str]:
-    """Where ranks' lines first differ, and what each rank has there."""
+    """Return where ranks' lines first differ, and what each rank has there."""
     longest = max(len(lines) for lines in lines_by_rank)
     padded = [[*lines, *["(nothing)"] * (longest - len(lines))] for lines in lines_by_rank]
     for position in range(longest):
@@ -89,12 +89,12 @@ def first_difference(lines_by_rank: Sequence[Sequence[str]]) -> tuple[int, str]:
 
 
 def host_group() -> dist.ProcessGroup:
-    """A communicator over all ranks for host memory, whose traffic does not wait for that of any other."""
+    """Make a communicator over all ranks for host memory, whose traffic waits for that of no other."""
     group = dist.new_group(backend="gloo", group_desc="yafsdp_host")
     assert group is not None
     return group
 
 
-def described(error: BaseException) -> str:
-    """The words of an error, with its type unless they are meant for the user as they are."""
+def message_of(error: BaseException) -> str:
+    """Return the message of an error, with its type unless it is for the user as it is."""
     return str(error) if isinstance(error, (*ABOUT_INPUT, AgreedError)) else f"{type(error).__name__}: {error}"

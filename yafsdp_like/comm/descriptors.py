@@ -1,6 +1,6 @@
 """Memory that the processes of one host map of each other: its file descriptors, sent over sockets.
 
-Owns nothing that lives longer than the exchange. It blocks the CPU, once per block of memory.
+Owns nothing that lives longer than the exchange, which blocks the CPU, once per block of memory.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def map_all_ranks(mine: PhysicalMemory, group: dist.ProcessGroup) -> list[Mapped
 
 
 def _exchange(mine: PhysicalMemory, to: socket.socket, theirs: PhysicalMemory, source: socket.socket) -> None:
-    """A message each way at a time, so that few descriptors are open or under way."""
+    """Send and receive one message at a time, so that few descriptors are open."""
     for start in range(0, mine.num_descriptors, _AT_ONCE):
         sent = mine.export_descriptors(start, min(start + _AT_ONCE, mine.num_descriptors))
         with _closing(sent):
@@ -69,7 +69,7 @@ def _closing(descriptors: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def _connections(group: dist.ProcessGroup) -> Iterator[dict[int, socket.socket]]:
-    """A socket to each other rank, on which both send: the lower of two ranks listens, the higher calls."""
+    """Connect a socket to each other rank, for both directions: the lower of two ranks listens, the higher connects."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="yafsdp_")))
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))

@@ -1,8 +1,8 @@
 """The transport of one shard dimension over several hosts: peers inside each host, a process group between hosts.
 
 Rank ``h * L + l`` is the ``l``-th of host ``h``; its column is what the ranks of its number have on all hosts, ``H``
-chunks of each parameter. A gather brings every column to one rank of each host, whose peers then pull it: each byte
-crosses to a host once, and not once for each of its ranks. A reduction goes the other way: peers add up their
+chunks of each parameter. An all-gather copies every column to one rank of each host, whose peers then pull it: each
+byte crosses to a host once, and not once for each of its ranks. A reduce-scatter goes the other way: peers add up their
 gradients of each column inside the host, and only the sums cross. Both parts are transports of their own
 (``PeerTransport``, ``ProcessGroupTransport``); this file owns the order of the two, and the columns between them.
 
@@ -10,11 +10,11 @@ Sums inside a host are in fp32 and in order of rank, rounded once to the dtype i
 collective adds them in that dtype.
 
 [Note: columns]
-A gathered column lies in scratch memory that peers map, the same for all units, and is theirs to read until they say
-otherwise. So ranks of a host meet twice in every gather, in the order of its stream: before a column is written, since
-all pulls of the gather before it were issued ahead of that meeting by every peer; and before it is pulled, since every
-peer issued the writing of its own ahead of this one. Compute shards, which nobody else on the host reads, need no
-meeting. The columns of sums are this rank's alone: its one reduction stream writes them, and then reads them.
+A gathered column lies in scratch memory that peers map, the same for all units. So the ranks of a host issue two
+barriers to the stream of every all-gather: one before a column is written, behind which every peer has pulled the
+columns of the all-gather before it; and one before columns are pulled, behind which every peer has written its own.
+Compute shards, which nobody else on the host reads, need no barrier. The columns of sums are this rank's alone: its one
+reduction stream writes them, and then reads them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class HierarchicalTransport:
         in_place: Collection[int] = (),
         scratch: torch.Tensor | None = None,
     ) -> AllGather:
-        """See [Note: columns]."""
+        """See ``Transport``, and [Note: columns] for the barriers."""
         assert scratch is not None, "a column must lie where peers of this host read it"
         assert not in_place, "a slot aliases no shard here: a column comes between"
         columns = self._columns(inputs, [i.dtype for i in inputs], scratch)
@@ -79,7 +79,7 @@ class HierarchicalTransport:
         dtypes: Sequence[torch.dtype],
         scratch: torch.Tensor,
     ) -> ReduceScatter:
-        """The end of ``scratch`` holds the column of sums, the rest is for what is pulled."""
+        """See ``Transport``; the end of ``scratch`` holds the column of sums, the rest is for what is pulled."""
         nbytes = self.mapped.column_nbytes([o.numel() * d.itemsize for o, d in zip(outputs, dtypes, strict=True)])
         pulled, summed = scratch[: scratch.numel() - nbytes], scratch[scratch.numel() - nbytes :]
         columns = self._columns(outputs, dtypes, summed)
@@ -97,7 +97,7 @@ class HierarchicalTransport:
     def _columns(
         self, chunks: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], scratch: torch.Tensor
     ) -> list[torch.Tensor]:
-        """For each chunk, ``(n,)``, a column, ``(num_hosts * n,)``, of its dtype in ``scratch``."""
+        """Cut from ``scratch``, for each chunk, ``(n,)``, a column of its dtype, ``(num_hosts * n,)``."""
         columns, offset = [], 0
         for chunk, dtype in zip(chunks, dtypes, strict=True):
             nbytes = self.num_hosts * chunk.numel() * dtype.itemsize
@@ -107,12 +107,12 @@ class HierarchicalTransport:
         return columns
 
     def _by_host(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Each tensor's parts, of one host after the other."""
+        """Cut each tensor into its parts, of one host after the other."""
         return [part for tensor in tensors for part in tensor.view(self.num_hosts, tensor.numel() // self.num_hosts)]
 
 
 def over_hosts(group: dist.ProcessGroup, device: torch.device, reason: str) -> HierarchicalTransport | str:
-    """The transport for ``group``, or why it is not possible. Asked by all ranks together."""
+    """Return the transport for ``group``, or why it is not possible; called by all ranks together."""
     hosts = all_gather_object(peer._host(), group)
     per_host = hosts.count(hosts[0])
     if (irregular := _irregular(hosts)) is not None:
@@ -131,7 +131,7 @@ def over_hosts(group: dist.ProcessGroup, device: torch.device, reason: str) -> H
 
 
 def _irregular(hosts: Sequence[str]) -> str | None:
-    """What is wrong with these hosts of ranks; None if each has the same number of consecutive ones, and several."""
+    """Say what is wrong with the ranks' hosts; None if there are several, each of as many consecutive ranks."""
     num_hosts, per_host = len(set(hosts)), hosts.count(hosts[0])
     if num_hosts == 1:
         return "all ranks are on one host"
@@ -143,7 +143,7 @@ def _irregular(hosts: Sequence[str]) -> str | None:
 
 
 def _runs(hosts: Sequence[str]) -> str:
-    """How many consecutive ranks are on which host, by the host's number in order of appearance."""
+    """Say how many consecutive ranks are on which host; hosts are numbered in order of appearance."""
     numbers = {host: number for number, host in enumerate(dict.fromkeys(hosts))}
     return ", ".join(f"{len(list(run))} on host {numbers[host]}" for host, run in groupby(hosts))
 

@@ -1,7 +1,7 @@
-"""What ranks do together, one thing after the other, and whether all do the same.
+"""A record of what ranks do together, in order, and a check that all do the same.
 
-Two ranks that meet in one collective for different things add up what does not belong together, or wait for ever. So
-each rank notes what it is about to do with the others, and they compare digests of that. On CPUs they do before every
+Two ranks that enter one collective for different things add up what does not belong together, or wait for ever. So each
+rank notes what it is about to do with the others, and they compare digests of the notes. On CPUs they do before every
 collective, since a collective blocks there anyway. On GPUs a note is a line and a hash; the digest is posted once a
 backward and read when an optimizer is about to step, or at the forward after the next: work goes on meanwhile, and
 the GPU waits for nothing.
@@ -43,13 +43,13 @@ class Entry:
 
     @classmethod
     def of(cls, words: str, subject: int) -> Entry:
-        """``subject``, counted from 1, tells apart what is called the same in several models."""
-        told = words if subject == 1 else f"{words} (model {subject} of this process)"
-        return cls(told, int.from_bytes(hashlib.sha256(told.encode()).digest()[:7]))
+        """Make an entry of ``words``; ``subject``, counted from 1, says which model of this process they are about."""
+        words = words if subject == 1 else f"{words} (model {subject} of this process)"
+        return cls(words, int.from_bytes(hashlib.sha256(words.encode()).digest()[:7]))
 
 
 class Journal:
-    """Of the ranks of one group. All of them make the first ``note`` together: it blocks until they have connected."""
+    """Of the ranks of one group, which all make the first ``note`` together: it blocks until they have connected."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.num_subjects = 0  # that the caller has given numbers to
@@ -63,8 +63,10 @@ class Journal:
         self._recorded: list[Entry] | None = None
 
     def note(self, entry: Entry) -> None:
-        """This rank is about to do ``entry``. On CPUs it first meets all others, who are about to do the same, or all
-        raise ``RuntimeError``; so they do where one does not come before the group's timeout.
+        """Note that this rank is about to do ``entry``.
+
+        On CPUs it first waits for all others. Raises ``RuntimeError`` on all ranks where one does something else, or
+        does not call before the group's timeout.
         """
         if self._is_alone:
             return
@@ -77,8 +79,9 @@ class Journal:
             self.compare()
 
     def post(self) -> None:
-        """Sends what was noted since the last time, for others to compare theirs with. Does not block, unless the
-        others are ``_IN_FLIGHT`` comparisons behind.
+        """Send a digest of what was noted since the last time, for others to compare theirs with.
+
+        Does not block, unless the others are ``_IN_FLIGHT`` comparisons behind.
         """
         if not self._entries or self._recorded is not None:
             return
@@ -90,8 +93,10 @@ class Journal:
         self._posted.append(_Posted(entries, *self._channel.post(digest)))
 
     def settle(self, keep: int = 0) -> None:
-        """Reads what was posted, all but the last ``keep``. Blocks the CPU until all ranks have posted as much; raises
-        ``RuntimeError`` on all of them if they have done different things.
+        """Read the comparisons that were posted, all but the last ``keep``.
+
+        Blocks the CPU until all ranks have posted as much; raises ``RuntimeError`` on all of them if they have done
+        different things.
         """
         if self._recorded is not None:
             return
@@ -99,23 +104,23 @@ class Journal:
             self._read(self._posted.popleft())
 
     def compare(self) -> None:
-        """Both, at once."""
+        """Post, and settle at once."""
         self.post()
         self.settle()
 
     def record(self) -> None:
-        """From here on what is noted is only planned: it will be done later, and as often as ``repeat`` is called."""
+        """Keep what is noted from here on: it is not done now, but each time that ``repeat`` is called."""
         if not self._is_alone:
             self.compare()
             self._recorded = []
 
     def recorded(self) -> Sequence[Entry]:
-        """Ends the recording."""
+        """End the recording, and return what was noted in it."""
         entries, self._recorded = self._recorded or [], None
         return entries
 
     def repeat(self, entries: Sequence[Entry]) -> None:
-        """What was recorded is done once more."""
+        """Note that what was recorded is done once more."""
         self.settle(keep=1)
         for entry in entries:
             self.note(entry)
@@ -135,7 +140,7 @@ class Journal:
         if highest != -lowest:
             self._posted.clear()
             self._entries, self._digest = [], 0
-            # Some ranks may have posted more since than others, so words would meet digests in the same channel.
+            # Some ranks may have posted more than others, so in the same channel words would be compared with digests.
             self._channel = _Channel(self._group, self._device)
             lines = all_gather_object([entry.words for entry in posted.entries], self._channel.group)
             raise RuntimeError(_different(lines))
@@ -170,7 +175,7 @@ class _Channel:
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> datetime.timedelta:
-    """How long a collective of ``group`` may take: on ``device``'s type of device, if it has one for that."""
+    """Return how long a collective of ``group`` may take: on ``device``'s type of device, if it has one for that."""
     on = device if device.type in {d.type for d in group._device_types} else torch.device("cpu")
     timeout: datetime.timedelta = group._get_backend(on).options._timeout
     return timeout
@@ -185,20 +190,21 @@ class _Posted:
     work: dist.Work
 
 
-_journals: dict[dist.ProcessGroup, Journal] = {}  # by object, so that groups of a process's former life are not met
+_journals: dict[dist.ProcessGroup, Journal] = {}  # by object, so that destroyed groups are not found again
 
 
 def journal_of(group: dist.ProcessGroup, device: torch.device) -> Journal:
-    """The one journal of ``group``, whose ranks compute on ``device``'s type of device."""
+    """Return the one journal of ``group``, whose ranks compute on ``device``'s type of device."""
     if group not in _journals:
         _journals[group] = Journal(group, device)
     return _journals[group]
 
 
 def _different(lines_by_rank: Sequence[Sequence[str]]) -> str:
-    _, told = first_difference(lines_by_rank)
+    _, difference = first_difference(lines_by_rank)
     return (
-        f"ranks do different things; the first difference is {told}. All must run the same units in the same order, "
-        "forward and backward, and synchronize gradients in the same backwards; where they use different parameters "
-        "of a unit, or units in backward that others do not, call model.set_reduce_scatter_unused_params(True)"
+        f"ranks do different things; the first difference is {difference}. All must run the same units in the same "
+        "order, forward and backward, and synchronize gradients in the same backwards; where they use different "
+        "parameters of a unit, or units in backward that others do not, call "
+        "model.set_reduce_scatter_unused_params(True)"
     )

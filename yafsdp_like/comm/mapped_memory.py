@@ -56,8 +56,9 @@ class MappedMemory:
         return self.num_hosts == 1
 
     def column_nbytes(self, chunks_nbytes: Sequence[int]) -> int:
-        """Count the bytes of scratch for a column of chunks of these sizes: of an all-gather's inputs, or of a
-        reduction's outputs. None on one host.
+        """Count the bytes of scratch for a column of chunks of these sizes; none on one host.
+
+        The chunks are the inputs of an all-gather, or the outputs of a reduce-scatter.
         """
         return 0 if self.num_hosts == 1 else sum(aligned(self.num_hosts * nbytes) for nbytes in chunks_nbytes)
 

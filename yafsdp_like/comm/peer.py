@@ -1,16 +1,16 @@
 """The transport between ranks of one host that can map each other's memory: copies, and one kernel that adds.
 
-A gather pulls every peer's shard with the copy engine, which takes no
-multiprocessor. A reduction pulls every peer's chunk of the gradients likewise, and one kernel adds them up in fp32 in
-order of rank and writes the gradient shard. Nothing else crosses the link, and multicast is never used.
+An all-gather pulls every peer's shard with the copy engine, which takes no multiprocessor. A reduce-scatter pulls every
+peer's chunk of the gradients likewise, and one kernel adds them up in fp32 in order of rank and writes the gradient
+shard. Nothing else crosses the link, and multicast is never used.
 
 [Note: who waits for whom]
-Shards change only at an update, so gathers need no rendezvous: ranks meet twice before the first gather of a forward
-(nobody reads the old shards any more; all have written the new ones), and around an update that writes them. Gradients
-change all the time: ranks meet before a reduction pulls (all have written theirs) and after that (all have pulled, so
-that the slot may be written again). Streams meet by themselves (``signals.py``); the CPU does not wait.
+Shards change only at an update, so all-gathers have no barrier of their own: there are two before the first one of a
+forward (nobody reads the old shards any more; all have written the new ones), and two around an update that writes
+shards. Gradients change all the time: there is a barrier before a reduction pulls (all have written theirs) and one
+after that (all have pulled, so that the slot may be written again). Streams wait (``signals.py``); the CPU does not.
 
-On CPUs the same transport runs over files in memory, and meets at a barrier of the group.
+On CPUs the same transport runs over files in memory, with the group's own barriers.
 """
 
 from __future__ import annotations
@@ -63,8 +63,10 @@ class PeerTransport:
         in_place: Collection[int] = (),
         scratch: torch.Tensor | None = None,
     ) -> AllGather:
-        """Pulls from the next rank first, so that all links are busy and no rank is asked by all at once; what is on
-        this rank already, and not in place, is copied beside that, by another copy engine.
+        """See ``Transport``.
+
+        Each rank pulls from the next rank first, so that all links are busy and no rank is read by all at once. What is
+        on this rank already, and not in place, is copied beside that, by another copy engine.
         """
         pieces = [
             (out.view(self.world_size, -1), self.mapped.of_all_ranks(inp), index in in_place)
@@ -84,8 +86,10 @@ class PeerTransport:
         dtypes: Sequence[torch.dtype],
         scratch: torch.Tensor,
     ) -> ReduceScatter:
-        """Peers' chunks are pulled into ``scratch`` by the copy engine, as many at a time as fit, and added up there:
-        a kernel that reads them over the link would hold its multiprocessors several times as long.
+        """See ``Transport``.
+
+        Peers' chunks are pulled into ``scratch`` by the copy engine, as many at a time as fit, and added up there: a
+        kernel that reads them over the link would hold its multiprocessors several times as long.
         """
         rounds = self._rounds(outputs, inputs, dtypes, scratch)
         runs: dict[tuple[float, bool], Callable[[], None]] = {}
@@ -115,7 +119,7 @@ class PeerTransport:
         dtypes: Sequence[torch.dtype],
         scratch: torch.Tensor,
     ) -> list[_Round]:
-        """What ``scratch`` holds at a time: pieces of chunks, in order, each of as many elements as still fit."""
+        """Divide chunks into rounds that fit ``scratch``: pieces of chunks, in order, each as large as still fits."""
         rounds: list[list[_Piece]] = [[]]
         free_nbytes = scratch.numel()
         for out, inp, dtype in zip(outputs, inputs, dtypes, strict=True):
@@ -153,6 +157,7 @@ class _Round:
 
     @classmethod
     def of(cls, pieces: Sequence[_Piece], rank: int, scratch: torch.Tensor) -> _Round:
+        """Give each piece its place in ``scratch``."""
         pulls, offset = [], 0
         by_dtypes: dict[tuple[torch.dtype, ...], list[tuple[torch.Tensor, list[torch.Tensor]]]] = {}
         for piece in pieces:
@@ -178,7 +183,7 @@ def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 def obstacle(group: dist.ProcessGroup, device: torch.device) -> str | None:
-    """Why the ranks of ``group`` cannot map each other's memory; None if they can. Asked by all ranks together."""
+    """Say why the ranks of ``group`` cannot map each other's memory; None if they can. Called by all ranks together."""
     identities = all_gather_object((_host(), _gpu(device)), group)
     if len({host for host, _ in identities}) > 1:
         return Obstacle.SEVERAL_HOSTS
@@ -201,7 +206,7 @@ def _gpu(device: torch.device) -> str:
 
 
 def _reaches_all(device: torch.device, gpus: Sequence[str]) -> bool:
-    """Whether this process sees the GPUs with these identities, and its own can map the memory of each."""
+    """Return whether this process sees the GPUs with these identities, and its own can map the memory of each."""
     visible = {_gpu(torch.device("cuda", i)): i for i in range(torch.cuda.device_count())}
     mine = visible[_gpu(device)]
     return all(

@@ -20,7 +20,7 @@ _GATHER = "all_gather_single_coalesced" if _NEW_NAMES else "allgather_into_tenso
 _REDUCE = "reduce_scatter_single_coalesced" if _NEW_NAMES else "reduce_scatter_tensor_coalesced"
 
 # One communicator for reductions per shard group, made on first use: on the gather's own communicator the two would run
-# one after the other. Keyed by the group object, so that groups of a process's former life are never met again.
+# one after the other. Keyed by the group object, so that groups that were destroyed are never found again.
 _reduce_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
 
@@ -49,6 +49,7 @@ class ProcessGroupTransport:
         in_place: Collection[int] = (),
         scratch: torch.Tensor | None = None,
     ) -> AllGather:
+        """See ``Transport``."""
         pieces = _by_dtype(outputs, inputs) if self.world_size > 1 else []
         return partial(self._all_gather, pieces)
 
@@ -65,6 +66,7 @@ class ProcessGroupTransport:
         dtypes: Sequence[torch.dtype],
         scratch: torch.Tensor,
     ) -> ReduceScatter:
+        """See ``Transport``."""
         assert [i.dtype for i in inputs] == list(dtypes), "a collective sums in the dtype that it sends"
         # In place into this rank's chunk of the inputs when a cast or an addition follows, straight away otherwise.
         chunks = [i.view(self.world_size, -1)[self.rank] for i in inputs]
@@ -100,7 +102,7 @@ class ProcessGroupTransport:
 
 
 def _finish(work: dist.Work | None) -> None:
-    """Completes a synchronous collective: blocks the CPU on gloo, and only orders the current stream on NCCL."""
+    """Complete a synchronous collective: block the CPU on gloo, and only order the current stream on NCCL."""
     if work is not None:
         work.wait()
 
@@ -109,7 +111,7 @@ Pieces = list[tuple[list[torch.Tensor], list[torch.Tensor]]]  # outputs and inpu
 
 
 def _by_dtype(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Pieces:
-    """One pair of lists per dtype, in order of first appearance; pieces without elements are left out."""
+    """Make one pair of lists per dtype, in order of first appearance, without pieces that have no elements."""
     groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for out, inp in zip(outputs, inputs, strict=True):
         if out.numel():

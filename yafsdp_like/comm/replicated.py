@@ -1,10 +1,10 @@
 """The transport of a model that is sharded inside each replica and the same on all of them (HSDP).
 
-Owns the mean of gradients over replicas. Gathers, barriers and the maps of memory are those of the ranks that share one
-replica's shards, whose own transport it wraps.
+Owns the mean of gradients over replicas. All-gathers and mapped memory are those of the ranks that share one replica's
+shards, whose own transport it wraps.
 
 [Note: what replicas average]
-Replicas must end with the same bits, so what they hold always comes out of one all-reduce. New gradients are averaged
+Replicas must hold the same bits, so gradients always come out of one all-reduce. New gradients are averaged
 in the dtype that they were reduced in, before they are cast or added: the sum waits in this rank's own chunk of the
 inputs, which no peer reads. In two cases what the gradient shard holds after the addition is averaged instead, which is
 the same number, since the mean of what is equal on all replicas is that: when earlier reductions were not averaged
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 
 class ReplicatedTransport:
-    """``shards`` between the ranks of one replica, ``replicas`` between the ranks that hold the same shard of each;
+    """A transport inside each replica, and an all-reduce between replicas.
+
+    ``shards`` is between the ranks of one replica, ``replicas`` between those that hold the same shard of each;
     ``everybody`` is all of them, for host memory.
     """
 
@@ -44,6 +46,7 @@ class ReplicatedTransport:
         in_place: Collection[int] = (),
         scratch: torch.Tensor | None = None,
     ) -> AllGather:
+        """See ``Transport``."""
         return self.shards.all_gather(outputs, inputs, in_place, scratch)
 
     def reduce_scatter(
@@ -53,6 +56,7 @@ class ReplicatedTransport:
         dtypes: Sequence[torch.dtype],
         scratch: torch.Tensor,
     ) -> ReduceScatter:
+        """See ``Transport``, and [Note: what replicas average]."""
         chunks = [i.view(self.world_size, i.numel() // self.world_size)[self.rank] for i in inputs]
         straight = self.shards.reduce_scatter(outputs, inputs, dtypes, scratch)
         in_place = self.shards.reduce_scatter(chunks, inputs, dtypes, scratch) if _are(chunks, dtypes) else None
@@ -77,13 +81,13 @@ class ReplicatedTransport:
         return run
 
     def _before_mean(self, reduction: Reduction) -> Reduction:
-        """What leaves only a mean over replicas to be done."""
+        """Return what to do inside the replica, so that only a mean over replicas is left."""
         if reduction.mean:
             return reduction
         return replace(reduction, post_divisor=reduction.post_divisor / self._replicas.size())
 
     def _combine(self, tensors: Sequence[torch.Tensor], reduction: Reduction) -> None:
-        """What is left to be done after a reduction inside the replica that was ``_undivided``."""
+        """Combine and divide over replicas after a reduction inside the replica that was ``_undivided``."""
         self._all_reduce(tensors, dist.ReduceOp.AVG if reduction.mean else dist.ReduceOp.SUM)
         if reduction.post_divisor != 1.0:
             torch._foreach_div_(list(tensors), reduction.post_divisor)

@@ -6,10 +6,10 @@ On CPUs it is a barrier of the group, which blocks.
 
 [Note: two flags]
 Each rank has two flags for every other rank. In a barrier it sets the first of its own at each peer, waits until each
-peer has set the first one here, and clears that; then the same with the second. A flag that was waited for is cleared
-by who waited, so all are 0 between barriers, and a barrier can be recorded and repeated. One flag would not do: a quick
-peer could set it for the next barrier before it is cleared after this one. With two, a peer that comes to set a flag
-again has passed the other one, which this rank set only after it had cleared the first.
+peer has set the first one here, and clears that; then the same with the second. The rank that waited for a flag
+clears it, so all are 0 between barriers, and a barrier can be recorded and repeated. One flag would not do: a quick
+peer could set it for the next barrier before it is cleared after this one. With two, a peer that sets a flag again has
+passed the other one, which this rank set only after it had cleared the first.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ class Barrier:
         self._group = group
 
     def stream_barrier(self, stream: str) -> None:
+        """Block the CPU until all ranks are here."""
         self._group.barrier().wait()
 
     def arm_watchdog(self, event: Event) -> None:
-        """A barrier has a timeout of its own."""
+        """Do nothing: a barrier of the group has a timeout of its own."""
 
 
 class Flags:
@@ -63,18 +64,19 @@ class Flags:
         self._watchdog = Watchdog(group.rank(), group._get_backend(device).options._timeout)
 
     def stream_barrier(self, stream: str) -> None:
+        """Issue the barrier to ``stream``, the current one, without blocking the CPU."""
         operations = self._barrier[stream]
         current = torch.cuda.current_stream(self._device).cuda_stream
         checked(driver.cuStreamBatchMemOp(current, len(operations), operations, 0))
 
     def arm_watchdog(self, event: Event) -> None:
-        """All work ahead of ``event``, barriers among it, ends within the group's timeout."""
-        if not torch.cuda.is_current_stream_capturing():  # what is recorded is expected when it is replayed
+        """End the process unless ``event`` is complete within the group's timeout."""
+        if not torch.cuda.is_current_stream_capturing():  # a recorded barrier is watched when it is replayed
             self._watchdog.arm(event)
 
 
 def _barrier_operations(ranges: Sequence[MappedRange], channel: int, rank: int) -> list[Any]:
-    """What a stream of ``rank`` does in a barrier; see [Note: two flags]."""
+    """Return what a stream of ``rank`` does in a barrier; see [Note: two flags]."""
     others = [peer for peer in range(len(ranges)) if peer != rank]
     operations = []
     for phase in range(2):
@@ -91,7 +93,7 @@ def _flag(flags: MappedRange, number: int) -> int:
 
 
 def _write(address: int, value: int) -> Any:
-    """Ahead of it, all that the stream did is visible to everybody."""
+    """Write once all that the stream did before is visible to everybody."""
     operation = driver.CUstreamBatchMemOpParams()
     operation.writeValue.operation = driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32
     operation.writeValue.address = driver.CUdeviceptr(address)
@@ -109,8 +111,9 @@ def _wait_for_1(address: int) -> Any:
 
 
 class Watchdog:
-    """Ends this process when work on its GPU has waited for other ranks too long, as NCCL's does: the stream that waits
-    cannot be given an error, and a process that hangs says nothing.
+    """Ends this process when work on its GPU has waited for other ranks too long, as NCCL's does.
+
+    A stream that waits cannot be given an error, and a process that hangs says nothing.
     """
 
     def __init__(self, rank: int, timeout: datetime.timedelta) -> None:
@@ -120,7 +123,7 @@ class Watchdog:
         threading.Thread(target=self._watch, name="yafsdp_watchdog", daemon=True).start()
 
     def arm(self, event: Event) -> None:
-        """An event that has to be complete before the timeout; ignored while an earlier one is not."""
+        """Watch ``event``, which must be complete before the timeout; ignored while an earlier one is not complete."""
         with self._changed:
             if self._armed is None or self._armed[0].query():
                 self._armed = event, time.monotonic() + self._timeout_s
@@ -143,7 +146,7 @@ class Watchdog:
         print(
             f"rank {self._rank}: the GPU has waited for other ranks for {self._timeout_s:.0f} s, the timeout of their "
             "process group. A rank has stopped, or ranks do different things (other modules, other numbers of "
-            "backwards): see what the others say, and init_process_group(timeout=...)",
+            "backwards): see the errors of the others, and init_process_group(timeout=...)",
             file=sys.stderr,
             flush=True,
         )

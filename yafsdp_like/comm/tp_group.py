@@ -1,6 +1,6 @@
-"""Ranks that compute one thing together: sums of their parts, and what one of them decides for all.
+"""The ranks of tensor parallelism: sums of their parts, and values that one of them sends to all.
 
-Owns the collectives of tensor parallelism. Knows nothing of what is summed.
+Owns the collectives; knows nothing of what is summed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ Value = TypeVar("Value")
 
 
 class TPGroup:
-    """The ranks of ``group``, who all make the same calls in the same order."""
+    """The ranks of ``group``, which all make the same calls in the same order."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.size = group.rank(), group.size()
         self._group = group
 
     def sum_(self, part: torch.Tensor) -> None:
-        """Replaces every rank's ``part``, contiguous and of any shape, by the sum of all, with the same bits on all.
+        """Replace every rank's ``part``, contiguous and of any shape, by the sum of all, with the same bits on all.
 
         In order on the current stream, so that it can be recorded in a CUDA graph; blocks the CPU on gloo.
         """
@@ -35,13 +35,13 @@ class TPGroup:
             work.wait()  # blocks the CPU on gloo, and only orders the current stream on NCCL
 
     def broadcast(self, value: Value) -> Value:
-        """The first rank's ``value``. Blocks the CPU; on the first rank perhaps until it is sent only."""
+        """Return the first rank's ``value``. Blocks the CPU; on the first rank perhaps until it is sent only."""
         box = [value]
         dist.broadcast_object_list(box, group=self._group, group_src=0)
         return box[0]
 
     def check_same(self, what: str, value: object) -> None:
-        """Raises RuntimeError on all ranks unless they pass equal values. Blocks the CPU."""
+        """Raise RuntimeError on all ranks unless they pass equal values. Blocks the CPU."""
         values = all_gather_object(value, self._group)
         others = [rank for rank, other in enumerate(values) if other != values[0]]
         if others:
@@ -49,7 +49,7 @@ class TPGroup:
 
 
 def world_tp_group() -> TPGroup:
-    """All ranks of this process's world, which there must be."""
+    """Return all ranks of this process's world, which there must be."""
     group = dist.group.WORLD
     assert group is not None, "there is no process group"
     return TPGroup(group)

@@ -1,4 +1,4 @@
-"""What the engine asks of the ranks that share one unit's parameters.
+"""What the ranks that share parameters do with each other: all-gathers and reduce-scatters.
 
 A transport moves pieces between buffers it is given; it owns no memory that lives longer than a call, and knows
 nothing of units or schedules. It issues work on the stream that is current when it is called and does not block the
@@ -62,13 +62,12 @@ class Transport(Protocol):
         in_place: Collection[int] = (),
         scratch: torch.Tensor | None = None,
     ) -> AllGather:
-        """``outputs[i]``, ``(world_size * n_i,)``, will receive every rank's ``inputs[i]``, ``(n_i,)``, in order of
-        rank.
+        """Prepare to collect every rank's ``inputs[i]``, ``(n_i,)``, in order of rank, in every rank's outputs.
 
-        For ``i`` in ``in_place`` this rank's chunk of the output is the input, seen at another address.
-        ``scratch``, ``(mapped.column_nbytes(...),)`` uint8 or more, lies in memory that peers map, and is written by
-        every gather of the stream.
-        At world size 1 the engine makes outputs and inputs the same memory, and there is nothing to do.
+        ``outputs[i]`` is ``(world_size * n_i,)``, of the same dtype. For ``i`` in ``in_place`` this rank's chunk of the
+        output is the input, mapped at another address. ``scratch``, ``(mapped.column_nbytes(...),)`` uint8 or more,
+        lies in memory that peers map, and every all-gather of the stream writes it.
+        At world size 1 outputs and inputs are the same memory, and there is nothing to do.
         """
 
     def reduce_scatter(
@@ -78,8 +77,9 @@ class Transport(Protocol):
         dtypes: Sequence[torch.dtype],
         scratch: torch.Tensor,
     ) -> ReduceScatter:
-        """``outputs[i]``, ``(n_i,)``, will receive, or have added to it, chunk ``rank`` of the reduction of all ranks'
-        ``inputs[i]``, ``(world_size * n_i,)``, rounded to ``dtypes[i]`` before it is cast to the output's own dtype.
-        Inputs are scratch afterwards. ``scratch``, ``(nbytes,)`` uint8, is written by every reduction of the
-        stream, and may be empty where no memory is mapped.
+        """Prepare to reduce all ranks' ``inputs[i]``, ``(world_size * n_i,)``, and keep chunk ``rank`` of the result.
+
+        ``outputs[i]``, ``(n_i,)``, is replaced by the chunk, or has it added to it, rounded to ``dtypes[i]`` before it
+        is cast to the output's own dtype. Inputs are scratch afterwards. ``scratch``, ``(nbytes,)`` uint8, is written
+        by every reduce-scatter of the stream, and may be empty where no memory is mapped.
         """

@@ -28,13 +28,14 @@ class MemoryBlock:
 
     @classmethod
     def allocate(cls, nbytes: int, device: torch.device, granule_nbytes: int = 0) -> MemoryBlock:
+        """Allocate ``nbytes``, zeros, in granules of the given size, or of the device's for 0."""
         physical = vmm.allocate(nbytes, granule_nbytes or vmm.GRANULE_NBYTES, device)
         block = cls(vmm.map_range([(physical, Segment(0, physical.nbytes))]).bytes[:nbytes], physical)
         block.bytes.zero_()
         return block
 
     def find(self, part: torch.Tensor) -> tuple[int, int] | None:
-        """Where in this block the contiguous tensor ``part`` lies, as (offset, size) in bytes; None if elsewhere."""
+        """Return where in this block the contiguous ``part`` lies: offset and size in bytes; None if elsewhere."""
         nbytes = part.numel() * part.itemsize
         offset = part.data_ptr() - self.bytes.data_ptr() if nbytes else 0  # an empty tensor has no address
         return (offset, nbytes) if offset >= 0 and offset + nbytes <= self.bytes.numel() else None
@@ -64,11 +65,14 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all regions."""
         return sum(region.nbytes for region in self.regions.values())
 
     def reserve(self, regions: Sequence[Region]) -> None:
-        """Allocates a block for ``regions`` one after the other: one for those that stay private, one for those that
-        peers map (to be found in ``blocks``), one for each size of granule. Sizes must be multiples of the alignment.
+        """Allocate a block for each kind of region, which holds the ``regions`` of that kind one after the other.
+
+        One block is for those that stay private, one for those that peers map (found in ``blocks``), one for each size
+        of granule. Sizes must be multiples of the alignment.
 
         Raises ``torch.OutOfMemoryError`` (CUDA) or ``RuntimeError`` (CPU) when the device has no room for the block.
         """
@@ -111,16 +115,16 @@ class Arena:
         return self.place(name)
 
     def place(self, name: str) -> Place:
-        """All of a region or of a range of aliases."""
+        """Return the place of a whole region, or range of aliases."""
         return Place(self, name, Segment(0, self._spots[name].nbytes))
 
     def storage(self, name: str) -> tuple[torch.UntypedStorage, int]:
-        """What holds a region or a range of aliases, and the byte in it where that starts."""
+        """Return what holds a region or a range of aliases, and the byte in it where that starts."""
         return self._spots[name].storage, self._spots[name].offset_nbytes
 
 
 def _refuse_what_the_host_cannot_hold(nbytes: int) -> None:
-    """The kernel promises more than it has, and ends the process once it is written to."""
+    """Raise ``RuntimeError`` for memory that the kernel would promise now, and end the process for using later."""
     num_ranks = ranks_of_this_host()
     free = free_nbytes(torch.device("cpu")) if nbytes >= WORTH_ASKING_NBYTES else None
     if free is not None and nbytes * num_ranks > free:
@@ -143,29 +147,31 @@ class Place:
         assert self.segment.end_nbytes <= size, f"{self.segment} ends outside region {self.region!r} of {size} bytes"
 
     def part(self, segment: Segment) -> Place:
-        """The sub-range ``segment``, counted from the start of this one."""
+        """Return the sub-range ``segment``, counted from the start of this place."""
         assert segment.end_nbytes <= self.segment.nbytes, f"{segment} ends outside {self.segment}"
         return Place(
             self.arena, self.region, Segment(self.segment.offset_nbytes + segment.offset_nbytes, segment.nbytes)
         )
 
     def overlaps(self, other: Place) -> bool:
+        """Return whether the two have a byte of one region in common."""
         return self.arena is other.arena and self.region == other.region and self.segment.overlaps(other.segment)
 
     def flat(self, dtype: torch.dtype, numel: int) -> torch.Tensor:
-        """``numel`` elements, ``(numel,)``, as collectives and kernels take them: complex ones as pairs of reals,
-        ``(2 * numel,)``.
+        """Return a tensor of ``numel`` elements, ``(numel,)``, for collectives and kernels.
+
+        Complex elements are pairs of reals, ``(2 * numel,)``.
         """
         return self.tensor(dtype.to_real(), (2 * numel if dtype.is_complex else numel,))
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        """A contiguous tensor of ``shape`` on the first bytes of this place.
+        """Return a contiguous tensor of ``shape`` on the first bytes of this place.
 
         [Note: version counters]
         Tensors cut from one tensor share its version counter, and a write through one makes autograd refuse the others
         that it saved. Every tensor made here has a counter of its own (``set_``), also two on the same bytes. So a
         gather that writes through one tensor never disturbs the parameter that autograd saved through another: that
-        the bytes are the same again in backward is the engine's promise, not autograd's to check.
+        the bytes are the same again in backward is ensured by the engine, and autograd does not check it.
 
         [Note: a storage of its own]
         The tensor's storage begins and ends with it, and keeps the arena alive. Whatever copies, saves or sends a

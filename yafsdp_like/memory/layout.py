@@ -26,7 +26,7 @@ ALIGNMENT_NBYTES = 256
 
 
 def aligned(nbytes: int, alignment_nbytes: int = ALIGNMENT_NBYTES) -> int:
-    """``nbytes`` rounded up to a multiple of ``alignment_nbytes``."""
+    """Round ``nbytes`` up to a multiple of ``alignment_nbytes``."""
     return -(-nbytes // alignment_nbytes) * alignment_nbytes
 
 
@@ -45,10 +45,12 @@ class RowShards:
 
     @property
     def row_numel(self) -> int:
+        """Elements of one row."""
         return math.prod(self.shape[1:])
 
     @property
     def rows_per_rank(self) -> int:
+        """Rows of one rank's chunk, padding included."""
         return -(-self.shape[0] // self.world_size)
 
     @property
@@ -62,11 +64,12 @@ class RowShards:
         return self.chunk_numel * self.world_size
 
     def row_range(self, rank: int) -> tuple[int, int]:
-        """The rows ``[start, stop)`` of the full parameter that ``rank`` holds; empty ranges are possible."""
+        """Return the rows ``[start, stop)`` of the full parameter that ``rank`` holds, possibly none."""
         start = min(rank * self.rows_per_rank, self.shape[0])
         return start, min(start + self.rows_per_rank, self.shape[0])
 
     def local_shape(self, rank: int) -> tuple[int, ...]:
+        """Return the shape of the part of the parameter that ``rank`` holds, without padding."""
         start, stop = self.row_range(rank)
         return (stop - start, *self.shape[1:])
 
@@ -80,9 +83,11 @@ class Segment:
 
     @property
     def end_nbytes(self) -> int:
+        """The first byte behind the segment."""
         return self.offset_nbytes + self.nbytes
 
     def overlaps(self, other: Segment) -> bool:
+        """Return whether the two have a byte in common."""
         return max(self.offset_nbytes, other.offset_nbytes) < min(self.end_nbytes, other.end_nbytes)
 
 
@@ -106,7 +111,7 @@ class FlatLayout:
     def pack(
         cls, sizes_nbytes: Sequence[int], in_granules: Collection[int] = (), granule_nbytes: int = 0
     ) -> FlatLayout:
-        """Segments of the given sizes, in order, as close together as alignment allows.
+        """Lay out segments of the given sizes, in order, as close together as alignment allows.
 
         Those whose index is in ``in_granules`` start at a granule, and are whole granules, as the whole then is.
         """

@@ -3,8 +3,8 @@
 [Note: live ranges]
 Time is counted in ticks: one each time a module that belongs to a unit starts, through forward and then backward. A
 slot's live range is the set of ticks from the start of its gather to the end of its last reader. Two slots may share
-bytes when their live ranges never meet, so the slots of a chain of equal blocks take two blocks' bytes, and a large
-embedding shares bytes with blocks it never meets instead of inflating every slot.
+bytes when their live ranges do not overlap, so the slots of a chain of equal blocks take two blocks' bytes, and a large
+embedding shares bytes with blocks that are not live when it is, instead of making every slot as large.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LiveRange:
-    """Closed intervals of ticks, ``(first, last)`` each, in which a slot's bytes are spoken for."""
+    """Closed intervals of ticks, ``(first, last)`` each, in which a slot's bytes are in use."""
 
     intervals: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
         assert all(first <= last for first, last in self.intervals), f"an interval ends before it starts: {self}"
 
-    def meets(self, other: LiveRange) -> bool:
+    def overlaps(self, other: LiveRange) -> bool:
+        """Return whether both are live at some tick."""
         return any(a <= d and c <= b for a, b in self.intervals for c, d in other.intervals)
 
     def ticks(self) -> Iterable[int]:
+        """Yield the ticks of every interval."""
         return (tick for first, last in self.intervals for tick in range(first, last + 1))
 
 
 @dataclass(frozen=True)
 class SlotRequest:
-    """A slot that wants a place: whose it is, its size, and when it is live."""
+    """A slot to be placed: its name, size, and live range."""
 
     name: str
     nbytes: int
@@ -44,14 +46,14 @@ class SlotRequest:
 
 
 def _place_in_order(requests: Sequence[SlotRequest], order: Sequence[int]) -> list[int]:
-    """Each request, in ``order``, at the lowest offset that no placed request whose live range it meets covers."""
+    """Place each request, in ``order``, at the lowest offset that none of those before it takes at one of its ticks."""
     offsets: dict[int, int] = {}
     for index in order:
         request = requests[index]
         taken = sorted(
             (offsets[i], offsets[i] + aligned(requests[i].nbytes))
             for i in offsets
-            if request.live.meets(requests[i].live)
+            if request.live.overlaps(requests[i].live)
         )
         offset = 0
         for start, end in taken:
@@ -67,7 +69,7 @@ def _extent(requests: Sequence[SlotRequest], offsets: Sequence[int]) -> int:
 
 
 def place(requests: Sequence[SlotRequest]) -> tuple[tuple[Segment, ...], int]:
-    """Places slots so that two whose live ranges meet never share a byte.
+    """Place slots so that two whose live ranges overlap never share a byte.
 
     Greedy, lowest fitting offset first, tried once in order of size and once in the order given; the smaller result
     wins (the problem itself, dynamic storage allocation, is NP-hard). Returns a segment per request and the bytes in
@@ -81,7 +83,7 @@ def place(requests: Sequence[SlotRequest]) -> tuple[tuple[Segment, ...], int]:
 
 
 def live_nbytes_peak(requests: Sequence[SlotRequest]) -> int:
-    """The most bytes live at any one tick: no placement can take less."""
+    """Return the most bytes live at any one tick: no placement can take less."""
     per_tick: dict[int, int] = {}
     for request in requests:
         for tick in set(request.live.ticks()):
@@ -96,7 +98,7 @@ class Region:
     name: str
     kind: str
     nbytes: int
-    mapped: bool = False  # read by peers where it is
+    mapped: bool = False  # mapped by peers, who read it where it is
     granule_nbytes: int = 0  # made of whole granules of this size, which slots alias; 0: none does
 
 
@@ -126,14 +128,14 @@ KINDS = {
     "kv slabs": "keys and values, in pages",
     "workspace": "activations of one forward, shared by live range",
     "logits": "of the tokens to be drawn, and log-probabilities",
-    "tables": "what a step is told, and rotary tables",
+    "tables": "inputs of a step, and rotary tables",
     "host weights": "units in host memory that are streamed",
     "host kv slabs": "pages that were swapped out",
 }
 
 
 def readable(nbytes: int) -> str:
-    """Bytes in the largest unit that leaves at least one digit before the point, as it is printed."""
+    """Format bytes in the largest unit that leaves at least one digit before the point."""
     value, suffixes = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
     while round(value, 2) >= 1024 and len(suffixes) > 1:
         value, suffixes = value / 1024, suffixes[1:]
@@ -155,9 +157,11 @@ class MemoryPlan:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all regions."""
         return sum(region.nbytes for region in self.regions)
 
     def nbytes_of(self, kind: str) -> int:
+        """Count the bytes of the regions of one kind, of those in ``KINDS``."""
         assert kind in KINDS, f"unknown kind of region: {kind}"
         return sum(region.nbytes for region in self.regions if region.kind == kind)
 
@@ -183,5 +187,5 @@ class MemoryPlan:
 
 
 def _names(names: Sequence[str], most: int = 4) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown}, ... ({len(names)} units)"
+    first = ", ".join(names[:most])
+    return first if len(names) <= most else f"{first}, ... ({len(names)} units)"

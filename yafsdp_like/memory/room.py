@@ -16,8 +16,10 @@ UNLIMITED = 1 << 60  # what older cgroups say where there is no limit is about 2
 
 
 def free_nbytes(device: torch.device) -> int | None:
-    """What a GPU has free, or what processes of this host may still take before the kernel ends one of them: what is
-    available, within the limits of this process's control groups. None where the system does not say.
+    """Return the bytes that a GPU has free, or that this host can still give; None where the system does not say.
+
+    On a host: what processes may still take before the kernel ends one of them, which is what is available, within the
+    limits of this process's control groups.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -25,7 +27,7 @@ def free_nbytes(device: torch.device) -> int | None:
 
 
 def ranks_of_this_host() -> int:
-    """How many ranks torchrun has started here; each allocates when the others do."""
+    """Return how many ranks torchrun has started on this host; each allocates when the others do."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

@@ -23,21 +23,19 @@ Event = Any  # what ``record`` returned; opaque to everyone but the streams that
 
 
 class Streams(Protocol):
-    """What the engine asks of streams. Implementations: CUDA, a CPU that runs in order, and a vector-clock test
-    double.
-    """
+    """Streams by name, and events between them: CUDA's, a CPU that runs in order, or the tests' vector clocks."""
 
     def on(self, stream: str) -> AbstractContextManager[Any]:
-        """Work issued inside runs on ``stream``."""
+        """Run the work issued inside on ``stream``."""
 
     def record(self, stream: str) -> Event:
-        """An event that is complete when all work issued to ``stream`` so far is."""
+        """Return an event that is complete when all work issued to ``stream`` so far is."""
 
     def wait(self, stream: str, event: Event) -> None:
-        """Work issued to ``stream`` from now on starts after ``event``."""
+        """Have work issued to ``stream`` from now on start after ``event``."""
 
-    def settle(self, event: Event) -> None:
-        """Blocks the CPU until ``event`` is complete; never in a training step."""
+    def synchronize(self, event: Event) -> None:
+        """Block the CPU until ``event`` is complete; never called in a training step."""
 
 
 class CudaStreams:
@@ -51,17 +49,21 @@ class CudaStreams:
         return torch.cuda.current_stream(self._device) if stream == COMPUTE else self._side[stream]
 
     def on(self, stream: str) -> AbstractContextManager[Any]:
+        """See ``Streams``."""
         return torch.cuda.stream(self._stream(stream))
 
     def record(self, stream: str) -> torch.cuda.Event:
+        """See ``Streams``."""
         event = torch.cuda.Event()
         event.record(self._stream(stream))
         return event
 
     def wait(self, stream: str, event: torch.cuda.Event) -> None:
+        """See ``Streams``."""
         self._stream(stream).wait_event(event)
 
-    def settle(self, event: torch.cuda.Event) -> None:
+    def synchronize(self, event: torch.cuda.Event) -> None:
+        """See ``Streams``."""
         event.synchronize()
 
 
@@ -69,20 +71,22 @@ class InOrder:
     """A device that runs everything in the order issued (the CPU): there is nothing to wait for."""
 
     def on(self, stream: str) -> AbstractContextManager[Any]:
+        """See ``Streams``."""
         return nullcontext()
 
     def record(self, stream: str) -> Event:
+        """See ``Streams``."""
         return None
 
     def wait(self, stream: str, event: Event) -> None:
-        pass
+        """See ``Streams``."""
 
-    def settle(self, event: Event) -> None:
-        pass
+    def synchronize(self, event: Event) -> None:
+        """See ``Streams``."""
 
 
 class Recording:
-    """Work on fixed places that is done again and again, at the cost of one launch.
+    """Work on fixed addresses that is repeated at the cost of one launch.
 
     ``branches`` run side by side and must not depend on each other, nor allocate. On a GPU they are recorded as a CUDA
     graph by the first call, on the stream that is current then; elsewhere, and inside a graph that somebody else
@@ -95,6 +99,7 @@ class Recording:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
+        """Issue the work to the current stream."""
         if self._device.type != "cuda":
             for branch in self._branches:
                 branch()
@@ -130,8 +135,9 @@ class Recording:
 
 
 class StepRecording:
-    """One call of ``work``, allocations included, as a CUDA graph; ``result`` is what it returned, and is written again
-    by every ``replay``. Made by a ``StepRecorder``.
+    """One call of ``work``, allocations included, as a CUDA graph, made by a ``StepRecorder``.
+
+    ``result`` is what the call returned; every ``replay`` writes it again.
     """
 
     def __init__(self, work: Callable[[], Any], stream: torch.cuda.Stream, pool: Any) -> None:
@@ -140,21 +146,23 @@ class StepRecording:
             self.result = work()
 
     def replay(self) -> None:
+        """Do the work again."""
         self._graph.replay()
 
 
 class StepRecorder:
-    """Records on a stream of its own; what its recordings allocate shares one pool."""
+    """Records on a stream of its own; all recordings allocate from one pool."""
 
     def __init__(self) -> None:
         self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Any]) -> StepRecording:
+        """Call ``work`` once, and record it."""
         torch.cuda.empty_cache()  # what eager steps have cached is about to be needed by the recording
         return StepRecording(work, self._stream, self._pool)
 
 
 @cache
 def streams_of(device: torch.device) -> Streams:
-    """The streams of ``device``, shared by every model on it: two side streams a device are enough."""
+    """Return the streams of ``device``, shared by every model on it: two side streams a device are enough."""
     return CudaStreams(device) if device.type == "cuda" else InOrder()

@@ -98,7 +98,7 @@ def test_slots_that_are_live_together_never_share_a_byte(config: DecoderConfig, 
             assert segment.nbytes == placement.slot_nbytes(unit) >= placement.packed_units[unit].nbytes
             assert segment.end_nbytes <= nbytes
             for other in segments.keys() - {unit}:
-                assert not (live[unit].meets(live[other]) and segment.overlaps(segments[other]))
+                assert not (live[unit].overlaps(live[other]) and segment.overlaps(segments[other]))
         assert placement.nbytes_at_least <= placement.nbytes
 
 
@@ -182,7 +182,7 @@ def test_buffers_of_one_region_share_bytes_only_when_they_are_not_live_together(
     buffers = plan_serving(PRESETS["8b"], limited(140 * GIB), H200).buffers
     for name, buffer in buffers.buffers.items():
         for other in buffers.buffers.values():
-            if other.name != name and other.kind == buffer.kind and other.live.meets(buffer.live):
+            if other.name != name and other.kind == buffer.kind and other.live.overlaps(buffer.live):
                 assert not buffers.segments[name].overlaps(buffers.segments[other.name]) or not other.nbytes
     shared = [buffer for buffer in buffers.buffers.values() if buffer.live != ALWAYS]
     assert {buffer.kind for buffer in shared} == {WORKSPACE}
@@ -191,7 +191,7 @@ def test_buffers_of_one_region_share_bytes_only_when_they_are_not_live_together(
 def test_activations_that_may_share_bytes_are_these() -> None:
     """Prevents: a buffer that is read after another took its bytes."""
     buffers = [b for b in plan_serving(CHAIN, SMALL).buffers.buffers.values() if b.kind == WORKSPACE]
-    apart = {(a.name, b.name) for a in buffers for b in buffers if a.name < b.name and not a.live.meets(b.live)}
+    apart = {(a.name, b.name) for a in buffers for b in buffers if a.name < b.name and not a.live.overlaps(b.live)}
     in_attention = {("attended", "gate_up"), ("attention", "gate_up"), ("gate_up", "qkv")}
     when_drawing = {("attended", "last"), ("attention", "last"), ("gate_up", "last"), ("last", "qkv")}
     assert apart == in_attention | when_drawing | {("last", "step_cos"), ("last", "step_sin")}

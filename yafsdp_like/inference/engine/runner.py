@@ -177,7 +177,7 @@ class Runner:
 
     def read(self, launched: Launched) -> list[Token]:
         """What each of ``launched.drawing`` drew; waits for the device."""
-        self._streams.settle(launched.done)
+        self._streams.synchronize(launched.done)
         tokens = launched.results.ids[: len(launched.drawing)].tolist()
         return [_token(run, token, launched.results, row) for row, (run, token) in _numbered(launched.drawing, tokens)]
 
