@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.api import FSDPModule, UnshardHandle, fully_shard
     from yafsdp_like.shard.drop_in import register_fsdp_forward_method, share_comm_ctx
     from yafsdp_like.shard.graph import GraphedStep
-    from yafsdp_like.shard.runtime.engine import SpillWarning
+    from yafsdp_like.shard.runtime.allocated_memory import SpillWarning
 else:
     _HOMES = {
         "CPUOffloadPolicy": "torch.distributed.fsdp",
@@ -24,7 +24,7 @@ else:
         "MemoryPlan": "yafsdp_like.memory.plan",
         "MixedPrecisionPolicy": "torch.distributed.fsdp",
         "OffloadPolicy": "torch.distributed.fsdp",
-        "SpillWarning": "yafsdp_like.shard.runtime.engine",
+        "SpillWarning": "yafsdp_like.shard.runtime.allocated_memory",
         "UnshardHandle": "yafsdp_like.shard.api",
         "fully_shard": "yafsdp_like.shard.api",
         "register_fsdp_forward_method": "yafsdp_like.shard.drop_in",

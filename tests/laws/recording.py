@@ -1,4 +1,4 @@
-"""Records what the engine does in a step, in order, as literal lists of `(operation, unit, phase)`.
+"""Records what a sharded model does in a step, in order, as literal lists of `(operation, unit, phase)`.
 
 Owns the recorder, which wraps the engine's operations for the length of a `with` block, the count of collectives
 that reach torch meanwhile, and the models whose steps are recorded. Autograd itself says what is forward and what is
@@ -20,12 +20,17 @@ from torch.utils.checkpoint import checkpoint
 from tests.training import ours, world_mesh
 from tests.zoo import FEATURES, Block
 from yafsdp_like.optim import AdamW
-from yafsdp_like.shard.runtime.engine import ShardEngine, backward_task
-from yafsdp_like.shard.runtime.unit_spec import SlotState
-from yafsdp_like.shard.runtime.unit_state import GatherSlot, Unit
+from yafsdp_like.shard.runtime.gradients import GradientLifecycle
+from yafsdp_like.shard.runtime.params import ParamLifecycle
+from yafsdp_like.shard.runtime.running import backward_task
+from yafsdp_like.shard.runtime.slots import GatherSlot, SlotState
 
 Event = tuple[str, str, str]  # operation, unit, phase
-OPERATIONS = ("all_gather", "unshard", "release", "release_but_keep", "keep", "reduce_scatter")
+OPERATIONS: dict[str, type] = {  # and who does them
+    **dict.fromkeys(("all_gather", "unshard", "release", "release_but_keep"), ParamLifecycle),
+    "keep": GatherSlot,
+    "reduce_scatter": GradientLifecycle,
+}
 COLLECTIVES = {"allgather_into_tensor_coalesced_": "all-gather", "reduce_scatter_tensor_coalesced_": "reduce-scatter"}
 
 
@@ -36,15 +41,16 @@ def recorded(operation: str, events: list[Event]) -> Callable[..., None]:
     """The engine's operation, which notes itself when done: a gather that `unshard` must issue comes before it.
 
     The release of a slot that nobody uses and the reduction of an empty gradient slot do nothing, and are not noted;
-    nor is the release that is part of `rest`.
+    nor is the release that is part of `release_but_keep`.
     """
-    original = getattr(ShardEngine, operation)
+    original = getattr(OPERATIONS[operation], operation)
 
-    def perform(engine: ShardEngine, subject: GatherSlot | Unit, *args: Any, **kwargs: Any) -> None:
+    def perform(owner: Any, *args: Any, **kwargs: Any) -> None:
+        subject = (owner, *args)[operation != "keep"]  # a slot, or a unit
         unit = subject.unit if isinstance(subject, GatherSlot) else subject
         slot = subject if isinstance(subject, GatherSlot) else subject.gradient_slot
         does_nothing = operation in ("release", "reduce_scatter") and slot.state in (SlotState.EMPTY, SlotState.STALE)
-        original(engine, subject, *args, **kwargs)
+        original(owner, *args, **kwargs)
         if operation == "release_but_keep":
             assert events.pop()[0] == "release"
         if not does_nothing:
@@ -57,7 +63,9 @@ def recorded(operation: str, events: list[Event]) -> Callable[..., None]:
 def recording() -> Iterator[list[Event]]:
     """The events of what runs inside."""
     events: list[Event] = []
-    with mock.patch.multiple(ShardEngine, **{operation: recorded(operation, events) for operation in OPERATIONS}):
+    with contextlib.ExitStack() as patches:
+        for operation, owner in OPERATIONS.items():
+            patches.enter_context(mock.patch.object(owner, operation, recorded(operation, events)))
         yield events
 
 

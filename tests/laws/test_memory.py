@@ -1,7 +1,7 @@
 """The plan is the truth: bytes by name, nothing allocated in a step, nothing held beyond it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,9 +16,12 @@ from tests.twins import Twins
 from tests.zoo import FEATURES, SPECIMENS, Block, Chain, Specimen, blocks, layers_of, vectors
 from yafsdp_like import MixedPrecisionPolicy, SpillWarning, fully_shard
 from yafsdp_like.memory.layout import aligned
-from yafsdp_like.shard import hooks
-from yafsdp_like.shard.runtime.engine import ShardEngine, engine_for
-from yafsdp_like.shard.runtime.unit_spec import SlotState
+from yafsdp_like.shard.runtime.engine import engine_for
+from yafsdp_like.shard.runtime.gradients import GradientLifecycle
+from yafsdp_like.shard.runtime.params import ParamLifecycle
+from yafsdp_like.shard.runtime.rebuild import Rebuild
+from yafsdp_like.shard.runtime.running import backward_task
+from yafsdp_like.shard.runtime.slots import SlotState
 from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
 
 CHAIN = Specimen(lambda: Chain([Block() for _ in range(4)]), vectors(FEATURES), layers_of)
@@ -140,7 +143,11 @@ def _storage(tensor: torch.Tensor) -> int:
     return local.untyped_storage()._cdata
 
 
-ENGINE_WORK = ("begin", "all_gather", "prefetch", "unshard", "keep", "release", "accumulate", "reduce_scatter")
+ENGINE_WORK: dict[type, Sequence[str]] = {
+    Rebuild: ["if_changed"],
+    ParamLifecycle: ["begin", "all_gather", "prefetch", "unshard", "release"],
+    GradientLifecycle: ["view", "arrived", "reduce_scatter"],
+}
 
 
 @contextlib.contextmanager
@@ -156,8 +163,9 @@ def allocations_of_the_runtime() -> Iterator[NewStorages]:
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ENGINE_WORK:
-            patch.setattr(ShardEngine, name, watched(getattr(ShardEngine, name)))
+        for owner, names in ENGINE_WORK.items():
+            for name in names:
+                patch.setattr(owner, name, watched(getattr(owner, name)))
         yield new
 
 
@@ -209,9 +217,10 @@ def test_a_unit_has_one_address_for_all_forwards_and_backwards() -> None:
         if slot.params:
             addresses.setdefault(slot.unit.name, set()).add(slot.params[0].data_ptr())
 
-    gather = ShardEngine.all_gather
+    gather = ParamLifecycle.all_gather
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardEngine, "all_gather", lambda self, slot, refresh: (note(slot), gather(self, slot, refresh)))
+        noted: Any = lambda self, slot, refresh: (note(slot), gather(self, slot, refresh))  # noqa: E731
+        patch.setattr(ParamLifecycle, "all_gather", noted)
         for number in range(3):
             step(model, CHAIN, number)
             with torch.no_grad():
@@ -240,9 +249,9 @@ def test_gathering_over_a_neighbour_in_use_is_refused() -> None:
     first, third = model.layers[0], model.layers[2]
     first.unshard()
     engine, slot = engine_for(unit_of(first), model), unit_of(third).gather_slot
-    assert [blocker.unit.name for blocker in engine.blockers(slot)] == ["layers.0"]
+    assert [blocker.unit.name for blocker in engine.params.blockers(slot)] == ["layers.0"]
     with pytest.raises(AssertionError):
-        engine.all_gather(slot, refresh=True)
+        engine.params.all_gather(slot, refresh=True)
 
 
 @on_ranks()
@@ -251,7 +260,7 @@ def test_every_slot_is_free_after_a_step() -> None:
     step(model, SPECIMENS["nested"])
     for unit in units_of(model):
         assert unit.gather_slot.state is unit.gradient_slot.state is SlotState.EMPTY
-        assert unit.registered is None and not unit.pending and not unit.calls
+        assert unit.registered is None and not unit.running.pending and not unit.running.calls
 
 
 # --- spills ---
@@ -330,7 +339,7 @@ def test_a_backward_that_cannot_have_its_bytes_names_units_phase_and_remedy() ->
     ):
         loss.backward()
     step(model, CHAIN)  # and the next step is right again
-    assert hooks.backward_task() is None and all(b.gather_slot.state is SlotState.EMPTY for b in units_of(model))
+    assert backward_task() is None and all(b.gather_slot.state is SlotState.EMPTY for b in units_of(model))
 
 
 def test_a_large_embedding_does_not_inflate_the_slots_of_blocks() -> None:

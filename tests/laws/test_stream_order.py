@@ -23,7 +23,10 @@ from yafsdp_like.comm.process_group import ProcessGroupTransport
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE
 from yafsdp_like.optim import AdamW
 from yafsdp_like.shard.runtime import engine as engine_module
-from yafsdp_like.shard.runtime.engine import ShardEngine
+from yafsdp_like.shard.runtime import gradients as gradients_module
+from yafsdp_like.shard.runtime.gradients import GradientLifecycle
+from yafsdp_like.shard.runtime.params import ParamLifecycle
+from yafsdp_like.shard.runtime.slots import GatherSlot, GradientSlot
 from yafsdp_like.shard.runtime.unit_state import unit_of
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -151,7 +154,7 @@ def train(
 
 def name_works(patch: pytest.MonkeyPatch, streams: VectorClocks) -> None:
     for name in ("publish", "before_update", "after_update"):
-        patch.setattr(ShardEngine, name, _within(streams, name, getattr(ShardEngine, name)))
+        patch.setattr(ParamLifecycle, name, _within(streams, name, getattr(ParamLifecycle, name)))
 
 
 def _within(streams: VectorClocks, name: str, work: Any) -> Any:
@@ -174,39 +177,40 @@ def watch_arenas(model: Any, detector: RaceDetector) -> None:
 
 
 def forget_readers(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ShardEngine, "_wait_for_readers", lambda self, stream, slot: None)
+    for kind in (GatherSlot, GradientSlot):
+        patch.setattr(kind, "last_accesses", lambda self: [])
 
 
 def forget_the_optimizer(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ShardEngine, "begin", ShardEngine.build_if_changed)
+    patch.setattr(ParamLifecycle, "begin", lambda self: None)
 
 
 def forget_unread_prefetches(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ShardEngine, "settle_prefetches", lambda self: None)
+    patch.setattr(ParamLifecycle, "settle_prefetches", lambda self: None)
 
 
 def forget_reductions(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ShardEngine, "wait_for_reductions", lambda self: None)
+    patch.setattr(GradientLifecycle, "wait_for_reductions", lambda self: None)
 
 
 def release_before_the_last_read(patch: pytest.MonkeyPatch) -> None:
-    unshard = ShardEngine.unshard
+    unshard = ParamLifecycle.unshard
 
-    def early(self: ShardEngine, slot: Any, refresh: bool) -> None:
+    def early(self: ParamLifecycle, slot: Any, refresh: bool) -> None:
         unshard(self, slot, refresh)
-        slot.released = self.streams.record(COMPUTE)
+        slot._released = self._streams.record(COMPUTE)
 
-    def late(self: ShardEngine, slot: Any) -> None:
-        slot.state = engine_module.EMPTY
+    def late(self: ParamLifecycle, slot: Any) -> None:
+        slot.drop()
         slot.unit.register(None)
 
-    patch.setattr(ShardEngine, "unshard", early)
-    patch.setattr(ShardEngine, "release", late)
+    patch.setattr(ParamLifecycle, "unshard", early)
+    patch.setattr(ParamLifecycle, "release", late)
 
 
 def reduce_everything_early(patch: pytest.MonkeyPatch) -> None:
     """No race: large parameters of outer units are reduced before their unit's end, and here all are large."""
-    patch.setattr(engine_module, "EARLY_NUMEL", 1)
+    patch.setattr(gradients_module, "EARLY_NUMEL", 1)
 
 
 PLANTS: dict[str, Plant] = {

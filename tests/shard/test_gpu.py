@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from tests.training import train as train_specimen
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.models import Decoder, DecoderConfig
-from yafsdp_like.shard.runtime.engine import ShardEngine
+from yafsdp_like.shard.runtime.gradients import GradientLifecycle
+from yafsdp_like.shard.runtime.params import ParamLifecycle
+from yafsdp_like.shard.runtime.rebuild import Rebuild
 from yafsdp_like.shard.runtime.unit_state import unit_of
 
 pytestmark = pytest.mark.gpu
@@ -81,17 +84,11 @@ def count_device_allocations() -> tuple[int, int, float]:
     return mallocs, retries, after["reserved_bytes.all.peak"] / after["allocated_bytes.all.peak"]
 
 
-ENGINE_WORK = (
-    "begin",
-    "all_gather",
-    "prefetch",
-    "unshard",
-    "keep",
-    "release",
-    "accumulate",
-    "reduce_scatter",
-    "wait_for_reductions",
-)
+ENGINE_WORK: dict[type, Sequence[str]] = {
+    Rebuild: ["if_changed"],
+    ParamLifecycle: ["begin", "all_gather", "prefetch", "unshard", "release"],
+    GradientLifecycle: ["view", "arrived", "reduce_scatter", "wait_for_reductions"],
+}
 
 
 def test_the_runtime_itself_allocates_nothing_on_the_gpu_after_warm_up() -> None:
@@ -115,8 +112,9 @@ def count_runtime_allocations() -> list[int]:
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ENGINE_WORK:
-            patch.setattr(ShardEngine, name, counted(getattr(ShardEngine, name)))
+        for owner, names in ENGINE_WORK.items():
+            for name in names:
+                patch.setattr(owner, name, counted(getattr(owner, name)))
         train(model, 2)
     return requests
 

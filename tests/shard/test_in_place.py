@@ -20,8 +20,8 @@ from tests.ranks import on_ranks, run_ranks
 from tests.training import Recipe, Run, assert_same_bits, train, world_mesh
 from tests.zoo import FEATURES, SPECIMENS, Block, Chain, DecoderBlock, Reuser, Specimen, layers_of, vectors
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
-from yafsdp_like.shard.runtime import engine as engine_module
-from yafsdp_like.shard.runtime.unit_state import GradientSlot
+from yafsdp_like.shard.runtime import gradients as gradients_module
+from yafsdp_like.shard.runtime.slots import GradientSlot
 
 BF16 = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
 ALL_BF16 = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.bfloat16}
@@ -206,7 +206,7 @@ def test_a_large_head_is_reduced_before_the_blocks(transport: str) -> None:
     """Prevents: the largest reduction of a model starting when nothing is left to hide it behind."""
     specimen = SPECIMENS["decoder"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "EARLY_NUMEL", 200)  # head and embedding have 19 x 12, the norm 12
+        patch.setattr(gradients_module, "EARLY_NUMEL", 200)  # head and embedding have 19 x 12, the norm 12
         model = specimen.wrap(specimen.fresh(), fully_shard, mesh=world_mesh(), transport=transport)
         found = reductions_of_a_step(model, specimen)
     blocks = [layer_names(index) for index in (2, 1, 0)]
@@ -227,5 +227,5 @@ def train_early(name: str, transport: str) -> tuple[Run, Run]:
     recipe = Recipe(steps=3, micro_batches=2, precision=BF16, transport=transport)
     stock = train(name, "stock", recipe)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "EARLY_NUMEL", 1)
+        patch.setattr(gradients_module, "EARLY_NUMEL", 1)
         return train(name, "ours", recipe), stock

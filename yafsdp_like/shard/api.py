@@ -27,8 +27,9 @@ from yafsdp_like.shard.hooks import abandon
 from yafsdp_like.shard.optimizer_step import watch_optimizers
 from yafsdp_like.shard.pretrained import overrides_of
 from yafsdp_like.shard.requirements import check_mesh, check_modules, check_params, check_supported
-from yafsdp_like.shard.runtime.engine import Report, ShardEngine, engine_for, engine_of
+from yafsdp_like.shard.runtime.engine import ShardEngine, engine_for, engine_of
 from yafsdp_like.shard.runtime.memory_layout import plan_memory
+from yafsdp_like.shard.runtime.rebuild import Report
 from yafsdp_like.shard.runtime.unit_spec import UnitPolicy
 from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
 from yafsdp_like.shard.runtime.unit_tree import unit_tree_of
@@ -179,7 +180,7 @@ class UnshardHandle(torch.distributed.fsdp.UnshardHandle):
 
     def wait(self) -> None:
         """Register the full parameters and make the current stream, not the CPU, wait for the all-gather."""
-        self._engine.unshard(self._unit.gather_slot, refresh=True)
+        self._engine.params.unshard(self._unit.gather_slot, refresh=True)
 
 
 @refuse_others
@@ -210,13 +211,13 @@ class FSDPModule(Base):
         """
         engine = engine_of(self._unit())
         with _left_as_they_are(self._units(recurse=True) if engine is None else engine.units):
-            return plan_memory(unit_tree_of(self)).plan if engine is None else engine.plan()
+            return plan_memory(unit_tree_of(self)).plan if engine is None else engine.memory.plan()
 
     def memory_report(self) -> Report:
         """Return the bytes held now, and what departed from the plan: spills, evictions, unused prefetches."""
         engine = engine_of(self._unit())
         if engine is not None:
-            return engine.report()
+            return engine.rebuild.report()
         return Report(sum(unit.arena.nbytes for unit in self._units(recurse=True)), (), 0, 0)
 
     # --- running
@@ -227,13 +228,13 @@ class FSDPModule(Base):
         With ``async_op`` the parameters are registered only by the returned handle's ``wait()``.
         """
         engine, unit = self._engine(), self._unit()
-        engine.build_if_changed()
-        engine.publish()
-        if blockers := engine.blockers(unit.gather_slot):
-            engine.isolate(unit, f"unshard() was called while {[b.unit.name for b in blockers]} is unsharded")
+        engine.rebuild.if_changed()
+        engine.params.publish()
+        if blockers := engine.params.blockers(unit.gather_slot):
+            engine.params.isolate(unit, f"unshard() was called while {[b.unit.name for b in blockers]} is unsharded")
         handle = UnshardHandle(engine, unit)
         if async_op:
-            engine.prefetch(unit, refresh=True)
+            engine.params.prefetch(unit, refresh=True)
             return handle
         handle.wait()
         return None
@@ -241,8 +242,8 @@ class FSDPModule(Base):
     def reshard(self) -> None:
         """Release this module's own full parameters and register the sharded ones."""
         unit = self._unit()
-        if unit.engine is not None:
-            unit.engine.reshard(unit)
+        if (engine := engine_of(unit)) is not None:
+            engine.params.reshard(unit)
 
     def mark_weights_changed(self) -> None:
         """Cast the sharded parameters again in the next forward.
@@ -260,7 +261,7 @@ class FSDPModule(Base):
         the error names the module. Slow, since it waits for the GPU after every forward, and large, since each unit has
         an all-gather slot of its own from then on. To be called on the root, between steps.
         """
-        self._engine().set_debug(debug)
+        self._engine().params.set_debug(debug)
 
     def reset_iter_state(self) -> None:
         """Forget a forward or backward that raised, as the next forward does too, and drop unsynchronized gradients."""
@@ -272,9 +273,9 @@ class FSDPModule(Base):
         The first False gives each unit a gradient slot of its own, as large as its full gradients, at the next forward.
         """
         for unit in self._units(recurse):
-            unit.policy.requires_gradient_sync = requires_gradient_sync
+            unit.set_policy(requires_gradient_sync=requires_gradient_sync)
             if not requires_gradient_sync:
-                unit.own_gradient_slot = unit.unsynced_gradients = True
+                unit.need(own_gradient_slot=True, unsynced_gradients=True)
         if requires_gradient_sync:
             self.set_requires_all_reduce(True, recurse=recurse)
 
@@ -286,7 +287,7 @@ class FSDPModule(Base):
         units.
         """
         for unit in self._units(recurse):
-            unit.policy.reduces_unused = reduce_scatter_unused_params
+            unit.set_policy(reduces_unused=reduce_scatter_unused_params)
 
     def set_requires_all_reduce(self, requires_all_reduce: bool, *, recurse: bool = True) -> None:
         """Set whether backward averages gradients over replicas, or only inside each, until a backward that does.
@@ -296,13 +297,13 @@ class FSDPModule(Base):
         """
         for unit in self._units(recurse):
             if not requires_all_reduce:
-                unit.policy.averaged = "nothing"
+                unit.set_policy(averaged="nothing")
             elif unit.policy.averaged == "nothing":
-                unit.policy.averaged = "all"
+                unit.set_policy(averaged="all")
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:
         """Set whether the next backward's end waits for its reductions: gradients are incomplete until one does."""
-        self._engine().is_last_backward = is_last_backward
+        self._engine().gradients.set_is_last_backward(is_last_backward)
 
     def set_reshard_after_forward(self, reshard_after_forward: bool, recurse: bool = True) -> None:
         """Override the argument of ``fully_shard``; after the first forward as a hint: the plan may have no room.
@@ -312,34 +313,34 @@ class FSDPModule(Base):
         if not isinstance(reshard_after_forward, bool):
             raise ValueError(f"reshard_after_forward should be a bool, got {type(reshard_after_forward)}")
         for unit in self._units(recurse):
-            unit.policy.reshard_after_forward = reshard_after_forward
+            unit.set_policy(reshard_after_forward=reshard_after_forward)
 
     def set_reshard_after_backward(self, reshard_after_backward: bool, *, recurse: bool = True) -> None:
         """Set whether parameters are released after backward; after the first forward a hint, as above."""
         for unit in self._units(recurse):
-            unit.policy.reshard_after_backward = reshard_after_backward
+            unit.set_policy(reshard_after_backward=reshard_after_backward)
 
     def set_unshard_in_backward(self, unshard_in_backward: bool) -> None:
         """Set whether this module's backward reads its parameters; that of an embedding, say, does not."""
-        self._unit().policy.unshard_in_backward = unshard_in_backward
+        self._unit().set_policy(unshard_in_backward=unshard_in_backward)
 
     def set_modules_to_forward_prefetch(self, modules: Sequence[FSDPModule]) -> None:
         """Prefetch ``modules`` when this one's forward starts, instead of the next. Set before the plan, it widens it.
 
         Raises ``ValueError`` for modules that are not sharded.
         """
-        self._unit().forward_prefetch = _units_to_prefetch(modules)
+        self._unit().prefetch_in_forward(_units_to_prefetch(modules))
 
     def set_modules_to_backward_prefetch(self, modules: Sequence[FSDPModule]) -> None:
         """Prefetch ``modules`` when this one's backward starts, instead of the next. Set before the plan, it widens it.
 
         Raises ``ValueError`` for modules that are not sharded.
         """
-        self._unit().backward_prefetch = _units_to_prefetch(modules)
+        self._unit().prefetch_in_backward(_units_to_prefetch(modules))
 
     def set_gradient_divide_factor(self, factor: float) -> None:
         """Divide this module's own gradients by ``factor`` instead of the number of ranks."""
-        self._unit().policy.gradient_divisor = factor
+        self._unit().set_policy(gradient_divisor=factor)
 
     def set_reduce_scatter_divide_factor(self, factor: float) -> None:
         """Do the same under FSDP2's former name of ``set_gradient_divide_factor``."""
@@ -370,7 +371,7 @@ class FSDPModule(Base):
 
     def set_force_sum_reduction_for_comms(self, enable: bool) -> None:
         """Set whether gradients are reduced with sums and divided separately, for backends without a mean."""
-        self._unit().policy.sum_only = enable
+        self._unit().set_policy(sum_only=enable)
 
     def set_post_optim_event(self, event: Event) -> None:
         """Make all-gathers of the next forward wait for ``event`` too (as for the current stream in any case)."""

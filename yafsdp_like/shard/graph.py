@@ -23,7 +23,7 @@ from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, StepRecorder, St
 from yafsdp_like.shard.api import FSDPModule
 from yafsdp_like.shard.runtime.engine import ShardEngine, engine_for
 from yafsdp_like.shard.runtime.nested import map_tensors
-from yafsdp_like.shard.runtime.unit_spec import SlotState
+from yafsdp_like.shard.runtime.slots import SlotState
 from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
 
 if TYPE_CHECKING:
@@ -141,7 +141,9 @@ class GraphedStep:
 
     def _forget_other_layouts(self, engine: ShardEngine) -> None:
         """Recordings of slots that are no more would never be replayed, and hold memory."""
-        self._steps = {key: step for key, step in self._steps.items() if key[0].num_layouts == engine.num_layouts}
+        self._steps = {
+            key: step for key, step in self._steps.items() if key[0].num_layouts == engine.memory.num_layouts
+        }
 
     def _replay(self, engine: ShardEngine, step: _Step, inputs: tuple[torch.Tensor, ...]) -> Any:
         for own, given in zip(step.inputs, inputs, strict=True):
@@ -157,9 +159,9 @@ def repeatable_state(engine: ShardEngine) -> StepKey | None:
     """What a step that starts now would decide by; None when it cannot be repeated as it is: something is running
     or held between steps, ``.grad`` is none of ours, or outputs are to be checked (debug mode).
     """
-    if not engine.is_built or engine.debug:
+    if not engine.memory.is_built or engine.params.debug:
         return None
-    busy = engine.iteration is not None or engine.tasks or not engine.is_last_backward
+    busy = engine.running.iteration is not None or engine.running.backwards or not engine.gradients.is_last_backward
     if busy or not all(unit.policy.requires_gradient_sync for unit in engine.units):
         return None
     units: list[UnitState] = []
@@ -169,7 +171,7 @@ def repeatable_state(engine: ShardEngine) -> StepKey | None:
             return None
         units.append(state)
     return StepKey(
-        engine.num_layouts,
+        engine.memory.num_layouts,
         tuple(unit.reduction() for unit in engine.units),
         tuple(unit.policy.reduces_unused for unit in engine.units),
         tuple(units),
@@ -180,9 +182,9 @@ def _repeatable_unit(engine: ShardEngine, unit: Unit) -> UnitState | None:
     """Values in its slot that no step would read are dropped."""
     slot, is_current = unit.gather_slot, unit.freshness.is_current()
     if slot.state is SlotState.STALE:
-        slot.state = SlotState.EMPTY
+        slot.drop()
     elif slot.state is SlotState.FILLED and slot.version != unit.freshness.main_version():
-        engine.release(slot)
+        engine.params.release(slot)
     if slot.state not in (SlotState.EMPTY, SlotState.FILLED) or unit.gradient_slot.state is not SlotState.EMPTY:
         return None
     if any(p.sharded.grad is not None and not p.has_own_grad for p in unit.params):
@@ -200,26 +202,26 @@ def _fork_streams(engine: ShardEngine) -> None:
 
 def _join_streams(engine: ShardEngine) -> None:
     """Compute waits for all that side streams were given, so that no event is left to wait for."""
-    for stream in (GATHER, REDUCE):
-        engine.streams.wait(COMPUTE, engine.streams.record(stream))
-    engine.last_reduce = None
+    engine.context.wait_for_side_streams()
+    engine.gradients.forget_events()
     for unit in engine.units:
-        unit.gather_slot.ready = unit.gather_slot.released = unit.gradient_slot.released = None
+        unit.gather_slot.forget_events()
+        unit.gradient_slot.forget_events()
 
 
 def _return_to(state: StepKey, engine: ShardEngine, reduced: Sequence[ShardedParam]) -> None:
     """A step was recorded, of which nothing has run yet: back to what it was recorded from."""
     for unit, before in zip(engine.units, state.units, strict=True):
-        unit.gather_slot.state = SlotState.FILLED if before.is_filled else SlotState.EMPTY
+        unit.gather_slot.rewind(before.is_filled)
     for p in reduced:
         p.sharded.grad = None
 
 
 def _settle(engine: ShardEngine, reduced: Sequence[ShardedParam]) -> None:
     """A step was replayed: what Python would have noted."""
-    engine.arm_watchdog(engine.streams.record(COMPUTE))
+    engine.context.arm_watchdog(engine.streams.record(COMPUTE))
     for unit in engine.units:
-        unit.gather_slot.state = SlotState.EMPTY
+        unit.gather_slot.drop()
         unit.freshness.compute_shard_written()
     for p in reduced:
         p.sharded.grad = p.grad_dtensor

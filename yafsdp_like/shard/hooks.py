@@ -25,11 +25,11 @@ from torch import nn
 from torch.autograd import Variable
 
 from yafsdp_like.shard.runtime.debug import holds_nan, output_error
-from yafsdp_like.shard.runtime.engine import ShardEngine, backward_task, engine_for, engine_of
+from yafsdp_like.shard.runtime.engine import ShardEngine, engine_for, engine_of
 from yafsdp_like.shard.runtime.held import replace_held
 from yafsdp_like.shard.runtime.nested import cast_floating, map_tensors
-from yafsdp_like.shard.runtime.unit_spec import SlotState
-from yafsdp_like.shard.runtime.unit_state import Call, ForwardUse, GatherSlot, GradientSlot
+from yafsdp_like.shard.runtime.running import Call, ForwardUse, backward_task
+from yafsdp_like.shard.runtime.slots import GatherSlot, GradientSlot, SlotState
 from yafsdp_like.shard.runtime.watching import (
     differentiable,
     no_second_gradients,
@@ -58,36 +58,37 @@ def install(unit: Unit, module: nn.Module) -> None:
 @torch.compiler.disable
 def _before_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     engine = engine_for(unit, module)
-    if engine.iteration is not None and engine.iteration in unit.calls and not _still_runs(engine.iteration):
+    iteration = engine.running.iteration
+    if iteration is not None and iteration in unit.running.calls and not _still_runs(iteration):
         abandon(engine)  # the last forward was torn away by what is no Exception, Ctrl-C say
     task = backward_task()
     call = Call(module, sys.exc_info()[1], recomputes=_in_own_backward(unit, task))
-    unit.calls.append(call)
-    if task is None and engine.iteration is None:
+    unit.running.calls.append(call)
+    if task is None and engine.running.iteration is None:
         outside_transforms(_begin_iteration, engine, call)
         args, kwargs = map_tensors(lambda t: t.to(unit.device, non_blocking=True), (args, kwargs))
     inputs: Any = (args, kwargs)
     if unit.policy.mp.cast_forward_inputs:
         inputs = cast_floating(inputs, unit.policy.mp.param_dtype)
-    call.has_nan_inputs = engine.debug and holds_nan(inputs)
+    call.has_nan_inputs = engine.params.debug and holds_nan(inputs)
     return inputs if call.recomputes else _enter(engine, unit, call, inputs)
 
 
 def _in_own_backward(unit: Unit, task: int | None) -> bool:
-    return task is not None and unit.registered is not None and bool(unit.registered.active)
+    return task is not None and unit.registered is not None and unit.registered.is_in_backward
 
 
 def _begin_iteration(engine: ShardEngine, call: Call) -> None:
-    if engine.tasks:
+    if engine.running.backwards:
         abandon(engine)  # the last backward raised
-    engine.begin()
-    call.starts_iteration, engine.iteration = True, call
+    engine.rebuild.if_changed()
+    engine.params.begin()
+    call.starts_iteration, engine.running.iteration = True, call
 
 
 def _enter(engine: ShardEngine, unit: Unit, call: Call, inputs: Any) -> Any:
     """Gathers the unit for its forward, and the next unit behind it; returns the inputs, watched for backward's end."""
-    if not unit.to_run:
-        unit.to_run = list(unit.modules)
+    unit.running.begin_pass(unit.modules)
     builds_graph = torch.is_grad_enabled()
     tensors = differentiable(inputs) if builds_graph else []
     outside_transforms(_gather, engine, unit, builds_graph and not tensors)
@@ -96,7 +97,7 @@ def _enter(engine: ShardEngine, unit: Unit, call: Call, inputs: Any) -> Any:
     if not builds_graph:
         return inputs
     call.use = ForwardUse(unit.gather_slot)
-    unit.pending.add(call.use)
+    unit.running.pending.add(call.use)
     if not tensors:
         return inputs
     end = partial(_end_backward, engine, unit, call.use)
@@ -107,10 +108,10 @@ def _enter(engine: ShardEngine, unit: Unit, call: Call, inputs: Any) -> Any:
 def _gather(engine: ShardEngine, unit: Unit, open_ended: bool) -> None:
     _choose_slot(engine, unit, open_ended)
     refresh = backward_task() is None
-    engine.unshard(unit.gather_slot, refresh)
+    engine.params.unshard(unit.gather_slot, refresh)
     if refresh:
         for target in unit.forward_prefetch or engine.tree.next_in_forward[unit]:
-            engine.prefetch(target, refresh)
+            engine.params.prefetch(target, refresh)
 
 
 def _choose_slot(engine: ShardEngine, unit: Unit, open_ended: bool) -> None:
@@ -119,34 +120,35 @@ def _choose_slot(engine: ShardEngine, unit: Unit, open_ended: bool) -> None:
     A unit none of whose inputs needs a gradient is in backward until the very end (``open_ended``): units that ran
     before it, and so run backward after it, must not share its bytes.
     """
-    if blockers := engine.blockers(unit.gather_slot):
-        engine.isolate(unit, f"its forward began inside that of {[b.unit.name for b in blockers]}")
+    if blockers := engine.params.blockers(unit.gather_slot):
+        engine.params.isolate(unit, f"its forward began inside that of {[b.unit.name for b in blockers]}")
     if open_ended and unit.trainable:
         if waiting := _pending_neighbours(unit.gather_slot):
-            engine.isolate(
+            engine.params.isolate(
                 unit, f"no input of it needs a gradient, so its backward ends after that of {waiting} begins"
             )
         if waiting := _pending_neighbours(unit.gradient_slot):
-            engine.isolate_gradients(unit, f"its gradients are complete only after those of {waiting} arrive")
+            engine.gradients.isolate(unit, f"its gradients are complete only after those of {waiting} arrive")
 
 
 def _pending_neighbours(slot: GatherSlot | GradientSlot) -> list[str]:
     free = slot.state in (SlotState.EMPTY, SlotState.FILLED, SlotState.STALE)
-    return [other.unit.name for other in slot.neighbours if other.unit.pending] if free else []
+    return [other.unit.name for other in slot.neighbours if other.unit.awaits_backward] if free else []
 
 
 @torch.compiler.disable
 def _after_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    if not unit.calls or unit.calls[-1].module is not module:
+    calls = unit.running.calls
+    if not calls or calls[-1].module is not module:
         return output  # the forward failed before this unit knew of it
-    call, engine = unit.calls.pop(), engine_of(unit)
+    call, engine = calls.pop(), engine_of(unit)
     failed = sys.exc_info()[1] is not call.outer_error
     assert engine is not None
     error: RuntimeError | None = None
     others: list[Any] = []  # in the output, that are neither tensors nor containers of such
     if not failed and unit.registered is not None:
         output = _own_values(unit.registered, output, others)
-        if engine.debug and not call.has_nan_inputs:
+        if engine.params.debug and not call.has_nan_inputs:
             error = output_error(unit.registered, output)
             failed = error is not None
     if not call.recomputes:
@@ -156,9 +158,7 @@ def _after_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], output:
             output = watch_outputs(start, output, call.watched)
             if others and call.starts_iteration:  # only of the root no other unit's tensors can be among them
                 watch_held(start, others, call.watched)
-        if module in unit.to_run:
-            unit.to_run.remove(module)
-        if failed or not unit.to_run:
+        if unit.running.end_module(module) or failed:
             _leave(engine, unit)
         if call.starts_iteration:
             _end_iteration(engine, failed)
@@ -183,8 +183,8 @@ def _own_values(slot: GatherSlot, output: Any, others: list[Any]) -> Any:
 
 def _leave(engine: ShardEngine, unit: Unit) -> None:
     """The unit's forward is over: its slot is released or kept, unless another call of the unit still runs."""
-    unit.to_run.clear()
-    if unit.calls or unit.registered is None:
+    unit.running.to_run.clear()
+    if unit.running.calls or unit.registered is None:
         return
     for p in unit.given:
         p.put_given_back()
@@ -192,20 +192,20 @@ def _leave(engine: ShardEngine, unit: Unit) -> None:
     # parameters again, or zero_grad() and clipping over model.parameters() would miss the gradients.
     idle = unit.policy.reshard_after_forward is None and not torch.is_grad_enabled()
     if backward_task() is None and (idle or engine.tree.reshards_after_forward(unit)):
-        engine.release_but_keep(unit.registered)
+        engine.params.release_but_keep(unit.registered)
     else:
-        engine.keep(unit.registered)
+        unit.registered.keep()
 
 
 def _end_iteration(engine: ShardEngine, failed: bool) -> None:
     for unit in engine.units:
-        if unit.to_run:  # some of the unit's modules did not run in this pass
+        if unit.running.to_run:  # some of the unit's modules did not run in this pass
             _leave(engine, unit)
         if failed:
-            engine.reshard(unit)
+            engine.params.reshard(unit)
         unit.freshness.forward_ended()
-    engine.settle_prefetches()
-    engine.iteration = None
+    engine.params.settle_prefetches()
+    engine.running.iteration = None
 
 
 # --- methods that are run as forwards ---
@@ -215,7 +215,7 @@ def before_method(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """``frame`` is about to run a method of a sharded module as its forward; returns what to call it with."""
     for unit in reversed(vars(module)["_yafsdp_around"]):
         args, kwargs = _before_forward(unit, module, args, kwargs)
-        unit.calls[-1].frame = frame
+        unit.running.calls[-1].frame = frame
     return args, kwargs
 
 
@@ -248,80 +248,79 @@ def _start_backward(engine: ShardEngine, unit: Unit, use: ForwardUse, refuses_se
             f"backward of {unit.name!r} runs with create_graph=True (rank {unit.transport.rank}): "
             + no_second_gradients(unit.name)
         )
-    if task not in engine.tasks:
-        if not engine.tasks:
-            engine.begin_backward()
-        engine.tasks[task] = []
+    backwards = engine.running.backwards
+    if task not in backwards:
+        if not backwards:
+            engine.gradients.begin_backward()
+        backwards[task] = []
         Variable._execution_engine.queue_callback(partial(outside_transforms, _end_task, engine, task))
-    use.task = task
-    unit.reached.add(task)
-    engine.tasks[task].append(use)
-    unit.pending.add(use)
+    backwards[task].append((unit, use))
+    unit.running.begin_backward(use, task)
     outside_transforms(_gather_for_backward, engine, unit, use)
 
 
 def _gather_for_backward(engine: ShardEngine, unit: Unit, use: ForwardUse) -> None:
-    if engine.filled:
-        engine.reduce_unused(engine.tree.backward_ticks[unit][0])
+    if engine.gradients.filled:
+        engine.gradients.reduce_unused(engine.tree.backward_ticks[unit][0])
     if unit.policy.unshard_in_backward:
-        if blockers := engine.blockers(use.slot):
+        if blockers := engine.params.blockers(use.slot):
             raise RuntimeError(
                 f"backward of {unit.name!r} needs its gather slot while {[b.unit.name for b in blockers]} still "
                 f"computes on the same bytes (rank {unit.transport.rank}); their backwards were expected one "
                 "after the other. Set reshard_after_forward=False on one of these units"
             )
-        engine.unshard(use.slot, refresh=False)
-    use.slot.active[use] = None
+        engine.params.unshard(use.slot, refresh=False)
+    use.slot.begin_backward(use)
     _prefetch_in_backward(engine, unit)
 
 
 def _prefetch_in_backward(engine: ShardEngine, unit: Unit) -> None:
     """Gathers the next units that have a backward to come; units that were skipped in forward are not gathered."""
     following = unit.backward_prefetch or engine.tree.after_in_backward[unit]
-    expected = (u for u in following if u.pending and u.policy.unshard_in_backward)
+    expected = (u for u in following if u.running.pending and u.policy.unshard_in_backward)
     for target in islice(expected, None if unit.backward_prefetch else 1):
-        engine.prefetch(target, refresh=False)
+        engine.params.prefetch(target, refresh=False)
 
 
 def _end_backward(engine: ShardEngine, unit: Unit, use: ForwardUse) -> None:
     """The unit has computed all gradients of this use: its slot is free, and its gradients may be complete."""
-    if use not in use.slot.active:
+    if not use.slot.is_read_by(use):
         return
-    unit.pending.discard(use)
+    unit.running.pending.discard(use)
     _finish_use(engine, unit, use)
-    early = not unit.policy.reduces_unused and engine.gradients_complete(unit)
-    if unit.policy.requires_gradient_sync and (early or not unit.pending):
-        outside_transforms(engine.reduce_scatter, unit)
+    early = not unit.policy.reduces_unused and engine.gradients.all_arrived(unit)
+    if unit.policy.requires_gradient_sync and (early or not unit.running.pending):
+        outside_transforms(engine.gradients.reduce_scatter, unit)
 
 
 def _finish_use(engine: ShardEngine, unit: Unit, use: ForwardUse) -> None:
     use.task = None
-    use.slot.active.pop(use, None)
-    if not use.slot.active and use.slot.state is SlotState.HELD:
+    use.slot.end_backward(use)
+    if not use.slot.is_in_backward and use.slot.state is SlotState.HELD:
         if unit.policy.reshard_after_backward:
-            engine.release(use.slot)
+            engine.params.release(use.slot)
         else:
-            engine.keep(use.slot)
+            use.slot.keep()
 
 
 def _end_task(engine: ShardEngine, task: int) -> None:
     """A backward is over: ends the uses that no node ended, and reduces what has arrived and waits for nothing more."""
-    for use in engine.tasks.pop(task, []):
-        use.slot.unit.reached.discard(task)
+    for unit, use in engine.running.backwards.pop(task, []):
+        unit.running.reached.discard(task)
         if use.task == task:
-            use.slot.unit.pending.discard(use)
-            _finish_use(engine, use.slot.unit, use)
-    is_outermost = not engine.tasks
-    for unit in engine.tree.backward_ticks if engine.filled and is_outermost else engine.units:
-        if unit.gather_slot.active or (unit.registered and unit.registered.active):
+            unit.running.pending.discard(use)
+            _finish_use(engine, unit, use)
+    is_outermost = not engine.running.backwards
+    for unit in engine.tree.backward_ticks if engine.gradients.filled and is_outermost else engine.units:
+        if unit.gather_slot.is_in_backward or (unit.registered and unit.registered.is_in_backward):
             continue  # in an outer backward
         if unit.policy.requires_gradient_sync and (is_outermost or not unit.policy.reduces_unused):
-            engine.reduce_scatter(unit)
-        if unit.policy.reshard_after_backward and unit.registered and not unit.calls:
-            engine.reshard(unit)
-    engine.settle_prefetches()
-    if engine.is_last_backward:
-        engine.wait_for_reductions()
+            engine.gradients.reduce_scatter(unit)
+        if unit.policy.reshard_after_backward and unit.registered and not unit.running.calls:
+            engine.params.reshard(unit)
+    engine.params.settle_prefetches()
+    if engine.gradients.is_last_backward:
+        engine.gradients.wait_for_reductions()
     if is_outermost:
         engine.collective_log.ends_backward()
 
@@ -329,24 +328,18 @@ def _end_task(engine: ShardEngine, task: int) -> None:
 def finish_accumulating(engine: ShardEngine) -> None:
     """Reduces what backwards without synchronisation have left, without another backward."""
     for unit in engine.units:
-        engine.reduce_scatter(unit)
-        engine.reshard(unit)
-    engine.wait_for_reductions()
+        engine.gradients.reduce_scatter(unit)
+        engine.params.reshard(unit)
+    engine.gradients.wait_for_reductions()
     engine.collective_log.ends_backward()
 
 
 def abandon(engine: ShardEngine) -> None:
     """After an exception: every slot is free, and gradients that had arrived in part are dropped."""
-    engine.tasks.clear()
-    engine.iteration = None
+    engine.running.backwards.clear()
+    engine.running.iteration = None
     for unit in engine.units:
-        unit.calls.clear()
-        unit.reached.clear()
-        unit.to_run.clear()
-        for use in unit.pending:
-            use.task = None
-            use.slot.active.clear()
-        unit.pending.clear()
-        engine.reshard(unit)
-    engine.discard_gradients()
-    engine.wait_for_reductions()
+        unit.running.abandon()
+        engine.params.reshard(unit)
+    engine.gradients.discard()
+    engine.gradients.wait_for_reductions()

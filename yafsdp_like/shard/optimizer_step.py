@@ -96,7 +96,7 @@ def _pass_by_units(optimizer: AdamW, owned: Owned) -> None:
     )
     for engine in {engine_of(unit): None for unit in units}:
         assert engine is not None
-        engine.before_update()
+        engine.params.before_update()
 
 
 def _is_updated_whole(unit: Unit, owned: Sequence[ShardedParam]) -> bool:
@@ -116,4 +116,4 @@ def _compute_copy(p: ShardedParam) -> torch.Tensor | None:
 
 def _after_batch(units: Sequence[Unit], whole: Sequence[bool], index: int) -> None:
     if index < len(units) and (engine := engine_of(units[index])) is not None:
-        engine.after_update(units[index], whole[index])
+        engine.params.after_update(units[index], whole[index])

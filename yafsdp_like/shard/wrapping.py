@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from yafsdp_like.comm.choice import transport_over
 from yafsdp_like.shard.hooks import install
+from yafsdp_like.shard.runtime.engine import engine_of
 from yafsdp_like.shard.runtime.param import ShardedParam
 from yafsdp_like.shard.runtime.unit_state import Unit, ownership_of, unit_of
 
@@ -125,16 +126,15 @@ def _keep_state_dict_sharded(unit: Unit, module: nn.Module) -> None:
     """Make state dicts hold and load the sharded parameters, whichever are registered at the time."""
 
     def reshard(*_: Any) -> None:
-        if unit.engine is not None:
-            unit.engine.reshard(unit)
+        if (engine := engine_of(unit)) is not None:
+            engine.params.reshard(unit)
 
     def begin(*_: Any) -> None:
         reshard()
-        unit.is_loading = True
+        unit.begin_loading()
 
     def end(*_: Any) -> None:
-        unit.is_loading = False
-        unit.materialize()
+        unit.end_loading()
 
     module.register_state_dict_pre_hook(reshard)
     module.register_load_state_dict_pre_hook(begin)
@@ -155,16 +155,16 @@ _registration_hook: list[Any] = []  # torch's, for all modules, from the first s
 def _adopt_assigned(module: nn.Module, name: str, given: nn.Parameter) -> nn.Parameter | None:
     """Shard ``given``, which torch registers as ``module.name``, if the parameter that was there was sharded."""
     unit, p = vars(module).get("_yafsdp_params", {}).get(name, (None, None))
-    if unit is None or unit.calls or p.is_mine(given):  # while the unit computes, what is given is for this call
-        return None
+    if unit is None or unit.running.calls or p.is_mine(given):
+        return None  # while the unit computes, what is given is for this call
     owner = ownership_of(given)
     if (owner is not None and not owner.is_replaced) or (len(p.owners) > 1 and not unit.is_loading):
         raise NotImplementedError(
             f"{p.name} is sharded, and cannot be tied to another parameter or untied any more (rank {p.rank}): assign "
             "before fully_shard, or copy values into it"
         )
-    if unit.engine is not None:
-        unit.engine.reshard(unit)
+    if (engine := engine_of(unit)) is not None:
+        engine.params.reshard(unit)
     return cast("nn.Parameter", unit.adopt(p, given))
 
 

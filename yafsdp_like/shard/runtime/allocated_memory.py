@@ -6,8 +6,9 @@ not know what is in a slot: who builds or leaves has released them all, and has 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,18 +25,19 @@ from yafsdp_like.shard.runtime.memory_layout import (
     plan_memory,
 )
 from yafsdp_like.shard.runtime.param import NOWHERE
-from yafsdp_like.shard.runtime.unit_state import GatherSlot, GradientSlot
+from yafsdp_like.shard.runtime.sinks import watch_gradients
+from yafsdp_like.shard.runtime.slots import GatherSlot, GradientSlot, find_neighbours
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from yafsdp_like.memory.plan import MemoryPlan
     from yafsdp_like.shard.runtime.collective_log import CollectiveLog
     from yafsdp_like.shard.runtime.unit_spec import UnitLayout
     from yafsdp_like.shard.runtime.unit_state import Unit
     from yafsdp_like.shard.runtime.unit_tree import UnitTree
 
-AnySlot = TypeVar("AnySlot", GatherSlot, GradientSlot)
+
+class SpillWarning(UserWarning):
+    """A unit was given memory beyond the plan, because modules ran in an order that the plan did not expect."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class AllocatedMemory:
         self._tree, self._collective_log = tree, collective_log
         self._layout: MemoryLayout | None = None
         self._built_for: tuple[object, ...] = ()  # the units' signatures then
+        self._trains = all(unit.needs.trains for unit in tree.units)  # units may have been evaluated alone before
 
     @property
     def is_built(self) -> bool:
@@ -106,7 +109,7 @@ class AllocatedMemory:
         return [
             f"{p.name} {list(p.shards.shape)} of unit {unit.name!r}, {p.main_dtype} computed in {p.compute_dtype} and "
             f"reduced in {p.reduce_dtype}, {'trainable' if p.trainable else 'frozen'}"
-            + ("" if unit.trains else ", without room for gradients")
+            + ("" if unit.needs.trains else ", without room for gradients")
             for unit in self._tree.units
             for p in unit.params
         ] + [
@@ -116,8 +119,24 @@ class AllocatedMemory:
             for unit in self._tree.units
         ]
 
+    def follow_grad_mode(self) -> None:
+        """Give a model that begins without grad mode room for gradients once a forward may lead to a backward."""
+        if not self._trains and torch.is_grad_enabled():
+            self.make_trainable()
+        elif self.num_layouts == 0 and not torch.is_grad_enabled():
+            self._trains = any(p.sharded.grad is not None for unit in self._tree.units for p in unit.params)
+            for unit in self._tree.units:
+                unit.need(trains=self._trains)
+
+    def make_trainable(self) -> None:
+        """Let the next forward find room for gradients."""
+        self._trains = True
+        for unit in self._tree.units:
+            unit.need(trains=True)
+        self.invalidate()
+
     def invalidate(self) -> None:
-        """Whatever it was built for, the next forward builds it anew."""
+        """Let the next forward build it anew, whatever it was built for."""
         self._built_for = ()
 
     def leave(self) -> None:
@@ -127,19 +146,20 @@ class AllocatedMemory:
         for unit in self._tree.units:
             unit.forget_slots()
 
-    def add_gather_slot(self, unit: Unit, reason: str) -> Spill:
-        """Gives ``unit`` a gather slot of its own from here on, beyond the plan."""
-        unit.own_gather_slot = True
+    def add_gather_slot(self, unit: Unit, reason: str) -> None:
+        """Give ``unit`` a gather slot of its own from here on, beyond the plan."""
+        unit.need(own_gather_slot=True)
         place, layout = self._spill(unit, 0, reason)
-        unit.gather_slot = slot_at(unit, place, layout.gather_slot)
-        return self.spills[-1]
+        unit.use_gather_slot(slot_at(unit, place, layout.gather_slot))
+        watch_gradients(unit, unit.gather_slot)
+        _warn_of(self.spills[-1])
 
-    def add_gradient_slot(self, unit: Unit, reason: str) -> Spill:
-        """Gives ``unit`` a gradient slot of its own from here on, beyond the plan."""
-        unit.own_gradient_slot = True
+    def add_gradient_slot(self, unit: Unit, reason: str) -> None:
+        """Give ``unit`` a gradient slot of its own from here on, beyond the plan."""
+        unit.need(own_gradient_slot=True)
         place, layout = self._spill(unit, -1, reason)
-        unit.gradient_slot = GradientSlot(unit, place, layout.gradient_slot)
-        return self.spills[-1]
+        unit.use_gradient_slot(GradientSlot(unit, place, layout.gradient_slot))
+        _warn_of(self.spills[-1])
 
     def _spill(self, unit: Unit, which: int, reason: str) -> tuple[Place, UnitLayout]:
         assert self._layout is not None and self.arena is not None
@@ -163,13 +183,23 @@ def build(memory_layout: MemoryLayout) -> Arena:
     arena.reserve([region for region in memory_layout.plan.regions if region.kind != "main_shard"])
     for unit, layout in memory_layout.layouts.items():
         _place_shards(unit, layout, arena)
-        unit.gather_slot = _gather_slot(unit, memory_layout, arena)
-        unit.gradient_slot = _gradient_slot(unit, memory_layout, arena)
-    for unit in units:
-        unit.staging, unit.column = _scratch(arena, STAGING), _scratch(arena, COLUMN)
-    _introduce([unit.gather_slot for unit in units])
-    _introduce([unit.gradient_slot for unit in units])
+        unit.use_gather_slot(_gather_slot(unit, memory_layout, arena))
+        unit.use_gradient_slot(_gradient_slot(unit, memory_layout, arena))
+        unit.use_scratch(_scratch(arena, STAGING), _scratch(arena, COLUMN))
+        watch_gradients(unit, unit.gather_slot)
+    find_neighbours([unit.gather_slot for unit in units])
+    find_neighbours([unit.gradient_slot for unit in units])
     return arena
+
+
+def _warn_of(spill: Spill) -> None:
+    warnings.warn(
+        f"{spill.region} takes {spill.nbytes:,} bytes beyond the memory plan: {spill.reason}. Numbers are right, and "
+        "later iterations reuse the slot. To plan for it, register modules in the order in which they run, and set "
+        "reshard_after_forward=False on a unit whose forward runs another that is not its submodule",
+        SpillWarning,
+        stacklevel=2,
+    )
 
 
 def _scratch(arena: Arena, region: str) -> torch.Tensor:
@@ -181,11 +211,11 @@ def _scratch(arena: Arena, region: str) -> torch.Tensor:
 
 def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
     for k, p in enumerate(unit.params):
-        p.compute = p.main
+        p.place_compute(p.main)
         for region, part in (("compute_shard", layout.compute_shard), ("aliased_shard", layout.aliased_shard)):
             if part.segments[k].nbytes:
                 shard = arena.place(f"{unit.name}.{region}").part(part.segments[k])
-                p.compute = shard.flat(p.compute_dtype, p.shards.chunk_numel)
+                p.place_compute(shard.flat(p.compute_dtype, p.shards.chunk_numel))
         if k in unit.trainable:
             p.place_grad(arena.place(f"{unit.name}.grad_shard").part(layout.grad_shard.segments[k]))
 
@@ -199,7 +229,7 @@ def _gather_slot(unit: Unit, memory_layout: MemoryLayout, arena: Arena) -> Gathe
             if layout.aliased_shard.nbytes
             else slot_at(unit, extent, layout.gather_slot)
         )
-    if unit.own_gather_slot:
+    if unit.needs.own_gather_slot:
         return slot_at(unit, arena.place(f"{unit.name}.gather_slot"), layout.gather_slot)
     return _slot_on_shards(unit, layout, arena)
 
@@ -237,17 +267,7 @@ def _gradient_slot(unit: Unit, memory_layout: MemoryLayout, arena: Arena) -> Gra
     layout = memory_layout.layouts[unit].gradient_slot
     if unit in memory_layout.gradient_places:
         return GradientSlot(unit, arena.place(GRADIENT_SLOTS).part(memory_layout.gradient_places[unit]), layout)
-    if unit.own_gradient_slot:
+    if unit.needs.own_gradient_slot:
         return GradientSlot(unit, arena.place(f"{unit.name}.gradient_slot"), layout)
     # Parameters without elements have gradients too, but no bytes in any region: an empty one holds them.
     return GradientSlot(unit, arena.place(f"{unit.name}.grad_shard") if unit.trainable else None, layout)
-
-
-def _introduce(slots: Sequence[AnySlot]) -> None:
-    """Tells every slot which others share bytes with it."""
-    for slot in slots:
-        slot.neighbours = [other for other in slots if other is not slot and _share_bytes(slot, other)]
-
-
-def _share_bytes(slot: AnySlot, other: AnySlot) -> bool:
-    return slot.extent is not None and other.extent is not None and slot.extent.overlaps(other.extent)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from yafsdp_like.comm.journal import Entry, journal_of
 
 if TYPE_CHECKING:
+    from yafsdp_like.shard.runtime.slots import SlotUnit
     from yafsdp_like.shard.runtime.unit_state import Unit
 
 Recorded = list[Sequence[Entry]]  # of each journal
@@ -48,7 +49,7 @@ class CollectiveLog:
             journal.settle(keep=1)
             journal.post()
 
-    def gathers(self, unit: Unit) -> None:
+    def gathers(self, unit: SlotUnit) -> None:
         if unit.transport.mapped is None or not unit.transport.mapped.reads_shards:
             entry = self._entry((unit, "gather"), lambda: f"all-gathers the parameters of unit {unit.name!r}")
             self._journal_of[unit.transport].note(entry)

@@ -13,7 +13,7 @@ import torch
 from yafsdp_like.shard.runtime.nested import tensors_in
 
 if TYPE_CHECKING:
-    from yafsdp_like.shard.runtime.unit_state import GatherSlot
+    from yafsdp_like.shard.runtime.slots import GatherSlot
 
 
 def poison(slot: GatherSlot) -> None:

@@ -50,8 +50,10 @@ def plan_memory(tree: UnitTree) -> MemoryLayout:
     layouts = {unit: unit.plan_layout(granule_nbytes) for unit in units}
     gather_live = _gather_ranges(tree)
     gradient_live = {unit: schedule.gradient_range(i) for i, unit in enumerate(units)}
-    gather = {u: aligned(x.gathered_nbytes, granule_nbytes or 1) for u, x in layouts.items() if not u.own_gather_slot}
-    gradient = {u: x.gradient_slot.nbytes for u, x in layouts.items() if not u.own_gradient_slot}
+    gather = {
+        u: aligned(x.gathered_nbytes, granule_nbytes or 1) for u, x in layouts.items() if not u.needs.own_gather_slot
+    }
+    gradient = {u: x.gradient_slot.nbytes for u, x in layouts.items() if not u.needs.own_gradient_slot}
     gather_places, gather_nbytes = _place_shared(gather, gather_live)
     gradient_places, gradient_nbytes = _place_shared(gradient, gradient_live)
     regions = [shard for unit in units for shard in _shards(unit, layouts[unit], granule_nbytes)]
@@ -99,7 +101,8 @@ def _staging(layouts: Mapping[Unit, UnitLayout]) -> list[Region]:
         if unit.transport.mapped is not None and x.gradient_slot.nbytes
     ]
     sums = max(
-        _column_nbytes(u, [p.reduce_dtype if p.trainable and u.trains else None for p in u.params]) for u in layouts
+        _column_nbytes(u, [p.reduce_dtype if p.trainable and u.needs.trains else None for p in u.params])
+        for u in layouts
     )
     column = max(_column_nbytes(u, [p.compute_dtype for p in u.params]) for u in layouts)
     staging = [Region(STAGING, STAGING, min(max(needs), MAX_STAGING_NBYTES) + sums)] if needs else []
@@ -124,10 +127,10 @@ def _granule_end(regions: Sequence[Region]) -> list[Region]:
 def own_slot_regions(unit: Unit, layout: UnitLayout) -> list[Region]:
     """The regions of slots that ``unit`` shares with nobody."""
     regions = []
-    if unit.own_gather_slot:
+    if unit.needs.own_gather_slot:
         regions.append(Region(f"{unit.name}.gather_slot", "spill", layout.gather_slot.nbytes))
-    if unit.own_gradient_slot:
-        kind = "unsynced gradients" if unit.unsynced_gradients else "spill"
+    if unit.needs.own_gradient_slot:
+        kind = "unsynced gradients" if unit.needs.unsynced_gradients else "spill"
         mapped = unit.transport.mapped is not None
         nbytes = aligned(layout.gradient_slot.nbytes, vmm.GRANULE_NBYTES if mapped else 1)
         regions.append(Region(f"{unit.name}.gradient_slot", kind, nbytes, mapped))

@@ -215,6 +215,18 @@ class ShardedParam:
         self._owners.append(_Owner.of(module, attribute))
         module._parameters[attribute] = self.registered  # type: ignore[assignment]
 
+    def rename(self, name: str) -> None:
+        """Take the full name from the root."""
+        self.name = name
+
+    def leave_place(self) -> None:
+        """Forget where ``local`` was put: it is to be put somewhere else."""
+        self.placed = None
+
+    def place_compute(self, shard: torch.Tensor) -> None:
+        """Let ``shard``, ``(chunk_numel,)``, be what is all-gathered; it may be the main shard."""
+        self.compute = shard
+
     def place_main(self, place: Place) -> None:
         """Moves this rank's rows to ``place``, where the DTensor holds them from now on."""
         local = place.tensor(self.main_dtype, self.local_shape)

@@ -16,14 +16,14 @@ import torch
 from yafsdp_like.ops.linear import attach
 
 if TYPE_CHECKING:
-    from yafsdp_like.shard.runtime.unit_state import GatherSlot, Unit
+    from yafsdp_like.shard.runtime.slots import GatherSlot
+    from yafsdp_like.shard.runtime.unit_state import Unit
 
 
-def watch_gradients(slot: GatherSlot) -> None:
-    """From now on, gradients that autograd completes for the slot's parameters move into the unit's gradient slot."""
-    for k in [k for k, p in enumerate(slot.unit.params) if p.trainable]:
-        # Weak, since the garbage collector does not see through a parameter's hooks.
-        unit_ref = weakref.ref(slot.unit)
+def watch_gradients(unit: Unit, slot: GatherSlot) -> None:
+    """Take gradients that autograd completes for the parameters of ``unit`` in ``slot`` from now on."""
+    unit_ref = weakref.ref(unit)  # weak, since the garbage collector does not see through a parameter's hooks
+    for k in [k for k, p in enumerate(unit.params) if p.trainable]:
         slot.params[k].register_post_accumulate_grad_hook(partial(_take_gradient, unit_ref, k))
         if slot.params[k].dim() == 2 and not slot.params[k].is_complex():
             attach(slot.params[k], GradientSink(unit_ref, k))
@@ -44,34 +44,27 @@ class GradientSink:
         unit = self.unit()
         assert unit is not None
         p = unit.params[self.k]
-        if p.gradient_dtype != p.compute_dtype or len(unit.pending) > 1 or self.k in unit.gradient_slot.holds:
+        if p.gradient_dtype != p.compute_dtype or len(unit.running.pending) > 1 or self.k in unit.gradient_slot.holds:
             return None
         if unit.registered is not None and unit.registered.params[self.k]._backward_hooks:
             return None  # of the user's, on the full parameter: they are to see its gradient
-        engine = unit.engine
-        assert engine is not None
-        return engine.open_gradient(unit, self.k)
+        return unit.gradients.view(unit, self.k)
 
     def withdraw(self) -> torch.Tensor | None:
         unit = self.unit()
         assert unit is not None
-        slot = unit.gradient_slot
-        if self.k not in slot.holds or self.k in slot.arrived:
-            return None
-        slot.holds.discard(self.k)
-        return slot.views[self.k].clone()
+        return unit.gradient_slot.withdraw(self.k)
 
 
 def _take_gradient(unit_ref: weakref.ref[Unit], k: int, param: torch.Tensor) -> None:
     unit, grad = unit_ref(), param.grad
-    engine = unit.engine if unit is not None else None
-    assert unit is not None and engine is not None
+    assert unit is not None
     param.grad = None
     if grad is not None and grad.layout is not torch.strided:
         raise RuntimeError(
             f"{unit.params[k].name}: expected a dense gradient to reduce, found {grad.layout}; "
             "sparse gradients cannot be sharded, use sparse=False"
         )
-    if torch._C._current_graph_task_id() not in unit.reached:
-        engine.check_entered(unit, k)
-    engine.accumulate(unit, k, grad)
+    if torch._C._current_graph_task_id() not in unit.running.reached:
+        unit.gradients.check_entered(unit, k)
+    unit.gradients.arrived(unit, k, grad)

@@ -5,7 +5,6 @@ Owns the flat layouts of a unit's shards and slots, and the policy that the sett
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,18 +19,6 @@ if TYPE_CHECKING:
 
     from yafsdp_like.comm.transport import Averaged
     from yafsdp_like.shard.runtime.param import ShardedParam
-
-
-class SlotState(enum.Enum):
-    """What a slot's bytes are to the compute stream. The transitions are in ``engine.py``, and those of a replayed step
-    in ``graph.py``; no others happen.
-    """
-
-    EMPTY = "nobody's: any neighbour may take the bytes"
-    FILLED = "gathered ahead, not yet read: a neighbour in need may still take the bytes"
-    STALE = "read and released, the values still there: any neighbour may take the bytes"
-    HELD = "being read or written by running work: nobody may touch the bytes"
-    KEPT = "idle but left unsharded on purpose: given up when a neighbour needs the bytes"
 
 
 @dataclass(frozen=True)
@@ -86,9 +73,19 @@ class UnitLayout:
         return self.gather_slot.nbytes - self.aliased_shard.nbytes
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
+class UnitNeeds:
+    """What a build has to make for one unit beside what its policy says."""
+
+    trains: bool = True  # False: as far as is known there are only forwards without grad mode
+    own_gather_slot: bool = False  # after a spill, or in debug mode; later plans keep to it
+    own_gradient_slot: bool = False  # after a spill, or because unsynced gradients stay in it between backwards
+    unsynced_gradients: bool = False  # set_requires_gradient_sync(False) was called
+
+
+@dataclass(frozen=True)
 class UnitPolicy:
-    """What the user asked of one unit; the setters of ``FSDPModule`` write here."""
+    """What the user asked of one unit, by ``fully_shard`` and the setters of ``FSDPModule``."""
 
     mp: MixedPrecisionPolicy
     reshard_after_forward: bool | None  # None: the root keeps its parameters, others reshard

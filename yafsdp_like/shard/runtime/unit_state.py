@@ -1,22 +1,14 @@
-"""One unit at run time: its parameters and shards, its slots at fixed addresses, and the calls that use them.
+"""One unit at run time: its parameters and shards, what modules see of them, and which slots it has now.
 
-Owns the main shard, when compute shards follow main ones, and the tensors on a slot's bytes. It decides neither which
-bytes those are (``memory_layout.py``, ``allocated_memory.py``) nor when they are gathered and released (``engine.py``).
-
-[Note: one address per unit]
-Autograd saves views of a unit's full parameters in forward and reads them in backward. They must find the same values
-at the same address, so a slot belongs to one unit for good: slots share bytes with other units' slots
-(``neighbours``), never addresses with "any free slot". When execution asks for two slots at once that share bytes,
-one unit moves to a slot of its own for its later forwards, while what was saved earlier keeps the old slot
-(``ForwardUse.slot``).
+Owns the main shard, and casts the compute shard. It decides neither which bytes slots have (``memory_layout.py``,
+``allocated_memory.py``) nor when they are gathered and released (``params.py``). Its attributes are written here alone.
 """
 
 from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -24,164 +16,30 @@ from torch import nn
 from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.plan import Region
 from yafsdp_like.shard.runtime.freshness import Freshness
-from yafsdp_like.shard.runtime.nested import addresses_in
 from yafsdp_like.shard.runtime.param import NOWHERE, ParamMark, ShardedParam
-from yafsdp_like.shard.runtime.unit_spec import SlotState, UnitLayout, UnitPolicy
-from yafsdp_like.shard.runtime.watching import NOTHING, Watched
+from yafsdp_like.shard.runtime.running import RunningUnit
+from yafsdp_like.shard.runtime.unit_spec import UnitLayout, UnitNeeds, UnitPolicy
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
-    from types import FrameType
+    from collections.abc import Sequence
 
     from torch.distributed.device_mesh import DeviceMesh
 
-    from yafsdp_like.comm.transport import AllGather, ReduceScatter, Reduction, Transport
-    from yafsdp_like.memory.arena import Place
-    from yafsdp_like.memory.layout import FlatLayout
-    from yafsdp_like.memory.streams import Event
-    from yafsdp_like.shard.runtime.freshness import Version
+    from yafsdp_like.comm.transport import Reduction, Transport
+    from yafsdp_like.shard.runtime.slots import GatherSlot, GradientSlot
 
 
-class GatherSlot:
-    """A unit's full parameters at a fixed address.
-
-    ``params[k]`` is the ``nn.Parameter`` that modules compute on; ``outputs[k]``, ``(padded_numel,)``, is the same
-    bytes for the collective to write. They are different tensors: see [Note: version counters]. ``places`` has one
-    place per parameter; ``extent`` is what is gathered, or None when the slot is the shard (one rank). Of the
-    parameters in ``aliased`` the places alias this rank's shard: see [Note: aliased granules].
-    """
-
-    def __init__(
-        self, unit: Unit, places: Sequence[Place], extent: Place | None, aliased: Collection[int] = ()
-    ) -> None:
-        self.unit = unit
-        self.extent = extent
-        self.aliased = frozenset(aliased)
-        self.neighbours: list[GatherSlot] = []  # slots that share bytes with this one
-        self.state = SlotState.EMPTY
-        self.ready: Event = None  # the gather has arrived
-        self.released: Event = None  # the last reader is done; None once a gather has waited for it
-        self.version: Version = ()  # of the main shards whose values are in it
-        self.active: dict[ForwardUse, None] = {}  # uses whose backward is running
-        self.params = [_full_param(p, place) for p, place in zip(unit.params, places, strict=True)]
-        self.outputs = [
-            place.flat(p.compute_dtype, p.shards.padded_numel) for p, place in zip(unit.params, places, strict=True)
-        ]
-
-    @cached_property
-    def _addresses(self) -> range:
-        """What the slot occupies; nothing where it is the shard, which stays."""
-        if self.extent is None or not self.outputs:
-            return range(0)
-        start = min(output.data_ptr() for output in self.outputs)
-        return range(start, max(output.data_ptr() + output.nbytes for output in self.outputs))
-
-    def aliases(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` is a full parameter of this slot or a view of one: its values go when the slot is
-        released.
-        """
-        return any(address in self._addresses for address in addresses_in(tensor))
-
-    @cached_property
-    def all_gather(self) -> AllGather:
-        """Brings every rank's compute shard here. First asked for once transports are connected."""
-        inputs = [p.compute for p in self.unit.params]
-        return self.unit.transport.all_gather(self.outputs, inputs, self.aliased, self.unit.column)
-
-
-def _full_param(p: ShardedParam, place: Place) -> nn.Parameter:
-    full = nn.Parameter(place.tensor(p.compute_dtype, p.shards.shape), requires_grad=p.trainable)
-    vars(full).update(vars(p.sharded))
-    return full
-
-
-class GradientSlot:
-    """A unit's full gradients from their arrival in backward until they are reduced.
-
-    For each trainable parameter ``k``: ``views[k]`` has its shape and ``inputs[k]`` is ``(padded_numel,)``, in its
-    ``gradient_dtype``. ``holds`` are those with some gradient in the slot, ``arrived`` those for which it is all that
-    the backwards so far have computed.
-    Padding holds anything.
-    """
-
-    def __init__(self, unit: Unit, extent: Place | None, layout: FlatLayout) -> None:
-        self.unit = unit
-        self.extent = extent  # None: nothing is trainable
-        self.neighbours: list[GradientSlot] = []
-        self.state = SlotState.EMPTY
-        self.released: Event = None  # the reduction is done; None once compute has waited for it
-        self.holds: set[int] = set()
-        self.early: dict[int, Event] = {}  # reduced before the rest, and when that was done
-        self.arrived: dict[int, int | None] = {}  # parameter -> the backward in which it arrived last
-        self.views: dict[int, torch.Tensor] = {}
-        self.inputs: dict[int, torch.Tensor] = {}
-        self.homes: tuple[int, ...] = ()  # of gradients that are still held, where the unit's go meanwhile
-        self._reduces: dict[tuple[tuple[int, ...], tuple[int, ...]], ReduceScatter] = {}
-        for k in unit.trainable:
-            assert extent is not None
-            p, place = unit.params[k], extent.part(layout.segments[k])
-            self.views[k] = place.tensor(p.gradient_dtype, p.shards.shape)
-            self.inputs[k] = place.flat(p.gradient_dtype, p.shards.padded_numel)
-
-    def reduce_scatter(self, which: Sequence[int]) -> ReduceScatter:
-        """Reduces the gradients of these parameters into their gradient shards."""
-        key = tuple(which), self.homes
-        if key not in self._reduces:
-            params = [self.unit.params[k] for k in which]
-            self._reduces[key] = self.unit.transport.reduce_scatter(
-                [p.grad for p in params],
-                [self.inputs[k] for k in which],
-                [p.reduce_dtype.to_real() for p in params],
-                self.unit.staging,
-            )
-        return self._reduces[key]
-
-    def spare_kept_grads(self, which: Sequence[int]) -> None:
-        """The gradients of these parameters are written next: those of before that are still held keep their values."""
-        moved = [self.unit.params[k].spare_kept_grad() for k in which]
-        if any(moved):
-            self.homes = tuple(p.homes.index if p.homes else 0 for p in self.unit.params)
-
-
-@dataclass(eq=False)
-class ForwardUse:
-    """One forward call of a unit whose backward may come: which slot its saved tensors point to.
-
-    Held by the autograd graph only, so that it dies with a graph that is never run backward.
-    """
-
-    slot: GatherSlot
-    task: int | None = None  # the running backward that has reached it, by autograd's number
-
-
-@dataclass(eq=False)
-class Call:
-    """One running forward of one module of a unit."""
-
-    module: nn.Module
-    outer_error: BaseException | None  # what the caller was handling already when the forward began
-    recomputes: bool = False  # a checkpointed forward runs again inside the unit's own backward
-    starts_iteration: bool = False
-    has_nan_inputs: bool = False  # known in debug mode only
-    use: ForwardUse | None = None  # None without grad mode, and when it recomputes
-    frame: FrameType | None = None  # that runs a method as a forward, which may run the module's own forward
-    watched: Watched = NOTHING
-
-
-class UnitRuntime(Protocol):
-    """What a unit's own gradients and modules ask of the engine that runs it."""
-
-    def reshard(self, unit: Unit) -> None:
-        """Release the unit's full parameters, and register the sharded ones."""
+class GradientReceiver(Protocol):
+    """Where a unit's modules and parameters hand over their gradients."""
 
     def check_entered(self, unit: Unit, k: int) -> None:
         """Raise ``RuntimeError`` if the unit is released, though a gradient of parameter ``k`` was computed."""
 
-    def accumulate(self, unit: Unit, k: int, grad: torch.Tensor | None) -> None:
-        """Take parameter ``k``'s full gradient, ``(rows, ...)``, of the running backward."""
-
-    def open_gradient(self, unit: Unit, k: int) -> tuple[torch.Tensor, bool]:
+    def view(self, unit: Unit, k: int) -> tuple[torch.Tensor, bool]:
         """Return where to write parameter ``k``'s full gradient, and whether to add it to what is there."""
+
+    def arrived(self, unit: Unit, k: int, grad: torch.Tensor | None) -> None:
+        """Note that parameter ``k``'s full gradient is complete; ``grad`` is what was not written to its view yet."""
 
 
 @dataclass(frozen=True)
@@ -194,14 +52,14 @@ class Ownership(ParamMark):
 
     @property
     def unit(self) -> Unit:
-        """The unit, which lives as long as its modules."""
+        """Return the unit, which lives as long as its modules."""
         unit = self.unit_ref() if self.unit_ref is not None else None
         assert unit is not None
         return unit
 
 
 def ownership_of(param: torch.Tensor) -> Ownership | None:
-    """Which unit has sharded ``param``, or None if none has."""
+    """Return which unit has sharded ``param``, or None if none has."""
     found = vars(param).get("_yafsdp_ownership")
     if not isinstance(found, Ownership) or found.unit_ref is None or found.unit_ref() is None:
         return None
@@ -241,92 +99,137 @@ class Unit:
         self.arena = Arena(device)  # of the main shard, which is needed before the root is known
         self.layout: UnitLayout | None = None  # None until materialized
         self.freshness = Freshness(self.params)
-        self._engine: weakref.ref[UnitRuntime] | None = None  # see the property
+        self.needs = UnitNeeds()
+        self.running = RunningUnit()
+        self._engine: weakref.ref[object] | None = None  # see the properties
+        self._gradients: weakref.ref[GradientReceiver] | None = None
         self.given: list[ShardedParam] = []  # for which modules hold tensors of the user's, while full ones are seen
         self.registered: GatherSlot | None = None  # whose parameters the modules see; None: the sharded ones
         self._gather_slot: GatherSlot | None = None  # see the property
         self._gradient_slot: GradientSlot | None = None
         self.staging = self.column = NOWHERE  # scratch of reductions and gathers, shared by units; made by the build
-        self.trains = True  # False: as far as is known there are only forwards without grad mode
-        self.own_gather_slot = False  # by a spill; later plans keep to it
-        self.own_gradient_slot = False  # by a spill, or because unsynced gradients stay in it between backwards
-        self.unsynced_gradients = False  # set_requires_gradient_sync(False) was called
-        self.pending: weakref.WeakSet[ForwardUse] = weakref.WeakSet()  # uses whose backward has not ended
-        self.reached: set[int] = set()  # running backwards, by autograd's number, that have entered it by an output
         self.is_loading = False  # a state dict, whose entries may be assigned
-        self.to_run: list[nn.Module] = []  # of several modules: those that have not run in this forward pass
-        self.calls: list[Call] = []  # forwards that are running, the innermost last
         self.materialize()
 
     def __repr__(self) -> str:
         return f"Unit({self.name!r}, {len(self.params)} parameters)"
 
+    # --- what the user and execution ask for
+
+    def set_policy(self, **changes: Any) -> None:
+        """Change fields of the policy."""
+        self.policy = replace(self.policy, **changes)
+
+    def need(self, **changes: bool) -> None:
+        """Change fields of ``needs``, which the next build follows."""
+        self.needs = replace(self.needs, **changes)
+
+    def prefetch_in_forward(self, units: list[Unit]) -> None:
+        """Gather ``units`` when this one's forward starts, instead of the next."""
+        self.forward_prefetch = units
+
+    def prefetch_in_backward(self, units: list[Unit]) -> None:
+        """Gather ``units`` when this one's backward starts, instead of the next that is expected."""
+        self.backward_prefetch = units
+
+    # --- who runs it
+
+    def run_by(self, engine: object, gradients: GradientReceiver) -> None:
+        """Belong to the engine of a root module, which takes gradients by ``gradients``."""
+        self._engine, self._gradients = weakref.ref(engine), weakref.ref(gradients)
+
     @property
-    def engine(self) -> UnitRuntime | None:
-        """Of the root module, once that is known; None again when that module is gone."""
+    def engine(self) -> Any:
+        """The engine of the root module, once that is known; None again when it is gone. See ``engine_of``."""
         return None if self._engine is None else self._engine()
 
-    @engine.setter
-    def engine(self, engine: UnitRuntime) -> None:
-        self._engine = weakref.ref(engine)
+    @property
+    def gradients(self) -> GradientReceiver:
+        """Where gradients go, which lives as long as a graph that computes some."""
+        gradients = None if self._gradients is None else self._gradients()
+        assert gradients is not None, f"a gradient of {self.name!r} came after its root module was deleted"
+        return gradients
+
+    @property
+    def awaits_backward(self) -> bool:
+        """Whether a backward of one of the unit's forwards may still come."""
+        return bool(self.running.pending)
+
+    def rename(self, name: str, params: Sequence[str]) -> None:
+        """Take full names from the root, for the unit and each parameter."""
+        self.name = name
+        for p, full in zip(self.params, params, strict=True):
+            p.rename(full)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that are still there."""
+        return [module for ref in self._modules if (module := ref()) is not None]
+
+    def add_module(self, module: nn.Module) -> None:
+        """Let the forward of ``module`` need the parameters too."""
+        self._modules.append(weakref.ref(module))
+
+    # --- slots
 
     @property
     def has_slots(self) -> bool:
+        """Whether a build has given it slots."""
         return self._gather_slot is not None and self._gradient_slot is not None
 
     @property
     def gather_slot(self) -> GatherSlot:
-        """Where forwards to come find the full parameters; made by the engine's build."""
+        """Where forwards to come find the full parameters; made by the build."""
         assert self._gather_slot is not None, f"{self.name!r} has no slot before its engine is built"
         return self._gather_slot
 
-    @gather_slot.setter
-    def gather_slot(self, slot: GatherSlot) -> None:
-        self._gather_slot = slot
-
     @property
     def gradient_slot(self) -> GradientSlot:
-        """Where the next backward's gradients go; made by the engine's build."""
+        """Where the next backward's gradients go; made by the build."""
         assert self._gradient_slot is not None, f"{self.name!r} has no slot before its engine is built"
         return self._gradient_slot
-
-    @gradient_slot.setter
-    def gradient_slot(self, slot: GradientSlot) -> None:
-        self._gradient_slot = slot
-
-    def unsynced(self) -> GradientSlot | None:
-        """The gradient slot, if gradients that no backward has reduced yet are in it."""
-        return self._gradient_slot if self._gradient_slot is not None and self._gradient_slot.arrived else None
-
-    def forget_slots(self) -> None:
-        """Before the engine makes new ones. What autograd saved keeps the old ones alive as long as it needs them."""
-        self._gather_slot = self._gradient_slot = None
-        self.freshness.compute_shard_lost()
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """Those that are still there."""
-        return [module for ref in self._modules if (module := ref()) is not None]
-
-    def add_module(self, module: nn.Module) -> None:
-        self._modules.append(weakref.ref(module))
 
     @property
     def slots(self) -> list[GatherSlot]:
         """Slots that may hold the unit's parameters now: that of forwards to come, and the one that modules see."""
         return [slot for slot in dict.fromkeys((self._gather_slot, self.registered)) if slot is not None]
 
+    def use_gather_slot(self, slot: GatherSlot) -> None:
+        """Find full parameters in ``slot`` from the next forward on."""
+        self._gather_slot = slot
+
+    def use_gradient_slot(self, slot: GradientSlot) -> None:
+        """Put gradients into ``slot`` from the next one on."""
+        self._gradient_slot = slot
+
+    def use_scratch(self, staging: torch.Tensor, column: torch.Tensor) -> None:
+        """Use the scratch of reduce-scatters and of all-gathers, ``(nbytes,)`` uint8, which units share."""
+        self.staging, self.column = staging, column
+
+    def unsynced(self) -> GradientSlot | None:
+        """Return the gradient slot, if gradients that no backward has reduced yet are in it."""
+        return self._gradient_slot if self._gradient_slot is not None and self._gradient_slot.arrived else None
+
+    def forget_slots(self) -> None:
+        """Leave the slots, which live as long as what autograd saved needs them."""
+        self._gather_slot = self._gradient_slot = None
+        self.freshness.compute_shard_lost()
+
+    # --- layouts and the main shard
+
     @property
     def trainable(self) -> list[int]:
         """Parameters for whose gradients there is, or will be, room."""
-        return [k for k, p in enumerate(self.params) if p.trainable] if self.trains else []
+        return [k for k, p in enumerate(self.params) if p.trainable] if self.needs.trains else []
 
     @property
     def signature(self) -> tuple[object, ...]:
         """What the plan was made for; a change of it asks for a new plan."""
-        return (self.unsynced_gradients, self.freshness.num_moves, *((p.trainable, p.is_placed) for p in self.params))
+        moves = self.freshness.num_moves
+        return (self.needs.unsynced_gradients, moves, *((p.trainable, p.is_placed) for p in self.params))
 
     def meta_params(self) -> list[str]:
+        """Return the names of parameters that are on the meta device."""
         return [p.name for p in self.params if p.local.is_meta]
 
     @property
@@ -335,22 +238,23 @@ class Unit:
         return self.transport.mapped is not None and self.transport.mapped.reads_shards
 
     def plan_layout(self, granule_nbytes: int = 0) -> UnitLayout:
-        """The layout for the dtypes and ``requires_grad`` of now, without touching memory; with gather slots that
-        alias whole granules of the shard, unless ``granule_nbytes`` is 0.
+        """Return the layout for the dtypes and ``requires_grad`` of now, without touching memory.
+
+        Gather slots alias whole granules of the shard, unless ``granule_nbytes`` is 0.
         """
         self.plan_dtypes()
         granule_nbytes = granule_nbytes if self.aliases_shards else 0
         return UnitLayout.of(self.params, self.trainable, self.transport.mapped is not None, granule_nbytes)
 
     def plan_dtypes(self) -> None:
-        """What each parameter is computed and its gradient reduced in, by the policy of now."""
+        """Set what each parameter is computed and its gradient reduced in, by the policy of now."""
         # A kernel that sums in fp32 reads gradients as they were computed; sums over backwards need reduce_dtype.
-        as_computed = self.transport.mapped is not None and not self.unsynced_gradients
+        as_computed = self.transport.mapped is not None and not self.needs.unsynced_gradients
         for p in self.params:
             p.set_dtypes(self.policy.mp, as_computed)
 
     def materialize(self) -> None:
-        """Puts the main shard into the arena, or back into it after the user moved, cast or replaced parameters.
+        """Put the main shard into the arena, or back after the user moved, cast or replaced parameters.
 
         Does nothing while a parameter is on the meta device.
         """
@@ -364,7 +268,7 @@ class Unit:
             self.arena = Arena(self.device)
             self.arena.reserve([Region("main_shard", "main_shard", layout.main_shard.nbytes)])
             for p in self.params:
-                p.placed = None
+                p.leave_place()
         self.layout = layout
         for p, segment in zip(self.params, layout.main_shard.segments, strict=True):
             if not p.is_placed:
@@ -373,13 +277,13 @@ class Unit:
                 p.place_main(place)
 
     def mark(self, param: torch.Tensor, p: ShardedParam) -> None:
-        """Notes on ``param`` that it is ``p`` of this unit, or what ``p`` was made of, for ``ownership_of``."""
+        """Note on ``param`` that it is ``p`` of this unit, or what ``p`` was made of, for ``ownership_of``."""
         param._yafsdp_ownership = Ownership(  # type: ignore[attr-defined]
             weakref.ref(p), param is not p.sharded, weakref.ref(self)
         )
 
     def adopt(self, p: ShardedParam, given: nn.Parameter) -> nn.Parameter:
-        """Takes ``given``, which the user assigns to a module, in the place of ``p``; returns what the module gets."""
+        """Take ``given``, which the user assigns to a module, in the place of ``p``; return what the module gets."""
         before, sharded = p.sharded, p.adopt(given)
         for param in (before, given, sharded):
             self.mark(param, p)
@@ -391,7 +295,7 @@ class Unit:
         return any(p.main is not NOWHERE and p.main.dtype != p.main_dtype for p in self.params)
 
     def register(self, slot: GatherSlot | None) -> None:
-        """Makes the modules see ``slot``'s full parameters, or the sharded ones for None.
+        """Make modules see ``slot``'s full parameters, or the sharded ones for None.
 
         Also where they should see them already: ``functional_call`` ends by putting back what it found when it began.
         """
@@ -401,8 +305,17 @@ class Unit:
                 self.given.append(p)
         self.registered = slot
 
+    def begin_loading(self) -> None:
+        """Let entries of a state dict be assigned to modules, tied ones too."""
+        self.is_loading = True
+
+    def end_loading(self) -> None:
+        """Put what was loaded into the main shard."""
+        self.is_loading = False
+        self.materialize()
+
     def copy_unsharded(self) -> list[torch.Tensor]:
-        """Copies of the full parameters that modules see now."""
+        """Copy the full parameters that modules see now."""
         assert self.registered is not None
         return [param.detach().clone() for param in self.registered.params]
 
@@ -417,11 +330,11 @@ class Unit:
         return bool(pairs)
 
     def reduction(self) -> Reduction:
-        """How this unit's gradients are divided, and what replicas average."""
+        """Return how this unit's gradients are divided, and what replicas average."""
         in_fp16 = any(p.reduce_dtype == torch.float16 for p in self.params)
         return replace(self.policy.division(self.mesh.size(), in_fp16), averaged=self.policy.averaged)
 
 
 def unit_of(module: nn.Module) -> Unit | None:
-    """The unit that ``fully_shard`` made of ``module``, alone or in a list."""
+    """Return the unit that ``fully_shard`` made of ``module``, alone or in a list."""
     return vars(module).get("_yafsdp_unit")

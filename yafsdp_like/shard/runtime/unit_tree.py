@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from yafsdp_like.shard.runtime.param import ShardedParam
+
 
 @dataclass(frozen=True, eq=False)
 class UnitTree:
@@ -58,10 +60,14 @@ def _name(root: nn.Module, units: Sequence[Unit]) -> None:
     """Full names from the root, for units and their parameters."""
     names = {module: name for name, module in root.named_modules()}
     for unit in units:
-        unit.name = ", ".join(names[m] or "root" for m in unit.modules if m in names)
-        for p in unit.params:
-            for module, attribute in p.owners[:1]:  # none where the user has put another module there
-                p.name = f"{names[module]}.{attribute}" if names.get(module) else attribute
+        params = [_full_name(p, names) for p in unit.params]
+        unit.rename(", ".join(names[m] or "root" for m in unit.modules if m in names), params)
+
+
+def _full_name(p: ShardedParam, names: Mapping[nn.Module, str]) -> str:
+    for module, attribute in p.owners[:1]:  # none where the user has put another module there
+        return f"{names[module]}.{attribute}" if names.get(module) else attribute
+    return p.name
 
 
 def _units_of_modules(units: Sequence[Unit]) -> dict[nn.Module, list[int]]:

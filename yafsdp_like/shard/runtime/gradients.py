@@ -1,0 +1,201 @@
+"""The life of full gradients: computed into a unit's gradient slot, complete, reduced into the gradient shard.
+
+Owns every transition of a gradient slot's state and the order of streams around it. A gradient takes three steps:
+whatever computes it writes to its ``view``, it has ``arrived``, and the unit's are reduced by ``reduce_scatter``.
+
+    EMPTY --first gradient--> HELD --reduce-scatter--> EMPTY
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from yafsdp_like.memory.streams import COMPUTE, REDUCE
+from yafsdp_like.shard.runtime.context import EngineContext, label
+from yafsdp_like.shard.runtime.running import backward_task
+from yafsdp_like.shard.runtime.slots import SlotState
+
+if TYPE_CHECKING:
+    from yafsdp_like.memory.streams import Event
+    from yafsdp_like.shard.runtime.unit_state import Unit
+    from yafsdp_like.shard.runtime.unit_tree import UnitTree
+
+EARLY_NUMEL = 1 << 23  # a reduction of fewer elements costs more in latency than it hides
+
+
+class GradientLifecycle:
+    """Moves the gradient slots of one model's units from state to state."""
+
+    def __init__(self, context: EngineContext) -> None:
+        self._context, self._streams = context, context.streams
+        self._ticks = context.tree.backward_ticks
+        self._reduced_early = _reduced_early(context.tree)
+        self._last_reduce: Event = None  # the end of the latest reduction; None once compute has waited for it
+        self._reduced: set[Unit] = set()  # by the running backward
+        self.filled: list[Unit] = []  # whose unused parameters the running backward reduces, in order of reduction
+        self.is_last_backward = True  # whether the end of a backward waits for its reductions
+
+    def set_is_last_backward(self, is_last_backward: bool) -> None:
+        """Set whether the end of a backward waits for its reductions."""
+        self.is_last_backward = is_last_backward
+
+    # --- from the product to the slot ---
+
+    def view(self, unit: Unit, k: int) -> tuple[torch.Tensor, bool]:
+        """Return where to write parameter ``k``'s full gradient, and whether to add it to what is there already."""
+        if not unit.needs.trains:
+            self._context.memory.make_trainable()
+            raise RuntimeError(
+                f"a gradient of {unit.params[k].name!r} came from a forward that began without grad mode, as all did "
+                f"so far: there is no room for it yet (rank {unit.transport.rank}). There will be in the next forward: "
+                "run it again"
+            )
+        slot = unit.gradient_slot
+        if slot.state is SlotState.EMPTY:
+            held = [other.unit.name for other in slot.neighbours if other.state is SlotState.HELD]
+            if held:
+                self.isolate(unit, f"its gradients arrived before those of {held} were complete")
+                slot = unit.gradient_slot
+            self._context.wait_for_last_accesses(COMPUTE, slot)
+            slot.hold()
+        if k in slot.early:
+            self._streams.wait(COMPUTE, slot.forget_early(k))
+        return slot.open(k)
+
+    def isolate(self, unit: Unit, reason: str) -> None:
+        """Give ``unit`` a gradient slot of its own, from its next gradient on."""
+        self._context.memory.add_gradient_slot(unit, reason)
+
+    def arrived(self, unit: Unit, k: int, grad: torch.Tensor | None) -> None:
+        """Note that parameter ``k``'s full gradient of the running backward, ``(rows, ...)``, is complete.
+
+        ``grad`` is what was not written to its view as it was computed; it is copied there, or added, now.
+        """
+        if grad is not None:
+            view, holds_some = self.view(unit, k)
+            with torch.no_grad():
+                if holds_some:
+                    view.add_(grad)
+                else:
+                    view.copy_(grad)
+        slot = unit.gradient_slot
+        if k not in slot.holds:
+            return  # no gradient came
+        slot.arrive(k, backward_task())
+        policy = unit.policy
+        if policy.requires_gradient_sync and not policy.reduces_unused and k in self._reduced_early.get(unit, ()):
+            together = list(slot.arrived)
+            slot.reduced_early(together, self._reduce_arrived(unit))
+
+    def all_arrived(self, unit: Unit) -> bool:
+        """Return whether the running backward has computed every gradient that the unit can get from it."""
+        slot, task = unit.gradient_slot, backward_task()
+        return all(k in slot.early or slot.arrived.get(k) == task for k in unit.trainable)
+
+    def check_entered(self, unit: Unit, k: int) -> None:
+        """Raise ``RuntimeError`` if the unit is released, though the backward has computed parameter ``k``'s gradient.
+
+        The backward has entered the unit by none of its outputs: what it read there may have been another unit's.
+        """
+        slot = unit.gather_slot
+        is_released = slot.state not in (SlotState.HELD, SlotState.KEPT)
+        if slot.extent is not None and is_released and unit.policy.unshard_in_backward:
+            raise RuntimeError(
+                f"a gradient of {unit.params[k].name!r} came while {unit.name!r} was released: backward entered it by "
+                "a tensor that its forward did not return, or returned inside an object (rank "
+                f"{unit.transport.rank}). Return such tensors in tuples, lists, dicts or dataclasses, and use what the "
+                "module's call gives; or call set_unshard_in_backward(False) if its backward reads no parameter"
+            )
+
+    # --- from the slot to the gradient shard ---
+
+    def reduce_scatter(self, unit: Unit) -> None:
+        """Reduce the gradients that have arrived, and free the slot, unless it holds parts of others."""
+        slot = unit.gradient_slot
+        if unit.policy.reduces_unused and unit not in self._reduced:
+            self._reduced.add(unit)
+            self.reduce_unused(self._ticks[unit][1])
+            self._fill_unused(unit)
+            slot = unit.gradient_slot
+        if not slot.arrived and not slot.early:
+            return
+        if self.filled and unit not in self._reduced:
+            self._reduced.add(unit)
+            self.reduce_unused(self._ticks[unit][1])
+        slot.release(self._reduce_arrived(unit) if slot.arrived else self._last_reduce)
+
+    def _reduce_arrived(self, unit: Unit) -> Event:
+        """Reduce into the gradient shard, set or add to ``.grad``, and return when that is done."""
+        slot = unit.gradient_slot
+        arrived = sorted(slot.arrived)  # the same order on every rank
+        complete = self._streams.record(COMPUTE)
+        with label("reduce_scatter", unit), self._streams.on(REDUCE), torch.no_grad():
+            self._streams.wait(REDUCE, complete)
+            adding = [k for k in arrived if unit.params[k].has_own_grad]
+            setting = [k for k in arrived if k not in adding]
+            self._context.collective_log.reduces(unit, setting, adding)
+            slot.spare_kept_grads(setting)
+            for which, adds in ((setting, False), (adding, True)):
+                if which:
+                    slot.reduce_scatter(which)(unit.reduction(), adds)
+            for k in arrived:
+                unit.params[k].deliver_grad(k in adding)
+        self._last_reduce = self._streams.record(REDUCE)
+        slot.reduced(arrived)
+        return self._last_reduce
+
+    # --- parameters that no gradient comes for ---
+
+    def begin_backward(self) -> None:
+        """Note that the first gradient of an outermost backward has come."""
+        self.filled = [unit for unit in self._ticks if unit.policy.reduces_unused]
+        self._reduced.clear()
+
+    def reduce_unused(self, tick: int) -> None:
+        """Reduce units whose backward was expected to end before ``tick``, and will not come.
+
+        Only those that are to be reduced whether they are used or not: where they are on ranks that use them.
+        """
+        for unit in self.filled:
+            if self._ticks[unit][1] >= tick:
+                return
+            if unit.policy.requires_gradient_sync and not unit.running.pending and unit not in self._reduced:
+                self.reduce_scatter(unit)
+
+    def _fill_unused(self, unit: Unit) -> None:
+        for k in unit.trainable:
+            if k not in unit.gradient_slot.holds:
+                view, _ = self.view(unit, k)
+                with torch.no_grad():
+                    view.zero_()
+                unit.gradient_slot.arrive(k, backward_task())
+
+    # --- the end of a backward ---
+
+    def wait_for_reductions(self) -> None:
+        """End a backward: what follows on compute (clipping, the optimizer) sees every gradient."""
+        if self._last_reduce is not None:
+            self._streams.wait(COMPUTE, self._last_reduce)
+            self._context.arm_watchdog(self._last_reduce)
+            self._last_reduce = None
+
+    def forget_events(self) -> None:
+        """Note that compute has waited for all reductions that were issued."""
+        self._last_reduce = None
+
+    def discard(self) -> None:
+        """Drop gradients that are complete in part only, after a backward that failed."""
+        for unit in self._context.tree.units:
+            unit.gradient_slot.drop()
+
+
+def _reduced_early(tree: UnitTree) -> dict[Unit, set[int]]:
+    """Return large parameters of units whose backward contains that of others: they do not wait for the unit's end.
+
+    A head's gradient is then reduced behind the blocks, and only an embedding's is left for the end.
+    """
+    spans = zip(tree.units, tree.schedule.spans, strict=True)
+    outer = (unit for unit, span in spans if tree.schedule.surrounds(span))
+    return {u: {k for k in u.trainable if u.params[k].shards.padded_numel >= EARLY_NUMEL} for u in outer}

@@ -1,0 +1,227 @@
+"""The life of full parameters: all-gathered ahead, read by compute, released, and gathered again for backward.
+
+Owns every transition of a gather slot's state and the order of streams around it. It knows nothing of module hooks and
+autograd graphs: ``hooks.py`` calls it when a forward or a backward of a unit starts and ends.
+
+    EMPTY --all-gather--> FILLED --unshard--> HELD --keep--> KEPT --unshard--> HELD --release--> EMPTY
+                                         HELD --release_but_keep--> STALE --unshard--> HELD
+    FILLED, KEPT or STALE --a neighbour needs the bytes--> EMPTY
+
+[Note: spills]
+When a unit needs its slot while a neighbour's is HELD, execution has left the order that the plan was made for. In
+forward the unit then gets a slot of its own, allocated once and kept, counted in ``spills`` and reported by a
+warning; the next iteration finds it there. In backward an address cannot change any more, and the only honest answer
+is an error.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from yafsdp_like.memory.streams import COMPUTE, GATHER
+from yafsdp_like.shard.runtime.context import EngineContext, label
+from yafsdp_like.shard.runtime.debug import poison
+from yafsdp_like.shard.runtime.slots import SlotState
+
+if TYPE_CHECKING:
+    from yafsdp_like.shard.runtime.slots import GatherSlot
+    from yafsdp_like.shard.runtime.unit_state import Unit
+
+EMPTY, FILLED, HELD = SlotState.EMPTY, SlotState.FILLED, SlotState.HELD
+KEPT, STALE = SlotState.KEPT, SlotState.STALE
+
+
+class ParamLifecycle:
+    """Moves the gather slots of one model's units from state to state."""
+
+    def __init__(self, context: EngineContext) -> None:
+        self._context, self._streams, self._units = context, context.streams, context.tree.units
+        self.wasted_prefetches = 0
+        self.evictions = 0
+        self.debug = False  # released slots are poisoned, and outputs checked
+
+    def set_debug(self, debug: bool) -> None:
+        """Set debug mode, in which no unit's slot is another's, so that what it leaves there, poison, stays."""
+        self.debug = debug
+        for unit in self._units if debug else ():
+            unit.need(own_gather_slot=True)
+        self._context.memory.invalidate()
+
+    # --- before a forward, and around an update ---
+
+    def begin(self) -> None:
+        """Start a forward: what compute wrote (optimizer, loaded weights) comes before all gathers; stale slots go."""
+        self._context.collective_log.begins_forward()
+        self.publish()
+        for unit in self._units:
+            slot = unit.gather_slot
+            if slot.state is STALE:  # left by a forward without a backward; weights may have changed since, uncounted
+                slot.drop()
+            elif slot.state is not EMPTY and slot.version != unit.freshness.main_version():
+                self.release(slot)
+
+    def publish(self) -> None:
+        """Let gathers from here on, of any rank, bring what this rank's main shards are now.
+
+        Where peers read compute shards in place, all are made current between two stream barriers: the first says that
+        nobody reads them any more, the second that they are written. Otherwise each is when it is gathered.
+        """
+        self._streams.wait(GATHER, self._streams.record(COMPUTE))
+        if not self._context.mapped:
+            return
+        with self._streams.on(GATHER), torch.no_grad():
+            for mapped in self._context.mapped:
+                mapped.stream_barrier(GATHER)
+            cast = [unit.refresh_compute_shard() for unit in self._units if unit.transport.mapped is not None]
+            for mapped in self._context.mapped:
+                mapped.stream_barrier(GATHER)
+        self._context.arm_watchdog(self._streams.record(GATHER))
+        if any(cast):  # the next update of the main shards comes after
+            self._streams.wait(COMPUTE, self._streams.record(GATHER))
+
+    def before_update(self) -> None:
+        """Let an optimizer write compute shards from here on: on no rank a gather reads them any more."""
+        self._streams.wait(COMPUTE, self._streams.record(GATHER))
+        self._context.collective_log.updates()
+        for mapped in self._context.mapped:
+            mapped.stream_barrier(COMPUTE)
+
+    def after_update(self, unit: Unit, is_whole: bool) -> None:
+        """Note that an optimizer has written main and compute shards of the unit's parameters (all, if ``is_whole``).
+
+        Gathers it for the next forward, if its bytes are free and peers need not take part.
+        """
+        if is_whole:
+            unit.freshness.compute_shard_written(by_update=True)
+        else:
+            unit.freshness.main_shards_written()
+        slot = unit.gather_slot
+        is_free = all(s.state in (EMPTY, STALE) for s in (slot, *slot.neighbours))
+        mapped = unit.transport.mapped
+        if not is_whole or not is_free or mapped is None:
+            return
+        self._make_room(slot)
+        self._context.collective_log.updates(unit)
+        slot.drop()  # the values in it are from before the update
+        self._streams.wait(GATHER, self._streams.record(COMPUTE))
+        with self._streams.on(GATHER):
+            mapped.stream_barrier(GATHER)
+        self.all_gather(slot, refresh=False)
+
+    # --- gathering ---
+
+    def all_gather(self, slot: GatherSlot, refresh: bool) -> None:
+        """Issue the gather of an EMPTY slot whose neighbours are all EMPTY; the slot is FILLED. Does not wait.
+
+        ``refresh`` casts the main shard first: in forward, and not in backward, which must see forward's values again.
+        Compute shards that peers read in place are left to ``publish``.
+        """
+        assert slot.state is EMPTY and all(other.state is EMPTY for other in slot.neighbours)
+        unit = slot.unit
+        self._context.collective_log.gathers(unit)
+        with label("all_gather", unit), self._streams.on(GATHER):
+            self._context.wait_for_last_accesses(GATHER, slot)
+            if refresh and unit.transport.mapped is None:
+                unit.refresh_compute_shard()
+            slot.all_gather()
+        slot.fill(self._streams.record(GATHER))
+
+    def prefetch(self, unit: Unit, refresh: bool) -> None:
+        """Gather ahead when the unit's bytes are free; otherwise the unit waits for its own turn."""
+        slot = unit.gather_slot
+        if slot.state is EMPTY and all(other.state in (EMPTY, FILLED, STALE) for other in slot.neighbours):
+            self._make_room(slot)
+            self.all_gather(slot, refresh)
+
+    def unshard(self, slot: GatherSlot, refresh: bool) -> None:
+        """Make the slot's full parameters readable by compute and visible to modules: the slot is HELD.
+
+        Its HELD neighbours must be asked about before, with ``blockers``.
+        """
+        if slot.state is EMPTY:
+            self._make_room(slot)
+            self.all_gather(slot, refresh)
+        if slot.state is FILLED:
+            self._wait_until_ready(slot)
+        slot.hold()
+        slot.unit.register(slot)
+
+    def _wait_until_ready(self, slot: GatherSlot) -> None:
+        if slot.ready is not None:
+            self._streams.wait(COMPUTE, slot.ready)
+
+    def unshard_to(self, unit: Unit, values: list[torch.Tensor]) -> None:
+        """Unshard a unit that was unsharded before its slot was made, to the ``values`` that the user saw or wrote."""
+        if blockers := self.blockers(unit.gather_slot):
+            self.isolate(unit, f"it and {[b.unit.name for b in blockers]} were unsharded before the root's forward")
+        slot = unit.gather_slot
+        with torch.no_grad():
+            for param, value in zip(slot.params, values, strict=True):
+                param.detach().copy_(value)
+        slot.hold_edited()
+        unit.register(slot)
+
+    # --- room ---
+
+    def blockers(self, slot: GatherSlot) -> list[GatherSlot]:
+        """Return the neighbours in use, whose bytes ``slot`` would need and cannot have."""
+        if slot.state is not EMPTY:
+            return []
+        return [other for other in slot.neighbours if other.state is HELD]
+
+    def _make_room(self, slot: GatherSlot) -> None:
+        for other in slot.neighbours:
+            if other.state is FILLED:
+                self.wasted_prefetches += 1
+                other.drop()  # only GATHER has touched it, and GATHER runs in order
+            elif other.state is KEPT:
+                self.evictions += 1
+                self.release(other)
+            elif other.state is STALE:
+                other.drop()
+
+    def isolate(self, unit: Unit, reason: str) -> None:
+        """Give ``unit`` a gather slot of its own, from its next forward on."""
+        self.release(unit.gather_slot)  # of a gather ahead of time
+        self._context.memory.add_gather_slot(unit, reason)
+
+    # --- releasing ---
+
+    def release_but_keep(self, slot: GatherSlot) -> None:
+        """Release the slot but leave its values: a later unshard skips the all-gather if nobody took the bytes."""
+        self.release(slot)
+        if not self.debug:
+            slot.leave_stale()
+
+    def release(self, slot: GatherSlot) -> None:
+        """Free the bytes after all reads that were issued; modules see the shards again."""
+        if slot.state in (HELD, KEPT):
+            if self.debug and slot.extent is not None:
+                poison(slot)
+            slot.release(self._streams.record(COMPUTE))
+        else:
+            if slot.state is FILLED:  # a gather that nobody read: compute may write the shards only after it
+                self._wait_until_ready(slot)
+            slot.drop()
+        if slot.unit.registered is slot:
+            slot.unit.register(None)
+
+    def reshard(self, unit: Unit) -> None:
+        """Release whatever holds the unit's full parameters; modules see the shards again."""
+        for slot in unit.slots:
+            self.release(slot)
+        unit.register(None)
+
+    def settle_prefetches(self) -> None:
+        """End an iteration: drop gathers that nobody read, and values that no backward will read again.
+
+        The optimizer may write the shards then.
+        """
+        for unit in self._units:
+            if unit.gather_slot.state is FILLED:
+                self.wasted_prefetches += 1
+                self.release(unit.gather_slot)
+            elif unit.gather_slot.state is STALE and not unit.running.pending:
+                unit.gather_slot.drop()

@@ -1,0 +1,99 @@
+"""When shards and slots are made, and made again: before the first forward, and after parameters have changed.
+
+Owns that decision and its order: release everything, put main shards into their arenas, allocate, take over what was
+unsharded or not yet reduced, and compare with all ranks. ``allocated_memory.py`` does the allocating.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from yafsdp_like.shard.runtime.slots import SlotState
+
+if TYPE_CHECKING:
+    from yafsdp_like.shard.runtime.allocated_memory import Spill
+    from yafsdp_like.shard.runtime.context import EngineContext
+    from yafsdp_like.shard.runtime.gradients import GradientLifecycle
+    from yafsdp_like.shard.runtime.params import ParamLifecycle
+    from yafsdp_like.shard.runtime.unit_state import Unit
+
+
+@dataclass(frozen=True)
+class Report:
+    """Bytes held now, and what did not go by the plan since the model was sharded: nothing, in a well-planned run."""
+
+    arena_nbytes: int
+    spills: tuple[Spill, ...]
+    wasted_prefetches: int  # gathers ahead of time that nobody read
+    evictions: int  # units that were to stay gathered and had to make room
+
+
+class Rebuild:
+    """Builds the memory of one model's units, and leaves it."""
+
+    def __init__(self, context: EngineContext, params: ParamLifecycle, gradients: GradientLifecycle) -> None:
+        self._context, self._memory, self._units = context, context.memory, context.tree.units
+        self._params, self._gradients = params, gradients
+
+    def report(self) -> Report:
+        """Return the bytes held now, and what departed from the plan."""
+        params = self._params
+        return Report(self._memory.nbytes, tuple(self._memory.spills), params.wasted_prefetches, params.evictions)
+
+    def if_changed(self) -> None:
+        """Make shards and slots before the first iteration, and again when parameters were moved, cast or (un)frozen.
+
+        Slots that autograd still refers to live on until their graph is gone. Raises the same error on every rank
+        when a rank cannot go on, or when ranks shard different models.
+        """
+        self._memory.follow_grad_mode()
+        if self._memory.is_built:
+            return
+        self._context.collective_log.builds()
+        error: Exception | None = None
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._build()
+        except Exception as e:
+            error = e
+        self._memory.check_same_on_all_ranks(error)
+
+    def _build(self) -> None:
+        edited = {u: u.copy_unsharded() for u in self._units if u.registered and u.registered.state is SlotState.HELD}
+        for unit in self._units:
+            self._params.reshard(unit)
+            unit.materialize()
+        on_meta = [name for unit in self._units for name in unit.meta_params()]
+        if on_meta:
+            raise RuntimeError(
+                "FSDP parameters should be materialized from meta device before training, but the following were still "
+                f"on meta device: {on_meta}\nCall model.to_empty(device=...), then initialize or load the parameters"
+            )
+        unsynced = [(unit, slot) for unit in self._units if (slot := unit.unsynced()) is not None]
+        self._context.wait_for_side_streams()  # the bytes go back to the allocator, which knows only compute
+        self._memory.leave()
+        self._memory.build()
+        for unit, slot in unsynced:
+            for k in slot.arrived:
+                self._gradients.arrived(unit, k, slot.views[k])
+        for unit, values in edited.items():
+            self._params.unshard_to(unit, values)
+
+    def part_with(self, units: list[Unit]) -> None:
+        """Break what circles ``units`` and their slots form: the root module is gone, and every graph of it."""
+        if self._memory.arena is not None:
+            self._context.wait_for_side_streams()
+        for unit in units:
+            if unit.has_slots:
+                self._part_with_slots(unit)
+
+    def _part_with_slots(self, unit: Unit) -> None:
+        for slot in unit.slots:
+            slot.forget_neighbours()
+        unit.gradient_slot.forget_neighbours()
+        if unit.unsynced() is None and all(slot.state is not SlotState.HELD for slot in unit.slots):
+            self._params.reshard(unit)
+            unit.forget_slots()

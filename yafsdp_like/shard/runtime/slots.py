@@ -1,0 +1,326 @@
+"""A unit's slots: its full parameters, and its full gradients, at fixed addresses, and what state their bytes are in.
+
+Owns the tensors on a slot's bytes and the fields of its state, which verbs here alone write. When a verb may be called
+is decided by ``params.py`` and ``gradients.py``, and which bytes a slot has by ``allocated_memory.py``.
+
+[Note: one address per unit]
+Autograd saves views of a unit's full parameters in forward and reads them in backward. They must find the same values
+at the same address, so a slot belongs to one unit for good: slots share bytes with other units' slots
+(``neighbours``), never addresses with "any free slot". When execution asks for two slots at once that share bytes,
+one unit moves to a slot of its own for its later forwards, while what was saved earlier keeps the old slot
+(``ForwardUse.slot``).
+"""
+
+from __future__ import annotations
+
+import enum
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+
+from torch import nn
+
+from yafsdp_like.shard.runtime.nested import addresses_in
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    import torch
+
+    from yafsdp_like.comm.transport import AllGather, ReduceScatter, Transport
+    from yafsdp_like.memory.arena import Place
+    from yafsdp_like.memory.layout import FlatLayout
+    from yafsdp_like.memory.streams import Event
+    from yafsdp_like.shard.runtime.freshness import Freshness, Version
+    from yafsdp_like.shard.runtime.param import ShardedParam
+
+
+class SlotState(enum.Enum):
+    """What a slot's bytes are to the compute stream. The transitions are in ``params.py`` and ``gradients.py``, and
+    those of a replayed step in ``graph.py``; no others happen.
+    """
+
+    EMPTY = "nobody's: any neighbour may take the bytes"
+    FILLED = "gathered ahead, not yet read: a neighbour in need may still take the bytes"
+    STALE = "read and released, the values still there: any neighbour may take the bytes"
+    HELD = "being read or written by running work: nobody may touch the bytes"
+    KEPT = "idle but left unsharded on purpose: given up when a neighbour needs the bytes"
+
+
+class SlotUnit(Protocol):
+    """What slots, and who moves bytes between them, see of a unit."""
+
+    @property
+    def name(self) -> str:
+        """The full name of the unit's modules."""
+
+    @property
+    def params(self) -> Sequence[ShardedParam]:
+        """The unit's parameters, in order of registration."""
+
+    @property
+    def trainable(self) -> Sequence[int]:
+        """The parameters for whose gradients there is room."""
+
+    @property
+    def transport(self) -> Transport:
+        """What moves bytes between the unit's ranks."""
+
+    @property
+    def staging(self) -> torch.Tensor:
+        """The scratch of reduce-scatters, (nbytes,) uint8."""
+
+    @property
+    def column(self) -> torch.Tensor:
+        """The scratch of all-gathers over several hosts, (nbytes,) uint8."""
+
+    @property
+    def freshness(self) -> Freshness:
+        """Whether the compute shard holds what main shards do."""
+
+    @property
+    def registered(self) -> GatherSlot | None:
+        """The slot whose parameters modules see; None while they see the sharded ones."""
+
+    @property
+    def awaits_backward(self) -> bool:
+        """Whether a backward of one of the unit's forwards may still come."""
+
+    def register(self, slot: GatherSlot | None) -> None:
+        """Make modules see ``slot``'s parameters, or the sharded ones for None."""
+
+    def refresh_compute_shard(self) -> bool:
+        """Cast main shards into the compute shard, unless that is current; return whether there was any to cast."""
+
+
+class _Slot:
+    """What both kinds have: bytes that neighbours share, a state, and the end of the last access."""
+
+    def __init__(self, unit: SlotUnit, extent: Place | None) -> None:
+        self.unit = unit
+        self.extent = extent
+        self.neighbours: list[Self] = []  # slots that share bytes with this one
+        self.state = SlotState.EMPTY
+        self._released: Event = None  # the last access is done; None once somebody has waited for it
+
+    def forget_neighbours(self) -> None:
+        """Break the circle that the slot and its neighbours form."""
+        self.neighbours.clear()
+
+    def hold(self) -> None:
+        """Note that running work reads or writes the bytes."""
+        self.state = SlotState.HELD
+
+    def release(self, done: Event) -> None:
+        """Give the bytes to whoever waits for ``done``."""
+        self.state, self._released = SlotState.EMPTY, done
+
+    def drop(self) -> None:
+        """Give the bytes to anybody: what is in them was not accessed, or needs no wait."""
+        self.state = SlotState.EMPTY
+
+    def last_accesses(self) -> list[Event]:
+        """Return, once, what a writer of these bytes has to wait for: of this slot and of its neighbours."""
+        events = []
+        slots: list[_Slot] = [self, *self.neighbours]
+        for slot in slots:
+            if slot._released is not None:
+                events.append(slot._released)
+                slot._released = None
+        return events
+
+    def forget_events(self) -> None:
+        """Note that compute has waited for all that was issued to other streams."""
+        self._released = None
+
+
+Slot = TypeVar("Slot", bound=_Slot)
+
+
+def find_neighbours(slots: Sequence[Slot]) -> None:
+    """Tell every slot which others share bytes with it."""
+    for slot in slots:
+        slot.neighbours = [other for other in slots if other is not slot and _share_bytes(slot, other)]
+
+
+def _share_bytes(slot: _Slot, other: _Slot) -> bool:
+    return slot.extent is not None and other.extent is not None and slot.extent.overlaps(other.extent)
+
+
+class GatherSlot(_Slot):
+    """A unit's full parameters at a fixed address.
+
+    ``params[k]`` is the ``nn.Parameter`` that modules compute on; ``outputs[k]``, ``(padded_numel,)``, is the same
+    bytes for the collective to write. They are different tensors: see [Note: version counters]. ``places`` has one
+    place per parameter; ``extent`` is what is gathered, or None when the slot is the shard (one rank). Of the
+    parameters in ``aliased`` the places alias this rank's shard: see [Note: aliased granules].
+    """
+
+    def __init__(
+        self, unit: SlotUnit, places: Sequence[Place], extent: Place | None, aliased: Collection[int] = ()
+    ) -> None:
+        super().__init__(unit, extent)
+        self.aliased = frozenset(aliased)
+        self.ready: Event = None  # the all-gather has arrived
+        self.version: Version = ()  # of the main shards whose values are in it
+        self._active: set[object] = set()  # uses whose backward is running
+        self.params = [_full_param(p, place) for p, place in zip(unit.params, places, strict=True)]
+        self.outputs = [
+            place.flat(p.compute_dtype, p.shards.padded_numel) for p, place in zip(unit.params, places, strict=True)
+        ]
+
+    @cached_property
+    def _addresses(self) -> range:
+        """What the slot occupies; nothing where it is the shard, which stays."""
+        if self.extent is None or not self.outputs:
+            return range(0)
+        start = min(output.data_ptr() for output in self.outputs)
+        return range(start, max(output.data_ptr() + output.nbytes for output in self.outputs))
+
+    def aliases(self, tensor: torch.Tensor) -> bool:
+        """Return whether ``tensor`` is a full parameter of this slot, or a view of one: values go with the slot."""
+        return any(address in self._addresses for address in addresses_in(tensor))
+
+    @cached_property
+    def all_gather(self) -> AllGather:
+        """Brings every rank's compute shard here. First asked for once transports are connected."""
+        inputs = [p.compute for p in self.unit.params]
+        return self.unit.transport.all_gather(self.outputs, inputs, self.aliased, self.unit.column)
+
+    def fill(self, ready: Event) -> None:
+        """Note that an all-gather of the compute shards of now was issued, which has arrived at ``ready``."""
+        self.state, self.ready, self.version = SlotState.FILLED, ready, self.unit.freshness.compute_version
+
+    def hold_edited(self) -> None:
+        """Hold the slot with values that the user has written to it and to the main shards of now."""
+        self.state, self.version = SlotState.HELD, self.unit.freshness.main_version()
+
+    def keep(self) -> None:
+        """Note that the work on the slot is over, but the user wants it to stay gathered."""
+        self.state = SlotState.KEPT
+
+    def rewind(self, is_filled: bool) -> None:
+        """Return to the state before a step that was recorded and has not run."""
+        self.state = SlotState.FILLED if is_filled else SlotState.EMPTY
+
+    def leave_stale(self) -> None:
+        """Leave the values of a slot that has just been released, for as long as no neighbour takes the bytes."""
+        self.state = SlotState.STALE
+
+    def forget_events(self) -> None:
+        """Note that compute has waited for all that was issued to other streams."""
+        super().forget_events()
+        self.ready = None
+
+    @property
+    def is_in_backward(self) -> bool:
+        """Whether the backward of some use of it is running."""
+        return bool(self._active)
+
+    def begin_backward(self, use: object) -> None:
+        """Note that the backward of ``use`` reads the slot from now on."""
+        self._active.add(use)
+
+    def is_read_by(self, use: object) -> bool:
+        """Return whether the backward of ``use`` is running."""
+        return use in self._active
+
+    def end_backward(self, use: object) -> None:
+        """Note that the backward of ``use`` is over."""
+        self._active.discard(use)
+
+    def abandon_backwards(self) -> None:
+        """Note that no backward runs any more."""
+        self._active.clear()
+
+
+def _full_param(p: ShardedParam, place: Place) -> nn.Parameter:
+    full = nn.Parameter(place.tensor(p.compute_dtype, p.shards.shape), requires_grad=p.trainable)
+    vars(full).update(vars(p.sharded))
+    return full
+
+
+class GradientSlot(_Slot):
+    """A unit's full gradients from their arrival in backward until they are reduced.
+
+    For each trainable parameter ``k``: ``views[k]`` has its shape and ``inputs[k]`` is ``(padded_numel,)``, in its
+    ``gradient_dtype``. ``holds`` are those with some gradient in the slot, ``arrived`` those for which it is all that
+    the backwards so far have computed. Padding holds anything. ``extent`` is None where nothing is trainable.
+    """
+
+    def __init__(self, unit: SlotUnit, extent: Place | None, layout: FlatLayout) -> None:
+        super().__init__(unit, extent)
+        self.holds: set[int] = set()
+        self.arrived: dict[int, int | None] = {}  # parameter -> the backward in which it arrived last
+        self.early: dict[int, Event] = {}  # reduced before the rest, and when that was done
+        self.views: dict[int, torch.Tensor] = {}
+        self.inputs: dict[int, torch.Tensor] = {}
+        self.homes: tuple[int, ...] = ()  # of gradients that are still held, where the unit's go meanwhile
+        self._reductions: dict[tuple[tuple[int, ...], tuple[int, ...]], ReduceScatter] = {}
+        for k in unit.trainable:
+            assert extent is not None
+            p, place = unit.params[k], extent.part(layout.segments[k])
+            self.views[k] = place.tensor(p.gradient_dtype, p.shards.shape)
+            self.inputs[k] = place.flat(p.gradient_dtype, p.shards.padded_numel)
+
+    def open(self, k: int) -> tuple[torch.Tensor, bool]:
+        """Return where parameter ``k``'s gradient goes, and whether it is added to what is there already."""
+        holds_some = k in self.holds
+        self.holds.add(k)
+        return self.views[k], holds_some
+
+    def withdraw(self, k: int) -> torch.Tensor | None:
+        """Take out what was written for parameter ``k``, unless nothing was, or all of it has arrived."""
+        if k not in self.holds or k in self.arrived:
+            return None
+        self.holds.discard(k)
+        return self.views[k].clone()
+
+    def arrive(self, k: int, task: int | None) -> None:
+        """Note that parameter ``k``'s gradient of the backward ``task`` is complete."""
+        self.arrived[k] = task
+
+    def reduced(self, which: Iterable[int]) -> None:
+        """Note that the gradients of these parameters were read, by work that is issued."""
+        self.holds.difference_update(which)
+        self.arrived.clear()
+
+    def reduced_early(self, which: Iterable[int], done: Event) -> None:
+        """Note that these parameters' gradients were reduced before the rest, which is done at ``done``."""
+        self.early |= dict.fromkeys(which, done)
+
+    def forget_early(self, k: int) -> Event:
+        """Note that parameter ``k``'s gradient is written again, and return what that has to wait for."""
+        return self.early.pop(k)
+
+    def release(self, done: Event) -> None:
+        """Give the bytes to whoever waits for ``done``, unless gradients that were not reduced are in them."""
+        self._released = done
+        if not self.holds:
+            self.early.clear()
+            self.state = SlotState.EMPTY
+
+    def drop(self) -> None:
+        """Drop what has arrived, all or in part."""
+        super().drop()
+        self.holds.clear()
+        self.early.clear()
+        self.arrived.clear()
+
+    def reduce_scatter(self, which: Sequence[int]) -> ReduceScatter:
+        """Return what reduces the gradients of these parameters into their gradient shards."""
+        key = tuple(which), self.homes
+        if key not in self._reductions:
+            params = [self.unit.params[k] for k in which]
+            self._reductions[key] = self.unit.transport.reduce_scatter(
+                [p.grad for p in params],
+                [self.inputs[k] for k in which],
+                [p.reduce_dtype.to_real() for p in params],
+                self.unit.staging,
+            )
+        return self._reductions[key]
+
+    def spare_kept_grads(self, which: Sequence[int]) -> None:
+        """Let gradients of these parameters that are still held keep their values: new ones are written next."""
+        moved = [self.unit.params[k].spare_kept_grad() for k in which]
+        if any(moved):
+            self.homes = tuple(p.homes.index if p.homes else 0 for p in self.unit.params)
