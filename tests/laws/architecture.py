@@ -263,6 +263,61 @@ def record_stream(source: Source) -> list[str]:
     ]
 
 
+SHARD_STATE = "yafsdp_like/shard/runtime/"
+WRITERS = {  # classes whose attributes are written in their own module alone, which has verbs for it
+    f"{SHARD_STATE}freshness.py": ("Freshness",),
+    f"{SHARD_STATE}param.py": ("ShardedParam",),
+    f"{SHARD_STATE}slots.py": ("_Slot", "GatherSlot", "GradientSlot"),
+    f"{SHARD_STATE}unit_state.py": ("Unit",),
+}
+OTHER_OBJECTS = {  # "path: attribute" of objects that only share the name
+    "yafsdp_like/shard/api.py: state",
+    "yafsdp_like/shard/api.py: unit",
+    "yafsdp_like/shard/runtime/watching.py: name",
+}
+MUTATORS = "add append clear difference_update discard extend insert pop popitem remove reverse setdefault sort update"
+
+
+def writes_of_others(modules: Iterable[Source]) -> list[str]:
+    """Writes to an attribute of the classes in `WRITERS` by another module of `shard`: assigned, deleted, or changed.
+
+    By the attribute's name: what an object is, is not known. `self` is an object of the module's own.
+    """
+    modules = list(modules)
+    homes: dict[str, set[str]] = {}
+    for source in modules:
+        for cls in source.tree.body:
+            if isinstance(cls, ast.ClassDef) and cls.name in WRITERS.get(source.path, ()):
+                for node in ast.walk(cls):
+                    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+                        homes.setdefault(node.attr, set()).add(source.path)
+    return [
+        f"{source.where(node)}: writes {node.attr} of {', '.join(sorted(homes[node.attr]))}"
+        for source in modules
+        if source.part == "shard"
+        for node in written_attributes(source.tree)
+        if source.path not in homes.get(node.attr, {source.path}) and f"{source.path}: {node.attr}" not in OTHER_OBJECTS
+    ]
+
+
+def written_attributes(tree: ast.AST) -> Iterator[ast.Attribute]:
+    """Attributes of objects other than `self` that are assigned or deleted, or whose values are changed in place."""
+    for node in ast.walk(tree):
+        written: ast.AST | None = None
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            written = node
+        elif isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            written = node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATORS.split():
+            written = node.func.value
+        if isinstance(written, ast.Attribute) and not is_self(written.value):
+            yield written
+
+
+def is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
 # --- names and words ---
 
 

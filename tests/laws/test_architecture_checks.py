@@ -20,6 +20,7 @@ from tests.laws.architecture import (
     old_words,
     record_stream,
     streams_and_events,
+    writes_of_others,
 )
 from tests.laws.test_architecture import CHECKS, EXCEPTIONS, findings_of, offending_paths, unneeded_exceptions
 
@@ -141,6 +142,45 @@ def test_the_current_stream_and_our_own_events_are_no_new_ones() -> None:
 def test_record_stream_is_found() -> None:
     assert offences(record_stream, "x.record_stream(s)", "memory/streams.py") == 1
     assert offences(record_stream, "a.b().record_stream(s)", "memory/streams.py") == 1
+
+
+SLOTS = """
+class GatherSlot:
+    def __init__(self):
+        self.state, self.neighbours = 0, []
+
+    def hold(self):
+        self.state = 1
+
+def find_neighbours(slots):
+    slots[0].neighbours = slots
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "slot.state = HELD",
+        "unit.gather_slot.state, x = HELD, 1",
+        "use.slot.state |= 1",
+        "def f(self): self.slot.state = HELD",
+        "del slot.neighbours",
+        "slot.neighbours[0] = other",
+        "slot.neighbours.append(other)",
+        "for slot.state in states: pass",
+    ],
+)
+def test_a_write_to_another_modules_object_is_found(text: str) -> None:
+    own = Source(f"{PACKAGE}/shard/runtime/slots.py", SLOTS)
+    assert writes_of_others([own, Source(f"{PACKAGE}/shard/hooks.py", text)]) == [
+        f"{PACKAGE}/shard/hooks.py:1: writes {'neighbours' if 'neighbours' in text else 'state'} of {own.path}"
+    ]
+
+
+def test_reading_calling_and_writing_ones_own_are_no_such_write() -> None:
+    own = Source(f"{PACKAGE}/shard/runtime/slots.py", SLOTS)
+    text = "class A:\n    def f(self, slot):\n        self.state = slot.state\n        slot.hold()\n        x.other = 1"
+    assert writes_of_others([own, Source(f"{PACKAGE}/shard/hooks.py", text)]) == []
 
 
 def test_a_module_without_a_docstring_is_found() -> None:
