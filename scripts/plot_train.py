@@ -1,9 +1,10 @@
-"""Plot results of bench_train.py against sequence length: time with the floor, time over the floor, and memory.
+"""Plot results of bench_train.py against sequence length: whole steps, time over the floor, and memory.
 
     python scripts/plot_train.py scripts/results/A.json scripts/results/B.json ... OUT.png
 
-Files of one model on one machine are drawn together, those with compiled blocks dashed; where two hold the same
-measurement, the later one's is drawn. Ratios are of each file's own floor. Needs matplotlib (extra `bench`).
+Files of one model on one machine are drawn together, those with compiled blocks dashed, those that recompute them
+dotted; where two hold the same measurement, the later one's is drawn. Ratios are of each file's own floor. Needs
+matplotlib (extra `bench`).
 """
 
 import argparse
@@ -22,7 +23,9 @@ NAMES = {
     "ours": "yafsdp_like",
     "ours-graph": "yafsdp_like, one CUDA graph",
     "ours-nccl": "yafsdp_like over NCCL",
+    "ours-expandable": "yafsdp_like, expandable segments",
     "fsdp2": "FSDP2",
+    "fsdp2-expandable": "FSDP2, expandable segments",
     "deepspeed": "DeepSpeed ZeRO-3",
     "deepspeed-blocks": "DeepSpeed ZeRO-3, whole blocks",
     "unsharded-graph": "unsharded, one CUDA graph",
@@ -32,7 +35,9 @@ COLORS = {
     "ours": "#1b7f5c",
     "ours-graph": "#0b3d2c",
     "ours-nccl": "#7fc4a8",
+    "ours-expandable": "#4da98a",
     "fsdp2": "#c2571a",
+    "fsdp2-expandable": "#e3a27e",
     "deepspeed": "#3b5fa8",
     "deepspeed-blocks": "#8aa4d6",
     "unsharded-graph": "#bbbbbb",
@@ -50,19 +55,23 @@ class Series:
     impl: str
     compiled: bool
     reduce_dtype: str | None  # None for the floor, which reduces nothing
+    recomputed: bool = False
+    batch_size: int = 1
 
     def label(self, several_dtypes: bool) -> str:
         """Return its entry in the legend."""
         parts = [NAMES.get(self.impl, self.impl)]
         if several_dtypes and self.reduce_dtype is not None:
             parts.append(f"{self.reduce_dtype} reduce")
+        parts += [f"batch {self.batch_size}"] if self.batch_size > 1 else []
+        parts += ["blocks recomputed"] if self.recomputed else []
         return ", ".join([*parts, "compiled"] if self.compiled else parts)
 
     def style(self, several_dtypes: bool) -> dict[str, Any]:
         """Return matplotlib's keywords of its line."""
         return {
             "color": COLORS.get(self.impl, "#000000"),
-            "linestyle": "--" if self.compiled else "-",
+            "linestyle": ":" if self.recomputed else "--" if self.compiled else "-",
             "marker": "s" if several_dtypes and self.reduce_dtype == "fp32" else "o",
             "markersize": 4,
             "label": self.label(several_dtypes),
@@ -80,7 +89,8 @@ def merged(reports: Sequence[Report]) -> dict[Series, list[Row]]:
         for row in report["rows"]:
             if row["status"] == "ok":
                 dtype = None if row["impl"] == FLOOR else options["reduce_dtype"]
-                key = Series(row["impl"], options["compile"], dtype)
+                recomputed, batch_size = row.get("checkpointing") == "block", row.get("batch_size", 1)
+                key = Series(row["impl"], options["compile"], dtype, recomputed, batch_size)
                 series.setdefault(key, {})[row["seq_len"]] = row
     return {key: [rows[seq_len] for seq_len in sorted(rows)] for key, rows in series.items()}
 
@@ -93,16 +103,16 @@ def draw_line(axes: Axes, rows: list[Row], values: list[float | None], style: di
 
 
 def draw(series: dict[Series, list[Row]], title: str, out: Path) -> None:
-    """Draw time, ratio and memory against length into one picture."""
+    """Draw whole steps, forward and backward over the floor, and memory against length into one picture."""
     figure, (time_axes, ratio_axes, memory_axes) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
     several_dtypes = len({key.reduce_dtype for key in series} - {None}) > 1
     for key, rows in series.items():
         style = key.style(several_dtypes)
-        draw_line(time_axes, rows, [row["forward_backward_ms"]["median"] for row in rows], style)
+        draw_line(time_axes, rows, [row["step_ms"] and row["step_ms"]["median"] for row in rows], style)
         draw_line(ratio_axes, rows, [row["ratio_to_floor"] for row in rows], style)
         if key.impl != FLOOR:  # no optimizer, no sharding: its memory compares with nothing
             draw_line(memory_axes, rows, [row["device_used_gib"] for row in rows], style)
-    time_axes.set(title="forward + backward, ms", yscale="log")
+    time_axes.set(title="whole step, ms", yscale="log")
     ratio_axes.set(title="forward + backward, relative to unsharded", yscale="log")
     memory_axes.set(title="memory taken from the device, GiB", ylim=(0, None))
     lengths = sorted({row["seq_len"] for rows in series.values() for row in rows})
@@ -114,7 +124,7 @@ def draw(series: dict[Series, list[Row]], title: str, out: Path) -> None:
     for axes in (time_axes, ratio_axes):
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(ScalarFormatter())
-    time_axes.legend(frameon=False, fontsize="small")
+    max(ratio_axes, time_axes, key=lambda axes: len(axes.lines)).legend(frameon=False, fontsize="small")
     figure.suptitle(title)
     figure.savefig(out, dpi=120)
     plt.close(figure)

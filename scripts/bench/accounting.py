@@ -30,7 +30,6 @@ MAIN, COMPUTE, MOMENTS, GRADIENTS = "main shards", "compute shards", "moments", 
 SLOTS, STAGING, ACTIVATIONS, CACHE, OTHER = "slots", "staging", "activations", "unused cache", "other"
 CATEGORIES = (MAIN, COMPUTE, MOMENTS, GRADIENTS, SLOTS, STAGING, ACTIVATIONS, CACHE, OTHER)
 OF_KIND = {"main_shard": MAIN, "compute_shard": COMPUTE, "grad_shard": GRADIENTS, "staging": STAGING}  # else: SLOTS
-MOVES = {MAIN: 2, MOMENTS: 2, GRADIENTS: 1, COMPUTE: 1}  # of a byte in one update: read, written, or both
 RECORDED_EVENTS = 1 << 20
 
 Nbytes = dict[str, int]  # by category
@@ -46,7 +45,8 @@ def held(trainee: Trainee, world: World) -> Nbytes:
     nbytes = dict.fromkeys(CATEGORIES, 0)
     params = list(trainee.model.parameters())
     if isinstance(trainee.model, FSDPModule):  # this package's, not FSDP2's
-        for region in trainee.model.memory_plan().regions:
+        regions = trainee.model.memory_plan().regions
+        for region in (r for r in regions if not getattr(r, "transient", False)):  # those are in a step's record
             nbytes[OF_KIND.get(region.kind, SLOTS)] += region.nbytes
     else:
         nbytes[MAIN] = storages_nbytes(params, world)
@@ -72,9 +72,12 @@ def storages(values: Iterable[Any], world: World) -> dict[int, int]:
 def update_nbytes(nbytes: Nbytes) -> int:
     """Return the bytes that an update must read and write, of what is held right before it.
 
-    Gradients are read once, main shards and moments read and written, compute shards written.
+    Gradients are read once, main shards and moments read and written, compute shards written; read too where they are
+    the upper half of the main value, of which the main shard then is no more than the other half.
     """
-    return sum(times * nbytes[category] for category, times in MOVES.items())
+    is_split = 0 < nbytes[MAIN] <= nbytes[COMPUTE]
+    moved = nbytes[GRADIENTS] + 2 * nbytes[MAIN] + 2 * nbytes[MOMENTS]
+    return moved + (2 if is_split else 1) * nbytes[COMPUTE]
 
 
 # --- what comes and goes inside a step ---

@@ -1,5 +1,12 @@
-"""The list of implementations by the name that `--impl` takes; to add one, write a function that builds a `Trainee`."""
+"""The list of implementations by the name that `--impl` takes; to add one, write a function that builds a `Trainee`.
 
+A name of ours may be followed by keywords of this package's `AdamW` and `fully_shard`: `ours:moments=bf16`, several
+joined by `+`. What AdamW does not know goes to `fully_shard`.
+"""
+
+import ast
+import dataclasses
+import inspect
 from functools import partial
 from typing import Any
 
@@ -21,17 +28,20 @@ def build_unsharded(options: Options, world: World) -> Trainee:
     return Trainee(materialized(model, world), optimizer=None)
 
 
-def build_ours(options: Options, world: World, **transport: str) -> Trainee:
-    """Shard by this package; its AdamW with `--optimizer fused`, torch's fused AdamW otherwise."""
-    model = fully_sharded(yafsdp_like, options, world, **transport)
-    if options.optimizer == "torch":
+def build_ours(options: Options, world: World, **keywords: Any) -> Trainee:
+    """Shard by this package; its AdamW with `--optimizer fused` or keywords for it, torch's fused AdamW otherwise."""
+    known = inspect.signature(AdamW).parameters
+    of_adamw = {key: value for key, value in keywords.items() if key in known}
+    of_shard = {key: value for key, value in keywords.items() if key not in known}
+    model = fully_sharded(yafsdp_like, options, world, **of_shard)
+    if options.optimizer == "torch" and not of_adamw:
         return Trainee(model, torch_adamw(model, options))
-    return Trainee(model, AdamW(model.parameters(), lr=options.lr))
+    return Trainee(model, AdamW(model.parameters(), lr=options.lr, **of_adamw))
 
 
-def build_ours_graphed(options: Options, world: World) -> Trainee:
+def build_ours_graphed(options: Options, world: World, **keywords: Any) -> Trainee:
     """Forward and backward as one CUDA graph."""
-    plain = build_ours(options, world)
+    plain = build_ours(options, world, **keywords)
     return Graphed(plain.model, plain.optimizer, yafsdp_like.GraphedStep(plain.forward_backward, plain.model))
 
 
@@ -47,7 +57,7 @@ def build_fsdp2(options: Options, world: World) -> Trainee:
     return Trainee(model, torch_adamw(model, options))
 
 
-def fully_sharded(runtime: Any, options: Options, world: World, **keywords: str) -> Decoder:
+def fully_sharded(runtime: Any, options: Options, world: World, **keywords: Any) -> Decoder:
     """Shard each block, then the root, with the `fully_shard` of a module that has FSDP2's names."""
     policy = runtime.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=DTYPES[options.reduce_dtype])
     model = meta_model(options)
@@ -73,3 +83,20 @@ IMPLEMENTATIONS = {
     "deepspeed": Implementation(zero3.build, zero3.obstacle),
     "deepspeed-blocks": Implementation(partial(zero3.build, whole_blocks=True), zero3.obstacle),
 }
+
+
+def implementation(name: str) -> Implementation:
+    """Return what a name stands for, with the keywords behind it: Python literals, or words."""
+    known, _, settings = name.partition(":")
+    found = IMPLEMENTATIONS[known]
+    pairs = [setting.split("=", 1) for setting in settings.split("+") if setting]
+    keywords = {key: literal(value) for key, value in pairs}
+    return dataclasses.replace(found, build=partial(found.build, **keywords)) if keywords else found
+
+
+def literal(text: str) -> Any:
+    """Return a Python literal's value; any other text as it is."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -106,7 +106,11 @@ def add_subject(parser: argparse.ArgumentParser, implementations: Collection[str
     parser.add_argument("--model", choices=PRESETS, default="8b", help="its shape; weights are random")
     parser.add_argument("--num-layers", type=int, help="fewer blocks than the model has")
     parser.add_argument(
-        "--impl", dest="impls", type=names, default="unsharded,ours,fsdp2", help="some of " + ", ".join(implementations)
+        "--impl",
+        dest="impls",
+        type=names,
+        default="unsharded,ours,fsdp2",
+        help=f"some of {', '.join(implementations)}; ours:KEY=VALUE+KEY=VALUE gives keywords to AdamW and fully_shard",
     )
     parser.add_argument(
         "--checkpointing", type=names, default="none", help="of activations, in all: none, block, or none,block"
@@ -167,8 +171,12 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
 
 def complaint_about(options: Options, implementations: Collection[str]) -> str | None:
     """Return what is wrong with the options, or None."""
-    if unknown := set(options.impls) - set(implementations):
+    if unknown := {name.partition(":")[0] for name in options.impls} - set(implementations):
         return f"--impl: unknown {sorted(unknown)}, expected some of {sorted(implementations)}"
+    for name in options.impls:
+        _, colon, settings = name.partition(":")
+        if colon and not (name.startswith("ours") and all("=" in setting for setting in settings.split("+"))):
+            return f"--impl: {name} is not NAME:KEY=VALUE, several joined by +, with a NAME of ours"
     if unknown := set(options.checkpointing) - set(CHECKPOINTING):
         return f"--checkpointing: unknown {sorted(unknown)}, expected some of {sorted(CHECKPOINTING)}"
     if options.warmup < FIRST_COUNTED_STEP or options.steps < 1 or options.rounds < 1 or options.cycle < 1:

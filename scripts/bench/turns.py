@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from bench.allocator import release_cached_memory, set_expandable_segments
-from bench.implementations import IMPLEMENTATIONS
+from bench.implementations import implementation
 from bench.options import Options
 from bench.ranks import gathered, say, unless_out_of_memory
 from bench.trainee import Trainee
@@ -21,7 +21,7 @@ def possible(options: Options, world: World) -> list[str]:
     """Return the implementations that every rank can build; of each other one a line says why it is left out."""
     names = []
     for name in options.impls:
-        obstacles = [obstacle for obstacle in gathered(IMPLEMENTATIONS[name].obstacle(world), world) if obstacle]
+        obstacles = [obstacle for obstacle in gathered(implementation(name).obstacle(world), world) if obstacle]
         if obstacles:
             say(world, f"{name} is left out: {obstacles[0]}")
         else:
@@ -38,9 +38,9 @@ def turns(names: Sequence[str], options: Options) -> list[Turn]:
 @contextmanager
 def built(name: str, options: Options, world: World) -> Iterator[Trainee | None]:
     """Yield a trainee, on an allocator that grows as it wants; None on every rank if it does not fit on one."""
-    implementation = IMPLEMENTATIONS[name]
-    set_expandable_segments(implementation.expandable, world)
-    trainee = unless_out_of_memory(partial(implementation.build, options, world), world)
+    chosen = implementation(name)
+    set_expandable_segments(chosen.expandable, world)
+    trainee = unless_out_of_memory(partial(chosen.build, options, world), world)
     try:
         yield trainee
     finally:

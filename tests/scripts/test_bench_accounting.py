@@ -56,6 +56,12 @@ def test_this_packages_bytes_are_those_of_its_plan() -> None:
     assert here["update_nbytes"] == pytest.approx(update_nbytes(moved))
 
 
+def test_an_update_reads_the_compute_shard_where_it_is_half_of_the_master() -> None:
+    held = dict.fromkeys(accounting.CATEGORIES, 0) | {"moments": 8, "gradients": 4, "compute shards": 2}
+    assert update_nbytes(held | {"main shards": 4}) == 8 + 16 + 4 + 2
+    assert update_nbytes(held | {"main shards": 2}) == 4 + 16 + 4 + 4
+
+
 def test_a_block_is_told_by_the_frames_that_asked_for_it() -> None:
     assert category_of([]) == "activations"
     assert category_of([{"filename": "decoder.py", "name": "forward"}]) == "activations"
