@@ -5,7 +5,6 @@ Owns how a model is cut into units, and which parameters decay. Knows nothing of
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.memory.plan import readable
 from yafsdp_like.models import DecoderConfig
 from yafsdp_like.optim import AdamW
+from yafsdp_like.optim import moments as optim_moments
+from yafsdp_like.optim.moments import MomentsFormat
 
 
 def build_model(recipe: Recipe, config: Config, world: World) -> Any:
@@ -34,25 +35,32 @@ def build_model(recipe: Recipe, config: Config, world: World) -> Any:
 
 
 def build_optimizer(model: torch.nn.Module, config: Config, world: World) -> torch.optim.Optimizer:
-    """AdamW over the sharded parameters, unit by unit on GPUs; only matrices decay."""
+    """AdamW over the sharded parameters, unit by unit on GPUs; only matrices decay.
+
+    On CPUs torch's own is faster, where it can keep the moments as asked.
+    """
     options = config.optimizer
     matrices = [param for param in model.parameters() if param.dim() > 1]
     others = [param for param in model.parameters() if param.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    make = AdamW if world.device.type == "cuda" else torch.optim.AdamW
     groups = [group for group in groups if group["params"]]
-    return make(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+    if world.device.type != "cuda" and options.moments == "fp32":
+        return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+    moments, seed = options.moments, config.seed
+    return AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, moments=moments, seed=seed)
 
 
-def moments_nbytes(model: torch.nn.Module, world: World) -> int:
-    """Of AdamW on the rank that has most: two values per trainable element, in the parameter's dtype."""
-    rows = ((-(-p.shape[0] // world.size), p) for p in model.parameters() if p.requires_grad)
-    return 2 * sum(num_rows * math.prod(p.shape[1:]) * p.element_size() for num_rows, p in rows)
+def moments_nbytes(model: torch.nn.Module, world: World, moments: MomentsFormat, saved: bool = False) -> int:
+    """Of AdamW on the rank that has most: two values per trainable element, as kept or as a checkpoint has them."""
+    rows = (
+        (torch.Size((-(-p.shape[0] // world.size), *p.shape[1:])), p) for p in model.parameters() if p.requires_grad
+    )
+    return sum(optim_moments.moments_nbytes(shape, p.dtype, moments, saved) for shape, p in rows)
 
 
-def describe_plan(model: Any, world: World) -> str:
+def describe_plan(model: Any, world: World, moments_format: MomentsFormat) -> str:
     """The memory plan, and AdamW's moments beside it."""
-    moments = readable(moments_nbytes(model, world))
+    moments = readable(moments_nbytes(model, world, moments_format))
     return f"{model.memory_plan()}\n  AdamW's moments, {moments}, and activations come on top"
 
 

@@ -45,6 +45,7 @@ class OptimizerOptions:
     eps: float = 1e-8  # beside the root of the second moment
     weight_decay: float = 0.1  # of matrices; norms and biases have none
     max_grad_norm: float | None = 1.0  # gradients are scaled down to this norm; null: never
+    moments: Literal["fp32", "bf16", "int8"] = "fp32"  # what they are kept in; int8: by blocks that share an exponent
     nonfinite: Literal["stop", "skip"] = "stop"  # at gradients that are not finite; "skip" waits for each step's norm
 
     def __post_init__(self) -> None:
@@ -65,7 +66,7 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class PrecisionOptions:
-    """What modules compute in and what gradients are summed in; parameters and moments are fp32."""
+    """What modules compute in and what gradients are summed in; parameters are fp32."""
 
     param_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of forward and backward
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients between ranks

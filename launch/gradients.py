@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from launch.world import World
 from yafsdp_like.comm.consistency import AgreedError, all_gather_object
-from yafsdp_like.optim.adamw import local
+from yafsdp_like.optim.moments import local
 
 
 class NotFiniteError(AgreedError):

@@ -64,12 +64,13 @@ def check_memory(model: Any, options: Config, world: World) -> None:
 
 def _demands(model: Any, options: Config, world: World) -> list[MemoryDemand]:
     plan: MemoryPlan = model.memory_plan()
-    moments = build.moments_nbytes(model, world)
+    kept_as = options.optimizer.moments
+    moments = build.moments_nbytes(model, world, kept_as)
     sharded = sum(plan.nbytes_of(kind) for kind in SHARDED)
     parts = [Allocation("memory plan", plan.nbytes, sharded), Allocation("AdamW's moments", moments, moments)]
     copies = []
     if options.checkpoint.asynchronous and 0 < options.checkpoint.every < options.num_steps:
-        copied = plan.nbytes_of("main_shard") + moments
+        copied = plan.nbytes_of("main_shard") + build.moments_nbytes(model, world, kept_as, saved=True)
         copies = [Allocation(COPY, copied, copied)]
     if world.device.type != "cuda":
         return [_host_demand([*parts, *copies])]

@@ -20,7 +20,7 @@ from launch.world import World
 from yafsdp_like import GraphedStep
 from yafsdp_like.comm.consistency import all_gather_object
 from yafsdp_like.data import Batches, PackedText
-from yafsdp_like.optim.adamw import local
+from yafsdp_like.optim.moments import local
 from yafsdp_like.optim.schedule import WarmupCosine
 
 MAX_SKIPPED_STEPS = 10  # steps one after the other: then it is not the batch

@@ -41,8 +41,8 @@ def run_python(*arguments: str, **environment: str) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_kernels_equal_their_references_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    files = ("tests/kernels/test_kernels.py", "tests/optim/test_optim.py", "tests/kernels/test_gemv.py")
-    run_python("-m", "pytest", "-q", *files, TRITON_INTERPRET="1")
+    files = ("kernels/test_kernels.py", "kernels/test_formats.py", "optim/test_optim.py", "kernels/test_gemv.py")
+    run_python("-m", "pytest", "-q", *(f"tests/{file}" for file in files), TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="says nothing of the interpreter")
@@ -283,9 +283,7 @@ def adamw_params(
 
 
 def cloned(params: Sequence[AdamWTensors]) -> list[AdamWTensors]:
-    return [
-        AdamWTensors(*(None if tensor is None else tensor.clone() for tensor in p[:5]), p.rate_index) for p in params
-    ]
+    return [AdamWTensors(*(None if tensor is None else tensor.clone() for tensor in p[:5]), *p[5:]) for p in params]
 
 
 def assert_updated_alike(found: Sequence[AdamWTensors], expected: Sequence[AdamWTensors]) -> None:

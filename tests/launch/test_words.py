@@ -37,7 +37,7 @@ class Mesh:
 )
 def test_moments_are_told_in_units_that_people_read(num_params: int, moments: str) -> None:
     mesh: Any = Mesh()
-    words = describe_plan(Planned(num_params), World(0, torch.device("cpu"), mesh))
+    words = describe_plan(Planned(num_params), World(0, torch.device("cpu"), mesh), "fp32")
     assert words == f"the plan\n  AdamW's moments, {moments}, and activations come on top"
 
 

@@ -8,6 +8,7 @@ Decoupled weight decay (Loshchilov and Hutter, 2019), in float32 whatever the te
     main = main * (1 - lr * weight_decay) - lr / (1 - beta1**t) * m / (sqrt(v) / sqrt(1 - beta2**t) + eps)
     compute = main, rounded
 
+Moments may be stored in fewer bytes, as ``formats.py`` has it: rounded after the update, which uses what was computed.
 This file knows tensors and numbers, no parameter groups. The kernel rounds every operation correctly and contracts
 none, as [Note: the same bits] in ``reduce.py`` has it, so that states have the reference's bits everywhere. Parameters
 have them where torch's square root is correctly rounded, which on a CPU it is not.
@@ -35,6 +36,17 @@ from yafsdp_like.kernels.blocks import (
     triton_dtype,
     upload,
 )
+from yafsdp_like.kernels.formats import (
+    RandomKey,
+    blocks_nbytes,
+    from_blocks,
+    load_moment,
+    random_bits,
+    random_words,
+    store_moment,
+    to_bfloat16,
+    to_blocks,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +56,10 @@ NUM_WARPS = 4
 
 
 class AdamWTensors(NamedTuple):
-    """One parameter on this rank: contiguous tensors of as many elements each, of any shape."""
+    """One parameter on this rank: contiguous tensors of as many elements each, of any shape.
+
+    Moments of dtype uint8 are 8 bit by blocks of ``formats.py``, and flat.
+    """
 
     main: torch.Tensor  # what is updated
     grad: torch.Tensor
@@ -52,6 +67,8 @@ class AdamWTensors(NamedTuple):
     exp_avg_sq: torch.Tensor  # in the dtype of exp_avg
     compute: torch.Tensor | None  # gets the new values of main in its own dtype
     rate_index: int  # row of the rates
+    number: int = 0  # of the parameter, and
+    start: int = 0  # the index of its first element here in the whole parameter: what random bits depend on
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -74,11 +91,17 @@ class AdamWStep:
     beta2: float
     eps: float
     gradient_scale: float = 1.0
+    seed: int | None = None  # of the bits that round moments in bfloat16 and 8 bit; None: to nearest, plain floats only
 
     @property
     def corrections(self) -> tuple[float, float]:
         """What m and sqrt(v) are multiplied by, because they started at zero."""
         return 1 / (1 - self.beta1**self.step), (1 - self.beta2**self.step) ** -0.5
+
+    @property
+    def random_key(self) -> RandomKey:
+        """The key of the step's random bits; without a seed any."""
+        return RandomKey() if self.seed is None else RandomKey.of(self.seed, self.step)
 
 
 def rate_row(lr: float, weight_decay: float) -> tuple[float, float]:
@@ -92,22 +115,45 @@ def adamw_reference(params: Sequence[AdamWTensors], rates: torch.Tensor, step: A
     for p in params:
         lr, kept = rates[p.rate_index]
         grad = p.grad.float() * step.gradient_scale
-        exp_avg = p.exp_avg.float()
+        exp_avg, exp_avg_sq = (_read(p, signed) for signed in (True, False))
         exp_avg = exp_avg + (grad - exp_avg) * (1 - step.beta1)
-        exp_avg_sq = p.exp_avg_sq.float() * step.beta2 + grad * (1 - step.beta2) * grad
+        exp_avg_sq = exp_avg_sq * step.beta2 + grad * (1 - step.beta2) * grad
         denominator = exp_avg_sq.sqrt() * correction2 + step.eps
         p.main.copy_(p.main.float() * kept - exp_avg * (lr * correction1) / denominator)
-        p.exp_avg.copy_(exp_avg)
-        p.exp_avg_sq.copy_(exp_avg_sq)
+        _write(p, exp_avg, exp_avg_sq, step)
         if p.compute is not None:
             p.compute.copy_(p.main.view(p.compute.shape))
+
+
+def _read(p: AdamWTensors, signed: bool) -> torch.Tensor:
+    """The first moment, which is signed, or the second, in float32 and in the shape of the parameter."""
+    stored = p.exp_avg if signed else p.exp_avg_sq
+    return from_blocks(stored, signed).view(p.main.shape) if stored.dtype == torch.uint8 else stored.float()
+
+
+def _write(p: AdamWTensors, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, step: AdamWStep) -> None:
+    in_blocks = p.exp_avg.dtype == torch.uint8
+    if not in_blocks and not _is_stochastic(p.exp_avg.dtype, step):
+        p.exp_avg.copy_(exp_avg)
+        p.exp_avg_sq.copy_(exp_avg_sq)
+        return
+    bits = random_bits(step.random_key, p.number, p.start, exp_avg.numel(), exp_avg.device)
+    for stored, values, noise in ((p.exp_avg, exp_avg, bits & 0xFFFF), (p.exp_avg_sq, exp_avg_sq, bits >> 16 & 0xFFFF)):
+        if in_blocks:
+            stored.copy_(to_blocks(values.view(-1), noise, stored is p.exp_avg))
+        else:
+            stored.copy_(to_bfloat16(values, noise.view(values.shape)))
+
+
+def _is_stochastic(dtype: torch.dtype | None, step: AdamWStep) -> bool:
+    return dtype == torch.bfloat16 and step.seed is not None
 
 
 class AdamWTable:
     """Where the tensors of one launch were when it was last made. Holds no tensor of the caller's."""
 
     def __init__(self) -> None:
-        self._places: list[tuple[int, ...]] = []  # per parameter: rate index, addresses
+        self._places: list[tuple[int, ...]] = []  # per parameter: a row of the kernel's table
         self._numels: list[int] = []
         self._blocks: BlockTable | None = None  # of self._numels; None before the first update
         self._rows: torch.Tensor | None = None  # self._places on the device
@@ -121,7 +167,7 @@ class AdamWTable:
             step: the step's number, the betas, eps, and what gradients are multiplied by.
 
         Raises ``ValueError`` when tensors of a parameter differ in size, are not contiguous, or are neither float32
-        nor bfloat16 nor float16.
+        nor bfloat16 nor float16, nor moments in uint8.
         """
         device = params[0].main.device
         if not runs_on(device):
@@ -155,17 +201,23 @@ def _place(p: AdamWTensors) -> tuple[int, ...]:
         p.exp_avg.data_ptr(),
         p.exp_avg_sq.data_ptr(),
         compute,
+        p.number,
+        p.start,
     )
 
 
 def _check(params: Sequence[AdamWTensors]) -> None:
     for k, p in enumerate(params):
         for tensor in p.tensors:
-            triton_dtype(tensor.dtype)
-            if tensor.numel() != p.main.numel() or not tensor.is_contiguous():
+            numel = p.main.numel()
+            if tensor.dtype == torch.uint8 and (tensor is p.exp_avg or tensor is p.exp_avg_sq):
+                numel = blocks_nbytes(numel)
+            else:
+                triton_dtype(tensor.dtype)
+            if tensor.numel() != numel or not tensor.is_contiguous():
                 raise ValueError(
                     f"parameter {k} of shape {tuple(p.main.shape)}: expected contiguous tensors of "
-                    f"{p.main.numel()} elements, found shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+                    f"{numel} elements, found shape {tuple(tensor.shape)}, strides {tensor.stride()}"
                 )
         if p.dtypes != params[0].dtypes or p.exp_avg_sq.dtype != p.exp_avg.dtype:
             raise ValueError(
@@ -180,7 +232,10 @@ def _launch(
     rates: torch.Tensor,
     step: AdamWStep,
 ) -> None:
-    main, grad, state, compute = (None if dtype is None else triton_dtype(dtype) for dtype in dtypes)
+    in_blocks = dtypes[2] == torch.uint8
+    main, grad, state, compute = (
+        tl.uint8 if dtype == torch.uint8 else triton_dtype(dtype) if dtype else None for dtype in dtypes
+    )
     _adamw_kernel[(blocks.num_blocks,)](
         blocks.blocks,
         blocks.numels,
@@ -192,10 +247,12 @@ def _launch(
         1 - step.beta2,
         step.eps,
         *step.corrections,
+        *step.random_key,
         MAIN=main,
         GRAD=grad,
         STATE=state,
         COMPUTE=compute,
+        STOCHASTIC=in_blocks or _is_stochastic(dtypes[2], step),
         BLOCK=blocks.block,
         VECTOR=VECTOR_NBYTES // max(dtype.itemsize for dtype in dtypes if dtype),  # narrow tensors follow the widest
         num_warps=NUM_WARPS,
@@ -203,11 +260,11 @@ def _launch(
     )
 
 
-@jit()
+@jit("first_key", "second_key")
 def _adamw_kernel(
     blocks: tl.tensor,  # (num_blocks, 2) int32
     numels: tl.tensor,  # (num_segments,) int64
-    rows: tl.tensor,  # (num_segments, 6) int64: rate index, then addresses in the order of AdamWTensors
+    rows: tl.tensor,  # (num_segments, 8) int64: rate index, addresses in the order of AdamWTensors, number, start
     rates: tl.tensor,  # (num_rates, 2) float32
     gradient_scale: tl.tensor,
     grad_weight: tl.tensor,  # 1 - beta1
@@ -216,37 +273,45 @@ def _adamw_kernel(
     eps: tl.tensor,
     correction1: tl.tensor,
     correction2: tl.tensor,
+    first_key: tl.tensor,
+    second_key: tl.tensor,
     MAIN: tl.constexpr,
     GRAD: tl.constexpr,
     STATE: tl.constexpr,
     COMPUTE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
     segment, start, count = block_range(blocks, numels, tl.program_id(0), BLOCK)
-    row = rows + segment * 6
+    row = rows + segment * 8
     rate = rates + tl.load(row) * 2
     step_size, kept = tl.load(rate) * correction1, tl.load(rate + 1)
     scalars = (gradient_scale, grad_weight, beta2, square_weight, eps, correction2, step_size, kept)
+    keys = (first_key, second_key)
+    numel = tl.load(numels + segment)
     bits = tl.load(row + 1)
     for k in tl.static_range(2, 6):
         bits |= tl.load(row + k)
     if (count == BLOCK) & (bits % 16 == 0):
-        _adamw_block(row, start, count, scalars, MAIN, GRAD, STATE, COMPUTE, BLOCK, VECTOR)
+        _adamw_block(row, numel, start, count, scalars, keys, MAIN, GRAD, STATE, COMPUTE, STOCHASTIC, BLOCK, VECTOR)
     else:
-        _adamw_block(row, start, count, scalars, MAIN, GRAD, STATE, COMPUTE, BLOCK, 0)
+        _adamw_block(row, numel, start, count, scalars, keys, MAIN, GRAD, STATE, COMPUTE, STOCHASTIC, BLOCK, 0)
 
 
 @jit()
 def _adamw_block(
     row: tl.tensor,
+    numel: tl.tensor,
     start: tl.tensor,
     count: tl.tensor,
     scalars: tl.tensor,
+    keys: tl.tensor,
     MAIN: tl.constexpr,
     GRAD: tl.constexpr,
     STATE: tl.constexpr,
     COMPUTE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
@@ -258,8 +323,8 @@ def _adamw_block(
 
     main = load(main_pointer, offsets, mask, VECTOR)
     grad = load(grad_pointer, offsets, mask, VECTOR)
-    exp_avg = load(exp_avg_pointer, offsets, mask, VECTOR)
-    exp_avg_sq = load(exp_avg_sq_pointer, offsets, mask, VECTOR)
+    exp_avg = load_moment(exp_avg_pointer, numel, start, offsets, mask, True, VECTOR)
+    exp_avg_sq = load_moment(exp_avg_sq_pointer, numel, start, offsets, mask, False, VECTOR)
 
     grad = grad * gradient_scale
     exp_avg = exp_avg + (grad - exp_avg) * grad_weight
@@ -268,7 +333,9 @@ def _adamw_block(
     main = rounded(main * kept - tl.div_rn(exp_avg * step_size, denominator), MAIN).to(tl.float32)
 
     store(main_pointer, offsets, main, mask, VECTOR)
-    store(exp_avg_pointer, offsets, exp_avg, mask, VECTOR)
-    store(exp_avg_sq_pointer, offsets, exp_avg_sq, mask, VECTOR)
+    index = tl.load(row + 7) + offsets if STOCHASTIC else offsets
+    words = random_words(keys[0], keys[1], tl.load(row + 6), index) if STOCHASTIC else index  # which nothing reads
+    store_moment(exp_avg_pointer, numel, start, offsets, exp_avg, mask, words & 0xFFFF, True, STOCHASTIC, VECTOR)
+    store_moment(exp_avg_sq_pointer, numel, start, offsets, exp_avg_sq, mask, words >> 16, False, STOCHASTIC, VECTOR)
     if COMPUTE is not None:
         store(pointer(row, 5, COMPUTE), offsets, main, mask, VECTOR)

@@ -1,8 +1,9 @@
 """AdamW in few launches: torch's optimizer with another ``step``, which also writes what is gathered next.
 
-States, parameter groups and checkpoints are ``torch.optim.AdamW``'s own. This file knows which parameters are updated
-together and in what order; the arithmetic is in ``kernels/adamw.py``. It does not know units: a runtime that wants
-its units updated in the order of their forward says so with ``Passes``.
+States, parameter groups and checkpoints are ``torch.optim.AdamW``'s own; moments may be kept in fewer bytes
+(``moments.py``). This file knows which parameters are updated together and in what order; the arithmetic is in
+``kernels/adamw.py``. It does not know units: a runtime that wants its units updated in the order of their forward says
+so with ``Passes``.
 """
 
 from __future__ import annotations
@@ -17,9 +18,19 @@ from torch.distributed.tensor import DTensor
 
 from yafsdp_like.kernels.adamw import AdamWStep, AdamWTable, AdamWTensors, rate_row
 from yafsdp_like.kernels.blocks import upload
+from yafsdp_like.optim.moments import (
+    MOMENTS,
+    MomentsFormat,
+    check_format,
+    first_element,
+    from_saved,
+    local,
+    new_moment,
+    to_saved,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch.optim.optimizer import ParamsT
 
@@ -63,13 +74,22 @@ class AdamW(torch.optim.AdamW):
     ``foreach`` and ``fused`` choose among torch's implementations and change nothing here. ``passes`` and
     ``gradient_scale``, a factor for gradients as they are read, may be set between steps; no checkpoint has them.
 
+    ``moments`` says what both moments are kept in: "fp32", which is the parameter's own dtype as in torch; "bf16",
+    rounded stochastically; or "int8", 8 bit by blocks of 32, where the elements of a row divide into blocks, and the
+    parameter's own dtype elsewhere (norms, biases). Rounding draws on ``seed``, equal on all ranks, the step, the
+    parameter's position among the optimizer's and an element's in the whole parameter: ranks, their number and their
+    shards give the same bits. See [Note: rounded stochastically] and [Note: moments in checkpoints].
+
     Raises ``ValueError`` for what is not supported: ``amsgrad``, ``maximize``, ``capturable``, ``differentiable``, in
-    the constructor, in a group, or in a loaded state; and in ``step`` for tensors that are not contiguous or not
-    float32, bfloat16 or float16, and for gradients sharded otherwise than their parameter.
+    the constructor, in a group, or in a loaded state, and other ``moments``; and in ``step`` for tensors that are not
+    contiguous or not float32, bfloat16 or float16, for gradients sharded otherwise than their parameter, and for
+    parameters not sharded by rows whose moments are rounded stochastically.
     """
 
     passes = Passes()
     gradient_scale = 1.0
+    moments: MomentsFormat = "fp32"
+    seed = 0
 
     def __init__(
         self,
@@ -82,19 +102,27 @@ class AdamW(torch.optim.AdamW):
         *,
         foreach: bool | None = None,
         fused: bool | None = None,
+        moments: MomentsFormat = "fp32",
+        seed: int = 0,
         **unsupported: bool,
     ) -> None:
+        self.moments, self.seed = check_format(moments), seed
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **unsupported)
         self._forget_places()
 
     def _forget_places(self) -> None:
         self._tables: dict[tuple[int, int], AdamWTable] = {}  # by batch, and launch within it
         self._rates: dict[torch.device, tuple[list[tuple[float, float]], torch.Tensor]] = {}  # as set, and there
+        self._origins: dict[nn.Parameter, tuple[int, int]] = {}  # number and first element: of what random bits depend
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch's does. Raises ``ValueError`` for an option that is not supported."""
         super().add_param_group(param_group)
         _refuse_unsupported(self.param_groups[-1:])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled and copied."""
+        return {**super().__getstate__(), "moments": self.moments, "seed": self.seed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set the state, at the end of ``load_state_dict``, unpickling and copying."""
@@ -104,6 +132,35 @@ class AdamW(torch.optim.AdamW):
         for values in self.state.values():
             if "step" in values:  # torch's fused AdamW keeps them on the GPU, where reading them would wait for it
                 values["step"] = values["step"].cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch's does, with moments as floats: see [Note: moments in checkpoints]."""
+        found = super().state_dict()
+        if self.moments == "int8":
+            states = dict(found["state"])
+            for key, param in self._by_key(found["param_groups"]):
+                if (state := states.get(key)) is not None:
+                    saved = {name: to_saved(state[name], param, signed) for name, signed in MOMENTS.items()}
+                    states[key] = state | saved
+            found["state"] = states
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of torch's AdamW or of this one, whatever its moments were kept in, and convert those."""
+        if self.moments == "fp32":  # torch's way: into the parameter's dtype
+            super().load_state_dict(state_dict)
+            return
+        states = state_dict["state"]
+        others = {key: {name: state[name] for name in state if name not in MOMENTS} for key, state in states.items()}
+        super().load_state_dict({**state_dict, "state": others})
+        for key, param in self._by_key(state_dict["param_groups"]):
+            for name in MOMENTS.keys() & states.get(key, {}):
+                self.state[param][name] = from_saved(states[key][name], param, MOMENTS[name], self.moments)
+
+    def _by_key(self, saved_groups: Sequence[dict[str, Any]]) -> Iterator[tuple[Any, nn.Parameter]]:
+        """Return parameters with their keys in a state dict whose groups are ``saved_groups``."""
+        for saved, group in zip(saved_groups, self.param_groups, strict=True):
+            yield from zip(saved["params"], group["params"], strict=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -146,15 +203,15 @@ class AdamW(torch.optim.AdamW):
         group, count = self.param_groups[group_index], self.state[param]["step"]
         count += 1
         beta1, beta2 = group["betas"]
-        return AdamWStep(int(count), float(beta1), float(beta2), group["eps"], self.gradient_scale)
+        seed = None if self.moments == "fp32" else self.seed
+        return AdamWStep(int(count), float(beta1), float(beta2), group["eps"], self.gradient_scale, seed)
 
     def _tensors(self, param: nn.Parameter, group_index: int) -> AdamWTensors:
         """Return this rank's part of a parameter, its gradient and its states, which are made in the first step."""
         state = self.state[param]
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state.update({name: new_moment(param, self.moments) for name in MOMENTS})
         assert param.grad is not None
         return AdamWTensors(
             local(param),
@@ -163,7 +220,15 @@ class AdamW(torch.optim.AdamW):
             local(state["exp_avg_sq"]),
             self.passes.compute_of(param),
             group_index,
+            *(() if self.moments == "fp32" else self._origin(param)),
         )
+
+    def _origin(self, param: nn.Parameter) -> tuple[int, int]:
+        """Return a parameter's number among the optimizer's, and where its elements here begin in the whole one."""
+        if param not in self._origins:
+            params = (p for group in self.param_groups for p in group["params"])
+            self._origins[param] = next(k for k, p in enumerate(params) if p is param), first_element(param)
+        return self._origins[param]
 
     def _rates_on(self, device: torch.device) -> torch.Tensor:
         """Return the groups' learning rates and decays, ``(num_groups, 2)`` float32; copied when one has changed."""
@@ -171,11 +236,6 @@ class AdamW(torch.optim.AdamW):
         if device not in self._rates or self._rates[device][0] != rates:
             self._rates[device] = rates, upload(rates, torch.float32, device)
         return self._rates[device][1]
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a DTensor, without a copy; any other tensor as it is."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _local_grad(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
