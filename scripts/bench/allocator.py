@@ -31,7 +31,6 @@ def release_cached_memory(world: World) -> None:
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
-        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(world.device)
     gathered(None, world)

@@ -49,6 +49,11 @@ def built(name: str, options: Options, world: World) -> Iterator[Trainee | None]
 
 
 def forget(world: World) -> None:
-    """Free what the last implementation left, compiled code included."""
+    """Free what the last implementation left, compiled code and cuBLAS's workspaces included.
+
+    Not before it is gone: its CUDA graphs have these workspaces' addresses.
+    """
     torch.compiler.reset()
+    if world.device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()
     release_cached_memory(world)

@@ -23,11 +23,16 @@ ON_GPU = World(0, torch.device("cuda", 0), mock.Mock())
 
 
 def accounted(name: str) -> dict[str, Any]:
-    """The account of an implementation's third step on this worker."""
-    options = parse_options(["--device", "cpu", "--model", "tiny", "--impl", name], IMPLEMENTATIONS)
+    """The account of an implementation's third step on this worker's CPU."""
     world = World(dist.get_rank(), torch.device("cpu"), world_mesh())
+    return third_step(name, "tiny", Shape(1, 16), world)
+
+
+def third_step(name: str, model: str, shape: Shape, world: World) -> dict[str, Any]:
+    arguments = ["--device", world.device.type, "--model", model, "--num-layers", "2", "--impl", name]
+    options = parse_options(arguments, IMPLEMENTATIONS)
     trainee = IMPLEMENTATIONS[name].build(options, world)
-    batch = make_batch(options, world, Shape(1, 16))
+    batch = make_batch(options, world, shape)
     for _ in range(2):
         trainee.forward_backward(*batch)
         trainee.update()
@@ -116,3 +121,35 @@ def test_each_implementation_says_how_the_allocator_grows() -> None:
         with mock.patch("torch._C._accelerator_setAllocatorSettings", create=True) as settings:
             allocator.set_expandable_segments(implementation.expandable, ON_GPU)
         settings.assert_called_once_with(f"expandable_segments:{name.endswith('-expandable')}")
+
+
+# --- on GPUs ---
+
+
+def on_gpus(name: str) -> tuple[dict[str, Any], dict[str, float], bool, bool]:
+    """An account, the allocator's peaks in its step, whether segments were expandable meanwhile, and are afterwards."""
+    world = World(dist.get_rank(), torch.device("cuda", dist.get_rank()), world_mesh("cuda"))
+    allocator.release_cached_memory(world)
+    allocator.set_expandable_segments(IMPLEMENTATIONS[name].expandable, world)
+    found = third_step(name, "1b", Shape(1, 1024), world)
+    peaks = allocator.memory_since(allocator.allocator_counts(world), 0, world)
+    during = any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
+    allocator.release_cached_memory(world)
+    allocator.set_expandable_segments(False, world)
+    kept = torch.zeros(1 << 28, device=world.device)
+    behind = any(s["is_expandable"] for s in torch.cuda.memory_snapshot() if s["total_size"] >= kept.numel())
+    return found, peaks, during, behind
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2-expandable"])
+def test_categories_add_up_to_what_the_allocator_counts(name: str) -> None:
+    found, peaks, during, behind = run_ranks(on_gpus, name, device="cuda", timeout=120)[0]
+    assert during == name.endswith("-expandable") and not behind
+    phases = {peak["phase"]: peak for peak in found["peaks"]}
+    assert list(phases) == ["forward", "backward", "update"]
+    tensors = {phase: sum(peak[name] for name in accounting.CATEGORIES[:-2]) for phase, peak in phases.items()}
+    assert max(tensors.values()) == pytest.approx(peaks["peak_allocated_gib"], rel=0.01, abs=0.06)  # cuBLAS's workspace
+    assert phases["forward"]["gradients"] == 0 < phases["forward"]["slots"]
+    assert phases["update"]["gradients"] == pytest.approx(phases["update"]["main shards"], rel=0.01)
+    assert all(peak["other"] > 0 for peak in phases.values())
