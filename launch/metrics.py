@@ -21,22 +21,12 @@ from typing import Any
 import torch
 
 from launch.world import World
+from yafsdp_like.hardware import PEAK_TFLOPS
 
 GIB = 2**30
+METRICS_FILE = "metrics.jsonl"
 Record = dict[str, Any]
 Mark = torch.cuda.Event | float
-
-# Dense bf16 TFLOP/s in NVIDIA's data sheets, by a part of the device's name.
-PEAK_TFLOPS = {
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100": 989.4,
-    "B200": 2250.0,
-    "A100": 312.0,
-    "L40S": 362.05,
-    "L4": 121.0,
-    "A10": 125.0,
-}
 
 
 def peak_tflops(world: World, given: float | None) -> float | None:
@@ -117,7 +107,7 @@ class Recorder:
     """metrics.jsonl, one object per line, and TensorBoard; made on the first rank only."""
 
     def __init__(self, directory: Path, tensorboard: bool, first_step: int) -> None:
-        self._path = directory / "metrics.jsonl"
+        self._path = directory / METRICS_FILE
         _keep_lines_before(self._path, first_step)
         self._events = EventFile(directory / "tensorboard", first_step) if tensorboard else None
 
@@ -166,7 +156,7 @@ class EventFile:
 
 def read_records(directory: Path) -> list[Record]:
     """Read all whole lines of a run's metrics.jsonl; raise ValueError, with file and line, for what is no record."""
-    path = directory / "metrics.jsonl"
+    path = directory / METRICS_FILE
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     records = []
     for number, line in enumerate(lines, 1):

@@ -36,6 +36,7 @@ from yafsdp_like.checkpoint import steps
 from yafsdp_like.checkpoint.safetensors import TensorSpec
 from yafsdp_like.comm.consistency import AgreedError, all_gather_object, raise_on_all_ranks
 
+CONFIG_FILE = "config.yaml"
 REQUIRED_METADATA = ("step", "position", "world_size", "order", "shapes")  # that a run cannot go on without
 
 
@@ -118,7 +119,7 @@ def prepare_directory(options: Config, world: World) -> None:
 def write_config(options: Config, first_step: int) -> None:
     """config.yaml, of what the run was told; another that is there is kept, by the step that it was in force until."""
     output = Path(options.output_dir)
-    path, content = output / "config.yaml", yaml.safe_dump(as_dict(options), sort_keys=False)
+    path, content = output / CONFIG_FILE, yaml.safe_dump(as_dict(options), sort_keys=False)
     if path.exists() and path.read_bytes() != content.encode():
         names = (f"config-until-step-{first_step}{suffix}.yaml" for suffix in ("", *(f"-{i}" for i in range(2, 10000))))
         os.rename(path, output / next(name for name in names if not (output / name).exists()))
@@ -293,7 +294,7 @@ def _config_of(start: Start) -> Mapping[str, Any] | None:
     """What the run that saved it was told; before checkpoints held that, what the last run of its directory was."""
     assert start.path is not None and start.metadata is not None
     found = start.metadata.get("config")
-    beside = start.path.parent / "config.yaml"
+    beside = start.path.parent / CONFIG_FILE
     if found is None and beside.is_file():
         with contextlib.suppress(OSError, yaml.YAMLError):
             found = yaml.safe_load(beside.read_text(encoding="utf-8"))

@@ -24,7 +24,6 @@ from bench.help import HelpAsWritten
 from bench.report import Row, write
 from bench.scale import (
     EASY,
-    GIB,
     HARD,
     Assumptions,
     Estimator,
@@ -37,6 +36,7 @@ from bench.scale import (
     plan_for,
     topologies,
 )
+from launch.metrics import GIB
 from yafsdp_like.models import DecoderConfig
 
 if TYPE_CHECKING:

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from bench.allocator import GIB, used_nbytes
+from bench.allocator import used_nbytes
 from bench.trainee import Trainee
+from launch.metrics import GIB
 from launch.world import World
 from yafsdp_like import FSDPModule
 

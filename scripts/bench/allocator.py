@@ -15,9 +15,8 @@ import gc
 import torch
 
 from bench.ranks import gathered
+from launch.metrics import GIB
 from launch.world import World
-
-GIB = 2**30
 
 
 def set_expandable_segments(wanted: bool, world: World) -> None:

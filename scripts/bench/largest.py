@@ -14,7 +14,6 @@ from functools import partial
 import torch
 
 from bench.allocator import (
-    GIB,
     allocator_counts,
     limit_allocator,
     memory_since,
@@ -28,6 +27,7 @@ from bench.ranks import gathered, say, unless_out_of_memory
 from bench.report import Columns, Row, format_table
 from bench.trainee import Trainee
 from bench.turns import built, forget, turns
+from launch.metrics import GIB
 from launch.world import World
 
 STEP = 512  # lengths are multiples of it

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from bench.accounting import CATEGORIES
-from bench.allocator import GIB
 from bench.machine import Machine
 from bench.measure import Metrics
 from bench.options import Options, Shape
+from launch.metrics import GIB
 from launch.world import World
 
 Row = dict[str, Any]
@@ -99,8 +99,8 @@ def speed(row: Row, shape: Shape, options: Options, machine: Machine, update_nby
     """Return what follows from a row's times; None where it has no whole step, or no peak is known.
 
     MFU is `DecoderConfig.train_flops`, in which nothing counts that is computed twice, over the time of a whole step
-    and the GPU's peak (`launch.metrics.PEAK_TFLOPS`): model FLOPs utilization as in Chowdhery et al., "PaLM", 2022,
-    section 4.1. `copy_ms` is the least time of an update: its bytes at the rate of a copy.
+    and the GPU's peak (`yafsdp_like.hardware.PEAK_TFLOPS`): model FLOPs utilization as in Chowdhery et al., "PaLM",
+    2022, section 4.1. `copy_ms` is the least time of an update: its bytes at the rate of a copy.
     """
     flops = options.config.train_flops(shape.batch_size, shape.seq_len)
     copy_ms = update_nbytes / machine.copy_rate * 1e3

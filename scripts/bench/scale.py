@@ -27,12 +27,13 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from launch.metrics import GIB
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.comm.mapped_memory import MappedMemory
+from yafsdp_like.hardware import H200_RATES
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.models import Decoder, DecoderConfig
 
-GIB = 2**30
 COMPUTE_NBYTES, GRAD_NBYTES, MOMENTS_NBYTES = 2, 4, 8  # of an element: bf16, reduced in fp32, AdamW's two in fp32
 NUM_SLOTS = 2  # of a chain of blocks
 
@@ -57,7 +58,9 @@ class Assumptions:
     copy_gap: Figure = Figure(
         (0.770 - 0.715) / 16 * 1e-3, "s", "derived: a block gathered by 18 copies and by 2, 0.770 and 0.715 ms"
     )
-    memory_rate: Figure = Figure(4.25e12, "byte/s", "measured: a copy inside a GPU, bytes read and written")
+    memory_rate: Figure = Figure(
+        H200_RATES.memory_nbytes, "byte/s", "measured: a copy inside a GPU, bytes read and written"
+    )
     barrier: Figure = Figure(
         24e-6, "s", "derived: half of what pulls and the adding kernel leave of a reduction of 0.87 ms (measured)"
     )

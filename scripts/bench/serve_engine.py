@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from yafsdp_like.models.decoder import DecoderConfig
 
 GREEDY = SamplingParams(temperature=0.0)
-PAGE_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -118,15 +117,14 @@ def engine_options(options: ServeBenchOptions, config: DecoderConfig) -> EngineO
     """Room for what the measurements need, and no more."""
     windows = [config.window_of(layer) for layer in range(config.num_layers)]
     dtype = str(DTYPES[options.dtype]).removeprefix("torch.")
-    groups = LayerGroup.of_windows(windows, config.num_kv_heads, config.head_dim, PAGE_SIZE, dtype)
-    spare = (options.max_batch_size + 1) * PAGE_SIZE  # a page for everybody who goes on
+    groups = LayerGroup.of_windows(windows, config.num_kv_heads, config.head_dim, EngineOptions.page_size, dtype)
+    spare = (options.max_batch_size + 1) * EngineOptions.page_size  # a page for everybody who goes on
     capacity = Capacity(groups, options.max_batch_tokens)
     return EngineOptions(
         kv_nbytes=capacity.nbytes_for(options.num_context_tokens + spare, options.max_seq_len),
         max_batch_size=options.max_batch_size,
         max_batch_tokens=options.max_batch_tokens,
         max_seq_len=options.max_seq_len,
-        page_size=PAGE_SIZE,
         graphs=options.graphs,
     )
 

@@ -10,7 +10,8 @@ import torch
 from bench.measure import elapsed_ms, mark
 from bench.options import DTYPES
 from bench.serve_options import ServeBenchOptions
-from yafsdp_like.inference.plan.serving_plan import Hardware, ServingPlan
+from yafsdp_like.hardware import Hardware
+from yafsdp_like.inference.plan.serving_plan import ServingPlan
 from yafsdp_like.models.decoder import DecoderConfig
 
 MATMUL = {"cuda": (8192, 4096, 14336), "cpu": (256, 256, 256)}  # rows, inner, columns

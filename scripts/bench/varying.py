@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from bench.allocator import GIB, allocator_counts, memory_since, release_cached_memory, used_nbytes
+from bench.allocator import allocator_counts, memory_since, release_cached_memory, used_nbytes
 from bench.machine import Machine
 from bench.measure import Metrics, make_batch, over_ranks
 from bench.options import Options, Shape
@@ -22,6 +22,7 @@ from bench.ranks import say, unless_out_of_memory
 from bench.report import Columns, Row, format_metrics, format_table
 from bench.trainee import Trainee
 from bench.turns import built, forget, turns
+from launch.metrics import GIB
 from launch.world import World
 
 NUM_EVALUATIONS = 4  # forwards behind each cycle

@@ -33,6 +33,7 @@ from tests.inference.weights import test_weights
 from tests.ranks import RankError, run_ranks
 from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.tp_group import world_tp_group
+from yafsdp_like.hardware import H200
 from yafsdp_like.inference.engine import engine as engine_module
 from yafsdp_like.inference.engine.engine import Engine, Metrics
 from yafsdp_like.inference.engine.forward import _range_of
@@ -40,7 +41,7 @@ from yafsdp_like.inference.engine.request import FinishReason, Request, Token
 from yafsdp_like.inference.engine.runner import Runner
 from yafsdp_like.inference.kv.eviction import Costs
 from yafsdp_like.inference.options import EngineOptions
-from yafsdp_like.inference.plan.serving_plan import HARDWARE, Site, plan_serving
+from yafsdp_like.inference.plan.serving_plan import Site, plan_serving
 from yafsdp_like.inference.weights.loading import load, model_of, site_of, world_transport
 from yafsdp_like.inference.weights.store import PlacedWeights, reserve
 from yafsdp_like.kernels.sampling_params import SamplingParams
@@ -385,7 +386,7 @@ def test_the_plan_is_that_of_a_decoder_of_fewer_heads_but_for_embedding_and_head
 
 
 def test_the_plan_says_the_mode_and_why_and_is_never_chosen_by_itself() -> None:
-    site = Site(num_ranks=2, hardware=HARDWARE["h200"])
+    site = Site(num_ranks=2, hardware=H200)
     limits = EngineOptions(memory_limit_nbytes=140 << 30, max_batch_size=4, max_batch_tokens=64)
     assert plan_serving(PRESETS["8b"], limits, site).mode == "resident"
     plan = plan_serving(PRESETS["8b"], limits, site, "tensor_parallel")

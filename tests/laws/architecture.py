@@ -112,6 +112,7 @@ Check = Callable[[Source], list[str]]
 # --- imports go one way ---
 
 LEVELS = {  # a part imports from parts below it; parts of one level, as long as there is no cycle, from each other
+    "hardware": 0,
     "memory": 0,
     "kernels": 0,
     "ops": 1,
@@ -124,7 +125,7 @@ LEVELS = {  # a part imports from parts below it; parts of one level, as long as
     "inference": 3,
     "": 4,  # the package's own __init__, which re-exports
 }
-ALONE = {"memory", "kernels"}  # import nothing of the package but themselves
+ALONE = {"hardware", "memory", "kernels"}  # import nothing of the package but themselves
 OUTSIDE = {"scripts", "launch", "tests"}  # stand above the package
 
 

@@ -6,18 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 
+from yafsdp_like import hardware
 from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.buffers import ALWAYS, WORKSPACE
 from yafsdp_like.inference.plan.packed_weights import pack_units, uses_of
 from yafsdp_like.inference.plan.placement import MIN_GRANULES_PER_PART, Mode, Placement, placements
-from yafsdp_like.inference.plan.serving_plan import HARDWARE, ServingPlan, Site, plan_serving
+from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serving
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.memory.plan import KINDS
 from yafsdp_like.models import PRESETS, DecoderConfig
 
 GIB = 1 << 30
 SERVED = [name for name, config in PRESETS.items() if config.experts is None]
-H200 = Site(hardware=HARDWARE["h200"])
+H200 = Site(hardware=hardware.H200)
 CHAIN = DecoderConfig(64, 12, 4, 2, 176, vocab_size=4096)
 TIED = replace(CHAIN, tie_embeddings=True)
 SMALL = EngineOptions(kv_nbytes=1 << 20, max_batch_size=4, max_batch_tokens=32, max_seq_len=64)

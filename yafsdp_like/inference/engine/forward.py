@@ -4,7 +4,7 @@ Nothing is allocated: every operation writes into a planned buffer. This file kn
 not know whose tokens they are, nor how they got here.
 
 Rows of a step: first one token of each of ``num_single`` sequences, then chunks of ``num_chunks`` others. Tables of
-sequences are laid out alike, with the chunks' first row at a multiple of 4, see [Note: aligned rows].
+sequences are laid out alike, with the chunks' first row at a multiple of ``ROW_ALIGNMENT``, see [Note: aligned rows].
 
 [Note: aligned rows]
 Triton compiles another kernel for a pointer that is not a multiple of 16 bytes. The parts of tables that hold chunks
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from yafsdp_like.inference.plan.buffers import ROW_ALIGNMENT
 from yafsdp_like.kernels.activation import swiglu
 from yafsdp_like.kernels.decode_attention import choose_num_splits, decode_attention, workspace_numel
 from yafsdp_like.kernels.gemv import matmul
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.kv.layer_groups import LayerGroup
     from yafsdp_like.inference.plan.buffers import StepBuffers
     from yafsdp_like.inference.weights.store import LayerWeights, Weights
-
-ROW_ALIGNMENT = 4
 
 
 @dataclass(frozen=True)

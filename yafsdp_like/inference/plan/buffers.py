@@ -3,8 +3,9 @@
 Fields declare the shape, dtype and live range of each tensor, from which buffers are planned before anything is
 allocated; instances hold the tensors. Activations of one layer share bytes where they are not live together.
 
-Shapes: T tokens of a step, B sequences, D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary,
-S positions of the longest sequence, G groups of layers that share page tables, L log-probabilities of a token at most.
+Shapes: T tokens of a step, B sequences, A alignment of rows, D model, N heads, K kv heads, H head dim,
+F feed-forward, V vocabulary, S positions of the longest sequence, G groups of layers that share page tables,
+L log-probabilities of a token at most.
 """
 
 # ruff: noqa: RUF009 (`_tensor` returns a `dataclasses.field`)
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from yafsdp_like.memory.layout import Segment
     from yafsdp_like.models.decoder import DecoderConfig
 
+ROW_ALIGNMENT = 4  # of the first row of chunks in tables, see [Note: aligned rows]
 WORKSPACE, LOGITS, TABLES = "workspace", "logits", "tables"  # kinds, and their regions' names
 
 # What a forward does, in order, the first four once a layer; a live range is from the first to the last that needs it.
@@ -73,7 +75,7 @@ def _sizes(config: DecoderConfig, step: StepShape) -> dict[str, int]:
         "B": batch,
         "B + T": batch + step.num_tokens,
         "B + 1": batch + 1,
-        "B + 4": batch + 4,  # rows of prefill begin at a multiple of 4, so that kernels see aligned addresses
+        "B + A": batch + ROW_ALIGNMENT,  # the rows of prefill begin at a multiple of A
         "D": config.dim,
         "H": head_dim,
         "N H": config.num_heads * head_dim,
@@ -140,8 +142,8 @@ class BatchInputs(Generic[T]):
     token_index: T = _tensor("T", dtype=torch.int64)  # where in ``token_pool`` each token is
     positions: T = _tensor("T", dtype=torch.int64)
     slot_mapping: T = _tensor("G", "T", dtype=torch.int32)  # where keys and values go; -1: nowhere
-    page_tables: T = _tensor("G", "B + 4", "pages", dtype=torch.int32)
-    seq_lens: T = _tensor("B + 4", dtype=torch.int32)
+    page_tables: T = _tensor("G", "B + A", "pages", dtype=torch.int32)
+    seq_lens: T = _tensor("B + A", dtype=torch.int32)
     cu_seqlens_q: T = _tensor("B + 1", dtype=torch.int32)  # of chunks
     last_rows: T = _tensor("B", dtype=torch.int64)  # rows whose next token is drawn, unless all are, in order
     sampling_floats: T = _tensor("B", "floats", dtype=torch.float32)

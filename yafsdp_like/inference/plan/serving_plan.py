@@ -33,45 +33,13 @@ from yafsdp_like.models.tensor_parallel import share_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from yafsdp_like.hardware import Hardware, Rates
     from yafsdp_like.inference.kv.slabs import SlabGrid
     from yafsdp_like.models.decoder import DecoderConfig
 
 _SUMS = "process group: sums"  # what moves bytes between ranks that compute together
 
 KV_SLABS, HOST_KV_SLABS = "kv slabs", "host kv slabs"  # kinds, and their regions' names
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a device sustains, per second: for explanations, and no place depends on it."""
-
-    flops: float  # of whole layers in bf16
-    memory_nbytes: float  # read from its own memory
-    host_nbytes: float  # from pinned host memory
-    peer_nbytes: float  # from another device
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """A kind of device."""
-
-    name: str
-    num_multiprocessors: int
-    rates: Rates | None = None  # None: not measured
-
-    @classmethod
-    def of(cls, device: torch.device) -> Hardware | None:
-        """What is there; None for a CPU."""
-        if device.type != "cuda":
-            return None
-        found = torch.cuda.get_device_properties(device)
-        rates = next((known.rates for known in HARDWARE.values() if known.name in found.name), None)
-        return cls(found.name, found.multi_processor_count, rates)
-
-
-HARDWARE = {
-    "h200": Hardware("H200", 132, Rates(500e12, 4.25e12, 52.7e9, 390e9)),
-}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from torch import Tensor
 from yafsdp_like.checkpoint import steps
 from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.consistency import all_gather_object
-from yafsdp_like.inference.plan.serving_plan import Hardware, ServingPlan, Site, plan_serving
+from yafsdp_like.hardware import Hardware
+from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serving
 from yafsdp_like.inference.weights.store import PlacedWeights, Store, reserve
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig, hf
 from yafsdp_like.models.decoder import fill_first_values
