@@ -26,7 +26,8 @@ from yafsdp_like.comm.hierarchical import HierarchicalTransport
 from yafsdp_like.comm.peer import Obstacle
 from yafsdp_like.comm.transport import AllGather, Reduction, Transport
 from yafsdp_like.memory.arena import MemoryBlock
-from yafsdp_like.shard.runtime import memory_layout
+from yafsdp_like.shard.spec import memory_layout
+from yafsdp_like.shard.spec.unit_spec import UnitLayout
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 CPU = torch.device("cpu")
@@ -244,7 +245,7 @@ def test_the_plan_is_what_is_held_columns_included(name: str) -> None:
         model: Any = specimen.wrap(specimen.fresh(), fully_shard, **wrapped)
         plan = model.memory_plan()
         (column,) = [r for r in plan.regions if r.name == "gather staging"]
-        halves = [unit.plan_layout().gather_slot.nbytes / 2 for unit in units_of(model)]
+        halves = [UnitLayout.of(unit.param_specs()).gather_slot.nbytes / 2 for unit in units_of(model)]
         assert column.mapped and max(halves) <= column.nbytes <= max(halves) + 256 * 16
         for number in range(2):
             specimen.loss_of(model, number, dist.get_rank()).backward()

@@ -30,7 +30,8 @@ from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.transport import Reduction
 from yafsdp_like.memory.arena import MemoryBlock
 from yafsdp_like.shard.runtime import allocated_memory as allocated_memory_module
-from yafsdp_like.shard.runtime import memory_layout
+from yafsdp_like.shard.spec import memory_layout
+from yafsdp_like.shard.spec.unit_spec import UnitLayout
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 CPU = torch.device("cpu")
@@ -157,7 +158,7 @@ def compare_plan_with_memory(name: str) -> None:
             continue
         model = sharded(specimen, mp_policy=policy)
         plan = model.memory_plan()
-        largest = max(unit.plan_layout().gradient_slot.nbytes for unit in units_of(model))
+        largest = max(UnitLayout.of(unit.param_specs(), mapped=True).gradient_slot.nbytes for unit in units_of(model))
         assert plan.nbytes_of("staging") == largest > 0
         assert plan.nbytes_of("compute_shard") > 0, "peers read it in place, in fp32 too"
         for number in range(2):

@@ -23,6 +23,7 @@ from yafsdp_like.shard.runtime.rebuild import Rebuild
 from yafsdp_like.shard.runtime.running import backward_task
 from yafsdp_like.shard.runtime.slots import SlotState
 from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
+from yafsdp_like.shard.spec.unit_spec import UnitLayout
 
 CHAIN = Specimen(lambda: Chain([Block() for _ in range(4)]), vectors(FEATURES), layers_of)
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -356,5 +357,5 @@ def plan_with_a_large_embedding() -> None:
         fully_shard(layer, mesh=world_mesh())
     fully_shard(model, mesh=world_mesh())
     slots_nbytes = model.memory_plan().nbytes_of("gather slots")
-    sizes = [unit_of(layer).plan_layout().gather_slot.nbytes for layer in model]
+    sizes = [UnitLayout.of(unit_of(layer).param_specs()).gather_slot.nbytes for layer in model]
     assert slots_nbytes == sizes[0] + sizes[1]  # and not twice the embedding

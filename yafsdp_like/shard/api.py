@@ -6,7 +6,6 @@ the policies are FSDP2's own classes. Nothing of torch is hooked before the firs
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypedDict, TypeVar, Unpack, cast, overload
@@ -28,15 +27,14 @@ from yafsdp_like.shard.optimizer_step import watch_optimizers
 from yafsdp_like.shard.pretrained import overrides_of
 from yafsdp_like.shard.requirements import check_mesh, check_modules, check_params, check_supported
 from yafsdp_like.shard.runtime.engine import ShardEngine, engine_for, engine_of
-from yafsdp_like.shard.runtime.memory_layout import plan_memory
 from yafsdp_like.shard.runtime.rebuild import Report
-from yafsdp_like.shard.runtime.unit_spec import UnitPolicy
 from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
 from yafsdp_like.shard.runtime.unit_tree import unit_tree_of
+from yafsdp_like.shard.spec.unit_spec import UnitPolicy
 from yafsdp_like.shard.wrapping import Owners, make_unit, params_below, split_tied
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from yafsdp_like.comm import TransportName
     from yafsdp_like.memory.plan import MemoryPlan
@@ -210,8 +208,7 @@ class FSDPModule(Base):
         be on the meta device.
         """
         engine = engine_of(self._unit())
-        with _left_as_they_are(self._units(recurse=True) if engine is None else engine.units):
-            return plan_memory(unit_tree_of(self)).plan if engine is None else engine.memory.plan()
+        return unit_tree_of(self).plan().plan if engine is None else engine.memory.plan()
 
     def memory_report(self) -> Report:
         """Return the bytes held now, and what departed from the plan: spills, evictions, unused prefetches."""
@@ -403,16 +400,6 @@ class FSDPModule(Base):
 
     def _engine(self) -> ShardEngine:
         return engine_for(self._unit(), self)
-
-
-@contextlib.contextmanager
-def _left_as_they_are(units: Sequence[Unit]) -> Iterator[None]:
-    """Undo what drawing a plan notes on units and parameters: full names from its root, and dtypes by their policy."""
-    changed: list[Any] = [*units, *(p for unit in units for p in unit.params)]
-    before = [dict(vars(it)) for it in changed]
-    yield
-    for it, values in zip(changed, before, strict=True):
-        vars(it).update(values)
 
 
 def _units_to_prefetch(modules: Sequence[Any]) -> list[Unit]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from yafsdp_like.comm import TransportName
-    from yafsdp_like.shard.runtime.unit_spec import UnitPolicy
+    from yafsdp_like.shard.spec.unit_spec import UnitPolicy
 
 Owners = dict[nn.Parameter, list[tuple[nn.Module, str]]]  # which modules register a parameter, and under what name
 

@@ -7,7 +7,7 @@ not know what is in a slot: who builds or leaves has released them all, and has 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,25 +15,26 @@ import torch
 from yafsdp_like.comm.consistency import check_same_on_all_ranks
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import FlatLayout, Segment
-from yafsdp_like.shard.runtime.memory_layout import (
+from yafsdp_like.shard.runtime.param import NOWHERE
+from yafsdp_like.shard.runtime.sinks import watch_gradients
+from yafsdp_like.shard.runtime.slots import GatherSlot, GradientSlot, find_neighbours
+from yafsdp_like.shard.spec.memory_layout import (
     COLUMN,
     GATHER_SLOTS,
     GRADIENT_SLOTS,
     STAGING,
     MemoryLayout,
     own_slot_regions,
-    plan_memory,
 )
-from yafsdp_like.shard.runtime.param import NOWHERE
-from yafsdp_like.shard.runtime.sinks import watch_gradients
-from yafsdp_like.shard.runtime.slots import GatherSlot, GradientSlot, find_neighbours
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from yafsdp_like.memory.plan import MemoryPlan
     from yafsdp_like.shard.runtime.collective_log import CollectiveLog
-    from yafsdp_like.shard.runtime.unit_spec import UnitLayout
     from yafsdp_like.shard.runtime.unit_state import Unit
     from yafsdp_like.shard.runtime.unit_tree import UnitTree
+    from yafsdp_like.shard.spec.unit_spec import UnitLayout
 
 
 class SpillWarning(UserWarning):
@@ -73,7 +74,7 @@ class AllocatedMemory:
         """What is built, or else what would be. Allocates nothing."""
         if self._layout is not None and self.is_built:
             return self._layout.plan
-        return plan_memory(self._tree).plan
+        return self._tree.plan().plan
 
     @property
     def nbytes(self) -> int:
@@ -84,8 +85,8 @@ class AllocatedMemory:
 
     def build(self) -> None:
         """Gives every unit its shards and slots, on an arena of their own. Units must have their main shards."""
-        self._layout = plan_memory(self._tree)
-        self.arena = build(self._layout)
+        self._layout = self._tree.plan()
+        self.arena = build(self._tree.units, self._layout)
         self._built_for = self._signatures()
         self.num_layouts += 1
 
@@ -163,8 +164,9 @@ class AllocatedMemory:
 
     def _spill(self, unit: Unit, which: int, reason: str) -> tuple[Place, UnitLayout]:
         assert self._layout is not None and self.arena is not None
-        layout = self._layout.layouts[unit]
-        region = own_slot_regions(unit, layout)[which]
+        index = self._tree.units.index(unit)
+        layout = self._layout.layouts[index]
+        region = own_slot_regions(replace(self._layout.units[index], needs=unit.needs), layout)[which]
         known = len(self.arena.blocks)
         self.arena.reserve([region])
         if region.mapped and (mapped := unit.transport.mapped) is not None:
@@ -176,15 +178,15 @@ class AllocatedMemory:
         return self.arena.place(region.name), layout
 
 
-def build(memory_layout: MemoryLayout) -> Arena:
-    """Allocates everything but the main shards, which units hold already, and gives every unit its shards and slots."""
-    units = list(memory_layout.layouts)
+def build(units: Sequence[Unit], memory_layout: MemoryLayout) -> Arena:
+    """Allocate everything but main shards, which units hold already, and give every unit its shards and slots."""
     arena = Arena(units[0].device)
     arena.reserve([region for region in memory_layout.plan.regions if region.kind != "main_shard"])
-    for unit, layout in memory_layout.layouts.items():
+    for i, (unit, layout) in enumerate(zip(units, memory_layout.layouts, strict=True)):
+        unit.take_dtypes(memory_layout.units[i].params)
         _place_shards(unit, layout, arena)
-        unit.use_gather_slot(_gather_slot(unit, memory_layout, arena))
-        unit.use_gradient_slot(_gradient_slot(unit, memory_layout, arena))
+        unit.use_gather_slot(_gather_slot(unit, layout, memory_layout.gather_places.get(i), arena))
+        unit.use_gradient_slot(_gradient_slot(unit, layout, memory_layout.gradient_places.get(i), arena))
         unit.use_scratch(_scratch(arena, STAGING), _scratch(arena, COLUMN))
         watch_gradients(unit, unit.gather_slot)
     find_neighbours([unit.gather_slot for unit in units])
@@ -220,21 +222,19 @@ def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
             p.place_grad(arena.place(f"{unit.name}.grad_shard").part(layout.grad_shard.segments[k]))
 
 
-def _gather_slot(unit: Unit, memory_layout: MemoryLayout, arena: Arena) -> GatherSlot:
-    layout = memory_layout.layouts[unit]
-    if unit in memory_layout.gather_places:
-        extent = arena.place(GATHER_SLOTS).part(memory_layout.gather_places[unit])
-        return (
-            _aliased_slot(unit, layout, extent)
-            if layout.aliased_shard.nbytes
-            else slot_at(unit, extent, layout.gather_slot)
-        )
+def _gather_slot(unit: Unit, layout: UnitLayout, shared: Segment | None, arena: Arena) -> GatherSlot:
+    if shared is not None:
+        extent = arena.place(GATHER_SLOTS).part(shared)
+        if layout.aliased_shard.nbytes:
+            return _aliased_slot(unit, layout, extent)
+        return slot_at(unit, extent, layout.gather_slot)
     if unit.needs.own_gather_slot:
         return slot_at(unit, arena.place(f"{unit.name}.gather_slot"), layout.gather_slot)
     return _slot_on_shards(unit, layout, arena)
 
 
 def slot_at(unit: Unit, extent: Place, layout: FlatLayout) -> GatherSlot:
+    """Make the gather slot that lies in ``extent`` as ``layout`` says."""
     return GatherSlot(unit, [extent.part(segment) for segment in layout.segments], extent)
 
 
@@ -263,11 +263,12 @@ def _slot_on_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> GatherSlot:
     return GatherSlot(unit, places, None)
 
 
-def _gradient_slot(unit: Unit, memory_layout: MemoryLayout, arena: Arena) -> GradientSlot:
-    layout = memory_layout.layouts[unit].gradient_slot
-    if unit in memory_layout.gradient_places:
-        return GradientSlot(unit, arena.place(GRADIENT_SLOTS).part(memory_layout.gradient_places[unit]), layout)
-    if unit.needs.own_gradient_slot:
-        return GradientSlot(unit, arena.place(f"{unit.name}.gradient_slot"), layout)
-    # Parameters without elements have gradients too, but no bytes in any region: an empty one holds them.
-    return GradientSlot(unit, arena.place(f"{unit.name}.grad_shard") if unit.trainable else None, layout)
+def _gradient_slot(unit: Unit, layout: UnitLayout, shared: Segment | None, arena: Arena) -> GradientSlot:
+    extent: Place | None = None
+    if shared is not None:
+        extent = arena.place(GRADIENT_SLOTS).part(shared)
+    elif unit.needs.own_gradient_slot:
+        extent = arena.place(f"{unit.name}.gradient_slot")
+    elif unit.trainable:  # parameters without elements have gradients too, but no bytes: an empty region holds them
+        extent = arena.place(f"{unit.name}.grad_shard")
+    return GradientSlot(unit, extent, layout.gradient_slot)

@@ -45,6 +45,8 @@ class ShardEngine:
 
     def __init__(self, tree: UnitTree) -> None:
         self.tree, self.units = tree, tree.units
+        for unit, name, params in zip(tree.units, tree.names, tree.param_names, strict=True):
+            unit.rename(name, params)
         self.collective_log = CollectiveLog(self.units)
         self.memory = AllocatedMemory(tree, self.collective_log)
         self.streams = streams_of(self.units[0].device)

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from yafsdp_like.memory.layout import RowShards
 from yafsdp_like.shard.runtime.gradient_homes import Home, Homes
 from yafsdp_like.shard.runtime.nested import layers_of
+from yafsdp_like.shard.spec.unit_spec import ParamSpec
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -155,17 +156,27 @@ class ShardedParam:
     def trainable(self) -> bool:
         return self.sharded.requires_grad
 
-    def set_dtypes(self, policy: MixedPrecisionPolicy, as_computed: bool) -> None:
-        """Compute and reduce dtypes by the policy; integers (frozen, all of them) and complex numbers keep their own.
-        Norms with running statistics must be of one dtype with those, and are.
+    def spec(self, name: str, policy: MixedPrecisionPolicy, as_computed: bool, has_room: bool) -> ParamSpec:
+        """Return what a plan needs to know, by the policy of now.
 
-        Gradients wait for their reduction in ``reduce_dtype``, or ``as_computed``.
+        Integers (frozen, all of them) and complex numbers keep their dtype. Norms with running statistics must be of
+        one dtype with those, and are. Gradients wait for their reduction in ``reduce_dtype``, or ``as_computed``;
+        without ``has_room`` there are none.
         """
         dtype = self.main_dtype
         asked = self._dtype_of_statistics() or policy.param_dtype or dtype
-        self.compute_dtype = asked if dtype.is_floating_point else dtype
-        self.reduce_dtype = (policy.reduce_dtype if dtype.is_floating_point else None) or self.compute_dtype
-        self.gradient_dtype = self.compute_dtype if as_computed else self.reduce_dtype
+        compute = asked if dtype.is_floating_point else dtype
+        reduce = (policy.reduce_dtype if dtype.is_floating_point else None) or compute
+        has_gradient = has_room and self.trainable
+        return ParamSpec(name, self.shards, dtype, compute, compute if as_computed else reduce, reduce, has_gradient)
+
+    def take_dtypes(self, spec: ParamSpec) -> None:
+        """Compute and reduce in the dtypes of ``spec`` from now on."""
+        self.compute_dtype, self.gradient_dtype, self.reduce_dtype = (
+            spec.compute_dtype,
+            spec.gradient_dtype,
+            spec.reduce_dtype,
+        )
 
     def _dtype_of_statistics(self) -> torch.dtype | None:
         module = next((module for module, _ in self.owners), None)
@@ -175,11 +186,6 @@ class ShardedParam:
     @property
     def local_shape(self) -> tuple[int, ...]:
         return self.shards.local_shape(self.rank)
-
-    @property
-    def chunk_nbytes(self) -> int:
-        """Bytes of this rank's chunk of what is gathered."""
-        return self.shards.chunk_numel * self.compute_dtype.itemsize
 
     def adopt(self, given: nn.Parameter) -> nn.Parameter:
         """Takes over a parameter that the user assigns in this one's place, and returns the sharded one that modules

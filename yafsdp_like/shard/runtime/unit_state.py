@@ -18,7 +18,7 @@ from yafsdp_like.memory.plan import Region
 from yafsdp_like.shard.runtime.freshness import Freshness
 from yafsdp_like.shard.runtime.param import NOWHERE, ParamMark, ShardedParam
 from yafsdp_like.shard.runtime.running import RunningUnit
-from yafsdp_like.shard.runtime.unit_spec import UnitLayout, UnitNeeds, UnitPolicy
+from yafsdp_like.shard.spec.unit_spec import ParamSpec, RankSpec, UnitNeeds, UnitPolicy, chunks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from yafsdp_like.comm.transport import Reduction, Transport
+    from yafsdp_like.memory.layout import FlatLayout
     from yafsdp_like.shard.runtime.slots import GatherSlot, GradientSlot
 
 
@@ -97,7 +98,7 @@ class Unit:
         self.device = device
         self.name = type(modules[0]).__name__  # the modules' full names, once the root is known
         self.arena = Arena(device)  # of the main shard, which is needed before the root is known
-        self.layout: UnitLayout | None = None  # None until materialized
+        self._main_layout: FlatLayout | None = None  # None until materialized
         self.freshness = Freshness(self.params)
         self.needs = UnitNeeds()
         self.running = RunningUnit()
@@ -232,26 +233,35 @@ class Unit:
         """Return the names of parameters that are on the meta device."""
         return [p.name for p in self.params if p.local.is_meta]
 
-    @property
-    def aliases_shards(self) -> bool:
-        """Whether gather slots may alias this rank's shard: see [Note: mapped memory]."""
-        return self.transport.mapped is not None and self.transport.mapped.reads_shards
-
-    def plan_layout(self, granule_nbytes: int = 0) -> UnitLayout:
-        """Return the layout for the dtypes and ``requires_grad`` of now, without touching memory.
-
-        Gather slots alias whole granules of the shard, unless ``granule_nbytes`` is 0.
-        """
-        self.plan_dtypes()
-        granule_nbytes = granule_nbytes if self.aliases_shards else 0
-        return UnitLayout.of(self.params, self.trainable, self.transport.mapped is not None, granule_nbytes)
-
-    def plan_dtypes(self) -> None:
-        """Set what each parameter is computed and its gradient reduced in, by the policy of now."""
+    def param_specs(self, names: Sequence[str] = ()) -> tuple[ParamSpec, ...]:
+        """Return what a plan needs to know of the parameters as they are now, under other ``names`` if given."""
         # A kernel that sums in fp32 reads gradients as they were computed; sums over backwards need reduce_dtype.
         as_computed = self.transport.mapped is not None and not self.needs.unsynced_gradients
-        for p in self.params:
-            p.set_dtypes(self.policy.mp, as_computed)
+        named = zip(self.params, names or [p.name for p in self.params], strict=True)
+        return tuple(p.spec(name, self.policy.mp, as_computed, self.needs.trains) for p, name in named)
+
+    def rank_spec(self, params: Sequence[ParamSpec]) -> RankSpec:
+        """Return what a plan needs to know of the unit's ranks, which share ``params``."""
+        transport, mapped = self.transport, self.transport.mapped
+        num_replicas = self.mesh.size() // transport.world_size
+        if mapped is None:
+            return RankSpec(transport.world_size, num_replicas, transport.description)
+        compute = [p.shards.chunk_numel * p.compute_dtype.itemsize for p in params]
+        reduced = [p.shards.chunk_numel * p.reduce_dtype.itemsize for p in params if p.has_gradient]
+        return RankSpec(
+            transport.world_size,
+            num_replicas,
+            transport.description,
+            is_mapped=True,
+            reads_shards=mapped.reads_shards,
+            gather_column_nbytes=mapped.column_nbytes(compute),
+            reduce_column_nbytes=mapped.column_nbytes(reduced),
+        )
+
+    def take_dtypes(self, params: Sequence[ParamSpec]) -> None:
+        """Compute and reduce in the dtypes of ``params`` from now on."""
+        for p, spec in zip(self.params, params, strict=True):
+            p.take_dtypes(spec)
 
     def materialize(self) -> None:
         """Put the main shard into the arena, or back after the user moved, cast or replaced parameters.
@@ -263,14 +273,16 @@ class Unit:
             self.mark(p.sharded, p)
         if self.meta_params():
             return
-        layout = self.plan_layout()
-        if self.layout is None or layout.main_shard != self.layout.main_shard or self._changed_dtype():
+        specs = self.param_specs()
+        self.take_dtypes(specs)
+        layout = chunks(specs, [spec.main_dtype for spec in specs])
+        if layout != self._main_layout or self._changed_dtype():
             self.arena = Arena(self.device)
-            self.arena.reserve([Region("main_shard", "main_shard", layout.main_shard.nbytes)])
+            self.arena.reserve([Region("main_shard", "main_shard", layout.nbytes)])
             for p in self.params:
                 p.leave_place()
-        self.layout = layout
-        for p, segment in zip(self.params, layout.main_shard.segments, strict=True):
+        self._main_layout = layout
+        for p, segment in zip(self.params, layout.segments, strict=True):
             if not p.is_placed:
                 self.freshness.main_shard_moved()
                 place = self.arena.place("main_shard").part(segment)

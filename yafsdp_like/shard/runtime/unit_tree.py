@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
-from yafsdp_like.shard.spec.schedule import Schedule, schedule_of
+from yafsdp_like.shard.spec.memory_layout import MemoryLayout, plan_memory
+from yafsdp_like.shard.spec.schedule import Residency, Schedule, schedule_of
+from yafsdp_like.shard.spec.unit_spec import UnitSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,6 +30,8 @@ class UnitTree:
     """
 
     units: Sequence[Unit]
+    names: Sequence[str]  # full names from the root, as those of each unit's parameters
+    param_names: Sequence[Sequence[str]]
     root_unit: Unit | None  # that of the root module itself
     schedule: Schedule
     next_in_forward: Mapping[Unit, Sequence[Unit]]
@@ -35,33 +39,40 @@ class UnitTree:
     backward_ticks: Mapping[Unit, tuple[int, int]]  # when each is expected to start and to end; sorted by the latter
 
     def reshards_after_forward(self, unit: Unit) -> bool:
-        """What the user said, or the default: the root stays gathered, since its backward comes next."""
+        """Return what the user said, or the default: the root stays gathered, since its backward comes next."""
         asked = unit.policy.reshard_after_forward
         return unit is not self.root_unit if asked is None else asked
 
+    def plan(self) -> MemoryLayout:
+        """Plan the memory for the units as they are now. Changes nothing."""
+        index = {unit: i for i, unit in enumerate(self.units)}
+        specs = []
+        for unit, name, param_names in zip(self.units, self.names, self.param_names, strict=True):
+            params = unit.param_specs(param_names)
+            residency = Residency(not self.reshards_after_forward(unit), not unit.policy.reshard_after_backward)
+            forward = tuple(index[u] for u in unit.forward_prefetch if u in index)
+            backward = tuple(index[u] for u in unit.backward_prefetch if u in index)
+            ranks = unit.rank_spec(params)
+            specs.append(UnitSpec(name, params, ranks, unit.needs, residency, forward, backward))
+        return plan_memory(specs, self.schedule)
+
 
 def unit_tree_of(root: nn.Module) -> UnitTree:
-    """All units below ``root``, which get their full names from it."""
+    """Return all units below ``root``. Changes nothing, not even their names."""
     units = list({found: None for module in root.modules() if (found := unit_of(module)) is not None})
-    _name(root, units)
+    full_names = {module: name for name, module in root.named_modules()}
     schedule = schedule_of(root, _units_of_modules(units), len(units))
     ticks = {unit: (schedule.backward_start(i), schedule.backward_end(i)) for i, unit in enumerate(units)}
     return UnitTree(
         units,
+        [", ".join(full_names[m] or "root" for m in unit.modules if m in full_names) for unit in units],
+        [[_full_name(p, full_names) for p in unit.params] for unit in units],
         next((unit for unit in units if root in unit.modules), None),
         schedule,
         {unit: after[:1] for unit, after in _following(units, schedule.forward_order).items()},
         _following(units, schedule.backward_order),
         dict(sorted(ticks.items(), key=lambda item: item[1][1])),
     )
-
-
-def _name(root: nn.Module, units: Sequence[Unit]) -> None:
-    """Full names from the root, for units and their parameters."""
-    names = {module: name for name, module in root.named_modules()}
-    for unit in units:
-        params = [_full_name(p, names) for p in unit.params]
-        unit.rename(", ".join(names[m] or "root" for m in unit.modules if m in names), params)
 
 
 def _full_name(p: ShardedParam, names: Mapping[nn.Module, str]) -> str:

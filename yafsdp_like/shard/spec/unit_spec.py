@@ -1,6 +1,6 @@
-"""What was asked of one unit, and how its bytes are laid out: integers and options, no tensors.
+"""What a plan needs to know of one unit: its parameters' sizes and dtypes, what was asked of it, and its flat layouts.
 
-Owns the flat layouts of a unit's shards and slots, and the policy that the setters of ``FSDPModule`` write.
+Frozen values without tensors, made of units as they are at one moment (``Unit.param_specs``, ``UnitTree.specs``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,26 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     from yafsdp_like.comm.transport import Averaged
-    from yafsdp_like.shard.runtime.param import ShardedParam
+    from yafsdp_like.memory.layout import RowShards
+    from yafsdp_like.shard.spec.schedule import Residency
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: how its rows are sharded, and in which dtypes its shards and slots are."""
+
+    name: str
+    shards: RowShards
+    main_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    gradient_dtype: torch.dtype  # in which full gradients wait for their reduction
+    reduce_dtype: torch.dtype  # to which reduced gradients are rounded
+    has_gradient: bool  # it is trainable, and forwards may lead to a backward
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """Bytes of one rank's chunk of what is gathered."""
+        return self.shards.chunk_numel * self.compute_dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -28,16 +47,16 @@ class UnitLayout:
     main_shard: FlatLayout
     compute_shard: FlatLayout  # only parameters that peers do not gather from the main shard itself
     aliased_shard: FlatLayout  # the rest of the compute shard: whole granules that the gather slot aliases
-    grad_shard: FlatLayout  # only trainable parameters, as in the gradient slot
+    grad_shard: FlatLayout  # only parameters with gradients, as in the gradient slot
     gather_slot: FlatLayout
     gradient_slot: FlatLayout
 
     @classmethod
-    def of(
-        cls, params: Sequence[ShardedParam], trainable: Collection[int], mapped: bool, granule_nbytes: int
-    ) -> UnitLayout:
-        """With gradients of the ``trainable`` ones. Where peers read the compute shard in place (``mapped``),
-        every parameter has one; slots alias shards where ``granule_nbytes`` is not 0.
+    def of(cls, params: Sequence[ParamSpec], mapped: bool = False, granule_nbytes: int = 0) -> UnitLayout:
+        """Lay out ``params``.
+
+        Where peers read the compute shard in place (``mapped``), every parameter has one; slots alias shards where
+        ``granule_nbytes`` is not 0.
         """
         aliased = {
             k
@@ -45,32 +64,32 @@ class UnitLayout:
             if granule_nbytes and p.chunk_nbytes and p.chunk_nbytes % granule_nbytes == 0
         }
 
-        def chunks(dtypes: Sequence[torch.dtype | None]) -> FlatLayout:
-            return FlatLayout.pack(
-                [p.shards.chunk_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
-            )
-
         def full(dtypes: Sequence[torch.dtype | None], in_granules: Collection[int] = ()) -> FlatLayout:
             sizes = [p.shards.padded_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
             return FlatLayout.pack(sizes, in_granules, granule_nbytes)
 
         has_shard = [mapped or p.compute_dtype != p.main_dtype for p in params]
-
         return cls(
-            main_shard=chunks([p.main_dtype for p in params]),
+            main_shard=chunks(params, [p.main_dtype for p in params]),
             compute_shard=chunks(
-                [p.compute_dtype if has_shard[k] and k not in aliased else None for k, p in enumerate(params)]
+                params, [p.compute_dtype if has_shard[k] and k not in aliased else None for k, p in enumerate(params)]
             ),
-            aliased_shard=chunks([p.compute_dtype if k in aliased else None for k, p in enumerate(params)]),
-            grad_shard=chunks([p.main_dtype if k in trainable else None for k, p in enumerate(params)]),
+            aliased_shard=chunks(params, [p.compute_dtype if k in aliased else None for k, p in enumerate(params)]),
+            grad_shard=chunks(params, [p.main_dtype if p.has_gradient else None for p in params]),
             gather_slot=full([p.compute_dtype if p.shards.world_size > 1 else None for p in params], aliased),
-            gradient_slot=full([p.gradient_dtype if k in trainable else None for k, p in enumerate(params)]),
+            gradient_slot=full([p.gradient_dtype if p.has_gradient else None for p in params]),
         )
 
     @property
     def gathered_nbytes(self) -> int:
         """What a gather slot takes beside the shard that it aliases."""
         return self.gather_slot.nbytes - self.aliased_shard.nbytes
+
+
+def chunks(params: Sequence[ParamSpec], dtypes: Sequence[torch.dtype | None]) -> FlatLayout:
+    """Lay out one rank's chunks of the parameters that have a dtype."""
+    pairs = zip(params, dtypes, strict=True)
+    return FlatLayout.pack([p.shards.chunk_numel * dtype.itemsize if dtype else 0 for p, dtype in pairs])
 
 
 @dataclass(frozen=True)
@@ -81,6 +100,36 @@ class UnitNeeds:
     own_gather_slot: bool = False  # after a spill, or in debug mode; later plans keep to it
     own_gradient_slot: bool = False  # after a spill, or because unsynced gradients stay in it between backwards
     unsynced_gradients: bool = False  # set_requires_gradient_sync(False) was called
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """The ranks of one unit, and what of their memory they map of each other."""
+
+    world_size: int  # that shard a parameter
+    num_replicas: int
+    transport: str  # what moves the bytes, and why it was chosen
+    is_mapped: bool = False  # peers read compute shards and full gradients in place
+    reads_shards: bool = False  # an all-gather is a rank's own reading of peers' shards
+    gather_column_nbytes: int = 0  # scratch of an all-gather over several hosts
+    reduce_column_nbytes: int = 0  # and of a reduce-scatter
+
+
+@dataclass(frozen=True)
+class UnitSpec:
+    """One unit as a plan sees it; other units are known by their number in the schedule."""
+
+    name: str
+    params: tuple[ParamSpec, ...]
+    ranks: RankSpec
+    needs: UnitNeeds
+    residency: Residency
+    forward_prefetch: tuple[int, ...] = ()  # what the user names instead of the next unit
+    backward_prefetch: tuple[int, ...] = ()
+
+    def layout(self, granule_nbytes: int) -> UnitLayout:
+        """Lay out shards and slots, which alias granules of this size where ranks read each other's shards."""
+        return UnitLayout.of(self.params, self.ranks.is_mapped, granule_nbytes if self.ranks.reads_shards else 0)
 
 
 @dataclass(frozen=True)
