@@ -97,9 +97,11 @@ class GraphedStep:
 
     @property
     def num_recordings(self) -> int:
+        """How many kinds of steps are recorded."""
         return len(self._steps)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
+        """Run the function, or replay it, on ``inputs``; return copies of what it returns."""
         engine = engine_for(self._unit, self._model)
         if engine.units[0].device.type != "cuda":
             return self._function(*inputs)
@@ -112,7 +114,7 @@ class GraphedStep:
         return self._replay(engine, self._steps[key], inputs)
 
     def _key(self, engine: ShardEngine, inputs: tuple[torch.Tensor, ...]) -> Key:
-        """Its first element is None where steps cannot be recorded as things are."""
+        """Return what a recording is for; its first element is None where steps cannot be recorded as things are."""
         return (repeatable_state(engine), self._model.training, *((t.shape, t.stride(), t.dtype) for t in inputs))
 
     def _record(self, engine: ShardEngine, inputs: tuple[torch.Tensor, ...]) -> _Step:
@@ -140,7 +142,7 @@ class GraphedStep:
         return _Step(own, recording, reduced, collective_log)
 
     def _forget_other_layouts(self, engine: ShardEngine) -> None:
-        """Recordings of slots that are no more would never be replayed, and hold memory."""
+        """Drop recordings of slots that are no more: they would never be replayed, and hold memory."""
         self._steps = {
             key: step for key, step in self._steps.items() if key[0].num_layouts == engine.memory.num_layouts
         }
@@ -156,8 +158,10 @@ class GraphedStep:
 
 
 def repeatable_state(engine: ShardEngine) -> StepKey | None:
-    """What a step that starts now would decide by; None when it cannot be repeated as it is: something is running
-    or held between steps, ``.grad`` is none of ours, or outputs are to be checked (debug mode).
+    """Return what a step that starts now would decide by, or None when it cannot be repeated as it is.
+
+    It cannot while something is running or held between steps, where ``.grad`` is none of ours, and where outputs are
+    to be checked (debug mode).
     """
     if not engine.memory.is_built or engine.params.debug:
         return None
@@ -179,7 +183,7 @@ def repeatable_state(engine: ShardEngine) -> StepKey | None:
 
 
 def _repeatable_unit(engine: ShardEngine, unit: Unit) -> UnitState | None:
-    """Values in its slot that no step would read are dropped."""
+    """Return what a step would decide by, of one unit; values in its slot that no step would read are dropped."""
     slot, is_current = unit.gather_slot, unit.freshness.is_current()
     if slot.state is SlotState.STALE:
         slot.drop()
@@ -195,13 +199,13 @@ def _repeatable_unit(engine: ShardEngine, unit: Unit) -> UnitState | None:
 
 
 def _fork_streams(engine: ShardEngine) -> None:
-    """Side streams start here."""
+    """Start side streams here."""
     for stream in (GATHER, REDUCE):
         engine.streams.wait(stream, engine.streams.record(COMPUTE))
 
 
 def _join_streams(engine: ShardEngine) -> None:
-    """Compute waits for all that side streams were given, so that no event is left to wait for."""
+    """Let compute wait for all that side streams were given, so that no event is left to wait for."""
     engine.context.wait_for_side_streams()
     engine.gradients.forget_events()
     for unit in engine.units:
@@ -210,7 +214,7 @@ def _join_streams(engine: ShardEngine) -> None:
 
 
 def _return_to(state: StepKey, engine: ShardEngine, reduced: Sequence[ShardedParam]) -> None:
-    """A step was recorded, of which nothing has run yet: back to what it was recorded from."""
+    """Return to what a step was recorded from: nothing of it has run yet."""
     for unit, before in zip(engine.units, state.units, strict=True):
         unit.gather_slot.rewind(before.is_filled)
     for p in reduced:
@@ -218,7 +222,7 @@ def _return_to(state: StepKey, engine: ShardEngine, reduced: Sequence[ShardedPar
 
 
 def _settle(engine: ShardEngine, reduced: Sequence[ShardedParam]) -> None:
-    """A step was replayed: what Python would have noted."""
+    """Note what Python would have noted of a step that was replayed."""
     engine.context.arm_watchdog(engine.streams.record(COMPUTE))
     for unit in engine.units:
         unit.gather_slot.drop()

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def install(unit: Unit, module: nn.Module) -> None:
-    """Runs the unit's gather and release around ``module``'s forward, also when that raises."""
+    """Run the unit's gather and release around ``module``'s forward, also when that raises."""
     vars(module).setdefault("_yafsdp_around", []).append(unit)
     module.register_forward_pre_hook(partial(_before_forward, unit), prepend=True, with_kwargs=True)
     module.register_forward_hook(partial(_after_forward, unit), always_call=True)
@@ -87,7 +87,7 @@ def _begin_iteration(engine: ShardEngine, call: Call) -> None:
 
 
 def _enter(engine: ShardEngine, unit: Unit, call: Call, inputs: Any) -> Any:
-    """Gathers the unit for its forward, and the next unit behind it; returns the inputs, watched for backward's end."""
+    """Gather the unit for its forward, and the next behind it; return the inputs, watched for backward's end."""
     unit.running.begin_pass(unit.modules)
     builds_graph = torch.is_grad_enabled()
     tensors = differentiable(inputs) if builds_graph else []
@@ -115,7 +115,9 @@ def _gather(engine: ShardEngine, unit: Unit, open_ended: bool) -> None:
 
 
 def _choose_slot(engine: ShardEngine, unit: Unit, open_ended: bool) -> None:
-    """Moves the unit to a slot of its own where its planned one would be taken from under somebody. See [Note: spills].
+    """Move the unit to a slot of its own where somebody computes on the bytes of its planned one.
+
+    See [Note: spills].
 
     A unit none of whose inputs needs a gradient is in backward until the very end (``open_ended``): units that ran
     before it, and so run backward after it, must not share its bytes.
@@ -168,8 +170,9 @@ def _after_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], output:
 
 
 def _own_values(slot: GatherSlot, output: Any, others: list[Any]) -> Any:
-    """``output`` with copies of tensors that show the slot, whose bytes other units will have (DETR's queries, say);
-    also inside of objects, which are added to ``others``.
+    """Return ``output`` with copies of tensors on the slot's bytes, which other units will have (DETR's queries, say).
+
+    Also inside of objects, which are added to ``others``.
     """
 
     def own(t: torch.Tensor) -> torch.Tensor:
@@ -182,7 +185,7 @@ def _own_values(slot: GatherSlot, output: Any, others: list[Any]) -> Any:
 
 
 def _leave(engine: ShardEngine, unit: Unit) -> None:
-    """The unit's forward is over: its slot is released or kept, unless another call of the unit still runs."""
+    """End the unit's forward: release or keep its slot, unless another call of the unit still runs."""
     unit.running.to_run.clear()
     if unit.running.calls or unit.registered is None:
         return
@@ -212,7 +215,7 @@ def _end_iteration(engine: ShardEngine, failed: bool) -> None:
 
 
 def before_method(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> Any:
-    """``frame`` is about to run a method of a sharded module as its forward; returns what to call it with."""
+    """Begin a method that ``frame`` runs as a sharded module's forward; return what to call it with."""
     for unit in reversed(vars(module)["_yafsdp_around"]):
         args, kwargs = _before_forward(unit, module, args, kwargs)
         unit.running.calls[-1].frame = frame
@@ -220,14 +223,14 @@ def before_method(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def after_method(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """The method has returned ``output``, or raises; returns what the caller gets."""
+    """End a method that has returned ``output``, or raises; return what the caller gets."""
     for unit in vars(module)["_yafsdp_around"]:
         output = _after_forward(unit, module, args, output)
     return output
 
 
 def _still_runs(call: Call) -> bool:
-    """Whether a method runs the module's own forward, which is part of the iteration that the method began."""
+    """Return whether a method runs the module's own forward, which is part of the iteration that the method began."""
     frame: FrameType | None = sys._getframe() if call.frame is not None else None
     while frame is not None and frame is not call.frame:
         frame = frame.f_back
@@ -238,7 +241,7 @@ def _still_runs(call: Call) -> bool:
 
 
 def _start_backward(engine: ShardEngine, unit: Unit, use: ForwardUse, refuses_second: bool) -> None:
-    """A gradient is about to enter the unit: its full parameters must be where forward had them."""
+    """Let a gradient enter the unit: its full parameters must be where forward had them."""
     task = backward_task()
     assert task is not None
     if use.task == task:
@@ -275,7 +278,7 @@ def _gather_for_backward(engine: ShardEngine, unit: Unit, use: ForwardUse) -> No
 
 
 def _prefetch_in_backward(engine: ShardEngine, unit: Unit) -> None:
-    """Gathers the next units that have a backward to come; units that were skipped in forward are not gathered."""
+    """Gather the next units that have a backward to come; units that were skipped in forward are not gathered."""
     following = unit.backward_prefetch or engine.tree.after_in_backward[unit]
     expected = (u for u in following if u.running.pending and u.policy.unshard_in_backward)
     for target in islice(expected, None if unit.backward_prefetch else 1):
@@ -283,7 +286,7 @@ def _prefetch_in_backward(engine: ShardEngine, unit: Unit) -> None:
 
 
 def _end_backward(engine: ShardEngine, unit: Unit, use: ForwardUse) -> None:
-    """The unit has computed all gradients of this use: its slot is free, and its gradients may be complete."""
+    """End a use that has computed all its gradients: the slot is free, and the unit's gradients may be complete."""
     if not use.slot.is_read_by(use):
         return
     unit.running.pending.discard(use)
@@ -304,7 +307,7 @@ def _finish_use(engine: ShardEngine, unit: Unit, use: ForwardUse) -> None:
 
 
 def _end_task(engine: ShardEngine, task: int) -> None:
-    """A backward is over: ends the uses that no node ended, and reduces what has arrived and waits for nothing more."""
+    """End a backward: end the uses that no node ended, and reduce what has arrived and waits for nothing more."""
     for unit, use in engine.running.backwards.pop(task, []):
         unit.running.reached.discard(task)
         if use.task == task:
@@ -326,7 +329,7 @@ def _end_task(engine: ShardEngine, task: int) -> None:
 
 
 def finish_accumulating(engine: ShardEngine) -> None:
-    """Reduces what backwards without synchronisation have left, without another backward."""
+    """Reduce what backwards without synchronisation have left, without another backward."""
     for unit in engine.units:
         engine.gradients.reduce_scatter(unit)
         engine.params.reshard(unit)
@@ -335,7 +338,7 @@ def finish_accumulating(engine: ShardEngine) -> None:
 
 
 def abandon(engine: ShardEngine) -> None:
-    """After an exception: every slot is free, and gradients that had arrived in part are dropped."""
+    """Free every slot after an exception, and drop gradients that had arrived in part."""
     engine.running.backwards.clear()
     engine.running.iteration = None
     for unit in engine.units:

@@ -55,7 +55,7 @@ def make_unit(
 
 
 def device_of(mesh: DeviceMesh) -> torch.device:
-    """The device of this rank's shards: the current GPU for a CUDA mesh, else the CPU."""
+    """Return the device of this rank's shards: the current GPU for a CUDA mesh, else the CPU."""
     is_cuda = mesh.device_type == "cuda"
     return torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
 

@@ -71,7 +71,7 @@ class AllocatedMemory:
         return tuple(unit.signature for unit in self._tree.units)
 
     def plan(self) -> MemoryPlan:
-        """What is built, or else what would be. Allocates nothing."""
+        """Return what is built, or else what would be. Allocates nothing."""
         if self._layout is not None and self.is_built:
             return self._layout.plan
         return self._tree.plan().plan
@@ -84,15 +84,16 @@ class AllocatedMemory:
         return sum(unit.arena.nbytes for unit in units) + (self.arena.nbytes if self.arena else 0) + homes
 
     def build(self) -> None:
-        """Gives every unit its shards and slots, on an arena of their own. Units must have their main shards."""
+        """Give every unit its shards and slots, on an arena of their own. Units must have their main shards."""
         self._layout = self._tree.plan()
         self.arena = build(self._tree.units, self._layout)
         self._built_for = self._signatures()
         self.num_layouts += 1
 
     def check_same_on_all_ranks(self, error: Exception | None) -> None:
-        """All ranks have built the same, which peers may map now; or they leave it, and raise the same error: one for
-        what differs, or ``error`` of any rank.
+        """Let peers map what was built, if all ranks have built the same.
+
+        Otherwise all leave it and raise the same error: one for what differs, or ``error`` of any rank.
         """
         transports = list(dict.fromkeys(unit.transport for unit in self._tree.units))
         try:
@@ -106,7 +107,7 @@ class AllocatedMemory:
             raise
 
     def _fingerprint(self) -> list[str]:
-        """What must be the same on every rank: a line for each parameter, and one for each unit's policy."""
+        """Say what must be the same on every rank: a line for each parameter, and one for each unit's policy."""
         return [
             f"{p.name} {list(p.shards.shape)} of unit {unit.name!r}, {p.main_dtype} computed in {p.compute_dtype} and "
             f"reduced in {p.reduce_dtype}, {'trainable' if p.trainable else 'frozen'}"
@@ -141,7 +142,7 @@ class AllocatedMemory:
         self._built_for = ()
 
     def leave(self) -> None:
-        """Its memory is free as soon as nothing else, autograd say, refers to it."""
+        """Free the memory as soon as nothing else, autograd say, refers to it."""
         self.arena = self._layout = None
         self._built_for = ()
         for unit in self._tree.units:
@@ -205,7 +206,7 @@ def _warn_of(spill: Spill) -> None:
 
 
 def _scratch(arena: Arena, region: str) -> torch.Tensor:
-    """All bytes of a region, ``(nbytes,)`` uint8; nothing where there is no such region."""
+    """Return all bytes of a region, ``(nbytes,)`` uint8; nothing where there is no such region."""
     if region not in arena.regions:
         return NOWHERE
     return arena.place(region).tensor(torch.uint8, (arena.regions[region].nbytes,))
@@ -239,7 +240,7 @@ def slot_at(unit: Unit, extent: Place, layout: FlatLayout) -> GatherSlot:
 
 
 def _aliased_slot(unit: Unit, layout: UnitLayout, extent: Place) -> GatherSlot:
-    """A slot that maps granules of ``extent``, and of the shard where this rank's chunks belong."""
+    """Make a slot that maps granules of ``extent``, and of the shard where this rank's chunks belong."""
     aliased = {k: segment for k, segment in enumerate(layout.aliased_shard.segments) if segment.nbytes}
     shard = extent.arena.place(f"{unit.name}.aliased_shard")
     parts, end, taken = [], 0, 0
@@ -253,7 +254,7 @@ def _aliased_slot(unit: Unit, layout: UnitLayout, extent: Place) -> GatherSlot:
 
 
 def _slot_on_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> GatherSlot:
-    """On one rank a shard is the full parameter already: the slot is the compute shard, or the main shard."""
+    """Make a slot of the compute or main shard, which on one rank is the full parameter already."""
     places = []
     for p, main, compute in zip(unit.params, layout.main_shard.segments, layout.compute_shard.segments, strict=True):
         if p.compute is p.main:

@@ -1,6 +1,6 @@
-"""What the ranks of one sharded model do together, each told to the others before, or soon after, it is done.
+"""What the ranks of one sharded model do together, noted so that ranks which do something else are found.
 
-Owns the words and numbers for it, made once each, and says when digests are exchanged (``comm/journal.py`` does that).
+Owns the words and numbers for it, made once each, and when digests are exchanged (``comm/journal.py`` does that).
 Decides nothing of what is done.
 """
 
@@ -30,7 +30,7 @@ class CollectiveLog:
         self._entries: dict[object, Entry] = {}
 
     def builds(self) -> None:
-        """Places are about to be given out, which ranks agree on. Blocks the CPU, on GPUs too."""
+        """Note that memory is planned, and compare with all ranks. Blocks the CPU, on GPUs too."""
         if not self._number:
             for journal in self.journals:
                 journal.num_subjects += 1
@@ -41,7 +41,7 @@ class CollectiveLog:
             journal.compare()
 
     def begins_forward(self) -> None:
-        """Where peers read compute shards, they meet. What was noted by now goes to the others."""
+        """Note a forward, before which ranks wait for each other where they map memory; post what was noted by now."""
         entry = self._entry("forward", lambda: "begins a forward of the model")
         for journal in self._mapping:
             journal.note(entry)
@@ -50,30 +50,32 @@ class CollectiveLog:
             journal.post()
 
     def gathers(self, unit: SlotUnit) -> None:
+        """Note an all-gather, where it is a collective."""
         if unit.transport.mapped is None or not unit.transport.mapped.reads_shards:
             entry = self._entry((unit, "gather"), lambda: f"all-gathers the parameters of unit {unit.name!r}")
             self._journal_of[unit.transport].note(entry)
 
     def reduces(self, unit: Unit, setting: Sequence[int], adding: Sequence[int]) -> None:
-        """``setting`` and ``adding`` are those whose reduced gradients replace ``.grad`` or are added to it."""
+        """Note a reduce-scatter of parameters whose gradients replace ``.grad``, and of those added to it."""
         key = (unit, tuple(setting), tuple(adding), unit.policy.averaged)
 
         def words() -> str:
             kinds = {"": setting, "adds up ": adding}
-            told = [prefix + ", ".join(unit.params[k].name for k in which) for prefix, which in kinds.items() if which]
+            named = [prefix + ", ".join(unit.params[k].name for k in which) for prefix, which in kinds.items() if which]
             over = "" if unit.policy.averaged == "new" else f", replicas averaging {unit.policy.averaged}"
-            return f"reduce-scatters gradients of unit {unit.name!r}: {'; '.join(told)}{over}"
+            return f"reduce-scatters gradients of unit {unit.name!r}: {'; '.join(named)}{over}"
 
         self._journal_of[unit.transport].note(self._entry(key, words))
 
     def ends_backward(self) -> None:
+        """Note the end of a backward, and post what was noted by now."""
         entry = self._entry("backward", lambda: "ends a backward of the model")
         for journal in self.journals:
             journal.note(entry)
             journal.post()
 
     def updates(self, unit: Unit | None = None) -> None:
-        """An optimizer of ours writes what peers read, or has, and ``unit`` is gathered from it."""
+        """Note that an optimizer of ours writes what peers read, or that ``unit`` is gathered after it has."""
         if unit is None:
             entry = self._entry("update", lambda: "begins an optimizer's step")
             for journal in self._mapping:
@@ -83,25 +85,26 @@ class CollectiveLog:
             self._journal_of[unit.transport].note(entry)
 
     def adds_slot(self, unit: Unit) -> None:
-        """Memory that peers map is added beyond the plan."""
+        """Note that memory which peers map is added beyond the plan."""
         entry = self._entry((unit, "slot"), lambda: f"gives unit {unit.name!r} a slot of its own")
         self._journal_of[unit.transport].note(entry)
 
     def settle(self) -> None:
-        """Gradients are about to be used: all ranks have done the same to have them, or all raise ``RuntimeError``."""
+        """Check, before gradients are used, that all ranks have done the same; or all raise ``RuntimeError``."""
         for journal in self.journals:
             journal.settle()
 
     def record(self) -> None:
-        """What is noted from here on is planned only, until ``recorded``."""
+        """Take what is noted from here on as planned only, until ``recorded``."""
         for journal in self.journals:
             journal.record()
 
     def recorded(self) -> Recorded:
+        """Return what was noted since ``record``; what follows is noted as done again."""
         return [journal.recorded() for journal in self.journals]
 
     def repeat(self, recorded: Recorded) -> None:
-        """A recorded step is done."""
+        """Note that a recorded step is done."""
         for journal, entries in zip(self.journals, recorded, strict=True):
             journal.repeat(entries)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def poison(slot: GatherSlot) -> None:
-    """Fills the slot with NaN (integers with their largest value), except where it aliases this rank's shard."""
+    """Fill the slot with NaN (integers with their largest value), except where it aliases this rank's shard."""
     with torch.no_grad():
         for k, (p, output) in enumerate(zip(slot.unit.params, slot.outputs, strict=True)):
             chunks = output.view(p.shards.world_size, -1)
@@ -33,7 +33,7 @@ def _poison_of(dtype: torch.dtype) -> float | int | bool:
 
 
 def holds_nan(value: Any) -> bool:
-    """Whether any tensor in ``value`` holds a NaN. Waits for the device."""
+    """Return whether any tensor in ``value`` holds a NaN. Waits for the device."""
     return any(
         (t.is_floating_point() or t.is_complex()) and not t.is_meta and bool(t.detach().isnan().any())
         for t in tensors_in(value)
@@ -41,9 +41,7 @@ def holds_nan(value: Any) -> bool:
 
 
 def output_error(slot: GatherSlot, output: Any) -> RuntimeError | None:
-    """What to raise where ``output`` of a forward without NaN in its inputs holds some, and the unit's parameters in
-    ``slot`` do not.
-    """
+    """Return what to raise where ``output`` holds NaN, but neither the inputs nor the parameters in ``slot`` do."""
     if holds_nan(output) and not holds_nan([param.detach() for param in slot.params]):
         return RuntimeError(
             f"debug mode: the output of {slot.unit.name!r} holds NaN, though neither its inputs nor its parameters do "

@@ -72,7 +72,7 @@ class Home:
         return sys.getrefcount(dtensor) > _REFERENCES
 
     def copy_for_holders(self) -> None:
-        """Who holds the DTensor keeps it, with its values in other memory."""
+        """Leave the DTensor to those who hold it, with its values in other memory."""
         kept, local = self.dtensor, self.dtensor._local_tensor
         self.dtensor = self._as_dtensor(local)
         kept._local_tensor = local.clone()
@@ -89,11 +89,13 @@ class Homes:
 
     @property
     def added_nbytes(self) -> int:
+        """The bytes beyond the plan."""
         return (len(self._homes) - 1) * self._region.nbytes
 
     def make_room(self) -> bool:
-        """What is still held keeps its values when the current home is written next. Returns whether that is another
-        home than before.
+        """Let what is still held keep its values when the current home is written next.
+
+        Returns whether that is another home than before.
         """
         before = self.index
         if not before and self.current.is_free:

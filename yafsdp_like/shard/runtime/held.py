@@ -26,7 +26,7 @@ _CLOSED = (
 
 
 def replace_held(function: Callable[[torch.Tensor], torch.Tensor], objects: Sequence[Any]) -> None:
-    """Replaces, in place, every tensor that ``objects`` hold, at any depth, by ``function`` of it."""
+    """Replace, in place, every tensor that ``objects`` hold, at any depth, by ``function`` of it."""
     seen: dict[int, Any] = {}
     found = list(objects)
     while found:

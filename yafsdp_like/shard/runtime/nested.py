@@ -17,7 +17,7 @@ PLAIN, EMPTY = (bool, int, float, str), (dict, tuple, list)
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any, others: list[Any] | None = None) -> Any:
-    """``value`` with every tensor replaced by ``function`` of it, in a fixed order.
+    """Return ``value`` with every tensor replaced by ``function`` of it, in a fixed order.
 
     Containers are copied only where something in them changes, so that what is left alone keeps its identity. Objects
     that are neither containers nor tensors are left alone, and added to ``others``.
@@ -65,7 +65,7 @@ def _copied_where_changed(
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """Every tensor in ``value``, in the order of ``map_tensors``."""
+    """Return every tensor in ``value``, in the order of ``map_tensors``."""
     found: list[torch.Tensor] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def layers_of(t: torch.Tensor) -> Iterator[torch.Tensor]:
-    """``t`` as each ``torch.func`` transform sees it, the innermost first, and as it is without any."""
+    """Return ``t`` as each ``torch.func`` transform sees it, the innermost first, and as it is without any."""
     while _functorch.is_functorch_wrapped_tensor(t):
         yield t
         t = _functorch.get_unwrapped(t)
@@ -85,8 +85,9 @@ def layers_of(t: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def addresses_in(tensor: torch.Tensor) -> list[int]:
-    """Where the values of ``tensor`` begin in memory; of each part of one that is made of others. None of one that has
-    no values (a fake one) or no strides (a sparse one).
+    """Return where the values of ``tensor``, or of each tensor that it is made of, begin in memory.
+
+    None for one that has no values (a fake one) or no strides (a sparse one).
     """
     if type(tensor) is not torch.Tensor:
         if is_traceable_wrapper_subclass(tensor):
@@ -102,7 +103,7 @@ def addresses_in(tensor: torch.Tensor) -> list[int]:
 
 
 def cast_floating(value: Any, dtype: torch.dtype | None) -> Any:
-    """``value`` with every floating-point tensor in ``dtype``; unchanged when ``dtype`` is None."""
+    """Return ``value`` with every floating-point tensor in ``dtype``; unchanged when ``dtype`` is None."""
     if dtype is None:
         return value
     return map_tensors(lambda t: t if t.dtype is dtype or not t.is_floating_point() else t.to(dtype), value)

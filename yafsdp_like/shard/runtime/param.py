@@ -32,8 +32,10 @@ NOWHERE = torch.empty(0, device="meta")  # stands for a shard that has no place 
 
 @dataclass(frozen=True)
 class ParamMark:
-    """Marks a parameter with where it lives now: the sharded one, a slot's full one, or one that was sharded or adopted
-    and holds nothing that is trained any more (``is_replaced``).
+    """The mark of a parameter that says where it lives now.
+
+    It is the sharded one, a slot's full one, or one that was sharded or adopted and holds nothing that is trained any
+    more (``is_replaced``).
 
     Pickled and copied with the parameter, it becomes an empty set: files that ``torch.load`` trusts know nothing of us.
     """
@@ -53,7 +55,7 @@ class ParamMark:
 
 
 def refuse_subclass(param: torch.Tensor, name: str) -> None:
-    """Raises ``NotImplementedError`` for a parameter whose class computes otherwise, which its shards would lose."""
+    """Raise ``NotImplementedError`` for a parameter whose class computes otherwise, which its shards would lose."""
     cls = type(param)
     plain = issubclass(cls, nn.Parameter) and cls.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
     if plain and cls.__torch_function__ is nn.Parameter.__torch_function__ and not hasattr(cls, "fsdp_pre_all_gather"):
@@ -118,8 +120,9 @@ class ShardedParam:
         return [(module, attribute) for ref, attribute, _ in self._owners if (module := ref()) is not None]
 
     def _shard(self, param: torch.Tensor) -> nn.Parameter:
-        """The parameter's DTensor on this rank's rows, which do not keep the others alive (see [Note: a storage of its
-        own]), with its hooks.
+        """Return the parameter's DTensor on this rank's rows, with its hooks.
+
+        The rows do not keep the others alive: see [Note: a storage of its own].
         """
         start, stop = self.shards.row_range(self.rank)
         rows = param.detach()[start:stop]
@@ -150,10 +153,12 @@ class ShardedParam:
 
     @property
     def main_dtype(self) -> torch.dtype:
+        """The dtype that the optimizer sees."""
         return self.local.dtype
 
     @property
     def trainable(self) -> bool:
+        """Whether the user wants gradients."""
         return self.sharded.requires_grad
 
     def spec(self, name: str, policy: MixedPrecisionPolicy, as_computed: bool, has_room: bool) -> ParamSpec:
@@ -185,11 +190,11 @@ class ShardedParam:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
+        """The shape of this rank's rows."""
         return self.shards.local_shape(self.rank)
 
     def adopt(self, given: nn.Parameter) -> nn.Parameter:
-        """Takes over a parameter that the user assigns in this one's place, and returns the sharded one that modules
-        are to see.
+        """Take over a parameter that the user assigns in this one's place, and return the sharded one for modules.
 
         Raises ``ValueError`` when its global shape differs, or when it is distributed otherwise.
         """
@@ -212,12 +217,12 @@ class ShardedParam:
         return self.sharded
 
     def restore_attributes(self) -> None:
-        """Gives the DTensor those that the user set on the parameter."""
+        """Give the DTensor what attributes the user has set on the parameter."""
         for name, value in self.attributes.items():
             vars(self.sharded).setdefault(name, value)
 
     def add_owner(self, module: nn.Module, attribute: str) -> None:
-        """``module`` is tied to this parameter too: it sees what the others see."""
+        """Tie ``module`` to this parameter too: it sees what the others see."""
         self._owners.append(_Owner.of(module, attribute))
         module._parameters[attribute] = self.registered  # type: ignore[assignment]
 
@@ -234,7 +239,7 @@ class ShardedParam:
         self.compute = shard
 
     def place_main(self, place: Place) -> None:
-        """Moves this rank's rows to ``place``, where the DTensor holds them from now on."""
+        """Move this rank's rows to ``place``, where the DTensor holds them from now on."""
         local = place.tensor(self.main_dtype, self.local_shape)
         with torch.no_grad():
             local.copy_(self.local)
@@ -243,6 +248,8 @@ class ShardedParam:
         self.main = place.flat(self.main_dtype, self.shards.chunk_numel)
 
     def place_grad(self, place: Place) -> None:
+        """Let ``place`` be the gradient shard."""
+
         def home(at: Place) -> Home:
             return Home(at, self.main_dtype, self.shards.chunk_numel, self.local_shape, self._dtensor)
 
@@ -250,29 +257,30 @@ class ShardedParam:
 
     @property
     def grad(self) -> torch.Tensor:
+        """The gradient shard, ``(chunk_numel,)``, where the next reduction writes."""
         return self.homes.current.flat if self.homes else NOWHERE
 
     @property
     def grad_dtensor(self) -> DTensor | None:
+        """The DTensor on the gradient shard."""
         return self.homes.current.dtensor if self.homes else None
 
     @property
     def has_own_grad(self) -> bool:
-        """Whether ``.grad`` is set, and to the gradient shard: what is reduced next is added to it there, unless hooks
-        are to see it alone.
-        """
+        """Whether what is reduced next is added to ``.grad``: that is the gradient shard, and has no hooks."""
         homes, sharded = self.homes, self.sharded
         return homes is not None and sharded.grad is homes.current.dtensor and not sharded._backward_hooks
 
     def spare_kept_grad(self) -> bool:
-        """A gradient that the user still holds, but no longer as ``.grad``, keeps its values. Returns whether the next
-        one lies elsewhere therefore.
+        """Let a gradient that the user still holds, but no longer as ``.grad``, keep its values.
+
+        Returns whether the next one lies elsewhere therefore.
         """
         assert self.homes is not None
         return self.homes.make_room()
 
     def _run_hooks(self) -> None:
-        """What they return takes the place of the gradient that has just been reduced."""
+        """Replace the gradient that has just been reduced by what the user's hooks return."""
         assert self.grad_dtensor is not None
         grad: torch.Tensor = self.grad_dtensor
         for hook in list((self.sharded._backward_hooks or {}).values()):
@@ -282,9 +290,9 @@ class ShardedParam:
             self.grad_dtensor.copy_(grad)
 
     def deliver_grad(self, was_added: bool) -> None:
-        """Sets ``.grad`` to the gradient shard, where a reduction has just ended, or adds that to another ``.grad`` of
-        the user's. Autograd never accumulates into the sharded parameter, so the user's hooks are run here: before,
-        and after.
+        """Set ``.grad`` to the gradient shard, which was just reduced, or add that to another one of the user's.
+
+        Autograd never accumulates into the sharded parameter, so the user's hooks are run here: before, and after.
         """
         assert self.homes is not None
         if not self.sharded.requires_grad:
@@ -302,8 +310,7 @@ class ShardedParam:
             hook(self.sharded)
 
     def register(self, value: nn.Parameter) -> bool:
-        """Makes ``value``, the sharded parameter or a slot's full one, what every owning module sees under this
-        parameter's name.
+        """Make ``value``, the sharded parameter or a slot's full one, what every owning module sees.
 
         A tensor that the user has put there (``torch.func.functional_call``) stays. Returns whether modules are to
         compute on such a one: ``use_given`` is to come before they do.
@@ -326,8 +333,9 @@ class ShardedParam:
         return is_given
 
     def use_given(self) -> None:
-        """Lets modules compute on what the user has put in this parameter's place. Called where modules are, inside
-        of transforms.
+        """Let modules compute on what the user has put in this parameter's place.
+
+        Called where modules are, inside of transforms.
         """
         for module, attribute in self.owners:
             found = module._parameters.get(attribute)
@@ -335,19 +343,19 @@ class ShardedParam:
                 self._stand_in(module, attribute, found)
 
     def put_given_back(self) -> None:
-        """Modules have computed: what the user has put there is there again, for ``functional_call`` to take out."""
+        """Put back what the user has put there, once modules have computed, for ``functional_call`` to take out."""
         for stand in self._stands:
             if stand.module._parameters.get(stand.attribute) is stand.computed:
                 stand.module._parameters[stand.attribute] = stand.given  # type: ignore[assignment]
         self._stands.clear()
 
     def is_mine(self, found: torch.Tensor | None) -> bool:
-        """Whether ``found`` is the sharded parameter or a slot's full one."""
+        """Return whether ``found`` is the sharded parameter or a slot's full one."""
         mark = vars(found).get("_yafsdp_ownership") if found is not None else None
         return isinstance(mark, ParamMark) and mark.param_ref() is self and not mark.is_replaced
 
     def _stand_in(self, module: nn.Module, attribute: str, given: torch.Tensor) -> None:
-        """Lets ``module`` compute on ``given`` as it would on a gathered parameter: whole, and in ``compute_dtype``.
+        """Let ``module`` compute on ``given`` as it would on a gathered parameter: whole, and in ``compute_dtype``.
 
         Gradients of a given DTensor are averaged over its ranks, as those of sharded parameters are.
         """

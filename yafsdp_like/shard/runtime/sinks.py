@@ -37,9 +37,11 @@ class GradientSink:
     k: int
 
     def open(self) -> tuple[torch.Tensor, bool] | None:
-        """Nowhere, unless the gradient to come is all that the slot will hold, in the dtype that it is computed in:
-        sums over several uses are left to autograd, whose order and rounding they then have, and which needs no slot
-        before the last of them.
+        """Return the place and whether to add there, or None where the gradient is to go through autograd.
+
+        The place is for a gradient that is all the slot will hold, in the dtype that it is computed in. Sums over
+        several uses are left to autograd, whose order and rounding they then have, and which needs no slot before the
+        last of them.
         """
         unit = self.unit()
         assert unit is not None
@@ -51,6 +53,7 @@ class GradientSink:
         return unit.gradients.view(unit, self.k)
 
     def withdraw(self) -> torch.Tensor | None:
+        """Take out what was written there, if autograd is to sum it with others after all."""
         unit = self.unit()
         assert unit is not None
         return unit.gradient_slot.withdraw(self.k)

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 
 class SlotState(enum.Enum):
-    """What a slot's bytes are to the compute stream. The transitions are in ``params.py`` and ``gradients.py``, and
-    those of a replayed step in ``graph.py``; no others happen.
+    """What a slot's bytes are to the compute stream.
+
+    The transitions are in ``params.py`` and ``gradients.py``, and those of a replayed step in ``graph.py``.
     """
 
     EMPTY = "nobody's: any neighbour may take the bytes"
@@ -182,7 +183,7 @@ class GatherSlot(_Slot):
 
     @cached_property
     def all_gather(self) -> AllGather:
-        """Brings every rank's compute shard here. First asked for once transports are connected."""
+        """What brings every rank's compute shard here; first asked for once transports are connected."""
         inputs = [p.compute for p in self.unit.params]
         return self.unit.transport.all_gather(self.outputs, inputs, self.aliased, self.unit.column)
 

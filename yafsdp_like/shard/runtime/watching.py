@@ -45,8 +45,9 @@ class Watched:
         self._written: set[int] = set()
 
     def adopt_writes(self, name: str, start: Start) -> None:
-        """After the forward of unit ``name``: inputs that it wrote get the history of what it wrote, which gradients
-        enter by way of ``start``.
+        """Give inputs that unit ``name`` wrote in its forward the history of what it wrote.
+
+        Gradients enter that by way of ``start``.
         """
         changed = [(given, seen) for given, seen, version in self._seen if given._version != version]
         for given, seen in changed:
@@ -57,11 +58,11 @@ class Watched:
                     _TakeOver.apply(start, given, seen)
 
     def given(self, output: torch.Tensor) -> torch.Tensor | None:
-        """The tensor that the unit was given, if it returns that."""
+        """Return the tensor that the unit was given, if ``output`` is that."""
         return self._given.get(id(output))
 
     def is_untouched(self, output: torch.Tensor) -> bool:
-        """Whether ``output`` is an input, or a view of one, that the unit did nothing to."""
+        """Return whether ``output`` is an input, or a view of one, that the unit did nothing to."""
         return id(output) in self._given and id(output) not in self._written
 
 
@@ -176,6 +177,7 @@ class _TakeOver(torch.autograd.Function):
 
 
 def no_second_gradients(name: str) -> str:
+    """Say why gradients of gradients are refused."""
     return (
         f"gradients of gradients of sharded parameters are not supported, and would silently be wrong (unit {name!r}); "
         "use create_graph=False, and one torch.func transform that runs backward"
@@ -183,7 +185,7 @@ def no_second_gradients(name: str) -> str:
 
 
 def outside_transforms(function: Callable[..., None], *args: Any) -> None:
-    """Calls ``function``, whose own work is none of what a ``torch.func`` transform transforms."""
+    """Call ``function``, whose own work is none of what a ``torch.func`` transform transforms."""
     if torch._C._are_functorch_transforms_active():
         with temporarily_clear_interpreter_stack():
             function(*args)
@@ -192,14 +194,14 @@ def outside_transforms(function: Callable[..., None], *args: Any) -> None:
 
 
 def differentiable(inputs: Any) -> list[torch.Tensor]:
-    """The tensors in ``inputs`` that need a gradient, to any transform."""
+    """Return the tensors in ``inputs`` that need a gradient, to any transform."""
     if torch._C._are_functorch_transforms_active():
         return [t for t in tensors_in(inputs) if any(layer.requires_grad for layer in layers_of(t))]
     return [t for t in tensors_in(inputs) if t.requires_grad]
 
 
 def _refuse_overlap(name: str, written: torch.Tensor, others: Sequence[torch.Tensor]) -> None:
-    """Two aliases of the same bytes do not know of each other's writes."""
+    """Raise where two aliases of the same bytes would not know of each other's writes."""
     start, end = _span(written)
     if any(start < other_end and other_start < end for other_start, other_end in map(_span, others)):
         raise RuntimeError(
@@ -209,7 +211,7 @@ def _refuse_overlap(name: str, written: torch.Tensor, others: Sequence[torch.Ten
 
 
 def _span(t: torch.Tensor) -> tuple[int, int]:
-    """The addresses from ``t``'s first element to its last."""
+    """Return the addresses from ``t``'s first element to its last."""
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.itemsize
 
@@ -217,9 +219,7 @@ def _span(t: torch.Tensor) -> tuple[int, int]:
 def watch_inputs(
     name: str, end: Callable[[], None], inputs: Any, tensors: Sequence[torch.Tensor]
 ) -> tuple[Any, Watched]:
-    """``inputs`` of unit ``name`` with ``tensors`` of them, which need gradients, passed through one node that calls
-    ``end``.
-    """
+    """Return ``inputs`` of unit ``name`` with ``tensors`` of them passed through one node that calls ``end``."""
     given = list({id(t): t for t in tensors}.values())
     if torch._C._are_functorch_transforms_active():
         seen, watched = _EndOfFunctionalBackward.apply(name, end, *given), NOTHING
@@ -231,7 +231,7 @@ def watch_inputs(
 
 
 def watch_outputs(start: Start, output: Any, watched: Watched) -> Any:
-    """``output`` with ``start`` called before any gradient of it enters the unit."""
+    """Return ``output`` with ``start`` called before any gradient of it enters the unit."""
 
     def watch(t: torch.Tensor) -> torch.Tensor:
         given = watched.given(t)
@@ -243,7 +243,7 @@ def watch_outputs(start: Start, output: Any, watched: Watched) -> Any:
 
 
 def watch_held(start: Start, objects: Sequence[Any], watched: Watched) -> None:
-    """The same for tensors that a forward has computed and returned inside ``objects``."""
+    """Do the same for tensors that a forward has computed and returned inside ``objects``."""
 
     def watch(t: torch.Tensor) -> torch.Tensor:
         if torch._C._are_functorch_transforms_active():

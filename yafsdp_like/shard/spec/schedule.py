@@ -48,27 +48,32 @@ class Schedule:
 
     @property
     def forward_order(self) -> list[int]:
+        """Units in the order in which their forwards are expected to start."""
         return sorted(range(len(self.spans)), key=lambda u: (self.spans[u].first, u))
 
     @property
     def backward_order(self) -> list[int]:
+        """Units in the order in which their backwards are expected to start."""
         return sorted(range(len(self.spans)), key=lambda u: (-self.spans[u].last, self.spans[u].first, u))
 
     def surrounds(self, span: UnitSpan) -> bool:
-        """Whether another unit starts within ``span``."""
+        """Return whether another unit starts within ``span``."""
         return any(other is not span and span.first < other.first <= span.last for other in self.spans)
 
     def forward_start(self, unit: int) -> int:
+        """Return the tick at which the unit's forward starts."""
         return self.spans[unit].first
 
     def backward_start(self, unit: int) -> int:
+        """Return the tick at which the unit's backward starts."""
         return 2 * self.num_ticks - 1 - self.spans[unit].last
 
     def backward_end(self, unit: int) -> int:
+        """Return the last tick of the unit's backward."""
         return 2 * self.num_ticks - 1 - self.spans[unit].first
 
     def gather_range(self, unit: int, forward_from: int, backward_from: int, residency: Residency) -> LiveRange:
-        """When the unit's gather slot is live, its gathers starting at ticks ``forward_from`` and ``backward_from``."""
+        """Return when the unit's gather slot is live, gathered from ``forward_from`` and ``backward_from`` on."""
         end = 2 * self.num_ticks - 1
         if residency.after_backward:
             return LiveRange(((0, end),))
@@ -77,12 +82,12 @@ class Schedule:
         return LiveRange(((forward_from, self.spans[unit].last), (backward_from, self.backward_end(unit))))
 
     def gradient_range(self, unit: int) -> LiveRange:
-        """When its gradient slot is live: until the next unit in backward is done, behind which it is reduced."""
+        """Return when its gradient slot is live: until the next unit in backward is done."""
         return LiveRange(((self.backward_start(unit), self.backward_end(unit) + 1),))
 
 
 def schedule_of(root: nn.Module, units_of: Mapping[nn.Module, Sequence[int]], num_units: int) -> Schedule:
-    """Walks the tree in order of registration; ``units_of`` says which units each module's forward needs.
+    """Walk the tree in order of registration; ``units_of`` says which units each module's forward needs.
 
     A module that is met again below another parent runs again there.
     """
@@ -118,7 +123,7 @@ class _Walk:
 
 
 def gather_starts(order: Sequence[int], starts: Sequence[int], prefetches: Mapping[int, Sequence[int]]) -> list[int]:
-    """The tick at which each unit's gather is issued: when the first unit that prefetches it starts.
+    """Return the tick at which each unit's gather is issued: when the first unit that prefetches it starts.
 
     ``starts[u]`` is unit ``u``'s own tick. By default every unit prefetches the next in ``order``; a unit in
     ``prefetches`` names its own list instead.

@@ -147,7 +147,7 @@ class UnitPolicy:
     averaged: Averaged = "new"  # over replicas
 
     def division(self, num_ranks: int, in_fp16: bool) -> Reduction:
-        """How gradients are divided: by ``num_ranks``, those of all replicas, or by the user's own factor.
+        """Return how gradients are divided: by ``num_ranks``, those of all replicas, or by the user's own factor.
 
         In fp16, whose range is small, the division is split evenly before and after the sum, as FSDP2 does.
         """
