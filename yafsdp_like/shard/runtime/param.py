@@ -177,11 +177,8 @@ class ShardedParam:
 
     def take_dtypes(self, spec: ParamSpec) -> None:
         """Compute and reduce in the dtypes of ``spec`` from now on."""
-        self.compute_dtype, self.gradient_dtype, self.reduce_dtype = (
-            spec.compute_dtype,
-            spec.gradient_dtype,
-            spec.reduce_dtype,
-        )
+        self.compute_dtype, self.gradient_dtype = spec.compute_dtype, spec.gradient_dtype
+        self.reduce_dtype = spec.reduce_dtype
 
     def _dtype_of_statistics(self) -> torch.dtype | None:
         module = next((module for module, _ in self.owners), None)

@@ -50,37 +50,17 @@ class SlotState(enum.Enum):
 class SlotUnit(Protocol):
     """What slots, and who moves bytes between them, see of a unit."""
 
-    @property
-    def name(self) -> str:
-        """The full name of the unit's modules."""
+    name: str  # the full name of the unit's modules
+    params: list[ShardedParam]  # in order of registration
+    transport: Transport
+    staging: torch.Tensor  # scratch of reduce-scatters, (nbytes,) uint8
+    column: torch.Tensor  # scratch of all-gathers over several hosts, (nbytes,) uint8
+    freshness: Freshness
+    registered: GatherSlot | None  # the slot whose parameters modules see; None while they see the sharded ones
 
     @property
-    def params(self) -> Sequence[ShardedParam]:
-        """The unit's parameters, in order of registration."""
-
-    @property
-    def trainable(self) -> Sequence[int]:
+    def trainable(self) -> list[int]:
         """The parameters for whose gradients there is room."""
-
-    @property
-    def transport(self) -> Transport:
-        """What moves bytes between the unit's ranks."""
-
-    @property
-    def staging(self) -> torch.Tensor:
-        """The scratch of reduce-scatters, (nbytes,) uint8."""
-
-    @property
-    def column(self) -> torch.Tensor:
-        """The scratch of all-gathers over several hosts, (nbytes,) uint8."""
-
-    @property
-    def freshness(self) -> Freshness:
-        """Whether the compute shard holds what main shards do."""
-
-    @property
-    def registered(self) -> GatherSlot | None:
-        """The slot whose parameters modules see; None while they see the sharded ones."""
 
     @property
     def awaits_backward(self) -> bool:

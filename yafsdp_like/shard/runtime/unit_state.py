@@ -21,7 +21,7 @@ from yafsdp_like.shard.runtime.running import RunningUnit
 from yafsdp_like.shard.spec.unit_spec import ParamSpec, RankSpec, UnitNeeds, UnitPolicy, chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -242,20 +242,19 @@ class Unit:
 
     def rank_spec(self, params: Sequence[ParamSpec]) -> RankSpec:
         """Return what a plan needs to know of the unit's ranks, which share ``params``."""
-        transport, mapped = self.transport, self.transport.mapped
-        num_replicas = self.mesh.size() // transport.world_size
-        if mapped is None:
-            return RankSpec(transport.world_size, num_replicas, transport.description)
-        compute = [p.shards.chunk_numel * p.compute_dtype.itemsize for p in params]
-        reduced = [p.shards.chunk_numel * p.reduce_dtype.itemsize for p in params if p.has_gradient]
+        mapped = self.transport.mapped
+
+        def column_nbytes(pairs: Iterable[tuple[ParamSpec, torch.dtype]]) -> int:
+            return mapped.column_nbytes([p.shards.chunk_numel * d.itemsize for p, d in pairs]) if mapped else 0
+
         return RankSpec(
-            transport.world_size,
-            num_replicas,
-            transport.description,
-            is_mapped=True,
-            reads_shards=mapped.reads_shards,
-            gather_column_nbytes=mapped.column_nbytes(compute),
-            reduce_column_nbytes=mapped.column_nbytes(reduced),
+            self.transport.world_size,
+            self.mesh.size() // self.transport.world_size,
+            self.transport.description,
+            is_mapped=mapped is not None,
+            reads_shards=mapped is not None and mapped.reads_shards,
+            gather_column_nbytes=column_nbytes((p, p.compute_dtype) for p in params),
+            reduce_column_nbytes=column_nbytes((p, p.reduce_dtype) for p in params if p.has_gradient),
         )
 
     def take_dtypes(self, params: Sequence[ParamSpec]) -> None:
