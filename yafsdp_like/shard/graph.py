@@ -2,7 +2,8 @@
 
 A small step is bound by the CPU, which issues kernels more slowly than the GPU runs them. Since every slot and shard
 has one address for good, a step can be recorded once and replayed. Owns what differs between the two: the state that
-slots, events and ``.grad`` must be in before a replay, and what they are after it. The engine knows nothing of it.
+slots, events and ``.grad`` must be in before a replay, and what they are after it. The owners of that state know
+nothing of it.
 
 [Note: what a recording depends on]
 Python runs while recording and never again, so all that it decided must hold for every replay: shapes and dtypes of
@@ -62,7 +63,7 @@ class StepKey:
 class _Step:
     inputs: tuple[torch.Tensor, ...]  # where the recording reads
     recording: StepRecording
-    reduced: list[ShardedParam]  # parameters whose gradient it brings
+    reduced: list[ShardedParam]  # parameters that have a gradient after it, and had none before
     collective_log: Recorded  # with other ranks
 
 
@@ -142,7 +143,7 @@ class GraphedStep:
         return _Step(own, recording, reduced, collective_log)
 
     def _forget_other_layouts(self, engine: ShardEngine) -> None:
-        """Drop recordings of slots that are no more: they would never be replayed, and hold memory."""
+        """Drop recordings of former slots: they would never be replayed, and hold memory."""
         self._steps = {
             key: step for key, step in self._steps.items() if key[0].num_layouts == engine.memory.num_layouts
         }
@@ -160,8 +161,8 @@ class GraphedStep:
 def repeatable_state(engine: ShardEngine) -> StepKey | None:
     """Return what a step that starts now would decide by, or None when it cannot be repeated as it is.
 
-    It cannot while something is running or held between steps, where ``.grad`` is none of ours, and where outputs are
-    to be checked (debug mode).
+    It cannot while something is running or held between steps, where the user has set a ``.grad``, and where outputs
+    are to be checked (debug mode).
     """
     if not engine.memory.is_built or engine.params.debug:
         return None

@@ -1,4 +1,4 @@
-"""From a module's forward and autograd's backward to the engine: what starts, what ends, and what failed.
+"""From a module's forward and autograd's backward to the engine's owners: what starts, what ends, and what failed.
 
 [Note: the life of a use]
 Every forward call of a unit under grad mode is a ``ForwardUse``. Its outputs carry a hook that fires before the first
@@ -9,7 +9,7 @@ other use is outstanding, or at the end of that backward, whichever comes first;
 once.
 
 [Note: one backward in another]
-Backwards are told apart by autograd's task number, since one may run inside another (reentrant activation
+Autograd's task number distinguishes backwards, since one may run inside another (reentrant activation
 checkpointing), and since one that failed never runs its final callback.
 """
 
@@ -115,7 +115,7 @@ def _gather(engine: ShardEngine, unit: Unit, open_ended: bool) -> None:
 
 
 def _choose_slot(engine: ShardEngine, unit: Unit, open_ended: bool) -> None:
-    """Move the unit to a slot of its own where somebody computes on the bytes of its planned one.
+    """Move the unit to a slot of its own where the bytes of its planned one are, or will be, in use.
 
     See [Note: spills].
 

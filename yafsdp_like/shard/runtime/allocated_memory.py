@@ -1,7 +1,7 @@
-"""The memory of one sharded model: what was built from the memory_layout, for what, and what was added to it since.
+"""The memory of one sharded model: what was built of the plan, for what, and what was added since.
 
 Owns the plan in force, the arena of everything but main shards, and where on it units' shards and slots lie. It does
-not know what is in a slot: who builds or leaves has released them all, and has ordered the streams.
+not know what is in a slot: ``rebuild.py`` releases them all and orders the streams before it builds or leaves.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Debug mode: bytes that a unit has released hold NaN, and whoever computes on them is named.
+"""Debug mode: bytes that a unit has released hold NaN, and an error names the module that computes on them.
 
 Owns what is written there and what is checked after every forward. It waits for the GPU, and is off unless
 ``FSDPModule.set_debug_mode`` was called, which gives each unit a gather slot of its own: nothing else is written there.

@@ -63,7 +63,7 @@ class ParamLifecycle:
                 self.release(slot)
 
     def publish(self) -> None:
-        """Let gathers from here on, of any rank, bring what this rank's main shards are now.
+        """Let gathers from here on, of any rank, read what this rank's main shards are now.
 
         Where peers read compute shards in place, all are made current between two stream barriers: the first says that
         nobody reads them any more, the second that they are written. Otherwise each is when it is gathered.

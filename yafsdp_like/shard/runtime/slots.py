@@ -40,15 +40,15 @@ class SlotState(enum.Enum):
     The transitions are in ``params.py`` and ``gradients.py``, and those of a replayed step in ``graph.py``.
     """
 
-    EMPTY = "nobody's: any neighbour may take the bytes"
+    EMPTY = "free: any neighbour may take the bytes"
     FILLED = "gathered ahead, not yet read: a neighbour in need may still take the bytes"
     STALE = "read and released, the values still there: any neighbour may take the bytes"
-    HELD = "being read or written by running work: nobody may touch the bytes"
+    HELD = "being read or written by running work: no neighbour may take the bytes"
     KEPT = "idle but left unsharded on purpose: given up when a neighbour needs the bytes"
 
 
 class SlotUnit(Protocol):
-    """What slots, and who moves bytes between them, see of a unit."""
+    """What slots, and the owners of their transitions, use of a unit."""
 
     name: str  # the full name of the unit's modules
     params: list[ShardedParam]  # in order of registration
@@ -81,7 +81,7 @@ class _Slot:
         self.extent = extent
         self.neighbours: list[Self] = []  # slots that share bytes with this one
         self.state = SlotState.EMPTY
-        self._released: Event = None  # the last access is done; None once somebody has waited for it
+        self._released: Event = None  # the last access is done; None once a writer has waited for it
 
     def forget_neighbours(self) -> None:
         """Break the circle that the slot and its neighbours form."""
@@ -92,11 +92,11 @@ class _Slot:
         self.state = SlotState.HELD
 
     def release(self, done: Event) -> None:
-        """Give the bytes to whoever waits for ``done``."""
+        """Free the bytes for writers that wait for ``done``."""
         self.state, self._released = SlotState.EMPTY, done
 
     def drop(self) -> None:
-        """Give the bytes to anybody: what is in them was not accessed, or needs no wait."""
+        """Free the bytes: a writer has nothing to wait for but what was noted before."""
         self.state = SlotState.EMPTY
 
     def last_accesses(self) -> list[Event]:
@@ -163,7 +163,7 @@ class GatherSlot(_Slot):
 
     @cached_property
     def all_gather(self) -> AllGather:
-        """What brings every rank's compute shard here; first asked for once transports are connected."""
+        """The all-gather of every rank's compute shard into the slot; made once ranks are connected."""
         inputs = [p.compute for p in self.unit.params]
         return self.unit.transport.all_gather(self.outputs, inputs, self.aliased, self.unit.column)
 
@@ -274,7 +274,7 @@ class GradientSlot(_Slot):
         return self.early.pop(k)
 
     def release(self, done: Event) -> None:
-        """Give the bytes to whoever waits for ``done``, unless gradients that were not reduced are in them."""
+        """Free the bytes for writers that wait for ``done``, unless gradients that were not reduced are in them."""
         self._released = done
         if not self.holds:
             self.early.clear()

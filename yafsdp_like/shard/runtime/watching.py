@@ -1,4 +1,4 @@
-"""What autograd tells of a unit's backward: that a gradient is about to enter it, and that the last one has left it.
+"""Hooks of autograd on a unit's backward: that a gradient is about to enter it, and that the last one has left it.
 
 Owns the nodes and hooks on a unit's inputs and outputs. What is then done is said by the caller (``start``, ``end``).
 
@@ -16,7 +16,7 @@ with the operation that computed it, behind which the unit's own backward begins
 [Note: functorch]
 Under ``torch.func`` an output is wrapped once per transform, and each layer has a graph of its own, which may be run
 backward: so all layers are watched. ``torch.func`` computes every gradient in such a way that it could be
-differentiated again. That would read parameters which are not gathered any more, so whoever tries gets an error.
+differentiated again. That would read parameters which are not gathered any more, so it is an error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from yafsdp_like.shard.runtime.held import replace_held
 from yafsdp_like.shard.runtime.nested import layers_of, map_tensors, tensors_in
 
-Start = Callable[[bool], None]  # is told whether gradients of the gradients are prepared for, but refused later
+Start = Callable[[bool], None]  # its argument: gradients of the gradients are prepared for, but refused later
 
 
 class Watched:

@@ -89,7 +89,7 @@ class Schedule:
 def schedule_of(root: nn.Module, units_of: Mapping[nn.Module, Sequence[int]], num_units: int) -> Schedule:
     """Walk the tree in order of registration; ``units_of`` says which units each module's forward needs.
 
-    A module that is met again below another parent runs again there.
+    A module that is found again below another parent runs again there.
     """
     walk = _Walk(units_of)
     walk.visit(root)
