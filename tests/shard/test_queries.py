@@ -50,7 +50,9 @@ def state_of(model: nn.Module) -> Iterator[Any]:
         yield contents(vars(unit)), contents(vars(unit.policy)), unit.signature
         yield contents(vars(unit.freshness)), [contents(vars(p)) for p in unit.params]
         if unit.engine is not None:
-            yield contents(vars(unit.engine)), contents(vars(unit.engine.memory))
+            engine = unit.engine
+            for owner in (engine, engine.memory, engine.params, engine.gradients, engine.running):
+                yield contents(vars(owner))
 
 
 def sharded(transport: str, device: str = "cpu") -> Any:
