@@ -25,7 +25,11 @@ def unit(name: str, **changes: object) -> UnitSpec:
         has_gradient=True,
     )
     spec = UnitSpec(
-        name, (weight,), RankSpec(RANKS, 1, "paper"), UnitNeeds(), Residency(after_forward=False, after_backward=False)
+        name,
+        (weight,),
+        RankSpec(RANKS, RANKS, "paper"),
+        UnitNeeds(),
+        Residency(after_forward=False, after_backward=False),
     )
     return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
 
@@ -49,7 +53,7 @@ def test_what_a_unit_needs_and_its_ranks_change_the_regions() -> None:
     found = plan(unit("a"), own)
     assert found.nbytes_of("spill") == 2 * ROWS * COLUMNS
     assert found.nbytes_of("unsynced gradients") == 4 * ROWS * COLUMNS
-    mapped = RankSpec(RANKS, 1, "paper", is_mapped=True, gather_column_nbytes=512, reduce_column_nbytes=1024)
+    mapped = RankSpec(RANKS, RANKS, "paper", is_mapped=True, gather_column_nbytes=512, reduce_column_nbytes=1024)
     assert plan(unit("a", ranks=mapped)).nbytes_of("staging") == 4 * ROWS * COLUMNS + 1024 + 512
 
 

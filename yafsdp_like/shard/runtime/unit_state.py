@@ -249,7 +249,7 @@ class Unit:
 
         return RankSpec(
             self.transport.world_size,
-            self.mesh.size() // self.transport.world_size,
+            self.mesh.size(),
             self.transport.description,
             is_mapped=mapped is not None,
             reads_shards=mapped is not None and mapped.reads_shards,

@@ -66,8 +66,8 @@ def plan_memory(units: Sequence[UnitSpec], schedule: Schedule) -> MemoryLayout:
     regions += _granule_end(regions)
     slots = [SlotPlace(units[i].name, GATHER_SLOTS, part, gather_live[i]) for i, part in gather_places.items()]
     slots += [SlotPlace(units[i].name, GRADIENT_SLOTS, part, gradient_live[i]) for i, part in gradient_places.items()]
-    num_ranks = units[0].ranks.world_size * units[0].ranks.num_replicas
-    plan = MemoryPlan(num_ranks, tuple(regions), tuple(slots), tuple(dict.fromkeys(u.ranks.transport for u in units)))
+    transports = tuple(dict.fromkeys(u.ranks.transport for u in units))
+    plan = MemoryPlan(units[0].ranks.num_ranks, tuple(regions), tuple(slots), transports)
     return MemoryLayout(plan, tuple(units), tuple(layouts), gather_places, gradient_places)
 
 

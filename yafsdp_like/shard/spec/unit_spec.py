@@ -107,7 +107,7 @@ class RankSpec:
     """The ranks of one unit, and what of their memory they map of each other."""
 
     world_size: int  # that shard a parameter
-    num_replicas: int
+    num_ranks: int  # of all replicas
     transport: str  # what moves the bytes, and why it was chosen
     is_mapped: bool = False  # peers read compute shards and full gradients in place
     reads_shards: bool = False  # an all-gather is a rank's own reading of peers' shards
