@@ -6,26 +6,14 @@ everything that writes either shard says so here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
+    from yafsdp_like.shard.runtime.param import ShardedParam
 
 Version = tuple[int, ...]  # of main shards: equal versions are equal values
-
-
-class MainShard(Protocol):
-    """The two tensors whose counters see writes to one parameter's main shard."""
-
-    @property
-    def sharded(self) -> torch.Tensor:
-        """The DTensor that users and optimizers see."""
-
-    @property
-    def local(self) -> torch.Tensor:
-        """Its local tensor."""
 
 
 class Freshness:
@@ -36,7 +24,7 @@ class Freshness:
     update that has written both shards until the end of the next forward: at other times every forward casts again.
     """
 
-    def __init__(self, params: Sequence[MainShard]) -> None:
+    def __init__(self, params: Sequence[ShardedParam]) -> None:
         self._params = params
         self._num_moves = self._num_uncounted = 0
         self._is_trusted = False

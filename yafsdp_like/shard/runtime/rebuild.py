@@ -87,13 +87,10 @@ class Rebuild:
         if self._memory.arena is not None:
             self._context.wait_for_side_streams()
         for unit in units:
-            if unit.has_slots:
-                self._part_with_slots(unit)
-
-    def _part_with_slots(self, unit: Unit) -> None:
-        for slot in unit.slots:
-            slot.forget_neighbours()
-        unit.gradient_slot.forget_neighbours()
-        if unit.unsynced() is None and all(slot.state is not SlotState.HELD for slot in unit.slots):
-            self._params.reshard(unit)
-            unit.forget_slots()
+            if not unit.has_slots:
+                continue
+            for slot in (*unit.slots, unit.gradient_slot):
+                slot.forget_neighbours()
+            if unit.unsynced() is None and all(slot.state is not SlotState.HELD for slot in unit.slots):
+                self._params.reshard(unit)
+                unit.forget_slots()
