@@ -51,7 +51,7 @@ class Spill:
 
 
 class AllocatedMemory:
-    """Of one root module's units; empty until it is built, and again once it is left."""
+    """The memory of one root module's units; empty until it is built, and again once it is left."""
 
     def __init__(self, tree: UnitTree, collective_log: CollectiveLog) -> None:
         self.arena: Arena | None = None

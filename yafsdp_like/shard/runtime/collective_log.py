@@ -19,7 +19,7 @@ Recorded = list[Sequence[Entry]]  # of each journal
 
 
 class CollectiveLog:
-    """Of one engine's units."""
+    """The notes of what is done with one engine's units."""
 
     def __init__(self, units: Sequence[Unit]) -> None:
         transports = dict.fromkeys(unit.transport for unit in units)

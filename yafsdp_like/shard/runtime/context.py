@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineContext:
-    """Of one engine; nothing here is replaced as long as the engine lives."""
+    """What one engine's owners share; nothing here is replaced as long as the engine lives."""
 
     tree: UnitTree
     streams: Streams

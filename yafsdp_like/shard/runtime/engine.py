@@ -36,12 +36,12 @@ class RunningModel:
     """The forward and the backwards that run now."""
 
     iteration: Call | None = None  # the forward that everything running now is part of
-    backwards: dict[int, list[tuple[Unit, ForwardUse]]] = field(default_factory=dict)  # what each, by autograd's
-    # number, has reached
+    # What each backward has reached, by autograd's number.
+    backwards: dict[int, list[tuple[Unit, ForwardUse]]] = field(default_factory=dict)
 
 
 class ShardEngine:
-    """Of one root module and the units below it."""
+    """The owners of the run-time state of one root module and of the units below it."""
 
     def __init__(self, tree: UnitTree) -> None:
         self.tree, self.units = tree, tree.units
