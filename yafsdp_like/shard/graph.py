@@ -46,7 +46,7 @@ class UnitState:
     is_filled: bool  # gathered already, by the last update
     is_current: bool  # its compute shard need not be cast
     adds: tuple[bool, ...]  # for each parameter, whether its gradient is added to ``.grad``
-    homes: tuple[int, ...]  # where its gradient goes
+    shard_indices: tuple[int, ...]  # which of its shards each gradient goes to
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _repeatable_unit(engine: ShardEngine, unit: Unit) -> UnitState | None:
         return None
     adds = tuple(p.has_own_grad for p in unit.params)
     unit.gradient_slot.spare_kept_grads([k for k in unit.trainable if not adds[k]])
-    return UnitState(slot.state is SlotState.FILLED, is_current, adds, unit.gradient_slot.homes)
+    return UnitState(slot.state is SlotState.FILLED, is_current, adds, unit.gradient_slot.shard_indices)
 
 
 def _fork_streams(engine: ShardEngine) -> None:

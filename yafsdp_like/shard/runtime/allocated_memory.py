@@ -80,8 +80,8 @@ class AllocatedMemory:
     def nbytes(self) -> int:
         """The bytes held now, main shards included."""
         units = self._tree.units
-        homes = sum(p.homes.added_nbytes for unit in units for p in unit.params if p.homes)
-        return sum(unit.arena.nbytes for unit in units) + (self.arena.nbytes if self.arena else 0) + homes
+        added = sum(p.grad_shards.added_nbytes for unit in units for p in unit.params if p.grad_shards)
+        return sum(unit.arena.nbytes for unit in units) + (self.arena.nbytes if self.arena else 0) + added
 
     def build(self) -> None:
         """Give every unit its shards and slots, on an arena of their own. Units must have their main shards."""

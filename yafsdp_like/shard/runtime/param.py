@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.nn.modules.batchnorm import _NormBase
 
 from yafsdp_like.memory.layout import RowShards
-from yafsdp_like.shard.runtime.gradient_homes import Home, Homes
+from yafsdp_like.shard.runtime.gradient_shards import GradientShard, GradientShards
 from yafsdp_like.shard.runtime.nested import layers_of
 from yafsdp_like.shard.spec.unit_spec import ParamSpec
 
@@ -112,7 +112,7 @@ class ShardedParam:
         self.placed: torch.Tensor | None = None  # ``local`` as Unit.materialize left it; None: not in the arena
         self._address = 0  # and its address
         self.main = self.compute = NOWHERE  # filled by Unit.materialize, and the other by the build
-        self.homes: Homes | None = None  # of its gradient, if it is trainable; made by the build
+        self.grad_shards: GradientShards | None = None  # of its gradient, if it is trainable; made by the build
 
     @property
     def owners(self) -> list[tuple[nn.Module, str]]:
@@ -247,34 +247,34 @@ class ShardedParam:
     def place_grad(self, place: Place) -> None:
         """Let ``place`` be the gradient shard."""
 
-        def home(at: Place) -> Home:
-            return Home(at, self.main_dtype, self.shards.chunk_numel, self.local_shape, self._dtensor)
+        def shard(at: Place) -> GradientShard:
+            return GradientShard(at, self.main_dtype, self.shards.chunk_numel, self.local_shape, self._dtensor)
 
-        self.homes = Homes(home, place)
+        self.grad_shards = GradientShards(shard, place)
 
     @property
     def grad(self) -> torch.Tensor:
         """The gradient shard, ``(chunk_numel,)``, where the next reduction writes."""
-        return self.homes.current.flat if self.homes else NOWHERE
+        return self.grad_shards.current.flat if self.grad_shards else NOWHERE
 
     @property
     def grad_dtensor(self) -> DTensor | None:
         """The DTensor on the gradient shard."""
-        return self.homes.current.dtensor if self.homes else None
+        return self.grad_shards.current.dtensor if self.grad_shards else None
 
     @property
     def has_own_grad(self) -> bool:
         """Whether what is reduced next is added to ``.grad``: that is the gradient shard, and has no hooks."""
-        homes, sharded = self.homes, self.sharded
-        return homes is not None and sharded.grad is homes.current.dtensor and not sharded._backward_hooks
+        shards, sharded = self.grad_shards, self.sharded
+        return shards is not None and sharded.grad is shards.current.dtensor and not sharded._backward_hooks
 
     def spare_kept_grad(self) -> bool:
         """Let a gradient that the user still holds, but no longer as ``.grad``, keep its values.
 
         Returns whether the next one lies elsewhere therefore.
         """
-        assert self.homes is not None
-        return self.homes.make_room()
+        assert self.grad_shards is not None
+        return self.grad_shards.make_room()
 
     def _run_hooks(self) -> None:
         """Replace the gradient that has just been reduced by what the user's hooks return."""
@@ -291,7 +291,7 @@ class ShardedParam:
 
         Autograd never accumulates into the sharded parameter, so the user's hooks are run here: before, and after.
         """
-        assert self.homes is not None
+        assert self.grad_shards is not None
         if not self.sharded.requires_grad:
             return  # frozen since the forward: no optimizer is to see it
         if self.sharded._backward_hooks:
@@ -299,10 +299,10 @@ class ShardedParam:
         if not was_added:
             grad = self.sharded.grad
             if grad is None:
-                self.sharded.grad = self.homes.current.dtensor
+                self.sharded.grad = self.grad_shards.current.dtensor
             else:
                 local = grad.to_local()  # type: ignore[attr-defined]  # a DTensor
-                local.add_(self.homes.current.dtensor._local_tensor)
+                local.add_(self.grad_shards.current.dtensor._local_tensor)
         for hook in (getattr(self.sharded, "_post_accumulate_grad_hooks", None) or {}).values():
             hook(self.sharded)
 

@@ -235,7 +235,7 @@ class GradientSlot(_Slot):
         self.early: dict[int, Event] = {}  # reduced before the rest, and when that was done
         self.views: dict[int, torch.Tensor] = {}
         self.inputs: dict[int, torch.Tensor] = {}
-        self.homes: tuple[int, ...] = ()  # of gradients that are still held, where the unit's go meanwhile
+        self.shard_indices: tuple[int, ...] = ()  # which of its shards each gradient goes to
         self._reductions: dict[tuple[tuple[int, ...], tuple[int, ...]], ReduceScatter] = {}
         for k in unit.trainable:
             assert extent is not None
@@ -289,7 +289,7 @@ class GradientSlot(_Slot):
 
     def reduce_scatter(self, which: Sequence[int]) -> ReduceScatter:
         """Return what reduces the gradients of these parameters into their gradient shards."""
-        key = tuple(which), self.homes
+        key = tuple(which), self.shard_indices
         if key not in self._reductions:
             params = [self.unit.params[k] for k in which]
             self._reductions[key] = self.unit.transport.reduce_scatter(
@@ -304,4 +304,4 @@ class GradientSlot(_Slot):
         """Let gradients of these parameters that are still held keep their values: new ones are written next."""
         moved = [self.unit.params[k].spare_kept_grad() for k in which]
         if any(moved):
-            self.homes = tuple(p.homes.index if p.homes else 0 for p in self.unit.params)
+            self.shard_indices = tuple(p.grad_shards.index if p.grad_shards else 0 for p in self.unit.params)

@@ -2,10 +2,10 @@
 
 [Note: gradients that are still held]
 ``.grad`` is a DTensor on planned memory, and the next backward writes there again. A user may hold it until then, or
-anything that shares its bytes: ``.detach()``, ``.view(-1)``, ``to_local()``. Each home has a storage object of its own,
-whose uses are counted. If only the DTensor is held, it gets a copy. Tensors that cannot be found cannot be moved:
-then they keep the home, and the gradient takes another one of the same size, beyond the plan, until the first is free
-again. A program that holds k gradients a step thus allocates k homes once.
+anything that shares its bytes: ``.detach()``, ``.view(-1)``, ``to_local()``. Each shard has a storage object of its
+own, whose uses are counted. If only the DTensor is held, it gets a copy. Tensors that cannot be found cannot be moved:
+then they keep the shard, and the gradient takes another one of the same size, beyond the plan, until the first is free
+again. A program that holds k gradients a step thus allocates k shards once.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
     from torch.distributed.tensor import DTensor
 
-_REFERENCES = 3  # to a home's DTensor: the home's own, the variable's and the call's
+_REFERENCES = 3  # to a shard's DTensor: the shard's own, the variable's and the call's
 
 
-class Home:
+class GradientShard:
     """A place for a gradient: ``flat``, ``(chunk_numel,)``, padding included, and the DTensor that users see on it."""
 
     def __init__(
@@ -78,35 +78,35 @@ class Home:
         kept._local_tensor = local.clone()
 
 
-class Homes:
+class GradientShards:
     """The places of one parameter's gradient: first the planned one."""
 
-    def __init__(self, make: Callable[[Place], Home], place: Place) -> None:
+    def __init__(self, make: Callable[[Place], GradientShard], place: Place) -> None:
         self._make, self._region = make, Region("grad_shard", "grad_shard", aligned(place.segment.nbytes))
         self._device = place.arena.device
-        self._homes = [make(place)]
-        self.index, self.current = 0, self._homes[0]
+        self._shards = [make(place)]
+        self.index, self.current = 0, self._shards[0]
 
     @property
     def added_nbytes(self) -> int:
         """The bytes beyond the plan."""
-        return (len(self._homes) - 1) * self._region.nbytes
+        return (len(self._shards) - 1) * self._region.nbytes
 
     def make_room(self) -> bool:
-        """Let what is still held keep its values when the current home is written next.
+        """Let what is still held keep its values when the current shard is written next.
 
-        Returns whether that is another home than before.
+        Returns whether that is another shard than before.
         """
         before = self.index
         if not before and self.current.is_free:
             return False
         if before or self.current.is_shared:
-            self.index = next((i for i, home in enumerate(self._homes) if not home.is_shared), len(self._homes))
-            if self.index == len(self._homes):
+            self.index = next((i for i, shard in enumerate(self._shards) if not shard.is_shared), len(self._shards))
+            if self.index == len(self._shards):
                 arena = Arena(self._device)
                 arena.reserve([self._region])
-                self._homes.append(self._make(arena.place(self._region.name)))
-            self.current = self._homes[self.index]
+                self._shards.append(self._make(arena.place(self._region.name)))
+            self.current = self._shards[self.index]
         if self.current.is_held:
             self.current.copy_for_holders()
         return self.index != before
