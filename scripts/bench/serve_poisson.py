@@ -60,7 +60,7 @@ def arrivals_at(rate: float, options: ServeBenchOptions, requests: Requests) -> 
 
 
 def play(engine: Engine, arrivals: Sequence[Arrival]) -> list[ServedRequest]:
-    """Serves all, each from its time on; QueueFull where too many wait."""
+    """Serves all, each from its time on; QueueFullError where too many wait."""
     served = {arrival.request.id: ServedRequest(arrival) for arrival in arrivals}
     coming, start = list(reversed(arrivals)), time.perf_counter()
     while coming or engine.has_work:

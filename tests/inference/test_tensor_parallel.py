@@ -350,8 +350,9 @@ def whole(gradient: Tensor | None) -> Tensor:
 
 @pytest.mark.parametrize("config", [TINY, EVERYTHING], ids=["plain", "everything"])
 def test_the_plan_that_cuts_served_weights_cuts_the_training_module_too(config: DecoderConfig) -> None:
-    """The same logits and gradients as uncut, and the same parts as served ones. Prevents: a mesh that cannot send, of
-    the integers, taken for the module's.
+    """The same logits and gradients as uncut, and the same parts as served ones.
+
+    Prevents: a mesh that cannot send, of the integers, taken for the module's.
     """
     shapes = {name: p.shape for name, p in Decoder(config).layers[0].named_parameters()}
     cuts = {name: (cut.dim, torch.Size(cut.part(shapes[name])).numel()) for name, cut in cuts_of(config, 2).items()}
@@ -371,16 +372,16 @@ def test_the_plan_is_that_of_a_decoder_of_fewer_heads_but_for_embedding_and_head
         plan_serving(CHAIN, LIMITS, Site(num_ranks=2), mode)
         for mode in ("resident", "tensor_parallel")  # type: ignore[arg-type]
     )
-    D, F, V = 64, 176, 4096
-    qkv, o, gate_up, down = 2 * 64 * D, 2 * D * 32, 2 * F * D, 2 * D * F // 2  # bytes: half of the heads, half of F
-    layer = aligned(2 * D) + qkv + aligned(2 * 64) + o + aligned(2 * D) + gate_up + down  # with norms and biases
+    d, f, v = 64, 176, 4096
+    qkv, o, gate_up, down = 2 * 64 * d, 2 * d * 32, 2 * f * d, 2 * d * f // 2  # bytes: half of the heads, half of F
+    layer = aligned(2 * d) + qkv + aligned(2 * 64) + o + aligned(2 * d) + gate_up + down  # with norms and biases
     assert plan.placement.packed_units[1].nbytes == layer
-    assert plan.memory.nbytes_of("weights") == 12 * layer + 2 * (2 * V * D) + aligned(2 * D)
+    assert plan.memory.nbytes_of("weights") == 12 * layer + 2 * (2 * v * d) + aligned(2 * d)
     page, whole_page = plan.groups[0].shape.nbytes, whole_plan.groups[0].shape.nbytes
     assert (plan.groups[0].shape.num_kv_heads, page) == (1, whole_page // 2)
     assert plan.num_context_tokens == 2 * whole_plan.num_context_tokens
     shapes = {name: plan.buffers.buffers[name].shape for name in ("hidden", "qkv", "attended", "gate_up", "logits")}
-    assert shapes == {"hidden": (32, D), "qkv": (32, 64), "attended": (32, 32), "gate_up": (32, F), "logits": (4, V)}
+    assert shapes == {"hidden": (32, d), "qkv": (32, 64), "attended": (32, 32), "gate_up": (32, f), "logits": (4, v)}
     kinds = ("weights", "kv slabs", "workspace", "logits", "tables")
     assert plan.memory.nbytes == sum(plan.memory.nbytes_of(kind) for kind in kinds)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from yafsdp_like.inference.engine.engine import Completion, Engine, Metrics
-    from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request, RequestOutput, Token
+    from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request, RequestOutput, Token
     from yafsdp_like.inference.options import EngineOptions
     from yafsdp_like.inference.weights.loading import open_model, world_transport
     from yafsdp_like.kernels.sampling_params import SamplingParams
@@ -21,7 +21,7 @@ __all__ = [
     "EngineOptions",
     "FinishReason",
     "Metrics",
-    "QueueFull",
+    "QueueFullError",
     "Request",
     "RequestOutput",
     "SamplingParams",
@@ -32,7 +32,9 @@ __all__ = [
 
 _MODULES = {
     **dict.fromkeys(("Completion", "Engine", "Metrics"), "inference.engine.engine"),
-    **dict.fromkeys(("RequestOutput", "FinishReason", "QueueFull", "Request", "Token"), "inference.engine.request"),
+    **dict.fromkeys(
+        ("RequestOutput", "FinishReason", "QueueFullError", "Request", "Token"), "inference.engine.request"
+    ),
     **dict.fromkeys(("open_model", "world_transport"), "inference.weights.loading"),
     "EngineOptions": "inference.options",
     "SamplingParams": "kernels.sampling_params",

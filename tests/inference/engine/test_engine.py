@@ -21,7 +21,7 @@ from tests.kernels.test_kernels import run_python
 from tests.ranks import run_ranks
 from yafsdp_like.inference.engine import forward, runner
 from yafsdp_like.inference.engine.engine import Completion, Engine
-from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request, Token
+from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request, Token
 from yafsdp_like.inference.engine.runner import bucket_sizes
 from yafsdp_like.inference.kv.eviction import Costs, Tenant
 from yafsdp_like.inference.options import EngineOptions
@@ -506,7 +506,7 @@ def test_random_arrivals_leave_no_page_behind(policy: str, count: int) -> None:
         for _ in range(draw.choice([0, 0, 1, 3]) if left else 0):
             try:
                 it.add(arrival(draw, str(left), starts))
-            except QueueFull:
+            except QueueFullError:
                 break
             left -= 1
             if not left:

@@ -23,7 +23,7 @@ from tests.inference.engine.test_engine import (
     requests,
 )
 from yafsdp_like.inference.engine.engine import Engine
-from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
+from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request
 from yafsdp_like.inference.weights.loading import model_of
 from yafsdp_like.models.decoder import Decoder
 from yafsdp_like.models.moe import ExpertsConfig
@@ -117,7 +117,7 @@ def test_an_id_in_use_and_more_than_may_wait_are_refused() -> None:
     with pytest.raises(ValueError, match="the id is in use"):
         it.add(Request("a", (2,)))
     it.add(Request("b", (1,)))
-    with pytest.raises(QueueFull):
+    with pytest.raises(QueueFullError):
         it.add(Request("c", (1,)))
     it.generate([])
     assert len(it.generate(requests(prompts(9)))) == 9

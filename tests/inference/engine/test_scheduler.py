@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStatus
-from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
+from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request
 from yafsdp_like.inference.engine.scheduler import Scheduler
 from yafsdp_like.inference.kv.eviction import Costs, Tenant
 from yafsdp_like.inference.kv.kv_cache import KVCache, Tier, check_integrity
@@ -259,7 +259,7 @@ def test_more_than_may_wait_are_refused() -> None:
     it = scheduler(num_pages=100, max_waiting=2)
     add(it, "a", 2)
     add(it, "b", 2)
-    with pytest.raises(QueueFull, match="2 requests wait, of 2"):
+    with pytest.raises(QueueFullError, match="2 requests wait, of 2"):
         add(it, "c", 2)
     step(it)
     add(it, "c", 2)

@@ -46,7 +46,7 @@ from tests.ranks import PRELOADED, run_ranks
 from yafsdp_like.comm.tp_group import TPGroup, world_tp_group
 from yafsdp_like.inference.engine import tp_driver as together
 from yafsdp_like.inference.engine.engine import Engine, Metrics
-from yafsdp_like.inference.engine.request import FinishReason, QueueFull, Request
+from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request
 from yafsdp_like.inference.engine.tp_driver import TPCommand, TPDriver, follow
 from yafsdp_like.inference.http.service import Service, ServiceState
 from yafsdp_like.inference.text.codec import Codec
@@ -191,7 +191,7 @@ def refuse(directory: str) -> tuple[list[str], dict[str, FinishReason], Metrics]
         for request in (good[0], good[0], long, unknown, good[1], Request("third", (1, 2))):
             try:
                 leader.add(request)
-            except (ValueError, QueueFull) as error:
+            except (ValueError, QueueFullError) as error:
                 refused.append(type(error).__name__)
         leader.cancel("r1")
         leader.cancel("nobody")
@@ -213,7 +213,7 @@ def finished(leader: TPDriver) -> dict[str, FinishReason]:
 
 def test_what_one_rank_refuses_is_refused_by_all_and_raised_where_it_was_asked(directory: str) -> None:
     (refused, done, first), (_, _, second) = run_ranks(refuse, directory)
-    assert refused == ["ValueError", "ValueError", "ValueError", "QueueFull"]
+    assert refused == ["ValueError", "ValueError", "ValueError", "QueueFullError"]
     assert done == {"r0": FinishReason.LENGTH, "r1": FinishReason.CANCELLED, "late": FinishReason.LENGTH}
     assert first == second
 
@@ -222,8 +222,9 @@ def test_what_one_rank_refuses_is_refused_by_all_and_raised_where_it_was_asked(d
 
 
 def serve_after_silence(directory: str, silence_s: float, keep_alive_s: float) -> list[object]:
-    """Serves, is silent, and serves again; where listening may take two seconds. What the others were told meanwhile,
-    or how this rank has failed.
+    """Serve, be silent, and serve again, where listening may take two seconds.
+
+    Returns what the others were sent meanwhile, or how this rank has failed.
     """
     tp_group = TPGroup(dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=2)))
     engine = make_engine(Codec.load(Path(directory)), world_transport(CPU))

@@ -22,7 +22,7 @@ from tests.inference.http.servers import (
     run,
     serving,
 )
-from yafsdp_like.inference.engine.request import QueueFull, RequestOutput
+from yafsdp_like.inference.engine.request import QueueFullError, RequestOutput
 from yafsdp_like.inference.http import server, service
 from yafsdp_like.inference.http.service import Service, ServiceState, StuckEngineError, UnavailableError
 from yafsdp_like.inference.http.stream import Stream
@@ -84,7 +84,7 @@ def test_ids_that_were_refused_can_be_used_again_at_once(codec: Codec) -> None:
 
     async def main(service: Service[Any]) -> None:
         for _ in range(40):
-            with pytest.raises(QueueFull):
+            with pytest.raises(QueueFullError):
                 await service.open(requests(5))
             assert await drawn(await service.open(requests(4))) == dict.fromkeys(("r0", "r1", "r2", "r3"), 3)
         await service.call(lambda engine: engine.check_integrity())
@@ -293,11 +293,11 @@ def test_an_engine_that_takes_nothing_is_not_offered_more_and_more(
         await asyncio.sleep(0.05)
         refused = [task.exception() for task in opening if task.done()]
         assert len(refused) == 30
-        assert all(isinstance(error, QueueFull) for error in refused)
+        assert all(isinstance(error, QueueFullError) for error in refused)
         engine.may_go_on.set()
         assert await drawn(first) == {"r0": 3}
         for task in opening:
-            with contextlib.suppress(QueueFull):
+            with contextlib.suppress(QueueFullError):
                 (await task).close()
 
     monkeypatch.setattr(service, "MAX_OPEN_REQUESTS", 11)

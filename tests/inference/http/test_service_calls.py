@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.inference.http.servers import SECONDS, Turnstile, drawn, let, make_engine, requests, run
-from yafsdp_like.inference.engine.request import QueueFull
+from yafsdp_like.inference.engine.request import QueueFullError
 from yafsdp_like.inference.http.service import Service, ServiceState, UnavailableError
 from yafsdp_like.inference.text.codec import Codec
 
@@ -27,7 +27,7 @@ def test_requests_are_opened_all_or_none(codec: Codec) -> None:
         with pytest.raises(ValueError, match="the id is in use"):
             await service.open([*requests(2), *requests(1)])
         assert service.num_requests == 0
-        with pytest.raises(QueueFull):
+        with pytest.raises(QueueFullError):
             await service.open(requests(5))
         assert service.num_requests == 0
         assert await drawn(await service.open(requests(4))) == dict.fromkeys(("r0", "r1", "r2", "r3"), 3)

@@ -411,8 +411,9 @@ TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
 
 
 class Serving(RuleBasedStateMachine):
-    """Two models, one hybrid, on one device pool and one host pool: after every operation all books agree, every
-    sequence finds what it wrote, and no tenant lost of its floor to others.
+    """Two models, one hybrid, on one device pool and one host pool.
+
+    After every operation all books agree, every sequence finds what it wrote, and no tenant has less than its floor.
     """
 
     @initialize(policy=st.sampled_from([LRU, GDSF]), num_slabs=st.integers(2, 6), num_host_slabs=st.integers(1, 4))

@@ -114,19 +114,19 @@ def test_moved_layers_are_evenly_spread_so_that_each_has_time_to_arrive() -> Non
 
 def test_the_plan_of_resident_weights_is_an_equation() -> None:
     plan = plan_serving(CHAIN, SMALL)
-    T, B, V, D = 32, 4, 4096, 64
-    qkv, attended, gate_up = 2 * T * 8 * 16, 2 * T * 4 * 16, 2 * T * 2 * 176
-    attention, last, turns = 4 * B * 4 * 17, 2 * B * D, 2 * T * 16
+    t, b, v, d = 32, 4, 4096, 64
+    qkv, attended, gate_up = 2 * t * 8 * 16, 2 * t * 4 * 16, 2 * t * 2 * 176
+    attention, last, turns = 4 * b * 4 * 17, 2 * b * d, 2 * t * 16
     shared = max(qkv + aligned(attended) + aligned(attention), gate_up, last)
     assert plan.memory.nbytes_of("weights") == sum(packed.nbytes for packed in pack_units(CHAIN, torch.bfloat16))
     page = 12 * 2 * 2 * 16 * 16 * 2  # layers, keys and values, kv heads, tokens, head dim, bytes
     assert plan.memory.nbytes_of("kv slabs") == (1 << 20) // (2 * page) * (2 * page), "whole slabs, of two pages"
-    assert plan.memory.nbytes_of("workspace") == aligned(shared) + 2 * (2 * T * D) + 2 * turns
-    rows = 2 * B * V + 4 * B * V + 2 * aligned(4 * B) + aligned(4 * B * 20) + aligned(8 * B * 20)
+    assert plan.memory.nbytes_of("workspace") == aligned(shared) + 2 * (2 * t * d) + 2 * turns
+    rows = 2 * b * v + 4 * b * v + 2 * aligned(4 * b) + aligned(4 * b * 20) + aligned(8 * b * 20)
     assert plan.memory.nbytes_of("logits") == rows
-    tables = aligned(8 * (B + T)) + 3 * aligned(8 * T) + aligned(4 * T) + aligned(4 * (B + 4) * 4)
-    tables += aligned(4 * (B + 4)) + aligned(4 * (B + 1)) + aligned(8 * B) + aligned(4 * B * 7) + aligned(8 * B * 4)
-    tables += 4 * B * V + 2 * (2 * 64 * 16)
+    tables = aligned(8 * (b + t)) + 3 * aligned(8 * t) + aligned(4 * t) + aligned(4 * (b + 4) * 4)
+    tables += aligned(4 * (b + 4)) + aligned(4 * (b + 1)) + aligned(8 * b) + aligned(4 * b * 7) + aligned(8 * b * 4)
+    tables += 4 * b * v + 2 * (2 * 64 * 16)
     assert plan.memory.nbytes_of("tables") == tables
     kinds = ("weights", "kv slabs", "workspace", "logits", "tables")
     assert plan.memory.nbytes == sum(plan.memory.nbytes_of(kind) for kind in kinds)

@@ -268,8 +268,9 @@ def test_a_layer_that_is_never_released_is_an_error_that_names_it() -> None:
 def test_weights_same_residency_are_the_same_whatever_came_before(
     moved: Sequence[int], tied: bool, vocab_size: int
 ) -> None:
-    """Prevents: a recorded forward that relies on a unit which another forward has left there, or has not. A small head
-    may lie where nothing that is kept for the next forward does.
+    """Prevents: a recorded forward that relies on a unit which another forward has left there, or has not.
+
+    A small head may lie where nothing that is kept for the next forward does.
     """
     module = decoder(replace(CONFIG, tie_embeddings=tied, vocab_size=vocab_size))
     weights = load_planned(model_of(module), streamed(module.config, [u for u in moved if u < 6 or not tied]), CPU)
@@ -504,8 +505,9 @@ WIDE = replace(CONFIG, dim=1024, num_layers=4, ffn_dim=4096, max_seq_len=64)  # 
 
 
 def recorded_on_gpu(mode: Any) -> Any:
-    """Tokens of steps that are recorded from weights that move, tokens from weights that stay, and how many sizes of
-    steps were recorded.
+    """Return tokens of recorded steps, from weights that move and from weights that stay.
+
+    Each with the number of sizes of steps that were recorded.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     transport = transport_of(group(), device, "auto") if mode == "gathered" else None

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 class RequestStatus(Enum):
+    """Where a request is in its life."""
+
     WAITING = auto()  # for its first turn, or after a preemption
     RUNNING = auto()  # in the batch, with pages on the device
     ENDED = auto()
@@ -63,6 +65,7 @@ class ActiveRequest:
 
     @property
     def is_swapped(self) -> bool:
+        """Whether its pages are on the host."""
         return self.kv is not None and self.kv.state is KVSequenceState.SWAPPED
 
 
@@ -78,6 +81,7 @@ class Run:
 
     @property
     def end(self) -> int:
+        """The position behind the last token."""
         return self.start + self.num_tokens
 
 
@@ -90,4 +94,5 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all runs."""
         return sum(run.num_tokens for run in self.runs)

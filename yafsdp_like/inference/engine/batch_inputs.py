@@ -90,7 +90,7 @@ class Staging:
         return self._sides[self._turn]
 
     def stage(self, runs: Sequence[Run], drawing: Sequence[Run], size: StepSize) -> None:
-        """Writes and uploads all that a step of ``size`` reads; ``drawing`` are those of ``runs`` that draw.
+        """Write and upload all that a step of ``size`` reads; ``drawing`` are those of ``runs`` that draw.
 
         ``size`` may have more single rows than there are runs; the others read and write nothing.
         """
@@ -110,7 +110,7 @@ class Staging:
         self._stage_drawing(runs, drawing, size)
 
     def stage_idle(self, size: StepSize) -> None:
-        """A step of ``size`` whose rows read and write nothing."""
+        """Write and upload a step of ``size`` whose rows read and write nothing."""
         self._turn ^= 1
         inputs = self._side.inputs
         inputs.token_index.array[: size.num_tokens] = 0
@@ -126,7 +126,7 @@ class Staging:
     # --- tokens ---
 
     def _write_singles(self, runs: Sequence[Run], size: StepSize) -> None:
-        """Rows of one token each, in lists: a step of the largest batch costs as many elements, not calls."""
+        """Write rows of one token each, as lists: a large batch costs more elements, not more calls."""
         count, inputs, page_size = len(runs), self._side.inputs, self._page_size
         starts = [run.start for run in runs]
         inputs.positions.array[:count] = starts
@@ -147,7 +147,7 @@ class Staging:
         inputs.token_index.array[count : size.num_single] = 0
 
     def _write_chunk(self, run: Run, row: int, first: int) -> None:
-        """Rows from ``first`` on: one run of several tokens, all of them known."""
+        """Write one run of several known tokens to the rows from ``first`` on."""
         inputs, page_size = self._side.inputs, self._page_size
         rows, first_token = slice(first, first + run.num_tokens), self._max_batch_size + first
         inputs.positions.array[rows] = np.arange(run.start, run.end)
@@ -173,7 +173,7 @@ class Staging:
     # --- sequences ---
 
     def _write_pages(self, runs: Sequence[Run], rows: Mapping[ActiveRequest, int]) -> None:
-        """Page tables, of which only what is new is written, and only rows with news are uploaded."""
+        """Write the new entries of page tables, and upload the rows that changed."""
         changed = [rows[run.sequence] for run in runs if self._write_row(run.sequence, rows[run.sequence])]
         if changed:
             page_tables = self._side.inputs.page_tables
@@ -183,9 +183,9 @@ class Staging:
                 self._filled[row] = self._side.filled[row]
 
     def _write_row(self, sequence: ActiveRequest, row: int) -> bool:
-        """Brings a row up to date on this side; whether the device's is out of date.
+        """Update a row on this side, and return whether the device's is out of date.
 
-        Pages that have left a window stay in it, and are not read.
+        Pages that have left a window stay in the row, and are not read.
         """
         side, tables = self._side, sequence.tables
         filled, num_pages = side.filled[row], len(tables[0])
@@ -205,7 +205,7 @@ class Staging:
             seq_lens[rows[run.sequence]] = run.end
 
     def _write_cu_seqlens_q(self, chunks: Sequence[Run]) -> None:
-        """Of chunks, counted from the first one's first row."""
+        """Write the chunks' offsets, counted from the first one's first row."""
         cu_seqlens_q = self._side.inputs.cu_seqlens_q.array
         cu_seqlens_q[0] = 0
         cu_seqlens_q[1 : len(chunks) + 1] = np.cumsum([run.num_tokens for run in chunks])
@@ -231,7 +231,7 @@ class Staging:
             inputs.last_rows.upload(0, count)
 
     def _history_row(self, sequence: ActiveRequest) -> int:
-        """The row that counts what the sequence has said, if that matters to it; -1 if not."""
+        """Return the row of ``history`` that counts the sequence's tokens; -1 if its sampling needs none."""
         if not sequence.request.sampling.needs_history:
             return _NOWHERE
         row, num_admitted = self._history_rows.get(sequence, (_NOWHERE, 0))
@@ -249,7 +249,7 @@ class Staging:
         return next(row for row in range(self._max_batch_size) if row not in taken)
 
     def _write_history(self, sequence: ActiveRequest, row: int) -> None:
-        """As `kernels.sampling.remember` would make it; drawing keeps it up on the device from then on."""
+        """Fill a row as `kernels.sampling.remember` does; drawing then keeps it up to date on the device."""
         history, num_prompt = self._histories[row].numpy(), len(sequence.request.prompt)
         history[:] = 0
         history[sequence.tokens[:num_prompt]] = 1

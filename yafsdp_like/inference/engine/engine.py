@@ -64,6 +64,7 @@ class Completion:
 
     @property
     def ids(self) -> list[int]:
+        """Ids of the tokens."""
         return [token.id for token in self.tokens]
 
 
@@ -92,6 +93,7 @@ class Metrics:
 
     @property
     def num_preempted(self) -> int:
+        """Preemptions of both kinds."""
         return self.num_swapped_out + self.num_recomputed
 
 
@@ -150,7 +152,7 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """Say that no step will follow. Ranks that read each other's weights wait here for all of them."""
+        """Close the engine: no step follows. Ranks that read each other's weights wait here for all of them."""
         self._weights.close()
 
     def __enter__(self) -> Engine:
@@ -177,10 +179,10 @@ class Engine:
     # --- requests ---
 
     def add(self, request: Request) -> None:
-        """Takes a request; its outputs come from ``step``.
+        """Take a request; its outputs come from ``step``.
 
-        Raises ValueError for one that can never be served, or whose id is in use, and QueueFull where too many wait.
-        Ranks that compute together must all be given it before the same step.
+        Raises ValueError for one that can never be served, or whose id is in use, and QueueFullError where too many
+        wait. Tensor parallel ranks must all be given it before the same step.
         """
         self._check_request(request)
         if self.tp_group is not None and request.deadline is not None:
@@ -189,7 +191,7 @@ class Engine:
         self._sequences[request.id] = self._scheduler.add(request, salt)
 
     def cancel(self, request_id: str) -> None:
-        """The request's last output, by the next ``step``, says CANCELLED; nothing happens if it has ended."""
+        """Cancel a request; the next ``step`` returns its last output. Does nothing if it has ended."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._cancelled.append(sequence)
@@ -222,9 +224,9 @@ class Engine:
         return bool(self._sequences) or self._unread is not None
 
     def step(self) -> list[RequestOutput]:
-        """Launches one batch and tells what the one before, or with ``lookahead=False`` this one, drew.
+        """Launch one batch, and return what the one before (``lookahead=False``: this one) drew.
 
-        Outputs may be none while there is work. Where ranks step together (``Weights.lockstep``) each call makes
+        The list may be empty while there is work. Where ranks step together (``Weights.lockstep``) each call makes
         exactly one forward, and all ranks must call it equally often, whether they have work or not.
         """
         outputs = [self._finish(sequence, reason) for sequence, reason in self._over()]
@@ -249,11 +251,11 @@ class Engine:
         return launched
 
     def generate(self, requests: Iterable[Request]) -> dict[str, Completion]:
-        """Serves all of ``requests`` to the end, by id; as many wait at a time as may.
+        """Serve all of ``requests`` to the end, and return their completions by id.
 
         Raises what ``add`` does before any of them is served, and RuntimeError where ranks must step together without
-        having the same requests, since they need not end together. Ranks that compute together all call this with the
-        same requests, but for deadlines, which are the first rank's; RuntimeError if they are others.
+        having the same requests, since they need not end together. Tensor parallel ranks all call this with the same
+        requests (RuntimeError if they differ) but for deadlines, which are the first rank's.
         """
         requests = list(requests)
         if self.tp_group is not None:
@@ -280,7 +282,7 @@ class Engine:
         return done
 
     def _over(self) -> list[tuple[ActiveRequest, FinishReason]]:
-        """Those that end now, whatever they have drawn; each once."""
+        """Return the requests that end now, whatever they have drawn, each once, and why."""
         over = dict.fromkeys(self._cancelled, FinishReason.CANCELLED)
         self._cancelled = []
         for sequence in self._scheduler.expired(self._now()):
@@ -288,7 +290,7 @@ class Engine:
         return [(sequence, reason) for sequence, reason in over.items() if sequence.status is not RequestStatus.ENDED]
 
     def _now(self) -> float:
-        """Seconds as of ``time.monotonic``. All ranks that compute together ask in the same steps, as few as can be."""
+        """Return ``time.monotonic()``, on tensor parallel ranks the first one's where a deadline needs it."""
         now = time.monotonic()
         return now if self.tp_group is None or not self._scheduler.has_deadlines else self.tp_group.broadcast(now)
 
@@ -302,7 +304,7 @@ class Engine:
         return RequestOutput(sequence.request.id, tokens, finish, sequence.num_cached or 0)
 
     def _read(self) -> list[RequestOutput]:
-        """What the step that is not read yet has drawn."""
+        """Return what the step that is not read yet has drawn."""
         launched, self._unread = self._unread, None
         if launched is None:
             return []
@@ -318,6 +320,7 @@ class Engine:
     # --- how things stand ---
 
     def metrics(self) -> Metrics:
+        """Return how things stand now, and the counts since the start."""
         scheduler = self._scheduler
         device, host = self._cache.pools[Tier.DEVICE], self._cache.pools.get(Tier.HOST)
         used, cached = _kv_nbytes(device)
@@ -338,7 +341,10 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError unless no page leaks or is two things at once. O(everything): for when it is idle."""
+        """Raise RuntimeError unless every page is free, cached or referred to, and only one of them.
+
+        O(everything): for when the engine is idle.
+        """
         self._scheduler.check_integrity()
         check_integrity([self._cache])
 
@@ -352,13 +358,13 @@ def _runner(weights: Weights) -> Runner:
 
 
 def _bytes_of(arena: Arena, region: str) -> torch.Tensor:
-    """All bytes of a region, (nbytes,)."""
+    """Return all bytes of a region, (nbytes,) uint8."""
     whole = arena.place(region)
     return whole.tensor(torch.uint8, (whole.segment.nbytes,))
 
 
 def _kv_nbytes(pool: PagePool) -> tuple[int, int]:
-    """Bytes of pages that are referred to, and of those that are only cached."""
+    """Return the bytes of pages with references, and of those that are only cached."""
     used = sum(
         shape.nbytes * sum(page.num_references > 0 for page in stock.pages.values())
         for shape, stock in pool.stocks.items()

@@ -53,11 +53,12 @@ class StepSize:
 
     @classmethod
     def decode(cls, batch_size: int) -> StepSize:
-        """One token for each sequence, all of which draw, in order."""
+        """Make a step of one token for each sequence, all of which draw, in order."""
         return cls(batch_size, num_drawing=batch_size)
 
     @property
     def num_tokens(self) -> int:
+        """Rows of all sequences."""
         return self.num_single + self.num_chunk_tokens
 
     @property
@@ -72,6 +73,7 @@ class StepSize:
 
     @property
     def draws_in_order(self) -> bool:
+        """Whether every row draws, in order, so that no index is needed."""
         return self.num_chunks == 0 and self.num_drawing == self.num_single
 
 
@@ -92,7 +94,7 @@ class LayerPages:
 
     @classmethod
     def of(cls, groups: Sequence[LayerGroup], region: Tensor) -> LayerPages:
-        """Pages of all groups on the bytes (nbytes,) uint8 of one region."""
+        """Make pages of all groups from the bytes (nbytes,) uint8 of one region."""
         found: dict[int, tuple[KVPages, AttentionGroup]] = {}
         for index, group in enumerate(groups):
             shape = group.shape
@@ -121,7 +123,7 @@ class Forward:
         self._max_seq_len, self._num_multiprocessors = len(buffers.tables.cos), num_multiprocessors
 
     def __call__(self, size: StepSize) -> Tensor:
-        """Logits (num_drawing, V), in the weights' dtype, on the current stream; keys and values go into pages."""
+        """Return logits (num_drawing, V) in the weights' dtype; keys and values go into pages."""
         rows = slice(0, size.num_tokens)
         hidden, normed = self._activations.hidden[rows], self._activations.normed[rows]
         self._embed(rows, hidden)
@@ -137,7 +139,7 @@ class Forward:
         return self._head(size, normed, hidden)
 
     def skip(self) -> None:
-        """A forward of no tokens: what ranks that step together need of one that has nothing to do."""
+        """Make a forward of no tokens, for a rank in lockstep that has nothing to do."""
         self._weights.embedding()
         for index in range(self._config.num_layers):
             self._weights.layer(index)
@@ -152,14 +154,14 @@ class Forward:
         torch.index_select(tables.sin, 0, inputs.positions[rows], out=self._activations.step_sin[rows])
 
     def _norm(self, added: Tensor | None, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-        """Adds to the residual stream what is to be added, and norms it."""
+        """Add to the residual stream what a layer adds to it, and norm the sum."""
         if added is None:
             rms_norm(hidden, weight, self._config.norm_eps, out)
         else:
             rms_norm(added, weight, self._config.norm_eps, out, residual=hidden)
 
     def _attend(self, index: int, layer: LayerWeights, size: StepSize, normed: Tensor) -> None:
-        """Attention of normed rows (T, D), which become what it adds."""
+        """Replace normed rows (T, D) by what attention adds to them."""
         config, to, rows = self._config, self._activations, slice(0, size.num_tokens)
         qkv, attended = to.qkv[rows], to.attended[rows]
         matmul(normed, layer.qkv, qkv)
@@ -191,7 +193,7 @@ class Forward:
             prefill_attention(q[size.num_single :], pages, batch, out[size.num_single :], group.window)
 
     def _pieces(self, batch_size: int, window: int | None) -> tuple[Tensor, int]:
-        """The workspace of decode attention, and into how many pieces it lets keys be cut."""
+        """Return the workspace of decode attention, and the number of pieces that keys are cut into."""
         config, workspace = self._config, self._activations.attention
         max_length = min(window or self._max_seq_len, self._max_seq_len)
         wanted = choose_num_splits(batch_size, config.num_kv_heads, max_length, self._num_multiprocessors)
@@ -200,7 +202,7 @@ class Forward:
         return workspace, wanted
 
     def _feed(self, layer: LayerWeights, rows: slice, normed: Tensor) -> None:
-        """The feed-forward of normed rows (T, D), which become what it adds."""
+        """Replace normed rows (T, D) by what the feed-forward adds to them."""
         gate_up = self._activations.gate_up[rows]
         matmul(normed, layer.gate_up, gate_up)
         gate, up = gate_up.chunk(2, dim=1)
@@ -209,7 +211,7 @@ class Forward:
         self._sum(normed)
 
     def _sum(self, part: Tensor) -> None:
-        """What all ranks have computed of it, where they compute together."""
+        """Sum ``part`` over tensor parallel ranks, in place."""
         if self._tp_group is not None:
             self._tp_group.sum_(part)
 
@@ -236,6 +238,9 @@ class Forward:
 
 
 def _range_of(vocab_size: int, rank: int, num_ranks: int) -> slice:
-    """A rank's tokens; they begin at multiples of 16 bytes, also in bf16, for which matrix products are fastest."""
+    """Return a rank's part of the vocabulary.
+
+    It begins at a multiple of 16 bytes, also in bf16, for which matrix products are fastest.
+    """
     most = -(-vocab_size // (8 * num_ranks)) * 8
     return slice(min(rank * most, vocab_size), min((rank + 1) * most, vocab_size))

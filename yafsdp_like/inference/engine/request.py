@@ -10,7 +10,7 @@ from yafsdp_like.kernels.sampling_params import MAX_LOGPROBS, SamplingParams
 PLAIN = SamplingParams()
 
 
-class QueueFull(RuntimeError):
+class QueueFullError(RuntimeError):
     """More requests wait than the engine takes; try again later."""
 
 

@@ -96,7 +96,7 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, graphs: bool) -> None:
-        """On a GPU compiles all that steps need, and records steps in which everybody draws, for a few batch sizes."""
+        """Compile all that steps need on a GPU, and record decode steps of a few batch sizes."""
         if not self._on_gpu:
             return
         sizes = bucket_sizes(self._max_batch_size)
@@ -110,7 +110,7 @@ class Runner:
                 self._record(sizes)
 
     def _record(self, sizes: Sequence[int]) -> None:
-        """The largest first, whose memory the others then use."""
+        """Record the largest first, whose memory the others then use."""
         recorder = StepRecorder()
         for size in reversed(sizes):
             self._logprobs[size] = recorder.record(_bound(self._tell_logprobs, size))
@@ -120,7 +120,7 @@ class Runner:
 
     @torch.inference_mode()
     def measure(self) -> Costs:
-        """How fast this machine copies pages to the host and back, and computes prompts."""
+        """Measure how fast this machine copies pages to the host and back, and computes prompts."""
         device, host = self._regions[Tier.DEVICE], self._regions[Tier.HOST]
         nbytes = min(len(device), len(host), _TIMED_NBYTES)
 
@@ -148,12 +148,12 @@ class Runner:
         return max(time.perf_counter() - start, 1e-9)
 
     def _whole_chunk(self) -> None:
-        """The largest step there is, of rows of both sorts where there is room for them."""
+        """Run the largest step there is, with rows of both kinds where there is room for them."""
         num_single = 1 if self._max_batch_size > 1 and self._max_batch_tokens > 1 else 0
         self._idle(StepSize(num_single, 1, self._max_batch_tokens - num_single, num_drawing=1))
 
     def _idle(self, size: StepSize) -> None:
-        """A step of rows that read and write nothing."""
+        """Run a step whose rows read and write nothing."""
         self._staging.stage_idle(size)
         self._sample(self._forward(size))
 
@@ -161,7 +161,7 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Launched:
-        """Issues a step, which may read tokens that the step before it draws. At most one other may be unread."""
+        """Issue a step, which may read tokens that the step before it draws. At most one other may be unread."""
         size, drawing = _size_of(batch.runs), tuple(run for run in batch.runs if run.draws)
         recorded = self._recorded_size(size)
         size = size if recorded is None else StepSize.decode(recorded)
@@ -176,17 +176,17 @@ class Runner:
             return self._fetch(drawing, size.num_drawing)
 
     def read(self, launched: Launched) -> list[Token]:
-        """What each of ``launched.drawing`` drew; waits for the device."""
+        """Wait for a step, and return what each of ``launched.drawing`` drew."""
         self._streams.synchronize(launched.done)
         tokens = launched.results.ids[: len(launched.drawing)].tolist()
         return [_token(run, token, launched.results, row) for row, (run, token) in _numbered(launched.drawing, tokens)]
 
     def skip(self) -> None:
-        """A step of nothing, for ranks that must step together."""
+        """Run a step of no tokens, for ranks that must step together."""
         self._forward.skip()
 
     def _recorded_size(self, size: StepSize) -> int | None:
-        """The batch size of the recording that does a step, if there is one."""
+        """Return the batch size of the recording that does a step; None if there is none."""
         if not size.draws_in_order:
             return None
         return min((found for found in self._decodes if found >= size.num_single), default=None)
@@ -203,7 +203,7 @@ class Runner:
             sample(logits, drawn_from, self._drawn.ids[rows])
 
     def _tell_logprobs(self, num_rows: int) -> None:
-        """Log-probabilities of the tokens drawn, and of the most probable, from the step's logits.
+        """Compute log-probabilities of the tokens drawn, and of the most probable, from the step's logits.
 
         They are logits less the log of the sum of all exponentials, which is taken relative to the highest logit.
         """
@@ -242,13 +242,16 @@ class Runner:
 
 
 def bucket_sizes(max_batch_size: int) -> list[int]:
-    """Batch sizes that are recorded: powers of two to 8, then multiples of 8, of 16 above 64, and the largest."""
+    """Return the batch sizes that are recorded.
+
+    Powers of two to 8, then multiples of 8, of 16 above 64, and the largest.
+    """
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, max_batch_size, 16)]
     return [*(size for size in sizes if size < max_batch_size), max_batch_size]
 
 
 def _size_of(runs: Sequence[Run]) -> StepSize:
-    """Runs of one token come first."""
+    """Count the rows of ``runs``, of which those of one token come first."""
     chunks = [run.num_tokens for run in runs if run.num_tokens > 1]
     return StepSize(len(runs) - len(chunks), len(chunks), sum(chunks), sum(run.draws for run in runs))
 
@@ -266,7 +269,7 @@ def _token(run: Run, token: int, results: DrawnTokens, row: int) -> Token:
 
 
 def _merged(copies: Iterable[Copy]) -> list[tuple[Copy, int]]:
-    """Copies in order, those of neighbouring pages as one: the first of them, and how many."""
+    """Merge copies of neighbouring pages, in order: the first of each group, and how many."""
     merged: list[tuple[Copy, int]] = []
     for copy in copies:
         first, count = merged[-1] if merged else (copy, 0)

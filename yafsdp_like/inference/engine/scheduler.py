@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStatus, Run
-from yafsdp_like.inference.engine.request import FinishReason, QueueFull
+from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
 from yafsdp_like.inference.kv.kv_cache import KVCache, KVSequenceState, Shortage, Tier
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class _Draft:
         self.num_tokens_left += self.num_tokens.pop(sequence, 0)
 
 
-class _Unread(Exception):
+class _UnreadError(Exception):
     """A sequence that must make room has pending tokens."""
 
 
@@ -82,9 +82,9 @@ class Scheduler:
     # --- who is there ---
 
     def add(self, request: Request, salt: Hashable) -> ActiveRequest:
-        """A new sequence, which waits. Raises QueueFull."""
+        """Add a sequence, which waits. Raises QueueFullError."""
         if len(self.waiting) >= self.options.max_waiting:
-            raise QueueFull(
+            raise QueueFullError(
                 f"{len(self.waiting)} requests wait, of {self.options.max_waiting} that may; try again later"
             )
         sequence = ActiveRequest(request, self._num_added, salt, list(request.prompt))
@@ -96,20 +96,20 @@ class Scheduler:
         return sequence
 
     def _forget_ended(self) -> None:
-        """Those that ended long before their deadlines, once they are most; O(1) amortised."""
+        """Remove deadlines of ended requests once they are most of the heap; O(1) amortised."""
         if len(self._deadlines) > 2 * (len(self.running) + len(self.waiting)):
             self._deadlines = [entry for entry in self._deadlines if entry[2].status is not RequestStatus.ENDED]
             heapq.heapify(self._deadlines)
 
     def end(self, sequence: ActiveRequest) -> None:
-        """Takes a sequence out; its full pages stay cached."""
+        """End a sequence; its full pages stay cached."""
         _remove(self.running if sequence.status is RequestStatus.RUNNING else self.waiting, sequence)
         if sequence.kv is not None:
             self.cache.close(sequence.kv)
         sequence.kv, sequence.status = None, RequestStatus.ENDED
 
     def expired(self, now: float) -> Iterator[ActiveRequest]:
-        """The sequences whose deadlines are over, each once."""
+        """Yield the sequences whose deadlines are over, each once."""
         while self._deadlines and self._deadlines[0][0] <= now:
             _, _, sequence = heapq.heappop(self._deadlines)
             if sequence.status is not RequestStatus.ENDED:
@@ -122,19 +122,21 @@ class Scheduler:
 
     @property
     def num_swapped(self) -> int:
+        """Waiting requests whose pages are on the host."""
         return sum(sequence.is_swapped for sequence in self.waiting)
 
     # --- a step ---
 
     def schedule(self) -> Batch | None:
-        """The next step, to be launched and then announced by ``launched``; None where pending tokens must be read
-        first.
+        """Return the next step; None where pending tokens must be read first.
+
+        The caller launches it and then calls ``launched``.
         """
         draft = _Draft(self.options.max_batch_tokens)
         try:
             self._go_on(draft)
             self._admit(draft)
-        except _Unread:
+        except _UnreadError:
             return None
         runs = [self._run(sequence, num_tokens) for sequence, num_tokens in draft.num_tokens.items()]
         if not runs:
@@ -143,12 +145,12 @@ class Scheduler:
         return Batch(tuple(sorted(runs, key=lambda run: run.num_tokens > 1)), copies)
 
     def launched(self, batch: Batch) -> None:
-        """Says that a step was issued, with the tables as they were: pages that its tokens leave behind may go now."""
+        """Commit the tokens of a step that was issued, so that pages they leave behind may be given away."""
         for run in batch.runs:
             self._commit(run.sequence)
 
     def read(self, run: Run, token: int) -> FinishReason | None:
-        """Says what a run has drawn. The sequence goes on unless a reason is returned, with which it has ended."""
+        """Append the token that a run drew, and return why the sequence has ended, or None if it goes on."""
         sequence = run.sequence
         request = sequence.request
         sequence.num_pending -= 1
@@ -165,7 +167,7 @@ class Scheduler:
         return finish
 
     def _go_on(self, draft: _Draft) -> None:
-        """Tokens for those that run, in order of rank; all that draw have one."""
+        """Give tokens to running sequences in order of rank, and at least one to each that draws."""
         num_drawing = sum(sequence.num_left == 1 for sequence in self.running)
         for sequence in list(self.running):
             if sequence.status is not RequestStatus.RUNNING:  # it had to make room
@@ -178,7 +180,7 @@ class Scheduler:
                 draft.put(sequence, num_tokens)
 
     def _admit(self, draft: _Draft) -> None:
-        """Tokens for those that wait, in order of rank, while there is room."""
+        """Give tokens to waiting sequences in order of rank, while there is room."""
         while self.waiting and draft.num_tokens_left > 0:
             sequence = self.waiting[0]
             if len(self.running) == self.options.max_batch_size or not self._make_resident(sequence):
@@ -192,7 +194,7 @@ class Scheduler:
             draft.put(sequence, num_tokens)
 
     def _run(self, sequence: ActiveRequest, num_tokens: int) -> Run:
-        """From here on the tokens count as computed."""
+        """Schedule tokens, which count as computed from here on."""
         start = sequence.num_scheduled
         sequence.num_scheduled += num_tokens
         draws = sequence.num_scheduled == sequence.length
@@ -205,15 +207,16 @@ class Scheduler:
     # --- pages ---
 
     def _commit(self, sequence: ActiveRequest) -> None:
-        """Tells the cache of tokens that are both known and scheduled."""
+        """Commit to the cache the tokens that are both known and scheduled."""
         assert sequence.kv is not None
         known = min(sequence.num_scheduled, len(sequence.tokens))
         if known > sequence.kv.num_tokens:
             self.cache.commit(sequence.kv, sequence.tokens[sequence.kv.num_tokens : known])
 
     def _make_resident(self, sequence: ActiveRequest) -> bool:
-        """Gives a waiting sequence the pages that it has on the host or shares with others, and lets it run; False if
-        the rest would find no room.
+        """Let a waiting sequence run, with its pages from the host or the prefix cache.
+
+        Returns False if the rest of its pages would find no room.
         """
         available = self._num_available()
         if self._is_known_to_wait(sequence, available):
@@ -236,8 +239,9 @@ class Scheduler:
         return True
 
     def _is_known_to_wait(self, sequence: ActiveRequest, available: list[int]) -> bool:
-        """Whether there was no room for it, and there is not more since: to open its pages again would only take
-        time. Alone a sequence always fits.
+        """Whether there was no room for the sequence, and there is not more since.
+
+        Opening its pages again would only take time. Alone a sequence always fits.
         """
         if not self.running or self._known_to_wait is None or self._known_to_wait[0] is not sequence:
             return False
@@ -245,13 +249,14 @@ class Scheduler:
         return any(n < count + len(self.running) for n, count in zip(available, wanted, strict=True))
 
     def _num_available(self) -> list[int]:
-        """Pages that are free or may go, for each group."""
+        """Return the pages of each group that are free or can be evicted."""
         pool = self.cache.pools[Tier.DEVICE]
         return [pool.num_available(group.shape) for group in self.cache.groups]
 
     def _num_missing(self, sequence: ActiveRequest, kv: KVSequence) -> list[int]:
-        """For each group, pages that all tokens and the next one lack, less those that are there to be taken; room is
-        left if everybody who runs finds one more, too.
+        """Return, for each group, how many pages more than are available the sequence's tokens need.
+
+        The next token is counted. Running sequences may each take one page more, which callers add.
         """
         return [
             group.max_live_pages(sequence.length + 1, self.options.max_batch_tokens) - held - available
@@ -283,8 +288,9 @@ class Scheduler:
             self.counts.num_tokens_cached += kv.num_tokens
 
     def _secure(self, sequence: ActiveRequest, num_tokens: int, draft: _Draft) -> bool:
-        """Places for the next tokens of a running sequence, at the cost of those that rank last; False if that is
-        itself, and it waits now.
+        """Reserve pages for the next tokens of a running sequence, preempting those that rank last.
+
+        Returns False if it was preempted itself.
         """
         assert sequence.kv is not None
         wanted = sequence.num_scheduled + num_tokens - sequence.kv.num_tokens
@@ -307,19 +313,20 @@ class Scheduler:
             )
 
     def _ignore_floors(self) -> None:
-        """To be called when nobody else runs: only floors of other tenants can keep pages back then, which are for
-        times when there is room.
+        """Evict all that nobody refers to; for when only one sequence runs.
+
+        Only floors of other tenants can keep pages back then, which hold while there is room.
         """
         self.cache.pools[Tier.DEVICE].clear()
 
     def _outranks_last(self, sequence: ActiveRequest) -> bool:
-        """By priority: an arrival alone is no reason to stop anybody."""
+        """Whether its priority is higher; an earlier arrival alone preempts nobody."""
         return bool(self.running) and self.running[-1].request.priority < sequence.request.priority
 
     def _preempt(self, sequence: ActiveRequest, draft: _Draft) -> None:
-        """Takes a sequence's pages, to the host or to nowhere, whichever is cheaper to undo."""
+        """Take a sequence's pages, by swapping or by dropping them, whichever is cheaper to undo."""
         if sequence.num_pending:
-            raise _Unread
+            raise _UnreadError
         assert sequence.kv is not None
         draft.drop(sequence)
         copies = self.cache.swap_out(sequence.kv) if self.cache.prefers_swap(sequence.kv) else None
@@ -339,7 +346,7 @@ class Scheduler:
         sequence.kv, sequence.num_scheduled = None, 0
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError unless the cache's kv_sequences are just those of the sequences. O(everything)."""
+        """Raise RuntimeError unless the cache's sequences are just those of the requests. O(everything)."""
         sequences = self.running + self.waiting
         kv_sequences = {sequence.kv for sequence in sequences if sequence.kv is not None}
         if kv_sequences != self.cache.sequences:

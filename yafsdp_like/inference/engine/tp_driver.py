@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from yafsdp_like.inference.engine.request import QueueFull, Request, RequestOutput
+from yafsdp_like.inference.engine.request import QueueFullError, Request, RequestOutput
 
 if TYPE_CHECKING:
     from yafsdp_like.comm.tp_group import TPGroup
@@ -34,6 +34,8 @@ KEEP_ALIVE_S = 5.0  # of silence; far less than the timeout of any group
 
 
 class TPCommand(Enum):
+    """What all ranks are to do next."""
+
     STEP = auto()
     LISTEN = auto()  # there is nothing to do
     END = auto()
@@ -41,6 +43,8 @@ class TPCommand(Enum):
 
 @dataclass(frozen=True)
 class Cancel:
+    """Cancel the request of this id."""
+
     request_id: str
 
 
@@ -68,14 +72,17 @@ class TPDriver:
         return self._engine.has_work or time.monotonic() - self._last_broadcast_s >= KEEP_ALIVE_S
 
     def add(self, request: Request) -> None:
+        """Add a request on all ranks. Raises what `Engine.add` does."""
         self._broadcast(request)
         self._engine.add(request)
 
     def cancel(self, request_id: str) -> None:
+        """Cancel a request on all ranks."""
         self._broadcast(Cancel(request_id))
         self._engine.cancel(request_id)
 
     def step(self) -> list[RequestOutput]:
+        """Run one step on all ranks, and return its outputs; or keep the others listening if there is nothing to do."""
         if not self._engine.has_work:
             self._broadcast(TPCommand.LISTEN)
             return []
@@ -83,15 +90,15 @@ class TPDriver:
         return self._engine.step()
 
     def close(self) -> None:
-        """Ends `follow` on the other ranks; nothing can be asked after it. Not after an error: nobody may listen."""
+        """End `follow` on the other ranks. Not after an error: they may not be listening."""
         self._broadcast(TPCommand.END)
 
     def metrics(self) -> Metrics:
-        """Of this rank, as of every other."""
+        """Return this rank's metrics, which all ranks have."""
         return self._engine.metrics()
 
     def check_integrity(self) -> None:
-        """Of this rank."""
+        """Check this rank's pages; see `Engine.check_integrity`."""
         self._engine.check_integrity()
 
     def _broadcast(self, message: Message) -> None:
@@ -103,7 +110,7 @@ class TPDriver:
 
 
 def follow(engine: Engine, tp_group: TPGroup) -> None:
-    """Asks of this rank's engine what the first rank is asked, until that one is closed.
+    """Make the calls on this rank's engine that the first rank makes, until it closes its `TPDriver`.
 
     Blocks the CPU while there is nothing to do. Raises what a step raises, and RuntimeError if the first rank has ended
     otherwise or was silent for longer than the timeout of the group.
@@ -116,7 +123,7 @@ def follow(engine: Engine, tp_group: TPGroup) -> None:
 def _apply(engine: Engine, message: Message) -> None:
     match message:
         case Request():
-            with contextlib.suppress(ValueError, QueueFull):  # the first rank raises it, too, and answers
+            with contextlib.suppress(ValueError, QueueFullError):  # the first rank raises it, too, and answers
                 engine.add(message)
         case Cancel(request_id):
             engine.cancel(request_id)

@@ -33,7 +33,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-from yafsdp_like.inference.engine.request import FinishReason, QueueFull
+from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
 from yafsdp_like.inference.http.body_pool import BodyReaderPool, ReaderBusyError
 from yafsdp_like.inference.http.errors import ApiError, no_object, too_many_choices
 from yafsdp_like.inference.http.metrics import LatencyTracker, ServerMetrics
@@ -121,7 +121,7 @@ class OpenAIHandler:
                 return await self.service.open([choice.request for choice in parsed.choices])
         except ValueError as error:
             raise ApiError(400, str(error)) from error
-        except QueueFull as error:
+        except QueueFullError as error:
             if len(parsed.choices) > (most := self.service.max_waiting):  # to come again would not help
                 raise too_many_choices(len(parsed.choices), most) from error
             raise _full(str(error)) from error

@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Generic, Protocol, TypeVar
 
-from yafsdp_like.inference.engine.request import QueueFull, Request, RequestOutput
+from yafsdp_like.inference.engine.request import QueueFullError, Request, RequestOutput
 from yafsdp_like.inference.http.stream import Stream
 
 T = TypeVar("T")
@@ -269,9 +269,9 @@ class Service(Generic[EngineT]):
             seen.add(request.id)
 
     def _check_room(self, count: int) -> None:
-        """Raises QueueFull if more are open than any engine says no to by itself, as when it is stuck."""
+        """Raises QueueFullError if more are open than any engine says no to by itself, as when it is stuck."""
         if len(self._streams) + count > MAX_OPEN_REQUESTS:
-            raise QueueFull(f"{len(self._streams)} requests are open; try again later")
+            raise QueueFullError(f"{len(self._streams)} requests are open; try again later")
 
     def _cancel(self, name: str) -> None:
         def run(engine: EngineT) -> None:

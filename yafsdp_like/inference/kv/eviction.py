@@ -30,20 +30,22 @@ class PageUse:
 class Policy(Protocol):
     """Ranks pages when they become victims; lowest goes first, the longest-known of equals before others."""
 
-    def rank(self, use: PageUse) -> float: ...
+    def rank(self, use: PageUse) -> float:
+        """Return the rank of a page that has become a victim."""
 
     def evicted(self, rank: float) -> None:
-        """A page of this rank was evicted."""
+        """Note that a page of this rank was evicted."""
 
 
 class LRU:
     """The page whose last reference went first."""
 
     def rank(self, use: PageUse) -> float:
+        """Return when the last reference went."""
         return use.tick
 
     def evicted(self, rank: float) -> None:
-        pass
+        """Do nothing: ranks do not depend on it."""
 
 
 class GDSF:
@@ -57,9 +59,11 @@ class GDSF:
         self.clock = 0.0
 
     def rank(self, use: PageUse) -> float:
+        """Return the clock plus what the page is worth per byte."""
         return self.clock + use.num_uses * use.cost / use.nbytes
 
     def evicted(self, rank: float) -> None:
+        """Advance the clock to this rank."""
         self.clock = max(self.clock, rank)
 
 
@@ -75,9 +79,11 @@ class Costs:
             raise ValueError(f"rates must be above 0, found {self}")
 
     def copy_s(self, nbytes: int) -> float:
+        """Return the seconds that one copy takes."""
         return nbytes / self.link_nbytes_per_s
 
     def recompute_s(self, num_tokens: int) -> float:
+        """Return the seconds that computing so many tokens takes."""
         return num_tokens / self.prefill_tokens_per_s
 
 
@@ -109,10 +115,11 @@ class Ledger:
         self.charges: dict[str, int] = {}  # those that are not 0
 
     def tenant(self, name: str) -> Tenant:
+        """Return the tenant of this name; one that was not announced has no floor and priority 0."""
         return self._tenants.get(name) or Tenant(name)
 
     def charge(self, name: str, nbytes: int) -> None:
-        """Charges ``nbytes`` more, or fewer if negative."""
+        """Charge ``nbytes`` more, or fewer if negative."""
         charged = self.charges.get(name, 0) + nbytes
         assert charged >= 0, f"tenant {name!r} would be charged {charged} bytes"
         if charged:
@@ -121,7 +128,7 @@ class Ledger:
             self.charges.pop(name, None)
 
     def surplus_nbytes(self, name: str) -> int:
-        """What others may take of the tenant's; negative below its floor."""
+        """Return what others may take of the tenant's bytes; negative below its floor."""
         return self.charges.get(name, 0) - self.tenant(name).floor_nbytes
 
 
@@ -142,12 +149,13 @@ class Victims:
         return (page for pages in self._pages.values() for page in pages)
 
     def put(self, page: int, tenant: str, rank: Rank) -> None:
+        """Add a page of ``tenant`` as a victim."""
         self._pages.setdefault(tenant, Ranked()).put(page, rank)
         self._count += 1
         self.refresh(tenant)
 
     def remove(self, page: int, tenant: str) -> Rank:
-        """Takes a victim out, and says what its rank was."""
+        """Remove a victim, and return its rank."""
         pages = self._pages[tenant]
         rank = pages.rank(page)
         pages.discard(page)
@@ -158,7 +166,7 @@ class Victims:
         return rank
 
     def refresh(self, tenant: str) -> None:
-        """To be called when the tenant's charge has changed."""
+        """Update the order after the tenant's charge has changed."""
         first = self._first_of(tenant)
         if first is None or self._ledger.surplus_nbytes(tenant) < self._page_nbytes:
             self._open.discard(tenant)
@@ -166,7 +174,7 @@ class Victims:
             self._open.put(tenant, first[0])
 
     def first(self, tenant: str) -> tuple[Rank, int] | None:
-        """The rank and number of the page that goes first for a page of ``tenant``; None if none may."""
+        """Return rank and number of the page that a page of ``tenant`` evicts first; None if none may go."""
         candidates = (self._first_of(name) for name in (tenant, self._open.first()))
         return min((first for first in candidates if first is not None), default=None)
 

@@ -36,11 +36,15 @@ NO_PAGE = -1
 
 
 class Tier(Enum):
+    """Which memory pages lie in."""
+
     DEVICE = auto()
     HOST = auto()
 
 
 class KVSequenceState(Enum):
+    """Where the pages of a sequence are."""
+
     RESIDENT = auto()  # pages on the device
     SWAPPED = auto()  # pages on the host
     CLOSED = auto()
@@ -104,11 +108,12 @@ class KVSequence:
         return len(self.prefixes) + bool(self.tail)
 
     def place(self, pages: Mapping[WantedPage, int]) -> None:
+        """Enter acquired pages in the tables."""
         for want, page in pages.items():
             self.tables[want.group][want.index] = page
 
     def content(self, group: int, index: int) -> Content | None:
-        """What the ``index``-th page of a group holds; None of a page that is not full."""
+        """Return what the ``index``-th page of a group holds; None if it is not full."""
         return Content(group, self.prefixes[index]) if index < len(self.prefixes) else None
 
 
@@ -139,8 +144,9 @@ class KVCache:
     def open(
         self, tokens: Sequence[int], tenant: str = "", salt: Hashable = None
     ) -> tuple[KVSequence, tuple[Copy, ...]]:
-        """A sequence that begins with the longest prefix of ``tokens`` that is cached, without the last token, which is
-        left to be computed. Copies bring in pages that only the host has.
+        """Open a sequence that begins with the longest cached prefix of ``tokens``.
+
+        The last token is left to be computed. Copies are of pages that only the host has.
         """
         root = self.tree.root(salt)
         known = list(self.tree.known(root, tokens[:-1], self.page_size))
@@ -171,7 +177,7 @@ class KVCache:
         return None
 
     def commit(self, sequence: KVSequence, tokens: Iterable[int]) -> None:
-        """Says that the keys and values of ``tokens`` are written, or will be before anything scheduled from now on.
+        """Record that keys and values of ``tokens`` are written, or will be before anything scheduled from now on.
 
         Full pages can be found from now on; pages that left a window are dropped.
         """
@@ -192,8 +198,10 @@ class KVCache:
         self._drop_outside_windows(sequence)
 
     def close(self, sequence: KVSequence) -> None:
-        """Drops all pages, the last first, so that of a text the end goes before the beginning. Full pages stay cached
-        until their bytes are wanted. Preemption by recompute is this, and ``open`` with the same tokens later.
+        """Drop all pages of a sequence, the last first, so that the end of a text is evicted before its beginning.
+
+        Full pages stay cached until their bytes are wanted. Preemption by recompute is this, and ``open`` with the same
+        tokens later.
         """
         if sequence.state is KVSequenceState.CLOSED:
             raise RuntimeError("close of a sequence that is closed already")
@@ -204,7 +212,10 @@ class KVCache:
     # --- preemption by swapping ---
 
     def swap_out(self, sequence: KVSequence) -> tuple[Copy, ...] | Shortage:
-        """Moves a sequence to the host; the copies are of what the host does not have yet. Places reserved are lost."""
+        """Move a sequence to the host; reserved pages are dropped.
+
+        Copies are of what the host does not have yet.
+        """
         self._require(sequence, KVSequenceState.RESIDENT)
         if Tier.HOST not in self.pools:
             raise RuntimeError(
@@ -216,7 +227,10 @@ class KVCache:
         return copies
 
     def swap_in(self, sequence: KVSequence) -> tuple[Copy, ...] | Shortage:
-        """Moves a sequence back; the copies are of what is on the device no more. The host keeps full pages, cached."""
+        """Move a sequence back to the device; the host keeps full pages, cached.
+
+        Copies are of what is no longer on the device.
+        """
         self._require(sequence, KVSequenceState.SWAPPED)
         copies = self._move(sequence, Tier.DEVICE)
         if not isinstance(copies, Shortage):
@@ -244,13 +258,13 @@ class KVCache:
         return self.pools[Tier.DEVICE if sequence.state is KVSequenceState.RESIDENT else Tier.HOST]
 
     def _pages(self, sequence: KVSequence) -> Iterator[tuple[int, int, int]]:
-        """(group, index, page) of all that the tables hold, first to last."""
+        """Yield (group, index, page) of all that the tables hold, first to last."""
         for group, table in enumerate(sequence.tables):
             for index in range(sequence.firsts[group], len(table)):
                 yield group, index, table[index]
 
     def _written(self, sequence: KVSequence) -> list[tuple[int, int, int]]:
-        """The same, without pages that are only reserved."""
+        """Return the same without pages that are only reserved."""
         return [(group, index, page) for group, index, page in self._pages(sequence) if index < sequence.num_pages]
 
     def _drop_pages(self, sequence: KVSequence) -> None:
@@ -264,7 +278,7 @@ class KVCache:
         return self.pools[tier].find(self.groups[group].shape, content)
 
     def _take(self, tier: Tier, tenant: str, counts: Sequence[int]) -> list[list[int]] | Shortage:
-        """So many pages for each group, all or none. What is plainly too much evicts nothing."""
+        """Take so many pages for each group, all or none; what is plainly too much evicts nothing."""
         pool = self.pools[tier]
         taken: list[list[int]] = [[] for _ in self.groups]
         for group, count in enumerate(counts):
@@ -284,14 +298,14 @@ class KVCache:
         return taken
 
     def _publish_next(self, sequence: KVSequence, tokens: tuple[int, ...]) -> None:
-        """The next page of a sequence is full of ``tokens``."""
+        """Publish the next page of a sequence, which is full of ``tokens``."""
         sequence.prefixes.append(self.tree.child(sequence.prefixes[-1] if sequence.prefixes else sequence.root, tokens))
         index = len(sequence.prefixes) - 1
         for group, table in enumerate(sequence.tables):
             self._publish(Tier.DEVICE, group, table[index], Content(group, sequence.prefixes[index]))
 
     def _publish(self, tier: Tier, group: int, page: int, content: Content) -> None:
-        """Content that the host has too costs a copy, if that is less than computing it."""
+        """Publish a page; content that the host has too costs a copy, if that is less than computing it."""
         shape = self.groups[group].shape
         cost = self.costs.recompute_s(self.page_size)
         if tier is Tier.DEVICE and self._find(Tier.HOST, group, content) is not None:
@@ -309,7 +323,7 @@ class KVCache:
     # --- content from where it is to where it is wanted ---
 
     def _num_cached(self, prefixes: Sequence[Prefix], tiers: Sequence[Tier]) -> int:
-        """The most pages n such that every group has what it reads of the first n, on one of ``tiers``."""
+        """Return the most pages n such that every group has what it reads of the first n, on one of ``tiers``."""
         best, runs = 0, [0] * len(self.groups)
         for num_pages, prefix in enumerate(prefixes, 1):
             for group in range(len(self.groups)):
@@ -321,7 +335,7 @@ class KVCache:
         return best
 
     def _adopt(self, sequence: KVSequence, prefixes: Sequence[Prefix]) -> tuple[Copy, ...] | Shortage:
-        """Fills an empty sequence with cached prefixes: shares what the device has, copies the rest from the host."""
+        """Fill an empty sequence with cached prefixes: refer to the device's pages, copy the rest from the host."""
         num_tokens = len(prefixes) * self.page_size
         firsts = [group.first_page(num_tokens) for group in self.groups]
         wanted = []
@@ -340,7 +354,7 @@ class KVCache:
         return acquired.copies
 
     def _move(self, sequence: KVSequence, tier: Tier) -> tuple[Copy, ...] | Shortage:
-        """From the other tier to ``tier``; the caller changes the state."""
+        """Acquire the sequence's pages on ``tier`` from the other one; the caller changes the state."""
         wanted = [WantedPage(g, i, sequence.content(g, i), page) for g, i, page in self._written(sequence)]
         acquired = self._acquire(wanted, tier, sequence.tenant)
         if isinstance(acquired, Shortage):
@@ -357,9 +371,9 @@ class KVCache:
         return acquired.copies
 
     def _acquire(self, wanted: Sequence[WantedPage], tier: Tier, tenant: str) -> AcquiredPages | Shortage:
-        """A reference on ``tier`` to a page for each of ``wanted``, all or none, and copies from the other tier.
+        """Acquire a page on ``tier`` for each of ``wanted``, all or none, with copies from the other tier.
 
-        What is there is shared before anything is taken, since taking evicts.
+        Pages that are there get their reference before any is taken, since taking evicts.
         """
         pool, other = self.pools[tier], Tier.HOST if tier is Tier.DEVICE else Tier.DEVICE
         pages: dict[WantedPage, int] = {}
@@ -390,7 +404,7 @@ class KVCache:
             raise RuntimeError(f"a sequence must be {state.name} here, this one is {sequence.state.name}")
 
     def references(self) -> dict[Tier, dict[PageShape, Counter[int]]]:
-        """How often each page stands in a table."""
+        """Count how often each page stands in a table."""
         found: dict[Tier, dict[PageShape, Counter[int]]] = {tier: {} for tier in self.pools}
         for sequence in self.sequences:
             tier = Tier.DEVICE if sequence.state is KVSequenceState.RESIDENT else Tier.HOST
@@ -399,7 +413,7 @@ class KVCache:
         return found
 
     def check_tables(self) -> None:
-        """Raises RuntimeError unless every table has just the pages that its sequence needs, and content is its own."""
+        """Raise RuntimeError unless every table has just the pages that its sequence needs, with its content."""
         for sequence in self.sequences:
             full = len(sequence.prefixes) * self.page_size
             pages = [prefix.num_pages for prefix in sequence.prefixes]
@@ -424,7 +438,7 @@ class KVCache:
 
 
 def check_integrity(caches: Iterable[KVCache]) -> None:
-    """Raises RuntimeError unless no page of the pools that ``caches`` use leaks or is two things at once.
+    """Raise RuntimeError unless every page of the pools is free, cached or referred to, and only one of them.
 
     ``caches`` must be all that use these pools. O(everything): for tests, and for when the scheduler is idle.
     """

@@ -26,7 +26,7 @@ class LayerGroup:
             raise ValueError(f"a window must be at least 1, found {self.window}")
 
     def first_page(self, num_tokens: int) -> int:
-        """The first page that a token behind ``num_tokens`` others, or a later one, reads."""
+        """Return the first page that a token behind ``num_tokens`` others, or a later one, reads."""
         return 0 if self.window is None else max(0, num_tokens - self.window + 1) // self.shape.page_size
 
     def max_live_pages(self, num_tokens: int, chunk: int) -> int:
@@ -39,7 +39,10 @@ class LayerGroup:
     def of_windows(
         cls, windows: Sequence[int | None], num_kv_heads: int, head_dim: int, page_size: int, dtype: str = "bfloat16"
     ) -> tuple[LayerGroup, ...]:
-        """One group per distinct window, in order of the first layer that has it; ``windows`` is one per layer."""
+        """Make one group per distinct window, in order of the first layer that has it.
+
+        ``windows`` has one entry per layer.
+        """
         layers: dict[int | None, list[int]] = {}
         for layer, window in enumerate(windows):
             layers.setdefault(window, []).append(layer)

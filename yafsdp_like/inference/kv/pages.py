@@ -63,25 +63,26 @@ class PagePool:
         self._ranks: dict[int, Rank] = {}  # slab -> the highest rank that a page of it had while it was lent
 
     def admit(self, shape: PageShape) -> None:
-        """Makes ``shape`` known; ValueError if slabs are too small for it."""
+        """Make ``shape`` known. Raises ValueError if slabs are too small for it."""
         self.slabs.admit(shape)
         self.stocks.setdefault(shape, Stock(self.ledger, shape))
 
     def num_available(self, shape: PageShape) -> int:
-        """Pages that ``take`` could give; what floors protect is counted too."""
+        """Return the pages that ``take`` could give, those that floors protect included."""
         per_slab = self.grid.pages_per_slab(shape)
         others = sum(len(stock.unheld) for other, stock in self.stocks.items() if other != shape)
         return self.slabs.num_free(shape) + len(self.stocks[shape].victims) + others * per_slab
 
     def content(self, shape: PageShape, page: int) -> Content | None:
+        """Return what a page that is not free holds; None if that was not published."""
         return self.stocks[shape].pages[page].content
 
     def find(self, shape: PageShape, content: Content) -> int | None:
-        """The page that holds ``content``. Changes nothing."""
+        """Return the page that holds ``content``; None if there is none. Changes nothing."""
         return self.stocks[shape].by_content.get(content)
 
     def take(self, shape: PageShape, tenant: str = "") -> int | None:
-        """A page with one reference and any bytes in it, evicting what goes first if need be; None if nothing may."""
+        """Take a page with one reference and any bytes in it, evicting if need be; None if nothing may go."""
         page = self.slabs.take(shape)
         while page is None:
             if not self._make_room(shape, tenant):
@@ -103,7 +104,7 @@ class PagePool:
         record.num_uses += 1
 
     def drop(self, shape: PageShape, page: int) -> None:
-        """One reference less; with the last, a page without content is free and one with content may go."""
+        """Drop a reference; with the last one the page is free, or cached if it has content."""
         stock = self.stocks[shape]
         record = stock.pages[page]
         assert record.num_references > 0, f"nobody refers to page {page} of {shape}"
@@ -120,9 +121,10 @@ class PagePool:
         self._note_unheld(shape, slab)
 
     def publish(self, shape: PageShape, page: int, content: Content, cost: float) -> None:
-        """Says what is in a page, which from now on holds just that, and what it costs in seconds to bring it back.
+        """Record what is in a page, and the seconds that it costs to bring it back.
 
-        Where another page holds the same, that one goes on being found, and this one has no content.
+        The page holds just that from now on. Where another page holds the same, that one goes on being found, and this
+        one has no content.
         """
         stock = self.stocks[shape]
         record = stock.pages[page]
@@ -132,13 +134,13 @@ class PagePool:
             record.content = content
 
     def clear(self) -> None:
-        """Evicts all that nobody refers to, floors or not."""
+        """Evict all that nobody refers to, floors or not."""
         for shape, stock in self.stocks.items():
             for page in list(stock.victims):
                 self._evict(shape, page)
 
     def _make_room(self, shape: PageShape, tenant: str) -> bool:
-        """Evicts the page of ``shape`` that goes first, or all of a slab of another shape that goes before it."""
+        """Evict the page of ``shape`` that goes first, or all of a slab of another shape that goes before it."""
         victim = self.stocks[shape].victims.first(tenant)
         slabs = [found for other in self.stocks if other != shape and (found := self._first_slab(other, tenant))]
         slab = min(slabs, default=None)
@@ -149,7 +151,7 @@ class PagePool:
         return slab is not None or victim is not None
 
     def _first_slab(self, shape: PageShape, tenant: str) -> tuple[Rank, int] | None:
-        """The slab without referenced pages that goes first for ``tenant``, and its rank."""
+        """Return rank and number of the slab without referenced pages that goes first for ``tenant``."""
         unheld = self.stocks[shape].unheld
         slab = unheld.first()
         if slab is not None and not self._may_go(slab, tenant):
@@ -215,7 +217,7 @@ class PagePool:
         return slab
 
     def _note_unheld(self, shape: PageShape, slab: int) -> None:
-        """A slab without referenced pages waits among the others, or has just been returned."""
+        """Put a slab without referenced pages among the victims, unless it was just returned."""
         if slab not in self.slabs.leases:
             self._ranks.pop(slab, None)
             self.stocks[shape].unheld.discard(slab)
@@ -223,8 +225,9 @@ class PagePool:
             self.stocks[shape].unheld.put(slab, self._ranks[slab])
 
     def check_integrity(self, references: Mapping[PageShape, Mapping[int, int]]) -> None:
-        """Raises RuntimeError unless every page is free, cached, or referred to exactly as often as ``references``
-        counts (shape -> page -> references), and all books agree. O(everything).
+        """Raise RuntimeError unless every page has just the references that ``references`` counts.
+
+        ``references`` is shape -> page -> count. All other books must agree, too. O(everything).
         """
         self.slabs.check_integrity({shape: stock.pages.keys() for shape, stock in self.stocks.items()})
         _expect(set(references) <= set(self.stocks), f"references to shapes {set(references) - set(self.stocks)}")

@@ -48,17 +48,18 @@ class PrefixTree:
         return len(self._nodes)
 
     def root(self, salt: Hashable = None) -> Prefix:
-        """The empty prefix; texts below different salts (an adapter, a tenant who shares with nobody) never meet."""
+        """Return the empty prefix of ``salt``; texts of different salts (an adapter, a tenant) share nothing."""
         return self._make((-1, (salt,)), None)
 
     def child(self, parent: Prefix, tokens: tuple[int, ...]) -> Prefix:
-        """``parent`` and one page more. Where a token stands for an image, it must be a number made of the image's
-        content, outside of the vocabulary.
+        """Return ``parent`` and one page more.
+
+        Where a token stands for an image, it must be a number made of the image's content, outside of the vocabulary.
         """
         return self._make((parent.number, tokens), parent)
 
     def known(self, root: Prefix, tokens: Sequence[int], page_size: int) -> Iterator[Prefix]:
-        """The prefixes of ``tokens``, shortest first, as far as they are known."""
+        """Yield the known prefixes of ``tokens``, shortest first."""
         node: Prefix | None = root
         for end in range(page_size, len(tokens) + 1, page_size):
             node = self._nodes.get((node.number, tuple(tokens[end - page_size : end]))) if node else None

@@ -34,25 +34,27 @@ class Ranked(Generic[Item]):
         return iter(sorted(self._ranks, key=lambda item: (self._ranks[item], item)))
 
     def rank(self, item: Item) -> Rank:
+        """Return the rank of an item that is there."""
         return self._ranks[item]
 
     def put(self, item: Item, rank: Rank) -> None:
-        """Adds ``item``, or gives it another rank."""
+        """Add ``item``, or give it another rank."""
         if self._ranks.get(item) != rank:
             self._ranks[item] = rank
             heapq.heappush(self._heap, (rank, item))
         self._tidy()
 
     def discard(self, item: Item) -> None:
+        """Remove ``item`` if it is there."""
         self._ranks.pop(item, None)
         self._tidy()
 
     def first(self) -> Item | None:
-        """The item of lowest rank; the lower of two items of one rank; None if there is none."""
+        """Return the item of lowest rank, the lower of two items of one rank; None if there is none."""
         return self._heap[0][1] if self._heap else None
 
     def _tidy(self) -> None:
-        """Leaves a true entry at the top."""
+        """Remove outdated entries from the top."""
         if len(self._heap) > 2 * len(self._ranks) + 16:
             self._heap = [(rank, item) for item, rank in self._ranks.items()]
             heapq.heapify(self._heap)

@@ -58,6 +58,7 @@ class PageShape:
 
     @property
     def itemsize(self) -> int:
+        """Bytes of one element."""
         return ITEMSIZES[self.dtype]
 
     @property
@@ -83,7 +84,7 @@ class PageShape:
         return 2 * plane * self.num_layers, 2 * plane, plane, head, self.head_dim, 1
 
     def offset_nbytes(self, page: int, layer: int, kv: int) -> int:
-        """Where in the region a page's keys (``kv`` 0) or values (1) of the shape's ``layer``-th layer begin."""
+        """Return where a page's keys (``kv`` 0) or values (1) of the shape's ``layer``-th layer begin in the region."""
         return page * self.nbytes + (2 * layer + kv) * self.plane_nbytes
 
 
@@ -102,8 +103,9 @@ class SlabGrid:
 
     @classmethod
     def fitting(cls, region_nbytes: int, shapes: Iterable[PageShape], about_nbytes: int = 32 << 20) -> SlabGrid:
-        """Slabs of about the given size that whole pages of all ``shapes`` fill, if such a size is within four times
-        it; otherwise slabs of that size, but at least two pages.
+        """Make slabs of about the given size that whole pages of all ``shapes`` fill.
+
+        If no such size is within four times it, slabs have that size, but at least two pages.
         """
         sizes = [shape.nbytes for shape in shapes]
         common, two_pages = math.lcm(*sizes), 2 * max(sizes)
@@ -114,10 +116,11 @@ class SlabGrid:
 
     @property
     def num_slabs(self) -> int:
+        """Slabs of the region."""
         return self.region_nbytes // self.slab_nbytes
 
     def check_shape(self, shape: PageShape) -> None:
-        """Raises ValueError unless every slab holds a page of ``shape``, and its page numbers are int32."""
+        """Raise ValueError unless every slab holds a page of ``shape``, and its page numbers are int32."""
         if self.slab_nbytes < 2 * shape.nbytes and self.slab_nbytes % shape.nbytes:
             raise ValueError(
                 f"a slab must be a page or at least two, {2 * shape.nbytes} bytes for {shape}; found {self.slab_nbytes}"
@@ -126,18 +129,20 @@ class SlabGrid:
             raise ValueError(f"{self.region_nbytes} bytes are more than {MAX_PAGES} pages of {shape}")
 
     def segment(self, slab: int) -> Segment:
+        """Return the bytes of ``slab`` in the region."""
         return Segment(slab * self.slab_nbytes, self.slab_nbytes)
 
     def pages(self, slab: int, shape: PageShape) -> range:
-        """The numbers of the pages of ``shape`` that lie wholly inside ``slab``."""
+        """Return the numbers of the pages of ``shape`` that lie wholly inside ``slab``."""
         segment = self.segment(slab)
         return range(-(-segment.offset_nbytes // shape.nbytes), segment.end_nbytes // shape.nbytes)
 
     def slab_of(self, page: int, shape: PageShape) -> int:
+        """Return the slab that a page lies in."""
         return page * shape.nbytes // self.slab_nbytes
 
     def pages_per_slab(self, shape: PageShape) -> int:
-        """Pages of ``shape`` that every slab holds at least."""
+        """Return the pages of ``shape`` that every slab holds at least."""
         whole, left = divmod(self.slab_nbytes, shape.nbytes)
         return whole if not left else max(1, whole - 1)
 
@@ -171,17 +176,17 @@ class SlabPool:
         return len(self._idle)
 
     def admit(self, shape: PageShape) -> None:
-        """Makes ``shape`` known; ValueError if slabs are too small for it."""
+        """Make ``shape`` known. Raises ValueError if slabs are too small for it."""
         self.grid.check_shape(shape)
         self._roomy.setdefault(shape, Ranked())
         self._num_free.setdefault(shape, 0)
 
     def num_free(self, shape: PageShape) -> int:
-        """Pages that ``take`` would give without anything being evicted; a lower bound where slabs differ by a page."""
+        """Return the pages that ``take`` would give without an eviction; a lower bound where slabs differ."""
         return self._num_free[shape] + self.num_idle * self.grid.pages_per_slab(shape)
 
     def take(self, shape: PageShape) -> int | None:
-        """A free page, of a slab lent for it if need be; None if there is neither."""
+        """Take a free page, lending a slab for it if need be; None if there is neither."""
         roomy = self._roomy[shape]
         slab = roomy.first()
         if slab is None:
@@ -196,7 +201,7 @@ class SlabPool:
         return page
 
     def put(self, shape: PageShape, page: int) -> None:
-        """Takes a page back, and with its last page the slab."""
+        """Return a page, and with its last page the slab."""
         slab = self.grid.slab_of(page, shape)
         lease = self.leases[slab]
         assert lease.shape == shape and page in lease.pages, f"page {page} of {shape} is not in slab {slab}: {lease}"
@@ -223,7 +228,7 @@ class SlabPool:
         heapq.heappush(self._idle, slab)
 
     def check_integrity(self, used: Mapping[PageShape, Set[int]]) -> None:
-        """Raises RuntimeError unless every slab is idle or lent once, and every page of a lent one free or ``used``."""
+        """Raise RuntimeError unless every slab is idle or lent, and every page of a lent one free or ``used``."""
         slabs = sorted([*self._idle, *self.leases])
         _expect(slabs == list(range(self.grid.num_slabs)), f"slabs idle or lent: {slabs} of {self.grid.num_slabs}")
         for shape in self._roomy:

@@ -26,10 +26,11 @@ class Capacity:
 
     @property
     def shapes(self) -> list[PageShape]:
+        """The shape of each group's pages."""
         return [group.shape for group in self.groups]
 
     def grid(self, nbytes: int) -> SlabGrid | None:
-        """A region of at most ``nbytes`` in slabs without a rest; None where it holds none."""
+        """Cut at most ``nbytes`` into slabs, without a rest; None where they hold none."""
         most = max(shape.nbytes for shape in self.shapes)
         about = min(_SLAB_NBYTES, max(nbytes // _MIN_SLABS, 2 * most))
         try:
@@ -39,7 +40,7 @@ class Capacity:
         return SlabGrid(grid.num_slabs * grid.slab_nbytes, grid.slab_nbytes)
 
     def longest(self, grid: SlabGrid | None, most: int) -> int:
-        """Tokens of the longest context that fits alone, up to ``most``."""
+        """Return the tokens of the longest context that fits alone, up to ``most``."""
         return 0 if grid is None else _last(lambda n: self.fits(grid, n), most)
 
     def fits(self, grid: SlabGrid, num_tokens: int) -> bool:
@@ -50,7 +51,7 @@ class Capacity:
         return self._num_slabs(grid, num_tokens) <= grid.num_slabs
 
     def num_tokens(self, grid: SlabGrid | None, max_seq_len: int) -> int:
-        """Tokens of all contexts that fit together, each of ``max_seq_len`` tokens but one."""
+        """Return the tokens of all contexts that fit together, each of ``max_seq_len`` tokens but one."""
         if grid is None:
             return 0
         usable = min(grid.num_slabs * grid.pages_per_slab(shape) * shape.nbytes for shape in self.shapes)
@@ -58,7 +59,7 @@ class Capacity:
         return contexts * max_seq_len + _last(lambda n: self._nbytes(n) <= left, max_seq_len)
 
     def nbytes_for(self, num_tokens: int, max_seq_len: int) -> int:
-        """Bytes in which ``num_tokens`` fit, close to the fewest."""
+        """Return bytes in which ``num_tokens`` fit, close to the fewest."""
         contexts, rest = divmod(num_tokens, max_seq_len)
         nbytes = contexts * self._nbytes(max_seq_len) + (self._nbytes(rest) if rest else 0)
         while not self.holds(nbytes, num_tokens, max_seq_len):
@@ -66,6 +67,7 @@ class Capacity:
         return aligned(nbytes)
 
     def holds(self, nbytes: int, num_tokens: int, max_seq_len: int) -> bool:
+        """Return whether ``num_tokens`` fit ``nbytes`` in sequences of at most ``max_seq_len``."""
         grid = self.grid(nbytes)
         enough = self.num_tokens(grid, max_seq_len) >= num_tokens
         return enough and self.longest(grid, max_seq_len) >= min(num_tokens, max_seq_len)
@@ -81,7 +83,7 @@ class Capacity:
 
 
 def _last(holds: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` for which ``holds`` is true, as it is for all below it, and for 0."""
+    """Return the largest number up to ``most`` for which ``holds`` is true, as it is for 0 and all between."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

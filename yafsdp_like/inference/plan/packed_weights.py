@@ -43,6 +43,7 @@ class Parameter:
 
     @property
     def numel(self) -> int:
+        """Elements of all rows."""
         return math.prod(self.shape)
 
 
@@ -58,11 +59,13 @@ class Field:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Rows of all parameters, and the sizes of one row."""
         first = self.parameters[0].shape
         return (sum(p.shape[0] for p in self.parameters), *first[1:])
 
     @property
     def numel(self) -> int:
+        """Elements of all rows."""
         return math.prod(self.shape)
 
 
@@ -81,18 +84,19 @@ class PackedUnit:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all fields, with padding."""
         return self.layout.nbytes
 
     def part_nbytes(self, world_size: int) -> int:
-        """What one of ``world_size`` ranks holds: the same on all, the last parts padded."""
+        """Return the bytes that one of ``world_size`` ranks holds: the same on all, the last parts padded."""
         return aligned(-(-self.nbytes // world_size))
 
     def segments(self) -> dict[str, Segment]:
-        """Where each field lies."""
+        """Return where each field lies."""
         return {field.name: segment for field, segment in zip(self.fields, self.layout.segments, strict=True)}
 
     def parameters(self) -> Iterator[tuple[Parameter, Segment]]:
-        """Each parameter, and where it lies."""
+        """Yield each parameter, and where it lies."""
         for field, segment in zip(self.fields, self.layout.segments, strict=True):
             offset = segment.offset_nbytes
             for parameter in field.parameters:
@@ -121,13 +125,13 @@ def pack_units(
 
 
 def check_served(config: DecoderConfig) -> None:
-    """Raises ValueError for a decoder with experts, which cannot be served yet."""
+    """Raise ValueError for a decoder with experts, which cannot be served yet."""
     if config.experts is not None:
         raise ValueError(f"a decoder with experts cannot be served yet, found {config.experts}")
 
 
 def uses_of(packed_units: Sequence[PackedUnit], config: DecoderConfig) -> tuple[int, ...]:
-    """Which unit, by index, each step of a forward reads: embedding, layers in order, head."""
+    """Return the unit, by index, that each step of a forward reads: embedding, layers in order, head."""
     return (*range(config.num_layers + 1), 0 if config.tie_embeddings else len(packed_units) - 1)
 
 

@@ -52,11 +52,11 @@ class Placement:
     maps_memory: bool = False
 
     def part_nbytes(self, unit: int) -> int:
-        """What this rank, or its host, holds of a unit that is moved."""
+        """Return the bytes that this rank, or its host, holds of a unit that is moved."""
         return aligned(self.packed_units[unit].part_nbytes(self.num_ranks), self.granule_nbytes or ALIGNMENT_NBYTES)
 
     def slot_nbytes(self, unit: int) -> int:
-        """What is moved of it, and what its slot holds: all parts, less this rank's where that is aliased."""
+        """Return the bytes that are moved, and that the slot holds: all parts, less this rank's if it is aliased."""
         return self.part_nbytes(unit) * (self.num_ranks - 1 if self.granule_nbytes else self.num_ranks)
 
     @cached_property
@@ -72,8 +72,9 @@ class Placement:
 
     @cached_property
     def runs(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """Moved units in the order of a forward, each with its steps in a row; the first follows the last, and a tied
-        head and the next forward's embedding are one run.
+        """Moved units in the order of a forward, each with its steps in a row; the first follows the last.
+
+        A tied head and the next forward's embedding are one run.
         """
         found: list[tuple[int, tuple[int, ...]]] = []
         for step, unit in enumerate(self.uses):
@@ -85,14 +86,15 @@ class Placement:
         return tuple(found)
 
     def following(self, unit: int) -> tuple[int, ...]:
-        """The other moved units, in the order in which they are used after ``unit``."""
+        """Return the other moved units, in the order in which they are used after ``unit``."""
         order = [moved for moved, _ in self.runs]
         place = order.index(unit)
         return (*order[place + 1 :], *order[:place])
 
     def live_ranges(self) -> dict[int, LiveRange]:
-        """Of moved units' slots: from the start of the use before to the end of their own, around the end of a
-        forward into the next.
+        """Return when each moved unit's slot is live: from the start of the use before to the end of its own.
+
+        Ranges go around the end of a forward into the next.
         """
         end = len(self.uses) - 1
         ranges = {}
@@ -131,7 +133,7 @@ class Placement:
         return self.resident_nbytes + self.slots[1]
 
     def regions(self) -> Iterator[Region]:
-        """On the device."""
+        """Yield the regions on the device."""
         for unit, packed in enumerate(self.packed_units):
             if unit not in self.non_resident:
                 yield Region(packed.name, "weights", packed.nbytes)
@@ -142,11 +144,13 @@ class Placement:
             yield Region(WEIGHT_SLOTS, WEIGHT_SLOTS, self.slots[1], granule_nbytes=self.granule_nbytes)
 
     def host_regions(self) -> Iterator[Region]:
+        """Yield a region in host memory for each streamed unit."""
         if self.mode == "streamed":
             for unit in sorted(self.non_resident):
                 yield Region(self.packed_units[unit].name, "host weights", self.part_nbytes(unit))
 
     def slot_places(self) -> Iterator[SlotPlace]:
+        """Yield each moved unit's slot, as a plan prints it."""
         live = self.live_ranges()
         for unit, segment in self.slots[0].items():
             yield SlotPlace(self.packed_units[unit].name, WEIGHT_SLOTS, segment, live[unit])
@@ -155,7 +159,10 @@ class Placement:
 def placements(
     config: DecoderConfig, dtype: torch.dtype, mode: Mode, num_ranks: int = 1, maps_memory: bool = False
 ) -> Iterator[Placement]:
-    """All that are considered, from the one that moves least. ValueError where the mode is not possible."""
+    """Yield all placements that are considered, from the one that moves least.
+
+    Raises ValueError where the mode is not possible.
+    """
     if mode == "tensor_parallel":
         yield _tensor_parallel(config, dtype, num_ranks)
         return
@@ -177,7 +184,7 @@ def placements(
 
 
 def _tensor_parallel(config: DecoderConfig, dtype: torch.dtype, num_ranks: int) -> Placement:
-    """Every rank keeps its part of each layer, and all of the embedding and the head."""
+    """Keep this rank's part of each layer, and all of the embedding and the head."""
     if num_ranks < 2:
         raise ValueError("tensor_parallel takes at least two ranks, found one; use resident, or more ranks")
     packed_units = pack_units(config, dtype, cuts_of(config, num_ranks))
@@ -185,5 +192,5 @@ def _tensor_parallel(config: DecoderConfig, dtype: torch.dtype, num_ranks: int) 
 
 
 def _spread(count: int, layers: int) -> Iterator[int]:
-    """The units of ``count`` layers, at even distances."""
+    """Return the units of ``count`` layers, at even distances."""
     return (1 + (2 * i + 1) * layers // (2 * count) for i in range(count))

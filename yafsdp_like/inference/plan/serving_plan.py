@@ -54,6 +54,7 @@ class Site:
 
     @property
     def dtype_name(self) -> str:
+        """As torch names it, without the module."""
         return str(self.dtype).removeprefix("torch.")
 
 
@@ -74,6 +75,7 @@ class ServingPlan:
 
     @property
     def mode(self) -> Mode:
+        """Where weights lie."""
         return self.placement.mode
 
     @cached_property
@@ -83,6 +85,7 @@ class ServingPlan:
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
+        """Groups of layers that share page tables."""
         return self.capacity.groups
 
     @property
@@ -118,7 +121,7 @@ class ServingPlan:
 def plan_serving(
     config: DecoderConfig, options: EngineOptions, site: Site | None = None, mode: AnyMode = "auto"
 ) -> ServingPlan:
-    """The plan for ``config`` within ``options``; ``site`` is a CPU, or an unknown GPU, in bf16 by default.
+    """Plan to serve ``config`` within ``options``; ``site`` is a CPU, or an unknown GPU, in bf16 by default.
 
     "auto" takes the first that fits of resident, gathered (where there are several ranks) and streamed. Without
     ``memory_limit_nbytes`` that is resident; gathered or streamed, when asked for, then move all layers.
@@ -168,7 +171,7 @@ class _Draft:
 
     @classmethod
     def of(cls, config: DecoderConfig, options: EngineOptions, site: Site, share: DecoderConfig) -> _Draft:
-        """``share`` is what one rank computes of ``config``."""
+        """Make what all modes have in common; ``share`` is what one rank computes of ``config``."""
         windows = [config.window_of(layer) for layer in range(config.num_layers)]
         dtype = options.kv_dtype or site.dtype_name
         groups = LayerGroup.of_windows(windows, share.num_kv_heads, share.head_dim, options.page_size, dtype)
@@ -199,7 +202,7 @@ class _Draft:
         return list(placements(self.config, self.site.dtype, mode, self.site.num_ranks, self.site.maps_memory))
 
     def room(self, weights_nbytes: int) -> int | None:
-        """Bytes that are left for keys and values; None: any number."""
+        """Return the bytes that are left for keys and values; None: any number."""
         limit = self.options.memory_limit_nbytes
         return None if limit is None else limit - weights_nbytes - self.buffers.nbytes
 
@@ -211,7 +214,7 @@ class _Draft:
         return room > 0 and self.capacity.holds(room, num_tokens, self.max_seq_len)
 
     def plan(self, placement: Placement, asked: bool) -> ServingPlan:
-        """With all that is left of the limit for keys and values, unless they have a number of bytes of their own."""
+        """Make the plan: pages take all that is left of the limit, unless they have a number of bytes of their own."""
         grid = self.capacity.grid(self.options.kv_nbytes or self.room(placement.nbytes) or 0)
         assert grid is not None, "least tokens of context fit"
         longest = self.options.max_seq_len or self.capacity.longest(grid, self.max_seq_len)
@@ -233,7 +236,7 @@ class _Draft:
     # --- what does not fit ---
 
     def refusal(self, tried: Sequence[Mode]) -> str:
-        """How many bytes are missing, and what would fit."""
+        """Say how many bytes are missing, and what would fit."""
         limit = self.options.memory_limit_nbytes
         assert limit is not None, "anything fits without a limit"
         smallest = min((_smallest(self._placements(mode)) for mode in tried), key=lambda p: p.nbytes)
@@ -257,12 +260,15 @@ class _Draft:
 
 
 def _smallest(candidates: Sequence[Placement]) -> Placement:
-    """With all layers moved, if any are; which of embedding and head are then best moved depends on the slots."""
+    """Return the smallest of those that move all layers, if any do.
+
+    Which of embedding and head are then best moved depends on the slots.
+    """
     return min(candidates[-3:], key=lambda placement: placement.nbytes)
 
 
 def _longest(config: DecoderConfig, options: EngineOptions, capacity: Capacity) -> int:
-    """Tokens of the longest sequence: what is asked for, or a bound on what can fit."""
+    """Return the tokens of the longest sequence: what is asked for, or a bound on what can fit."""
     asked, most = options.max_seq_len, options.kv_nbytes or options.memory_limit_nbytes
     assert most is not None
     if asked is not None and asked > config.max_seq_len:
@@ -327,8 +333,10 @@ def _context(plan: ServingPlan) -> str:
 
 
 def _floors(plan: ServingPlan, rates: Rates) -> Iterator[str]:
-    """A step that decodes reads all weights but an embedding's, of which it looks up some rows; a unit that is moved
-    hides behind the arithmetic of enough tokens.
+    """Say how long steps take at least.
+
+    A step that decodes reads all weights but an embedding's, of which it looks up some rows; a unit that is moved hides
+    behind the arithmetic of enough tokens.
     """
     placement, ranks = plan.placement, plan.site.num_ranks
     read = _num_read(plan) / rates.memory_nbytes
@@ -349,8 +357,9 @@ def _floors(plan: ServingPlan, rates: Rates) -> Iterator[str]:
 
 
 def _num_read(plan: ServingPlan) -> int:
-    """Bytes of weights that a step that decodes reads. The head is whole on ranks that compute together, but each
-    computes the logits of its part of the vocabulary.
+    """Return the bytes of weights that a step that decodes reads.
+
+    Tensor parallel ranks have the whole head, but each computes the logits of its part of the vocabulary.
     """
     *layers, head = [plan.placement.packed_units[unit].nbytes for unit in plan.placement.uses[1:]]
     return sum(layers) + (head // plan.site.num_ranks if plan.mode == "tensor_parallel" else head)

@@ -45,8 +45,9 @@ class Source(Protocol):
     """Where the values of parameters come from."""
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Elements of the decoder's parameter ``name`` from ``start`` on into ``out``, (n,), on any device, cast to
-        its dtype.
+        """Read elements of the decoder's parameter ``name`` from ``start`` on into ``out``.
+
+        ``out`` is (n,), on any device; values are cast to its dtype.
         """
 
 
@@ -61,12 +62,13 @@ class Model:
 
 
 def open_model(name: str, config: DecoderConfig | None = None) -> Model:
-    """The model called ``name``: a Hugging Face directory, a ``step-N`` directory of training or a run's directory with
-    such in it (then the latest), or ``preset:NAME``, which has random values.
+    """Open the model called ``name``; its configuration is read, its values are not.
 
-    A directory with a config.json is a Hugging Face directory, whatever else lies there. A checkpoint has its
-    configuration in the directory that training exports beside its shards; ``config`` is needed where it did not.
-    Raises ValueError for what is no model, or does not fit its configuration. Nothing of a directory is ever run.
+    ``name`` is a Hugging Face directory, a ``step-N`` directory of training, a run's directory with such in it (then
+    the latest), or ``preset:NAME``, which has random values. A directory with a config.json is a Hugging Face
+    directory, whatever else lies there. A checkpoint has its configuration in the directory that training exports
+    beside its shards; ``config`` is needed where it did not. Raises ValueError for what is no model, or does not fit
+    its configuration. Nothing of a directory is ever run.
     """
     if name.startswith(PRESET):
         return _preset(name)
@@ -82,12 +84,12 @@ def open_model(name: str, config: DecoderConfig | None = None) -> Model:
 
 
 def model_of(module: Decoder, name: str = "decoder") -> Model:
-    """A decoder in memory, unsharded, with the values that it has when it is loaded."""
+    """Return a decoder in memory, unsharded, as a model with the values that it has when it is loaded."""
     return Model(name, module.config, None, lambda device: ModuleSource(module))
 
 
 def random_model(name: str, config: DecoderConfig) -> Model:
-    """A decoder with the values that it starts from, drawn where it is loaded."""
+    """Return a model with the values that a decoder starts from, drawn where it is loaded."""
     return Model(name, config, None, lambda device: RandomSource(config, device))
 
 
@@ -148,7 +150,7 @@ def load_planned(
 
 
 def site_of(device: torch.device | str, dtype: torch.dtype | None = None, transport: Transport | None = None) -> Site:
-    """What a plan has to know of ``device``, and of the ranks that ``transport`` joins."""
+    """Return what a plan has to know of ``device``, and of the ranks that ``transport`` joins."""
     device = indexed(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if transport is None:
@@ -157,7 +159,7 @@ def site_of(device: torch.device | str, dtype: torch.dtype | None = None, transp
 
 
 def world_transport(device: torch.device | str, asked: TransportName = "auto") -> Transport | None:
-    """What joins all ranks of this process's world; None where it is alone. Called by all ranks together."""
+    """Make the transport of all ranks of this process's world, together; None where it is alone."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     group = dist.group.WORLD
@@ -166,7 +168,7 @@ def world_transport(device: torch.device | str, asked: TransportName = "auto") -
 
 
 def indexed(device: torch.device | str) -> torch.device:
-    """A GPU by its number: that of the current one if none is said."""
+    """Return a GPU by its number: that of the current one if none is given."""
     found = torch.device(device)
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
@@ -174,7 +176,7 @@ def indexed(device: torch.device | str) -> torch.device:
 
 
 def fill(store: Store, source: Source) -> None:
-    """Every parameter's elements that ``store`` holds, from ``source``."""
+    """Read every parameter's elements that ``store`` holds from ``source``."""
     itemsize = store.packed.dtype.itemsize
     for parameter, segment in store.packed.parameters():
         offset = segment.offset_nbytes // itemsize - store.start  # of the parameter in the store
@@ -186,8 +188,10 @@ def fill(store: Store, source: Source) -> None:
 
 
 def _fill_part(values: Tensor, parameter: Parameter, rank: int, source: Source) -> None:
-    """One rank's part (n,) of a parameter that is cut. Parts of rows are copied out of the whole parameter, for which
-    the device must have room while it is loaded: a source gives rows only, and a rank needs some of each.
+    """Read one rank's part (n,) of a parameter that is cut.
+
+    Parts of rows are copied out of the whole parameter, for which the device must have room while it is loaded: a
+    source gives rows only, and a rank needs some of each.
     """
     cut = parameter.cut
     assert cut is not None and len(values) == parameter.numel, "what is cut is kept, not moved"
@@ -251,6 +255,7 @@ class ModuleSource:
         self._parameters = dict(module.named_parameters())
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Copy from the module's parameter."""
         out.copy_(self._parameters[name].detach().flatten()[start : start + len(out)])
 
 
@@ -262,6 +267,7 @@ class RandomSource:
         self._parameters = {n: (i, p.shape) for i, (n, p) in enumerate(_on_meta(config).named_parameters())}
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Draw the whole parameter, and keep what is asked for."""
         index, shape = self._parameters[name]
         is_whole = len(out) == shape.numel() and out.device == self._device
         whole = out.view(shape) if is_whole else torch.empty(shape, dtype=out.dtype, device=self._device)
@@ -277,6 +283,7 @@ class FileSource:
         self._stored = stored
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Read the rows that hold the elements, about 64 MiB at a time."""
         stored = self._stored[name]
         num_rows, row_numel = stored.spec.shape[0], torch.Size(stored.spec.shape[1:]).numel()
         rows_at_once = max(_READ_NBYTES // (row_numel * stored.spec.dtype.itemsize), 1)
@@ -295,6 +302,7 @@ class CheckpointSource:
         self._path, self._shapes = path, shapes
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Read the whole parameter, and keep what is asked for."""
         whole = torch.empty(self._shapes[name], dtype=torch.float32)
         steps.load_whole(self._path, {"model": {name: whole}})
         out.copy_(whole.flatten()[start : start + len(out)])

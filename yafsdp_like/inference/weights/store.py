@@ -89,22 +89,22 @@ class Weights(Protocol):
     tp_group: TPGroup | None  # see [Note: tensor parallel]; None: each rank makes its own forwards
 
     def embedding(self) -> Tensor:
-        """(V, D), until ``layer(0)``."""
+        """Return the embedding (V, D), which is valid until ``layer(0)``."""
 
     def layer(self, index: int) -> LayerWeights:
-        """Until its ``release``."""
+        """Return a layer's weights, which are valid until its ``release``."""
 
     def release(self, index: int) -> None:
-        """The forward has issued the last reader of the layer."""
+        """Release a layer; the forward has issued its last reader."""
 
     def head(self) -> tuple[Tensor, Tensor]:
-        """The last norm (D,) and the head (V, D), until the next ``embedding``."""
+        """Return the last norm (D,) and the head (V, D), valid until the next ``embedding``."""
 
     def reset_residency(self) -> None:
-        """Between two forwards of which one is recorded, see [Note: same residency]."""
+        """Restore the residency that a recorded forward begins with, see [Note: same residency]."""
 
     def close(self) -> None:
-        """There will be no more forwards. Where ranks map each other's memory, blocks until all have said so."""
+        """End the forwards. Where ranks map each other's memory, wait until all have ended theirs."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ class PlacedWeights:
     # --- what a forward calls ---
 
     def embedding(self) -> Tensor:
+        """Release what the last forward left in use, and acquire the embedding."""
         for unit in self._slots:
             if unit:  # a tied head is the embedding, and stays in use
                 self._release(unit)
@@ -160,20 +161,24 @@ class PlacedWeights:
         return self._views[0]["weight"]
 
     def layer(self, index: int) -> LayerWeights:
+        """Acquire a layer; the first one releases the embedding."""
         if index == 0:
             self._release(0)
         self._acquire(1 + index)
         return self._layers[index]
 
     def release(self, index: int) -> None:
+        """Release a layer."""
         self._release(1 + index)
 
     def head(self) -> tuple[Tensor, Tensor]:
+        """Acquire the head."""
         self._acquire(self._head_unit)
         views = self._views[self._head_unit]
         return views["norm"], views["weight"]
 
     def reset_residency(self) -> None:
+        """Make the units resident that a recording begins with."""
         for slot in self._slots.values():
             slot.in_use = False
             if not slot.neighbours and not slot.is_resident:
@@ -202,7 +207,7 @@ class PlacedWeights:
             self._prefetch_next(self._following[unit])
 
     def _prefetch_next(self, order: Sequence[_Slot]) -> list[_Slot]:
-        """Of ``order``, those up to the first one that does not find its bytes free; all of them are there then."""
+        """Prefetch units of ``order`` up to the first whose bytes are in use, and return those that are resident."""
         kept: list[_Slot] = []
         for slot in order:
             if not slot.is_resident:
@@ -230,7 +235,7 @@ class PlacedWeights:
     # --- where units lie, and come from ---
 
     def _whole(self, unit: int) -> Place:
-        """All bytes of a unit, where a forward reads them."""
+        """Return all bytes of a unit, where a forward reads them."""
         placement, name = self.plan.placement, self.plan.placement.packed_units[unit].name
         if unit not in placement.non_resident:
             return self.arena.place(name)
@@ -247,7 +252,7 @@ class PlacedWeights:
         return self.arena.place(WEIGHT_SLOTS).part(self.plan.placement.slots[0][unit])
 
     def _slots_of(self, wholes: Sequence[Place]) -> dict[int, _Slot]:
-        """One per moved unit, in the order of a forward; those whose bytes overlap know each other."""
+        """Make one slot per moved unit, in the order of a forward, with the slots that share its bytes."""
         packed_units = self.plan.placement.packed_units
         slots = {
             unit: _Slot(packed_units[unit].name, self._extent(unit), self._copy_into_slot(unit, wholes[unit]))
@@ -267,7 +272,7 @@ class PlacedWeights:
         return self._transport.all_gather([values], [shard], in_place={0} if placement.granule_nbytes else ())
 
     def stores(self) -> Iterator[Store]:
-        """All that is to be filled on this rank and its host, unit by unit."""
+        """Yield all that is to be filled on this rank and its host, unit by unit."""
         placement = self.plan.placement
         for unit, packed in enumerate(placement.packed_units):
             if unit not in placement.non_resident:
@@ -283,14 +288,16 @@ class PlacedWeights:
     # --- before the first forward, and after the last ---
 
     def finish_loading(self, error: BaseException | None = None) -> None:
-        """This rank's stores are filled, or will not be, because of ``error``, which is then raised. Where ranks share
-        weights, blocks until all ranks' are, and raises where any failed.
+        """Wait for all ranks that share weights to have loaded, and raise where any failed.
+
+        ``error`` is why this rank's stores are not filled.
         """
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what reading and drawing values took is not in the plan
         self._check_same_on_all_ranks("loaded", error)
 
     def close(self) -> None:
+        """Wait for all ranks that may read this one's shards."""
         self._check_same_on_all_ranks("closed", None)
 
     def _check_same_on_all_ranks(self, line: str, error: BaseException | None) -> None:
@@ -303,7 +310,7 @@ class PlacedWeights:
 
 
 def reserve(plan: ServingPlan, device: torch.device, transport: Transport | None = None) -> PlacedWeights:
-    """Everything of the plan allocated, once, and weights on it that are still to be filled.
+    """Allocate all regions of the plan, once, and return weights on them that are still to be filled.
 
     A gathered or tensor parallel plan needs the transport of its ranks, who all call this together; it raises on all of
     them where it does on one, and RuntimeError where their plans differ. Raises ValueError for a transport that a plan
@@ -349,7 +356,7 @@ def _check(plan: ServingPlan, transport: Transport | None) -> None:
 
 
 def _views(packed: PackedUnit, whole: Place) -> dict[str, Tensor]:
-    """Views of the unit's fields, by name."""
+    """Return views of the unit's fields, by name."""
     segments = packed.segments()
     return {f.name: whole.part(segments[f.name]).tensor(packed.dtype, f.shape) for f in packed.fields}
 
@@ -359,7 +366,7 @@ def _layer(views: Mapping[str, Tensor]) -> LayerWeights:
 
 
 def _flat(whole: Place, dtype: torch.dtype) -> Tensor:
-    """All elements of a place, (n,)."""
+    """Return all elements of a place, (n,)."""
     return whole.tensor(dtype, (whole.segment.nbytes // dtype.itemsize,))
 
 
@@ -368,7 +375,7 @@ def _copy(destination: Tensor, source: Tensor) -> None:
 
 
 def _pin(arena: Arena, device: torch.device) -> None:
-    """Locks host memory, so that copies from and to ``device`` run beside the CPU, at the link's full rate.
+    """Pin host memory, so that copies from and to ``device`` run beside the CPU, at the link's full rate.
 
     PyTorch's own pinned allocator would round sizes up to powers of two, and the plan would not be the truth.
     """
