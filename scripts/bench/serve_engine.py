@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bench.serve_options import ServeBenchOptions
     from launch.world import World
     from yafsdp_like.inference.plan.serving_plan import ServingPlan
-    from yafsdp_like.inference.weights.store import PlacedWeights
+    from yafsdp_like.inference.weights.store import Weights
     from yafsdp_like.models.decoder import DecoderConfig
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -36,7 +36,7 @@ class Served:
     """An engine, and what the device said before it was there and when it was ready."""
 
     engine: Engine
-    weights: PlacedWeights
+    weights: Weights
     before: Metrics
     ready: Metrics
 

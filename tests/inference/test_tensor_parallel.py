@@ -43,7 +43,7 @@ from yafsdp_like.inference.kv.eviction import Costs
 from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.serving_plan import Site, plan_serving
 from yafsdp_like.inference.weights.loading import load, model_of, site_of, world_transport
-from yafsdp_like.inference.weights.store import PlacedWeights, reserve
+from yafsdp_like.inference.weights.store import Weights, reserve
 from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig
@@ -274,7 +274,7 @@ def part_of(tensor: Tensor, dim: int) -> Tensor:
     return tensor.chunk(dist.get_world_size(), dim)[dist.get_rank()]
 
 
-def differences(weights: PlacedWeights, module: Decoder) -> list[str]:
+def differences(weights: Weights, module: Decoder) -> list[str]:
     """Of this rank's layers, embedding and head from its parts of ``module``."""
     whole, found = test_weights, []
     if not torch.equal(weights.embedding(), module.embed_tokens.weight.to(weights.dtype)):

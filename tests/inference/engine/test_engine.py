@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 import random
 import time
 from dataclasses import replace
@@ -32,7 +32,7 @@ from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.models.decoder import Attention, Decoder, DecoderConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from yafsdp_like.comm import TransportName
 
@@ -206,9 +206,8 @@ class Recorder:
         self.recorded: list[tuple[str, int]] = []
         self.replayed: list[tuple[str, int]] = []
 
-    def record(self, work: Callable[[], None]) -> Any:
-        bound = inspect.getclosurevars(work).nonlocals
-        name, size = bound["work"].__name__, bound["size"]
+    def record(self, work: functools.partial[None]) -> Any:
+        name, (size,) = work.func.__name__, work.args
         self.recorded.append((name, size))
         work()
 

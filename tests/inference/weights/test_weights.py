@@ -20,7 +20,7 @@ from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.serving_plan import ServingPlan, plan_serving
 from yafsdp_like.inference.weights import store as weights_module
 from yafsdp_like.inference.weights.loading import load, load_planned, model_of, site_of
-from yafsdp_like.inference.weights.store import LayerWeights, PlacedWeights, reserve
+from yafsdp_like.inference.weights.store import LayerWeights, Weights, reserve
 from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.streams import COMPUTE, GATHER
@@ -76,7 +76,7 @@ def same(found: Tensor | None, wanted: Tensor | None) -> bool:
     return found.shape == wanted.shape and torch.equal(found, wanted.to(found.device, found.dtype))
 
 
-def differences(weights: PlacedWeights, module: Decoder) -> list[str]:
+def differences(weights: Weights, module: Decoder) -> list[str]:
     """One forward: every unit is compared while it may be read, and nothing else may be."""
     found = []
     if not same(weights.embedding(), module.embed_tokens.weight):
@@ -173,7 +173,7 @@ def test_a_forward_brings_each_moved_unit_once_by_one_copy_and_does_nothing_else
         assert prefetched.operations == ["aten.copy_.default"] * num_moved
 
 
-def run_forward(weights: PlacedWeights, read: Callable[[Tensor], Any] = lambda tensor: None) -> None:
+def run_forward(weights: Weights, read: Callable[[Tensor], Any] = lambda tensor: None) -> None:
     read(weights.embedding())
     for index in range(weights.config.num_layers):
         read(weights.layer(index).qkv)
@@ -544,7 +544,7 @@ def requests(rank: int = 0) -> list[Request]:
     return [Request(f"{n}", tuple(prompt), greedy, max_tokens=8) for n, prompt in enumerate(prompts)]
 
 
-def served(weights: PlacedWeights, asked: list[Request], num_steps: int) -> dict[str, list[int]]:
+def served(weights: Weights, asked: list[Request], num_steps: int) -> dict[str, list[int]]:
     """The tokens of all requests after so many steps; the engine must then be idle."""
     engine = Engine(weights)
     for request in asked:

@@ -78,24 +78,17 @@ class StepSize:
 
 
 @dataclass(frozen=True)
-class AttentionGroup:
-    """Layers with the same window, and what their kernels read."""
+class LayerPages:
+    """Where the keys and values of one layer are, and what its attention sees."""
 
-    index: int
+    pages: KVPages
+    group: int  # of layers that share page tables
     window: int | None
 
-
-@dataclass(frozen=True)
-class LayerPages:
-    """Where the keys and values of each layer are."""
-
-    pages: tuple[KVPages, ...]  # per layer
-    groups: tuple[AttentionGroup, ...]  # per layer
-
     @classmethod
-    def of(cls, groups: Sequence[LayerGroup], region: Tensor) -> LayerPages:
-        """Make pages of all groups from the bytes (nbytes,) uint8 of one region."""
-        found: dict[int, tuple[KVPages, AttentionGroup]] = {}
+    def of(cls, groups: Sequence[LayerGroup], region: Tensor) -> list[LayerPages]:
+        """Make the pages of all layers from the bytes (nbytes,) uint8 of one region."""
+        found: dict[int, LayerPages] = {}
         for index, group in enumerate(groups):
             shape = group.shape
             dtype = getattr(torch, shape.dtype)
@@ -104,18 +97,16 @@ class LayerPages:
             dims = (num_pages, shape.num_layers, 2, shape.num_kv_heads, shape.page_size, shape.head_dim)
             pages = flat.as_strided(dims, shape.strides).transpose(3, 4)  # (P, layers, 2, page_size, K, H)
             for position, layer in enumerate(group.layers):
-                found[layer] = (
-                    KVPages(pages[:, position, 0], pages[:, position, 1]),
-                    AttentionGroup(index, group.window),
-                )
-        ordered = [found[layer] for layer in range(len(found))]
-        return cls(tuple(pages for pages, _ in ordered), tuple(group for _, group in ordered))
+                found[layer] = cls(KVPages(pages[:, position, 0], pages[:, position, 1]), index, group.window)
+        return [found[layer] for layer in range(len(found))]
 
 
 class Forward:
     """One model's forward over the buffers of one engine; a call reads the inputs that the device has by then."""
 
-    def __init__(self, weights: Weights, buffers: StepBuffers, cache: LayerPages, num_multiprocessors: int = 1) -> None:
+    def __init__(
+        self, weights: Weights, buffers: StepBuffers, cache: Sequence[LayerPages], num_multiprocessors: int = 1
+    ) -> None:
         self._weights, self._cache = weights, cache
         self._activations, self._logits = buffers.activations, buffers.logits.logits
         self._inputs, self._tables = buffers.inputs, buffers.tables
@@ -170,27 +161,27 @@ class Forward:
         heads = qkv.unflatten(1, (-1, config.head_dim))
         q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
         tables = to.step_cos[rows], to.step_sin[rows]
-        pages, group = self._cache.pages[index], self._cache.groups[index]
+        cache = self._cache[index]
         norms = None
         if layer.q_norm is not None and layer.k_norm is not None:
             norms = HeadNorms(layer.q_norm, layer.k_norm, config.norm_eps)
-        rotate_and_store(q, k, v, tables, pages, self._inputs.slot_mapping[group.index, rows], norms)
-        self._attend_pages(q, pages, group, size, attended.unflatten(1, (-1, config.head_dim)))
+        rotate_and_store(q, k, v, tables, cache.pages, self._inputs.slot_mapping[cache.group, rows], norms)
+        self._attend_pages(q, cache, size, attended.unflatten(1, (-1, config.head_dim)))
         matmul(attended, layer.o, normed)
         self._sum(normed)
 
-    def _attend_pages(self, q: Tensor, pages: KVPages, group: AttentionGroup, size: StepSize, out: Tensor) -> None:
-        tables, seq_lens = self._inputs.page_tables[group.index], self._inputs.seq_lens
+    def _attend_pages(self, q: Tensor, cache: LayerPages, size: StepSize, out: Tensor) -> None:
+        tables, seq_lens = self._inputs.page_tables[cache.group], self._inputs.seq_lens
         single = slice(0, size.num_single)
         if size.num_single:
             batch = AttentionBatch(tables[single], seq_lens[single])
-            workspace, num_splits = self._pieces(size.num_single, group.window)
-            decode_attention(q[single], pages, batch, out[single], workspace, num_splits, group.window)
+            workspace, num_splits = self._pieces(size.num_single, cache.window)
+            decode_attention(q[single], cache.pages, batch, out[single], workspace, num_splits, cache.window)
         if size.num_chunks:
             chunks = slice(size.first_chunk, size.num_rows)
             cu_seqlens_q = self._inputs.cu_seqlens_q[: size.num_chunks + 1]
             batch = AttentionBatch(tables[chunks], seq_lens[chunks], cu_seqlens_q)
-            prefill_attention(q[size.num_single :], pages, batch, out[size.num_single :], group.window)
+            prefill_attention(q[size.num_single :], cache.pages, batch, out[size.num_single :], cache.window)
 
     def _pieces(self, batch_size: int, window: int | None) -> tuple[Tensor, int]:
         """Return the workspace of decode attention, and the number of pieces that keys are cut into."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -113,10 +114,10 @@ class Runner:
         """Record the largest first, whose memory the others then use."""
         recorder = StepRecorder()
         for size in reversed(sizes):
-            self._logprobs[size] = recorder.record(_bound(self._tell_logprobs, size))
+            self._logprobs[size] = recorder.record(partial(self._tell_logprobs, size))
             if self._weights.graphable:
                 self._weights.reset_residency()
-                self._decodes[size] = recorder.record(_bound(self._decode, size))
+                self._decodes[size] = recorder.record(partial(self._decode, size))
 
     @torch.inference_mode()
     def measure(self) -> Costs:
@@ -179,7 +180,8 @@ class Runner:
         """Wait for a step, and return what each of ``launched.drawing`` drew."""
         self._streams.synchronize(launched.done)
         tokens = launched.results.ids[: len(launched.drawing)].tolist()
-        return [_token(run, token, launched.results, row) for row, (run, token) in _numbered(launched.drawing, tokens)]
+        drawn = zip(launched.drawing, tokens, strict=True)
+        return [_token(run, token, launched.results, row) for row, (run, token) in enumerate(drawn)]
 
     def skip(self) -> None:
         """Run a step of no tokens, for ranks that must step together."""
@@ -256,10 +258,6 @@ def _size_of(runs: Sequence[Run]) -> StepSize:
     return StepSize(len(runs) - len(chunks), len(chunks), sum(chunks), sum(run.draws for run in runs))
 
 
-def _numbered(drawing: Iterable[Run], tokens: Iterable[int]) -> enumerate[tuple[Run, int]]:
-    return enumerate(zip(drawing, tokens, strict=True))
-
-
 def _token(run: Run, token: int, results: DrawnTokens, row: int) -> Token:
     num_logprobs = run.sequence.request.num_logprobs
     if num_logprobs is None:
@@ -279,10 +277,6 @@ def _merged(copies: Iterable[Copy]) -> list[tuple[Copy, int]]:
         else:
             merged.append((copy, 1))
     return merged
-
-
-def _bound(work: Callable[[int], None], size: int) -> Callable[[], None]:
-    return lambda: work(size)
 
 
 def _num_multiprocessors(device: torch.device) -> int:

@@ -22,7 +22,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.kv.prefix import Content, Prefix, PrefixTree
-from yafsdp_like.inference.kv.slabs import ceil_div
+from yafsdp_like.inference.kv.slabs import ceil_div, check
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -78,14 +78,6 @@ class WantedPage:
     index: int
     content: Content | None
     source: int
-
-
-@dataclass(frozen=True)
-class AcquiredPages:
-    """Pages for what was wanted, each with a reference, and the copies that fill those that were not there."""
-
-    pages: Mapping[WantedPage, int]
-    copies: tuple[Copy, ...]
 
 
 @dataclass(eq=False)
@@ -350,8 +342,9 @@ class KVCache:
         sequence.prefixes, sequence.firsts, sequence.num_tokens = list(prefixes), firsts, num_tokens
         for table in sequence.tables:
             table.extend([NO_PAGE] * len(prefixes))
-        sequence.place(acquired.pages)
-        return acquired.copies
+        pages, copies = acquired
+        sequence.place(pages)
+        return copies
 
     def _move(self, sequence: KVSequence, tier: Tier) -> tuple[Copy, ...] | Shortage:
         """Acquire the sequence's pages on ``tier`` from the other one; the caller changes the state."""
@@ -367,11 +360,14 @@ class KVCache:
         for table in sequence.tables:
             del table[sequence.num_pages :]
         sequence.num_reserved = 0
-        sequence.place(acquired.pages)
-        return acquired.copies
+        pages, copies = acquired
+        sequence.place(pages)
+        return copies
 
-    def _acquire(self, wanted: Sequence[WantedPage], tier: Tier, tenant: str) -> AcquiredPages | Shortage:
-        """Acquire a page on ``tier`` for each of ``wanted``, all or none, with copies from the other tier.
+    def _acquire(
+        self, wanted: Sequence[WantedPage], tier: Tier, tenant: str
+    ) -> tuple[dict[WantedPage, int], tuple[Copy, ...]] | Shortage:
+        """Acquire a page on ``tier`` for each of ``wanted``, all or none, with the copies that fill new ones.
 
         Pages that are there get their reference before any is taken, since taking evicts.
         """
@@ -395,7 +391,7 @@ class KVCache:
             copies.append(Copy(self.groups[want.group].shape, other, want.source, tier, page))
             if want.content is not None:
                 self._publish(tier, want.group, page, want.content)
-        return AcquiredPages(pages, tuple(copies))
+        return pages, tuple(copies)
 
     # --- faults ---
 
@@ -417,24 +413,24 @@ class KVCache:
         for sequence in self.sequences:
             full = len(sequence.prefixes) * self.page_size
             pages = [prefix.num_pages for prefix in sequence.prefixes]
-            _expect(
+            check(
                 full + len(sequence.tail) == sequence.num_tokens, f"{sequence.num_tokens} tokens: {full} in full pages"
             )
-            _expect(pages == list(range(1, len(pages) + 1)), f"prefixes of {pages} pages")
-            _expect(len(sequence.tail) < self.page_size, f"{len(sequence.tail)} tokens in a page that is not full")
+            check(pages == list(range(1, len(pages) + 1)), f"prefixes of {pages} pages")
+            check(len(sequence.tail) < self.page_size, f"{len(sequence.tail)} tokens in a page that is not full")
             for group, table in enumerate(sequence.tables):
                 first = self.groups[group].first_page(sequence.num_tokens)
                 gone = [index for index, page in enumerate(table) if page == NO_PAGE]
-                _expect(sequence.firsts[group] == first, f"first page {sequence.firsts[group]}, expected {first}")
-                _expect(gone == list(range(first)), f"no pages at {gone}, expected up to {first}")
+                check(sequence.firsts[group] == first, f"first page {sequence.firsts[group]}, expected {first}")
+                check(gone == list(range(first)), f"no pages at {gone}, expected up to {first}")
                 num_places = len(table) * self.page_size - sequence.num_tokens
-                _expect(
+                check(
                     num_places >= sequence.num_reserved >= 0, f"{num_places} places, {sequence.num_reserved} reserved"
                 )
             for group, index, page in self._pages(sequence):
                 held = self._pool(sequence).content(self.groups[group].shape, page)
                 expected = sequence.content(group, index)
-                _expect(held in (None, expected) or expected is None, f"page {page} is {expected}, holds {held}")
+                check(held in (None, expected) or expected is None, f"page {page} is {expected}, holds {held}")
 
 
 def check_integrity(caches: Iterable[KVCache]) -> None:
@@ -451,8 +447,3 @@ def check_integrity(caches: Iterable[KVCache]) -> None:
                 counts.setdefault(shape, Counter()).update(pages)
     for pool, counts in counted.items():
         pool.check_integrity(counts)
-
-
-def _expect(holds: bool, found: str) -> None:
-    if not holds:
-        raise RuntimeError(f"a sequence's tables are wrong; {found}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.kv.eviction import LRU, Ledger, PageUse, Policy, Tenant, Victims
 from yafsdp_like.inference.kv.ranked import Rank, Ranked
-from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid, SlabPool
+from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid, SlabPool, check
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -230,7 +230,7 @@ class PagePool:
         ``references`` is shape -> page -> count. All other books must agree, too. O(everything).
         """
         self.slabs.check_integrity({shape: stock.pages.keys() for shape, stock in self.stocks.items()})
-        _expect(set(references) <= set(self.stocks), f"references to shapes {set(references) - set(self.stocks)}")
+        check(set(references) <= set(self.stocks), f"references to shapes {set(references) - set(self.stocks)}")
         charges: dict[str, int] = {}
         held: dict[int, int] = {}
         for shape, stock in self.stocks.items():
@@ -240,25 +240,20 @@ class PagePool:
                 if record.num_references:
                     slab = self.grid.slab_of(page, shape)
                     held[slab] = held.get(slab, 0) + 1
-        _expect(charges == self.ledger.charges, f"tenants have {charges}, are charged {self.ledger.charges}")
-        _expect(held == self._held, f"slabs have {held} referenced pages, {self._held} were counted")
-        _expect(set(self._ranks) <= set(self.slabs.leases), f"slabs {set(self._ranks)} have ranks, not all are lent")
+        check(charges == self.ledger.charges, f"tenants have {charges}, are charged {self.ledger.charges}")
+        check(held == self._held, f"slabs have {held} referenced pages, {self._held} were counted")
+        check(set(self._ranks) <= set(self.slabs.leases), f"slabs {set(self._ranks)} have ranks, not all are lent")
         for shape, stock in self.stocks.items():
             unheld = {slab for slab, lease in self.slabs.leases.items() if lease.shape == shape and slab not in held}
-            _expect(unheld == set(stock.unheld), f"{shape}: slabs {unheld} hold victims only, not {set(stock.unheld)}")
+            check(unheld == set(stock.unheld), f"{shape}: slabs {unheld} hold victims only, not {set(stock.unheld)}")
 
 
 def _check_stock(shape: PageShape, stock: Stock, references: Mapping[int, int]) -> None:
     found = {page: record.num_references for page, record in stock.pages.items() if record.num_references}
-    _expect(found == dict(references), f"{shape}: pages are referred to {dict(references)}, counted {found}")
+    check(found == dict(references), f"{shape}: pages are referred to {dict(references)}, counted {found}")
     cached = {page for page, record in stock.pages.items() if not record.num_references}
-    _expect(cached == set(stock.victims), f"{shape}: {cached} are cached, {set(stock.victims)} may go")
-    _expect(len(cached) == len(stock.victims), f"{shape}: {len(cached)} are cached, counted {len(stock.victims)}")
+    check(cached == set(stock.victims), f"{shape}: {cached} are cached, {set(stock.victims)} may go")
+    check(len(cached) == len(stock.victims), f"{shape}: {len(cached)} are cached, counted {len(stock.victims)}")
     named = {record.content: page for page, record in stock.pages.items() if record.content is not None}
-    _expect(named == stock.by_content, f"{shape}: contents {named} are found as {stock.by_content}")
-    _expect(all(stock.pages[page].content for page in cached), f"{shape}: a cached page of {cached} has no content")
-
-
-def _expect(holds: bool, found: str) -> None:
-    if not holds:
-        raise RuntimeError(f"the pages' books are wrong; {found}")
+    check(named == stock.by_content, f"{shape}: contents {named} are found as {stock.by_content}")
+    check(all(stock.pages[page].content for page in cached), f"{shape}: a cached page of {cached} has no content")

@@ -35,6 +35,12 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def check(holds: bool, found: str) -> None:
+    """Raise RuntimeError with what was found, unless ``holds``."""
+    if not holds:
+        raise RuntimeError(f"the books of pages are wrong; {found}")
+
+
 @dataclass(frozen=True)
 class PageShape:
     """What one page holds: the shape class that a slab is lent to. Equal shapes share slabs, whosever they are."""
@@ -230,23 +236,16 @@ class SlabPool:
     def check_integrity(self, used: Mapping[PageShape, Set[int]]) -> None:
         """Raise RuntimeError unless every slab is idle or lent, and every page of a lent one free or ``used``."""
         slabs = sorted([*self._idle, *self.leases])
-        _expect(slabs == list(range(self.grid.num_slabs)), f"slabs idle or lent: {slabs} of {self.grid.num_slabs}")
+        check(slabs == list(range(self.grid.num_slabs)), f"slabs idle or lent: {slabs} of {self.grid.num_slabs}")
         for shape in self._roomy:
             leases = {slab: lease for slab, lease in self.leases.items() if lease.shape == shape}
             free = [page for lease in leases.values() for page in lease.free]
             both = sorted([*free, *used.get(shape, ())])
             pages = sorted(page for lease in leases.values() for page in lease.pages)
-            _expect(both == pages, f"{shape}: pages {pages} are lent, {both} are free or used")
-            _expect(
-                len(free) == self._num_free[shape], f"{shape}: {len(free)} are free, counted {self._num_free[shape]}"
-            )
+            check(both == pages, f"{shape}: pages {pages} are lent, {both} are free or used")
+            check(len(free) == self._num_free[shape], f"{shape}: {len(free)} are free, counted {self._num_free[shape]}")
             roomy = sorted(slab for slab, lease in leases.items() if lease.free)
-            _expect(roomy == sorted(self._roomy[shape]), f"{shape}: slabs {roomy} have free pages")
+            check(roomy == sorted(self._roomy[shape]), f"{shape}: slabs {roomy} have free pages")
             for slab, lease in leases.items():
-                _expect(len(lease.free) < len(lease.pages), f"slab {slab} is empty and was not returned")
-                _expect(lease.pages == self.grid.pages(slab, shape), f"slab {slab} has pages {lease.pages}")
-
-
-def _expect(holds: bool, found: str) -> None:
-    if not holds:
-        raise RuntimeError(f"the slabs' books are wrong; {found}")
+                check(len(lease.free) < len(lease.pages), f"slab {slab} is empty and was not returned")
+                check(lease.pages == self.grid.pages(slab, shape), f"slab {slab} has pages {lease.pages}")

@@ -21,7 +21,7 @@ from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.consistency import all_gather_object
 from yafsdp_like.hardware import Hardware
 from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serving
-from yafsdp_like.inference.weights.store import PlacedWeights, Store, reserve
+from yafsdp_like.inference.weights.store import Store, Weights, reserve
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig, hf
 from yafsdp_like.models.decoder import fill_first_values
 
@@ -102,7 +102,7 @@ def load(
     mode: AnyMode = "auto",
     transport: Transport | None = None,
     on_plan: Callable[[ServingPlan], object] | None = None,
-) -> PlacedWeights:
+) -> Weights:
     """Plan memory within ``options``, allocate all of it, and read the weights of ``model``.
 
     Weights are bf16 on a GPU and float32 on a CPU unless ``dtype`` is given. ``on_plan`` is called with the plan before
@@ -135,7 +135,7 @@ def with_memory_limit(
 
 def load_planned(
     model: Model, plan: ServingPlan, device: torch.device | str, transport: Transport | None = None
-) -> PlacedWeights:
+) -> Weights:
     """Allocate what ``plan`` says and read the weights; it was made for ``site_of`` the same device and transport."""
     weights = reserve(plan, indexed(device), transport)
     error: BaseException | None = None

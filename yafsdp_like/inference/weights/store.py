@@ -36,13 +36,13 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from yafsdp_like.comm.consistency import check_same_on_all_ranks
-from yafsdp_like.comm.tp_group import TPGroup, world_tp_group
+from yafsdp_like.comm.tp_group import world_tp_group
 from yafsdp_like.inference.plan.placement import WEIGHT_SLOTS
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import Segment
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from yafsdp_like.comm.transport import Transport
     from yafsdp_like.inference.plan.packed_weights import PackedUnit
     from yafsdp_like.inference.plan.serving_plan import ServingPlan
-    from yafsdp_like.models.decoder import DecoderConfig
 
 _SHARED = ("gathered", "tensor_parallel")  # modes in which ranks have parts of weights
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
@@ -73,38 +72,6 @@ class LayerWeights:
     qkv_bias: Tensor | None = None  # ((N + 2 K) H,)
     q_norm: Tensor | None = None  # (H,)
     k_norm: Tensor | None = None  # (H,)
-
-
-class Weights(Protocol):
-    """What an engine is given. See [Note: the order of a forward]."""
-
-    config: DecoderConfig
-    dtype: torch.dtype
-    device: torch.device
-    plan: ServingPlan
-    arena: Arena  # holds all regions of the plan on the device, the engine's own too
-    host: Arena  # and those in host memory, pinned for a GPU
-    graphable: bool  # whether a forward may be recorded as a CUDA graph, see [Note: same residency]
-    lockstep: bool  # whether ranks must step equally often, see [Note: own pace or lockstep]
-    tp_group: TPGroup | None  # see [Note: tensor parallel]; None: each rank makes its own forwards
-
-    def embedding(self) -> Tensor:
-        """Return the embedding (V, D), which is valid until ``layer(0)``."""
-
-    def layer(self, index: int) -> LayerWeights:
-        """Return a layer's weights, which are valid until its ``release``."""
-
-    def release(self, index: int) -> None:
-        """Release a layer; the forward has issued its last reader."""
-
-    def head(self) -> tuple[Tensor, Tensor]:
-        """Return the last norm (D,) and the head (V, D), valid until the next ``embedding``."""
-
-    def reset_residency(self) -> None:
-        """Restore the residency that a recorded forward begins with, see [Note: same residency]."""
-
-    def close(self) -> None:
-        """End the forwards. Where ranks map each other's memory, wait until all have ended theirs."""
 
 
 @dataclass(frozen=True)
@@ -130,17 +97,22 @@ class _Slot:
     in_use: bool = False
 
 
-class PlacedWeights:
-    """`Weights` by a plan: every unit stays on the device, or is moved there for each forward."""
+class Weights:
+    """Weights as a plan places them: each unit stays on the device, or is moved there for each forward.
+
+    ``arena`` holds all regions of the plan on the device, the engine's own too, and ``host`` those in host memory. See
+    [Note: the order of a forward].
+    """
 
     def __init__(
         self, plan: ServingPlan, arena: Arena, host: Arena, transport: Transport | None, streams: Streams
     ) -> None:
         self.config, self.dtype, self.device = plan.config, plan.site.dtype, arena.device
         self.plan, self.arena, self.host = plan, arena, host
+        # See [Note: tensor parallel] and [Note: own pace or lockstep]; None: each rank makes its own forwards.
         self.tp_group = world_tp_group() if plan.mode == "tensor_parallel" else None
         self.lockstep = self.tp_group is not None or (plan.mode == "gathered" and not plan.site.maps_memory)
-        # Gathering ranks in lockstep replay or skip, each on its own, so they cannot record.
+        # See [Note: same residency]; gathering ranks in lockstep replay or skip, each on its own: they cannot record.
         self.graphable = self.tp_group is not None or not self.lockstep
         self._transport, self._streams = transport, streams
         wholes = [self._whole(unit) for unit in range(len(plan.placement.packed_units))]
@@ -153,7 +125,7 @@ class PlacedWeights:
     # --- what a forward calls ---
 
     def embedding(self) -> Tensor:
-        """Release what the last forward left in use, and acquire the embedding."""
+        """Return the embedding (V, D), which is valid until ``layer(0)``."""
         for unit in self._slots:
             if unit:  # a tied head is the embedding, and stays in use
                 self._release(unit)
@@ -161,24 +133,24 @@ class PlacedWeights:
         return self._views[0]["weight"]
 
     def layer(self, index: int) -> LayerWeights:
-        """Acquire a layer; the first one releases the embedding."""
+        """Return a layer's weights, which are valid until its ``release``."""
         if index == 0:
             self._release(0)
         self._acquire(1 + index)
         return self._layers[index]
 
     def release(self, index: int) -> None:
-        """Release a layer."""
+        """Release a layer; the forward has issued its last reader."""
         self._release(1 + index)
 
     def head(self) -> tuple[Tensor, Tensor]:
-        """Acquire the head."""
+        """Return the last norm (D,) and the head (V, D), valid until the next ``embedding``."""
         self._acquire(self._head_unit)
         views = self._views[self._head_unit]
         return views["norm"], views["weight"]
 
     def reset_residency(self) -> None:
-        """Make the units resident that a recording begins with."""
+        """Restore the residency that a recorded forward begins with, see [Note: same residency]."""
         for slot in self._slots.values():
             slot.in_use = False
             if not slot.neighbours and not slot.is_resident:
@@ -297,7 +269,7 @@ class PlacedWeights:
         self._check_same_on_all_ranks("loaded", error)
 
     def close(self) -> None:
-        """Wait for all ranks that may read this one's shards."""
+        """End the forwards. Where ranks map each other's memory, wait until all have ended theirs."""
         self._check_same_on_all_ranks("closed", None)
 
     def _check_same_on_all_ranks(self, line: str, error: BaseException | None) -> None:
@@ -309,7 +281,7 @@ class PlacedWeights:
             raise error
 
 
-def reserve(plan: ServingPlan, device: torch.device, transport: Transport | None = None) -> PlacedWeights:
+def reserve(plan: ServingPlan, device: torch.device, transport: Transport | None = None) -> Weights:
     """Allocate all regions of the plan, once, and return weights on them that are still to be filled.
 
     A gathered or tensor parallel plan needs the transport of its ranks, who all call this together; it raises on all of
@@ -333,7 +305,7 @@ def reserve(plan: ServingPlan, device: torch.device, transport: Transport | None
             transport.mapped.connect(arena.blocks)
     elif error is not None:
         raise error
-    return PlacedWeights(plan, arena, host, transport, streams_of(device))
+    return Weights(plan, arena, host, transport, streams_of(device))
 
 
 def _check(plan: ServingPlan, transport: Transport | None) -> None:
