@@ -27,6 +27,7 @@ from yafsdp_like.models import PRESETS
 SHARDED = ("main_shard", "compute_shard", "grad_shard")  # kinds of regions that more ranks make smaller
 MARGIN = 20  # of what is free, one part in so many is left to what no sum knows
 COPY = "a checkpoint's copy on its way to the disk"
+FLOATS = "moments as a checkpoint has them"
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,14 @@ def check_memory(model: Any, options: Config, world: World) -> None:
 def _demands(model: Any, options: Config, world: World) -> list[MemoryDemand]:
     plan: MemoryPlan = model.memory_plan()
     kept_as = options.optimizer.moments
-    moments = build.moments_nbytes(model, world, kept_as)
+    moments, saved = (build.moments_nbytes(model, world, kept_as, saved) for saved in (False, True))
     sharded = sum(plan.nbytes_of(kind) for kind in SHARDED)
     parts = [Allocation("memory plan", plan.nbytes, sharded), Allocation("AdamW's moments", moments, moments)]
+    if kept_as == "int8":
+        parts.append(Allocation(FLOATS, saved, saved))  # made for a save, and given back
     copies = []
     if options.checkpoint.asynchronous and 0 < options.checkpoint.every < options.num_steps:
-        copied = plan.nbytes_of("main_shard") + build.moments_nbytes(model, world, kept_as, saved=True)
+        copied = plan.nbytes_of("main_shard") + saved
         copies = [Allocation(COPY, copied, copied)]
     if world.device.type != "cuda":
         return [_host_demand([*parts, *copies])]

@@ -197,6 +197,22 @@ def test_the_kernel_stores_the_bits_of_its_reference(
             torch.testing.assert_close(a.compute, b.compute, rtol=2**-8, atol=2**-12)
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="compares a GPU with a CPU")
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_gpu_stores_the_bits_of_a_cpu(int8: bool) -> None:
+    numels = [*NUMELS, 1 << 20]
+    params = with_formats(adamw_params(numels, torch.float32, torch.float32, torch.float32, torch.bfloat16), int8)
+    on_cpu = [AdamWTensors(*(t.cpu() for t in p[:5]), *p[5:]) for p in params]
+    table = AdamWTable()
+    for number in range(1, 6):
+        step = AdamWStep(number, 0.9, 0.95, 1e-8, seed=11)
+        table.update(params, RATES, step)
+        adamw_reference(on_cpu, RATES.cpu(), step)
+    for p, q in zip(params, on_cpu, strict=True):
+        assert same_bits([p.exp_avg.cpu(), p.exp_avg_sq.cpu()], [q.exp_avg, q.exp_avg_sq])
+        torch.testing.assert_close(p.main.cpu(), q.main, rtol=2**-20, atol=2**-24)
+
+
 @needs_kernels
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 def test_the_kernel_stores_what_is_not_finite_as_its_reference_does() -> None:
