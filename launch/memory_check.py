@@ -24,7 +24,7 @@ from yafsdp_like.memory.plan import MemoryPlan, readable
 from yafsdp_like.memory.room import free_nbytes
 from yafsdp_like.models import PRESETS
 
-SHARDED = ("main_shard", "compute_shard", "grad_shard")  # kinds of regions that more ranks make smaller
+SHARDED = ("main_shard", "compute_shard")  # kinds of the plan's regions that more ranks make smaller
 MARGIN = 20  # of what is free, one part in so many is left to what no sum knows
 COPY = "a checkpoint's copy on its way to the disk"
 FLOATS = "moments as a checkpoint has them"
@@ -68,7 +68,11 @@ def _demands(model: Any, options: Config, world: World) -> list[MemoryDemand]:
     kept_as = options.optimizer.moments
     moments, saved = (build.moments_nbytes(model, world, kept_as, saved) for saved in (False, True))
     sharded = sum(plan.nbytes_of(kind) for kind in SHARDED)
-    parts = [Allocation("memory plan", plan.nbytes, sharded), Allocation("AdamW's moments", moments, moments)]
+    parts = [
+        Allocation("memory plan", plan.nbytes, sharded),
+        Allocation("gradients", plan.transient_nbytes, plan.transient_nbytes),
+        Allocation("AdamW's moments", moments, moments),
+    ]
     if kept_as == "int8":
         parts.append(Allocation(FLOATS, saved, saved))  # made for a save, and given back
     copies = []

@@ -350,7 +350,7 @@ class Memory:
 def memory_of(config: DecoderConfig, plan: MemoryPlan, unsharded_device_gib: float) -> Memory:
     """The unsharded model holds bf16 weights and gradients; all else of it, a sharded one has too."""
     rest = int(unsharded_device_gib * GIB) - 2 * COMPUTE_NBYTES * config.num_params
-    return Memory(plan.nbytes, MOMENTS_NBYTES * -(-config.num_params // plan.world_size), rest)
+    return Memory(plan.nbytes + plan.transient_nbytes, MOMENTS_NBYTES * -(-config.num_params // plan.world_size), rest)
 
 
 def topologies(by: Assumptions) -> list[Topology]:

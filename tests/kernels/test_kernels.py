@@ -89,7 +89,7 @@ def test_compiled_kernels_move_sixteen_bytes_at_once() -> None:
     from triton.compiler import ASTSource
 
     tl = triton.language
-    pointers = {"blocks": "*i32", "numels": "*i64", "addresses": "*i64", "scale": "fp32"}
+    pointers = {"blocks": "*i32", "numels": "*i64", "outputs": "*i64", "addresses": "*i64", "scale": "fp32"}
     constants = {"OUTPUT": tl.float32, "INPUT": tl.bfloat16, "WIRE": tl.bfloat16, "ACCUMULATE": True}
     constants |= {"WORLD_SIZE": 2, "BLOCK": reduce.BLOCK, "VECTOR": 8}
     kernel = reduce._reduce_kernel
@@ -215,6 +215,28 @@ def test_misaligned_chunks_are_reduced_and_nothing_past_them_is_written() -> Non
     reduce_reference([region[1:-4] for region in expected], inputs, 0.25, torch.float32, False)
     ReduceTable(outputs, inputs).reduce(0.25, torch.float32, False)
     assert same_bits(regions, expected)
+
+
+def test_outputs_are_found_where_they_are_now() -> None:
+    inputs = [spread(NUMELS, torch.bfloat16, seed=1 + rank) for rank in range(2)]
+    outputs = spread(NUMELS, torch.float32, seed=0)
+    table = ReduceTable(outputs, inputs)
+    for output in outputs:
+        output.set_(torch.zeros_like(output))
+    expected = [output.clone() for output in outputs]
+    reduce_reference(expected, inputs, 0.5, torch.bfloat16, False)
+    table.find_outputs()
+    table.reduce(0.5, torch.bfloat16, False)
+    assert same_bits(outputs, expected)
+
+
+def test_a_part_of_the_outputs_is_reduced() -> None:
+    inputs = [spread([4, 3], torch.bfloat16, seed=1 + rank) for rank in range(2)]
+    outputs = [torch.zeros(9, device=DEVICE), torch.zeros(3, device=DEVICE)]
+    expected = [output.clone() for output in outputs]
+    reduce_reference([expected[0][5:], expected[1]], inputs, 0.5, torch.bfloat16, False)
+    ReduceTable(outputs, inputs, [5, 0]).reduce(0.5, torch.bfloat16, False)
+    assert same_bits(outputs, expected)
 
 
 def test_a_unit_without_elements_is_reduced_to_nothing() -> None:

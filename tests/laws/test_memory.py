@@ -60,7 +60,8 @@ def test_the_plan_of_equal_blocks_is_an_equation() -> None:
     assert plan.nbytes_of("grad_shard") == 4 * main
     assert plan.nbytes_of("gather slots") == 2 * gather
     assert plan.nbytes_of("gradient slots") == 2 * gradient
-    assert plan.nbytes == 4 * (main + compute + main) + 2 * (gather + gradient)
+    assert plan.nbytes == 4 * (main + compute) + 2 * (gather + gradient)
+    assert plan.transient_nbytes == 4 * main
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

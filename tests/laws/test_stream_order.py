@@ -24,6 +24,7 @@ from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE
 from yafsdp_like.optim import AdamW
 from yafsdp_like.shard.runtime import engine as engine_module
 from yafsdp_like.shard.runtime import gradients as gradients_module
+from yafsdp_like.shard.runtime.gradient_shard import GradientShard
 from yafsdp_like.shard.runtime.gradients import GradientLifecycle
 from yafsdp_like.shard.runtime.params import ParamLifecycle
 from yafsdp_like.shard.runtime.slots import GatherSlot, GradientSlot
@@ -127,6 +128,7 @@ def train(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "streams_of", lambda device: streams)
         watch_transports(patch, detector)
+        watch_gradients(patch, detector)
         name_works(patch, streams)
         if plant is not None:
             PLANTS[plant](patch)
@@ -171,9 +173,19 @@ def watch_arenas(model: Any, detector: RaceDetector) -> None:
         for p in unit.params:
             detector.watch(p.main)
             detector.watch(p.compute)
-        gradients = [p.grad for p in unit.params if p.trainable]
-        for tensor in (*unit.gather_slot.outputs, *unit.gradient_slot.inputs.values(), *gradients, unit.staging):
+        for tensor in (*unit.gather_slot.outputs, *unit.gradient_slot.inputs.values(), unit.staging):
             detector.watch(tensor)
+
+
+def watch_gradients(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
+    """Their memory comes and goes, and may be anybody's before and after: all accesses to it are watched."""
+    take = GradientShard.take
+
+    def watched(self: GradientShard) -> None:
+        take(self)
+        detector.watch(self.flat)
+
+    patch.setattr(GradientShard, "take", watched)
 
 
 def forget_readers(patch: pytest.MonkeyPatch) -> None:

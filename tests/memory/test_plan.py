@@ -183,7 +183,7 @@ def test_the_printed_plan() -> None:
             Region("root.main_shard", "main_shard", 768),
             Region("layers.0.main_shard", "main_shard", 3 * 2**19),
             Region("root.compute_shard", "compute_shard", 0),
-            Region("layers.0.grad_shard", "grad_shard", 2**20),
+            Region("layers.0.grad_shard", "grad_shard", 2**20, transient=True),
             Region("gather slots", "gather slots", 5 * 2**30),
             Region("layers.3.gather_slot", "spill", 2048),
         ),
@@ -193,9 +193,9 @@ def test_the_printed_plan() -> None:
         ),
     )
     assert str(plan) == (
-        "memory plan of one rank of 4: 5.00 GiB (5,371,333,376 bytes)\n"
+        "memory plan of one rank of 4: 5.00 GiB (5,370,284,800 bytes), and 1.00 MiB from backward to zero_grad\n"
         "  main_shard             1.50 MiB   2 regions    what the optimizer updates\n"
-        "  grad_shard             1.00 MiB   1 region     reduced gradients\n"
+        "  grad_shard             1.00 MiB   1 region     reduced gradients, from backward to zero_grad\n"
         "  gather slots           5.00 GiB   1 region     units' full parameters, shared by live range\n"
         "    [            0, 1,073,741,824)  layers.0, layers.1, layers.2, layers.3, ... (6 units)\n"
         "    [1,073,741,824, 5,368,709,120)  root\n"
@@ -244,10 +244,10 @@ def test_the_plan_of_a_model_is_an_equation_between_its_layers() -> None:
     assert plan.nbytes_of("gather slots") == embed + b
     assert plan.nbytes_of("gradient slots") == embed + b
     assert str(plan) == (
-        "memory plan of one rank of 2: 216.00 KiB (221,184 bytes)\n"
+        "memory plan of one rank of 2: 176.00 KiB (180,224 bytes), and 40.00 KiB from backward to zero_grad\n"
         "  over process group: on cpu, peer memory is used only when asked for\n"
         "  main_shard            40.00 KiB   5 regions    what the optimizer updates\n"
-        "  grad_shard            40.00 KiB   5 regions    reduced gradients\n"
+        "  grad_shard            40.00 KiB   5 regions    reduced gradients, from backward to zero_grad\n"
         "  gather slots          68.00 KiB   1 region     units' full parameters, shared by live range\n"
         "    [            0,         4,096)  layers.2, layers.4\n"
         "    [            0,        65,536)  layers.0\n"

@@ -97,7 +97,8 @@ def measure(transport: str) -> None:
     model, optimizer = trained(transport)
     for tensor in tensors_of(model, optimizer).values():
         local = tensor.to_local()
-        assert local.untyped_storage().nbytes() == local.numel() * local.itemsize
+        padding = local.untyped_storage().nbytes() - local.numel() * local.itemsize
+        assert 0 <= padding <= -(-tensor.numel() // 2) * 4, "of a gradient's chunk, where rows do not divide evenly"
     nbytes = sum(value.to_local().numel() * 4 for value in model.state_dict().values())
     assert nbytes == (32 * 8 + 32 + (64 + 1 + 1 + 1) * (4 - dist.get_rank())) * 4
     assert len(saved(model.state_dict())) < nbytes + 16_000

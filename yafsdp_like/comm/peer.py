@@ -99,6 +99,8 @@ class PeerTransport:
             key = (1.0 / divisor, accumulate)
             if key not in runs:
                 runs[key] = Recording(self._device, [partial(self._run_rounds, rounds, *key)])
+            for r in rounds:
+                r.find_outputs()
             runs[key]()
 
         return run
@@ -133,7 +135,7 @@ class PeerTransport:
                     rounds.append([])
                     free_nbytes = scratch.numel()
                     continue
-                rounds[-1].append(_Piece(out[start:stop], [chunk[start:stop] for chunk in by_rank], dtype))
+                rounds[-1].append(_Piece(out, start, [chunk[start:stop] for chunk in by_rank], dtype))
                 free_nbytes -= (self.world_size - 1) * aligned((stop - start) * inp.itemsize)
                 start = stop
         return [_Round.of(pieces, self.rank, scratch) for pieces in rounds if pieces]
@@ -143,7 +145,8 @@ class PeerTransport:
 class _Piece:
     """Some elements of one parameter's chunk: where their sum goes, every rank's own, and what it is rounded to."""
 
-    output: torch.Tensor  # (n,)
+    output: torch.Tensor  # (>= start + n,): wherever that is when the sum is made
+    start: int
     by_rank: list[torch.Tensor]  # (n,) each
     dtype: torch.dtype
 
@@ -159,7 +162,7 @@ class _Round:
     def of(cls, pieces: Sequence[_Piece], rank: int, scratch: torch.Tensor) -> _Round:
         """Give each piece its place in ``scratch``."""
         pulls, offset = [], 0
-        by_dtypes: dict[tuple[torch.dtype, ...], list[tuple[torch.Tensor, list[torch.Tensor]]]] = {}
+        by_dtypes: dict[tuple[torch.dtype, ...], list[tuple[_Piece, list[torch.Tensor]]]] = {}
         for piece in pieces:
             here = list(piece.by_rank)
             for peer, theirs in enumerate(piece.by_rank):
@@ -169,12 +172,18 @@ class _Round:
                     pulls.append((here[peer], theirs))
                     offset += aligned(nbytes)
             key = (piece.output.dtype, here[0].dtype, piece.dtype)
-            by_dtypes.setdefault(key, []).append((piece.output, here))
-        tables = [
-            (key[-1], ReduceTable([out for out, _ in found], list(map(list, zip(*(h for _, h in found), strict=True)))))
-            for key, found in by_dtypes.items()
-        ]
+            by_dtypes.setdefault(key, []).append((piece, here))
+        tables = []
+        for (_, _, dtype), found in by_dtypes.items():
+            inputs = list(map(list, zip(*(here for _, here in found), strict=True)))
+            table = ReduceTable([piece.output for piece, _ in found], inputs, [piece.start for piece, _ in found])
+            tables.append((dtype, table))
         return cls(pulls, tables)
+
+    def find_outputs(self) -> None:
+        """Note where gradient shards are now."""
+        for _, table in self.tables:
+            table.find_outputs()
 
 
 def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:

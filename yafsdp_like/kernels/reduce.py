@@ -29,6 +29,7 @@ from yafsdp_like.kernels.blocks import (
     store,
     tl,
     triton_dtype,
+    upload,
 )
 
 if TYPE_CHECKING:
@@ -55,12 +56,14 @@ def reduce_reference(
 
 
 class ReduceTable:
-    """The addresses of one unit's gradient chunks on every rank, and of its gradient shard.
+    """The addresses of one unit's gradient chunks on every rank, and of its gradient shards.
 
     Args:
-        outputs: for each parameter its gradient shard, ``(numel,)``, all of one dtype.
+        outputs: for each parameter its gradient shard, ``(>= start + numel,)``, all of one dtype. They may be given
+            other memory between calls (``Tensor.set_``, ``UntypedStorage.resize_``).
         inputs: for each rank in order, for each parameter that rank's values of the same elements, ``(numel,)``, all
             of one dtype. Other ranks' are mapped memory of this device.
+        starts: for each parameter the element of its output with which the inputs begin; the first by default.
 
     Raises ``ValueError`` when tensors differ in what must be alike, are not flat and contiguous, or are neither
     float32 nor bfloat16 nor float16.
@@ -70,20 +73,36 @@ class ReduceTable:
         self,
         outputs: Sequence[torch.Tensor],
         inputs: Sequence[Sequence[torch.Tensor]],
+        starts: Sequence[int] | None = None,
     ) -> None:
-        _check(outputs, inputs)
-        self._outputs, self._inputs = outputs, inputs  # the addresses' owners
+        self._starts = [0] * len(outputs) if starts is None else list(starts)
+        self._outputs, self._inputs = list(outputs), inputs
+        _check(self._parts(), inputs)
         self._device = outputs[0].device
-        # [parameter][output, then input of each rank]; there when this returns, for every stream
-        addresses = [[tensor.data_ptr() for tensor in row] for row in zip(outputs, *inputs, strict=True)]
+        # [parameter][input of each rank]; there when this returns, for every stream
+        addresses = [[tensor.data_ptr() for tensor in row] for row in zip(*inputs, strict=True)]
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device=self._device)
-        self._blocks = BlockTable.of([output.numel() for output in outputs], BLOCK, self._device)
+        self._output_places: list[int] = []
+        self._output_addresses = torch.zeros(len(outputs), dtype=torch.int64, device=self._device)
+        self.find_outputs()
+        self._blocks = BlockTable.of([chunk.numel() for chunk in inputs[0]], BLOCK, self._device)
         self._grid = (self._blocks.num_blocks,)
         self._vector = VECTOR_NBYTES // min(outputs[0].itemsize, inputs[0][0].itemsize)
         self._dtypes = {"OUTPUT": triton_dtype(outputs[0].dtype), "INPUT": triton_dtype(inputs[0][0].dtype)}
 
+    def _parts(self) -> list[torch.Tensor]:
+        chunks = self._inputs[0] if self._inputs else []
+        return [o[start : start + c.numel()] for o, start, c in zip(self._outputs, self._starts, chunks, strict=False)]
+
+    def find_outputs(self) -> None:
+        """Note where the outputs are now, on the current stream; before ``reduce``, which may be a recording's."""
+        places = [o.data_ptr() + start * o.itemsize for o, start in zip(self._outputs, self._starts, strict=True)]
+        if places != self._output_places and runs_on(self._device):
+            self._output_places = places
+            self._output_addresses.copy_(upload(places, torch.int64, self._device))
+
     def reduce(self, scale: float, wire_dtype: torch.dtype, accumulate: bool) -> None:
-        """Writes the outputs, or adds to them, on the current stream.
+        """Write the outputs, or add to them, on the current stream, where ``find_outputs`` has found them.
 
         Args:
             scale: what the sums are multiplied by, in float32.
@@ -91,12 +110,13 @@ class ReduceTable:
             accumulate: whether the outputs are added to. They are rounded once more, to their own dtype.
         """
         if not runs_on(self._device):
-            reduce_reference(self._outputs, self._inputs, scale, wire_dtype, accumulate)
+            reduce_reference(self._parts(), self._inputs, scale, wire_dtype, accumulate)
         elif self._grid[0]:
             with launching_on(self._device):
                 _reduce_kernel[self._grid](
                     self._blocks.blocks,
                     self._blocks.numels,
+                    self._output_addresses,
                     self._addresses,
                     float(scale),
                     **self._dtypes,
@@ -133,7 +153,8 @@ def _check(outputs: Sequence[torch.Tensor], inputs: Sequence[Sequence[torch.Tens
 def _reduce_kernel(
     blocks: tl.tensor,  # (num_blocks, 2) int32
     numels: tl.tensor,  # (num_segments,) int64
-    addresses: tl.tensor,  # (num_segments, 1 + WORLD_SIZE) int64: of the output, then of each rank's input
+    outputs: tl.tensor,  # (num_segments,) int64: addresses
+    addresses: tl.tensor,  # (num_segments, WORLD_SIZE) int64: of each rank's input
     scale: tl.tensor,
     OUTPUT: tl.constexpr,
     INPUT: tl.constexpr,
@@ -146,18 +167,19 @@ def _reduce_kernel(
     # One short program per block, not a loop on every multiprocessor: matrix products that run beside it are given
     # theirs as soon as one program ends.
     segment, start, count = block_range(blocks, numels, tl.program_id(0), BLOCK)
-    row = addresses + segment * (1 + WORLD_SIZE)
-    bits = tl.load(row)
+    output, row = outputs + segment, addresses + segment * WORLD_SIZE
+    bits = tl.load(output)
     for j in tl.static_range(WORLD_SIZE):
-        bits |= tl.load(row + 1 + j)
+        bits |= tl.load(row + j)
     if (count == BLOCK) & (bits % 16 == 0):
-        _reduce_block(row, start, count, scale, OUTPUT, INPUT, WIRE, WORLD_SIZE, ACCUMULATE, BLOCK, VECTOR)
+        _reduce_block(output, row, start, count, scale, OUTPUT, INPUT, WIRE, WORLD_SIZE, ACCUMULATE, BLOCK, VECTOR)
     else:
-        _reduce_block(row, start, count, scale, OUTPUT, INPUT, WIRE, WORLD_SIZE, ACCUMULATE, BLOCK, 0)
+        _reduce_block(output, row, start, count, scale, OUTPUT, INPUT, WIRE, WORLD_SIZE, ACCUMULATE, BLOCK, 0)
 
 
 @jit()
 def _reduce_block(
+    output_row: tl.tensor,
     row: tl.tensor,
     start: tl.tensor,
     count: tl.tensor,
@@ -172,10 +194,10 @@ def _reduce_block(
 ) -> None:
     numbers = tl.arange(0, BLOCK)
     offsets, mask = start + numbers, numbers < count
-    output = pointer(row, 0, OUTPUT)
+    output = pointer(output_row, 0, OUTPUT)
     values: tl.tuple = ()
     for j in tl.static_range(WORLD_SIZE):  # every rank's load is under way before the first is waited for
-        values += (load(pointer(row, 1 + j, INPUT), offsets, mask, VECTOR),)
+        values += (load(pointer(row, j, INPUT), offsets, mask, VECTOR),)
     total = values[0]
     for j in tl.static_range(1, WORLD_SIZE):
         total = total + values[j]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from yafsdp_like.memory import vmm
-from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
+from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned, contiguous_stride
 from yafsdp_like.memory.plan import Region, readable
 from yafsdp_like.memory.room import free_nbytes, ranks_of_this_host
 
@@ -184,12 +184,4 @@ class Place:
         offset = start + self.segment.offset_nbytes
         with torch.inference_mode(False), torch.no_grad():
             empty = torch.empty(0, dtype=dtype, device=self.arena.device)
-            return empty.set_(storage[offset : offset + nbytes], 0, shape, _contiguous_stride(shape))
-
-
-def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    stride, step = [], 1
-    for size in reversed(shape):
-        stride.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(stride))
+            return empty.set_(storage[offset : offset + nbytes], 0, shape, contiguous_stride(shape))

@@ -124,3 +124,8 @@ class FlatLayout:
             offset = aligned(offset + nbytes)
         granule_nbytes = granule_nbytes if in_granules else ALIGNMENT_NBYTES
         return cls(tuple(segments), aligned(offset, granule_nbytes), granule_nbytes)
+
+
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides, in elements, of a contiguous tensor of ``shape``."""
+    return tuple(math.prod(max(size, 1) for size in shape[dim + 1 :]) for dim in range(len(shape)))

@@ -93,13 +93,16 @@ def live_nbytes_peak(requests: Sequence[SlotRequest]) -> int:
 
 @dataclass(frozen=True)
 class Region:
-    """A named range of memory that an arena holds for as long as the plan lives."""
+    """A named range of memory that an arena holds for as long as the plan lives; or, ``transient``, tensors that
+    PyTorch's allocator holds for a part of every step.
+    """
 
     name: str
     kind: str
     nbytes: int
     mapped: bool = False  # mapped by peers, who read it where it is
     granule_nbytes: int = 0  # made of whole granules of this size, which slots alias; 0: none does
+    transient: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class SlotPlace:
 KINDS = {
     "main_shard": "what the optimizer updates",
     "compute_shard": "the same in param_dtype: what peers gather",
-    "grad_shard": "reduced gradients",
+    "grad_shard": "reduced gradients, from backward to zero_grad",
     "gather slots": "units' full parameters, shared by live range",
     "gradient slots": "units' full gradients, shared by live range",
     "unsynced gradients": "full gradients kept while set_requires_gradient_sync(False)",
@@ -146,8 +149,9 @@ def readable(nbytes: int) -> str:
 class MemoryPlan:
     """Every region that the runtime holds on one rank, in bytes. Equal on all ranks, since shards are padded.
 
-    ``nbytes`` is what the arenas hold once allocated (law: the plan is the truth). Not in it: activations and transient
-    gradients (PyTorch's allocator), optimizer states (the optimizer), and the communication library's own buffers.
+    ``nbytes`` is what the arenas hold once allocated (law: the plan is the truth). Beside it, ``transient_nbytes``
+    are in PyTorch's allocator from backward to ``zero_grad``, as a rule where activations were. Not in the plan:
+    activations, optimizer states (the optimizer), and the communication library's own buffers.
     """
 
     world_size: int
@@ -157,8 +161,13 @@ class MemoryPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all regions."""
-        return sum(region.nbytes for region in self.regions)
+        """Bytes of all regions that arenas hold."""
+        return sum(region.nbytes for region in self.regions if not region.transient)
+
+    @property
+    def transient_nbytes(self) -> int:
+        """Bytes that PyTorch's allocator holds beside the arenas from backward to ``zero_grad``."""
+        return sum(region.nbytes for region in self.regions if region.transient)
 
     def nbytes_of(self, kind: str) -> int:
         """Count the bytes of the regions of one kind, of those in ``KINDS``."""
@@ -167,6 +176,8 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         lines = [f"memory plan of one rank of {self.world_size}: {readable(self.nbytes)} ({self.nbytes:,} bytes)"]
+        if self.transient_nbytes:
+            lines[0] += f", and {readable(self.transient_nbytes)} from backward to zero_grad"
         lines += [f"  over {transport}" for transport in self.transports]
         for kind, meaning in KINDS.items():
             regions = [r for r in self.regions if r.kind == kind and r.nbytes]

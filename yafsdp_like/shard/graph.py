@@ -46,7 +46,7 @@ class UnitState:
     is_filled: bool  # gathered already, by the last update
     is_current: bool  # its compute shard need not be cast
     adds: tuple[bool, ...]  # for each parameter, whether its gradient is added to ``.grad``
-    shard_indices: tuple[int, ...]  # which of its shards each gradient goes to
+    grad_addresses: tuple[int, ...]  # where its gradients go
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,10 @@ def _repeatable_unit(engine: ShardEngine, unit: Unit) -> UnitState | None:
     if any(p.sharded.grad is not None and not p.has_own_grad for p in unit.params):
         return None
     adds = tuple(p.has_own_grad for p in unit.params)
-    unit.gradient_slot.spare_kept_grads([k for k in unit.trainable if not adds[k]])
-    return UnitState(slot.state is SlotState.FILLED, is_current, adds, unit.gradient_slot.shard_indices)
+    if not all(p.pin_grad() for p in unit.params):
+        return None
+    addresses = tuple(p.grad.flat.data_ptr() for p in unit.params if p.grad is not None)
+    return UnitState(slot.state is SlotState.FILLED, is_current, adds, addresses)
 
 
 def _fork_streams(engine: ShardEngine) -> None:
@@ -229,4 +231,5 @@ def _settle(engine: ShardEngine, reduced: Sequence[ShardedParam]) -> None:
         unit.gather_slot.drop()
         unit.freshness.compute_shard_written()
     for p in reduced:
-        p.sharded.grad = p.grad_dtensor
+        assert p.grad is not None
+        p.sharded.grad = p.grad.dtensor

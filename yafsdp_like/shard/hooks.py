@@ -83,6 +83,7 @@ def _begin_iteration(engine: ShardEngine, call: Call) -> None:
         abandon(engine)  # the last backward raised
     engine.rebuild.if_changed()
     engine.params.begin()
+    engine.gradients.release_unused()
     call.starts_iteration, engine.running.iteration = True, call
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from yafsdp_like.comm.choice import transport_over
+from yafsdp_like.memory.allocator import use_expandable_segments
 from yafsdp_like.shard.hooks import install
 from yafsdp_like.shard.runtime.engine import engine_of
 from yafsdp_like.shard.runtime.param import ShardedParam
@@ -39,6 +40,8 @@ def make_unit(
     """
     device = device_of(mesh)
     params = [ShardedParam(param, places, mesh) for param, places in owners.items()]
+    if device.type == "cuda":
+        use_expandable_segments()
     unit = Unit(modules, params, policy, mesh, transport_over(mesh, device, transport), device)
     for p, param in zip(params, owners, strict=True):
         unit.mark(param, p)

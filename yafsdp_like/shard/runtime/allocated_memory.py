@@ -80,8 +80,7 @@ class AllocatedMemory:
     def nbytes(self) -> int:
         """The bytes held now, main shards included."""
         units = self._tree.units
-        added = sum(p.grad_shards.added_nbytes for unit in units for p in unit.params if p.grad_shards)
-        return sum(unit.arena.nbytes for unit in units) + (self.arena.nbytes if self.arena else 0) + added
+        return sum(unit.arena.nbytes for unit in units) + (self.arena.nbytes if self.arena else 0)
 
     def build(self) -> None:
         """Give every unit its shards and slots, on an arena of their own. Units must have their main shards."""
@@ -182,7 +181,7 @@ class AllocatedMemory:
 def build(units: Sequence[Unit], memory_layout: MemoryLayout) -> Arena:
     """Allocate everything but main shards, which units hold already, and give every unit its shards and slots."""
     arena = Arena(units[0].device)
-    arena.reserve([region for region in memory_layout.plan.regions if region.kind != "main_shard"])
+    arena.reserve([r for r in memory_layout.plan.regions if r.kind != "main_shard" and not r.transient])
     for i, (unit, layout) in enumerate(zip(units, memory_layout.layouts, strict=True)):
         unit.take_dtypes(memory_layout.units[i].params)
         _place_shards(unit, layout, arena)
@@ -220,7 +219,7 @@ def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
                 shard = arena.place(f"{unit.name}.{region}").part(part.segments[k])
                 p.place_compute(shard.flat(p.compute_dtype, p.shards.chunk_numel))
         if k in unit.trainable:
-            p.place_grad(arena.place(f"{unit.name}.grad_shard").part(layout.grad_shard.segments[k]))
+            p.make_grad(arena.device)
 
 
 def _gather_slot(unit: Unit, layout: UnitLayout, shared: Segment | None, arena: Arena) -> GatherSlot:
@@ -270,6 +269,6 @@ def _gradient_slot(unit: Unit, layout: UnitLayout, shared: Segment | None, arena
         extent = arena.place(GRADIENT_SLOTS).part(shared)
     elif unit.needs.own_gradient_slot:
         extent = arena.place(f"{unit.name}.gradient_slot")
-    elif unit.trainable:  # parameters without elements have gradients too, but no bytes: an empty region holds them
-        extent = arena.place(f"{unit.name}.grad_shard")
+    elif unit.trainable:  # parameters without elements have gradients too, but no bytes
+        extent = arena.place(GRADIENT_SLOTS).part(Segment(0, 0))
     return GradientSlot(unit, extent, layout.gradient_slot)

@@ -130,13 +130,14 @@ class GradientLifecycle:
         """Reduce into the gradient shard, set or add to ``.grad``, and return when that is done."""
         slot = unit.gradient_slot
         arrived = sorted(slot.arrived)  # the same order on every rank
+        adding = [k for k in arrived if unit.params[k].has_own_grad]
+        setting = [k for k in arrived if k not in adding]
+        for k in setting:
+            unit.params[k].take_grad()  # of memory that compute has used before, and is done with then
         complete = self._streams.record(COMPUTE)
         with label("reduce_scatter", unit), self._streams.on(REDUCE), torch.no_grad():
             self._streams.wait(REDUCE, complete)
-            adding = [k for k in arrived if unit.params[k].has_own_grad]
-            setting = [k for k in arrived if k not in adding]
             self._context.collective_log.reduces(unit, setting, adding)
-            slot.spare_kept_grads(setting)
             for which, adds in ((setting, False), (adding, True)):
                 if which:
                     slot.reduce_scatter(which)(unit.reduction(), adds)
@@ -180,6 +181,13 @@ class GradientLifecycle:
             self._streams.wait(COMPUTE, self._last_reduce)
             self._context.arm_watchdog(self._last_reduce)
             self._last_reduce = None
+
+    def release_unused(self) -> None:
+        """Give back the memory of gradients that an update has read: a forward's activations need it now."""
+        if self._last_reduce is None:  # compute, in whose order memory is reused, has waited for every reduction
+            for unit in self._context.tree.units:
+                for p in unit.params:
+                    p.release_grad()
 
     def forget_events(self) -> None:
         """Note that compute has waited for all reductions that were issued."""

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.nn.modules.batchnorm import _NormBase
 
 from yafsdp_like.memory.layout import RowShards
-from yafsdp_like.shard.runtime.gradient_shards import GradientShard, GradientShards
+from yafsdp_like.shard.runtime.gradient_shard import GradientShard
 from yafsdp_like.shard.runtime.nested import layers_of
 from yafsdp_like.shard.spec.unit_spec import ParamSpec
 
@@ -112,7 +112,7 @@ class ShardedParam:
         self.placed: torch.Tensor | None = None  # ``local`` as Unit.materialize left it; None: not in the arena
         self._address = 0  # and its address
         self.main = self.compute = NOWHERE  # filled by Unit.materialize, and the other by the build
-        self.grad_shards: GradientShards | None = None  # of its gradient, if it is trainable; made by the build
+        self.grad: GradientShard | None = None  # if it is trainable; made by the build
 
     @property
     def owners(self) -> list[tuple[nn.Module, str]]:
@@ -244,54 +244,53 @@ class ShardedParam:
         self._address = local.data_ptr()
         self.main = place.flat(self.main_dtype, self.shards.chunk_numel)
 
-    def place_grad(self, place: Place) -> None:
-        """Let ``place`` be the gradient shard."""
-
-        def shard(at: Place) -> GradientShard:
-            return GradientShard(at, self.main_dtype, self.shards.chunk_numel, self.local_shape, self._dtensor)
-
-        self.grad_shards = GradientShards(shard, place)
-
-    @property
-    def grad(self) -> torch.Tensor:
-        """The gradient shard, ``(chunk_numel,)``, where the next reduction writes."""
-        return self.grad_shards.current.flat if self.grad_shards else NOWHERE
-
-    @property
-    def grad_dtensor(self) -> DTensor | None:
-        """The DTensor on the gradient shard."""
-        return self.grad_shards.current.dtensor if self.grad_shards else None
+    def make_grad(self, device: torch.device) -> None:
+        """Get ready for gradients, which take memory when they come."""
+        numel = self.shards.chunk_numel * (2 if self.main_dtype.is_complex else 1)
+        self.grad = GradientShard(numel, self.main_dtype, self.local_shape, device, self._dtensor)
 
     @property
     def has_own_grad(self) -> bool:
         """Whether what is reduced next is added to ``.grad``: that is the gradient shard, and has no hooks."""
-        shards, sharded = self.grad_shards, self.sharded
-        return shards is not None and sharded.grad is shards.current.dtensor and not sharded._backward_hooks
+        own, sharded = self.grad, self.sharded
+        return own is not None and sharded.grad is own.dtensor and not sharded._backward_hooks
 
-    def spare_kept_grad(self) -> bool:
-        """Let a gradient that the user still holds, but no longer as ``.grad``, keep its values.
+    def take_grad(self) -> None:
+        """Have memory for a gradient that is to be ``.grad``; one that the user still holds keeps its values."""
+        assert self.grad is not None
+        self.grad.take()
 
-        Returns whether the next one lies elsewhere therefore.
-        """
-        assert self.grad_shards is not None
-        return self.grad_shards.make_room()
+    def pin_grad(self) -> bool:
+        """Keep the gradient's memory for recordings. Return False where they would overwrite what the user holds."""
+        if self.grad is None:
+            return True
+        if self.sharded.grad is self.grad.dtensor:
+            self.grad.is_pinned = True
+            return True
+        return self.grad.pin()
+
+    def release_grad(self) -> None:
+        """Give the gradient's memory back where it is no longer ``.grad``, nor anybody else's."""
+        if self.grad is not None and self.sharded.grad is not self.grad.dtensor:
+            self.grad.release()
 
     def _run_hooks(self) -> None:
         """Replace the gradient that has just been reduced by what the user's hooks return."""
-        assert self.grad_dtensor is not None
-        grad: torch.Tensor = self.grad_dtensor
+        assert self.grad is not None
+        own: torch.Tensor = self.grad.dtensor
+        grad = own
         for hook in list((self.sharded._backward_hooks or {}).values()):
             given = hook(grad)
             grad = grad if given is None else given
-        if grad is not self.grad_dtensor:
-            self.grad_dtensor.copy_(grad)
+        if grad is not own:
+            own.copy_(grad)
 
     def deliver_grad(self, was_added: bool) -> None:
         """Set ``.grad`` to the gradient shard, which was just reduced, or add that to another one of the user's.
 
         Autograd never accumulates into the sharded parameter, so the user's hooks are run here: before, and after.
         """
-        assert self.grad_shards is not None
+        assert self.grad is not None
         if not self.sharded.requires_grad:
             return  # frozen since the forward: no optimizer is to see it
         if self.sharded._backward_hooks:
@@ -299,10 +298,10 @@ class ShardedParam:
         if not was_added:
             grad = self.sharded.grad
             if grad is None:
-                self.sharded.grad = self.grad_shards.current.dtensor
+                self.sharded.grad = self.grad.dtensor
             else:
                 local = grad.to_local()  # type: ignore[attr-defined]  # a DTensor
-                local.add_(self.grad_shards.current.dtensor._local_tensor)
+                local.add_(self.grad.dtensor._local_tensor)
         for hook in (getattr(self.sharded, "_post_accumulate_grad_hooks", None) or {}).values():
             hook(self.sharded)
 

@@ -235,8 +235,7 @@ class GradientSlot(_Slot):
         self.early: dict[int, Event] = {}  # reduced before the rest, and when that was done
         self.views: dict[int, torch.Tensor] = {}
         self.inputs: dict[int, torch.Tensor] = {}
-        self.shard_indices: tuple[int, ...] = ()  # which of its shards each gradient goes to
-        self._reductions: dict[tuple[tuple[int, ...], tuple[int, ...]], ReduceScatter] = {}
+        self._reductions: dict[tuple[int, ...], ReduceScatter] = {}
         for k in unit.trainable:
             assert extent is not None
             p, place = unit.params[k], extent.part(layout.segments[k])
@@ -289,19 +288,13 @@ class GradientSlot(_Slot):
 
     def reduce_scatter(self, which: Sequence[int]) -> ReduceScatter:
         """Return what reduces the gradients of these parameters into their gradient shards."""
-        key = tuple(which), self.shard_indices
+        key = tuple(which)
         if key not in self._reductions:
             params = [self.unit.params[k] for k in which]
             self._reductions[key] = self.unit.transport.reduce_scatter(
-                [p.grad for p in params],
+                [p.grad.flat for p in params if p.grad is not None],
                 [self.inputs[k] for k in which],
                 [p.reduce_dtype.to_real() for p in params],
                 self.unit.staging,
             )
         return self._reductions[key]
-
-    def spare_kept_grads(self, which: Sequence[int]) -> None:
-        """Let gradients of these parameters that are still held keep their values: new ones are written next."""
-        moved = [self.unit.params[k].spare_kept_grad() for k in which]
-        if any(moved):
-            self.shard_indices = tuple(p.grad_shards.index if p.grad_shards else 0 for p in self.unit.params)

@@ -84,7 +84,7 @@ def _shards(unit: UnitSpec, layout: UnitLayout, granule_nbytes: int) -> list[Reg
         *([Region(f"{unit.name}.aliased_shard", "compute_shard", aliased, True, granule_nbytes)] if aliased else []),
         Region(f"{unit.name}.main_shard", "main_shard", layout.main_shard.nbytes),
         Region(f"{unit.name}.compute_shard", "compute_shard", layout.compute_shard.nbytes, mapped),
-        Region(f"{unit.name}.grad_shard", "grad_shard", layout.grad_shard.nbytes),
+        Region(f"{unit.name}.grad_shard", "grad_shard", layout.grad_shard.nbytes, transient=True),
     ]
 
 

@@ -1,5 +1,6 @@
 """A gradient that a program still holds, in whatever way, keeps its values when the next backward writes its own."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn as nn
 
 from tests.ranks import on_ranks, run_ranks
 from tests.training import ours, world_mesh
+from yafsdp_like.shard.runtime.unit_state import unit_of
 
 WAYS: dict[str, Callable[[Any], Any]] = {
     "itself": lambda g: g,
@@ -74,21 +76,38 @@ def hold_in_every_way(transport: str, dtype: torch.dtype | None) -> None:
 
 
 @on_ranks()
-def test_what_is_held_costs_memory_once_and_nothing_when_it_is_dropped() -> None:
+def test_a_gradient_has_memory_from_backward_until_the_forward_after_it_was_dropped() -> None:
+    """Prevents: bytes that activations could use, held by nobody."""
+    model = sharded_layer("process_group")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        gradient_of(model, 1.0)
+        shard = unit_of(model).params[0].grad  # type: ignore[union-attr]
+        assert shard.has_memory
+        model(torch.ones(1, 3))
+        assert shard.has_memory, "it is .grad still"
+        optimizer.zero_grad(set_to_none=False)
+        model(torch.ones(1, 3))
+        assert shard.has_memory, "it is .grad still"
+        optimizer.zero_grad()
+        model(torch.ones(1, 3))
+        assert not shard.has_memory
+    assert model.memory_report().arena_nbytes == model.memory_plan().nbytes
+
+
+@on_ranks()
+def test_what_is_held_keeps_its_memory_and_nothing_else() -> None:
     """Prevents: memory that grows by every step that holds a gradient."""
     model = sharded_layer("process_group")
-    gradient_of(model, 1.0)
-    planned = model.memory_report().arena_nbytes
-    assert planned == model.memory_plan().nbytes
-    addresses = []
-    for _ in range(3):
-        held = [gradient_of(model, factor).to_local() for factor in (1.0, 2.0)]
-        gradient_of(model, 3.0)
-        addresses.append([h.data_ptr() for h in held])
-        del held
-        gradient_of(model, 4.0)
-    assert model.memory_report().arena_nbytes - planned == 2 * 256
-    assert addresses[0] == addresses[1] == addresses[2]
+    held = gradient_of(model, 1.0).to_local()
+    shard = unit_of(model).params[0].grad  # type: ignore[union-attr]
+    addresses = [gradient_of(model, factor).to_local().data_ptr() for factor in (2.0, 3.0, 4.0)]
+    assert held.data_ptr() not in addresses
+    storage = weakref.ref(held.untyped_storage())
+    del held
+    gradient_of(model, 4.0)
+    assert storage() is None
+    assert shard.has_memory
 
 
 @on_ranks()

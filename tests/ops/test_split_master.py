@@ -1,0 +1,161 @@
+"""A float32 tensor on two halves behaves as the tensor of its values, to the bit."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from yafsdp_like.kernels.split import join, split
+from yafsdp_like.ops.split_master import SplitTensor
+
+
+def all_kinds_of_values() -> Tensor:
+    """Every exponent and sign with mantissas about the ties, infinities, denormals; no NaN."""
+    high = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    values = (high[:, None] + low).flatten().view(torch.float32)
+    return values[~values.isnan()]
+
+
+def bits(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.int32)
+
+
+def split_tensor(values: Tensor) -> SplitTensor:
+    return SplitTensor(*split(values))
+
+
+def test_halves_make_the_value_again_bit_for_bit() -> None:
+    values = all_kinds_of_values()
+    assert torch.equal(bits(join(*split(values))), bits(values))
+
+
+def test_the_upper_half_is_the_nearest_bfloat16() -> None:
+    values = all_kinds_of_values()
+    high, low = split(values)
+    is_tie = low == -(1 << 15)
+    assert torch.equal(high[~is_tie], values[~is_tie].bfloat16())
+    finite = is_tie & values.isfinite() & high.isfinite()
+    away, even = high[finite].double() - values[finite].double(), values[finite].bfloat16().double() - values[finite]
+    assert torch.equal(away.abs(), even.abs())
+
+
+def test_a_nan_stays_one_in_both() -> None:
+    nans = torch.tensor([0x7FFFFFFF, 0x7F800001, 0x7FC00000, -1], dtype=torch.int32).view(torch.float32)
+    high, low = split(nans)
+    assert high.isnan().all()
+    assert join(high, low).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda t: t.mul_(0.3),
+        lambda t: t.add_(torch.ones(6, 4), alpha=0.1),
+        lambda t: t.copy_(torch.arange(24.0).view(6, 4) / 7),
+        lambda t: t[1:3].zero_(),
+        lambda t: t.view(-1)[5:9].fill_(0.7),
+        lambda t: t.t()[2].add_(3.3),
+        lambda t: t.detach().add_(0.123),
+        lambda t: t.data.add_(0.123),
+        lambda t: [chunk.mul_(i + 0.1) for i, chunk in enumerate(t.chunk(2))],
+        lambda t: torch.add(torch.ones(6, 4), 0.7, out=t),
+        lambda t: torch._foreach_mul_([t, t.new_ones(3)], 0.3),
+        lambda t: t.normal_(generator=torch.Generator().manual_seed(3)),
+        lambda t: t.clamp_(min=0.1),
+        lambda t: t.__setitem__((slice(None), 1), 5.5),
+    ],
+)
+def test_writes_in_place_are_those_of_a_plain_tensor(write: object) -> None:
+    values = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    tensor, plain = split_tensor(values), values.clone()
+    version = tensor._version
+    write(tensor)  # type: ignore[operator]
+    write(plain)  # type: ignore[operator]
+    assert torch.equal(bits(tensor.joined()), bits(plain))
+    assert tensor._version > version or not torch.equal(plain, values)
+
+
+def test_a_write_in_place_returns_the_tensor_itself_and_counts() -> None:
+    tensor = split_tensor(torch.randn(5))
+    before = tensor._version
+    assert tensor.mul_(2) is tensor
+    assert tensor._version == before + 1
+
+
+def test_what_reads_gets_plain_values() -> None:
+    values = torch.randn(6, 4)
+    tensor = split_tensor(values)
+    for result, expected in [
+        (tensor + 1, values + 1),
+        (tensor.clone(), values),
+        (tensor @ values.t(), values @ values.t()),
+        (tensor.to(torch.float64), values.double()),
+        (tensor.bfloat16(), values.bfloat16()),
+        (torch.stack([tensor, tensor]), torch.stack([values, values])),
+        (tensor.norm(), values.norm()),
+        (copy.deepcopy(tensor), values),
+    ]:
+        assert type(result) is Tensor
+        assert torch.equal(result, expected)
+    assert tensor.tolist() == values.tolist()
+    assert torch.equal(torch.from_numpy(tensor.numpy(force=True)), values)
+
+
+def test_it_is_saved_as_a_plain_tensor() -> None:
+    values, file = torch.randn(6, 4), io.BytesIO()
+    torch.save({"w": split_tensor(values)}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)["w"]
+    assert type(loaded) is Tensor
+    assert torch.equal(loaded, values)
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+def test_torchs_optimizers_update_it_as_a_plain_tensor(options: dict[str, bool]) -> None:
+    values = torch.randn(6, 4)
+    params = [torch.nn.Parameter(split_tensor(values)), torch.nn.Parameter(values.clone())]
+    optimizers = [torch.optim.AdamW([p], lr=0.01, **options) for p in params]
+    for step in range(5):
+        for param, optimizer in zip(params, optimizers, strict=True):
+            param.grad = torch.sin(values * step)
+            optimizer.step()
+    joined = params[0].data.joined()  # type: ignore[attr-defined]
+    assert torch.equal(bits(joined), bits(params[1].data))
+
+
+def test_its_upper_half_moves_without_its_values() -> None:
+    values = torch.randn(6)
+    tensor, place = split_tensor(values), torch.zeros(6, dtype=torch.bfloat16)
+    tensor.move_high(place)
+    tensor.mul_(2)
+    assert torch.equal(tensor.joined(), values * 2)
+    assert torch.equal(place, split(values * 2)[0])
+
+
+def test_bits_of_another_dtype_cannot_be_viewed() -> None:
+    with pytest.raises(NotImplementedError, match="two halves"):
+        split_tensor(torch.randn(4)).view(torch.int32)
+
+
+def test_a_dtensor_on_it_works_as_on_a_plain_one(tmp_path: object) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        values = torch.randn(6, 4)
+        param = torch.nn.Parameter(DTensor.from_local(split_tensor(values), mesh, [Shard(0)], run_check=False))
+        with torch.no_grad():
+            param.mul_(0.5).clamp_(max=0.2)
+        expected = (values * 0.5).clamp(max=0.2)
+        assert torch.equal(param.full_tensor(), expected)
+        assert torch.equal(param.detach().to_local().clone(), expected)
+        assert isinstance(param.to_local(), SplitTensor)
+        assert isinstance(param.data.to_local(), SplitTensor)
+    finally:
+        dist.destroy_process_group()

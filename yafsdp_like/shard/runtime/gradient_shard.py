@@ -1,0 +1,120 @@
+"""One parameter's reduced gradient on this rank: its memory, from the reduction to the update, and who still holds it.
+
+[Note: memory of gradients]
+Gradients are dead from the update, when ``zero_grad`` drops them, to the next backward; and a forward's activations,
+which peak at its end, are dead when the last gradient is written. So gradients are not in the arena: each takes memory
+of PyTorch's allocator when it is first reduced, as a rule where activations have just been, and the next forward gives
+back those that are no longer anybody's ``.grad``. A recorded step writes where it wrote when it was recorded: from
+then on a gradient keeps its memory (``pin``).
+
+[Note: gradients that are still held]
+``.grad`` is a DTensor, and the next backward writes its memory again. A user may hold it until then, or anything that
+shares its bytes: ``.detach()``, ``.view(-1)``, ``to_local()``. Uses of each are counted, and where there is one, the
+gradient takes other memory, and the holder keeps this one.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from yafsdp_like.memory.allocator import tensor_on, transient_storage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.distributed.tensor import DTensor
+
+_REFERENCES = 3  # to the DTensor: this object's own, the variable's and the call's
+
+
+class GradientShard:
+    """The place of one parameter's reduced gradient, which may have memory or none.
+
+    ``flat``, ``(chunk_numel,)`` with padding, is what reductions write; it is the same object for good, on other memory
+    at times. ``dtensor`` is what users see on its first elements.
+
+    Args:
+        numel: elements of the chunk, padding included; complex ones count twice.
+        dtype: the parameter's own; ``flat`` has pairs of real numbers for complex ones.
+        local_shape: of this rank's rows.
+        device: where.
+        as_dtensor: makes the DTensor of this rank's rows.
+    """
+
+    dtensor: DTensor
+
+    def __init__(
+        self,
+        numel: int,
+        dtype: torch.dtype,
+        local_shape: tuple[int, ...],
+        device: torch.device,
+        as_dtensor: Callable[[torch.Tensor], DTensor],
+    ) -> None:
+        self._numel, self._dtype, self._shape, self._as_dtensor = numel, dtype, local_shape, as_dtensor
+        self.nbytes = numel * dtype.to_real().itemsize
+        self.is_pinned = False
+        self.flat = tensor_on(transient_storage(0, device), dtype.to_real(), (numel,))
+        self._renew()
+        self._storage.resize_(0)
+
+    def _renew(self) -> None:
+        """Use other memory from now on; what there was is its holders'."""
+        self._storage = transient_storage(self.nbytes, self.flat.device)
+        with torch.no_grad():
+            self.flat.set_(self._storage, 0, (self._numel,), (1,))
+        # A DTensor can be copied and saved only if its local tensor starts where its storage does.
+        self.dtensor = self._as_dtensor(tensor_on(self._storage, self._dtype, self._shape))
+        self._num_uses = torch._C._storage_Use_Count(self._storage._cdata)  # by this object
+        self._num_references = sys.getrefcount(self._storage)  # from Python, which C++ does not count
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether there is anything to read."""
+        return self._storage.nbytes() == self.nbytes
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether a tensor beside the DTensor's own shares the bytes, or somebody holds their storage."""
+        uses = torch._C._storage_Use_Count(self._storage._cdata)
+        return uses > self._num_uses or sys.getrefcount(self._storage) > self._num_references
+
+    @property
+    def _is_held(self) -> bool:
+        """Whether somebody else holds the DTensor: in Python, as ``.grad``, or in an autograd graph."""
+        dtensor = self.dtensor
+        return sys.getrefcount(dtensor) > _REFERENCES or dtensor._use_count() > 1  # type: ignore[attr-defined]
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody else holds anything of it. Asked of each parameter twice a step."""
+        return not self._is_held and not self._is_shared
+
+    def take(self) -> None:
+        """Have memory to write the next gradient to; what is still held keeps its values elsewhere."""
+        if not self.is_free:
+            self.is_pinned = False
+            self._renew()
+        elif not self.has_memory:
+            self._storage.resize_(self.nbytes)
+
+    def release(self) -> None:
+        """Give the memory back to the allocator, unless somebody holds it or a recording writes there."""
+        if not self.is_pinned and self.has_memory and self.is_free:
+            self._storage.resize_(0)
+
+    def pin(self) -> bool:
+        """Keep the memory for recordings. Return False where a holder of views would be overwritten by them."""
+        if self._is_shared:
+            return False
+        if not self.has_memory:
+            self._storage.resize_(self.nbytes)
+        elif self._is_held:
+            kept = self.dtensor
+            self.dtensor = self._as_dtensor(kept._local_tensor)
+            kept._local_tensor = kept._local_tensor.clone()
+        self.is_pinned = True
+        return True
