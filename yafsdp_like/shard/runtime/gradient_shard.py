@@ -106,13 +106,16 @@ class GradientShard:
         if not self.is_pinned and self.has_memory and self.is_free:
             self._storage.resize_(0)
 
-    def pin(self) -> bool:
-        """Keep the memory for recordings. Return False where a holder of views would be overwritten by them."""
-        if self._is_shared:
+    def pin(self, adds: bool) -> bool:
+        """Keep the memory for recordings, which add to what is there, or replace it.
+
+        Returns False where they would replace what somebody holds a view of; who holds the DTensor gets a copy.
+        """
+        if not adds and self._is_shared:
             return False
         if not self.has_memory:
             self._storage.resize_(self.nbytes)
-        elif self._is_held:
+        elif not adds and self._is_held:
             kept = self.dtensor
             self.dtensor = self._as_dtensor(kept._local_tensor)
             kept._local_tensor = kept._local_tensor.clone()

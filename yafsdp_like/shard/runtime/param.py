@@ -262,12 +262,7 @@ class ShardedParam:
 
     def pin_grad(self) -> bool:
         """Keep the gradient's memory for recordings. Return False where they would overwrite what the user holds."""
-        if self.grad is None:
-            return True
-        if self.sharded.grad is self.grad.dtensor:
-            self.grad.is_pinned = True
-            return True
-        return self.grad.pin()
+        return self.grad is None or self.grad.pin(adds=self.sharded.grad is self.grad.dtensor)
 
     def release_grad(self) -> None:
         """Give the gradient's memory back where it is no longer ``.grad``, nor anybody else's."""
