@@ -197,7 +197,7 @@ def _repeatable_unit(engine: ShardEngine, unit: Unit) -> UnitState | None:
     adds = tuple(p.has_own_grad for p in unit.params)
     if not all(p.pin_grad() for p in unit.params):
         return None
-    addresses = tuple(p.grad.flat.data_ptr() for p in unit.params if p.grad is not None)
+    addresses = tuple(p.grad_shard.flat.data_ptr() for p in unit.params if p.grad_shard is not None)
     return UnitState(slot.state is SlotState.FILLED, is_current, adds, addresses)
 
 
@@ -231,5 +231,5 @@ def _settle(engine: ShardEngine, reduced: Sequence[ShardedParam]) -> None:
         unit.gather_slot.drop()
         unit.freshness.compute_shard_written()
     for p in reduced:
-        assert p.grad is not None
-        p.sharded.grad = p.grad.dtensor
+        assert p.grad_shard is not None
+        p.sharded.grad = p.grad_shard.dtensor

@@ -82,7 +82,7 @@ def test_a_gradient_has_memory_from_backward_until_the_forward_after_it_was_drop
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
         gradient_of(model, 1.0)
-        shard = unit_of(model).params[0].grad  # type: ignore[union-attr]
+        shard = unit_of(model).params[0].grad_shard  # type: ignore[union-attr]
         assert shard.has_memory
         model(torch.ones(1, 3))
         assert shard.has_memory, "it is .grad still"
@@ -100,7 +100,7 @@ def test_what_is_held_keeps_its_memory_and_nothing_else() -> None:
     """Prevents: memory that grows by every step that holds a gradient."""
     model = sharded_layer("process_group")
     held = gradient_of(model, 1.0).to_local()
-    shard = unit_of(model).params[0].grad  # type: ignore[union-attr]
+    shard = unit_of(model).params[0].grad_shard  # type: ignore[union-attr]
     addresses = [gradient_of(model, factor).to_local().data_ptr() for factor in (2.0, 3.0, 4.0)]
     assert held.data_ptr() not in addresses
     storage = weakref.ref(held.untyped_storage())

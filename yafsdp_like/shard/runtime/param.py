@@ -112,7 +112,7 @@ class ShardedParam:
         self.placed: torch.Tensor | None = None  # ``local`` as Unit.materialize left it; None: not in the arena
         self._address = 0  # and its address
         self.main = self.compute = NOWHERE  # filled by Unit.materialize, and the other by the build
-        self.grad: GradientShard | None = None  # if it is trainable; made by the build
+        self.grad_shard: GradientShard | None = None  # if it is trainable; made by the build
 
     @property
     def owners(self) -> list[tuple[nn.Module, str]]:
@@ -247,32 +247,32 @@ class ShardedParam:
     def make_grad(self, device: torch.device) -> None:
         """Get ready for gradients, which take memory when they come."""
         numel = self.shards.chunk_numel * (2 if self.main_dtype.is_complex else 1)
-        self.grad = GradientShard(numel, self.main_dtype, self.local_shape, device, self._dtensor)
+        self.grad_shard = GradientShard(numel, self.main_dtype, self.local_shape, device, self._dtensor)
 
     @property
     def has_own_grad(self) -> bool:
         """Whether what is reduced next is added to ``.grad``: that is the gradient shard, and has no hooks."""
-        own, sharded = self.grad, self.sharded
+        own, sharded = self.grad_shard, self.sharded
         return own is not None and sharded.grad is own.dtensor and not sharded._backward_hooks
 
     def take_grad(self) -> None:
         """Have memory for a gradient that is to be ``.grad``; one that the user still holds keeps its values."""
-        assert self.grad is not None
-        self.grad.take()
+        assert self.grad_shard is not None
+        self.grad_shard.take()
 
     def pin_grad(self) -> bool:
         """Keep the gradient's memory for recordings. Return False where they would overwrite what the user holds."""
-        return self.grad is None or self.grad.pin(adds=self.sharded.grad is self.grad.dtensor)
+        return self.grad_shard is None or self.grad_shard.pin(adds=self.sharded.grad is self.grad_shard.dtensor)
 
     def release_grad(self) -> None:
         """Give the gradient's memory back where it is no longer ``.grad``, nor anybody else's."""
-        if self.grad is not None and self.sharded.grad is not self.grad.dtensor:
-            self.grad.release()
+        if self.grad_shard is not None and self.sharded.grad is not self.grad_shard.dtensor:
+            self.grad_shard.release()
 
     def _run_hooks(self) -> None:
         """Replace the gradient that has just been reduced by what the user's hooks return."""
-        assert self.grad is not None
-        own: torch.Tensor = self.grad.dtensor
+        assert self.grad_shard is not None
+        own: torch.Tensor = self.grad_shard.dtensor
         grad = own
         for hook in list((self.sharded._backward_hooks or {}).values()):
             given = hook(grad)
@@ -285,7 +285,7 @@ class ShardedParam:
 
         Autograd never accumulates into the sharded parameter, so the user's hooks are run here: before, and after.
         """
-        assert self.grad is not None
+        assert self.grad_shard is not None
         if not self.sharded.requires_grad:
             return  # frozen since the forward: no optimizer is to see it
         if self.sharded._backward_hooks:
@@ -293,10 +293,10 @@ class ShardedParam:
         if not was_added:
             grad = self.sharded.grad
             if grad is None:
-                self.sharded.grad = self.grad.dtensor
+                self.sharded.grad = self.grad_shard.dtensor
             else:
                 local = grad.to_local()  # type: ignore[attr-defined]  # a DTensor
-                local.add_(self.grad.dtensor._local_tensor)
+                local.add_(self.grad_shard.dtensor._local_tensor)
         for hook in (getattr(self.sharded, "_post_accumulate_grad_hooks", None) or {}).values():
             hook(self.sharded)
 

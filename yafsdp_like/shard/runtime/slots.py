@@ -292,7 +292,7 @@ class GradientSlot(_Slot):
         if key not in self._reductions:
             params = [self.unit.params[k] for k in which]
             self._reductions[key] = self.unit.transport.reduce_scatter(
-                [p.grad.flat for p in params if p.grad is not None],
+                [p.grad_shard.flat for p in params if p.grad_shard is not None],
                 [self.inputs[k] for k in which],
                 [p.reduce_dtype.to_real() for p in params],
                 self.unit.staging,
