@@ -12,6 +12,7 @@ import torch
 from tests.kernels.test_kernels import DEVICE, RATES, adamw_params, cloned, needs_kernels, same_bits
 from yafsdp_like.kernels import adamw
 from yafsdp_like.kernels.adamw import AdamWStep, AdamWTable, AdamWTensors, adamw_reference
+from yafsdp_like.kernels.blocks import INTERPRETED
 from yafsdp_like.kernels.formats import (
     BLOCK_NUMEL,
     TO_NEAREST,
@@ -225,6 +226,40 @@ def test_the_kernel_stores_what_is_not_finite_as_its_reference_does() -> None:
         AdamWTable().update(params, RATES, step)
         for found, wanted in zip(params[0].tensors[2:4], expected[0].tensors[2:4], strict=True):
             assert same_bits([found], [wanted]) if int8 else torch.equal(found.isnan(), wanted.isnan())
+
+
+def compiled(state: str) -> str:
+    """The kernel's PTX for moments in a Triton type, parameters and gradients in float32."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tl, kernel = triton.language, adamw._adamw_kernel
+    types = {"blocks": "*i32", "numels": "*i64", "rows": "*i64", "rates": "*fp32"}
+    types |= {"first_key": "i32", "second_key": "i32"}
+    constants = {"MAIN": tl.float32, "GRAD": tl.float32, "STATE": getattr(tl, state), "COMPUTE": tl.bfloat16}
+    constants |= {"STOCHASTIC": state != "float32", "BLOCK": adamw.BLOCK, "VECTOR": 4}
+    types |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "fp32") for name in kernel.arg_names},
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+    )
+    options = {"num_warps": adamw.NUM_WARPS, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+def test_the_kernel_for_fp32_has_nothing_of_other_formats_and_theirs_move_four_elements_at_once() -> None:
+    """Prevents: random bits, exponents or narrow moves that every update pays for. Compiles without a GPU."""
+    per_thread = adamw.BLOCK // (32 * adamw.NUM_WARPS)
+    plain, bf16, int8 = (compiled(state) for state in ("float32", "bfloat16", "uint8"))
+    finalizer = str(0x85EBCA6B - 2**32)  # a factor of the random bits
+    assert finalizer not in plain and "shfl" not in plain and "global.b8" not in plain
+    assert plain.count("ld.global.v4.b32") == 4 * per_thread // 4
+    for ptx in (bf16, int8):
+        assert finalizer in ptx and ptx.count("ld.global.v4.b32") == 2 * per_thread // 4
+    assert bf16.count("ld.global.v2.b32") == 2 * per_thread // 4
 
 
 @pytest.mark.parametrize("numel", [BLOCK_NUMEL, 64])
