@@ -180,20 +180,23 @@ def test_a_moment_of_another_shape_is_refused() -> None:
 # --- sharded ---
 
 
-def sharded(fully_shard: Callable[..., Any]) -> nn.Module:
-    module, mesh = model(CPU), init_device_mesh("cpu", (2,))
+def sharded(fully_shard: Callable[..., Any], mesh_shape: tuple[int, ...] = (2,)) -> nn.Module:
+    module = model(CPU)
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard")[-len(mesh_shape) :])
     fully_shard(module[0], mesh=mesh)
     return fully_shard(module, mesh=mesh)
 
 
 @on_two_ranks
 def test_two_ranks_give_the_bits_of_one() -> None:
-    for moments, shard in itertools.product(NARROW, (fully_shard, stock_fully_shard)):
-        ours, theirs = sharded(shard), model(CPU)
+    """Sharded by either runtime, and as two replicas."""
+    ways = ((fully_shard, (2,)), (stock_fully_shard, (2,)), (fully_shard, (2, 1)))
+    for moments, (shard, mesh_shape) in itertools.product(NARROW, ways):
+        ours, theirs = sharded(shard, mesh_shape), model(CPU)
         optimizers = [AdamW(groups(m), moments=moments, seed=5) for m in (ours, theirs)]
         train(ours, optimizers[0])
         train(theirs, optimizers[1])
-        assert same(ours, optimizers[0], theirs, optimizers[1]), (moments, shard)
+        assert same(ours, optimizers[0], theirs, optimizers[1]), (moments, shard, mesh_shape)
 
 
 @on_two_ranks
