@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from yafsdp_like.kernels.split import join, split
-from yafsdp_like.ops.split_master import SplitTensor
+from yafsdp_like.memory.layout import contiguous_stride
+from yafsdp_like.ops.split_master import SplitTensor, SplitValues
 
 
 def all_kinds_of_values() -> Tensor:
@@ -25,7 +26,8 @@ def bits(values: Tensor) -> Tensor:
 
 
 def split_tensor(values: Tensor) -> SplitTensor:
-    return SplitTensor(*split(values))
+    shape = tuple(values.shape)
+    return SplitTensor(SplitValues(*split(values.flatten())), shape, contiguous_stride(shape))
 
 
 def test_halves_make_the_value_again_bit_for_bit() -> None:
@@ -127,12 +129,42 @@ def test_torchs_optimizers_update_it_as_a_plain_tensor(options: dict[str, bool])
     assert torch.equal(bits(joined), bits(params[1].data))
 
 
+def test_a_write_leaves_the_halves_alone_until_it_is_settled() -> None:
+    """Prevents: values that change in a compute shard while peers read it."""
+    values = torch.randn(6, 4)
+    tensor = split_tensor(values)
+    halves = tensor.split_values
+    high, low = halves.high.clone(), halves.low.clone()
+    row = tensor[2]
+    tensor.mul_(2)
+    row.add_(1)
+    expected = values * 2
+    expected[2] += 1
+    assert torch.equal(halves.high, high)
+    assert torch.equal(halves.low, low)
+    assert torch.equal(tensor.joined(), expected)
+    assert torch.equal(row.joined(), expected[2])
+    assert halves.settle()
+    assert not halves.settle()
+    assert torch.equal(halves.high, split(expected.flatten())[0])
+    assert torch.equal(tensor.joined(), expected)
+    assert torch.equal(row.joined(), expected[2])
+
+
+def test_reading_writes_nothing() -> None:
+    tensor = split_tensor(torch.randn(6, 4))
+    tensor.detach().t()[1].sum()
+    tensor.view(2, 12) @ tensor.view(12, 2)
+    assert tensor.split_values.written is None
+
+
 def test_its_upper_half_moves_without_its_values() -> None:
     values = torch.randn(6)
     tensor, place = split_tensor(values), torch.zeros(6, dtype=torch.bfloat16)
-    tensor.move_high(place)
+    tensor.split_values.move_high(place)
     tensor.mul_(2)
     assert torch.equal(tensor.joined(), values * 2)
+    tensor.split_values.settle()
     assert torch.equal(place, split(values * 2)[0])
 
 

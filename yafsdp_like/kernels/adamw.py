@@ -47,6 +47,7 @@ from yafsdp_like.kernels.formats import (
     to_bfloat16,
     to_blocks,
 )
+from yafsdp_like.kernels.split import join, load_joined, split, store_split
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +59,8 @@ NUM_WARPS = 4
 class AdamWTensors(NamedTuple):
     """One parameter on this rank: contiguous tensors of as many elements each, of any shape.
 
-    Moments of dtype uint8 are 8 bit by blocks of ``formats.py``, and flat.
+    Moments of dtype uint8 are 8 bit by blocks of ``formats.py``, and flat. With a ``remainder``, ``main`` is the upper
+    half of float32 values, in bfloat16, and that the lower one, in int16 (``split.py``).
     """
 
     main: torch.Tensor  # what is updated
@@ -69,17 +71,18 @@ class AdamWTensors(NamedTuple):
     rate_index: int  # row of the rates
     number: int = 0  # of the parameter, and
     start: int = 0  # the index of its first element here in the whole parameter: what random bits depend on
+    remainder: torch.Tensor | None = None
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """The tensors that are there, without the compute copy if there is none."""
-        return [tensor for tensor in self[:5] if tensor is not None]
+        """The tensors that are there, without the compute copy and the remainder if there is none."""
+        return [tensor for tensor in (*self[:5], self.remainder) if tensor is not None]
 
     @property
     def dtypes(self) -> tuple[torch.dtype | None, ...]:
-        """Of all but exp_avg_sq; None without a compute copy."""
-        compute = None if self.compute is None else self.compute.dtype
-        return self.main.dtype, self.grad.dtype, self.exp_avg.dtype, compute
+        """Of main, grad, exp_avg, compute and remainder; None for what is not there."""
+        tensors = (self.main, self.grad, self.exp_avg, self.compute, self.remainder)
+        return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,13 @@ def adamw_reference(params: Sequence[AdamWTensors], rates: torch.Tensor, step: A
         exp_avg = exp_avg + (grad - exp_avg) * (1 - step.beta1)
         exp_avg_sq = exp_avg_sq * step.beta2 + grad * (1 - step.beta2) * grad
         denominator = exp_avg_sq.sqrt() * correction2 + step.eps
-        p.main.copy_(p.main.float() * kept - exp_avg * (lr * correction1) / denominator)
+        main = p.main.float() if p.remainder is None else join(p.main, p.remainder)
+        main = main * kept - exp_avg * (lr * correction1) / denominator
+        if p.remainder is None:
+            p.main.copy_(main)
+        else:
+            for half, values in zip((p.main, p.remainder), split(main), strict=True):
+                half.copy_(values)
         _write(p, exp_avg, exp_avg_sq, step)
         if p.compute is not None:
             p.compute.copy_(p.main.view(p.compute.shape))
@@ -203,6 +212,7 @@ def _place(p: AdamWTensors) -> tuple[int, ...]:
         compute,
         p.number,
         p.start,
+        0 if p.remainder is None else p.remainder.data_ptr(),
     )
 
 
@@ -212,7 +222,7 @@ def _check(params: Sequence[AdamWTensors]) -> None:
             numel = p.main.numel()
             if tensor.dtype == torch.uint8 and (tensor is p.exp_avg or tensor is p.exp_avg_sq):
                 numel = blocks_nbytes(numel)
-            else:
+            elif tensor is not p.remainder:
                 triton_dtype(tensor.dtype)
             if tensor.numel() != numel or not tensor.is_contiguous():
                 raise ValueError(
@@ -232,9 +242,9 @@ def _launch(
     rates: torch.Tensor,
     step: AdamWStep,
 ) -> None:
-    in_blocks = dtypes[2] == torch.uint8
+    in_blocks, is_split = dtypes[2] == torch.uint8, dtypes[4] is not None
     main, grad, state, compute = (
-        tl.uint8 if dtype == torch.uint8 else triton_dtype(dtype) if dtype else None for dtype in dtypes
+        tl.uint8 if dtype == torch.uint8 else triton_dtype(dtype) if dtype else None for dtype in dtypes[:4]
     )
     _adamw_kernel[(blocks.num_blocks,)](
         blocks.blocks,
@@ -253,6 +263,7 @@ def _launch(
         STATE=state,
         COMPUTE=compute,
         STOCHASTIC=in_blocks or _is_stochastic(dtypes[2], step),
+        SPLIT=is_split,
         BLOCK=blocks.block,
         VECTOR=VECTOR_NBYTES // max(dtype.itemsize for dtype in dtypes if dtype),  # narrow tensors follow the widest
         num_warps=NUM_WARPS,
@@ -264,7 +275,7 @@ def _launch(
 def _adamw_kernel(
     blocks: tl.tensor,  # (num_blocks, 2) int32
     numels: tl.tensor,  # (num_segments,) int64
-    rows: tl.tensor,  # (num_segments, 8) int64: rate index, addresses in the order of AdamWTensors, number, start
+    rows: tl.tensor,  # (num_segments, 9) int64, as `_place` makes them
     rates: tl.tensor,  # (num_rates, 2) float32
     gradient_scale: tl.tensor,
     grad_weight: tl.tensor,  # 1 - beta1
@@ -280,23 +291,26 @@ def _adamw_kernel(
     STATE: tl.constexpr,
     COMPUTE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
     segment, start, count = block_range(blocks, numels, tl.program_id(0), BLOCK)
-    row = rows + segment * 8
+    row = rows + segment * 9
     rate = rates + tl.load(row) * 2
     step_size, kept = tl.load(rate) * correction1, tl.load(rate + 1)
     scalars = (gradient_scale, grad_weight, beta2, square_weight, eps, correction2, step_size, kept)
     keys = (first_key, second_key)
     numel = tl.load(numels + segment)
-    bits = tl.load(row + 1)
+    bits = tl.load(row + 1) | tl.load(row + 8)
     for k in tl.static_range(2, 6):
         bits |= tl.load(row + k)
     if (count == BLOCK) & (bits % 16 == 0):
-        _adamw_block(row, numel, start, count, scalars, keys, MAIN, GRAD, STATE, COMPUTE, STOCHASTIC, BLOCK, VECTOR)
+        _adamw_block(
+            row, numel, start, count, scalars, keys, MAIN, GRAD, STATE, COMPUTE, STOCHASTIC, SPLIT, BLOCK, VECTOR
+        )
     else:
-        _adamw_block(row, numel, start, count, scalars, keys, MAIN, GRAD, STATE, COMPUTE, STOCHASTIC, BLOCK, 0)
+        _adamw_block(row, numel, start, count, scalars, keys, MAIN, GRAD, STATE, COMPUTE, STOCHASTIC, SPLIT, BLOCK, 0)
 
 
 @jit()
@@ -312,6 +326,7 @@ def _adamw_block(
     STATE: tl.constexpr,
     COMPUTE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
@@ -321,7 +336,7 @@ def _adamw_block(
     main_pointer, grad_pointer = pointer(row, 1, MAIN), pointer(row, 2, GRAD)
     exp_avg_pointer, exp_avg_sq_pointer = pointer(row, 3, STATE), pointer(row, 4, STATE)
 
-    main = load(main_pointer, offsets, mask, VECTOR)
+    main = load_joined(row, 1, 8, offsets, mask, VECTOR) if SPLIT else load(main_pointer, offsets, mask, VECTOR)
     grad = load(grad_pointer, offsets, mask, VECTOR)
     exp_avg = load_moment(exp_avg_pointer, numel, start, offsets, mask, True, VECTOR)
     exp_avg_sq = load_moment(exp_avg_sq_pointer, numel, start, offsets, mask, False, VECTOR)
@@ -330,9 +345,13 @@ def _adamw_block(
     exp_avg = exp_avg + (grad - exp_avg) * grad_weight
     exp_avg_sq = exp_avg_sq * beta2 + grad * square_weight * grad
     denominator = tl.sqrt_rn(exp_avg_sq) * correction2 + eps
-    main = rounded(main * kept - tl.div_rn(exp_avg * step_size, denominator), MAIN).to(tl.float32)
+    main = main * kept - tl.div_rn(exp_avg * step_size, denominator)
 
-    store(main_pointer, offsets, main, mask, VECTOR)
+    if SPLIT:
+        store_split(row, 1, 8, offsets, main, mask, VECTOR)
+    else:
+        main = rounded(main, MAIN).to(tl.float32)
+        store(main_pointer, offsets, main, mask, VECTOR)
     index = tl.load(row + 7) + offsets if STOCHASTIC else offsets
     words = random_words(keys[0], keys[1], tl.load(row + 6), index) if STOCHASTIC else index  # which nothing reads
     store_moment(exp_avg_pointer, numel, start, offsets, exp_avg, mask, words & 0xFFFF, True, STOCHASTIC, VECTOR)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from yafsdp_like.kernels.blocks import jit, tl
+from yafsdp_like.kernels.blocks import jit, place, pointer, tl
 
 NAN_BITS = 0x7FC00000  # a NaN whose high half is one too
 
@@ -32,13 +32,36 @@ def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
 
 
 @jit()
-def split_bits(values: tl.tensor) -> tl.tensor:
-    """Return the halves of float32 ``values`` as two tensors of int16."""
-    bits = tl.where(values != values, NAN_BITS, values.to(tl.int32, bitcast=True))
-    return ((bits + 0x8000) >> 16).to(tl.int16), bits.to(tl.int16)
+def load_joined(
+    row: tl.tensor, high: tl.constexpr, low: tl.constexpr, offsets: tl.tensor, mask: tl.tensor, VECTOR: tl.constexpr
+) -> tl.tensor:
+    """Elements as float32, of the halves whose addresses are numbers ``high`` and ``low`` of a row."""
+    high_places = place(pointer(row, high, tl.int16), offsets, VECTOR)
+    low_places = place(pointer(row, low, tl.int16), offsets, VECTOR)
+    if VECTOR > 0:
+        high_bits, low_bits = tl.load(high_places), tl.load(low_places)
+    else:
+        high_bits, low_bits = tl.load(high_places, mask=mask, other=0), tl.load(low_places, mask=mask, other=0)
+    return ((high_bits.to(tl.int32) << 16) + low_bits.to(tl.int32)).to(tl.float32, bitcast=True)
 
 
 @jit()
-def join_bits(high: tl.tensor, low: tl.tensor) -> tl.tensor:
-    """Return the float32 values of two tensors of int16."""
-    return ((high.to(tl.int32) << 16) + low.to(tl.int32)).to(tl.float32, bitcast=True)
+def store_split(
+    row: tl.tensor,
+    high: tl.constexpr,
+    low: tl.constexpr,
+    offsets: tl.tensor,
+    values: tl.tensor,
+    mask: tl.tensor,
+    VECTOR: tl.constexpr,
+) -> None:
+    """Write float32 ``values`` to their halves, as ``load_joined`` finds them."""
+    bits = tl.where(values != values, 0x7FC00000, values.to(tl.int32, bitcast=True))
+    high_places = place(pointer(row, high, tl.int16), offsets, VECTOR)
+    low_places = place(pointer(row, low, tl.int16), offsets, VECTOR)
+    if VECTOR > 0:
+        tl.store(high_places, ((bits + 0x8000) >> 16).to(tl.int16))
+        tl.store(low_places, bits.to(tl.int16))
+    else:
+        tl.store(high_places, ((bits + 0x8000) >> 16).to(tl.int16), mask=mask)
+        tl.store(low_places, bits.to(tl.int16), mask=mask)

@@ -1,61 +1,97 @@
-"""A float32 tensor kept as its bfloat16 rounding and 16 bits of remainder: four bytes a value, two of them shared.
+"""Float32 values kept as their bfloat16 roundings and 16 bits of remainder each: the fp32 master, without its copy.
 
 [Note: split master]
 Mixed precision keeps an fp32 master value and its bf16 rounding, six bytes. The rounding is the upper half of the
-master (``kernels/split.py``), so the two need four: a ``SplitTensor`` reads as the fp32 value that its halves
-make, bit for bit, and ``high`` alone is what peers gather and compute on. Every operation works on it: one that
-reads gets the fp32 value, made for it and freed after it; one that writes in place has its result split again; a view
-is a view of both halves. What touches every value each step, the optimizer's kernel, reads and writes the halves.
+master (``kernels/split.py``), so the two need four. A ``SplitTensor`` reads as the fp32 values that the halves make,
+bit for bit, whatever the operation: it gets them as a plain tensor, made for it and freed after it. What touches every
+value in every step, the optimizer's kernel, reads and writes the halves themselves.
+
+Other ranks may be reading the upper half, the compute shard, whenever the user writes to his parameter. So a write in
+place goes to fp32 values beside the halves, which all views see from then on, until ``settle`` splits them: when the
+compute shard may be written.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from yafsdp_like.kernels.split import join, split
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
-_aten = torch.ops.aten
+class SplitValues:
+    """The values that one or more ``SplitTensor`` show: ``high`` and ``low``, flat, or ``written``, flat fp32.
 
-
-class SplitTensor(torch.Tensor):
-    """A float32 tensor on two others: ``high``, bfloat16, and ``low``, int16, of its shape and strides.
-
-    Copies, pickles and casts of it are plain tensors.
+    Args:
+        high: ``(numel,)`` bfloat16, contiguous.
+        low: ``(numel,)`` int16, contiguous.
     """
 
-    high: torch.Tensor
-    low: torch.Tensor
-
-    @staticmethod
-    def __new__(cls, high: torch.Tensor, low: torch.Tensor) -> SplitTensor:
-        """Make the tensor of the values that ``high`` and ``low`` hold, without copying them."""
+    def __init__(self, high: torch.Tensor, low: torch.Tensor) -> None:
         assert high.dtype == torch.bfloat16 and low.dtype == torch.int16, f"{high.dtype} and {low.dtype}"
-        assert high.shape == low.shape and high.stride() == low.stride(), f"{high.shape} and {low.shape}"
-        made = torch.Tensor._make_wrapper_subclass(
-            cls, high.shape, strides=high.stride(), dtype=torch.float32, device=high.device
-        )
-        made.high, made.low = high, low
-        return made
+        assert high.shape == low.shape == (high.numel(),), f"{high.shape} and {low.shape}"
+        self.high, self.low = high, low
+        self.written: torch.Tensor | None = None  # (numel,) fp32, instead of the halves, from a write until settled
 
-    def joined(self) -> torch.Tensor:
-        """Return a plain float32 tensor of the values."""
-        return join(self.high, self.low)
+    def settle(self) -> bool:
+        """Split what was written, on the current stream; return whether anything was."""
+        if self.written is None:
+            return False
+        high, low = split(self.written)
+        self.high.copy_(high)
+        self.low.copy_(low)
+        self.written = None
+        return True
 
     def move_high(self, to: torch.Tensor) -> None:
-        """Keep the rounding in ``to`` from now on, bfloat16 of the same shape, where it is copied."""
+        """Keep the upper half in ``to`` from now on, ``(numel,)`` bfloat16, where it is copied."""
         to.copy_(self.high)
         self.high = to
 
-    def _write(self, values: torch.Tensor) -> None:
-        high, low = split(values)
-        self.high.copy_(high)
-        self.low.copy_(low)
+    def to_write(self) -> torch.Tensor:
+        """Return the fp32 values that a write is to change."""
+        if self.written is None:
+            self.written = join(self.high, self.low)
+        return self.written
+
+
+class SplitTensor(torch.Tensor):
+    """A float32 tensor that shows ``split_values``, some or all of them; its copies, pickles and casts are plain."""
+
+    split_values: SplitValues
+
+    @staticmethod
+    def __new__(
+        cls, values: SplitValues, shape: torch.Size | tuple[int, ...], stride: tuple[int, ...], offset: int = 0
+    ) -> SplitTensor:
+        """Show the elements of ``values`` at ``offset`` that ``shape`` and ``stride`` name."""
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            torch.Size(shape),
+            strides=stride,
+            storage_offset=offset,
+            dtype=torch.float32,
+            device=values.high.device,
+        )
+        made.split_values = values
+        return made
+
+    def _of(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat.as_strided(self.shape, self.stride(), flat.storage_offset() + self.storage_offset())
+
+    def joined(self) -> torch.Tensor:
+        """Return a plain float32 tensor of the values, which is not to be written."""
+        values = self.split_values
+        if values.written is not None:
+            return self._of(values.written)
+        return join(self._of(values.high), self._of(values.low))
+
+    def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return upper and lower half, bfloat16 and int16, to read and write; what was written is settled first."""
+        self.split_values.settle()
+        return self._of(self.split_values.high), self._of(self.split_values.low)
 
     def __repr__(self) -> str:  # type: ignore[override]
         """Print the values."""
@@ -66,37 +102,46 @@ class SplitTensor(torch.Tensor):
         return self.joined().tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
-        """Return a copy of the values as an array."""
-        return self.joined().numpy(force=force)
+        """Return a copy of the values as an array. Raises ``TypeError`` without ``force``: it shares no memory."""
+        if not force:
+            raise TypeError("the values of a split tensor lie in two halves: use .numpy(force=True), which copies them")
+        return self.joined().clone().numpy()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the values, plain."""
-        return self.joined().__reduce_ex__(protocol)
+        return self.joined().clone().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         """Copy the values, plain."""
-        return memo.setdefault(id(self), self.joined())
+        return memo.setdefault(id(self), self.joined().clone())
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation on the halves, if it makes a view, or on the values, split again if they were written."""
+        """Run an operation on the values, or, if it makes a view, on what the tensor shows of them."""
         kwargs = kwargs or {}
         if _is_view(func) and isinstance(args[0], cls):
             return _view(func, args, kwargs)
-        joined: dict[int, tuple[SplitTensor, torch.Tensor]] = {}
+        written = {id(tensor): tensor for tensor in _written(func, args, kwargs)}
+        plain: dict[int, torch.Tensor] = {}
 
-        def plain(tensor: SplitTensor) -> torch.Tensor:
-            return joined.setdefault(id(tensor), (tensor, tensor.joined()))[1]
+        def values_of(tensor: SplitTensor) -> torch.Tensor:
+            if id(tensor) not in plain:
+                values = tensor.split_values.to_write() if id(tensor) in written else None
+                plain[id(tensor)] = tensor.joined() if values is None else tensor._of(values)
+            return plain[id(tensor)]
 
-        result = func(*tree_map_only(SplitTensor, plain, args), **tree_map_only(SplitTensor, plain, kwargs))
-        if written := _written(func, args, kwargs):
-            for tensor in written:
-                tensor._write(joined[id(tensor)][1])
-            originals = {id(values): tensor for tensor, values in joined.values()}
-            result = tree_map_only(torch.Tensor, lambda t: originals.get(id(t), t), result)
-        return result
+        for tensor in written.values():
+            values_of(tensor)  # before what only reads: it may be a view of the same values
+        result = func(*tree_map_only(SplitTensor, values_of, args), **tree_map_only(SplitTensor, values_of, kwargs))
+        originals = {id(plain[key]): tensor for key, tensor in written.items()}
+        return tree_map_only(torch.Tensor, lambda t: originals.get(id(t), t), result) if written else result
+
+
+def values_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's values as a plain tensor, which is itself unless it is split."""
+    return tensor.joined() if isinstance(tensor, SplitTensor) else tensor
 
 
 def _is_view(func: Any) -> bool:
@@ -104,17 +149,18 @@ def _is_view(func: Any) -> bool:
     return bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
 
 
-def _view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what ``func`` shows of both halves."""
-    if func is _aten.view.dtype and args[1] != torch.float32:
-        raise NotImplementedError(f"the values of a split tensor lie in two halves: copy it to view it as {args[1]}")
+def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what ``func`` makes of a tensor with the same geometry, on the same values."""
     source = args[0]
-    halves = [
-        half if func is _aten.view.dtype else func(half, *args[1:], **kwargs) for half in (source.high, source.low)
-    ]
-    if isinstance(halves[0], torch.Tensor):
-        return SplitTensor(*halves)
-    return type(halves[0])(SplitTensor(high, low) for high, low in zip(*halves, strict=True))
+    if func is torch.ops.aten.view.dtype:
+        raise NotImplementedError(f"a split tensor's values lie in two halves: copy it to view it as {args[1]}")
+    shown = func(source._of(source.split_values.high), *args[1:], **kwargs)
+
+    def split_view(view: torch.Tensor) -> SplitTensor:
+        offset = view.storage_offset() - source.split_values.high.storage_offset()
+        return SplitTensor(source.split_values, view.shape, view.stride(), offset)
+
+    return tree_map_only(torch.Tensor, split_view, shown)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[SplitTensor]:

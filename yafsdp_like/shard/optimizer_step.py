@@ -42,7 +42,19 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         engine.collective_log.settle()
     _make_room_for_states(optimizer, owned)
     if isinstance(optimizer, AdamW):
+        if optimizer.master == "split":
+            _split_master(owned)
         _pass_by_units(optimizer, owned)
+
+
+def _split_master(owned: Owned) -> None:
+    """Keep fp32 values in halves from here on: once, by building the memory anew. See [Note: split master]."""
+    whole = [unit for unit in owned if not unit.needs.split_master]
+    for unit in whole:
+        unit.need(split_master=True)
+    for engine in {engine: None for unit in whole if (engine := engine_of(unit)) is not None}:
+        engine.memory.invalidate()
+        engine.rebuild.if_changed()
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -97,6 +109,8 @@ def _pass_by_units(optimizer: AdamW, owned: Owned) -> None:
     for engine in {engine_of(unit): None for unit in units}:
         assert engine is not None
         engine.params.before_update()
+    for unit in units:
+        unit.settle()
 
 
 def _is_updated_whole(unit: Unit, owned: Sequence[ShardedParam]) -> bool:
@@ -111,7 +125,7 @@ def _in_order_of_forward(owned: Owned) -> list[Unit]:
 
 
 def _compute_copy(p: ShardedParam) -> torch.Tensor | None:
-    return None if p.compute is p.main else p.compute[: p.local.numel()]
+    return None if p.compute is p.main or p.is_split else p.compute[: p.local.numel()]
 
 
 def _after_batch(units: Sequence[Unit], whole: Sequence[bool], index: int) -> None:

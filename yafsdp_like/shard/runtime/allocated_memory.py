@@ -213,11 +213,12 @@ def _scratch(arena: Arena, region: str) -> torch.Tensor:
 
 def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
     for k, p in enumerate(unit.params):
-        p.place_compute(p.main)
+        shard = p.main
         for region, part in (("compute_shard", layout.compute_shard), ("aliased_shard", layout.aliased_shard)):
             if part.segments[k].nbytes:
-                shard = arena.place(f"{unit.name}.{region}").part(part.segments[k])
-                p.place_compute(shard.flat(p.compute_dtype, p.shards.chunk_numel))
+                place = arena.place(f"{unit.name}.{region}").part(part.segments[k])
+                shard = place.flat(p.compute_dtype, p.shards.chunk_numel)
+        p.place_compute(shard)
         if k in unit.trainable:
             p.make_grad(arena.device)
 

@@ -71,6 +71,10 @@ class GradientShard:
         self._num_uses = torch._C._storage_Use_Count(self._storage._cdata)  # by this object
         self._num_references = sys.getrefcount(self._storage)  # from Python, which C++ does not count
 
+    def fits(self, numel: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether it is for a chunk of this kind."""
+        return (numel, dtype, device) == (self._numel, self._dtype, self.flat.device)
+
     @property
     def has_memory(self) -> bool:
         """Whether there is anything to read."""

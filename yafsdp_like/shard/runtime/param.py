@@ -16,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.nn.modules.batchnorm import _NormBase
 
-from yafsdp_like.memory.layout import RowShards
+from yafsdp_like.kernels.split import split
+from yafsdp_like.memory.layout import RowShards, contiguous_stride
+from yafsdp_like.ops.split_master import SplitTensor, SplitValues, values_of
 from yafsdp_like.shard.runtime.gradient_shard import GradientShard
 from yafsdp_like.shard.runtime.nested import layers_of
 from yafsdp_like.shard.spec.unit_spec import ParamSpec
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     from yafsdp_like.memory.arena import Place
+    from yafsdp_like.shard.spec.unit_spec import UnitNeeds
 
 NOWHERE = torch.empty(0, device="meta")  # stands for a shard that has no place yet
 
@@ -94,8 +97,8 @@ class ShardedParam:
 
     The last dimension of the mesh shards, one before it replicates.
 
-    ``main``, ``compute`` and ``grad`` are ``(chunk_numel,)``, padding included, in ``main_dtype``, ``compute_dtype``
-    and ``main_dtype`` (``Place.flat``); the DTensor and its gradient are views of their first ``local_shape`` elements.
+    ``main`` and ``compute`` are ``(chunk_numel,)``, padding included, in ``main_shard_dtype`` and ``compute_dtype``
+    (``Place.flat``); the DTensor shows their first ``local_shape`` elements.
     """
 
     def __init__(self, param: nn.Parameter, owners: list[tuple[nn.Module, str]], mesh: DeviceMesh) -> None:
@@ -109,6 +112,7 @@ class ShardedParam:
         self.registered: torch.Tensor = param  # what modules were last made to see: the sharded parameter or a full one
         self._stands: list[_Stand] = []  # of given tensors, while full parameters are registered
         self.compute_dtype = self.gradient_dtype = self.reduce_dtype = param.dtype
+        self.is_split = False  # see [Note: split master]
         self.placed: torch.Tensor | None = None  # ``local`` as Unit.materialize left it; None: not in the arena
         self._address = 0  # and its address
         self.main = self.compute = NOWHERE  # filled by Unit.materialize, and the other by the build
@@ -161,24 +165,32 @@ class ShardedParam:
         """Whether the user wants gradients."""
         return self.sharded.requires_grad
 
-    def spec(self, name: str, policy: MixedPrecisionPolicy, as_computed: bool, has_room: bool) -> ParamSpec:
+    def spec(self, name: str, policy: MixedPrecisionPolicy, needs: UnitNeeds, as_computed: bool) -> ParamSpec:
         """Return what a plan needs to know, by the policy of now.
 
         Integers (frozen, all of them) and complex numbers keep their dtype. Norms with running statistics must be of
-        one dtype with those, and are. Gradients wait for their reduction in ``reduce_dtype``, or ``as_computed``;
-        without ``has_room`` there are none.
+        one dtype with those, and are. Gradients wait for their reduction in ``reduce_dtype``, or ``as_computed``.
         """
         dtype = self.main_dtype
         asked = self._dtype_of_statistics() or policy.param_dtype or dtype
         compute = asked if dtype.is_floating_point else dtype
         reduce = (policy.reduce_dtype if dtype.is_floating_point else None) or compute
-        has_gradient = has_room and self.trainable
-        return ParamSpec(name, self.shards, dtype, compute, compute if as_computed else reduce, reduce, has_gradient)
+        is_split = needs.split_master and (dtype, compute) == (torch.float32, torch.bfloat16)
+        return ParamSpec(
+            name,
+            self.shards,
+            dtype,
+            compute,
+            compute if as_computed else reduce,
+            reduce,
+            has_gradient=needs.trains and self.trainable,
+            is_split=is_split and self.shards.chunk_numel > 0,
+        )
 
     def take_dtypes(self, spec: ParamSpec) -> None:
         """Compute and reduce in the dtypes of ``spec`` from now on."""
         self.compute_dtype, self.gradient_dtype = spec.compute_dtype, spec.gradient_dtype
-        self.reduce_dtype = spec.reduce_dtype
+        self.reduce_dtype, self.is_split = spec.reduce_dtype, spec.is_split
 
     def _dtype_of_statistics(self) -> torch.dtype | None:
         module = next((module for module, _ in self.owners), None)
@@ -231,23 +243,62 @@ class ShardedParam:
         """Forget where ``local`` was put: it is to be put somewhere else."""
         self.placed = None
 
+    @property
+    def main_shard_dtype(self) -> torch.dtype:
+        """What the main shard holds: the values, or the lower halves of those that are split."""
+        return torch.int16 if self.is_split else self.main_dtype
+
     def place_compute(self, shard: torch.Tensor) -> None:
         """Let ``shard``, ``(chunk_numel,)``, be what is all-gathered; it may be the main shard."""
         self.compute = shard
+        if (halves := self._halves) is not None:
+            halves.move_high(shard[: self.local.numel()])
+
+    def leave_compute(self) -> None:
+        """Keep what is only in the compute shard, whose memory goes."""
+        if (halves := self._halves) is not None:
+            halves.move_high(halves.high.clone())
+            self.compute = NOWHERE
+
+    @property
+    def _halves(self) -> SplitValues | None:
+        local = self.local
+        return local.split_values if self.is_split and isinstance(local, SplitTensor) else None
+
+    def settle(self) -> bool:
+        """Split what was written to values in halves, on the current stream; return whether anything was."""
+        return self.is_split and (halves := self._halves) is not None and halves.settle()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether values in halves were written since they were last split."""
+        return self.is_split and (halves := self._halves) is not None and halves.written is not None
 
     def place_main(self, place: Place) -> None:
         """Move this rank's rows to ``place``, where the DTensor holds them from now on."""
-        local = place.tensor(self.main_dtype, self.local_shape)
+        self.main = place.flat(self.main_shard_dtype, self.shards.chunk_numel)
         with torch.no_grad():
-            local.copy_(self.local)
+            if self.is_split:
+                local = self._split_into(self.main)
+            else:
+                local = place.tensor(self.main_dtype, self.local_shape)
+                local.copy_(values_of(self.local))
         self.sharded._local_tensor = self.placed = local  # type: ignore[attr-defined]
         self._address = local.data_ptr()
-        self.main = place.flat(self.main_dtype, self.shards.chunk_numel)
+
+    def _split_into(self, main: torch.Tensor) -> torch.Tensor:
+        """Return this rank's rows with their lower halves in ``main``; the upper ones await a compute shard."""
+        high, low = split(values_of(self.local).flatten())
+        main[: low.numel()].copy_(low)
+        return SplitTensor(
+            SplitValues(high, main[: low.numel()]), self.local_shape, contiguous_stride(self.local_shape)
+        )
 
     def make_grad(self, device: torch.device) -> None:
         """Get ready for gradients, which take memory when they come."""
         numel = self.shards.chunk_numel * (2 if self.main_dtype.is_complex else 1)
-        self.grad_shard = GradientShard(numel, self.main_dtype, self.local_shape, device, self._dtensor)
+        if self.grad_shard is None or not self.grad_shard.fits(numel, self.main_dtype, device):
+            self.grad_shard = GradientShard(numel, self.main_dtype, self.local_shape, device, self._dtensor)
 
     @property
     def has_own_grad(self) -> bool:

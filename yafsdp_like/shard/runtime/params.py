@@ -54,6 +54,7 @@ class ParamLifecycle:
     def begin(self) -> None:
         """Start a forward: what compute wrote (optimizer, loaded weights) comes before all gathers; stale slots go."""
         self._context.collective_log.begins_forward()
+        self._settle()
         self.publish()
         for unit in self._units:
             slot = unit.gather_slot
@@ -61,6 +62,15 @@ class ParamLifecycle:
                 slot.drop()
             elif slot.state is not EMPTY and slot.version != unit.freshness.main_version():
                 self.release(slot)
+
+    def _settle(self) -> None:
+        """Split what was written to values in halves where this rank alone reads its compute shard."""
+        written = [u for u in self._units if u.transport.mapped is None and any(p.is_written for p in u.params)]
+        if written:
+            self._streams.wait(COMPUTE, self._streams.record(GATHER))  # which may still read it
+            with torch.no_grad():
+                for unit in written:
+                    unit.settle()
 
     def publish(self) -> None:
         """Let gathers from here on, of any rank, read what this rank's main shards are now.

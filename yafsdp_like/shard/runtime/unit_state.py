@@ -214,6 +214,8 @@ class Unit:
     def forget_slots(self) -> None:
         """Leave the slots, which live as long as what autograd saved needs them."""
         self._gather_slot = self._gradient_slot = None
+        for p in self.params:
+            p.leave_compute()
         self.freshness.compute_shard_lost()
 
     # --- layouts and the main shard
@@ -238,7 +240,7 @@ class Unit:
         # A kernel that sums in fp32 reads gradients as they were computed; sums over backwards need reduce_dtype.
         as_computed = self.transport.mapped is not None and not self.needs.unsynced_gradients
         named = zip(self.params, names or [p.name for p in self.params], strict=True)
-        return tuple(p.spec(name, self.policy.mp, as_computed, self.needs.trains) for p, name in named)
+        return tuple(p.spec(name, self.policy.mp, self.needs, as_computed) for p, name in named)
 
     def rank_spec(self, params: Sequence[ParamSpec]) -> RankSpec:
         """Return what a plan needs to know of the unit's ranks, which share ``params``."""
@@ -274,7 +276,7 @@ class Unit:
             return
         specs = self.param_specs()
         self.take_dtypes(specs)
-        layout = chunks(specs, [spec.main_dtype for spec in specs])
+        layout = chunks(specs, [spec.main_shard_dtype for spec in specs])
         if layout != self._main_layout or self._changed_dtype():
             self.arena = Arena(self.device)
             self.arena.reserve([Region("main_shard", "main_shard", layout.nbytes)])
@@ -303,7 +305,7 @@ class Unit:
         return sharded
 
     def _changed_dtype(self) -> bool:
-        return any(p.main is not NOWHERE and p.main.dtype != p.main_dtype for p in self.params)
+        return any(p.main is not NOWHERE and p.main.dtype != p.main_shard_dtype for p in self.params)
 
     def register(self, slot: GatherSlot | None) -> None:
         """Make modules see ``slot``'s full parameters, or the sharded ones for None.
@@ -331,14 +333,22 @@ class Unit:
         return [param.detach().clone() for param in self.registered.params]
 
     def refresh_compute_shard(self) -> bool:
-        """Cast main shards into what is all-gathered, unless that is current; return whether there was any to cast."""
+        """Write what is all-gathered from main shards, unless it is current; return whether there was work to do."""
+        was_written = self.settle()
         if self.freshness.is_current():
-            return False
-        pairs = [(p.compute, p.main) for p in self.params if p.compute is not p.main]
+            return was_written
+        pairs = [(p.compute, p.main) for p in self.params if p.compute is not p.main and not p.is_split]
         if pairs:
             torch._foreach_copy_([compute for compute, _ in pairs], [main for _, main in pairs])
         self.freshness.compute_shard_written()
-        return bool(pairs)
+        return was_written or bool(pairs)
+
+    def settle(self) -> bool:
+        """Split what was written to values in halves: see [Note: split master]. Return whether anything was."""
+        was_written = sum(p.settle() for p in self.params) > 0
+        if was_written:
+            self.freshness.main_shards_written()  # PyTorch does not count all writes
+        return was_written
 
     def reduction(self) -> Reduction:
         """Return how this unit's gradients are divided, and what replicas average."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from yafsdp_like.comm.transport import Reduction
 from yafsdp_like.memory.layout import FlatLayout
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     from yafsdp_like.comm.transport import Averaged
@@ -33,6 +34,12 @@ class ParamSpec:
     gradient_dtype: torch.dtype  # in which full gradients wait for their reduction
     reduce_dtype: torch.dtype  # to which reduced gradients are rounded
     has_gradient: bool  # it is trainable, and forwards may lead to a backward
+    is_split: bool = False  # the compute shard is the upper half of the main shard's values, which has the lower one
+
+    @property
+    def main_shard_dtype(self) -> torch.dtype:
+        """What the main shard holds."""
+        return torch.int16 if self.is_split else self.main_dtype
 
     @property
     def chunk_nbytes(self) -> int:
@@ -70,7 +77,7 @@ class UnitLayout:
 
         has_shard = [mapped or p.compute_dtype != p.main_dtype for p in params]
         return cls(
-            main_shard=chunks(params, [p.main_dtype for p in params]),
+            main_shard=chunks(params, [p.main_shard_dtype for p in params]),
             compute_shard=chunks(
                 params, [p.compute_dtype if has_shard[k] and k not in aliased else None for k, p in enumerate(params)]
             ),
@@ -100,6 +107,7 @@ class UnitNeeds:
     own_gather_slot: bool = False  # after a spill, or in debug mode; later plans keep to it
     own_gradient_slot: bool = False  # after a spill, or because unsynced gradients stay in it between backwards
     unsynced_gradients: bool = False  # set_requires_gradient_sync(False) was called
+    split_master: bool = False  # an optimizer asks for it: see [Note: split master]
 
 
 @dataclass(frozen=True)
