@@ -5,6 +5,7 @@ Owns how a model is cut into units, and which parameters decay. Knows nothing of
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +27,19 @@ def build_model(recipe: Recipe, config: Config, world: World) -> Any:
         param_dtype=getattr(torch, config.precision.param_dtype),
         reduce_dtype=getattr(torch, config.precision.reduce_dtype),
     )
+    shard = partial(
+        fully_shard,
+        mesh=world.mesh,
+        mp_policy=policy,
+        transport=config.model.transport,
+        split_master=config.precision.split_master,
+    )
     model, blocks = recipe.make()
     for block in blocks:
         if config.model.compile:
             block.compile(dynamic=False)
-        fully_shard(block, mesh=world.mesh, mp_policy=policy, transport=config.model.transport)
-    return fully_shard(model, mesh=world.mesh, mp_policy=policy, transport=config.model.transport)
+        shard(block)
+    return shard(model)
 
 
 def build_optimizer(model: torch.nn.Module, config: Config, world: World) -> torch.optim.Optimizer:

@@ -68,6 +68,7 @@ class OptimizerOptions:
 class PrecisionOptions:
     """What modules compute in and what gradients are summed in; parameters are fp32."""
 
+    split_master: bool = False  # keep these as bfloat16, which is computed on, and 16 bits of remainder: 4 bytes, not 6
     param_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of forward and backward
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients between ranks
 

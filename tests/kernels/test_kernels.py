@@ -17,6 +17,7 @@ from yafsdp_like.kernels import adamw, blocks, reduce
 from yafsdp_like.kernels.adamw import AdamWStep, AdamWTable, AdamWTensors, adamw_reference, rate_row
 from yafsdp_like.kernels.blocks import INTERPRETED, BlockTable
 from yafsdp_like.kernels.reduce import ReduceTable, reduce_reference
+from yafsdp_like.kernels.split import join, split
 
 ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
@@ -329,6 +330,28 @@ def test_the_update_is_that_of_its_reference(dtypes: Sequence[torch.dtype], lead
         adamw_reference(expected, RATES, step)
         table.update(params, RATES, step)
     assert_updated_alike(params, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("lead", [0, 1])
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
+def test_a_master_in_two_halves_has_the_bits_of_one_in_fp32(state: torch.dtype, lead: int) -> None:
+    whole = adamw_params(ADAMW_NUMELS, torch.float32, torch.float32, state, None, lead)
+    halves = []
+    for p, low in zip(whole, spread(ADAMW_NUMELS, torch.int16, 0, lead), strict=True):
+        high = spread([p.main.numel()], torch.bfloat16, 0, lead)[0]
+        for half, values in zip((high, low), split(p.main), strict=True):
+            half.copy_(values)
+        halves.append(cloned([p])[0]._replace(main=high, remainder=low))
+    tables = AdamWTable(), AdamWTable()
+    for number in (1, 2, 3):
+        step = AdamWStep(number, 0.9, 0.95, 1e-8, seed=5)
+        for table, params in zip(tables, (whole, halves), strict=True):
+            table.update(params, RATES, step)
+    for p, q in zip(whole, halves, strict=True):
+        assert q.remainder is not None
+        assert same_bits([p.main, p.exp_avg, p.exp_avg_sq], [join(q.main, q.remainder), q.exp_avg, q.exp_avg_sq])
+        assert same_bits([split(p.main)[0]], [q.main])
 
 
 @needs_kernels

@@ -27,8 +27,9 @@ SPECIMEN = SPECIMENS["decoder"]
 transports = pytest.mark.parametrize("transport", TRANSPORTS)
 
 
-def sharded(transport: str, policy: MixedPrecisionPolicy = BF16) -> Any:
-    return SPECIMEN.wrap(SPECIMEN.fresh(), fully_shard, mesh=world_mesh(), mp_policy=policy, transport=transport)
+def sharded(transport: str, policy: MixedPrecisionPolicy = BF16, split_master: bool = True) -> Any:
+    options = {"mesh": world_mesh(), "mp_policy": policy, "transport": transport, "split_master": split_master}
+    return SPECIMEN.wrap(SPECIMEN.fresh(), fully_shard, **options)
 
 
 def train_step(model: Any, optimizer: Any, number: int) -> float:
@@ -60,12 +61,9 @@ def test_a_split_master_has_the_bits_of_one_in_fp32(world_size: int, transport: 
 
 
 def follow_fp32(transport: str) -> None:
-    models = [sharded(transport) for _ in range(2)]
+    models = [sharded(transport, split_master=split_master) for split_master in (False, True)]
     parameters = [list(model.parameters()) for model in models]
-    optimizers = [
-        AdamW(params, lr=1e-2, weight_decay=0.1, master=master)
-        for params, master in zip(parameters, ("fp32", "split"), strict=True)
-    ]
+    optimizers = [AdamW(params, lr=1e-2, weight_decay=0.1) for params in parameters]
     for model, optimizer in zip(models, optimizers, strict=True):
         train_step(model, optimizer, 0)
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -86,11 +84,8 @@ def follow_fp32(transport: str) -> None:
 @transports
 @on_ranks()
 def test_training_with_a_split_master_follows_fp32(transport: str) -> None:
-    models = [sharded(transport) for _ in range(2)]
-    optimizers = [
-        AdamW(model.parameters(), lr=1e-3, master=master)
-        for model, master in zip(models, ("fp32", "split"), strict=True)
-    ]
+    models = [sharded(transport, split_master=split_master) for split_master in (False, True)]
+    optimizers = [AdamW(model.parameters(), lr=1e-3) for model in models]
     for number in range(12):
         losses = [train_step(*pair, number) for pair in zip(models, optimizers, strict=True)]
         assert losses[0] == pytest.approx(
@@ -107,15 +102,15 @@ def test_training_with_a_split_master_follows_fp32(transport: str) -> None:
 @transports
 @on_ranks()
 def test_the_plan_has_two_bytes_a_value_less_and_the_arenas_hold_it(transport: str) -> None:
-    model = sharded(transport)
-    optimizer = AdamW(model.parameters(), master="split")
-    before = model.memory_plan()
-    for number in range(2):
-        train_step(model, optimizer, number)
+    model, whole = sharded(transport), sharded(transport, split_master=False).memory_plan()
+    optimizer = AdamW(model.parameters())
+    for number in range(3):
         plan = model.memory_plan()
-        assert model.memory_report().arena_nbytes == plan.nbytes
-        assert plan.nbytes_of("main_shard") < 0.75 * before.nbytes_of("main_shard")
-        assert plan.nbytes_of("compute_shard") == before.nbytes_of("compute_shard")
+        if number:
+            assert model.memory_report().arena_nbytes == plan.nbytes
+        assert plan.nbytes_of("main_shard") < 0.75 * whole.nbytes_of("main_shard")  # half, and what aligns biases
+        assert plan.nbytes_of("compute_shard") == whole.nbytes_of("compute_shard")
+        train_step(model, optimizer, number)
 
 
 WRITES: dict[str, Any] = {
@@ -145,7 +140,7 @@ def _step_of_torch(params: list[Any]) -> None:
 def test_what_the_user_writes_is_computed_on_in_the_next_forward(write: str, transport: str) -> None:
     model, plain = sharded(transport), SPECIMEN.fresh().bfloat16()
     parameters = list(model.parameters())
-    optimizer = AdamW(parameters, lr=1e-3, master="split")
+    optimizer = AdamW(parameters, lr=1e-3)
     for number in range(3):
         train_step(model, optimizer, number)
         before = [full(p).clone() for p in parameters]
@@ -163,11 +158,8 @@ def test_what_the_user_writes_is_computed_on_in_the_next_forward(write: str, tra
 @transports
 @on_ranks()
 def test_state_dicts_are_in_fp32_and_load_into_either(transport: str) -> None:
-    models = [sharded(transport) for _ in range(2)]
-    optimizers = [
-        AdamW(model.parameters(), lr=1e-3, master=master)
-        for model, master in zip(models, ("fp32", "split"), strict=True)
-    ]
+    models = [sharded(transport, split_master=split_master) for split_master in (False, True)]
+    optimizers = [AdamW(model.parameters(), lr=1e-3) for model in models]
     for number in range(2):
         for model, optimizer in zip(models, optimizers, strict=True):
             train_step(model, optimizer, number)
@@ -209,15 +201,15 @@ def test_checkpoints_go_through_files_between_split_and_fp32(tmp_path: Path) -> 
 
 def through_files(folder: Path) -> None:
     model = sharded("process_group")
-    optimizer = AdamW(model.parameters(), lr=1e-3, master="split")
+    optimizer = AdamW(model.parameters(), lr=1e-3)
     for number in range(2):
         train_step(model, optimizer, number)
     model.reshard()
     expected = {name: full(p).clone() for name, p in model.named_parameters()}
     dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "split")
-    for master in ("fp32", "split"):
-        other = sharded("process_group")
-        other_optimizer = AdamW(other.parameters(), lr=1e-3, master=master)
+    for split_master in (False, True):
+        other = sharded("process_group", split_master=split_master)
+        other_optimizer = AdamW(other.parameters(), lr=1e-3)
         train_step(other, other_optimizer, 5)
         other.reshard()
         state = {"model": other.state_dict()}
@@ -232,7 +224,7 @@ def through_files(folder: Path) -> None:
 @on_ranks()
 def test_parameters_that_are_not_computed_on_in_bfloat16_stay_whole(transport: str) -> None:
     model = sharded(transport, MixedPrecisionPolicy())
-    optimizer = AdamW(model.parameters(), master="split")
+    optimizer = AdamW(model.parameters())
     train_step(model, optimizer, 0)
     assert not any(p.is_split for p in params_of(model))
 
@@ -242,7 +234,7 @@ def test_parameters_that_are_not_computed_on_in_bfloat16_stay_whole(transport: s
 def test_a_model_that_changes_is_built_again_with_its_values(transport: str) -> None:
     """Prevents: upper halves lost with the arena that held the compute shards."""
     model = sharded(transport)
-    optimizer = AdamW(model.parameters(), lr=1e-3, master="split")
+    optimizer = AdamW(model.parameters(), lr=1e-3)
     train_step(model, optimizer, 0)
     model.reshard()
     expected = {name: full(p).clone() for name, p in model.named_parameters()}
@@ -255,8 +247,3 @@ def test_a_model_that_changes_is_built_again_with_its_values(transport: str) -> 
         assert torch.equal(full(p), expected[name]), name
     train_step(model, optimizer, 2)
     assert_halves_agree(model)
-
-
-def test_a_master_that_there_is_not_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected master"):
-        AdamW([nn.Parameter(torch.ones(3))], master="bf16")  # type: ignore[arg-type]

@@ -38,6 +38,7 @@ from torch.utils import _pytree as pytree
 from yafsdp_like.checkpoint import reading
 from yafsdp_like.comm.consistency import host_group, raise_on_all_ranks
 from yafsdp_like.memory.plan import readable
+from yafsdp_like.ops.split_master import values_of
 
 SHARDS, METADATA = "shards", "metadata.json"
 SHARDS_METADATA = f"{SHARDS}/{reading.METADATA}"
@@ -287,9 +288,9 @@ class HostCopy:
 
 
 def _local(leaf: Any) -> Any:
-    """This rank's part of a tensor; torch's stager does not take DTensors of a mesh of CPUs."""
+    """This rank's part of a tensor, plain; torch's stager does not take DTensors of a mesh of CPUs."""
     if isinstance(leaf, DTensor):
-        return leaf.to_local().detach()
+        return values_of(leaf.to_local().detach())
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 

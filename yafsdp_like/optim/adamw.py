@@ -9,7 +9,7 @@ so with ``Passes``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
 Kind = tuple[torch.device, tuple[torch.dtype | None, ...], AdamWStep]  # what the parameters of a launch agree in
-MasterFormat = Literal["fp32", "split"]
 UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
 
 
@@ -82,10 +81,6 @@ class AdamW(torch.optim.AdamW):
     parameter's position among the optimizer's and an element's in the whole parameter: ranks, their number and their
     shards give the same bits. See [Note: rounded stochastically] and [Note: moments in checkpoints].
 
-    ``master="split"`` keeps the fp32 values of sharded parameters that are computed on in bfloat16 as that rounding,
-    which is the compute shard then, and 16 bits of remainder, from the first step on: two bytes a value less, the same
-    fp32 numbers to the bit. See [Note: split master]; other parameters are left as they are.
-
     Raises ``ValueError`` for what is not supported: ``amsgrad``, ``maximize``, ``capturable``, ``differentiable``, in
     the constructor, in a group, or in a loaded state, and other ``moments``; and in ``step`` for tensors that are not
     contiguous or not float32, bfloat16 or float16, for gradients sharded otherwise than their parameter, and for
@@ -95,7 +90,6 @@ class AdamW(torch.optim.AdamW):
     passes = Passes()
     gradient_scale = 1.0
     moments: MomentsFormat = "fp32"
-    master: MasterFormat = "fp32"
     seed = 0
 
     def __init__(
@@ -110,11 +104,10 @@ class AdamW(torch.optim.AdamW):
         foreach: bool | None = None,
         fused: bool | None = None,
         moments: MomentsFormat = "fp32",
-        master: MasterFormat = "fp32",
         seed: int = 0,
         **unsupported: bool,
     ) -> None:
-        self.moments, self.master, self.seed = check_format(moments), check_master(master), seed
+        self.moments, self.seed = check_format(moments), seed
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **unsupported)
         self._forget_places()
 
@@ -130,7 +123,7 @@ class AdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied."""
-        return {**super().__getstate__(), "moments": self.moments, "master": self.master, "seed": self.seed}
+        return {**super().__getstate__(), "moments": self.moments, "seed": self.seed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set the state, at the end of ``load_state_dict``, unpickling and copying."""
@@ -248,13 +241,6 @@ class AdamW(torch.optim.AdamW):
         if device not in self._rates or self._rates[device][0] != rates:
             self._rates[device] = rates, upload(rates, torch.float32, device)
         return self._rates[device][1]
-
-
-def check_master(master: MasterFormat) -> MasterFormat:
-    """Return ``master``. Raises ``ValueError`` for one that there is not."""
-    if master not in get_args(MasterFormat):
-        raise ValueError(f'expected master to be "fp32" or "split", found {master!r}')
-    return master
 
 
 def _local_grad(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:

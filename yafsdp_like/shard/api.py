@@ -56,6 +56,7 @@ class ShardOptions(TypedDict, total=False):
     ignored_params: set[nn.Parameter] | None
     dp_mesh_dims: Any
     transport: TransportName
+    split_master: bool
 
 
 @overload
@@ -73,6 +74,7 @@ def fully_shard(
     ignored_params: set[nn.Parameter] | None = None,
     dp_mesh_dims: Any = None,
     transport: TransportName = "auto",
+    split_master: bool = False,
 ) -> Any:
     """Shard the parameters of ``module`` (or of a list of modules, as one unit) over the ranks of ``mesh``, in place.
 
@@ -90,6 +92,10 @@ def fully_shard(
             ``output_dtype``, and ``cast_forward_inputs``; the optimizer sees the original dtype.
         ignored_params: parameters that are left alone.
         transport: what moves bytes between ranks, which is not FSDP2's; ``comm/choice.py`` says what "auto" takes.
+        split_master: keep fp32 parameters that are computed on in bfloat16 as that rounding, which is what is
+            all-gathered, and 16 bits of remainder: two bytes a value less, the same fp32 values for everybody who
+            reads or writes them, to the bit. Ties of the rounding go away from zero. Not FSDP2's; see
+            [Note: split master] in ``ops/split_master.py``.
         shard_placement_fn: FSDP2's; only None is supported yet, as for ``dp_mesh_dims``.
         offload_policy: FSDP2's; only its default is supported yet.
         dp_mesh_dims: see ``shard_placement_fn``.
@@ -107,7 +113,7 @@ def fully_shard(
     check_mesh(mesh)
     owners = params_below(modules, ignored_params or set())
     check_params(owners)
-    policy = UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward))
+    policy = UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward), split_master)
     return _shard(module, modules, split_tied(owners, modules), mesh, policy, transport)
 
 

@@ -42,19 +42,7 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         engine.collective_log.settle()
     _make_room_for_states(optimizer, owned)
     if isinstance(optimizer, AdamW):
-        if optimizer.master == "split":
-            _split_master(owned)
         _pass_by_units(optimizer, owned)
-
-
-def _split_master(owned: Owned) -> None:
-    """Keep fp32 values in halves from here on: once, by building the memory anew. See [Note: split master]."""
-    whole = [unit for unit in owned if not unit.needs.split_master]
-    for unit in whole:
-        unit.need(split_master=True)
-    for engine in {engine: None for unit in whole if (engine := engine_of(unit)) is not None}:
-        engine.memory.invalidate()
-        engine.rebuild.if_changed()
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -25,10 +25,9 @@ from yafsdp_like.shard.spec.unit_spec import ParamSpec
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy
 
     from yafsdp_like.memory.arena import Place
-    from yafsdp_like.shard.spec.unit_spec import UnitNeeds
+    from yafsdp_like.shard.spec.unit_spec import UnitPolicy
 
 NOWHERE = torch.empty(0, device="meta")  # stands for a shard that has no place yet
 
@@ -165,17 +164,18 @@ class ShardedParam:
         """Whether the user wants gradients."""
         return self.sharded.requires_grad
 
-    def spec(self, name: str, policy: MixedPrecisionPolicy, needs: UnitNeeds, as_computed: bool) -> ParamSpec:
+    def spec(self, name: str, policy: UnitPolicy, as_computed: bool, has_room: bool) -> ParamSpec:
         """Return what a plan needs to know, by the policy of now.
 
         Integers (frozen, all of them) and complex numbers keep their dtype. Norms with running statistics must be of
-        one dtype with those, and are. Gradients wait for their reduction in ``reduce_dtype``, or ``as_computed``.
+        one dtype with those, and are. Gradients wait for their reduction in ``reduce_dtype``, or ``as_computed``;
+        without ``has_room`` there are none.
         """
         dtype = self.main_dtype
-        asked = self._dtype_of_statistics() or policy.param_dtype or dtype
+        asked = self._dtype_of_statistics() or policy.mp.param_dtype or dtype
         compute = asked if dtype.is_floating_point else dtype
-        reduce = (policy.reduce_dtype if dtype.is_floating_point else None) or compute
-        is_split = needs.split_master and (dtype, compute) == (torch.float32, torch.bfloat16)
+        reduce = (policy.mp.reduce_dtype if dtype.is_floating_point else None) or compute
+        is_split = policy.split_master and (dtype, compute) == (torch.float32, torch.bfloat16)
         return ParamSpec(
             name,
             self.shards,
@@ -183,7 +183,7 @@ class ShardedParam:
             compute,
             compute if as_computed else reduce,
             reduce,
-            has_gradient=needs.trains and self.trainable,
+            has_gradient=has_room and self.trainable,
             is_split=is_split and self.shards.chunk_numel > 0,
         )
 

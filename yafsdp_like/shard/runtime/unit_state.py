@@ -240,7 +240,7 @@ class Unit:
         # A kernel that sums in fp32 reads gradients as they were computed; sums over backwards need reduce_dtype.
         as_computed = self.transport.mapped is not None and not self.needs.unsynced_gradients
         named = zip(self.params, names or [p.name for p in self.params], strict=True)
-        return tuple(p.spec(name, self.policy.mp, self.needs, as_computed) for p, name in named)
+        return tuple(p.spec(name, self.policy, as_computed, self.needs.trains) for p, name in named)
 
     def rank_spec(self, params: Sequence[ParamSpec]) -> RankSpec:
         """Return what a plan needs to know of the unit's ranks, which share ``params``."""

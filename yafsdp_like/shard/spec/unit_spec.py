@@ -107,7 +107,6 @@ class UnitNeeds:
     own_gather_slot: bool = False  # after a spill, or in debug mode; later plans keep to it
     own_gradient_slot: bool = False  # after a spill, or because unsynced gradients stay in it between backwards
     unsynced_gradients: bool = False  # set_requires_gradient_sync(False) was called
-    split_master: bool = False  # an optimizer asks for it: see [Note: split master]
 
 
 @dataclass(frozen=True)
@@ -146,6 +145,7 @@ class UnitPolicy:
 
     mp: MixedPrecisionPolicy
     reshard_after_forward: bool | None  # None: the root keeps its parameters, others reshard
+    split_master: bool = False  # see [Note: split master]
     reshard_after_backward: bool = True
     requires_gradient_sync: bool = True
     reduces_unused: bool = False  # as zeros, parameters without a gradient too
