@@ -74,10 +74,10 @@ def torch_adamw(model: torch.nn.Module, options: Options) -> torch.optim.Optimiz
 IMPLEMENTATIONS = {
     "unsharded": Implementation(build_unsharded),
     "unsharded-graph": Implementation(build_unsharded_graphed),
-    "ours": Implementation(build_ours),
-    "ours-graph": Implementation(build_ours_graphed),
-    "ours-nccl": Implementation(partial(build_ours, transport="process_group")),
-    "ours-expandable": Implementation(build_ours, expandable=True),
+    "ours": Implementation(build_ours, expandable=True),  # as `fully_shard` has it by itself
+    "ours-graph": Implementation(build_ours_graphed, expandable=True),
+    "ours-nccl": Implementation(partial(build_ours, transport="process_group"), expandable=True),
+    "ours-segments": Implementation(build_ours),
     "fsdp2": Implementation(build_fsdp2),
     "fsdp2-expandable": Implementation(build_fsdp2, expandable=True),
     "deepspeed": Implementation(zero3.build, zero3.obstacle),

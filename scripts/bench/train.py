@@ -30,6 +30,7 @@ from bench.turns import Turn, built, forget, possible, turns
 from bench.varying import run_varying
 from launch import world as ranks
 from launch.world import World
+from yafsdp_like.memory.allocator import use_expandable_segments
 
 NUM_ORDERS = 3  # of the reference's sums, beside its own
 Rounds = dict[BenchCase, list[Measurement | None]]
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_options(arguments, IMPLEMENTATIONS)
     world = ranks.join(options.device)
+    use_expandable_segments()  # once for the process, so that each implementation's own setting holds afterwards
     names = possible(options, world)
     machine = survey(options, world)
     described = describe_run(options, world, machine, arguments)

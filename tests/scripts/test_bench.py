@@ -96,7 +96,7 @@ def test_implementations_are_compared_on_the_same_model_and_data(tmp_path: Path)
 
 
 def test_every_way_of_checkpointing_and_batch_size_is_a_row(tmp_path: Path) -> None:
-    names = ["ours-expandable:transport=process_group+eps=1e-8", "fsdp2"]
+    names = ["ours-segments:transport=process_group+eps=1e-8", "fsdp2"]
     cases = ["--checkpointing", "none,block", "--batch-size", "2,1", "--peak-tflops", "1e-3"]
     run_ranks(bench_here, ["--impl", ",".join(names), *cases, *TIMES, "--rounds", "1"], tmp_path / "out.json")
     report = json.loads((tmp_path / "out.json").read_text())
