@@ -20,8 +20,8 @@ find out what memory holds at its peak, by category (`bench/accounting.py`), and
 
 `unsharded` is the floor: the same layers on each GPU alone, bf16 weights, gradients accumulating in place, no
 optimizer. `ours` chooses its transport by itself, `ours-nccl` uses the process group. They, and those that end in
-`-expandable`, run with `expandable_segments:True`, which our `fully_shard` sets by itself; `ours-segments` and all others
-run without (`bench/allocator.py` says why one process may do both).
+`-expandable`, run with `expandable_segments:True`, which our `fully_shard` sets by itself; `ours-segments` and all
+others run without (`bench/allocator.py` says why one process may do both).
 `deepspeed` is ZeRO-3 with tuned buckets, `deepspeed-blocks` the same, gathering block by block; both are left out where
 the package is not installed. `--checkpointing block` recomputes every block's activations in backward, in all of them.
 
