@@ -33,7 +33,6 @@ Shapes: D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -46,6 +45,7 @@ from yafsdp_like.comm.tp_group import world_tp_group
 from yafsdp_like.inference.plan.placement import WEIGHT_SLOTS
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import Segment
+from yafsdp_like.memory.pinned import pin
 from yafsdp_like.memory.streams import COMPUTE, GATHER, Event, Streams, streams_of
 
 if TYPE_CHECKING:
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.plan.serving_plan import ServingPlan
 
 _SHARED = ("gathered", "tensor_parallel")  # modes in which ranks have parts of weights
-_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
 @dataclass(frozen=True)
@@ -347,20 +346,6 @@ def _copy(destination: Tensor, source: Tensor) -> None:
 
 
 def _pin(arena: Arena, device: torch.device) -> None:
-    """Pin host memory, so that copies from and to ``device`` run beside the CPU, at the link's full rate.
-
-    PyTorch's own pinned allocator would round sizes up to powers of two, and the plan would not be the truth.
-    """
-    storages = {storage.data_ptr(): storage for storage, _ in map(arena.storage, arena.regions)}
-    for address, storage in storages.items():
-        if not storage.nbytes():
-            continue
-        with torch.cuda.device(device):
-            error = int(torch.cuda.cudart().cudaHostRegister(address, storage.nbytes(), _PORTABLE))
-        if error:
-            raise RuntimeError(f"{storage.nbytes():,} bytes of host memory could not be pinned (CUDA error {error})")
-        weakref.finalize(arena, _unpin, storage)
-
-
-def _unpin(storage: torch.UntypedStorage) -> None:
-    torch.cuda.cudart().cudaHostUnregister(storage.data_ptr())
+    """Pin an arena's memory of the host for copies from ``device``."""
+    for storage in {storage.data_ptr(): storage for storage, _ in map(arena.storage, arena.regions)}.values():
+        pin(storage, arena, device)
