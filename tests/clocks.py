@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE
+from yafsdp_like.memory.streams import COMPUTE, SIDE_STREAMS
 
 Clock = dict[str, int]
 PEER = "peer's "
-STREAMS = [f"{whose}{stream}" for whose in ("", PEER) for stream in (COMPUTE, GATHER, REDUCE)]
+STREAMS = [f"{whose}{stream}" for whose in ("", PEER) for stream in (COMPUTE, *SIDE_STREAMS)]
 Omission = tuple[str, str, int]  # in which work; "wait" or "stream_barrier"; the how manieth of these in it
 
 
@@ -51,7 +51,7 @@ class VectorClocks:
     """
 
     def __init__(self, forgets: Sequence[tuple[str, str]] = (), omits: Omission | None = None) -> None:
-        self.clocks: dict[str, Clock] = {s: dict.fromkeys(STREAMS, 0) for s in (COMPUTE, GATHER, REDUCE)}
+        self.clocks: dict[str, Clock] = {s: dict.fromkeys(STREAMS, 0) for s in (COMPUTE, *SIDE_STREAMS)}
         self.current = COMPUTE
         self.forgets = set(forgets)
         self.omits = omits
@@ -79,6 +79,11 @@ class VectorClocks:
         pair = (stream, event.stream)
         self.waits[pair] = self.waits.get(pair, 0) + 1
         if pair not in self.forgets and not self._is_omitted("wait"):
+            self._learn(stream, event.clock)
+
+    def synchronize(self, event: Stamp) -> None:
+        """The CPU waits, and everything that it issues later comes after it."""
+        for stream in self.clocks:
             self._learn(stream, event.clock)
 
     def stream_barrier(self, stream: str) -> None:

@@ -4,6 +4,7 @@
 Three streams touch an arena: ``COMPUTE`` (whatever stream the user's code runs on), ``GATHER`` and ``REDUCE``. Every
 dependency between them is an event recorded after the last access on one and waited for before the next access on the
 other. The CPU never waits, and ``record_stream`` is never used, since arena memory is not returned to the allocator.
+``HOST_TO_DEVICE`` and ``DEVICE_TO_HOST`` copy what is offloaded, one in each direction, in the same way.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 COMPUTE, GATHER, REDUCE = "compute", "gather", "reduce"
+HOST_TO_DEVICE, DEVICE_TO_HOST = "host to device", "device to host"
+SIDE_STREAMS = (GATHER, REDUCE, HOST_TO_DEVICE, DEVICE_TO_HOST)
 
 Event = Any  # what ``record`` returned; opaque to everyone but the streams that made it
 
@@ -39,11 +42,11 @@ class Streams(Protocol):
 
 
 class CudaStreams:
-    """Two high-priority side streams of one device, so that communication is not queued behind compute kernels."""
+    """High-priority side streams of one device, so that communication is not queued behind compute kernels."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._side = {name: torch.cuda.Stream(device, priority=-1) for name in (GATHER, REDUCE)}
+        self._side = {name: torch.cuda.Stream(device, priority=-1) for name in SIDE_STREAMS}
 
     def _stream(self, stream: str) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._device) if stream == COMPUTE else self._side[stream]
@@ -164,5 +167,5 @@ class StepRecorder:
 
 @cache
 def streams_of(device: torch.device) -> Streams:
-    """Return the streams of ``device``, shared by every model on it: two side streams a device are enough."""
+    """Return the streams of ``device``, shared by all models and optimizers on it: one of each name is enough."""
     return CudaStreams(device) if device.type == "cuda" else InOrder()

@@ -29,6 +29,7 @@ from yafsdp_like.optim.moments import (
     new_moment,
     to_saved,
 )
+from yafsdp_like.optim.offload import OffloadedMoments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +82,10 @@ class AdamW(torch.optim.AdamW):
     parameter's position among the optimizer's and an element's in the whole parameter: ranks, their number and their
     shards give the same bits. See [Note: rounded stochastically] and [Note: moments in checkpoints].
 
+    ``offload_moments`` keeps both in host memory, pinned for a GPU, and copies them to the device and back in each
+    step, see [Note: offloaded moments]; the same bits come out. States and state dicts then have tensors of the host:
+    ``state_dict`` waits for the last step's, whoever reads ``state`` itself must ``torch.cuda.synchronize`` before.
+
     Raises ``ValueError`` for what is not supported: ``amsgrad``, ``maximize``, ``capturable``, ``differentiable``, in
     the constructor, in a group, or in a loaded state, and other ``moments``; and in ``step`` for tensors that are not
     contiguous or not float32, bfloat16 or float16, for gradients sharded otherwise than their parameter, and for
@@ -91,6 +96,8 @@ class AdamW(torch.optim.AdamW):
     gradient_scale = 1.0
     moments: MomentsFormat = "fp32"
     seed = 0
+    offload_moments = False
+    _offloaded: OffloadedMoments | None = None
 
     def __init__(
         self,
@@ -105,16 +112,19 @@ class AdamW(torch.optim.AdamW):
         fused: bool | None = None,
         moments: MomentsFormat = "fp32",
         seed: int = 0,
+        offload_moments: bool = False,
         **unsupported: bool,
     ) -> None:
-        self.moments, self.seed = check_format(moments), seed
+        self.moments, self.seed, self.offload_moments = check_format(moments), seed, offload_moments
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **unsupported)
         self._forget_places()
 
     def _forget_places(self) -> None:
-        self._tables: dict[tuple[int, int], AdamWTable] = {}  # by batch, and launch within it
+        self._tables: dict[tuple[int, int, int], AdamWTable] = {}  # by batch, part of it, and launch within that
         self._rates: dict[torch.device, tuple[list[tuple[float, float]], torch.Tensor]] = {}  # as set, and there
         self._origins: dict[nn.Parameter, tuple[int, int]] = {}  # number and first element: of what random bits depend
+        if self.offload_moments and self._offloaded is None:
+            self._offloaded = OffloadedMoments(self.moments)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch's does. Raises ``ValueError`` for an option that is not supported."""
@@ -123,7 +133,9 @@ class AdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied."""
-        return {**super().__getstate__(), "moments": self.moments, "seed": self.seed}
+        self._wait_for_moments()
+        own = {"moments": self.moments, "seed": self.seed, "offload_moments": self.offload_moments}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set the state, at the end of ``load_state_dict``, unpickling and copying."""
@@ -136,6 +148,7 @@ class AdamW(torch.optim.AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch's does, with moments as floats: see [Note: moments in checkpoints]."""
+        self._wait_for_moments()
         found = super().state_dict()
         if self.moments == "int8":
             states = dict(found["state"])
@@ -148,7 +161,8 @@ class AdamW(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of torch's AdamW or of this one, whatever its moments were kept in, and convert those."""
-        if self.moments == "fp32":  # torch's way: into the parameter's dtype
+        self._wait_for_moments()
+        if self.moments == "fp32" and not self.offload_moments:  # torch's way: into the parameter's dtype
             super().load_state_dict(state_dict)
             return
         states = state_dict["state"]
@@ -156,7 +170,12 @@ class AdamW(torch.optim.AdamW):
         super().load_state_dict({**state_dict, "state": others})
         for key, param in self._by_key(state_dict["param_groups"]):
             for name in MOMENTS.keys() & states.get(key, {}):
-                self.state[param][name] = from_saved(states[key][name], param, MOMENTS[name], self.moments)
+                device = torch.device("cpu") if self.offload_moments else param.device
+                self.state[param][name] = from_saved(states[key][name], param, MOMENTS[name], self.moments, device)
+
+    def _wait_for_moments(self) -> None:
+        if self._offloaded is not None:
+            self._offloaded.wait()
 
     def _by_key(self, saved_groups: Sequence[dict[str, Any]]) -> Iterator[tuple[Any, nn.Parameter]]:
         """Return parameters with their keys in a state dict whose groups are ``saved_groups``."""
@@ -171,7 +190,10 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         group_of = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
-        for index, batch in enumerate(self._batches(group_of)):
+        batches = self._batches(group_of)
+        if self._offloaded is not None:
+            self._offloaded.begin(batches, self.state)
+        for index, batch in enumerate(batches):
             self._update(index, [(p, group_of[p]) for p in batch if p.grad is not None])
             self.passes.after_batch(index)
         return loss
@@ -188,17 +210,30 @@ class AdamW(torch.optim.AdamW):
         return [*self.passes.batches, *([rest] if rest else [])]
 
     def _update(self, batch_index: int, params: Sequence[tuple[nn.Parameter, int]]) -> None:
-        """Launch one kernel for each kind of parameter; ``params`` come with the index of their group."""
-        launches: dict[Kind, list[AdamWTensors]] = {}
+        """Launch a kernel for each kind of parameter; ``params`` come with the index of their group."""
+        updates = {param: (self._tensors(param, index), self._advance(param, index)) for param, index in params}
+        for part_index, part in enumerate(self._parts(batch_index, updates)):
+            launches: dict[Kind, list[AdamWTensors]] = {}
+            for tensors, step in part:
+                launches.setdefault((tensors.main.device, tensors.dtypes, step), []).append(tensors)
+            for launch_index, ((device, _, step), tensors_of_launch) in enumerate(launches.items()):
+                table = self._tables.setdefault((batch_index, part_index, launch_index), AdamWTable())
+                table.update(tensors_of_launch, self._rates_on(device), step)
         written: list[torch.Tensor] = []
-        for param, group_index in params:
-            tensors, step = self._tensors(param, group_index), self._advance(param, group_index)
-            launches.setdefault((tensors.main.device, tensors.dtypes, step), []).append(tensors)
+        for param, (tensors, _) in updates.items():
             written += [param, tensors.main, *([] if tensors.compute is None else [tensors.compute])]
-        for launch_index, ((device, _, step), tensors_of_launch) in enumerate(launches.items()):
-            table = self._tables.setdefault((batch_index, launch_index), AdamWTable())
-            table.update(tensors_of_launch, self._rates_on(device), step)
         increment_version(written)  # autograd does not see a kernel's writes
+
+    def _parts(
+        self, batch_index: int, updates: dict[nn.Parameter, tuple[AdamWTensors, AdamWStep]]
+    ) -> Iterator[list[tuple[AdamWTensors, AdamWStep]]]:
+        """Yield what is updated together: a batch, or what is on the device of one whose moments are offloaded."""
+        if self._offloaded is None:
+            yield list(updates.values())
+            return
+        for pieces in self._offloaded.pieces(batch_index):
+            found = [(piece, *updates[piece.param]) for piece in pieces if piece.param in updates]
+            yield [(tensors.with_moments(*piece[1:]), step) for piece, tensors, step in found]
 
     def _advance(self, param: nn.Parameter, group_index: int) -> AdamWStep:
         group, count = self.param_groups[group_index], self.state[param]["step"]

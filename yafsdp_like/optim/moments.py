@@ -65,17 +65,22 @@ def to_saved(moment: torch.Tensor, param: torch.Tensor, signed: bool) -> torch.T
     return DTensor(values, param._spec, requires_grad=False) if isinstance(param, DTensor) else values
 
 
-def from_saved(moment: torch.Tensor, param: torch.Tensor, signed: bool, name: MomentsFormat) -> torch.Tensor:
-    """Return a moment of a state dict as it is kept. Raises ``ValueError`` for one that is placed otherwise."""
+def from_saved(
+    moment: torch.Tensor, param: torch.Tensor, signed: bool, name: MomentsFormat, device: torch.device
+) -> torch.Tensor:
+    """Return a moment of a state dict as it is kept on ``device``.
+
+    Raises ``ValueError`` for one that is placed otherwise than its parameter.
+    """
     dtype = moments_dtype(param.shape, param.dtype, name)
     if dtype != torch.uint8:
-        return moment.to(dtype=dtype, device=param.device)
+        return moment.to(dtype=dtype, device=device)
     if moment.shape != param.shape or local(moment).shape != local(param).shape:
         raise ValueError(
             f"a loaded moment of a parameter of shape {tuple(param.shape)}, {tuple(local(param).shape)} here: expected "
             f"the same, found {tuple(moment.shape)}, {tuple(local(moment).shape)} here"
         )
-    rows = local(moment).to(device=param.device, dtype=torch.float32).contiguous()
+    rows = local(moment).to(device=device, dtype=torch.float32).contiguous()
     return to_blocks(rows.view(-1), TO_NEAREST, signed)
 
 

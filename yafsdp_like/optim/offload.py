@@ -1,0 +1,304 @@
+"""AdamW's moments in host memory, copied to the device and back, chunk by chunk, beside the updates that use them.
+
+Owns the host's memory, two buffers on the device, and the order of copies and updates. Knows tensors and formats of
+moments, nothing of gradients, rates or units.
+
+[Note: offloaded moments]
+Each batch of parameters has one block of host memory, pinned for a GPU, with both moments of each parameter behind each
+other, on which the optimizer's states lie. A batch is updated in chunks of at most ``CHUNK_NBYTES``; a parameter of
+more is cut into several, except in 8 bit by blocks, whose codes and exponents lie apart. While chunk ``k`` is updated
+in one buffer, chunk ``k + 1`` is copied into the other, and ``k - 1``, which was there, has been copied back before:
+
+    host to device   in 0 | in 1 | in 2, when back 0 is done | ...
+    compute                 update 0, when in 0 is done | update 1 | ...
+    device to host                    back 0, when update 0 is done | back 1 | ...
+
+So both directions of the link are busy, and memory on the device does not grow with the model. Events order the three
+streams, and the CPU waits for none of them in a step. It waits before it reads or writes a block, in ``wait``. Chunks
+and buffers are those of the last step, and nothing is allocated, as long as batches have the same parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from yafsdp_like.memory.layout import aligned
+from yafsdp_like.memory.pinned import pin
+from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE, streams_of
+from yafsdp_like.optim.moments import MOMENTS, MomentsFormat, local, moments_dtype, moments_nbytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+
+    from torch import nn
+
+CHUNK_NBYTES = 128 << 20  # long enough for the link's full rate: 2.5 ms at 50 GB/s
+NUM_BUFFERS = 2
+
+
+def buffer_nbytes(shapes: Iterable[tuple[torch.Size, torch.dtype]], kept_as: MomentsFormat) -> int:
+    """Return the bytes of each buffer for parameters of which a rank has rows of these shapes, in these dtypes."""
+    both, uncut = [0], [0]
+    for shape, dtype in shapes:
+        both.append(2 * aligned(moments_nbytes(shape, dtype, kept_as) // 2))
+        if moments_dtype(shape, dtype, kept_as) == torch.uint8:
+            uncut.append(both[-1])
+    return min(sum(both), max(CHUNK_NBYTES, *uncut))
+
+
+class LoadedMoments(NamedTuple):
+    """Some or all elements of a parameter, whose moments are on the device while a chunk is."""
+
+    param: nn.Parameter
+    elements: slice | None  # of this rank's, flat; None: all
+    exp_avg: torch.Tensor  # of the shape of the parameter's rows here, or flat where elements are named or in 8 bit
+    exp_avg_sq: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Elements ``[start, stop)`` of a parameter: where their moments lie in a block, each ``nbytes``."""
+
+    param: nn.Parameter
+    dtype: torch.dtype
+    elements: slice | None
+    offsets_nbytes: tuple[int, int]
+    nbytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Moments of a batch on the host, which are pinned for as long as this lives."""
+
+    bytes: torch.Tensor  # (nbytes,) uint8
+
+    def tensor(self, offset_nbytes: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return a flat tensor on some of the bytes, with a storage of its own.
+
+        So ``torch.save`` and copies take it as any other tensor, and see no other moment behind it.
+        """
+        return torch.from_numpy(self.bytes.numpy()[offset_nbytes : offset_nbytes + nbytes]).view(dtype)
+
+
+class _Chunk:
+    """Parts that are copied and updated together: whole parameters behind each other in a block, or one that is cut."""
+
+    def __init__(self, block: torch.Tensor, parts: Sequence[_Part]) -> None:
+        self._parts = parts
+        self._pieces: dict[int, list[LoadedMoments]] = {}  # by the buffer that they are in
+        ends = [(offset, offset + aligned(part.nbytes)) for part in parts for offset in part.offsets_nbytes]
+        spans: list[tuple[int, int]] = []  # of the block, without gaps
+        for start, end in ends:
+            if spans and spans[-1][1] == start:
+                start = spans.pop()[0]
+            spans.append((start, end))
+        self.spans = [block[start:end] for start, end in spans]
+        self.params = [part.param for part in parts]
+
+    def pieces(self, index: int, buffer: torch.Tensor) -> list[LoadedMoments]:
+        """Return what lies in buffer number ``index``."""
+        if index not in self._pieces:
+            found, offset = [], 0
+            for part in self._parts:
+                views = []
+                for _ in MOMENTS:
+                    flat = buffer[offset : offset + part.nbytes].view(part.dtype)
+                    views.append(_shaped(flat, part.param) if part.elements is None else flat)
+                    offset += aligned(part.nbytes)
+                found.append(LoadedMoments(part.param, part.elements, *views))
+            self._pieces[index] = found
+        return self._pieces[index]
+
+
+class OffloadedMoments:
+    """The moments of one optimizer. See [Note: offloaded moments].
+
+    Raises ``ValueError`` in ``begin`` for parameters on several devices, and for states of another size than theirs.
+    """
+
+    def __init__(self, kept_as: MomentsFormat) -> None:
+        self._kept_as = kept_as
+        self._layout: list[list[int]] = []  # ids of the parameters of each batch
+        self._chunks: list[list[_Chunk]] = []  # of each batch
+        self._blocks: list[_Block] = []
+        self._places: dict[nn.Parameter, dict[str, torch.Tensor]] = {}  # each one's moments in its block
+        self._buffers: list[torch.Tensor] = []
+        self._freed: list[Any] = []  # by buffer: when its chunk was copied back
+        self._loaded: list[Any] = [None] * NUM_BUFFERS  # by buffer: when its chunk was copied in
+        self._due: list[_Chunk] = []  # of this step
+        self._position = 0  # of the next to be updated
+
+    def wait(self) -> None:
+        """Have the CPU wait until the moments of the last step are on the host."""
+        for event in self._freed:
+            self._streams.synchronize(event)
+
+    def begin(self, batches: Sequence[Sequence[nn.Parameter]], states: MutableMapping[torch.Tensor, Any]) -> None:
+        """Begin a step over the parameters with a gradient; states of others, and loaded ones, are taken to the host.
+
+        States are made for parameters that have none. The first chunk is on its way when this returns.
+        """
+        kept = [[p for p in batch if p.requires_grad or p in states] for batch in batches]
+        layout = [[id(p) for p in batch] for batch in kept]
+        if layout != self._layout:
+            self._lay_out(kept)
+            self._layout = layout
+        for param in chain.from_iterable(kept):
+            if param.grad is not None or param in states:
+                self._keep(param, states[param])
+        self._due = [c for chunks in self._chunks for c in chunks if _has_gradient(c)]
+        self._position = 0
+        if self._due:
+            self._copy_in(0)
+
+    def pieces(self, batch_index: int) -> Iterator[list[LoadedMoments]]:
+        """Yield a batch's chunks, with their moments on the device for the work that is issued until the next is taken.
+
+        A chunk may hold parameters that have no gradient; chunks of those alone are left out.
+        """
+        for chunk in filter(_has_gradient, self._chunks[batch_index]):
+            k = self._position
+            assert self._due[k] is chunk, "batches are updated in the order of the step"
+            if k + 1 < len(self._due):
+                self._copy_in(k + 1)
+            self._streams.wait(COMPUTE, self._loaded[k % NUM_BUFFERS])
+            yield chunk.pieces(k % NUM_BUFFERS, self._buffers[k % NUM_BUFFERS])
+            self._copy_back(k)
+            self._position += 1
+
+    def _copy_in(self, k: int) -> None:
+        index = k % NUM_BUFFERS
+        self._streams.wait(HOST_TO_DEVICE, self._freed[index])
+        with self._streams.on(HOST_TO_DEVICE):
+            for host, device in self._spans(k):
+                device.copy_(host, non_blocking=True)
+        self._loaded[index] = self._streams.record(HOST_TO_DEVICE)
+
+    def _copy_back(self, k: int) -> None:
+        self._streams.wait(DEVICE_TO_HOST, self._streams.record(COMPUTE))
+        with self._streams.on(DEVICE_TO_HOST):
+            for host, device in self._spans(k):
+                host.copy_(device, non_blocking=True)
+        self._freed[k % NUM_BUFFERS] = self._streams.record(DEVICE_TO_HOST)
+
+    def _spans(self, k: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield ranges of a block with their places in the chunk's buffer."""
+        offset = 0
+        for host in self._due[k].spans:
+            yield host, self._buffers[k % NUM_BUFFERS][offset : offset + host.numel()]
+            offset += host.numel()
+
+    # --- where moments are ---
+
+    def _lay_out(self, batches: Sequence[Sequence[nn.Parameter]]) -> None:
+        """Allocate blocks and buffers for other batches than the last step's; their states are taken over later."""
+        self.wait()
+        params = list(chain.from_iterable(batches))
+        devices = {local(p).device for p in params}
+        if len(devices) > 1:
+            raise ValueError(
+                f"AdamW with offloaded moments: expected parameters on one device, found {sorted(map(str, devices))}: "
+                "make an optimizer for each"
+            )
+        self._chunks, self._blocks, self._places = [[] for _ in batches], [], {}
+        for device in devices:
+            self._streams = streams_of(device)
+            shapes = [(local(p).shape, p.dtype) for p in params]
+            nbytes = buffer_nbytes(shapes, self._kept_as)
+            with self._streams.on(DEVICE_TO_HOST):  # the last to use them: the allocator may give them to it alone
+                self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)]
+            self._freed = [self._streams.record(DEVICE_TO_HOST)] * NUM_BUFFERS
+            self._chunks = [self._lay_out_batch(batch, device) for batch in batches]
+
+    def _lay_out_batch(self, params: Sequence[nn.Parameter], device: torch.device) -> list[_Chunk]:
+        """Allocate a batch's block, and cut it into chunks."""
+        parts, nbytes = [], 0
+        for param in params:
+            shape = local(param).shape
+            each = moments_nbytes(shape, param.dtype, self._kept_as) // 2
+            offsets = nbytes, nbytes + aligned(each)
+            parts.append(_Part(param, moments_dtype(shape, param.dtype, self._kept_as), None, offsets, each))
+            nbytes += 2 * aligned(each)
+        block = _Block(torch.zeros(nbytes, dtype=torch.uint8))
+        if device.type == "cuda":
+            pin(block.bytes.untyped_storage(), block, device)
+        self._blocks.append(block)
+        for part in parts:
+            self._places[part.param] = {
+                name: _moment(part.param, block.tensor(offset, part.nbytes, part.dtype))
+                for name, offset in zip(MOMENTS, part.offsets_nbytes, strict=True)
+            }
+        return [_Chunk(block.bytes, chunk) for chunk in _chunks_of([part for part in parts if part.nbytes])]
+
+    def _keep(self, param: nn.Parameter, state: dict[str, Any]) -> None:
+        """Have a state's moments be the block's: with zeros if it is new, else with what they are."""
+        places = self._places[param]
+        if not state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+        for name, place in places.items():
+            found = state.get(name)
+            if found is place:
+                continue
+            self.wait()
+            if found is None:
+                local(place).zero_()
+            elif local(found).numel() == local(place).numel() and found.dtype == place.dtype:
+                local(place).copy_(local(found).view(local(place).shape))
+            else:
+                raise ValueError(
+                    f"{name} of a parameter of shape {tuple(param.shape)}: expected {local(place).numel()} elements of "
+                    f"{place.dtype} on this rank, found {local(found).numel()} of {found.dtype}: load a state that was "
+                    "saved for this model, through load_state_dict"
+                )
+            state[name] = place
+
+
+def _has_gradient(chunk: _Chunk) -> bool:
+    return any(param.grad is not None for param in chunk.params)
+
+
+def _moment(param: nn.Parameter, flat: torch.Tensor) -> torch.Tensor:
+    """Return a moment on the host as states have it: distributed as ``param``, or this rank's blocks alone.
+
+    A DTensor on the mesh of GPUs whose local tensor is on the host, as FSDP2's parameters are under its offload policy.
+    """
+    rows = _shaped(flat, param)
+    if rows.dtype == torch.uint8 or not isinstance(param, DTensor):
+        return rows
+    return DTensor(rows, param._spec, requires_grad=False)
+
+
+def _shaped(flat: torch.Tensor, param: nn.Parameter) -> torch.Tensor:
+    return flat if flat.dtype == torch.uint8 else flat.view(local(param).shape)
+
+
+def _chunks_of(whole: Sequence[_Part]) -> Iterator[list[_Part]]:
+    """Yield consecutive parameters of at most ``CHUNK_NBYTES`` together, and larger ones cut, or alone."""
+    chunk: list[_Part] = []
+    nbytes = 0
+    for part in whole:
+        size = 2 * aligned(part.nbytes)
+        if chunk and nbytes + size > CHUNK_NBYTES:
+            yield chunk
+            chunk, nbytes = [], 0
+        if size > CHUNK_NBYTES and part.dtype != torch.uint8:
+            yield from ([cut] for cut in _cut(part))
+        else:
+            chunk.append(part)
+            nbytes += size
+    if chunk:
+        yield chunk
+
+
+def _cut(part: _Part) -> Iterator[_Part]:
+    most = CHUNK_NBYTES // 2
+    for start in range(0, part.nbytes, most):
+        nbytes, itemsize = min(most, part.nbytes - start), part.dtype.itemsize
+        offsets = part.offsets_nbytes[0] + start, part.offsets_nbytes[1] + start
+        elements = slice(start // itemsize, (start + nbytes) // itemsize)
+        yield _Part(part.param, part.dtype, elements, offsets, nbytes)
