@@ -33,6 +33,7 @@ def build_model(recipe: Recipe, config: Config, world: World) -> Any:
         mp_policy=policy,
         transport=config.model.transport,
         split_master=config.precision.split_master,
+        grad_dtype=None if config.precision.grad_dtype == "float32" else torch.bfloat16,
     )
     model, blocks = recipe.make()
     for block in blocks:
@@ -45,14 +46,15 @@ def build_model(recipe: Recipe, config: Config, world: World) -> Any:
 def build_optimizer(model: torch.nn.Module, config: Config, world: World) -> torch.optim.Optimizer:
     """AdamW over the sharded parameters, unit by unit on GPUs; only matrices decay.
 
-    On CPUs torch's own is faster, where it can keep the moments as asked.
+    On CPUs torch's own is faster, where it can keep the moments and read the gradients as asked.
     """
     options = config.optimizer
     matrices = [param for param in model.parameters() if param.dim() > 1]
     others = [param for param in model.parameters() if param.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    if world.device.type != "cuda" and options.moments == "fp32":
+    as_torch = options.moments == "fp32" and config.precision.grad_dtype == "float32"
+    if world.device.type != "cuda" and as_torch:
         return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
     moments, seed = options.moments, config.seed
     return AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, moments=moments, seed=seed)

@@ -71,6 +71,14 @@ class PrecisionOptions:
     split_master: bool = False  # keep these as bfloat16, which is computed on, and 16 bits of remainder: 4 bytes, not 6
     param_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of forward and backward
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients between ranks
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients kept; bfloat16 where they are reduced in it
+
+    def __post_init__(self) -> None:
+        if self.grad_dtype == "bfloat16" and self.reduce_dtype != "bfloat16":
+            raise ValueError(
+                f"precision.grad_dtype bfloat16 keeps what is reduced in bfloat16, and precision.reduce_dtype is "
+                f"{self.reduce_dtype}; change one of them"
+            )
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Gradients:
         """Measures the reduced gradients of `step`, and scales them down to `max_norm`. Called by all ranks."""
         found = [(name, local(param.grad)) for name, param in self._named if param.grad is not None]
         names, grads = [name for name, _ in found], [grad for _, grad in found]
-        norms = list(torch._foreach_norm(grads)) if grads else []
+        norms = list(torch._foreach_norm(grads, dtype=torch.float32)) if grads else []
         norm, packet = self._over_ranks(norms, wishes_stop)
         if self._max_norm is not None and grads:
             torch._foreach_mul_(grads, torch.clamp(self._max_norm / (norm + 1e-6), max=1.0))

@@ -91,3 +91,18 @@ def test_the_tiny_configuration_learns_as_much_as_with_moments_in_fp32(tmp_path:
     options = [f"--data.cache={tmp_path / 'cache'}", "--optimizer.lr=1e-3", "--sample.num_tokens=0"]
     means = last_losses(file, *options, num_steps=100)
     assert means == pytest.approx(dict.fromkeys(means, means["fp32"]), rel=1e-2)
+
+
+def test_a_run_with_gradients_in_bf16_has_the_losses_of_one_that_reduces_in_bf16(file: Path) -> None:
+    """Where a step is one backward, and nothing is clipped, which rounds them once more."""
+    reduced = [
+        *STEADY,
+        "--precision.reduce_dtype=bfloat16",
+        "--optimizer.max_grad_norm=null",
+        "--micro_batch_size=null",
+    ]
+    wide = losses(train(file, *reduced))
+    shutil.rmtree(file.parent / "run")
+    assert losses(train(file, *reduced, "--precision.grad_dtype=bfloat16")) == pytest.approx(wide, rel=1e-6)
+    with pytest.raises(ValueError, match=r"precision\.grad_dtype bfloat16 keeps .* precision\.reduce_dtype is float32"):
+        config.load([str(file), "--precision.grad_dtype=bfloat16"])

@@ -57,6 +57,7 @@ class ShardOptions(TypedDict, total=False):
     dp_mesh_dims: Any
     transport: TransportName
     split_master: bool
+    grad_dtype: torch.dtype | None
 
 
 @overload
@@ -75,6 +76,7 @@ def fully_shard(
     dp_mesh_dims: Any = None,
     transport: TransportName = "auto",
     split_master: bool = False,
+    grad_dtype: torch.dtype | None = None,
 ) -> Any:
     """Shard the parameters of ``module`` (or of a list of modules, as one unit) over the ranks of ``mesh``, in place.
 
@@ -96,6 +98,8 @@ def fully_shard(
             all-gathered, and 16 bits of remainder: two bytes a value less, the same fp32 values for everybody who
             reads or writes them, to the bit. Ties of the rounding go away from zero. Not FSDP2's; see
             [Note: split master] in ``ops/split_master.py``.
+        grad_dtype: of ``.grad``, which is not FSDP2's: what gradients are reduced in, so that nothing is lost where one
+            backward makes them; sums over several are rounded to it. None: the parameter's own.
         shard_placement_fn: FSDP2's; only None is supported yet, as for ``dp_mesh_dims``.
         offload_policy: FSDP2's; only its default is supported yet.
         dp_mesh_dims: see ``shard_placement_fn``.
@@ -113,7 +117,7 @@ def fully_shard(
     check_mesh(mesh)
     owners = params_below(modules, ignored_params or set())
     check_params(owners)
-    policy = UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward), split_master)
+    policy = UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward), split_master, grad_dtype)
     return _shard(module, modules, split_tied(owners, modules), mesh, policy, transport)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import OffloadPolicy
 from torch.distributed.tensor import DTensor
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 def check_modules(modules: Sequence[nn.Module]) -> None:
@@ -63,6 +65,26 @@ def _check_param(param: nn.Parameter, places: Sequence[tuple[nn.Module, str]]) -
         raise NotImplementedError(
             f"FSDP does not support non-contiguous parameters: {name} has shape {tuple(param.shape)} and strides "
             f"{param.stride()}; make it contiguous first"
+        )
+
+
+def check_grad_dtype(grad_dtype: torch.dtype | None, policy: MixedPrecisionPolicy) -> None:
+    """Raise for gradients in another dtype than they are reduced in, and where torch allows only the parameter's.
+
+    ``ValueError`` for the former, ``NotImplementedError`` for the latter.
+    """
+    reduced = policy.reduce_dtype or policy.param_dtype
+    if grad_dtype is None:
+        return
+    if grad_dtype != reduced:
+        raise ValueError(
+            f"expected grad_dtype to be what gradients are reduced in, {reduced} by mp_policy, found {grad_dtype}: "
+            f"use MixedPrecisionPolicy(reduce_dtype={grad_dtype}), or leave it out"
+        )
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        raise NotImplementedError(
+            f"grad_dtype={grad_dtype} needs Tensor.grad_dtype, which torch {torch.__version__} does not have: "
+            "use a later torch, or leave it out"
         )
 
 

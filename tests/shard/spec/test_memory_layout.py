@@ -22,6 +22,7 @@ def unit(name: str, **changes: object) -> UnitSpec:
         compute_dtype=torch.bfloat16,
         gradient_dtype=torch.float32,
         reduce_dtype=torch.float32,
+        grad_dtype=torch.float32,
         has_gradient=True,
     )
     spec = UnitSpec(

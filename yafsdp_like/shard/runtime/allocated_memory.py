@@ -109,7 +109,7 @@ class AllocatedMemory:
         """Say what must be the same on every rank: a line for each parameter, and one for each unit's policy."""
         return [
             f"{p.name} {list(p.shards.shape)} of unit {unit.name!r}, {p.main_dtype} computed in {p.compute_dtype} and "
-            f"reduced in {p.reduce_dtype}, {'trainable' if p.trainable else 'frozen'}"
+            f"reduced in {p.reduce_dtype} to {p.grad_dtype}, {'trainable' if p.trainable else 'frozen'}"
             + ("" if unit.needs.trains else ", without room for gradients")
             for unit in self._tree.units
             for p in unit.params

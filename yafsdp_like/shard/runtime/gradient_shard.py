@@ -38,7 +38,7 @@ class GradientShard:
 
     Args:
         numel: elements of the chunk, padding included; complex ones count twice.
-        dtype: the parameter's own; ``flat`` has pairs of real numbers for complex ones.
+        dtype: of ``.grad``; ``flat`` has pairs of real numbers for complex ones.
         local_shape: of this rank's rows.
         device: where.
         as_dtensor: makes the DTensor of this rank's rows.

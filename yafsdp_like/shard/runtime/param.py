@@ -110,7 +110,7 @@ class ShardedParam:
         self.sharded = self._shard(param)
         self.registered: torch.Tensor = param  # what modules were last made to see: the sharded parameter or a full one
         self._stands: list[_Stand] = []  # of given tensors, while full parameters are registered
-        self.compute_dtype = self.gradient_dtype = self.reduce_dtype = param.dtype
+        self.compute_dtype = self.gradient_dtype = self.reduce_dtype = self.grad_dtype = param.dtype
         self.is_split = False  # see [Note: split master]
         self.placed: torch.Tensor | None = None  # ``local`` as Unit.materialize left it; None: not in the arena
         self._address = 0  # and its address
@@ -183,6 +183,7 @@ class ShardedParam:
             compute,
             compute if as_computed else reduce,
             reduce,
+            reduce if reduce == policy.grad_dtype else dtype,
             has_gradient=has_room and self.trainable,
             is_split=is_split and self.shards.chunk_numel > 0,
         )
@@ -190,7 +191,7 @@ class ShardedParam:
     def take_dtypes(self, spec: ParamSpec) -> None:
         """Compute and reduce in the dtypes of ``spec`` from now on."""
         self.compute_dtype, self.gradient_dtype = spec.compute_dtype, spec.gradient_dtype
-        self.reduce_dtype, self.is_split = spec.reduce_dtype, spec.is_split
+        self.reduce_dtype, self.grad_dtype, self.is_split = spec.reduce_dtype, spec.grad_dtype, spec.is_split
 
     def _dtype_of_statistics(self) -> torch.dtype | None:
         module = next((module for module, _ in self.owners), None)
@@ -297,8 +298,10 @@ class ShardedParam:
     def make_grad(self, device: torch.device) -> None:
         """Get ready for gradients, which take memory when they come."""
         numel = self.shards.chunk_numel * (2 if self.main_dtype.is_complex else 1)
-        if self.grad_shard is None or not self.grad_shard.fits(numel, self.main_dtype, device):
-            self.grad_shard = GradientShard(numel, self.main_dtype, self.local_shape, device, self._dtensor)
+        if self.grad_shard is None or not self.grad_shard.fits(numel, self.grad_dtype, device):
+            self.grad_shard = GradientShard(numel, self.grad_dtype, self.local_shape, device, self._dtensor)
+        if self.grad_dtype != self.main_dtype:
+            self.sharded.grad_dtype = None  # any: torch's own code sets zeros like it
 
     @property
     def has_own_grad(self) -> bool:

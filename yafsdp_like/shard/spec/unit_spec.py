@@ -33,6 +33,7 @@ class ParamSpec:
     compute_dtype: torch.dtype
     gradient_dtype: torch.dtype  # in which full gradients wait for their reduction
     reduce_dtype: torch.dtype  # to which reduced gradients are rounded
+    grad_dtype: torch.dtype  # in which they are kept, as `.grad`
     has_gradient: bool  # it is trainable, and forwards may lead to a backward
     is_split: bool = False  # the compute shard is the upper half of the main shard's values, which has the lower one
 
@@ -82,7 +83,7 @@ class UnitLayout:
                 params, [p.compute_dtype if has_shard[k] and k not in aliased else None for k, p in enumerate(params)]
             ),
             aliased_shard=chunks(params, [p.compute_dtype if k in aliased else None for k, p in enumerate(params)]),
-            grad_shard=chunks(params, [p.main_dtype if p.has_gradient else None for p in params]),
+            grad_shard=chunks(params, [p.grad_dtype if p.has_gradient else None for p in params]),
             gather_slot=full([p.compute_dtype if p.shards.world_size > 1 else None for p in params], aliased),
             gradient_slot=full([p.gradient_dtype if p.has_gradient else None for p in params]),
         )
@@ -146,6 +147,7 @@ class UnitPolicy:
     mp: MixedPrecisionPolicy
     reshard_after_forward: bool | None  # None: the root keeps its parameters, others reshard
     split_master: bool = False  # see [Note: split master]
+    grad_dtype: torch.dtype | None = None  # of `.grad`, where gradients are reduced in it; None: the parameter's own
     reshard_after_backward: bool = True
     requires_gradient_sync: bool = True
     reduces_unused: bool = False  # as zeros, parameters without a gradient too
