@@ -25,7 +25,7 @@ from yafsdp_like.shard.drop_in import ShardState, refuse_others, show_state_to_t
 from yafsdp_like.shard.hooks import abandon
 from yafsdp_like.shard.optimizer_step import watch_optimizers
 from yafsdp_like.shard.pretrained import overrides_of
-from yafsdp_like.shard.requirements import check_mesh, check_modules, check_params, check_supported
+from yafsdp_like.shard.requirements import check_grad_dtype, check_mesh, check_modules, check_params, check_supported
 from yafsdp_like.shard.runtime.engine import ShardEngine, engine_for, engine_of
 from yafsdp_like.shard.runtime.rebuild import Report
 from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
@@ -113,6 +113,7 @@ def fully_shard(
     modules: list[nn.Module] = [module] if isinstance(module, nn.Module) else list(module)
     check_modules(modules)
     check_supported(reshard_after_forward, shard_placement_fn, offload_policy, dp_mesh_dims)
+    check_grad_dtype(grad_dtype, mp_policy)
     mesh = mesh if mesh is not None else _default_mesh()
     check_mesh(mesh)
     owners = params_below(modules, ignored_params or set())
