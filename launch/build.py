@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
-from launch.config import Config
+from launch.config import Config, OptimizerOptions
 from launch.recipe import Recipe
 from launch.world import World
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
+from yafsdp_like.hardware import Hardware
 from yafsdp_like.memory.plan import readable
 from yafsdp_like.models import DecoderConfig
 from yafsdp_like.optim import AdamW
 from yafsdp_like.optim import moments as optim_moments
 from yafsdp_like.optim.moments import MomentsFormat
+from yafsdp_like.optim.offload import NUM_BUFFERS, buffer_nbytes
 
 
 def build_model(recipe: Recipe, config: Config, world: World) -> Any:
@@ -54,24 +56,51 @@ def build_optimizer(model: torch.nn.Module, config: Config, world: World) -> tor
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     as_torch = options.moments == "fp32" and config.precision.grad_dtype == "float32"
-    if world.device.type != "cuda" and as_torch:
+    if world.device.type != "cuda" and as_torch and not options.offload_moments:
         return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
-    moments, seed = options.moments, config.seed
-    return AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, moments=moments, seed=seed)
+    return AdamW(
+        groups,
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        moments=options.moments,
+        seed=config.seed,
+        offload_moments=options.offload_moments,
+    )
 
 
 def moments_nbytes(model: torch.nn.Module, world: World, moments: MomentsFormat, saved: bool = False) -> int:
     """Of AdamW on the rank that has most: two values per trainable element, as kept or as a checkpoint has them."""
-    rows = (
-        (torch.Size((-(-p.shape[0] // world.size), *p.shape[1:])), p) for p in model.parameters() if p.requires_grad
+    return sum(optim_moments.moments_nbytes(*rows, moments, saved) for rows in _trained_rows(model, world))
+
+
+def buffers_nbytes(model: torch.nn.Module, world: World, options: OptimizerOptions) -> int:
+    """Of AdamW on the device, on the rank that has most: what offloaded moments go through; 0 for others."""
+    each = buffer_nbytes(_trained_rows(model, world), options.moments) if options.offload_moments else 0
+    return NUM_BUFFERS * each
+
+
+def _trained_rows(model: torch.nn.Module, world: World) -> list[tuple[torch.Size, torch.dtype]]:
+    """The shapes of the rows of the rank that has most of them, and their dtypes."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [(torch.Size((-(-p.shape[0] // world.size), *p.shape[1:])), p.dtype) for p in trained]
+
+
+def describe_plan(model: Any, world: World, options: OptimizerOptions) -> str:
+    """The memory plan, AdamW's moments beside it, and what every update pays for them if they are offloaded."""
+    nbytes, plan = moments_nbytes(model, world, options.moments), model.memory_plan()
+    if not options.offload_moments:
+        return f"{plan}\n  AdamW's moments, {readable(nbytes)}, and activations come on top"
+    hardware = Hardware.of(world.device)
+    cost = "as long as the link takes"
+    if hardware is not None and hardware.rates is not None:
+        rate = hardware.rates.host_nbytes
+        cost = f"at least {nbytes / rate * 1e3:.0f} ms at {rate / 1e9:.1f} GB/s"
+    buffers = readable(buffers_nbytes(model, world, options))
+    return (
+        f"{plan}\n  AdamW's moments, {readable(nbytes)}, are in host memory; each update copies them in and back, {cost}"
+        f"\n  buffers for them, {buffers}, and activations come on top"
     )
-    return sum(optim_moments.moments_nbytes(shape, p.dtype, moments, saved) for shape, p in rows)
-
-
-def describe_plan(model: Any, world: World, moments_format: MomentsFormat) -> str:
-    """The memory plan, and AdamW's moments beside it."""
-    moments = readable(moments_nbytes(model, world, moments_format))
-    return f"{model.memory_plan()}\n  AdamW's moments, {moments}, and activations come on top"
 
 
 def flops_per_step(model: Any, config: Config) -> int | None:

@@ -46,6 +46,7 @@ class OptimizerOptions:
     weight_decay: float = 0.1  # of matrices; norms and biases have none
     max_grad_norm: float | None = 1.0  # gradients are scaled down to this norm; null: never
     moments: Literal["fp32", "bf16", "int8"] = "fp32"  # what they are kept in; int8: by blocks that share an exponent
+    offload_moments: bool = False  # keep them in host memory, copied to the GPU and back beside every update
     nonfinite: Literal["stop", "skip"] = "stop"  # at gradients that are not finite; "skip" waits for each step's norm
 
     def __post_init__(self) -> None:

@@ -23,11 +23,13 @@ from yafsdp_like.comm.consistency import AgreedError, all_gather_object
 from yafsdp_like.memory.plan import MemoryPlan, readable
 from yafsdp_like.memory.room import free_nbytes
 from yafsdp_like.models import PRESETS
+from yafsdp_like.optim.offload import CHUNK_NBYTES, NUM_BUFFERS
 
 SHARDED = ("main_shard", "compute_shard")  # kinds of the plan's regions that more ranks make smaller
 MARGIN = 20  # of what is free, one part in so many is left to what no sum knows
 COPY = "a checkpoint's copy on its way to the disk"
-FLOATS = "moments as a checkpoint has them"
+MOMENTS, FLOATS = "AdamW's moments", "moments as a checkpoint has them"
+BUFFERS = "buffers for offloaded moments"
 
 
 @dataclass(frozen=True)
@@ -65,20 +67,25 @@ def check_memory(model: Any, options: Config, world: World) -> None:
 
 def _demands(model: Any, options: Config, world: World) -> list[MemoryDemand]:
     plan: MemoryPlan = model.memory_plan()
-    kept_as = options.optimizer.moments
-    moments, saved = (build.moments_nbytes(model, world, kept_as, saved) for saved in (False, True))
+    optimizer = options.optimizer
+    moments, saved = (build.moments_nbytes(model, world, optimizer.moments, saved) for saved in (False, True))
     sharded = sum(plan.nbytes_of(kind) for kind in SHARDED)
     parts = [
         Allocation("memory plan", plan.nbytes, sharded),
         Allocation("gradients", plan.transient_nbytes, plan.transient_nbytes),
-        Allocation("AdamW's moments", moments, moments),
     ]
-    if kept_as == "int8":
-        parts.append(Allocation(FLOATS, saved, saved))  # made for a save, and given back
+    states = [Allocation(MOMENTS, moments, moments)]
+    if optimizer.moments == "int8":
+        states.append(Allocation(FLOATS, saved, saved))  # made for a save, and given back
     copies = []
     if options.checkpoint.asynchronous and 0 < options.checkpoint.every < options.num_steps:
         copied = plan.nbytes_of("main_shard") + saved
         copies = [Allocation(COPY, copied, copied)]
+    if optimizer.offload_moments:
+        copies += states
+        parts.append(Allocation(BUFFERS, build.buffers_nbytes(model, world, optimizer)))
+    else:
+        parts += states
     if world.device.type != "cuda":
         return [_host_demand([*parts, *copies])]
     free = free_nbytes(world.device)
@@ -119,11 +126,14 @@ def _remedies(demand: MemoryDemand, count: int, options: Config, world: World) -
     without = demand.nbytes - sum(part.nbytes for part in demand.parts if part.name == COPY)
     if count * without <= free:
         found.append("--checkpoint.asynchronous=false")
+    on_gpu = world.device.type == "cuda" and demand.place != platform.node()
+    kept = sum(part.nbytes for part in demand.parts if part.name in (MOMENTS, FLOATS))
+    if on_gpu and kept and count * (demand.nbytes - kept + NUM_BUFFERS * CHUNK_NBYTES) <= free:
+        found.append("--optimizer.offload_moments=true")
     fixed = demand.nbytes - demand.sharded_nbytes
     if free > count * fixed:
         num_places = math.ceil(demand.sharded_nbytes * world.size / (free - count * fixed))
-        whole = world.device.type == "cuda" and demand.place != platform.node()
-        found.append(f"{num_places} such GPUs" if whole else f"{num_places} such hosts, of {count} ranks each")
+        found.append(f"{num_places} such GPUs" if on_gpu else f"{num_places} such hosts, of {count} ranks each")
     if (smaller := _smaller_preset(free // count, options, world)) is not None:
         found.append(f"--model.preset={smaller}")
     return found

@@ -46,7 +46,7 @@ def run(options: Config, world: World, stopping: Stopping | None = None) -> int:
         corpus = open_text(options, model_vocab_size, world.is_first)
     console = Console(world.is_first, options.num_steps, starts[0].step)
     console.say("\n".join(words for words in (describe_text(corpus, options), unexported) if words))
-    console.say(build.describe_plan(model, world, options.optimizer.moments))
+    console.say(build.describe_plan(model, world, options.optimizer))
     with raise_on_all_ranks():
         recipe.fill(model, world.device, from_checkpoint=starts[0].path is not None)
     with raise_on_all_ranks():
@@ -77,7 +77,7 @@ def planned_model(recipe: Recipe, options: Config, world: World) -> Any:
         memory_check.check_memory(model, options, world)
     except AgreedError:
         if world.is_first:
-            print(build.describe_plan(model, world, options.optimizer.moments), flush=True)
+            print(build.describe_plan(model, world, options.optimizer), flush=True)
         raise
     return model
 
