@@ -96,10 +96,9 @@ def describe_plan(model: Any, world: World, options: OptimizerOptions) -> str:
     if hardware is not None and hardware.rates is not None:
         rate = hardware.rates.host_nbytes
         cost = f"at least {nbytes / rate * 1e3:.0f} ms at {rate / 1e9:.1f} GB/s"
-    buffers = readable(buffers_nbytes(model, world, options))
     return (
-        f"{plan}\n  AdamW's moments, {readable(nbytes)}, are in host memory; each update copies them in and back, {cost}"
-        f"\n  buffers for them, {buffers}, and activations come on top"
+        f"{plan}\n  AdamW's moments, {readable(nbytes)}, are in host memory; each update copies them in and back, "
+        f"{cost}\n  buffers for them, {readable(buffers_nbytes(model, world, options))}, and activations come on top"
     )
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from launch import build, config, memory_check
-from launch.build import OptimizerOptions
 from launch.memory_check import Allocation, MemoryDemand
 from launch.recipe import recipe_of
 from tests.launch.test_going_on import said

@@ -13,6 +13,7 @@ import plot_train
 from bench.options import parse_options
 from bench.serve_options import parse_options as parse_serve_options
 from launch.build import describe_plan
+from launch.config import OptimizerOptions
 from launch.world import World
 
 
@@ -37,7 +38,7 @@ class Mesh:
 )
 def test_moments_are_told_in_units_that_people_read(num_params: int, moments: str) -> None:
     mesh: Any = Mesh()
-    words = describe_plan(Planned(num_params), World(0, torch.device("cpu"), mesh), "fp32")
+    words = describe_plan(Planned(num_params), World(0, torch.device("cpu"), mesh), OptimizerOptions())
     assert words == f"the plan\n  AdamW's moments, {moments}, and activations come on top"
 
 

@@ -8,17 +8,28 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from tests.clocks import RaceDetector, VectorClocks
 from tests.kernels.test_kernels import DEVICE
 from tests.optim.test_moments import groups, model, same, saved_moments, sharded, train
 from tests.optim.test_optim import on_two_ranks, pickled
+from tests.ranks import on_ranks, run_ranks
+from tests.shard.test_gpu import batch, sharded_decoder
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE
@@ -27,6 +38,8 @@ from yafsdp_like.optim import AdamW, Passes, offload
 from yafsdp_like.optim.moments import FORMATS, MOMENTS, local, moments_nbytes
 
 CPU = torch.device("cpu")
+on_one_rank = on_ranks(world_size=1)
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; one is enough")
 
 
 @pytest.fixture(params=[1024, 1 << 20], ids=["cut", "whole"])
@@ -213,6 +226,35 @@ def test_sharded_parameters_are_updated_unit_by_unit_and_saved() -> None:
             assert same(modules[2], optimizers[2], modules[1], optimizers[1])
 
 
+@on_one_rank
+def test_states_on_a_mesh_of_gpus_are_tensors_of_the_host_that_checkpoints_fill(tmp_path: Path) -> None:
+    """The mesh is one of GPUs in name alone, so that a CPU shows what torch does with such DTensors."""
+    mesh = DeviceMesh("cuda", torch.tensor([0]), _init_backend=False, _rank=0)
+    spec = DTensorSpec(mesh, (Shard(0),), TensorMeta(torch.Size((4, 64)), (64, 1), torch.float32))
+
+    def trained(num_steps: int) -> tuple[nn.Module, AdamW]:
+        module = nn.Module()
+        module.w = nn.Parameter(DTensor(torch.ones(4, 64), spec, requires_grad=False))
+        optimizer = AdamW(module.parameters(), offload_moments=True)
+        module.w.grad = DTensor(torch.ones(4, 64), spec, requires_grad=False)
+        for _ in range(num_steps):
+            optimizer.step()
+        return module, optimizer
+
+    module, optimizer = trained(3)
+    saved = get_optimizer_state_dict(module, optimizer)
+    dcp.save(saved, checkpoint_id=tmp_path)
+    again, other = trained(1)
+    filled = get_optimizer_state_dict(again, other)
+    dcp.load(filled, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(again, other, filled)
+    moments = [[opt.state_dict()["state"][0][name] for name in MOMENTS] for opt in (optimizer, other)]
+    for ours, theirs in zip(*moments, strict=True):
+        assert isinstance(ours, DTensor) and ours.device_mesh is mesh and local(ours).device == CPU
+        assert torch.equal(local(ours), local(theirs)) and local(ours).abs().sum() > 0
+    assert all(type(t) is DTensor for t in copy.deepcopy(moments[0]))
+
+
 # --- order ---
 
 WAITS = [(HOST_TO_DEVICE, DEVICE_TO_HOST), (COMPUTE, HOST_TO_DEVICE), (DEVICE_TO_HOST, COMPUTE)]
@@ -284,7 +326,7 @@ def large(offload_moments: bool, num_layers: int = 16) -> tuple[nn.Module, AdamW
     return module, optimizer
 
 
-@pytest.mark.gpu
+@on_a_gpu
 def test_nothing_is_allocated_on_the_device_after_the_first_step() -> None:
     module, optimizer = large(offload_moments=True)
     optimizer.step()
@@ -301,7 +343,7 @@ def test_nothing_is_allocated_on_the_device_after_the_first_step() -> None:
     assert all(state[name].is_pinned() for state in optimizer.state.values() for name in MOMENTS)
 
 
-@pytest.mark.gpu
+@on_a_gpu
 def test_the_cpu_does_not_wait_and_the_link_is_busy_both_ways() -> None:
     """A step takes little longer than its bytes need in one direction alone, copied while the other idles."""
     module, optimizer = large(offload_moments=True)
@@ -317,7 +359,7 @@ def test_the_cpu_does_not_wait_and_the_link_is_busy_both_ways() -> None:
     assert done < 1.7 * nbytes / rate
 
 
-@pytest.mark.gpu
+@on_a_gpu
 def test_many_steps_in_flight_have_the_bits_of_moments_on_the_device() -> None:
     found = []
     for offloaded in (True, False):
@@ -328,6 +370,52 @@ def test_many_steps_in_flight_have_the_bits_of_moments_on_the_device() -> None:
         found.append([*module.parameters(), *saved_moments(optimizer)])
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours.cpu(), theirs.cpu())
+
+
+@on_a_gpu
+def test_a_sharded_model_trains_with_the_bits_of_moments_on_the_device_and_goes_on_from_a_checkpoint(
+    tmp_path: Path,
+) -> None:
+    """Prevents: early all-gathers, gradients' places or checkpoints that take part in what copies wait for."""
+    run_ranks(train_sharded, tmp_path, world_size=1, device="cuda", timeout=300)
+
+
+def train_sharded(directory: Path) -> None:
+    models = []
+    for offloaded in (True, False):
+        torch.manual_seed(0)
+        models.append(sharded_decoder())
+        models[-1].optimizer = AdamW(models[-1].parameters(), lr=1e-3, offload_moments=offloaded)
+
+    def step(num_steps: int) -> None:
+        for _ in range(num_steps):
+            for module in models:
+                module(*batch()).backward()
+            for ours, theirs in zip(*(m.parameters() for m in models), strict=True):
+                local(theirs.grad).copy_(local(ours.grad))  # attention's backward adds up in any order
+            for module in models:
+                module.optimizer.step()
+                module.optimizer.zero_grad()
+
+    def compare() -> None:
+        for ours, theirs in zip(*(m.parameters() for m in models), strict=True):
+            assert torch.equal(local(ours), local(theirs))
+
+    step(4)
+    compare()
+    state = get_optimizer_state_dict(models[0], models[0].optimizer)
+    dcp.save({"state": state}, checkpoint_id=directory)
+    models[0].optimizer = AdamW(models[0].parameters(), lr=1e-3, offload_moments=True)
+    state = get_optimizer_state_dict(models[0], models[0].optimizer)
+    dcp.load({"state": state}, checkpoint_id=directory)
+    set_optimizer_state_dict(models[0], models[0].optimizer, state)
+    step(2)
+    compare()
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found = [get_optimizer_state_dict(m, m.optimizer, options=whole)["state"] for m in models]
+    for name in found[1]:
+        for moment in MOMENTS:
+            assert torch.equal(found[0][name][moment].cpu(), found[1][name][moment].cpu())
 
 
 def timed(work: Callable[[], Any]) -> float:
