@@ -107,9 +107,9 @@ def test_the_8b_configuration_is_refused_before_anything_is_allocated_and_told_w
     words, others = run_ranks(with_free, {0: 25 * GIB, 1: 24 * GIB}, arguments)
     assert words == others and "\n" not in words
     assert re.search(
-        r"^training needs 75\.62 GiB a rank \(memory plan 30\.74 GiB, gradients 14\.96 GiB, "
-        r"AdamW's moments 29\.92 GiB\) × 2 ranks on \S+ = 151\.24 GiB, and 24\.00 GiB are free: "
-        r"take \d+ such hosts, of 2 ranks each or --model\.preset=0\.6b$",
+        r"^training needs 68\.14 GiB a rank \(memory plan 23\.27 GiB, gradients 14\.96 GiB, "
+        r"AdamW's moments 29\.92 GiB\) × 2 ranks on \S+ = 136\.28 GiB, and 24\.00 GiB are free: "
+        r"take \d+ such hosts, of 2 ranks each or --model\.preset=1b$",
         words,
     )
     assert not (tmp_path / "run" / "config.yaml").exists()
