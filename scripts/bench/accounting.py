@@ -26,6 +26,7 @@ from bench.trainee import Trainee
 from launch.metrics import GIB
 from launch.world import World
 from yafsdp_like import FSDPModule
+from yafsdp_like.optim import AdamW
 
 MAIN, COMPUTE, MOMENTS, GRADIENTS = "main shards", "compute shards", "moments", "gradients"
 SLOTS, STAGING, ACTIVATIONS, CACHE, OTHER = "slots", "staging", "activations", "unused cache", "other"
@@ -53,7 +54,9 @@ def held(trainee: Trainee, world: World) -> Nbytes:
         nbytes[MAIN] = storages_nbytes(params, world)
     nbytes[GRADIENTS] = nbytes[GRADIENTS] or storages_nbytes([p.grad for p in params if p.grad is not None], world)
     if trainee.optimizer is not None:
-        nbytes[MOMENTS] = storages_nbytes(pytree.tree_leaves(list(trainee.optimizer.state.values())), world)
+        states = pytree.tree_leaves(list(trainee.optimizer.state.values()))
+        buffers = trainee.optimizer.moment_buffers if isinstance(trainee.optimizer, AdamW) else []
+        nbytes[MOMENTS] = storages_nbytes([*states, *buffers], world)  # offloaded ones are not on the device
     return nbytes
 
 

@@ -77,7 +77,7 @@ def test_older_control_groups_count_too(host: Path) -> None:
 def test_where_the_system_says_nothing_nothing_is_refused(host: Path) -> None:
     (host / "proc" / "meminfo").unlink()
     assert free_nbytes(CPU) is None
-    arena._refuse_what_the_host_cannot_hold(1 << 50)
+    arena.refuse_what_the_host_cannot_hold(1 << 50)
 
 
 def test_an_arena_that_the_host_cannot_hold_is_refused_for_all_ranks_of_this_host(

@@ -20,8 +20,9 @@ from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.comm.mapped_memory import MappedMemory
 from yafsdp_like.comm.peer import PeerTransport
 from yafsdp_like.comm.process_group import ProcessGroupTransport
-from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE
-from yafsdp_like.optim import AdamW
+from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, GATHER, HOST_TO_DEVICE, REDUCE
+from yafsdp_like.optim import AdamW, offload
+from yafsdp_like.optim.offload import OffloadedMoments
 from yafsdp_like.shard.runtime import engine as engine_module
 from yafsdp_like.shard.runtime import gradients as gradients_module
 from yafsdp_like.shard.runtime.gradient_shard import GradientShard
@@ -115,11 +116,13 @@ def train(
     own_optimizer: bool = False,
     omits: Omission | None = None,
     updates: int = 1,
+    offload_moments: bool = False,
     **options: Any,
 ) -> Found:
     """Run some steps of a specimen, and an evaluation after each, on this rank under the detector.
 
-    `updates` is how many steps of the optimizer follow a backward, `options` are `fully_shard`'s.
+    `updates` is how many steps of the optimizer follow a backward, `offload_moments` is of our own one, `options` are
+    `fully_shard`'s.
     """
     streams = VectorClocks(forgets, omits)
     detector = RaceDetector(streams)
@@ -129,6 +132,7 @@ def train(
         patch.setattr(engine_module, "streams_of", lambda device: streams)
         watch_transports(patch, detector)
         watch_gradients(patch, detector)
+        watch_offloaded_moments(patch, detector)
         name_works(patch, streams)
         if plant is not None:
             PLANTS[plant](patch)
@@ -136,7 +140,10 @@ def train(
         model.unshard()  # makes the arena
         model.reshard()
         watch_arenas(model, detector)
-        optimizer = (AdamW if own_optimizer else torch.optim.AdamW)(model.parameters(), lr=1e-2)
+        if offload_moments:
+            optimizer: torch.optim.Optimizer = AdamW(model.parameters(), lr=1e-2, offload_moments=True)
+        else:
+            optimizer = (AdamW if own_optimizer else torch.optim.AdamW)(model.parameters(), lr=1e-2)
         with detector:
             for step in range(4):
                 specimen.loss_of(model, step, 0).backward()
@@ -186,6 +193,20 @@ def watch_gradients(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
         detector.watch(self.flat)
 
     patch.setattr(GradientShard, "take", watched)
+
+
+def watch_offloaded_moments(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
+    """Their buffers and their blocks on the host, which the first step makes."""
+    lay_out = OffloadedMoments._lay_out
+
+    def watched(self: OffloadedMoments, batches: Any) -> None:
+        lay_out(self, batches)
+        for memory in (*self.buffers, *(block.bytes for block in self._blocks)):
+            detector.watch(memory)
+
+    patch.setattr(offload, "streams_of", lambda device: detector.streams)
+    patch.setattr(offload, "CHUNK_NBYTES", 1024)
+    patch.setattr(OffloadedMoments, "_lay_out", watched)
 
 
 def forget_readers(patch: pytest.MonkeyPatch) -> None:
@@ -249,6 +270,23 @@ def test_every_access_to_planned_memory_is_ordered_by_an_event(name: str, bf16: 
         assert found.races == []
         assert found.num_accesses > 20, "the detector saw nothing"
         assert set(found.waits) == ALL_WAITS
+
+
+OFFLOAD_WAITS = {(HOST_TO_DEVICE, DEVICE_TO_HOST), (COMPUTE, HOST_TO_DEVICE), (DEVICE_TO_HOST, COMPUTE)}
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("transport", ["process_group", "peer"])
+def test_copies_of_offloaded_moments_are_ordered_beside_everything_else(transport: str, updates: int) -> None:
+    options = {"own_optimizer": True, "offload_moments": True, "transport": transport, "updates": updates}
+    for found in run_ranks(train, "decoder", **options):
+        assert found.races == []
+        assert set(found.waits) == ALL_WAITS | OFFLOAD_WAITS
+
+
+@pytest.mark.parametrize("forgotten", sorted(OFFLOAD_WAITS))
+def test_each_wait_of_an_offloaded_update_is_needed(forgotten: tuple[str, str]) -> None:
+    assert run_ranks(train, "decoder", [forgotten], own_optimizer=True, offload_moments=True)[0].races
 
 
 @pytest.mark.parametrize("own_optimizer", [True, pytest.param(False, marks=pytest.mark.slow)])

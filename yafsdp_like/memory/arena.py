@@ -77,7 +77,7 @@ class Arena:
         Raises ``torch.OutOfMemoryError`` (CUDA) or ``RuntimeError`` (CPU) when the device has no room for the block.
         """
         if self.device.type == "cpu":
-            _refuse_what_the_host_cannot_hold(sum(region.nbytes for region in regions))
+            refuse_what_the_host_cannot_hold(sum(region.nbytes for region in regions))
         for region in regions:
             assert region.name not in self._spots, f"region {region.name!r} is reserved already"
             assert aligned(region.nbytes, region.granule_nbytes or ALIGNMENT_NBYTES) == region.nbytes, f"{region}"
@@ -123,7 +123,7 @@ class Arena:
         return self._spots[name].storage, self._spots[name].offset_nbytes
 
 
-def _refuse_what_the_host_cannot_hold(nbytes: int) -> None:
+def refuse_what_the_host_cannot_hold(nbytes: int) -> None:
     """Raise ``RuntimeError`` for memory that the kernel would promise now, and end the process for using later."""
     num_ranks = ranks_of_this_host()
     free = free_nbytes(torch.device("cpu")) if nbytes >= WORTH_ASKING_NBYTES else None

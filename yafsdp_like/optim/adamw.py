@@ -173,6 +173,11 @@ class AdamW(torch.optim.AdamW):
                 device = torch.device("cpu") if self.offload_moments else param.device
                 self.state[param][name] = from_saved(states[key][name], param, MOMENTS[name], self.moments, device)
 
+    @property
+    def moment_buffers(self) -> Sequence[torch.Tensor]:
+        """What offloaded moments go through on the device; nothing before the first step, or if they are kept there."""
+        return [] if self._offloaded is None else self._offloaded.buffers
+
     def _wait_for_moments(self) -> None:
         if self._offloaded is not None:
             self._offloaded.wait()

@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
+from yafsdp_like.memory.arena import refuse_what_the_host_cannot_hold
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.memory.pinned import pin
-from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE, streams_of
+from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE, InOrder, Streams, streams_of
 from yafsdp_like.optim.moments import MOMENTS, MomentsFormat, local, moments_dtype, moments_nbytes
 
 if TYPE_CHECKING:
@@ -118,16 +119,19 @@ class _Chunk:
 class OffloadedMoments:
     """The moments of one optimizer. See [Note: offloaded moments].
 
-    Raises ``ValueError`` in ``begin`` for parameters on several devices, and for states of another size than theirs.
+    Raises ``ValueError`` in ``begin`` for parameters on several devices, and for states of another size than theirs;
+    ``RuntimeError`` where the host has too little memory. ``buffers`` are on the device, from the first step on.
     """
 
     def __init__(self, kept_as: MomentsFormat) -> None:
         self._kept_as = kept_as
+        self._streams: Streams = InOrder()  # until the first step says of which device
         self._layout: list[list[int]] = []  # ids of the parameters of each batch
         self._chunks: list[list[_Chunk]] = []  # of each batch
         self._blocks: list[_Block] = []
         self._places: dict[nn.Parameter, dict[str, torch.Tensor]] = {}  # each one's moments in its block
-        self._buffers: list[torch.Tensor] = []
+        self._unused: set[nn.Parameter] = set()  # whose places are still zeros
+        self.buffers: list[torch.Tensor] = []
         self._freed: list[Any] = []  # by buffer: when its chunk was copied back
         self._loaded: list[Any] = [None] * NUM_BUFFERS  # by buffer: when its chunk was copied in
         self._due: list[_Chunk] = []  # of this step
@@ -167,7 +171,7 @@ class OffloadedMoments:
             if k + 1 < len(self._due):
                 self._copy_in(k + 1)
             self._streams.wait(COMPUTE, self._loaded[k % NUM_BUFFERS])
-            yield chunk.pieces(k % NUM_BUFFERS, self._buffers[k % NUM_BUFFERS])
+            yield chunk.pieces(k % NUM_BUFFERS, self.buffers[k % NUM_BUFFERS])
             self._copy_back(k)
             self._position += 1
 
@@ -190,7 +194,7 @@ class OffloadedMoments:
         """Yield ranges of a block with their places in the chunk's buffer."""
         offset = 0
         for host in self._due[k].spans:
-            yield host, self._buffers[k % NUM_BUFFERS][offset : offset + host.numel()]
+            yield host, self.buffers[k % NUM_BUFFERS][offset : offset + host.numel()]
             offset += host.numel()
 
     # --- where moments are ---
@@ -206,12 +210,14 @@ class OffloadedMoments:
                 "make an optimizer for each"
             )
         self._chunks, self._blocks, self._places = [[] for _ in batches], [], {}
+        self._unused = set(params)
         for device in devices:
             self._streams = streams_of(device)
             shapes = [(local(p).shape, p.dtype) for p in params]
+            refuse_what_the_host_cannot_hold(sum(moments_nbytes(*rows, self._kept_as) for rows in shapes))
             nbytes = buffer_nbytes(shapes, self._kept_as)
             with self._streams.on(DEVICE_TO_HOST):  # the last to use them: the allocator may give them to it alone
-                self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)]
+                self.buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)]
             self._freed = [self._streams.record(DEVICE_TO_HOST)] * NUM_BUFFERS
             self._chunks = [self._lay_out_batch(batch, device) for batch in batches]
 
@@ -246,7 +252,8 @@ class OffloadedMoments:
                 continue
             self.wait()
             if found is None:
-                local(place).zero_()
+                if param not in self._unused:
+                    local(place).zero_()
             elif local(found).numel() == local(place).numel() and found.dtype == place.dtype:
                 local(place).copy_(local(found).view(local(place).shape))
             else:
@@ -256,6 +263,7 @@ class OffloadedMoments:
                     "saved for this model, through load_state_dict"
                 )
             state[name] = place
+        self._unused.discard(param)
 
 
 def _has_gradient(chunk: _Chunk) -> bool:
