@@ -128,6 +128,22 @@ def test_host_and_device_have_the_bytes_that_are_planned(moments: str) -> None:
     assert places == (offloaded._blocks, offloaded.buffers)
 
 
+def test_other_batches_than_the_last_step_s_take_the_states_along() -> None:
+    modules = model(), model()
+    optimizers = [adamw(module, "bf16", offloaded) for module, offloaded in zip(modules, (True, False), strict=True)]
+    for module, optimizer in zip(modules, optimizers, strict=True):
+        train(module, optimizer, range(2))
+        optimizer.passes = Passes()
+        train(module, optimizer, range(2, 4))
+    assert same(modules[0], optimizers[0], modules[1], optimizers[1])
+
+
+def test_parameters_on_several_devices_are_refused() -> None:
+    params = [nn.Parameter(torch.ones(4, device=device)) for device in ("cpu", "meta")]
+    with pytest.raises(ValueError, match=r"on one device, found \['cpu', 'meta'\]: make an optimizer for each"):
+        AdamW(params, offload_moments=True).step()
+
+
 @pytest.mark.usefixtures("_small_chunks")
 def test_buffers_do_not_grow_with_the_model() -> None:
     shape = torch.Size((1000, 64))

@@ -126,7 +126,7 @@ class OffloadedMoments:
     def __init__(self, kept_as: MomentsFormat) -> None:
         self._kept_as = kept_as
         self._streams: Streams = InOrder()  # until the first step says of which device
-        self._layout: list[list[int]] = []  # ids of the parameters of each batch
+        self._layout: list[list[tuple[int, torch.device]]] = []  # of each batch's parameters: their ids, and where
         self._chunks: list[list[_Chunk]] = []  # of each batch
         self._blocks: list[_Block] = []
         self._places: dict[nn.Parameter, dict[str, torch.Tensor]] = {}  # each one's moments in its block
@@ -148,7 +148,7 @@ class OffloadedMoments:
         States are made for parameters that have none. The first chunk is on its way when this returns.
         """
         kept = [[p for p in batch if p.requires_grad or p in states] for batch in batches]
-        layout = [[id(p) for p in batch] for batch in kept]
+        layout = [[(id(p), local(p).device) for p in batch] for batch in kept]
         if layout != self._layout:
             self._lay_out(kept)
             self._layout = layout
