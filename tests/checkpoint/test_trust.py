@@ -168,7 +168,7 @@ def test_code_beside_a_tokenizer_is_never_run(
     try:
         codec = Codec.load(model)
     except ValueError as error:
-        assert str(model) in str(error)
+        assert str(model) in str(error)  # noqa: PT017 (not every damage is found)
     else:
         assert codec.decode(codec.encode("fox")) == "fox"
     assert not trace.exists()

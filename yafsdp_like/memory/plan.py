@@ -93,8 +93,9 @@ def live_nbytes_peak(requests: Sequence[SlotRequest]) -> int:
 
 @dataclass(frozen=True)
 class Region:
-    """A named range of memory that an arena holds for as long as the plan lives; or, ``transient``, tensors that
-    PyTorch's allocator holds for a part of every step.
+    """A named range of memory that an arena holds for as long as the plan lives.
+
+    Or, ``transient``, tensors that PyTorch's allocator holds for a part of every step.
     """
 
     name: str
