@@ -66,7 +66,9 @@ class ProcessGroupTransport:
         dtypes: Sequence[torch.dtype],
         scratch: torch.Tensor,
     ) -> ReduceScatter:
-        """See ``Transport``."""
+        """See ``Transport``. One rank alone takes inputs of any dtype."""
+        if self.world_size == 1 and [i.dtype for i in inputs] != list(dtypes):
+            return partial(_cast, outputs, inputs, dtypes)
         assert [i.dtype for i in inputs] == list(dtypes), "a collective sums in the dtype that it sends"
         # In place into this rank's chunk of the inputs when a cast or an addition follows, straight away otherwise.
         chunks = [i.view(self.world_size, -1)[self.rank] for i in inputs]
@@ -99,6 +101,24 @@ class ProcessGroupTransport:
                 _finish(getattr(self._reduce_group, _REDUCE)(out, inp, options))
         if reduction.post_divisor != 1.0:
             torch._foreach_div_(list(outputs), reduction.post_divisor)
+
+
+def _cast(
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    dtypes: Sequence[torch.dtype],
+    reduction: Reduction,
+    accumulate: bool,
+) -> None:
+    """Write one rank's gradients to its shards, or add them, rounded to ``dtypes`` and divided there."""
+    divisors = [d for d in (reduction.pre_divisor, reduction.post_divisor) if d != 1.0]
+    values = [
+        i if torch.promote_types(i.dtype, d) == d and not divisors else i.to(d)
+        for i, d in zip(inputs, dtypes, strict=True)
+    ]
+    for divisor in divisors:
+        torch._foreach_div_(values, divisor)
+    (torch._foreach_add_ if accumulate else torch._foreach_copy_)(list(outputs), values)
 
 
 def _finish(work: dist.Work | None) -> None:

@@ -237,8 +237,10 @@ class Unit:
 
     def param_specs(self, names: Sequence[str] = ()) -> tuple[ParamSpec, ...]:
         """Return what a plan needs to know of the parameters as they are now, under other ``names`` if given."""
-        # A kernel that sums in fp32 reads gradients as they were computed; sums over backwards need reduce_dtype.
-        as_computed = self.transport.mapped is not None and not self.needs.unsynced_gradients
+        # A kernel that sums in fp32 reads gradients as they were computed, and one rank alone sums none; sums over
+        # backwards need reduce_dtype.
+        sums_in_fp32 = self.transport.mapped is not None or self.mesh.size() == 1
+        as_computed = sums_in_fp32 and not self.needs.unsynced_gradients
         named = zip(self.params, names or [p.name for p in self.params], strict=True)
         return tuple(p.spec(name, self.policy, as_computed, self.needs.trains) for p, name in named)
 
