@@ -1,32 +1,33 @@
 """AdamW's moments in host memory, copied to the device and back, chunk by chunk, beside the updates that use them.
 
-Owns the host's memory, two buffers on the device, and the order of copies and updates. Knows tensors and formats of
+Owns the host's memory, buffers on the device, and the order of copies and updates. Knows tensors and formats of
 moments, nothing of gradients, rates or units.
 
 [Note: offloaded moments]
 Each batch of parameters has one block of host memory, pinned for a GPU, with both moments of each parameter behind each
-other, on which the optimizer's states lie. A batch is updated in chunks of at most ``CHUNK_NBYTES``; a parameter of
-more is cut into several, except in 8 bit by blocks, whose codes and exponents lie apart. While chunk ``k`` is updated
-in one buffer, chunk ``k + 1`` is copied into the other, and ``k - 1``, which was there, has been copied back before:
+other, on which the optimizer's states lie. A batch is updated in chunks of at most ``CHUNK_NBYTES``, for which larger
+parameters are cut. Chunk ``k`` is in buffer ``k % NUM_BUFFERS`` of the device, while it is updated:
 
-    host to device   in 0 | in 1 | in 2, when back 0 is done | ...
-    compute                 update 0, when in 0 is done | update 1 | ...
-    device to host                    back 0, when update 0 is done | back 1 | ...
+    host to device   in 0 | in 1     | in 2   | in 3, when back 0 is done
+    compute                 update 0 |          update 1 | ...
+    device to host                   | back 0 |          | back 1 | ...
 
-So both directions of the link are busy, and memory on the device does not grow with the model. Events order the three
-streams, and the CPU waits for none of them in a step. It waits before it reads or writes a block, in ``wait``. Chunks
-and buffers are those of the last step, and nothing is allocated, as long as batches have the same parameters.
+So both directions of the link are busy all the time, the third buffer covering the update between, and memory on the
+device does not grow with the model. Events order the three streams, and the CPU waits for none of them in a step. It
+waits before it reads or writes a block, in ``wait``. Chunks and buffers are those of the last step, and nothing is
+allocated, as long as batches have the same parameters.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from yafsdp_like.kernels.formats import BLOCK_NUMEL
 from yafsdp_like.memory.arena import refuse_what_the_host_cannot_hold
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.memory.pinned import pin
@@ -38,18 +39,13 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-CHUNK_NBYTES = 128 << 20  # long enough for the link's full rate: 2.5 ms at 50 GB/s
-NUM_BUFFERS = 2
+CHUNK_NBYTES = 64 << 20  # long enough for the link's full rate: 1.3 ms at 50 GB/s
+NUM_BUFFERS = 3
 
 
 def buffer_nbytes(shapes: Iterable[tuple[torch.Size, torch.dtype]], kept_as: MomentsFormat) -> int:
     """Return the bytes of each buffer for parameters of which a rank has rows of these shapes, in these dtypes."""
-    both, uncut = [0], [0]
-    for shape, dtype in shapes:
-        both.append(2 * aligned(moments_nbytes(shape, dtype, kept_as) // 2))
-        if moments_dtype(shape, dtype, kept_as) == torch.uint8:
-            uncut.append(both[-1])
-    return min(sum(both), max(CHUNK_NBYTES, *uncut))
+    return min(CHUNK_NBYTES, sum(2 * aligned(moments_nbytes(*rows, kept_as) // 2) for rows in shapes))
 
 
 class LoadedMoments(NamedTuple):
@@ -63,13 +59,18 @@ class LoadedMoments(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Elements ``[start, stop)`` of a parameter: where their moments lie in a block, each ``nbytes``."""
+    """Some or all elements of a parameter, and where their moments lie in a block."""
 
     param: nn.Parameter
     dtype: torch.dtype
-    elements: slice | None
-    offsets_nbytes: tuple[int, int]
-    nbytes: int
+    offsets_nbytes: tuple[int, int]  # where each moment of the whole parameter begins
+    ranges: tuple[tuple[int, int], ...]  # of bytes of a whole moment, which lie behind each other on the device
+    elements: slice | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of each moment of these elements."""
+        return sum(stop - start for start, stop in self.ranges)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,25 +93,27 @@ class _Chunk:
     def __init__(self, block: torch.Tensor, parts: Sequence[_Part]) -> None:
         self._parts = parts
         self._pieces: dict[int, list[LoadedMoments]] = {}  # by the buffer that they are in
-        ends = [(offset, offset + aligned(part.nbytes)) for part in parts for offset in part.offsets_nbytes]
-        spans: list[tuple[int, int]] = []  # of the block, without gaps
-        for start, end in ends:
-            if spans and spans[-1][1] == start:
-                start = spans.pop()[0]
-            spans.append((start, end))
-        self.spans = [block[start:end] for start, end in spans]
+        self._places: list[list[int]] = []  # of both moments of each part, in a buffer
+        spans: list[tuple[int, int, int]] = []  # first and last byte in the block, first byte in a buffer
+        end = 0
+        for part in parts:
+            self._places.append([])
+            for offset in part.offsets_nbytes:
+                self._places[-1].append(end)
+                place, end = end, end + aligned(part.nbytes)
+                for start, stop in part.ranges:
+                    spans.append((offset + start, offset + stop, place))
+                    place += stop - start
+        self.spans = [(block[start:stop], place) for start, stop, place in _joined(spans)]
         self.params = [part.param for part in parts]
 
     def pieces(self, index: int, buffer: torch.Tensor) -> list[LoadedMoments]:
         """Return what lies in buffer number ``index``."""
         if index not in self._pieces:
-            found, offset = [], 0
-            for part in self._parts:
-                views = []
-                for _ in MOMENTS:
-                    flat = buffer[offset : offset + part.nbytes].view(part.dtype)
-                    views.append(_shaped(flat, part.param) if part.elements is None else flat)
-                    offset += aligned(part.nbytes)
+            found = []
+            for part, places in zip(self._parts, self._places, strict=True):
+                flat = [buffer[place : place + part.nbytes].view(part.dtype) for place in places]
+                views = [_shaped(moment, part.param) for moment in flat] if part.elements is None else flat
                 found.append(LoadedMoments(part.param, part.elements, *views))
             self._pieces[index] = found
         return self._pieces[index]
@@ -192,10 +195,8 @@ class OffloadedMoments:
 
     def _spans(self, k: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield ranges of a block with their places in the chunk's buffer."""
-        offset = 0
-        for host in self._due[k].spans:
-            yield host, self.buffers[k % NUM_BUFFERS][offset : offset + host.numel()]
-            offset += host.numel()
+        for host, place in self._due[k].spans:
+            yield host, self.buffers[k % NUM_BUFFERS][place : place + host.numel()]
 
     # --- where moments are ---
 
@@ -228,7 +229,7 @@ class OffloadedMoments:
             shape = local(param).shape
             each = moments_nbytes(shape, param.dtype, self._kept_as) // 2
             offsets = nbytes, nbytes + aligned(each)
-            parts.append(_Part(param, moments_dtype(shape, param.dtype, self._kept_as), None, offsets, each))
+            parts.append(_Part(param, moments_dtype(shape, param.dtype, self._kept_as), offsets, ((0, each),)))
             nbytes += 2 * aligned(each)
         block = _Block(torch.zeros(nbytes, dtype=torch.uint8))
         if device.type == "cuda":
@@ -285,8 +286,18 @@ def _shaped(flat: torch.Tensor, param: nn.Parameter) -> torch.Tensor:
     return flat if flat.dtype == torch.uint8 else flat.view(local(param).shape)
 
 
+def _joined(spans: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Return the same with one for spans that lie behind each other at both ends, padding between them included."""
+    found: list[tuple[int, int, int]] = []
+    for start, stop, place in spans:
+        if found and start == aligned(found[-1][1]) and start - found[-1][0] == place - found[-1][2]:
+            start, _, place = found.pop()
+        found.append((start, stop, place))
+    return found
+
+
 def _chunks_of(whole: Sequence[_Part]) -> Iterator[list[_Part]]:
-    """Yield consecutive parameters of at most ``CHUNK_NBYTES`` together, and larger ones cut, or alone."""
+    """Yield consecutive parameters of at most ``CHUNK_NBYTES`` together, and larger ones cut."""
     chunk: list[_Part] = []
     nbytes = 0
     for part in whole:
@@ -294,7 +305,7 @@ def _chunks_of(whole: Sequence[_Part]) -> Iterator[list[_Part]]:
         if chunk and nbytes + size > CHUNK_NBYTES:
             yield chunk
             chunk, nbytes = [], 0
-        if size > CHUNK_NBYTES and part.dtype != torch.uint8:
+        if size > CHUNK_NBYTES:
             yield from ([cut] for cut in _cut(part))
         else:
             chunk.append(part)
@@ -304,9 +315,16 @@ def _chunks_of(whole: Sequence[_Part]) -> Iterator[list[_Part]]:
 
 
 def _cut(part: _Part) -> Iterator[_Part]:
-    most = CHUNK_NBYTES // 2
-    for start in range(0, part.nbytes, most):
-        nbytes, itemsize = min(most, part.nbytes - start), part.dtype.itemsize
-        offsets = part.offsets_nbytes[0] + start, part.offsets_nbytes[1] + start
-        elements = slice(start // itemsize, (start + nbytes) // itemsize)
-        yield _Part(part.param, part.dtype, elements, offsets, nbytes)
+    """Yield a parameter's elements in parts of one chunk each; 8 bit by blocks keeps codes apart from exponents."""
+    numel, most_nbytes = local(part.param).numel(), CHUNK_NBYTES // 2
+    in_blocks = part.dtype == torch.uint8
+    most = most_nbytes // part.dtype.itemsize if not in_blocks else most_nbytes * BLOCK_NUMEL // (BLOCK_NUMEL + 1)
+    most -= most % BLOCK_NUMEL
+    for start in range(0, numel, most):
+        elements = slice(start, min(start + most, numel))
+        if in_blocks:
+            first, last = (numel + element // BLOCK_NUMEL for element in (elements.start, elements.stop))
+            ranges: tuple[tuple[int, int], ...] = (elements.start, elements.stop), (first, last)
+        else:
+            ranges = ((elements.start * part.dtype.itemsize, elements.stop * part.dtype.itemsize),)
+        yield replace(part, ranges=ranges, elements=elements)
