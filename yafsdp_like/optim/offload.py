@@ -160,6 +160,8 @@ class OffloadedMoments:
                 self._keep(param, states[param])
         self._due = [c for chunks in self._chunks for c in chunks if _has_gradient(c)]
         self._position = 0
+        for event in self._freed:  # a chunk may have been in another buffer, from which it is still being copied back
+            self._streams.wait(HOST_TO_DEVICE, event)
         if self._due:
             self._copy_in(0)
 
