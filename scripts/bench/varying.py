@@ -107,5 +107,6 @@ def copy_out(trainee: Trainee, staging: Tensor) -> None:
     for value in pytree.tree_leaves(states):
         if isinstance(value, Tensor):
             local = value.to_local() if isinstance(value, DTensor) else value
-            for part in local.detach().reshape(-1).view(torch.uint8).split(staging.numel()):
-                staging[: part.numel()].copy_(part)
+            place = staging.view(local.dtype)
+            for part in local.detach().reshape(-1).split(place.numel()):
+                place[: part.numel()].copy_(part)
