@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.api import FSDPModule, UnshardHandle, fully_shard
     from yafsdp_like.shard.drop_in import register_fsdp_forward_method, share_comm_ctx
     from yafsdp_like.shard.graph import GraphedStep
+    from yafsdp_like.shard.optimizer_step import update_in_backward
     from yafsdp_like.shard.runtime.allocated_memory import SpillWarning
 else:
     _HOMES = {
@@ -29,6 +30,7 @@ else:
         "fully_shard": "yafsdp_like.shard.api",
         "register_fsdp_forward_method": "yafsdp_like.shard.drop_in",
         "share_comm_ctx": "yafsdp_like.shard.drop_in",
+        "update_in_backward": "yafsdp_like.shard.optimizer_step",
     }
 
     def __getattr__(name: str) -> Any:
@@ -55,4 +57,5 @@ __all__ = [
     "fully_shard",
     "register_fsdp_forward_method",
     "share_comm_ctx",
+    "update_in_backward",
 ]

@@ -7,19 +7,22 @@ engine, and must be found.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.clocks import Omission, RaceDetector, VectorClocks
 from tests.ranks import run_ranks
 from tests.training import world_mesh
 from tests.zoo import FEATURES, SPECIMENS, WIDE, Chain, Specimen, blocks, layers_of, vectors
-from yafsdp_like import MixedPrecisionPolicy, fully_shard
+from yafsdp_like import MixedPrecisionPolicy, fully_shard, update_in_backward
 from yafsdp_like.comm.mapped_memory import MappedMemory
 from yafsdp_like.comm.peer import PeerTransport
 from yafsdp_like.comm.process_group import ProcessGroupTransport
+from yafsdp_like.kernels.adamw import AdamWTable, AdamWTensors
+from yafsdp_like.kernels.reduce import ReduceTable
 from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, GATHER, HOST_TO_DEVICE, REDUCE
 from yafsdp_like.optim import AdamW, offload
 from yafsdp_like.optim.offload import OffloadedMoments
@@ -114,6 +117,7 @@ def train(
     plant: str | None = None,
     bf16: bool = True,
     own_optimizer: bool = False,
+    in_backward: bool = False,
     omits: Omission | None = None,
     updates: int = 1,
     offload_moments: bool = False,
@@ -121,8 +125,8 @@ def train(
 ) -> Found:
     """Run some steps of a specimen, and an evaluation after each, on this rank under the detector.
 
-    `updates` is how many steps of the optimizer follow a backward, `offload_moments` is of our own one, `options` are
-    `fully_shard`'s.
+    `updates` is how many steps of the optimizer follow a backward, which updates too if `in_backward`;
+    `offload_moments` is of our own one, `options` are `fully_shard`'s.
     """
     streams = VectorClocks(forgets, omits)
     detector = RaceDetector(streams)
@@ -133,6 +137,7 @@ def train(
         watch_transports(patch, detector)
         watch_gradients(patch, detector)
         watch_offloaded_moments(patch, detector)
+        watch_kernels(patch, detector)
         name_works(patch, streams)
         if plant is not None:
             PLANTS[plant](patch)
@@ -140,17 +145,20 @@ def train(
         model.unshard()  # makes the arena
         model.reshard()
         watch_arenas(model, detector)
-        if offload_moments:
-            optimizer: torch.optim.Optimizer = AdamW(model.parameters(), lr=1e-2, offload_moments=True)
+        if own_optimizer or in_backward or offload_moments:
+            optimizer: torch.optim.Optimizer = AdamW(model.parameters(), lr=1e-2, offload_moments=offload_moments)
         else:
-            optimizer = (AdamW if own_optimizer else torch.optim.AdamW)(model.parameters(), lr=1e-2)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if in_backward:
+            update_in_backward(cast("AdamW", optimizer))
         with detector:
             for step in range(4):
                 specimen.loss_of(model, step, 0).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                if not in_backward:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 for _ in range(updates):
                     optimizer.step()
-                if not own_optimizer:  # whose writes end what may be written before the next forward
+                if type(optimizer) is not AdamW:  # whose writes end what may be written before the next forward
                     with torch.no_grad():
                         torch._foreach_mul_(list(model.parameters()), 1.0)  # also those without a gradient
                 optimizer.zero_grad(set_to_none=step % 2 == 0)  # so that gradients are both set and added to
@@ -164,6 +172,8 @@ def train(
 def name_works(patch: pytest.MonkeyPatch, streams: VectorClocks) -> None:
     for name in ("publish", "before_update", "after_update"):
         patch.setattr(ParamLifecycle, name, _within(streams, name, getattr(ParamLifecycle, name)))
+    free = _within(streams, "_free_updated", GradientLifecycle._free_updated)
+    patch.setattr(GradientLifecycle, "_free_updated", free)
 
 
 def _within(streams: VectorClocks, name: str, work: Any) -> Any:
@@ -192,7 +202,35 @@ def watch_gradients(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
         take(self)
         detector.watch(self.flat)
 
+    release = GradientShard.release
+
+    def noted(self: GradientShard) -> None:
+        if self.has_memory and not self.is_pinned and self.is_free:
+            detector.note([self.flat], True, "a new owner")  # as the allocator has it, in the order of this stream
+        release(self)
+
     patch.setattr(GradientShard, "take", watched)
+    patch.setattr(GradientShard, "release", noted)
+
+
+def watch_kernels(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
+    """Note what kernels access; temporary memory of their references is none of theirs, and may have been watched."""
+    update, reduce = AdamWTable.update, ReduceTable.reduce
+
+    def noted_update(self: AdamWTable, params: Sequence[AdamWTensors], *others: Any) -> None:
+        detector.note([p.grad for p in params], False, "adamw")
+        detector.note([t for p in params for t in p.tensors if t is not p.grad], True, "adamw")
+        with _disable_current_modes():
+            update(self, params, *others)
+
+    def noted_reduce(self: ReduceTable, *args: Any) -> None:
+        detector.note([chunk for chunks in self._inputs for chunk in chunks], False, "sum")
+        detector.note(self._parts(), True, "sum")
+        with _disable_current_modes():
+            reduce(self, *args)
+
+    patch.setattr(AdamWTable, "update", noted_update)
+    patch.setattr(ReduceTable, "reduce", noted_reduce)
 
 
 def watch_offloaded_moments(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
@@ -246,6 +284,27 @@ def reduce_everything_early(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(gradients_module, "EARLY_NUMEL", 1)
 
 
+def forget_barriers_of_reductions(patch: pytest.MonkeyPatch) -> None:
+    barrier = VectorClocks.stream_barrier
+
+    def other(self: VectorClocks, stream: str) -> None:
+        if stream != REDUCE:
+            barrier(self, stream)
+
+    patch.setattr(VectorClocks, "stream_barrier", other)
+
+
+def update_beside_the_reduction(patch: pytest.MonkeyPatch) -> None:
+    update = GradientLifecycle._update
+
+    def elsewhere(self: GradientLifecycle, *args: Any) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(gradients_module, "REDUCE", COMPUTE)
+            update(self, *args)
+
+    patch.setattr(GradientLifecycle, "_update", elsewhere)
+
+
 PLANTS: dict[str, Plant] = {
     plant.__name__: plant
     for plant in (
@@ -255,6 +314,8 @@ PLANTS: dict[str, Plant] = {
         forget_reductions,
         release_before_the_last_read,
         reduce_everything_early,
+        forget_barriers_of_reductions,
+        update_beside_the_reduction,
     )
 }
 
@@ -378,6 +439,33 @@ def test_leaving_out_a_wait_or_a_stream_barrier_of_an_update_is_found(omission: 
     """The second of two updates in a row writes what the first has just let be gathered."""
     for found in run_ranks(train, "decoder", omits=omission, transport="peer", own_optimizer=True, updates=2):
         assert any(re.search(race, line) for line in found.races), sorted(set(found.races))
+
+
+@pytest.mark.parametrize("transport", ["process_group", "peer"])
+@pytest.mark.parametrize("name", [*MODELS, "long"])
+def test_updates_in_backward_are_ordered(name: str, transport: str) -> None:
+    for found in run_ranks(train, name, in_backward=True, transport=transport):
+        assert found.races == []
+        assert found.num_accesses > 20, "the detector saw nothing"
+
+
+@pytest.mark.parametrize("plant", ["update_beside_the_reduction", "forget_reductions"])
+def test_an_update_in_backward_that_does_not_wait_for_the_reduction_or_is_not_waited_for_is_found(plant: str) -> None:
+    for found in run_ranks(train, "decoder", in_backward=True, plant=plant):
+        assert found.races
+
+
+@pytest.mark.parametrize(
+    ("left_out", "race"),
+    [
+        ({"plant": "forget_barriers_of_reductions"}, "adamw on reduce does not wait for gather on peer's gather"),
+        ({"omits": ("_free_updated", "wait", 1)}, "a new owner on compute does not wait for adamw on reduce"),
+    ],
+)
+def test_leaving_out_what_an_update_in_backward_relies_on_is_found(left_out: dict[str, Any], race: str) -> None:
+    """A rank would write what peers still gather, and compute would write gradients that the update still reads."""
+    for found in run_ranks(train, "long", in_backward=True, transport="peer", **left_out):
+        assert race in found.races, sorted(set(found.races))
 
 
 def test_the_detector_knows_order_from_race() -> None:

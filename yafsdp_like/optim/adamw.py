@@ -194,12 +194,12 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        group_of = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
+        group_of = self.group_indices()
         batches = self._batches(group_of)
         if self._offloaded is not None:
             self._offloaded.begin(batches, self.state)
         for index, batch in enumerate(batches):
-            self._update(index, [(p, group_of[p]) for p in batch if p.grad is not None])
+            self.update(index, [(p, group_of[p]) for p in batch if p.grad is not None])
             self.passes.after_batch(index)
         return loss
 
@@ -214,8 +214,16 @@ class AdamW(torch.optim.AdamW):
         rest = [p for p in group_of if p not in named]
         return [*self.passes.batches, *([rest] if rest else [])]
 
-    def _update(self, batch_index: int, params: Sequence[tuple[nn.Parameter, int]]) -> None:
-        """Launch a kernel for each kind of parameter; ``params`` come with the index of their group."""
+    def group_indices(self) -> dict[nn.Parameter, int]:
+        """Return the index of every parameter's group."""
+        return {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
+
+    @torch.no_grad()
+    def update(self, batch_index: int, params: Sequence[tuple[nn.Parameter, int]]) -> None:
+        """Do the step of ``params``, which have gradients and come with the index of their group.
+
+        Launches a kernel for each kind of parameter. Its table is kept for the next call with the same ``batch_index``.
+        """
         updates = {param: (self._tensors(param, index), self._advance(param, index)) for param, index in params}
         for part_index, part in enumerate(self._parts(batch_index, updates)):
             launches: dict[Kind, list[AdamWTensors]] = {}

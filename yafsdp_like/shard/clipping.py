@@ -1,4 +1,4 @@
-"""Infinity norms for ``clip_grad_norm_`` where a parameter has fewer rows than there are ranks.
+"""Norms for ``clip_grad_norm_``: where a parameter has fewer rows than ranks, and none after an update in backward.
 
 Torch takes the norm of each rank's rows and then of all ranks'. The maximum of an empty tensor is an error, which only
 the rank without rows would raise, while the others wait for it. Here such a rank contributes a neutral element.
@@ -15,6 +15,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad
 
+from yafsdp_like.shard.optimizer_step import refuse_incomplete_gradients
+
 NormOf = Callable[..., torch.Tensor]
 _total_norm: NormOf = clip_grad._get_total_norm
 
@@ -23,9 +25,12 @@ _total_norm: NormOf = clip_grad._get_total_norm
 def _total_norm_of_any_rows(
     tensors: torch.Tensor | Iterable[torch.Tensor], norm_type: float = 2.0, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
+    tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+    if not tensors or any(isinstance(t, DTensor) for t in tensors):
+        refuse_incomplete_gradients()
     if math.isinf(norm_type):
         neutral = 0.0 if norm_type > 0 else math.inf  # of a maximum of absolute values, and of a minimum
-        tensors = [_never_empty(t, neutral) for t in ([tensors] if isinstance(tensors, torch.Tensor) else tensors)]
+        tensors = [_never_empty(t, neutral) for t in tensors]
     return _total_norm(tensors, norm_type, *args, **kwargs)
 
 

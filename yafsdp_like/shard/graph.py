@@ -83,7 +83,7 @@ class GraphedStep:
     On CPUs the function is simply called.
 
     Recordings hold their activations in a memory pool of their own, which all of them share. Raises ``ValueError`` for
-    a model that is not sharded.
+    a model that is not sharded, and ``RuntimeError`` when called after ``update_in_backward``.
     """
 
     def __init__(self, function: Callable[..., Any], model: nn.Module) -> None:
@@ -104,6 +104,11 @@ class GraphedStep:
     def __call__(self, *inputs: torch.Tensor) -> Any:
         """Run the function, or replay it, on ``inputs``; return copies of what it returns."""
         engine = engine_for(self._unit, self._model)
+        if any(unit.updater is not None for unit in engine.units):
+            raise RuntimeError(
+                "GraphedStep cannot record a backward that updates parameters, whose learning rate and step count "
+                "change: call update_in_backward(optimizer, False), or run the step as it is"
+            )
         if engine.units[0].device.type != "cuda":
             return self._function(*inputs)
         key = self._key(engine, inputs)

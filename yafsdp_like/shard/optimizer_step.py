@@ -1,7 +1,7 @@
 """The optimizer's step, unit by unit in the order of forward, so that the first units are prefetched meanwhile.
 
-Owns the order of a step of this package's ``AdamW`` over sharded parameters, and the note that other optimizers' steps
-leave compute shards to be cast. Knows nothing of the arithmetic.
+Owns the order of a step of this package's ``AdamW`` over sharded parameters, in or after backward, and the note that
+other optimizers' steps leave compute shards to be cast. Knows nothing of the arithmetic.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from yafsdp_like.optim.adamw import AdamW, Passes
 from yafsdp_like.shard.runtime.engine import engine_of
 from yafsdp_like.shard.runtime.param import ShardedParam
+from yafsdp_like.shard.runtime.running import backward_task
 from yafsdp_like.shard.runtime.unit_state import Unit, ownership_of
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.runtime.engine import ShardEngine
 
 _stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+_updated: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # in backward, since their last step
 Owned = dict[Unit, list[ShardedParam]]  # an optimizer's sharded parameters
 
 
@@ -31,6 +34,77 @@ def watch_optimizers() -> None:
     """Hook every optimizer step of the process from now on. Called once."""
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
+
+
+class _InBackward:
+    """Updates a unit's parameters as soon as a backward has reduced their gradients."""
+
+    def __init__(self, optimizer: AdamW) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._task: int | None = None  # the backward, by autograd's number, in which the groups were looked up
+        self._group_of: dict[nn.Parameter, int] = {}
+
+    def update(self, unit: Unit) -> list[ShardedParam]:
+        """See ``Updater``."""
+        optimizer, task = self._optimizer(), backward_task()
+        if optimizer is None:
+            return []
+        if task is None or task != self._task:
+            self._task, self._group_of = task, optimizer.group_indices()
+        group_of = self._group_of
+        params = [p for p in unit.params if p.sharded.grad is not None and p.sharded in group_of]
+        if params:
+            unit.settle()
+            optimizer.update(id(unit), [(p.sharded, group_of[p.sharded]) for p in params])
+            if len(params) == len(unit.params):
+                unit.freshness.compute_shard_written(by_update=True)
+            else:
+                unit.freshness.main_shards_written()
+            _updated.add(optimizer)
+        return params
+
+
+_in_backward: weakref.WeakKeyDictionary[AdamW, _InBackward] = weakref.WeakKeyDictionary()
+
+
+def update_in_backward(optimizer: AdamW, enabled: bool = True) -> None:
+    """Let each backward update every unit's parameters as soon as their gradients are reduced, and drop those.
+
+    Then gradients of one unit or two have memory at a time, not all of the model's. ``optimizer.step()`` is called
+    after backward as ever: it updates what no backward has updated, and what is not sharded. The numbers are those of
+    ``step`` without clipping: between backward and ``step``, ``clip_grad_norm_`` raises ``RuntimeError``. A factor that
+    is known before the backward may be set as ``optimizer.gradient_scale``.
+
+    Where gradients are accumulated over several backwards, call ``model.set_is_last_backward(False)`` before all but
+    the last; ``RuntimeError`` is raised otherwise. A gradient that somebody holds keeps its values. Hooks of optimizer
+    steps run in ``step`` only.
+
+    Raises ``ValueError`` for other optimizers than this package's ``AdamW`` with moments on the device, and for one
+    without sharded parameters.
+    """
+    if not isinstance(optimizer, AdamW) or optimizer.offload_moments:
+        offloads = " with offload_moments" if isinstance(optimizer, AdamW) else ""
+        raise ValueError(
+            f"update_in_backward expects yafsdp_like.optim.AdamW with moments on the device, found "
+            f"{type(optimizer).__module__}.{type(optimizer).__name__}{offloads}"
+        )
+    owned = _owned(optimizer)
+    if not owned:
+        raise ValueError("update_in_backward expects sharded parameters, found none: call it after fully_shard")
+    optimizer.passes = Passes(compute_of=_compute_of)
+    updater = _in_backward.setdefault(optimizer, _InBackward(optimizer))
+    for unit in owned:
+        unit.update_by(updater if enabled else None)
+
+
+def refuse_incomplete_gradients() -> None:
+    """Raise ``RuntimeError``, before a norm is taken, if a backward has updated with gradients and dropped them."""
+    if _updated:
+        raise RuntimeError(
+            "a norm of gradients was asked for after update_in_backward(optimizer): the backward has updated with them "
+            "and dropped them, so that nothing is left to clip. Leave clipping out, or update_in_backward; for another "
+            "model's gradients, call optimizer.step() first"
+        )
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -47,7 +121,9 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Note which main shards were written: an optimizer's own kernels may not count as writes in place."""
-    for unit in _owned(optimizer):
+    _updated.discard(optimizer)
+    for unit, params in _owned(optimizer).items():
+        unit.stepped(params)
         if not isinstance(optimizer, AdamW) or not unit.freshness.is_current():
             unit.freshness.main_shards_written()
 
@@ -87,11 +163,10 @@ def _make_room_for_states(optimizer: torch.optim.Optimizer, owned: Owned) -> Non
 def _pass_by_units(optimizer: AdamW, owned: Owned) -> None:
     """Make one batch per unit, in the order of forward, whose update writes main and compute shards."""
     units = _in_order_of_forward(owned)
-    copies = {p.sharded: _compute_copy(p) for unit in units for p in owned[unit]}
     whole = [_is_updated_whole(unit, owned[unit]) for unit in units]
     optimizer.passes = Passes(
         batches=[[p.sharded for p in owned[unit]] for unit in units],
-        compute_of=copies.get,
+        compute_of=_compute_of,
         after_batch=partial(_after_batch, units, whole),
     )
     for engine in {engine_of(unit): None for unit in units}:
@@ -112,10 +187,19 @@ def _in_order_of_forward(owned: Owned) -> list[Unit]:
     ]
 
 
-def _compute_copy(p: ShardedParam) -> torch.Tensor | None:
+def _compute_of(param: nn.Parameter) -> torch.Tensor | None:
+    """Return what is gathered instead of the parameter, if it is sharded and another than what an update writes."""
+    ownership = ownership_of(param)
+    if ownership is None or engine_of(ownership.unit) is None:  # shards of the latter are still to be placed
+        return None
+    p = ownership.param
     return None if p.compute is p.main or p.is_split else p.compute[: p.local.numel()]
 
 
 def _after_batch(units: Sequence[Unit], whole: Sequence[bool], index: int) -> None:
     if index < len(units) and (engine := engine_of(units[index])) is not None:
-        engine.params.after_update(units[index], whole[index])
+        unit = units[index]
+        if unit.updated and unit.freshness.is_current():  # all of it in backward
+            engine.params.gather_ahead(unit)
+        else:
+            engine.params.after_update(unit, whole[index])

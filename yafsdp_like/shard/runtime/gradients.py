@@ -4,6 +4,20 @@ Owns every transition of a gradient slot's state and the order of streams around
 whatever computes it writes to its ``view``, it has ``arrived``, and the unit's are reduced by ``reduce_scatter``.
 
     EMPTY --first gradient--> HELD --reduce-scatter--> EMPTY
+
+[Note: update in backward]
+Where a unit has an ``Updater``, its parameters are updated behind the reduction that completes their gradients, on the
+same stream: once no use of the unit awaits its backward any more, in the last backward of a step. What that may write:
+
+* main shards: nobody else reads them in backward. On one rank slots are shards, and compute reads those in the unit's
+  backward, which is over: the reduction has waited for it.
+* compute shards: gathers read them, and where memory is mapped so do other ranks' gathers, without a barrier of their
+  own. But every rank's compute has waited for its gather before it computed the unit's gradients, and the reduction's
+  first barrier says that all ranks have: so a unit is updated only behind a reduction of its own.
+
+Gathers of the next forward come after the end of the backward, for which compute waits. So does what takes the
+gradients' memory: compute waits for the update before that goes back to the allocator, which knows only its order. It
+does so at the next unit's reduction, so that updates run beside the backward, and gradients of one unit have memory.
 """
 
 from __future__ import annotations
@@ -18,8 +32,11 @@ from yafsdp_like.shard.runtime.running import backward_task
 from yafsdp_like.shard.runtime.slots import SlotState
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from yafsdp_like.memory.streams import Event
-    from yafsdp_like.shard.runtime.unit_state import Unit
+    from yafsdp_like.shard.runtime.param import ShardedParam
+    from yafsdp_like.shard.runtime.unit_state import Unit, Updater
     from yafsdp_like.shard.runtime.unit_tree import UnitTree
 
 EARLY_NUMEL = 1 << 23  # a reduction of fewer elements costs more in latency than it hides
@@ -35,6 +52,7 @@ class GradientLifecycle:
         self._last_reduce: Event = None  # the end of the latest reduction; None once compute has waited for it
         self._reduced: set[Unit] = set()  # by the running backward
         self.filled: list[Unit] = []  # whose unused parameters the running backward reduces, in order of reduction
+        self._updated: list[tuple[Event, list[ShardedParam], list[torch.Tensor]]] = []  # until their gradients are free
         self.is_last_backward = True  # whether the end of a backward waits for its reductions
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:
@@ -124,7 +142,12 @@ class GradientLifecycle:
         if self.filled and unit not in self._reduced:
             self._reduced.add(unit)
             self.reduce_unused(self._ticks[unit][1])
-        slot.release(self._reduce_arrived(unit) if slot.arrived else self._last_reduce)
+        if not slot.arrived:
+            slot.release(self._last_reduce)
+            return
+        slot.release(self._reduce_arrived(unit))
+        if unit.updater is not None and self.is_last_backward and not slot.holds and not unit.running.pending:
+            self._update(unit, unit.updater)
 
     def _reduce_arrived(self, unit: Unit) -> Event:
         """Reduce into the gradient shard, set or add to ``.grad``, and return when that is done."""
@@ -132,6 +155,8 @@ class GradientLifecycle:
         arrived = sorted(slot.arrived)  # the same order on every rank
         adding = [k for k in arrived if unit.params[k].has_own_grad]
         setting = [k for k in arrived if k not in adding]
+        self._check_not_updated(unit, arrived)
+        self._free_updated()
         for k in setting:
             unit.params[k].take_grad()  # of memory that compute has used before, and is done with then
         complete = self._streams.record(COMPUTE)
@@ -146,6 +171,40 @@ class GradientLifecycle:
         self._last_reduce = self._streams.record(REDUCE)
         slot.reduced(arrived)
         return self._last_reduce
+
+    # --- the update ---
+
+    def _update(self, unit: Unit, updater: Updater) -> None:
+        """Update the unit's parameters behind the reduction: see [Note: update in backward]."""
+        if unit.policy.averaged == "nothing":
+            return
+        with label("update", unit), self._streams.on(REDUCE), torch.no_grad():
+            params = updater.update(unit)
+        if params:
+            self._last_reduce = self._streams.record(REDUCE)
+            grads = [p.sharded.grad for p in params if p.sharded.grad is not None]
+            self._updated.append((self._last_reduce, params, grads))
+            unit.updated_in_backward(params)
+            for p in params:
+                p.sharded.grad = None
+
+    def _check_not_updated(self, unit: Unit, arrived: Sequence[int]) -> None:
+        again = [unit.params[k].name for k in arrived if unit.params[k] in unit.updated] if unit.updated else []
+        if again:
+            raise RuntimeError(
+                f"a gradient of {again[0]!r} came after a backward had updated it (rank {unit.transport.rank}): call "
+                "model.set_is_last_backward(False) before every backward of a step but the last, and optimizer.step() "
+                "after that"
+            )
+
+    def _free_updated(self) -> None:
+        """Give the memory of gradients back that an update has read, unless somebody holds them."""
+        while self._updated:
+            done, params, grads = self._updated.pop()
+            self._streams.wait(COMPUTE, done)
+            grads.clear()
+            for p in params:
+                p.release_grad()
 
     # --- parameters that no gradient comes for ---
 
@@ -181,6 +240,7 @@ class GradientLifecycle:
             self._streams.wait(COMPUTE, self._last_reduce)
             self._context.arm_watchdog(self._last_reduce)
             self._last_reduce = None
+        self._free_updated()
 
     def release_unused(self) -> None:
         """Give back the memory of gradients that an update has read: a forward's activations need it now."""

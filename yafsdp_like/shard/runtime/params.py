@@ -99,18 +99,19 @@ class ParamLifecycle:
             mapped.stream_barrier(COMPUTE)
 
     def after_update(self, unit: Unit, is_whole: bool) -> None:
-        """Note that an optimizer has written main and compute shards of the unit's parameters (all, if ``is_whole``).
-
-        Gathers it for the next forward, if its bytes are free and peers need not take part.
-        """
+        """Note that an optimizer has written main and compute shards of parameters (all, if ``is_whole``)."""
         if is_whole:
             unit.freshness.compute_shard_written(by_update=True)
+            self.gather_ahead(unit)
         else:
             unit.freshness.main_shards_written()
+
+    def gather_ahead(self, unit: Unit) -> None:
+        """Gather an updated unit for the next forward, if its bytes are free and peers need not take part."""
         slot = unit.gather_slot
         is_free = all(s.state in (EMPTY, STALE) for s in (slot, *slot.neighbours))
         mapped = unit.transport.mapped
-        if not is_whole or not is_free or mapped is None:
+        if not is_free or mapped is None:
             return
         self._make_room(slot)
         self._context.collective_log.updates(unit)

@@ -43,6 +43,13 @@ class GradientReceiver(Protocol):
         """Note that parameter ``k``'s full gradient is complete; ``grad`` is what was not written to its view yet."""
 
 
+class Updater(Protocol):
+    """What updates parameters in backward, as an optimizer's step would after it."""
+
+    def update(self, unit: Unit) -> list[ShardedParam]:
+        """Update those of the unit's parameters that have a gradient, on the current stream; return them."""
+
+
 @dataclass(frozen=True)
 class Ownership(ParamMark):
     """The mark on a parameter that says which unit has sharded it."""
@@ -104,6 +111,8 @@ class Unit:
         self.running = RunningUnit()
         self._engine: weakref.ref[object] | None = None  # see the properties
         self._gradients: weakref.ref[GradientReceiver] | None = None
+        self._updater: weakref.ref[Updater] | None = None  # see the property
+        self.updated: set[ShardedParam] = set()  # by a backward, since the last step of their optimizer
         self.given: list[ShardedParam] = []  # for which modules hold tensors of the user's, while full ones are seen
         self.registered: GatherSlot | None = None  # whose parameters the modules see; None: the sharded ones
         self._gather_slot: GatherSlot | None = None  # see the property
@@ -132,6 +141,23 @@ class Unit:
     def prefetch_in_backward(self, units: list[Unit]) -> None:
         """Gather ``units`` when this one's backward starts, instead of the next that is expected."""
         self.backward_prefetch = units
+
+    def update_by(self, updater: Updater | None) -> None:
+        """Let ``updater`` update the parameters in backward from now on; None: nobody."""
+        self._updater = None if updater is None else weakref.ref(updater)
+
+    @property
+    def updater(self) -> Updater | None:
+        """What updates the parameters in backward, as long as it lives."""
+        return None if self._updater is None else self._updater()
+
+    def updated_in_backward(self, params: Sequence[ShardedParam]) -> None:
+        """Note that a backward has updated ``params``."""
+        self.updated.update(params)
+
+    def stepped(self, params: Sequence[ShardedParam]) -> None:
+        """Note that the step of these parameters' optimizer is over."""
+        self.updated.difference_update(params)
 
     # --- who runs it
 
