@@ -1,7 +1,8 @@
 """The list of implementations by the name that `--impl` takes; to add one, write a function that builds a `Trainee`.
 
 A name of ours may be followed by keywords of this package's `AdamW` and `fully_shard`: `ours:moments=bf16`, several
-joined by `+`. What AdamW does not know goes to `fully_shard`.
+joined by `+`. What AdamW does not know goes to `fully_shard`, but `in_backward=True`, which updates in backward
+(with `--clip 0`).
 """
 
 import ast
@@ -28,15 +29,20 @@ def build_unsharded(options: Options, world: World) -> Trainee:
     return Trainee(materialized(model, world), optimizer=None)
 
 
-def build_ours(options: Options, world: World, **keywords: Any) -> Trainee:
+def build_ours(options: Options, world: World, in_backward: bool = False, **keywords: Any) -> Trainee:
     """Shard by this package; its AdamW with `--optimizer fused` or keywords for it, torch's fused AdamW otherwise."""
     known = inspect.signature(AdamW).parameters
     of_adamw = {key: value for key, value in keywords.items() if key in known}
     of_shard = {key: value for key, value in keywords.items() if key not in known}
+    if "grad_dtype" in of_shard:
+        of_shard["grad_dtype"] = DTYPES[of_shard["grad_dtype"]]
     model = fully_sharded(yafsdp_like, options, world, **of_shard)
-    if options.optimizer == "torch" and not of_adamw:
+    if options.optimizer == "torch" and not of_adamw and not in_backward and "grad_dtype" not in of_shard:
         return Trainee(model, torch_adamw(model, options))
-    return Trainee(model, AdamW(model.parameters(), lr=options.lr, **of_adamw))
+    optimizer = AdamW(model.parameters(), lr=options.lr, **of_adamw)
+    if in_backward:
+        yafsdp_like.update_in_backward(optimizer)
+    return Trainee(model, optimizer)
 
 
 def build_ours_graphed(options: Options, world: World, **keywords: Any) -> Trainee:

@@ -77,7 +77,8 @@ def update_in_backward(optimizer: AdamW, enabled: bool = True) -> None:
 
     Where gradients are accumulated over several backwards, call ``model.set_is_last_backward(False)`` before all but
     the last; ``RuntimeError`` is raised otherwise. A gradient that somebody holds keeps its values. Hooks of optimizer
-    steps run in ``step`` only.
+    steps run in ``step`` only. What ``FSDPModule.mark_weights_changed`` says of writes after a step holds for those
+    after the backward.
 
     Raises ``ValueError`` for other optimizers than this package's ``AdamW`` with moments on the device, and for one
     without sharded parameters.
