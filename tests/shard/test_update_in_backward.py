@@ -280,6 +280,20 @@ def test_a_second_backward_without_a_step_is_refused() -> None:
 
 
 @on_ranks()
+def test_another_gradient_after_the_update_is_refused() -> None:
+    """Prevents: a second update in one step, by that gradient alone."""
+    model = sharded(LONG)
+    update_in_backward(optimizer := adamw(model))
+    once(model, LONG, 0)
+    p = next(iter(model.parameters()))
+    p.grad = torch.zeros_like(p)
+    with pytest.raises(RuntimeError, match="another gradient than the backward has updated it with"):
+        optimizer.step()
+    p.grad = None
+    optimizer.step()
+
+
+@on_ranks()
 def test_an_optimizer_that_is_gone_or_disabled_updates_nothing_in_backward() -> None:
     model = sharded(LONG)
     update_in_backward(optimizer := adamw(model))

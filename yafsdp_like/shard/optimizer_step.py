@@ -164,6 +164,7 @@ def _make_room_for_states(optimizer: torch.optim.Optimizer, owned: Owned) -> Non
 def _pass_by_units(optimizer: AdamW, owned: Owned) -> None:
     """Make one batch per unit, in the order of forward, whose update writes main and compute shards."""
     units = _in_order_of_forward(owned)
+    _refuse_late_gradients(owned)
     whole = [_is_updated_whole(unit, owned[unit]) for unit in units]
     optimizer.passes = Passes(
         batches=[[p.sharded for p in owned[unit]] for unit in units],
@@ -175,6 +176,18 @@ def _pass_by_units(optimizer: AdamW, owned: Owned) -> None:
         engine.params.before_update()
     for unit in units:
         unit.settle()
+
+
+def _refuse_late_gradients(owned: Owned) -> None:
+    """Raise ``RuntimeError`` where a gradient has come past the reductions, after an update with what they had."""
+    for unit, params in owned.items():
+        late = [p.name for p in params if p in unit.updated and p.sharded.grad is not None] if unit.updated else []
+        if late:
+            raise RuntimeError(
+                f"{late[0]!r} has another gradient than the backward has updated it with (rank "
+                f"{unit.transport.rank}): of the sharded parameter itself, or set by hand. Compute with it inside the "
+                "module's forward, or leave update_in_backward out"
+            )
 
 
 def _is_updated_whole(unit: Unit, owned: Sequence[ShardedParam]) -> bool:
