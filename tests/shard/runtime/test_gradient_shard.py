@@ -1,5 +1,6 @@
 """A gradient that a program still holds, in whatever way, keeps its values when the next backward writes its own."""
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.utils.dlpack import to_dlpack
 
 from tests.ranks import on_ranks, run_ranks
 from tests.training import ours, world_mesh
@@ -22,6 +24,11 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "view_as": lambda g: g.view_as(g),
     "transpose": lambda g: g.t(),
     "to_local": lambda g: g.to_local(),
+    "to_local without grad mode": torch.no_grad()(lambda g: g.to_local()),
+    "the local tensor": lambda g: g._local_tensor,
+    "redistribute": lambda g: g.redistribute(placements=g.placements),
+    "copy": copy.copy,
+    "dlpack": torch.no_grad()(lambda g: torch.from_dlpack(to_dlpack(g.to_local()))),
     "a row of to_local": lambda g: g.to_local()[0],
     "storage": lambda g: [g.to_local().storage_offset(), g.to_local().untyped_storage()],
     "full_tensor": lambda g: g.full_tensor(),

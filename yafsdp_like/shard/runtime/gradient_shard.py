@@ -9,8 +9,8 @@ then on a gradient keeps its memory (``pin``).
 
 [Note: gradients that are still held]
 ``.grad`` is a DTensor, and the next backward writes its memory again. A user may hold it until then, or anything that
-shares its bytes: ``.detach()``, ``.view(-1)``, ``to_local()``. Uses of each are counted, and where there is one, the
-gradient takes other memory, and the holder keeps this one.
+shares its bytes: ``.detach()``, ``.view(-1)``, ``to_local()``, which without grad mode is the DTensor's own local
+tensor. Uses of each are counted, and where there is one, the gradient takes other memory, and the holder keeps this.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.tensor import DTensor
 
-_REFERENCES = 3  # to the DTensor: this object's own, the variable's and the call's
+_REFERENCES = 2  # to an attribute's value, as ``sys.getrefcount`` counts them: the attribute's own and the call's
 
 
 class GradientShard:
@@ -82,15 +82,16 @@ class GradientShard:
 
     @property
     def _is_shared(self) -> bool:
-        """Whether a tensor beside the DTensor's own shares the bytes, or somebody holds their storage."""
+        """Whether a tensor beside the DTensor's own shares the bytes, or somebody holds that one or their storage."""
         uses = torch._C._storage_Use_Count(self._storage._cdata)
-        return uses > self._num_uses or sys.getrefcount(self._storage) > self._num_references
+        if uses > self._num_uses or sys.getrefcount(self._storage) > self._num_references:
+            return True
+        return sys.getrefcount(self.dtensor._local_tensor) > _REFERENCES or self.dtensor._local_tensor._use_count() > 1  # type: ignore[attr-defined]
 
     @property
     def _is_held(self) -> bool:
         """Whether somebody else holds the DTensor: in Python, as ``.grad``, or in an autograd graph."""
-        dtensor = self.dtensor
-        return sys.getrefcount(dtensor) > _REFERENCES or dtensor._use_count() > 1  # type: ignore[attr-defined]
+        return sys.getrefcount(self.dtensor) > _REFERENCES or self.dtensor._use_count() > 1  # type: ignore[attr-defined]
 
     @property
     def is_free(self) -> bool:
