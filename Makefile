@@ -22,9 +22,9 @@ FAST_TESTS := \
 	tests/laws/test_parity.py::test_twenty_steps_equal_stock_bit_for_bit \
 	tests/laws/test_running.py::test_two_forwards_before_one_backward \
 	tests/laws/test_architecture.py tests/laws/test_architecture_checks.py \
-	tests/laws/test_order.py tests/laws/test_order_of_depth.py tests/laws/test_memory.py tests/laws/test_divergence.py \
-	tests/memory tests/kernels tests/ops tests/optim tests/shard/test_schedule.py tests/shard/test_queries.py \
-	tests/inference/kv tests/inference/plan tests/launch/test_config.py
+	tests/laws/test_order.py tests/laws/test_memory.py tests/laws/test_divergence.py \
+	tests/memory tests/kernels tests/ops tests/optim tests/shard/spec tests/shard/runtime tests/shard/test_queries.py \
+	tests/inference/kv tests/inference/plan tests/launch/test_options.py tests/launch/test_command_line.py
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

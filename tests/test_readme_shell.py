@@ -289,6 +289,15 @@ def test_make_test_runs_the_tests_that_the_readme_says(command: str, markers: st
     assert lints == (checks if command == "make test " else [])
 
 
+def test_make_test_fast_runs_tests_that_exist() -> None:
+    (tests,) = [words for words in recipe("make test-fast") if words[:3] == [".venv/bin/python", "-m", "pytest"]]
+    chosen = [word for word in tests if word.startswith("tests/")]
+    assert len(chosen) > 10
+    for path, _, name in (word.partition("::") for word in chosen):
+        assert (ROOT / path).exists(), f"{path} is not there"
+        assert not name or f"def {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
+
+
 def test_what_pip_is_told_exists() -> None:
     setup, makefile = (ROOT / "setup.py").read_text(), (ROOT / "Makefile").read_text()
     block = block_of("pip install -e .")
