@@ -500,7 +500,7 @@ refusals = [
         AssertionError,
         "Each distinct composable distributed API can only be applied to a module once.",
     ),
-    (copy_deeply, AssertionError, "FSDP does not support deepcopy"),
+    (copy_deeply, AssertionError, "FSDP does not support deepcopy. Copy a sharded module by its state dict"),
     (
         run_on_meta,
         RuntimeError,

@@ -178,7 +178,7 @@ def _become_fsdp_module(module: nn.Module) -> None:
 
 
 def _refuse_deepcopy(*_: Any) -> NoReturn:
-    raise AssertionError("FSDP does not support deepcopy. ForwardUse a state dict to copy a sharded module.")
+    raise AssertionError("FSDP does not support deepcopy. Copy a sharded module by its state dict.")
 
 
 class UnshardHandle(torch.distributed.fsdp.UnshardHandle):
@@ -199,10 +199,10 @@ class FSDPModule(Base):
     Modules compute on full parameters, which are all-gathered before forward and backward into the slots of a memory
     plan that is made at the first forward; outside of them, modules register the sharded ``DTensor`` parameters.
 
-    ``.grad`` of a sharded parameter is a view of planned memory too. Once it is set to None the next backward writes
-    there again. A gradient that is still referenced then keeps its values: it is copied if only the DTensor is; for
-    anything made of it that shares its bytes (``detach()``, ``view``, ``to_local()``) the next gradient gets memory
-    beyond the plan.
+    ``.grad`` of a sharded parameter is the same DTensor in every step. Once it is set to None, the next forward gives
+    its memory back to PyTorch's allocator, and the next backward takes memory for it again. If the gradient, or a
+    tensor that shares its bytes (``detach()``, ``view``, ``to_local()``), is still referenced then, that keeps its
+    values and its memory, and the next gradient is another DTensor.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
