@@ -1,1 +1,1 @@
-"""Operations that models and the sharded runtime share: they know neither models nor units."""
+"""What models and the sharded runtime share, and what knows neither: linear layers, a head's loss, split masters."""

@@ -1,4 +1,4 @@
-"""Linear layers whose weight gradients are born in place: the matrix product writes them where they will be reduced.
+"""Linear layers whose weight gradient is written in place: by the matrix product, where it will be reduced.
 
 Owns the forward and backward of a linear layer, eager and compiled, and how a plain ``nn.Linear`` gets there. Where a
 gradient belongs is said by the weight itself, which carries a ``Sink``; this file knows nothing of units and slots.

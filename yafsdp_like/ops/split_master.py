@@ -6,8 +6,8 @@ master (``kernels/split.py``), so the two need four. A ``SplitTensor`` reads as 
 bit for bit, whatever the operation: it gets them as a plain tensor, made for it and freed after it. What touches every
 value in every step, the optimizer's kernel, reads and writes the halves themselves.
 
-Other ranks may be reading the upper half, the compute shard, whenever the user writes to his parameter. So a write in
-place goes to fp32 values beside the halves, which all views see from then on, until ``settle`` splits them: when the
+Other ranks may be reading the upper half, the compute shard, while the user writes to a parameter. So a write in place
+goes to fp32 values beside the halves, which all views see from then on, until ``settle`` splits them: when the
 compute shard may be written.
 """
 
@@ -22,7 +22,7 @@ from yafsdp_like.kernels.split import join, split
 
 
 class SplitValues:
-    """The values that one or more ``SplitTensor`` show: ``high`` and ``low``, flat, or ``written``, flat fp32.
+    """The values of one or more ``SplitTensor``: ``high`` and ``low``, flat, or ``written``, flat fp32.
 
     Args:
         high: ``(numel,)`` bfloat16, contiguous.
@@ -46,7 +46,7 @@ class SplitValues:
         return True
 
     def move_high(self, to: torch.Tensor) -> None:
-        """Keep the upper half in ``to`` from now on, ``(numel,)`` bfloat16, where it is copied."""
+        """Copy the upper half to ``to``, ``(numel,)`` bfloat16, and keep it there from now on."""
         to.copy_(self.high)
         self.high = to
 
@@ -58,7 +58,7 @@ class SplitValues:
 
 
 class SplitTensor(torch.Tensor):
-    """A float32 tensor that shows ``split_values``, some or all of them; its copies, pickles and casts are plain."""
+    """A float32 tensor of some or all of ``split_values``; its copies, pickles and casts are plain tensors."""
 
     split_values: SplitValues
 
@@ -66,7 +66,7 @@ class SplitTensor(torch.Tensor):
     def __new__(
         cls, values: SplitValues, shape: torch.Size | tuple[int, ...], stride: tuple[int, ...], offset: int = 0
     ) -> SplitTensor:
-        """Show the elements of ``values`` at ``offset`` that ``shape`` and ``stride`` name."""
+        """Make a view of ``values`` with this shape, and with stride and offset in elements."""
         made = torch.Tensor._make_wrapper_subclass(
             cls,
             torch.Size(shape),
@@ -119,22 +119,22 @@ class SplitTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation on the values, or, if it makes a view, on what the tensor shows of them."""
+        """Run an operation on the values, or, if it makes a view, on the tensor's geometry alone."""
         kwargs = kwargs or {}
         if _is_view(func) and isinstance(args[0], cls):
             return _view(func, args, kwargs)
         written = {id(tensor): tensor for tensor in _written(func, args, kwargs)}
         plain: dict[int, torch.Tensor] = {}
 
-        def values_of(tensor: SplitTensor) -> torch.Tensor:
+        def plain_of(tensor: SplitTensor) -> torch.Tensor:
             if id(tensor) not in plain:
                 values = tensor.split_values.to_write() if id(tensor) in written else None
                 plain[id(tensor)] = tensor.joined() if values is None else tensor._of(values)
             return plain[id(tensor)]
 
         for tensor in written.values():
-            values_of(tensor)  # before what only reads: it may be a view of the same values
-        result = func(*tree_map_only(SplitTensor, values_of, args), **tree_map_only(SplitTensor, values_of, kwargs))
+            plain_of(tensor)  # before what only reads: it may be a view of the same values
+        result = func(*tree_map_only(SplitTensor, plain_of, args), **tree_map_only(SplitTensor, plain_of, kwargs))
         originals = {id(plain[key]): tensor for key, tensor in written.items()}
         return tree_map_only(torch.Tensor, lambda t: originals.get(id(t), t), result) if written else result
 
@@ -154,13 +154,13 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     source = args[0]
     if func is torch.ops.aten.view.dtype:
         raise NotImplementedError(f"a split tensor's values lie in two halves: copy it to view it as {args[1]}")
-    shown = func(source._of(source.split_values.high), *args[1:], **kwargs)
+    geometry = func(source._of(source.split_values.high), *args[1:], **kwargs)
 
     def split_view(view: torch.Tensor) -> SplitTensor:
         offset = view.storage_offset() - source.split_values.high.storage_offset()
         return SplitTensor(source.split_values, view.shape, view.stride(), offset)
 
-    return tree_map_only(torch.Tensor, split_view, shown)
+    return tree_map_only(torch.Tensor, split_view, geometry)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[SplitTensor]:

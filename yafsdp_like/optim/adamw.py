@@ -1,4 +1,4 @@
-"""AdamW in few launches: torch's optimizer with another ``step``, which also writes what is gathered next.
+"""AdamW in few launches: torch's optimizer with another ``step``, which also writes what is all-gathered next.
 
 States, parameter groups and checkpoints are ``torch.optim.AdamW``'s own; moments may be kept in fewer bytes
 (``moments.py``). This file knows which parameters are updated together and in what order; the arithmetic is in

@@ -1,1 +1,1 @@
-"""Semantics: which parameters form a unit, when a unit is gathered and released, and when its gradients are reduced."""
+"""Semantics: units of parameters, when they are all-gathered and released, and when gradients are reduced."""

@@ -7,8 +7,8 @@ nothing of it.
 
 [Note: what a recording depends on]
 Python runs while recording and never again, so all that it decided must hold for every replay: shapes and dtypes of
-the inputs, which units are gathered already (by the last update), which compute shards must be cast, whether gradients
-are set or added to. All of that is the recording's key; another key is another recording.
+the inputs, which units are all-gathered already (by the last update), which compute shards must be cast, whether
+gradients are set or added to. All of that is the recording's key; another key is another recording.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Key = tuple[Any, ...]
 class UnitState:
     """What a step would decide by, of one unit."""
 
-    is_filled: bool  # gathered already, by the last update
+    is_filled: bool  # all-gathered already, by the last update
     is_current: bool  # its compute shard need not be cast
     adds: tuple[bool, ...]  # for each parameter, whether its gradient is added to ``.grad``
     grad_addresses: tuple[int, ...]  # where its gradients go
@@ -78,9 +78,8 @@ class GraphedStep:
 
     The first two calls for each kind of inputs run as they are, the third is recorded, and later ones replay it; the
     numbers are the same. ``function`` takes tensors and returns tensors (nested as you like), of which the caller gets
-    copies. It must not read the GPU's results on the CPU or decide by them, must leave gradients synchronised, and
-    sees no Python of its own run again.
-    On CPUs the function is simply called.
+    copies. It must not read the GPU's results on the CPU or decide by them, and must leave gradients synchronised; its
+    Python does not run in a replay. On CPUs the function is simply called.
 
     Recordings hold their activations in a memory pool of their own, which all of them share. Raises ``ValueError`` for
     a model that is not sharded, and ``RuntimeError`` when called after ``update_in_backward``.

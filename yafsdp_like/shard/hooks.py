@@ -2,8 +2,8 @@
 
 [Note: the life of a use]
 Every forward call of a unit under grad mode is a ``ForwardUse``. Its outputs carry a hook that fires before the first
-gradient enters the unit (``start_backward``: all-gather again), and its inputs pass through a node that runs after the
-last one left it (``end_backward``: release, reduce-scatter). When no input needs a gradient there is no such node, and
+gradient enters the unit (``_start_backward``: all-gather again), and its inputs pass through a node that runs after the
+last one left it (``_end_backward``: release, reduce-scatter). When no input needs a gradient there is no such node, and
 the end is the end of the whole backward. A unit's gradients are reduced once all its parameters' have arrived, or no
 other use is outstanding, or at the end of that backward, whichever comes first; so a block used twice is reduced
 once.
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def install(unit: Unit, module: nn.Module) -> None:
-    """Run the unit's gather and release around ``module``'s forward, also when that raises."""
+    """All-gather and release the unit around ``module``'s forward, also when that raises."""
     vars(module).setdefault("_yafsdp_around", []).append(unit)
     module.register_forward_pre_hook(partial(_before_forward, unit), prepend=True, with_kwargs=True)
     module.register_forward_hook(partial(_after_forward, unit), always_call=True)
@@ -60,7 +60,7 @@ def _before_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs
     engine = engine_for(unit, module)
     iteration = engine.running.iteration
     if iteration is not None and iteration in unit.running.calls and not _still_runs(iteration):
-        abandon(engine)  # the last forward was torn away by what is no Exception, Ctrl-C say
+        abandon(engine)  # the last forward was ended by what is no Exception, as Ctrl-C is
     task = backward_task()
     call = Call(module, sys.exc_info()[1], recomputes=_in_own_backward(unit, task))
     unit.running.calls.append(call)
@@ -88,7 +88,7 @@ def _begin_iteration(engine: ShardEngine, call: Call) -> None:
 
 
 def _enter(engine: ShardEngine, unit: Unit, call: Call, inputs: Any) -> Any:
-    """Gather the unit for its forward, and the next behind it; return the inputs, watched for backward's end."""
+    """All-gather the unit for its forward, and prefetch the next; return the inputs, watched for backward's end."""
     unit.running.begin_pass(unit.modules)
     builds_graph = torch.is_grad_enabled()
     tensors = differentiable(inputs) if builds_graph else []
@@ -192,7 +192,7 @@ def _leave(engine: ShardEngine, unit: Unit) -> None:
         return
     for p in unit.given:
         p.put_given_back()
-    # By default the root stays gathered for its backward. Where none will come, modules must show the sharded
+    # By default the root stays unsharded for its backward. Where none will come, modules must show the sharded
     # parameters again, or zero_grad() and clipping over model.parameters() would miss the gradients.
     idle = unit.policy.reshard_after_forward is None and not torch.is_grad_enabled()
     if backward_task() is None and (idle or engine.tree.reshards_after_forward(unit)):
@@ -242,7 +242,7 @@ def _still_runs(call: Call) -> bool:
 
 
 def _start_backward(engine: ShardEngine, unit: Unit, use: ForwardUse, refuses_second: bool) -> None:
-    """Let a gradient enter the unit: its full parameters must be where forward had them."""
+    """Unshard the unit, before a gradient enters it, in the slot that its forward has used."""
     task = backward_task()
     assert task is not None
     if use.task == task:
@@ -279,7 +279,7 @@ def _gather_for_backward(engine: ShardEngine, unit: Unit, use: ForwardUse) -> No
 
 
 def _prefetch_in_backward(engine: ShardEngine, unit: Unit) -> None:
-    """Gather the next units that have a backward to come; units that were skipped in forward are not gathered."""
+    """Prefetch the next units whose backward is still to come, which leaves out those that forward has skipped."""
     following = unit.backward_prefetch or engine.tree.after_in_backward[unit]
     expected = (u for u in following if u.running.pending and u.policy.unshard_in_backward)
     for target in islice(expected, None if unit.backward_prefetch else 1):

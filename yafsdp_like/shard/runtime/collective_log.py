@@ -75,7 +75,7 @@ class CollectiveLog:
             journal.post()
 
     def updates(self, unit: Unit | None = None) -> None:
-        """Note that an optimizer of ours writes what peers read, or that ``unit`` is gathered after it has."""
+        """Note that an optimizer of ours writes what peers read, or that ``unit`` is all-gathered behind its update."""
         if unit is None:
             entry = self._entry("update", lambda: "begins an optimizer's step")
             for journal in self._mapping:

@@ -42,7 +42,7 @@ class EngineContext:
             self.streams.wait(COMPUTE, self.streams.record(stream))
 
     def arm_watchdog(self, event: Event) -> None:
-        """See to it that ranks which wait for each other ahead of ``event`` do not do so for ever."""
+        """End the process if ``event``, behind waits for other ranks, is not reached within the group's timeout."""
         for mapped in self.mapped:
             mapped.arm_watchdog(event)
 

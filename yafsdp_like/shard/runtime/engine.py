@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class RunningModel:
-    """The forward and the backwards that run now."""
+    """The forward and the backwards of one model that have begun and not ended."""
 
     iteration: Call | None = None  # the forward that everything running now is part of
     # What each backward has reached, by autograd's number.
@@ -88,7 +88,7 @@ def engine_for(unit: Unit, module: nn.Module) -> ShardEngine:
     if engine is None:
         engine = ShardEngine(unit_tree_of(module))
         for below in module.modules():
-            vars(below).pop("_yafsdp_engine", None)  # of a root that is none any more
+            vars(below).pop("_yafsdp_engine", None)  # of a root that is no longer one
         vars(module)["_yafsdp_engine"] = engine
         for owner in _owners(engine.units):
             linear.install(owner)

@@ -62,7 +62,7 @@ class GradientShard:
         self._storage.resize_(0)
 
     def _renew(self) -> None:
-        """Use other memory from now on; what there was is its holders'."""
+        """Use other memory from now on, and leave what there was to its holders."""
         self._storage = transient_storage(self.nbytes, self.flat.device)
         with torch.no_grad():
             self.flat.set_(self._storage, 0, (self._numel,), (1,))
@@ -72,7 +72,7 @@ class GradientShard:
         self._num_references = sys.getrefcount(self._storage)  # from Python, which C++ does not count
 
     def fits(self, numel: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether it is for a chunk of this kind."""
+        """Whether it is for a chunk of this size, dtype and device."""
         return (numel, dtype, device) == (self._numel, self._dtype, self.flat.device)
 
     @property
@@ -99,7 +99,7 @@ class GradientShard:
         return not self._is_held and not self._is_shared
 
     def take(self) -> None:
-        """Have memory to write the next gradient to; what is still held keeps its values elsewhere."""
+        """Get memory for the next gradient, which is other memory where the last one is still held."""
         if not self.is_free:
             self.is_pinned = False
             self._renew()

@@ -150,7 +150,7 @@ class GradientLifecycle:
             self._update(unit, unit.updater)
 
     def _reduce_arrived(self, unit: Unit) -> Event:
-        """Reduce into the gradient shard, set or add to ``.grad``, and return when that is done."""
+        """Reduce what has arrived into gradient shards, set or add to ``.grad``, and return the event behind that."""
         slot = unit.gradient_slot
         arrived = sorted(slot.arrived)  # the same order on every rank
         adding = [k for k in arrived if unit.params[k].has_own_grad]

@@ -1,7 +1,7 @@
 """One sharded parameter: the DTensor that the user sees, and this rank's flat chunks of it.
 
 This file owns what is a single parameter's: dtypes, rows, shards and ``.grad``, and which modules register it. It knows
-nothing of the unit that it is gathered with (``unit_state.py``).
+nothing of the unit that it is all-gathered with (``unit_state.py``).
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ class ShardedParam:
             halves.move_high(shard[: self.local.numel()])
 
     def leave_compute(self) -> None:
-        """Keep what is only in the compute shard, whose memory goes."""
+        """Copy upper halves of a split master out of the compute shard, whose memory is about to be freed."""
         if (halves := self._halves) is not None:
             halves.move_high(halves.high.clone())
             self.compute = NOWHERE
@@ -267,12 +267,12 @@ class ShardedParam:
         return local.split_values if self.is_split and isinstance(local, SplitTensor) else None
 
     def settle(self) -> bool:
-        """Split what was written to values in halves, on the current stream; return whether anything was."""
+        """Split what was written to a split master into halves, on the current stream; return whether anything was."""
         return self.is_split and (halves := self._halves) is not None and halves.settle()
 
     @property
     def is_written(self) -> bool:
-        """Whether values in halves were written since they were last split."""
+        """Whether a split master was written since it was last split into halves."""
         return self.is_split and (halves := self._halves) is not None and halves.written is not None
 
     def place_main(self, place: Place) -> None:
@@ -296,7 +296,7 @@ class ShardedParam:
         )
 
     def make_grad(self, device: torch.device) -> None:
-        """Get ready for gradients, which take memory when they come."""
+        """Make the gradient shard, without memory yet, unless there is one of this kind."""
         numel = self.shards.chunk_numel * (2 if self.main_dtype.is_complex else 1)
         if self.grad_shard is None or not self.grad_shard.fits(numel, self.grad_dtype, device):
             self.grad_shard = GradientShard(numel, self.grad_dtype, self.local_shape, device, self._dtensor)
@@ -310,7 +310,7 @@ class ShardedParam:
         return own is not None and sharded.grad is own.dtensor and not sharded._backward_hooks
 
     def take_grad(self) -> None:
-        """Have memory for a gradient that is to be ``.grad``; one that the user still holds keeps its values."""
+        """Get memory for a gradient that is to be ``.grad``; one that the user still holds keeps its memory."""
         assert self.grad_shard is not None
         self.grad_shard.take()
 
@@ -400,7 +400,7 @@ class ShardedParam:
         return isinstance(mark, ParamMark) and mark.param_ref() is self and not mark.is_replaced
 
     def _stand_in(self, module: nn.Module, attribute: str, given: torch.Tensor) -> None:
-        """Let ``module`` compute on ``given`` as it would on a gathered parameter: whole, and in ``compute_dtype``.
+        """Let ``module`` compute on ``given`` as it would on an unsharded parameter: whole, and in ``compute_dtype``.
 
         Gradients of a given DTensor are averaged over its ranks, as those of sharded parameters are.
         """

@@ -52,7 +52,7 @@ class ParamLifecycle:
     # --- before a forward, and around an update ---
 
     def begin(self) -> None:
-        """Start a forward: what compute wrote (optimizer, loaded weights) comes before all gathers; stale slots go."""
+        """Start a forward: order all-gathers behind what compute wrote (by an optimizer, say), and drop stale slots."""
         self._context.collective_log.begins_forward()
         self._settle()
         self.publish()
@@ -64,7 +64,7 @@ class ParamLifecycle:
                 self.release(slot)
 
     def _settle(self) -> None:
-        """Split what was written to values in halves where this rank alone reads its compute shard."""
+        """Split what was written to split masters, for units whose compute shard is read by this rank alone."""
         written = [u for u in self._units if u.transport.mapped is None and any(p.is_written for p in u.params)]
         if written:
             self._streams.wait(COMPUTE, self._streams.record(GATHER))  # which may still read it
@@ -73,10 +73,10 @@ class ParamLifecycle:
                     unit.settle()
 
     def publish(self) -> None:
-        """Let gathers from here on, of any rank, read what this rank's main shards are now.
+        """Let all-gathers from here on, of any rank, read what this rank's main shards are now.
 
         Where peers read compute shards in place, all are made current between two stream barriers: the first says that
-        nobody reads them any more, the second that they are written. Otherwise each is when it is gathered.
+        nobody reads them any more, the second that they are written. Otherwise each is made so when it is all-gathered.
         """
         self._streams.wait(GATHER, self._streams.record(COMPUTE))
         if not self._context.mapped:
@@ -92,7 +92,7 @@ class ParamLifecycle:
             self._streams.wait(COMPUTE, self._streams.record(GATHER))
 
     def before_update(self) -> None:
-        """Let an optimizer write compute shards from here on: on no rank a gather reads them any more."""
+        """Order an optimizer's writes to compute shards, from here on, behind every rank's all-gathers from them."""
         self._streams.wait(COMPUTE, self._streams.record(GATHER))
         self._context.collective_log.updates()
         for mapped in self._context.mapped:
@@ -107,7 +107,7 @@ class ParamLifecycle:
             unit.freshness.main_shards_written()
 
     def gather_ahead(self, unit: Unit) -> None:
-        """Gather an updated unit for the next forward, if its bytes are free and peers need not take part."""
+        """All-gather an updated unit for the next forward, if its bytes are free and peers need not take part."""
         slot = unit.gather_slot
         is_free = all(s.state in (EMPTY, STALE) for s in (slot, *slot.neighbours))
         mapped = unit.transport.mapped
@@ -121,10 +121,10 @@ class ParamLifecycle:
             mapped.stream_barrier(GATHER)
         self.all_gather(slot, refresh=False)
 
-    # --- gathering ---
+    # --- all-gathers ---
 
     def all_gather(self, slot: GatherSlot, refresh: bool) -> None:
-        """Issue the gather of an EMPTY slot whose neighbours are all EMPTY; the slot is FILLED. Does not wait.
+        """Issue the all-gather of an EMPTY slot whose neighbours are all EMPTY; the slot is FILLED. Does not wait.
 
         ``refresh`` casts the main shard first: in forward, and not in backward, which must see forward's values again.
         Compute shards that peers read in place are left to ``publish``.
@@ -140,7 +140,7 @@ class ParamLifecycle:
         slot.fill(self._streams.record(GATHER))
 
     def prefetch(self, unit: Unit, refresh: bool) -> None:
-        """Gather ahead when the unit's bytes are free; otherwise the unit waits for its own turn."""
+        """All-gather the unit ahead of its use if its slot's bytes are free; do nothing otherwise."""
         slot = unit.gather_slot
         if slot.state is EMPTY and all(other.state in (EMPTY, FILLED, STALE) for other in slot.neighbours):
             self._make_room(slot)
@@ -195,7 +195,7 @@ class ParamLifecycle:
 
     def isolate(self, unit: Unit, reason: str) -> None:
         """Give ``unit`` a gather slot of its own, from its next forward on."""
-        self.release(unit.gather_slot)  # of a gather ahead of time
+        self.release(unit.gather_slot)  # of a prefetch
         self._context.memory.add_gather_slot(unit, reason)
 
     # --- releasing ---
@@ -213,7 +213,7 @@ class ParamLifecycle:
                 poison(slot)
             slot.release(self._streams.record(COMPUTE))
         else:
-            if slot.state is FILLED:  # a gather that nobody read: compute may write the shards only after it
+            if slot.state is FILLED:  # a prefetch that nobody read: compute may write the shards only after it
                 self._wait_until_ready(slot)
             slot.drop()
         if slot.unit.registered is slot:
@@ -226,7 +226,7 @@ class ParamLifecycle:
         unit.register(None)
 
     def settle_prefetches(self) -> None:
-        """End an iteration: drop gathers that nobody read, and values that no backward will read again.
+        """End an iteration: drop prefetches that nobody read, and values that no backward will read again.
 
         The optimizer may write the shards then.
         """

@@ -27,12 +27,12 @@ class Report:
 
     arena_nbytes: int
     spills: tuple[Spill, ...]
-    wasted_prefetches: int  # gathers ahead of time that nobody read
-    evictions: int  # units that were to stay gathered and had to make room
+    wasted_prefetches: int  # units that were prefetched and not read
+    evictions: int  # units that were to stay unsharded and were released for another
 
 
 class Rebuild:
-    """Builds the memory of one model's units, and leaves it."""
+    """Decides when the memory of one model's units is built, and frees it."""
 
     def __init__(self, context: EngineContext, params: ParamLifecycle, gradients: GradientLifecycle) -> None:
         self._context, self._memory, self._units = context, context.memory, context.tree.units

@@ -1,6 +1,6 @@
 """What runs of one unit: calls of its modules, and uses of its parameters whose backward may come.
 
-``hooks.py`` writes it, as modules and autograd go; others only ask.
+``hooks.py`` alone writes it; others read.
 """
 
 from __future__ import annotations

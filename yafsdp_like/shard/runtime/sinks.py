@@ -1,4 +1,4 @@
-"""How gradients of gathered parameters come to their place in the unit's gradient slot.
+"""How gradients of unsharded parameters get to their place in the unit's gradient slot.
 
 Owns the two ways there: linear layers write the gradient where it belongs as they compute it (``GradientSink``), and
 what autograd completes is handed over (``watch_gradients``). What then becomes of it is the engine's.

@@ -1,7 +1,7 @@
 """A unit's slots: its full parameters, and its full gradients, at fixed addresses, and what state their bytes are in.
 
-Owns the tensors on a slot's bytes and the fields of its state, which verbs here alone write. When a verb may be called
-is decided by ``params.py`` and ``gradients.py``, and which bytes a slot has by ``allocated_memory.py``.
+Owns the tensors on a slot's bytes and the fields of its state, which the methods here alone write. When they may be
+called is decided by ``params.py`` and ``gradients.py``, and which bytes a slot has by ``allocated_memory.py``.
 
 [Note: one address per unit]
 Autograd saves views of a unit's full parameters in forward and reads them in backward. They must find the same values
@@ -41,7 +41,7 @@ class SlotState(enum.Enum):
     """
 
     EMPTY = "free: any neighbour may take the bytes"
-    FILLED = "gathered ahead, not yet read: a neighbour in need may still take the bytes"
+    FILLED = "prefetched, not yet read: a neighbour in need may still take the bytes"
     STALE = "read and released, the values still there: any neighbour may take the bytes"
     HELD = "being read or written by running work: no neighbour may take the bytes"
     KEPT = "idle but left unsharded on purpose: given up when a neighbour needs the bytes"
@@ -118,7 +118,7 @@ Slot = TypeVar("Slot", bound=_Slot)
 
 
 def find_neighbours(slots: Sequence[Slot]) -> None:
-    """Tell every slot which others share bytes with it."""
+    """Set each slot's ``neighbours``: the others that share bytes with it."""
     for slot in slots:
         slot.neighbours = [other for other in slots if other is not slot and _share_bytes(slot, other)]
 
@@ -132,8 +132,8 @@ class GatherSlot(_Slot):
 
     ``params[k]`` is the ``nn.Parameter`` that modules compute on; ``outputs[k]``, ``(padded_numel,)``, is the same
     bytes for the collective to write. They are different tensors: see [Note: version counters]. ``places`` has one
-    place per parameter; ``extent`` is what is gathered, or None when the slot is the shard (one rank). Of the
-    parameters in ``aliased`` the places alias this rank's shard: see [Note: aliased granules].
+    place per parameter; ``extent`` is the bytes that all-gathers write, or None when the slot is the shard (one rank).
+    Of the parameters in ``aliased`` the places alias this rank's shard: see [Note: aliased granules].
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class GatherSlot(_Slot):
         self.state, self.version = SlotState.HELD, self.unit.freshness.main_version()
 
     def keep(self) -> None:
-        """Note that the work on the slot is over, but the user wants it to stay gathered."""
+        """Note that the work on the slot is over, but the user wants it to stay unsharded."""
         self.state = SlotState.KEPT
 
     def rewind(self, is_filled: bool) -> None:

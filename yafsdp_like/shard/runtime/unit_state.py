@@ -1,7 +1,7 @@
 """One unit at run time: its parameters and shards, what modules see of them, and which slots it has now.
 
 Owns the main shard, and casts the compute shard. It decides neither which bytes slots have (``memory_layout.py``,
-``allocated_memory.py``) nor when they are gathered and released (``params.py``). Its attributes are written here alone.
+``allocated_memory.py``) nor when they are filled and released (``params.py``). Its attributes are written here alone.
 """
 
 from __future__ import annotations
@@ -113,11 +113,11 @@ class Unit:
         self._gradients: weakref.ref[GradientReceiver] | None = None
         self._updater: weakref.ref[Updater] | None = None  # see the property
         self.updated: set[ShardedParam] = set()  # by a backward, since the last step of their optimizer
-        self.given: list[ShardedParam] = []  # for which modules hold tensors of the user's, while full ones are seen
+        self.given: list[ShardedParam] = []  # replaced by tensors of the user's, while it is unsharded
         self.registered: GatherSlot | None = None  # whose parameters the modules see; None: the sharded ones
         self._gather_slot: GatherSlot | None = None  # see the property
         self._gradient_slot: GradientSlot | None = None
-        self.staging = self.column = NOWHERE  # scratch of reductions and gathers, shared by units; made by the build
+        self.staging = self.column = NOWHERE  # scratch that units share; see ``use_scratch``
         self.is_loading = False  # a state dict, whose entries may be assigned
         self.materialize()
 
@@ -135,11 +135,11 @@ class Unit:
         self.needs = replace(self.needs, **changes)
 
     def prefetch_in_forward(self, units: list[Unit]) -> None:
-        """Gather ``units`` when this one's forward starts, instead of the next."""
+        """Prefetch ``units`` when this one's forward starts, instead of the next."""
         self.forward_prefetch = units
 
     def prefetch_in_backward(self, units: list[Unit]) -> None:
-        """Gather ``units`` when this one's backward starts, instead of the next that is expected."""
+        """Prefetch ``units`` when this one's backward starts, instead of the next that is expected."""
         self.backward_prefetch = units
 
     def update_by(self, updater: Updater | None) -> None:
@@ -372,7 +372,7 @@ class Unit:
         return was_written or bool(pairs)
 
     def settle(self) -> bool:
-        """Split what was written to values in halves: see [Note: split master]. Return whether anything was."""
+        """Split what was written to split masters into halves (see [Note: split master]); return whether any was."""
         was_written = sum(p.settle() for p in self.params) > 0
         if was_written:
             self.freshness.main_shards_written()  # PyTorch does not count all writes

@@ -26,7 +26,7 @@ class UnitTree:
     """A root module's units, in order of registration, which is their number in ``schedule``.
 
     ``next_in_forward`` (one at most) and ``after_in_backward`` (all, nearest first) are, for each unit, those expected
-    after it that have something to gather.
+    after it that have something to all-gather.
     """
 
     units: Sequence[Unit]
@@ -39,7 +39,7 @@ class UnitTree:
     backward_ticks: Mapping[Unit, tuple[int, int]]  # when each is expected to start and to end; sorted by the latter
 
     def reshards_after_forward(self, unit: Unit) -> bool:
-        """Return what the user said, or the default: the root stays gathered, since its backward comes next."""
+        """Return what the user said, or the default: the root stays unsharded, since its backward comes next."""
         asked = unit.policy.reshard_after_forward
         return unit is not self.root_unit if asked is None else asked
 
@@ -90,6 +90,6 @@ def _units_of_modules(units: Sequence[Unit]) -> dict[nn.Module, list[int]]:
 
 
 def _following(units: Sequence[Unit], order: Sequence[int]) -> dict[Unit, list[Unit]]:
-    """For each unit, those expected after it, nearest first; units without parameters have nothing to gather."""
+    """For each unit, those expected after it, nearest first; units without parameters have nothing to all-gather."""
     ordered = [units[i] for i in order]
     return {unit: [u for u in ordered[position + 1 :] if u.params] for position, unit in enumerate(ordered)}

@@ -16,7 +16,7 @@ with the operation that computed it, behind which the unit's own backward begins
 [Note: functorch]
 Under ``torch.func`` an output is wrapped once per transform, and each layer has a graph of its own, which may be run
 backward: so all layers are watched. ``torch.func`` computes every gradient in such a way that it could be
-differentiated again. That would read parameters which are not gathered any more, so it is an error.
+differentiated again. That would read parameters which are no longer unsharded, so it is an error.
 """
 
 from __future__ import annotations

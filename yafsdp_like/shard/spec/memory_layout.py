@@ -1,7 +1,7 @@
 """From units and their schedule to the memory plan: which regions there are, and where in them each unit's slots lie.
 
-Integers only: it works before anything is allocated, on the meta device too. ``runtime/allocated_memory.py`` makes it
-memory. A unit is known by its number in the schedule.
+Integers only: it works before anything is allocated, on the meta device too. ``runtime/allocated_memory.py``
+allocates what is planned here. A unit is known by its number in the schedule.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def plan_memory(units: Sequence[UnitSpec], schedule: Schedule) -> MemoryLayout:
 
 
 def _granule_nbytes(units: Sequence[UnitSpec]) -> int:
-    """Return the largest granule that chunks are made of; 0 where no slot can alias its shard."""
+    """Return the largest granule that divides all chunks which slots can alias; 0 where there are none."""
     chunks = [p.chunk_nbytes for unit in units if unit.ranks.reads_shards for p in unit.params]
     in_granules = [nbytes for nbytes in chunks if nbytes and nbytes % vmm.GRANULE_NBYTES == 0]
     return math.gcd(MAX_GRANULE_NBYTES, *in_granules) if in_granules else 0
@@ -92,7 +92,7 @@ def _staging(units: Sequence[UnitSpec], layouts: Sequence[UnitLayout]) -> list[R
     """Plan where peers' chunks of one unit's gradients wait for their sum.
 
     Large units go through it in several rounds, and the smallest round has a piece of each peer. Over several hosts, a
-    column of sums lies behind them, and a gathered one in memory of its own (``comm/hierarchical.py``).
+    column of sums lies behind them, and one of all-gathers in memory of its own (``comm/hierarchical.py``).
     """
     needs = [
         max(layout.gradient_slot.nbytes, (unit.ranks.world_size - 1) * ALIGNMENT_NBYTES)
@@ -106,7 +106,7 @@ def _staging(units: Sequence[UnitSpec], layouts: Sequence[UnitLayout]) -> list[R
 
 
 def _granule_end(regions: Sequence[Region]) -> list[Region]:
-    """Return what the last granule of the block that peers map has left."""
+    """Return the unused end of the last granule of the block that peers map."""
     in_block = sum(region.nbytes for region in regions if region.mapped and not region.granule_nbytes)
     left = aligned(in_block, vmm.GRANULE_NBYTES) - in_block
     return [Region("granule end", "granule end", left, mapped=True)] if left else []

@@ -1,9 +1,9 @@
 """When each unit is expected to be needed, from the structure of the module tree alone. Integers only, no tensors.
 
 [Note: order is a hint]
-The schedule says which unit to gather next and which slots may share bytes. It comes from the order of modules in the
-tree, never from a recorded iteration, since the next one may be an evaluation. Execution may differ: a wrong guess
-costs a gather that waits or a slot of its own, never a wrong number.
+The schedule says which unit to all-gather next and which slots may share bytes. It comes from the order of modules in
+the tree, never from a recorded iteration, since the next one may be an evaluation. Execution may differ: a wrong guess
+costs an all-gather that compute waits for, or a slot of its own, never a wrong number.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class UnitSpan:
 
 @dataclass(frozen=True)
 class Residency:
-    """How long one unit stays gathered, by the user's policy."""
+    """How long one unit stays unsharded, by the user's policy."""
 
     after_forward: bool  # its parameters stay until its backward
     after_backward: bool  # and beyond, into the next iteration
@@ -73,7 +73,7 @@ class Schedule:
         return 2 * self.num_ticks - 1 - self.spans[unit].first
 
     def gather_range(self, unit: int, forward_from: int, backward_from: int, residency: Residency) -> LiveRange:
-        """Return when the unit's gather slot is live, gathered from ``forward_from`` and ``backward_from`` on."""
+        """Return when the unit's gather slot is live, all-gathered from ``forward_from`` and ``backward_from`` on."""
         end = 2 * self.num_ticks - 1
         if residency.after_backward:
             return LiveRange(((0, end),))
@@ -99,7 +99,7 @@ def schedule_of(root: nn.Module, units_of: Mapping[nn.Module, Sequence[int]], nu
 
 @dataclass
 class _Walk:
-    """How far ``schedule_of`` has come."""
+    """The state of one walk through the module tree by ``schedule_of``."""
 
     units_of: Mapping[nn.Module, Sequence[int]]
     tick: int = -1
@@ -123,7 +123,7 @@ class _Walk:
 
 
 def gather_starts(order: Sequence[int], starts: Sequence[int], prefetches: Mapping[int, Sequence[int]]) -> list[int]:
-    """Return the tick at which each unit's gather is issued: when the first unit that prefetches it starts.
+    """Return the tick at which each unit's all-gather is issued: when the first unit that prefetches it starts.
 
     ``starts[u]`` is unit ``u``'s own tick. By default every unit prefetches the next in ``order``; a unit in
     ``prefetches`` names its own list instead.

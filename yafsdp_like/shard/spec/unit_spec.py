@@ -1,6 +1,6 @@
 """What a plan needs to know of one unit: its parameters' sizes and dtypes, what was asked of it, and its flat layouts.
 
-Frozen values without tensors, made of units as they are at one moment (``Unit.param_specs``, ``UnitTree.specs``).
+Frozen values without tensors, made of units as they are at one moment (``Unit.param_specs``, ``UnitTree.plan``).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ParamSpec:
 
     @property
     def chunk_nbytes(self) -> int:
-        """Bytes of one rank's chunk of what is gathered."""
+        """Bytes of one rank's chunk of the parameter in ``compute_dtype``."""
         return self.shards.chunk_numel * self.compute_dtype.itemsize
 
 
@@ -53,7 +53,7 @@ class UnitLayout:
     """The flat layouts of a unit; a parameter that a layout does not hold has an empty segment in it."""
 
     main_shard: FlatLayout
-    compute_shard: FlatLayout  # only parameters that peers do not gather from the main shard itself
+    compute_shard: FlatLayout  # parameters whose main shard is not what is all-gathered
     aliased_shard: FlatLayout  # the rest of the compute shard: whole granules that the gather slot aliases
     grad_shard: FlatLayout  # only parameters with gradients, as in the gradient slot
     gather_slot: FlatLayout
@@ -118,7 +118,7 @@ class RankSpec:
     num_ranks: int  # of all replicas
     transport: str  # what moves the bytes, and why it was chosen
     is_mapped: bool = False  # peers read compute shards and full gradients in place
-    reads_shards: bool = False  # an all-gather is a rank's own reading of peers' shards
+    reads_shards: bool = False  # each rank all-gathers by reading peers' shards, without their taking part
     gather_column_nbytes: int = 0  # scratch of an all-gather over several hosts
     reduce_column_nbytes: int = 0  # and of a reduce-scatter
 
