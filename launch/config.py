@@ -110,7 +110,7 @@ class EvaluationOptions:
 class LogOptions:
     """What is said, and how often."""
 
-    every: int = 10  # steps; ranks meet and the device is synchronised then
+    every: int = 10  # steps; ranks exchange losses and the device is synchronised then
     tensorboard: bool = True  # under the run directory, beside metrics.jsonl
     peak_tflops: float | None = None  # of one device, for MFU; none: known by the device's name
     profile_step: int | None = None  # trace this step and the next
@@ -129,9 +129,9 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run is told."""
+    """The whole configuration of a run."""
 
-    output_dir: str = "runs/default"  # checkpoints, metrics, loss curve, and what the run was told
+    output_dir: str = "runs/default"  # checkpoints, metrics, loss curve, and the run's configuration
     resume: str = "no"  # "no", "auto" (the last complete checkpoint, if any), or a step-N directory
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs where the host has one for each of its ranks
     seed: int = 0  # of the first weights and of the order of the text

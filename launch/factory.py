@@ -1,4 +1,4 @@
-"""Any module that a function of the user's returns: how it is made, what it is told, and what of it is the loss.
+"""Any module that a function of the user's returns: how it is made, what it is called with, and what of it is the loss.
 
 Knows nothing of sharding or training, and of transformers only how its models are called.
 

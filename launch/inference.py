@@ -35,7 +35,7 @@ class LoadedModel:
 
 @contextlib.contextmanager
 def load_model(options: GenerateOptions | ServeOptions, say: Callable[[str], None]) -> Iterator[LoadedModel]:
-    """The model that was asked for, on this rank; `say` is told the plan before anything is allocated.
+    """The model that was asked for, on this rank; `say` is called with the plan before anything is allocated.
 
     Raises ValueError for what cannot be, and ImportError where a package is missing.
     """

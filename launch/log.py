@@ -1,6 +1,6 @@
 """The numbers of a run on their way from the device to its files and the console.
 
-Owns when ranks meet for them: once every few steps, so that no step waits. Knows nothing of how they come about.
+Owns when ranks exchange them: once every few steps, so that no step waits. Knows nothing of how they are computed.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def prepare_directory(options: Config, world: World) -> None:
 
 
 def write_config(options: Config, first_step: int) -> None:
-    """config.yaml, of what the run was told; another that is there is kept, by the step that it was in force until."""
+    """config.yaml, the run's configuration; another that is there is kept, named by the step until which it held."""
     output = Path(options.output_dir)
     path, content = output / CONFIG_FILE, yaml.safe_dump(as_dict(options), sort_keys=False)
     if path.exists() and path.read_bytes() != content.encode():
@@ -291,7 +291,7 @@ def set_rates(optimizer: torch.optim.Optimizer, options: OptimizerOptions) -> No
 
 
 def _config_of(start: Start) -> Mapping[str, Any] | None:
-    """What the run that saved it was told; before checkpoints held that, what the last run of its directory was."""
+    """The configuration of the run that saved it; of checkpoints without one, that of its directory's last run."""
     assert start.path is not None and start.metadata is not None
     found = start.metadata.get("config")
     beside = start.path.parent / CONFIG_FILE
@@ -302,7 +302,7 @@ def _config_of(start: Start) -> Mapping[str, Any] | None:
 
 
 def describe_changes(saved: Mapping[str, Any] | None, present: Config) -> list[str]:
-    """What is told to this run and was told otherwise to the one that saved: `key  then -> now`, a line each."""
+    """Where this run's configuration differs from that of the one that saved: `key  then -> now`, a line each."""
     if saved is None:
         return []
     then, now = flat(saved), flat(as_dict(present))

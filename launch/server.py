@@ -101,7 +101,7 @@ def serve(model: LoadedModel, options: ServeOptions, address: socket) -> None:
 
 
 def server_options(model: LoadedModel, options: ServeOptions) -> ServerOptions:
-    """What the interface is told; says what the model is called."""
+    """The options of the HTTP interface; prints the model's name."""
     name, *aliases = (options.name,) if options.name else model_names(options.model)
     print(f"requests call the model {name!r}", flush=True)
     return ServerOptions(

@@ -1,4 +1,4 @@
-"""Being told to stop: signals in, one wish out, and an end in any case.
+"""Signals that stop a run: it saves a checkpoint and ends, or is ended after a time.
 
 SIGINT (Ctrl-C), SIGTERM (SLURM's preemption, torchrun) and SIGUSR1 (SLURM, some time before the end) ask a run to save
 a checkpoint and to end. Owns the signals and the time that they leave. Knows nothing of steps: ranks agree on the step
@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-STOPPED = 75  # the exit status of a run that was told to stop and can go on; sysexits.h calls it EX_TEMPFAIL
+STOPPED = 75  # the exit status of a run that a signal stopped and that can be resumed; sysexits.h calls it EX_TEMPFAIL
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TORCHRUN_SECONDS = 2.0  # a signal to a whole job reaches a rank twice: from its sender, and from torchrun
 LOOKS_SECONDS = 0.2  # between two looks at the clock and at the other ranks, once a signal has come

@@ -30,7 +30,7 @@ class Trainer:
     """A sharded model, its optimizer, and how far both have come.
 
     [Note: judged late]
-    Whether a step's gradients were finite, and whether a rank has been told to stop, is known on the device. On a GPU
+    Whether a step's gradients were finite, and whether a signal has stopped a rank, is known on the device. On a GPU
     it is read when the next step has been issued, so that the device never waits; or at once, before the update, where
     steps are to be skipped. `settle` reads what is left, before anything is logged or saved: so a bad update may have
     been made, and is never in a checkpoint.
@@ -119,7 +119,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
-        """The mean loss over the first `num_batches` global batches of the held-out text; None if told to stop."""
+        """The mean loss over the first `num_batches` global batches of the held-out text; None if stopped."""
         self.model.eval()
         total = torch.zeros((), device=self.world.device)
         num_batches = self.options.evaluation.num_batches
@@ -133,7 +133,7 @@ class Trainer:
         return None if self.stops else self.world.mean(total).item()
 
     def _is_stopped(self) -> bool:
-        """Whether any rank has been told to stop by now, between two batches of an evaluation."""
+        """Whether a signal has stopped any rank by now, between two batches of an evaluation."""
         if self.stopping is not None and not self.stops:
             self.stops = any(all_gather_object(self.stopping.asked is not None))
         return self.stops

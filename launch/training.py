@@ -94,7 +94,7 @@ def phase(stopping: Stopping | None) -> Iterator[None]:
 
 
 def train(trainer: Trainer, state: RunState, log: Log, profiling: Profiling) -> None:
-    """All steps that are left, or those until a rank is told to stop; the last one is logged, evaluated and saved.
+    """All steps that are left, or those until a signal stops a rank; the last one is logged, evaluated and saved.
 
     Raises NotFiniteError, on all ranks and once a save under way is done, where training has left the numbers.
     """

@@ -64,8 +64,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
     """If `wanted`, torch has only kernels that give the same bits each time, or RuntimeError, until this is left.
 
     To be entered before CUDA starts. cuBLAS picks a workspace per call, and the order of its sums goes by what it got;
-    told to have workspaces of one size only (eight of 4 MiB), it has no choice. It is told through the environment,
-    which it reads once.
+    with workspaces of one size only (eight of 4 MiB), it has no choice. That is set in the environment, which it reads
+    once.
     """
     if not wanted:
         yield

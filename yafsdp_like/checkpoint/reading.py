@@ -84,7 +84,7 @@ def _check(found: object) -> None:
         raise ValueError("it does not say where tensors lie")
     for entry in found.storage_data.values():
         if not isinstance(entry, _StorageInfo) or not isinstance(entry.relative_path, str):
-            raise ValueError(f"where a tensor lies is told by {type(entry).__name__}")
+            raise ValueError(f"expected where a tensor lies, found {type(entry).__name__}")
         if not all(isinstance(vars(entry).get(name), int) for name in ("offset", "length")):
             raise ValueError(f"it does not say which bytes of {entry.relative_path!r} are a tensor's")
         place = PurePath(entry.relative_path)

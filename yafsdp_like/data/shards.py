@@ -58,7 +58,7 @@ class DataConfig:
     field: str = "text"  # of JSONL and parquet
     tokenizer: str | None = None  # a Hugging Face directory; none: model.hf_dir's, else a BPE is trained on the text
     vocab_size: int | None = None  # of the BPE that is trained; none: 4096, or the model's where that is less
-    heldout_fraction: float = 0.03  # of the documents, or of one long one: their loss is told beside
+    heldout_fraction: float = 0.03  # of the documents, or of one long one: not trained on
     cache: str | None = None  # directory; none: yafsdp_like under $XDG_CACHE_HOME, or under ~/.cache
 
     def __post_init__(self) -> None:
@@ -122,7 +122,7 @@ class PackedText:
 def prepare(config: DataConfig, say: Say = say_nothing) -> PackedText:
     """The packed tokens of ``config``, made first where the cache lacks them; every rank may call it.
 
-    ``say`` is told how far that has come, whichever process does it.
+    ``say`` is called with the progress of that, whichever process does it.
 
     Raises ValueError for text, tokenizer or options that do not work, and RuntimeError where the cache cannot be
     written. See [Note: complete or absent].

@@ -22,7 +22,7 @@ SEPARATOR = "<|endoftext|>"  # alone on a line, it ends a document of plain text
 CARRIED_TEXT = Path(__file__).parents[2] / "data" / "english.txt.xz"
 KINDS = (".txt", ".jsonl", ".parquet")
 DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Any]] = {"": nullcontext, ".gz": gzip.open, ".xz": lzma.open}
-Seen = Callable[[int], None]  # is told how many bytes have been read
+Seen = Callable[[int], None]  # called with the number of bytes that have been read
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class TextSource:
         return sum(_nbytes(file) for file in self.files())
 
     def documents(self, seen: Seen = lambda nbytes: None) -> Iterator[str]:
-        """Every document that is not blank; `seen` is told how much of `nbytes` has been read.
+        """Every document that is not blank; `seen` is called with the number of bytes read, of `nbytes`.
 
         Raises ValueError where a file cannot be read, or nothing is in any.
         """

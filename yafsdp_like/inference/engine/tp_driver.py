@@ -1,15 +1,15 @@
-"""Requests that come to one of the ranks that compute together: it tells the others, and all do the same.
+"""Tensor parallel ranks of which one takes requests: it broadcasts each call of its engine, and all make the same.
 
-Owns what ranks tell each other between their engines' steps. Knows nothing of threads, text or HTTP.
+Owns what is broadcast between the engines' steps. Knows nothing of threads, text or HTTP.
 
 [Note: one rank is asked]
 Ranks that compute together must make the same calls of their engines in the same order (``store.py``, [Note:
-together]), and requests come to the first one only. Whatever is asked of its engine it tells the others first
-(`TPDriver`), who listen and then ask the same of theirs (`follow`). Engines that were asked the same are the same, so
-what one refuses all refuse; who asked hears of it from the first rank.
+together]), and requests come to the first one only. It broadcasts each call before it makes it (`TPDriver`); the others
+receive the call and make it too (`follow`). Engines with the same calls have the same state, so what one refuses all
+refuse; the caller gets the error of the first rank.
 
-Listening is a collective, which must end within the timeout of its group. So the first rank is not silent for long:
-after ``KEEP_ALIVE_S`` its engine has work again, a step that tells the others to go on listening.
+Receiving is a collective, which must end within the timeout of its group. So the first rank is not silent for long:
+after ``KEEP_ALIVE_S`` its engine has work again, a step in which it broadcasts that there is nothing to do.
 
 A rank that fails leaves the others in a collective that it will not join. Its process must end and with it its
 connections, by which the others fail, too.
@@ -62,9 +62,7 @@ class TPDriver:
         assert tp_group.rank == 0, f"the first rank leads, this is {tp_group.rank}"
         self.config, self.options = engine.config, engine.options
         self._engine, self._tp_group = engine, tp_group
-        self._last_broadcast_s = (
-            time.monotonic()
-        )  # when the others were told something; -inf: they may not have heard it
+        self._last_broadcast_s = time.monotonic()  # of the last broadcast; -inf: it may have failed
 
     @property
     def has_work(self) -> bool:

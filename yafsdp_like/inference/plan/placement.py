@@ -1,18 +1,19 @@
-"""Where the weights of a served model lie: which units stay on a device, and which are moved there for each forward.
+"""Where the weights of a served model lie: which units are resident on a device, and which are copied there when used.
 
-Integers only. A unit that is moved is gathered from the ranks that hold a part each, or streamed from host memory, into
-a slot that it shares with others by live range (`memory/plan.py`). Where ranks compute together, each keeps its part.
+Integers only. A non-resident unit is all-gathered from the ranks that hold a part each, or streamed from host memory,
+into a slot that it shares with others by live range (`memory/plan.py`). Where ranks compute together, each keeps its
+part.
 
 [Note: around the end]
-Forwards follow each other, so the order of moved units is a circle: while one is in use the next is brought, and while
-the last one is, the first one for the forward after. The bytes of a slot are spoken for from the start of the use
-before its own to the end of its own.
+Forwards follow each other, so the order of non-resident units is a circle: while one is in use the next is prefetched,
+and while the last one is, the first one for the forward after. The bytes of a slot are spoken for from the start of the
+use before its own to the end of its own.
 
 [Note: own parts]
-A rank has its own part of a gathered unit already. Where ranks map each other's memory, a slot holds the others' parts
-alone, and the unit is whole in a range of addresses that maps the slot's granules, with those of this rank's shard
-between them (``memory/vmm.py``, [Note: aliased granules]). So parts are whole granules there, padded by less than one
-in ``MIN_GRANULES_PER_PART``.
+A rank has its own part of an all-gathered unit already. Where ranks map each other's memory, a slot holds the others'
+parts alone, and the unit is whole in a range of addresses that maps the slot's granules, with those of this rank's
+shard between them (``memory/vmm.py``, [Note: aliased granules]). So parts are whole granules there, padded by less than
+one in ``MIN_GRANULES_PER_PART``.
 """
 
 from __future__ import annotations
