@@ -196,7 +196,7 @@ def test_training_goes_on_while_the_export_is_written_and_it_is_part_of_the_chec
 
 @on_ranks()
 def test_host_copies_are_equal_and_lie_where_the_last_one_lay() -> None:
-    host_copy, state = steps.HostCopy(on_gpu=False), state_of(3) | {"plain": [1.5, "word"]}
+    host_copy, state = steps.HostCopy(), state_of(3) | {"plain": [1.5, "word"]}
     addresses = []
     for _ in range(2):
         state["x"].to_local().add_(1)
@@ -206,6 +206,7 @@ def test_host_copies_are_equal_and_lie_where_the_last_one_lay() -> None:
             assert torch.equal(copy[name].full_tensor(), state[name].full_tensor())
         addresses.append(copy["x"].to_local().data_ptr())
     assert addresses[0] == addresses[1] != state["x"].to_local().data_ptr()
+    assert torch.equal(host_copy.take({"more": torch.ones(2), **state})["more"], torch.ones(2))
     host_copy.close()
 
 

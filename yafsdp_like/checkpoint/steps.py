@@ -22,12 +22,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, load
@@ -37,6 +37,7 @@ from torch.utils import _pytree as pytree
 
 from yafsdp_like.checkpoint import reading
 from yafsdp_like.comm.consistency import host_group, raise_on_all_ranks
+from yafsdp_like.memory.pinned import pin
 from yafsdp_like.memory.plan import readable
 from yafsdp_like.ops.split_master import values_of
 
@@ -176,7 +177,7 @@ class StepCheckpoints:
         self._directory, self._keep, self._asynchronous = directory, keep, asynchronous
         self._group = host_group()
         self._is_first = dist.get_rank() == 0
-        self._host_copy = HostCopy(on_gpu=torch.cuda.is_initialized())
+        self._host_copy = HostCopy()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         with raise_on_all_ranks(self._group):
@@ -264,34 +265,43 @@ class StepCheckpoints:
 
 
 class HostCopy:
-    """A copy in host memory of the tensors in nested containers; the next copy overwrites it.
+    """A copy in host memory of the tensors in nested containers; the next copy of as many overwrites it.
 
-    Memory is made per storage, by torch's stager; `on_gpu` it is pinned, exactly as large as the storage.
+    Memory for a tensor on a GPU is pinned, and exactly as large as the tensor: pinning takes longer than copying, and
+    PyTorch's own pinned memory is of powers of two.
     """
 
-    def __init__(self, on_gpu: bool) -> None:
-        self._on_gpu = on_gpu
-        self._stager = StateDictStager(pin_memory=on_gpu)  # 2.11's `DefaultStager` would pin anew for each copy
+    def __init__(self) -> None:
+        self._copies: list[torch.Tensor] = []
 
     def take(self, state: Any) -> Any:
-        """The same containers with copies, when they hold what `state` does now."""
+        """The same containers with copies, when they hold what `state` does now.
+
+        One tensor after the other, so that what is made of one to be copied (`SplitTensor`) is not there at once.
+        """
         leaves, structure = pytree.tree_flatten(state)
-        copies = self._stager.stage([_local(leaf) for leaf in leaves], non_blocking=self._on_gpu)
-        if self._on_gpu:
+        if len(self._copies) != len(leaves):
+            self._copies = [torch.empty(0)] * len(leaves)
+        copies = [self._copy(index, leaf) for index, leaf in enumerate(leaves)]
+        if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
         placed = [_placed_as(leaf, copy) for leaf, copy in zip(leaves, copies, strict=True)]
         return pytree.tree_unflatten(placed, structure)
 
+    def _copy(self, index: int, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return deepcopy(leaf)
+        local = values_of((leaf.to_local() if isinstance(leaf, DTensor) else leaf).detach())
+        copy = self._copies[index]
+        if (copy.shape, copy.dtype) != (local.shape, local.dtype):
+            copy = self._copies[index] = torch.empty(local.shape, dtype=local.dtype)
+            if local.is_cuda:
+                pin(copy.untyped_storage(), copy, local.device)
+        return copy.copy_(local, non_blocking=True)
+
     def close(self) -> None:
         """Let go of the memory."""
-        self._stager.close()
-
-
-def _local(leaf: Any) -> Any:
-    """This rank's part of a tensor, plain; torch's stager does not take DTensors of a mesh of CPUs."""
-    if isinstance(leaf, DTensor):
-        return values_of(leaf.to_local().detach())
-    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+        self._copies.clear()
 
 
 def _placed_as(leaf: Any, local: Any) -> Any:
