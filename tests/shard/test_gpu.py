@@ -20,6 +20,7 @@ from tests.training import train as train_specimen
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.models import Decoder, DecoderConfig
+from yafsdp_like.shard.runtime.gradient_shard import GradientShard
 from yafsdp_like.shard.runtime.gradients import GradientLifecycle
 from yafsdp_like.shard.runtime.params import ParamLifecycle
 from yafsdp_like.shard.runtime.rebuild import Rebuild
@@ -92,21 +93,36 @@ ENGINE_WORK: dict[type, Sequence[str]] = {
 
 
 def test_the_runtime_itself_allocates_nothing_on_the_gpu_after_warm_up() -> None:
-    for requests in run_ranks(count_runtime_allocations, device="cuda", timeout=120):
+    """But for the memory of gradients, which is given back at each forward: one request a parameter and step."""
+    for requests, of_gradients, num_params in run_ranks(count_runtime_allocations, device="cuda", timeout=120):
         assert requests == [0] * len(requests) and len(requests) > 100
+        assert 0 < of_gradients <= 2 * num_params
 
 
-def count_runtime_allocations() -> list[int]:
-    """Requests to the CUDA allocator inside each call of the engine's, in steps after the first."""
+def count_runtime_allocations() -> tuple[list[int], int, int]:
+    """Requests to the CUDA allocator inside each call of the engine's, in two steps after the first.
+
+    Those for gradients' memory are counted apart; then comes the number of parameters.
+    """
     model = sharded_decoder()
     train(model, 2)
     requests: list[int] = []
+    of_gradients, take = 0, GradientShard.take
+
+    def num_requests() -> int:
+        return int(torch.cuda.memory_stats()["allocation.all.allocated"])
+
+    def counted_take(shard: GradientShard) -> None:
+        nonlocal of_gradients
+        before = num_requests()
+        take(shard)
+        of_gradients += num_requests() - before
 
     def counted(work: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
-            before = torch.cuda.memory_stats()["allocation.all.allocated"]
+            before = num_requests() - of_gradients
             result = work(*args, **kwargs)
-            requests.append(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
+            requests.append(num_requests() - of_gradients - before)
             return result
 
         return run
@@ -115,8 +131,9 @@ def count_runtime_allocations() -> list[int]:
         for owner, names in ENGINE_WORK.items():
             for name in names:
                 patch.setattr(owner, name, counted(getattr(owner, name)))
+        patch.setattr(GradientShard, "take", counted_take)
         train(model, 2)
-    return requests
+    return requests, of_gradients, len(list(model.parameters()))
 
 
 GRANULARITY = 2 << 20  # in which a GPU's memory is handed out, in bytes
