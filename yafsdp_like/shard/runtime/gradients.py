@@ -11,11 +11,11 @@ same stream: once no use of the unit awaits its backward any more, in the last b
 
 * main shards: nobody else reads them in backward. On one rank slots are shards, and compute reads those in the unit's
   backward, which is over: the reduction has waited for it.
-* compute shards: gathers read them, and where memory is mapped so do other ranks' gathers, without a barrier of their
-  own. But every rank's compute has waited for its gather before it computed the unit's gradients, and the reduction's
+* compute shards: all-gathers read them, and where memory is mapped so do other ranks' ones, without a barrier of their
+  own. But every rank's compute has waited for its all-gather before it computed the gradients, and the reduction's
   first barrier says that all ranks have: so a unit is updated only behind a reduction of its own.
 
-Gathers of the next forward come after the end of the backward, for which compute waits. So does what takes the
+All-gathers of the next forward come after the end of the backward, for which compute waits. So does what takes the
 gradients' memory: compute waits for the update before that goes back to the allocator, which knows only its order. It
 does so at the next unit's reduction, so that updates run beside the backward, and gradients of one unit have memory.
 """
