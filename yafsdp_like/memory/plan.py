@@ -2,9 +2,9 @@
 
 [Note: live ranges]
 Time is counted in ticks: one each time a module that belongs to a unit starts, through forward and then backward. A
-slot's live range is the set of ticks from the start of its gather to the end of its last reader. Two slots may share
-bytes when their live ranges do not overlap, so the slots of a chain of equal blocks take two blocks' bytes, and a large
-embedding shares bytes with blocks that are not live when it is, instead of making every slot as large.
+slot's live range is the set of ticks from the start of its all-gather to the end of its last reader. Two slots may
+share bytes when their live ranges do not overlap, so the slots of a chain of equal blocks take two blocks' bytes, and a
+large embedding shares bytes with blocks that are not live when it is, instead of making every slot as large.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class SlotPlace:
 
 KINDS = {
     "main_shard": "what the optimizer updates",
-    "compute_shard": "the same in param_dtype: what peers gather",
+    "compute_shard": "the same in param_dtype: what is all-gathered",
     "grad_shard": "reduced gradients, from backward to zero_grad",
     "gather slots": "units' full parameters, shared by live range",
     "gradient slots": "units' full gradients, shared by live range",
@@ -127,8 +127,8 @@ KINDS = {
     "granule end": "the unused end of the last granule of the memory that peers map",
     "spill": "slots that the order of execution asked for beyond the plan",
     "weights": "served units that stay: whole, or this rank's part",
-    "weight shards": "this rank's part of those that are gathered",
-    "weight slots": "units gathered or streamed, shared by live range",
+    "weight shards": "this rank's part of those that are all-gathered",
+    "weight slots": "units all-gathered or streamed, shared by live range",
     "kv slabs": "keys and values, in pages",
     "workspace": "activations of one forward, shared by live range",
     "logits": "of the tokens to be drawn, and log-probabilities",

@@ -1,7 +1,7 @@
 """A Llama- or Qwen-shaped decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 Owns the shapes, the forward pass and the initial weights of a decoder. It must not know how it is sharded: weights
-are ordinary parameters, and the only place that meets a DTensor is `_fill_normal_`, which writes the rows this rank
+are ordinary parameters, and the only place that sees a DTensor is `_fill_normal_`, which writes the rows this rank
 has.
 
 Parameters carry the names of Hugging Face's Llama and Qwen checkpoints (less their `model.` prefix).

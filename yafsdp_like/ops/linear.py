@@ -7,7 +7,7 @@ autocast, functorch, inputs of other types than ``Tensor``, and gradients of gra
 
     y = x W^T + b        dx = g W        db = sum of g over its rows        dW = g^T x, into the sink
 
-Autograd is told that the weight's gradient is None. It completes the parameter all the same, once per backward, and
+Autograd gets None as the weight's gradient. It completes the parameter all the same, once per backward, and
 calls its post-accumulate hooks: with ``.grad`` None when every use wrote to the sink, with what the other uses sent
 otherwise.
 

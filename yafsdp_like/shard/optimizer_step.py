@@ -202,7 +202,7 @@ def _in_order_of_forward(owned: Owned) -> list[Unit]:
 
 
 def _compute_of(param: nn.Parameter) -> torch.Tensor | None:
-    """Return what is gathered instead of the parameter, if it is sharded and another than what an update writes."""
+    """Return this rank's rows in the compute shard, for an update to write; None where the main shard is all."""
     ownership = ownership_of(param)
     if ownership is None or engine_of(ownership.unit) is None:  # shards of the latter are still to be placed
         return None

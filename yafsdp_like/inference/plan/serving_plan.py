@@ -48,7 +48,7 @@ class Site:
 
     dtype: torch.dtype = torch.bfloat16  # of weights
     num_ranks: int = 1  # that may share weights; each serves its own requests, unless they are tensor parallel
-    maps_memory: bool = False  # whether they read each other's memory, rather than meet in collectives
+    maps_memory: bool = False  # whether they read each other's memory, rather than call collectives
     transport: str = "process group"  # what moves bytes between them, in words
     hardware: Hardware | None = None  # None: a CPU, or nothing known
 
@@ -293,7 +293,7 @@ def _reasons(plan: ServingPlan, draft: _Draft, asked: bool) -> Iterator[str]:
     if plan.site.hardware and plan.site.hardware.rates:
         yield from _floors(plan, plan.site.hardware.rates)
     if plan.mode == "gathered" and not plan.site.maps_memory:
-        yield "  ranks meet in collectives, so that all must make the same number of forwards"
+        yield "  forwards call collectives, so that all ranks must make the same number of forwards"
     if plan.mode == "tensor_parallel":
         yield "  all ranks serve the same requests in the same steps; what goes by the clock, the first one decides"
 
