@@ -191,3 +191,11 @@ def test_a_dtensor_on_it_works_as_on_a_plain_one(tmp_path: object) -> None:
         assert isinstance(param.data.to_local(), SplitTensor)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("change", ["t_", "squeeze_", "resize_", "set_"])
+def test_its_shape_cannot_be_changed_in_place(change: str) -> None:
+    """Prevents: a call that does nothing, and a program that goes on as if it had."""
+    arguments = {"resize_": (2,), "set_": (torch.zeros(4, 1),)}.get(change, ())
+    with pytest.raises(NotImplementedError, match="fixed"):
+        getattr(split_tensor(torch.randn(4, 1)), change)(*arguments)

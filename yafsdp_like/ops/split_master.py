@@ -124,6 +124,8 @@ class SplitTensor(torch.Tensor):
         if _is_view(func) and isinstance(args[0], cls):
             return _view(func, args, kwargs)
         written = {id(tensor): tensor for tensor in _written(func, args, kwargs)}
+        if written and torch.Tag.inplace_view in func.tags and func is not torch.ops.aten.detach_.default:
+            raise NotImplementedError(f"a split tensor's shape and storage are fixed, and {func} changes them: copy it")
         plain: dict[int, torch.Tensor] = {}
 
         def plain_of(tensor: SplitTensor) -> torch.Tensor:
