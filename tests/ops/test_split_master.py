@@ -2,6 +2,8 @@
 
 import copy
 import io
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -199,3 +201,10 @@ def test_its_shape_cannot_be_changed_in_place(change: str) -> None:
     arguments = {"resize_": (2,), "set_": (torch.zeros(4, 1),)}.get(change, ())
     with pytest.raises(NotImplementedError, match="fixed"):
         getattr(split_tensor(torch.randn(4, 1)), change)(*arguments)
+
+
+@pytest.mark.parametrize("share", [lambda t: t.share_memory_(), torch.from_dlpack])
+def test_memory_that_has_no_values_is_not_shared(share: Callable[[torch.Tensor], Any]) -> None:
+    """Prevents: a null pointer, read."""
+    with pytest.raises(TypeError, match="two halves"):
+        share(split_tensor(torch.randn(4)))

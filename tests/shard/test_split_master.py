@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.staging import BlockingAsyncStager, DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from tests.ranks import on_ranks, run_ranks
@@ -247,3 +248,32 @@ def test_a_model_that_changes_is_built_again_with_its_values(transport: str) -> 
         assert torch.equal(full(p), expected[name]), name
     train_step(model, optimizer, 2)
     assert_halves_agree(model)
+
+
+@pytest.mark.parametrize("reuses", [False, True])
+def test_an_asynchronous_checkpoint_has_the_values_of_when_it_began(tmp_path: Path, reuses: bool) -> None:
+    """Prevents: memory that nobody has written, saved for weights."""
+    run_ranks(save_while_training, tmp_path, reuses)
+
+
+def save_while_training(folder: Path, reuses: bool) -> None:
+    model = sharded("process_group")
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    group = dist.new_group(backend="gloo")
+    options = StagingOptions(False, False, False, False)  # others need a GPU
+    stager = DefaultStager(options) if reuses else BlockingAsyncStager()
+    for number in range(2):  # if the stager reuses memory, the second time
+        train_step(model, optimizer, number)
+        model.reshard()
+        expected = {name: full(p).clone() for name, p in model.named_parameters()}
+        state = {"model": model.state_dict()}
+        saved = dcp.async_save(state, checkpoint_id=folder / str(number), async_stager=stager, process_group=group)
+        train_step(model, optimizer, 7)
+        saved.result()
+        dist.barrier()
+        other = sharded("process_group")
+        state = {"model": other.state_dict()}
+        dcp.load(state, checkpoint_id=folder / str(number))
+        other.load_state_dict(state["model"])
+        for name, p in other.named_parameters():
+            assert torch.equal(full(p), expected[name]), name

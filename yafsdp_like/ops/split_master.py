@@ -107,6 +107,27 @@ class SplitTensor(torch.Tensor):
             raise TypeError("the values of a split tensor lie in two halves: use .numpy(force=True), which copies them")
         return self.joined().clone().numpy()
 
+    def share_memory_(self) -> Any:
+        """Raise ``TypeError``: no storage has the values' bytes."""
+        raise TypeError("the values of a split tensor lie in two halves: .clone() it to share its memory")
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """Raise ``TypeError``: no memory has the values' bytes."""
+        raise TypeError("the values of a split tensor lie in two halves: .clone() it to exchange it by DLPack")
+
+    def new_empty(self, *size: Any, **options: Any) -> torch.Tensor:
+        """Return an empty plain tensor; of this tensor's own size, one in halves like it.
+
+        ``torch.distributed.checkpoint.async_save`` makes such a one and then gives it a copy of ``split_values``.
+        """
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        if tuple(shape) != self.shape or options.keys() - {"device"}:
+            return super().new_empty(*size, **options)
+        halves = SplitValues(
+            *(torch.empty_like(half, **options) for half in (self.split_values.high, self.split_values.low))
+        )
+        return SplitTensor(halves, self.shape, self.stride(), int(self.storage_offset()))
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the values, plain."""
         return self.joined().clone().__reduce_ex__(protocol)
