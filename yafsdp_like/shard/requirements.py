@@ -102,4 +102,7 @@ def check_supported(
             "shard_placement_fn and dp_mesh_dims are not supported yet; parameters are sharded by rows"
         )
     if type(offload_policy) is not OffloadPolicy:
-        raise NotImplementedError(f"offloading is not supported yet, got {offload_policy!r}")
+        raise NotImplementedError(
+            f"offloading is not supported yet for parameters and gradients, got {offload_policy!r}: leave it out, or "
+            "offload moments by yafsdp_like.optim.AdamW(..., offload_moments=True)"
+        )
