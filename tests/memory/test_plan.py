@@ -194,7 +194,7 @@ def test_the_printed_plan() -> None:
     )
     assert str(plan) == (
         "memory plan of one rank of 4: 5.00 GiB (5,370,284,800 bytes), and 1.00 MiB from backward to zero_grad\n"
-        "  main_shard             1.50 MiB   2 regions    what the optimizer updates\n"
+        "  main_shard             1.50 MiB   2 regions    what the optimizer updates; lower halves, where it is split\n"
         "  grad_shard             1.00 MiB   1 region     reduced gradients, from backward to zero_grad\n"
         "  gather slots           5.00 GiB   1 region     units' full parameters, shared by live range\n"
         "    [            0, 1,073,741,824)  layers.0, layers.1, layers.2, layers.3, ... (6 units)\n"
@@ -246,7 +246,7 @@ def test_the_plan_of_a_model_is_an_equation_between_its_layers() -> None:
     assert str(plan) == (
         "memory plan of one rank of 2: 176.00 KiB (180,224 bytes), and 40.00 KiB from backward to zero_grad\n"
         "  over process group: on cpu, peer memory is used only when asked for\n"
-        "  main_shard            40.00 KiB   5 regions    what the optimizer updates\n"
+        "  main_shard            40.00 KiB   5 regions    what the optimizer updates; lower halves, where it is split\n"
         "  grad_shard            40.00 KiB   5 regions    reduced gradients, from backward to zero_grad\n"
         "  gather slots          68.00 KiB   1 region     units' full parameters, shared by live range\n"
         "    [            0,         4,096)  layers.2, layers.4\n"

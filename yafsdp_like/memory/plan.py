@@ -117,7 +117,7 @@ class SlotPlace:
 
 
 KINDS = {
-    "main_shard": "what the optimizer updates",
+    "main_shard": "what the optimizer updates; lower halves, where it is split",
     "compute_shard": "the same in param_dtype: what is all-gathered",
     "grad_shard": "reduced gradients, from backward to zero_grad",
     "gather slots": "units' full parameters, shared by live range",
