@@ -139,3 +139,22 @@ def test_a_parameter_that_is_frozen_after_its_forward_gets_no_gradient() -> None
         assert model[0].weight.grad is not None
         model.zero_grad()
         model[1].weight.requires_grad_(True)
+
+
+@on_ranks()
+def test_steps_after_a_backward_that_raised_begin_and_end_as_any_others() -> None:
+    """Prevents: a forward that never ends, behind which no update is seen and the root gets no gradient."""
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    for module in (model[0], model):
+        ours.fully_shard(module, mesh=world_mesh())
+    first, last = model[0].weight, model[1].weight
+    for _ in range(3):
+        hook = first.register_post_accumulate_grad_hook(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(torch.ones(1, 3, requires_grad=True)).sum().backward()
+        hook.remove()
+        first.grad = last.grad = None
+        model(torch.ones(1, 3)).sum().backward()
+        assert first.grad is not None
+        assert last.grad is not None
+        first.grad = last.grad = None
