@@ -309,12 +309,13 @@ def _finish_use(engine: ShardEngine, unit: Unit, use: ForwardUse) -> None:
 
 def _end_task(engine: ShardEngine, task: int) -> None:
     """End a backward: end the uses that no node ended, and reduce what has arrived and waits for nothing more."""
-    for unit, use in engine.running.backwards.pop(task, []):
+    backwards = engine.running.backwards
+    for unit, use in backwards.get(task, []):
         unit.running.reached.discard(task)
         if use.task == task:
             unit.running.pending.discard(use)
             _finish_use(engine, unit, use)
-    is_outermost = not engine.running.backwards
+    is_outermost = backwards.keys() <= {task}
     for unit in engine.tree.backward_ticks if engine.gradients.filled and is_outermost else engine.units:
         if unit.gather_slot.is_in_backward or (unit.registered and unit.registered.is_in_backward):
             continue  # in an outer backward
@@ -322,6 +323,7 @@ def _end_task(engine: ShardEngine, task: int) -> None:
             engine.gradients.reduce_scatter(unit)
         if unit.policy.reshard_after_backward and unit.registered and not unit.running.calls:
             engine.params.reshard(unit)
+    backwards.pop(task, None)  # not before: where a hook raises, the next forward finds a backward to abandon
     engine.params.settle_prefetches()
     if engine.gradients.is_last_backward:
         engine.gradients.wait_for_reductions()

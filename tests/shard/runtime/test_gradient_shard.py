@@ -158,3 +158,18 @@ def test_steps_after_a_backward_that_raised_begin_and_end_as_any_others() -> Non
         assert first.grad is not None
         assert last.grad is not None
         first.grad = last.grad = None
+
+
+@on_ranks()
+def test_a_hook_that_raises_where_a_backward_ends_leaves_nothing_to_the_next() -> None:
+    """Prevents: gradients of a backward that failed, added to those of the next. One unit is reduced at the end."""
+    model = sharded_layer("process_group")
+    weight = model.weight
+    for _ in range(2):
+        hook = weight.register_post_accumulate_grad_hook(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            gradient_of(model, 7.0)
+        hook.remove()
+        weight.grad = None
+        assert first_element(gradient_of(model, 1.0)) == 1.5
+        weight.grad = None
