@@ -87,6 +87,7 @@ CURL = (
 CHECKED = {  # how
     "make train": "recipe",
     "make test": "recipe",
+    "make test-fast": "recipe",
     "make test-all": "recipe",
     "make test-gpu": "recipe",
     BENCH: "recipe",
