@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from yafsdp_like.memory.streams import COMPUTE, SIDE_STREAMS
+from yafsdp_like.ops.split_master import SplitTensor
 
 Clock = dict[str, int]
 PEER = "peer's "
@@ -160,8 +161,8 @@ class RaceDetector(TorchDispatchMode):
         """The current stream, or the peer's, reads or writes `tensors` in one operation."""
         stream, time = self.streams.tick()
         stream = mirrored(stream) if by_peer else stream
-        for tensor in tensors:
-            local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        wholes = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        for local in (part for whole in wholes for part in _parts(whole, writes)):
             extent = _extent(local)
             if extent is not None and any(low <= extent[0] and extent[1] <= high for low, high in self.watched):
                 for start, end in self._physical(*extent):
@@ -206,6 +207,13 @@ def _is_view(func: Any) -> bool:
     """Whether an operation only makes another tensor on the same bytes, or another tensor's shape."""
     returns_alias = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
     return returns_alias or func._schema.name in ("aten::set_", "aten::detach", "aten::lift_fresh")
+
+
+def _parts(tensor: torch.Tensor, writes: bool) -> list[torch.Tensor]:
+    """Return the tensor; of a split one the halves, which are read, and not written before they are settled."""
+    if not isinstance(tensor, SplitTensor):
+        return [tensor]
+    return [] if writes else [tensor.split_values.high, tensor.split_values.low]
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int] | None:

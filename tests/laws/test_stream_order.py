@@ -367,6 +367,14 @@ def test_updates_that_gather_ahead_are_ordered(transport: str, bf16: bool, updat
         assert found.races == []
 
 
+@pytest.mark.parametrize("own_optimizer", [True, False])
+@pytest.mark.parametrize("transport", ["process_group", "peer"])
+def test_writes_to_a_split_master_are_ordered(transport: str, own_optimizer: bool) -> None:
+    """Prevents: an update, or values that the user wrote, in a compute shard that a gather still reads."""
+    for found in run_ranks(train, "nested", own_optimizer=own_optimizer, transport=transport, split_master=True):
+        assert found.races == []
+
+
 @pytest.mark.parametrize("transport", ["process_group", "peer"])
 @pytest.mark.parametrize("reshard_after_forward", [True, False])
 def test_stream_order_holds_whatever_stays_gathered(reshard_after_forward: bool, transport: str) -> None:
