@@ -1,0 +1,278 @@
+"""What the CPU does for one sharded unit in a step: time, calls of Python functions, torch operations, device calls.
+
+    PYTHONPATH=.:scripts torchrun --nproc-per-node 2 -m bench.host_time [--functions 30] [--out costs.json]
+
+Small steps are bound by the CPU, and this is what the runtime adds to the model's own share. Method: tiny decoders of
+few and of many blocks, sharded and not. The difference between many blocks and few, per block, is what a block costs,
+and the difference of that between sharded and not is what its unit costs. Numbers of calls are the same in every run;
+times are the least of many, since whatever else the machine does only adds to them.
+
+On a CPU, kernels and collectives would take time of their own. So there streams only count what is asked of them, work
+that a GPU repeats by one launch (`Recording`) is counted and left out, ranks do not wait for each other in stream
+barriers, and they compare what they do once a backward, as on GPUs. Numbers that the model computes are then of no use.
+"""
+
+import argparse
+import cProfile
+import dataclasses
+import json
+import pstats
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import yafsdp_like
+from bench.ranks import say
+from launch import world as ranks
+from launch.world import World
+from yafsdp_like.comm.signals import Barrier
+from yafsdp_like.memory.streams import Event, Recording
+from yafsdp_like.models import Decoder, DecoderConfig
+from yafsdp_like.optim import AdamW
+from yafsdp_like.shard.runtime import engine as engines
+from yafsdp_like.shard.runtime.unit_state import unit_of
+
+FEW, MANY = 4, 12  # blocks
+WARMUP, STEPS = 3, 40
+PHASES = ("forward", "backward", "update")
+PACKAGE = str(Path(yafsdp_like.__file__).parent)
+
+
+@dataclass(frozen=True)
+class HostCosts:
+    """Of one phase of a step; those of a unit are differences, and need be no integers."""
+
+    us: float = 0.0
+    package_calls: float = 0.0  # of this package's Python functions
+    python_calls: float = 0.0  # of all Python functions, those included
+    c_calls: float = 0.0  # of functions in C from Python
+    torch_ops: float = 0.0
+    device_calls: float = 0.0  # events recorded and waited for, streams entered, launches of recorded work; CPUs only
+
+    def __sub__(self, other: "HostCosts") -> "HostCosts":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return HostCosts(*(mine - theirs for mine, theirs in pairs))
+
+    def per(self, number: int) -> "HostCosts":
+        """Return the costs of one of `number`."""
+        return HostCosts(*(value / number for value in dataclasses.astuple(self)))
+
+
+class CountingStreams:
+    """Streams of a CPU, which has none, and how often each call was made."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+    def on(self, stream: str) -> AbstractContextManager[Any]:
+        """See `Streams`."""
+        self.calls["on"] += 1
+        return nullcontext()
+
+    def record(self, stream: str) -> Event:
+        """See `Streams`."""
+        self.calls["record"] += 1
+        return self
+
+    def wait(self, stream: str, event: Event) -> None:
+        """See `Streams`."""
+        self.calls["wait"] += 1
+
+    def synchronize(self, event: Event) -> None:
+        """See `Streams`."""
+
+
+class HostSteps:
+    """One decoder and what a training step calls of it."""
+
+    def __init__(self, num_layers: int, world: World, is_sharded: bool) -> None:
+        config = DecoderConfig(16, num_layers, 2, 1, 32, vocab_size=64)
+        self.model = Decoder(config) if is_sharded else Decoder(config).to(world.device, torch.bfloat16)
+        self.optimizer = None
+        if is_sharded:
+            policy = yafsdp_like.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            transport: Any = "peer" if world.size > 1 else "auto"
+            for module in (*self.model.layers, self.model):
+                yafsdp_like.fully_shard(module, mesh=world.mesh, mp_policy=policy, transport=transport)
+            self.model.to_empty(device=world.device)
+            self.model.init_weights()
+            self.optimizer = AdamW(self.model.parameters())
+        self._batch = torch.zeros(2, 1, 4, dtype=torch.int64, device=world.device)
+        self._loss = torch.zeros(())
+
+    def forward(self) -> None:
+        """Compute the loss."""
+        self._loss = self.model(*self._batch)
+
+    def backward(self) -> None:
+        """Compute gradients."""
+        self._loss.backward()
+        self._loss = self._loss.detach()
+
+    def update(self) -> None:
+        """Apply and clear them."""
+        if self.optimizer is None:
+            self.model.zero_grad(set_to_none=False)
+        else:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def run(self, number: int) -> None:
+        """Run whole steps."""
+        for _ in range(number):
+            for phase in PHASES:
+                getattr(self, phase)()
+
+
+@contextmanager
+def host_only(device: torch.device, counter: Counter[str]) -> Iterator[None]:
+    """Leave out, on a CPU, what a GPU and other ranks would do; count in `counter` what they are asked for.
+
+    Engines that are made inside are counted, and compare what ranks do once a backward.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    streams = CountingStreams()
+    streams.calls = counter
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(engines, "streams_of", lambda device: streams))
+        patches.enter_context(mock.patch.object(Barrier, "stream_barrier", lambda *_: counter.update(["barrier"])))
+        patches.enter_context(mock.patch.object(Recording, "__call__", lambda _: counter.update(["replay"])))
+        yield
+
+
+@contextmanager
+def comparing_once(steps: Sequence[HostSteps]) -> Iterator[None]:
+    """Let ranks compare what they do once a backward, on CPUs too."""
+    engines_of = [engines.engine_of(unit) for s in steps if (unit := unit_of(s.model)) is not None]
+    with ExitStack() as patches:
+        for journal in {journal for engine in engines_of if engine for journal in engine.collective_log.journals}:
+            patches.enter_context(mock.patch.object(journal, "_at_once", False))
+        yield
+
+
+class _Ops(TorchDispatchMode):
+    num_calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        self.num_calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(phase: Callable[[], None], device_calls: Counter[str]) -> HostCosts:
+    """Call `phase` and return all costs but its time."""
+    calls: Counter[str] = Counter()
+    is_ours: dict[CodeType, bool] = {}
+
+    def note(frame: FrameType, event: str, arg: Any) -> None:
+        if event == "call":
+            code = frame.f_code
+            ours = is_ours.get(code)
+            if ours is None:
+                ours = is_ours[code] = code.co_filename.startswith(PACKAGE)
+            calls["package"] += ours
+        calls[event] += 1
+
+    before = device_calls.total()
+    sys.setprofile(note)
+    try:
+        phase()
+    finally:
+        sys.setprofile(None)
+    num_device_calls = device_calls.total() - before
+    return HostCosts(0.0, calls["package"], calls["call"], calls["c_call"], 0.0, num_device_calls)
+
+
+def costs_of(
+    steps: HostSteps, device: torch.device, device_calls: Counter[str], num_timed: int
+) -> dict[str, HostCosts]:
+    """Return each phase's costs: counts of one step, and the least time of `num_timed`."""
+    costs = {phase: counted(getattr(steps, phase), device_calls) for phase in PHASES}
+    for phase in PHASES:
+        with _Ops() as ops:
+            getattr(steps, phase)()
+        costs[phase] = dataclasses.replace(costs[phase], torch_ops=ops.num_calls)
+    least = dict.fromkeys(PHASES, float("inf"))
+    for _ in range(num_timed):
+        for phase in PHASES:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            getattr(steps, phase)()
+            least[phase] = min(least[phase], (time.perf_counter() - begin) * 1e6)
+    return {phase: dataclasses.replace(costs[phase], us=least[phase] if num_timed else 0.0) for phase in PHASES}
+
+
+def unit_costs(world: World, num_timed: int = STEPS, num_functions: int = 0) -> dict[str, dict[str, HostCosts]]:
+    """Return the costs by phase of a plain "block", and of the "unit" that sharding makes of it.
+
+    With `num_functions`, rank 0 prints a profile of forwards and backwards.
+    """
+    calls: Counter[str] = Counter()
+    with host_only(world.device, calls):
+        made = {(n, sharded): HostSteps(n, world, sharded) for sharded in (False, True) for n in (FEW, MANY)}
+        for steps in made.values():
+            steps.run(1)
+        with comparing_once([steps for (_, sharded), steps in made.items() if sharded]):
+            for steps in made.values():
+                steps.run(WARMUP)
+            costs = {key: costs_of(steps, world.device, calls, num_timed) for key, steps in made.items()}
+            if num_functions:
+                print_functions(made[MANY, True], num_functions, world)
+    blocks = {
+        sharded: {phase: (costs[MANY, sharded][phase] - costs[FEW, sharded][phase]).per(MANY - FEW) for phase in PHASES}
+        for sharded in (False, True)
+    }
+    return {"block": blocks[False], "unit": {phase: blocks[True][phase] - blocks[False][phase] for phase in PHASES}}
+
+
+def print_functions(steps: HostSteps, number: int, world: World) -> None:
+    """Print which functions take longest in forwards and backwards; all ranks run them."""
+    profile = cProfile.Profile()
+    for _ in range(STEPS):
+        profile.enable()
+        steps.forward()
+        steps.backward()
+        profile.disable()
+        steps.update()
+    if world.is_first:
+        pstats.Stats(profile).sort_stats("tottime").print_stats(number)
+
+
+def main() -> None:
+    """Print the costs of a unit, and write them as JSON where `--out` says."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--functions", type=int, default=0, help="print so many lines of a profile too")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    world = ranks.join(options.device)
+    costs = unit_costs(world, num_functions=options.functions)
+    fields = [field.name for field in dataclasses.fields(HostCosts)]
+    say(world, f"{world.size} ranks, {world.device.type}; by phase: {', '.join(fields)}")
+    for subject, by_phase in costs.items():
+        for phase, cost in by_phase.items():
+            values = " ".join(f"{value:9.1f}" for value in dataclasses.astuple(cost))
+            say(world, f"{subject:6} {phase:9} {values}")
+    if world.is_first and options.out is not None:
+        report = {s: {phase: dataclasses.asdict(c) for phase, c in by.items()} for s, by in costs.items()}
+        options.out.write_text(json.dumps(report, indent=1))
+    dist.barrier()
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main()
