@@ -9,6 +9,7 @@ other. The CPU never waits, and ``record_stream`` is never used, since arena mem
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -86,6 +87,25 @@ class InOrder:
 
     def synchronize(self, event: Event) -> None:
         """See ``Streams``."""
+
+
+class Timer:
+    """Times at which a device gets to a place in ``COMPUTE``, without waiting for it; on a CPU the clock's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def mark(self) -> Event:
+        """Return an event as ``Streams.record(COMPUTE)`` does, whose time can be asked for once it is complete."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def seconds(self, begin: Event, end: Event) -> float:
+        """Return the seconds between two complete events."""
+        return float(end - begin) if self._device.type != "cuda" else float(begin.elapsed_time(end)) / 1e3
 
 
 class Recording:

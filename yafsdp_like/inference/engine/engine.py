@@ -31,6 +31,7 @@ from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStat
 from yafsdp_like.inference.engine.request import FinishReason, Request, RequestOutput, Token
 from yafsdp_like.inference.engine.runner import Launched, Runner
 from yafsdp_like.inference.engine.scheduler import Scheduler
+from yafsdp_like.inference.engine.step_log import StepFigures, StepLog
 from yafsdp_like.inference.kv.eviction import GDSF, LRU, Costs, Policy, Tenant
 from yafsdp_like.inference.kv.kv_cache import KVCache, Tier, check_integrity
 from yafsdp_like.inference.kv.pages import PagePool
@@ -69,7 +70,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Metrics:
+class Metrics(StepFigures):
     """How things stand, and what was done since the start."""
 
     num_running: int
@@ -120,6 +121,7 @@ class Engine:
         self._cancelled: list[ActiveRequest] = []
         self._unread: Launched | None = None
         self._num_steps = 0
+        self._log, self._waited_s = StepLog(self._runner.timer), 0.0
         self._runner.warm_up(options.graphs)
 
     @classmethod
@@ -229,6 +231,7 @@ class Engine:
         The list may be empty while there is work. Where ranks step together (``Weights.lockstep``) each call makes
         exactly one forward, and all ranks must call it equally often, whether they have work or not.
         """
+        begin, self._waited_s = time.perf_counter(), 0.0
         outputs = [self._finish(sequence, reason) for sequence, reason in self._over()]
         batch = self._scheduler.schedule()
         if batch is None:
@@ -238,7 +241,13 @@ class Engine:
         launched = self._launch(batch)
         outputs += self._read()
         self._unread = launched
-        return outputs if self.options.lookahead else outputs + self._read()
+        if not self.options.lookahead:
+            outputs += self._read()
+        if launched is not None:
+            self._log.add_cpu(time.perf_counter() - begin - self._waited_s, mixed=batch.runs[-1].num_tokens > 1)
+        if not self.has_work:
+            self._log.pause()
+        return outputs
 
     def _launch(self, batch: Batch) -> Launched | None:
         if not batch.runs:
@@ -308,6 +317,10 @@ class Engine:
         launched, self._unread = self._unread, None
         if launched is None:
             return []
+        begin = time.perf_counter()
+        self._runner.wait(launched)
+        self._waited_s += time.perf_counter() - begin
+        self._log.add_device(launched.began, launched.done)
         outputs = []
         for run, token in zip(launched.drawing, self._runner.read(launched), strict=True):
             if run.sequence.status is RequestStatus.ENDED:
@@ -338,6 +351,7 @@ class Engine:
             host_kv_nbytes_used=host_used,
             host_kv_nbytes_cached=host_cached,
             host_kv_nbytes=0 if host is None else host.grid.num_slabs * host.grid.slab_nbytes,
+            **vars(self._log.figures()),
         )
 
     def check_integrity(self) -> None:

@@ -1,4 +1,4 @@
-"""Steps on the device: pages are copied, tables staged, the forward issued, tokens drawn and fetched, in this order.
+"""Steps on the device: tables staged, pages copied, the forward issued, tokens drawn and fetched, in this order.
 
 Owns what the device is given to do. Which sequence is served when is the scheduler's.
 
@@ -23,7 +23,7 @@ from yafsdp_like.inference.kv.eviction import Costs
 from yafsdp_like.inference.kv.kv_cache import Copy, Tier
 from yafsdp_like.kernels.blocks import launching_on
 from yafsdp_like.kernels.sampling import SamplingRows, sample
-from yafsdp_like.memory.streams import COMPUTE, Event, StepRecorder, StepRecording, streams_of
+from yafsdp_like.memory.streams import Event, StepRecorder, StepRecording, Timer, streams_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,6 +54,7 @@ class Launched:
 
     drawing: tuple[Run, ...]  # in order of rows
     results: DrawnTokens  # on the host, once ``done``
+    began: Event  # its first work on the device, of ``Runner.timer`` as ``done`` is
     done: Event
 
 
@@ -75,7 +76,7 @@ class Runner:
             weights, buffers, LayerPages.of(groups, regions[Tier.DEVICE]), _num_multiprocessors(weights.device)
         )
         self._staging = Staging(buffers, groups[0].shape.page_size, self._on_gpu)
-        self._streams = streams_of(weights.device)
+        self._streams, self.timer = streams_of(weights.device), Timer(weights.device)
         scores, ids = buffers.logits, buffers.inputs.token_pool[: self._max_batch_size]
         self._drawn = DrawnTokens(ids, scores.drawn_logprobs, scores.top_logits, scores.top_ids)
         self._results = [self._host_results() for _ in range(2)]  # see batch_inputs.py, [Note: two sides]
@@ -167,18 +168,22 @@ class Runner:
         recorded = self._recorded_size(size)
         size = size if recorded is None else StepSize.decode(recorded)
         with launching_on(self._weights.device):
-            self._copy_pages(batch.copies)
             self._staging.stage(batch.runs, drawing, size)
+            began = self.timer.mark()
+            self._copy_pages(batch.copies)
             if recorded is None:
                 self._sample(self._forward(size))
             else:
                 self._weights.reset_residency()
                 self._decodes[recorded].replay()
-            return self._fetch(drawing, size.num_drawing)
+            return self._fetch(drawing, size.num_drawing, began)
+
+    def wait(self, launched: Launched) -> None:
+        """Block the CPU until a step is done."""
+        self._streams.synchronize(launched.done)
 
     def read(self, launched: Launched) -> list[Token]:
-        """Wait for a step, and return what each of ``launched.drawing`` drew."""
-        self._streams.synchronize(launched.done)
+        """Return what each of ``launched.drawing`` drew in a step that is done."""
         tokens = launched.results.ids[: len(launched.drawing)].tolist()
         drawn = zip(launched.drawing, tokens, strict=True)
         return [_token(run, token, launched.results, row) for row, (run, token) in enumerate(drawn)]
@@ -219,7 +224,7 @@ class Runner:
         drawn.sub_(sums)
         top.sub_(sums[:, None])
 
-    def _fetch(self, drawing: tuple[Run, ...], num_rows: int) -> Launched:
+    def _fetch(self, drawing: tuple[Run, ...], num_rows: int, began: Event) -> Launched:
         with_logprobs = any(run.sequence.request.num_logprobs is not None for run in drawing)
         if with_logprobs:
             recorded = min((found for found in self._logprobs if found >= num_rows), default=None)
@@ -232,7 +237,7 @@ class Runner:
         pairs = zip(vars(results).values(), vars(self._drawn).values(), strict=True)
         for result, drawn in islice(pairs, None if with_logprobs else 1):
             result[rows].copy_(drawn[rows], non_blocking=True)
-        return Launched(drawing, results, self._streams.record(COMPUTE))
+        return Launched(drawing, results, began, self.timer.mark())
 
     def _copy_pages(self, copies: Iterable[Copy]) -> None:
         for first, num_pages in _merged(copies):
