@@ -461,7 +461,7 @@ def serve_on_gpus(graphs: bool) -> tuple[dict[str, list[int]], dict[str, list[in
         for how in ({"mode": "tensor_parallel", "transport": transport}, {"mode": "resident"})
     ]
     together, alone = (ids(it.generate(requests(prompts(8)))) for it in engines)
-    return together, alone, len(engines[0]._runner._decodes)
+    return together, alone, len(engines[0]._runner._recordings)
 
 
 @pytest.mark.gpu

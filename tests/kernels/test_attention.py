@@ -142,6 +142,23 @@ def test_rows_past_the_last_start_are_not_written() -> None:
     assert out[:10].isfinite().all() and (out[10:] == 7).all()
 
 
+@needs_kernels
+@pytest.mark.parametrize("window", [None, 20])
+def test_rows_before_the_first_start_are_not_written(window: int | None) -> None:
+    """Prevents: blocks before the first sequence's that compute rows of nobody."""
+    num_new = (37, 0, 21, 3)
+    shape = Shape(2, 1, 32, 16, (90, 10, 50, 3), num_new, window)
+    (pages, batch), (q, _) = paged(shape), queries(shape)
+    assert batch.cu_seqlens_q is not None
+    for num_before in (1, 130):
+        behind = AttentionBatch(batch.page_table, batch.seq_lens, batch.cu_seqlens_q + num_before)
+        rows = torch.cat([torch.full_like(q[:1].expand(num_before, -1, -1), torch.nan), q, q[:40]])
+        out = torch.full_like(rows, 7.0)
+        prefill_attention(rows, pages, behind, out, window)
+        assert_near(out[num_before : num_before + len(q)], expected_attention(shape), TOLERANCES)
+        assert (out[:num_before] == 7).all() and (out[num_before + len(q) :] == 7).all()
+
+
 def test_splits_fill_the_multiprocessors_and_no_more() -> None:
     assert choose_num_splits(1, 8, 100_000, 132) == 49
     assert choose_num_splits(1, 8, 1024, 132) == 8  # of 128 keys each

@@ -66,6 +66,21 @@ def test_prefill_on_hopper_is_the_attention_of_its_reference(shape: Shape) -> No
 
 @needs_hopper
 @pytest.mark.usefixtures("only_hopper")
+@pytest.mark.parametrize("num_before", [1, 300])
+@pytest.mark.parametrize("shape", HOPPER_PREFILLS[:2])
+def test_on_hopper_rows_before_the_first_start_are_not_written(shape: Shape, num_before: int) -> None:
+    (pages, batch), (q, _) = paged(shape), queries(shape)
+    assert batch.cu_seqlens_q is not None
+    behind = AttentionBatch(batch.page_table, batch.seq_lens, batch.cu_seqlens_q + num_before)
+    rows = torch.cat([torch.full_like(q[:1].expand(num_before, -1, -1), torch.nan), q, q[:40]])
+    out = torch.full_like(rows, 7.0)
+    prefill_attention(rows, pages, behind, out, shape.window)
+    assert_near(out[num_before : num_before + len(q)], expected_attention(shape), TOLERANCES)
+    assert (out[:num_before] == 7).all() and (out[num_before + len(q) :] == 7).all()
+
+
+@needs_hopper
+@pytest.mark.usefixtures("only_hopper")
 def test_a_chunk_on_hopper_has_the_same_bits_alone_and_cut_in_two() -> None:
     pages, batch = paged(HOPPER_PREFILLS[1])
     q, together = queries(HOPPER_PREFILLS[1])

@@ -31,7 +31,7 @@ class EngineOptions:
     kv_dtype: str | None = None  # of the KV cache: float32, bfloat16 or float8_e4m3fn; null: the weights'
     max_waiting: int = 1024  # requests in the waiting queue, preempted ones among them
     prefix_cache: bool = True  # share pages of equal prefixes between requests
-    graphs: bool = True  # CUDA graphs for steps in which every sequence decodes
+    graphs: bool = True  # CUDA graphs of steps, but for those of more than 2,048 tokens
     lookahead: bool = True  # launch a step before the tokens of the step before it are read
     policy: PolicyName = "lru"  # eviction order of cached pages: lru, or gdsf (greedy dual size frequency)
     tenants: tuple[Tenant, ...] = ()  # tenants with a reserved number of pages or a priority

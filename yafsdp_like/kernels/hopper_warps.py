@@ -96,7 +96,7 @@ def _tile(
     begin = gl.load(cu_seqlens_q + b)
     num_queries = gl.load(cu_seqlens_q + b + 1) - begin
     length = gl.load(seq_lens + b)
-    num_left = num_queries - number * BLOCK_Q
+    num_left = gl.where(number < 0, 0, num_queries - number * BLOCK_Q)  # 0: a block before the first sequence
     lowest = length - num_left
     end = gl.minimum(lowest + BLOCK_Q, length)
     low = gl.maximum(lowest - WINDOW + 1, 0) if WINDOW > 0 else lowest * 0

@@ -33,7 +33,8 @@ def prefill_attention(q: Tensor, pages: KVPages, batch: AttentionBatch, out: Ten
     """Attend with any number of queries for each of B sequences, on the current stream.
 
     The arguments are those of `decode_attention`; `batch` may have `cu_seqlens_q`, whose last is at most T. Rows
-    past it are not written. Raises `ValueError` for shapes, dtypes or strides that do not fit.
+    before its first and past its last are not written. Raises `ValueError` for shapes, dtypes or strides that do not
+    fit.
     """
     check(q, pages, batch, out)
     if batch.cu_seqlens_q is None:
@@ -100,7 +101,8 @@ def _sequence_of(
     """Find (sequence, number within it) of a block of BLOCK_Q queries.
 
     Blocks are numbered so that this needs no table: sequence b has those from cu_seqlens_q[b] // BLOCK_Q + b on, which
-    are enough for its queries, since rounding down loses less than the one block that `+ b` gives. Some are left over.
+    are enough for its queries, since rounding down loses less than the one block that `+ b` gives. Some are left over,
+    and those before the first sequence's rows have a negative number.
     """
     low, high = num_sequences * 0, num_sequences
     while high - low > 1:
@@ -187,7 +189,7 @@ def _prefill_kernel(
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # late queries see most keys: begin with them
     kv_head = tl.program_id(1).to(tl.int64)
     b, number, begin, num_queries = _queries_of(block, cu_seqlens_q, num_sequences, QUERIES, BLOCK_Q)
-    if number * BLOCK_Q < num_queries:
+    if (number >= 0) & (number * BLOCK_Q < num_queries):
         length = tl.load(seq_lens + b)
         rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)[None, :]
         token, head = number * BLOCK_Q + rows // GROUP, kv_head * GROUP + rows % GROUP

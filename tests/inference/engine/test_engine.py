@@ -21,8 +21,8 @@ from tests.kernels.test_kernels import run_python
 from tests.ranks import run_ranks
 from yafsdp_like.inference.engine import forward, runner
 from yafsdp_like.inference.engine.engine import Completion, Engine
+from yafsdp_like.inference.engine.forward import StepSize
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request, Token
-from yafsdp_like.inference.engine.runner import bucket_sizes
 from yafsdp_like.inference.kv.eviction import Costs, Tenant
 from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.weights.loading import load, model_of, world_transport
@@ -203,8 +203,8 @@ class Recorder:
     """Stands for CUDA graphs: work is done once when it is recorded, and again, as it is, when it is replayed."""
 
     def __init__(self) -> None:
-        self.recorded: list[tuple[str, int]] = []
-        self.replayed: list[tuple[str, int]] = []
+        self.recorded: list[tuple[str, StepSize | int]] = []
+        self.replayed: list[tuple[str, StepSize | int]] = []
 
     def record(self, work: functools.partial[None]) -> Any:
         name, (size,) = work.func.__name__, work.args
@@ -234,18 +234,18 @@ def test_recorded_steps_begin_and_end_with_weights_same_residency(monkeypatch: p
     options = replace(OPTIONS, kv_nbytes=1 << 20, max_batch_size=6)
     it = Engine.load(model_of(decoder(config)), options, mode="streamed", dtype=torch.float32)
     done: list[str] = []
-    reset_residency, decode, texts = it._weights.reset_residency, it._runner._decode, prompts(9)
+    reset_residency, step, texts = it._weights.reset_residency, it._runner._step, prompts(9)
 
-    def _decode(size: int) -> None:
+    def _step(size: StepSize) -> None:
         done.append("begin")
-        decode(size)
+        step(size)
         done.append("end")
 
     monkeypatch.setattr(it._weights, "reset_residency", lambda: (reset_residency(), done.append("reset")))
-    monkeypatch.setattr(it._runner, "_decode", _decode)
+    monkeypatch.setattr(it._runner, "_step", _step)
     recorder = record_steps(it, monkeypatch)
     assert ids(it.generate(requests(texts))) == {str(i): expected(config, text) for i, text in enumerate(texts)}
-    steps = [name for name, _ in recorder.recorded + recorder.replayed if name == "_decode"]
+    steps = [name for name, _ in recorder.recorded + recorder.replayed if name == "_step"]
     assert len(steps) > 10
     assert done == ["reset", "begin", "reset", "end"] * len(steps)
 
@@ -256,16 +256,31 @@ def test_rows_that_fill_up_a_recorded_batch_change_nothing(monkeypatch: pytest.M
     done = it.generate(requests(texts, num_logprobs=1))
     assert ids(done) == {str(i): expected(TINY, text) for i, text in enumerate(texts)}
     assert all(token.top == ((token.id, token.logprob),) for completion in done.values() for token in completion.tokens)
-    assert {size for name, size in recorder.replayed if name == "_decode"} >= {4, 6}
-    assert {size for name, size in recorder.replayed if name == "_tell_logprobs"} >= {1, 4, 6}
+    replayed = {size for name, size in recorder.replayed if name == "_step"}
+    assert replayed >= {StepSize.decode(4), StepSize.decode(6), StepSize(16, 6, 6, 6)}
+    assert {size for name, size in recorder.replayed if name == "_tell_logprobs"} >= {4, 6}
     check_idle(it)
 
 
-def test_a_few_batch_sizes_are_recorded_up_to_the_largest() -> None:
-    assert bucket_sizes(1) == [1]
-    assert bucket_sizes(4) == [1, 2, 4]
-    assert bucket_sizes(33) == [1, 2, 4, 8, 16, 24, 32, 33]
-    assert bucket_sizes(100) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 100]
+@pytest.mark.parametrize("name", ["grouped queries", "windows in one layer of three"])
+@pytest.mark.parametrize("costs", [SWAPPING, RECOMPUTING], ids=["swap", "recompute"])
+def test_every_step_is_a_recording_also_with_preemptions_and_arrivals(
+    name: str, costs: Costs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that differ in all that a request may say, with few pages: the tokens of steps that are not padded."""
+    draw, starts, tokens = random.Random(name), prompts(4, longest=20), []
+    asked = [replace(arrival(draw, str(i), starts), deadline=None) for i in range(60)]
+    for padded in (False, True):
+        it = engine(ARCHITECTURES[name], kv_nbytes=pages_nbytes(TINY, 24), costs=costs, max_batch_size=10)
+        recorder = record_steps(it, monkeypatch) if padded else None
+        tokens.append(ids(it.generate(asked)))
+        assert it.metrics().num_preempted > 0
+        check_idle(it)
+    assert recorder is not None
+    replayed = [size for name, size in recorder.replayed if name == "_step"]
+    assert len(replayed) == it.metrics().num_steps and len(set(replayed)) > 5
+    assert tokens[0] == tokens[1]
+    assert list(it._runner.measure_steps()) == [8, 16]
 
 
 @pytest.mark.parametrize("name", ["windows in one layer of three", "norms of heads"])

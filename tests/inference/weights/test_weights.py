@@ -518,7 +518,7 @@ def recorded_on_gpu(mode: Any) -> Any:
         rank = 0 if transport is None else transport.rank
         for _ in range(2):  # the second finds what the first has left
             drawn.append({name: done.ids for name, done in engine.generate(requests(rank)).items()})
-        drawn.append(len(engine._runner._decodes))
+        drawn.append(len(engine._runner._recordings))
         weights.close()
     return drawn[:3], drawn[3:]
 

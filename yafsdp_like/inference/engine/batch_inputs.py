@@ -14,7 +14,7 @@ Shapes: T tokens of a step, B sequences, V vocabulary, G groups of layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,40 +92,32 @@ class Staging:
     def stage(self, runs: Sequence[Run], drawing: Sequence[Run], size: StepSize) -> None:
         """Write and upload all that a step of ``size`` reads; ``drawing`` are those of ``runs`` that draw.
 
-        ``size`` may have more single rows than there are runs; the others read and write nothing.
+        ``runs`` are sorted: those of one token come first. ``size`` may have more rows of everything than they need.
         """
         self._turn ^= 1
-        singles, chunks = runs[: len(runs) - size.num_chunks], runs[len(runs) - size.num_chunks :]
+        num_single = sum(run.num_tokens == 1 for run in runs)
+        singles, chunks = runs[:num_single], runs[num_single:]
         rows = {run.sequence: row for row, run in enumerate(singles)}
         rows |= {run.sequence: size.first_chunk + number for number, run in enumerate(chunks)}
         self._write_pages(runs, rows)
         self._write_seq_lens(runs, rows, size)
-        self._write_singles(singles, size)
-        first = size.num_single
+        self._write_singles(singles)
+        first = num_single
         for run in chunks:
             self._write_chunk(run, rows[run.sequence], first)
             first += run.num_tokens
-        self._write_cu_seqlens_q(chunks)
+        self._write_padding(slice(first, size.num_tokens))
+        self._write_cu_seqlens_q(num_single, chunks, size)
         self._upload_tokens(size)
         self._stage_drawing(runs, drawing, size)
 
     def stage_idle(self, size: StepSize) -> None:
-        """Write and upload a step of ``size`` whose rows read and write nothing."""
-        self._turn ^= 1
-        inputs = self._side.inputs
-        inputs.token_index.array[: size.num_tokens] = 0
-        inputs.positions.array[: size.num_tokens] = 0
-        inputs.slot_mapping.array[:, : size.num_tokens] = _NOWHERE
-        inputs.seq_lens.array[: size.num_rows] = 0
-        inputs.cu_seqlens_q.array[: size.num_chunks + 1] = [0] * size.num_chunks + [size.num_chunk_tokens]
-        inputs.last_rows.array[:] = 0
-        inputs.last_rows.upload(0, size.num_drawing)
-        self._upload_tokens(size)
-        self._stage_drawing((), (), replace(size, num_single=size.num_drawing, num_chunks=0))
+        """Write and upload a step of ``size`` that is all padding."""
+        self.stage((), (), size)
 
     # --- tokens ---
 
-    def _write_singles(self, runs: Sequence[Run], size: StepSize) -> None:
+    def _write_singles(self, runs: Sequence[Run]) -> None:
         """Write rows of one token each, as lists: a large batch costs more elements, not more calls."""
         count, inputs, page_size = len(runs), self._side.inputs, self._page_size
         starts = [run.start for run in runs]
@@ -142,9 +134,6 @@ class Staging:
                 table[start // page_size] * page_size + start % page_size
                 for table, start in zip(tables, starts, strict=True)
             ]
-            slot_mapping[count : size.num_single] = _NOWHERE
-        inputs.positions.array[count : size.num_single] = 0
-        inputs.token_index.array[count : size.num_single] = 0
 
     def _write_chunk(self, run: Run, row: int, first: int) -> None:
         """Write one run of several known tokens to the rows from ``first`` on."""
@@ -159,6 +148,12 @@ class Staging:
             slots = pages[:, None] * page_size + np.arange(page_size, dtype=np.int32)
             slot_mapping[rows] = slots.reshape(-1)[offset : offset + run.num_tokens]
 
+    def _write_padding(self, rows: slice) -> None:
+        inputs = self._side.inputs
+        inputs.token_index.array[rows] = 0
+        inputs.positions.array[rows] = 0
+        inputs.slot_mapping.array[:, rows] = _NOWHERE
+
     def _upload_tokens(self, size: StepSize) -> None:
         inputs = self._side.inputs
         inputs.token_pool.upload(self._max_batch_size, self._max_batch_size + size.num_tokens)
@@ -166,7 +161,7 @@ class Staging:
         inputs.positions.upload(0, size.num_tokens)
         for group in range(len(inputs.slot_mapping.array)):
             inputs.slot_mapping.upload(0, size.num_tokens, group)
-        inputs.seq_lens.upload(0, size.num_rows)
+        inputs.seq_lens.upload(0, size.num_table_rows)
         if size.num_chunks:
             inputs.cu_seqlens_q.upload(0, size.num_chunks + 1)
 
@@ -200,15 +195,16 @@ class Staging:
 
     def _write_seq_lens(self, runs: Iterable[Run], rows: Mapping[ActiveRequest, int], size: StepSize) -> None:
         seq_lens = self._side.inputs.seq_lens.array
-        seq_lens[: size.num_rows] = 0
+        seq_lens[: size.num_table_rows] = 0
         for run in runs:
             seq_lens[rows[run.sequence]] = run.end
 
-    def _write_cu_seqlens_q(self, chunks: Sequence[Run]) -> None:
-        """Write the chunks' offsets, counted from the first one's first row."""
+    def _write_cu_seqlens_q(self, first: int, chunks: Sequence[Run], size: StepSize) -> None:
+        """Write the chunks' first rows, from ``first`` on; those that are padding have no rows."""
+        ends = first + np.cumsum([0, *(run.num_tokens for run in chunks)])
         cu_seqlens_q = self._side.inputs.cu_seqlens_q.array
-        cu_seqlens_q[0] = 0
-        cu_seqlens_q[1 : len(chunks) + 1] = np.cumsum([run.num_tokens for run in chunks])
+        cu_seqlens_q[: len(ends)] = ends
+        cu_seqlens_q[len(ends) : size.num_chunks + 1] = ends[-1]
 
     # --- drawing ---
 
@@ -228,7 +224,8 @@ class Staging:
         if not size.draws_in_order:
             ends = np.cumsum([run.num_tokens for run in runs])
             inputs.last_rows.array[:count] = [end - 1 for end, run in zip(ends, runs, strict=True) if run.draws]
-            inputs.last_rows.upload(0, count)
+            inputs.last_rows.array[count : size.num_drawing] = 0
+            inputs.last_rows.upload(0, size.num_drawing)
 
     def _history_row(self, sequence: ActiveRequest) -> int:
         """Return the row of ``history`` that counts the sequence's tokens; -1 if its sampling needs none."""

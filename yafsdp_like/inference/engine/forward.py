@@ -3,8 +3,14 @@
 Nothing is allocated: every operation writes into a planned buffer. This file knows weights, buffers and pages; it must
 not know whose tokens they are, nor how they got here.
 
-Rows of a step: first one token of each of ``num_single`` sequences, then chunks of ``num_chunks`` others. Tables of
-sequences are laid out alike, with the chunks' first row at a multiple of ``ROW_ALIGNMENT``, see [Note: aligned rows].
+Rows of a step: first one token of each of some sequences, then chunks of others, then padding. Tables of sequences
+have ``num_single`` rows for the former, the last of which may be padding, and from ``first_chunk`` on the latter's.
+
+[Note: padded steps]
+A step of a given ``StepSize`` issues the same kernels on the same addresses whatever its batch is, so it can be
+recorded once and replayed: how many sequences and tokens there really are is in the tables alone. Padding reads and
+writes no pages: lengths are 0, slots are -1. Where fewer than ``num_single`` sequences decode, the rows behind theirs
+belong to chunks: decode attention writes zeros there, then prefill attention what is right, so their order matters.
 
 [Note: aligned rows]
 Triton compiles another kernel for a pointer that is not a multiple of 16 bytes. The parts of tables that hold chunks
@@ -44,22 +50,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepSize:
-    """How many rows of what a step has."""
+    """How many rows of what a step has, padding included; see [Note: padded steps]."""
 
+    num_tokens: int
     num_single: int  # sequences with one token
     num_chunks: int = 0  # sequences with several
-    num_chunk_tokens: int = 0
     num_drawing: int = 0  # rows whose next token is drawn
 
     @classmethod
     def decode(cls, batch_size: int) -> StepSize:
         """Make a step of one token for each sequence, all of which draw, in order."""
-        return cls(batch_size, num_drawing=batch_size)
-
-    @property
-    def num_tokens(self) -> int:
-        """Rows of all sequences."""
-        return self.num_single + self.num_chunk_tokens
+        return cls(batch_size, batch_size, num_drawing=batch_size)
 
     @property
     def first_chunk(self) -> int:
@@ -67,8 +68,8 @@ class StepSize:
         return -(-self.num_single // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
     @property
-    def num_rows(self) -> int:
-        """Rows of tables up to the last one in use."""
+    def num_table_rows(self) -> int:
+        """Rows of tables of sequences up to the last one in use."""
         return self.first_chunk + self.num_chunks if self.num_chunks else self.num_single
 
     @property
@@ -115,19 +116,28 @@ class Forward:
 
     def __call__(self, size: StepSize) -> Tensor:
         """Return logits (num_drawing, V) in the weights' dtype; keys and values go into pages."""
-        rows = slice(0, size.num_tokens)
-        hidden, normed = self._activations.hidden[rows], self._activations.normed[rows]
-        self._embed(rows, hidden)
-        added = None
+        self._embed(slice(0, size.num_tokens))
+        for index in range(self._config.num_layers):
+            self._layer(index, self._weights.layer(index), size)
+            self._weights.release(index)
+        return self._head(size)
+
+    def warm_up(self, sizes: Sequence[StepSize]) -> None:
+        """Issue what steps of ``sizes`` issue, but one layer of each kind; the tables must be those of padding.
+
+        Libraries load and choose kernels when a shape comes first, which must not happen in a recording.
+        """
+        self._embed(slice(0, 1))
+        windows = set[int | None]()
         for index in range(self._config.num_layers):
             layer = self._weights.layer(index)
-            self._norm(added, hidden, layer.input_norm, normed)
-            self._attend(index, layer, size, normed)
-            self._norm(normed, hidden, layer.post_norm, normed)
-            self._feed(layer, rows, normed)
+            if self._cache[index].window not in windows:
+                windows.add(self._cache[index].window)
+                for size in sizes:
+                    self._layer(index, layer, size)
             self._weights.release(index)
-            added = normed
-        return self._head(size, normed, hidden)
+        for size in sizes:
+            self._head(size)
 
     def skip(self) -> None:
         """Make a forward of no tokens, for a rank in lockstep that has nothing to do."""
@@ -137,12 +147,21 @@ class Forward:
             self._weights.release(index)
         self._weights.head()
 
-    def _embed(self, rows: slice, hidden: Tensor) -> None:
+    def _embed(self, rows: slice) -> None:
         inputs, tables, token_ids = self._inputs, self._tables, self._tables.token_ids[rows]
         torch.index_select(inputs.token_pool, 0, inputs.token_index[rows], out=token_ids)
-        torch.index_select(self._weights.embedding(), 0, token_ids, out=hidden)
+        torch.index_select(self._weights.embedding(), 0, token_ids, out=self._activations.hidden[rows])
         torch.index_select(tables.cos, 0, inputs.positions[rows], out=self._activations.step_cos[rows])
         torch.index_select(tables.sin, 0, inputs.positions[rows], out=self._activations.step_sin[rows])
+
+    def _layer(self, index: int, layer: LayerWeights, size: StepSize) -> None:
+        """Compute one layer; ``hidden`` is the residual stream, ``normed`` what the layer before adds to it."""
+        rows = slice(0, size.num_tokens)
+        hidden, normed = self._activations.hidden[rows], self._activations.normed[rows]
+        self._norm(normed if index else None, hidden, layer.input_norm, normed)
+        self._attend(index, layer, size, normed)
+        self._norm(normed, hidden, layer.post_norm, normed)
+        self._feed(layer, rows, normed)
 
     def _norm(self, added: Tensor | None, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         """Add to the residual stream what a layer adds to it, and norm the sum."""
@@ -173,15 +192,15 @@ class Forward:
     def _attend_pages(self, q: Tensor, cache: LayerPages, size: StepSize, out: Tensor) -> None:
         tables, seq_lens = self._inputs.page_tables[cache.group], self._inputs.seq_lens
         single = slice(0, size.num_single)
-        if size.num_single:
+        if size.num_single:  # before the chunks, see [Note: padded steps]
             batch = AttentionBatch(tables[single], seq_lens[single])
             workspace, num_splits = self._pieces(size.num_single, cache.window)
             decode_attention(q[single], cache.pages, batch, out[single], workspace, num_splits, cache.window)
         if size.num_chunks:
-            chunks = slice(size.first_chunk, size.num_rows)
+            chunks = slice(size.first_chunk, size.num_table_rows)
             cu_seqlens_q = self._inputs.cu_seqlens_q[: size.num_chunks + 1]
             batch = AttentionBatch(tables[chunks], seq_lens[chunks], cu_seqlens_q)
-            prefill_attention(q[size.num_single :], cache.pages, batch, out[size.num_single :], cache.window)
+            prefill_attention(q, cache.pages, batch, out, cache.window)
 
     def _pieces(self, batch_size: int, window: int | None) -> tuple[Tensor, int]:
         """Return the workspace of decode attention, and the number of pieces that keys are cut into."""
@@ -206,8 +225,9 @@ class Forward:
         if self._tp_group is not None:
             self._tp_group.sum_(part)
 
-    def _head(self, size: StepSize, added: Tensor, hidden: Tensor) -> Tensor:
+    def _head(self, size: StepSize) -> Tensor:
         norm, head = self._weights.head()
+        added, hidden = self._activations.normed[: size.num_tokens], self._activations.hidden[: size.num_tokens]
         last, logits = self._activations.last[: size.num_drawing], self._logits[: size.num_drawing]
         if size.draws_in_order:
             self._norm(added, hidden, norm, last)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from yafsdp_like.inference.engine.batch_inputs import Staging, host_like
+from yafsdp_like.inference.engine.buckets import StepBuckets
 from yafsdp_like.inference.engine.forward import Forward, LayerPages, StepSize
 from yafsdp_like.inference.engine.request import Token
 from yafsdp_like.inference.kv.eviction import Costs
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _NUM_TIMED = 3  # repetitions of what is measured, of which the fastest counts
 _TIMED_NBYTES = 64 << 20
 _TIMED_TOKENS_ON_CPU = 16
+_MAX_RECORDED_TOKENS = 2048  # of a step; larger ones take a GPU longer than issuing them takes the CPU
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ class Runner:
         scores, ids = buffers.logits, buffers.inputs.token_pool[: self._max_batch_size]
         self._drawn = DrawnTokens(ids, scores.drawn_logprobs, scores.top_logits, scores.top_ids)
         self._results = [self._host_results() for _ in range(2)]  # see batch_inputs.py, [Note: two sides]
-        self._decodes: dict[int, StepRecording] = {}  # by batch size
-        self._logprobs: dict[int, StepRecording] = {}
+        self._buckets = StepBuckets(self._max_batch_size, self._max_batch_tokens)
+        self._recordings: dict[StepSize, StepRecording] = {}
+        self._logprobs: dict[int, StepRecording] = {}  # by the number of rows that draw
         self._fill_rotary()
 
     def _host_results(self) -> DrawnTokens:
@@ -98,27 +101,33 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, graphs: bool) -> None:
-        """Compile all that steps need on a GPU, and record decode steps of a few batch sizes."""
+        """Compile all that steps need on a GPU, and record steps of all sizes up to ``_MAX_RECORDED_TOKENS``."""
         if not self._on_gpu:
             return
-        sizes = bucket_sizes(self._max_batch_size)
         with launching_on(self._weights.device):
-            self._whole_chunk()
-            for size in sizes:
-                self._idle(StepSize.decode(size))
-                self._tell_logprobs(size)
+            self._staging.stage_idle(self._buckets.mixed[-1])
+            self._forward.warm_up(self._sizes)
+            for num_rows in sorted({size.num_drawing for size in self._sizes}):
+                self._sample(self._buffers.logits.logits[:num_rows])
+                self._tell_logprobs(num_rows)
             torch.cuda.synchronize(self._weights.device)
             if graphs:
-                self._record(sizes)
+                self._record()
 
-    def _record(self, sizes: Sequence[int]) -> None:
+    @property
+    def _sizes(self) -> list[StepSize]:
+        """Sizes of all steps, those of many tokens last."""
+        return [*self._buckets.decode, *self._buckets.mixed]
+
+    def _record(self) -> None:
         """Record the largest first, whose memory the others then use."""
         recorder = StepRecorder()
-        for size in reversed(sizes):
-            self._logprobs[size] = recorder.record(partial(self._tell_logprobs, size))
-            if self._weights.graphable:
-                self._weights.reset_residency()
-                self._decodes[size] = recorder.record(partial(self._decode, size))
+        for size in reversed(self._buckets.decode):
+            self._logprobs[size.num_drawing] = recorder.record(partial(self._tell_logprobs, size.num_drawing))
+        sizes = [size for size in self._sizes if size.num_tokens <= _MAX_RECORDED_TOKENS]
+        for size in reversed(sizes if self._weights.graphable else []):
+            self._weights.reset_residency()
+            self._recordings[size] = recorder.record(partial(self._step, size))
 
     @torch.inference_mode()
     def measure(self) -> Costs:
@@ -133,9 +142,21 @@ class Runner:
         num_tokens = self._max_batch_tokens
         if not self._on_gpu:
             num_tokens = min(num_tokens, _TIMED_TOKENS_ON_CPU)
-        chunk = StepSize(0, num_chunks=1, num_chunk_tokens=num_tokens)
+        chunk = StepSize(num_tokens, num_single=0, num_chunks=1)
         with launching_on(self._weights.device):
             return Costs(2 * nbytes / self._seconds(copy), num_tokens / self._seconds(lambda: self._idle(chunk)))
+
+    @torch.inference_mode()
+    def measure_steps(self) -> dict[int, float]:
+        """Measure the seconds of recorded steps that mix, by number of tokens, less attention to earlier tokens."""
+        sizes = [size for size in self._recordings if size.num_chunks and size == self._buckets.least(size.num_tokens)]
+        with launching_on(self._weights.device):
+            return {size.num_tokens: self._seconds(partial(self._replay_idle, size)) for size in reversed(sizes)}
+
+    def _replay_idle(self, size: StepSize) -> None:
+        self._staging.stage_idle(size)
+        self._weights.reset_residency()
+        self._recordings[size].replay()
 
     def _seconds(self, work: Callable[[], None]) -> float:
         return min(self._seconds_once(work) for _ in range(_NUM_TIMED))
@@ -149,11 +170,6 @@ class Runner:
             torch.cuda.synchronize(self._weights.device)
         return max(time.perf_counter() - start, 1e-9)
 
-    def _whole_chunk(self) -> None:
-        """Run the largest step there is, with rows of both kinds where there is room for them."""
-        num_single = 1 if self._max_batch_size > 1 and self._max_batch_tokens > 1 else 0
-        self._idle(StepSize(num_single, 1, self._max_batch_tokens - num_single, num_drawing=1))
-
     def _idle(self, size: StepSize) -> None:
         """Run a step whose rows read and write nothing."""
         self._staging.stage_idle(size)
@@ -165,17 +181,18 @@ class Runner:
     def launch(self, batch: Batch) -> Launched:
         """Issue a step, which may read tokens that the step before it draws. At most one other may be unread."""
         size, drawing = _size_of(batch.runs), tuple(run for run in batch.runs if run.draws)
-        recorded = self._recorded_size(size)
-        size = size if recorded is None else StepSize.decode(recorded)
+        if self._on_gpu:
+            size = self._buckets.fit(size)
+        recording = self._recordings.get(size)
         with launching_on(self._weights.device):
             self._staging.stage(batch.runs, drawing, size)
             began = self.timer.mark()
             self._copy_pages(batch.copies)
-            if recorded is None:
+            if recording is None:
                 self._sample(self._forward(size))
             else:
                 self._weights.reset_residency()
-                self._decodes[recorded].replay()
+                recording.replay()
             return self._fetch(drawing, size.num_drawing, began)
 
     def wait(self, launched: Launched) -> None:
@@ -192,15 +209,9 @@ class Runner:
         """Run a step of no tokens, for ranks that must step together."""
         self._forward.skip()
 
-    def _recorded_size(self, size: StepSize) -> int | None:
-        """Return the batch size of the recording that does a step; None if there is none."""
-        if not size.draws_in_order:
-            return None
-        return min((found for found in self._decodes if found >= size.num_single), default=None)
-
-    def _decode(self, batch_size: int) -> None:
-        """Run what is recorded: a decode step that ends with the residency that it began with."""
-        self._sample(self._forward(StepSize.decode(batch_size)))
+    def _step(self, size: StepSize) -> None:
+        """Run what is recorded: a step that ends with the residency that it began with."""
+        self._sample(self._forward(size))
         self._weights.reset_residency()
 
     def _sample(self, logits: Tensor) -> None:
@@ -248,19 +259,11 @@ class Runner:
             destination[:nbytes].copy_(source[:nbytes], non_blocking=True)
 
 
-def bucket_sizes(max_batch_size: int) -> list[int]:
-    """Return the batch sizes that are recorded.
-
-    Powers of two to 8, then multiples of 8, of 16 above 64, and the largest.
-    """
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, max_batch_size, 16)]
-    return [*(size for size in sizes if size < max_batch_size), max_batch_size]
-
-
 def _size_of(runs: Sequence[Run]) -> StepSize:
     """Count the rows of ``runs``, of which those of one token come first."""
-    chunks = [run.num_tokens for run in runs if run.num_tokens > 1]
-    return StepSize(len(runs) - len(chunks), len(chunks), sum(chunks), sum(run.draws for run in runs))
+    num_chunks = sum(run.num_tokens > 1 for run in runs)
+    num_tokens, num_drawing = sum(run.num_tokens for run in runs), sum(run.draws for run in runs)
+    return StepSize(num_tokens, len(runs) - num_chunks, num_chunks, num_drawing)
 
 
 def _token(run: Run, token: int, results: DrawnTokens, row: int) -> Token:

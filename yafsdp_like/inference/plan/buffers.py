@@ -75,7 +75,7 @@ def _sizes(config: DecoderConfig, step: StepShape) -> dict[str, int]:
         "B": batch,
         "B + T": batch + step.num_tokens,
         "B + 1": batch + 1,
-        "B + A": batch + ROW_ALIGNMENT,  # the rows of prefill begin at a multiple of A
+        "2 B + A": 2 * batch + ROW_ALIGNMENT,  # B that decode, and B chunks from a multiple of A on
         "D": config.dim,
         "H": head_dim,
         "N H": config.num_heads * head_dim,
@@ -142,9 +142,9 @@ class BatchInputs(Generic[T]):
     token_index: T = _tensor("T", dtype=torch.int64)  # where in ``token_pool`` each token is
     positions: T = _tensor("T", dtype=torch.int64)
     slot_mapping: T = _tensor("G", "T", dtype=torch.int32)  # where keys and values go; -1: nowhere
-    page_tables: T = _tensor("G", "B + A", "pages", dtype=torch.int32)
-    seq_lens: T = _tensor("B + A", dtype=torch.int32)
-    cu_seqlens_q: T = _tensor("B + 1", dtype=torch.int32)  # of chunks
+    page_tables: T = _tensor("G", "2 B + A", "pages", dtype=torch.int32)
+    seq_lens: T = _tensor("2 B + A", dtype=torch.int32)
+    cu_seqlens_q: T = _tensor("B + 1", dtype=torch.int32)  # first rows of chunks, and the end of the last
     last_rows: T = _tensor("B", dtype=torch.int64)  # rows whose next token is drawn, unless all are, in order
     sampling_floats: T = _tensor("B", "floats", dtype=torch.float32)
     sampling_ints: T = _tensor("B", "ints", dtype=torch.int64)

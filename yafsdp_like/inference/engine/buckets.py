@@ -1,0 +1,80 @@
+"""The sizes that steps are padded to, so that each can be a CUDA graph.
+
+A step that only decodes has one of few batch sizes. Any other has one of few numbers of tokens, and one of few numbers
+of sequences; matrix products cost by the former, attention and drawing by the latter. Sizes are chosen from what a step
+needs alone, whether it is recorded or not, so graphs do not change the shapes of products, and hence no bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from yafsdp_like.inference.engine.forward import StepSize
+
+# Up to which number of tokens padding is to a multiple of what: a quarter of a step at most, an eighth from 512 on.
+_TOKEN_STEPS = ((16, 8), (128, 16), (256, 32), (1024, 64), (2048, 128), (4096, 256))
+_LARGEST_TOKEN_STEP = 512
+_NUM_SEQUENCES = (8, 32, 128, 512)
+_MAX_CHUNKS = 32  # of a step that has fewer sequences than there may be
+
+
+@dataclass(frozen=True)
+class StepBuckets:
+    """Sizes of steps of at most ``max_batch_size`` sequences and ``max_batch_tokens`` tokens."""
+
+    max_batch_size: int
+    max_batch_tokens: int
+
+    @cached_property
+    def decode(self) -> list[StepSize]:
+        """Sizes of steps that only decode.
+
+        Powers of two to 8, then multiples of 8, of 16 above 64, and the largest.
+        """
+        most = self.max_batch_size
+        sizes = [1, 2, 4, *range(8, 64, 8), *range(64, most, 16)]
+        return [StepSize.decode(size) for size in (*(size for size in sizes if size < most), most)]
+
+    @cached_property
+    def mixed(self) -> list[StepSize]:
+        """Sizes of all other steps, those with fewer tokens first, then those with fewer sequences."""
+        sizes = (self._mixed(tokens, *limits) for tokens in self._tokens for limits in self._sequences)
+        return list(dict.fromkeys(sizes))
+
+    def fit(self, size: StepSize) -> StepSize:
+        """Return the smallest size that holds a step of ``size``."""
+        if size.draws_in_order:
+            return next(fit for fit in self.decode if fit.num_single >= size.num_single)
+        tokens = next(tokens for tokens in self._tokens if tokens >= size.num_tokens)
+        return next(
+            self._mixed(tokens, *limits)
+            for limits in self._sequences
+            if all(
+                most >= n for most, n in zip(limits, (size.num_single, size.num_chunks, size.num_drawing), strict=True)
+            )
+        )
+
+    def least(self, num_tokens: int) -> StepSize:
+        """Return the size of a step of so many tokens with the fewest sequences of both kinds."""
+        return self.fit(StepSize(num_tokens, min(1, num_tokens - 1), 1, 1))
+
+    @cached_property
+    def _tokens(self) -> list[int]:
+        """Numbers of tokens that steps are padded to."""
+        tokens, last = list[int](), 0
+        for end, step in (*_TOKEN_STEPS, (self.max_batch_tokens, _LARGEST_TOKEN_STEP)):
+            tokens += range(last + step, end + 1, step)
+            last = max(last, end)
+        return [*(n for n in tokens if n < self.max_batch_tokens), self.max_batch_tokens]
+
+    @cached_property
+    def _sequences(self) -> list[tuple[int, int, int]]:
+        """How many may decode, how many may be chunks, and how many may draw: first of prompts that go on."""
+        most = self.max_batch_size
+        few = [(n, min(n, _MAX_CHUNKS)) for n in _NUM_SEQUENCES if n < most]
+        return [(0, min(8, most), 0), *((n, c, min(n + c, most)) for n, c in (*few, (most, most)))]
+
+    def _mixed(self, num_tokens: int, num_single: int, num_chunks: int, num_drawing: int) -> StepSize:
+        single, chunks, drawing = (min(n, num_tokens) for n in (num_single, num_chunks, num_drawing))
+        return StepSize(num_tokens, single, chunks, drawing)
