@@ -1,6 +1,9 @@
 """Whole steps as CUDA graphs: the same numbers as the function they are made of, or the function itself."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from tests.training import world_mesh
 from yafsdp_like import GraphedStep, MixedPrecisionPolicy, fully_shard
 from yafsdp_like.models import Decoder, DecoderConfig
 from yafsdp_like.optim import AdamW
+from yafsdp_like.shard import graph
 from yafsdp_like.shard.graph import repeatable_state
 
 CONFIG = DecoderConfig(dim=256, num_layers=4, num_heads=4, num_kv_heads=2, ffn_dim=512, vocab_size=1024)
@@ -18,9 +22,9 @@ BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def sharded(device: str, transport: Any = "auto") -> Any:
+def sharded(device: str, transport: Any = "auto", config: DecoderConfig = CONFIG) -> Any:
     with torch.device("meta"):
-        model = Decoder(CONFIG)
+        model = Decoder(config)
     for module in (*model.layers, model):
         fully_shard(module, mesh=world_mesh(device), mp_policy=BF16, transport=transport)
     model.to_empty(device=device)
@@ -37,9 +41,9 @@ def forward_backward_of(model: Any) -> Step:
     return forward_backward
 
 
-def batch(step: int, seq_len: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(step: int, seq_len: int, device: str, size: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1000 * step + torch.distributed.get_rank())
-    tokens = torch.randint(CONFIG.vocab_size, (2, seq_len + 1), generator=generator).to(device)
+    tokens = torch.randint(CONFIG.vocab_size, (size, seq_len + 1), generator=generator).to(device)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
@@ -93,6 +97,138 @@ def held_gradient_survives() -> bool:
 @pytest.mark.gpu
 def test_a_gradient_that_the_user_keeps_survives_a_replay() -> None:
     assert run_ranks(held_gradient_survives, device="cuda", timeout=120) == [True, True]
+
+
+LARGE = DecoderConfig(dim=1024, num_layers=6, num_heads=8, num_kv_heads=4, ffn_dim=2816, vocab_size=8192)
+
+
+def train_in_order(lengths: list[int], graphed: bool = True) -> tuple[int, list[float]]:
+    """Bytes that the allocator reserved at most, beside what it had before, and losses: five steps of each length."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    model = sharded("cuda", config=LARGE)
+    function = forward_backward_of(model)
+    step = GraphedStep(function, model) if graphed else function
+    optimizer = AdamW(model.parameters(), 1e-3)
+    torch.cuda.reset_peak_memory_stats()
+    losses = []
+    for number in range(5 * len(lengths)):
+        losses.append(step(*batch(number, lengths[number // 5], "cuda", size=8)).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    if isinstance(step, GraphedStep):
+        assert step.num_recordings == len(lengths)
+    return torch.cuda.max_memory_reserved() - before, losses
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[512, 1024, 2048], [2048, 1024, 512], [1024, 2048, 512]])
+def test_recordings_of_several_lengths_take_the_memory_of_the_longest(lengths: list[int]) -> None:
+    options: dict[str, Any] = {"world_size": 1, "device": "cuda", "timeout": 120}
+    [(_, plain)] = run_ranks(train_in_order, lengths, False, **options)
+    [(alone, _)] = run_ranks(train_in_order, [max(lengths)], **options)
+    [(together, losses)] = run_ranks(train_in_order, lengths, **options)
+    assert together == pytest.approx(alone, rel=0.02)
+    assert losses == plain
+
+
+def keep_and_fail() -> None:
+    """The function keeps a tensor of each call, and fails once."""
+    model, kept, fails = sharded("cuda"), [], False
+
+    def function(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = model(tokens, targets)
+        kept.append(torch.full((1 << 20,), float(len(kept)), device="cuda"))
+        if fails:
+            raise ArithmeticError("as asked")
+        loss.backward()
+        return loss.detach()
+
+    step = GraphedStep(function, model)
+    for number in range(4):
+        step(*batch(number, 96, "cuda"))
+        model.zero_grad()
+    assert step.num_recordings == 1
+    fails = True
+    with pytest.raises(ArithmeticError, match="as asked"):
+        step(*batch(4, 64, "cuda"))
+    fails = False
+    assert step.num_recordings == 0, "it may write to what the function has kept since"
+    for number in range(5, 15):
+        step(*batch(number, 64 if number % 2 else 96, "cuda"))
+        model.zero_grad()
+    assert step.num_recordings == 2
+    assert all(bool((tensor == i).all()) for i, tensor in enumerate(kept)), "a replay has written to a kept tensor"
+
+
+@pytest.mark.gpu
+def test_replays_spare_what_calls_before_a_recording_have_kept() -> None:
+    run_ranks(keep_and_fail, device="cuda", timeout=120)
+
+
+class Recorder:
+    """Stands for ``StepRecorder`` on a CPU: a replay finds what the recorded call has computed."""
+
+    works_on = staticmethod(lambda device: True)
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.blocks: set[tuple[int, int]] = set()
+
+    @contextmanager
+    def in_pool(self) -> Iterator[None]:
+        self.log.append("in pool")
+        yield
+
+    def live(self) -> set[tuple[int, int]]:
+        return set(self.blocks)
+
+    def record(self, work: Callable[[], Any]) -> Any:
+        self.log.append("record")
+        return SimpleNamespace(result=work(), replay=lambda: None)
+
+
+@on_ranks()
+def test_steps_before_a_recording_run_in_its_pool_and_those_that_leave_memory_there_end_earlier_recordings() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "StepRecorder", Recorder)
+        model = sharded("cpu")
+        leaves = False
+
+        def function(tokens: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+            loss = model(tokens, targets)
+            loss.backward()
+            if leaves:
+                recorder.blocks.add((len(recorder.blocks), 512))
+            return {"loss": loss}
+
+        step = GraphedStep(function, model)
+
+        def losses(seq_len: int, calls: int) -> list[float]:
+            found = []
+            for _ in range(calls):
+                loss = step(*batch(0, seq_len, "cpu"))["loss"]
+                assert not loss.requires_grad, "a copy"
+                found.append(loss.item())
+                assert all(p.grad is not None for p in model.parameters())
+                model.zero_grad()
+            return found
+
+        function(*batch(0, 16, "cpu"))  # slots are made
+        model.zero_grad()
+        assert len(set(losses(16, 4))) == 1
+        recorder = step._recorder
+        assert isinstance(recorder, Recorder)
+        assert recorder.log == ["in pool", "in pool", "record"]
+        leaves = True
+        losses(32, 1)
+        assert step.num_recordings == 0, "it may write to what the other length has left"
+        leaves = False
+        losses(32, 2)
+        losses(16, 1)
+        assert recorder.log[3:] == ["in pool", "in pool", "record", "record"]
+        assert step.num_recordings == 2
 
 
 @on_ranks()

@@ -10,14 +10,16 @@ other. The CPU never waits, and ``record_stream`` is never used, since arena mem
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from yafsdp_like.memory.allocator import transient_storage
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 COMPUTE, GATHER, REDUCE = "compute", "gather", "reduce"
 HOST_TO_DEVICE, DEVICE_TO_HOST = "host to device", "device to host"
@@ -174,15 +176,59 @@ class StepRecording:
 
 
 class StepRecorder:
-    """Records on a stream of its own; all recordings allocate from one pool."""
+    """Records steps on a stream of its own, in a memory pool that all its recordings share.
+
+    [Note: one pool]
+    A recording finds in its pool what the last one has left free: neither memory of the allocator's default pool, nor
+    of another stream. Steps that run as they are before one is recorded would leave their activations in the default
+    pool, beside the recordings'. They run ``in_pool``, on the recordings' stream, so that the pool grows to what the
+    largest step takes, and no further. What they leave there must die before the next replay, which may write anywhere
+    in memory that was free when it was recorded: see ``live``.
+    """
 
     def __init__(self) -> None:
         self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        # The allocator lets nobody use a pool again after its last graph has gone: this one stays.
+        self._first = self.record(lambda: transient_storage(1, self._stream.device).fill_(0))  # type: ignore[attr-defined]
+
+    @staticmethod
+    def works_on(device: torch.device) -> bool:
+        """Return whether steps of a model on ``device`` can be recorded."""
+        return device.type == "cuda"
 
     def record(self, work: Callable[[], Any]) -> StepRecording:
-        """Call ``work`` once, and record it."""
-        torch.cuda.empty_cache()  # what eager steps have cached is about to be needed by the recording
+        """Call ``work`` once, and record it. Cached memory of the default pool is given back first."""
         return StepRecording(work, self._stream, self._pool)
+
+    @contextmanager
+    def in_pool(self) -> Iterator[None]:
+        """Run the work issued inside on the recordings' stream, between what the current one did and will do.
+
+        All that is allocated on that stream, by whatever thread, comes from the pool: autograd has threads of its own.
+        Cached memory of the default pool is given back first, which the allocator would not do inside.
+        """
+        torch.cuda.empty_cache()
+        current, device = torch.cuda.current_stream(self._stream.device), self._stream.device_index
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                torch._C._cuda_beginAllocateCurrentStreamToPool(device, self._pool)
+                try:
+                    yield
+                finally:
+                    torch._C._cuda_endAllocateToPool(device, self._pool)
+                    torch._C._cuda_releasePool(device, self._pool)  # the use that the beginning counted
+        finally:
+            current.wait_stream(self._stream)
+
+    def live(self) -> set[tuple[int, int]]:
+        """Return the address and size of each block of the pool that somebody holds."""
+        blocks = (
+            block
+            for segment in torch.cuda.memory_snapshot(self._pool, include_traces=False)
+            for block in segment["blocks"]
+        )
+        return {(block["address"], block["size"]) for block in blocks if block["state"] == "active_allocated"}
 
 
 @cache

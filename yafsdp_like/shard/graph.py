@@ -81,8 +81,9 @@ class GraphedStep:
     copies. It must not read the GPU's results on the CPU or decide by them, and must leave gradients synchronised; its
     Python does not run in a replay. On CPUs the function is simply called.
 
-    Recordings hold their activations in a memory pool of their own, which all of them share. Raises ``ValueError`` for
-    a model that is not sharded, and ``RuntimeError`` when called after ``update_in_backward``.
+    All recordings, and the calls before them, have their activations in one memory pool, which grows to what the
+    largest takes. Raises ``ValueError`` for a model that is not sharded, and ``RuntimeError`` when called after
+    ``update_in_backward``.
     """
 
     def __init__(self, function: Callable[..., Any], model: nn.Module) -> None:
@@ -108,22 +109,42 @@ class GraphedStep:
                 "GraphedStep cannot record a backward that updates parameters, whose learning rate and step count "
                 "change: call update_in_backward(optimizer, False), or run the step as it is"
             )
-        if engine.units[0].device.type != "cuda":
+        if not StepRecorder.works_on(engine.units[0].device) or not engine.memory.is_built:
             return self._function(*inputs)
+        if self._recorder is None:
+            engine.gradients.release_unused()  # they lie between dead activations, and are about to stay where they are
+            self._recorder = StepRecorder()
         key = self._key(engine, inputs)
+        if key[0] is None:
+            return self._function(*inputs)
         if key not in self._steps:
             self._calls[key] += 1
-            if key[0] is None or self._calls[key] <= NUM_EAGER:
-                return self._function(*inputs)
-            self._steps[key] = self._record(engine, inputs)
+            if self._calls[key] <= NUM_EAGER:
+                return self._rehearse(self._recorder, inputs)
+            self._steps[key] = self._record(self._recorder, engine, inputs)
         return self._replay(engine, self._steps[key], inputs)
 
     def _key(self, engine: ShardEngine, inputs: tuple[torch.Tensor, ...]) -> Key:
         """Return what a recording is for; its first element is None where steps cannot be recorded as things are."""
         return (repeatable_state(engine), self._model.training, *((t.shape, t.stride(), t.dtype) for t in inputs))
 
-    def _record(self, engine: ShardEngine, inputs: tuple[torch.Tensor, ...]) -> _Step:
-        self._recorder = self._recorder or StepRecorder()
+    def _rehearse(self, recorder: StepRecorder, inputs: tuple[torch.Tensor, ...]) -> Any:
+        """Call the function in the memory of recordings; see [Note: one pool].
+
+        Recordings that were made before may write where it has left something (a table, the gradient of a parameter
+        that is not sharded): they are dropped, and made again when they are needed. Later ones spare what is there.
+        """
+        before, result = recorder.live(), None
+        try:
+            with recorder.in_pool():
+                result = self._function(*inputs)
+            return map_tensors(lambda t: t.detach().clone(), result)
+        finally:
+            del result
+            if not recorder.live() <= before:
+                self._steps.clear()
+
+    def _record(self, recorder: StepRecorder, engine: ShardEngine, inputs: tuple[torch.Tensor, ...]) -> _Step:
         own = tuple(t.clone() for t in inputs)
         state = repeatable_state(engine)
         assert state is not None
@@ -138,7 +159,7 @@ class GraphedStep:
         without = [p for unit in engine.units for p in unit.params if p.trainable and p.sharded.grad is None]
         try:
             engine.collective_log.record()
-            recording = self._recorder.record(work)
+            recording = recorder.record(work)
         finally:
             collective_log = engine.collective_log.recorded()
         reduced = [p for p in without if p.sharded.grad is not None]
