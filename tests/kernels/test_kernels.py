@@ -42,7 +42,8 @@ def run_python(*arguments: str, **environment: str) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_kernels_equal_their_references_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    files = ("kernels/test_kernels.py", "kernels/test_formats.py", "optim/test_optim.py", "kernels/test_gemv.py")
+    files = ("kernels/test_kernels.py", "kernels/test_formats.py", "kernels/test_gemv.py")
+    files += ("optim/test_optim.py", "optim/test_clipping.py")
     run_python("-m", "pytest", "-q", *(f"tests/{file}" for file in files), TRITON_INTERPRET="1")
 
 
@@ -330,6 +331,26 @@ def test_the_update_is_that_of_its_reference(dtypes: Sequence[torch.dtype], lead
         adamw_reference(expected, RATES, step)
         table.update(params, RATES, step)
     assert_updated_alike(params, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("lead", [0, 1])
+@pytest.mark.parametrize("dtypes", ADAMW_DTYPES)
+def test_clipping_in_an_update_has_the_bits_of_clipping_before(dtypes: Sequence[torch.dtype], lead: int) -> None:
+    """Prevents: a product that is not rounded, to float32 or to the gradient's dtype, before it enters a sum."""
+    params = adamw_params(ADAMW_NUMELS, *dtypes, lead=lead)
+    clipped, tables = cloned(params), (AdamWTable(), AdamWTable())
+    factor = torch.tensor(0.3, device=DEVICE).to(dtypes[1])
+    for p in clipped:
+        p.grad.mul_(factor)
+    before = [p.grad.clone() for p in params]
+    for number in (1, 2):
+        step = AdamWStep(number, 0.9, 0.95, 1e-8, gradient_scale=0.7)
+        tables[0].update(params, RATES, step, factor)
+        tables[1].update(clipped, RATES, step)
+    assert same_bits([p.grad for p in params], before)
+    for found, expected in zip(params, clipped, strict=True):
+        assert same_bits([found.main, *found[2:4]], [expected.main, *expected[2:4]])
 
 
 @needs_kernels

@@ -2,7 +2,7 @@
 
 Decoupled weight decay (Loshchilov and Hutter, 2019), in float32 whatever the tensors' dtypes:
 
-    g = grad * gradient_scale
+    g = (grad * clip_factor, rounded to grad's dtype) * gradient_scale
     m = m + (1 - beta1) * (g - m)
     v = beta2 * v + (1 - beta2) * g**2
     main = main * (1 - lr * weight_decay) - lr / (1 - beta1**t) * m / (sqrt(v) / sqrt(1 - beta2**t) + eps)
@@ -124,12 +124,15 @@ def rate_row(lr: float, weight_decay: float) -> tuple[float, float]:
     return lr, 1 - lr * weight_decay
 
 
-def adamw_reference(params: Sequence[AdamWTensors], rates: torch.Tensor, step: AdamWStep) -> None:
+def adamw_reference(
+    params: Sequence[AdamWTensors], rates: torch.Tensor, step: AdamWStep, clip_factor: torch.Tensor | None = None
+) -> None:
     """What ``AdamWTable.update`` does, in plain torch, one operation and one rounding at a time."""
     correction1, correction2 = step.corrections
     for p in params:
         lr, kept = rates[p.rate_index]
-        grad = p.grad.float() * step.gradient_scale
+        grad = p.grad if clip_factor is None else (p.grad * clip_factor).to(p.grad.dtype)
+        grad = grad.float() * step.gradient_scale
         exp_avg, exp_avg_sq = (_read(p, signed) for signed in (True, False))
         exp_avg = exp_avg + (grad - exp_avg) * (1 - step.beta1)
         exp_avg_sq = exp_avg_sq * step.beta2 + grad * (1 - step.beta2) * grad
@@ -179,26 +182,35 @@ class AdamWTable:
         self._blocks: BlockTable | None = None  # of self._numels; None before the first update
         self._rows: torch.Tensor | None = None  # self._places on the device
 
-    def update(self, params: Sequence[AdamWTensors], rates: torch.Tensor, step: AdamWStep) -> None:
+    def update(
+        self,
+        params: Sequence[AdamWTensors],
+        rates: torch.Tensor,
+        step: AdamWStep,
+        clip_factor: torch.Tensor | None = None,
+    ) -> None:
         """One AdamW step of ``params``, in place, on the current stream.
 
         Args:
             params: at least one; all on one device and of the same ``dtypes``.
             rates: ``(num_rates, 2)`` float32 on that device, rows as ``rate_row`` makes them.
             step: the step's number, the betas, eps, and what gradients are multiplied by.
+            clip_factor: ``()``, what ``Tensor.mul_`` would multiply gradients by before; None multiplies nothing.
 
         Raises ``ValueError`` when tensors of a parameter differ in size, are not contiguous, or are neither float32
         nor bfloat16 nor float16, nor moments in uint8.
         """
         device = params[0].main.device
+        if clip_factor is not None:
+            clip_factor = clip_factor.to(device)
         if not runs_on(device):
             _check(params)
-            adamw_reference(params, rates, step)
+            adamw_reference(params, rates, step, clip_factor)
             return
         blocks, rows = self._tables(params, device)
         if blocks.num_blocks:
             with launching_on(device):
-                _launch(blocks, rows, params[0].dtypes, rates, step)
+                _launch(blocks, rows, params[0].dtypes, rates, step, clip_factor)
 
     def _tables(self, params: Sequence[AdamWTensors], device: torch.device) -> tuple[BlockTable, torch.Tensor]:
         """The tables on the device, made again where addresses or sizes are not those of the last update."""
@@ -253,6 +265,7 @@ def _launch(
     dtypes: Sequence[torch.dtype | None],
     rates: torch.Tensor,
     step: AdamWStep,
+    clip_factor: torch.Tensor | None,
 ) -> None:
     in_blocks, is_split = dtypes[2] == torch.uint8, dtypes[4] is not None
     main, grad, state, compute = (
@@ -263,6 +276,7 @@ def _launch(
         blocks.numels,
         rows,
         rates,
+        rates if clip_factor is None else clip_factor,
         float(step.gradient_scale),
         1 - step.beta1,
         step.beta2,
@@ -274,6 +288,7 @@ def _launch(
         GRAD=grad,
         STATE=state,
         COMPUTE=compute,
+        CLIP=clip_factor is not None,
         STOCHASTIC=in_blocks or _is_stochastic(dtypes[2], step),
         SPLIT=is_split,
         BLOCK=blocks.block,
@@ -289,6 +304,7 @@ def _adamw_kernel(
     numels: tl.tensor,  # (num_segments,) int64
     rows: tl.tensor,  # (num_segments, 9) int64, as `_place` makes them
     rates: tl.tensor,  # (num_rates, 2) float32
+    clip_factor: tl.tensor,  # (); read if CLIP
     gradient_scale: tl.tensor,
     grad_weight: tl.tensor,  # 1 - beta1
     beta2: tl.tensor,
@@ -302,6 +318,7 @@ def _adamw_kernel(
     GRAD: tl.constexpr,
     STATE: tl.constexpr,
     COMPUTE: tl.constexpr,
+    CLIP: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -311,7 +328,8 @@ def _adamw_kernel(
     row = rows + segment * 9
     rate = rates + tl.load(row) * 2
     step_size, kept = tl.load(rate) * correction1, tl.load(rate + 1)
-    scalars = (gradient_scale, grad_weight, beta2, square_weight, eps, correction2, step_size, kept)
+    clip_factor = rounded(tl.load(clip_factor).to(tl.float32), GRAD).to(tl.float32)  # as Tensor.mul_ does on GPUs
+    scalars = (clip_factor, gradient_scale, grad_weight, beta2, square_weight, eps, correction2, step_size, kept)
     keys = (first_key, second_key)
     numel = tl.load(numels + segment)
     bits = tl.load(row + 1) | tl.load(row + 8)
@@ -319,10 +337,12 @@ def _adamw_kernel(
         bits |= tl.load(row + k)
     if (count == BLOCK) & (bits % 16 == 0):
         _adamw_block(
-            row, numel, start, count, scalars, keys, MAIN, GRAD, STATE, COMPUTE, STOCHASTIC, SPLIT, BLOCK, VECTOR
+            row, numel, start, count, scalars, keys, MAIN, GRAD, STATE, COMPUTE, CLIP, STOCHASTIC, SPLIT, BLOCK, VECTOR
         )
     else:
-        _adamw_block(row, numel, start, count, scalars, keys, MAIN, GRAD, STATE, COMPUTE, STOCHASTIC, SPLIT, BLOCK, 0)
+        _adamw_block(
+            row, numel, start, count, scalars, keys, MAIN, GRAD, STATE, COMPUTE, CLIP, STOCHASTIC, SPLIT, BLOCK, 0
+        )
 
 
 @jit()
@@ -337,12 +357,13 @@ def _adamw_block(
     GRAD: tl.constexpr,
     STATE: tl.constexpr,
     COMPUTE: tl.constexpr,
+    CLIP: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
-    gradient_scale, grad_weight, beta2, square_weight, eps, correction2, step_size, kept = scalars
+    clip_factor, gradient_scale, grad_weight, beta2, square_weight, eps, correction2, step_size, kept = scalars
     numbers = tl.arange(0, BLOCK)
     offsets, mask = start + numbers, numbers < count
     main_pointer, grad_pointer = pointer(row, 1, MAIN), pointer(row, 2, GRAD)
@@ -353,6 +374,8 @@ def _adamw_block(
     exp_avg = load_moment(exp_avg_pointer, numel, start, offsets, mask, True, VECTOR)
     exp_avg_sq = load_moment(exp_avg_sq_pointer, numel, start, offsets, mask, False, VECTOR)
 
+    if CLIP:
+        grad = rounded(grad * clip_factor, GRAD).to(tl.float32)
     grad = grad * gradient_scale
     exp_avg = exp_avg + (grad - exp_avg) * grad_weight
     exp_avg_sq = exp_avg_sq * beta2 + grad * square_weight * grad

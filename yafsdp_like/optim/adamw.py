@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from yafsdp_like.kernels.adamw import AdamWStep, AdamWTable, AdamWTensors, rate_row
 from yafsdp_like.kernels.blocks import upload
 from yafsdp_like.ops.split_master import SplitTensor
+from yafsdp_like.optim.clipping import clipping_factor, total_norm
 from yafsdp_like.optim.moments import (
     MOMENTS,
     MomentsFormat,
@@ -73,8 +74,16 @@ class Passes:
 class AdamW(torch.optim.AdamW):
     """Drop-in for ``torch.optim.AdamW`` on plain and on sharded parameters, which it updates shard by shard.
 
-    ``foreach`` and ``fused`` choose among torch's implementations and change nothing here. ``passes`` and
-    ``gradient_scale``, a factor for gradients as they are read, may be set between steps; no checkpoint has them.
+    ``foreach`` and ``fused`` choose among torch's implementations and change nothing here. ``passes``, ``max_norm`` and
+    two factors for gradients as they are read may be set between steps; no checkpoint has them. ``gradient_scale`` is a
+    number. ``clip_factor`` is a tensor ``()`` on any device, or None: what it gives is rounded to the gradient's dtype.
+
+    ``max_norm`` has ``step`` clip gradients to that 2-norm of all gradients of all groups together, over all ranks, as
+    ``torch.nn.utils.clip_grad_norm_`` before it would, bit for bit where that is given parameters in the order of the
+    groups; but the update multiplies them as it reads them, so that ``.grad`` keeps its values and is neither written
+    nor read once more. ``grad_norm`` is then the norm of the last step, ``()`` on the device, before clipping: 0
+    without gradients, and possibly not finite, which is no error. The CPU waits for nothing. See ``total_norm`` for
+    several meshes.
 
     ``moments`` says what both moments are kept in: "fp32", which is the parameter's own dtype as in torch; "bf16",
     rounded stochastically; or "int8", 8 bit by blocks of 32, where the elements of a row divide into blocks, and the
@@ -94,6 +103,9 @@ class AdamW(torch.optim.AdamW):
 
     passes = Passes()
     gradient_scale = 1.0
+    max_norm: float | None = None
+    clip_factor: torch.Tensor | None = None  # set by each step with max_norm
+    grad_norm: torch.Tensor | None = None
     moments: MomentsFormat = "fp32"
     seed = 0
     offload_moments = False
@@ -113,8 +125,12 @@ class AdamW(torch.optim.AdamW):
         moments: MomentsFormat = "fp32",
         seed: int = 0,
         offload_moments: bool = False,
+        max_norm: float | None = None,
         **unsupported: bool,
     ) -> None:
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"AdamW: expected max_norm above 0, or None for no clipping, found {max_norm}")
+        self.max_norm = max_norm
         self.moments, self.seed, self.offload_moments = check_format(moments), seed, offload_moments
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **unsupported)
         self._forget_places()
@@ -134,8 +150,8 @@ class AdamW(torch.optim.AdamW):
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled and copied."""
         self._wait_for_moments()
-        own = {"moments": self.moments, "seed": self.seed, "offload_moments": self.offload_moments}
-        return {**super().__getstate__(), **own}
+        names = ("moments", "seed", "offload_moments", "max_norm")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set the state, at the end of ``load_state_dict``, unpickling and copying."""
@@ -198,6 +214,10 @@ class AdamW(torch.optim.AdamW):
         batches = self._batches(group_of)
         if self._offloaded is not None:
             self._offloaded.begin(batches, self.state)
+        if self.max_norm is not None:
+            grads = [p.grad for p in group_of if p.grad is not None]
+            self.grad_norm = total_norm(grads) if grads else torch.tensor(0.0)
+            self.clip_factor = clipping_factor(self.grad_norm, self.max_norm)
         for index, batch in enumerate(batches):
             self.update(index, [(p, group_of[p]) for p in batch if p.grad is not None])
             self.passes.after_batch(index)
@@ -231,7 +251,7 @@ class AdamW(torch.optim.AdamW):
                 launches.setdefault((tensors.main.device, tensors.dtypes, step), []).append(tensors)
             for launch_index, ((device, _, step), tensors_of_launch) in enumerate(launches.items()):
                 table = self._tables.setdefault((batch_index, part_index, launch_index), AdamWTable())
-                table.update(tensors_of_launch, self._rates_on(device), step)
+                table.update(tensors_of_launch, self._rates_on(device), step, self.clip_factor)
         written: list[torch.Tensor] = []
         for param, (tensors, _) in updates.items():
             written += [param, tensors.main, *([] if tensors.compute is None else [tensors.compute])]

@@ -73,21 +73,23 @@ def update_in_backward(optimizer: AdamW, enabled: bool = True) -> None:
     Then gradients of one unit or two have memory at a time, not all of the model's. ``optimizer.step()`` is called
     after backward as ever: it updates what no backward has updated, and what is not sharded. The numbers are those of
     ``step`` without clipping: between backward and ``step``, ``clip_grad_norm_`` raises ``RuntimeError``. A factor that
-    is known before the backward may be set as ``optimizer.gradient_scale``.
+    is known before the backward may be set as ``optimizer.gradient_scale``, or ``clip_factor``.
 
     Where gradients are accumulated over several backwards, call ``model.set_is_last_backward(False)`` before all but
     the last; ``RuntimeError`` is raised otherwise. A gradient that somebody holds keeps its values. Hooks of optimizer
     steps run in ``step`` only. What ``FSDPModule.mark_weights_changed`` says of writes after a step holds for those
     after the backward.
 
-    Raises ``ValueError`` for other optimizers than this package's ``AdamW`` with moments on the device, and for one
-    without sharded parameters.
+    Raises ``ValueError`` for other optimizers than this package's ``AdamW`` with moments on the device and without
+    ``max_norm``, and for one without sharded parameters.
     """
-    if not isinstance(optimizer, AdamW) or optimizer.offload_moments:
-        offloads = " with offload_moments" if isinstance(optimizer, AdamW) else ""
+    if not isinstance(optimizer, AdamW) or optimizer.offload_moments or optimizer.max_norm is not None:
+        has = ""
+        if isinstance(optimizer, AdamW):
+            has = " with offload_moments" if optimizer.offload_moments else f" with max_norm={optimizer.max_norm}"
         raise ValueError(
-            f"update_in_backward expects yafsdp_like.optim.AdamW with moments on the device, found "
-            f"{type(optimizer).__module__}.{type(optimizer).__name__}{offloads}"
+            f"update_in_backward expects yafsdp_like.optim.AdamW with moments on the device and without max_norm, "
+            f"found {type(optimizer).__module__}.{type(optimizer).__name__}{has}"
         )
     owned = _owned(optimizer)
     if not owned:
@@ -117,6 +119,8 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         engine.collective_log.settle()
     _make_room_for_states(optimizer, owned)
     if isinstance(optimizer, AdamW):
+        if optimizer.max_norm is not None and optimizer in _updated:
+            refuse_incomplete_gradients()
         _pass_by_units(optimizer, owned)
 
 
