@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from launch.world import World
 from yafsdp_like.comm.consistency import AgreedError, all_gather_object
+from yafsdp_like.optim import AdamW
+from yafsdp_like.optim.clipping import clipping_factor
 from yafsdp_like.optim.moments import local
 
 
@@ -40,21 +42,30 @@ class Measured:
 
 
 class Gradients:
-    """Of one model; `max_norm` None leaves them as they are."""
+    """Of one model, for one optimizer; `max_norm` None leaves them as they are."""
 
-    def __init__(self, model: nn.Module, max_norm: float | None, world: World) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None, world: World
+    ) -> None:
         self._named = list(model.named_parameters())
-        self._max_norm, self._world = max_norm, world
+        self._optimizer, self._max_norm, self._world = optimizer, max_norm, world
 
     @torch.no_grad()
     def finish(self, step: int, wishes_stop: bool) -> Measured:
-        """Measures the reduced gradients of `step`, and scales them down to `max_norm`. Called by all ranks."""
+        """Measure the reduced gradients of `step`, and scale them down to `max_norm`. Called by all ranks.
+
+        This package's AdamW gets the factor instead, and multiplies by it as it reads them.
+        """
         found = [(name, local(param.grad)) for name, param in self._named if param.grad is not None]
         names, grads = [name for name, _ in found], [grad for _, grad in found]
         norms = list(torch._foreach_norm(grads, dtype=torch.float32)) if grads else []
         norm, packet = self._over_ranks(norms, wishes_stop)
         if self._max_norm is not None and grads:
-            torch._foreach_mul_(grads, torch.clamp(self._max_norm / (norm + 1e-6), max=1.0))
+            factor = clipping_factor(norm, self._max_norm)
+            if isinstance(self._optimizer, AdamW):
+                self._optimizer.clip_factor = factor
+            else:
+                torch._foreach_mul_(grads, factor)
         return Measured(step, norm, names, norms, *_on_host(packet))
 
     def _over_ranks(self, norms: list[Tensor], wishes_stop: bool) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ class Trainer:
         num_warmup_steps = min(rates.num_warmup_steps, options.num_steps)
         self.rate = WarmupCosine(rates.lr, num_warmup_steps, options.num_steps, rates.final_lr_ratio)
         self.micro_step = GraphedStep(self._micro_step, model) if options.model.graph else self._micro_step
-        self.gradients = Gradients(model, options.optimizer.max_grad_norm, world)
+        self.gradients = Gradients(model, self.optimizer, options.optimizer.max_grad_norm, world)
         self.step = 0  # optimizer steps done
         self.position = 0  # sequences of the training text seen by all ranks together
         self.stops = False  # all ranks are to stop after this step
