@@ -16,7 +16,8 @@ that logs its loss; `--free-running` leaves it out. Memory peaks cover warm-up t
 second step of a shape. "device GiB" is what the device counts as used, less what it did before the first
 implementation: the context, and other processes. Behind the timed steps of a shape, one more is run to
 find out what memory holds at its peak, by category (`bench/accounting.py`), and how many bytes an update must move;
-"x copy" is the update's time over that of these bytes at the rate of a copy on this device.
+"x copy" is the update's time over that of these bytes at the rate of a copy on this device. This package's AdamW clips
+in its update, whose time and bytes then hold the norm's, and "clip" is 0 (`ours:clip_in_update=False` clips before).
 
 `unsharded` is the floor: the same layers on each GPU alone, bf16 weights, gradients accumulating in place, no
 optimizer. `ours` chooses its transport by itself, `ours-nccl` uses the process group. They, and those that end in

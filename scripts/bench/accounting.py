@@ -73,14 +73,15 @@ def storages(values: Iterable[Any], world: World) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in here}
 
 
-def update_nbytes(nbytes: Nbytes) -> int:
+def update_nbytes(nbytes: Nbytes, clips: bool = False) -> int:
     """Return the bytes that an update must read and write, of what is held right before it.
 
-    Gradients are read once, main shards and moments read and written, compute shards written; read too where they are
-    the upper half of the main value, of which the main shard then is no more than the other half.
+    Gradients are read once, and once more for their norm if it `clips`; main shards and moments read and written,
+    compute shards written; read too where they are the upper half of the main value, of which the main shard then is
+    no more than the other half.
     """
     is_split = 0 < nbytes[MAIN] <= nbytes[COMPUTE]
-    moved = nbytes[GRADIENTS] + 2 * nbytes[MAIN] + 2 * nbytes[MOMENTS]
+    moved = (2 if clips else 1) * nbytes[GRADIENTS] + 2 * nbytes[MAIN] + 2 * nbytes[MOMENTS]
     return moved + (2 if is_split else 1) * nbytes[COMPUTE]
 
 
@@ -171,8 +172,9 @@ def account(trainee: Trainee, batch: tuple[Tensor, Tensor], clip: float, world: 
     del loss
     phases.append(("backward", time() * 1e6))
     gradients = storages([param.grad for param in trainee.model.parameters()], world)
-    moved = update_nbytes(held(trainee, world))
+    held_then = held(trainee, world)
     trainee.clip(clip)
+    moved = update_nbytes(held_then, trainee.clips_in_update)
     trainee.update()
     phases.append(("update", time() * 1e6))
     trace: list[Record] = []

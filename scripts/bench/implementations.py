@@ -1,8 +1,8 @@
 """The list of implementations by the name that `--impl` takes; to add one, write a function that builds a `Trainee`.
 
 A name of ours may be followed by keywords of this package's `AdamW` and `fully_shard`: `ours:moments=bf16`, several
-joined by `+`. What AdamW does not know goes to `fully_shard`, but `in_backward=True`, which updates in backward
-(with `--clip 0`).
+joined by `+`. What AdamW does not know goes to `fully_shard`, but for `in_backward=True`, which updates in backward
+(with `--clip 0`), and `clip_in_update=False`, which clips before the update and not in it.
 """
 
 import ast
@@ -29,7 +29,9 @@ def build_unsharded(options: Options, world: World) -> Trainee:
     return Trainee(materialized(model, world), optimizer=None)
 
 
-def build_ours(options: Options, world: World, in_backward: bool = False, **keywords: Any) -> Trainee:
+def build_ours(
+    options: Options, world: World, in_backward: bool = False, clip_in_update: bool = True, **keywords: Any
+) -> Trainee:
     """Shard by this package; its AdamW with `--optimizer fused` or keywords for it, torch's fused AdamW otherwise."""
     known = inspect.signature(AdamW).parameters
     of_adamw = {key: value for key, value in keywords.items() if key in known}
@@ -42,13 +44,14 @@ def build_ours(options: Options, world: World, in_backward: bool = False, **keyw
     optimizer = AdamW(model.parameters(), lr=options.lr, **of_adamw)
     if in_backward:
         yafsdp_like.update_in_backward(optimizer)
-    return Trainee(model, optimizer)
+    return Trainee(model, optimizer, may_clip_in_update=clip_in_update)
 
 
 def build_ours_graphed(options: Options, world: World, **keywords: Any) -> Trainee:
     """Forward and backward as one CUDA graph."""
     plain = build_ours(options, world, **keywords)
-    return Graphed(plain.model, plain.optimizer, yafsdp_like.GraphedStep(plain.forward_backward, plain.model))
+    step = yafsdp_like.GraphedStep(plain.forward_backward, plain.model)
+    return Graphed(plain.model, plain.optimizer, step, may_clip_in_update=plain.may_clip_in_update)
 
 
 def build_unsharded_graphed(options: Options, world: World) -> Trainee:

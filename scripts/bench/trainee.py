@@ -5,7 +5,7 @@ Knows no runtime. What differs between runtimes is in `implementations.py` and `
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from bench.options import Options
 from launch.world import World
 from yafsdp_like.models import Decoder
+from yafsdp_like.optim import AdamW
 
 NUM_EAGER = 2  # calls before one is recorded
 
@@ -24,6 +25,12 @@ class Trainee:
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer | None
+    may_clip_in_update: bool = field(default=True, kw_only=True)  # which this package's AdamW can
+
+    @property
+    def clips_in_update(self) -> bool:
+        """Whether the next update takes the norm and clips."""
+        return isinstance(self.optimizer, AdamW) and self.optimizer.max_norm is not None
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of (B, T) tokens and targets, from which `backward` starts."""
@@ -41,8 +48,10 @@ class Trainee:
         return loss.detach()
 
     def clip(self, max_norm: float) -> None:
-        """Scale gradients to a norm of at most `max_norm`; nothing for 0, and without an optimizer."""
-        if max_norm and self.optimizer is not None:
+        """Scale gradients to a norm of at most `max_norm`, here or in the update; not at all for 0."""
+        if isinstance(self.optimizer, AdamW) and self.may_clip_in_update:
+            self.optimizer.max_norm = max_norm or None
+        elif max_norm and self.optimizer is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
     def update(self) -> None:

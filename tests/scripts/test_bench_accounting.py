@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from bench import accounting, allocator
 from bench.accounting import account, category_of, events_of, replay, update_nbytes, with_rest
-from bench.implementations import IMPLEMENTATIONS
+from bench.implementations import IMPLEMENTATIONS, implementation
 from bench.measure import make_batch
 from bench.options import Shape, parse_options
 from launch.world import World
@@ -31,7 +31,7 @@ def accounted(name: str) -> dict[str, Any]:
 def third_step(name: str, model: str, shape: Shape, world: World) -> dict[str, Any]:
     arguments = ["--device", world.device.type, "--model", model, "--num-layers", "2", "--impl", name]
     options = parse_options(arguments, IMPLEMENTATIONS)
-    trainee = IMPLEMENTATIONS[name].build(options, world)
+    trainee = implementation(name).build(options, world)
     batch = make_batch(options, world, shape)
     for _ in range(2):
         trainee.forward_backward(*batch)
@@ -66,6 +66,15 @@ def test_an_update_reads_the_compute_shard_where_it_is_half_of_the_master() -> N
     held = dict.fromkeys(accounting.CATEGORIES, 0) | {"moments": 8, "gradients": 4, "compute shards": 2}
     assert update_nbytes(held | {"main shards": 4}) == 8 + 16 + 4 + 2
     assert update_nbytes(held | {"main shards": 2}) == 4 + 16 + 4 + 4
+
+
+@pytest.mark.parametrize(("setting", "num_reads"), [("", 2), ("+clip_in_update=False", 1)])
+def test_an_update_that_clips_reads_gradients_twice(setting: str, num_reads: int) -> None:
+    """In the account and in the trainee: what is timed as clipping is then nothing but a setting."""
+    here = run_ranks(accounted, f"ours:seed=0{setting}")[0]
+    held = {name: here["peaks"][0][name] * 2**30 for name in accounting.CATEGORIES} | {"gradients": 0}
+    gradients = here["update_nbytes"] - update_nbytes(held)
+    assert gradients == pytest.approx(num_reads * held["main shards"], rel=0.02)
 
 
 def test_a_block_is_told_by_the_frames_that_asked_for_it() -> None:
@@ -118,9 +127,9 @@ def test_what_no_tensor_has_is_the_caches_or_somebody_elses() -> None:
 
 
 def test_each_implementation_says_how_the_allocator_grows() -> None:
-    for name, implementation in IMPLEMENTATIONS.items():
+    for name, known in IMPLEMENTATIONS.items():
         with mock.patch("torch._C._accelerator_setAllocatorSettings", create=True) as settings:
-            allocator.set_expandable_segments(implementation.expandable, ON_GPU)
+            allocator.set_expandable_segments(known.expandable, ON_GPU)
         expected = name in ("ours", "ours-graph", "ours-nccl", "fsdp2-expandable")
         settings.assert_called_once_with(f"expandable_segments:{expected}")
 
