@@ -9,6 +9,7 @@ import torch
 
 from bench.help import Help
 from bench.options import DTYPES
+from yafsdp_like.inference.engine.scheduler import CHUNK
 from yafsdp_like.inference.options import AnyMode
 
 DESCRIPTION = "Measure a served model; the method is told at the top of bench_serve.py."
@@ -56,7 +57,7 @@ class ServeBenchOptions:
 
     def decode_length(self, batch: int) -> int:
         """Tokens that a sequence may come to while a batch is filled and timed, at most."""
-        num_filling = -(-batch * self.decode_prompt // (self.max_batch_tokens - batch)) + 1
+        num_filling = -(-batch * self.decode_prompt // min(self.max_batch_tokens - batch, CHUNK)) + 1
         return self.decode_prompt + num_filling + self.warmup + self.steps + NUM_HELD + 8
 
     @property

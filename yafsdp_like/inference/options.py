@@ -25,7 +25,8 @@ class EngineOptions:
     kv_nbytes: int | None = None  # KV cache; null: what the memory limit leaves
     host_kv_nbytes: int = 0  # KV cache in host memory, for sequences that are swapped out
     max_batch_size: int = 32  # sequences of one step
-    max_batch_tokens: int = 2048  # tokens of one step
+    max_batch_tokens: int = 2048  # tokens of one step, at most
+    tpot_ms: float | None = None  # target of the time between a request's tokens; null: chunks of 512 beside decoding
     max_seq_len: int | None = None  # tokens of one sequence; null: what fits, up to the model's
     page_size: int = 16  # tokens of one page of the KV cache
     kv_dtype: str | None = None  # of the KV cache: float32, bfloat16 or float8_e4m3fn; null: the weights'
@@ -47,5 +48,7 @@ class EngineOptions:
                 f"max_batch_tokens must be at least max_batch_size, a token of each sequence, "
                 f"found {self.max_batch_tokens} and {self.max_batch_size}"
             )
+        if self.tpot_ms is not None and not self.tpot_ms > 0:
+            raise ValueError(f"tpot_ms must be above 0, found {self.tpot_ms}")
         if self.policy not in get_args(PolicyName):
             raise ValueError(f"policy must be one of {', '.join(get_args(PolicyName))}, found {self.policy!r}")

@@ -96,3 +96,8 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens of all runs."""
         return sum(run.num_tokens for run in self.runs)
+
+    @property
+    def num_single(self) -> int:
+        """Runs of one token."""
+        return sum(run.num_tokens == 1 for run in self.runs)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -32,6 +32,7 @@ from yafsdp_like.inference.engine.request import FinishReason, Request, RequestO
 from yafsdp_like.inference.engine.runner import Launched, Runner
 from yafsdp_like.inference.engine.scheduler import Scheduler
 from yafsdp_like.inference.engine.step_log import StepFigures, StepLog
+from yafsdp_like.inference.engine.step_times import StepTimes
 from yafsdp_like.inference.kv.eviction import GDSF, LRU, Costs, Policy, Tenant
 from yafsdp_like.inference.kv.kv_cache import KVCache, Tier, check_integrity
 from yafsdp_like.inference.kv.pages import PagePool
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from yafsdp_like.models.decoder import DecoderConfig
 
 POLICIES: dict[str, Callable[[], Policy]] = {"lru": LRU, "gdsf": GDSF}
+Measured = TypeVar("Measured")
 _NO_LINK = Costs(link_nbytes_per_s=1.0, prefill_tokens_per_s=1e4)  # without a host tier nothing is weighed
 
 
@@ -116,13 +118,14 @@ class Engine:
             self.tp_group.check_same("the options of engines", options)
         self._runner = _runner(weights)
         self._cache = self._kv_cache()
-        self._scheduler = Scheduler(self._cache, options)
+        self._runner.warm_up(options.graphs)
+        self._times = None if options.tpot_ms is None else StepTimes(self._of_first_rank(self._runner.measure_steps()))
+        self._scheduler = Scheduler(self._cache, options, self._times)
         self._sequences: dict[str, ActiveRequest] = {}
         self._cancelled: list[ActiveRequest] = []
-        self._unread: Launched | None = None
+        self._unread: tuple[Batch, Launched] | None = None
         self._num_steps = 0
         self._log, self._waited_s = StepLog(self._runner.timer), 0.0
-        self._runner.warm_up(options.graphs)
 
     @classmethod
     def load(
@@ -166,7 +169,9 @@ class Engine:
 
     def _kv_cache(self) -> KVCache:
         plan, options = self._weights.plan, self.options
-        costs = options.costs or (_NO_LINK if plan.host_grid is None else self._measured())
+        costs = options.costs
+        if costs is None:
+            costs = _NO_LINK if plan.host_grid is None else self._of_first_rank(self._runner.measure())
 
         def pool(grid: SlabGrid, tenants: Iterable[Tenant] = ()) -> PagePool:
             return PagePool(grid, POLICIES[options.policy](), tenants)
@@ -174,9 +179,9 @@ class Engine:
         host = None if plan.host_grid is None else pool(plan.host_grid)
         return KVCache(plan.groups, costs, pool(plan.grid, options.tenants), host)
 
-    def _measured(self) -> Costs:
-        costs = self._runner.measure()
-        return costs if self.tp_group is None else self.tp_group.broadcast(costs)
+    def _of_first_rank(self, measured: Measured) -> Measured:
+        """Return what was measured; of tensor parallel ranks, which must all decide alike, what the first one has."""
+        return measured if self.tp_group is None else self.tp_group.broadcast(measured)
 
     # --- requests ---
 
@@ -240,7 +245,7 @@ class Engine:
             assert batch is not None, "nothing is pending once it has been read"
         launched = self._launch(batch)
         outputs += self._read()
-        self._unread = launched
+        self._unread = None if launched is None else (batch, launched)
         if not self.options.lookahead:
             outputs += self._read()
         if launched is not None:
@@ -314,13 +319,16 @@ class Engine:
 
     def _read(self) -> list[RequestOutput]:
         """Return what the step that is not read yet has drawn."""
-        launched, self._unread = self._unread, None
-        if launched is None:
+        unread, self._unread = self._unread, None
+        if unread is None:
             return []
+        batch, launched = unread
         begin = time.perf_counter()
         self._runner.wait(launched)
         self._waited_s += time.perf_counter() - begin
-        self._log.add_device(launched.began, launched.done)
+        step_s = self._log.add_device(launched.began, launched.done)
+        if self._times is not None and self.tp_group is None:  # clocks of several ranks differ
+            self._times.learn(batch.num_tokens, batch.num_single, step_s)
         outputs = []
         for run, token in zip(launched.drawing, self._runner.read(launched), strict=True):
             if run.sequence.status is RequestStatus.ENDED:

@@ -148,12 +148,20 @@ class Runner:
 
     @torch.inference_mode()
     def measure_steps(self) -> dict[int, float]:
-        """Measure the seconds of recorded steps that mix, by number of tokens, less attention to earlier tokens."""
+        """Measure the seconds of steps that mix, by number of tokens, less attention to earlier tokens.
+
+        Of recorded steps, or else of a few as they are issued, on a CPU small ones.
+        """
         sizes = [size for size in self._recordings if size.num_chunks and size == self._buckets.least(size.num_tokens)]
+        if not sizes:
+            most = self._max_batch_tokens if self._on_gpu else min(self._max_batch_tokens, 8 * _TIMED_TOKENS_ON_CPU)
+            sizes = [self._buckets.least(most >> halvings) for halvings in range(most.bit_length())]
         with launching_on(self._weights.device):
             return {size.num_tokens: self._seconds(partial(self._replay_idle, size)) for size in reversed(sizes)}
 
     def _replay_idle(self, size: StepSize) -> None:
+        if size not in self._recordings:
+            return self._idle(size)
         self._staging.stage_idle(size)
         self._weights.reset_residency()
         self._recordings[size].replay()

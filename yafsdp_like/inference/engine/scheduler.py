@@ -4,12 +4,17 @@ A step takes one token of every sequence that draws, and chunks of prompts while
 missing in pages is taken from whoever ranks last: rank is priority, then arrival. No tensor is touched here; pages are
 those of ``KVCache``, and copies of pages are handed on in the order in which it hands them out.
 
-[Note: steps ahead of their tokens]
-A step can be scheduled before the tokens that the step before it draws are known on the CPU: the device has them. Such
-tokens are pending. A sequence's ``num_scheduled`` tokens are, or will be, in its pages; ``KVCache`` is told of them
-(``commit``) when they are known. A sequence with pending tokens cannot be preempted, since its tokens would have to be
-known to be computed again: ``schedule`` then returns None, and is to be called again once they have been read. What a
-sequence draws past its end is dropped; its pages are given away in stream order, after the step that wrote them.
+[Note: budget of a step]
+Sequences that decode wait for the chunks of prompts beside them, so a step has no more of these than pays. From about
+twice a GPU's ratio of FLOP/s to bytes/s on (150 to 300 rows), more rows make no row cheaper but all of them later: a
+step computes about ``CHUNK`` tokens of prompts beside rows that decode, and prompts that arrived together one after
+the other. Where more than a few prompts could be computed, throughput counts, and chunks grow with their number.
+Where nobody decodes, the first prompt may have the whole step. Rows that a step is padded to (``buckets.py``) are
+used. So budgets depend on requests alone, not on clocks, and the same calls make the same steps.
+
+A target (``EngineOptions.tpot_ms``) replaces the rule by times: beside rows that decode, a step has as many rows as
+take so long (``StepTimes``), and ``MIN_CHUNK`` tokens of prompts in any case. Prompts are computed in order of rank,
+so the first one moves in every step.
 """
 
 from __future__ import annotations
@@ -24,11 +29,17 @@ from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
 from yafsdp_like.inference.kv.kv_cache import KVCache, KVSequenceState, Shortage, Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Hashable, Iterator, Sequence
 
     from yafsdp_like.inference.engine.request import Request
+    from yafsdp_like.inference.engine.step_times import StepTimes
     from yafsdp_like.inference.kv.kv_cache import Copy, KVSequence
     from yafsdp_like.inference.options import EngineOptions
+
+
+CHUNK = 512  # tokens of prompts beside rows that decode, see [Note: budget of a step]
+_NUM_PROMPTS = 4  # that may wait for each other before chunks grow
+_PADDING = 64  # steps of about ``CHUNK`` tokens are padded to a multiple of this
 
 
 @dataclass
@@ -66,9 +77,12 @@ class _UnreadError(Exception):
 class Scheduler:
     """The sequences of one engine. Work of a step is O(sequences running + pages touched)."""
 
-    def __init__(self, cache: KVCache, options: EngineOptions) -> None:
+    def __init__(self, cache: KVCache, options: EngineOptions, times: StepTimes | None = None) -> None:
+        """``times`` are needed where the options have a ``tpot_ms``."""
+        assert (times is None) == (options.tpot_ms is None)
         self.cache = cache
         self.options = options
+        self._times = times
         self.counts = Counts()
         self.running: list[ActiveRequest] = []  # by rank, as the next
         self.waiting: list[ActiveRequest] = []
@@ -132,9 +146,10 @@ class Scheduler:
 
         The caller launches it and then calls ``launched``.
         """
-        draft = _Draft(self.options.max_batch_tokens)
+        nums_left = [sequence.num_left for sequence in self.running]
+        draft = _Draft(self._budget(nums_left))
         try:
-            self._go_on(draft)
+            self._go_on(draft, nums_left)
             self._admit(draft)
         except _UnreadError:
             return None
@@ -166,15 +181,26 @@ class Scheduler:
             self.end(sequence)
         return finish
 
-    def _go_on(self, draft: _Draft) -> None:
+    def _budget(self, nums_left: Sequence[int]) -> int:
+        """Return the tokens of the next step, ``nums_left`` being those of ``running``; [Note: budget of a step]."""
+        num_drawing, options = nums_left.count(1), self.options
+        if num_drawing and self._times is not None and options.tpot_ms is not None:
+            return min(options.max_batch_tokens, self._times.max_rows(options.tpot_ms / 1e3, num_drawing))
+        prompts_left = [num_left for num_left in nums_left if num_left > 1]
+        num_prompts = len(prompts_left) + min(len(self.waiting), options.max_batch_size - len(self.running))
+        chunk = CHUNK * max(1, num_prompts // _NUM_PROMPTS)
+        if not num_drawing:
+            first = prompts_left[0] if prompts_left else self.waiting[0].num_left if self.waiting else 0
+            chunk = max(chunk, first)
+        return min(options.max_batch_tokens, -(-(num_drawing + chunk) // _PADDING) * _PADDING)
+
+    def _go_on(self, draft: _Draft, nums_left: Sequence[int]) -> None:
         """Give tokens to running sequences in order of rank, and at least one to each that draws."""
-        num_drawing = sum(sequence.num_left == 1 for sequence in self.running)
-        for sequence in list(self.running):
-            if sequence.status is not RequestStatus.RUNNING:  # it had to make room
-                num_drawing -= sequence.num_left == 1
-                continue
-            num_left = sequence.num_left
+        num_drawing = nums_left.count(1)
+        for sequence, num_left in zip(list(self.running), nums_left, strict=True):
             num_drawing -= num_left == 1
+            if sequence.status is not RequestStatus.RUNNING:  # it had to make room
+                continue
             num_tokens = min(num_left, draft.num_tokens_left - num_drawing)
             if num_tokens > 0 and self._secure(sequence, num_tokens, draft):
                 draft.put(sequence, num_tokens)
