@@ -29,7 +29,6 @@ from yafsdp_like.kernels.blocks import (
     store,
     tl,
     triton_dtype,
-    upload,
 )
 
 if TYPE_CHECKING:
@@ -99,7 +98,8 @@ class ReduceTable:
         places = [o.data_ptr() + start * o.itemsize for o, start in zip(self._outputs, self._starts, strict=True)]
         if places != self._output_places and runs_on(self._device):
             self._output_places = places
-            self._output_addresses.copy_(upload(places, torch.int64, self._device))
+            there = torch.tensor(places, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+            self._output_addresses.copy_(there, non_blocking=True)
 
     def reduce(self, scale: float, wire_dtype: torch.dtype, accumulate: bool) -> None:
         """Write the outputs, or add to them, on the current stream, where ``find_outputs`` has found them.
