@@ -17,9 +17,10 @@ import torch
 from tests.ranks import run_ranks
 from tests.training import Recipe, Run, assert_same_bits, world_mesh
 from tests.training import train as train_specimen
-from yafsdp_like import MixedPrecisionPolicy, fully_shard
+from yafsdp_like import MixedPrecisionPolicy, fully_shard, update_in_backward
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.models import Decoder, DecoderConfig
+from yafsdp_like.optim import AdamW
 from yafsdp_like.shard.runtime.gradient_shard import GradientShard
 from yafsdp_like.shard.runtime.gradients import GradientLifecycle
 from yafsdp_like.shard.runtime.params import ParamLifecycle
@@ -31,16 +32,17 @@ ROOT = Path(__file__).parents[2]
 
 CONFIG = DecoderConfig(dim=1024, num_layers=8, num_heads=8, num_kv_heads=4, ffn_dim=4096, vocab_size=4096)
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+SLOW_CYCLES = 50_000_000  # of a GPU's clock: about 30 ms
 
 
-def sharded_decoder(compiled: bool = False, transport: str = "auto") -> Any:
+def sharded_decoder(compiled: bool = False, transport: str = "auto", **options: Any) -> Any:
     with torch.device("meta"):
         model = Decoder(CONFIG)
     for layer in model.layers:
         if compiled:
             layer.compile(dynamic=False)
-        fully_shard(layer, mesh=world_mesh("cuda"), mp_policy=BF16, transport=transport)
-    fully_shard(model, mesh=world_mesh("cuda"), mp_policy=BF16, transport=transport)
+        fully_shard(layer, mesh=world_mesh("cuda"), mp_policy=BF16, transport=transport, **options)
+    fully_shard(model, mesh=world_mesh("cuda"), mp_policy=BF16, transport=transport, **options)
     model.to_empty(device="cuda")
     model.init_weights()
     return model
@@ -83,6 +85,39 @@ def count_device_allocations() -> tuple[int, int, float]:
     after = torch.cuda.memory_stats()
     mallocs, retries = (after[name] - before[name] for name in ("num_device_alloc", "num_alloc_retries"))
     return mallocs, retries, after["reserved_bytes.all.peak"] / after["allocated_bytes.all.peak"]
+
+
+@pytest.mark.parametrize("transport", ["process_group", "peer"])
+def test_updating_in_backward_reserves_no_memory_for_gradients(transport: str) -> None:
+    """Also while the CPU is ahead of the device, and in the first step, which allocates the moments."""
+    for reserved, gradients in run_ranks(peaks_of_updates, transport, device="cuda", timeout=120):
+        assert reserved[True] < reserved[False] - 0.6 * gradients, (reserved, gradients)
+
+
+def peaks_of_updates(transport: str) -> tuple[dict[bool, int], int]:
+    """Bytes that the allocator reserves at most, by whether backwards update, and those of all gradients."""
+    reserved, gradients = {}, 0
+    for in_backward in (False, True, False, True):  # once so that communicators and workspaces are there
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_reserved()
+        model = sharded_decoder(transport=transport, split_master=True)
+        optimizer = AdamW(model.parameters(), lr=1e-4)
+        if in_backward:
+            update_in_backward(optimizer)
+        for layer in model.layers:
+            layer.register_forward_hook(lambda *_: torch.cuda._sleep(SLOW_CYCLES))
+        for _ in range(3):
+            model(*batch(seq_len=128)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.cuda.synchronize()
+        reserved[in_backward] = torch.cuda.max_memory_reserved() - before
+        gradients = sum(4 * p.to_local().numel() for p in model.parameters())
+        del model, optimizer, layer
+    return reserved, gradients
 
 
 ENGINE_WORK: dict[type, Sequence[str]] = {

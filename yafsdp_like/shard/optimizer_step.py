@@ -21,7 +21,7 @@ from yafsdp_like.shard.runtime.running import backward_task
 from yafsdp_like.shard.runtime.unit_state import Unit, ownership_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from yafsdp_like.shard.runtime.engine import ShardEngine
 
@@ -55,6 +55,8 @@ class _InBackward:
         params = [p for p in unit.params if p.sharded.grad is not None and p.sharded in group_of]
         if params:
             unit.settle()
+            if not optimizer.state:
+                _make_room_for_states([unit])
             optimizer.update(id(unit), [(p.sharded, group_of[p.sharded]) for p in params])
             if len(params) == len(unit.params):
                 unit.freshness.compute_shard_written(by_update=True)
@@ -117,7 +119,9 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         return
     for engine in {engine: None for unit in owned if (engine := engine_of(unit)) is not None}:
         engine.collective_log.settle()
-    _make_room_for_states(optimizer, owned)
+    if optimizer not in _stepped:
+        _stepped.add(optimizer)
+        _make_room_for_states(owned)
     if isinstance(optimizer, AdamW):
         if optimizer.max_norm is not None and optimizer in _updated:
             refuse_incomplete_gradients()
@@ -154,15 +158,15 @@ def _owned(optimizer: torch.optim.Optimizer) -> Owned:
     return owned
 
 
-def _make_room_for_states(optimizer: torch.optim.Optimizer, owned: Owned) -> None:
-    """Empty the allocator's cache before the first step, which allocates the optimizer's states.
+def _make_room_for_states(units: Iterable[Unit]) -> None:
+    """Empty the allocator's cache before the first update, which allocates the optimizer's states.
 
     Cut from cached blocks of activations, they would fragment those for good, and the next step would need more memory.
+    In backward they are allocated for another stream, and cached blocks, of what initialized the model say, would stay
+    beside them. The first step after such a backward does the same, for what the states were computed with.
     """
-    if optimizer not in _stepped:
-        _stepped.add(optimizer)
-        if any(unit.device.type == "cuda" for unit in owned):
-            torch.cuda.empty_cache()
+    if any(unit.device.type == "cuda" for unit in units):
+        torch.cuda.empty_cache()
 
 
 def _pass_by_units(optimizer: AdamW, owned: Owned) -> None:
