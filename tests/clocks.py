@@ -136,6 +136,8 @@ class RaceDetector(TorchDispatchMode):
         self.accesses: dict[tuple[int, int, bool, str], Access] = {}
         self.races: list[str] = []
         self.read_by_peer: list[torch.Tensor] = []  # after the next barrier, on the stream of that
+        self._freed: list[torch.Tensor] = []  # and not yet taken by compute, whose next operation may write it
+        self._kept: list[torch.Tensor] = []  # that were freed: their addresses are to stand for nothing else
 
     def watch(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -159,6 +161,10 @@ class RaceDetector(TorchDispatchMode):
 
     def note(self, tensors: Sequence[torch.Tensor], writes: bool, operation: str, by_peer: bool = False) -> None:
         """The current stream, or the peer's, reads or writes `tensors` in one operation."""
+        if self._freed and self.streams.current == COMPUTE:
+            taken, self._freed = self._freed, []
+            self._kept += taken
+            self.note(taken, True, "a new owner")
         stream, time = self.streams.tick()
         stream = mirrored(stream) if by_peer else stream
         wholes = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors]
@@ -183,6 +189,16 @@ class RaceDetector(TorchDispatchMode):
         if self.read_by_peer:
             self.note(self.read_by_peer, False, "reduce", by_peer=True)
             self.read_by_peer = []
+
+    def watch_new(self, tensor: torch.Tensor) -> None:
+        """Watch what compute has just allocated, where the host may have had other streams' temporaries before."""
+        self.watch(tensor)
+        start, end = self.watched[-1]
+        self.accesses = {key: old for key, old in self.accesses.items() if old.end <= start or end <= old.start}
+
+    def note_free(self, tensor: torch.Tensor) -> None:
+        """Memory that compute has allocated goes back to the allocator, which gives it to compute again."""
+        self._freed.append(tensor)
 
     def _check(self, new: Access) -> None:
         for old in self.accesses.values():

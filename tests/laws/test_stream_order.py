@@ -24,6 +24,7 @@ from yafsdp_like.comm.process_group import ProcessGroupTransport
 from yafsdp_like.kernels.adamw import AdamWTable, AdamWTensors
 from yafsdp_like.kernels.reduce import ReduceTable
 from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, GATHER, HOST_TO_DEVICE, REDUCE
+from yafsdp_like.ops.split_master import SplitValues
 from yafsdp_like.optim import AdamW, offload
 from yafsdp_like.optim.offload import OffloadedMoments
 from yafsdp_like.shard.runtime import engine as engine_module
@@ -121,12 +122,14 @@ def train(
     omits: Omission | None = None,
     updates: int = 1,
     offload_moments: bool = False,
+    writes: str = "",
     **options: Any,
 ) -> Found:
     """Run some steps of a specimen, and an evaluation after each, on this rank under the detector.
 
     `updates` is how many steps of the optimizer follow a backward, which updates too if `in_backward`;
-    `offload_moments` is of our own one, `options` are `fully_shard`'s.
+    `offload_moments` is of our own one, `options` are `fully_shard`'s. Parameters are written to after each evaluation,
+    and where `writes` says: "before backward", or "behind unshard", whose all-gather nobody has waited for.
     """
     streams = VectorClocks(forgets, omits)
     detector = RaceDetector(streams)
@@ -136,6 +139,7 @@ def train(
         patch.setattr(engine_module, "streams_of", lambda device: streams)
         watch_transports(patch, detector)
         watch_gradients(patch, detector)
+        watch_split_masters(patch, detector)
         watch_offloaded_moments(patch, detector)
         watch_kernels(patch, detector)
         name_works(patch, streams)
@@ -153,7 +157,10 @@ def train(
             update_in_backward(cast("AdamW", optimizer))
         with detector:
             for step in range(4):
-                specimen.loss_of(model, step, 0).backward()
+                loss = specimen.loss_of(model, step, 0)
+                if writes == "before backward":
+                    write(model)
+                loss.backward()
                 if not in_backward:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 for _ in range(updates):
@@ -164,16 +171,23 @@ def train(
                 optimizer.zero_grad(set_to_none=step % 2 == 0)  # so that gradients are both set and added to
                 with torch.no_grad():
                     specimen.loss_of(model, step, 0)
-                    for p in model.parameters():
-                        p.mul_(1.0)
+                if writes == "behind unshard":
+                    model.unshard(async_op=True)
+                write(model)
     return Found(detector.races, streams.waits, len(detector.accesses))
 
 
+@torch.no_grad()
+def write(model: Any) -> None:
+    for p in model.parameters():
+        p.mul_(1.0)
+
+
 def name_works(patch: pytest.MonkeyPatch, streams: VectorClocks) -> None:
-    for name in ("publish", "before_update", "after_update"):
+    for name in ("publish", "_settle", "before_update", "after_update"):
         patch.setattr(ParamLifecycle, name, _within(streams, name, getattr(ParamLifecycle, name)))
-    free = _within(streams, "_free_updated", GradientLifecycle._free_updated)
-    patch.setattr(GradientLifecycle, "_free_updated", free)
+    for name in ("_free_updated", "_update"):
+        patch.setattr(GradientLifecycle, name, _within(streams, name, getattr(GradientLifecycle, name)))
 
 
 def _within(streams: VectorClocks, name: str, work: Any) -> Any:
@@ -211,6 +225,29 @@ def watch_gradients(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
 
     patch.setattr(GradientShard, "take", watched)
     patch.setattr(GradientShard, "release", noted)
+
+
+def watch_split_masters(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
+    """What is written to them lies beside their halves, in memory of compute's, until it is settled."""
+    to_write, settle = SplitValues.to_write, SplitValues.settle
+
+    def watched(self: SplitValues) -> torch.Tensor:
+        is_new = self.written is None
+        written = to_write(self)
+        if is_new:
+            detector.watch_new(written)
+        detector.note([written], True, "a write to a master")
+        return written
+
+    def noted(self: SplitValues) -> bool:
+        written = self.written
+        settled = settle(self)
+        if written is not None:
+            detector.note_free(written)
+        return settled
+
+    patch.setattr(SplitValues, "to_write", watched)
+    patch.setattr(SplitValues, "settle", noted)
 
 
 def watch_kernels(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
@@ -373,6 +410,37 @@ def test_writes_to_a_split_master_are_ordered(transport: str, own_optimizer: boo
     """Prevents: an update, or values that the user wrote, in a compute shard that a gather still reads."""
     for found in run_ranks(train, "nested", own_optimizer=own_optimizer, transport=transport, split_master=True):
         assert found.races == []
+
+
+@pytest.mark.parametrize("transport", ["process_group", "peer"])
+@pytest.mark.parametrize("in_backward", [True, False])
+@pytest.mark.parametrize("writes", ["before backward", "behind unshard"])
+def test_writes_to_a_split_master_are_ordered_wherever_they_come(
+    writes: str, in_backward: bool, transport: str
+) -> None:
+    options = {"own_optimizer": True, "in_backward": in_backward, "transport": transport, "split_master": True}
+    for found in run_ranks(train, "nested", writes=writes, **options):
+        assert found.races == []
+
+
+@pytest.mark.parametrize(
+    ("omission", "options", "race"),
+    [
+        (("_settle", "wait", 1), {"writes": "behind unshard"}, "copy_.* on compute does not wait for .* on gather"),
+        (("publish", "wait", 2), {"transport": "peer"}, "a new owner on compute does not wait for .* on gather"),
+        (
+            ("_update", "wait", 1),
+            {"writes": "before backward", "in_backward": True},
+            "a new owner on compute does not wait for .* on reduce",
+        ),
+    ],
+)
+def test_leaving_out_a_wait_around_the_settling_of_a_split_master_is_found(
+    omission: Omission, options: dict[str, Any], race: str
+) -> None:
+    """What an all-gather still reads would be overwritten, and what was written given to others before it is read."""
+    for found in run_ranks(train, "nested", omits=omission, own_optimizer=True, split_master=True, **options):
+        assert any(re.search(race, line) for line in found.races), sorted(set(found.races))
 
 
 @pytest.mark.parametrize("transport", ["process_group", "peer"])

@@ -54,7 +54,6 @@ class _InBackward:
         group_of = self._group_of
         params = [p for p in unit.params if p.sharded.grad is not None and p.sharded in group_of]
         if params:
-            unit.settle()
             if not optimizer.state:
                 _make_room_for_states([unit])
             optimizer.update(id(unit), [(p.sharded, group_of[p.sharded]) for p in params])

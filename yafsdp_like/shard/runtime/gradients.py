@@ -15,9 +15,13 @@ same stream: once no use of the unit awaits its backward any more, in the last b
   own. But every rank's compute has waited for its all-gather before it computed the gradients, and the reduction's
   first barrier says that all ranks have: so a unit is updated only behind a reduction of its own.
 
-All-gathers of the next forward come after the end of the backward, for which compute waits. So does what takes the
-gradients' memory: compute waits for the update before that goes back to the allocator, which knows only its order. It
-does so at the next unit's reduction, so that updates run beside the backward, and gradients of one unit have memory.
+All-gathers of the next forward come after the end of the backward, for which compute waits.
+
+[Note: who frees what another stream reads]
+Gradient shards, and what was written to a split master, are allocated by compute and freed in its order: a block is
+compute's again as soon as the CPU frees it, however far the device is behind. So what reads one on another stream is
+waited for by compute first. The memory of gradients that an update in backward has read is freed at the next unit's
+reduction, so that updates run beside the backward, and gradients of one unit have memory; others' at the next forward.
 """
 
 from __future__ import annotations
@@ -179,6 +183,8 @@ class GradientLifecycle:
         if unit.policy.averaged == "nothing":
             return
         with label("update", unit), self._streams.on(REDUCE), torch.no_grad():
+            if unit.settle():  # see [Note: who frees what another stream reads]
+                self._streams.wait(COMPUTE, self._streams.record(REDUCE))
             params = updater.update(unit)
         if params:
             self._last_reduce = self._streams.record(REDUCE)

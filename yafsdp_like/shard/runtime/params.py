@@ -54,7 +54,6 @@ class ParamLifecycle:
     def begin(self) -> None:
         """Start a forward: order all-gathers behind what compute wrote (by an optimizer, say), and drop stale slots."""
         self._context.collective_log.begins_forward()
-        self._settle()
         self.publish()
         for unit in self._units:
             slot = unit.gather_slot
@@ -62,6 +61,30 @@ class ParamLifecycle:
                 slot.drop()
             elif slot.state is not EMPTY and slot.version != unit.freshness.main_version():
                 self.release(slot)
+
+    def publish(self) -> None:
+        """Let all-gathers from here on, of any rank, read what this rank's main shards are now.
+
+        Where peers read compute shards in place, all are made current between two stream barriers: the first says that
+        nobody reads them any more, the second that they are written. Otherwise each is made so when it is all-gathered,
+        from halves of a split master that are written here, on compute: it has what was written, and frees that.
+        """
+        self._settle()
+        self._streams.wait(GATHER, self._streams.record(COMPUTE))
+        if not self._context.mapped:
+            return
+        with self._streams.on(GATHER), torch.no_grad():
+            for mapped in self._context.mapped:
+                mapped.stream_barrier(GATHER)
+            units = (unit for unit in self._units if unit.transport.mapped is not None)
+            written = [work for unit in units for work in (unit.settle(), unit.refresh_compute_shard())]
+            for mapped in self._context.mapped:
+                mapped.stream_barrier(GATHER)
+        self._context.arm_watchdog(self._streams.record(GATHER))
+        if any(
+            written
+        ):  # the next update of the main shards comes after, and what takes the memory that settling freed
+            self._streams.wait(COMPUTE, self._streams.record(GATHER))
 
     def _settle(self) -> None:
         """Split what was written to split masters, for units whose compute shard is read by this rank alone."""
@@ -71,25 +94,6 @@ class ParamLifecycle:
             with torch.no_grad():
                 for unit in written:
                     unit.settle()
-
-    def publish(self) -> None:
-        """Let all-gathers from here on, of any rank, read what this rank's main shards are now.
-
-        Where peers read compute shards in place, all are made current between two stream barriers: the first says that
-        nobody reads them any more, the second that they are written. Otherwise each is made so when it is all-gathered.
-        """
-        self._streams.wait(GATHER, self._streams.record(COMPUTE))
-        if not self._context.mapped:
-            return
-        with self._streams.on(GATHER), torch.no_grad():
-            for mapped in self._context.mapped:
-                mapped.stream_barrier(GATHER)
-            cast = [unit.refresh_compute_shard() for unit in self._units if unit.transport.mapped is not None]
-            for mapped in self._context.mapped:
-                mapped.stream_barrier(GATHER)
-        self._context.arm_watchdog(self._streams.record(GATHER))
-        if any(cast):  # the next update of the main shards comes after
-            self._streams.wait(COMPUTE, self._streams.record(GATHER))
 
     def before_update(self) -> None:
         """Order an optimizer's writes to compute shards, from here on, behind every rank's all-gathers from them."""

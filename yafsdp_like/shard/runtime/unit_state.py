@@ -362,14 +362,13 @@ class Unit:
 
     def refresh_compute_shard(self) -> bool:
         """Write what is all-gathered from main shards, unless it is current; return whether there was work to do."""
-        was_written = self.settle()
         if self.freshness.is_current():
-            return was_written
+            return False
         pairs = [(p.compute, p.main) for p in self.params if p.compute is not p.main and not p.is_split]
         if pairs:
             torch._foreach_copy_([compute for compute, _ in pairs], [main for _, main in pairs])
         self.freshness.compute_shard_written()
-        return was_written or bool(pairs)
+        return bool(pairs)
 
     def settle(self) -> bool:
         """Split what was written to split masters into halves (see [Note: split master]); return whether any was."""
