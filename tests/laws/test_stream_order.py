@@ -99,8 +99,22 @@ class EarlyExit(Chain):
         return x
 
 
+class ReadAfterItsGradient(Chain):
+    """Its backward reads the scale once more when the scale's gradient is complete."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks(2))
+        self.scale = torch.nn.Parameter(torch.ones(FEATURES))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x) * self.scale.detach()
+        return self.layers[1](x) * self.scale
+
+
 LONG = Specimen(lambda: Chain(blocks(6)), vectors(FEATURES), layers_of)  # more units than slots
 EARLY_EXIT = Specimen(lambda: EarlyExit(blocks(2)), vectors(FEATURES), layers_of)
+READ_AFTER = Specimen(ReadAfterItsGradient, vectors(FEATURES), layers_of)
+OWN = {"early exit": EARLY_EXIT, "long": LONG, "wide": WIDE, "read after its gradient": READ_AFTER}
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,7 @@ def train(
     """
     streams = VectorClocks(forgets, omits)
     detector = RaceDetector(streams)
-    specimen = {"early exit": EARLY_EXIT, "long": LONG, "wide": WIDE}.get(name) or SPECIMENS[name]
+    specimen = OWN.get(name) or SPECIMENS[name]
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "streams_of", lambda device: streams)
@@ -454,6 +468,21 @@ def test_stream_order_holds_whatever_stays_gathered(reshard_after_forward: bool,
 def test_reducing_large_parameters_early_is_ordered(transport: str) -> None:
     for found in run_ranks(train, "decoder", plant="reduce_everything_early", transport=transport):
         assert found.races == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", ["decoder", "read after its gradient"])
+def test_updating_in_backward_what_was_reduced_early_is_ordered(name: str, world_size: int) -> None:
+    """On one rank the slot is the shard, which the update writes."""
+    options = {"plant": "reduce_everything_early", "in_backward": True, "world_size": world_size}
+    for found in run_ranks(train, name, transport="auto" if world_size == 1 else "peer", **options):
+        assert found.races == []
+
+
+def test_leaving_out_the_wait_for_a_unit_that_was_reduced_early_is_found() -> None:
+    options = {"plant": "reduce_everything_early", "in_backward": True, "world_size": 1}
+    (found,) = run_ranks(train, "read after its gradient", omits=("_update", "wait", 1), **options)
+    assert any(re.search("adamw on reduce does not wait for .* on compute", line) for line in found.races)
 
 
 @pytest.mark.parametrize("transport", ["process_group", "peer"])

@@ -15,6 +15,7 @@ from tests.training import full_parameters, world_mesh
 from tests.zoo import FEATURES, SPECIMENS, Chain, Specimen, blocks, layers_of, vectors
 from yafsdp_like import GraphedStep, MixedPrecisionPolicy, fully_shard, update_in_backward
 from yafsdp_like.optim import AdamW
+from yafsdp_like.shard.runtime import gradients
 from yafsdp_like.shard.runtime.gradient_shard import GradientShard
 from yafsdp_like.shard.runtime.unit_state import unit_of
 
@@ -133,6 +134,19 @@ def test_only_the_last_backward_of_a_step_updates(way: str, transport: str) -> N
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_bits_are_the_same_whatever_is_kept_in_which_dtype(world_size: int, options: dict[str, Any]) -> None:
     run_ranks(compare, "decoder", "once", "peer" if world_size == 2 else "auto", world_size=world_size, **options)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_unit_whose_parameters_were_all_reduced_early_is_updated_at_its_end(transport: str) -> None:
+    """Prevents: a root's gradients, those of a head and an embedding, that wait for the step."""
+    for left in run_ranks(compare_reduced_early, transport):
+        assert left == []
+
+
+def compare_reduced_early(transport: str) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradients, "EARLY_NUMEL", 1)
+        return compare("decoder", "once", transport)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ Where a unit has an ``Updater``, its parameters are updated behind the reduction
 same stream: once no use of the unit awaits its backward any more, in the last backward of a step. What that may write:
 
 * main shards: nobody else reads them in backward. On one rank slots are shards, and compute reads those in the unit's
-  backward, which is over: the reduction has waited for it.
+  backward, which is over: the reduction has waited for it, or the update does where all was reduced early.
 * compute shards: all-gathers read them, and where memory is mapped so do other ranks' ones, without a barrier of their
   own. But every rank's compute has waited for its all-gather before it computed the gradients, and the reduction's
   first barrier says that all ranks have: so a unit is updated only behind a reduction of its own.
@@ -146,12 +146,10 @@ class GradientLifecycle:
         if self.filled and unit not in self._reduced:
             self._reduced.add(unit)
             self.reduce_unused(self._ticks[unit][1])
-        if not slot.arrived:
-            slot.release(self._last_reduce)
-            return
-        slot.release(self._reduce_arrived(unit))
+        all_early = not slot.arrived
+        slot.release(self._last_reduce if all_early else self._reduce_arrived(unit))
         if unit.updater is not None and self.is_last_backward and not slot.holds and not unit.running.pending:
-            self._update(unit, unit.updater)
+            self._update(unit, unit.updater, all_early)
 
     def _reduce_arrived(self, unit: Unit) -> Event:
         """Reduce what has arrived into gradient shards, set or add to ``.grad``, and return the event behind that."""
@@ -178,10 +176,12 @@ class GradientLifecycle:
 
     # --- the update ---
 
-    def _update(self, unit: Unit, updater: Updater) -> None:
+    def _update(self, unit: Unit, updater: Updater, all_early: bool) -> None:
         """Update the unit's parameters behind the reduction: see [Note: update in backward]."""
         if unit.policy.averaged == "nothing":
             return
+        if all_early:  # when compute was not done with the unit
+            self._streams.wait(REDUCE, self._streams.record(COMPUTE))
         with label("update", unit), self._streams.on(REDUCE), torch.no_grad():
             if unit.settle():  # see [Note: who frees what another stream reads]
                 self._streams.wait(COMPUTE, self._streams.record(REDUCE))
