@@ -13,7 +13,7 @@ from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-PLAIN, EMPTY = (bool, int, float, str), (dict, tuple, list)
+_LEAVES = frozenset((type(None), bool, int, float, str))  # that hold nothing
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any, others: list[Any] | None = None) -> Any:
@@ -22,22 +22,26 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any, ot
     Containers are copied only where something in them changes, so that what is left alone keeps its identity. Objects
     that are neither containers nor tensors are left alone, and added to ``others``.
     """
+    kind = type(value)
+    if kind in _LEAVES:
+        return value
     if isinstance(value, torch.Tensor):
         return function(value)
-    if value is None or type(value) in PLAIN or (type(value) in EMPTY and not value):
-        return value  # most of what modules are given: said before the slower questions
+    if kind is tuple or kind is list:  # most of what modules are given: said before the slower questions
+        items = [v if type(v) in _LEAVES else map_tensors(function, v, others) for v in value]
+        return value if all(map(operator.is_, items, value)) else kind(items)
+    if kind is dict and not value:
+        return value
     if isinstance(value, Mapping):
         return _copied_where_changed(function, value, dict(value), _set_item, others)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return _copied_where_changed(function, value, fields, object.__setattr__, others)
     if isinstance(value, (list, tuple)):
-        items = [function(v) if isinstance(v, torch.Tensor) else map_tensors(function, v, others) for v in value]
+        items = [map_tensors(function, v, others) for v in value]
         if all(map(operator.is_, items, value)):
             return value
-        return (
-            type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        )  # a named tuple takes them apart
+        return kind(*items) if hasattr(value, "_fields") else kind(items)  # a named tuple takes them apart
     if others is not None:
         others.append(value)
     return value
