@@ -88,7 +88,8 @@ class ParamLifecycle:
 
     def _settle(self) -> None:
         """Split what was written to split masters, for units whose compute shard is read by this rank alone."""
-        written = [u for u in self._units if u.transport.mapped is None and any(p.is_written for p in u.params)]
+        split = [unit for unit in self._units if unit.split and unit.transport.mapped is None]
+        written = [unit for unit in split if any(p.is_written for p in unit.split)]
         if written:
             self._streams.wait(COMPUTE, self._streams.record(GATHER))  # which may still read it
             with torch.no_grad():

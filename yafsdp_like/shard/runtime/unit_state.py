@@ -106,6 +106,7 @@ class Unit:
         self.name = type(modules[0]).__name__  # the modules' full names, once the root is known
         self.arena = Arena(device)  # of the main shard, which is needed before the root is known
         self._main_layout: FlatLayout | None = None  # None until materialized
+        self.split: tuple[ShardedParam, ...] = ()  # the parameters whose masters are split
         self.freshness = Freshness(self.params)
         self.needs = UnitNeeds()
         self.running = RunningUnit()
@@ -255,7 +256,7 @@ class Unit:
     def signature(self) -> tuple[object, ...]:
         """What the plan was made for; a change of it asks for a new plan."""
         moves = self.freshness.num_moves
-        return (self.needs.unsynced_gradients, moves, *((p.trainable, p.is_placed) for p in self.params))
+        return (self.needs.unsynced_gradients, moves, *[(p.trainable, p.is_placed) for p in self.params])
 
     def meta_params(self) -> list[str]:
         """Return the names of parameters that are on the meta device."""
@@ -291,6 +292,7 @@ class Unit:
         """Compute and reduce in the dtypes of ``params`` from now on."""
         for p, spec in zip(self.params, params, strict=True):
             p.take_dtypes(spec)
+        self.split = tuple(p for p in self.params if p.is_split)
 
     def materialize(self) -> None:
         """Put the main shard into the arena, or back after the user moved, cast or replaced parameters.
@@ -372,7 +374,7 @@ class Unit:
 
     def settle(self) -> bool:
         """Split what was written to split masters into halves (see [Note: split master]); return whether any was."""
-        was_written = sum(p.settle() for p in self.params) > 0
+        was_written = sum([p.settle() for p in self.split]) > 0
         if was_written:
             self.freshness.main_shards_written()  # PyTorch does not count all writes
         return was_written
