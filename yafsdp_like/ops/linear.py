@@ -92,7 +92,11 @@ def uninstall(module: nn.Module) -> None:
 
 def forward(module: nn.Linear, input: Tensor) -> Tensor:
     """``nn.Linear.forward``, and named like it because pickle stores a bound method by its name."""
-    return linear(input, module.weight, module.bias)
+    found = module._parameters  # looked up by hand, as __getattr__ would: it takes as long as a small kernel's launch
+    weight = found.get("weight")
+    if weight is None or "bias" not in found:  # parametrized, or given by functional_call
+        return linear(input, module.weight, module.bias)
+    return linear(input, weight, found["bias"])
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -142,11 +146,11 @@ def takes_gradient(accumulation: Any) -> bool | None:
 def _is_plain(input: Tensor) -> bool:
     """Whether nothing but a plain backward can come of a call on ``input``."""
     return (
-        torch.is_grad_enabled()
-        and type(input) is Tensor
+        type(input) is Tensor
+        and torch.is_grad_enabled()
         and input.layout is torch.strided
         and not input.is_nested
-        and not torch.is_autocast_enabled(input.device.type)
+        and not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type))
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
@@ -154,6 +158,8 @@ def _is_plain(input: Tensor) -> bool:
 
 def _rows(tensor: Tensor) -> Tensor:
     """(..., K) as (R, K)."""
+    if tensor.dim() == 3:  # of a language model; ``flatten`` takes half as long
+        return tensor.flatten(0, 1)
     return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
@@ -172,7 +178,7 @@ class _Linear(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         needs_input, _, needs_bias, _ = ctx.needs_input_grad
         rows, input_rows = _rows(grad), _rows(input)
-        grad_input = rows.mm(weight).view(input.shape) if needs_input else None
+        grad_input = rows.mm(weight).view_as(input) if needs_input else None
         taken = takes_gradient(ctx.next_functions[1][0])
         grad_weight: Tensor | None = None
         if taken is None or torch.is_grad_enabled():  # gradients of gradients go through the product
