@@ -1,11 +1,7 @@
 """What only a GPU can show: allocator counters, streams that overlap, compiled blocks. Two GPUs, NCCL."""
 
 import gc
-import gzip
 import json
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from tests.ranks import run_ranks
 from tests.training import Recipe, Run, assert_same_bits, world_mesh
@@ -28,7 +26,6 @@ from yafsdp_like.shard.runtime.rebuild import Rebuild
 from yafsdp_like.shard.runtime.unit_state import unit_of
 
 pytestmark = pytest.mark.gpu
-ROOT = Path(__file__).parents[2]
 
 CONFIG = DecoderConfig(dim=1024, num_layers=8, num_heads=8, num_kv_heads=4, ffn_dim=4096, vocab_size=4096)
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -221,29 +218,47 @@ def peak_of_initialization() -> tuple[int, int, int]:
     return peak, sum(shards), max(shards)
 
 
-NUM_LAYERS = 6
 Spans = list[tuple[float, float]]  # start and end, in microseconds
+Event = dict[str, Any]  # of a Chrome trace
 
 
-def events_of_a_step(impl: str, directory: Path) -> list[dict[str, Any]]:
-    """What one rank's GPU did in a profiled step of the benchmark."""
-    shape = ["--model", "1b", "--num-layers", str(NUM_LAYERS), "--impl", impl, "--seq-len", "2048"]
-    effort = ["--rounds", "1", "--warmup", "2", "--steps", "1", "--profile", str(directory)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [*torchrun, str(ROOT / "scripts" / "bench_train.py"), *shape, *effort]
-    subprocess.run(command, env=environment, check=True, timeout=150, capture_output=True)
-    (trace,) = directory.glob(f"{impl}-*.json.gz")
-    return json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+def events_of_a_step(transport: str, directory: Path) -> list[Event]:
+    """What this rank's GPU did in a forward and backward that waited in its queues when it began.
+
+    So streams and their events alone say what ran beside what, and not how fast the CPU issues it.
+    """
+    model, inputs = sharded_decoder(transport=transport), batch()
+    train(model, 2)
+    trace = directory / f"{transport}-{dist.get_rank()}.json"
+    with profile(
+        activities=[ProfilerActivity.CUDA],
+        schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(trace)),
+        acc_events=True,
+    ) as profiler:
+        for _ in range(2):
+            torch.cuda._sleep(8 * SLOW_CYCLES)
+            model(*inputs).backward()
+            torch.cuda.synchronize()
+            model.zero_grad()
+            profiler.step()
+    events: list[Event] = json.loads(trace.read_text())["traceEvents"]
+    return [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy")]
 
 
-def spans(events: list[dict[str, Any]], category: str, *words: str, but: str = "(nothing)") -> Spans:
+def spans(events: Sequence[Event], category: str, *words: str) -> Spans:
     """When work of a category ran whose name has all the words."""
     return [
         (e["ts"], e["ts"] + e["dur"])
         for e in events
-        if e.get("cat") == category and all(word in e["name"] for word in words) and but not in e["name"]
+        if e["cat"] == category and all(word in e["name"] for word in words)
     ]
+
+
+def spans_of_compute(events: Sequence[Event]) -> Spans:
+    """When kernels ran but those of NCCL, and the one that let work queue up."""
+    others = [event for event in events if "nccl" not in event["name"] and "spin_kernel" not in event["name"]]
+    return spans(others, "kernel")
 
 
 def num_overlapped(some: Spans, others: Spans) -> int:
@@ -252,17 +267,16 @@ def num_overlapped(some: Spans, others: Spans) -> int:
 
 def test_gathers_and_reductions_run_beside_compute(tmp_path: Path) -> None:
     """Counts collectives during which a kernel of another stream runs; says nothing of speed."""
-    events = events_of_a_step("ours-nccl", tmp_path)
-    compute = spans(events, "kernel", but="nccl")
-    assert num_overlapped(spans(events, "kernel", "nccl", "AllGather"), compute) >= NUM_LAYERS
-    assert num_overlapped(spans(events, "kernel", "nccl", "ReduceScatter"), compute) >= NUM_LAYERS // 2
+    events = run_ranks(events_of_a_step, "process_group", tmp_path, device="cuda", timeout=120)[0]
+    compute = spans_of_compute(events)
+    assert num_overlapped(spans(events, "kernel", "nccl", "AllGather"), compute) >= CONFIG.num_layers
+    assert num_overlapped(spans(events, "kernel", "nccl", "ReduceScatter"), compute) >= CONFIG.num_layers // 2
 
 
 def test_copies_from_peers_run_beside_compute(tmp_path: Path) -> None:
     """Each gather and each reduction is copies between GPUs, and no kernel of NCCL moves parameters or gradients."""
-    events = events_of_a_step("ours", tmp_path)
-    copies, compute = spans(events, "gpu_memcpy", "PtoP"), spans(events, "kernel", but="nccl")
-    assert num_overlapped(copies, compute) >= 2 * NUM_LAYERS
+    events = run_ranks(events_of_a_step, "peer", tmp_path, device="cuda", timeout=120)[0]
+    assert num_overlapped(spans(events, "gpu_memcpy", "PtoP"), spans_of_compute(events)) >= 2 * CONFIG.num_layers
     assert spans(events, "kernel", "nccl", "AllGather") == spans(events, "kernel", "nccl", "ReduceScatter") == []
 
 
