@@ -7,7 +7,7 @@ own record of one step's allocations, replayed to the highest sum of each phase:
 after backward is a gradient; one that FSDP2's own code asked for is a slot (full parameters) or staging (input and
 output of reduce-scatter); everything else counts as activations, full gradients of a block among them.
 What the allocator has reserved and nobody uses is "unused cache"; what the device counts beyond all that is "other":
-the context, NCCL's buffers, other processes.
+the context, cuBLAS's workspaces, NCCL's buffers, other processes.
 Under a CUDA graph nothing is asked for in a step: its memory stands under "unused cache".
 """
 
