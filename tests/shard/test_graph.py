@@ -22,11 +22,11 @@ BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def sharded(device: str, transport: Any = "auto", config: DecoderConfig = CONFIG) -> Any:
+def sharded(device: str, transport: Any = "auto", config: DecoderConfig = CONFIG, **options: Any) -> Any:
     with torch.device("meta"):
         model = Decoder(config)
     for module in (*model.layers, model):
-        fully_shard(module, mesh=world_mesh(device), mp_policy=BF16, transport=transport)
+        fully_shard(module, mesh=world_mesh(device), mp_policy=BF16, transport=transport, **options)
     model.to_empty(device=device)
     model.init_weights()
     return model
@@ -258,3 +258,16 @@ def test_only_steps_that_start_from_rest_are_repeatable() -> None:
     parameter.grad = None
     model.set_requires_gradient_sync(False)
     assert repeatable_state(model._engine()) is None, "gradients stay in their slots"
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@on_ranks()
+def test_a_step_behind_a_write_to_a_split_master_is_not_recorded(fused: bool) -> None:
+    """Prevents: a replay that writes the master again as it was when the step was recorded."""
+    model = sharded("cpu", split_master=True)
+    optimizer = AdamW(model.parameters()) if fused else torch.optim.AdamW(model.parameters())
+    for number in range(2):
+        forward_backward_of(model)(*batch(number, 16, "cpu"))
+        optimizer.step()
+        optimizer.zero_grad()
+        assert (repeatable_state(model._engine()) is not None) == fused, "torch's writes wait for the next forward"

@@ -186,8 +186,8 @@ class GraphedStep:
 def repeatable_state(engine: ShardEngine) -> StepKey | None:
     """Return what a step that starts now would decide by, or None when it cannot be repeated as it is.
 
-    It cannot while something is running or held between steps, where the user has set a ``.grad``, and where outputs
-    are to be checked (debug mode).
+    It cannot while something is running or held between steps, where the user has set a ``.grad`` or has just written
+    to a split master, and where outputs are to be checked (debug mode).
     """
     if not engine.memory.is_built or engine.params.debug:
         return None
@@ -218,6 +218,8 @@ def _repeatable_unit(engine: ShardEngine, unit: Unit) -> UnitState | None:
     if slot.state not in (SlotState.EMPTY, SlotState.FILLED) or unit.gradient_slot.state is not SlotState.EMPTY:
         return None
     if any(p.sharded.grad is not None and not p.has_own_grad for p in unit.params):
+        return None
+    if any(p.is_written for p in unit.split):  # a replay would settle that again
         return None
     adds = tuple(p.has_own_grad for p in unit.params)
     if not all(p.pin_grad() for p in unit.params):
