@@ -12,8 +12,9 @@ from functools import cached_property
 
 from yafsdp_like.inference.engine.forward import StepSize
 
-# Up to which number of tokens padding is to a multiple of what: a quarter of a step at most, an eighth from 512 on.
-_TOKEN_STEPS = ((16, 8), (128, 16), (256, 32), (1024, 64), (2048, 128), (4096, 256))
+# Up to which number of tokens padding is to a multiple of what. Measured on an H200 with the shape of Llama 3 8B in
+# bf16: sizes that are left out take as long as the next one, or longer (448 tokens 14.3 ms, 512 tokens 11.0 ms).
+_TOKEN_STEPS = ((16, 8), (128, 16), (256, 32), (384, 64), (512, 128), (640, 64), (1280, 128), (4096, 256))
 _LARGEST_TOKEN_STEP = 512
 _NUM_SEQUENCES = (8, 32, 128, 512)
 _MAX_CHUNKS = 32  # of a step that has fewer sequences than there may be
