@@ -17,7 +17,7 @@ from yafsdp_like.inference.engine.forward import StepSize
 _TOKEN_STEPS = ((16, 8), (128, 16), (256, 32), (384, 64), (512, 128), (640, 64), (1280, 128), (4096, 256))
 _LARGEST_TOKEN_STEP = 512
 _NUM_SEQUENCES = (8, 32, 128, 512)
-_MAX_CHUNKS = 32  # of a step that has fewer sequences than there may be
+_MAX_CHUNKS = 32  # where that suffices: each costs prefill attention a program per kv head, with work or without
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class StepBuckets:
     def _sequences(self) -> list[tuple[int, int, int]]:
         """How many may decode, how many may be chunks, and how many may draw: first of prompts that go on."""
         most = self.max_batch_size
-        few = [(n, min(n, _MAX_CHUNKS)) for n in _NUM_SEQUENCES if n < most]
+        few = [(n, min(n, _MAX_CHUNKS)) for n in (*(n for n in _NUM_SEQUENCES if n < most), most)]
         return [(0, min(8, most), 0), *((n, c, min(n + c, most)) for n, c in (*few, (most, most)))]
 
     def _mixed(self, num_tokens: int, num_single: int, num_chunks: int, num_drawing: int) -> StepSize:
