@@ -27,7 +27,8 @@ from yafsdp_like.ops.split_master import SplitTensor
 
 Clock = dict[str, int]
 PEER = "peer's "
-STREAMS = [f"{whose}{stream}" for whose in ("", PEER) for stream in (COMPUTE, *SIDE_STREAMS)]
+CPU = "cpu"  # whose own accesses to host memory no event orders, but only its waiting
+STREAMS = [f"{whose}{stream}" for whose in ("", PEER) for stream in (COMPUTE, *SIDE_STREAMS, CPU)]
 Omission = tuple[str, str, int]  # in which work; "wait" or "stream_barrier"; the how manieth of these in it
 
 
@@ -52,7 +53,7 @@ class VectorClocks:
     """
 
     def __init__(self, forgets: Sequence[tuple[str, str]] = (), omits: Omission | None = None) -> None:
-        self.clocks: dict[str, Clock] = {s: dict.fromkeys(STREAMS, 0) for s in (COMPUTE, *SIDE_STREAMS)}
+        self.clocks: dict[str, Clock] = {s: dict.fromkeys(STREAMS, 0) for s in (COMPUTE, *SIDE_STREAMS, CPU)}
         self.current = COMPUTE
         self.forgets = set(forgets)
         self.omits = omits
@@ -101,10 +102,12 @@ class VectorClocks:
         for other, time in clock.items():
             mine[other] = max(mine[other], time)
 
-    def tick(self) -> tuple[str, int]:
-        """Count an operation of the current stream; return its name and the operation's time."""
-        self.clocks[self.current][self.current] += 1
-        return self.current, self.clocks[self.current][self.current]
+    def tick(self, stream: str | None = None) -> tuple[str, int]:
+        """Count an operation of a stream, the current one by default; return its name and the operation's time."""
+        stream = stream or self.current
+        self._learn(stream, self.clocks[CPU])  # which has issued it after its own
+        self.clocks[stream][stream] += 1
+        return stream, self.clocks[stream][stream]
 
     def has_seen(self, stream: str, other: str, time: int) -> bool:
         """Whether what `stream` does now is ordered after what `other` did at `time`."""
@@ -132,6 +135,7 @@ class RaceDetector(TorchDispatchMode):
         super().__init__()
         self.streams = streams
         self.watched: list[tuple[int, int]] = []
+        self.on_host: list[tuple[int, int]] = []  # of those, what the CPU accesses itself where compute seems to
         self.pages: list[tuple[int, int, int]] = []  # see _mapped_pages
         self.accesses: dict[tuple[int, int, bool, str], Access] = {}
         self.races: list[str] = []
@@ -139,9 +143,10 @@ class RaceDetector(TorchDispatchMode):
         self._freed: list[torch.Tensor] = []  # and not yet taken by compute, whose next operation may write it
         self._kept: list[torch.Tensor] = []  # that were freed: their addresses are to stand for nothing else
 
-    def watch(self, tensor: torch.Tensor) -> None:
+    def watch(self, tensor: torch.Tensor, on_host: bool = False) -> None:
         storage = tensor.untyped_storage()
         self.watched.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+        self.on_host += self.watched[-1:] if on_host else []
         self.pages = _mapped_pages()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -170,9 +175,13 @@ class RaceDetector(TorchDispatchMode):
         wholes = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors]
         for local in (part for whole in wholes for part in _parts(whole, writes)):
             extent = _extent(local)
-            if extent is not None and any(low <= extent[0] and extent[1] <= high for low, high in self.watched):
-                for start, end in self._physical(*extent):
-                    self._check(Access(start, end, writes, stream, time, operation))
+            if extent is None or not _within(extent, self.watched):
+                continue
+            if stream == COMPUTE and _within(extent, self.on_host):
+                self._check(Access(*extent, writes, *self.streams.tick(CPU), operation))
+                continue
+            for start, end in self._physical(*extent):
+                self._check(Access(start, end, writes, stream, time, operation))
 
     def _physical(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield the physical ranges of addresses, equal for all virtual addresses that map the same bytes."""
@@ -206,6 +215,10 @@ class RaceDetector(TorchDispatchMode):
             if conflicts and old.stream != new.stream and not self.streams.has_seen(new.stream, old.stream, old.time):
                 self.races.append(f"{new.operation} on {new.stream} does not wait for {old.operation} on {old.stream}")
         self.accesses[new.start, new.end, new.writes, new.stream] = new
+
+
+def _within(extent: tuple[int, int], ranges: Sequence[tuple[int, int]]) -> bool:
+    return any(low <= extent[0] and extent[1] <= high for low, high in ranges)
 
 
 def _mapped_pages() -> list[tuple[int, int, int]]:

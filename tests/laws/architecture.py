@@ -219,7 +219,7 @@ FACTORIES = re.compile(
     r"torch\.(empty|zeros|ones|full|rand|randn|randint)(_like)?"
     r"|torch\.distributed\._symmetric_memory\.empty"
     r"|torch\.(empty_strided|empty_permuted|randperm|normal|arange|linspace|logspace|eye|tensor|from_numpy|frombuffer"
-    r"|UntypedStorage|(\w+\.)*\w*Tensor|(\w+\.)*\w*Storage)"
+    r"|UntypedStorage|(\w+\.)*(?!DTensor$)\w*Tensor|(\w+\.)*\w*Storage)"
     r"|.*\.new_(empty|zeros|ones|full|tensor|empty_strided)"
 )
 COLLECTIVES = re.compile(
@@ -233,7 +233,7 @@ STREAMS = re.compile(r"torch(\.\w+)*\.(Stream|ExternalStream|Event)")
 
 
 def allocations(source: Source) -> list[str]:
-    """Calls that make a tensor with memory of its own; `device="meta"` makes one without."""
+    """Calls that make a tensor with memory of its own; `device="meta"` makes one without, and so does `DTensor`."""
     return [
         f"{source.where(call)}: {name or 'a call'}"
         for call, name in source.calls()

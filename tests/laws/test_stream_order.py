@@ -216,8 +216,12 @@ def watch_arenas(model: Any, detector: RaceDetector) -> None:
     units = {unit for module in model.modules() if (unit := unit_of(module)) is not None}
     for unit in units:
         for p in unit.params:
-            detector.watch(p.main)
-            detector.watch(p.compute)
+            detector.watch(p.main, on_host=unit.is_on_host)
+            if p.compute is not p.main:
+                detector.watch(p.compute)
+        if unit.host_staging is not None:
+            detector.watch(unit.host_staging.upload)
+            detector.watch(unit.host_staging.download)
         for tensor in (*unit.gather_slot.outputs, *unit.gradient_slot.inputs.values(), unit.staging):
             detector.watch(tensor)
 
@@ -228,7 +232,7 @@ def watch_gradients(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
 
     def watched(self: GradientShard) -> None:
         take(self)
-        detector.watch(self.flat)
+        detector.watch(self.flat, on_host=self.is_pinned)
 
     release = GradientShard.release
 
@@ -345,6 +349,10 @@ def forget_barriers_of_reductions(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(VectorClocks, "stream_barrier", other)
 
 
+def let_the_cpu_run_ahead(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(VectorClocks, "synchronize", lambda self, event: None)
+
+
 def update_beside_the_reduction(patch: pytest.MonkeyPatch) -> None:
     update = GradientLifecycle._update
 
@@ -366,6 +374,7 @@ PLANTS: dict[str, Plant] = {
         release_before_the_last_read,
         reduce_everything_early,
         forget_barriers_of_reductions,
+        let_the_cpu_run_ahead,
         update_beside_the_reduction,
     )
 }

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from yafsdp_like.memory.arena import Arena
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
@@ -25,6 +29,12 @@ def pin(storage: torch.UntypedStorage, owner: object, device: torch.device) -> N
             "to lock more (ulimit -l, or the container's limit), or keep fewer bytes on the host"
         )
     weakref.finalize(owner, _unpin, storage, device).atexit = False  # the process gives it back by itself
+
+
+def pin_arena(arena: Arena, device: torch.device) -> None:
+    """Pin all that an arena of host memory holds now, for as long as it lives: see ``pin``."""
+    for storage in {storage.data_ptr(): storage for storage, _ in map(arena.storage, arena.regions)}.values():
+        pin(storage, arena, device)
 
 
 def _unpin(storage: torch.UntypedStorage, device: torch.device) -> None:

@@ -95,7 +95,7 @@ def live_nbytes_peak(requests: Sequence[SlotRequest]) -> int:
 class Region:
     """A named range of memory that an arena holds for as long as the plan lives.
 
-    Or, ``transient``, tensors that PyTorch's allocator holds for a part of every step.
+    Or, ``transient``, tensors that PyTorch's allocator holds for a part of every step. On the device, or the host.
     """
 
     name: str
@@ -104,6 +104,7 @@ class Region:
     mapped: bool = False  # mapped by peers, who read it where it is
     granule_nbytes: int = 0  # made of whole granules of this size, which slots alias; 0: none does
     transient: bool = False
+    on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ KINDS = {
     "gradient slots": "units' full gradients, shared by live range",
     "unsynced gradients": "full gradients kept while set_requires_gradient_sync(False)",
     "staging": "peers' chunks of gradients while they are added up",
+    "host staging": "main shards and gradients on their way from and to host memory",
     "granule end": "the unused end of the last granule of the memory that peers map",
     "spill": "slots that the order of execution asked for beyond the plan",
     "weights": "served units that stay: whole, or this rank's part",
@@ -162,8 +164,13 @@ class MemoryPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all regions that arenas hold."""
-        return sum(region.nbytes for region in self.regions if not region.transient)
+        """Bytes of all regions that arenas hold on the device."""
+        return sum(region.nbytes for region in self.regions if not (region.transient or region.on_host))
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of regions in host memory, beside a plan that is all of the host's."""
+        return sum(region.nbytes for region in self.regions if region.on_host)
 
     @property
     def transient_nbytes(self) -> int:
@@ -179,12 +186,15 @@ class MemoryPlan:
         lines = [f"memory plan of one rank of {self.world_size}: {readable(self.nbytes)} ({self.nbytes:,} bytes)"]
         if self.transient_nbytes:
             lines[0] += f", and {readable(self.transient_nbytes)} from backward to zero_grad"
+        if self.host_nbytes:
+            lines[0] += f", and {readable(self.host_nbytes)} in host memory"
         lines += [f"  over {transport}" for transport in self.transports]
         for kind, meaning in KINDS.items():
             regions = [r for r in self.regions if r.kind == kind and r.nbytes]
             if not regions:
                 continue
             count = f"{len(regions)} regions" if len(regions) > 1 else "1 region"
+            meaning += " (in host memory)" if all(r.on_host for r in regions) else ""
             lines.append(f"  {kind:<18} {readable(sum(r.nbytes for r in regions)):>12}   {count:<12} {meaning}")
             lines += self._slot_lines(kind)
         return "\n".join(lines)

@@ -52,7 +52,7 @@ def _norm_of_kind(kind: Sharding | None, grads: list[torch.Tensor]) -> torch.Ten
     mesh, placements = kind
     parts = [Replicate() if placement.is_replicate() else _NormPartial(2.0) for placement in placements]
     whole = torch.linalg.vector_norm(DTensor.from_local(stacked, mesh, parts, run_check=False))
-    return local(whole)
+    return local(whole).to(stacked.device)  # from_local has moved it, if gradients are on the host, to their mesh
 
 
 def clipping_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:

@@ -25,7 +25,14 @@ from yafsdp_like.shard.drop_in import ShardState, refuse_others, show_state_to_t
 from yafsdp_like.shard.hooks import abandon
 from yafsdp_like.shard.optimizer_step import watch_optimizers
 from yafsdp_like.shard.pretrained import overrides_of
-from yafsdp_like.shard.requirements import check_grad_dtype, check_mesh, check_modules, check_params, check_supported
+from yafsdp_like.shard.requirements import (
+    check_grad_dtype,
+    check_mesh,
+    check_modules,
+    check_offload,
+    check_params,
+    check_supported,
+)
 from yafsdp_like.shard.runtime.engine import ShardEngine, engine_for, engine_of
 from yafsdp_like.shard.runtime.rebuild import Report
 from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
@@ -52,7 +59,7 @@ class ShardOptions(TypedDict, total=False):
     reshard_after_forward: bool | int | None
     shard_placement_fn: Callable[[nn.Parameter], Any] | None
     mp_policy: MixedPrecisionPolicy
-    offload_policy: OffloadPolicy
+    offload_policy: OffloadPolicy | None
     ignored_params: set[nn.Parameter] | None
     dp_mesh_dims: Any
     transport: TransportName
@@ -71,7 +78,7 @@ def fully_shard(
     reshard_after_forward: bool | int | None = None,
     shard_placement_fn: Callable[[nn.Parameter], Any] | None = None,
     mp_policy: MixedPrecisionPolicy = MixedPrecisionPolicy(),  # noqa: B008 (frozen)
-    offload_policy: OffloadPolicy = OffloadPolicy(),  # noqa: B008 (frozen)
+    offload_policy: OffloadPolicy | None = OffloadPolicy(),  # noqa: B008 (frozen)
     ignored_params: set[nn.Parameter] | None = None,
     dp_mesh_dims: Any = None,
     transport: TransportName = "auto",
@@ -101,7 +108,9 @@ def fully_shard(
         grad_dtype: of ``.grad``, which is not FSDP2's: what gradients are reduced in, so that nothing is lost where one
             backward makes them; sums over several are rounded to it. None: the parameter's own.
         shard_placement_fn: FSDP2's; only None is supported yet, as for ``dp_mesh_dims``.
-        offload_policy: FSDP2's; only its default is supported yet.
+        offload_policy: ``CPUOffloadPolicy()`` keeps parameters and gradients in host memory, and so the optimizer's
+            states and update; rows are copied to the device for each all-gather, and gradients back, beside compute.
+            ``pin_memory`` matters on a GPU only. See [Note: shards on the host] in ``runtime/host_shard.py``.
         dp_mesh_dims: see ``shard_placement_fn``.
 
     Returns:
@@ -112,13 +121,14 @@ def fully_shard(
     """
     modules: list[nn.Module] = [module] if isinstance(module, nn.Module) else list(module)
     check_modules(modules)
-    check_supported(reshard_after_forward, shard_placement_fn, offload_policy, dp_mesh_dims)
+    check_supported(reshard_after_forward, shard_placement_fn, dp_mesh_dims)
+    offload = check_offload(offload_policy, transport, split_master)
     check_grad_dtype(grad_dtype, mp_policy)
     mesh = mesh if mesh is not None else _default_mesh()
     check_mesh(mesh)
     owners = params_below(modules, ignored_params or set())
     check_params(owners)
-    policy = UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward), split_master, grad_dtype)
+    policy = UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward), split_master, grad_dtype, offload)
     return _shard(module, modules, split_tied(owners, modules), mesh, policy, transport)
 
 
@@ -226,7 +236,9 @@ class FSDPModule(Base):
         engine = engine_of(self._unit())
         if engine is not None:
             return engine.rebuild.report()
-        return Report(sum(unit.arena.nbytes for unit in self._units(recurse=True)), (), 0, 0)
+        units = self._units(recurse=True)
+        on_device = sum(unit.arena.nbytes for unit in units if not unit.is_on_host)
+        return Report(on_device, (), 0, 0, sum(unit.host_nbytes for unit in units))
 
     # --- running
 

@@ -1,4 +1,4 @@
-"""Norms for ``clip_grad_norm_``: where a parameter has fewer rows than ranks, and none after an update in backward.
+"""Norms for ``clip_grad_norm_``: with fewer rows than ranks, in host memory, and none after an update in backward.
 
 Torch takes the norm of each rank's rows and then of all ranks'. The maximum of an empty tensor is an error, which only
 the rank without rows would raise, while the others wait for it. Here such a rank contributes a neutral element.
@@ -28,10 +28,26 @@ def _total_norm_of_any_rows(
     tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     if not tensors or any(isinstance(t, DTensor) for t in tensors):
         refuse_incomplete_gradients()
+    for gradient in [t for t in tensors if isinstance(t, DTensor)][:1]:
+        _refuse_unreachable(gradient)
     if math.isinf(norm_type):
         neutral = 0.0 if norm_type > 0 else math.inf  # of a maximum of absolute values, and of a minimum
         tensors = [_never_empty(t, neutral) for t in tensors]
     return _total_norm(tensors, norm_type, *args, **kwargs)
+
+
+def _refuse_unreachable(gradient: DTensor) -> None:
+    """Raise ``RuntimeError`` for one in host memory whose ranks can communicate on their devices alone."""
+    device = gradient._local_tensor.device
+    if device.type == gradient.device_mesh.device_type:
+        return
+    group = gradient.device_mesh.get_group(gradient.device_mesh.ndim - 1)
+    if device not in group._device_types:
+        raise RuntimeError(
+            "a norm of gradients in host memory (CPUOffloadPolicy) takes a process group with a backend for CPUs, "
+            f"found one for {[str(found) for found in group._device_types]} alone: start it by "
+            'torch.distributed.init_process_group("cpu:gloo,cuda:nccl")'
+        )
 
 
 def _never_empty(tensor: torch.Tensor, neutral: float) -> torch.Tensor:

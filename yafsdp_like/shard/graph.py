@@ -83,7 +83,7 @@ class GraphedStep:
 
     All recordings, and the calls before them, have their activations in one memory pool, which grows to what the
     largest takes. Raises ``ValueError`` for a model that is not sharded, and ``RuntimeError`` when called after
-    ``update_in_backward``.
+    ``update_in_backward``, or with parameters on the host (``CPUOffloadPolicy``).
     """
 
     def __init__(self, function: Callable[..., Any], model: nn.Module) -> None:
@@ -108,6 +108,11 @@ class GraphedStep:
             raise RuntimeError(
                 "GraphedStep cannot record a backward that updates parameters, whose learning rate and step count "
                 "change: call update_in_backward(optimizer, False), or run the step as it is"
+            )
+        if any(unit.is_on_host for unit in engine.units):
+            raise RuntimeError(
+                "GraphedStep cannot record a step whose gradients the CPU waits for: leave offload_policy out of "
+                "fully_shard, or run the step as it is"
             )
         if not StepRecorder.works_on(engine.units[0].device) or not engine.memory.is_built:
             return self._function(*inputs)

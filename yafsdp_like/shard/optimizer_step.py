@@ -82,7 +82,7 @@ def update_in_backward(optimizer: AdamW, enabled: bool = True) -> None:
     after the backward.
 
     Raises ``ValueError`` for other optimizers than this package's ``AdamW`` with moments on the device and without
-    ``max_norm``, and for one without sharded parameters.
+    ``max_norm``, for one without sharded parameters, and for such on the host.
     """
     if not isinstance(optimizer, AdamW) or optimizer.offload_moments or optimizer.max_norm is not None:
         has = ""
@@ -95,6 +95,11 @@ def update_in_backward(optimizer: AdamW, enabled: bool = True) -> None:
     owned = _owned(optimizer)
     if not owned:
         raise ValueError("update_in_backward expects sharded parameters, found none: call it after fully_shard")
+    if any(unit.is_on_host for unit in owned):
+        raise ValueError(
+            "update_in_backward expects parameters on the device, found such in host memory (CPUOffloadPolicy), whose "
+            "gradients take no memory of the device after their reduction: leave one of them out"
+        )
     optimizer.passes = Passes(compute_of=_compute_of)
     updater = _in_backward.setdefault(optimizer, _InBackward(optimizer))
     for unit in owned:

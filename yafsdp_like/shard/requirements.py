@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import OffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from yafsdp_like.shard.runtime.param import refuse_subclass
@@ -88,9 +88,29 @@ def check_grad_dtype(grad_dtype: torch.dtype | None, policy: MixedPrecisionPolic
         )
 
 
-def check_supported(
-    reshard_after_forward: Any, shard_placement_fn: Any, offload_policy: Any, dp_mesh_dims: Any
-) -> None:
+def check_offload(policy: OffloadPolicy | None, transport: str, split_master: bool) -> CPUOffloadPolicy | None:
+    """Return the policy if main shards and gradients go to host memory, else None.
+
+    Raises ``TypeError`` for what is no policy, ``NotImplementedError`` for options that need them on the device.
+    """
+    if policy is not None and not isinstance(policy, OffloadPolicy):
+        raise TypeError(f"expected offload_policy to be CPUOffloadPolicy(...) or OffloadPolicy(), found {policy!r}")
+    if not isinstance(policy, CPUOffloadPolicy):
+        return None
+    if transport not in ("auto", "process_group"):
+        raise NotImplementedError(
+            f"transport={transport!r} reads other ranks' shards on the device, and CPUOffloadPolicy keeps them in host "
+            "memory: leave one of them out"
+        )
+    if split_master:
+        raise NotImplementedError(
+            "split_master keeps half of each value on the device for all-gathers, and CPUOffloadPolicy keeps values in "
+            "host memory: leave one of them out"
+        )
+    return policy
+
+
+def check_supported(reshard_after_forward: Any, shard_placement_fn: Any, dp_mesh_dims: Any) -> None:
     """Raise ``NotImplementedError`` for FSDP2's options of which only the default is supported."""
     if reshard_after_forward is not None and not isinstance(reshard_after_forward, bool):
         raise NotImplementedError(
@@ -100,9 +120,4 @@ def check_supported(
     if shard_placement_fn is not None or dp_mesh_dims is not None:
         raise NotImplementedError(
             "shard_placement_fn and dp_mesh_dims are not supported yet; parameters are sharded by rows"
-        )
-    if type(offload_policy) is not OffloadPolicy:
-        raise NotImplementedError(
-            f"offloading is not supported yet for parameters and gradients, got {offload_policy!r}: leave it out, or "
-            "offload moments by yafsdp_like.optim.AdamW(..., offload_moments=True)"
         )

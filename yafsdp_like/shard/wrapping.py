@@ -39,7 +39,8 @@ def make_unit(
     forward and state-dict hooks.
     """
     device = device_of(mesh)
-    params = [ShardedParam(param, places, mesh) for param, places in owners.items()]
+    params = [ShardedParam(param, places, mesh, policy.offload is not None) for param, places in owners.items()]
+    transport = transport if policy.offload is None else "process_group"
     if device.type == "cuda":
         use_expandable_segments()
     unit = Unit(modules, params, policy, mesh, transport_over(mesh, device, transport), device)

@@ -45,7 +45,7 @@ from yafsdp_like.comm.tp_group import world_tp_group
 from yafsdp_like.inference.plan.placement import WEIGHT_SLOTS
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import Segment
-from yafsdp_like.memory.pinned import pin
+from yafsdp_like.memory.pinned import pin_arena
 from yafsdp_like.memory.streams import COMPUTE, GATHER, Event, Streams, streams_of
 
 if TYPE_CHECKING:
@@ -295,7 +295,7 @@ def reserve(plan: ServingPlan, device: torch.device, transport: Transport | None
         arena.reserve(plan.memory.regions)
         host.reserve(plan.host.regions)
         if device.type == "cuda":
-            _pin(host, device)
+            pin_arena(host, device)
     except Exception as caught:
         error = caught
     if transport is not None:
@@ -343,9 +343,3 @@ def _flat(whole: Place, dtype: torch.dtype) -> Tensor:
 
 def _copy(destination: Tensor, source: Tensor) -> None:
     destination.copy_(source, non_blocking=True)
-
-
-def _pin(arena: Arena, device: torch.device) -> None:
-    """Pin an arena's memory of the host for copies from ``device``."""
-    for storage in {storage.data_ptr(): storage for storage, _ in map(arena.storage, arena.regions)}.values():
-        pin(storage, arena, device)

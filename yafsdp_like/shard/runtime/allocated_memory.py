@@ -15,14 +15,17 @@ import torch
 from yafsdp_like.comm.consistency import check_same_on_all_ranks
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import FlatLayout, Segment
+from yafsdp_like.shard.runtime.host_shard import HostStaging
 from yafsdp_like.shard.runtime.param import NOWHERE
 from yafsdp_like.shard.runtime.sinks import watch_gradients
 from yafsdp_like.shard.runtime.slots import GatherSlot, GradientSlot, find_neighbours
 from yafsdp_like.shard.spec.memory_layout import (
     COLUMN,
+    DOWNLOAD,
     GATHER_SLOTS,
     GRADIENT_SLOTS,
     STAGING,
+    UPLOAD,
     MemoryLayout,
     own_slot_regions,
 )
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.runtime.unit_state import Unit
     from yafsdp_like.shard.runtime.unit_tree import UnitTree
     from yafsdp_like.shard.spec.unit_spec import UnitLayout
+
+
+OF_UNITS = ("main_shard", "grad_shard")  # kinds of regions that units hold themselves
 
 
 class SpillWarning(UserWarning):
@@ -78,9 +84,9 @@ class AllocatedMemory:
 
     @property
     def nbytes(self) -> int:
-        """The bytes held now, main shards included."""
-        units = self._tree.units
-        return sum(unit.arena.nbytes for unit in units) + (self.arena.nbytes if self.arena else 0)
+        """The bytes held on the device now, main shards included."""
+        on_device = sum(unit.arena.nbytes for unit in self._tree.units if not unit.is_on_host)
+        return on_device + (self.arena.nbytes if self.arena else 0)
 
     def build(self) -> None:
         """Give every unit its shards and slots, on an arena of their own. Units must have their main shards."""
@@ -181,13 +187,14 @@ class AllocatedMemory:
 def build(units: Sequence[Unit], memory_layout: MemoryLayout) -> Arena:
     """Allocate everything but main shards, which units hold already, and give every unit its shards and slots."""
     arena = Arena(units[0].device)
-    arena.reserve([r for r in memory_layout.plan.regions if r.kind != "main_shard" and not r.transient])
+    arena.reserve([r for r in memory_layout.plan.regions if r.kind not in OF_UNITS])
     for i, (unit, layout) in enumerate(zip(units, memory_layout.layouts, strict=True)):
         unit.take_dtypes(memory_layout.units[i].params)
         _place_shards(unit, layout, arena)
         unit.use_gather_slot(_gather_slot(unit, layout, memory_layout.gather_places.get(i), arena))
         unit.use_gradient_slot(_gradient_slot(unit, layout, memory_layout.gradient_places.get(i), arena))
-        unit.use_scratch(_scratch(arena, STAGING), _scratch(arena, COLUMN))
+        host_staging = HostStaging(_scratch(arena, UPLOAD), _scratch(arena, DOWNLOAD))
+        unit.use_scratch(_scratch(arena, STAGING), _scratch(arena, COLUMN), host_staging)
         watch_gradients(unit, unit.gather_slot)
     find_neighbours([unit.gather_slot for unit in units])
     find_neighbours([unit.gradient_slot for unit in units])
@@ -219,8 +226,7 @@ def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
                 place = arena.place(f"{unit.name}.{region}").part(part.segments[k])
                 shard = place.flat(p.compute_dtype, p.shards.chunk_numel)
         p.place_compute(shard)
-        if k in unit.trainable:
-            p.make_grad(arena.device)
+    unit.make_grads(layout.grad_shard)
 
 
 def _gather_slot(unit: Unit, layout: UnitLayout, shared: Segment | None, arena: Arena) -> GatherSlot:

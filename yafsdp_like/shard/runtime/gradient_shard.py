@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from torch.distributed.tensor import DTensor
 
+    from yafsdp_like.memory.arena import Place
+
 _REFERENCES = 2  # to an attribute's value, as ``sys.getrefcount`` counts them: the attribute's own and the call's
 
 
@@ -42,6 +44,7 @@ class GradientShard:
         local_shape: of this rank's rows.
         device: where.
         as_dtensor: makes the DTensor of this rank's rows.
+        place: memory that it has for good, unless somebody still holds a gradient there when the next comes.
     """
 
     dtensor: DTensor
@@ -53,17 +56,23 @@ class GradientShard:
         local_shape: tuple[int, ...],
         device: torch.device,
         as_dtensor: Callable[[torch.Tensor], DTensor],
+        place: Place | None = None,
     ) -> None:
         self._numel, self._dtype, self._shape, self._as_dtensor = numel, dtype, local_shape, as_dtensor
         self.nbytes = numel * dtype.to_real().itemsize
-        self.is_pinned = False
+        self.is_pinned = place is not None
         self.flat = tensor_on(transient_storage(0, device), dtype.to_real(), (numel,))
+        self._place = place
         self._renew()
-        self._storage.resize_(0)
+        self.release()
 
     def _renew(self) -> None:
         """Use other memory from now on, and leave what there was to its holders."""
-        self._storage = transient_storage(self.nbytes, self.flat.device)
+        if (place := self._place) is None:
+            self._storage = transient_storage(self.nbytes, self.flat.device)
+        else:
+            self._storage = place.tensor(self._dtype.to_real(), (self._numel,)).untyped_storage()
+            self._place = None
         with torch.no_grad():
             self.flat.set_(self._storage, 0, (self._numel,), (1,))
         # A DTensor can be copied and saved only if its local tensor starts where its storage does.

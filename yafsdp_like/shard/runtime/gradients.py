@@ -168,6 +168,8 @@ class GradientLifecycle:
             for which, adds in ((setting, False), (adding, True)):
                 if which:
                     slot.reduce_scatter(which)(unit.reduction(), adds)
+            if unit.is_on_host and any(unit.params[k].is_grad_read for k in arrived):
+                self._streams.synchronize(self._streams.record(REDUCE))
             for k in arrived:
                 unit.params[k].deliver_grad(k in adding)
         self._last_reduce = self._streams.record(REDUCE)
@@ -245,6 +247,8 @@ class GradientLifecycle:
         if self._last_reduce is not None:
             self._streams.wait(COMPUTE, self._last_reduce)
             self._context.arm_watchdog(self._last_reduce)
+            if any(unit.is_on_host for unit in self._context.tree.units):  # the CPU reads gradients
+                self._streams.synchronize(self._last_reduce)
             self._last_reduce = None
         self._free_updated()
 

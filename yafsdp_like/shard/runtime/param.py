@@ -100,10 +100,12 @@ class ShardedParam:
     (``Place.flat``); the DTensor shows their first ``local_shape`` elements.
     """
 
-    def __init__(self, param: nn.Parameter, owners: list[tuple[nn.Module, str]], mesh: DeviceMesh) -> None:
+    def __init__(
+        self, param: nn.Parameter, owners: list[tuple[nn.Module, str]], mesh: DeviceMesh, on_host: bool = False
+    ) -> None:
         self.name = owners[0][1]  # the full name from the root, once the root is known
         self._owners = [_Owner.of(module, attribute) for module, attribute in owners]
-        self.mesh = mesh
+        self.mesh, self.on_host = mesh, on_host  # whether the main shard and the gradient are in host memory
         self.rank = mesh.get_local_rank(mesh.ndim - 1)
         self.shards = RowShards(tuple(param.shape), mesh.size(mesh.ndim - 1))
         self.attributes = dict(vars(param))  # the user's own, which a cast or move of the module would lose
@@ -131,6 +133,8 @@ class ShardedParam:
         rows = param.detach()[start:stop]
         if rows.storage_offset() or rows.numel() < param.numel():
             rows = rows.clone()
+        if self.on_host and not rows.is_meta:
+            rows = rows.cpu()
         sharded = nn.Parameter(self._dtensor(rows), requires_grad=param.requires_grad)
         for hook in (param._backward_hooks or {}).values():
             sharded.register_hook(hook)
@@ -141,7 +145,16 @@ class ShardedParam:
     def _dtensor(self, local: torch.Tensor) -> DTensor:
         full = torch.empty(self.shards.shape, device="meta")
         placements: list[Placement] = [*[Replicate()] * (self.mesh.ndim - 1), Shard(0)]
-        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
+        moves = local.device.type not in ("meta", self.mesh.device_type)  # as from_local would
+        found = DTensor.from_local(
+            torch.empty_like(local, device="meta") if moves else local,
+            self.mesh,
+            placements,
+            run_check=False,
+            shape=full.shape,
+            stride=full.stride(),
+        )
+        return DTensor(local, found._spec, requires_grad=False) if moves else found
 
     @property
     def local(self) -> torch.Tensor:
@@ -295,11 +308,11 @@ class ShardedParam:
             SplitValues(high, main[: low.numel()]), self.local_shape, contiguous_stride(self.local_shape)
         )
 
-    def make_grad(self, device: torch.device) -> None:
-        """Make the gradient shard, without memory yet, unless there is one of this kind."""
+    def make_grad(self, device: torch.device, place: Place | None = None) -> None:
+        """Make the gradient shard, without memory yet or in ``place``, unless there is one of this kind."""
         numel = self.shards.chunk_numel * (2 if self.main_dtype.is_complex else 1)
         if self.grad_shard is None or not self.grad_shard.fits(numel, self.grad_dtype, device):
-            self.grad_shard = GradientShard(numel, self.grad_dtype, self.local_shape, device, self._dtensor)
+            self.grad_shard = GradientShard(numel, self.grad_dtype, self.local_shape, device, self._dtensor, place)
         if self.grad_dtype != self.main_dtype:
             self.sharded.grad_dtype = None  # any: torch's own code sets zeros like it
 
@@ -322,6 +335,13 @@ class ShardedParam:
         """Give the gradient's memory back where it is no longer ``.grad``, nor anybody else's."""
         if self.grad_shard is not None and self.sharded.grad is not self.grad_shard.dtensor:
             self.grad_shard.release()
+
+    @property
+    def is_grad_read(self) -> bool:
+        """Whether what is reduced next is read on the CPU at once: by hooks, or to be added to other ``.grad``."""
+        sharded = self.sharded
+        hooks = sharded._backward_hooks or getattr(sharded, "_post_accumulate_grad_hooks", None)
+        return bool(hooks) or (sharded.grad is not None and not self.has_own_grad)
 
     def _run_hooks(self) -> None:
         """Replace the gradient that has just been reduced by what the user's hooks return."""

@@ -38,6 +38,7 @@ class ParamLifecycle:
 
     def __init__(self, context: EngineContext) -> None:
         self._context, self._streams, self._units = context, context.streams, context.tree.units
+        self._reads_host = any(unit.is_on_host for unit in self._units)
         self.wasted_prefetches = 0
         self.evictions = 0
         self.debug = False  # released slots are poisoned, and outputs checked
@@ -233,7 +234,7 @@ class ParamLifecycle:
     def settle_prefetches(self) -> None:
         """End an iteration: drop prefetches that nobody read, and values that no backward will read again.
 
-        The optimizer may write the shards then.
+        The optimizer may write the shards then, also on the CPU, which waits until those in host memory were read.
         """
         for unit in self._units:
             if unit.gather_slot.state is FILLED:
@@ -241,3 +242,5 @@ class ParamLifecycle:
                 self.release(unit.gather_slot)
             elif unit.gather_slot.state is STALE and not unit.running.pending:
                 unit.gather_slot.drop()
+        if self._reads_host:
+            self._streams.synchronize(self._streams.record(GATHER))

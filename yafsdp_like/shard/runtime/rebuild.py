@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 class Report:
     """Bytes held now, and what did not go by the plan since the model was sharded: nothing, in a well-planned run."""
 
-    arena_nbytes: int
+    arena_nbytes: int  # on the device
     spills: tuple[Spill, ...]
     wasted_prefetches: int  # units that were prefetched and not read
     evictions: int  # units that were to stay unsharded and were released for another
+    host_nbytes: int = 0  # in host memory
 
 
 class Rebuild:
@@ -41,7 +42,13 @@ class Rebuild:
     def report(self) -> Report:
         """Return the bytes held now, and what departed from the plan."""
         params = self._params
-        return Report(self._memory.nbytes, tuple(self._memory.spills), params.wasted_prefetches, params.evictions)
+        return Report(
+            self._memory.nbytes,
+            tuple(self._memory.spills),
+            params.wasted_prefetches,
+            params.evictions,
+            sum(unit.host_nbytes for unit in self._units),
+        )
 
     def if_changed(self) -> None:
         """Make shards and slots before the first iteration, and again when parameters were moved, cast or (un)frozen.
@@ -71,6 +78,11 @@ class Rebuild:
             raise RuntimeError(
                 "FSDP parameters should be materialized from meta device before training, but the following were still "
                 f"on meta device: {on_meta}\nCall model.to_empty(device=...), then initialize or load the parameters"
+            )
+        if misplaced := [found for unit in self._units for found in unit.misplaced_params()]:
+            raise RuntimeError(
+                "FSDP parameters should be materialized on CPU when enabling CPU offloading: load a CPU state dict, or "
+                f'call model.to_empty(device="cpu"). Found following parameters on non-CPU device: {misplaced}'
             )
         unsynced = [(unit, slot) for unit in self._units if (slot := unit.unsynced()) is not None]
         self._context.wait_for_side_streams()  # the bytes go back to the allocator, which knows only compute

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from torch import nn
 
+from yafsdp_like.shard.runtime.host_shard import download_after
 from yafsdp_like.shard.runtime.nested import addresses_in
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from yafsdp_like.memory.layout import FlatLayout
     from yafsdp_like.memory.streams import Event
     from yafsdp_like.shard.runtime.freshness import Freshness, Version
+    from yafsdp_like.shard.runtime.host_shard import HostStaging
     from yafsdp_like.shard.runtime.param import ShardedParam
 
 
@@ -55,6 +57,7 @@ class SlotUnit(Protocol):
     transport: Transport
     staging: torch.Tensor  # scratch of reduce-scatters, (nbytes,) uint8
     column: torch.Tensor  # scratch of all-gathers over several hosts, (nbytes,) uint8
+    host_staging: HostStaging | None  # of main shards and gradients in host memory; None: they are on the device
     freshness: Freshness
     registered: GatherSlot | None  # the slot whose parameters modules see; None while they see the sharded ones
 
@@ -164,8 +167,13 @@ class GatherSlot(_Slot):
     @cached_property
     def all_gather(self) -> AllGather:
         """The all-gather of every rank's compute shard into the slot; made once ranks are connected."""
-        inputs = [p.compute for p in self.unit.params]
-        return self.unit.transport.all_gather(self.outputs, inputs, self.aliased, self.unit.column)
+        unit, host = self.unit, self.unit.host_staging
+        if host is None:
+            return unit.transport.all_gather(self.outputs, [p.compute for p in unit.params], self.aliased, unit.column)
+        num_ranks, rank = unit.transport.world_size, unit.transport.rank
+        chunks = [output.view(num_ranks, output.numel() // num_ranks)[rank] for output in self.outputs]
+        in_place = unit.transport.all_gather(self.outputs, chunks)
+        return host.upload_before(in_place, [p.main for p in unit.params], chunks)
 
     def fill(self, ready: Event) -> None:
         """Note that an all-gather of the compute shards of now was issued, which has arrived at ``ready``."""
@@ -290,11 +298,14 @@ class GradientSlot(_Slot):
         """Return what reduces the gradients of these parameters into their gradient shards."""
         key = tuple(which)
         if key not in self._reductions:
-            params = [self.unit.params[k] for k in which]
-            self._reductions[key] = self.unit.transport.reduce_scatter(
-                [p.grad_shard.flat for p in params if p.grad_shard is not None],
+            params, host = [self.unit.params[k] for k in which], self.unit.host_staging
+            grads = [p.grad_shard.flat for p in params if p.grad_shard is not None]
+            outputs = grads if host is None else host.staged(grads)
+            reduce = self.unit.transport.reduce_scatter(
+                outputs,
                 [self.inputs[k] for k in which],
                 [p.reduce_dtype.to_real() for p in params],
                 self.unit.staging,
             )
+            self._reductions[key] = reduce if host is None else download_after(reduce, outputs, grads)
         return self._reductions[key]

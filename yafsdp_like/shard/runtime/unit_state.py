@@ -16,6 +16,7 @@ from torch import nn
 from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.plan import Region
 from yafsdp_like.shard.runtime.freshness import Freshness
+from yafsdp_like.shard.runtime.host_shard import HostStaging, shard_arena
 from yafsdp_like.shard.runtime.param import NOWHERE, ParamMark, ShardedParam
 from yafsdp_like.shard.runtime.running import RunningUnit
 from yafsdp_like.shard.spec.unit_spec import ParamSpec, RankSpec, UnitNeeds, UnitPolicy, chunks
@@ -104,6 +105,9 @@ class Unit:
         self.transport = transport
         self.device = device
         self.name = type(modules[0]).__name__  # the modules' full names, once the root is known
+        self.is_on_host = policy.offload is not None  # main shard and gradients, see [Note: shards on the host]
+        self.host_staging: HostStaging | None = None  # then, once built
+        self.grad_arena: Arena | None = None  # then, once it trains
         self.arena = Arena(device)  # of the main shard, which is needed before the root is known
         self._main_layout: FlatLayout | None = None  # None until materialized
         self.split: tuple[ShardedParam, ...] = ()  # the parameters whose masters are split
@@ -230,9 +234,29 @@ class Unit:
         """Put gradients into ``slot`` from the next one on."""
         self._gradient_slot = slot
 
-    def use_scratch(self, staging: torch.Tensor, column: torch.Tensor) -> None:
+    def use_scratch(self, staging: torch.Tensor, column: torch.Tensor, host_staging: HostStaging) -> None:
         """Use the scratch of reduce-scatters and of all-gathers, ``(nbytes,)`` uint8, which units share."""
         self.staging, self.column = staging, column
+        self.host_staging = host_staging if self.is_on_host else None
+
+    def make_grads(self, layout: FlatLayout) -> None:
+        """Make gradient shards, without memory yet, or on the host, where ``layout`` says."""
+        if not self.is_on_host:
+            for k in self.trainable:
+                self.params[k].make_grad(self.device)
+            return
+        region = Region("grad_shard", "grad_shard", layout.nbytes)
+        if self.grad_arena is None or self.grad_arena.regions[region.name] != region:
+            self.grad_arena = shard_arena(region, self.device, self.policy.offload)
+        for k in self.trainable:
+            self.params[k].make_grad(
+                self.grad_arena.device, self.grad_arena.place(region.name).part(layout.segments[k])
+            )
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes that its arenas hold in host memory."""
+        return sum(arena.nbytes for arena in (self.arena, self.grad_arena) if arena and self.is_on_host)
 
     def unsynced(self) -> GradientSlot | None:
         """Return the gradient slot, if gradients that no backward has reduced yet are in it."""
@@ -261,6 +285,10 @@ class Unit:
     def meta_params(self) -> list[str]:
         """Return the names of parameters that are on the meta device."""
         return [p.name for p in self.params if p.local.is_meta]
+
+    def misplaced_params(self) -> list[tuple[str, torch.device]]:
+        """Return names and devices of parameters that the user has put elsewhere than in host memory, offloaded."""
+        return [(p.name, p.local.device) for p in self.params if self.is_on_host and p.local.device.type != "cpu"]
 
     def param_specs(self, names: Sequence[str] = ()) -> tuple[ParamSpec, ...]:
         """Return what a plan needs to know of the parameters as they are now, under other ``names`` if given."""
@@ -297,19 +325,19 @@ class Unit:
     def materialize(self) -> None:
         """Put the main shard into the arena, or back after the user moved, cast or replaced parameters.
 
-        Does nothing while a parameter is on the meta device.
+        Does nothing while a parameter is on the meta device, or, where main shards are in host memory, on another.
         """
         for p in self.params:
             p.restore_attributes()
             self.mark(p.sharded, p)
-        if self.meta_params():
+        if self.meta_params() or self.misplaced_params():
             return
         specs = self.param_specs()
         self.take_dtypes(specs)
         layout = chunks(specs, [spec.main_shard_dtype for spec in specs])
         if layout != self._main_layout or self._changed_dtype():
-            self.arena = Arena(self.device)
-            self.arena.reserve([Region("main_shard", "main_shard", layout.nbytes)])
+            region = Region("main_shard", "main_shard", layout.nbytes)
+            self.arena = shard_arena(region, self.device, self.policy.offload)
             for p in self.params:
                 p.leave_place()
         self._main_layout = layout

@@ -53,7 +53,7 @@ class UnitTree:
             forward = tuple(index[u] for u in unit.forward_prefetch if u in index)
             backward = tuple(index[u] for u in unit.backward_prefetch if u in index)
             ranks = unit.rank_spec(params)
-            specs.append(UnitSpec(name, params, ranks, unit.needs, residency, forward, backward))
+            specs.append(UnitSpec(name, params, ranks, unit.needs, residency, forward, backward, unit.is_on_host))
         return plan_memory(specs, self.schedule)
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 GATHER_SLOTS, GRADIENT_SLOTS = "gather slots", "gradient slots"  # the two regions that slots share
 STAGING, COLUMN = "staging", "gather staging"
+UPLOAD, DOWNLOAD = "upload staging", "download staging"
+MAX_UPLOAD_NBYTES = 64 << 20  # larger parameters are cast in parts
 MAX_STAGING_NBYTES = 256 << 20
 MAX_GRANULE_NBYTES = 16 << 20  # slots end at a granule
 
@@ -61,7 +63,7 @@ def plan_memory(units: Sequence[UnitSpec], schedule: Schedule) -> MemoryLayout:
         Region(GATHER_SLOTS, GATHER_SLOTS, gather_nbytes, granule_nbytes=granule_nbytes),
         Region(GRADIENT_SLOTS, GRADIENT_SLOTS, gradient_nbytes, any(u.ranks.is_mapped for u in units)),
     ]
-    regions += _staging(units, layouts)
+    regions += _staging(units, layouts) + _host_staging(units, layouts)
     regions += [region for unit, layout in pairs for region in own_slot_regions(unit, layout)]
     regions += _granule_end(regions)
     slots = [SlotPlace(units[i].name, GATHER_SLOTS, part, gather_live[i]) for i, part in gather_places.items()]
@@ -79,12 +81,14 @@ def _granule_nbytes(units: Sequence[UnitSpec]) -> int:
 
 
 def _shards(unit: UnitSpec, layout: UnitLayout, granule_nbytes: int) -> list[Region]:
-    aliased, mapped = layout.aliased_shard.nbytes, unit.ranks.is_mapped
+    aliased, mapped, on_host = layout.aliased_shard.nbytes, unit.ranks.is_mapped, unit.on_host
     return [
         *([Region(f"{unit.name}.aliased_shard", "compute_shard", aliased, True, granule_nbytes)] if aliased else []),
-        Region(f"{unit.name}.main_shard", "main_shard", layout.main_shard.nbytes),
+        Region(f"{unit.name}.main_shard", "main_shard", layout.main_shard.nbytes, on_host=on_host),
         Region(f"{unit.name}.compute_shard", "compute_shard", layout.compute_shard.nbytes, mapped),
-        Region(f"{unit.name}.grad_shard", "grad_shard", layout.grad_shard.nbytes, transient=True),
+        Region(
+            f"{unit.name}.grad_shard", "grad_shard", layout.grad_shard.nbytes, transient=not on_host, on_host=on_host
+        ),
     ]
 
 
@@ -103,6 +107,19 @@ def _staging(units: Sequence[UnitSpec], layouts: Sequence[UnitLayout]) -> list[R
     column = max(unit.ranks.gather_column_nbytes for unit in units)
     staging = [Region(STAGING, STAGING, min(max(needs), MAX_STAGING_NBYTES) + sums)] if needs else []
     return staging + ([Region(COLUMN, STAGING, column, mapped=True)] if column else [])
+
+
+def _host_staging(units: Sequence[UnitSpec], layouts: Sequence[UnitLayout]) -> list[Region]:
+    """Plan what main shards are cast from, and gradients are reduced to, between host memory and the slots.
+
+    See [Note: shards on the host] in ``runtime/host_shard.py``.
+    """
+    offloaded = [(unit, layout) for unit, layout in zip(units, layouts, strict=True) if unit.on_host]
+    casts = [p for unit, _ in offloaded for p in unit.params if p.main_dtype != p.compute_dtype]
+    upload = max((p.shards.chunk_numel * p.main_dtype.itemsize for p in casts), default=0)
+    download = max((layout.grad_shard.nbytes for _, layout in offloaded), default=0)
+    nbytes = {UPLOAD: min(aligned(upload), MAX_UPLOAD_NBYTES), DOWNLOAD: download}
+    return [Region(name, "host staging", size) for name, size in nbytes.items() if size]
 
 
 def _granule_end(regions: Sequence[Region]) -> list[Region]:

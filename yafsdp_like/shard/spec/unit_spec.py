@@ -16,7 +16,7 @@ from yafsdp_like.memory.layout import FlatLayout
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
     from yafsdp_like.comm.transport import Averaged
     from yafsdp_like.memory.layout import RowShards
@@ -60,11 +60,13 @@ class UnitLayout:
     gradient_slot: FlatLayout
 
     @classmethod
-    def of(cls, params: Sequence[ParamSpec], mapped: bool = False, granule_nbytes: int = 0) -> UnitLayout:
+    def of(
+        cls, params: Sequence[ParamSpec], mapped: bool = False, granule_nbytes: int = 0, on_host: bool = False
+    ) -> UnitLayout:
         """Lay out ``params``.
 
         Where peers read the compute shard in place (``mapped``), every parameter has one; slots alias shards where
-        ``granule_nbytes`` is not 0.
+        ``granule_nbytes`` is not 0. Main shards ``on_host`` are copied into the slot, on one rank too.
         """
         aliased = {
             k
@@ -76,7 +78,7 @@ class UnitLayout:
             sizes = [p.shards.padded_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
             return FlatLayout.pack(sizes, in_granules, granule_nbytes)
 
-        has_shard = [mapped or p.compute_dtype != p.main_dtype for p in params]
+        has_shard = [(mapped or p.compute_dtype != p.main_dtype) and not on_host for p in params]
         return cls(
             main_shard=chunks(params, [p.main_shard_dtype for p in params]),
             compute_shard=chunks(
@@ -84,7 +86,9 @@ class UnitLayout:
             ),
             aliased_shard=chunks(params, [p.compute_dtype if k in aliased else None for k, p in enumerate(params)]),
             grad_shard=chunks(params, [p.grad_dtype if p.has_gradient else None for p in params]),
-            gather_slot=full([p.compute_dtype if p.shards.world_size > 1 else None for p in params], aliased),
+            gather_slot=full(
+                [p.compute_dtype if p.shards.world_size > 1 or on_host else None for p in params], aliased
+            ),
             gradient_slot=full([p.gradient_dtype if p.has_gradient else None for p in params]),
         )
 
@@ -134,10 +138,12 @@ class UnitSpec:
     residency: Residency
     forward_prefetch: tuple[int, ...] = ()  # what the user names instead of the next unit
     backward_prefetch: tuple[int, ...] = ()
+    on_host: bool = False  # main shards and gradients are in host memory: see [Note: shards on the host]
 
     def layout(self, granule_nbytes: int) -> UnitLayout:
         """Lay out shards and slots, which alias granules of this size where ranks read each other's shards."""
-        return UnitLayout.of(self.params, self.ranks.is_mapped, granule_nbytes if self.ranks.reads_shards else 0)
+        granule_nbytes = granule_nbytes if self.ranks.reads_shards else 0
+        return UnitLayout.of(self.params, self.ranks.is_mapped, granule_nbytes, self.on_host)
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,7 @@ class UnitPolicy:
     reshard_after_forward: bool | None  # None: the root keeps its parameters, others reshard
     split_master: bool = False  # see [Note: split master]
     grad_dtype: torch.dtype | None = None  # of `.grad`, where gradients are reduced in it; None: the parameter's own
+    offload: CPUOffloadPolicy | None = None  # see [Note: shards on the host]
     reshard_after_backward: bool = True
     requires_gradient_sync: bool = True
     reduces_unused: bool = False  # as zeros, parameters without a gradient too
