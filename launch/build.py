@@ -13,7 +13,7 @@ import torch
 from launch.config import Config, OptimizerOptions
 from launch.recipe import Recipe
 from launch.world import World
-from yafsdp_like import MixedPrecisionPolicy, fully_shard
+from yafsdp_like import MixedPrecisionPolicy, fully_shard, update_in_backward
 from yafsdp_like.hardware import Hardware
 from yafsdp_like.memory.plan import readable
 from yafsdp_like.models import DecoderConfig
@@ -56,9 +56,10 @@ def build_optimizer(model: torch.nn.Module, config: Config, world: World) -> tor
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     as_torch = options.moments == "fp32" and config.precision.grad_dtype == "float32"
-    if world.device.type != "cuda" and as_torch and not options.offload_moments:
+    own = options.offload_moments or options.update_in_backward
+    if world.device.type != "cuda" and as_torch and not own:
         return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
-    return AdamW(
+    optimizer = AdamW(
         groups,
         lr=options.lr,
         betas=options.betas,
@@ -67,6 +68,9 @@ def build_optimizer(model: torch.nn.Module, config: Config, world: World) -> tor
         seed=config.seed,
         offload_moments=options.offload_moments,
     )
+    if options.update_in_backward:
+        update_in_backward(optimizer)
+    return optimizer
 
 
 def moments_nbytes(model: torch.nn.Module, world: World, moments: MomentsFormat, saved: bool = False) -> int:
@@ -88,7 +92,9 @@ def _trained_rows(model: torch.nn.Module, world: World) -> list[tuple[torch.Size
 
 def describe_plan(model: Any, world: World, options: OptimizerOptions) -> str:
     """The memory plan, AdamW's moments beside it, and what every update pays for them if they are offloaded."""
-    nbytes, plan = moments_nbytes(model, world, options.moments), model.memory_plan()
+    nbytes, plan = moments_nbytes(model, world, options.moments), str(model.memory_plan())
+    if options.update_in_backward:
+        plan += "\n  updates in backward leave memory to the gradients of a unit or two at a time"
     if not options.offload_moments:
         return f"{plan}\n  AdamW's moments, {readable(nbytes)}, and activations come on top"
     hardware = Hardware.of(world.device)

@@ -47,6 +47,7 @@ class OptimizerOptions:
     max_grad_norm: float | None = 1.0  # gradients are scaled down to this norm; null: never
     moments: Literal["fp32", "bf16", "int8"] = "fp32"  # what they are kept in; int8: by blocks that share an exponent
     offload_moments: bool = False  # keep them in host memory, copied to the GPU and back beside every update
+    update_in_backward: bool = False  # update each unit in backward, and drop its gradients: no norm is known of them
     nonfinite: Literal["stop", "skip"] = "stop"  # at gradients that are not finite; "skip" waits for each step's norm
 
     def __post_init__(self) -> None:
@@ -63,6 +64,12 @@ class OptimizerOptions:
             check("betas", beta, 0 <= beta < 1, "at least 0 and below 1")
         check("eps", self.eps, self.eps >= 0, "at least 0")
         check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        if self.update_in_backward and (norm is not None or self.offload_moments or self.nonfinite == "skip"):
+            raise ValueError(
+                "optimizer.update_in_backward updates before the gradients of all units are known: set "
+                "optimizer.max_grad_norm to null, nonfinite to stop and offload_moments to false, or leave it out; got "
+                f"{norm}, {self.nonfinite} and {str(self.offload_moments).lower()}"
+            )
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,10 @@ class Config:
                 raise ValueError(f"{key} must say a path, got {text!r}")
         if [self.model.preset, self.model.hf_dir, self.model.factory].count(None) != 2:
             raise ValueError("give exactly one of model.preset, model.hf_dir and model.factory; set the others to null")
+        if self.model.graph and self.optimizer.update_in_backward:
+            raise ValueError(
+                "model.graph replays no update, and optimizer.update_in_backward makes some: set one of them"
+            )
         if self.model.factory is None and (self.model.factory_args or self.model.blocks):
             raise ValueError("model.factory_args and model.blocks are of a model.factory, and none is given")
         if self.model.factory is not None and self.model.overrides:

@@ -6,6 +6,7 @@ stop), so that ranks agree without another message. Nothing here waits for the d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,14 +28,14 @@ class Measured:
     """What is known of one step's gradients, on the device until it is read."""
 
     step: int
-    norm: Tensor  # () fp32, over all ranks
+    norm: Tensor  # () fp32, over all ranks; NaN where gradients are dropped
     names: list[str]  # of the parameters that had a gradient
     norms: list[Tensor]  # () each, of this rank's part of each
     _packet: Tensor  # (2,) the norm, and how many ranks wish to stop; on the host once `_arrived`
     _arrived: torch.cuda.Event | None
 
     def read(self) -> tuple[float, bool]:
-        """The norm, and whether any rank wishes to stop. Waits until the device has come as far as this step."""
+        """The norm, 0 of none, and whether any rank wishes to stop; waits until the device has come this far."""
         if self._arrived is not None:
             self._arrived.synchronize()
         norm, stops = self._packet.tolist()
@@ -42,13 +43,22 @@ class Measured:
 
 
 class Gradients:
-    """Of one model, for one optimizer; `max_norm` None leaves them as they are."""
+    """Of one model, for one optimizer; `max_norm` None leaves them as they are.
+
+    There is nothing to measure of those that are dropped by updates in backward.
+    """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None, world: World
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        max_norm: float | None,
+        world: World,
+        are_dropped: bool = False,
     ) -> None:
         self._named = list(model.named_parameters())
         self._optimizer, self._max_norm, self._world = optimizer, max_norm, world
+        self._are_dropped = are_dropped
 
     @torch.no_grad()
     def finish(self, step: int, wishes_stop: bool) -> Measured:
@@ -56,6 +66,9 @@ class Gradients:
 
         This package's AdamW gets the factor instead, and multiplies by it as it reads them.
         """
+        if self._are_dropped:
+            nothing, packet = self._over_ranks([], wishes_stop)
+            return Measured(step, torch.full_like(nothing, math.nan), [], [], *_on_host(packet))
         found = [(name, local(param.grad)) for name, param in self._named if param.grad is not None]
         names, grads = [name for name, _ in found], [grad for _, grad in found]
         norms = list(torch._foreach_norm(grads, dtype=torch.float32)) if grads else []

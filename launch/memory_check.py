@@ -70,10 +70,9 @@ def _demands(model: Any, options: Config, world: World) -> list[MemoryDemand]:
     optimizer = options.optimizer
     moments, saved = (build.moments_nbytes(model, world, optimizer.moments, saved) for saved in (False, True))
     sharded = sum(plan.nbytes_of(kind) for kind in SHARDED)
-    parts = [
-        Allocation("memory plan", plan.nbytes, sharded),
-        Allocation("gradients", plan.transient_nbytes, plan.transient_nbytes),
-    ]
+    gradients = sorted(region.nbytes for region in plan.regions if region.transient)
+    at_once = sum(gradients[-2:] if optimizer.update_in_backward else gradients)  # the root's early ones, and a block's
+    parts = [Allocation("memory plan", plan.nbytes, sharded), Allocation("gradients", at_once, at_once)]
     states = [Allocation(MOMENTS, moments, moments)]
     if optimizer.moments == "int8":
         states.append(Allocation(FLOATS, saved, saved))  # made for a save, and given back

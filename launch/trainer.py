@@ -49,7 +49,7 @@ class Trainer:
         num_warmup_steps = min(rates.num_warmup_steps, options.num_steps)
         self.rate = WarmupCosine(rates.lr, num_warmup_steps, options.num_steps, rates.final_lr_ratio)
         self.micro_step = GraphedStep(self._micro_step, model) if options.model.graph else self._micro_step
-        self.gradients = Gradients(model, self.optimizer, options.optimizer.max_grad_norm, world)
+        self.gradients = Gradients(model, self.optimizer, rates.max_grad_norm, world, rates.update_in_backward)
         self.step = 0  # optimizer steps done
         self.position = 0  # sequences of the training text seen by all ranks together
         self.stops = False  # all ranks are to stop after this step
@@ -141,7 +141,9 @@ class Trainer:
     def _forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Gradients of this rank's rows (B, T), reduced over ranks; the rows' mean loss."""
         total = torch.zeros((), device=self.world.device)
-        for micro in self._micro_batches(tokens, targets):
+        for index, micro in enumerate(self._micro_batches(tokens, targets), 1):
+            if self.options.optimizer.update_in_backward:
+                self.model.set_is_last_backward(index == self.num_accumulated)
             total += self.micro_step(*micro)
         return total
 
