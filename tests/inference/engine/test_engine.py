@@ -223,6 +223,7 @@ def record_steps(it: Engine, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
     monkeypatch.setattr(runner, "StepRecorder", lambda: recorder)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     it._runner._on_gpu = True
     it._runner.warm_up(graphs=True)
     return recorder

@@ -95,6 +95,7 @@ class Metrics(StepFigures):
     host_kv_nbytes_used: int
     host_kv_nbytes_cached: int
     host_kv_nbytes: int
+    recordings_nbytes: int  # of device memory, that CUDA graphs took beside the plan when the engine was made
 
     @property
     def num_preempted(self) -> int:
@@ -362,6 +363,7 @@ class Engine:
             host_kv_nbytes_used=host_used,
             host_kv_nbytes_cached=host_cached,
             host_kv_nbytes=0 if host is None else host.grid.num_slabs * host.grid.slab_nbytes,
+            recordings_nbytes=self._runner.recordings_nbytes,
             **vars(self._log.figures()),
         )
 

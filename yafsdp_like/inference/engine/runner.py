@@ -85,6 +85,7 @@ class Runner:
         self._buckets = StepBuckets(self._max_batch_size, self._max_batch_tokens)
         self._recordings: dict[StepSize, StepRecording] = {}
         self._logprobs: dict[int, StepRecording] = {}  # by the number of rows that draw
+        self.recordings_nbytes = 0  # of the device's memory, which the plan leaves to libraries
         self._fill_rotary()
 
     def _host_results(self) -> DrawnTokens:
@@ -112,7 +113,9 @@ class Runner:
                 self._tell_logprobs(num_rows)
             torch.cuda.synchronize(self._weights.device)
             if graphs:
+                free_nbytes, _ = torch.cuda.mem_get_info(self._weights.device)
                 self._record()
+                self.recordings_nbytes = free_nbytes - torch.cuda.mem_get_info(self._weights.device)[0]
 
     @property
     def _sizes(self) -> list[StepSize]:
