@@ -27,7 +27,7 @@ from torch.autograd import Variable
 from yafsdp_like.shard.runtime.debug import holds_nan, output_error
 from yafsdp_like.shard.runtime.engine import ShardEngine, engine_for, engine_of
 from yafsdp_like.shard.runtime.held import replace_held
-from yafsdp_like.shard.runtime.nested import cast_floating, map_tensors
+from yafsdp_like.shard.runtime.nested import cast_floating, map_tensors, needs_cast, tensors_in
 from yafsdp_like.shard.runtime.running import Call, ForwardUse, backward_task
 from yafsdp_like.shard.runtime.slots import GatherSlot, GradientSlot, SlotState
 from yafsdp_like.shard.runtime.watching import (
@@ -70,10 +70,12 @@ def _before_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs
         outside_transforms(_begin_iteration, engine, call)
         args, kwargs = map_tensors(lambda t: t.to(unit.device, non_blocking=True), (args, kwargs))
     inputs: Any = (args, kwargs)
-    if unit.policy.mp.cast_forward_inputs:
-        inputs = cast_floating(inputs, unit.policy.mp.param_dtype)
+    tensors, policy = tensors_in(inputs), unit.policy.mp
+    if policy.cast_forward_inputs and needs_cast(tensors, policy.param_dtype):
+        inputs = cast_floating(inputs, policy.param_dtype)
+        tensors = tensors_in(inputs)
     call.has_nan_inputs = engine.params.debug and holds_nan(inputs)
-    return inputs if call.recomputes else _enter(engine, unit, call, inputs)
+    return inputs if call.recomputes else _enter(engine, unit, call, inputs, tensors)
 
 
 def _in_own_backward(unit: Unit, task: int | None) -> bool:
@@ -87,11 +89,14 @@ def _begin_iteration(engine: ShardEngine, call: Call) -> None:
     call.starts_iteration, engine.running.iteration = True, call
 
 
-def _enter(engine: ShardEngine, unit: Unit, call: Call, inputs: Any) -> Any:
-    """All-gather the unit for its forward, and prefetch the next; return the inputs, watched for backward's end."""
+def _enter(engine: ShardEngine, unit: Unit, call: Call, inputs: Any, tensors: list[torch.Tensor]) -> Any:
+    """All-gather the unit for its forward, and prefetch the next; return the inputs, watched for backward's end.
+
+    ``tensors`` are those in ``inputs``.
+    """
     unit.running.begin_pass(unit.modules)
     builds_graph = torch.is_grad_enabled()
-    tensors = differentiable(inputs) if builds_graph else []
+    tensors = differentiable(tensors) if builds_graph else []
     outside_transforms(_gather, engine, unit, builds_graph and not tensors)
     for p in unit.given:
         p.use_given()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -111,3 +111,8 @@ def cast_floating(value: Any, dtype: torch.dtype | None) -> Any:
     if dtype is None:
         return value
     return map_tensors(lambda t: t if t.dtype is dtype or not t.is_floating_point() else t.to(dtype), value)
+
+
+def needs_cast(tensors: Iterable[torch.Tensor], dtype: torch.dtype | None) -> bool:
+    """Return whether ``cast_floating`` would change any of ``tensors``."""
+    return dtype is not None and any(t.dtype is not dtype and t.is_floating_point() for t in tensors)

@@ -22,6 +22,7 @@ differentiated again. That would read parameters which are no longer unsharded, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from yafsdp_like.shard.runtime.held import replace_held
-from yafsdp_like.shard.runtime.nested import layers_of, map_tensors, tensors_in
+from yafsdp_like.shard.runtime.nested import layers_of, map_tensors
 
 Start = Callable[[bool], None]  # its argument: gradients of the gradients are prepared for, but refused later
 
@@ -39,31 +40,35 @@ Start = Callable[[bool], None]  # its argument: gradients of the gradients are p
 class Watched:
     """The inputs of one forward that need gradients: as they were ``given``, and as the modules have ``seen`` them."""
 
+    __slots__ = ("_inputs", "_written")
+
     def __init__(self, given: Sequence[torch.Tensor] = (), seen: Sequence[torch.Tensor] = ()) -> None:
-        self._given = {id(s): g for g, s in zip(given, seen, strict=True)}
-        self._seen = [(g, s, g._version) for g, s in zip(given, seen, strict=True)]
-        self._written: set[int] = set()
+        self._inputs = [(g, s, g._version) for g, s in zip(given, seen, strict=True)]
+        self._written: list[torch.Tensor] = []  # those that the modules have seen, and written
 
     def adopt_writes(self, name: str, start: Start) -> None:
         """Give inputs that unit ``name`` wrote in its forward the history of what it wrote.
 
         Gradients enter that by way of ``start``.
         """
-        changed = [(given, seen) for given, seen, version in self._seen if given._version != version]
+        changed = [(given, seen) for given, seen, version in self._inputs if given._version != version]
         for given, seen in changed:
             if type(seen.grad_fn) is not _END_NODE:
-                self._written.add(id(seen))
+                self._written.append(seen)
                 _refuse_overlap(name, given, [other for other, _ in changed if other is not given])
                 with _unsafe_preserve_version_counter(given):
                     _TakeOver.apply(start, given, seen)
 
     def given(self, output: torch.Tensor) -> torch.Tensor | None:
         """Return the tensor that the unit was given, if ``output`` is that."""
-        return self._given.get(id(output))
+        for given, seen, _ in self._inputs:  # one, as a rule
+            if seen is output:
+                return given
+        return None
 
     def is_untouched(self, output: torch.Tensor) -> bool:
         """Return whether ``output`` is an input, or a view of one, that the unit did nothing to."""
-        return id(output) in self._given and id(output) not in self._written
+        return self.given(output) is not None and not any(seen is output for seen in self._written)
 
 
 NOTHING = Watched()
@@ -193,11 +198,11 @@ def outside_transforms(function: Callable[..., None], *args: Any) -> None:
         function(*args)
 
 
-def differentiable(inputs: Any) -> list[torch.Tensor]:
-    """Return the tensors in ``inputs`` that need a gradient, to any transform."""
+def differentiable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return those of ``tensors`` that need a gradient, to any transform."""
     if torch._C._are_functorch_transforms_active():
-        return [t for t in tensors_in(inputs) if any(layer.requires_grad for layer in layers_of(t))]
-    return [t for t in tensors_in(inputs) if t.requires_grad]
+        return [t for t in tensors if any(layer.requires_grad for layer in layers_of(t))]
+    return [t for t in tensors if t.requires_grad]
 
 
 def _refuse_overlap(name: str, written: torch.Tensor, others: Sequence[torch.Tensor]) -> None:
@@ -220,26 +225,21 @@ def watch_inputs(
     name: str, end: Callable[[], None], inputs: Any, tensors: Sequence[torch.Tensor]
 ) -> tuple[Any, Watched]:
     """Return ``inputs`` of unit ``name`` with ``tensors`` of them passed through one node that calls ``end``."""
-    given = list({id(t): t for t in tensors}.values())
+    given = tensors if len(tensors) == 1 else list({id(t): t for t in tensors}.values())
     if torch._C._are_functorch_transforms_active():
         seen, watched = _EndOfFunctionalBackward.apply(name, end, *given), NOTHING
     else:
         seen = _end_of_backward(end, *given)
         watched = Watched(given, seen)
-    by_id = dict(zip(map(id, given), seen, strict=True))
+    by_id = {id(g): s for g, s in zip(given, seen, strict=True)}
     return map_tensors(lambda t: by_id.get(id(t), t), inputs), watched
 
 
 def watch_outputs(start: Start, output: Any, watched: Watched) -> Any:
     """Return ``output`` with ``start`` called before any gradient of it enters the unit."""
-
-    def watch(t: torch.Tensor) -> torch.Tensor:
-        given = watched.given(t)
-        return _watch_output(start, t, watched) if given is None else given
-
     if torch._C._are_functorch_transforms_active():
         return map_tensors(lambda t: _watch_layers(start, t), output)
-    return map_tensors(watch, output)
+    return map_tensors(partial(_watch_output, start, watched), output)
 
 
 def watch_held(start: Start, objects: Sequence[Any], watched: Watched) -> None:
@@ -249,13 +249,16 @@ def watch_held(start: Start, objects: Sequence[Any], watched: Watched) -> None:
         if torch._C._are_functorch_transforms_active():
             return _watch_layers(start, t)
         if not t.is_leaf and watched.given(t) is None:
-            _watch_output(start, t, watched)
+            _watch_output(start, watched, t)
         return t
 
     replace_held(watch, objects)
 
 
-def _watch_output(start: Start, t: torch.Tensor, watched: Watched) -> torch.Tensor:
+def _watch_output(start: Start, watched: Watched, t: torch.Tensor) -> torch.Tensor:
+    given = watched.given(t)
+    if given is not None:
+        return given
     if not t.requires_grad:
         return t
     if t.is_leaf:
