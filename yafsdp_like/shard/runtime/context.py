@@ -47,8 +47,11 @@ class EngineContext:
             mapped.arm_watchdog(event)
 
 
+_UNNAMED = nullcontext()
+
+
 def label(work: str, unit: SlotUnit) -> AbstractContextManager[Any]:
     """Name ``work`` in profiles; costs nothing without a profiler."""
     if torch.autograd.profiler._is_profiler_enabled:
         return torch.profiler.record_function(f"yafsdp::{work} {unit.name}")
-    return nullcontext()
+    return _UNNAMED

@@ -106,8 +106,8 @@ class GradientLifecycle:
         if k not in slot.holds:
             return  # no gradient came
         slot.arrive(k, backward_task())
-        policy = unit.policy
-        if policy.requires_gradient_sync and not policy.reduces_unused and k in self._reduced_early.get(unit, ()):
+        early, policy = self._reduced_early.get(unit), unit.policy
+        if early and k in early and policy.requires_gradient_sync and not policy.reduces_unused:
             together = list(slot.arrived)
             slot.reduced_early(together, self._reduce_arrived(unit))
 

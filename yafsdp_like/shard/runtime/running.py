@@ -28,7 +28,7 @@ def backward_task() -> int | None:
     return None if task == -1 else task
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class ForwardUse:
     """One forward call of a unit whose backward may come: which slot its saved tensors point to.
 
@@ -39,7 +39,7 @@ class ForwardUse:
     task: int | None = None  # the running backward that has reached it, by autograd's number
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
     """One running forward of one module of a unit."""
 

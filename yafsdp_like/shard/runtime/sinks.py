@@ -29,7 +29,7 @@ def watch_gradients(unit: Unit, slot: GatherSlot) -> None:
             attach(slot.params[k], GradientSink(unit_ref, k))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GradientSink:
     """Where linear layers write the gradient of parameter ``k`` of a unit: its place in the gradient slot."""
 
@@ -43,14 +43,14 @@ class GradientSink:
         several uses are left to autograd, whose order and rounding they then have, and which needs no slot before the
         last of them.
         """
-        unit = self.unit()
+        unit, k = self.unit(), self.k
         assert unit is not None
-        p = unit.params[self.k]
-        if p.gradient_dtype != p.compute_dtype or len(unit.running.pending) > 1 or self.k in unit.gradient_slot.holds:
+        p, registered = unit.params[k], unit.registered
+        if p.gradient_dtype is not p.compute_dtype or len(unit.running.pending) > 1 or k in unit.gradient_slot.holds:
             return None
-        if unit.registered is not None and unit.registered.params[self.k]._backward_hooks:
+        if registered is not None and registered.params[k]._backward_hooks:
             return None  # of the user's, on the full parameter: they are to see its gradient
-        return unit.gradients.view(unit, self.k)
+        return unit.gradients.view(unit, k)
 
     def withdraw(self) -> torch.Tensor | None:
         """Take out what was written there, if autograd is to sum it with others after all."""
@@ -62,12 +62,14 @@ class GradientSink:
 def _take_gradient(unit_ref: weakref.ref[Unit], k: int, param: torch.Tensor) -> None:
     unit, grad = unit_ref(), param.grad
     assert unit is not None
-    param.grad = None
-    if grad is not None and grad.layout is not torch.strided:
-        raise RuntimeError(
-            f"{unit.params[k].name}: expected a dense gradient to reduce, found {grad.layout}; "
-            "sparse gradients cannot be sharded, use sparse=False"
-        )
+    if grad is not None:  # not written to its view by a linear layer
+        param.grad = None
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"{unit.params[k].name}: expected a dense gradient to reduce, found {grad.layout}; "
+                "sparse gradients cannot be sharded, use sparse=False"
+            )
+    gradients = unit.gradients
     if torch._C._current_graph_task_id() not in unit.running.reached:
-        unit.gradients.check_entered(unit, k)
-    unit.gradients.arrived(unit, k, grad)
+        gradients.check_entered(unit, k)
+    gradients.arrived(unit, k, grad)

@@ -99,6 +99,7 @@ class Unit:
         self._modules = [weakref.ref(module) for module in modules]
         self.params = list(params)
         self.policy = policy
+        self._reduction: Reduction | None = None  # of this policy and these dtypes, once it is asked for
         self.forward_prefetch: list[Unit] = []  # what the user names instead of the next unit
         self.backward_prefetch: list[Unit] = []
         self.mesh = mesh
@@ -133,7 +134,7 @@ class Unit:
 
     def set_policy(self, **changes: Any) -> None:
         """Change fields of the policy."""
-        self.policy = replace(self.policy, **changes)
+        self.policy, self._reduction = replace(self.policy, **changes), None
 
     def need(self, **changes: bool) -> None:
         """Change fields of ``needs``, which the next build follows."""
@@ -320,7 +321,7 @@ class Unit:
         """Compute and reduce in the dtypes of ``params`` from now on."""
         for p, spec in zip(self.params, params, strict=True):
             p.take_dtypes(spec)
-        self.split = tuple(p for p in self.params if p.is_split)
+        self.split, self._reduction = tuple(p for p in self.params if p.is_split), None
 
     def materialize(self) -> None:
         """Put the main shard into the arena, or back after the user moved, cast or replaced parameters.
@@ -409,8 +410,11 @@ class Unit:
 
     def reduction(self) -> Reduction:
         """Return how this unit's gradients are divided, and what replicas average."""
-        in_fp16 = any(p.reduce_dtype == torch.float16 for p in self.params)
-        return replace(self.policy.division(self.mesh.size(), in_fp16), averaged=self.policy.averaged)
+        if self._reduction is None:
+            in_fp16 = any(p.reduce_dtype == torch.float16 for p in self.params)
+            division = self.policy.division(self.mesh.size(), in_fp16)
+            self._reduction = replace(division, averaged=self.policy.averaged)
+        return self._reduction
 
 
 def unit_of(module: nn.Module) -> Unit | None:
