@@ -235,10 +235,10 @@ def compiled(state: str) -> str:
     from triton.compiler import ASTSource
 
     tl, kernel = triton.language, adamw._adamw_kernel
-    types = {"blocks": "*i32", "numels": "*i64", "rows": "*i64", "rates": "*fp32"}
+    types = {"blocks": "*i32", "numels": "*i64", "rows": "*i64", "rates": "*fp32", "clip_factor": "*fp32"}
     types |= {"first_key": "i32", "second_key": "i32"}
     constants = {"MAIN": tl.float32, "GRAD": tl.float32, "STATE": getattr(tl, state), "COMPUTE": tl.bfloat16}
-    constants |= {"STOCHASTIC": state != "float32", "SPLIT": False, "BLOCK": adamw.BLOCK, "VECTOR": 4}
+    constants |= {"CLIP": True, "STOCHASTIC": state != "float32", "SPLIT": False, "BLOCK": adamw.BLOCK, "VECTOR": 4}
     types |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(
         fn=kernel,
