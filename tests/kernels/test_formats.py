@@ -54,12 +54,23 @@ def test_random_bits_depend_on_the_place_in_the_whole_parameter_alone() -> None:
 
 @pytest.mark.parametrize(("seed", "step", "number"), [(1, 5, 2), (0, 6, 2), (0, 5, 3), (1 << 32, 5, 2), (-1, 5, 2)])
 def test_other_seeds_steps_and_parameters_have_other_bits(seed: int, step: int, number: int) -> None:
-    """Half of the bits differ, as of independent ones."""
     here = random_bits(RandomKey.of(0, 5), 2, 0, NUM_DRAWS, DEVICE)
     there = random_bits(RandomKey.of(seed, step), number, 0, NUM_DRAWS, DEVICE)
+    assert are_independent(here, there)
+
+
+def are_independent(here: torch.Tensor, there: torch.Tensor) -> bool:
+    """Half of the bits differ, each in half of the words."""
     differing = (here ^ there)[:, None] >> torch.arange(32, device=DEVICE) & 1
     deviation = 0.5 / math.sqrt(NUM_DRAWS)
-    assert (differing.float().mean(0) - 0.5).abs().max() < 5 * deviation
+    return bool((differing.float().mean(0) - 0.5).abs().max() < 5 * deviation)
+
+
+@pytest.mark.parametrize("distance", [1, 2, 3, 64, 4096, 1 << 31, 1 << 32, 3 << 33])
+def test_elements_at_any_distance_have_other_bits(distance: int) -> None:
+    """Prevents: the words of elements 2**32 apart, which differed in few bits while the upper ones were only added."""
+    key = RandomKey.of(0, 5)
+    assert are_independent(*(random_bits(key, 2, start, NUM_DRAWS, DEVICE) for start in (7, 7 + distance)))
 
 
 def test_random_bits_are_as_often_set_as_not_and_independent_of_each_other() -> None:
@@ -254,8 +265,8 @@ def test_the_kernel_for_fp32_has_nothing_of_other_formats_and_theirs_move_four_e
     """Prevents: random bits, exponents or narrow moves that every update pays for. Compiles without a GPU."""
     per_thread = adamw.BLOCK // (32 * adamw.NUM_WARPS)
     plain, bf16, int8 = (compiled(state) for state in ("float32", "bfloat16", "uint8"))
-    finalizer = str(0x85EBCA6B - 2**32)  # a factor of the random bits
-    assert finalizer not in plain and "shfl" not in plain and "global.b8" not in plain
+    finalizer = str(0x85EBCA6B - 2**32)  # a factor of the random bits' key
+    assert "fma" not in plain and finalizer not in plain and "shfl" not in plain and "global.b8" not in plain
     assert plain.count("ld.global.v4.b32") == 4 * per_thread // 4
     for ptx in (bf16, int8):
         assert finalizer in ptx and ptx.count("ld.global.v4.b32") == 2 * per_thread // 4

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BLOCK = 1024  # elements of one program
+NARROW_BLOCK = 512  # of one whose moments are not float32: it computes more, and half the registers hide its latencies
 NUM_WARPS = 4
 
 
@@ -218,7 +219,8 @@ class AdamWTable:
         numels = [p.main.numel() for p in params]
         if self._blocks is None or numels != self._numels:
             _check(params)
-            self._blocks, self._numels = BlockTable.of(numels, BLOCK, device), numels
+            block = BLOCK if params[0].exp_avg.dtype == torch.float32 else NARROW_BLOCK
+            self._blocks, self._numels = BlockTable.of(numels, block, device), numels
         if self._rows is None or places != self._places:
             _check(params)
             self._rows, self._places = upload(places, torch.int64, device), places

@@ -36,6 +36,7 @@ __all__ = [
     "tl",
     "triton_dtype",
     "upload",
+    "write",
 ]
 
 VECTOR_NBYTES = 16  # what one thread moves at most at a time
@@ -149,7 +150,12 @@ def load(base: tl.tensor, offsets: tl.tensor, mask: tl.tensor, VECTOR: tl.conste
 @jit()
 def store(base: tl.tensor, offsets: tl.tensor, values: tl.tensor, mask: tl.tensor, VECTOR: tl.constexpr) -> None:
     """Writes ``values`` in the dtype of ``base``, rounded to nearest even; no mask is needed, as in ``load``."""
-    values = rounded(values, base.dtype.element_ty)
+    write(base, offsets, rounded(values, base.dtype.element_ty), mask, VECTOR)
+
+
+@jit()
+def write(base: tl.tensor, offsets: tl.tensor, values: tl.tensor, mask: tl.tensor, VECTOR: tl.constexpr) -> None:
+    """Writes ``values``, which have the dtype of ``base``; no mask is needed, as in ``load``."""
     pointers = place(base, offsets, VECTOR)
     if VECTOR > 0:
         tl.store(pointers, values)

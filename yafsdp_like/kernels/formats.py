@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-from yafsdp_like.kernels.blocks import jit, load, place, store, tl
+from yafsdp_like.kernels.blocks import jit, load, store, tl, write
 
 BLOCK_NUMEL = 32  # elements that share an exponent
 TO_NEAREST = 0x8000  # noise that rounds to nearest
@@ -68,26 +68,23 @@ def _mixed_int(x: int) -> int:
     return x ^ x >> 16
 
 
-def _mixed(x: torch.Tensor) -> torch.Tensor:
-    """``_mixed_int`` of int32 words; products wrap, and shifts are made logical."""
-    for shift, factor in zip((16, 13), _FACTORS, strict=True):
-        x = (x ^ (x >> shift & WORD >> shift)) * _signed(factor)
-    return x ^ (x >> 16 & 0xFFFF)
-
-
 def random_bits(key: RandomKey, number: int, start: int, numel: int, device: torch.device) -> torch.Tensor:
     """Return ``(numel,)`` int32 words for the elements of parameter ``number`` from index ``start`` on."""
     index = torch.arange(start, start + numel, device=device)
-    low, high = (index & WORD).to(torch.int32), (index >> 32).to(torch.int32)
-    first = _signed(key.first & WORD ^ _mixed_int(number + _GOLDEN & WORD))
-    return _mixed((_mixed(low ^ first) ^ high) + key.second)
+    folded = _folded((index ^ key.first & WORD ^ _mixed_int(number + _GOLDEN & WORD)) * _FACTORS[0])
+    return _folded((folded ^ key.second & WORD) * _FACTORS[1]).to(torch.int32)
+
+
+def _folded(product: torch.Tensor) -> torch.Tensor:
+    """Both halves of 64 bits in one: the low bits of a product depend on few of its factors', its high ones on all."""
+    return (product ^ product >> 32) & WORD
 
 
 def to_bfloat16(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Round float32 ``values`` to bfloat16 by ``noise``, int32 in [0, 2**16) of the same shape."""
     bits = values.view(torch.int32)
-    bits = torch.where(values.isnan(), bits | 0x400000, bits + noise) & ~0xFFFF
-    return bits.view(torch.float32).bfloat16()
+    magnitude = torch.minimum(bits & 0x7FFFFFFF, 0x7FFFFFFF - noise) + noise  # a NaN of arithmetic stays one
+    return ((magnitude | bits & -(1 << 31)) & ~0xFFFF).view(torch.float32).bfloat16()
 
 
 def fits_blocks(shape: torch.Size) -> bool:
@@ -134,19 +131,20 @@ def from_blocks(stored: torch.Tensor, signed: bool) -> torch.Tensor:
 
 
 @jit()
-def mixed_words(x: tl.tensor) -> tl.tensor:
-    """``_mixed`` of uint32 words."""
-    x = (x ^ (x >> 16)) * _FACTOR0
-    x = (x ^ (x >> 13)) * _FACTOR1
-    return x ^ (x >> 16)
+def folded(product: tl.tensor) -> tl.tensor:
+    """``_folded`` of uint64."""
+    return (product ^ (product >> 32)) & 0xFFFFFFFF
 
 
 @jit()
 def random_words(first: tl.tensor, second: tl.tensor, number: tl.tensor, index: tl.tensor) -> tl.tensor:
     """``random_bits`` of the elements ``index``, as uint32."""
-    first = first.to(tl.uint32) ^ mixed_words(number.to(tl.uint32) + _STEP)
-    low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
-    return mixed_words((mixed_words(low ^ first) ^ high) + second.to(tl.uint32))
+    x = number.to(tl.uint32) + _STEP
+    x = (x ^ (x >> 16)) * _FACTOR0
+    x = (x ^ (x >> 13)) * _FACTOR1
+    key = (first.to(tl.uint32) ^ x ^ (x >> 16)).to(tl.uint64)
+    words = folded((index.to(tl.uint64) ^ key) * _FACTOR0)
+    return folded((words ^ second.to(tl.uint32)) * _FACTOR1).to(tl.uint32)
 
 
 @jit()
@@ -155,8 +153,9 @@ def store_stochastic(
 ) -> None:
     """Write ``values`` as bfloat16, as ``to_bfloat16`` rounds them; ``noise`` is uint32."""
     bits = values.to(tl.uint32, bitcast=True)
-    bits = tl.where(values == values, bits + noise, bits | 0x400000) & 0xFFFF0000  # not of NaN
-    store(base, offsets, bits.to(tl.float32, bitcast=True), mask, VECTOR)
+    magnitude = tl.minimum((bits & 0x7FFFFFFF) + noise, 0x7FFFFFFF)
+    bits = (magnitude | (bits & 0x80000000)) >> 16
+    write(base, offsets, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask, VECTOR)
 
 
 @jit()
@@ -228,11 +227,7 @@ def store_blocks(
     codes = (fixed + (noise.to(tl.int32) << (7 - MANTISSA))) >> (23 - MANTISSA)
     codes = codes | ((bits >> 24) & 0x80) if SIGNED else tl.where(significand > 0, tl.maximum(codes, 1), codes)
     codes = tl.where(shared > 0, codes, 0)
-    pointers = place(base, offsets, VECTOR)
-    if VECTOR > 0:
-        tl.store(pointers, codes.to(tl.uint8))
-    else:
-        tl.store(pointers, codes.to(tl.uint8), mask=mask)
+    write(base, offsets, codes.to(tl.uint8), mask, VECTOR)
 
 
 @jit()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from yafsdp_like.kernels.blocks import jit, place, pointer, tl
+from yafsdp_like.kernels.blocks import jit, place, pointer, tl, write
 
 NAN_BITS = 0x7FC00000  # a NaN whose high half is one too
 
@@ -57,11 +57,5 @@ def store_split(
 ) -> None:
     """Write float32 ``values`` to their halves, as ``load_joined`` finds them."""
     bits = tl.where(values != values, 0x7FC00000, values.to(tl.int32, bitcast=True))
-    high_places = place(pointer(row, high, tl.int16), offsets, VECTOR)
-    low_places = place(pointer(row, low, tl.int16), offsets, VECTOR)
-    if VECTOR > 0:
-        tl.store(high_places, ((bits + 0x8000) >> 16).to(tl.int16))
-        tl.store(low_places, bits.to(tl.int16))
-    else:
-        tl.store(high_places, ((bits + 0x8000) >> 16).to(tl.int16), mask=mask)
-        tl.store(low_places, bits.to(tl.int16), mask=mask)
+    write(pointer(row, high, tl.int16), offsets, ((bits + 0x8000) >> 16).to(tl.int16), mask, VECTOR)
+    write(pointer(row, low, tl.int16), offsets, bits.to(tl.int16), mask, VECTOR)
