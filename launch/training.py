@@ -128,7 +128,8 @@ def after_step(trainer: Trainer, state: RunState, log: Log, is_first: bool) -> N
         log.timeline.end("evaluation")
     bad_step = log.write(held_out_loss)
     if bad_step is not None and options.optimizer.nonfinite == "stop":
-        raise NotFiniteError(f"step {bad_step}: the loss is not finite, though its gradient is; nothing is saved of it")
+        though = "" if options.optimizer.update_in_backward else ", though its gradient is"
+        raise NotFiniteError(f"step {bad_step}: the loss is not finite{though}; nothing is saved of it")
     state.check()
     if saves or trainer.stops:
         state.save(asynchronous=not is_last and not trainer.stops)

@@ -1,6 +1,7 @@
 # ruff: noqa: F401, F811 (fixtures of another file, which are arguments here)
 """A run that updates in backward: the same losses and weights, no norm, and no option that needs one."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import pytest
 
 from launch import build, config, memory_check
 from launch.recipe import recipe_of
-from tests.launch.test_going_on import said
+from tests.launch.test_going_on import EXPLODING, said
 from tests.launch.test_moments import STEADY, forget_after, kept_in
-from tests.launch.test_train import file, losses, text, train, world_here
+from tests.launch.test_train import file, losses, refusal, text, train, world_here
 from tests.ranks import run_ranks
+from yafsdp_like.checkpoint import steps
 
 WITHOUT_NORM = "--optimizer.max_grad_norm=null"
 IN_BACKWARD = ("--optimizer.update_in_backward=true", WITHOUT_NORM)
@@ -54,6 +56,21 @@ def test_what_needs_all_gradients_is_refused_in_one_line(others: list[str], mess
 def test_the_first_words_say_how_many_gradients_have_memory(file: Path) -> None:
     words = said(file, *IN_BACKWARD, "--num_steps=1", world_size=1)
     assert "updates in backward leave memory to the gradients of a unit or two at a time\n" in words
+
+
+@pytest.mark.parametrize(
+    ("every", "message"),
+    [
+        (1, r"^step 4: the weights are not finite, .* not saved"),
+        (2, r"^step 4: "),
+        (5, r"^step 5: the loss is not finite;"),
+    ],
+)
+def test_a_gradient_that_is_not_finite_is_noticed_by_weights_or_loss(file: Path, every: int, message: str) -> None:
+    exploding = [*EXPLODING, "--model.factory=tests.launch.test_going_on:Exploding", f"--checkpoint.every={every}"]
+    assert re.search(message, refusal(file, *exploding, *IN_BACKWARD))
+    saved = [steps.step_of(path) for path in steps.complete_checkpoints(file.parent / "run")]
+    assert saved == [step for step in (1, 2, 3) if step % every == 0]
 
 
 def gradients_nbytes(arguments: list[str]) -> int:
