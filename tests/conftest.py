@@ -19,6 +19,7 @@ SLOWEST = (
     "test_train",
     "test_smollm2",
     "test_stream_order",
+    "test_stream_order_of_updates",
     "test_peer",
     "test_running",
     "test_exceptions",
