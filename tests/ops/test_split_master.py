@@ -160,6 +160,23 @@ def test_reading_writes_nothing() -> None:
     assert tensor.split_values.written is None
 
 
+@pytest.mark.parametrize(
+    "like", [torch.zeros_like, torch.empty_like, torch.ones_like, lambda t, **k: torch.full_like(t, 2, **k)]
+)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_is_like_it_is_made_without_its_values(
+    like: Callable[..., Tensor], dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents: as much memory again as a parameter has, where an optimizer makes its moments."""
+    monkeypatch.setattr(SplitTensor, "joined", None)
+    for values in (torch.randn(6, 4), torch.randn(6, 4).t()):
+        tensor = split_tensor(values.t()).t() if values.stride(0) == 1 else split_tensor(values)
+        found, expected = like(tensor, dtype=dtype), like(values, dtype=dtype)
+        assert type(found) is Tensor
+        assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
+        assert like is torch.empty_like or torch.equal(found, expected)
+
+
 def test_its_upper_half_moves_without_its_values() -> None:
     values = torch.randn(6)
     tensor, place = split_tensor(values), torch.zeros(6, dtype=torch.bfloat16)

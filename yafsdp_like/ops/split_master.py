@@ -144,6 +144,9 @@ class SplitTensor(torch.Tensor):
         kwargs = kwargs or {}
         if _is_view(func) and isinstance(args[0], cls):
             return _view(func, args, kwargs)
+        if func in _LIKE and isinstance(args[0], cls):
+            like = args[0]._of(args[0].split_values.high)
+            return func(like, *args[1:], **kwargs | {"dtype": kwargs.get("dtype") or args[0].dtype})
         written = {id(tensor): tensor for tensor in _written(func, args, kwargs)}
         if written and torch.Tag.inplace_view in func.tags and func is not torch.ops.aten.detach_.default:
             raise NotImplementedError(f"a split tensor's shape and storage are fixed, and {func} changes them: copy it")
@@ -160,6 +163,11 @@ class SplitTensor(torch.Tensor):
         result = func(*tree_map_only(SplitTensor, plain_of, args), **tree_map_only(SplitTensor, plain_of, kwargs))
         originals = {id(plain[key]): tensor for key, tensor in written.items()}
         return tree_map_only(torch.Tensor, lambda t: originals.get(id(t), t), result) if written else result
+
+
+_LIKE = {  # operations that take a tensor's geometry and no value
+    getattr(torch.ops.aten, name).default for name in ("empty_like", "zeros_like", "ones_like", "full_like")
+}
 
 
 def values_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -82,9 +82,7 @@ class ParamLifecycle:
             for mapped in self._context.mapped:
                 mapped.stream_barrier(GATHER)
         self._context.arm_watchdog(self._streams.record(GATHER))
-        if any(
-            written
-        ):  # the next update of the main shards comes after, and what takes the memory that settling freed
+        if any(written):  # what next updates main shards comes after, and what takes the memory that settling freed
             self._streams.wait(COMPUTE, self._streams.record(GATHER))
 
     def _settle(self) -> None:
