@@ -117,7 +117,6 @@ class ParamLifecycle:
         mapped = unit.transport.mapped
         if not is_free or mapped is None:
             return
-        self._make_room(slot)
         self._context.collective_log.updates(unit)
         slot.drop()  # the values in it are from before the update
         self._streams.wait(GATHER, self._streams.record(COMPUTE))
@@ -128,12 +127,13 @@ class ParamLifecycle:
     # --- all-gathers ---
 
     def all_gather(self, slot: GatherSlot, refresh: bool) -> None:
-        """Issue the all-gather of an EMPTY slot whose neighbours are all EMPTY; the slot is FILLED. Does not wait.
+        """Issue the all-gather of an EMPTY slot, none of whose neighbours is HELD; the slot is FILLED. Does not wait.
 
         ``refresh`` casts the main shard first: in forward, and not in backward, which must see forward's values again.
         Compute shards that peers read in place are left to ``publish``.
         """
-        assert slot.state is EMPTY and all(other.state is EMPTY for other in slot.neighbours)
+        assert slot.state is EMPTY
+        self._make_room(slot)
         unit = slot.unit
         self._context.collective_log.gathers(unit)
         with label("all_gather", unit), self._streams.on(GATHER):
@@ -147,7 +147,6 @@ class ParamLifecycle:
         """All-gather the unit ahead of its use if its slot's bytes are free; do nothing otherwise."""
         slot = unit.gather_slot
         if slot.state is EMPTY and all(other.state in (EMPTY, FILLED, STALE) for other in slot.neighbours):
-            self._make_room(slot)
             self.all_gather(slot, refresh)
 
     def unshard(self, slot: GatherSlot, refresh: bool) -> None:
@@ -156,7 +155,6 @@ class ParamLifecycle:
         Its HELD neighbours must be asked about before, with ``blockers``.
         """
         if slot.state is EMPTY:
-            self._make_room(slot)
             self.all_gather(slot, refresh)
         if slot.state is FILLED:
             self._wait_until_ready(slot)
@@ -188,13 +186,16 @@ class ParamLifecycle:
 
     def _make_room(self, slot: GatherSlot) -> None:
         for other in slot.neighbours:
+            if other.state is EMPTY:
+                continue
+            assert other.state is not HELD, f"{slot.unit.name!r} needs what {other.unit.name!r} computes on"
             if other.state is FILLED:
                 self.wasted_prefetches += 1
                 other.drop()  # only GATHER has touched it, and GATHER runs in order
             elif other.state is KEPT:
                 self.evictions += 1
                 self.release(other)
-            elif other.state is STALE:
+            else:
                 other.drop()
 
     def isolate(self, unit: Unit, reason: str) -> None:
