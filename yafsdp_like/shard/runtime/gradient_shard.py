@@ -109,11 +109,11 @@ class GradientShard:
 
     def take(self) -> None:
         """Get memory for the next gradient, which is other memory where the last one is still held."""
-        if not self.is_free:
+        if not self.has_memory:  # nobody held it when it was released, and nobody can have got hold of it since
+            self._storage.resize_(self.nbytes)
+        elif not self.is_free:
             self.is_pinned = False
             self._renew()
-        elif not self.has_memory:
-            self._storage.resize_(self.nbytes)
 
     def release(self) -> None:
         """Give the memory back to the allocator, unless somebody holds it or a recording writes there."""

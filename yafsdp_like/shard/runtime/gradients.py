@@ -114,7 +114,7 @@ class GradientLifecycle:
     def all_arrived(self, unit: Unit) -> bool:
         """Return whether the running backward has computed every gradient that the unit can get from it."""
         slot, task = unit.gradient_slot, backward_task()
-        return all(k in slot.early or slot.arrived.get(k) == task for k in unit.trainable)
+        return all(k in slot.early or slot.arrived.get(k) == task for k in slot.views)
 
     def check_entered(self, unit: Unit, k: int) -> None:
         """Raise ``RuntimeError`` if the unit is released, though the backward has computed parameter ``k``'s gradient.

@@ -359,20 +359,21 @@ class ShardedParam:
 
         Autograd never accumulates into the sharded parameter, so the user's hooks are run here: before, and after.
         """
-        assert self.grad_shard is not None
-        if not self.sharded.requires_grad:
+        own, sharded = self.grad_shard, self.sharded
+        assert own is not None
+        if not sharded.requires_grad:
             return  # frozen since the forward: no optimizer is to see it
-        if self.sharded._backward_hooks:
+        if sharded._backward_hooks:
             self._run_hooks()
         if not was_added:
-            grad = self.sharded.grad
+            grad = sharded.grad
             if grad is None:
-                self.sharded.grad = self.grad_shard.dtensor
+                sharded.grad = own.dtensor
             else:
                 local = grad.to_local()  # type: ignore[attr-defined]  # a DTensor
-                local.add_(self.grad_shard.dtensor._local_tensor)
-        for hook in (getattr(self.sharded, "_post_accumulate_grad_hooks", None) or {}).values():
-            hook(self.sharded)
+                local.add_(own.dtensor._local_tensor)
+        for hook in (getattr(sharded, "_post_accumulate_grad_hooks", None) or {}).values():
+            hook(sharded)
 
     def register(self, value: nn.Parameter) -> bool:
         """Make ``value``, the sharded parameter or a slot's full one, what every owning module sees.

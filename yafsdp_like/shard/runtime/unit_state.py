@@ -281,7 +281,7 @@ class Unit:
     def signature(self) -> tuple[object, ...]:
         """What the plan was made for; a change of it asks for a new plan."""
         moves = self.freshness.num_moves
-        return (self.needs.unsynced_gradients, moves, *[(p.trainable, p.is_placed) for p in self.params])
+        return (self.needs.unsynced_gradients, moves, *[(p.sharded.requires_grad, p.is_placed) for p in self.params])
 
     def meta_params(self) -> list[str]:
         """Return the names of parameters that are on the meta device."""
