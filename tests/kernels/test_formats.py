@@ -249,7 +249,8 @@ def compiled(state: str) -> str:
     types = {"blocks": "*i32", "numels": "*i64", "rows": "*i64", "rates": "*fp32", "clip_factor": "*fp32"}
     types |= {"first_key": "i32", "second_key": "i32"}
     constants = {"MAIN": tl.float32, "GRAD": tl.float32, "STATE": getattr(tl, state), "COMPUTE": tl.bfloat16}
-    constants |= {"CLIP": True, "STOCHASTIC": state != "float32", "SPLIT": False, "BLOCK": adamw.BLOCK, "VECTOR": 4}
+    constants |= {"CLIP": True, "STOCHASTIC": state != "float32", "SPLIT": False, "VECTOR": 4}
+    constants |= {"BLOCK": adamw.BLOCK, "TAIL": adamw.TAIL}
     types |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(
         fn=kernel,

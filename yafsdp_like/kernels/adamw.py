@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BLOCK = 1024  # elements of one program
-NARROW_BLOCK = 512  # of one whose moments are not float32: it computes more, and half the registers hide its latencies
+TAIL = 256  # of one step of a program that has fewer or cannot move many at once, whose addresses take registers
 NUM_WARPS = 4
 
 
@@ -219,8 +219,7 @@ class AdamWTable:
         numels = [p.main.numel() for p in params]
         if self._blocks is None or numels != self._numels:
             _check(params)
-            block = BLOCK if params[0].exp_avg.dtype == torch.float32 else NARROW_BLOCK
-            self._blocks, self._numels = BlockTable.of(numels, block, device), numels
+            self._blocks, self._numels = BlockTable.of(numels, BLOCK, device), numels
         if self._rows is None or places != self._places:
             _check(params)
             self._rows, self._places = upload(places, torch.int64, device), places
@@ -294,6 +293,7 @@ def _launch(
         STOCHASTIC=in_blocks or _is_stochastic(dtypes[2], step),
         SPLIT=is_split,
         BLOCK=blocks.block,
+        TAIL=TAIL,
         VECTOR=VECTOR_NBYTES // max(dtype.itemsize for dtype in dtypes if dtype),  # narrow tensors follow the widest
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,
@@ -324,6 +324,7 @@ def _adamw_kernel(
     STOCHASTIC: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
     segment, start, count = block_range(blocks, numels, tl.program_id(0), BLOCK)
@@ -342,9 +343,11 @@ def _adamw_kernel(
             row, numel, start, count, scalars, keys, MAIN, GRAD, STATE, COMPUTE, CLIP, STOCHASTIC, SPLIT, BLOCK, VECTOR
         )
     else:
-        _adamw_block(
-            row, numel, start, count, scalars, keys, MAIN, GRAD, STATE, COMPUTE, CLIP, STOCHASTIC, SPLIT, BLOCK, 0
-        )
+        for part in range(tl.cdiv(count, TAIL)):
+            first, left = start + part * TAIL, count - part * TAIL
+            _adamw_block(
+                row, numel, first, left, scalars, keys, MAIN, GRAD, STATE, COMPUTE, CLIP, STOCHASTIC, SPLIT, TAIL, 0
+            )
 
 
 @jit()
