@@ -13,7 +13,7 @@ import torch
 from launch.config import Config, OptimizerOptions
 from launch.recipe import Recipe
 from launch.world import World
-from yafsdp_like import MixedPrecisionPolicy, fully_shard, update_in_backward
+from yafsdp_like import MixedPrecisionPolicy, fully_shard, offload_activations, update_in_backward
 from yafsdp_like.hardware import Hardware
 from yafsdp_like.memory.plan import readable
 from yafsdp_like.models import DecoderConfig
@@ -21,6 +21,7 @@ from yafsdp_like.optim import AdamW
 from yafsdp_like.optim import moments as optim_moments
 from yafsdp_like.optim.moments import MomentsFormat
 from yafsdp_like.optim.offload import NUM_BUFFERS, buffer_nbytes
+from yafsdp_like.shard.activation_offload import activations_of
 
 
 def build_model(recipe: Recipe, config: Config, world: World) -> Any:
@@ -42,6 +43,8 @@ def build_model(recipe: Recipe, config: Config, world: World) -> Any:
         if config.model.compile:
             block.compile(dynamic=False)
         shard(block)
+    if config.model.offload_activations:
+        offload_activations(blocks)
     return shard(model)
 
 
@@ -97,15 +100,32 @@ def describe_plan(model: Any, world: World, options: OptimizerOptions) -> str:
         plan += "\n  updates in backward leave memory to the gradients of a unit or two at a time"
     if not options.offload_moments:
         return f"{plan}\n  AdamW's moments, {readable(nbytes)}, and activations come on top"
-    hardware = Hardware.of(world.device)
-    cost = "as long as the link takes"
-    if hardware is not None and hardware.rates is not None:
-        rate = hardware.rates.host_nbytes
-        cost = f"at least {nbytes / rate * 1e3:.0f} ms at {rate / 1e9:.1f} GB/s"
     return (
         f"{plan}\n  AdamW's moments, {readable(nbytes)}, are in host memory; each update copies them in and back, "
-        f"{cost}\n  buffers for them, {readable(buffers_nbytes(model, world, options))}, and activations come on top"
+        f"{_cost(nbytes, world)}\n  buffers for them, {readable(buffers_nbytes(model, world, options))}, "
+        "and activations come on top"
     )
+
+
+def describe_activations(model: Any, world: World) -> str:
+    """After the first step, what offloaded activations take of host memory and link in each; "" without any."""
+    found = activations_of(model)
+    if found is None:
+        return ""
+    nbytes = found.copied_nbytes
+    return (
+        f"activations take {readable(found.host_nbytes)} of host memory; each step copies {readable(nbytes)} there in "
+        f"forward and back in backward, beside compute, {_cost(nbytes, world)} each way"
+    )
+
+
+def _cost(nbytes: int, world: World) -> str:
+    """Return how long the link to the host takes for ``nbytes`` in one direction."""
+    hardware = Hardware.of(world.device)
+    if hardware is None or hardware.rates is None:
+        return "as long as the link takes"
+    rate = hardware.rates.host_nbytes
+    return f"at least {nbytes / rate * 1e3:.0f} ms at {rate / 1e9:.1f} GB/s"
 
 
 def flops_per_step(model: Any, config: Config) -> int | None:

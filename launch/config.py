@@ -30,8 +30,13 @@ class ModelOptions:
     factory_args: dict[str, Any] = field(default_factory=dict)  # what the function is called with, by name
     blocks: str = ""  # of the factory's module: the container of the blocks to shard one by one, such as "model.layers"
     compile: bool = False  # torch.compile each block
+    offload_activations: bool = False  # what blocks save for backward waits in host memory, copied beside compute
     graph: bool = False  # replay forward and backward as one CUDA graph: for steps that the CPU cannot keep up with
     transport: TransportName = "auto"  # "peer": ranks of one host read each other's memory; "process_group": NCCL, gloo
+
+    def __post_init__(self) -> None:
+        if self.graph and self.offload_activations:
+            raise ValueError("model.graph records steps, which model.offload_activations cannot be part of: choose one")
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,8 @@ def after_step(trainer: Trainer, state: RunState, log: Log, is_first: bool) -> N
     if evaluates and not trainer.stops:
         held_out_loss = trainer.evaluate()
         log.timeline.end("evaluation")
+    if is_first and (words := build.describe_activations(trainer.model, trainer.world)):
+        log.say(words)
     bad_step = log.write(held_out_loss)
     if bad_step is not None and options.optimizer.nonfinite == "stop":
         though = "" if options.optimizer.update_in_backward else ", though its gradient is"

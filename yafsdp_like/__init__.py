@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import DataParallelMeshDims as DataParallelMeshDims  # not in every torch
 
     from yafsdp_like.memory.plan import MemoryPlan
+    from yafsdp_like.shard.activation_offload import offload_activations
     from yafsdp_like.shard.api import FSDPModule, UnshardHandle, fully_shard
     from yafsdp_like.shard.drop_in import register_fsdp_forward_method, share_comm_ctx
     from yafsdp_like.shard.graph import GraphedStep
@@ -28,6 +29,7 @@ else:
         "SpillWarning": "yafsdp_like.shard.runtime.allocated_memory",
         "UnshardHandle": "yafsdp_like.shard.api",
         "fully_shard": "yafsdp_like.shard.api",
+        "offload_activations": "yafsdp_like.shard.activation_offload",
         "register_fsdp_forward_method": "yafsdp_like.shard.drop_in",
         "share_comm_ctx": "yafsdp_like.shard.drop_in",
         "update_in_backward": "yafsdp_like.shard.optimizer_step",
@@ -55,6 +57,7 @@ __all__ = [
     "SpillWarning",
     "UnshardHandle",
     "fully_shard",
+    "offload_activations",
     "register_fsdp_forward_method",
     "share_comm_ctx",
     "update_in_backward",

@@ -38,10 +38,18 @@ def transient_storage(nbytes: int, device: torch.device) -> torch.UntypedStorage
     return torch.UntypedStorage(nbytes, device=device)
 
 
-def tensor_on(storage: torch.UntypedStorage, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return a contiguous tensor on the first bytes of ``storage``, with a version counter of its own.
+def tensor_on(
+    storage: torch.UntypedStorage,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...] | None = None,
+    offset: int | torch.SymInt = 0,
+) -> torch.Tensor:
+    """Return a tensor on ``storage`` with a version counter of its own: contiguous and at its start, by default.
 
     It stays a tensor of ``shape`` while the storage has no memory; it must not be read then.
     """
     with torch.inference_mode(False), torch.no_grad():
-        return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, 0, shape, contiguous_stride(shape))
+        return torch.empty(0, dtype=dtype, device=storage.device).set_(
+            storage, offset, shape, stride or contiguous_stride(shape)
+        )

@@ -1,0 +1,332 @@
+"""``offload_activations``: the same bits, each storage copied once, little left on the device, flat host memory.
+
+On CPUs both memories are the host's, and every copy and wait is done as on a GPU.
+"""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._composable import checkpoint as composable_checkpoint
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
+
+from tests.clocks import RaceDetector, VectorClocks
+from tests.ranks import on_ranks, run_ranks
+from tests.training import assert_tensors_equal, full_parameters, world_mesh
+from tests.zoo import SPECIMENS
+from yafsdp_like import MixedPrecisionPolicy, fully_shard, offload_activations
+from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE
+from yafsdp_like.shard import activation_offload
+
+B, D = 8, 16
+NBYTES = 4 * B * D  # of one activation
+
+
+class Block(nn.Module):
+    """Saves three activations: a sigmoid and a tanh, both by themselves and for their product, and the product."""
+
+    def __init__(self, parameters: bool = True) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D) if parameters else nn.Identity()
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        gated = torch.sigmoid(x) * torch.tanh(x)
+        return x + self.linear(gated) * scale
+
+
+class Stack(nn.Module):
+    def __init__(self, num_blocks: int = 4) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(num_blocks))
+        self.register_buffer("scale", torch.full((B, D), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, self.scale)
+        return x
+
+
+def stack(num_blocks: int = 4) -> Any:
+    torch.manual_seed(0)
+    return Stack(num_blocks)
+
+
+def rows(seed: int = 0, num: int = B) -> torch.Tensor:
+    return torch.randn(num, D, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+
+
+# --- numbers ---
+
+
+@pytest.mark.parametrize("name", ["decoder", "recomputed", "reused", "dicts", "convnet", "encoder"])
+def test_training_a_sharded_model_has_the_same_bits(name: str) -> None:
+    run_ranks(train_both, name)
+
+
+def train_both(name: str) -> None:
+    (losses, found), (expected_losses, expected) = (train(name, offloads) for offloads in (True, False))
+    assert losses == expected_losses
+    assert_tensors_equal(found, expected)
+
+
+def train(name: str, offloads: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+    specimen, losses = SPECIMENS[name], []
+    precision = MixedPrecisionPolicy() if name == "convnet" else MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    model: Any = specimen.wrap(specimen.fresh(), fully_shard, mesh=world_mesh(), mp_policy=precision)
+    offloaded = offload_activations(specimen.units(model), min_nbytes=1) if offloads else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    for step in range(4):
+        with torch.no_grad():
+            losses.append(specimen.loss_of(model, 100 + step, dist.get_rank()).item())
+        for index in range(2):
+            model.set_requires_gradient_sync(step % 2 == 0 or index == 1)
+            loss = specimen.loss_of(model, 2 * step + index, dist.get_rank())
+            loss.backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    if offloaded is not None and name != "recomputed":  # which checkpoints its blocks itself
+        assert offloaded.copied_nbytes > 0
+    return losses, full_parameters(model)
+
+
+@on_ranks(1)
+def test_a_compiled_block_offloads_what_its_graph_saves() -> None:
+    found, expected = stack(), stack()
+    for block in found.blocks:
+        block.compile(backend="aot_eager")
+    offloaded = offload_activations(found.blocks, min_nbytes=NBYTES)
+    for model in (found, expected):
+        model(rows()).sum().backward()
+    assert offloaded.copied_nbytes >= 4 * NBYTES
+    assert_gradients_equal(found, expected)
+
+
+def assert_gradients_equal(found: nn.Module, expected: nn.Module) -> None:
+    for p, q in zip(found.parameters(), expected.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        assert torch.equal(p.grad, q.grad)
+
+
+# --- bytes ---
+
+
+@on_ranks(1)
+def test_each_storage_is_copied_once_and_parameters_and_masks_never() -> None:
+    """Three activations and the input that is saved for no more than itself, whatever shares their bytes."""
+    model = stack()
+    offloaded = offload_activations(model.blocks, min_nbytes=1)
+    model(rows())
+    products = 1  # of the last linear layer and the scale: the scale's gradient is not asked for, so nothing is saved
+    assert offloaded.copied_nbytes == 4 * (2 + products) * NBYTES
+    sharded: Any = fully_shard(stack(), mesh=world_mesh())
+    offloaded = offload_activations(sharded.blocks, min_nbytes=1)
+    sharded(rows())
+    assert offloaded.copied_nbytes == 4 * (2 + products) * NBYTES
+
+
+@on_ranks(1)
+def test_views_of_one_storage_saved_in_two_blocks_are_copied_once() -> None:
+    class Halves(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            left, right = x.chunk(2, -1)
+            return torch.cat([left * right, right.sigmoid()], -1)
+
+    model = nn.Sequential(Halves(), Halves())
+    offloaded = offload_activations(list(model), min_nbytes=1)
+    x = rows()
+    model(x.exp()).sum().backward()
+    sigmoids = NBYTES // 2
+    assert offloaded.copied_nbytes == 2 * (NBYTES + sigmoids)
+    found, x.grad = x.grad, None
+    nn.Sequential(Halves(), Halves())(x.exp()).sum().backward()
+    assert found is not None and x.grad is not None
+    assert torch.equal(found, x.grad)
+
+
+@on_ranks(1)
+def test_the_device_keeps_the_last_block_only_and_backward_brings_back_two_at_most() -> None:
+    model, most = stack(6), 0
+    offloaded = offload_activations(model.blocks, min_nbytes=1)
+
+    def count(*_: Any) -> None:
+        nonlocal most
+        gc.collect()
+        here = [s for s in gc.get_objects() if isinstance(s, activation_offload._Saved) and s.storage is not None]
+        most = max(most, sum(s.nbytes for s in here))
+
+    output = model(rows())
+    count()
+    assert most == 3 * NBYTES
+    for block in model.blocks:
+        block.register_full_backward_hook(count)
+    output.sum().backward()
+    assert most <= 2 * 3 * NBYTES
+    assert not [s for s in gc.get_objects() if isinstance(s, activation_offload._Saved)]
+    assert offloaded.host_nbytes == 6 * 3 * NBYTES
+
+
+@on_ranks(1)
+def test_host_memory_is_flat_once_the_longest_input_was_there() -> None:
+    class Gate(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sigmoid(x) * torch.tanh(x)
+
+    model = nn.Sequential(*(Gate() for _ in range(3)))
+    offloaded = offload_activations(list(model), min_nbytes=1)
+    held = []
+    for num in (4, 8, 6, 8, 2, 7):
+        model(rows(num=num)).sum().backward()
+        held.append(offloaded.host_nbytes // (4 * D))
+    assert held == [3 * 2 * num for num in (4, 8, 8, 8, 8, 8)]
+    outputs = [model(rows(num=8)) for _ in range(2)]  # two forwards before their backwards
+    assert offloaded.host_nbytes == 2 * 3 * 2 * 8 * 4 * D
+    for output in outputs:
+        output.sum().backward()
+
+
+# --- what else users do ---
+
+
+@on_ranks(1)
+def test_checkpointed_blocks_decide_for_themselves_and_their_inputs_may_be_offloaded() -> None:
+    expected = stack()
+    expected(rows()).sum().backward()
+
+    def offloaded_nbytes(wrap: Callable[[Any], Any], inner: bool) -> int:
+        model = stack()
+        blocks = list(model.blocks)
+        model.blocks = nn.ModuleList(wrap(block) for block in blocks)
+        offloaded = offload_activations(blocks if inner else model.blocks, min_nbytes=1)
+        for _ in range(2):
+            model.zero_grad()
+            model(rows()).sum().backward()
+            assert_gradients_equal(model, expected)
+        return offloaded.copied_nbytes // 2
+
+    assert offloaded_nbytes(composable_checkpoint, inner=True) == 0
+    assert offloaded_nbytes(checkpoint_wrapper, inner=True) == 0
+    assert offloaded_nbytes(checkpoint_wrapper, inner=False) == 4 * NBYTES
+    reentrant = [checkpoint_implementation(use_reentrant) for use_reentrant in (True, False)]
+    assert [offloaded_nbytes(wrap, inner=True) for wrap in reentrant] == [0, 0]
+
+
+def checkpoint_implementation(use_reentrant: bool) -> Callable[[Any], Any]:
+    class Recomputed(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, *args: Any) -> Any:
+            return checkpoint(self.block, *args, use_reentrant=use_reentrant)
+
+    return Recomputed
+
+
+@on_ranks(1)
+def test_graphs_may_be_kept_dropped_or_fail() -> None:
+    model, expected = stack(), stack()
+    offloaded = offload_activations(model.blocks, min_nbytes=1)
+    for m in (model, expected):
+        loss = m(rows()).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert_gradients_equal(model, expected)
+    del loss
+    model(rows())  # dropped
+    with torch.no_grad():
+        model(rows())
+    handle = model.blocks[2].linear.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(rows())
+    handle.remove()
+    for m in (model, expected):
+        m.zero_grad()
+        m(rows(1)).sum().backward()
+    assert_gradients_equal(model, expected)
+    gc.collect()
+    assert offloaded.host_nbytes == 4 * 3 * NBYTES
+
+
+@on_ranks(1)
+@pytest.mark.parametrize("changes_inside", [True, False])
+def test_a_saved_tensor_that_is_changed_in_place_raises(changes_inside: bool) -> None:
+    """As autograd does in backward, of what it keeps itself."""
+
+    class Changing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.sigmoid(x)
+            if changes_inside:
+                y.add_(1)
+            return y
+
+    model = nn.Sequential(Changing(), Changing())
+    offload_activations(list(model), min_nbytes=1)
+    with pytest.raises(RuntimeError, match=r"Changing has saved .* was changed in place"):
+        if changes_inside:
+            model(rows())
+        else:
+            y = model[0](rows())
+            y.mul_(2)
+            model[1](y)
+
+
+@on_ranks(1)
+def test_no_blocks_and_blocks_twice_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one block"):
+        offload_activations([])
+    model = stack()
+    offload_activations(model.blocks)
+    with pytest.raises(ValueError, match="before for a Block"):
+        offload_activations(model.blocks[1])
+
+
+# --- stream order ---
+
+WAITS = {
+    (DEVICE_TO_HOST, COMPUTE),
+    (COMPUTE, DEVICE_TO_HOST),
+    (HOST_TO_DEVICE, COMPUTE),
+    (COMPUTE, HOST_TO_DEVICE),
+}
+
+
+class InPlace(Block):
+    """Writes in place what it then saves: the detector sees no other writes."""
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(x.sin().mul_(2)).mul_(scale)
+
+
+def races(forgets: list[tuple[str, str]]) -> tuple[list[str], set[tuple[str, str]]]:
+    """Races in four steps, which have another forward without a backward each, wherever they are in memory."""
+    streams = VectorClocks(forgets)
+    detector = RaceDetector(streams)
+    detector.watched.append((0, 1 << 63))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activation_offload, "streams_of", lambda device: streams)
+        model = stack()
+        model.blocks = nn.ModuleList(InPlace() for _ in range(4))
+        offload_activations(model.blocks, min_nbytes=1)
+        with detector:
+            for step in range(4):
+                model(rows(step)).sum().backward()
+                model(rows(step))
+    return detector.races, set(streams.waits)
+
+
+@on_ranks(1)
+def test_copies_of_activations_are_ordered_by_events() -> None:
+    found, waits = races([])
+    assert found == []
+    assert waits == WAITS
+
+
+@pytest.mark.parametrize("forgotten", sorted(WAITS))
+def test_each_wait_for_a_copy_of_activations_is_needed(forgotten: tuple[str, str]) -> None:
+    assert run_ranks(races, [forgotten], world_size=1)[0][0]

@@ -1,0 +1,341 @@
+"""Activations in host memory, from the forward of a block to its backward.
+
+Owns what autograd saves inside of blocks, the host's memory for it, and the order of copies around it. Knows units only
+to leave their parameters alone.
+
+[Note: offloaded activations]
+What autograd saves in a block goes through a pair of hooks (``torch.autograd.graph.saved_tensors_hooks``). Storages of
+at least ``min_nbytes`` are copied to the host when the block's forward ends, each once, however many tensors and blocks
+save views of it. Compute waits for a block's copies at the end of the next block's forward, and the device's memory
+goes back to PyTorch's allocator then, in the order of compute: at most two blocks' activations are there. Those of the
+last block still are when backward comes to it. The first tensor of a block that backward asks for brings all of the
+block's back, and those of the block before it, which so arrive while this one computes; compute waits for the copies
+before it reads. Autograd drops each as its node is done.
+
+    compute         forward 0 | forward 1 | forward 2 |        | backward 2 | backward 1 | backward 0
+    device to host            | 0         | 1         | 2
+    host to device                                             | 1          | 0
+
+Left where they are: parameters and buffers, slots' among them; inputs of a block that need no gradient (masks, rotary
+tables), which stay alive anyway; and all that is saved inside of other hooks. So activation checkpointing of a whole
+block decides for itself; around such a block (``CheckpointWrapper``), or inside, its inputs are offloaded.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
+
+from yafsdp_like.memory.allocator import tensor_on, transient_storage
+from yafsdp_like.memory.pinned import pin
+from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE, InOrder, Streams, streams_of
+from yafsdp_like.shard.runtime.nested import map_tensors
+from yafsdp_like.shard.runtime.running import backward_task
+from yafsdp_like.shard.runtime.unit_state import unit_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from yafsdp_like.memory.streams import Event
+
+_OFFLOADED = "_yafsdp_activations"  # attribute of a block
+MIN_NBYTES = 1 << 20  # smaller ones cost the CPU more than they save
+
+
+def offload_activations(
+    blocks: nn.Module | Iterable[nn.Module], *, min_nbytes: int = MIN_NBYTES
+) -> OffloadedActivations:
+    """Keep what autograd saves in the forward of each of ``blocks`` in host memory until its backward.
+
+    ``blocks`` are run one after the other, as a decoder's layers, sharded or not, and the numbers stay the same. Each
+    forward copies tensors of at least ``min_nbytes`` to the host and each backward copies them back, beside compute;
+    where the link takes longer than that, compute waits. Host memory, pinned for a GPU, is allocated in the first step
+    and used again. See [Note: offloaded activations].
+
+    Raises ``ValueError`` for no blocks, or one that is offloaded already; in a forward, ``RuntimeError`` where a saved
+    tensor was changed in place, as autograd would in backward, and where a step is recorded (``GraphedStep``).
+    """
+    is_one = isinstance(blocks, nn.Module) and not isinstance(blocks, nn.ModuleList)
+    found: list[nn.Module] = [blocks] if is_one else list(blocks)  # type: ignore[arg-type, list-item]
+    if not found:
+        raise ValueError("offload_activations expects at least one block, found none")
+    offloaded = OffloadedActivations(min_nbytes)
+    for block in found:
+        if vars(block).setdefault(_OFFLOADED, offloaded) is not offloaded:
+            raise ValueError(f"offload_activations was called before for a {type(block).__name__}: call it once")
+        block.register_forward_pre_hook(partial(_before_forward, offloaded), with_kwargs=True)
+        block.register_forward_hook(partial(_after_forward, offloaded), always_call=True)
+    return offloaded
+
+
+def activations_of(model: nn.Module) -> OffloadedActivations | None:
+    """Return what the last call of ``offload_activations`` for a block below ``model`` has returned, if there was."""
+    found = [vars(module)[_OFFLOADED] for module in model.modules() if _OFFLOADED in vars(module)]
+    return found[-1] if found else None
+
+
+@torch.compiler.disable
+def _before_forward(offloaded: OffloadedActivations, block: nn.Module, args: Any, kwargs: Any) -> None:
+    offloaded.begin(block, (args, kwargs))
+
+
+@torch.compiler.disable
+def _after_forward(offloaded: OffloadedActivations, block: nn.Module, args: Any, output: Any) -> None:
+    offloaded.end(block)
+
+
+class _HostBuffer:
+    """Host memory for one storage, which is pinned for as long as this lives."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        storage = transient_storage(nbytes, torch.device("cpu"))
+        if device.type == "cuda":
+            pin(storage, self, device)
+        self.bytes = tensor_on(storage, torch.uint8, (nbytes,))
+
+
+class _Saved:
+    """One storage that autograd has saved: on the device, in host memory, or in both while it is copied."""
+
+    def __init__(self, tensor: torch.Tensor, call: _Call, owner: OffloadedActivations) -> None:
+        self.call, self._owner = call, owner
+        self.tensor: torch.Tensor | None = tensor.detach()  # until its memory on the device is given back
+        self._version = tensor._version
+        self.storage: torch.UntypedStorage | None = tensor.untyped_storage()
+        self.nbytes = self.storage.nbytes()
+        self.buffer: _HostBuffer | None = None
+        self.copied: Event = None  # the last copy from or to the device's memory is done; None: compute has waited
+
+    def check(self) -> None:
+        """Raise ``RuntimeError`` if the tensor was changed since it was saved."""
+        if self.tensor is not None and self.tensor._version != self._version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.tensor.shape)}, which {self.call.name} has saved for its backward, was "
+                "changed in place since: change a copy, or leave this block out of offload_activations"
+            )
+
+    def wait(self) -> None:
+        """Have compute wait for the last copy, before it reads the device's memory, or gives it back."""
+        if self.copied is not None:
+            self._owner.streams.wait(COMPUTE, self.copied)
+            self.copied = None
+
+    def leave(self) -> None:
+        """Give the device's memory back."""
+        self.wait()
+        self.tensor = self.storage = None
+
+    def __del__(self) -> None:
+        """Give all memory back: the graph that has saved it is gone."""
+        if not sys.is_finalizing():
+            self.wait()
+            if self.buffer is not None:
+                self._owner.give_back(self.buffer)
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """What autograd keeps instead of a tensor."""
+
+    saved: _Saved
+    call: _Call  # the forward that has saved this view
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+
+
+@dataclass(eq=False)
+class _Call:
+    """One forward of a block, and the storages that it was the first to save."""
+
+    name: str
+    kept: set[int]  # addresses of storages that are left where they are
+    before: weakref.ref[_Call] | None  # the block's that ran before it
+    saved: list[weakref.ref[_Saved]] = field(default_factory=list)
+    by_address: WeakValueDictionary[int, _Saved] = field(default_factory=WeakValueDictionary)
+    is_fetched: bool = False
+
+    def alive(self) -> Iterator[_Saved]:
+        """Yield the storages that some graph still refers to."""
+        return (saved for ref in self.saved if (saved := ref()) is not None)
+
+
+class OffloadedActivations:
+    """What autograd has saved in some blocks, and host memory for it. See [Note: offloaded activations].
+
+    ``copied_nbytes`` counts what was copied to the host since it was made.
+    """
+
+    def __init__(self, min_nbytes: int) -> None:
+        self.streams: Streams = InOrder()  # until the first saved tensor says of which device
+        self.copied_nbytes = self.host_nbytes = 0
+        self._min_nbytes = min_nbytes
+        self._device: torch.device | None = None
+        self._running: list[tuple[nn.Module, _Call | None, saved_tensors_hooks | None]] = []
+        self._last: weakref.ref[_Call] | None = None  # of the calls that have begun
+        self._leaving: _Call | None = None  # whose storages are still on the device, as far as they are alive
+        self._free: dict[int, list[_HostBuffer]] = {}  # by their bytes
+
+    # --- forward ---
+
+    def begin(self, block: nn.Module, inputs: Any) -> None:
+        """Begin a forward of ``block``; what autograd saves from now on is this object's, unless others have hooks."""
+        others = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if not torch.is_grad_enabled() or others is not None or backward_task() is not None:
+            self._running.append((block, None, None))
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"activations of {type(block).__name__} cannot be offloaded in a step that is recorded: leave "
+                "offload_activations out, or GraphedStep"
+            )
+        call = _Call(type(block).__name__, _kept(block, inputs), self._last)
+        self._last = weakref.ref(call)
+        hooks = saved_tensors_hooks(self._pack, self._unpack)
+        hooks.__enter__()
+        self._running.append((block, call, hooks))
+
+    def end(self, block: nn.Module) -> None:
+        """End the forward of ``block``, also one that failed: copy what it has saved, and release the block before."""
+        if not self._running or self._running[-1][0] is not block:
+            return  # it failed before it began here
+        _, call, hooks = self._running.pop()
+        if call is None or hooks is None:
+            return
+        hooks.__exit__()
+        leaving, self._leaving = self._leaving, call
+        for saved in leaving.alive() if leaving is not None else ():
+            saved.check()
+            saved.leave()
+        self._copy_to_host(call)
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        call = self._running[-1][1]
+        assert call is not None
+        if not self._is_offloaded(tensor, call):
+            return tensor if tensor.grad_fn is None else tensor.detach()  # which no node's circle goes through
+        address = tensor.untyped_storage().data_ptr()
+        saved = call.by_address.get(address)
+        if saved is None and self._leaving is not None:
+            saved = self._leaving.by_address.get(address)
+        if saved is None or saved.storage is None:
+            saved = call.by_address[address] = _Saved(tensor, call, self)
+            call.saved.append(weakref.ref(saved))
+        return _View(saved, call, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _is_offloaded(self, tensor: torch.Tensor, call: _Call) -> bool:
+        """Whether a tensor is offloaded, of those that are saved: plain and large ones of the GPU, if there is one."""
+        if type(tensor) is not torch.Tensor or tensor.nbytes < self._min_nbytes or tensor.layout is not torch.strided:
+            return False
+        if tensor.is_conj() or tensor.is_neg() or tensor.untyped_storage().data_ptr() in call.kept:
+            return False
+        if self._device is None and (tensor.is_cuda or not torch.cuda.is_available()):
+            self._device, self.streams = tensor.device, streams_of(tensor.device)
+        return tensor.device == self._device
+
+    def _copy_to_host(self, call: _Call) -> None:
+        """Issue the copies of what a forward has saved, which has just been issued."""
+        leaving = list(call.alive())
+        if not leaving:
+            return
+        for saved in leaving:
+            saved.check()
+            saved.buffer = self._take(saved.nbytes)
+        self.streams.wait(DEVICE_TO_HOST, self.streams.record(COMPUTE))  # which has waited for all copies of buffers
+        with self.streams.on(DEVICE_TO_HOST), torch.no_grad():
+            for saved in leaving:
+                host, device = _bytes(saved)
+                host.copy_(device, non_blocking=True)
+                self.copied_nbytes += saved.nbytes
+        copied = self.streams.record(DEVICE_TO_HOST)
+        for saved in leaving:
+            saved.copied = copied
+
+    # --- backward ---
+
+    def _unpack(self, packed: torch.Tensor | _View) -> torch.Tensor:
+        if not isinstance(packed, _View):
+            return packed
+        saved = packed.saved
+        self._fetch(packed.call)
+        before = packed.call.before() if packed.call.before is not None else None
+        if before is not None:
+            self._fetch(before)
+        if saved.storage is None:
+            self._fetch(saved.call)
+        if saved.tensor is None:
+            saved.wait()
+        saved.check()
+        assert saved.storage is not None
+        return tensor_on(saved.storage, packed.dtype, packed.shape, packed.stride, packed.offset)
+
+    def _fetch(self, call: _Call) -> None:
+        """Issue copies to the device of what a forward has saved, as far as it is not there."""
+        if call.is_fetched:
+            return
+        call.is_fetched = True
+        away = [saved for saved in call.alive() if saved.storage is None]
+        if not away:
+            return
+        assert self._device is not None
+        for saved in away:
+            saved.storage = transient_storage(saved.nbytes, self._device)
+        self.streams.wait(HOST_TO_DEVICE, self.streams.record(COMPUTE))  # which has used the memory before
+        with self.streams.on(HOST_TO_DEVICE), torch.no_grad():
+            for saved in away:
+                host, device = _bytes(saved)
+                device.copy_(host, non_blocking=True)
+        copied = self.streams.record(HOST_TO_DEVICE)
+        for saved in away:
+            saved.copied = copied
+
+    # --- host memory ---
+
+    def _take(self, nbytes: int) -> _HostBuffer:
+        """Return the smallest free buffer that is large enough; else a new one, in place of the largest free one."""
+        sizes = [size for size, buffers in self._free.items() if buffers]
+        fitting = min((size for size in sizes if size >= nbytes), default=None)
+        if fitting is not None:
+            return self._free[fitting].pop()
+        if sizes:
+            self._free[max(sizes)].pop()
+            self.host_nbytes -= max(sizes)
+        assert self._device is not None
+        self.host_nbytes += nbytes
+        return _HostBuffer(nbytes, self._device)
+
+    def give_back(self, buffer: _HostBuffer) -> None:
+        """Let another storage have the buffer."""
+        self._free.setdefault(buffer.bytes.numel(), []).append(buffer)
+
+
+def _kept(block: nn.Module, inputs: Any) -> set[int]:
+    """Return addresses of storages that are left where they are: parameters, buffers, inputs without a gradient."""
+    kept: list[torch.Tensor] = [*block.parameters(), *block.buffers()]
+    for module in block.modules():
+        if (unit := unit_of(module)) is not None:
+            kept += [param for slot in unit.slots for param in slot.params]
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.requires_grad:
+            kept.append(tensor)
+        return tensor
+
+    map_tensors(keep, inputs)
+    return {t.untyped_storage().data_ptr() for t in kept if not isinstance(t, DTensor)}
+
+
+def _bytes(saved: _Saved) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a storage's bytes on the host and on the device, ``(nbytes,)`` uint8 each."""
+    assert saved.buffer is not None and saved.storage is not None
+    return saved.buffer.bytes[: saved.nbytes], tensor_on(saved.storage, torch.uint8, (saved.nbytes,))
