@@ -12,6 +12,7 @@ from torch import Tensor
 
 from yafsdp_like.kernels.split import join, split
 from yafsdp_like.memory.layout import contiguous_stride
+from yafsdp_like.ops import split_master
 from yafsdp_like.ops.split_master import SplitTensor, SplitValues
 
 
@@ -151,6 +152,18 @@ def test_a_write_leaves_the_halves_alone_until_it_is_settled() -> None:
     assert torch.equal(halves.high, split(expected.flatten())[0])
     assert torch.equal(tensor.joined(), expected)
     assert torch.equal(row.joined(), expected[2])
+
+
+def test_what_was_written_is_settled_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents: three times a parameter's memory in the cache of a stream that needs it once."""
+    monkeypatch.setattr(split_master, "CHUNK", 5)
+    sizes: list[int] = []
+    monkeypatch.setattr(split_master, "split", lambda values: (sizes.append(values.numel()), split(values))[1])
+    values = torch.randn(3, 4)
+    tensor = split_tensor(values)
+    tensor.mul_(2)
+    assert tensor.split_values.settle() and sizes == [5, 5, 2]
+    assert torch.equal(tensor.joined(), values * 2)
 
 
 def test_reading_writes_nothing() -> None:

@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_map_only
 
 from yafsdp_like.kernels.split import join, split
 
+CHUNK = 1 << 24  # elements that are split at a time: of temporary memory, which may be a side stream's for good
+
 
 class SplitValues:
     """The values of one or more ``SplitTensor``: ``high`` and ``low``, flat, or ``written``, flat fp32.
@@ -39,9 +41,9 @@ class SplitValues:
         """Split what was written, on the current stream; return whether anything was."""
         if self.written is None:
             return False
-        high, low = split(self.written)
-        self.high.copy_(high)
-        self.low.copy_(low)
+        for written, *halves in zip(*(t.split(CHUNK) for t in (self.written, self.high, self.low)), strict=True):
+            for half, values in zip(halves, split(written), strict=True):
+                half.copy_(values)
         self.written = None
         return True
 
