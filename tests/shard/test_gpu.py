@@ -93,7 +93,7 @@ def test_updating_in_backward_reserves_no_memory_for_gradients(transport: str) -
 
 def peaks_of_updates(transport: str) -> tuple[dict[bool, int], int]:
     """Bytes that the allocator reserves at most, by whether backwards update, and those of all gradients."""
-    reserved, gradients = {}, 0
+    reserved, gradients, inputs = {}, 0, batch(seq_len=128)
     for in_backward in (False, True, False, True):  # once so that communicators and workspaces are there
         gc.collect()
         torch.cuda.synchronize()
@@ -107,7 +107,7 @@ def peaks_of_updates(transport: str) -> tuple[dict[bool, int], int]:
         for layer in model.layers:
             layer.register_forward_hook(lambda *_: torch.cuda._sleep(SLOW_CYCLES))
         for _ in range(3):
-            model(*batch(seq_len=128)).backward()
+            model(*inputs).backward()
             optimizer.step()
             optimizer.zero_grad()
         torch.cuda.synchronize()
