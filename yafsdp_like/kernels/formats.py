@@ -183,17 +183,12 @@ def load_blocks(
     VECTOR: tl.constexpr,
 ) -> tl.tensor:
     """``from_blocks`` of the elements ``offsets``, which are those from ``start`` on, as many as a program has."""
-    MANTISSA: tl.constexpr = 3 if SIGNED else 4
     places, known = exponent_places(base, numel, start, offsets.shape[0])
     scale = by_element(tl.load(places, mask=known, other=0).to(tl.int32) << 23).to(tl.float32, bitcast=True)
     codes = load(base, offsets, mask, VECTOR).to(tl.int32)
-    magnitude = codes & 0x7F if SIGNED else codes
-    field = magnitude >> MANTISSA
-    significand = tl.where(field > 0, (magnitude & ((1 << MANTISSA) - 1)) | (1 << MANTISSA), magnitude)
-    fixed = significand << (tl.maximum(field, 1) - 1)
-    values = fixed.to(tl.float32) * (2.0 ** (1 - _TOP_FIELD - MANTISSA)) * scale
-    if SIGNED:
-        values = tl.where(codes > 0x7F, -values, values)
+    # As float32 a code has another bias of the exponent, and is subnormal where its own exponent is 0.
+    bits = ((codes & 0x7F) << 20) | ((codes & 0x80) << 24) if SIGNED else codes << 19
+    values = bits.to(tl.float32, bitcast=True) * (2.0 ** (127 - _TOP_FIELD)) * scale
     return values
 
 
