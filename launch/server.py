@@ -6,11 +6,13 @@ Owns the HTTP server, signals and the exit status of a server whose engine does 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from socket import socket
 from types import FrameType
 from typing import Any, NoReturn
@@ -28,6 +30,7 @@ from yafsdp_like.inference.http.service import LAST_STEP_S, Service, ServiceStat
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text takes one core: the engine needs the others
 STUCK_STATUS = 3
+SWITCH_S = 0.0005  # that the engine waits for the event loop at most, when a step is done; Python's own is 5 ms
 LAST_WORDS_S = 5  # for answers to be written after the grace period
 SIGNALS = signal.SIGTERM, signal.SIGINT
 
@@ -87,11 +90,10 @@ def serve(model: LoadedModel, options: ServeOptions, address: socket) -> None:
         ws="none",
         timeout_graceful_shutdown=int(options.grace_s + LAST_STEP_S) + LAST_WORDS_S,
     )
-    gc.collect()
-    gc.freeze()  # what exists by now stays; else collections go through all of it, 0.15 s without a step each
     for number in SIGNALS:  # uvicorn raises again what it was ended by
         signal.signal(number, lambda *_: None)
-    Server(config, service, options.grace_s, outlives_engine=leader is None).run([address])
+    with serving_switches():
+        Server(config, service, options.grace_s, outlives_engine=leader is None).run([address])
     if service.is_stuck:
         end_stuck(f"the engine ({service.error})")
     if service.error is not None:
@@ -101,6 +103,23 @@ def serve(model: LoadedModel, options: ServeOptions, address: socket) -> None:
             f"the service is {service.state.value}, and may still use the engine"
         )
         leader.close()
+
+
+@contextlib.contextmanager
+def serving_switches() -> Iterator[None]:
+    """Have Python not hold up the engine's thread.
+
+    Threads take turns after ``SWITCH_S``, and what exists by now is never searched for garbage, which takes 0.15 s.
+    """
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        sys.setswitchinterval(before_s)
 
 
 def server_options(model: LoadedModel, options: ServeOptions) -> ServerOptions:

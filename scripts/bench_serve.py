@@ -23,8 +23,16 @@ contexts at the rate of the copy, or to compute a product at the rate of the lon
 `prefill`: one long prompt, whose chunks fill a step each; its operations (matrix products and causal attention) a
 second, beside the long product's.
 
-`poisson`: requests arrive at random times at a given rate, whether the engine is ready or not. Times to the first
-token count from the time of arrival.
+`poisson`: requests arrive at random times at a given rate, or at a share of what the engine can do, whether it is ready
+or not; for each of several budgets of a step (`--chunk`, `--tpot-ms`). Times to the first token count from the time of
+arrival, computed ahead; a token's time is that at which `Engine.step` returned it. Over HTTP too, by clients in a
+process of their own with a connection for each request, whose clock it is then. The device waits for the CPU from the
+end of a step to the beginning of the next; the CPU's time of a step is that of all but waiting for the device, of the
+last 1,024 steps. `--beside` prints another engine's figures of the same rates and chunks.
+
+`connections`: clients that send a request as soon as the one before has been answered, in process and over HTTP.
+
+`mixed`: requests of 64 to 1,024 tokens that draw 32 to 256, all there from the beginning.
 
 `offline`: all requests are there from the beginning. transformers, where it is installed, does the same with random
 weights of the same shape: by `generate` (static cache, compiled on a GPU) with few requests, and with the most by

@@ -124,6 +124,7 @@ def engine_options(options: ServeBenchOptions, config: DecoderConfig) -> EngineO
         kv_nbytes=capacity.nbytes_for(options.num_context_tokens + spare, options.max_seq_len),
         max_batch_size=options.max_batch_size,
         max_batch_tokens=options.max_batch_tokens,
+        tpot_ms=min(options.tpots_ms, default=None),
         max_seq_len=options.max_seq_len,
         graphs=options.graphs,
     )

@@ -7,6 +7,7 @@ from functools import partial
 from bench.report import Row, spread
 from bench.serve_engine import Bench
 from bench.serve_floors import MeasuredRates, offline_floor_s
+from bench.serve_poisson import waits
 
 OURS = "ours"
 
@@ -19,6 +20,28 @@ def measure(bench: Bench, rates: MeasuredRates) -> Iterator[Row]:
         floor = offline_floor_s(bench.served.plan, count, batch, options.prompt_tokens, options.new_tokens, rates)
         row = row_of(OURS, count, bench, partial(generate_s, bench, count))
         yield {**row, "floor_seconds": floor, "share_of_floor": floor / row["seconds"]["median"]}
+
+
+def measure_mixed(bench: Bench) -> Iterator[Row]:
+    """The one row, of requests of many lengths that are all there from the beginning."""
+    lengths = bench.options.mixed_lengths
+    before, begin = bench.served.engine.metrics(), time.perf_counter()
+    completions = bench.served.engine.generate([bench.requests.one(*pair) for pair in lengths])
+    seconds, num_tokens = time.perf_counter() - begin, sum(new for _, new in lengths)
+    if sum(len(completion.tokens) for completion in completions.values()) != num_tokens:
+        raise RuntimeError(f"{len(lengths)} requests were to draw {num_tokens} tokens in all")
+    after = bench.served.engine.metrics()
+    yield {
+        "num_requests": len(lengths),
+        "num_prompt_tokens": sum(prompt for prompt, _ in lengths),
+        "num_tokens": num_tokens,
+        "seconds": seconds,
+        "tokens_per_second": num_tokens / seconds,
+        "num_steps": after.num_steps - before.num_steps,
+        "num_chunks": after.num_chunks - before.num_chunks,
+        "num_preempted": after.num_preempted - before.num_preempted,
+        **waits(before, after),
+    }
 
 
 def generate_s(bench: Bench, count: int) -> float:

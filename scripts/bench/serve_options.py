@@ -1,6 +1,7 @@
 """The command line of the serving benchmark, and the sizes that follow from it."""
 
 import argparse
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ BATCHES = {False: "1,2,4,8,16,32,64,128", True: "128,256,512"}  # by whether the
 MODES: dict[bool, tuple[AnyMode, ...]] = {False: ("resident", "streamed"), True: ("gathered", "tensor_parallel")}
 NUM_HELD = 8  # steps that are timed while the device is held busy, see bench_serve.py
 RANDOM_PROMPT, RANDOM_NEW = 64, 16  # tokens of a random request, at most
+MIXED_PROMPT, MIXED_NEW = (64, 1024), (32, 256)  # tokens of a request of mixed, at least and at most
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,14 @@ class ServeBenchOptions:
     num_requests: tuple[int, ...]  # ascending
     peers: bool
     rates: tuple[float, ...]
+    capacity_shares: tuple[float, ...]
+    chunks: tuple[int, ...]  # at most max_batch_tokens each
+    tpots_ms: tuple[float, ...]
     seconds: float
+    connections: int
+    http: bool
+    beside: Path | None
+    mixed_requests: int
     random_requests: int
     matmul_seconds: float
     hbm_rate: float | None
@@ -61,6 +70,18 @@ class ServeBenchOptions:
         return self.decode_prompt + num_filling + self.warmup + self.steps + NUM_HELD + 8
 
     @property
+    def budgets(self) -> list[tuple[int, float | None]]:
+        """Of poisson: tokens of a step at most, and the target of the time between tokens, if there is one."""
+        return [*((chunk, None) for chunk in self.chunks), *((self.max_batch_tokens, ms) for ms in self.tpots_ms)]
+
+    @property
+    def mixed_lengths(self) -> list[tuple[int, int]]:
+        """Tokens of the prompt, and new ones, of each request of mixed; the same in every run."""
+        draw = random.Random(0)
+        most, new = MIXED_PROMPT, MIXED_NEW
+        return [(draw.randint(*most), draw.randint(*new)) for _ in range(self.mixed_requests)]
+
+    @property
     def max_batch_size(self) -> int:
         """Sequences of the largest batch."""
         return self.batches[-1]
@@ -70,15 +91,17 @@ class ServeBenchOptions:
         """Of the engine: the longest sequence of all measurements."""
         offline = self.prompt_tokens + self.new_tokens
         decode = self.decode_length(self.max_batch_size)
-        return max(decode, self.prefill_tokens + 1, offline, RANDOM_PROMPT + RANDOM_NEW)
+        mixed = max((sum(lengths) for lengths in self.mixed_lengths if "mixed" in self.measures), default=0)
+        return max(decode, self.prefill_tokens + 1, offline, mixed, RANDOM_PROMPT + RANDOM_NEW)
 
     @property
     def num_context_tokens(self) -> int:
         """That the engine must hold at once."""
-        offline = min(self.max_batch_size, self.num_requests[-1]) * (self.prompt_tokens + self.new_tokens)
+        offline = self.max_batch_size * (self.prompt_tokens + self.new_tokens)
+        longest = sorted(map(sum, self.mixed_lengths if "mixed" in self.measures else ()))[-self.max_batch_size :]
         decode = max(batch * self.decode_length(batch) for batch in self.batches)
-        random = self.max_batch_size * (RANDOM_PROMPT + RANDOM_NEW)
-        return max(offline, decode, random, self.max_seq_len)
+        shortest = self.max_batch_size * (RANDOM_PROMPT + RANDOM_NEW)
+        return max(offline, decode, shortest, sum(longest), self.max_seq_len)
 
 
 def parse_options(arguments: Sequence[str], measures: Mapping[str, bool], num_ranks: int) -> ServeBenchOptions:
@@ -98,7 +121,11 @@ def parse_options(arguments: Sequence[str], measures: Mapping[str, bool], num_ra
     values["measures"] = tuple(name for name in possible if name in asked)
     values["batches"] = integers(values["batches"] or BATCHES[num_ranks > 1])
     values["num_requests"] = integers(values["num_requests"])
-    values["rates"] = tuple(float(rate) for rate in values["rates"].split(","))
+    rates = values["rates"].split(",")
+    values["rates"] = tuple(float(rate) for rate in rates if not rate.endswith("%"))
+    values["capacity_shares"] = tuple(float(rate[:-1]) / 100 for rate in rates if rate.endswith("%"))
+    values["chunks"] = integers(values["chunks"] or str(values["max_batch_tokens"]))
+    values["tpots_ms"] = tuple(float(ms) for ms in values["tpots_ms"].split(",") if ms)
     modes = MODES[num_ranks > 1]
     values["mode"] = values["mode"] or modes[0]
     if values["mode"] not in modes:
@@ -159,8 +186,24 @@ def add_loads(parser: argparse.ArgumentParser) -> None:
         default="1,32,128",
         help="of offline; transformers takes the most by generate_batch, the others by generate",
     )
-    parser.add_argument("--rate", dest="rates", default="4,12,24", help="requests a second of poisson")
+    parser.add_argument(
+        "--rate", dest="rates", default="12,24,36,70%,90%", help="requests a second of poisson; %%: of what is possible"
+    )
     parser.add_argument("--seconds", type=float, default=6.0, help="in which requests arrive, for each rate")
+    parser.add_argument(
+        "--chunk", dest="chunks", help="tokens of a step of poisson, at most; several: a table each; default: all"
+    )
+    parser.add_argument(
+        "--tpot-ms", dest="tpots_ms", default="", help="targets of the time between tokens of poisson, a table each"
+    )
+    parser.add_argument("--connections", type=int, default=100, help="clients of connections, over HTTP and in process")
+    parser.add_argument(
+        "--http", action=argparse.BooleanOptionalAction, default=True, help="poisson and connections over HTTP too"
+    )
+    parser.add_argument(
+        "--beside", type=Path, metavar="FILE", help="another engine's report, to print its poisson beside"
+    )
+    parser.add_argument("--mixed-requests", type=int, default=1000, metavar="N", help="of mixed, all at once")
     parser.add_argument("--random-requests", type=int, default=10_000, metavar="N", help="short ones, of memory")
 
 
@@ -187,6 +230,13 @@ def complaint_about(options: ServeBenchOptions) -> str | None:
             f"--max-batch-tokens must be more than the largest of --batch, so that prompts are computed beside it; "
             f"found {options.max_batch_tokens} and {options.max_batch_size}"
         )
-    if min(options.rates) <= 0 or options.seconds <= 0:
-        return "--rate and --seconds must be above 0"
+    if min(*options.rates, *options.capacity_shares, *options.tpots_ms, options.seconds) <= 0:
+        return "--rate, --seconds and --tpot-ms must be above 0"
+    if options.chunks[0] < options.max_batch_size or options.chunks[-1] > options.max_batch_tokens:
+        return (
+            f"--chunk must be from the largest of --batch to --max-batch-tokens, {options.max_batch_size} to "
+            f"{options.max_batch_tokens}, found {options.chunks}"
+        )
+    if min(options.connections, options.mixed_requests) < 1:
+        return "--connections and --mixed-requests must be at least 1"
     return None

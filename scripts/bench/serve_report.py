@@ -10,6 +10,11 @@ from bench.report import Row, hardware, versions
 from bench.serve_engine import Bench
 from bench.serve_floors import MeasuredRates
 
+WAITS = {
+    "device_waiting_share": ("device waits", ".1%"),
+    "mixed_cpu_ms": ("CPU of mixed steps p50/99 ms", ".2f"),
+    "decode_cpu_ms": ("of others", ".2f"),
+}
 COLUMNS = {  # of the printed tables: measurement -> field -> heading and format
     "decode": {
         "batch": ("batch", "d"),
@@ -30,12 +35,38 @@ COLUMNS = {  # of the printed tables: measurement -> field -> heading and format
         "share_of_floor": ("of floor", ".1%"),
     },
     "poisson": {
+        "way": ("way", ""),
+        "chunk": ("chunk", "d"),
+        "tpot_ms": ("target ms", "g"),
         "rate": ("req/s", ".1f"),
         "num_requests": ("requests", "d"),
         "first_token_ms": ("first p50/95/99 ms", ".1f"),
+        "their_first_token_ms": ("theirs", ".1f"),
         "between_tokens_ms": ("between p50/95/99 ms", ".2f"),
+        "their_between_tokens_ms": ("theirs ", ".2f"),
         "tokens_per_second": ("tok/s", ".0f"),
         "requests_per_second": ("done/s", ".2f"),
+        **WAITS,
+    },
+    "connections": {
+        "way": ("way", ""),
+        "connections": ("connections", "d"),
+        "num_requests": ("requests", "d"),
+        "tokens_per_second": ("tok/s", ".0f"),
+        "of_in_process": ("of in process", ".1%"),
+        "first_token_ms": ("first p50/95/99 ms", ".1f"),
+        "between_tokens_ms": ("between p50/95/99 ms", ".2f"),
+        **WAITS,
+    },
+    "mixed": {
+        "num_requests": ("requests", "d"),
+        "num_prompt_tokens": ("of prompts", "d"),
+        "num_tokens": ("drawn", "d"),
+        "seconds": ("s", ".2f"),
+        "tokens_per_second": ("tok/s", ".0f"),
+        "num_steps": ("steps", "d"),
+        "num_preempted": ("preempted", "d"),
+        **WAITS,
     },
     "offline": {
         "impl": ("impl", ""),

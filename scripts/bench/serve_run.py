@@ -45,6 +45,8 @@ MEASURES = {  # in this order, whatever the order asked for
     "decode": Measure(lambda bench, rates: list(serve_decode.measure(bench, rates))),
     "prefill": Measure(serve_prefill.measure),
     "poisson": Measure(lambda bench, rates: list(serve_poisson.measure(bench))),
+    "connections": Measure(lambda bench, rates: list(serve_poisson.measure_connections(bench))),
+    "mixed": Measure(lambda bench, rates: list(serve_offline.measure_mixed(bench))),
     "offline": Measure(measure_offline),
     "modes": Measure(lambda bench, rates: list(serve_modes.measure(bench, rates)), of_ranks=True),
 }

@@ -46,6 +46,7 @@ TINY = PRESETS["tiny"]
 SIZES = ["--context", "40", "--steps", "3", "--warmup", "1", "--max-batch-tokens", "32", "--prefill-tokens", "70"]
 LOAD = ["--rounds", "3", "--prompt-tokens", "20", "--new-tokens", "6", "--num-requests", "2,6", "--rate", "50"]
 EFFORT = ["--seconds", "0.2", "--random-requests", "20", "--matmul-seconds", "0.05", "--device", "cpu"]
+EFFORT += ["--connections", "2", "--mixed-requests", "1"]
 ARGUMENTS = ["--model", "preset:tiny", *SIZES, *LOAD, *EFFORT]
 NAMES = {name: measure.of_ranks for name, measure in serve_run.MEASURES.items()}
 RATES = MeasuredRates(Rate(1e9, "given"), Rate(1e12, "given"))
@@ -83,18 +84,21 @@ def test_one_run_measures_all_that_one_rank_can(tmp_path: Path) -> None:
     assert report["mode"] == "resident" and report["model"]["num_params"] == TINY.num_params
     assert {"rates", "engine", *report["results"]} == set(report["wall_seconds"])
     results = report["results"]
-    assert list(results) == ["memory", "decode", "prefill", "poisson", "offline"]
+    assert list(results) == ["memory", "decode", "prefill", "poisson", "connections", "mixed", "offline"]
     assert_memory(results["memory"])
     assert_decode(results["decode"], report["rates"])
     assert results["prefill"][0]["num_tokens"] == 70 and len(results["prefill"][0]["chunk_ms"]) == 3
-    (poisson,) = results["poisson"]
-    assert poisson["num_requests"] == 10
+    poisson, over_http = results["poisson"]
+    assert [row["way"] for row in (poisson, over_http)] == ["in process", "HTTP"]
+    assert poisson["num_requests"] == over_http["num_requests"] == 10
     assert 0 < poisson["first_token_ms"]["p50"] <= poisson["first_token_ms"]["p99"]
     assert poisson["tokens_per_second"] == pytest.approx(10 * 6 / poisson["seconds"])
     assert [(row["impl"], row["num_requests"], row["num_tokens"]) for row in results["offline"]] == [
         ("ours", 2, 12),
         ("ours", 6, 36),
     ]
+    assert [row["num_requests"] for row in results["connections"]] == [6, 6]
+    assert results["mixed"][0]["num_tokens"] == results["mixed"][0]["num_steps"] - results["mixed"][0]["num_chunks"]
     assert [line for line in lines if line in results] == list(results)  # each one's heading
 
 
@@ -228,7 +232,11 @@ def test_bytes_beside_the_plan_are_what_the_device_lost_more() -> None:
         (["--measure", "decode"], 2, "['decode'] cannot be measured on 2 ranks"),
         (["--batch", "8,32"], 1, "--max-batch-tokens must be more than the largest of --batch"),
         (["--steps", "0"], 1, "must be at least 1"),
-        (["--rate", "0"], 1, "--rate and --seconds must be above 0"),
+        (["--rate", "0"], 1, "--rate, --seconds and --tpot-ms must be above 0"),
+        (["--rate", "5,0%"], 1, "--rate, --seconds and --tpot-ms must be above 0"),
+        (["--chunk", "1"], 1, "--chunk must be from the largest of --batch to --max-batch-tokens, 2 to 32, found (1,)"),
+        (["--chunk", "8,33"], 1, "found (8, 33)"),
+        (["--connections", "0"], 1, "--connections and --mixed-requests must be at least 1"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(
