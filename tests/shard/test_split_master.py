@@ -158,6 +158,21 @@ def test_what_the_user_writes_is_computed_on_in_the_next_forward(write: str, tra
 
 @transports
 @on_ranks()
+def test_what_is_written_during_a_forward_is_computed_on_in_the_next(transport: str) -> None:
+    model = sharded(transport)
+    last = list(model.layers[-1].parameters())
+    with torch.no_grad():
+        before = SPECIMEN.loss_of(model, 0, 0).item()
+        hook = model.layers[0].register_forward_hook(lambda *_: [p.mul_(2) for p in last] and None)
+        during = SPECIMEN.loss_of(model, 0, 0).item()
+        hook.remove()
+        after = SPECIMEN.loss_of(model, 0, 0).item()
+    assert before == during != after
+    assert_halves_agree(model)
+
+
+@transports
+@on_ranks()
 def test_state_dicts_are_in_fp32_and_load_into_either(transport: str) -> None:
     models = [sharded(transport, split_master=split_master) for split_master in (False, True)]
     optimizers = [AdamW(model.parameters(), lr=1e-3) for model in models]

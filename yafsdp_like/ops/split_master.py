@@ -8,7 +8,7 @@ value in every step, the optimizer's kernel, reads and writes the halves themsel
 
 Other ranks may be reading the upper half, the compute shard, while the user writes to a parameter. So a write in place
 goes to fp32 values beside the halves, which all views see from then on, until ``settle`` splits them: when the
-compute shard may be written.
+compute shard may be written, so that what is written during a forward is computed on in the next.
 """
 
 from __future__ import annotations
