@@ -130,7 +130,7 @@ def test_recordings_of_several_lengths_take_the_memory_of_the_longest(lengths: l
     [(alone, _)] = run_ranks(train_in_order, [max(lengths)], **options)
     [(together, losses)] = run_ranks(train_in_order, lengths, **options)
     assert together == pytest.approx(alone, rel=0.02)
-    assert losses == plain
+    assert losses == pytest.approx(plain, rel=1e-3)  # at these lengths attention's backward is not deterministic
 
 
 def keep_and_fail() -> None:
