@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BLOCK = 1024  # elements of one program
-TAIL = 256  # of one step of a program that has fewer or cannot move many at once, whose addresses take registers
+TAIL = 256  # of one step where elements are not moved many at once: a whole block's addresses take twice the registers
 NUM_WARPS = 4
 
 
