@@ -10,6 +10,7 @@ times are the least of many, since whatever else the machine does only adds to t
 On a CPU, kernels and collectives would take time of their own. So there streams only count what is asked of them, work
 that a GPU repeats by one launch (`Recording`) is counted and left out, ranks do not wait for each other in stream
 barriers, and they compare what they do once a backward, as on GPUs. Numbers that the model computes are then of no use.
+Backward runs on the thread that calls it, which is the one that is looked at.
 """
 
 import argparse
@@ -221,7 +222,7 @@ def unit_costs(world: World, num_timed: int = STEPS, num_functions: int = 0) -> 
     With `num_functions`, rank 0 prints a profile of forwards and backwards.
     """
     calls: Counter[str] = Counter()
-    with host_only(world.device, calls):
+    with host_only(world.device, calls), torch.autograd.set_multithreading_enabled(False):
         made = {(n, sharded): HostSteps(n, world, sharded) for sharded in (False, True) for n in (FEW, MANY)}
         for steps in made.values():
             steps.run(1)
