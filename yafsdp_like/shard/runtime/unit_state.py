@@ -75,6 +75,18 @@ def ownership_of(param: torch.Tensor) -> Ownership | None:
     return found if found.param_ref() is not None else None
 
 
+class _NoSlot:
+    """Stands for a unit's slots before its engine is built."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # of copy and pickle, which ask for what may be there
+        raise AssertionError(f"expected a slot to ask for {name!r}; a unit has none before its engine is built")
+
+
+_NO_SLOT: Any = _NoSlot()
+
+
 class Unit:
     """Parameters that one ``fully_shard`` call took, in order of registration, and all that is known of them.
 
@@ -121,8 +133,8 @@ class Unit:
         self.updated: set[ShardedParam] = set()  # by a backward, since the last step of their optimizer
         self.given: list[ShardedParam] = []  # replaced by tensors of the user's, while it is unsharded
         self.registered: GatherSlot | None = None  # whose parameters the modules see; None: the sharded ones
-        self._gather_slot: GatherSlot | None = None  # see the property
-        self._gradient_slot: GradientSlot | None = None
+        self.gather_slot: GatherSlot = _NO_SLOT  # where forwards to come find the full parameters; made by the build
+        self.gradient_slot: GradientSlot = _NO_SLOT  # where the next backward's gradients go
         self.staging = self.column = NOWHERE  # scratch that units share; see ``use_scratch``
         self.is_loading = False  # a state dict, whose entries may be assigned
         self.materialize()
@@ -208,32 +220,20 @@ class Unit:
     @property
     def has_slots(self) -> bool:
         """Whether a build has given it slots."""
-        return self._gather_slot is not None and self._gradient_slot is not None
-
-    @property
-    def gather_slot(self) -> GatherSlot:
-        """Where forwards to come find the full parameters; made by the build."""
-        assert self._gather_slot is not None, f"{self.name!r} has no slot before its engine is built"
-        return self._gather_slot
-
-    @property
-    def gradient_slot(self) -> GradientSlot:
-        """Where the next backward's gradients go; made by the build."""
-        assert self._gradient_slot is not None, f"{self.name!r} has no slot before its engine is built"
-        return self._gradient_slot
+        return self.gather_slot is not _NO_SLOT and self.gradient_slot is not _NO_SLOT
 
     @property
     def slots(self) -> list[GatherSlot]:
         """Slots that may hold the unit's parameters now: that of forwards to come, and the one that modules see."""
-        return [slot for slot in dict.fromkeys((self._gather_slot, self.registered)) if slot is not None]
+        return [slot for slot in dict.fromkeys((self.gather_slot, self.registered)) if slot and slot is not _NO_SLOT]
 
     def use_gather_slot(self, slot: GatherSlot) -> None:
         """Find full parameters in ``slot`` from the next forward on."""
-        self._gather_slot = slot
+        self.gather_slot = slot
 
     def use_gradient_slot(self, slot: GradientSlot) -> None:
         """Put gradients into ``slot`` from the next one on."""
-        self._gradient_slot = slot
+        self.gradient_slot = slot
 
     def use_scratch(self, staging: torch.Tensor, column: torch.Tensor, host_staging: HostStaging) -> None:
         """Use the scratch of reduce-scatters and of all-gathers, ``(nbytes,)`` uint8, which units share."""
@@ -261,11 +261,11 @@ class Unit:
 
     def unsynced(self) -> GradientSlot | None:
         """Return the gradient slot, if gradients that no backward has reduced yet are in it."""
-        return self._gradient_slot if self._gradient_slot is not None and self._gradient_slot.arrived else None
+        return self.gradient_slot if self.gradient_slot is not _NO_SLOT and self.gradient_slot.arrived else None
 
     def forget_slots(self) -> None:
         """Leave the slots, which live as long as what autograd saved needs them."""
-        self._gather_slot = self._gradient_slot = None
+        self.gather_slot = self.gradient_slot = _NO_SLOT
         for p in self.params:
             p.leave_compute()
         self.freshness.compute_shard_lost()
