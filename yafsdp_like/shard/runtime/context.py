@@ -47,11 +47,16 @@ class EngineContext:
             mapped.arm_watchdog(event)
 
 
-_UNNAMED = nullcontext()
+_NOTHING = nullcontext()
+
+
+def without_grad() -> AbstractContextManager[Any]:
+    """Turn grad mode off: in a backward it is already, and ``torch.no_grad`` takes as long as a small launch."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
 def label(work: str, unit: SlotUnit) -> AbstractContextManager[Any]:
     """Name ``work`` in profiles; costs nothing without a profiler."""
     if torch.autograd.profiler._is_profiler_enabled:
         return torch.profiler.record_function(f"yafsdp::{work} {unit.name}")
-    return _UNNAMED
+    return _NOTHING

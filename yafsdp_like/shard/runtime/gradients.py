@@ -28,15 +28,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from yafsdp_like.memory.streams import COMPUTE, REDUCE
-from yafsdp_like.shard.runtime.context import EngineContext, label
+from yafsdp_like.shard.runtime.context import EngineContext, label, without_grad
 from yafsdp_like.shard.runtime.running import backward_task
 from yafsdp_like.shard.runtime.slots import SlotState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
     from yafsdp_like.memory.streams import Event
     from yafsdp_like.shard.runtime.param import ShardedParam
@@ -97,7 +97,7 @@ class GradientLifecycle:
         """
         if grad is not None:
             view, holds_some = self.view(unit, k)
-            with torch.no_grad():
+            with without_grad():
                 if holds_some:
                     view.add_(grad)
                 else:
@@ -162,7 +162,7 @@ class GradientLifecycle:
         for k in setting:
             unit.params[k].take_grad()  # of memory that compute has used before, and is done with then
         complete = self._streams.record(COMPUTE)
-        with label("reduce_scatter", unit), self._streams.on(REDUCE), torch.no_grad():
+        with label("reduce_scatter", unit), self._streams.on(REDUCE), without_grad():
             self._streams.wait(REDUCE, complete)
             self._context.collective_log.reduces(unit, setting, adding)
             for which, adds in ((setting, False), (adding, True)):
@@ -184,7 +184,7 @@ class GradientLifecycle:
             return
         if all_early:  # when compute was not done with the unit
             self._streams.wait(REDUCE, self._streams.record(COMPUTE))
-        with label("update", unit), self._streams.on(REDUCE), torch.no_grad():
+        with label("update", unit), self._streams.on(REDUCE), without_grad():
             if unit.settle():  # see [Note: who frees what another stream reads]
                 self._streams.wait(COMPUTE, self._streams.record(REDUCE))
             params = updater.update(unit)
@@ -236,7 +236,7 @@ class GradientLifecycle:
         for k in unit.trainable:
             if k not in unit.gradient_slot.holds:
                 view, _ = self.view(unit, k)
-                with torch.no_grad():
+                with without_grad():
                     view.zero_()
                 unit.gradient_slot.arrive(k, backward_task())
 
