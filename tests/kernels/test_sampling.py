@@ -26,7 +26,7 @@ def rows_of(
     positions = range(10, 10 + len(params)) if positions is None else positions
     indices = [b if history is not None and p.needs_history else -1 for b, p in enumerate(params)]
     integers = [p.ints(*pair) for p, *pair in zip(params, positions, indices, strict=True)]
-    numbers = [p.floats() for p in params]
+    numbers = [p.floats for p in params]
     return SamplingRows(torch.tensor(numbers, device=DEVICE), torch.tensor(integers, device=DEVICE), history)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 MAX_LOGPROBS = 20  # most probable tokens at each position whose log-probabilities a request may ask for
@@ -66,6 +67,7 @@ class SamplingParams:
         """Whether scores depend on what was said before."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    @cached_property
     def floats(self) -> SamplingFloats:
         """Return this request's row of `SamplingRows.floats`."""
         return SamplingFloats(

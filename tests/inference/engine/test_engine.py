@@ -316,7 +316,7 @@ def drawn_by_hand(prompt: tuple[int, ...], params: SamplingParams, num_tokens: i
     remember(history[0], torch.tensor(prompt), torch.tensor([], dtype=torch.int64))
     for _ in range(num_tokens):
         logits, out = decoder(TINY)(torch.tensor([tokens]))[:, -1], torch.zeros(1, dtype=torch.int64)
-        rows = torch.tensor([params.floats()]), torch.tensor([params.ints(len(tokens), 0)])
+        rows = torch.tensor([params.floats]), torch.tensor([params.ints(len(tokens), 0)])
         sample(logits, SamplingRows(*rows, history), out)
         tokens.append(int(out))
     return tokens[len(prompt) :]

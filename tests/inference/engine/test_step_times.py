@@ -11,7 +11,7 @@ import pytest
 from tests.inference.engine.test_engine import PENALIZED, TINY, check_idle, engine, pages_nbytes
 from tests.inference.engine.test_scheduler import SHAPE, SWAPPING, add, pool, read, schedule, step
 from yafsdp_like.inference.engine.request import Request
-from yafsdp_like.inference.engine.scheduler import CHUNK, Scheduler
+from yafsdp_like.inference.engine.scheduler import Scheduler
 from yafsdp_like.inference.engine.step_times import MIN_CHUNK, StepTimes
 from yafsdp_like.inference.kv.kv_cache import KVCache
 from yafsdp_like.inference.kv.layer_groups import LayerGroup
@@ -111,17 +111,17 @@ def test_prompts_that_came_together_are_computed_one_after_the_other() -> None:
 
 
 def test_where_many_prompts_could_be_computed_chunks_are_larger() -> None:
-    for count, chunk in ((4, CHUNK), (8, 2 * CHUNK), (20, 2048)):
+    for count, chunk in ((4, 575), (8, 1151), (20, 2047)):
         it = scheduler()
         decoding(it, 1)
         for number in range(count):
             add(it, str(number), 3000)
-        assert step(it)[1:] == [("0", 0, min(chunk + 64, 2048) - 1)]
+        assert step(it)[1:] == [("0", 0, chunk)]
     it = scheduler(size=3)  # only two of the prompts could run
     decoding(it, 1)
     for number in range(20):
         add(it, str(number), 3000)
-    assert step(it)[1:] == [("0", 0, CHUNK + 63)]
+    assert step(it)[1:] == [("0", 0, 575)]
 
 
 # --- with a target ---

@@ -54,8 +54,8 @@ class ActiveRequest:
     @property
     def num_left(self) -> int:
         """Tokens to compute until the next is drawn; 0 while the last one is pending."""
-        ends = self.length - len(self.request.prompt) >= self.request.max_tokens
-        return 0 if ends else self.length - self.num_scheduled
+        length, request = len(self.tokens) + self.num_pending, self.request
+        return 0 if length - len(request.prompt) >= request.max_tokens else length - self.num_scheduled
 
     @property
     def tables(self) -> tuple[list[int], ...]:

@@ -214,10 +214,10 @@ class Staging:
         self._drawn = {sequence: row for row, sequence in enumerate(sequences)}
         if not size.num_drawing:
             return
-        floats = [sequence.request.sampling.floats() for sequence in sequences]
+        floats = [sequence.request.sampling.floats for sequence in sequences]
         ints = [run.sequence.request.sampling.ints(run.end, self._history_row(run.sequence)) for run in drawing]
         padding = size.num_drawing - count
-        inputs.sampling_floats.array[: size.num_drawing] = floats + [_GREEDY.floats()] * padding
+        inputs.sampling_floats.array[: size.num_drawing] = floats + [_GREEDY.floats] * padding
         inputs.sampling_ints.array[: size.num_drawing] = ints + [_GREEDY.ints(0)] * padding
         inputs.sampling_floats.upload(0, size.num_drawing)
         inputs.sampling_ints.upload(0, size.num_drawing)

@@ -47,7 +47,7 @@ class StepBuckets:
         """Return the smallest size that holds a step of ``size``."""
         if size.draws_in_order:
             return next(fit for fit in self.decode if fit.num_single >= size.num_single)
-        tokens = next(tokens for tokens in self._tokens if tokens >= size.num_tokens)
+        tokens = self.padded(size.num_tokens)
         return next(
             self._mixed(tokens, *limits)
             for limits in self._sequences
@@ -55,6 +55,10 @@ class StepBuckets:
                 most >= n for most, n in zip(limits, (size.num_single, size.num_chunks, size.num_drawing), strict=True)
             )
         )
+
+    def padded(self, num_tokens: int) -> int:
+        """Return the number of tokens that a step which does not only decode is padded to; none if it is too large."""
+        return next((tokens for tokens in self._tokens if tokens >= num_tokens), num_tokens)
 
     def least(self, num_tokens: int) -> StepSize:
         """Return the size of a step of so many tokens with the fewest sequences of both kinds."""

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStatus, Run
+from yafsdp_like.inference.engine.buckets import StepBuckets
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
 from yafsdp_like.inference.kv.kv_cache import KVCache, KVSequenceState, Shortage, Tier
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 CHUNK = 512  # tokens of prompts beside rows that decode, see [Note: budget of a step]
 _NUM_PROMPTS = 4  # that may wait for each other before chunks grow
-_PADDING = 64  # steps of about ``CHUNK`` tokens are padded to a multiple of this
 
 
 @dataclass
@@ -83,6 +83,7 @@ class Scheduler:
         self.cache = cache
         self.options = options
         self._times = times
+        self._buckets = StepBuckets(options.max_batch_size, options.max_batch_tokens)
         self.counts = Counts()
         self.running: list[ActiveRequest] = []  # by rank, as the next
         self.waiting: list[ActiveRequest] = []
@@ -157,12 +158,14 @@ class Scheduler:
         if not runs:
             return Batch((), ())  # copies wait for a step that comes after them
         copies, self._copies = tuple(self._copies), []
-        return Batch(tuple(sorted(runs, key=lambda run: run.num_tokens > 1)), copies)
+        singles, chunks = ([run for run in runs if (run.num_tokens > 1) == is_chunk] for is_chunk in (False, True))
+        return Batch((*singles, *chunks), copies)
 
     def launched(self, batch: Batch) -> None:
         """Commit the tokens of a step that was issued, so that pages they leave behind may be given away."""
         for run in batch.runs:
-            self._commit(run.sequence)
+            if not run.is_pending:  # else all that is known was committed before
+                self._commit(run.sequence)
 
     def read(self, run: Run, token: int) -> FinishReason | None:
         """Append the token that a run drew, and return why the sequence has ended, or None if it goes on."""
@@ -192,7 +195,7 @@ class Scheduler:
         if not num_drawing:
             first = prompts_left[0] if prompts_left else self.waiting[0].num_left if self.waiting else 0
             chunk = max(chunk, first)
-        return min(options.max_batch_tokens, -(-(num_drawing + chunk) // _PADDING) * _PADDING)
+        return min(options.max_batch_tokens, self._buckets.padded(num_drawing + chunk))
 
     def _go_on(self, draft: _Draft, nums_left: Sequence[int]) -> None:
         """Give tokens to running sequences in order of rank, and at least one to each that draws."""
@@ -235,9 +238,9 @@ class Scheduler:
     def _commit(self, sequence: ActiveRequest) -> None:
         """Commit to the cache the tokens that are both known and scheduled."""
         assert sequence.kv is not None
-        known = min(sequence.num_scheduled, len(sequence.tokens))
-        if known > sequence.kv.num_tokens:
-            self.cache.commit(sequence.kv, sequence.tokens[sequence.kv.num_tokens : known])
+        first, known = sequence.kv.num_tokens, min(sequence.num_scheduled, len(sequence.tokens))
+        if known > first:
+            self.cache.commit(sequence.kv, sequence.tokens[first:known])
 
     def _make_resident(self, sequence: ActiveRequest) -> bool:
         """Let a waiting sequence run, with its pages from the host or the prefix cache.
@@ -320,6 +323,8 @@ class Scheduler:
         """
         assert sequence.kv is not None
         wanted = sequence.num_scheduled + num_tokens - sequence.kv.num_tokens
+        if wanted <= sequence.kv.num_reserved:  # as for most tokens
+            return True
         while self.cache.reserve(sequence.kv, wanted) is not None:
             if len(self.running) == 1:
                 self._reserve_alone(sequence.kv, wanted)

@@ -123,6 +123,7 @@ class KVCache:
             raise ValueError(f"all groups of layers need pages of equally many tokens, found {sorted(sizes)}")
         (self.page_size,) = sizes
         self.groups = tuple(groups)
+        self._windowed = [(index, group) for index, group in enumerate(groups) if group.window is not None]
         self.costs = costs
         self.pools = {Tier.DEVICE: device} if host is None else {Tier.DEVICE: device, Tier.HOST: host}
         self.tree = PrefixTree()
@@ -168,25 +169,24 @@ class KVCache:
         sequence.num_reserved = end * self.page_size - sequence.num_tokens
         return None
 
-    def commit(self, sequence: KVSequence, tokens: Iterable[int]) -> None:
+    def commit(self, sequence: KVSequence, tokens: Sequence[int]) -> None:
         """Record that keys and values of ``tokens`` are written, or will be before anything scheduled from now on.
 
         Full pages can be found from now on; pages that left a window are dropped.
         """
         self._require(sequence, KVSequenceState.RESIDENT)
-        tokens = list(tokens)
-        if len(tokens) > sequence.num_reserved:
+        count, tail = len(tokens), sequence.tail
+        if count > sequence.num_reserved:
             raise RuntimeError(
-                f"commit of {len(tokens)} tokens behind {sequence.num_tokens}: {sequence.num_reserved} places are "
+                f"commit of {count} tokens behind {sequence.num_tokens}: {sequence.num_reserved} places are "
                 "reserved; call reserve() before the forward that writes them"
             )
-        sequence.num_reserved -= len(tokens)
-        sequence.num_tokens += len(tokens)
-        sequence.tail += tokens
-        full = len(sequence.tail) // self.page_size * self.page_size
-        for start in range(0, full, self.page_size):
-            self._publish_next(sequence, tuple(sequence.tail[start : start + self.page_size]))
-        del sequence.tail[:full]
+        sequence.num_reserved -= count
+        sequence.num_tokens += count
+        tail += tokens
+        while len(tail) >= self.page_size:
+            self._publish_next(sequence, tuple(tail[: self.page_size]))
+            del tail[: self.page_size]
         self._drop_outside_windows(sequence)
 
     def close(self, sequence: KVSequence) -> None:
@@ -305,7 +305,7 @@ class KVCache:
         self.pools[tier].publish(shape, page, content, cost)
 
     def _drop_outside_windows(self, sequence: KVSequence) -> None:
-        for group, layers in enumerate(self.groups):
+        for group, layers in self._windowed:
             first = layers.first_page(sequence.num_tokens)
             for index in range(sequence.firsts[group], first):
                 self.pools[Tier.DEVICE].drop(layers.shape, sequence.tables[group][index])
