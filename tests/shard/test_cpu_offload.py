@@ -100,6 +100,25 @@ def compare_with_device(name: str) -> None:
         assert_equal(found, train(name, on_device, (True, True)))
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_some_units_may_be_offloaded_and_others_not(world_size: int) -> None:
+    run_ranks(train_mixed, world_size=world_size)
+
+
+def train_mixed() -> None:
+    found = []
+    for policies in ((None, None), (OFFLOADED, None), (None, OFFLOADED)):
+        model = SPECIMENS["decoder"].fresh()
+        for index, layer in enumerate(model.layers):
+            fully_shard(layer, mesh=world_mesh(), offload_policy=policies[index % 2])
+        fully_shard(model, mesh=world_mesh(), offload_policy=policies[1])
+        found.append(train("decoder", model, (True, True)))
+        plan, report = model.memory_plan(), model.memory_report()
+        assert (plan.nbytes, plan.host_nbytes) == (report.arena_nbytes, report.host_nbytes)
+    assert_equal(found[1], found[0])
+    assert_equal(found[2], found[0])
+
+
 @on_ranks()
 def test_rows_that_are_cast_in_parts_and_gradients_that_are_reduced_early_have_the_same_bits() -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -53,6 +53,7 @@ class GradientLifecycle:
         self._context, self._streams = context, context.streams
         self._ticks = context.tree.backward_ticks
         self._reduced_early = _reduced_early(context.tree)
+        self._writes_host = any(unit.is_on_host for unit in context.tree.units)
         self._last_reduce: Event = None  # the end of the latest reduction; None once compute has waited for it
         self._reduced: set[Unit] = set()  # by the running backward
         self.filled: list[Unit] = []  # whose unused parameters the running backward reduces, in order of reduction
@@ -247,7 +248,7 @@ class GradientLifecycle:
         if self._last_reduce is not None:
             self._streams.wait(COMPUTE, self._last_reduce)
             self._context.arm_watchdog(self._last_reduce)
-            if any(unit.is_on_host for unit in self._context.tree.units):  # the CPU reads gradients
+            if self._writes_host:  # the CPU reads gradients
                 self._streams.synchronize(self._last_reduce)
             self._last_reduce = None
         self._free_updated()
