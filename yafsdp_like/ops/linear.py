@@ -156,11 +156,15 @@ def _is_plain(input: Tensor) -> bool:
     )
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """(..., K) as (R, K)."""
-    if tensor.dim() == 3:  # of a language model; ``flatten`` takes half as long
-        return tensor.flatten(0, 1)
-    return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+def _rows(grad: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., V) and (..., D) as (R, V) and (R, D)."""
+    num_dims = input.dim()
+    if num_dims == 2:
+        return grad, input
+    if num_dims == 3:  # of a language model; ``flatten`` takes half as long
+        return grad.flatten(0, 1), input.flatten(0, 1)
+    num_rows = input.shape[:-1].numel()
+    return grad.reshape(num_rows, grad.shape[-1]), input.reshape(num_rows, input.shape[-1])
 
 
 class _Linear(torch.autograd.Function):
@@ -177,7 +181,7 @@ class _Linear(torch.autograd.Function):
             return None, None, None, None
         input, weight = ctx.saved_tensors
         needs_input, _, needs_bias, _ = ctx.needs_input_grad
-        rows, input_rows = _rows(grad), _rows(input)
+        rows, input_rows = _rows(grad, input)
         grad_input = rows.mm(weight).view_as(input) if needs_input else None
         taken = takes_gradient(ctx.next_functions[1][0])
         grad_weight: Tensor | None = None
@@ -204,9 +208,9 @@ class _CompiledLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         input, weight, number = ctx.saved_tensors
         needs_input, _, needs_bias, _ = ctx.needs_input_grad
-        rows = _rows(grad)
+        rows, input_rows = _rows(grad, input)
         grad_input = rows.mm(weight).view(input.shape) if needs_input else None
-        torch.ops.yafsdp_like.weight_grad(rows, _rows(input), number)
+        torch.ops.yafsdp_like.weight_grad(rows, input_rows, number)
         return grad_input, None, rows.sum(0) if needs_bias else None, None
 
 
