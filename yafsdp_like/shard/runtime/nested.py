@@ -28,7 +28,14 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any, ot
     if isinstance(value, torch.Tensor):
         return function(value)
     if kind is tuple or kind is list:  # most of what modules are given: said before the slower questions
-        items = [v if type(v) in _LEAVES else map_tensors(function, v, others) for v in value]
+        items = [
+            v
+            if type(v) in _LEAVES
+            else function(v)
+            if isinstance(v, torch.Tensor)
+            else map_tensors(function, v, others)
+            for v in value
+        ]
         return value if all(map(operator.is_, items, value)) else kind(items)
     if kind is dict and not value:
         return value

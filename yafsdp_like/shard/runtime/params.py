@@ -113,7 +113,7 @@ class ParamLifecycle:
     def gather_ahead(self, unit: Unit) -> None:
         """All-gather an updated unit for the next forward, if its bytes are free and peers need not take part."""
         slot = unit.gather_slot
-        is_free = all(s.state in (EMPTY, STALE) for s in (slot, *slot.neighbours))
+        is_free = slot.state in (EMPTY, STALE) and slot.has_neighbours_in((EMPTY, STALE))
         mapped = unit.transport.mapped
         if not is_free or mapped is None:
             return
@@ -146,7 +146,7 @@ class ParamLifecycle:
     def prefetch(self, unit: Unit, refresh: bool) -> None:
         """All-gather the unit ahead of its use if its slot's bytes are free; do nothing otherwise."""
         slot = unit.gather_slot
-        if slot.state is EMPTY and all(other.state in (EMPTY, FILLED, STALE) for other in slot.neighbours):
+        if slot.state is EMPTY and slot.has_neighbours_in((EMPTY, FILLED, STALE)):
             self.all_gather(slot, refresh)
 
     def unshard(self, slot: GatherSlot, refresh: bool) -> None:
