@@ -16,7 +16,7 @@ from yafsdp_like.comm.choice import transport_over
 from yafsdp_like.memory.allocator import use_expandable_segments
 from yafsdp_like.shard.hooks import install
 from yafsdp_like.shard.runtime.engine import engine_of
-from yafsdp_like.shard.runtime.param import ShardedParam
+from yafsdp_like.shard.runtime.param import ShardedParam, register
 from yafsdp_like.shard.runtime.unit_state import Unit, ownership_of, unit_of
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def make_unit(
     unit = Unit(modules, params, policy, mesh, transport_over(mesh, device, transport), device)
     for p, param in zip(params, owners, strict=True):
         unit.mark(param, p)
-        p.register(p.sharded)
+        register([p], [p.sharded])
         for owner, name in p.owners:
             _follow_assignments(unit, p, owner, name)
     _move_buffers(modules, device)

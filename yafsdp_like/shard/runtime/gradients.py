@@ -91,8 +91,8 @@ class GradientLifecycle:
         """Give ``unit`` a gradient slot of its own, from its next gradient on."""
         self._context.memory.add_gradient_slot(unit, reason)
 
-    def arrived(self, unit: Unit, k: int, grad: torch.Tensor | None) -> None:
-        """Note that parameter ``k``'s full gradient of the running backward, ``(rows, ...)``, is complete.
+    def arrived(self, unit: Unit, k: int, grad: torch.Tensor | None, task: int | None) -> None:
+        """Note that parameter ``k``'s full gradient of the backward ``task``, ``(rows, ...)``, is complete.
 
         ``grad`` is what was not written to its view as it was computed; it is copied there, or added, now.
         """
@@ -106,7 +106,7 @@ class GradientLifecycle:
         slot = unit.gradient_slot
         if k not in slot.holds:
             return  # no gradient came
-        slot.arrive(k, backward_task())
+        slot.arrive(k, task)
         early, policy = self._reduced_early.get(unit), unit.policy
         if early and k in early and policy.requires_gradient_sync and not policy.reduces_unused:
             together = list(slot.arrived)

@@ -24,6 +24,8 @@ from yafsdp_like.shard.runtime.nested import layers_of
 from yafsdp_like.shard.spec.unit_spec import ParamSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch.distributed.device_mesh import DeviceMesh
 
     from yafsdp_like.memory.arena import Place
@@ -375,29 +377,6 @@ class ShardedParam:
         for hook in (getattr(sharded, "_post_accumulate_grad_hooks", None) or {}).values():
             hook(sharded)
 
-    def register(self, value: nn.Parameter) -> bool:
-        """Make ``value``, the sharded parameter or a slot's full one, what every owning module sees.
-
-        A tensor that the user has put there (``torch.func.functional_call``) stays. Returns whether modules are to
-        compute on such a one: ``use_given`` is to come before they do.
-        """
-        if self._stands:
-            self.put_given_back()
-        is_given, before = False, self.registered
-        for ref, attribute, keeps_dict_only in self._owners:  # not ``owners``: this runs four times a step
-            module = ref()
-            if module is None:
-                continue
-            found = module._parameters.get(attribute)
-            if found is not before and not self.is_mine(found):
-                is_given = is_given or (found is not None and value is not self.sharded)
-            elif keeps_dict_only:
-                module._parameters[attribute] = value
-            else:
-                setattr(module, attribute, value)
-        self.registered = value
-        return is_given
-
     def use_given(self) -> None:
         """Let modules compute on what the user has put in this parameter's place.
 
@@ -438,3 +417,31 @@ class ShardedParam:
         if computed is not given:
             module._parameters[attribute] = computed  # type: ignore[assignment]
             self._stands.append(_Stand(module, attribute, given, computed))
+
+
+def register(params: Sequence[ShardedParam], values: Sequence[nn.Parameter]) -> list[ShardedParam]:
+    """Make ``values``, the sharded parameters or a slot's full ones, what every owning module sees of ``params``.
+
+    A tensor that the user has put there (``torch.func.functional_call``) stays. Returns the parameters for which
+    modules are to compute on such a one: ``use_given`` is to come before they do. Runs four times per unit and step.
+    """
+    given = []
+    for p, value in zip(params, values, strict=True):
+        if p._stands:
+            p.put_given_back()
+        before = p.registered
+        for ref, attribute, keeps_dict_only in p._owners:
+            module = ref()
+            if module is None:
+                continue
+            parameters = module._parameters
+            found = parameters.get(attribute)
+            if found is not before and not p.is_mine(found):
+                if found is not None and value is not p.sharded and p not in given:
+                    given.append(p)
+            elif keeps_dict_only:
+                parameters[attribute] = value
+            else:
+                setattr(module, attribute, value)
+        p.registered = value
+    return given

@@ -90,7 +90,7 @@ class Rebuild:
         self._memory.build()
         for unit, slot in unsynced:
             for k in slot.arrived:
-                self._gradients.arrived(unit, k, slot.views[k])
+                self._gradients.arrived(unit, k, slot.views[k], None)
         for unit, values in edited.items():
             self._params.unshard_to(unit, values)
 

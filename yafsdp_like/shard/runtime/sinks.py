@@ -69,7 +69,7 @@ def _take_gradient(unit_ref: weakref.ref[Unit], k: int, param: torch.Tensor) -> 
                 f"{unit.params[k].name}: expected a dense gradient to reduce, found {grad.layout}; "
                 "sparse gradients cannot be sharded, use sparse=False"
             )
-    gradients = unit.gradients
-    if torch._C._current_graph_task_id() not in unit.running.reached:
+    gradients, task = unit.gradients, torch._C._current_graph_task_id()
+    if task not in unit.running.reached:
         gradients.check_entered(unit, k)
-    gradients.arrived(unit, k, grad)
+    gradients.arrived(unit, k, grad, task)

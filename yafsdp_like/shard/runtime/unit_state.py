@@ -17,7 +17,7 @@ from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.plan import Region
 from yafsdp_like.shard.runtime.freshness import Freshness
 from yafsdp_like.shard.runtime.host_shard import HostStaging, shard_arena
-from yafsdp_like.shard.runtime.param import NOWHERE, ParamMark, ShardedParam
+from yafsdp_like.shard.runtime.param import NOWHERE, ParamMark, ShardedParam, register
 from yafsdp_like.shard.runtime.running import RunningUnit
 from yafsdp_like.shard.spec.unit_spec import ParamSpec, RankSpec, UnitNeeds, UnitPolicy, chunks
 
@@ -40,7 +40,7 @@ class GradientReceiver(Protocol):
     def view(self, unit: Unit, k: int) -> tuple[torch.Tensor, bool]:
         """Return where to write parameter ``k``'s full gradient, and whether to add it to what is there."""
 
-    def arrived(self, unit: Unit, k: int, grad: torch.Tensor | None) -> None:
+    def arrived(self, unit: Unit, k: int, grad: torch.Tensor | None, task: int | None) -> None:
         """Note that parameter ``k``'s full gradient is complete; ``grad`` is what was not written to its view yet."""
 
 
@@ -359,7 +359,7 @@ class Unit:
         before, sharded = p.sharded, p.adopt(given)
         for param in (before, given, sharded):
             self.mark(param, p)
-        p.register(sharded)
+        register([p], [sharded])
         self.materialize()
         return sharded
 
@@ -371,10 +371,7 @@ class Unit:
 
         Also where they should see them already: ``functional_call`` ends by putting back what it found when it began.
         """
-        self.given = []
-        for k, p in enumerate(self.params):
-            if p.register(p.sharded if slot is None else slot.params[k]):
-                self.given.append(p)
+        self.given = register(self.params, [p.sharded for p in self.params] if slot is None else slot.params)
         self.registered = slot
 
     def begin_loading(self) -> None:
