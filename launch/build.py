@@ -107,15 +107,19 @@ def describe_plan(model: Any, world: World, options: OptimizerOptions) -> str:
     )
 
 
-def describe_activations(model: Any, world: World) -> str:
-    """After the first step, what offloaded activations take of host memory and link in each; "" without any."""
-    found = activations_of(model)
+def describe_activations(model: Any, num_done: int, world: World) -> str:
+    """After the second step of a run, what offloaded activations cost in it; "" at other times, or without any."""
+    found = activations_of(model) if num_done <= 2 else None
     if found is None:
         return ""
-    nbytes = found.copied_nbytes
+    if num_done < 2:
+        found.measure()
+        return ""
+    nbytes = found.copied_nbytes // num_done
     return (
         f"activations take {readable(found.host_nbytes)} of host memory; each step copies {readable(nbytes)} there in "
-        f"forward and back in backward, beside compute, {_cost(nbytes, world)} each way"
+        f"forward and back in backward, {_cost(nbytes, world)} each way; compute has waited "
+        f"{found.exposed_seconds() * 1e3:.1f} ms for that in the last one"
     )
 
 

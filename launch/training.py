@@ -105,6 +105,8 @@ def train(trainer: Trainer, state: RunState, log: Log, profiling: Profiling) -> 
             profiling.before(trainer.step + 1)
             trainer.train_step(log)
             profiling.after(trainer.step)
+            if words := build.describe_activations(trainer.model, trainer.step + 1 - first_step, trainer.world):
+                log.say(words)
             after_step(trainer, state, log, trainer.step == first_step)
     except NotFiniteError:
         log.write(None)
@@ -126,8 +128,6 @@ def after_step(trainer: Trainer, state: RunState, log: Log, is_first: bool) -> N
     if evaluates and not trainer.stops:
         held_out_loss = trainer.evaluate()
         log.timeline.end("evaluation")
-    if is_first and (words := build.describe_activations(trainer.model, trainer.world)):
-        log.say(words)
     bad_step = log.write(held_out_loss)
     if bad_step is not None and options.optimizer.nonfinite == "stop":
         though = "" if options.optimizer.update_in_backward else ", though its gradient is"

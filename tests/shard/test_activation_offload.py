@@ -190,6 +190,19 @@ def test_host_memory_is_flat_once_the_longest_input_was_there() -> None:
         output.sum().backward()
 
 
+@on_ranks(1)
+def test_what_compute_waits_for_is_measured_once_asked() -> None:
+    model = stack()
+    offloaded = offload_activations(model.blocks, min_nbytes=1)
+    assert offloaded.exposed_seconds() == 0
+    model(rows()).sum().backward()
+    offloaded.measure()
+    model(rows()).sum().backward()
+    assert len(offloaded._waits) == 4 + 3, "for each block's copies in forward, and those of all but the last back"
+    assert 0 < offloaded.exposed_seconds() < 1
+    assert not offloaded._waits
+
+
 # --- what else users do ---
 
 

@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 
 from yafsdp_like.memory.allocator import tensor_on, transient_storage
 from yafsdp_like.memory.pinned import pin
-from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE, InOrder, Streams, streams_of
+from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE, InOrder, Streams, Timer, streams_of
 from yafsdp_like.shard.runtime.nested import map_tensors
 from yafsdp_like.shard.runtime.running import backward_task
 from yafsdp_like.shard.runtime.unit_state import unit_of
@@ -113,7 +113,7 @@ class _Saved:
         self.storage: torch.UntypedStorage | None = tensor.untyped_storage()
         self.nbytes = self.storage.nbytes()
         self.buffer: _HostBuffer | None = None
-        self.copied: Event = None  # the last copy from or to the device's memory is done; None: compute has waited
+        self.copies: _Copies | None = None  # the last, from or to the device's memory
 
     def check(self) -> None:
         """Raise ``RuntimeError`` if the tensor was changed since it was saved."""
@@ -125,9 +125,8 @@ class _Saved:
 
     def wait(self) -> None:
         """Have compute wait for the last copy, before it reads the device's memory, or gives it back."""
-        if self.copied is not None:
-            self._owner.streams.wait(COMPUTE, self.copied)
-            self.copied = None
+        if self.copies is not None:
+            self._owner.wait_for(self.copies)
 
     def leave(self) -> None:
         """Give the device's memory back."""
@@ -140,6 +139,14 @@ class _Saved:
             self.wait()
             if self.buffer is not None:
                 self._owner.give_back(self.buffer)
+
+
+@dataclass(eq=False)
+class _Copies:
+    """The copies of one block in one direction."""
+
+    done: Event
+    is_awaited: bool = False  # by all that compute is given from here on
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +191,8 @@ class OffloadedActivations:
         self._running: list[tuple[nn.Module, _Call | None, saved_tensors_hooks | None]] = []
         self._last: weakref.ref[_Call] | None = None  # of the calls that have begun
         self._leaving: _Call | None = None  # whose storages are still on the device, as far as they are alive
+        self._timer: Timer | None = None  # while it is measured
+        self._waits: list[tuple[Event, Event]] = []  # of compute: begin and end
         self._free: dict[int, list[_HostBuffer]] = {}  # by their bytes
 
     # --- forward ---
@@ -257,9 +266,9 @@ class OffloadedActivations:
                 host, device = _bytes(saved)
                 host.copy_(device, non_blocking=True)
                 self.copied_nbytes += saved.nbytes
-        copied = self.streams.record(DEVICE_TO_HOST)
+        copies = _Copies(self.streams.record(DEVICE_TO_HOST))
         for saved in leaving:
-            saved.copied = copied
+            saved.copies = copies
 
     # --- backward ---
 
@@ -295,9 +304,33 @@ class OffloadedActivations:
             for saved in away:
                 host, device = _bytes(saved)
                 device.copy_(host, non_blocking=True)
-        copied = self.streams.record(HOST_TO_DEVICE)
+        copies = _Copies(self.streams.record(HOST_TO_DEVICE))
         for saved in away:
-            saved.copied = copied
+            saved.copies = copies
+
+    def wait_for(self, copies: _Copies) -> None:
+        """Have compute wait for copies, once."""
+        if copies.is_awaited:
+            return
+        copies.is_awaited = True
+        begin = None if self._timer is None else self._timer.mark()
+        self.streams.wait(COMPUTE, copies.done)
+        if self._timer is not None:
+            self._waits.append((begin, self._timer.mark()))
+
+    # --- what it costs ---
+
+    def measure(self) -> None:
+        """Measure how long compute waits for copies, from here to ``exposed_seconds``."""
+        if self._device is not None:
+            self._timer = Timer(self._device)
+
+    def exposed_seconds(self) -> float:
+        """Return how long compute has waited for copies since ``measure``, which the CPU waits for, and end that."""
+        timer, self._timer = self._timer, None
+        waits, self._waits = self._waits, []
+        self.streams.synchronize(self.streams.record(COMPUTE))
+        return sum(timer.seconds(*wait) for wait in waits) if timer is not None else 0.0
 
     # --- host memory ---
 
