@@ -30,7 +30,7 @@ from yafsdp_like.inference.http.service import LAST_STEP_S, Service, ServiceStat
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text takes one core: the engine needs the others
 STUCK_STATUS = 3
-SWITCH_S = 0.0005  # that the engine waits for the event loop at most, when a step is done; Python's own is 5 ms
+SWITCH_S = 0.0001  # for which the event loop may hold up the engine, at each of its calls to the GPU; Python has 5 ms
 LAST_WORDS_S = 5  # for answers to be written after the grace period
 SIGNALS = signal.SIGTERM, signal.SIGINT
 

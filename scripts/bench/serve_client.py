@@ -13,7 +13,7 @@ from typing import Any
 
 
 async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes, start: float) -> list[float]:
-    """Send one request on an open connection: when each event of the answer came that has text.
+    """Send one request on an open connection: when each word of the answer came, which is a token each.
 
     Raises RuntimeError for an answer that is no stream of events.
     """
@@ -32,7 +32,8 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: 
         data = await reader.readexactly(size + 2)
         now = time.perf_counter() - start
         events = (line[6:] for line in data.splitlines() if line.startswith(b"data: {"))
-        times += [now for event in events if any(choice["text"] for choice in json.loads(event)["choices"])]
+        texts = (choice["text"] for event in events for choice in json.loads(event)["choices"])
+        times += [now] * sum(len(text.split()) for text in texts)
     await reader.readline()  # behind the last part
     return times
 

@@ -22,7 +22,7 @@ from tests.inference.http.servers import (
     run,
     serving,
 )
-from yafsdp_like.inference.engine.request import QueueFullError, RequestOutput
+from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, RequestOutput, Token
 from yafsdp_like.inference.http import server, service
 from yafsdp_like.inference.http.service import Service, ServiceState, StuckEngineError, UnavailableError
 from yafsdp_like.inference.http.stream import Stream
@@ -334,5 +334,25 @@ def test_a_reader_that_takes_nothing_is_gone_after_a_while(codec: Codec, monkeyp
         with pytest.raises(TimeoutError):
             await server.EventStreamResponse(lines(), stream)(scope, receive, send)
         assert closed == ["0:r0"]
+
+    asyncio.run(main())
+
+
+def test_a_reader_that_lags_gets_the_tokens_of_a_request_together_and_its_end_apart() -> None:
+    """Prevents: an event loop that falls behind for good, with a line to send for every token."""
+
+    async def main() -> None:
+        stream = Stream({"a": "0:a", "b": "0:b"}, lambda name: None)
+        for name, token in (("a", 1), ("a", 2), ("b", 3), ("a", 4)):
+            stream.put(RequestOutput(name, (Token(token),)))
+        stream.put(RequestOutput("a", (Token(5),), FinishReason.STOP))
+        stream.put(RequestOutput("b", (), FinishReason.DEADLINE))
+        read = [(output.request_id, [token.id for token in output.tokens], output.finish) async for output in stream]
+        assert read == [
+            ("a", [1, 2], None),
+            ("b", [3], None),
+            ("a", [4, 5], FinishReason.STOP),
+            ("b", [], FinishReason.DEADLINE),
+        ]
 
     asyncio.run(main())

@@ -46,6 +46,7 @@ from yafsdp_like.inference.text.codec import Codec, Piece
 
 T = TypeVar("T")
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 logger = logging.getLogger(__name__)
 Kind = type[CompletionBody] | type[ChatBody]
 
@@ -239,7 +240,7 @@ def _unavailable(message: str) -> ApiError:
 
 
 def _line(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _ENCODER.encode(content).encode() + b"\n\n"
 
 
 @asynccontextmanager

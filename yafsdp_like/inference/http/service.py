@@ -317,7 +317,7 @@ class Service(Generic[EngineT]):
     def _deliver(self, output: RequestOutput) -> None:
         if output.request_id in self._streams:  # else it was not opened in the end
             stream, request_id = self._streams[output.request_id]
-            stream.put(replace(output, request_id=request_id))
+            stream.put(RequestOutput(request_id, output.tokens, output.finish, output.num_cached_tokens))
 
     def _lose(self, name: str, error: Exception) -> None:
         """Ends what a request is part of, which could not be told its news, or not be cancelled."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from yafsdp_like.inference.engine.request import RequestOutput
 
@@ -60,10 +61,16 @@ class Stream:
         self._news.set()
 
     def put(self, output: RequestOutput) -> None:
-        """For the service: an output of one of the requests."""
+        """For the service: an output of one of the requests.
+
+        Tokens join those of the same request that are not read yet: a reader that lags has fewer pieces to send.
+        """
         if output.finish is not None:
             del self._live[output.request_id]
         if not self._is_closed:
+            if output.tokens and self._outputs and self._outputs[-1].request_id == output.request_id:
+                before = self._outputs.pop()
+                output = replace(output, tokens=before.tokens + output.tokens)
             self._outputs.append(output)
         self._news.set()
 
