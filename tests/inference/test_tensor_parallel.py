@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 import torch
@@ -132,6 +133,22 @@ def test_tokens_are_the_same_after_preemptions(name: str, costs: Costs, lookahea
     metrics = results[0].metrics
     assert metrics == results[1].metrics
     assert (metrics.num_swapped_out if costs is SWAPPING else metrics.num_recomputed) > 0
+
+
+def serve_with_other_times(config: DecoderConfig, options: EngineOptions, rounds: Sequence[list[Request]]) -> Served:
+    """As measured by ranks of which the first is fast and the others are slow."""
+    times = {128: 1e-4 if dist.get_rank() == 0 else 10.0}
+    with mock.patch.object(Runner, "measure_steps", lambda runner: times):
+        return serve_together(config, options, rounds)
+
+
+def test_ranks_choose_the_chunks_of_a_target_by_the_first_ones_times() -> None:
+    """Prevents: ranks that compute together, and steps of different sizes, by clocks of their own."""
+    options = replace(OPTIONS, kv_nbytes=1 << 20, max_batch_tokens=128, max_seq_len=128, tpot_ms=1.0)
+    texts = [text * 4 for text in prompts(8, longest=28, seed=7)]
+    first, second = run_ranks(serve_with_other_times, TINY, options, [requests(texts)])
+    assert first.ids == second.ids == {str(i): expected(TINY, text) for i, text in enumerate(texts)}
+    assert first.metrics == second.metrics and first.metrics.num_chunks > 0
 
 
 def test_a_shared_beginning_is_computed_once_on_all_ranks() -> None:
