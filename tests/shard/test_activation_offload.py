@@ -242,6 +242,18 @@ def checkpoint_implementation(use_reentrant: bool) -> Callable[[Any], Any]:
 
 
 @on_ranks(1)
+def test_transforms_of_functions_leave_activations_where_they_are() -> None:
+    model = stack()
+    offloaded = offload_activations(model.blocks, min_nbytes=1)
+    found = torch.func.grad(lambda x: model(x).sum())(rows().detach())
+    assert offloaded.copied_nbytes == 0
+    x = rows()
+    model(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(found, x.grad)
+
+
+@on_ranks(1)
 def test_graphs_may_be_kept_dropped_or_fail() -> None:
     model, expected = stack(), stack()
     offloaded = offload_activations(model.blocks, min_nbytes=1)

@@ -199,8 +199,9 @@ class OffloadedActivations:
 
     def begin(self, block: nn.Module, inputs: Any) -> None:
         """Begin a forward of ``block``; what autograd saves from now on is this object's, unless others have hooks."""
-        others = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if not torch.is_grad_enabled() or others is not None or backward_task() is not None:
+        autograd: Any = torch._C._autograd
+        taken = autograd._top_saved_tensors_default_hooks(True) is not None or backward_task() is not None
+        if taken or not torch.is_grad_enabled() or not autograd._saved_tensors_hooks_is_enabled():  # not by torch.func
             self._running.append((block, None, None))
             return
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
