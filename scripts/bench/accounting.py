@@ -48,7 +48,7 @@ def held(trainee: Trainee, world: World) -> Nbytes:
     params = list(trainee.model.parameters())
     if isinstance(trainee.model, FSDPModule):  # this package's, not FSDP2's
         regions = trainee.model.memory_plan().regions
-        for region in (r for r in regions if not r.transient):  # those are in a step's record
+        for region in (r for r in regions if not (r.transient or r.on_host)):  # the former are in a step's record
             nbytes[OF_KIND.get(region.kind, SLOTS)] += region.nbytes
     else:
         nbytes[MAIN] = storages_nbytes(params, world)
