@@ -54,6 +54,8 @@ def draw_latencies(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set(title="latency, ms", xlabel="requests/s that arrive")
     if not rows:
         return
+    ways = [tuple(row.get(field) for field in ("way", "chunk", "tpot_ms")) for row in rows]
+    rows = [row for row, way in zip(rows, ways, strict=True) if way == ways[0]]
     rates = [row["rate"] for row in rows]
     for field, (name, color) in LATENCIES.items():
         for percentile, line in LINES.items():

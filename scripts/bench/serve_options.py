@@ -10,7 +10,7 @@ import torch
 
 from bench.help import Help
 from bench.options import DTYPES
-from yafsdp_like.inference.engine.scheduler import CHUNK
+from yafsdp_like.inference.engine.scheduler import CHUNK, PROMPTS_PER_CHUNK
 from yafsdp_like.inference.options import AnyMode
 
 DESCRIPTION = "Measure a served model; the method is told at the top of bench_serve.py."
@@ -66,8 +66,21 @@ class ServeBenchOptions:
 
     def decode_length(self, batch: int) -> int:
         """Tokens that a sequence may come to while a batch is filled and timed, at most."""
-        num_filling = -(-batch * self.decode_prompt // min(self.max_batch_tokens - batch, CHUNK)) + 1
-        return self.decode_prompt + num_filling + self.warmup + self.steps + NUM_HELD + 8
+        return self.decode_prompt + self._num_filling(batch) + self.warmup + self.steps + NUM_HELD + 8
+
+    def _num_filling(self, batch: int) -> int:
+        """Steps until a batch of prompts has been computed, at most; see the scheduler's [Note: budget of a step]."""
+        left, num_steps = batch * self.decode_prompt, 1
+        while left > 0:
+            num_prompts = -(-left // self.decode_prompt)
+            left -= min(self.max_batch_tokens - batch, CHUNK * max(1, num_prompts // PROMPTS_PER_CHUNK))
+            num_steps += 1
+        return num_steps
+
+    @property
+    def decodes(self) -> bool:
+        """Whether batches that decode are measured, for which there must be room."""
+        return bool({"decode", "modes"} & set(self.measures))
 
     @property
     def budgets(self) -> list[tuple[int, float | None]]:
@@ -90,7 +103,7 @@ class ServeBenchOptions:
     def max_seq_len(self) -> int:
         """Of the engine: the longest sequence of all measurements."""
         offline = self.prompt_tokens + self.new_tokens
-        decode = self.decode_length(self.max_batch_size)
+        decode = self.decode_length(self.max_batch_size) if self.decodes else 0
         mixed = max((sum(lengths) for lengths in self.mixed_lengths if "mixed" in self.measures), default=0)
         return max(decode, self.prefill_tokens + 1, offline, mixed, RANDOM_PROMPT + RANDOM_NEW)
 
@@ -99,7 +112,7 @@ class ServeBenchOptions:
         """That the engine must hold at once."""
         offline = self.max_batch_size * (self.prompt_tokens + self.new_tokens)
         longest = sorted(map(sum, self.mixed_lengths if "mixed" in self.measures else ()))[-self.max_batch_size :]
-        decode = max(batch * self.decode_length(batch) for batch in self.batches)
+        decode = max(batch * self.decode_length(batch) for batch in self.batches) if self.decodes else 0
         shortest = self.max_batch_size * (RANDOM_PROMPT + RANDOM_NEW)
         return max(offline, decode, shortest, sum(longest), self.max_seq_len)
 

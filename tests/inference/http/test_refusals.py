@@ -192,6 +192,8 @@ def test_metrics_count_what_was_done(codec: Codec) -> None:
         assert numbers["yafsdp_like_request_seconds_count"] == 2
         assert numbers["yafsdp_like_engine_num_running"] == 0
         assert numbers["yafsdp_like_engine_num_tokens_drawn"] >= 10
+        assert numbers["yafsdp_like_engine_device_busy_seconds"] > 0
+        assert 0 <= numbers["yafsdp_like_engine_device_waiting_share"] < 1
 
 
 def test_two_servers_of_one_process_count_for_themselves(plain: Running, codec: Codec) -> None:

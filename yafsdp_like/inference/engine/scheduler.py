@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 CHUNK = 512  # tokens of prompts beside rows that decode, see [Note: budget of a step]
-_NUM_PROMPTS = 4  # that may wait for each other before chunks grow
+PROMPTS_PER_CHUNK = 4  # that may wait for each other before chunks grow
 
 
 @dataclass
@@ -191,7 +191,7 @@ class Scheduler:
             return min(options.max_batch_tokens, self._times.max_rows(options.tpot_ms / 1e3, num_drawing))
         prompts_left = [num_left for num_left in nums_left if num_left > 1]
         num_prompts = len(prompts_left) + min(len(self.waiting), options.max_batch_size - len(self.running))
-        chunk = CHUNK * max(1, num_prompts // _NUM_PROMPTS)
+        chunk = CHUNK * max(1, num_prompts // PROMPTS_PER_CHUNK)
         if not num_drawing:
             first = prompts_left[0] if prompts_left else self.waiting[0].num_left if self.waiting else 0
             chunk = max(chunk, first)
