@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from yafsdp_like.inference.engine.request import FinishReason
 
 BUCKETS_S = 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
+STEP_BUCKETS_S = 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1, 5  # of a step or two
 
 
 class ServerMetrics:
@@ -25,7 +26,8 @@ class ServerMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry)
-        seconds = partial(Histogram, buckets=BUCKETS_S, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        seconds = partial(histogram, buckets=BUCKETS_S)
         self.responses = counter("yafsdp_like_http_responses", "Answers by route and status", ["route", "status"])
         self.finished = counter("yafsdp_like_finished", "Choices that ended, by reason", ["reason"])
         self.prompt_tokens = counter("yafsdp_like_prompt_tokens", "Tokens of accepted prompts")
@@ -33,8 +35,10 @@ class ServerMetrics:
         self.first_token = seconds(
             "yafsdp_like_time_to_first_token_seconds", "From a body's arrival to a choice's first token"
         )
-        self.between_tokens = seconds(
-            "yafsdp_like_time_between_tokens_seconds", "Between tokens of a choice, as its outputs tell"
+        self.between_tokens = histogram(
+            "yafsdp_like_time_between_tokens_seconds",
+            "Between tokens of a choice, as its outputs tell",
+            buckets=STEP_BUCKETS_S,
         )
         self.whole = seconds("yafsdp_like_request_seconds", "From a body's arrival to a choice's end")
         self._gauges: dict[str, Gauge] = {}
