@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -99,6 +100,8 @@ def serve(options: ServeBenchOptions, world: World) -> Served:
         transport=world_transport(world.device),
     )
     engine = Engine(weights)
+    gc.collect()
+    gc.freeze()  # as the server does
     world.synchronize()
     return Served(engine, weights, before, memory_reading(world))
 
