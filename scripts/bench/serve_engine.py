@@ -101,7 +101,7 @@ def serve(options: ServeBenchOptions, world: World) -> Served:
     )
     engine = Engine(weights)
     gc.collect()
-    gc.freeze()  # as the server does
+    gc.freeze()  # as the server does: a collection would take 0.15 s between two steps
     world.synchronize()
     return Served(engine, weights, before, memory_reading(world))
 

@@ -1,6 +1,7 @@
 """The serving benchmark from its command line to its last line of output: one engine, one measurement after another."""
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if world.is_first and options.out is not None:
                 write(report, options.out)
     finally:
+        gc.unfreeze()  # what `serve` froze
         ranks.leave()
     say(world, json.dumps(report))
 
