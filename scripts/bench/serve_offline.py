@@ -18,8 +18,10 @@ def measure(bench: Bench, rates: MeasuredRates) -> Iterator[Row]:
     for count in options.num_requests:
         batch = min(count, options.max_batch_size)
         floor = offline_floor_s(bench.served.plan, count, batch, options.prompt_tokens, options.new_tokens, rates)
+        before = bench.served.engine.metrics()
         row = row_of(OURS, count, bench, partial(generate_s, bench, count))
-        yield {**row, "floor_seconds": floor, "share_of_floor": floor / row["seconds"]["median"]}
+        waited = waits(before, bench.served.engine.metrics())
+        yield {**row, "floor_seconds": floor, "share_of_floor": floor / row["seconds"]["median"], **waited}
 
 
 def measure_mixed(bench: Bench) -> Iterator[Row]:

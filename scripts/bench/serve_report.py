@@ -76,6 +76,7 @@ COLUMNS = {  # of the printed tables: measurement -> field -> heading and format
         "share_of_floor": ("of floor", ".1%"),
         "ours_over_it": ("ours x", ".2f"),
         "status": ("status", ""),
+        **WAITS,
     },
     "modes": {
         "work": ("work", ""),
