@@ -111,14 +111,15 @@ def serving_switches() -> Iterator[None]:
 
     Threads take turns after ``SWITCH_S``, and what exists by now is never searched for garbage, which takes 0.15 s.
     """
-    before_s = sys.getswitchinterval()
+    before_s, num_frozen = sys.getswitchinterval(), gc.get_freeze_count()
     sys.setswitchinterval(SWITCH_S)
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not num_frozen:
+            gc.unfreeze()
         sys.setswitchinterval(before_s)
 
 

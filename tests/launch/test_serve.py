@@ -1,6 +1,7 @@
 """launch.serve as a process: its command line, its port, its connections, and its end when the engine is stuck."""
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from launch import options, serve
+from launch import options, serve, server
 from tests.inference.http.servers import SECONDS, make_decoder
 from tests.inference.text.test_codec import write_tokenizer
 from yafsdp_like.inference.text.codec import Codec
@@ -268,3 +269,18 @@ def test_a_stuck_server_ends_by_itself_after_a_while(directory: Path) -> None:
         assert answer.status_code == 503
         assert "the engine has failed: StuckEngineError" in answer.json()["error"]["message"]
         assert running.process.wait(SECONDS) == 3
+
+
+def test_while_serving_threads_switch_often_and_afterwards_all_is_as_before() -> None:
+    """What somebody else has frozen stays so."""
+    switch_s, num_frozen = sys.getswitchinterval(), gc.get_freeze_count()
+    with server.serving_switches():
+        assert sys.getswitchinterval() == pytest.approx(server.SWITCH_S) and gc.get_freeze_count() > 1000
+    assert (sys.getswitchinterval(), gc.get_freeze_count()) == (switch_s, num_frozen)
+    gc.freeze()
+    try:
+        with server.serving_switches():
+            pass
+        assert gc.get_freeze_count() > 1000
+    finally:
+        gc.unfreeze()
