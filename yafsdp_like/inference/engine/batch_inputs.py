@@ -184,14 +184,13 @@ class Staging:
         """
         side, tables = self._side, sequence.tables
         filled, num_pages = side.filled[row], len(tables[0])
-        now = _Filled(sequence, sequence.num_admitted, num_pages)
-        if filled != now:
-            is_known = filled is not None and (filled.sequence, filled.num_admitted) == (sequence, now.num_admitted)
-            first = filled.num_pages if filled is not None and is_known else 0
+        holds = filled is not None and filled.sequence is sequence and filled.num_admitted == sequence.num_admitted
+        first = filled.num_pages if filled is not None and holds else 0
+        if filled is None or not holds or first != num_pages:
             for group, table in enumerate(tables):
                 side.inputs.page_tables.array[group, row, first:num_pages] = table[first:]
-            side.filled[row] = now
-        return self._filled[row] != now
+            side.filled[row] = filled = _Filled(sequence, sequence.num_admitted, num_pages)
+        return self._filled[row] != filled
 
     def _write_seq_lens(self, runs: Iterable[Run], rows: Mapping[ActiveRequest, int], size: StepSize) -> None:
         seq_lens = self._side.inputs.seq_lens.array
