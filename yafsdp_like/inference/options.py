@@ -48,7 +48,7 @@ class EngineOptions:
                 f"max_batch_tokens must be at least max_batch_size, a token of each sequence, "
                 f"found {self.max_batch_tokens} and {self.max_batch_size}"
             )
-        if self.tpot_ms is not None and not self.tpot_ms > 0:
-            raise ValueError(f"tpot_ms must be above 0, found {self.tpot_ms}")
+        if self.tpot_ms is not None and not 0 < self.tpot_ms <= 1e9:
+            raise ValueError(f"tpot_ms must be above 0 and at most 1e9, found {self.tpot_ms}")
         if self.policy not in get_args(PolicyName):
             raise ValueError(f"policy must be one of {', '.join(get_args(PolicyName))}, found {self.policy!r}")
