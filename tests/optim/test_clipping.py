@@ -140,6 +140,25 @@ def test_copies_clip_too_and_checkpoints_do_not_know() -> None:
 def test_a_norm_that_is_not_above_zero_is_refused(max_norm: float) -> None:
     with pytest.raises(ValueError, match="expected max_norm above 0, or None for no clipping, found"):
         AdamW(model().parameters(), max_norm=max_norm)
+    optimizer = AdamW(model().parameters())
+    optimizer.max_norm = max_norm
+    with pytest.raises(ValueError, match="expected max_norm above 0, or None for no clipping, found"):
+        optimizer.step()
+
+
+def test_steps_after_clipping_is_turned_off_do_not_clip() -> None:
+    """Prevents: the last factor multiplies the gradients of later steps."""
+    ours, theirs = model(), model()
+    optimizers = AdamW(groups(ours), max_norm=MAX_NORM), ClipsBefore(groups(theirs))
+    for module, optimizer in zip((ours, theirs), optimizers, strict=True):
+        train(module, optimizer, range(2))
+    optimizers[0].max_norm = None
+    unclipped = AdamW(groups(theirs))
+    unclipped.load_state_dict(optimizers[1].state_dict())
+    for module, optimizer in ((ours, optimizers[0]), (theirs, unclipped)):
+        train(module, optimizer, range(2, 4))
+    assert optimizers[0].clip_factor is None
+    assert same(ours, optimizers[0], theirs, unclipped)
 
 
 # --- sharded ---

@@ -104,7 +104,7 @@ class AdamW(torch.optim.AdamW):
     passes = Passes()
     gradient_scale = 1.0
     max_norm: float | None = None
-    clip_factor: torch.Tensor | None = None  # set by each step with max_norm
+    clip_factor: torch.Tensor | None = None  # another during a step with max_norm
     grad_norm: torch.Tensor | None = None
     moments: MomentsFormat = "fp32"
     seed = 0
@@ -128,9 +128,7 @@ class AdamW(torch.optim.AdamW):
         max_norm: float | None = None,
         **unsupported: bool,
     ) -> None:
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"AdamW: expected max_norm above 0, or None for no clipping, found {max_norm}")
-        self.max_norm = max_norm
+        self.max_norm = _checked(max_norm)
         self.moments, self.seed, self.offload_moments = check_format(moments), seed, offload_moments
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **unsupported)
         self._forget_places()
@@ -214,13 +212,17 @@ class AdamW(torch.optim.AdamW):
         batches = self._batches(group_of)
         if self._offloaded is not None:
             self._offloaded.begin(batches, self.state)
-        if self.max_norm is not None:
+        given, max_norm = self.clip_factor, _checked(self.max_norm)
+        if max_norm is not None:
             grads = [p.grad for p in group_of if p.grad is not None]
             self.grad_norm = total_norm(grads) if grads else torch.tensor(0.0)
-            self.clip_factor = clipping_factor(self.grad_norm, self.max_norm)
-        for index, batch in enumerate(batches):
-            self.update(index, [(p, group_of[p]) for p in batch if p.grad is not None])
-            self.passes.after_batch(index)
+            self.clip_factor = clipping_factor(self.grad_norm, max_norm)
+        try:
+            for index, batch in enumerate(batches):
+                self.update(index, [(p, group_of[p]) for p in batch if p.grad is not None])
+                self.passes.after_batch(index)
+        finally:
+            self.clip_factor = given  # the next step may be one without max_norm
         return loss
 
     def _batches(self, group_of: dict[nn.Parameter, int]) -> list[Sequence[nn.Parameter]]:
@@ -318,6 +320,13 @@ def _local_grad(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
             f"a gradient of shape {tuple(grad.shape)}: expected its parameter's placements {expected}, found {found}"
         )
     return local(grad)
+
+
+def _checked(max_norm: float | None) -> float | None:
+    """Return ``max_norm``. Raises ``ValueError`` for one that clips nothing sensible."""
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"AdamW: expected max_norm above 0, or None for no clipping, found {max_norm}")
+    return max_norm
 
 
 def _refuse_unsupported(groups: Sequence[dict[str, Any]]) -> None:
