@@ -3,6 +3,7 @@
 On CPUs both memories are the host's, and every copy and wait is done as on a GPU.
 """
 
+import copy
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -276,6 +277,65 @@ def test_graphs_may_be_kept_dropped_or_fail() -> None:
     assert_gradients_equal(model, expected)
     gc.collect()
     assert offloaded.host_nbytes == 4 * 3 * NBYTES
+
+
+@on_ranks(1)
+def test_a_graph_that_is_kept_may_be_used_again_after_other_forwards() -> None:
+    """Prevents: what its first backward brought back leaves with the next forward, and is never brought back again."""
+    model, expected = stack(), stack()
+    offload_activations(model.blocks, min_nbytes=1)
+    for m in (model, expected):
+        kept = m(rows())
+        kept.sum().backward(retain_graph=True)
+        other = m(rows(1))
+        kept.square().sum().backward()
+        other.sum().backward()
+    assert_gradients_equal(model, expected)
+
+
+@on_ranks(1)
+def test_a_block_inside_of_a_block_is_part_of_it() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Block()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.inner(torch.sigmoid(x), x))
+
+    torch.manual_seed(0)
+    model = Outer()
+    expected = copy.deepcopy(model)
+    offloaded = offload_activations([model, model.inner], min_nbytes=NBYTES)
+    for m in (model, expected):
+        m(rows()).sum().backward()
+    assert_gradients_equal(model, expected)
+    assert offloaded.copied_nbytes >= 5 * NBYTES
+
+
+@on_ranks(1)
+def test_a_part_of_a_storage_that_was_changed_since_another_was_saved_is_copied_again() -> None:
+    """Parts that autograd does not know as views of one another have versions of their own."""
+
+    class First(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            left, right = torch.unsafe_chunk(x * 2, 2, -1)
+            return left.sin(), right
+
+    class Second(nn.Module):
+        def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            return left * right.mul_(3).cos()
+
+    found: list[torch.Tensor] = []
+    for offloads in (False, True):
+        blocks = First(), Second(), Block(parameters=False)
+        if offloads:
+            offload_activations(blocks, min_nbytes=1)
+        x = rows()
+        blocks[2](blocks[1](*blocks[0](x)), torch.ones(())).sum().backward()
+        assert x.grad is not None
+        found.append(x.grad)
+    assert torch.equal(*found)
 
 
 @on_ranks(1)

@@ -109,7 +109,7 @@ class _Saved:
     def __init__(self, tensor: torch.Tensor, call: _Call, owner: OffloadedActivations) -> None:
         self.call, self._owner = call, owner
         self.tensor: torch.Tensor | None = tensor.detach()  # until its memory on the device is given back
-        self._version = tensor._version
+        self.version = tensor._version
         self.storage: torch.UntypedStorage | None = tensor.untyped_storage()
         self.nbytes = self.storage.nbytes()
         self.buffer: _HostBuffer | None = None
@@ -117,7 +117,7 @@ class _Saved:
 
     def check(self) -> None:
         """Raise ``RuntimeError`` if the tensor was changed since it was saved."""
-        if self.tensor is not None and self.tensor._version != self._version:
+        if self.tensor is not None and self.tensor._version != self.version:
             raise RuntimeError(
                 f"a tensor of shape {tuple(self.tensor.shape)}, which {self.call.name} has saved for its backward, was "
                 "changed in place since: change a copy, or leave this block out of offload_activations"
@@ -132,6 +132,7 @@ class _Saved:
         """Give the device's memory back."""
         self.wait()
         self.tensor = self.storage = None
+        self.call.is_fetched = False  # a backward through a graph that was kept may have come before
 
     def __del__(self) -> None:
         """Give all memory back: the graph that has saved it is gone."""
@@ -230,15 +231,14 @@ class OffloadedActivations:
         self._copy_to_host(call)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        call = self._running[-1][1]
-        assert call is not None
+        call = next(call for _, call, _ in reversed(self._running) if call is not None)  # blocks inside have none
         if not self._is_offloaded(tensor, call):
             return tensor if tensor.grad_fn is None else tensor.detach()  # which no node's circle goes through
         address = tensor.untyped_storage().data_ptr()
         saved = call.by_address.get(address)
         if saved is None and self._leaving is not None:
             saved = self._leaving.by_address.get(address)
-        if saved is None or saved.storage is None:
+        if saved is None or saved.storage is None or saved.version != tensor._version:  # its copy may be an older one
             saved = call.by_address[address] = _Saved(tensor, call, self)
             call.saved.append(weakref.ref(saved))
         return _View(saved, call, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
