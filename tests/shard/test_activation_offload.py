@@ -5,6 +5,7 @@ On CPUs both memories are the host's, and every copy and wait is done as on a GP
 
 import copy
 import gc
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -367,8 +368,25 @@ def test_no_blocks_and_blocks_twice_are_refused() -> None:
         offload_activations([])
     model = stack()
     offload_activations(model.blocks)
+    new = Block()
     with pytest.raises(ValueError, match="before for a Block"):
-        offload_activations(model.blocks[1])
+        offload_activations([new, model.blocks[1]])
+    assert not new._forward_hooks
+    with pytest.raises(TypeError, match="expects modules, found a str"):
+        offload_activations(["blocks"])  # type: ignore[list-item]
+
+
+@on_ranks(1)
+def test_a_copied_model_has_host_memory_of_its_own() -> None:
+    model = stack()
+    offloaded = offload_activations(model.blocks, min_nbytes=1)
+    model(rows()).sum().backward()
+    torch.save(model, io.BytesIO())
+    copied = copy.deepcopy(model)
+    found = activation_offload.activations_of(copied)
+    assert found is not None and found is not offloaded and found.host_nbytes == 0
+    copied(rows()).sum().backward()
+    assert found.copied_nbytes == offloaded.copied_nbytes
 
 
 # --- stream order ---

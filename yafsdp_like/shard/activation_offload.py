@@ -61,17 +61,22 @@ def offload_activations(
     where the link takes longer than that, compute waits. Host memory, pinned for a GPU, is allocated in the first step
     and used again. See [Note: offloaded activations].
 
-    Raises ``ValueError`` for no blocks, or one that is offloaded already; in a forward, ``RuntimeError`` where a saved
-    tensor was changed in place, as autograd would in backward, and where a step is recorded (``GraphedStep``).
+    Raises ``ValueError`` for no blocks, or one that is offloaded already, and ``TypeError`` for what is no module; in a
+    forward, ``RuntimeError`` where a saved tensor was changed in place, as autograd would in backward, and where a step
+    is recorded (``GraphedStep``).
     """
     is_one = isinstance(blocks, nn.Module) and not isinstance(blocks, nn.ModuleList)
     found: list[nn.Module] = [blocks] if is_one else list(blocks)  # type: ignore[arg-type, list-item]
     if not found:
         raise ValueError("offload_activations expects at least one block, found none")
-    offloaded = OffloadedActivations(min_nbytes)
     for block in found:
-        if vars(block).setdefault(_OFFLOADED, offloaded) is not offloaded:
+        if not isinstance(block, nn.Module):
+            raise TypeError(f"offload_activations expects modules, found a {type(block).__name__}")
+        if _OFFLOADED in vars(block):
             raise ValueError(f"offload_activations was called before for a {type(block).__name__}: call it once")
+    offloaded = OffloadedActivations(min_nbytes)
+    for block in dict.fromkeys(found):
+        vars(block)[_OFFLOADED] = offloaded
         block.register_forward_pre_hook(partial(_before_forward, offloaded), with_kwargs=True)
         block.register_forward_hook(partial(_after_forward, offloaded), always_call=True)
     return offloaded
@@ -195,6 +200,10 @@ class OffloadedActivations:
         self._timer: Timer | None = None  # while it is measured
         self._waits: list[tuple[Event, Event]] = []  # of compute: begin and end
         self._free: dict[int, list[_HostBuffer]] = {}  # by their bytes
+
+    def __reduce__(self) -> Any:
+        """Copy and pickle no host memory: a copied model has its own."""
+        return type(self), (self._min_nbytes,)
 
     # --- forward ---
 
