@@ -30,13 +30,15 @@ class ModelOptions:
     factory_args: dict[str, Any] = field(default_factory=dict)  # what the function is called with, by name
     blocks: str = ""  # of the factory's module: the container of the blocks to shard one by one, such as "model.layers"
     compile: bool = False  # torch.compile each block
-    offload_activations: bool = False  # what blocks save for backward waits in host memory, copied beside compute
+    offload_activations: bool = False  # keep what blocks save for backward in host memory, copied beside compute
     graph: bool = False  # replay forward and backward as one CUDA graph: for steps that the CPU cannot keep up with
     transport: TransportName = "auto"  # "peer": ranks of one host read each other's memory; "process_group": NCCL, gloo
 
     def __post_init__(self) -> None:
         if self.graph and self.offload_activations:
-            raise ValueError("model.graph records steps, which model.offload_activations cannot be part of: choose one")
+            raise ValueError(
+                "model.graph records steps, and model.offload_activations cannot be recorded: set one of them to false"
+            )
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class OptimizerOptions:
     max_grad_norm: float | None = 1.0  # gradients are scaled down to this norm; null: never
     moments: Literal["fp32", "bf16", "int8"] = "fp32"  # what they are kept in; int8: by blocks that share an exponent
     offload_moments: bool = False  # keep them in host memory, copied to the GPU and back beside every update
-    update_in_backward: bool = False  # update each unit in backward, and drop its gradients: no norm is known of them
+    update_in_backward: bool = False  # update each unit in backward and drop its gradients; needs max_grad_norm null
     nonfinite: Literal["stop", "skip"] = "stop"  # at gradients that are not finite; "skip" waits for each step's norm
 
     def __post_init__(self) -> None:
@@ -73,7 +75,7 @@ class OptimizerOptions:
             raise ValueError(
                 "optimizer.update_in_backward updates before the gradients of all units are known: set "
                 "optimizer.max_grad_norm to null, nonfinite to stop and offload_moments to false, or leave it out; got "
-                f"{norm}, {self.nonfinite} and {str(self.offload_moments).lower()}"
+                f"{'null' if norm is None else norm}, {self.nonfinite} and {str(self.offload_moments).lower()}"
             )
 
 
@@ -189,7 +191,8 @@ class Config:
             raise ValueError("give exactly one of model.preset, model.hf_dir and model.factory; set the others to null")
         if self.model.graph and self.optimizer.update_in_backward:
             raise ValueError(
-                "model.graph replays no update, and optimizer.update_in_backward makes some: set one of them"
+                "model.graph replays forward and backward only, and optimizer.update_in_backward updates in it: "
+                "set one of them to false"
             )
         if self.model.factory is None and (self.model.factory_args or self.model.blocks):
             raise ValueError("model.factory_args and model.blocks are of a model.factory, and none is given")

@@ -43,9 +43,9 @@ def test_a_run_goes_on_with_updates_in_backward_and_without(file: Path) -> None:
     ("others", "message"),
     [
         ([], r"max_grad_norm to null, .*; got 1\.0, stop and false$"),
-        ([WITHOUT_NORM, "--optimizer.nonfinite=skip"], r"nonfinite to stop .*; got None, skip and false$"),
+        ([WITHOUT_NORM, "--optimizer.nonfinite=skip"], r"nonfinite to stop .*; got null, skip and false$"),
         ([WITHOUT_NORM, "--optimizer.offload_moments=true"], r"offload_moments to false.*; got None, stop and true$"),
-        ([WITHOUT_NORM, "--model.graph=true"], r"^model\.graph replays no update"),
+        ([WITHOUT_NORM, "--model.graph=true"], r"^model\.graph replays forward and backward only"),
     ],
 )
 def test_what_needs_all_gradients_is_refused_in_one_line(others: list[str], message: str) -> None:

@@ -41,7 +41,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             low = 0 if name == "host_kv_nbytes" else 1
-            if type(value) is int and value < low:
+            if type(value) is int and value < low and name != "tpot_ms":
                 raise ValueError(f"{name} must be at least {low}, found {value}")
         if self.max_batch_tokens < self.max_batch_size:
             raise ValueError(

@@ -180,7 +180,7 @@ def test_a_prompt_moves_under_any_load_and_in_order_of_arrival() -> None:
     assert [done_after[name] for name in names] == [10, 20]
 
 
-@pytest.mark.parametrize("tpot_ms", [0.0, float("nan"), float("inf"), 10**400])
+@pytest.mark.parametrize("tpot_ms", [0.0, -1, float("nan"), float("inf"), 10**400])
 def test_a_target_of_no_time_or_without_end_is_refused(tpot_ms: float) -> None:
     """Prevents: an overflow in the first step that mixes, which ends the server."""
     with pytest.raises(ValueError, match="tpot_ms must be above 0 and at most 1e9, found"):
