@@ -97,7 +97,7 @@ def describe_plan(model: Any, world: World, options: OptimizerOptions) -> str:
     """The memory plan, AdamW's moments beside it, and what every update pays for them if they are offloaded."""
     nbytes, plan = moments_nbytes(model, world, options.moments), str(model.memory_plan())
     if options.update_in_backward:
-        plan += "\n  updates in backward leave memory to the gradients of a unit or two at a time"
+        plan += "\n  updates in backward: gradients of one unit or two have memory at a time"
     if not options.offload_moments:
         return f"{plan}\n  AdamW's moments, {readable(nbytes)}, and activations come on top"
     return (

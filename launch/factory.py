@@ -137,13 +137,13 @@ class WithLoss(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        told = inspect.signature(module.forward).parameters
-        second = next(iter([p for p in told.values() if p.kind in POSITIONAL][1:]), None)
+        parameters = inspect.signature(module.forward).parameters
+        second = next(iter([p for p in parameters.values() if p.kind in POSITIONAL][1:]), None)
         is_required = second is not None and second.default is inspect.Parameter.empty
-        named = next((name for name in (*TARGETS, LABELS) if name in told), None)
+        named = next((name for name in (*TARGETS, LABELS) if name in parameters), None)
         self.target_name = second.name if second is not None and is_required and named is None else named
         self.gives_logits = not is_required  # of tokens alone
-        self.options = {"use_cache": False} if "use_cache" in told else {}
+        self.options = {"use_cache": False} if "use_cache" in parameters else {}
         self.num_positions = _num_positions(module)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -35,7 +35,7 @@ class Measured:
     _arrived: torch.cuda.Event | None
 
     def read(self) -> tuple[float, bool]:
-        """The norm, 0 of none, and whether any rank wishes to stop; waits until the device has come this far."""
+        """Return the norm, 0 where gradients are dropped, and whether any rank wishes to stop; wait for the device."""
         if self._arrived is not None:
             self._arrived.synchronize()
         norm, stops = self._packet.tolist()
@@ -103,7 +103,7 @@ def _on_host(packet: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 
 def where_not_finite(names: list[str], norms: list[Tensor]) -> str | None:
-    """Which tensors are not finite, in words, from this rank's norms of its parts; asked on all ranks, told to all."""
+    """Return which tensors are not finite, in words, or None; all ranks call it with the norms of their parts."""
     finite = torch.isfinite(torch.stack([norm.float() for norm in norms])).tolist() if norms else []
     here = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
     bad = {name for there in all_gather_object(here) for name in there}

@@ -275,10 +275,10 @@ class RunState:
             if key in saved and (difference := steps.first_difference(saved[key], present[key])):
                 raise ValueError(f"{start.path} is {of}: {difference}")
         if difference := steps.first_difference(saved["order"], present["order"]):
-            told = [
+            changes = [
                 line for line in describe_changes(_config_of(start), self._trainer.options) if line.startswith("data.")
             ]
-            why = f" ({'; '.join(' '.join(line.split()) for line in told)})" if told else ""
+            why = f" ({'; '.join(' '.join(line.split()) for line in changes)})" if changes else ""
             raise ValueError(f"{start.path} was trained on other data or in another order: {difference}{why}")
 
 

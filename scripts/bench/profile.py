@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from bench.trainee import Trainee
 from launch.world import World
 
-NUM_GAPS, NUM_KERNELS = 8, 12  # told one by one
+NUM_GAPS, NUM_KERNELS = 8, 12  # listed one by one
 PHASES = ("forward", "backward", "update")
 
 
@@ -28,7 +28,7 @@ PHASES = ("forward", "backward", "update")
 
 
 def profile_steps(trainee: Trainee, batch: tuple[Tensor, Tensor], trace: Path, world: World) -> str:
-    """Run three steps; on rank 0 write the trace of the last, and tell what the GPU's streams did in it."""
+    """Run three steps; on rank 0 write the trace of the last, and return what the GPU's streams did in it."""
     if not world.is_first:
         run_steps(trainee, batch, world, after_each=lambda: None)
         return ""

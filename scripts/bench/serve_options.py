@@ -13,7 +13,7 @@ from bench.options import DTYPES
 from yafsdp_like.inference.engine.scheduler import CHUNK, PROMPTS_PER_CHUNK
 from yafsdp_like.inference.options import AnyMode
 
-DESCRIPTION = "Measure a served model; the method is told at the top of bench_serve.py."
+DESCRIPTION = "Measure a served model; the method is at the top of bench_serve.py."
 BATCHES = {False: "1,2,4,8,16,32,64,128", True: "128,256,512"}  # by whether there are several ranks
 MODES: dict[bool, tuple[AnyMode, ...]] = {False: ("resident", "streamed"), True: ("gathered", "tensor_parallel")}
 NUM_HELD = 8  # steps that are timed while the device is held busy, see bench_serve.py

@@ -82,7 +82,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def imported(world: World) -> Any:
-    """The package, told which device to use: it looks for one when it is imported, and does not ask again."""
+    """Import the package for the device in use, which it looks for once, when it is imported."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     deepspeed = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -134,7 +134,7 @@ def engine_settings(options: Options) -> dict[str, Any]:
         "communication_data_type": options.reduce_dtype,  # gradients are summed between ranks in it
         "data_types": {"grad_accum_dtype": options.reduce_dtype},  # and kept in it
         "zero_optimization": {"stage": 3, **TUNING, **overrides},
-        "gradient_clipping": options.clip,  # in its step; at 1.0 if not told otherwise
+        "gradient_clipping": options.clip,  # in its step; at 1.0 by default
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would have to be compiled
         "steps_per_print": 1_000_000_000,
     }

@@ -194,7 +194,7 @@ class MemoryPlan:
             if not regions:
                 continue
             count = f"{len(regions)} regions" if len(regions) > 1 else "1 region"
-            meaning += " (in host memory)" if all(r.on_host for r in regions) else ""
+            meaning = ("in host memory: " if all(r.on_host for r in regions) else "") + meaning
             lines.append(f"  {kind:<18} {readable(sum(r.nbytes for r in regions)):>12}   {count:<12} {meaning}")
             lines += self._slot_lines(kind)
         return "\n".join(lines)

@@ -210,9 +210,9 @@ def _check_fit(directory: Path, weights: list[Weight], stored: Mapping[str, Stor
             name for name, spec in specs.items() if spec.dtype.is_floating_point and spec.dtype.itemsize == 1
         ],
     }
-    told = [f"{what}: {_some(names)}" for what, names in findings.items() if names]
-    if told:
-        raise ValueError(f"the weights in {directory} do not fit the model; {'; '.join(told)}")
+    problems = [f"{what}: {_some(names)}" for what, names in findings.items() if names]
+    if problems:
+        raise ValueError(f"the weights in {directory} do not fit the model; {'; '.join(problems)}")
     if tied and not _is_head_tied(stored):
         raise ValueError(
             f"the model's head is tied to its embedding, and {directory} stores {_HEAD} with other values than "

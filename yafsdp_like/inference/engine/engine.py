@@ -230,7 +230,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether ``step`` has anything to do, or to tell."""
+        """Whether ``step`` has anything to do, or to return."""
         return bool(self._sequences) or self._unread is not None
 
     def step(self) -> list[RequestOutput]:

@@ -14,7 +14,7 @@ belong to chunks: decode attention writes zeros there, then prefill attention wh
 
 [Note: aligned rows]
 Triton compiles another kernel for a pointer that is not a multiple of 16 bytes. The parts of tables that hold chunks
-begin at a multiple of 4 rows of int32, so that no step meets a kernel that warming up has not compiled.
+begin at a multiple of 4 rows of int32, so that no step needs a kernel that warming up has not compiled.
 
 Ranks that compute together each have their part of a layer, and what a layer adds is the sum over ranks of what the
 parts give. Of logits each computes those of its range of the vocabulary.

@@ -110,7 +110,7 @@ class Runner:
             self._forward.warm_up(self._sizes)
             for num_rows in sorted({size.num_drawing for size in self._sizes}):
                 self._sample(self._buffers.logits.logits[:num_rows])
-                self._tell_logprobs(num_rows)
+                self._compute_logprobs(num_rows)
             torch.cuda.synchronize(self._weights.device)
             if graphs:
                 free_nbytes, _ = torch.cuda.mem_get_info(self._weights.device)
@@ -126,7 +126,7 @@ class Runner:
         """Record the largest first, whose memory the others then use."""
         recorder = StepRecorder()
         for size in reversed(self._buckets.decode):
-            self._logprobs[size.num_drawing] = recorder.record(partial(self._tell_logprobs, size.num_drawing))
+            self._logprobs[size.num_drawing] = recorder.record(partial(self._compute_logprobs, size.num_drawing))
         sizes = [size for size in self._sizes if size.num_tokens <= _MAX_RECORDED_TOKENS]
         for size in reversed(sizes if self._weights.graphable else []):
             self._weights.reset_residency()
@@ -231,7 +231,7 @@ class Runner:
             drawn_from = SamplingRows(inputs.sampling_floats[rows], inputs.sampling_ints[rows], tables.history)
             sample(logits, drawn_from, self._drawn.ids[rows])
 
-    def _tell_logprobs(self, num_rows: int) -> None:
+    def _compute_logprobs(self, num_rows: int) -> None:
         """Compute log-probabilities of the tokens drawn, and of the most probable, from the step's logits.
 
         They are logits less the log of the sum of all exponentials, which is taken relative to the highest logit.
@@ -251,7 +251,7 @@ class Runner:
         if with_logprobs:
             recorded = min((found for found in self._logprobs if found >= num_rows), default=None)
             if recorded is None:
-                self._tell_logprobs(num_rows)
+                self._compute_logprobs(num_rows)
             else:
                 self._logprobs[recorded].replay()
         self._results.reverse()

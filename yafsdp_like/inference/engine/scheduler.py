@@ -71,7 +71,7 @@ class _Draft:
 
 
 class _UnreadError(Exception):
-    """A sequence that must make room has pending tokens."""
+    """A sequence that must make room has pending tokens, which must be known if it is to be computed again."""
 
 
 class Scheduler:

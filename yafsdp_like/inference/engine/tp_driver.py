@@ -66,7 +66,7 @@ class TPDriver:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do or to tell, were it that the others are to go on listening."""
+        """Whether `step` has anything to do or to return, a sign of life for the other ranks included."""
         return self._engine.has_work or time.monotonic() - self._last_broadcast_s >= KEEP_ALIVE_S
 
     def add(self, request: Request) -> None:

@@ -1,4 +1,4 @@
-"""What /metrics tells of answers and of the engine, and when the tokens of an answer came.
+"""What /metrics says of answers and of the engine, and when the tokens of an answer came.
 
 Owns names of metrics. Needs prometheus_client.
 """
@@ -21,7 +21,7 @@ STEP_BUCKETS_S = 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.015, 0.02, 0.03, 0.0
 
 
 class ServerMetrics:
-    """What /metrics tells, in a registry of its own."""
+    """What /metrics says, in a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -37,7 +37,7 @@ class ServerMetrics:
         )
         self.between_tokens = histogram(
             "yafsdp_like_time_between_tokens_seconds",
-            "Between tokens of a choice, as its outputs tell",
+            "Between tokens of a choice, by when its outputs arrive",
             buckets=STEP_BUCKETS_S,
         )
         self.whole = seconds("yafsdp_like_request_seconds", "From a body's arrival to a choice's end")

@@ -320,7 +320,7 @@ class Service(Generic[EngineT]):
             stream.put(RequestOutput(request_id, output.tokens, output.finish, output.num_cached_tokens))
 
     def _lose(self, name: str, error: Exception) -> None:
-        """Ends what a request is part of, which could not be told its news, or not be cancelled."""
+        """Ends what a request is part of, whose outputs could not be delivered, or which could not be cancelled."""
         logger.error("a request is lost", exc_info=error)
         if name in self._streams:
             stream, _ = self._streams[name]
@@ -344,7 +344,7 @@ class Service(Generic[EngineT]):
         self._forget(list(self._streams))
 
     def _end_calls(self, error: Exception) -> None:
-        """The thread is to end, or has; what waits for it is told so."""
+        """The thread is to end, or has; calls that wait for it fail."""
         with self._changed:
             self._is_over = True
             calls = list(self._calls)

@@ -21,7 +21,7 @@ class Stream:
     """
 
     def __init__(self, names: Mapping[str, str], cancel: Callable[[str], None]) -> None:
-        """`names`: what the engine calls each request, by its id; `cancel` is told that."""
+        """`names`: what the engine calls each request, by its id; `cancel` is called with that."""
         self._live = dict(names)
         self._cancel = cancel
         self._outputs: deque[RequestOutput] = deque()

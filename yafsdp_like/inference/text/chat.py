@@ -48,14 +48,14 @@ def tokenize(model: Any, text: str, add_special_tokens: bool = False) -> list[in
 
 
 @contextmanager
-def translate_panics(kind: type[Exception], told: str) -> Iterator[None]:
+def translate_panics(kind: type[Exception], message: str) -> Iterator[None]:
     """Raise an error of this `kind` where `tokenizers` panics: a panic is a BaseException, and would end the thread."""
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise kind(f"{told}: {error}") from error
+        raise kind(f"{message}: {error}") from error
 
 
 class ChatTemplate:

@@ -101,10 +101,10 @@ def stop_tokens(directory: Path) -> frozenset[int]:
     """`eos_token_id` of generation_config.json and of config.json, each of which may be one id or several."""
     found: set[int] = set()
     for name in (GENERATION_CONFIG_NAME, CONFIG_NAME):
-        told = json_object(directory / name).get("eos_token_id")
-        listed = told if isinstance(told, list) else [] if told is None else [told]
+        value = json_object(directory / name).get("eos_token_id")
+        listed = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(token) is int for token in listed):
-            raise ValueError(f"{directory / name}: eos_token_id must be an id or a list of ids, found {told!r}")
+            raise ValueError(f"{directory / name}: eos_token_id must be an id or a list of ids, found {value!r}")
         found.update(listed)
     return frozenset(found)
 
@@ -117,14 +117,14 @@ def sampling_defaults(directory: Path | None) -> SamplingParams:
     if directory is None:
         return SamplingParams()
     path = directory / GENERATION_CONFIG_NAME
-    told = {name: value for name, value in json_object(path).items() if name in SAMPLED and value is not None}
+    given = {name: value for name, value in json_object(path).items() if name in SAMPLED and value is not None}
     kinds = {item.name: int if item.type == "int" else float for item in fields(SamplingParams)}
-    for name, value in told.items():
-        told[name] = _number(path, name, value, kinds[name])
-    if told.get("top_k", 0) < 0:  # some write -1 for all
-        told["top_k"] = 0
+    for name, value in given.items():
+        given[name] = _number(path, name, value, kinds[name])
+    if given.get("top_k", 0) < 0:  # some write -1 for all
+        given["top_k"] = 0
     try:
-        return SamplingParams(**told)
+        return SamplingParams(**given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
