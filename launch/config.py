@@ -39,6 +39,8 @@ class ModelOptions:
             raise ValueError(
                 "model.graph records steps, and model.offload_activations cannot be recorded: set one of them to false"
             )
+        if self.offload_activations and self.factory is not None and not self.blocks:
+            raise ValueError("model.offload_activations offloads block by block: name the factory's by model.blocks")
 
 
 @dataclass(frozen=True)

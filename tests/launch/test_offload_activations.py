@@ -29,3 +29,8 @@ def test_losses_are_those_of_activations_on_the_device_and_the_cost_is_said(file
 def test_recorded_steps_are_refused_before_anything_is_loaded() -> None:
     with pytest.raises(ValueError, match=r"model\.graph .*model\.offload_activations"):
         config.load([OFFLOADED, "--model.graph=true"])
+
+
+def test_a_factory_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.offload_activations .*name the factory's by model\.blocks"):
+        config.load([OFFLOADED, "--model.preset=null", "--model.factory=a:b"])
