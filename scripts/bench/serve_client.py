@@ -46,6 +46,8 @@ async def work(port: int, left: list[tuple[int, float, bytes]], times: list[list
         wait_s = at - (time.perf_counter() - start)
         await asyncio.sleep(wait_s)
         if writer is None or wait_s > 0:
+            if writer is not None:
+                writer.close()
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
         times[index] = await ask(reader, writer, body, start)
     if writer is not None:
