@@ -8,8 +8,8 @@ What autograd saves in a block goes through a pair of hooks (``torch.autograd.gr
 at least ``min_nbytes`` are copied to the host when the block's forward ends, each once, however many tensors and blocks
 save views of it. Compute waits for a block's copies at the end of the next block's forward, and the device's memory
 goes back to PyTorch's allocator then, in the order of compute: at most two blocks' activations are there. Those of the
-last block still are when backward comes to it. The first tensor of a block that backward asks for brings all of the
-block's back, and those of the block before it, which so arrive while this one computes; compute waits for the copies
+last block still are when backward comes to it. When backward asks for the first tensor of a block, all of the block's
+are copied back, and those of the block before it, which so arrive while this one computes; compute waits for the copies
 before it reads. Autograd drops each as its node is done.
 
     compute         forward 0 | forward 1 | forward 2 |        | backward 2 | backward 1 | backward 0
