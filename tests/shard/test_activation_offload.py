@@ -115,6 +115,19 @@ def assert_gradients_equal(found: nn.Module, expected: nn.Module) -> None:
         assert torch.equal(p.grad, q.grad)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # that the compiler reads
+@on_ranks(1)
+def test_a_model_that_is_compiled_as_a_whole_offloads_between_its_graphs() -> None:
+    """Prevents: hooks of saved tensors are compiled themselves, which fails."""
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+    expected = copy.deepcopy(model)
+    offload_activations(list(model), min_nbytes=1)
+    compiled = torch.compile(model, backend="aot_eager")
+    for m in (compiled, expected):
+        m(rows()).square().sum().backward()
+    assert_gradients_equal(model, expected)
+
+
 # --- bytes ---
 
 

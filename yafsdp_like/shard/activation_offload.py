@@ -239,6 +239,7 @@ class OffloadedActivations:
             saved.leave()
         self._copy_to_host(call)
 
+    @torch.compiler.disable  # called by what runs between compiled graphs too
     def _pack(self, tensor: torch.Tensor) -> Any:
         call = next(call for _, call, _ in reversed(self._running) if call is not None)  # blocks inside have none
         if not self._is_offloaded(tensor, call):
@@ -282,6 +283,7 @@ class OffloadedActivations:
 
     # --- backward ---
 
+    @torch.compiler.disable
     def _unpack(self, packed: torch.Tensor | _View) -> torch.Tensor:
         if not isinstance(packed, _View):
             return packed
