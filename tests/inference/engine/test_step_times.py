@@ -187,6 +187,29 @@ def test_a_target_of_no_time_or_without_end_is_refused(tpot_ms: float) -> None:
         EngineOptions(tpot_ms=tpot_ms)
 
 
+@pytest.mark.parametrize("stall_s", [0.2, 2.0, 200.0])
+def test_chunks_recover_after_a_step_that_was_held_up_though_none_only_decodes_any_more(stall_s: float) -> None:
+    """Prevents: decoding rows count as slow for good, so that prompts move by the least chunk until none are left."""
+    it, device = StepTimes(TABLE), StepTimes(TABLE)
+    for seconds in (*[0.0048] * 50, stall_s):
+        it.learn(8, 8, seconds)
+    for _ in range(20):
+        rows = it.max_rows(0.025, 8)
+        it.learn(rows, 8, device.seconds(rows) + 8 * 1e-4)
+    assert it.max_rows(0.025, 8) == 512
+
+
+def test_many_decoding_rows_bound_what_each_takes_by_a_step_that_mixes() -> None:
+    it = StepTimes(TABLE)
+    for _ in range(60):
+        it.learn(8, 8, 0.100)
+    assert it.max_rows(0.025, 8) == 8 + MIN_CHUNK
+    for _ in range(60):
+        rows = it.max_rows(0.025, 8)
+        it.learn(rows, 8, StepTimes(TABLE).seconds(rows))
+    assert it.max_rows(0.025, 8) >= 512
+
+
 # --- the engine ---
 
 

@@ -51,12 +51,16 @@ class StepTimes:
 
     def learn(self, num_rows: int, num_decoding: int, seconds: float) -> None:
         """Correct what is predicted by the seconds that a step took."""
+        low, high = _RATIOS
+        table_s = self._table_s(num_rows)
         if num_rows == num_decoding:
-            keys_s = max(0.0, seconds - self._table_s(num_rows)) / num_rows
+            seconds = min(seconds, high * (table_s + num_rows * self._decoding_s))
+            keys_s = max(0.0, seconds - table_s) / num_rows
             self._decoding_s += _WEIGHT * (keys_s - self._decoding_s)
         else:
-            low, high = _RATIOS
-            ratio = (seconds - num_decoding * self._decoding_s) / self._table_s(num_rows)
+            if num_decoding:
+                self._decoding_s = min(self._decoding_s, seconds / num_decoding)  # where no step only decodes
+            ratio = (seconds - num_decoding * self._decoding_s) / table_s
             self._scale += _WEIGHT * (min(max(ratio, low), high) - self._scale)
 
     def _table_s(self, num_rows: int) -> float:
