@@ -308,6 +308,30 @@ def test_a_graph_that_is_kept_may_be_used_again_after_other_forwards() -> None:
 
 
 @on_ranks(1)
+def test_forwards_after_one_that_was_interrupted_offload_again() -> None:
+    """As in a notebook: PyTorch calls no hook of a module after a ``KeyboardInterrupt``."""
+    model, expected = stack(), stack()
+    offloaded = offload_activations(model.blocks, min_nbytes=1)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.blocks[2].linear.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(rows())
+    handle.remove()
+    for _ in range(2):
+        for m in (model, expected):
+            m.zero_grad()
+            m(rows()).sum().backward()
+        assert_gradients_equal(model, expected)
+    before = offloaded.copied_nbytes
+    model(rows()).sum().backward()
+    assert offloaded.copied_nbytes == before + 4 * 3 * NBYTES
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+@on_ranks(1)
 def test_a_block_inside_of_a_block_is_part_of_it() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:

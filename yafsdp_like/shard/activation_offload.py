@@ -210,7 +210,11 @@ class OffloadedActivations:
     def begin(self, block: nn.Module, inputs: Any) -> None:
         """Begin a forward of ``block``; what autograd saves from now on is this object's, unless others have hooks."""
         autograd: Any = torch._C._autograd
-        taken = autograd._top_saved_tensors_default_hooks(True) is not None or backward_task() is not None
+        top = autograd._top_saved_tensors_default_hooks(True)
+        if top is not None and top[0] == self._pack and any(running is block for running, *_ in self._running):
+            self._leave_interrupted()
+            top = autograd._top_saved_tensors_default_hooks(True)
+        taken = top is not None or backward_task() is not None
         if taken or not torch.is_grad_enabled() or not autograd._saved_tensors_hooks_is_enabled():  # not by torch.func
             self._running.append((block, None, None))
             return
@@ -224,6 +228,13 @@ class OffloadedActivations:
         hooks = saved_tensors_hooks(self._pack, self._unpack)
         hooks.__enter__()
         self._running.append((block, call, hooks))
+
+    def _leave_interrupted(self) -> None:
+        """Remove the hooks of a forward that never ended: PyTorch calls no hook after a ``KeyboardInterrupt``."""
+        for _, _, hooks in self._running:
+            if hooks is not None:
+                hooks.__exit__()
+        self._running.clear()
 
     def end(self, block: nn.Module) -> None:
         """End the forward of ``block``, also one that failed: copy what it has saved, and release the block before."""
