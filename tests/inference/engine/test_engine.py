@@ -259,7 +259,7 @@ def test_rows_that_fill_up_a_recorded_batch_change_nothing(monkeypatch: pytest.M
     assert all(token.top == ((token.id, token.logprob),) for completion in done.values() for token in completion.tokens)
     replayed = {size for name, size in recorder.replayed if name == "_step"}
     assert replayed >= {StepSize.decode(4), StepSize.decode(6), StepSize(16, 6, 6, 6)}
-    assert {size for name, size in recorder.replayed if name == "_tell_logprobs"} >= {4, 6}
+    assert {size for name, size in recorder.replayed if name == "_compute_logprobs"} >= {4, 6}
     check_idle(it)
 
 
