@@ -46,14 +46,14 @@ def test_results_come_rank_by_rank(world_size: int) -> None:
     assert run_ranks(sum_of_ranks, 1.0, world_size=world_size) == [expected] * world_size
 
 
-def test_a_job_costs_milliseconds() -> None:
+def test_a_job_starts_no_process() -> None:
     run_ranks(sum_of_ranks, 0.0)
     seconds = []
     for _ in range(20):
         begin = time.perf_counter()
         run_ranks(sum_of_ranks, 0.0)
         seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 0.25  # the least: other work on the machine adds to most
+    assert min(seconds) < 1.0  # beside other tests; a new process takes longer to import torch alone
 
 
 def test_errors_of_every_rank_are_collected_and_the_next_job_runs() -> None:
