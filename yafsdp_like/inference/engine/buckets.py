@@ -57,7 +57,10 @@ class StepBuckets:
         )
 
     def padded(self, num_tokens: int) -> int:
-        """Return the number of tokens that a step which does not only decode is padded to; none if it is too large."""
+        """Return the number of tokens that a step is padded to, if it does more than decode.
+
+        Above the largest size it is ``num_tokens`` itself.
+        """
         return next((tokens for tokens in self._tokens if tokens >= num_tokens), num_tokens)
 
     def least(self, num_tokens: int) -> StepSize:
@@ -75,7 +78,10 @@ class StepBuckets:
 
     @cached_property
     def _sequences(self) -> list[tuple[int, int, int]]:
-        """How many may decode, how many may be chunks, and how many may draw: first of prompts that go on."""
+        """Limits of sequences that decode, of chunks, and of rows that draw.
+
+        The first are for steps of prompts' chunks alone, after which nothing is drawn.
+        """
         most = self.max_batch_size
         few = [(n, min(n, _MAX_CHUNKS)) for n in (*(n for n in _NUM_SEQUENCES if n < most), most)]
         return [(0, min(8, most), 0), *((n, c, min(n + c, most)) for n, c in (*few, (most, most)))]
