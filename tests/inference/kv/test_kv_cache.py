@@ -381,7 +381,8 @@ def forget_a_charge(e: Engine, sequence: KVSequence) -> None:
 
 
 def lose_a_slab(e: Engine, sequence: KVSequence) -> None:
-    e.cache.pools[Tier.DEVICE].slabs._idle.pop()
+    idle = e.cache.pools[Tier.DEVICE].slabs._idle
+    idle.discard(next(iter(idle)))
 
 
 def keep_a_page_outside_the_window(e: Engine, sequence: KVSequence) -> None:
@@ -493,6 +494,19 @@ class Serving(RuleBasedStateMachine):
         e, sequence = self.pick("SWAPPED", choice)
         self.guarded(sequence.tenant, lambda: e.close(sequence) if cancelled else e.swap(sequence, out=False))
 
+    @rule(choice=st.integers(0, 99))
+    def claim_a_slab(self, choice: int) -> None:
+        """As weights do, or give it back; a page that is referred to stays."""
+        pool = self.pools[Tier.DEVICE]
+        slab = choice % pool.grid.num_slabs
+        written, held = pool.slabs.num_written[slab], pool.is_held(slab)
+        if slab in pool.slabs.claimed:
+            pool.slabs.returned(slab)
+        elif pool.claim(slab):
+            assert not held and pool.slabs.num_written[slab] == written + 1
+        else:
+            assert held
+
     @invariant()
     def all_is_well(self) -> None:
         for e in getattr(self, "engines", []):
@@ -506,6 +520,8 @@ class Serving(RuleBasedStateMachine):
                 e.close(sequence)
         self.all_is_well()
         for pool in getattr(self, "pools", {}).values():
+            for slab in list(pool.slabs.claimed):
+                pool.slabs.returned(slab)
             pool.clear()
             assert pool.slabs.num_idle == pool.grid.num_slabs and not pool.ledger.charges
 

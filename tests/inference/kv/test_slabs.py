@@ -112,3 +112,17 @@ def test_a_slab_returns_with_its_last_page_and_goes_to_another_shape() -> None:
     slabs.check_integrity({SMALL: set(range(6)), wide: {2}})
     with pytest.raises(RuntimeError, match="are lent"):
         slabs.check_integrity({SMALL: set(range(5)), wide: {2}})
+
+
+def test_pages_come_last_from_slabs_that_are_lent_late_and_never_from_claimed_ones() -> None:
+    """So that weights find their slabs free, and a page is never where weights lie."""
+    slabs = SlabPool(SlabGrid(4 * 1024, 1024), lend_late={0: 2, 1: 1})  # of two pages each
+    slabs.admit(SMALL)
+    slabs.claim(2)
+    assert [slabs.take(SMALL) for _ in range(7)] == [6, 7, 2, 3, 0, 1, None]
+    slabs.check_integrity({SMALL: {7, 6, 3, 2, 1, 0}})
+    for page in (7, 2):
+        slabs.put(SMALL, page)
+    slabs.returned(2)
+    assert [slabs.take(SMALL) for _ in range(4)] == [7, 2, 4, 5]
+    assert slabs.num_written == [1, 1, 2, 1]

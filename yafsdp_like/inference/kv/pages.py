@@ -51,9 +51,15 @@ class PagePool:
     slabs without referenced pages are looked at.
     """
 
-    def __init__(self, grid: SlabGrid, policy: Policy | None = None, tenants: Iterable[Tenant] = ()) -> None:
+    def __init__(
+        self,
+        grid: SlabGrid,
+        policy: Policy | None = None,
+        tenants: Iterable[Tenant] = (),
+        lend_late: Mapping[int, int] | None = None,
+    ) -> None:
         self.grid = grid
-        self.slabs = SlabPool(grid)
+        self.slabs = SlabPool(grid, lend_late)
         self.policy = policy or LRU()
         self.ledger = Ledger(tenants, grid.num_slabs * grid.slab_nbytes)
         self.stocks: dict[PageShape, Stock] = {}
@@ -132,6 +138,22 @@ class PagePool:
         record.cost = cost
         if stock.by_content.setdefault(content, page) == page:
             record.content = content
+
+    def claim(self, slab: int) -> bool:
+        """Take a whole slab for something else than pages, and return whether it could be had.
+
+        It cannot while a page of it is referred to. What is cached in it is evicted, floors or not.
+        """
+        if slab in self._held or slab in self.slabs.claimed:
+            return False
+        if slab in self.slabs.leases:
+            self._evict_slab(slab)
+        self.slabs.claim(slab)
+        return True
+
+    def is_held(self, slab: int) -> bool:
+        """Return whether a page of a slab is referred to."""
+        return slab in self._held
 
     def clear(self) -> None:
         """Evict all that nobody refers to, floors or not."""

@@ -14,7 +14,6 @@ is less than two pages per slab where ``P`` does not divide the slab; ``SlabGrid
 
 from __future__ import annotations
 
-import heapq
 import math
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -166,20 +165,41 @@ class SlabPool:
     """Which slab is lent to which shape, and which pages of it are free.
 
     ``take`` and ``put`` are O(log slabs), plus O(pages of a slab) when a slab is lent. Pages come from the lowest slab
-    that has one, so that high slabs become empty and return to the pool.
+    that has one, so that high slabs become empty and return to the pool. Those of ``lend_late`` come behind all others,
+    the later the higher their number there. A slab may be claimed for something else than pages.
     """
 
-    def __init__(self, grid: SlabGrid) -> None:
+    def __init__(self, grid: SlabGrid, lend_late: Mapping[int, int] | None = None) -> None:
         self.grid = grid
         self.leases: dict[int, Lease] = {}  # slab -> its lease
-        self._idle = list(range(grid.num_slabs))  # a heap of those not lent
+        self.claimed: set[int] = set()
+        self.num_written = [0] * grid.num_slabs  # how often each slab was lent or claimed, whose bytes are then others
+        self._lend_late = dict(lend_late or {})
+        self._idle: Ranked[int] = Ranked()  # neither lent nor claimed
+        for slab in range(grid.num_slabs):
+            self._idle.put(slab, self._rank(slab))
         self._roomy: dict[PageShape, Ranked[int]] = {}  # slabs with free pages
         self._num_free: dict[PageShape, int] = {}
 
     @property
     def num_idle(self) -> int:
-        """Slabs that are not lent."""
+        """Slabs that are neither lent nor claimed."""
         return len(self._idle)
+
+    def claim(self, slab: int) -> None:
+        """Take an idle slab away from pages, until it is ``returned``."""
+        assert slab in self._idle, f"slab {slab} is lent or claimed: {self.leases.get(slab)}"
+        self._idle.discard(slab)
+        self.claimed.add(slab)
+        self.num_written[slab] += 1
+
+    def returned(self, slab: int) -> None:
+        """Let pages have a claimed slab again."""
+        self.claimed.remove(slab)
+        self._idle.put(slab, self._rank(slab))
+
+    def _rank(self, slab: int) -> tuple[int, int]:
+        return self._lend_late.get(slab, 0), slab
 
     def admit(self, shape: PageShape) -> None:
         """Make ``shape`` known. Raises ValueError if slabs are too small for it."""
@@ -213,30 +233,32 @@ class SlabPool:
         assert lease.shape == shape and page in lease.pages, f"page {page} of {shape} is not in slab {slab}: {lease}"
         lease.free.append(page)
         self._num_free[shape] += 1
-        self._roomy[shape].put(slab, (slab,))
+        self._roomy[shape].put(slab, self._rank(slab))
         if len(lease.free) == len(lease.pages):
             self._end(slab, lease)
 
     def _lend(self, shape: PageShape) -> int | None:
-        if not self._idle:
+        slab = self._idle.first()
+        if slab is None:
             return None
-        slab = heapq.heappop(self._idle)
+        self._idle.discard(slab)
+        self.num_written[slab] += 1
         pages = self.grid.pages(slab, shape)
         self.leases[slab] = Lease(shape, pages, list(reversed(pages)))
         self._num_free[shape] += len(pages)
-        self._roomy[shape].put(slab, (slab,))
+        self._roomy[shape].put(slab, self._rank(slab))
         return slab
 
     def _end(self, slab: int, lease: Lease) -> None:
         del self.leases[slab]
         self._num_free[lease.shape] -= len(lease.pages)
         self._roomy[lease.shape].discard(slab)
-        heapq.heappush(self._idle, slab)
+        self._idle.put(slab, self._rank(slab))
 
     def check_integrity(self, used: Mapping[PageShape, Set[int]]) -> None:
-        """Raise RuntimeError unless every slab is idle or lent, and every page of a lent one free or ``used``."""
-        slabs = sorted([*self._idle, *self.leases])
-        check(slabs == list(range(self.grid.num_slabs)), f"slabs idle or lent: {slabs} of {self.grid.num_slabs}")
+        """Raise RuntimeError unless every slab is idle, claimed or lent, and its pages then free or ``used``."""
+        slabs = sorted([*self._idle, *self.leases, *self.claimed])
+        check(slabs == [*range(self.grid.num_slabs)], f"slabs idle, claimed or lent: {slabs} of {self.grid.num_slabs}")
         for shape in self._roomy:
             leases = {slab: lease for slab, lease in self.leases.items() if lease.shape == shape}
             free = [page for lease in leases.values() for page in lease.free]
