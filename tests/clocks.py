@@ -88,6 +88,10 @@ class VectorClocks:
         for stream in self.clocks:
             self._learn(stream, event.clock)
 
+    def is_complete(self, event: Stamp) -> bool:
+        """Never known: what must be waited for is."""
+        return False
+
     def stream_barrier(self, stream: str) -> None:
         """The stream waits for the same one of the peer, which has come as far and waits likewise."""
         if not self._is_omitted("stream_barrier"):

@@ -200,7 +200,7 @@ def costs_that_differ() -> tuple[Costs, dict[str, list[int]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runner, "measure", measured)
         it = engine_together(TINY, replace(OPTIONS, costs=None))
-    return it._cache.costs, ids(it.generate(requests(prompts(3))))
+    return it.cache.costs, ids(it.generate(requests(prompts(3))))
 
 
 def test_costs_are_those_that_the_first_rank_has_measured() -> None:

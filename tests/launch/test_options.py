@@ -9,7 +9,7 @@ import pytest
 
 from launch.command_line import Command, known_keys
 from launch.options import GENERATE, SERVE, GenerateOptions, SamplingOverrides, ServeOptions
-from yafsdp_like.inference.engine.engine import POLICIES
+from yafsdp_like.inference.engine.places import POLICIES
 from yafsdp_like.inference.kv.eviction import Costs, Tenant
 from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.kernels.sampling_params import SamplingParams

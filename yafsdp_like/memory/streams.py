@@ -43,6 +43,9 @@ class Streams(Protocol):
     def synchronize(self, event: Event) -> None:
         """Block the CPU until ``event`` is complete; never called in a training step."""
 
+    def is_complete(self, event: Event) -> bool:
+        """Return whether ``event`` is complete, as far as the CPU knows, without waiting."""
+
 
 class CudaStreams:
     """High-priority side streams of one device, so that communication is not queued behind compute kernels.
@@ -84,6 +87,10 @@ class CudaStreams:
         """See ``Streams``."""
         event.synchronize()
 
+    def is_complete(self, event: Event) -> bool:
+        """See ``Streams``."""
+        return bool(event.query())
+
 
 class _OnStream:
     """``torch.cuda.stream``, at a third of its cost: the device and its stream are current inside."""
@@ -124,6 +131,10 @@ class InOrder:
 
     def synchronize(self, event: Event) -> None:
         """See ``Streams``."""
+
+    def is_complete(self, event: Event) -> bool:
+        """See ``Streams``."""
+        return True
 
 
 class Timer:

@@ -400,7 +400,7 @@ def test_ranks_that_share_weights_serve_requests_of_their_own(asked: TransportNa
 
 
 def test_costs_are_measured_where_there_is_a_host_tier() -> None:
-    costs = engine(costs=None)._cache.costs
+    costs = engine(costs=None).cache.costs
     assert costs.link_nbytes_per_s > 1e6 and costs.prefill_tokens_per_s > 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ from tests.inference.engine.test_engine import (
     GREEDY,
     MAX_STEPS,
     OPTIONS,
+    RECOMPUTING,
+    SWAPPING,
     TINY,
     VOCAB_SIZE,
     check_idle,
@@ -24,9 +26,13 @@ from tests.inference.engine.test_engine import (
 )
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request
+from yafsdp_like.inference.kv.kv_cache import Tier
 from yafsdp_like.inference.weights.loading import model_of
 from yafsdp_like.models.decoder import Decoder
 from yafsdp_like.models.moe import ExpertsConfig
+
+if TYPE_CHECKING:
+    from yafsdp_like.inference.kv.eviction import Costs
 
 
 @pytest.mark.parametrize("lookahead", [True, False])
@@ -140,3 +146,37 @@ def test_options_and_models_that_cannot_be_served_are_refused() -> None:
     with pytest.raises(ValueError, match="experts"):
         experts = replace(TINY, experts=ExpertsConfig(num_experts=4, experts_per_token=2))
         Engine.load(model_of(Decoder(experts)), OPTIONS, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("costs", [SWAPPING, RECOMPUTING])
+def test_an_engine_that_is_suspended_between_any_two_steps_draws_the_same_tokens(costs: Costs) -> None:
+    """As when another model needs the memory: with nothing referred to on the device meanwhile."""
+    texts = prompts(4, longest=22)
+    it, drawn = engine(costs=costs), dict[str, list[int]]()
+    for request in requests(texts, max_tokens=8):
+        it.add(request)
+    num_held = 0
+    while it.has_work:
+        outputs = it.step()
+        num_held += it.metrics().kv_nbytes_used > 0
+        outputs += it.suspend()
+        assert it.metrics().kv_nbytes_used == 0
+        it.check_integrity()
+        for output in outputs:
+            drawn[output.request_id] = [*drawn.get(output.request_id, []), *(token.id for token in output.tokens)]
+    assert drawn == {str(i): expected(TINY, text, 8) for i, text in enumerate(texts)}
+    assert num_held > 8 and (it.metrics().num_swapped_out > 8) is (costs is SWAPPING)
+
+
+def test_only_sequences_with_pages_in_the_slabs_that_are_wanted_are_suspended() -> None:
+    it = engine(max_batch_tokens=32)
+    for request in requests(prompts(3, longest=12), max_tokens=20):
+        it.add(request)
+    for _ in range(6):
+        it.step()
+    pool = it.cache.pools[Tier.DEVICE]
+    held = [slab for slab in range(pool.grid.num_slabs) if pool.is_held(slab)]
+    assert it.metrics().num_running == 3
+    it.suspend(held[-1:])
+    assert 0 < it.metrics().num_running < 3 and not pool.is_held(held[-1]) and pool.is_held(held[0])
+    it.check_integrity()

@@ -119,7 +119,7 @@ def test_resident_weights_are_the_decoders(name: str, dtype: torch.dtype) -> Non
 def test_the_plans_buffers_lie_in_the_arena_and_apart_from_the_weights() -> None:
     module = decoder()
     weights = load(model_of(module), LIMITS)
-    tensors = weights.plan.buffers.tensors(weights.arena)
+    tensors = weights.plan.buffers.tensors(weights.arena.place)
     found = {name: tensor for group in vars(tensors).values() for name, tensor in vars(group).items()}
     assert found.keys() == weights.plan.buffers.buffers.keys()
     for name, buffer in weights.plan.buffers.buffers.items():

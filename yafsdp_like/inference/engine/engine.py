@@ -27,34 +27,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
-
 from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStatus
+from yafsdp_like.inference.engine.places import EnginePlaces
 from yafsdp_like.inference.engine.request import FinishReason, Request, RequestOutput, Token
 from yafsdp_like.inference.engine.runner import Launched, Runner
 from yafsdp_like.inference.engine.scheduler import Scheduler
 from yafsdp_like.inference.engine.step_log import StepFigures, StepLog
 from yafsdp_like.inference.engine.step_times import StepTimes
-from yafsdp_like.inference.kv.eviction import GDSF, LRU, Costs, Policy, Tenant
+from yafsdp_like.inference.kv.eviction import Costs
 from yafsdp_like.inference.kv.kv_cache import KVCache, Tier, check_integrity
-from yafsdp_like.inference.kv.pages import PagePool
-from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS, KV_SLABS
 from yafsdp_like.inference.weights.loading import load, with_memory_limit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+
+    import torch
 
     from yafsdp_like.comm.transport import Transport
-    from yafsdp_like.inference.kv.slabs import SlabGrid
+    from yafsdp_like.inference.kv.pages import PagePool
     from yafsdp_like.inference.options import AnyMode, EngineOptions
     from yafsdp_like.inference.plan.serving_plan import ServingPlan
     from yafsdp_like.inference.weights.loading import Model
     from yafsdp_like.inference.weights.store import Weights
-    from yafsdp_like.memory.arena import Arena
     from yafsdp_like.memory.plan import MemoryPlan
     from yafsdp_like.models.decoder import DecoderConfig
 
-POLICIES: dict[str, Callable[[], Policy]] = {"lru": LRU, "gdsf": GDSF}
 Measured = TypeVar("Measured")
 _NO_LINK = Costs(link_nbytes_per_s=1.0, prefill_tokens_per_s=1e4)  # without a host tier nothing is weighed
 
@@ -106,11 +103,12 @@ class Metrics(StepFigures):
 class Engine:
     """One model, its pages, and the requests that it serves.
 
-    Everything is allocated when it is made, on the arenas of ``weights``, which were planned within its options. As a
-    context manager it is closed in the end, but not after an error that left other ranks in the middle of a step.
+    Everything is allocated when it is made, on the arenas of ``weights``, which were planned within its options, or on
+    the ``places`` that it shares with others. As a context manager it is closed in the end, but not after an error that
+    left other ranks in the middle of a step.
     """
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, places: EnginePlaces | None = None) -> None:
         self.config: DecoderConfig = weights.config
         self.plan: MemoryPlan = weights.plan.memory
         self.options = options = weights.plan.options
@@ -119,11 +117,12 @@ class Engine:
         self._weights = weights
         if self.tp_group is not None:
             self.tp_group.check_same("the options of engines", options)
-        self._runner = _runner(weights)
-        self._cache = self._kv_cache()
+        self._places = places = places or EnginePlaces.of(weights)
+        self._runner = Runner(weights, places.buffers, weights.plan.groups, places.regions)
+        self.cache = self._kv_cache()
         self._runner.warm_up(options.graphs)
         self._times = None if options.tpot_ms is None else StepTimes(self._of_first_rank(self._runner.measure_steps()))
-        self._scheduler = Scheduler(self._cache, options, self._times)
+        self._scheduler = Scheduler(self.cache, options, self._times, self._make_room)
         self._sequences: dict[str, ActiveRequest] = {}
         self._cancelled: list[ActiveRequest] = []
         self._unread: tuple[Batch, Launched] | None = None
@@ -171,16 +170,10 @@ class Engine:
             self.close()
 
     def _kv_cache(self) -> KVCache:
-        plan, options = self._weights.plan, self.options
-        costs = options.costs
+        costs, pools = self.options.costs, self._places.pools
         if costs is None:
-            costs = _NO_LINK if plan.host_grid is None else self._of_first_rank(self._runner.measure())
-
-        def pool(grid: SlabGrid, tenants: Iterable[Tenant] = ()) -> PagePool:
-            return PagePool(grid, POLICIES[options.policy](), tenants)
-
-        host = None if plan.host_grid is None else pool(plan.host_grid)
-        return KVCache(plan.groups, costs, pool(plan.grid, options.tenants), host)
+            costs = self._of_first_rank(self._runner.measure()) if Tier.HOST in pools else _NO_LINK
+        return KVCache(self._weights.plan.groups, costs, pools[Tier.DEVICE], pools.get(Tier.HOST))
 
     def _of_first_rank(self, measured: Measured) -> Measured:
         """Return what was measured; of tensor parallel ranks, which must all decide alike, what the first one has."""
@@ -259,6 +252,7 @@ class Engine:
 
     def _launch(self, batch: Batch) -> Launched | None:
         if not batch.runs:
+            self._runner.copy_pages(batch.copies)
             if self.lockstep:
                 self._runner.skip()
             return None
@@ -266,6 +260,22 @@ class Engine:
         self._scheduler.launched(batch)
         self._num_steps += 1
         return launched
+
+    def suspend(self, slabs: Collection[int] | None = None) -> list[RequestOutput]:
+        """Preempt all sequences, or those with pages in ``slabs`` of the device, and return what was drawn before.
+
+        They wait, and go on when ``step`` finds pages for them: their own, if these are still there, or on the host.
+        """
+        outputs = self._read()
+        self._scheduler.suspend(slabs)
+        self._runner.copy_pages(self._scheduler.take_copies())
+        self._log.pause()
+        return outputs
+
+    def _make_room(self) -> bool:
+        """Have other engines lose pages, behind the copies of this one; see `places.py`."""
+        self._runner.copy_pages(self._scheduler.take_copies())
+        return self._places.make_room()
 
     def generate(self, requests: Iterable[Request]) -> dict[str, Completion]:
         """Serve all of ``requests`` to the end, and return their completions by id.
@@ -347,7 +357,7 @@ class Engine:
     def metrics(self) -> Metrics:
         """Return how things stand now, and the counts since the start."""
         scheduler = self._scheduler
-        device, host = self._cache.pools[Tier.DEVICE], self._cache.pools.get(Tier.HOST)
+        device, host = self.cache.pools[Tier.DEVICE], self.cache.pools.get(Tier.HOST)
         used, cached = _kv_nbytes(device)
         host_used, host_cached = (0, 0) if host is None else _kv_nbytes(host)
         return Metrics(
@@ -370,10 +380,14 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every page is free, cached or referred to, and only one of them.
 
-        O(everything): for when the engine is idle.
+        O(everything): for when the engine is idle. Of one that shares its pages, see ``check_sequences``.
         """
+        self.check_sequences()
+        check_integrity([self.cache])
+
+    def check_sequences(self) -> None:
+        """Raise RuntimeError unless just the sequences of this engine's requests are open in its cache."""
         self._scheduler.check_integrity()
-        check_integrity([self._cache])
 
 
 @contextmanager
@@ -390,20 +404,6 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _runner(weights: Weights) -> Runner:
-    plan = weights.plan
-    regions = {Tier.DEVICE: _bytes_of(weights.arena, KV_SLABS)}
-    if plan.host_grid is not None:
-        regions[Tier.HOST] = _bytes_of(weights.host, HOST_KV_SLABS)
-    return Runner(weights, plan.buffers.tensors(weights.arena), plan.groups, regions)
-
-
-def _bytes_of(arena: Arena, region: str) -> torch.Tensor:
-    """Return all bytes of a region, (nbytes,) uint8."""
-    whole = arena.place(region)
-    return whole.tensor(torch.uint8, (whole.segment.nbytes,))
 
 
 def _kv_nbytes(pool: PagePool) -> tuple[int, int]:

@@ -194,7 +194,8 @@ class Runner:
         size, drawing = _size_of(batch.runs), tuple(run for run in batch.runs if run.draws)
         if self._on_gpu:
             size = self._buckets.fit(size)
-        recording = self._recordings.get(size)
+        # A recording cannot wait for one unit after the other. Whether a step is recorded changes no bits.
+        recording = None if self._weights.is_arriving() else self._recordings.get(size)
         with launching_on(self._weights.device):
             self._staging.stage(batch.runs, drawing, size)
             began = self.timer.mark()
@@ -205,6 +206,13 @@ class Runner:
                 self._weights.reset_residency()
                 recording.replay()
             return self._fetch(drawing, size.num_drawing, began)
+
+    @torch.inference_mode()
+    def copy_pages(self, copies: Sequence[Copy]) -> None:
+        """Issue copies of pages without a step."""
+        if copies:
+            with launching_on(self._weights.device):
+                self._copy_pages(copies)
 
     def wait(self, launched: Launched) -> None:
         """Block the CPU until a step is done."""

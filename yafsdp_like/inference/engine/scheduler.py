@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStatus, Run
 from yafsdp_like.inference.engine.buckets import StepBuckets
+from yafsdp_like.inference.engine.places import nobody_else
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
-from yafsdp_like.inference.kv.kv_cache import KVCache, KVSequenceState, Shortage, Tier
+from yafsdp_like.inference.kv.kv_cache import NO_PAGE, KVCache, KVSequenceState, Shortage, Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 
     from yafsdp_like.inference.engine.request import Request
     from yafsdp_like.inference.engine.step_times import StepTimes
@@ -77,9 +78,16 @@ class _UnreadError(Exception):
 class Scheduler:
     """The sequences of one engine. Work of a step is O(sequences running + pages touched)."""
 
-    def __init__(self, cache: KVCache, options: EngineOptions, times: StepTimes | None = None) -> None:
-        """``times`` are needed where the options have a ``tpot_ms``."""
+    def __init__(
+        self,
+        cache: KVCache,
+        options: EngineOptions,
+        times: StepTimes | None = None,
+        make_room: Callable[[], bool] = nobody_else,
+    ) -> None:
+        """``times`` are needed where the options have a ``tpot_ms``; ``make_room`` see ``EnginePlaces``."""
         assert (times is None) == (options.tpot_ms is None)
+        self._make_room = make_room
         self.cache = cache
         self.options = options
         self._times = times
@@ -156,10 +164,29 @@ class Scheduler:
             return None
         runs = [self._run(sequence, num_tokens) for sequence, num_tokens in draft.num_tokens.items()]
         if not runs:
-            return Batch((), ())  # copies wait for a step that comes after them
-        copies, self._copies = tuple(self._copies), []
+            return Batch((), self.take_copies())
+        copies = self.take_copies()
         singles, chunks = ([run for run in runs if (run.num_tokens > 1) == is_chunk] for is_chunk in (False, True))
         return Batch((*singles, *chunks), copies)
+
+    def take_copies(self) -> tuple[Copy, ...]:
+        """Return the copies that were handed out since the last call, to be issued now."""
+        copies, self._copies = tuple(self._copies), []
+        return copies
+
+    def suspend(self, slabs: Collection[int] | None = None) -> None:
+        """Preempt all running sequences, or those with pages in ``slabs``; their tokens must have been read."""
+        for sequence in self.running[::-1]:
+            if slabs is None or self._has_pages_in(sequence, slabs):
+                self._preempt(sequence, _Draft(0))
+
+    def _has_pages_in(self, sequence: ActiveRequest, slabs: Collection[int]) -> bool:
+        grid = self.cache.pools[Tier.DEVICE].grid
+        return any(
+            page != NO_PAGE and grid.slab_of(page, group.shape) in slabs
+            for group, table in zip(self.cache.groups, sequence.tables, strict=True)
+            for page in table
+        )
 
     def launched(self, batch: Batch) -> None:
         """Commit the tokens of a step that was issued, so that pages they leave behind may be given away."""
@@ -301,8 +328,7 @@ class Scheduler:
 
     def _swap_in(self, kv: KVSequence) -> tuple[Copy, ...] | Shortage:
         copies = self.cache.swap_in(kv)
-        if isinstance(copies, Shortage) and not self.running:
-            self._ignore_floors()
+        while isinstance(copies, Shortage) and not self.running and self._make_more_room():
             copies = self.cache.swap_in(kv)
         return copies
 
@@ -336,19 +362,24 @@ class Scheduler:
         return True
 
     def _reserve_alone(self, kv: KVSequence, num_tokens: int) -> None:
-        self._ignore_floors()
         shortage = self.cache.reserve(kv, num_tokens)
+        while shortage is not None and self._make_more_room():
+            shortage = self.cache.reserve(kv, num_tokens)
         if shortage is not None:
             raise RuntimeError(
                 f"expected pages for {num_tokens} tokens of the only sequence that runs, as planned; found {shortage}"
             )
 
-    def _ignore_floors(self) -> None:
-        """Evict all that nobody refers to; for when only one sequence runs.
+    def _make_more_room(self) -> bool:
+        """Evict all that nobody refers to, and then have other engines lose pages; for when only one sequence runs.
 
-        Only floors of other tenants can keep pages back then, which hold while there is room.
+        Of this engine only floors of other tenants can keep pages back then, which hold while there is room. Returns
+        False if nothing was done.
         """
-        self.cache.pools[Tier.DEVICE].clear()
+        pool = self.cache.pools[Tier.DEVICE]
+        num_evicted = pool.num_evicted
+        pool.clear()
+        return pool.num_evicted > num_evicted or self._make_room()
 
     def _outranks_last(self, sequence: ActiveRequest) -> bool:
         """Whether its priority is higher; an earlier arrival alone preempts nobody."""

@@ -27,7 +27,7 @@ from yafsdp_like.memory.plan import LiveRange, Region, SlotPlace, SlotRequest, p
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from yafsdp_like.memory.arena import Arena
+    from yafsdp_like.memory.arena import Place
     from yafsdp_like.memory.layout import Segment
     from yafsdp_like.models.decoder import DecoderConfig
 
@@ -215,12 +215,12 @@ class PlacedBuffers:
             if buffer.kind == WORKSPACE and buffer.nbytes
         )
 
-    def tensors(self, arena: Arena) -> StepBuffers:
-        """Return the buffers on an arena that has these regions."""
+    def tensors(self, place_of: Callable[[str], Place]) -> StepBuffers:
+        """Return the buffers on the places of their kinds, such as ``Arena.place`` of an arena that has the regions."""
 
         def tensor(buffer: Buffer) -> Tensor:
             segment = self.segments[buffer.name]
-            return arena.place(buffer.kind).part(segment).tensor(buffer.dtype, buffer.shape)
+            return place_of(buffer.kind).part(segment).tensor(buffer.dtype, buffer.shape)
 
         def group(cls: Any) -> Any:
             return cls(**{declared.name: tensor(self.buffers[declared.name]) for declared in fields(cls)})

@@ -159,6 +159,10 @@ class Weights:
             slot.is_resident = slot in kept or not slot.neighbours
             self._wait_for(slot)
 
+    def is_arriving(self) -> bool:
+        """Return whether units that stay are still on their way, which only models of a pool's may be."""
+        return False
+
     # --- slots ---
 
     def _acquire(self, unit: int) -> None:
