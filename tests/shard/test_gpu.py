@@ -86,9 +86,12 @@ def count_device_allocations() -> tuple[int, int, float]:
 
 @pytest.mark.parametrize("transport", ["process_group", "peer"])
 def test_updating_in_backward_reserves_no_memory_for_gradients(transport: str) -> None:
-    """Also while the CPU is ahead of the device, and in the first step, which allocates the moments."""
+    """Also while the CPU is ahead of the device, and in the first step, which allocates the moments.
+
+    What stays: gradients of the root and of two blocks of eight (0.28 of all), and activations, which peak elsewhere.
+    """
     for reserved, gradients in run_ranks(peaks_of_updates, transport, device="cuda", timeout=120):
-        assert reserved[True] < reserved[False] - 0.6 * gradients, (reserved, gradients)
+        assert reserved[True] < reserved[False] - 0.4 * gradients, (reserved, gradients)
 
 
 def peaks_of_updates(transport: str) -> tuple[dict[bool, int], int]:
