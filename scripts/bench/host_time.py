@@ -31,22 +31,18 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import yafsdp_like
 from bench.ranks import say
 from launch import world as ranks
+from launch.host_cost import FEW, MANY, PHASES, CountedOperations, HostSteps
 from launch.world import World
 from yafsdp_like.comm.signals import Barrier
 from yafsdp_like.memory.streams import Event, Recording
-from yafsdp_like.models import Decoder, DecoderConfig
-from yafsdp_like.optim import AdamW
 from yafsdp_like.shard.runtime import engine as engines
 from yafsdp_like.shard.runtime.unit_state import unit_of
 
-FEW, MANY = 4, 12  # blocks
 WARMUP, STEPS = 3, 40
-PHASES = ("forward", "backward", "update")
 PACKAGE = str(Path(yafsdp_like.__file__).parent)
 
 
@@ -94,48 +90,6 @@ class CountingStreams:
         """See `Streams`."""
 
 
-class HostSteps:
-    """One decoder and what a training step calls of it."""
-
-    def __init__(self, num_layers: int, world: World, is_sharded: bool) -> None:
-        config = DecoderConfig(16, num_layers, 2, 1, 32, vocab_size=64)
-        self.model = Decoder(config) if is_sharded else Decoder(config).to(world.device, torch.bfloat16)
-        self.optimizer = None
-        if is_sharded:
-            policy = yafsdp_like.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            transport: Any = "peer" if world.size > 1 else "auto"
-            for module in (*self.model.layers, self.model):
-                yafsdp_like.fully_shard(module, mesh=world.mesh, mp_policy=policy, transport=transport)
-            self.model.to_empty(device=world.device)
-            self.model.init_weights()
-            self.optimizer = AdamW(self.model.parameters())
-        self._batch = torch.zeros(2, 1, 4, dtype=torch.int64, device=world.device)
-        self._loss = torch.zeros(())
-
-    def forward(self) -> None:
-        """Compute the loss."""
-        self._loss = self.model(*self._batch)
-
-    def backward(self) -> None:
-        """Compute gradients."""
-        self._loss.backward()
-        self._loss = self._loss.detach()
-
-    def update(self) -> None:
-        """Apply and clear them."""
-        if self.optimizer is None:
-            self.model.zero_grad(set_to_none=False)
-        else:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-    def run(self, number: int) -> None:
-        """Run whole steps."""
-        for _ in range(number):
-            for phase in PHASES:
-                getattr(self, phase)()
-
-
 @contextmanager
 def host_only(device: torch.device, counter: Counter[str]) -> Iterator[None]:
     """Leave out, on a CPU, what a GPU and other ranks would do; count in `counter` what they are asked for.
@@ -162,14 +116,6 @@ def comparing_once(steps: Sequence[HostSteps]) -> Iterator[None]:
         for journal in {journal for engine in engines_of if engine for journal in engine.collective_log.journals}:
             patches.enter_context(mock.patch.object(journal, "_at_once", False))
         yield
-
-
-class _Ops(TorchDispatchMode):
-    num_calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        self.num_calls += 1
-        return func(*args, **(kwargs or {}))
 
 
 def counted(phase: Callable[[], None], device_calls: Counter[str]) -> HostCosts:
@@ -202,7 +148,7 @@ def costs_of(
     """Return each phase's costs: counts of one step, and the least time of `num_timed`."""
     costs = {phase: counted(getattr(steps, phase), device_calls) for phase in PHASES}
     for phase in PHASES:
-        with _Ops() as ops:
+        with CountedOperations() as ops:
             getattr(steps, phase)()
         costs[phase] = dataclasses.replace(costs[phase], torch_ops=ops.num_calls)
     least = dict.fromkeys(PHASES, float("inf"))
@@ -222,8 +168,9 @@ def unit_costs(world: World, num_timed: int = STEPS, num_functions: int = 0) -> 
     With `num_functions`, rank 0 prints a profile of forwards and backwards.
     """
     calls: Counter[str] = Counter()
+    transport = "peer" if world.size > 1 else "auto"
     with host_only(world.device, calls), torch.autograd.set_multithreading_enabled(False):
-        made = {(n, sharded): HostSteps(n, world, sharded) for sharded in (False, True) for n in (FEW, MANY)}
+        made = {(n, sharded): HostSteps(n, world, sharded, transport) for sharded in (False, True) for n in (FEW, MANY)}
         for steps in made.values():
             steps.run(1)
         with comparing_once([steps for (_, sharded), steps in made.items() if sharded]):

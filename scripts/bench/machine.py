@@ -1,20 +1,17 @@
 """The machine as found before anything is built: used memory, rate of a copy, and peak of its matrix products."""
 
-import statistics
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from bench.allocator import release_cached_memory, used_nbytes
-from bench.measure import elapsed_ms, mark
 from bench.options import Options
 from bench.ranks import gathered
 from launch.metrics import peak_tflops
+from launch.probes import copy_rate
 from launch.world import World
 
-NUM_COPIES = 10
-COPY_NBYTES = {"cuda": 1 << 30, "cpu": 1 << 24}
 WARM_UP_NUMEL = 1 << 24  # of a collective's part on each rank
 
 
@@ -30,23 +27,10 @@ class Machine:
 def survey(options: Options, world: World) -> Machine:
     """Measure the machine; afterwards collectives have the buffers that every implementation finds."""
     used = used_nbytes(world)
-    rate = min(gathered(copy_rate(world), world))
+    rate = min(gathered(copy_rate(world.device), world))
     warm_up_collectives(world)
     release_cached_memory(world)
     return Machine(used, rate, peak_tflops(world, options.peak_tflops))
-
-
-def copy_rate(world: World) -> float:
-    """Return bytes per second of a large copy inside the device's memory: those read and those written, median."""
-    source = torch.zeros(COPY_NBYTES[world.device.type], dtype=torch.uint8, device=world.device)
-    target = torch.empty_like(source)
-    marks = []
-    for _ in range(NUM_COPIES):
-        begin = mark(world.device)
-        target.copy_(source)
-        marks.append((begin, mark(world.device)))
-    world.synchronize()
-    return 2 * source.numel() / statistics.median(elapsed_ms(begin, end) for begin, end in marks) * 1e3
 
 
 def warm_up_collectives(world: World) -> None:

@@ -1,23 +1,18 @@
 """What the machine can do, measured or given, and the least time in which work can be done on it."""
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from bench.measure import elapsed_ms, mark
 from bench.options import DTYPES
 from bench.serve_options import ServeBenchOptions
+from launch import probes
 from yafsdp_like.hardware import Hardware
 from yafsdp_like.inference.plan.serving_plan import ServingPlan
 from yafsdp_like.models.decoder import DecoderConfig
 
-MATMUL = {"cuda": (8192, 4096, 14336), "cpu": (256, 256, 256)}  # rows, inner, columns
-COPY_NBYTES = {"cuda": 2**30, "cpu": 2**22}
 COPIES = 20
-PRODUCTS = 20  # issued at a time
 
 
 @dataclass(frozen=True)
@@ -48,51 +43,21 @@ def rates_of(options: ServeBenchOptions, device: torch.device) -> MeasuredRates:
 
 def host_rate(device: torch.device) -> Rate:
     """Measure the rate of copies from pinned host memory, in bytes/s."""
-    source = torch.zeros(COPY_NBYTES[device.type], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    return Rate(len(source) / copy_s(source, device), f"measured: a copy of {len(source):,} bytes from the host")
+    how = f"measured: a copy of {probes.COPY_NBYTES[device.type]:,} bytes from the host"
+    return Rate(probes.to_device_rate(device, pinned=True, number=COPIES), how)
 
 
 def copy_rate(device: torch.device) -> Rate:
     """Measure the rate of copies inside the device, in bytes/s read and written."""
-    source = torch.zeros(COPY_NBYTES[device.type], dtype=torch.uint8, device=device)
-    how = f"measured: a copy of {len(source):,} bytes, read and written"
-    return Rate(2 * len(source) / copy_s(source, device), how)
-
-
-def copy_s(source: torch.Tensor, device: torch.device) -> float:
-    """The median of copies to the device."""
-    destination = torch.empty_like(source, device=device)
-    copies = [timed_ms(lambda: destination.copy_(source, non_blocking=True), device) for _ in range(COPIES)]
-    return statistics.median(copies) / 1e3
+    how = f"measured: a copy of {probes.COPY_NBYTES[device.type]:,} bytes, read and written"
+    return Rate(probes.copy_rate(device, COPIES), how)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> Rate:
     """Measure the sustained rate of a large product over `seconds`, in operations/s."""
-    rows, inner, columns = MATMUL[device.type]
-    a = torch.randn(rows, inner, device=device).to(dtype)
-    b = torch.randn(inner, columns, device=device).to(dtype)
-    out = torch.empty(rows, columns, dtype=dtype, device=device)
-
-    def products() -> None:
-        for _ in range(PRODUCTS):
-            torch.mm(a, b, out=out)
-
-    times, end = [timed_ms(products, device)], time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        times.append(timed_ms(products, device))
-    settled = statistics.median(times[len(times) // 2 :]) / 1e3
+    rows, inner, columns = sizes = probes.LARGE_PRODUCT[device.type]
     how = f"measured: {rows} x {inner} x {columns} in {str(dtype).removeprefix('torch.')}, second half of {seconds:g} s"
-    return Rate(2 * rows * inner * columns * PRODUCTS / settled, how)
-
-
-def timed_ms(work: Callable[[], object], device: torch.device) -> float:
-    """By events on the device; it has nothing else to do, and waits for the CPU once."""
-    begin = mark(device)
-    work()
-    end = mark(device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return elapsed_ms(begin, end)
+    return Rate(probes.product_rate(device, sizes, dtype, seconds), how)
 
 
 def known_peer_rate(options: ServeBenchOptions, device: torch.device) -> Rate | None:
