@@ -46,6 +46,7 @@ setup(
             "yafsdp-train = launch.train:command",
             "yafsdp-generate = launch.generate:main",
             "yafsdp-serve = launch.serve:main",
+            "yafsdp-doctor = launch.doctor:main",
         ]
     },
     install_requires=["torch>=2.11", "numpy", "pyyaml", "safetensors"],
