@@ -18,7 +18,7 @@ from torch import Tensor
 
 from yafsdp_like.inference.engine.batch_inputs import Staging, host_like
 from yafsdp_like.inference.engine.buckets import StepBuckets
-from yafsdp_like.inference.engine.forward import Forward, LayerPages, StepSize
+from yafsdp_like.inference.engine.forward import Forward, LayerPages, StepSize, queries_per_tile_of
 from yafsdp_like.inference.engine.request import Token
 from yafsdp_like.inference.kv.eviction import Costs
 from yafsdp_like.inference.kv.kv_cache import Copy, Tier
@@ -77,7 +77,8 @@ class Runner:
         self._forward = Forward(
             weights, buffers, LayerPages.of(groups, regions[Tier.DEVICE]), _num_multiprocessors(weights.device)
         )
-        self._staging = Staging(buffers, groups[0].shape.page_size, self._on_gpu)
+        page_size, per_tile = groups[0].shape.page_size, queries_per_tile_of(weights)
+        self._staging = Staging(buffers, page_size, per_tile, self._on_gpu)
         self._streams, self.timer = streams_of(weights.device), Timer(weights.device)
         scores, ids = buffers.logits, buffers.inputs.token_pool[: self._max_batch_size]
         self._drawn = DrawnTokens(ids, scores.drawn_logprobs, scores.top_logits, scores.top_ids)
