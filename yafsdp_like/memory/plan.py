@@ -117,10 +117,11 @@ class SlotPlace:
     live: LiveRange
 
 
+_UNTIL_ZERO_GRAD = "from backward to zero_grad"
 KINDS = {
     "main_shard": "what the optimizer updates; lower halves, where it is split",
     "compute_shard": "the same in param_dtype: what is all-gathered",
-    "grad_shard": "reduced gradients, from backward to zero_grad",
+    "grad_shard": f"reduced gradients, {_UNTIL_ZERO_GRAD}",
     "gather slots": "units' full parameters, shared by live range",
     "gradient slots": "units' full gradients, shared by live range",
     "unsynced gradients": "full gradients kept while set_requires_gradient_sync(False)",
@@ -153,14 +154,16 @@ class MemoryPlan:
     """Every region that the runtime holds on one rank, in bytes. Equal on all ranks, since shards are padded.
 
     ``nbytes`` is what the arenas hold once allocated (law: the plan is the truth). Beside it, ``transient_nbytes``
-    are in PyTorch's allocator from backward to ``zero_grad``, as a rule where activations were. Not in the plan:
-    activations, optimizer states (the optimizer), and the communication library's own buffers.
+    are in PyTorch's allocator from backward to ``zero_grad``, as a rule where activations were; or for good once
+    recorded steps add to gradients (``keeps_gradients``). Not in the plan: activations, optimizer states (the
+    optimizer), and the communication library's own buffers.
     """
 
     world_size: int
     regions: tuple[Region, ...]
     slots: tuple[SlotPlace, ...] = field(default=())
     transports: tuple[str, ...] = ()  # what moves bytes between the ranks, and why
+    keeps_gradients: bool = False  # whether recorded steps add to gradients
 
     @property
     def nbytes(self) -> int:
@@ -185,7 +188,8 @@ class MemoryPlan:
     def __str__(self) -> str:
         lines = [f"memory plan of one rank of {self.world_size}: {readable(self.nbytes)} ({self.nbytes:,} bytes)"]
         if self.transient_nbytes:
-            lines[0] += f", and {readable(self.transient_nbytes)} from backward to zero_grad"
+            until = "for good, since recorded steps add to gradients" if self.keeps_gradients else _UNTIL_ZERO_GRAD
+            lines[0] += f", and {readable(self.transient_nbytes)} {until}"
         if self.host_nbytes:
             lines[0] += f", and {readable(self.host_nbytes)} in host memory"
         lines += [f"  over {transport}" for transport in self.transports]
