@@ -133,10 +133,12 @@ KINDS = {
     "weight shards": "this rank's part of those that are all-gathered",
     "weight slots": "units all-gathered or streamed, shared by live range",
     "kv slabs": "keys and values, in pages",
+    "slabs": "weights of models that are awake, at these bytes, and keys and values in pages",
     "workspace": "activations of one forward, shared by live range",
     "logits": "of the tokens to be drawn, and log-probabilities",
     "tables": "inputs of a step, and rotary tables",
     "host weights": "units in host memory that are streamed",
+    "host images": "weights of models, as they lie on the device",
     "host kv slabs": "pages that were swapped out",
 }
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStatus
-from yafsdp_like.inference.engine.places import EnginePlaces
+from yafsdp_like.inference.engine.places import EnginePlaces, nobody_else
 from yafsdp_like.inference.engine.request import FinishReason, Request, RequestOutput, Token
 from yafsdp_like.inference.engine.runner import Launched, Runner
 from yafsdp_like.inference.engine.scheduler import Scheduler
@@ -122,7 +122,8 @@ class Engine:
         self.cache = self._kv_cache()
         self._runner.warm_up(options.graphs)
         self._times = None if options.tpot_ms is None else StepTimes(self._of_first_rank(self._runner.measure_steps()))
-        self._scheduler = Scheduler(self.cache, options, self._times, self._make_room)
+        make_room = nobody_else if places.make_room is nobody_else else self._make_room
+        self._scheduler = Scheduler(self.cache, options, self._times, make_room)
         self._sequences: dict[str, ActiveRequest] = {}
         self._cancelled: list[ActiveRequest] = []
         self._unread: tuple[Batch, Launched] | None = None
@@ -272,10 +273,10 @@ class Engine:
         self._log.pause()
         return outputs
 
-    def _make_room(self) -> bool:
-        """Have other engines lose pages, behind the copies of this one; see `places.py`."""
+    def _make_room(self, by_force: bool) -> bool:
+        """Have other engines lose memory, behind the copies of this one; see `places.py`."""
         self._runner.copy_pages(self._scheduler.take_copies())
-        return self._places.make_room()
+        return self._places.make_room(by_force)
 
     def generate(self, requests: Iterable[Request]) -> dict[str, Completion]:
         """Serve all of ``requests`` to the end, and return their completions by id.
