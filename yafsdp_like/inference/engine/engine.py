@@ -234,7 +234,7 @@ class Engine:
         exactly one forward, and all ranks must call it equally often, whether they have work or not.
         """
         begin, self._waited_s = time.perf_counter(), 0.0
-        outputs = [self._finish(sequence, reason) for sequence, reason in self._over()]
+        outputs = self.end_requests()
         batch = self._scheduler.schedule()
         if batch is None:
             outputs += self._read()
@@ -297,7 +297,7 @@ class Engine:
             self._check_request(request)
         if len({request.id for request in left}) < len(left):
             raise ValueError("expected requests of different ids, found one twice")
-        with _collector_paused():
+        with collector_paused():
             while left or self.has_work:
                 while left and len(self._scheduler.waiting) < self.options.max_waiting:
                     request = left.pop()
@@ -309,6 +309,10 @@ class Engine:
                     if output.finish is not None:
                         done[output.request_id] = Completion(tuple(drawn), output.finish, output.num_cached_tokens)
         return done
+
+    def end_requests(self) -> list[RequestOutput]:
+        """End requests that were cancelled or are late, as every ``step`` does, and return their last outputs."""
+        return [self._finish(sequence, reason) for sequence, reason in self._over()]
 
     def _over(self) -> list[tuple[ActiveRequest, FinishReason]]:
         """Return the requests that end now, whatever they have drawn, each once, and why."""
@@ -392,7 +396,7 @@ class Engine:
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Pause Python's collector of reference cycles.
 
     It goes through all objects again and again, every token that was drawn among them, which takes 0.1 s and more
