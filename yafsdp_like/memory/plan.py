@@ -137,8 +137,7 @@ KINDS = {
     "workspace": "activations of one forward, shared by live range",
     "logits": "of the tokens to be drawn, and log-probabilities",
     "tables": "inputs of a step, and rotary tables",
-    "host weights": "units in host memory that are streamed",
-    "host images": "weights of models, as they lie on the device",
+    "host weights": "weights in host memory, as they lie on the device, from where they are streamed",
     "host kv slabs": "pages that were swapped out",
 }
 

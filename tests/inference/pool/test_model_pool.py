@@ -21,11 +21,12 @@ from tests.inference.engine.test_engine import (
     prompts,
     requests,
 )
+from tests.inference.weights.test_weights import run_forward
 from yafsdp_like.inference.engine.request import FinishReason, Request
 from yafsdp_like.inference.kv.kv_cache import Tier
 from yafsdp_like.inference.options import EngineOptions, PoolOptions
 from yafsdp_like.inference.pool import pool as pool_module
-from yafsdp_like.inference.pool.images import HostFullError
+from yafsdp_like.inference.pool.host_weights import HostFullError
 from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool, ModelState
 from yafsdp_like.inference.weights.loading import Model, model_of
@@ -105,7 +106,7 @@ def test_a_model_that_wakes_finds_the_prefixes_that_it_left_and_the_weights_that
     check_idle(pool)
 
 
-def test_a_model_whose_home_was_taken_brings_all_units_and_still_finds_its_prefixes() -> None:
+def test_a_model_whose_home_was_taken_copies_all_units_and_still_finds_its_prefixes() -> None:
     pool, text = model_pool(SMALL), prompts(1, longest=30)[0][:24] * 2
     wakings = [pool.wake_up(name) for name in ("plain", "windows")]
     first = pool.generate({"plain": requests([text])})["plain"]["0"]
@@ -116,7 +117,7 @@ def test_a_model_whose_home_was_taken_brings_all_units_and_still_finds_its_prefi
     assert pool.switches[-1].nbytes == wakings[0].nbytes and pool.switches[-1].num_slept == 1
 
 
-def test_pages_take_weights_of_a_sleeping_model_which_then_brings_just_these_units_again() -> None:
+def test_pages_take_weights_of_a_sleeping_model_which_then_copies_just_these_units_again() -> None:
     pool = model_pool(600 << 10)
     for name in ("plain", "windows"):
         pool.wake_up(name)
@@ -189,23 +190,37 @@ def test_a_request_that_is_cancelled_while_its_model_sleeps_ends_without_waking_
 
 
 def races(forgets: Sequence[tuple[str, str]] = ()) -> list[str]:
-    """Of accesses to weights and pages, while two models take turns on the same bytes, and one is prefetched."""
+    """Of forwards of models that take turns on the same bytes, and of pages that are written there between."""
     clocks = VectorClocks(forgets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool_module, "streams_of", lambda device: clocks)
-        pool = model_pool(SMALL, max_turn_steps=3)
+        pool = model_pool(SMALL)
     pool.load_all()
+    region, pages = pool._regions[Tier.DEVICE], pool._pools[Tier.DEVICE]
+    shape = pool.plan.models["plain"].serving.groups[0].shape
     detector = RaceDetector(clocks)
-    detector.watch(pool._regions[Tier.DEVICE])
-    texts = {name: prompts(2, longest=12) for name in CONFIGS}
+    detector.watch(region)
+
+    def write_all_pages() -> None:
+        taken = iter(lambda: pages.take(shape), None)
+        for page in [page for page in taken if page is not None]:
+            region[page * shape.nbytes : (page + 1) * shape.nbytes].fill_(1)
+            pages.drop(shape, page)
+
     with detector:
-        done = pool.generate({name: requests(found, max_tokens=3) for name, found in texts.items()})
+        for name in ("plain", "windows", "wide, tied", "plain"):
+            pool.wake_up(name)
+            write_all_pages()
+            for _ in range(2):
+                run_forward(pool._members[name].weights, torch.Tensor.sum)
         pool.sleep("plain")
-        pool.prefetch("plain")
-        pool.wake_up("wide, tied")  # the copies that are under way are into bytes that are its own now
-        done["plain"] |= pool.generate({"plain": requests(texts["plain"], max_tokens=3)})["plain"]
-    assert len(pool.switches) > 3
-    assert forgets or tokens(done) == {name: alone(name, found, 3) for name, found in texts.items()}
+        write_all_pages()
+        for name in ("windows", "plain"):
+            assert pool.prefetch(name) > 0  # of the first some units are still on their way when their bytes are lost
+            pool.wake_up("wide, tied")
+            write_all_pages()
+            pool.sleep("wide, tied")
+            write_all_pages()
     return detector.races
 
 

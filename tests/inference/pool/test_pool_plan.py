@@ -47,7 +47,7 @@ def test_every_byte_of_a_pool_has_a_name_and_all_are_within_the_limit() -> None:
     images = sum(weights_nbytes(name) for name in LARGE)
     assert plan.host_grid is not None
     assert plan.host.nbytes == images + plan.host_grid.region_nbytes <= images + 4 * GIB
-    assert "8b: 14.96 GiB of weights, 34 units in bfloat16" in str(plan) and "host images" in str(plan)
+    assert "8b: 14.96 GiB of weights, 34 units in bfloat16" in str(plan) and "host weights" in str(plan)
 
 
 def test_models_that_fit_together_have_homes_of_their_own() -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.options import PoolOptions
     from yafsdp_like.models.decoder import DecoderConfig
 
-SLABS, HOST_IMAGES = "slabs", "host images"  # kinds, and their regions' names
+SLABS, HOST_WEIGHTS = "slabs", "host weights"  # kinds, and their regions' names
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class PoolPlan:
     @cached_property
     def host(self) -> MemoryPlan:
         """Of host memory, pinned where the device is a GPU."""
-        regions = [Region(HOST_IMAGES, HOST_IMAGES, self.host_weights_nbytes)]
+        regions = [Region(HOST_WEIGHTS, HOST_WEIGHTS, self.host_weights_nbytes)]
         if self.host_grid is not None:
             regions.append(Region(HOST_KV_SLABS, HOST_KV_SLABS, self.host_grid.region_nbytes))
         return MemoryPlan(1, tuple(regions))

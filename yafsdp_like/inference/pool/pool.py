@@ -32,8 +32,8 @@ from yafsdp_like.inference.kv.pages import PagePool
 from yafsdp_like.inference.kv.slabs import check
 from yafsdp_like.inference.plan.buffers import TABLES
 from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS
-from yafsdp_like.inference.pool.images import HostImages
-from yafsdp_like.inference.pool.plan import HOST_IMAGES, SLABS, ModelPlan, PoolPlan
+from yafsdp_like.inference.pool.host_weights import HostWeights
+from yafsdp_like.inference.pool.plan import HOST_WEIGHTS, SLABS, ModelPlan, PoolPlan
 from yafsdp_like.inference.pool.residence import Residence
 from yafsdp_like.inference.pool.weights import PooledWeights
 from yafsdp_like.inference.weights.loading import indexed
@@ -108,7 +108,7 @@ class ModelPool:
             pin_arena(self.host, self.device)
         self.switches: deque[Switch] = deque(maxlen=1024)
         self.num_steps = 0
-        self._images = HostImages(self.host.place(HOST_IMAGES))
+        self._host_weights = HostWeights(self.host.place(HOST_WEIGHTS))
         self._regions = {Tier.DEVICE: bytes_of(self.arena, SLABS)}
         policy = POLICIES[plan.options.policy]
         self._pools = {Tier.DEVICE: PagePool(plan.grid, policy(), plan.options.tenants, plan.lend_late)}
@@ -138,7 +138,7 @@ class ModelPool:
     def _state(self, member: _Member) -> ModelState:
         if member.is_awake:
             return ModelState.WAKING if member.weights.is_arriving() else ModelState.AWAKE
-        return ModelState.ASLEEP if member.name in self._images else ModelState.ON_DISK
+        return ModelState.ASLEEP if member.name in self._host_weights else ModelState.ON_DISK
 
     def load(self, name: str) -> None:
         """Read a model's weights into host memory, unless they are there.
@@ -146,14 +146,14 @@ class ModelPool:
         Raises HostFullError where there is no room for them, and what reading raises; nothing is changed then.
         """
         member = self._find(name)
-        if name in self._images:
+        if name in self._host_weights:
             return
-        image = self._images.put(name, member.plan.image_nbytes)
+        image = self._host_weights.put(name, member.plan.image_nbytes)
         try:
             member.weights.load(image, member.model.source(self.device))
             member.weights.finish_loading()
         except BaseException:
-            self._images.drop(name)
+            self._host_weights.drop(name)
             raise
 
     def load_all(self) -> dict[str, Exception]:
@@ -171,11 +171,11 @@ class ModelPool:
         member = self._find(name)
         if member.engine.has_work:
             raise ValueError(f"model {name!r} has requests: cancel them, or wait for their end, before it is unloaded")
-        if name in self._images:
+        if name in self._host_weights:
             self._sleep(member)
             member.residence.forget()
             member.weights.unload()
-            self._images.drop(name)
+            self._host_weights.drop(name)
 
     def wake_up(self, name: str) -> Switch:
         """Wake a model, loading it if need be; those that are in its way sleep from then on.
@@ -197,7 +197,7 @@ class ModelPool:
             self._sleep(other)
         self._claim(member)
         member.is_awake, self._may_prefetch = True, True
-        self.switches.append(Switch(name, member.residence.bring(), len(in_the_way)))
+        self.switches.append(Switch(name, member.residence.copy_in(), len(in_the_way)))
         return self.switches[-1]
 
     def sleep(self, name: str) -> None:
@@ -210,13 +210,13 @@ class ModelPool:
     def prefetch(self, name: str) -> int:
         """Bring what has room of a loaded model that sleeps, beside those that are awake; return the bytes issued.
 
-        Some units at a time: every ``step`` brings more of the model that was prefetched last.
+        Some units at a time: every ``step`` copies more of the model that was prefetched last.
         """
         member = self._find(name)
-        if name not in self._images or member.is_awake or any(o.plan.meets(member.plan) for o in self._awake()):
+        if name not in self._host_weights or member.is_awake or any(o.plan.meets(member.plan) for o in self._awake()):
             return 0
         member.residence.claim()
-        return member.residence.bring(_PREFETCHED_AT_ONCE)
+        return member.residence.copy_in(_PREFETCHED_AT_ONCE)
 
     def _find(self, name: str) -> _Member:
         if name not in self._members:
@@ -292,9 +292,9 @@ class ModelPool:
 
     def step(self) -> list[tuple[str, RequestOutput]]:
         """Make one step of one model, waking it in its turn, and return outputs with their models' names."""
-        for member in self._members.values():
-            if not member.is_awake and member.engine.has_work:
-                self._outputs += [(member.name, output) for output in member.engine.end_requests()]
+        for asleep in self._members.values():
+            if not asleep.is_awake and asleep.engine.has_work:
+                self._outputs += [(asleep.name, output) for output in asleep.engine.end_requests()]
         member = self._next()
         if member is not None:
             self.num_steps += 1

@@ -48,13 +48,13 @@ class Residence:
             if unit not in self._present and all(slab in self.owned for slab in slabs)
         ]
 
-    def bring(self, most_on_their_way: int | None = None) -> int:
+    def copy_in(self, most_on_their_way: int | None = None) -> int:
         """Bring the units that are absent, or as many as may be on their way; return their bytes."""
         units = self.absent()
         if units and most_on_their_way is not None:
             units = units[: max(0, most_on_their_way - self._weights.num_arriving())]
         if units:
-            self._weights.bring(units)
+            self._weights.copy_in(units)
         self._present |= set(units)
         return sum(self._plan.units[unit].nbytes for unit in units)
 

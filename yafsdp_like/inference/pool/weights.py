@@ -65,7 +65,7 @@ class PooledWeights(Weights):
 
     # --- on their way ---
 
-    def bring(self, units: Iterable[int]) -> None:
+    def copy_in(self, units: Iterable[int]) -> None:
         """Issue the copies of ``units``, in order, behind all that was issued before."""
         self._streams.wait(HOST_TO_DEVICE, self._streams.record(COMPUTE))
         with self._streams.on(HOST_TO_DEVICE):

@@ -16,7 +16,7 @@ class HostFullError(RuntimeError):
     """Host memory for weights has no room for a model; unload another one, or give it more."""
 
 
-class HostImages:
+class HostWeights:
     """The images of a pool's models: one range of bytes each, the first that is free when it is put there."""
 
     def __init__(self, region: Place) -> None:
