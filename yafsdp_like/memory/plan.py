@@ -197,6 +197,23 @@ class SlotPlace:
     live: LiveRange
 
 
+@dataclass(frozen=True)
+class Phase:
+    """Ticks from ``first`` to ``last``, by what runs in them."""
+
+    name: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What the ticks of some kinds of slots count: phases that follow each other, from tick 0 on."""
+
+    kinds: tuple[str, ...]
+    phases: tuple[Phase, ...]
+
+
 _UNTIL_ZERO_GRAD = "from backward to zero_grad"
 KINDS = {
     "main_shard": "what the optimizer updates; lower halves, where it is split",
@@ -238,6 +255,7 @@ class MemoryPlan:
     are in PyTorch's allocator from backward to ``zero_grad``, as a rule where activations were; or for good once
     recorded steps add to gradients (``keeps_gradients``). Not in the plan: activations, optimizer states (the
     optimizer), and the communication library's own buffers.
+    ``launch.slot_map.draw(plan, "map.html")`` draws when each slot is live, and where.
     """
 
     world_size: int
@@ -245,6 +263,7 @@ class MemoryPlan:
     slots: tuple[SlotPlace, ...] = field(default=())
     transports: tuple[str, ...] = ()  # what moves bytes between the ranks, and why
     keeps_gradients: bool = False  # whether recorded steps add to gradients
+    clocks: tuple[Clock, ...] = ()  # of the slots, by kind
 
     @property
     def nbytes(self) -> int:
@@ -265,6 +284,12 @@ class MemoryPlan:
         """Count the bytes of the regions of one kind, of those in ``KINDS``."""
         assert kind in KINDS, f"unknown kind of region: {kind}"
         return sum(region.nbytes for region in self.regions if region.kind == kind)
+
+    def phases_of(self, kind: str) -> tuple[Phase, ...]:
+        """Return what the ticks of slots of this kind count."""
+        found = [clock.phases for clock in self.clocks if kind in clock.kinds]
+        assert len(found) == 1, f"expected one clock of {kind}, found {len(found)}"
+        return found[0]
 
     def __str__(self) -> str:
         lines = [f"memory plan of one rank of {self.world_size}: {readable(self.nbytes)} ({self.nbytes:,} bytes)"]

@@ -23,7 +23,7 @@ from yafsdp_like.kernels.decode_attention import choose_num_splits, workspace_nu
 from yafsdp_like.kernels.query_tiles import TILE_COLS, max_num_tiles, queries_per_tile
 from yafsdp_like.kernels.sampling import NUM_FLOATS, NUM_INTS
 from yafsdp_like.kernels.sampling_params import MAX_LOGPROBS
-from yafsdp_like.memory.plan import LiveRange, Region, SlotPlace, SlotRequest, place
+from yafsdp_like.memory.plan import Clock, LiveRange, Phase, Region, SlotPlace, SlotRequest, place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -37,6 +37,7 @@ WORKSPACE, LOGITS, TABLES = "workspace", "logits", "tables"  # kinds, and their 
 
 # What a forward does, in order, the first four once a layer; a live range is from the first to the last that needs it.
 PROJECT, ATTEND, OUTPUT, FEED, DRAW = range(5)
+STEPS = ("project", "attend", "output", "feed forward", "draw")
 ALWAYS = LiveRange(((PROJECT, DRAW),))
 
 T = TypeVar("T")
@@ -217,6 +218,11 @@ class PlacedBuffers:
             for name, buffer in self.buffers.items()
             if buffer.kind == WORKSPACE and buffer.nbytes
         )
+
+    @property
+    def clock(self) -> Clock:
+        """What the ticks of activations count: what a forward does, all but the last once a layer."""
+        return Clock((WORKSPACE,), tuple(Phase(name, tick, tick) for tick, name in enumerate(STEPS)))
 
     def tensors(self, place_of: Callable[[str], Place]) -> StepBuffers:
         """Return the buffers on the places of their kinds, such as ``Arena.place`` of an arena that has the regions."""
