@@ -200,12 +200,16 @@ class ModelPool:
         self.switches.append(Switch(name, member.residence.copy_in(), len(in_the_way)))
         return self.switches[-1]
 
-    def sleep(self, name: str) -> None:
+    def sleep(self, name: str, keep: bool = True) -> None:
         """Let a model sleep: its weights stay on the host, its sequences wait, its pages stay while nobody needs them.
 
-        Nothing is copied but pages that are swapped out. A model with requests wakes again in its turn.
+        Nothing is copied but pages that are swapped out. A model with requests wakes again in its turn. With ``keep``
+        it then finds those weights again that nobody has overwritten; else all are copied.
         """
-        self._sleep(self._find(name))
+        member = self._find(name)
+        self._sleep(member)
+        if not keep:
+            member.residence.forget()
 
     def prefetch(self, name: str) -> int:
         """Bring what has room of a loaded model that sleeps, beside those that are awake; return the bytes issued.
