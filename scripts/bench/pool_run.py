@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -195,7 +196,7 @@ def _switches(bench: PoolBench) -> list[Row]:
         found = []
         for _ in range(bench.options.rounds):
             bench.pool.wake_up(left)
-            found.append((*bench.seconds(lambda name=woken: bench.pool.wake_up(name)), bench.pool.switches[-1].nbytes))
+            found.append((*bench.seconds(partial(bench.pool.wake_up, woken)), bench.pool.switches[-1].nbytes))
         returned, done, nbytes = statistics.median_low(found)
         row = {"from": left, "to": woken, "gib": nbytes / 2**30, "ms": 1e3 * done, "cpu_ms": 1e3 * returned}
         rows.append(row | {"gb_per_s": nbytes / done / 1e9, "share_of_link": nbytes / done / bench.link})
@@ -254,25 +255,25 @@ def _awake(bench: PoolBench) -> list[Row]:
         requests = [bench.request(name, bench.options.new_tokens) for _ in range(bench.options.batch)]
         for request in requests:
             bench.pool.add(name, request)
-        pooled = _step_s(bench, lambda: bench.pool.has_work, bench.pool.step)
+        pooled = _step_s(bench.pool)
         bench.pool.sleep(name)
         model = random_model(name, bench.pool.plan.models[name].serving.config)
         own = replace(_engine_options(bench.options), kv_nbytes=1 << 30)
         with Engine.load(model, own, device=bench.world.device, dtype=DTYPES[bench.options.dtype]) as engine:
             for request in requests:
                 engine.add(request)
-            alone = _step_s(bench, lambda engine=engine: engine.has_work, engine.step)
+            alone = _step_s(engine)
         row = {"model": name, "batch": bench.options.batch, "pool_step_ms": 1e3 * pooled, "alone_step_ms": 1e3 * alone}
         rows.append(row | {"ratio": pooled / alone})
     return rows
 
 
-def _step_s(bench: PoolBench, has_work: Callable[[], bool], step: Callable[[], object]) -> float:
+def _step_s(served: ModelPool | Engine) -> float:
     """Return the median seconds of the second half of steps."""
     found = []
-    while has_work():
+    while served.has_work:
         begin = time.perf_counter()
-        step()
+        served.step()
         found.append(time.perf_counter() - begin)
     return statistics.median(found[len(found) // 2 : -2])
 
