@@ -123,6 +123,13 @@ def test_a_plan_without_slots_is_one_band_for_each_region() -> None:
     assert slot_map(MemoryPlan(1, ())) == ()
 
 
+def test_slots_that_share_bytes_by_no_schedule_are_one_band() -> None:
+    """A pool of models: whichever is awake has them."""
+    slots = tuple(SlotPlace(name, "weights", Segment(0, 512), LiveRange(((0, 0),))) for name in ("one", "other"))
+    (panel,) = slot_map(MemoryPlan(1, (Region("weights", "weights", 512),), slots))
+    assert panel.rectangles == (Rectangle("weights", "weights", Segment(0, 512), 0, 0),)
+
+
 def test_the_map_of_a_serving_plan_has_a_clock_for_weights_and_one_for_activations() -> None:
     plan = plan_serving(PRESETS["8b"], EngineOptions(memory_limit_nbytes=12 << 30)).memory
     everything, weights, workspace = slot_map(plan)

@@ -286,10 +286,8 @@ class MemoryPlan:
         return sum(region.nbytes for region in self.regions if region.kind == kind)
 
     def phases_of(self, kind: str) -> tuple[Phase, ...]:
-        """Return what the ticks of slots of this kind count."""
-        found = [clock.phases for clock in self.clocks if kind in clock.kinds]
-        assert len(found) == 1, f"expected one clock of {kind}, found {len(found)}"
-        return found[0]
+        """Return what the ticks of slots of this kind count; nothing where they share bytes by no schedule."""
+        return next((clock.phases for clock in self.clocks if kind in clock.kinds), ())
 
     def __str__(self) -> str:
         lines = [f"memory plan of one rank of {self.world_size}: {readable(self.nbytes)} ({self.nbytes:,} bytes)"]

@@ -67,12 +67,13 @@ def slot_map(plan: MemoryPlan) -> tuple[Panel, ...]:
 
 
 def _zoom(plan: MemoryPlan, region: Region) -> Panel | None:
-    """A region that slots share, with a rectangle for each interval of each slot; None for any other."""
+    """A region that slots share by time, with a rectangle for each interval of each slot; None for any other."""
     slots = [slot for slot in plan.slots if slot.kind == region.name and slot.segment.nbytes]
-    if not slots:
+    phases = plan.phases_of(region.name)
+    if not (slots and phases):
         return None
     rectangles = tuple(rectangle for slot in slots for rectangle in _tenancies(slot))
-    return Panel(region.name, region.nbytes, plan.phases_of(region.name), rectangles)
+    return Panel(region.name, region.nbytes, phases, rectangles)
 
 
 def _tenancies(slot: SlotPlace) -> Iterator[Rectangle]:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _NUM_TIMED = 3  # repetitions of what is measured, of which the fastest counts
 _TIMED_NBYTES = 64 << 20
 _TIMED_TOKENS_ON_CPU = 16
-_MAX_RECORDED_TOKENS = 2048  # of a step; larger ones take a GPU longer than issuing them takes the CPU
+MAX_RECORDED_TOKENS = 2048  # of a step; larger ones take a GPU longer than issuing them takes the CPU
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, graphs: bool) -> None:
-        """Compile all that steps need on a GPU, and record steps of all sizes up to ``_MAX_RECORDED_TOKENS``."""
+        """Compile all that steps need on a GPU, and record steps of all sizes up to ``MAX_RECORDED_TOKENS``."""
         if not self._on_gpu:
             return
         with launching_on(self._weights.device):
@@ -128,7 +128,7 @@ class Runner:
         recorder = StepRecorder()
         for size in reversed(self._buckets.decode):
             self._logprobs[size.num_drawing] = recorder.record(partial(self._compute_logprobs, size.num_drawing))
-        sizes = [size for size in self._sizes if size.num_tokens <= _MAX_RECORDED_TOKENS]
+        sizes = [size for size in self._sizes if size.num_tokens <= MAX_RECORDED_TOKENS]
         for size in reversed(sizes if self._weights.graphable else []):
             self._weights.reset_residency()
             self._recordings[size] = recorder.record(partial(self._step, size))
