@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from yafsdp_like.memory.vmm import MappedRange
 
 
+def column_nbytes(num_hosts: int, chunks_nbytes: Sequence[int]) -> int:
+    """Count the bytes of scratch for a column of chunks of these sizes over ``num_hosts``; none on one host."""
+    return 0 if num_hosts == 1 else sum(aligned(num_hosts * nbytes) for nbytes in chunks_nbytes)
+
+
 class MappedMemory:
     """The blocks of ``group``'s ranks, all on one host, of ``num_hosts`` that share a parameter."""
 
@@ -60,7 +65,7 @@ class MappedMemory:
 
         The chunks are the inputs of an all-gather, or the outputs of a reduce-scatter.
         """
-        return 0 if self.num_hosts == 1 else sum(aligned(self.num_hosts * nbytes) for nbytes in chunks_nbytes)
+        return column_nbytes(self.num_hosts, chunks_nbytes)
 
     def connect(self, blocks: Sequence[MemoryBlock]) -> None:
         """Make the ranks' blocks readable by each other.

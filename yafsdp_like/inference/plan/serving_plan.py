@@ -103,8 +103,7 @@ class ServingPlan:
         )
         slots = (*self.placement.slot_places(), *self.buffers.slots())
         transports = {"gathered": (self.site.transport,), "tensor_parallel": (_SUMS,)}.get(self.mode, ())
-        clocks = (self.placement.clock, self.buffers.clock)
-        return MemoryPlan(self.site.num_ranks, regions, slots, transports, clocks=clocks)
+        return MemoryPlan(self.site.num_ranks, regions, slots, transports)
 
     @cached_property
     def host(self) -> MemoryPlan:

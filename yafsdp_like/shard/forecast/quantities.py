@@ -26,6 +26,7 @@ CATEGORIES = {
     "gradient slots": "units' full gradients, shared by live range, and unsynchronized ones",
     "staging": "gradients of peers while they are added up, and shards on their way from and to the host",
     "granule ends": "unused ends of the memory that peers map",
+    "buffers": "modules' buffers, and parameters that are not sharded",
     "gradient shards": "reduced gradients, from a unit's reduction to zero_grad",
     "optimizer states": "moments, and buffers for offloaded ones",
     "activations": "what forward saves for backward, and what both hold while they compute",

@@ -21,7 +21,7 @@ from yafsdp_like.memory.layout import RowShards, contiguous_stride
 from yafsdp_like.ops.split_master import SplitTensor, SplitValues, values_of
 from yafsdp_like.shard.runtime.gradient_shard import GradientShard
 from yafsdp_like.shard.runtime.nested import layers_of
-from yafsdp_like.shard.spec.unit_spec import ParamSpec
+from yafsdp_like.shard.spec.unit_spec import ParamSpec, param_spec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,6 +91,12 @@ class _Owner(NamedTuple):
     @classmethod
     def of(cls, module: nn.Module, attribute: str) -> Self:
         return cls(weakref.ref(module), attribute, type(module).__setattr__ is nn.Module.__setattr__)
+
+
+def statistics_dtype(module: nn.Module | None) -> torch.dtype | None:
+    """Return in which dtype a norm with running statistics keeps them, and so computes; None for other modules."""
+    statistics = module.running_mean if isinstance(module, _NormBase) else None
+    return None if statistics is None else statistics.dtype
 
 
 class ShardedParam:
@@ -182,36 +188,23 @@ class ShardedParam:
     def spec(self, name: str, policy: UnitPolicy, as_computed: bool, has_room: bool) -> ParamSpec:
         """Return what a plan needs to know, by the policy of now.
 
-        Integers (frozen, all of them) and complex numbers keep their dtype. Norms with running statistics must be of
-        one dtype with those, and are. Gradients wait for their reduction in ``reduce_dtype``, or ``as_computed``;
-        without ``has_room`` there are none.
+        Norms with running statistics must be of one dtype with those, and are. Without ``has_room`` there are no
+        gradients.
         """
-        dtype = self.main_dtype
-        asked = self._dtype_of_statistics() or policy.mp.param_dtype or dtype
-        compute = asked if dtype.is_floating_point else dtype
-        reduce = (policy.mp.reduce_dtype if dtype.is_floating_point else None) or compute
-        is_split = policy.split_master and (dtype, compute) == (torch.float32, torch.bfloat16)
-        return ParamSpec(
+        return param_spec(
             name,
             self.shards,
-            dtype,
-            compute,
-            compute if as_computed else reduce,
-            reduce,
-            reduce if reduce == policy.grad_dtype else dtype,
+            self.main_dtype,
+            policy,
+            computed_in=statistics_dtype(next((module for module, _ in self.owners), None)),
+            as_computed=as_computed,
             has_gradient=has_room and self.trainable,
-            is_split=is_split and self.shards.chunk_numel > 0,
         )
 
     def take_dtypes(self, spec: ParamSpec) -> None:
         """Compute and reduce in the dtypes of ``spec`` from now on."""
         self.compute_dtype, self.gradient_dtype = spec.compute_dtype, spec.gradient_dtype
         self.reduce_dtype, self.grad_dtype, self.is_split = spec.reduce_dtype, spec.grad_dtype, spec.is_split
-
-    def _dtype_of_statistics(self) -> torch.dtype | None:
-        module = next((module for module, _ in self.owners), None)
-        statistics = module.running_mean if isinstance(module, _NormBase) else None
-        return None if statistics is None else statistics.dtype
 
     @property
     def local_shape(self) -> tuple[int, ...]:

@@ -48,6 +48,39 @@ class ParamSpec:
         return self.shards.chunk_numel * self.compute_dtype.itemsize
 
 
+def param_spec(
+    name: str,
+    shards: RowShards,
+    dtype: torch.dtype,
+    policy: UnitPolicy,
+    *,
+    computed_in: torch.dtype | None = None,
+    as_computed: bool = False,
+    has_gradient: bool = True,
+) -> ParamSpec:
+    """Return what a plan needs to know of a parameter of ``dtype``, by the policy of its unit.
+
+    Integers (frozen, all of them) and complex numbers keep their dtype; norms with running statistics are
+    ``computed_in`` theirs, whatever the policy says. Gradients wait for their reduction in ``reduce_dtype``, or
+    ``as_computed``.
+    """
+    asked = computed_in or policy.mp.param_dtype or dtype
+    compute = asked if dtype.is_floating_point else dtype
+    reduce = (policy.mp.reduce_dtype if dtype.is_floating_point else None) or compute
+    is_split = policy.split_master and (dtype, compute) == (torch.float32, torch.bfloat16)
+    return ParamSpec(
+        name,
+        shards,
+        dtype,
+        compute,
+        compute if as_computed else reduce,
+        reduce,
+        reduce if reduce == policy.grad_dtype else dtype,
+        has_gradient=has_gradient,
+        is_split=is_split and shards.chunk_numel > 0,
+    )
+
+
 @dataclass(frozen=True)
 class UnitLayout:
     """The flat layouts of a unit; a parameter that a layout does not hold has an empty segment in it."""

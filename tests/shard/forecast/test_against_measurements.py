@@ -1,0 +1,80 @@
+"""Forecasts of shapes that were measured on H200s: the phases' peaks by category, as the committed reports have them.
+
+A report's "activations" are all blocks that PyTorch's allocator held and nobody else claims; its categories count the
+same bytes as a forecast's, but for a few MiB of tables and workspaces, which a report has under activations.
+"""
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from yafsdp_like.models import PRESETS, Decoder
+from yafsdp_like.shard.forecast.activations import ExampleBatch
+from yafsdp_like.shard.forecast.quantities import TrainingForecast
+from yafsdp_like.shard.forecast.traced_units import Cluster, cut
+from yafsdp_like.shard.forecast.training_forecast import ForecastOptions, forecast_training
+from yafsdp_like.shard.spec.unit_spec import UnitPolicy
+
+RESULTS = Path(__file__).parents[3] / "scripts" / "results"
+GIB = 1 << 30
+SLACK_GIB = 0.012
+MEASURED = {  # categories of a report: those of a forecast
+    "main shards": ("main shards",),
+    "compute shards": ("compute shards",),
+    "moments": ("optimizer states",),
+    "gradients": ("gradient shards",),
+    "slots": ("gather slots", "gradient slots", "granule ends"),
+    "staging": ("staging",),
+    "activations": ("activations", "logits and loss"),
+}
+CASES = [
+    ("2026-11-29-h200x2-8b-split.json", 2, 1024),
+    ("2026-11-29-h200x2-8b-split.json", 2, 8192),
+    ("2026-11-29-h200x2-8b-checkpointing.json", 2, 4096),
+    ("2026-11-29-h200-3b-checkpointing.json", 1, 4096),
+    ("2026-11-29-h200-3b-split.json", 1, 4096),
+]
+
+
+def rows(file: str, seq_len: int) -> list[dict[str, Any]]:
+    report = json.loads((RESULTS / file).read_text())
+    return [row for row in report["rows"] if row["impl"] == "ours:split_master=True" and row["seq_len"] == seq_len]
+
+
+@cache
+def forecast(preset: str, num_ranks: int, seq_len: int, checkpointing: str) -> TrainingForecast:
+    with torch.device("meta"):
+        model = Decoder(PRESETS[preset])
+    if checkpointing == "block":
+        for index, layer in enumerate(model.layers):
+            model.layers[index] = checkpoint_wrapper(layer, preserve_rng_state=False)
+    policy = UnitPolicy(MixedPrecisionPolicy(torch.bfloat16, torch.float32), None, split_master=True)
+    tokens = torch.empty(1, seq_len, dtype=torch.int64, device="meta")
+    planned = cut(model, list(model.layers), policy, Cluster(num_ranks))
+    return forecast_training(model, planned, ExampleBatch((tokens, tokens)), ForecastOptions())
+
+
+@pytest.mark.parametrize(("file", "num_ranks", "seq_len"), CASES)
+def test_peaks_are_those_that_were_measured(file: str, num_ranks: int, seq_len: int) -> None:
+    (row,) = rows(file, seq_len)
+    found = forecast("8b" if "8b" in file else "3b", num_ranks, seq_len, row["checkpointing"])
+    for measured in row["peaks"]:
+        (phase,) = (p for p in found.phases if p.phase == measured["phase"])
+        for category, parts in MEASURED.items():
+            planned = sum(phase.nbytes.get(part, 0) for part in parts) / GIB
+            assert planned == pytest.approx(measured[category], abs=SLACK_GIB), (measured["phase"], category)
+
+
+@pytest.mark.parametrize(("file", "num_ranks", "seq_len"), CASES)
+def test_the_device_is_as_full_as_it_was(file: str, num_ranks: int, seq_len: int) -> None:
+    (row,) = rows(file, seq_len)
+    found = forecast("8b" if "8b" in file else "3b", num_ranks, seq_len, row["checkpointing"])
+    before_update = replace(found, phases=tuple(p for p in found.phases if p.phase not in ("start", "checkpoint")))
+    assert before_update.peak.total_nbytes / GIB == pytest.approx(row["device_used_gib"], rel=0.03)

@@ -1,0 +1,201 @@
+"""What one rank of a run will take, by phase: the plan's regions, a traced step, the optimizer's states, and the rest.
+
+Owns the sum. The plan's part is exact, activations are those of the trace, moments those of the optimizer's formats;
+what the driver and libraries keep for themselves is measured elsewhere and named here.
+
+[Note: the phases]
+A run from its second step on, in which states of the optimizer exist. "start" is what is there before the first
+forward; "forward" and "backward" are at their highest moments; "update" has all gradients; "checkpoint" what is made on
+the device to save a step, while gradients still have their memory, which the next forward gives back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from yafsdp_like.memory.layout import aligned
+from yafsdp_like.optim.moments import MomentsFormat, moments_nbytes
+from yafsdp_like.optim.offload import NUM_BUFFERS, buffer_nbytes
+from yafsdp_like.shard.forecast.activations import ExampleBatch, StepOptions, Trace, trace_step
+from yafsdp_like.shard.forecast.quantities import OF_KIND, ModuleCost, PhaseMemory, TrainingForecast, Transfer
+from yafsdp_like.shard.forecast.storages import BLOCK_NBYTES
+from yafsdp_like.shard.forecast.transfers import transfers_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import nn
+
+    from yafsdp_like.memory.plan import MemoryPlan
+    from yafsdp_like.shard.forecast.traced_units import PlannedModel
+    from yafsdp_like.shard.spec.unit_spec import ParamSpec
+
+Nbytes = dict[str, int]  # by category
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Device memory that nothing of this package allocates, in bytes.
+
+    Measured on H200s with torch 2.11 (scripts/results/2026-11-29-h200-3b-checkpointing.json and
+    2026-11-29-h200x2-8b-checkpointing.json): what the device counts beside all tensors is 1.38 GiB on one rank, and
+    0.31 GiB more with another.
+    """
+
+    context_nbytes: int = 1_481_800_000  # the CUDA context, kernels, and libraries' workspaces
+    nccl_nbytes: int = 332_000_000  # of a process group of several ranks
+
+
+@dataclass(frozen=True)
+class OptimizerMemory:
+    """AdamW, as far as memory goes: in which format its moments are kept, and where."""
+
+    moments: MomentsFormat | None = "fp32"  # None: no optimizer
+    offload_moments: bool = False
+    update_in_backward: bool = False
+
+
+@dataclass(frozen=True)
+class ForecastOptions:
+    """What of a run a forecast depends on, beside the model, its units and a batch."""
+
+    optimizer: OptimizerMemory = field(default_factory=OptimizerMemory)
+    accumulates: bool = False  # a step has several backwards
+    copies_checkpoints: bool = False  # they are written behind the next steps, from a copy in host memory
+    on_gpu: bool = True
+    overhead: Overhead = field(default_factory=Overhead)
+
+
+def forecast_training(
+    model: nn.Module, planned: PlannedModel, batch: ExampleBatch, options: ForecastOptions
+) -> TrainingForecast:
+    """Trace one step of ``model`` and put it beside the plan; the model is unchanged, and nothing is allocated.
+
+    Raises ``ValueError`` where no loss comes of the batch, and what the model's forward raises.
+    """
+    in_backward = options.optimizer.update_in_backward
+    trace = trace_step(model, planned.units, batch, StepOptions(options.on_gpu, options.accumulates, in_backward))
+    plan = planned.layout.plan
+    held = _Held(model, planned, options)
+    costs = [
+        ModuleCost(unit, phase, kind, w.flops, w.read_nbytes, w.written_nbytes, w.num_kernels)
+        for (unit, phase, kind), w in trace.work.items()
+    ]
+    return TrainingForecast(
+        plan,
+        tuple(held.phases(trace)),
+        tuple(costs),
+        tuple(transfers_of(planned)) + tuple(held.moments_transfers()),
+        trace.notes,
+    )
+
+
+class _Held:
+    """What lives longer than a phase."""
+
+    def __init__(self, model: nn.Module, planned: PlannedModel, options: ForecastOptions) -> None:
+        self._planned, self._options, self._plan = planned, options, planned.layout.plan
+        self._trained = [p for unit in planned.units for p in unit.params if p.has_gradient]
+        self._base = _base(model, planned, options)
+        self._regions = _regions(self._plan)
+        self._moments = self._moments_nbytes()
+
+    def _moments_nbytes(self, saved: bool = False) -> int:
+        name = self._options.optimizer.moments
+        if name is None:
+            return 0
+        each = (moments_nbytes(_rows(p), p.main_dtype, name, saved) // 2 for p in self._trained)
+        return sum(2 * aligned(nbytes, BLOCK_NBYTES) for nbytes in each)
+
+    @property
+    def _states(self) -> Nbytes:
+        """What the optimizer has on the device."""
+        options = self._options.optimizer
+        if options.moments is None:
+            return {}
+        if options.offload_moments:
+            rows = [(_rows(p), p.main_dtype) for p in self._trained]
+            return {"optimizer states": NUM_BUFFERS * buffer_nbytes(rows, options.moments)}
+        return {"optimizer states": self._moments}
+
+    def phases(self, trace: Trace) -> Iterable[PhaseMemory]:
+        """Yield the phases in order."""
+        steady = _sum(self._base, self._regions, self._states)
+        host = self._host()
+        main = {"main shards": self._regions.get("main shards", 0)}
+        yield PhaseMemory("start", _nonzero(_sum(self._base, main)), "", _nonzero(host))
+        for phase in ("forward", "backward"):
+            place, live = trace.peak(phase)
+            yield PhaseMemory(phase, _nonzero(_sum(steady, live)), place.unit, _nonzero(host))
+        left = trace.end("backward")
+        yield PhaseMemory("update", _nonzero(_sum(steady, left)), "", _nonzero(host))
+        made = {"checkpoint": self._checkpoint_nbytes()}
+        yield PhaseMemory("checkpoint", _nonzero(_sum(steady, left, made)), "", _nonzero(_sum(host, self._copies())))
+
+    def _checkpoint_nbytes(self) -> int:
+        """Return what a state dict makes on the device: floats of 8 bit moments, fp32 values of a split master."""
+        options = self._options.optimizer
+        floats = 0
+        if options.moments == "int8" and not options.offload_moments:
+            floats = self._moments_nbytes(saved=True)
+        split = [4 * p.shards.chunk_numel for unit in self._planned.units for p in unit.params if p.is_split]
+        return floats + max(split, default=0)
+
+    def moments_transfers(self) -> Iterable[Transfer]:
+        """Yield what an update copies of offloaded moments."""
+        if self._options.optimizer.offload_moments:
+            for operation in ("moments in", "moments out"):
+                yield Transfer("", "update", operation, "host", self._moments)
+
+    def _host(self) -> Nbytes:
+        offloaded = self._moments if self._options.optimizer.offload_moments else 0
+        return {"shards and gradients": self._plan.host_nbytes, "optimizer states": offloaded}
+
+    def _copies(self) -> Nbytes:
+        if not self._options.copies_checkpoints:
+            return {}
+        numel = sum(4 * p.shards.chunk_numel for unit in self._planned.units for p in unit.params)
+        return {"copy of a checkpoint": numel + self._moments_nbytes(saved=True)}
+
+
+def _base(model: nn.Module, planned: PlannedModel, options: ForecastOptions) -> Nbytes:
+    """Return what is there whatever runs: buffers, parameters that are not sharded, the context, NCCL."""
+    sharded = {
+        module._parameters.get(name) for unit in planned.units for places in unit.places for module, name in places
+    }
+    left = [p for p in model.parameters() if p not in sharded]
+    nbytes = sum(aligned(t.numel() * t.itemsize, BLOCK_NBYTES) for t in [*model.buffers(), *left])
+    if not options.on_gpu:
+        return {"buffers": nbytes}
+    is_group = planned.layout.plan.world_size > 1
+    overhead = options.overhead
+    return {"buffers": nbytes, "context": overhead.context_nbytes, "NCCL": overhead.nccl_nbytes if is_group else 0}
+
+
+def _regions(plan: MemoryPlan) -> Nbytes:
+    """Return the plan's own bytes on the device by category, without gradient shards, which are in the trace."""
+    totals: Counter[str] = Counter()
+    for region in plan.regions:
+        if not (region.transient or region.on_host):
+            totals[OF_KIND[region.kind]] += region.nbytes
+    return dict(totals)
+
+
+def _rows(p: ParamSpec) -> torch.Size:
+    """Return the shape of the rows of the rank that has most."""
+    return torch.Size((p.shards.rows_per_rank, *p.shards.shape[1:]))
+
+
+def _sum(*parts: Mapping[str, int]) -> Nbytes:
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(total)
+
+
+def _nonzero(nbytes: Nbytes) -> Nbytes:
+    return {category: count for category, count in nbytes.items() if count}
