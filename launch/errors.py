@@ -7,6 +7,7 @@ that know as much the first one speaks.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
@@ -20,11 +21,14 @@ from launch.command_line import GRACE_SECONDS, NO_MEMORY
 from yafsdp_like.comm.consistency import ABOUT_INPUT, AgreedError
 
 LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed? ?out|remote process exited")
+NOTE = "a rank ran out of memory"  # a key of the store
 TOLD_SECONDS, LOST_SECONDS = 0.5, 2.5  # what ranks that know less wait before they speak
 
 
 def report(error: Exception, rank: int) -> None:
     """Say what is wrong on standard error, in one line, or with its traceback where it is a mistake of ours."""
+    if isinstance(error, torch.OutOfMemoryError) and (notes := getattr(error, "__notes__", [])):
+        _leave_note(notes[0])
     if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
         time.sleep(LOST_SECONDS)
     elif isinstance(error, AgreedError):
@@ -52,12 +56,29 @@ def _one_line(error: Exception, rank: int) -> str | None:
         isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))
     ):
         first = (str(error) or type(error).__name__).splitlines()[0]
-        return f"{first[:300]}{where}; lower micro_batch_size or seq_len, or shard over more ranks"
+        advice = getattr(error, "__notes__", ["lower micro_batch_size or seq_len, or shard over more ranks"])
+        return f"{first[:300]}{where}; {'; '.join(advice)}"
     if isinstance(error, ABOUT_INPUT):
         return f"{error}{where if rank or isinstance(error, OSError) else ''}"
     if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
-        return f"rank {rank} lost another rank, which has ended or cannot be reached: {str(error).splitlines()[0]}"
+        why = _read_note() or str(error).splitlines()[0]
+        return f"rank {rank} lost another rank, which has ended or cannot be reached: {why}"
     return None
+
+
+def _leave_note(words: str) -> None:
+    """Leave words for ranks that will have lost this one, where there is still a store."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        with contextlib.suppress(RuntimeError):
+            _get_default_store().set(NOTE, words)
+
+
+def _read_note() -> str:
+    """Return what a rank has left that ran out of memory; "" without one, or where nobody can be asked any more."""
+    with contextlib.suppress(RuntimeError):
+        if dist.is_initialized() and _get_default_store().check([NOTE]):
+            return bytes(_get_default_store().get(NOTE)).decode()
+    return ""
 
 
 def _is_first_to_speak(rank: int) -> bool:

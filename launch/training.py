@@ -24,6 +24,7 @@ from launch.run_state import RunState, find_starts, prepare_directory
 from launch.stop_signals import STOPPED, Stopping
 from launch.trainer import Trainer
 from launch.world import World
+from yafsdp_like import explain_out_of_memory
 from yafsdp_like.comm.consistency import AgreedError, all_gather_object, raise_on_all_ranks
 from yafsdp_like.data import unigram_entropy
 
@@ -57,7 +58,7 @@ def run(options: Config, world: World, stopping: Stopping | None = None) -> int:
     profiling = Profiling(options.log, world, Path(options.output_dir))
     log.say(opening_words(trainer, log.peak_tflops))
     try:
-        with phase(stopping):
+        with phase(stopping), explain_out_of_memory(model, trainer.optimizer, directory=options.output_dir):
             train(trainer, state, log, profiling)
         if trainer.stops:
             log.say(stopped_words(trainer, state))

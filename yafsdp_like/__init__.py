@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.api import FSDPModule, UnshardHandle, fully_shard
     from yafsdp_like.shard.drop_in import register_fsdp_forward_method, share_comm_ctx
     from yafsdp_like.shard.graph import GraphedStep
+    from yafsdp_like.shard.oom_letter import explain_out_of_memory
     from yafsdp_like.shard.optimizer_step import update_in_backward
     from yafsdp_like.shard.runtime.allocated_memory import SpillWarning
 else:
@@ -28,6 +29,7 @@ else:
         "OffloadPolicy": "torch.distributed.fsdp",
         "SpillWarning": "yafsdp_like.shard.runtime.allocated_memory",
         "UnshardHandle": "yafsdp_like.shard.api",
+        "explain_out_of_memory": "yafsdp_like.shard.oom_letter",
         "fully_shard": "yafsdp_like.shard.api",
         "offload_activations": "yafsdp_like.shard.activation_offload",
         "register_fsdp_forward_method": "yafsdp_like.shard.drop_in",
@@ -56,6 +58,7 @@ __all__ = [
     "OffloadPolicy",
     "SpillWarning",
     "UnshardHandle",
+    "explain_out_of_memory",
     "fully_shard",
     "offload_activations",
     "register_fsdp_forward_method",

@@ -144,6 +144,19 @@ class MachineRates:
             found[name] = tuple(min(row, key=lambda one: getattr(one, rate)) for row in rows)
         return dataclasses.replace(self, **found)
 
+    def product_rate(self, num_operations: float) -> float | None:
+        """Return the rate of products of so many operations each: of the measured one nearest in size, if sustained.
+
+        A product is measured for a few milliseconds, in which clocks may be higher than ``product_flops`` sustains.
+        """
+        nearest = min(
+            self.products,
+            key=lambda p: max(p.num_operations, num_operations) / max(1.0, min(p.num_operations, num_operations)),
+            default=None,
+        )
+        rates = [rate for rate in (self.product_flops, nearest and nearest.flops) if rate]
+        return min(rates, default=None)
+
     def collective_nbytes(self, name: str, nbytes: int) -> float | None:
         """Return the bus rate of a collective of ``nbytes``, from the size measured that is nearest; None without."""
         sizes = [rate for rate in self.collectives if rate.name == name]
@@ -238,16 +251,16 @@ H200_MACHINE = MachineRates(
     source="published figures of two NVIDIA H200",
     num_ranks=2,
     product_flops=605e12,
-    attention_flops=450e12,
+    attention_flops=500e12,
     memory_nbytes=H200_RATES.memory_nbytes,
     to_device_nbytes=H200_RATES.host_nbytes,
     to_host_nbytes=52.4e9,
     peer_nbytes=H200_RATES.peer_nbytes,
     pinning_nbytes=1.6e9,
-    kernel_s=5e-6,
+    kernel_s=2e-6,
     launch_s=5e-6,
-    operation_s=12e-6,
-    unit_s=0.9e-3,
+    operation_s=15e-6,
+    unit_s=2.8e-3,
     context_nbytes=552468480,
     collectives=tuple(
         CollectiveRate(name, mib << 20, rate * 1e9)

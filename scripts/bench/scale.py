@@ -4,13 +4,14 @@ Owns the assumptions, each with its value and source, and the arithmetic from th
 a measurement of the machine that it runs on, and no process is started: memory is the runtime's own plan, drawn for any
 number of ranks on a model without memory.
 
-[Note: what a step is made of]
-Compute is the unsharded step, a third of it forward, and what the runtime takes from it: while the kernel that adds
-peers' gradients runs, matrix products stand still. Beside compute run the stream of gathers and that of reductions,
-which share this rank's ingress of the link and of the network. Forward takes as long as the longest of these, backward
-too; then comes the embedding's reduction, behind which nothing is left to hide it, and before forward what of the early
-gathers the update was too short to hide. Two gather slots save two of a chain's gathers in forward, where the update
-has made them, and two in backward, where forward has left them.
+[Note: what an estimate is made of]
+The pieces are those of [Note: what a step is made of] in `shard/forecast/step_time.py`. Compute is the unsharded step,
+a third of it forward, and what the runtime takes from it: while the kernel that adds peers' gradients runs, matrix
+products stand still. Beside compute run the stream of gathers and that of reductions, which share this rank's ingress
+of the link and of the network. Forward takes as long as the longest of these, backward too; then comes the embedding's
+reduction, behind which nothing is left to hide it, and before forward what of the early gathers the update was too
+short to hide. Two gather slots save two of a chain's gathers in forward, where the update has made them, and two in
+backward, where forward has left them.
 
 Two cases stand for what is not known. The easy one: copies take nothing from compute, and the gaps between them are
 filled by the other stream's. The hard one: copies slow matrix products as they did beside twelve layers of them, the
@@ -33,6 +34,7 @@ from yafsdp_like.comm.mapped_memory import MappedMemory
 from yafsdp_like.hardware import H200_RATES
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.models import Decoder, DecoderConfig
+from yafsdp_like.shard.forecast.step_time import Traffic, beside, longest
 
 COMPUTE_NBYTES, GRAD_NBYTES, MOMENTS_NBYTES = 2, 4, 8  # of an element: bf16, reduced in fp32, AdamW's two in fp32
 NUM_SLOTS = 2  # of a chain of blocks
@@ -154,29 +156,6 @@ class ModelShape:
         )
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """One gather or reduction: seconds that it takes of each of this rank's resources."""
-
-    link: float = 0.0  # bytes from peers
-    gaps: float = 0.0  # between copies, and barriers
-    network: float = 0.0  # collectives between hosts, their latency included
-    adding: float = 0.0  # the kernel, while which matrix products stand still
-
-    @property
-    def stream(self) -> float:
-        """Nothing of it overlaps with another part of it."""
-        return self.link + self.gaps + self.network + self.adding
-
-    def times(self, number: int) -> "Traffic":
-        """Return the traffic of `number` of these."""
-        return Traffic(*(number * part for part in (self.link, self.gaps, self.network, self.adding)))
-
-    def __add__(self, other: "Traffic") -> "Traffic":
-        link, gaps = self.link + other.link, self.gaps + other.gaps
-        return Traffic(link, gaps, self.network + other.network, self.adding + other.adding)
-
-
 def gather_of(unit: UnitShape, on: Topology, by: Assumptions) -> Traffic:
     """Peers' chunks; over hosts a column first, with a barrier before it and behind it."""
     network = ring(unit.numel * COMPUTE_NBYTES // on.per_host, on.num_hosts, by)
@@ -214,7 +193,7 @@ def ring(nbytes: int, width: int, by: Assumptions) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """What is taken of things that were not measured; see [Note: what a step is made of]."""
+    """What is taken of things that were not measured; see [Note: what an estimate is made of]."""
 
     name: str
     copies_slow_compute: bool
@@ -273,14 +252,8 @@ class Estimator:
         both = gathers + reductions
         head = compute * head_share
         taken = both.adding + (self._slowed(both) if self.case.copies_slow_compute else 0.0)
-        lasts = {"compute": compute - head + taken}
-        if self.case.streams_take_turns:
-            lasts |= {"both streams": both.stream - both.adding}
-        else:
-            lasts |= {"link": both.link, "network": both.network}
-            lasts |= {"gathers": gathers.stream, "reductions": reductions.stream}
-        bound = max(lasts, key=lambda name: lasts[name])
-        return lasts[bound] + head, bound
+        lasts, bound = longest(beside(compute - head, gathers, reductions, taken, self.case.streams_take_turns))
+        return lasts + head, bound
 
     def _slowed(self, traffic: Traffic) -> float:
         """By pulls in proportion to their bytes, by collectives in proportion to their time."""

@@ -8,7 +8,7 @@ import time
 import pytest
 
 CHILD = """
-import datetime, sys, time
+import sys, time
 from yafsdp_like.comm.signals import Watchdog
 
 class Event:
@@ -17,7 +17,7 @@ class Event:
     def query(self):
         return time.monotonic() >= self.complete_at
 
-watchdog = Watchdog(3, datetime.timedelta(seconds=float(sys.argv[1])))
+watchdog = Watchdog(3, float(sys.argv[1]), lambda: print("the letter", file=sys.stderr))
 for complete_after_s in map(float, sys.argv[2:]):
     watchdog.arm(Event(complete_after_s))
     time.sleep(min(complete_after_s, 60) + 0.1)
@@ -39,6 +39,7 @@ def test_a_wait_for_a_rank_that_never_arrives_ends_the_process_with_a_message() 
     ended, seconds = child(1.0, 1e9)
     assert ended.returncode == -signal.SIGABRT
     assert "rank 3: the GPU has waited for other ranks for 1 s, the timeout of their process group" in ended.stderr
+    assert ended.stderr.rstrip().endswith("the letter")
     assert "still here" not in ended.stdout
     assert seconds < 45, "it was to end a second after it was armed, and not when the child's own sleep ends"
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from tests.kernels.test_kernels import DEVICE
 from yafsdp_like.kernels.decode_attention import decode_attention, workspace_numel
 from yafsdp_like.kernels.paged_attention import AttentionBatch, KVPages, attention_reference
 from yafsdp_like.kernels.prefill_attention import prefill_attention
+from yafsdp_like.kernels.query_tiles import TILE_COLS, max_num_tiles, queries_per_tile, write_tiles
 
 F32, BF16, F16, F8 = torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn
 TOLERANCES = {F32: 1e-5, BF16: 2**-7, F16: 2**-9}  # of what is rounded to the dtype on the way, too
@@ -67,9 +69,21 @@ def paged(shape: Shape) -> tuple[KVPages, AttentionBatch]:
     region = region.to(shape.page_dtype)
     if shape.heads_first:
         region = region.transpose(2, 3).contiguous().transpose(2, 3)
-    cu_seqlens_q = int32([sum(shape.num_new[:b]) for b in range(len(counts) + 1)])
     pages = KVPages(region[:, 0], region[:, 1], key_scale=0.75, value_scale=1.5)
-    return pages, AttentionBatch(table.to(DEVICE), int32(shape.seq_lens), cu_seqlens_q)
+    return pages, AttentionBatch(table.to(DEVICE), int32(shape.seq_lens), tiles_of(shape))
+
+
+def tiles_of(shape: Shape, num_before: int = 0, spare: int = 3) -> Tensor:
+    """The work list of a launch whose first sequence's rows begin at `num_before`, and places that it does not need."""
+    per_tile = queries_per_tile(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.dtype.itemsize)
+    chunks = [
+        (num_before + sum(shape.num_new[:b]), num_new, length - num_new, b)
+        for b, (length, num_new) in enumerate(zip(shape.seq_lens, shape.num_new, strict=True))
+    ]
+    most = max_num_tiles(sum(shape.num_new), len(chunks), per_tile) + spare
+    tiles = np.full((1 + most, TILE_COLS), -7, dtype=np.int32)
+    write_tiles(tiles, np.array(chunks), per_tile)
+    return torch.from_numpy(tiles).to(DEVICE)
 
 
 def queries(shape: Shape) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,8 @@
 """Decode and prefill attention over pages against their reference, and the reference against torch."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -12,10 +15,10 @@ from tests.kernels.inference import (
     assert_near,
     decoded,
     expected_attention,
-    int32,
     paged,
     prefilled,
     queries,
+    tiles_of,
 )
 from tests.kernels.test_kernels import DEVICE, needs_kernels, run_python
 from yafsdp_like.kernels import decode_attention as decode_attention_module
@@ -23,6 +26,7 @@ from yafsdp_like.kernels.blocks import INTERPRETED
 from yafsdp_like.kernels.decode_attention import choose_num_splits, decode_attention, workspace_numel
 from yafsdp_like.kernels.paged_attention import AttentionBatch, KVPages, attention_reference
 from yafsdp_like.kernels.prefill_attention import prefill_attention
+from yafsdp_like.kernels.query_tiles import TILE_COLS, max_num_tiles, write_tiles
 from yafsdp_like.models.decoder import attend, window_mask
 
 INTERPRETED_FILES = [f"tests/kernels/test_{name}.py" for name in ("attention", "norm", "rotary", "sampling")]
@@ -118,45 +122,66 @@ def test_prefill_is_the_attention_of_its_reference(shape: Shape) -> None:
 
 
 @needs_kernels
-def test_prefill_without_starts_has_equally_many_queries_of_each() -> None:
-    shape = Shape(6, 2, 32, 16, (90, 60), (50, 50))
-    (pages, batch), (q, out) = paged(shape), queries(shape)
-    prefill_attention(q, pages, AttentionBatch(batch.page_table, batch.seq_lens), out)
-    assert_near(out, expected_attention(shape), TOLERANCES)
-
-
-@needs_kernels
 def test_many_short_chunks_find_their_sequences() -> None:
-    """Prevents: a search that stops beside an empty sequence, or blocks that do not suffice."""
+    """Prevents: tiles of empty sequences, or places for tiles that do not suffice."""
     num_new = (1, 0, 0, 43, 1, 42, 0, 1, 85)
     shape = Shape(3, 1, 32, 16, tuple(n + 5 for n in num_new), num_new)
     assert_near(prefilled(shape), expected_attention(shape), TOLERANCES)
 
 
 @needs_kernels
-def test_rows_past_the_last_start_are_not_written() -> None:
+def test_rows_of_no_tile_are_not_written() -> None:
     shape = Shape(2, 1, 32, 16, (30,), (30,))
     (pages, batch), (q, out) = paged(shape), queries(shape)
-    fewer = AttentionBatch(batch.page_table, int32([10]), int32([0, 10]))
+    fewer = replace(batch, tiles=tiles_of(replace(shape, seq_lens=(10,), num_new=(10,))))
     prefill_attention(q, pages, fewer, out)
     assert out[:10].isfinite().all() and (out[10:] == 7).all()
 
 
 @needs_kernels
 @pytest.mark.parametrize("window", [None, 20])
-def test_rows_before_the_first_start_are_not_written(window: int | None) -> None:
-    """Prevents: blocks before the first sequence's that compute rows of nobody."""
+def test_rows_before_the_first_tile_are_not_written(window: int | None) -> None:
+    """Prevents: tiles that compute rows of nobody."""
     num_new = (37, 0, 21, 3)
     shape = Shape(2, 1, 32, 16, (90, 10, 50, 3), num_new, window)
     (pages, batch), (q, _) = paged(shape), queries(shape)
-    assert batch.cu_seqlens_q is not None
     for num_before in (1, 130):
-        behind = AttentionBatch(batch.page_table, batch.seq_lens, batch.cu_seqlens_q + num_before)
+        behind = replace(batch, tiles=tiles_of(shape, num_before))
         rows = torch.cat([torch.full_like(q[:1].expand(num_before, -1, -1), torch.nan), q, q[:40]])
         out = torch.full_like(rows, 7.0)
         prefill_attention(rows, pages, behind, out, window)
         assert_near(out[num_before : num_before + len(q)], expected_attention(shape), TOLERANCES)
         assert (out[:num_before] == 7).all() and (out[num_before + len(q) :] == 7).all()
+
+
+def test_a_work_list_has_all_queries_once_and_those_that_see_most_keys_first() -> None:
+    tiles = np.full((1 + max_num_tiles(52, 4, 16), TILE_COLS), -1)
+    chunks = [(5, 33, 0, 0), (0, 0, 9, 1), (38, 2, 100, 2), (40, 17, 15, 3)]
+    assert write_tiles(tiles, np.array(chunks), 16) == 6
+    assert tiles.tolist() == [
+        [6, 0, 0, 0],
+        [38, 2, 100, 2],
+        [37, 1, 32, 0],
+        [56, 1, 31, 3],
+        [21, 17, 16, 0],
+        [40, 17, 15, 3],
+        [5, 33, 0, 0],
+        [-1, -1, -1, -1],
+    ]
+
+
+@pytest.mark.parametrize("counts", [(16,) * 5, (1,) * 7, (17, 31, 32), (80,), (15, 2)])
+def test_no_work_list_needs_more_places_than_are_planned(counts: tuple[int, ...]) -> None:
+    most = max_num_tiles(sum(counts), len(counts), 16)
+    chunks = np.array([(sum(counts[:b]), count, 0, b) for b, count in enumerate(counts)])
+    assert write_tiles(np.zeros((1 + most, TILE_COLS), dtype=np.int32), chunks, 16) <= most
+
+
+def test_prefill_without_a_work_list_is_refused() -> None:
+    pages, batch = paged(PREFILLS[0])
+    q, out = queries(PREFILLS[0])
+    with pytest.raises(ValueError, match="expected a batch with tiles"):
+        prefill_attention(q, pages, AttentionBatch(batch.page_table, batch.seq_lens), out)
 
 
 def test_splits_fill_the_multiprocessors_and_no_more() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels import gluon_on_threads
 from tests.kernels.inference import (
     BF16,
     F8,
@@ -21,6 +22,7 @@ from tests.kernels.inference import (
     paged,
     prefilled,
     queries,
+    tiles_of,
 )
 from tests.kernels.test_kernels import DEVICE
 from yafsdp_like.kernels import prefill_attention as prefill_attention_module
@@ -68,10 +70,9 @@ def test_prefill_on_hopper_is_the_attention_of_its_reference(shape: Shape) -> No
 @pytest.mark.usefixtures("only_hopper")
 @pytest.mark.parametrize("num_before", [1, 300])
 @pytest.mark.parametrize("shape", HOPPER_PREFILLS[:2])
-def test_on_hopper_rows_before_the_first_start_are_not_written(shape: Shape, num_before: int) -> None:
+def test_on_hopper_rows_of_no_tile_are_not_written(shape: Shape, num_before: int) -> None:
     (pages, batch), (q, _) = paged(shape), queries(shape)
-    assert batch.cu_seqlens_q is not None
-    behind = AttentionBatch(batch.page_table, batch.seq_lens, batch.cu_seqlens_q + num_before)
+    behind = replace(batch, tiles=tiles_of(shape, num_before))
     rows = torch.cat([torch.full_like(q[:1].expand(num_before, -1, -1), torch.nan), q, q[:40]])
     out = torch.full_like(rows, 7.0)
     prefill_attention(rows, pages, behind, out, shape.window)
@@ -87,7 +88,8 @@ def test_a_chunk_on_hopper_has_the_same_bits_alone_and_cut_in_two() -> None:
     apart = torch.full_like(together, 7.0)
     table = batch.page_table[2:3]
     for first, last in ((78, 211), (211, 378)):  # the third sequence's 300 rows
-        where = AttentionBatch(table, int32([813 - 378 + last]), int32([0, last - first]))
+        cut = replace(HOPPER_PREFILLS[1], seq_lens=(813 - 378 + last,), num_new=(last - first,))
+        where = AttentionBatch(table, int32(cut.seq_lens), tiles_of(cut))
         prefill_attention(q[first:last], pages, where, apart[first:last], 200)
     prefill_attention(q, pages, batch, together, 200)
     assert torch.equal(together[78:378], apart[78:378])
@@ -98,7 +100,7 @@ def test_a_chunk_on_hopper_has_the_same_bits_alone_and_cut_in_two() -> None:
 def test_a_recorded_launch_on_hopper_allocates_nothing_and_serves_other_lengths() -> None:
     shape = replace(HOPPER_PREFILLS[0], seq_lens=(200, 813), num_new=(40, 130))
     (pages, batch), (q, out) = paged(shape), queries(shape)
-    assert batch.cu_seqlens_q is not None
+    assert batch.tiles is not None
     prefill_attention(q, pages, batch, out)  # compiles
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     prefill_attention(q, pages, batch, out)
@@ -106,17 +108,35 @@ def test_a_recorded_launch_on_hopper_allocates_nothing_and_serves_other_lengths(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         prefill_attention(q, pages, batch, out)
-    batch.seq_lens.copy_(int32([150, 700]))
-    batch.cu_seqlens_q.copy_(int32([0, 100, 150]))
+    later = tiles_of(replace(shape, seq_lens=(150, 700), num_new=(100, 50)))
+    batch.tiles[: len(later)].copy_(later)
     out.fill_(7.0)
     expected = out.clone()
     attention_reference(q, pages, batch, expected)
     graph.replay()
     assert_near(out, expected, TOLERANCES)
-    assert (out[150:] == 7).all()  # rows past the last start
+    assert (out[150:] == 7).all()  # rows of no tile
 
 
-def hopper_launch(**change: Any) -> tuple[Tensor, KVPages, AttentionBatch]:
+SMALL_PREFILLS = [
+    Shape(2, 2, 128, 16, (200, 77, 213, 0, 20), (1, 77, 170, 0, 20), dtype=BF16, page_dtype=BF16),
+    Shape(8, 2, 128, 16, (300, 77), (99, 77), window=130, dtype=BF16, page_dtype=BF16, heads_first=True),
+    Shape(14, 2, 64, 64, (140, 40), (23, 40), dtype=BF16, page_dtype=BF16),  # two rows of a tile are nobody's
+    Shape(8, 2, 64, 256, (300,), (50,), dtype=F16, page_dtype=F16),  # two blocks a page
+]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there the kernel itself runs")
+@pytest.mark.parametrize("num_programs", [1, 3, 40])
+@pytest.mark.parametrize("shape", SMALL_PREFILLS)
+def test_the_warps_of_hopper_wait_for_each_other_and_compute_every_tile(shape: Shape, num_programs: int) -> None:
+    """On threads: a missing wait reads what is not there yet, and one too many never ends."""
+    (pages, batch), (q, out) = paged(shape), queries(shape)
+    gluon_on_threads.launch(gluon_on_threads.kernel(), (q, pages, batch, out), shape.window, num_programs)
+    assert_near(out, expected_attention(shape), TOLERANCES)
+
+
+def hopper_launch(**change: Any) -> tuple[Tensor, KVPages]:
     """A launch that Hopper's kernel takes, but for one change."""
     sizes = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16, "gap": 0, "offset": 0} | change
     dtype, page_dtype = change.get("dtype", BF16), change.get("page_dtype", change.get("dtype", BF16))
@@ -125,8 +145,7 @@ def hopper_launch(**change: Any) -> tuple[Tensor, KVPages, AttentionBatch]:
     flat = torch.zeros(math.prod(dims) + sizes["offset"], dtype=page_dtype)[sizes["offset"] :]
     pages = flat.view(dims)[..., : sizes["head_dim"]]
     q = torch.zeros(3, sizes["num_heads"], sizes["head_dim"], dtype=dtype)
-    cu_seqlens_q = torch.tensor([0, 3]).int() if change.get("cu_seqlens_q", True) else None
-    return q, KVPages(pages, pages), AttentionBatch(torch.zeros(1, 1).int(), torch.ones(1).int(), cu_seqlens_q)
+    return q, KVPages(pages, pages)
 
 
 @pytest.mark.parametrize(
@@ -152,12 +171,11 @@ def hopper_launch(**change: Any) -> tuple[Tensor, KVPages, AttentionBatch]:
         ({"gap": 4}, False),  # strides of 264 bytes
         ({"offset": 8}, True),
         ({"offset": 4}, False),  # an address between two multiples of 16 bytes
-        ({"cu_seqlens_q": False}, False),
     ],
 )
 def test_hopper_takes_what_its_copies_can_bring(change: dict[str, Any], taken: bool) -> None:
-    q, pages, batch = hopper_launch(**change)
-    assert prefill_hopper.fits(q, pages, batch, (9, 0)) == taken
+    q, pages = hopper_launch(**change)
+    assert prefill_hopper.fits(q, pages, (9, 0)) == taken
 
 
 @pytest.mark.parametrize("capability", [(0, 0), (8, 0), (8, 9), (10, 0), (12, 0)])
@@ -166,10 +184,10 @@ def test_other_gpus_keep_the_other_kernel(capability: tuple[int, int]) -> None:
 
 
 def test_two_programs_of_the_other_kernel_share_a_hopper_multiprocessor() -> None:
-    q, pages, _ = hopper_launch(page_dtype=F8)
+    q, pages = hopper_launch(page_dtype=F8)
     assert prefill_attention_module._choose_tile(q, pages, (9, 0)) == Tile(128, 64, 8, 3, max_registers=128)
     assert prefill_attention_module._choose_tile(q, pages, (8, 0)) == Tile(128, 64, 8, 3)
-    q, pages, _ = hopper_launch(dtype=F32)
+    q, pages = hopper_launch(dtype=F32)
     assert prefill_attention_module._choose_tile(q, pages, (9, 0)) == Tile(64, 32, 4, 3)
 
 
@@ -185,7 +203,7 @@ def test_the_compiled_prefill_of_hopper_copies_boxes_and_needs_no_memory_of_its_
     kernel, constants = prefill_hopper._prefill_kernel, prefill_hopper.constants(4, 0, 16, 64)
     boxes = f"tensordesc<bf16[1, 16, 1, 64],{gl.NVMMASharedLayout(128, 16, rank=4)!r}>"
     types = {"out": "*bf16", "q": "*bf16", "key_boxes": boxes, "value_boxes": boxes}
-    types |= dict.fromkeys(("page_table", "seq_lens", "cu_seqlens_q"), "*i32")
+    types |= dict.fromkeys(("page_table", "query_tiles"), "*i32")
     types |= dict.fromkeys(("score_scale", "value_scale"), "fp32")
     names = kernel.arg_names
     source = GluonASTSource(

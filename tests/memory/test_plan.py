@@ -3,7 +3,8 @@
 Memory laws are equations between named sizes: E an embedding, H a head, b a block, all multiples of the alignment.
 """
 
-from itertools import combinations
+from collections.abc import Sequence
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.ranks import on_ranks
 from tests.training import ours, world_mesh
 from tests.twins import Twins
 from tests.zoo import SPECIMENS, Chain, Specimen, layers_of, tokens
+from yafsdp_like.memory import plan
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, live_nbytes_peak, place
 
@@ -150,6 +152,42 @@ def test_large_units_at_both_ends_share_bytes(n: int, b: int, more: int, extra: 
     slots = chain([embed, *[b] * n, head])
     _, nbytes = place(slots)
     assert nbytes == live_nbytes_peak(slots) == max(embed, head) + b
+
+
+@properties
+@given(st.lists(multiples, min_size=2, max_size=30))
+def test_a_chain_of_unequal_blocks_takes_the_two_neighbours_that_are_largest_together(sizes: list[int]) -> None:
+    """Prevents: blocks of two kinds, as of dense and sparse layers, that cost a third more than is live at once."""
+    slots = chain(sizes)
+    _, nbytes = place(slots)
+    assert nbytes == live_nbytes_peak(slots) == max(one + other for one, other in pairwise(sizes))
+
+
+@properties
+@given(st.lists(multiples, min_size=2, max_size=20), multiples)
+def test_a_unit_that_stays_beside_a_chain_of_unequal_blocks_costs_itself(sizes: list[int], root: int) -> None:
+    slots = [SlotRequest("root", root, LiveRange(((0, 2 * len(sizes) - 1),))), *chain(sizes)]
+    assert place(slots)[1] == live_nbytes_peak(slots) == root + live_nbytes_peak(slots[1:])
+
+
+def test_thousands_of_slots_are_placed_in_little_time() -> None:
+    """Five thousand, by a bound of how many are placed, not by a clock; parents of unequal children are the hardest."""
+    sizes = [ALIGNMENT_NBYTES * (1 + 7919 * i % 1000) for i in range(5000)]
+    parents = [SlotRequest(f"parent{i}", sizes[-i], LiveRange(((2 * i, 2 * i + 5),))) for i in range(0, 5000, 3)]
+    slots = [*parents, *chain(sizes)]
+    placed = 0
+
+    class Counting(plan._Placing):
+        def in_order(self, order: Sequence[int], both_ends: bool) -> list[int]:
+            nonlocal placed
+            placed += len(order)
+            return super().in_order(order, both_ends)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "_Placing", Counting)
+        _, nbytes = place(slots)
+    assert len(slots) <= placed <= 2 * len(slots) + 3 * plan.MAX_PLACED
+    assert nbytes <= 1.25 * live_nbytes_peak(slots)
 
 
 # --- the plan ---

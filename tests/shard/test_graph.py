@@ -168,25 +168,50 @@ def test_replays_spare_what_calls_before_a_recording_have_kept() -> None:
 
 
 class Recorder:
-    """Stands for ``StepRecorder`` on a CPU: a replay finds what the recorded call has computed."""
+    """Stands for ``StepRecorder`` on a CPU: a replay finds what the recorded call has computed.
+
+    Activations of every call in the pool are noise wherever a recording has had gradients.
+    """
 
     works_on = staticmethod(lambda device: True)
 
     def __init__(self) -> None:
         self.log: list[str] = []
         self.blocks: set[tuple[int, int]] = set()
+        self.gradients: list[list[tuple[torch.Tensor, torch.Tensor]]] = []  # places and values, of each recording
+
+    def overwrite(self) -> None:
+        for place, _ in (pair for recorded in self.gradients for pair in recorded):
+            place.fill_(127)
 
     @contextmanager
     def in_pool(self) -> Iterator[None]:
         self.log.append("in pool")
+        self.overwrite()
         yield
+
+    def keep(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        values = torch.empty(0, dtype=torch.uint8).set_(storage).clone()
+        place = values.clone()
+        self.gradients[-1].append((place, values))
+        return place.untyped_storage()
 
     def live(self) -> set[tuple[int, int]]:
         return set(self.blocks)
 
     def record(self, work: Callable[[], Any]) -> Any:
         self.log.append("record")
-        return SimpleNamespace(result=work(), replay=lambda: None)
+        result = work()
+        computed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.gradients.append(computed)
+
+        def replay() -> None:
+            self.log.append("replay")
+            self.overwrite()
+            for place, values in computed:
+                place.copy_(values)
+
+        return SimpleNamespace(result=result, replay=replay)
 
 
 @on_ranks()
@@ -220,14 +245,14 @@ def test_steps_before_a_recording_run_in_its_pool_and_those_that_leave_memory_th
         assert len(set(losses(16, 4))) == 1
         recorder = step._recorder
         assert isinstance(recorder, Recorder)
-        assert recorder.log == ["in pool", "in pool", "record"]
+        assert recorder.log == ["in pool", "in pool", "record", "replay", "replay"]
         leaves = True
         losses(32, 1)
         assert step.num_recordings == 0, "it may write to what the other length has left"
         leaves = False
         losses(32, 2)
         losses(16, 1)
-        assert recorder.log[3:] == ["in pool", "in pool", "record", "record"]
+        assert recorder.log[5:] == ["in pool", "in pool", "record", "replay", "record", "replay"]
         assert step.num_recordings == 2
 
 

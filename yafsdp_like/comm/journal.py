@@ -12,6 +12,7 @@ done.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections import deque
 from dataclasses import dataclass
@@ -22,14 +23,17 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import AllreduceOptions
 
 from yafsdp_like.comm.consistency import all_gather_object, first_difference
+from yafsdp_like.comm.hang_letter import HangLetter, limit_of, post_places
 from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES
 from yafsdp_like.memory.plan import Region
 
 if TYPE_CHECKING:
-    import datetime
     from collections.abc import Sequence
 
+    from yafsdp_like.memory.streams import Event
+
+_NUM_KEPT = 4096  # entries that a hang letter can look back on, at least
 _IN_FLIGHT = 8  # comparisons that were posted and not read
 _PRIME, _MASK = 0x100000001B3, (1 << 62) - 1
 
@@ -57,8 +61,10 @@ class Journal:
         self._at_once = device.type == "cpu"
         self._group, self._device = group, device
         self._channel: _Channel | None = None
-        self._entries: list[Entry] = []  # since the last comparison was posted
+        self._log: list[Entry] = []  # the last entries, of which those from ``_first`` on were not posted yet
+        self._before_log = self._first = self._count = 0  # entries: before the log, posted, and in all
         self._digest = 0
+        self._letter: HangLetter | None = None
         self._posted: deque[_Posted] = deque()
         self._recorded: list[Entry] | None = None
 
@@ -73,7 +79,8 @@ class Journal:
         if self._recorded is not None:
             self._recorded.append(entry)
             return
-        self._entries.append(entry)
+        self._log.append(entry)
+        self._count += 1
         self._digest = (self._digest ^ entry.code) * _PRIME & _MASK
         if self._at_once:
             self.compare()
@@ -83,13 +90,17 @@ class Journal:
 
         Does not block, unless the others are ``_IN_FLIGHT`` comparisons behind.
         """
-        if not self._entries or self._recorded is not None:
+        if self._first == self._count or self._recorded is not None:
             return
         self.settle(keep=_IN_FLIGHT - 1)
         if self._channel is None:
             self._channel = _Channel(self._group, self._device)
-        entries, digest = self._entries, self._digest
-        self._entries, self._digest = [], 0
+            self._letter = post_places(self._group, timeout_of(self._group, self._device), self._last)
+        entries, digest = self._log[self._first - self._before_log :], self._digest
+        self._first, self._digest = self._count, 0
+        if self._first - self._before_log > 2 * _NUM_KEPT:
+            del self._log[:_NUM_KEPT]
+            self._before_log += _NUM_KEPT
         self._posted.append(_Posted(entries, *self._channel.post(digest)))
 
     def settle(self, keep: int = 0) -> None:
@@ -127,23 +138,36 @@ class Journal:
         if not self._at_once:
             self.post()
 
+    def watch(self, event: Event) -> None:
+        """Have a hang letter written if the device, which is to complete ``event``, waits for other ranks too long."""
+        if self._letter is not None and not self._at_once:
+            self._letter.watch(event)
+
+    def _last(self, most: int) -> tuple[int, list[str]]:
+        """Return the number of the first of the last entries, ``most`` at most, and all of them in words."""
+        count, log = self._count, self._log
+        words = [entry.words for entry in log[-most:]]
+        return max(0, count - len(words)), words
+
     def _read(self, posted: _Posted) -> None:
         assert self._channel is not None
         try:
             posted.work.wait()
         except RuntimeError as error:
+            assert self._letter is not None
             raise RuntimeError(
                 f"rank {self._group.rank()} {posted.entries[-1].words}, and the others do not: one has stopped, or has "
-                f"not come within their group's timeout ({error})"
+                f"not come within their group's timeout\n{self._letter.write(str(error))}"
             ) from error
         highest, lowest = posted.values.tolist()
         if highest != -lowest:
             self._posted.clear()
-            self._entries, self._digest = [], 0
+            self._first, self._digest = self._count, 0
             # Some ranks may have posted more than others, so in the same channel words would be compared with digests.
             self._channel = _Channel(self._group, self._device)
-            lines = all_gather_object([entry.words for entry in posted.entries], self._channel.group)
-            raise RuntimeError(_different(lines))
+            assert self._letter is not None
+            words = [entry.words for entry in posted.entries]
+            raise RuntimeError(_different(all_gather_object((words, self._letter.place()), self._channel.group)))
 
 
 class _Channel:
@@ -152,7 +176,7 @@ class _Channel:
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group = dist.new_group(
             dist.get_process_group_ranks(group),
-            timeout=timeout_of(group, device),
+            timeout=datetime.timedelta(seconds=limit_of(timeout_of(group, device))),
             backend="gloo",
             use_local_synchronization=True,
             group_desc="yafsdp_journal",
@@ -200,11 +224,13 @@ def journal_of(group: dist.ProcessGroup, device: torch.device) -> Journal:
     return _journals[group]
 
 
-def _different(lines_by_rank: Sequence[Sequence[str]]) -> str:
-    _, difference = first_difference(lines_by_rank)
+def _different(found: Sequence[tuple[Sequence[str], str]]) -> str:
+    """Word the error by what each rank has done, in order, and where it is."""
+    _, difference = first_difference([words for words, _ in found])
     return (
         f"ranks do different things; the first difference is {difference}. All must run the same units in the same "
         "order, forward and backward, and synchronize gradients in the same backwards; where they use different "
         "parameters of a unit, or units in backward that others do not, call "
-        "model.set_reduce_scatter_unused_params(True)"
+        "model.set_reduce_scatter_unused_params(True). Where it was noticed: "
+        + "; ".join(f"rank {rank} {place}" for rank, (_, place) in enumerate(found))
     )

@@ -18,19 +18,20 @@ import os
 import sys
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from yafsdp_like.comm.descriptors import map_all_ranks
+from yafsdp_like.comm.hang_letter import letter_of, limit_of
 from yafsdp_like.memory.arena import MemoryBlock
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, Event
 from yafsdp_like.memory.vmm import MappedRange, checked, driver
 
 if TYPE_CHECKING:
-    import datetime
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _CHANNELS = (GATHER, REDUCE, COMPUTE)  # streams that are in a barrier at the same time must not share flags
 _FLAG_NBYTES = 4
@@ -61,7 +62,8 @@ class Flags:
         self._barrier = {
             channel: _barrier_operations(self._ranges, number, group.rank()) for number, channel in enumerate(_CHANNELS)
         }
-        self._watchdog = Watchdog(group.rank(), group._get_backend(device).options._timeout)
+        timeout = group._get_backend(device).options._timeout
+        self._watchdog = Watchdog(group.rank(), limit_of(timeout), partial(_letter, group))
 
     def stream_barrier(self, stream: str) -> None:
         """Issue the barrier to ``stream``, the current one, without blocking the CPU."""
@@ -73,6 +75,11 @@ class Flags:
         """End the process unless ``event`` is complete within the group's timeout."""
         if not torch.cuda.is_current_stream_capturing():  # a recorded barrier is watched when it is replayed
             self._watchdog.arm(event)
+
+
+def _letter(group: dist.ProcessGroup) -> str:
+    letter = letter_of(group)
+    return "" if letter is None else letter.write()
 
 
 def _barrier_operations(ranges: Sequence[MappedRange], channel: int, rank: int) -> list[Any]:
@@ -113,11 +120,12 @@ def _wait_for_1(address: int) -> Any:
 class Watchdog:
     """Ends this process when work on its GPU has waited for other ranks too long, as NCCL's does.
 
-    A stream that waits cannot be given an error, and a process that hangs says nothing.
+    A stream that waits cannot be given an error, and a process that hangs says nothing: so ``write_letter`` prints
+    where all ranks are.
     """
 
-    def __init__(self, rank: int, timeout: datetime.timedelta) -> None:
-        self._rank, self._timeout_s = rank, timeout.total_seconds()
+    def __init__(self, rank: int, timeout_s: float, write_letter: Callable[[], object]) -> None:
+        self._rank, self._timeout_s, self._write_letter = rank, timeout_s, write_letter
         self._armed: tuple[Event, float] | None = None  # the oldest event that is not known to be complete
         self._changed = threading.Condition()
         threading.Thread(target=self._watch, name="yafsdp_watchdog", daemon=True).start()
@@ -150,4 +158,5 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
+        self._write_letter()
         os.abort()

@@ -52,3 +52,24 @@ class EngineOptions:
             raise ValueError(f"tpot_ms must be above 0 and at most 1e9, found {self.tpot_ms}")
         if self.policy not in get_args(PolicyName):
             raise ValueError(f"policy must be one of {', '.join(get_args(PolicyName))}, found {self.policy!r}")
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """Memory that the models of a pool share, and their turns. Raises ValueError for values out of range."""
+
+    memory_limit_nbytes: int  # everything planned on one device
+    kv_nbytes: int | None = None  # pages that no weights displace; null: as many as any model's longest sequence needs
+    host_weights_nbytes: int | None = None  # weights in host memory, whether awake or asleep; null: those of all models
+    host_kv_nbytes: int = 0  # KV cache in host memory, for sequences that are swapped out
+    max_turn_steps: int = 256  # of models that are awake, while another waits for their memory
+    policy: PolicyName = "lru"  # eviction order of cached pages: lru, or gdsf (greedy dual size frequency)
+    tenants: tuple[Tenant, ...] = ()  # tenants with a reserved number of pages or a priority
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            low = 0 if name == "host_kv_nbytes" else 1
+            if type(value) is int and value < low:
+                raise ValueError(f"{name} must be at least {low}, found {value}")
+        if self.policy not in get_args(PolicyName):
+            raise ValueError(f"policy must be one of {', '.join(get_args(PolicyName))}, found {self.policy!r}")

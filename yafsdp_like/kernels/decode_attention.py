@@ -61,7 +61,7 @@ def decode_attention(
     Args:
         q: `(T, N, H)`, heads dense; the rows of a sequence are together.
         pages: K divides N.
-        batch: without `cu_seqlens_q`.
+        batch: without `tiles`.
         out: `(T, N, H)`, heads dense, in the dtype of q. A row that sees nothing becomes zeros.
         workspace: flat float32, at least `workspace_numel(T, N, H, num_splits)` elements; overwritten.
         num_splits: splits of each sequence's keys; see `choose_num_splits`.
@@ -71,8 +71,8 @@ def decode_attention(
     """
     check(q, pages, batch, out)
     needed = workspace_numel(len(q), q.shape[1], q.shape[2], num_splits)
-    if batch.cu_seqlens_q is not None:
-        raise ValueError("expected a batch without cu_seqlens_q: every sequence has equally many queries")
+    if batch.tiles is not None:
+        raise ValueError("expected a batch without tiles: every sequence has equally many queries")
     check_equal_queries(q, batch)
     if workspace.numel() < needed or workspace.dtype != torch.float32:
         raise ValueError(

@@ -1,14 +1,16 @@
 """The warps of prefill attention on Hopper GPUs: a producer that issues copies, and consumers that compute.
 
-Gluon functions that the kernel in `prefill_hopper.py` calls. Shapes, formulas and the numbering of tiles are those of
-`paged_attention.py` and `prefill_attention.py`. That some warps only issue copies, and that the softmax of some warps
-runs beside products of others, is from Shah et al., "FlashAttention-3", 2024.
+Gluon functions that the kernel in `prefill_hopper.py` calls. Shapes and formulas are those of `paged_attention.py`.
+That some warps only issue copies, and that the softmax of some warps runs beside products of others, is from Shah et
+al., "FlashAttention-3", 2024.
 
 [Note: the warps of a program]
-A program has a tile of 128 rows (a row: one head's query) and goes through its keys in blocks of BLOCK_N. One warp, the
-producer, issues copies of keys and values from pages into shared memory. Two consumers, of four warps each, have 64
-rows each and read the same keys and values. Shared memory has STAGES slots for blocks of keys and as many for blocks of
-values; block j is in slot j % STAGES. Each slot has two barriers:
+There are no more programs than multiprocessors, and each computes one tile after the other, in turns. A tile has 128
+rows (a row: one head's query), and a program goes through its keys in blocks of BLOCK_N. One warp, the producer, issues
+copies of keys and values from pages into shared memory. Two consumers, of four warps each, have 64 rows each and read
+the same keys and values. Shared memory has STAGES slots for blocks of keys and as many for blocks of values; block j,
+counted through all of a program's tiles, is in slot j % STAGES. So the producer brings the first keys of a tile while
+the consumers compute the end of the one before. Each slot has two barriers:
 
     full    completed by the copies' bytes          a consumer waits for it before it reads
     empty   completed by both consumers, which have read          the producer waits for it before it issues
@@ -64,45 +66,42 @@ def jit(*do_not_specialize: str) -> Any:
 
 
 @jit()
-def _sequence_of(
-    block: gl.tensor, cu_seqlens_q: gl.tensor, num_sequences: gl.tensor, BLOCK_Q: gl.constexpr
-) -> gl.tensor:
-    """(sequence, number within it) of a block of BLOCK_Q queries, as `prefill_attention._sequence_of` numbers them."""
-    low, high = num_sequences * 0, num_sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = gl.load(cu_seqlens_q + middle) // BLOCK_Q + middle <= block
-        low, high = gl.where(before, middle, low), gl.where(before, high, middle)
-    return low, block - (gl.load(cu_seqlens_q + low) // BLOCK_Q + low)
+def _num_turns(tiles: gl.tensor, num_kv_heads: gl.tensor) -> gl.tensor:
+    """How many tiles of one head each program has, at most."""
+    return gl.cdiv(gl.load(tiles) * num_kv_heads, gl.num_programs(0))
 
 
 @jit()
 def _tile(
-    cu_seqlens_q: gl.tensor,  # (B + 1,) int32
-    seq_lens: gl.tensor,  # (B,) int32
-    num_sequences: gl.tensor,
+    tiles: gl.tensor,  # (1 + n, 4) int32: see `query_tiles.py`
+    turn: gl.tensor,
+    num_kv_heads: gl.tensor,
     WINDOW: gl.constexpr,
     BLOCK_Q: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ) -> gl.tensor:
-    """Find what this program's tile is: three tuples, of the sequence, its queries and its keys.
+    """Find what this program's tile is in this turn: three tuples, of the sequence, its queries and its keys.
 
-    (sequence, its length), (row of this program's first query, queries from there to the sequence's end, position of
-    the first), (first key that any of them sees, start of that key's block, end of what they see, number of blocks).
-    There are no blocks where there are no queries. Each partition of warps computes this for itself.
+    (row of the page table, its length, kv head), (row of the tile's first query, queries from there to the chunk's end,
+    position of the first), (first key that any of them sees, start of that key's block, end of what they see, number of
+    blocks). There are no blocks where no tile is left. Each partition of warps computes this for itself.
+
+    Every other turn goes through the programs from the last to the first: tiles become shorter and shorter, and who had
+    the longest of one turn has the shortest of the next.
     """
-    block = gl.num_programs(0) - 1 - gl.program_id(0)  # late queries see most keys: begin with them
-    b, number = _sequence_of(block, cu_seqlens_q, num_sequences, BLOCK_Q)
-    begin = gl.load(cu_seqlens_q + b)
-    num_queries = gl.load(cu_seqlens_q + b + 1) - begin
-    length = gl.load(seq_lens + b)
-    num_left = gl.where(number < 0, 0, num_queries - number * BLOCK_Q)  # 0: a block before the first sequence
-    lowest = length - num_left
-    end = gl.minimum(lowest + BLOCK_Q, length)
+    last = gl.num_programs(0) - 1
+    item = turn * (last + 1) + gl.where(turn % 2 == 0, gl.program_id(0), last - gl.program_id(0))
+    inside = item < gl.load(tiles) * num_kv_heads
+    tile = tiles + 4 * (1 + item // num_kv_heads)
+    begin = gl.load(tile, mask=inside, other=0)
+    num_left = gl.load(tile + 1, mask=inside, other=0)
+    lowest = gl.load(tile + 2, mask=inside, other=0)
+    b = gl.load(tile + 3, mask=inside, other=0)
+    end = gl.minimum(lowest + BLOCK_Q, lowest + num_left)
     low = gl.maximum(lowest - WINDOW + 1, 0) if WINDOW > 0 else lowest * 0
     first = low // BLOCK_N * BLOCK_N
-    num_blocks = gl.where(num_left > 0, gl.cdiv(end - first, BLOCK_N), 0)
-    return (b, length), (begin + number * BLOCK_Q, num_left, lowest), (low, first, end, num_blocks)
+    num_blocks = gl.where(inside, gl.cdiv(end - first, BLOCK_N), 0)
+    return (b, lowest + num_left, item % num_kv_heads), (begin, num_left, lowest), (low, first, end, num_blocks)
 
 
 @jit()
@@ -179,7 +178,7 @@ def produce(
     barriers: gl.tensor,  # k_full, k_empty, v_full, v_empty: one a slot
     landed: gl.tensor,
     pages: gl.tensor,  # (B, max_pages) int32, and its stride
-    tables: gl.tensor,  # cu_seqlens_q, seq_lens, num_sequences
+    work: gl.tensor,  # tiles (1 + n, 4) int32, number of kv heads
     WINDOW: gl.constexpr,
     PAGE_SIZE: gl.constexpr,
     H: gl.constexpr,
@@ -193,30 +192,37 @@ def produce(
     key_boxes, value_boxes = boxes
     k_slots, v_slots = slots
     k_full, k_empty, v_full, v_empty = barriers
-    cu_seqlens_q, seq_lens, num_sequences = tables
-    sequence, _, keys = _tile(cu_seqlens_q, seq_lens, num_sequences, WINDOW, BLOCK_Q, BLOCK_N)
-    b, length = sequence
-    low, first, end, num_blocks = keys
+    tiles, num_kv_heads = work
     page_table, table_row = pages
-    kv_head = gl.program_id(1)
-    table = page_table + b.to(gl.int64) * table_row
-    ids = _page_ids(table, first, low, gl.where(num_blocks > 0, end, 0), PAGE_SIZE, BOX, NUM_BOXES)
-    for j in range(num_blocks):
-        start = first + j * BLOCK_N
-        later = _page_ids(table, start + BLOCK_N, low, end, PAGE_SIZE, BOX, NUM_BOXES)  # while this block is waited for
-        slot, parity = j % STAGES, (j // STAGES) & 1
-        token = start % PAGE_SIZE if PAGE_SIZE > BOX else start * 0
-        wait(k_empty.index(slot), parity ^ 1)
-        _issue_copies(key_boxes, k_slots, slot, k_full.index(slot), ids, token, kv_head, H, BOX, NUM_BOXES)
-        wait(v_empty.index(slot), parity ^ 1)
-        if (j == num_blocks - 1) & (gl.cdiv(end, BOX) * BOX > length):
-            _issue_copies(value_boxes, v_slots, slot, landed, ids, token, kv_head, H, BOX, NUM_BOXES)
-            wait(landed, 0)
-            _clear_end(v_slots, slot, (end - start) // BOX, end % BOX, H, BOX, NUM_BOXES)
-            arrive(v_full.index(slot))
-        else:
-            _issue_copies(value_boxes, v_slots, slot, v_full.index(slot), ids, token, kv_head, H, BOX, NUM_BOXES)
-        ids = later
+    num_turns = _num_turns(tiles, num_kv_heads)
+    done, num_cleared = num_turns * 0, num_turns * 0  # blocks of earlier tiles, and those whose ends were cleared
+    for turn in range(num_turns):
+        sequence, _, keys = _tile(tiles, turn, num_kv_heads, WINDOW, BLOCK_Q, BLOCK_N)
+        b, length, kv_head = sequence
+        low, first, end, num_blocks = keys
+        table = page_table + b.to(gl.int64) * table_row
+        ids = _page_ids(table, first, low, gl.where(num_blocks > 0, end, 0), PAGE_SIZE, BOX, NUM_BOXES)
+        is_cleared = gl.cdiv(end, BOX) * BOX > length
+        for j in range(num_blocks):
+            start = first + j * BLOCK_N
+            later = _page_ids(
+                table, start + BLOCK_N, low, end, PAGE_SIZE, BOX, NUM_BOXES
+            )  # while this one is waited for
+            slot, parity = (done + j) % STAGES, ((done + j) // STAGES) & 1
+            token = start % PAGE_SIZE if PAGE_SIZE > BOX else start * 0
+            wait(k_empty.index(slot), parity ^ 1)
+            _issue_copies(key_boxes, k_slots, slot, k_full.index(slot), ids, token, kv_head, H, BOX, NUM_BOXES)
+            wait(v_empty.index(slot), parity ^ 1)
+            if (j == num_blocks - 1) & is_cleared:
+                _issue_copies(value_boxes, v_slots, slot, landed, ids, token, kv_head, H, BOX, NUM_BOXES)
+                wait(landed, num_cleared & 1)
+                _clear_end(v_slots, slot, (end - start) // BOX, end % BOX, H, BOX, NUM_BOXES)
+                arrive(v_full.index(slot))
+            else:
+                _issue_copies(value_boxes, v_slots, slot, v_full.index(slot), ids, token, kv_head, H, BOX, NUM_BOXES)
+            ids = later
+        done += num_blocks
+        num_cleared += gl.where((num_blocks > 0) & is_cleared, 1, 0)
 
 
 @jit()
@@ -274,7 +280,7 @@ def _left_side(weights: gl.tensor, DTYPE: gl.constexpr, H: gl.constexpr) -> gl.t
 @jit()
 def _step(
     state: gl.tensor,  # weights of block j - 1, sum of weighted values before it, highest score, sum of weights
-    j: gl.tensor,
+    j: gl.tensor,  # counted through all tiles
     start: gl.tensor,  # first key of block j
     q_tile: gl.tensor,  # (64, H) shared
     tiles: gl.tensor,  # keys and values (STAGES, BLOCK_N, H) shared
@@ -314,6 +320,7 @@ def _attend(
     positions: gl.tensor,
     keys: gl.tensor,  # first key; numbers of the first block that all queries see, and of the next that some see
     num_blocks: gl.tensor,  # at least 1
+    done: gl.tensor,  # blocks of earlier tiles
     scale: gl.tensor,
     DTYPE: gl.constexpr,
     WINDOW: gl.constexpr,
@@ -325,14 +332,15 @@ def _attend(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, H, 16])
     k_tiles, v_tiles = tiles
-    k_full, k_empty, v_full, _ = barriers
+    k_full, k_empty, v_full, v_empty = barriers
     first, bottom, top = keys
     highest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
     total = gl.zeros([64], gl.float32, gl.SliceLayout(1, s_layout))
 
-    wait(k_full.index(0), 0)
-    scores = warpgroup_mma_wait(0, deps=[_scores(q_tile, k_tiles.index(0), BLOCK_N)])
-    arrive(k_empty.index(0))
+    slot = done % STAGES
+    wait(k_full.index(slot), (done // STAGES) & 1)
+    scores = warpgroup_mma_wait(0, deps=[_scores(q_tile, k_tiles.index(slot), BLOCK_N)])
+    arrive(k_empty.index(slot))
     weights, _, highest, total = _weigh(scores, highest, total, positions, first, scale, WINDOW, BLOCK_N, True)
     state = (_left_side(weights, DTYPE, H), gl.zeros([64, H], gl.float32, o_layout), highest, total)
 
@@ -341,13 +349,15 @@ def _attend(
         for j in range(ends[part], ends[part + 1]):
             start = first + j * BLOCK_N
             state = _step(
-                state, j, start, q_tile, tiles, barriers, positions, scale, WINDOW, H, BLOCK_N, STAGES, part != 1
+                state, done + j, start, q_tile, tiles, barriers, positions, scale, WINDOW, H, BLOCK_N, STAGES, part != 1
             )
 
     weights, weighted, _, total = state
-    last, parity = (num_blocks - 1) % STAGES, ((num_blocks - 1) // STAGES) & 1
-    wait(v_full.index(last), parity)
-    return warpgroup_mma(weights, v_tiles.index(last), weighted), total
+    last = done + num_blocks - 1
+    wait(v_full.index(last % STAGES), (last // STAGES) & 1)
+    weighted = warpgroup_mma(weights, v_tiles.index(last % STAGES), weighted)
+    arrive(v_empty.index(last % STAGES))
+    return weighted, total
 
 
 @jit()
@@ -357,7 +367,7 @@ def consume(
     q_tiles: gl.tensor,  # (2, 64, H) shared, one a consumer
     tiles: gl.tensor,
     barriers: gl.tensor,
-    tables: gl.tensor,
+    work: gl.tensor,
     GROUP: gl.constexpr,
     WINDOW: gl.constexpr,
     H: gl.constexpr,
@@ -368,41 +378,46 @@ def consume(
     """Run a consumer. See [Note: the warps of a program]."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // H, H // 8], [4, 1], [1, 0])  # 16 bytes a thread
-    cu_seqlens_q, seq_lens, num_sequences = tables
     q, out, q_row, q_head, out_row, out_head, score_scale, value_scale = operands
-    _, queries, keys = _tile(cu_seqlens_q, seq_lens, num_sequences, WINDOW, BLOCK_Q, BLOCK_N)
-    begin, num_left, lowest = queries
-    _, first, end, num_blocks = keys
+    tiles_of_queries, num_kv_heads = work
     q_tile = q_tiles.index(FIRST_ROW // 64)
-    if num_blocks > 0:
-        rows = FIRST_ROW + gl.arange(0, 64, gl.SliceLayout(1, layout))
-        dims = gl.expand_dims(gl.arange(0, H, gl.SliceLayout(0, layout)), 0)
-        inside = gl.expand_dims((rows < BLOCK_Q * GROUP) & (rows // GROUP < num_left), 1)
-        row, head = (begin + rows // GROUP).to(gl.int64), gl.program_id(1) * GROUP + rows % GROUP
-        q_tile.store(gl.load(q + gl.expand_dims(row * q_row + head * q_head, 1) + dims, mask=inside, other=0.0))
-        fence_async_shared()  # products read what these warps wrote
+    rows = FIRST_ROW + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    dims = gl.expand_dims(gl.arange(0, H, gl.SliceLayout(0, layout)), 0)
+    num_turns = _num_turns(tiles_of_queries, num_kv_heads)
+    done = num_turns * 0
+    for turn in range(num_turns):
+        sequence, queries, keys = _tile(tiles_of_queries, turn, num_kv_heads, WINDOW, BLOCK_Q, BLOCK_N)
+        begin, num_left, lowest = queries
+        _, first, end, num_blocks = keys
+        if num_blocks > 0:
+            inside = gl.expand_dims((rows < BLOCK_Q * GROUP) & (rows // GROUP < num_left), 1)
+            row, head = (begin + rows // GROUP).to(gl.int64), sequence[2] * GROUP + rows % GROUP
+            q_tile.store(gl.load(q + gl.expand_dims(row * q_row + head * q_head, 1) + dims, mask=inside, other=0.0))
+            fence_async_shared()  # products read what these warps wrote
 
-        # Of the blocks, those before `bottom` and from `top` on have keys that some queries do not see.
-        bottom = gl.maximum((gl.cdiv(gl.maximum(end - WINDOW, 0), BLOCK_N) * BLOCK_N - first) // BLOCK_N, 1)
-        bottom = gl.minimum(bottom, num_blocks) if WINDOW > 0 else num_blocks * 0 + 1
-        top = gl.maximum((lowest + 1) // BLOCK_N - first // BLOCK_N, bottom)
-        weighted, total = _attend(
-            q_tile,
-            tiles,
-            barriers,
-            lowest + (FIRST_ROW + gl.arange(0, 64, gl.SliceLayout(1, s_layout))) // GROUP,
-            (first, bottom, top),
-            num_blocks,
-            score_scale,
-            q.dtype.element_ty,
-            WINDOW,
-            H,
-            BLOCK_N,
-            STAGES,
-        )
-        result = weighted * _per_row(value_scale / gl.where(total == 0.0, 1.0, total), H)
-        result = gl.convert_layout(result.to(out.dtype.element_ty), layout)
-        gl.store(out + gl.expand_dims(row * out_row + head * out_head, 1) + dims, result, mask=inside)
+            # Of the blocks, those before `bottom` and from `top` on have keys that some queries do not see.
+            bottom = gl.maximum((gl.cdiv(gl.maximum(end - WINDOW, 0), BLOCK_N) * BLOCK_N - first) // BLOCK_N, 1)
+            bottom = gl.minimum(bottom, num_blocks) if WINDOW > 0 else num_blocks * 0 + 1
+            top = gl.maximum((lowest + 1) // BLOCK_N - first // BLOCK_N, bottom)
+            weighted, total = _attend(
+                q_tile,
+                tiles,
+                barriers,
+                lowest + (FIRST_ROW + gl.arange(0, 64, gl.SliceLayout(1, s_layout))) // GROUP,
+                (first, bottom, top),
+                num_blocks,
+                done,
+                score_scale,
+                q.dtype.element_ty,
+                WINDOW,
+                H,
+                BLOCK_N,
+                STAGES,
+            )
+            result = weighted * _per_row(value_scale / gl.where(total == 0.0, 1.0, total), H)
+            result = gl.convert_layout(result.to(out.dtype.element_ty), layout)
+            gl.store(out + gl.expand_dims(row * out_row + head * out_head, 1) + dims, result, mask=inside)
+        done += num_blocks
 
 
 @jit()

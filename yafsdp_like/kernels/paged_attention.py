@@ -89,7 +89,7 @@ class KVPages:
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """Page tables and lengths of the sequences of a batch; one of length 0, or without queries, is padding.
+    """Page tables and lengths of the sequences of a batch; one of length 0, or without tiles, is padding.
 
     Entries of the page table whose keys no query sees may hold anything: those past the length, and those before the
     window, whose pages may hold later positions of a ring. So may the rest of a last page past the length; all other
@@ -98,7 +98,7 @@ class AttentionBatch:
 
     page_table: Tensor  # (B, max_pages) int32: the page of positions [i * page_size, (i + 1) * page_size)
     seq_lens: Tensor  # (B,) int32: tokens of each sequence in its pages, new ones included
-    cu_seqlens_q: Tensor | None = None  # (B + 1,) int32: rows of queries before each sequence's; None: T / B each
+    tiles: Tensor | None = None  # (1 + n, 4) int32: whose queries there are, see `query_tiles.py`; None: T / B each
 
     @property
     def size(self) -> int:
@@ -110,19 +110,25 @@ def attention_reference(
     q: Tensor, pages: KVPages, batch: AttentionBatch, out: Tensor, window: int | None = None
 ) -> None:
     """Compute what `prefill_attention` and `decode_attention` do, in plain torch and float32."""
-    num_rows = len(q) // batch.size
-    cu_seqlens_q = (
-        [num_rows * b for b in range(batch.size + 1)] if batch.cu_seqlens_q is None else batch.cu_seqlens_q.tolist()
-    )
-    for b, length in enumerate(batch.seq_lens.tolist()):
-        rows = slice(cu_seqlens_q[b], cu_seqlens_q[b + 1])
-        num_queries = cu_seqlens_q[b + 1] - cu_seqlens_q[b]
+    for b, (begin, num_queries, length) in _queries_of(batch, len(q)).items():
+        rows = slice(begin, begin + num_queries)
         first = 0 if window is None else max(length - num_queries - window + 1, 0)
         k, v = _read_pages(pages, batch.page_table[b], first, length)
         positions = torch.arange(length - num_queries, length, device=q.device)
         distance = positions[:, None] - torch.arange(first, length, device=q.device)
         seen = (distance >= 0) & (distance < (window or length + 1))
         out[rows] = _attend_dense(q[rows].float(), k, v, seen).to(out.dtype)
+
+
+def _queries_of(batch: AttentionBatch, num_rows: int) -> dict[int, tuple[int, int, int]]:
+    """Return, by row of the page table, the first row of queries, how many there are, and the sequence's length."""
+    if batch.tiles is None:
+        each = num_rows // batch.size
+        return {b: (b * each, each, length) for b, length in enumerate(batch.seq_lens.tolist())}
+    chunks: dict[int, tuple[int, int, int]] = {}
+    for begin, num_left, position, b in sorted(batch.tiles[1 : 1 + int(batch.tiles[0, 0])].tolist()):
+        chunks.setdefault(b, (begin, num_left, position + num_left))  # of a chunk's first tile
+    return chunks
 
 
 def _read_pages(pages: KVPages, table: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -155,7 +161,7 @@ def check(q: Tensor, pages: KVPages, batch: AttentionBatch, out: Tensor) -> None
     tables = [
         batch.page_table,
         batch.seq_lens,
-        *([] if batch.cu_seqlens_q is None else [batch.cu_seqlens_q]),
+        *([] if batch.tiles is None else [batch.tiles]),
     ]
     for tensor in tables:
         if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:

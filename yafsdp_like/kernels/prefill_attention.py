@@ -1,7 +1,7 @@
 """Prefill attention: any number of queries a sequence, over keys and values in pages; one program a tile of queries.
 
-Formulas, shapes and the reference: `paged_attention.py`. Hopper GPUs take the kernel of `prefill_hopper.py` where it
-fits; the one here serves all else.
+Formulas, shapes and the reference: `paged_attention.py`; the list of tiles: `query_tiles.py`. Hopper GPUs take the
+kernel of `prefill_hopper.py` where it fits; the one here serves all else.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from yafsdp_like.kernels.paged_attention import (
     attend,
     attention_reference,
     check,
-    check_equal_queries,
     choose_tile,
     empty_state,
     normalize,
-    power_of_2,
 )
+from yafsdp_like.kernels.query_tiles import TILE_COLS, tile_rows
 
 
 def prefill_attention(q: Tensor, pages: KVPages, batch: AttentionBatch, out: Tensor, window: int | None = None) -> None:
     """Attend with any number of queries for each of B sequences, on the current stream.
 
-    The arguments are those of `decode_attention`; `batch` may have `cu_seqlens_q`, whose last is at most T. Rows
-    before its first and past its last are not written. Raises `ValueError` for shapes, dtypes or strides that do not
-    fit.
+    The arguments are those of `decode_attention`, but `batch` has `tiles` of as many queries as `queries_per_tile`
+    says, and lengths are not read. Rows of no tile are not written. Raises `ValueError` for shapes, dtypes or strides
+    that do not fit.
     """
     check(q, pages, batch, out)
-    if batch.cu_seqlens_q is None:
-        check_equal_queries(q, batch)
+    if batch.tiles is None or batch.tiles.dim() != 2 or batch.tiles.shape[1] != TILE_COLS or len(batch.tiles) < 2:
+        found = None if batch.tiles is None else tuple(batch.tiles.shape)
+        raise ValueError(f"expected a batch with tiles (1 + n, {TILE_COLS}), n at least 1, found {found}")
     if not runs_on(q.device):
         attention_reference(q, pages, batch, out, window)
     elif len(q):
         with launching_on(q.device):
-            if prefill_hopper.AVAILABLE and prefill_hopper.fits(q, pages, batch, _capability(q.device)):
+            if prefill_hopper.AVAILABLE and prefill_hopper.fits(q, pages, _capability(q.device)):
                 prefill_hopper.launch(q, pages, batch, out, window or 0)
             else:
                 _launch(q, pages, batch, out, window or 0)
@@ -56,14 +56,13 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _choose_tile(q: Tensor, pages: KVPages, capability: tuple[int, int]) -> Tile:
-    """Choose 32 KiB of queries, or one token's.
+    """Choose how the tile of `query_tiles.tile_rows` is computed.
 
     On Hopper, 128 registers let two programs share a multiprocessor, and one's softmax overlaps the other's products.
     That gains more time than the registers that then spill cost.
     """
-    num_rows = min(128, 32_768 // (power_of_2(pages.head_dim) * q.element_size()))
-    group = q.shape[1] // pages.num_kv_heads
-    tile = choose_tile(max(num_rows, power_of_2(group)), 8 if num_rows == 128 else 4, q, pages)
+    num_rows = tile_rows(q.shape[1], pages.num_kv_heads, pages.head_dim, q.element_size())
+    tile = choose_tile(num_rows, 8 if num_rows >= 128 else 4, q, pages)
     two_fit = capability[0] == 9 and tile.num_rows == 128 and q.element_size() == 2
     return replace(tile, max_registers=128) if two_fit else tile
 
@@ -71,66 +70,25 @@ def _choose_tile(q: Tensor, pages: KVPages, capability: tuple[int, int]) -> Tile
 def _launch(q: Tensor, pages: KVPages, batch: AttentionBatch, out: Tensor, window: int) -> None:
     group = q.shape[1] // pages.num_kv_heads
     tile = _choose_tile(q, pages, _capability(q.device))
-    num_blocks = len(q) // (tile.num_rows // group) + batch.size  # see _sequence_of
-    _prefill_kernel[(num_blocks, pages.num_kv_heads)](
+    assert batch.tiles is not None, "checked"
+    _prefill_kernel[((len(batch.tiles) - 1) * pages.num_kv_heads,)](
         out,
         q,
         pages.keys,
         pages.values,
         batch.page_table,
-        batch.seq_lens,
-        batch.seq_lens if batch.cu_seqlens_q is None else batch.cu_seqlens_q,
-        batch.size,
+        batch.tiles,
+        pages.num_kv_heads,
         *pages.scales,
         *q.stride()[:2],
         *out.stride()[:2],
         *pages.strides,
         batch.page_table.stride(0),
         GROUP=group,
-        QUERIES=len(q) // batch.size if batch.cu_seqlens_q is None else 0,
         WINDOW=window,
         **pages.constants,
         **tile.options,
     )
-
-
-@jit()
-def _sequence_of(
-    block: tl.tensor, cu_seqlens_q: tl.tensor, num_sequences: tl.tensor, BLOCK_Q: tl.constexpr
-) -> tl.tensor:
-    """Find (sequence, number within it) of a block of BLOCK_Q queries.
-
-    Blocks are numbered so that this needs no table: sequence b has those from cu_seqlens_q[b] // BLOCK_Q + b on, which
-    are enough for its queries, since rounding down loses less than the one block that `+ b` gives. Some are left over,
-    and those before the first sequence's rows have a negative number.
-    """
-    low, high = num_sequences * 0, num_sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = tl.load(cu_seqlens_q + middle) // BLOCK_Q + middle <= block
-        low, high = tl.where(before, middle, low), tl.where(before, high, middle)
-    return low, block - (tl.load(cu_seqlens_q + low) // BLOCK_Q + low)
-
-
-@jit()
-def _queries_of(
-    block: tl.tensor,
-    cu_seqlens_q: tl.tensor,
-    num_sequences: tl.tensor,
-    QUERIES: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-) -> tl.tensor:
-    """Find (sequence, number within it, its first row of queries, how many it has) of a block of BLOCK_Q queries."""
-    if QUERIES > 0:
-        per_sequence: tl.constexpr = (QUERIES + BLOCK_Q - 1) // BLOCK_Q
-        b, number = block // per_sequence, block % per_sequence
-        begin, num_queries = b * QUERIES, tl.where(b < num_sequences, QUERIES, 0)
-        b = tl.minimum(b, num_sequences - 1)
-    else:
-        b, number = _sequence_of(block, cu_seqlens_q, num_sequences, BLOCK_Q)
-        begin = tl.load(cu_seqlens_q + b)
-        num_queries = tl.load(cu_seqlens_q + b + 1) - begin
-    return b, number, begin, num_queries
 
 
 @jit()
@@ -153,16 +111,15 @@ def _keys_of(
     return low, (first, bottom, top, end)
 
 
-@jit("num_sequences")
+@jit()
 def _prefill_kernel(
     out: tl.tensor,  # (T, N, H)
     q: tl.tensor,  # (T, N, H)
     keys: tl.tensor,  # (P, PAGE_SIZE, K, H)
     values: tl.tensor,
     page_table: tl.tensor,  # (B, max_pages) int32
-    seq_lens: tl.tensor,  # (B,) int32
-    cu_seqlens_q: tl.tensor,  # (B + 1,) int32; unused if QUERIES is given
-    num_sequences: tl.tensor,
+    tiles: tl.tensor,  # (1 + n, 4) int32
+    num_kv_heads: tl.tensor,
     score_scale: tl.tensor,
     value_scale: tl.tensor,
     q_row: tl.tensor,  # strides
@@ -177,7 +134,6 @@ def _prefill_kernel(
     value_head: tl.tensor,
     table_row: tl.tensor,
     GROUP: tl.constexpr,
-    QUERIES: tl.constexpr,  # of every sequence; 0: see cu_seqlens_q
     WINDOW: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     H: tl.constexpr,
@@ -186,18 +142,19 @@ def _prefill_kernel(
     BLOCK_N: tl.constexpr,
 ) -> None:
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # late queries see most keys: begin with them
-    kv_head = tl.program_id(1).to(tl.int64)
-    b, number, begin, num_queries = _queries_of(block, cu_seqlens_q, num_sequences, QUERIES, BLOCK_Q)
-    if (number >= 0) & (number * BLOCK_Q < num_queries):
-        length = tl.load(seq_lens + b)
+    number = tl.program_id(0) // num_kv_heads
+    kv_head = (tl.program_id(0) % num_kv_heads).to(tl.int64)
+    if number < tl.load(tiles):
+        tile = tiles + 4 * (1 + number)
+        begin, num_left, lowest, b = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+        length = lowest + num_left
         rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)[None, :]
-        token, head = number * BLOCK_Q + rows // GROUP, kv_head * GROUP + rows % GROUP
-        inside = ((rows < BLOCK_Q * GROUP) & (token < num_queries))[:, None] & (dims < H)
+        token, head = rows // GROUP, kv_head * GROUP + rows % GROUP
+        inside = ((rows < BLOCK_Q * GROUP) & (token < num_left))[:, None] & (dims < H)
         row = (begin + token).to(tl.int64)
         queries = tl.load(q + (row * q_row + head * q_head)[:, None] + dims, mask=inside, other=0.0)
-        low, ends = _keys_of(length - num_queries + number * BLOCK_Q, length, WINDOW, BLOCK_Q, BLOCK_N)
-        table, positions = page_table + b.to(tl.int64) * table_row, length - num_queries + token
+        low, ends = _keys_of(lowest, length, WINDOW, BLOCK_Q, BLOCK_N)
+        table, positions = page_table + b.to(tl.int64) * table_row, lowest + token
         keys, values = keys + kv_head * key_head, values + kv_head * value_head
         kv = (keys, values, table, key_page, key_token, value_page, value_token)
         state = empty_state(BLOCK_M, BLOCK_H)

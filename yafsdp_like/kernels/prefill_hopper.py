@@ -7,7 +7,7 @@ warps: `hopper_warps.py`, [Note: the warps of a program] and [Note: boxes of pag
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -33,19 +33,17 @@ _BOX_COLS = 64
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 240, 24  # a thread's: of 64 Ki, twice 128 threads and one warp get theirs
 
 
-def fits(q: Tensor, pages: KVPages, batch: AttentionBatch, capability: tuple[int, int]) -> bool:
+def fits(q: Tensor, pages: KVPages, capability: tuple[int, int]) -> bool:
     """Return whether `launch` takes what `prefill_attention` accepts, on a GPU of this compute capability.
 
-    It does on 9.x if queries and pages have one dtype, bfloat16 or float16; at most 128 heads share a kv head; pages
-    are copyable (`_is_copyable`); and `batch` has `cu_seqlens_q`. Windows, scales, and strides of queries and output
-    may be any.
+    It does on 9.x if queries and pages have one dtype, bfloat16 or float16; at most 128 heads share a kv head; and
+    pages are copyable (`_is_copyable`). Windows, scales, and strides of queries and output may be any.
     """
     return (
         capability[0] == 9
         and q.dtype == pages.keys.dtype
         and q.shape[1] // pages.num_kv_heads <= _ROWS
         and _boxes_of(pages).copyable
-        and batch.cu_seqlens_q is not None
     )
 
 
@@ -94,15 +92,15 @@ def _boxes_of(pages: KVPages) -> _PageBoxes:
 def launch(q: Tensor, pages: KVPages, batch: AttentionBatch, out: Tensor, window: int) -> None:
     """Launch the kernel with the arguments of `prefill_attention`, if it `fits`; `window` 0: none."""
     group = q.shape[1] // pages.num_kv_heads
-    num_blocks = len(q) // (_ROWS // group) + batch.size  # see `hopper_warps._sequence_of`
-    _prefill_kernel[(num_blocks, pages.num_kv_heads)](
+    assert batch.tiles is not None, "checked"
+    max_items = (len(batch.tiles) - 1) * pages.num_kv_heads
+    _prefill_kernel[(min(max_items, _num_multiprocessors(q.device)),)](
         out,
         q,
         *_boxes_of(pages).descriptors,
         batch.page_table,
-        batch.seq_lens,
-        batch.cu_seqlens_q,
-        batch.size,
+        batch.tiles,
+        pages.num_kv_heads,
         *pages.scales,
         *q.stride()[:2],
         *out.stride()[:2],
@@ -111,6 +109,11 @@ def launch(q: Tensor, pages: KVPages, batch: AttentionBatch, out: Tensor, window
         num_warps=4,  # of the first consumer; the others' are named in the kernel
         enable_fp_fusion=True,
     )
+
+
+@cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def constants(group: int, window: int, page_size: int, head_dim: int) -> dict[str, int]:
@@ -128,16 +131,15 @@ def constants(group: int, window: int, page_size: int, head_dim: int) -> dict[st
     }
 
 
-@jit("num_sequences")
+@jit("num_kv_heads")
 def _prefill_kernel(
     out: gl.tensor,  # (T, N, H)
     q: gl.tensor,  # (T, N, H)
     key_boxes: gl.tensor,  # (P, PAGE_SIZE, K, H), by tensor maps
     value_boxes: gl.tensor,
     page_table: gl.tensor,  # (B, max_pages) int32
-    seq_lens: gl.tensor,  # (B,) int32
-    cu_seqlens_q: gl.tensor,  # (B + 1,) int32
-    num_sequences: gl.tensor,
+    query_tiles: gl.tensor,  # (1 + n, 4) int32
+    num_kv_heads: gl.tensor,
     score_scale: gl.tensor,
     value_scale: gl.tensor,
     q_row: gl.tensor,  # strides
@@ -166,21 +168,21 @@ def _prefill_kernel(
     v_full, v_empty = allocate_barriers(STAGES, 1), allocate_barriers(STAGES, 2)
     barriers = (k_full, k_empty, v_full, v_empty)
     landed = allocate_barriers(1, 1).index(0)
-    tables, pages = (cu_seqlens_q, seq_lens, num_sequences), (page_table, table_row)
+    work, pages = (query_tiles, num_kv_heads), (page_table, table_row)
     rows = (q, out, q_row, q_head, out_row, out_head, score_scale, value_scale)
     gl.warp_specialize(
         [  # tuples as they are: in a variable, constants become tensors
             (
                 consume,
-                (gl.constexpr(0), rows, q_tiles, tiles, barriers, tables, GROUP, WINDOW, H, BLOCK_Q, BLOCK_N, STAGES),
+                (gl.constexpr(0), rows, q_tiles, tiles, barriers, work, GROUP, WINDOW, H, BLOCK_Q, BLOCK_N, STAGES),
             ),
             (
                 consume,
-                (gl.constexpr(64), rows, q_tiles, tiles, barriers, tables, GROUP, WINDOW, H, BLOCK_Q, BLOCK_N, STAGES),
+                (gl.constexpr(64), rows, q_tiles, tiles, barriers, work, GROUP, WINDOW, H, BLOCK_Q, BLOCK_N, STAGES),
             ),
             (
                 produce,
-                (boxes, slots, barriers, landed, pages, tables, WINDOW, PAGE_SIZE, H, BLOCK_Q, BLOCK_N, BOX, STAGES),
+                (boxes, slots, barriers, landed, pages, work, WINDOW, PAGE_SIZE, H, BLOCK_Q, BLOCK_N, BOX, STAGES),
             ),
         ],
         [4, 1],

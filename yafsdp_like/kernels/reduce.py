@@ -81,7 +81,7 @@ class ReduceTable:
         # [parameter][input of each rank]; there when this returns, for every stream
         addresses = [[tensor.data_ptr() for tensor in row] for row in zip(*inputs, strict=True)]
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device=self._device)
-        self._output_places: list[int] = []
+        self._output_places: list[int] | None = []  # as last noted; None: unknown
         self._output_addresses = torch.zeros(len(outputs), dtype=torch.int64, device=self._device)
         self.find_outputs()
         self._blocks = BlockTable.of([chunk.numel() for chunk in inputs[0]], BLOCK, self._device)
@@ -94,10 +94,18 @@ class ReduceTable:
         return [o[start : start + c.numel()] for o, start, c in zip(self._outputs, self._starts, chunks, strict=False)]
 
     def find_outputs(self) -> None:
-        """Note where the outputs are now, on the current stream; before ``reduce``, which may be a recording's."""
+        """Note where the outputs are now, on the current stream; before ``reduce``, which may be a recording's.
+
+        While a CUDA graph is recorded, each address becomes a constant of it, which every replay writes again.
+        """
         places = [o.data_ptr() + start * o.itemsize for o, start in zip(self._outputs, self._starts, strict=True)]
-        if places != self._output_places and runs_on(self._device):
-            self._output_places = places
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._output_places = None  # what is there is up to replays from now on
+            for output, place in zip(self._output_addresses, places, strict=True):
+                output.fill_(place)
+        elif places != self._output_places and runs_on(self._device):
+            if self._output_places is not None:
+                self._output_places = places
             there = torch.tensor(places, dtype=torch.int64, pin_memory=self._device.type == "cuda")
             self._output_addresses.copy_(there, non_blocking=True)
 

@@ -9,6 +9,7 @@ large embedding shares bytes with blocks that are not live when it is, instead o
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,10 @@ from yafsdp_like.memory.layout import Segment, aligned
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+
+MAX_ROUNDS = 40  # in which slots are placed anew, in search of a smaller region
+MAX_PLACED = 20_000  # slots placed in all of them
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,11 @@ class LiveRange:
         """Return whether both are live at some tick."""
         return any(a <= d and c <= b for a, b in self.intervals for c, d in other.intervals)
 
+    @property
+    def num_ticks(self) -> int:
+        """Ticks of all intervals."""
+        return sum(last - first + 1 for first, last in self.intervals)
+
     def ticks(self) -> Iterable[int]:
         """Yield the ticks of every interval."""
         return (tick for first, last in self.intervals for tick in range(first, last + 1))
@@ -45,41 +55,111 @@ class SlotRequest:
     live: LiveRange
 
 
-def _place_in_order(requests: Sequence[SlotRequest], order: Sequence[int]) -> list[int]:
-    """Place each request, in ``order``, at the lowest offset that none of those before it takes at one of its ticks."""
-    offsets: dict[int, int] = {}
-    for index in order:
-        request = requests[index]
-        taken = sorted(
-            (offsets[i], offsets[i] + aligned(requests[i].nbytes))
-            for i in offsets
-            if request.live.overlaps(requests[i].live)
-        )
-        offset = 0
-        for start, end in taken:
-            if offset + aligned(request.nbytes) <= start:
+class _Neighbours:
+    """Finds the requests that are live together with one, without comparing it with all others."""
+
+    def __init__(self, requests: Sequence[SlotRequest]) -> None:
+        self._requests = requests
+        spans = sorted((first, last, i) for i, r in enumerate(requests) for first, last in r.live.intervals)
+        self._starts = [first for first, _, _ in spans]
+        self._started = [i for _, _, i in spans]
+        self._live_at: dict[int, list[int]] = {}  # by tick at which some request starts
+        live: list[tuple[int, int]] = []
+        for first, last, i in spans:
+            live = [(end, other) for end, other in live if end >= first] + [(last, i)]
+            self._live_at[first] = [other for _, other in live]
+
+    def of(self, index: int) -> set[int]:
+        """Return the requests whose live ranges overlap that of ``index``, by their numbers; it is one of them."""
+        found: set[int] = set()
+        for first, last in self._requests[index].live.intervals:
+            started = self._started[bisect_left(self._starts, first) : bisect_right(self._starts, last)]
+            found.update(started, self._live_at[first])
+        return found
+
+
+def _lowest(taken: Iterable[tuple[int, int]], nbytes: int) -> int:
+    """Return the lowest offset from which ``nbytes`` are free; ``taken`` are ranges, sorted."""
+    offset = 0
+    for start, end in taken:
+        if offset + nbytes <= start:
+            break
+        offset = max(offset, end)
+    return offset
+
+
+@dataclass
+class _Placing:
+    """Places requests one by one: at the lowest free offset, or from both ends of a region by turns."""
+
+    requests: Sequence[SlotRequest]
+    neighbours: _Neighbours
+    height_nbytes: int  # of the region; what does not fit below it is placed above
+
+    def in_order(self, order: Sequence[int], both_ends: bool) -> list[int]:
+        """Return offsets; with ``both_ends`` a request lies at the end other than its latest neighbour's."""
+        sizes = [aligned(request.nbytes) for request in self.requests]
+        offsets: dict[int, int] = {}
+        at_top: dict[int, bool] = {}
+        turns: dict[int, int] = {}
+        for turn, index in enumerate(order):
+            near = [i for i in self.neighbours.of(index) if i in offsets]
+            taken = sorted((offsets[i], offsets[i] + sizes[i]) for i in near)
+            latest = max(near, key=turns.__getitem__, default=None)
+            at_top[index] = both_ends and latest is not None and not at_top[latest]
+            if at_top[index]:
+                from_top = sorted((self.height_nbytes - end, self.height_nbytes - start) for start, end in taken)
+                offsets[index] = self.height_nbytes - _lowest(from_top, sizes[index]) - sizes[index]
+                at_top[index] = offsets[index] >= 0
+            if not at_top[index]:
+                offsets[index] = _lowest(taken, sizes[index])
+            turns[index] = turn
+        return [offsets[i] for i in range(len(self.requests))]
+
+    def best(self, order: Sequence[int], both_ends: bool, rounds: int) -> tuple[int, list[int]]:
+        """Return the fewest bytes of several rounds, and the offsets; what ended highest goes first in the next."""
+        order, found = list(order), list[tuple[int, list[int]]]()
+        for _ in range(rounds):
+            offsets = self.in_order(order, both_ends)
+            ends = [offset + aligned(request.nbytes) for request, offset in zip(self.requests, offsets, strict=True)]
+            found.append((max(ends), offsets))
+            if max(ends) == self.height_nbytes:
                 break
-            offset = max(offset, end)
-        offsets[index] = offset
-    return [offsets[i] for i in range(len(requests))]
-
-
-def _extent(requests: Sequence[SlotRequest], offsets: Sequence[int]) -> int:
-    return max((o + aligned(r.nbytes) for r, o in zip(requests, offsets, strict=True)), default=0)
+            highest = ends.index(max(ends))
+            order.remove(highest)
+            order.insert(0, highest)
+        return min(found, key=lambda one: one[0])
 
 
 def place(requests: Sequence[SlotRequest]) -> tuple[tuple[Segment, ...], int]:
     """Place slots so that two whose live ranges overlap never share a byte.
 
-    Greedy, lowest fitting offset first, tried once in order of size and once in the order given; the smaller result
-    wins (the problem itself, dynamic storage allocation, is NP-hard). Returns a segment per request and the bytes in
-    all.
+    Returns a segment per request and the bytes in all. The problem (dynamic storage allocation) is NP-hard; what is
+    tried, until a region of ``live_nbytes_peak`` bytes is found, is deterministic: the lowest free offset in order of
+    size and in the order given; then both ends of a region by turns, those that are live longest first, which suits
+    chains of unequal units; and these again with what ended highest placed first.
     """
-    by_size = sorted(range(len(requests)), key=lambda i: (-requests[i].nbytes, i))
-    tries = [_place_in_order(requests, order) for order in (by_size, range(len(requests)))]
-    offsets = min(tries, key=lambda offsets: _extent(requests, offsets))
-    segments = tuple(Segment(o, aligned(r.nbytes)) for r, o in zip(requests, offsets, strict=True))
-    return segments, _extent(requests, offsets)
+    if not requests:
+        return (), 0
+    numbers, least = range(len(requests)), live_nbytes_peak(requests)
+    placing = _Placing(requests, _Neighbours(requests), least)
+    by_size = sorted(numbers, key=lambda i: (-requests[i].nbytes, i))
+    by_time = sorted(numbers, key=lambda i: (-requests[i].live.num_ticks, requests[i].live.intervals[0], i))
+    rounds = max(min(MAX_ROUNDS, MAX_PLACED // len(requests)), 1)
+    tries = (
+        (by_size, False, 1),
+        (numbers, False, 1),
+        (by_time, True, rounds),
+        (by_size, False, rounds),
+        (by_size, True, rounds),
+    )
+    found: list[tuple[int, list[int]]] = []
+    for order, both_ends, most in tries:
+        found.append(placing.best(order, both_ends, most))
+        if found[-1][0] == least:
+            break
+    nbytes, offsets = min(found, key=lambda one: one[0])
+    return tuple(Segment(o, aligned(r.nbytes)) for r, o in zip(requests, offsets, strict=True)), nbytes
 
 
 def live_nbytes_peak(requests: Sequence[SlotRequest]) -> int:
@@ -117,10 +197,28 @@ class SlotPlace:
     live: LiveRange
 
 
+@dataclass(frozen=True)
+class Phase:
+    """Ticks from ``first`` to ``last``, by what runs in them."""
+
+    name: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What the ticks of some kinds of slots count: phases that follow each other, from tick 0 on."""
+
+    kinds: tuple[str, ...]
+    phases: tuple[Phase, ...]
+
+
+_UNTIL_ZERO_GRAD = "from backward to zero_grad"
 KINDS = {
     "main_shard": "what the optimizer updates; lower halves, where it is split",
     "compute_shard": "the same in param_dtype: what is all-gathered",
-    "grad_shard": "reduced gradients, from backward to zero_grad",
+    "grad_shard": f"reduced gradients, {_UNTIL_ZERO_GRAD}",
     "gather slots": "units' full parameters, shared by live range",
     "gradient slots": "units' full gradients, shared by live range",
     "unsynced gradients": "full gradients kept while set_requires_gradient_sync(False)",
@@ -132,10 +230,11 @@ KINDS = {
     "weight shards": "this rank's part of those that are all-gathered",
     "weight slots": "units all-gathered or streamed, shared by live range",
     "kv slabs": "keys and values, in pages",
+    "slabs": "weights of models that are awake, at these bytes, and keys and values in pages",
     "workspace": "activations of one forward, shared by live range",
     "logits": "of the tokens to be drawn, and log-probabilities",
     "tables": "inputs of a step, and rotary tables",
-    "host weights": "units in host memory that are streamed",
+    "host weights": "weights in host memory, as they lie on the device, from where they are streamed",
     "host kv slabs": "pages that were swapped out",
 }
 
@@ -153,14 +252,18 @@ class MemoryPlan:
     """Every region that the runtime holds on one rank, in bytes. Equal on all ranks, since shards are padded.
 
     ``nbytes`` is what the arenas hold once allocated (law: the plan is the truth). Beside it, ``transient_nbytes``
-    are in PyTorch's allocator from backward to ``zero_grad``, as a rule where activations were. Not in the plan:
-    activations, optimizer states (the optimizer), and the communication library's own buffers.
+    are in PyTorch's allocator from backward to ``zero_grad``, as a rule where activations were; or for good once
+    recorded steps add to gradients (``keeps_gradients``). Not in the plan: activations, optimizer states (the
+    optimizer), and the communication library's own buffers.
+    ``launch.slot_map.draw(plan, "map.html")`` draws when each slot is live, and where.
     """
 
     world_size: int
     regions: tuple[Region, ...]
     slots: tuple[SlotPlace, ...] = field(default=())
     transports: tuple[str, ...] = ()  # what moves bytes between the ranks, and why
+    keeps_gradients: bool = False  # whether recorded steps add to gradients
+    clocks: tuple[Clock, ...] = ()  # of the slots, by kind
 
     @property
     def nbytes(self) -> int:
@@ -182,10 +285,15 @@ class MemoryPlan:
         assert kind in KINDS, f"unknown kind of region: {kind}"
         return sum(region.nbytes for region in self.regions if region.kind == kind)
 
+    def phases_of(self, kind: str) -> tuple[Phase, ...]:
+        """Return what the ticks of slots of this kind count; nothing where they share bytes by no schedule."""
+        return next((clock.phases for clock in self.clocks if kind in clock.kinds), ())
+
     def __str__(self) -> str:
         lines = [f"memory plan of one rank of {self.world_size}: {readable(self.nbytes)} ({self.nbytes:,} bytes)"]
         if self.transient_nbytes:
-            lines[0] += f", and {readable(self.transient_nbytes)} from backward to zero_grad"
+            until = "for good, since recorded steps add to gradients" if self.keeps_gradients else _UNTIL_ZERO_GRAD
+            lines[0] += f", and {readable(self.transient_nbytes)} {until}"
         if self.host_nbytes:
             lines[0] += f", and {readable(self.host_nbytes)} in host memory"
         lines += [f"  over {transport}" for transport in self.transports]

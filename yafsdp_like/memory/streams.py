@@ -221,6 +221,15 @@ class StepRecording:
         self._graph.replay()
 
 
+class _Kept:
+    """Bytes of a pool at their address, for PyTorch to make a tensor of, which keeps the pool's recorder alive."""
+
+    def __init__(self, storage: torch.UntypedStorage, recorder: StepRecorder) -> None:
+        self._recorder = recorder
+        where = {"shape": (storage.nbytes(),), "typestr": "|u1", "data": (storage.data_ptr(), False)}
+        self.__cuda_array_interface__ = {**where, "version": 3}
+
+
 class StepRecorder:
     """Records steps on a stream of its own, in a memory pool that all its recordings share.
 
@@ -266,6 +275,13 @@ class StepRecorder:
                     torch._C._cuda_releasePool(device, self._pool)  # the use that the beginning counted
         finally:
             current.wait_stream(self._stream)
+
+    def keep(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        """Return another storage on bytes of the pool, for what a replay leaves there once this one has been freed.
+
+        The bytes stay mapped as long as it lives, and are others' too: of every later recording.
+        """
+        return torch.as_tensor(_Kept(storage, self), device=storage.device).untyped_storage()
 
     def live(self) -> set[tuple[int, int]]:
         """Return the address and size of each block of the pool that somebody holds."""

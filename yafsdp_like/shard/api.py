@@ -6,6 +6,7 @@ the policies are FSDP2's own classes. Nothing of torch is hooked before the firs
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypedDict, TypeVar, Unpack, cast, overload
@@ -229,7 +230,11 @@ class FSDPModule(Base):
         be on the meta device.
         """
         engine = engine_of(self._unit())
-        return unit_tree_of(self).plan().plan if engine is None else engine.memory.plan()
+        if engine is None:
+            return unit_tree_of(self).plan().plan
+        on_device = (p.grad_shard for unit in engine.units if not unit.is_on_host for p in unit.params)
+        keeps = any(shard is not None and shard.is_pinned for shard in on_device)
+        return dataclasses.replace(engine.memory.plan(), keeps_gradients=keeps)
 
     def memory_report(self) -> Report:
         """Return the bytes held now, and what departed from the plan: spills, evictions, unused prefetches."""

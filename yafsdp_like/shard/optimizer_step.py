@@ -123,6 +123,7 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         return
     for engine in {engine: None for unit in owned if (engine := engine_of(unit)) is not None}:
         engine.collective_log.settle()
+        engine.collective_log.updates()
     if optimizer not in _stepped:
         _stepped.add(optimizer)
         _make_room_for_states(owned)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from yafsdp_like.inference.engine.batch import ActiveRequest, RequestStatus, Run
+from yafsdp_like.kernels.query_tiles import write_tiles
 from yafsdp_like.kernels.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ class _Side:
 class Staging:
     """Writes the inputs of steps. See [Note: two sides] and [Note: token pool]."""
 
-    def __init__(self, buffers: StepBuffers, page_size: int, pinned: bool) -> None:
+    def __init__(self, buffers: StepBuffers, page_size: int, queries_per_tile: int, pinned: bool) -> None:
         self._history, self._page_size = buffers.tables.history, page_size
+        self._queries_per_tile = queries_per_tile
         self._max_batch_size = len(buffers.inputs.last_rows)
         self._sides = [_Side(buffers.inputs, pinned) for _ in range(2)]
         self._turn = 0
@@ -107,8 +109,8 @@ class Staging:
             self._write_chunk(run, rows[run.sequence], first)
             first += run.num_tokens
         self._write_padding(slice(first, size.num_tokens))
-        self._write_cu_seqlens_q(num_single, chunks, size)
-        self._upload_tokens(size)
+        num_tiles = self._write_tiles(chunks, num_single, size)
+        self._upload_tokens(size, num_tiles)
         self._stage_drawing(runs, drawing, size)
 
     def stage_idle(self, size: StepSize) -> None:
@@ -154,7 +156,7 @@ class Staging:
         inputs.positions.array[rows] = 0
         inputs.slot_mapping.array[:, rows] = _NOWHERE
 
-    def _upload_tokens(self, size: StepSize) -> None:
+    def _upload_tokens(self, size: StepSize, num_tiles: int) -> None:
         inputs = self._side.inputs
         inputs.token_pool.upload(self._max_batch_size, self._max_batch_size + size.num_tokens)
         inputs.token_index.upload(0, size.num_tokens)
@@ -163,7 +165,7 @@ class Staging:
             inputs.slot_mapping.upload(0, size.num_tokens, group)
         inputs.seq_lens.upload(0, size.num_table_rows)
         if size.num_chunks:
-            inputs.cu_seqlens_q.upload(0, size.num_chunks + 1)
+            inputs.tiles.upload(0, 1 + num_tiles)
 
     # --- sequences ---
 
@@ -198,12 +200,14 @@ class Staging:
         for run in runs:
             seq_lens[rows[run.sequence]] = run.end
 
-    def _write_cu_seqlens_q(self, first: int, chunks: Sequence[Run], size: StepSize) -> None:
-        """Write the chunks' first rows, from ``first`` on; those that are padding have no rows."""
-        ends = first + np.cumsum([0, *(run.num_tokens for run in chunks)])
-        cu_seqlens_q = self._side.inputs.cu_seqlens_q.array
-        cu_seqlens_q[: len(ends)] = ends
-        cu_seqlens_q[len(ends) : size.num_chunks + 1] = ends[-1]
+    def _write_tiles(self, chunks: Sequence[Run], first: int, size: StepSize) -> int:
+        """Write which queries programs attend with, the chunks' rows being those from ``first`` on; return how many."""
+        if not size.num_chunks:
+            return 0
+        nums = np.array([run.num_tokens for run in chunks], dtype=np.int64)
+        starts = np.array([run.start for run in chunks], dtype=np.int64)
+        found = np.stack((first + np.cumsum(nums) - nums, nums, starts, np.arange(len(chunks))), axis=1)
+        return write_tiles(self._side.inputs.tiles.array, found, self._queries_per_tile)
 
     # --- drawing ---
 

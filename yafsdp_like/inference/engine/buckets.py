@@ -17,7 +17,7 @@ from yafsdp_like.inference.engine.forward import StepSize
 _TOKEN_STEPS = ((16, 8), (128, 16), (256, 32), (384, 64), (512, 128), (640, 64), (1280, 128), (4096, 256))
 _LARGEST_TOKEN_STEP = 512
 _NUM_SEQUENCES = (8, 32, 128, 512)
-_MAX_CHUNKS = 32  # where that suffices: each costs prefill attention a program per kv head, with work or without
+_MAX_CHUNKS = 32  # where that suffices: a size has a row of logits for each, with work or without
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStatus
-from yafsdp_like.inference.engine.places import EnginePlaces
+from yafsdp_like.inference.engine.places import EnginePlaces, nobody_else
 from yafsdp_like.inference.engine.request import FinishReason, Request, RequestOutput, Token
 from yafsdp_like.inference.engine.runner import Launched, Runner
 from yafsdp_like.inference.engine.scheduler import Scheduler
@@ -122,7 +122,8 @@ class Engine:
         self.cache = self._kv_cache()
         self._runner.warm_up(options.graphs)
         self._times = None if options.tpot_ms is None else StepTimes(self._of_first_rank(self._runner.measure_steps()))
-        self._scheduler = Scheduler(self.cache, options, self._times, self._make_room)
+        make_room = nobody_else if places.make_room is nobody_else else self._make_room
+        self._scheduler = Scheduler(self.cache, options, self._times, make_room)
         self._sequences: dict[str, ActiveRequest] = {}
         self._cancelled: list[ActiveRequest] = []
         self._unread: tuple[Batch, Launched] | None = None
@@ -233,7 +234,7 @@ class Engine:
         exactly one forward, and all ranks must call it equally often, whether they have work or not.
         """
         begin, self._waited_s = time.perf_counter(), 0.0
-        outputs = [self._finish(sequence, reason) for sequence, reason in self._over()]
+        outputs = self.end_requests()
         batch = self._scheduler.schedule()
         if batch is None:
             outputs += self._read()
@@ -272,10 +273,10 @@ class Engine:
         self._log.pause()
         return outputs
 
-    def _make_room(self) -> bool:
-        """Have other engines lose pages, behind the copies of this one; see `places.py`."""
+    def _make_room(self, by_force: bool) -> bool:
+        """Have other engines lose memory, behind the copies of this one; see `places.py`."""
         self._runner.copy_pages(self._scheduler.take_copies())
-        return self._places.make_room()
+        return self._places.make_room(by_force)
 
     def generate(self, requests: Iterable[Request]) -> dict[str, Completion]:
         """Serve all of ``requests`` to the end, and return their completions by id.
@@ -296,7 +297,7 @@ class Engine:
             self._check_request(request)
         if len({request.id for request in left}) < len(left):
             raise ValueError("expected requests of different ids, found one twice")
-        with _collector_paused():
+        with collector_paused():
             while left or self.has_work:
                 while left and len(self._scheduler.waiting) < self.options.max_waiting:
                     request = left.pop()
@@ -308,6 +309,10 @@ class Engine:
                     if output.finish is not None:
                         done[output.request_id] = Completion(tuple(drawn), output.finish, output.num_cached_tokens)
         return done
+
+    def end_requests(self) -> list[RequestOutput]:
+        """End requests that were cancelled or are late, as every ``step`` does, and return their last outputs."""
+        return [self._finish(sequence, reason) for sequence, reason in self._over()]
 
     def _over(self) -> list[tuple[ActiveRequest, FinishReason]]:
         """Return the requests that end now, whatever they have drawn, each once, and why."""
@@ -391,7 +396,7 @@ class Engine:
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Pause Python's collector of reference cycles.
 
     It goes through all objects again and again, every token that was drawn among them, which takes 0.1 s and more

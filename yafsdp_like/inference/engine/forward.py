@@ -38,6 +38,7 @@ from yafsdp_like.kernels.gemv import matmul
 from yafsdp_like.kernels.norm import rms_norm
 from yafsdp_like.kernels.paged_attention import AttentionBatch, KVPages
 from yafsdp_like.kernels.prefill_attention import prefill_attention
+from yafsdp_like.kernels.query_tiles import max_num_tiles, queries_per_tile
 from yafsdp_like.kernels.rotary import HeadNorms, rotate_and_store
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class Forward:
         self._inputs, self._tables = buffers.inputs, buffers.tables
         self._config, self._tp_group = weights.plan.rank_config, weights.tp_group
         self._max_seq_len, self._num_multiprocessors = len(buffers.tables.cos), num_multiprocessors
+        self._queries_per_tile = queries_per_tile_of(weights)
 
     def __call__(self, size: StepSize) -> Tensor:
         """Return logits (num_drawing, V) in the weights' dtype; keys and values go into pages."""
@@ -198,8 +200,8 @@ class Forward:
             decode_attention(q[single], cache.pages, batch, out[single], workspace, num_splits, cache.window)
         if size.num_chunks:
             chunks = slice(size.first_chunk, size.num_table_rows)
-            cu_seqlens_q = self._inputs.cu_seqlens_q[: size.num_chunks + 1]
-            batch = AttentionBatch(tables[chunks], seq_lens[chunks], cu_seqlens_q)
+            tiles = self._inputs.tiles[: 1 + max_num_tiles(size.num_tokens, size.num_chunks, self._queries_per_tile)]
+            batch = AttentionBatch(tables[chunks], seq_lens[chunks], tiles)
             prefill_attention(q, cache.pages, batch, out, cache.window)
 
     def _pieces(self, batch_size: int, window: int | None) -> tuple[Tensor, int]:
@@ -246,6 +248,12 @@ class Forward:
         logits.zero_()
         matmul(last, head[rows], logits[:, rows])
         self._sum(logits)  # exact: of each logit all ranks but one have 0
+
+
+def queries_per_tile_of(weights: Weights) -> int:
+    """Return how many queries of a chunk one program attends with."""
+    config = weights.plan.rank_config
+    return queries_per_tile(config.num_heads, config.num_kv_heads, config.head_dim, weights.dtype.itemsize)
 
 
 def _range_of(vocab_size: int, rank: int, num_ranks: int) -> slice:

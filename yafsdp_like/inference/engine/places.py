@@ -3,8 +3,8 @@
 [Note: engines that share pages]
 Engines that share pools of pages belong to one thread, and issue all work on one stream. What one of them hands out to
 be copied is issued before another makes a step: a page may then be another engine's as soon as its copy is issued, and
-the stream has the order. An engine that runs alone and finds no page asks for room (``make_room``), by which others
-lose theirs.
+the stream has the order. An engine that finds no page asks for room (``make_room``) before it preempts a sequence: idle
+models lose their places then, and working ones too if it runs a single sequence.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 POLICIES: dict[str, Callable[[], Policy]] = {"lru": LRU, "gdsf": GDSF}
 
 
-def nobody_else() -> bool:
+def nobody_else(by_force: bool) -> bool:
     """Make no room: there is no engine that could."""
     return False
 
@@ -42,7 +42,8 @@ class EnginePlaces:
     buffers: StepBuffers
     regions: Mapping[Tier, torch.Tensor]  # the bytes (nbytes,) uint8 that pages lie in
     pools: Mapping[Tier, PagePool]
-    make_room: Callable[[], bool] = nobody_else  # frees pages of other engines; False where there was nothing to free
+    # Frees slabs of idle models and, by force, those of working ones; False where there was nothing to free.
+    make_room: Callable[[bool], bool] = nobody_else
 
     @classmethod
     def of(cls, weights: Weights) -> EnginePlaces:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from yafsdp_like.inference.engine.batch_inputs import Staging, host_like
 from yafsdp_like.inference.engine.buckets import StepBuckets
-from yafsdp_like.inference.engine.forward import Forward, LayerPages, StepSize
+from yafsdp_like.inference.engine.forward import Forward, LayerPages, StepSize, queries_per_tile_of
 from yafsdp_like.inference.engine.request import Token
 from yafsdp_like.inference.kv.eviction import Costs
 from yafsdp_like.inference.kv.kv_cache import Copy, Tier
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _NUM_TIMED = 3  # repetitions of what is measured, of which the fastest counts
 _TIMED_NBYTES = 64 << 20
 _TIMED_TOKENS_ON_CPU = 16
-_MAX_RECORDED_TOKENS = 2048  # of a step; larger ones take a GPU longer than issuing them takes the CPU
+MAX_RECORDED_TOKENS = 2048  # of a step; larger ones take a GPU longer than issuing them takes the CPU
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Runner:
         self._forward = Forward(
             weights, buffers, LayerPages.of(groups, regions[Tier.DEVICE]), _num_multiprocessors(weights.device)
         )
-        self._staging = Staging(buffers, groups[0].shape.page_size, self._on_gpu)
+        page_size, per_tile = groups[0].shape.page_size, queries_per_tile_of(weights)
+        self._staging = Staging(buffers, page_size, per_tile, self._on_gpu)
         self._streams, self.timer = streams_of(weights.device), Timer(weights.device)
         scores, ids = buffers.logits, buffers.inputs.token_pool[: self._max_batch_size]
         self._drawn = DrawnTokens(ids, scores.drawn_logprobs, scores.top_logits, scores.top_ids)
@@ -102,7 +103,7 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, graphs: bool) -> None:
-        """Compile all that steps need on a GPU, and record steps of all sizes up to ``_MAX_RECORDED_TOKENS``."""
+        """Compile all that steps need on a GPU, and record steps of all sizes up to ``MAX_RECORDED_TOKENS``."""
         if not self._on_gpu:
             return
         with launching_on(self._weights.device):
@@ -127,7 +128,7 @@ class Runner:
         recorder = StepRecorder()
         for size in reversed(self._buckets.decode):
             self._logprobs[size.num_drawing] = recorder.record(partial(self._compute_logprobs, size.num_drawing))
-        sizes = [size for size in self._sizes if size.num_tokens <= _MAX_RECORDED_TOKENS]
+        sizes = [size for size in self._sizes if size.num_tokens <= MAX_RECORDED_TOKENS]
         for size in reversed(sizes if self._weights.graphable else []):
             self._weights.reset_residency()
             self._recordings[size] = recorder.record(partial(self._step, size))

@@ -83,7 +83,7 @@ class Scheduler:
         cache: KVCache,
         options: EngineOptions,
         times: StepTimes | None = None,
-        make_room: Callable[[], bool] = nobody_else,
+        make_room: Callable[[bool], bool] = nobody_else,
     ) -> None:
         """``times`` are needed where the options have a ``tpot_ms``; ``make_room`` see ``EnginePlaces``."""
         assert (times is None) == (options.tpot_ms is None)
@@ -274,17 +274,17 @@ class Scheduler:
 
         Returns False if the rest of its pages would find no room.
         """
-        available = self._num_available()
-        if self._is_known_to_wait(sequence, available):
+        if self._is_known_to_wait(sequence):
             return False
         if sequence.kv is None:
             sequence.kv, copies = self.cache.open(sequence.tokens, sequence.request.tenant, sequence.salt)
             self._copies += copies
-        missing = self._num_missing(sequence, sequence.kv)
-        if self.running and any(count + len(self.running) > 0 for count in missing):
-            self._known_to_wait = sequence, [n + count for n, count in zip(available, missing, strict=True)]
+        missing = self._missing_beside_others(sequence, sequence.kv)
+        if missing is not None:
             if not sequence.is_swapped:
                 self._close(sequence)
+            wanted = [n + count for n, count in zip(self._num_available(), missing, strict=True)]
+            self._known_to_wait = sequence, wanted
             return False
         if sequence.is_swapped:
             swapped_in = self._swap_in(sequence.kv)
@@ -294,7 +294,19 @@ class Scheduler:
         self._start(sequence, sequence.kv)
         return True
 
-    def _is_known_to_wait(self, sequence: ActiveRequest, available: list[int]) -> bool:
+    def _missing_beside_others(self, sequence: ActiveRequest, kv: KVSequence) -> list[int] | None:
+        """Return how many pages of each group are missing beside sequences that run, once idle models have made room.
+
+        Each running one may take a page more. None: enough are there.
+        """
+        while True:
+            missing = self._num_missing(sequence, kv)
+            if not self.running or all(count + len(self.running) <= 0 for count in missing):
+                return None
+            if not self._make_room(False):
+                return missing
+
+    def _is_known_to_wait(self, sequence: ActiveRequest) -> bool:
         """Whether there was no room for the sequence, and there is not more since.
 
         Opening its pages again would only take time. Alone a sequence always fits.
@@ -302,7 +314,7 @@ class Scheduler:
         if not self.running or self._known_to_wait is None or self._known_to_wait[0] is not sequence:
             return False
         wanted = self._known_to_wait[1]
-        return any(n < count + len(self.running) for n, count in zip(available, wanted, strict=True))
+        return any(n < count + len(self.running) for n, count in zip(self._num_available(), wanted, strict=True))
 
     def _num_available(self) -> list[int]:
         """Return the pages of each group that are free or can be evicted."""
@@ -355,6 +367,8 @@ class Scheduler:
             if len(self.running) == 1:
                 self._reserve_alone(sequence.kv, wanted)
                 return True
+            if self._make_room(False):
+                continue
             last = self.running[-1]
             self._preempt(last, draft)
             if last is sequence:
@@ -379,7 +393,7 @@ class Scheduler:
         pool = self.cache.pools[Tier.DEVICE]
         num_evicted = pool.num_evicted
         pool.clear()
-        return pool.num_evicted > num_evicted or self._make_room()
+        return pool.num_evicted > num_evicted or self._make_room(True)
 
     def _outranks_last(self, sequence: ActiveRequest) -> bool:
         """Whether its priority is higher; an earlier arrival alone preempts nobody."""

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from yafsdp_like.kernels.decode_attention import choose_num_splits, workspace_numel
+from yafsdp_like.kernels.query_tiles import TILE_COLS, max_num_tiles, queries_per_tile
 from yafsdp_like.kernels.sampling import NUM_FLOATS, NUM_INTS
 from yafsdp_like.kernels.sampling_params import MAX_LOGPROBS
-from yafsdp_like.memory.plan import LiveRange, Region, SlotPlace, SlotRequest, place
+from yafsdp_like.memory.plan import Clock, LiveRange, Phase, Region, SlotPlace, SlotRequest, place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -36,6 +37,7 @@ WORKSPACE, LOGITS, TABLES = "workspace", "logits", "tables"  # kinds, and their 
 
 # What a forward does, in order, the first four once a layer; a live range is from the first to the last that needs it.
 PROJECT, ATTEND, OUTPUT, FEED, DRAW = range(5)
+STEPS = ("project", "attend", "output", "feed forward", "draw")
 ALWAYS = LiveRange(((PROJECT, DRAW),))
 
 T = TypeVar("T")
@@ -67,14 +69,14 @@ def _tensor(*shape: str, dtype: torch.dtype | None = None, live: tuple[int, int]
     return field(metadata={"shape": shape, "dtype": dtype, "live": LiveRange((live,))})
 
 
-def _sizes(config: DecoderConfig, step: StepShape) -> dict[str, int]:
+def _sizes(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> dict[str, int]:
     """Elements of each dimension, by what it is called in the declarations below."""
     batch, head_dim = step.num_sequences, config.head_dim
+    per_tile = queries_per_tile(config.num_heads, config.num_kv_heads, head_dim, dtype.itemsize)
     return {
         "T": step.num_tokens,
         "B": batch,
         "B + T": batch + step.num_tokens,
-        "B + 1": batch + 1,
         "2 B + A": 2 * batch + ROW_ALIGNMENT,  # B that decode, and B chunks from a multiple of A on
         "D": config.dim,
         "H": head_dim,
@@ -86,6 +88,8 @@ def _sizes(config: DecoderConfig, step: StepShape) -> dict[str, int]:
         "G": step.num_groups,
         "L": min(MAX_LOGPROBS, config.vocab_size),
         "pages": step.max_pages,
+        "tiles": 1 + max_num_tiles(step.num_tokens, batch, per_tile),
+        "tile": TILE_COLS,
         "pieces": _num_pieces(config, step),
         "floats": NUM_FLOATS,
         "ints": NUM_INTS,
@@ -144,7 +148,7 @@ class BatchInputs(Generic[T]):
     slot_mapping: T = _tensor("G", "T", dtype=torch.int32)  # where keys and values go; -1: nowhere
     page_tables: T = _tensor("G", "2 B + A", "pages", dtype=torch.int32)
     seq_lens: T = _tensor("2 B + A", dtype=torch.int32)
-    cu_seqlens_q: T = _tensor("B + 1", dtype=torch.int32)  # first rows of chunks, and the end of the last
+    tiles: T = _tensor("tiles", "tile", dtype=torch.int32)  # of chunks' queries, see ``kernels/query_tiles.py``
     last_rows: T = _tensor("B", dtype=torch.int64)  # rows whose next token is drawn, unless all are, in order
     sampling_floats: T = _tensor("B", "floats", dtype=torch.float32)
     sampling_ints: T = _tensor("B", "ints", dtype=torch.int64)
@@ -215,6 +219,11 @@ class PlacedBuffers:
             if buffer.kind == WORKSPACE and buffer.nbytes
         )
 
+    @property
+    def clock(self) -> Clock:
+        """What the ticks of activations count: what a forward does, all but the last once a layer."""
+        return Clock((WORKSPACE,), tuple(Phase(name, tick, tick) for tick, name in enumerate(STEPS)))
+
     def tensors(self, place_of: Callable[[str], Place]) -> StepBuffers:
         """Return the buffers on the places of their kinds, such as ``Arena.place`` of an arena that has the regions."""
 
@@ -233,7 +242,7 @@ def plan_buffers(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> 
 
     One region per kind; buffers of a kind share bytes where their live ranges do not meet.
     """
-    sizes, buffers = _sizes(config, step), dict[str, Buffer]()
+    sizes, buffers = _sizes(config, step, dtype), dict[str, Buffer]()
     for group in (Activations, Logits, BatchInputs, DeviceTables):
         for declared in fields(group):
             how = declared.metadata

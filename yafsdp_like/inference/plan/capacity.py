@@ -48,7 +48,7 @@ class Capacity:
 
         False where only slabs that hold a page more than the least would make room.
         """
-        return self._num_slabs(grid, num_tokens) <= grid.num_slabs
+        return self.num_slabs(grid, num_tokens) <= grid.num_slabs
 
     def num_tokens(self, grid: SlabGrid | None, max_seq_len: int) -> int:
         """Return the tokens of all contexts that fit together, each of ``max_seq_len`` tokens but one."""
@@ -75,7 +75,8 @@ class Capacity:
     def _nbytes(self, num_tokens: int) -> int:
         return sum(group.max_live_pages(num_tokens, self.chunk) * group.shape.nbytes for group in self.groups)
 
-    def _num_slabs(self, grid: SlabGrid, num_tokens: int) -> int:
+    def num_slabs(self, grid: SlabGrid, num_tokens: int) -> int:
+        """Return the slabs of ``grid`` that one sequence of ``num_tokens`` tokens needs at most, alone."""
         return sum(
             ceil_div(group.max_live_pages(num_tokens, self.chunk), grid.pages_per_slab(group.shape))
             for group in self.groups

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from yafsdp_like.inference.plan.packed_weights import PackedUnit, pack_units, uses_of
+from yafsdp_like.inference.plan.packed_weights import EMBEDDING, HEAD, PackedUnit, pack_units, uses_of
 from yafsdp_like.memory import vmm
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
-from yafsdp_like.memory.plan import LiveRange, Region, SlotPlace, SlotRequest, live_nbytes_peak, place
+from yafsdp_like.memory.plan import Clock, LiveRange, Phase, Region, SlotPlace, SlotRequest, live_nbytes_peak, place
 from yafsdp_like.models.tensor_parallel import cuts_of
 
 if TYPE_CHECKING:
@@ -149,6 +149,12 @@ class Placement:
         if self.mode == "streamed":
             for unit in sorted(self.non_resident):
                 yield Region(self.packed_units[unit].name, "host weights", self.part_nbytes(unit))
+
+    @property
+    def clock(self) -> Clock:
+        """What the ticks of weight slots count: the steps of a forward."""
+        end = len(self.uses) - 1
+        return Clock((WEIGHT_SLOTS,), (Phase(EMBEDDING, 0, 0), Phase("layers", 1, end - 1), Phase(HEAD, end, end)))
 
     def slot_places(self) -> Iterator[SlotPlace]:
         """Yield each moved unit's slot, as a plan prints it."""

@@ -103,7 +103,8 @@ class ServingPlan:
         )
         slots = (*self.placement.slot_places(), *self.buffers.slots())
         transports = {"gathered": (self.site.transport,), "tensor_parallel": (_SUMS,)}.get(self.mode, ())
-        return MemoryPlan(self.site.num_ranks, regions, slots, transports)
+        clocks = (self.placement.clock, self.buffers.clock)
+        return MemoryPlan(self.site.num_ranks, regions, slots, transports, clocks=clocks)
 
     @cached_property
     def host(self) -> MemoryPlan:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from yafsdp_like.comm.journal import Entry, journal_of
 
 if TYPE_CHECKING:
+    from yafsdp_like.memory.streams import Event
     from yafsdp_like.shard.runtime.slots import SlotUnit
     from yafsdp_like.shard.runtime.unit_state import Unit
 
@@ -75,10 +76,10 @@ class CollectiveLog:
             journal.post()
 
     def updates(self, unit: Unit | None = None) -> None:
-        """Note that an optimizer of ours writes what peers read, or that ``unit`` is all-gathered behind its update."""
+        """Note that an optimizer updates what ranks share, or that ``unit`` is all-gathered behind its update."""
         if unit is None:
             entry = self._entry("update", lambda: "begins an optimizer's step")
-            for journal in self._mapping:
+            for journal in self.journals:
                 journal.note(entry)
         else:
             entry = self._entry((unit, "update"), lambda: f"all-gathers the updated parameters of unit {unit.name!r}")
@@ -93,6 +94,11 @@ class CollectiveLog:
         """Check, before gradients are used, that all ranks have done the same; or all raise ``RuntimeError``."""
         for journal in self.journals:
             journal.settle()
+
+    def watch(self, event: Event) -> None:
+        """Have a hang letter written where a device waits for other ranks too long before it completes ``event``."""
+        for journal in self.journals:
+            journal.watch(event)
 
     def record(self) -> None:
         """Take what is noted from here on as planned only, until ``recorded``."""

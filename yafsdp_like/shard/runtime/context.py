@@ -45,6 +45,7 @@ class EngineContext:
         """End the process if ``event``, behind waits for other ranks, is not reached within the group's timeout."""
         for mapped in self.mapped:
             mapped.arm_watchdog(event)
+        self.collective_log.watch(event)
 
 
 _NOTHING = nullcontext()

@@ -98,7 +98,6 @@ class ParamLifecycle:
     def before_update(self) -> None:
         """Order an optimizer's writes to compute shards, from here on, behind every rank's all-gathers from them."""
         self._streams.wait(COMPUTE, self._streams.record(GATHER))
-        self._context.collective_log.updates()
         for mapped in self._context.mapped:
             mapped.stream_barrier(COMPUTE)
 

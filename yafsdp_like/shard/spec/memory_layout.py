@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from yafsdp_like.memory import vmm
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
-from yafsdp_like.memory.plan import LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, place
+from yafsdp_like.memory.plan import Clock, LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, place
 from yafsdp_like.shard.spec.schedule import Schedule, gather_starts
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def plan_memory(units: Sequence[UnitSpec], schedule: Schedule) -> MemoryLayout:
     slots = [SlotPlace(units[i].name, GATHER_SLOTS, part, gather_live[i]) for i, part in gather_places.items()]
     slots += [SlotPlace(units[i].name, GRADIENT_SLOTS, part, gradient_live[i]) for i, part in gradient_places.items()]
     transports = tuple(dict.fromkeys(u.ranks.transport for u in units))
-    plan = MemoryPlan(units[0].ranks.num_ranks, tuple(regions), tuple(slots), transports)
+    clock = Clock((GATHER_SLOTS, GRADIENT_SLOTS), schedule.phases)
+    plan = MemoryPlan(units[0].ranks.num_ranks, tuple(regions), tuple(slots), transports, clocks=(clock,))
     return MemoryLayout(plan, tuple(units), tuple(layouts), gather_places, gradient_places)
 
 

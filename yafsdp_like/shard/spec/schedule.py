@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from yafsdp_like.memory.plan import LiveRange
+from yafsdp_like.memory.plan import LiveRange, Phase
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,6 +55,12 @@ class Schedule:
     def backward_order(self) -> list[int]:
         """Units in the order in which their backwards are expected to start."""
         return sorted(range(len(self.spans)), key=lambda u: (-self.spans[u].last, self.spans[u].first, u))
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Forward, backward, and the update after it, in one tick; the last reductions end there."""
+        n = self.num_ticks
+        return Phase("forward", 0, n - 1), Phase("backward", n, 2 * n - 1), Phase("update", 2 * n, 2 * n)
 
     def surrounds(self, span: UnitSpan) -> bool:
         """Return whether another unit starts within ``span``."""

@@ -1,0 +1,297 @@
+"""Plan what serving a model takes, without a GPU: bytes in each phase, contexts that fit, the mode and why.
+
+    python -m launch.plan preset:70b --serve --gpu-memory=80GiB --slot-map=map.html
+    python -m launch.plan runs/smollm2/base --serve --max-batch-size=64 --json
+
+Owns the options, which are the server's and those of a GPU that need not be here, and the tables. The plan is the one
+that the engine allocates (``inference/plan/serving_plan.py``): activations are planned buffers there, so its part is
+exact. What CUDA and its libraries take beside it is not planned, and is said apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from launch import slot_map
+from launch.command_line import Command, exit_status
+from launch.config import load as load_training
+from launch.options import ALIASES, ServeOptions, check_model
+from launch.recipe import decoder_config
+from yafsdp_like.hardware import Hardware, MachineRates, Rates, machine_rates
+from yafsdp_like.inference.engine.buckets import StepBuckets
+from yafsdp_like.inference.engine.runner import MAX_RECORDED_TOKENS
+from yafsdp_like.inference.plan.buffers import WORKSPACE, StepShape, plan_buffers
+from yafsdp_like.inference.plan.placement import Mode
+from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serving
+from yafsdp_like.inference.weights.loading import CPU_KV_NBYTES, LIBRARIES_NBYTES, open_model
+from yafsdp_like.memory.plan import MemoryPlan, readable
+from yafsdp_like.models import DecoderConfig
+from yafsdp_like.models.hf import CONFIG_NAME, load_hf_config
+
+PHASES = "load", "prefill", "decode"
+RECORDING_NBYTES = 55_000  # of one size of steps and one layer, about: an H200 took 0.3 GiB for 181 sizes of 32 layers
+NOTES = """
+The options of the server are those of launch.serve, and mean the same. MODEL is what that serves, and also a
+config.json or a run's configuration (.yaml), without weights.
+"""
+Nbytes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class ServePlanOptions(ServeOptions):
+    """A model, the server's options, and the GPUs that it is planned for."""
+
+    world_size: int = 1  # GPUs of one host that may share weights
+    gpu_memory_nbytes: int = 80 << 30  # of each GPU, of which the plan leaves a part to CUDA and its libraries
+    gpu_multiprocessors: int = 132  # of each GPU, as an H100 or H200; decides how attention is cut, and its workspace
+    transport: Literal["peer", "process_group"] = "peer"  # whether ranks map each other's memory
+    json: bool = False  # print JSON instead of tables
+    slot_map: str | None = None  # draw it to this file, .html or .png
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("world_size", "gpu_memory_nbytes", "gpu_multiprocessors"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.slot_map is not None:
+            slot_map.check_path(Path(self.slot_map))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the plan is for GPUs; a CPU must be asked for."""
+        return self.load.device != "cpu"
+
+
+COMMAND = Command(
+    "usage: python -m launch.plan MODEL --serve [--option=value ...]",
+    ServePlanOptions,
+    NOTES,
+    positionals=("model",),
+    flat=True,
+    aliases=ALIASES,
+)
+
+
+@dataclass(frozen=True)
+class ServingForecast:
+    """What one rank of a server takes in each phase, in bytes, and what it can hold."""
+
+    options: ServePlanOptions
+    plan: ServingPlan
+    rates: MachineRates
+
+    @property
+    def num_contexts(self) -> int:
+        """Contexts of the longest sequence that fit at once."""
+        return self.plan.num_context_tokens // self.plan.max_seq_len
+
+    @property
+    def engine(self) -> Nbytes:
+        """What the engine holds from loading on, by kind: exactly the plan."""
+        kinds = dict.fromkeys(region.kind for region in self.plan.memory.regions)
+        return {kind: self.plan.memory.nbytes_of(kind) for kind in kinds}
+
+    @property
+    def host(self) -> Nbytes:
+        """What it holds in host memory, by kind."""
+        kinds = dict.fromkeys(region.kind for region in self.plan.host.regions)
+        return {kind: self.plan.host.nbytes_of(kind) for kind in kinds}
+
+    @property
+    def recordings_nbytes(self) -> int:
+        """Of what a plan leaves to libraries, what recorded steps take, about."""
+        options, plan = self.options.engine, self.plan
+        if not (self.options.on_gpu and options.graphs):
+            return 0
+        buckets = StepBuckets(options.max_batch_size, options.max_batch_tokens)
+        sizes = [size for size in (*buckets.decode, *buckets.mixed) if size.num_tokens <= MAX_RECORDED_TOKENS]
+        return len(sizes) * plan.config.num_layers * RECORDING_NBYTES
+
+    @property
+    def while_loading_nbytes(self) -> int:
+        """Of the same, before steps are recorded, the largest parameter that is read whole to keep some columns."""
+        cut = [
+            parameter
+            for packed in self.plan.placement.packed_units
+            for parameter, _ in packed.parameters()
+            if parameter.cut is not None and parameter.cut.dim != 0
+        ]
+        itemsize = self.plan.site.dtype.itemsize
+        return max((p.numel * p.cut.num_ranks * itemsize for p in cut if p.cut is not None), default=0)
+
+    @property
+    def phases(self) -> dict[str, Nbytes]:
+        """Bytes on the device, by phase and category; what is not the engine's is the same in all phases together."""
+        if not self.options.on_gpu:
+            return dict.fromkeys(PHASES, self.engine)
+        found = {}
+        for phase in PHASES:
+            name = "a parameter, whole" if phase == "load" else "recorded steps, about"
+            taken = self.while_loading_nbytes if phase == "load" else self.recordings_nbytes
+            left = {name: taken, "left to libraries": max(LIBRARIES_NBYTES - taken, 0)}
+            found[phase] = self.engine | {"CUDA context": self.rates.context_nbytes or 0} | left
+        return found
+
+    @property
+    def workspace_in_use(self) -> Nbytes:
+        """Of the workspace, what steps of a phase use at most: prompts of all tokens, or one token of each sequence."""
+        options, plan = self.options.engine, self.plan
+        found = {}
+        for phase, tokens in (("prefill", options.max_batch_tokens), ("decode", options.max_batch_size)):
+            step = StepShape(
+                options.max_batch_size,
+                tokens,
+                plan.max_seq_len,
+                options.page_size,
+                len(plan.groups),
+                self.options.gpu_multiprocessors if self.options.on_gpu else 1,
+            )
+            buffers = plan_buffers(plan.rank_config, step, plan.site.dtype)
+            found[phase] = next(region.nbytes for region in buffers.regions if region.kind == WORKSPACE)
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the numbers as JSON holds them."""
+        plan, totals = self.plan, {phase: sum(nbytes.values()) for phase, nbytes in self.phases.items()}
+        return {
+            "model": self.options.model,
+            "config": asdict(plan.config),
+            "mode": plan.mode,
+            "why": list(plan.reasons),
+            "world_size": plan.site.num_ranks,
+            "gpu_memory_nbytes": self.options.gpu_memory_nbytes if self.options.on_gpu else None,
+            "dtype": plan.site.dtype_name,
+            "kv_dtype": self.options.engine.kv_dtype or plan.site.dtype_name,
+            "max_seq_len": plan.max_seq_len,
+            "num_context_tokens": plan.num_context_tokens,
+            "num_contexts": self.num_contexts,
+            "phases": [
+                {"phase": phase, "nbytes": nbytes, "total_nbytes": totals[phase]}
+                for phase, nbytes in self.phases.items()
+            ],
+            "peak": {"phase": max(totals, key=totals.__getitem__), "total_nbytes": max(totals.values())},
+            "plan_nbytes": plan.memory.nbytes,
+            "workspace_in_use_nbytes": self.workspace_in_use,
+            "recordings_nbytes": self.recordings_nbytes,
+            "host_nbytes": self.host,
+            "modes": self.modes(),
+        }
+
+    def modes(self) -> dict[str, Any]:
+        """Return, by mode, the bytes of weights on the device and the tokens of context, or why it cannot be."""
+        found: dict[str, Any] = {}
+        for mode in get_args(Mode):
+            try:
+                plan = plan_serving(self.plan.config, self.plan.options, self.plan.site, mode)
+            except ValueError as error:
+                found[mode] = {"refused": str(error)}
+            else:
+                found[mode] = {"weights_nbytes": plan.placement.nbytes, "num_context_tokens": plan.num_context_tokens}
+        return found
+
+    def __str__(self) -> str:
+        plan, phases = self.plan, self.phases
+        where = (
+            f"{plan.site.num_ranks} × {readable(self.options.gpu_memory_nbytes)}" if self.options.on_gpu else "a CPU"
+        )
+        rows: list[tuple[str, ...]] = [("", *PHASES)]
+        for name in dict.fromkeys(name for nbytes in phases.values() for name in nbytes):
+            rows.append((name, *(_cell(phases[phase].get(name, 0)) for phase in PHASES)))
+        rows.append(("on the device", *(readable(sum(phases[phase].values())) for phase in PHASES)))
+        rows += [(f"host: {name}", *[_cell(nbytes)] * len(PHASES)) for name, nbytes in self.host.items()]
+        used = ", ".join(f"{readable(nbytes)} in {phase}" for phase, nbytes in self.workspace_in_use.items())
+        lines = [f"{self.options.model} in {plan.site.dtype_name} on {where}", *plan.reasons]
+        lines += [f"  {self.num_contexts:,} of the longest sequences fit at once", *_aligned(rows)]
+        lines.append(f"of the workspace, steps use {used}")
+        return "\n".join([*lines, *self._mode_lines()])
+
+    def _mode_lines(self) -> Iterator[str]:
+        for mode, found in self.modes().items():
+            if "refused" in found:
+                yield f"as {mode}: {found['refused'].partition('. ')[0].partition(';')[0]}"
+            else:
+                tokens = found["num_context_tokens"]
+                yield f"as {mode}: {readable(found['weights_nbytes'])} of weights, {tokens:,} tokens of context"
+
+    def drawable(self) -> MemoryPlan:
+        """Return the plan of the device and of host memory as one, for the slot map."""
+        on_host = (replace(region, on_host=True) for region in self.plan.host.regions)
+        return replace(self.plan.memory, regions=(*self.plan.memory.regions, *on_host))
+
+
+def _cell(nbytes: int) -> str:
+    return readable(nbytes) if nbytes else ""
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return cells as lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = ([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows)
+    return ["  ".join(row).rstrip() for row in cells]
+
+
+def forecast_serving(options: ServePlanOptions) -> ServingForecast:
+    """Plan to serve the model that the options name, on the GPUs that they describe.
+
+    Raises ValueError where there is no such model, and where it does not fit: how many bytes are missing, and what
+    would fit.
+    """
+    config, rates = config_of(options.model), machine_rates()
+    engine, load = options.engine, options.load
+    dtype = getattr(torch, load.dtype or ("bfloat16" if options.on_gpu else "float32"))
+    hardware = None
+    if options.on_gpu:
+        hardware = Hardware(rates.device, options.gpu_multiprocessors, _serving_rates(rates))
+        if engine.memory_limit_nbytes is None:
+            left = options.gpu_memory_nbytes - (rates.context_nbytes or 0) - LIBRARIES_NBYTES
+            if left < 1:
+                raise ValueError(f"CUDA and its libraries take all of gpu_memory_nbytes {options.gpu_memory_nbytes}")
+            engine = replace(engine, memory_limit_nbytes=left)
+    elif engine.memory_limit_nbytes is None and engine.kv_nbytes is None:
+        engine = replace(engine, kv_nbytes=CPU_KV_NBYTES)
+    maps = options.transport == "peer" and options.world_size > 1
+    site = Site(dtype, options.world_size, maps, options.transport.replace("_", " "), hardware)
+    return ServingForecast(options, plan_serving(config, engine, site, load.mode), rates)
+
+
+def _serving_rates(rates: MachineRates) -> Rates | None:
+    found = rates.product_flops, rates.memory_nbytes, rates.to_device_nbytes, rates.peer_nbytes
+    flops, memory, host, peer = found
+    return None if not (flops and memory and host and peer) else Rates(flops, memory, host, peer)
+
+
+def config_of(name: str) -> DecoderConfig:
+    """Return a model's shape: of a preset, a directory, a checkpoint, a config.json, or a run's configuration.
+
+    Weights need not be there. Raises ValueError where there is no such model.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        training = load_training([name])
+        if training.model.factory is not None:
+            raise ValueError(f"{name} trains a module of model.factory, which cannot be served")
+        return decoder_config(training.model)
+    if path.name == CONFIG_NAME:
+        return load_hf_config(path.parent)
+    check_model(name)
+    return load_hf_config(path) if (path / CONFIG_NAME).is_file() else open_model(name).config
+
+
+def run(options: ServePlanOptions) -> None:
+    """Print the plan, and draw its slot map where that is asked for."""
+    forecast = forecast_serving(options)
+    print(json.dumps(forecast.as_dict()) if options.json else forecast, flush=True)
+    if options.slot_map is not None:
+        slot_map.draw(forecast.drawable(), options.slot_map, f"{options.model}, served")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run ``launch.plan --serve``, whose arguments these are without that flag; return the exit status."""
+    options = COMMAND.answer(arguments)
+    return options if isinstance(options, int) else exit_status(run, options)

@@ -1,0 +1,315 @@
+"""The benchmark of a pool of models, from its command line to its last line of output; see `bench_pool.py`."""
+
+import argparse
+import itertools
+import json
+import random
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench.allocator import allocator_counts, used_nbytes
+from bench.options import DTYPES
+from bench.ranks import say
+from bench.report import Row, hardware, versions, write
+from launch import world as ranks
+from launch.world import World
+from yafsdp_like.hardware import Hardware
+from yafsdp_like.inference.engine.engine import Engine
+from yafsdp_like.inference.engine.request import Request
+from yafsdp_like.inference.options import EngineOptions, PoolOptions
+from yafsdp_like.inference.pool.plan import HOST_WEIGHTS, SLABS, PooledModel, plan_pool
+from yafsdp_like.inference.pool.pool import ModelPool
+from yafsdp_like.inference.weights.loading import random_model
+from yafsdp_like.kernels.sampling_params import SamplingParams
+from yafsdp_like.models import PRESETS
+
+MEASURES = ("switch", "cold", "prefetch", "awake", "many")
+_LINK_NBYTES = 1 << 30
+_GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass
+class PoolBench:
+    """A pool, and what it is asked."""
+
+    options: argparse.Namespace
+    world: World
+    pool: ModelPool
+    link: float = 0.0  # bytes a second
+    num_made: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The models' names."""
+        return [*self.pool.plan.models]
+
+    def nbytes(self, name: str) -> int:
+        """Return the bytes of a model's weights."""
+        return self.pool.plan.models[name].image_nbytes
+
+    def pairs(self, meeting: bool) -> list[tuple[str, str]]:
+        """Return ordered pairs of models that cannot, or can, be awake together."""
+        models = self.pool.plan.models
+        return [(a, b) for a, b in itertools.permutations(models, 2) if models[a].meets(models[b]) is meeting]
+
+    def request(self, name: str, num_new: int, seed: int | None = None) -> Request:
+        """Make a request of random tokens, other ones each time unless a seed is given."""
+        self.num_made += 1
+        draw = random.Random(self.num_made if seed is None else seed)
+        vocab_size = self.pool.plan.models[name].serving.config.vocab_size
+        prompt = tuple(draw.choices(range(vocab_size), k=self.options.prompt_tokens))
+        return Request(str(self.num_made), prompt, _GREEDY, max_tokens=num_new)
+
+    def drain(self) -> None:
+        """Step until no request is left."""
+        while self.pool.has_work:
+            self.pool.step()
+
+    def seconds(self, work: Callable[[], object]) -> tuple[float, float]:
+        """Return the seconds after which ``work`` returned, and after which the device had done it, from rest."""
+        self.world.synchronize()
+        begin = time.perf_counter()
+        work()
+        returned = time.perf_counter() - begin
+        self.world.synchronize()
+        return returned, time.perf_counter() - begin
+
+    def first_token_s(self, name: str) -> float:
+        """Return the seconds from a request's arrival to its first token."""
+        request = self.request(name, 1)
+
+        def serve() -> None:
+            self.pool.add(name, request)
+            while not any(output.tokens for _, output in self.pool.step()):
+                pass
+
+        seconds, _ = self.seconds(serve)
+        self.drain()
+        return seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for; the last line of output is the report as one JSON object."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parse(arguments)
+    world = ranks.join(options.device)
+    report: Row = {"command": f"python scripts/bench_pool.py {shlex.join(arguments)}"}
+    try:
+        bench = _pool(options, world)
+        report |= {"hardware": hardware(world), "versions": versions(world), "plan": str(bench.pool.plan).splitlines()}
+        for name, result in _measured(bench):
+            report[name] = result
+            say(world, _described(name, result))
+        bench.pool.check_integrity()
+        if options.out is not None:
+            write(report, options.out)
+    finally:
+        ranks.leave()
+    say(world, json.dumps(report))
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure a pool of models; the method is at the top of bench_pool.py.")
+    parser.add_argument("--models", default="8b,3b,1b", help="names of presets; one may come several times")
+    parser.add_argument("--limit-gib", type=float, required=True, help="of device memory, for all that is planned")
+    parser.add_argument("--measure", default="switch,cold,prefetch,awake", help=f"of {','.join(MEASURES)}")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--switches", type=int, default=1000)
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=4, help="sequences of one step")
+    parser.add_argument("--max-batch-tokens", type=int, default=512)
+    parser.add_argument("--max-seq-len", type=int, default=1024)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    options.measure = [name for name in MEASURES if name in options.measure.split(",")]
+    return options
+
+
+def _engine_options(options: argparse.Namespace) -> EngineOptions:
+    return EngineOptions(
+        max_batch_size=options.batch,
+        max_batch_tokens=options.max_batch_tokens,
+        max_seq_len=options.max_seq_len,
+        prefix_cache="many" not in options.measure,
+    )
+
+
+def _pool(options: argparse.Namespace, world: World) -> PoolBench:
+    presets = options.models.split(",")
+    names = [f"{name}.{i}" if presets.count(name) > 1 else name for i, name in enumerate(presets)]
+    own, dtype = _engine_options(options), DTYPES[options.dtype]
+    pooled = {name: PooledModel(PRESETS[preset], dtype, own) for name, preset in zip(names, presets, strict=True)}
+    limits = PoolOptions(int(options.limit_gib * 2**30))
+    plan = plan_pool(pooled, limits, Hardware.of(world.device))
+    say(world, str(plan))
+    models = {name: random_model(name, model.config) for name, model in pooled.items()}
+    begin = time.perf_counter()
+    pool = ModelPool(plan, models, world.device)
+    made = time.perf_counter()
+    bench = PoolBench(options, world, pool)
+    bench.link = _link(bench)
+    failed = pool.load_all()
+    assert not failed, failed
+    say(world, f"made in {made - begin:.1f} s, loaded in {time.perf_counter() - made:.1f} s")
+    assert (pool.arena.nbytes, pool.host.nbytes) == (plan.memory.nbytes, plan.host.nbytes)
+    return bench
+
+
+def _link(bench: PoolBench) -> float:
+    """Return bytes a second from host memory to the device; to be called before anything lies there."""
+    pool = bench.pool
+    device, host = pool.arena.place(SLABS), pool.host.place(HOST_WEIGHTS)
+    nbytes = min(_LINK_NBYTES, device.segment.nbytes, host.segment.nbytes)
+    to, source = (place.tensor(torch.uint8, (nbytes,)) for place in (device, host))
+    return nbytes / min(bench.seconds(lambda: to.copy_(source, non_blocking=True))[1] for _ in range(5))
+
+
+def _measured(bench: PoolBench) -> Iterator[tuple[str, Row | list[Row]]]:
+    yield "link", {"gb_per_s": bench.link / 1e9}
+    measures: dict[str, Callable[[PoolBench], Row | list[Row]]] = {
+        "switch": _switches,
+        "cold": _cold,
+        "prefetch": _prefetched,
+        "awake": _awake,
+        "many": _many,
+    }
+    for name in bench.options.measure:
+        begin = time.perf_counter()
+        yield name, measures[name](bench)
+        say(bench.world, f"({name}: {time.perf_counter() - begin:.1f} s)")
+
+
+def _switches(bench: PoolBench) -> list[Row]:
+    rows = []
+    for left, woken in bench.pairs(meeting=True):
+        found = []
+        for _ in range(bench.options.rounds):
+            bench.pool.wake_up(left)
+            found.append((*bench.seconds(partial(bench.pool.wake_up, woken)), bench.pool.switches[-1].nbytes))
+        returned, done, nbytes = statistics.median_low(found)
+        row = {"from": left, "to": woken, "gib": nbytes / 2**30, "ms": 1e3 * done, "cpu_ms": 1e3 * returned}
+        rows.append(row | {"gb_per_s": nbytes / done / 1e9, "share_of_link": nbytes / done / bench.link})
+    return rows
+
+
+def _cold(bench: PoolBench) -> list[Row]:
+    rows = []
+    for name in bench.names:
+        awake, cold = [], []
+        for _ in range(bench.options.rounds):
+            bench.pool.sleep(name, keep=False)
+            cold.append(bench.first_token_s(name))
+            awake.append(bench.first_token_s(name))
+        floor, moved = bench.nbytes(name) / bench.link, bench.pool.switches[-1].nbytes
+        row = {"model": name, "gib_moved": moved / 2**30, "cold_ms": 1e3 * statistics.median(cold)}
+        row |= {"awake_ms": 1e3 * statistics.median(awake), "link_ms": 1e3 * floor}
+        rows.append(row | {"x_link": statistics.median(cold) / floor})
+    return rows
+
+
+def _prefetched(bench: PoolBench) -> list[Row]:
+    """Of the largest model that can be prefetched beside another."""
+    rows = []
+    for serving, wanted in sorted(bench.pairs(meeting=False), key=lambda pair: -bench.nbytes(pair[1]))[:2]:
+        found = []
+        for _ in range(bench.options.rounds):
+            bench.pool.sleep(wanted, keep=False)
+            found.append(_prefetch_once(bench, serving, wanted))
+        awake = statistics.median(bench.first_token_s(wanted) for _ in range(bench.options.rounds))
+        first, moved, steps = statistics.median_low(found)
+        row = {"serving": serving, "prefetched": wanted, "gib": moved / 2**30, "steps_meanwhile": steps}
+        rows.append(row | {"ms": 1e3 * first, "awake_ms": 1e3 * awake, "visible_wait_ms": 1e3 * (first - awake)})
+    return rows
+
+
+def _prefetch_once(bench: PoolBench, serving: str, wanted: str) -> tuple[float, int, int]:
+    """Return seconds to the first token of ``wanted``, bytes prefetched, and steps of ``serving`` meanwhile."""
+    pool, moved, before = bench.pool, 0, bench.pool.num_steps
+    pool.add(serving, bench.request(serving, bench.options.max_seq_len - bench.options.prompt_tokens))
+    pool.step()
+    while True:
+        issued = pool.prefetch(wanted)
+        moved += issued
+        if moved >= bench.nbytes(wanted) or not pool.has_work:
+            break
+        pool.step()
+    bench.drain()
+    return bench.first_token_s(wanted), moved, pool.num_steps - before
+
+
+def _awake(bench: PoolBench) -> list[Row]:
+    rows = []
+    for name in bench.names:
+        bench.pool.wake_up(name)
+        requests = [bench.request(name, bench.options.new_tokens) for _ in range(bench.options.batch)]
+        for request in requests:
+            bench.pool.add(name, request)
+        pooled = _step_s(bench.pool)
+        bench.pool.sleep(name)
+        model = random_model(name, bench.pool.plan.models[name].serving.config)
+        own = replace(_engine_options(bench.options), kv_nbytes=1 << 30)
+        with Engine.load(model, own, device=bench.world.device, dtype=DTYPES[bench.options.dtype]) as engine:
+            for request in requests:
+                engine.add(request)
+            alone = _step_s(engine)
+        row = {"model": name, "batch": bench.options.batch, "pool_step_ms": 1e3 * pooled, "alone_step_ms": 1e3 * alone}
+        rows.append(row | {"ratio": pooled / alone})
+    return rows
+
+
+def _step_s(served: ModelPool | Engine) -> float:
+    """Return the median seconds of the second half of steps."""
+    found = []
+    while served.has_work:
+        begin = time.perf_counter()
+        served.step()
+        found.append(time.perf_counter() - begin)
+    return statistics.median(found[len(found) // 2 : -2])
+
+
+def _many(bench: PoolBench) -> Row:
+    pool, draw, moved, num_switches = bench.pool, random.Random(0), 0, 0
+    wanted = _tokens(bench)
+    before, used = allocator_counts(bench.world), used_nbytes(bench.world)
+    num_compared, num_equal = 0, 0
+    begin = time.perf_counter()
+    while num_switches < bench.options.switches:
+        for name in draw.choices(bench.names, k=10):
+            nbytes = pool.wake_up(name).nbytes
+            moved, num_switches = moved + nbytes, num_switches + (nbytes > 0)
+        found = _tokens(bench)
+        num_compared += len(wanted)
+        num_equal += sum(found[key] == tokens for key, tokens in wanted.items())
+    bench.world.synchronize()
+    seconds = time.perf_counter() - begin
+    pool.check_integrity()
+    moved_counters = {key: count - before[key] for key, count in allocator_counts(bench.world).items()}
+    row: Row = {"switches": num_switches, "seconds": seconds, "gib_moved": moved / 2**30}
+    row |= {"requests_compared": num_compared, "requests_equal": num_equal, **moved_counters}
+    return row | {"device_used_nbytes": used_nbytes(bench.world) - used}
+
+
+def _tokens(bench: PoolBench) -> dict[tuple[str, int], list[int]]:
+    """Return what each model draws for the same prompts."""
+    seeds, num_new = range(bench.options.batch), bench.options.new_tokens
+    asked = {name: [bench.request(name, num_new, seed) for seed in seeds] for name in bench.names}
+    done = bench.pool.generate(asked)
+    return {(name, i): done[name][request.id].ids for name, found in asked.items() for i, request in enumerate(found)}
+
+
+def _described(name: str, result: Row | list[Row]) -> str:
+    """One line a row, numbers with four digits."""
+    rows = result if isinstance(result, list) else [result]
+    lines = ["  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()) for row in rows]
+    return "\n".join([name, *(f"  {line}" for line in lines)])

@@ -1,0 +1,33 @@
+"""Measure a pool of models that share one device's memory: switches, first tokens of models that slept, and growth.
+
+    python scripts/bench_pool.py --models 8b,3b,1b --limit-gib 22 --out scripts/results/<date>-<device>-pool.json
+    python scripts/bench_pool.py --models 0.6b,135m --limit-gib 2 --measure many --switches 1000
+
+Run it with PYTHONPATH=. in a checkout. Models are presets with random weights; a limit in which not all fit together
+makes them take turns. What it does is in `bench/pool_run.py`: this is the command.
+
+Method. `link` is the best of five copies of 1 GiB (or as much as there is) from pinned host memory to the device.
+
+`switch`: every pair of models that cannot be awake together, there and back, `--rounds` times: seconds from the call of
+`wake_up`, with nothing under way, until the last byte has arrived, beside the bytes at the rate of `link`; and the
+seconds after which the call returned.
+
+`cold`: seconds to the first token of a prompt of `--prompt-tokens` for a model that sleeps and finds no byte again, and
+for one that is awake, than which nothing can be faster; beside them the bytes at the rate of the link.
+
+`prefetch`: one model serves a request while another, whose home does not meet the first one's, is prefetched; then
+seconds to the first token of the other, and by how much they exceed those of a model that was awake all the time.
+
+`awake`: steps that decode, of each model in the pool and of an engine that has the model alone. Medians of steps.
+
+`many`: `--switches` switches among all models, in random order, with requests of all models every ten: the allocator's
+counters, the device's used memory and the tokens of each request, compared with those after the first round.
+
+Prompts are random tokens, other ones each time but in `many`, which turns the prefix cache off: the same steps then
+compute the same rows. The last line of output is one JSON object.
+"""
+
+from bench.pool_run import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""What a pool of models takes, in bytes, before anything is allocated: homes of weights, slabs, buffers. Integers only.
+
+[Note: homes]
+Weights and pages lie in one region of slabs. Each model has a home, the slabs that its weights fill when it is awake:
+always the same, so that what is recorded with these addresses stays true. While it sleeps, pages or other models may
+have them. Models whose homes do not meet are awake together. Homes are given out by size, the largest first, each where
+it meets the fewest others; those that cannot be apart lie on each other, which leaves room for the rest. Some slabs are
+nobody's home, so that there are pages whoever is awake; more are had by letting idle models sleep.
+
+A step's workspace and logits have the size of the largest model's, and are any model's in turn, since all steps follow
+each other on one stream; tables are each model's own, for they keep what a model's last step has left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from yafsdp_like.inference.kv.slabs import SlabGrid, ceil_div
+from yafsdp_like.inference.options import EngineOptions
+from yafsdp_like.inference.plan.buffers import ALWAYS, LOGITS, TABLES, WORKSPACE
+from yafsdp_like.inference.plan.capacity import Capacity
+from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS, ServingPlan, Site, plan_serving
+from yafsdp_like.memory.layout import Segment, aligned
+from yafsdp_like.memory.plan import MemoryPlan, Region, SlotPlace, readable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from yafsdp_like.hardware import Hardware
+    from yafsdp_like.inference.options import PoolOptions
+    from yafsdp_like.models.decoder import DecoderConfig
+
+SLABS, HOST_WEIGHTS = "slabs", "host weights"  # kinds, and their regions' names
+
+
+@dataclass(frozen=True)
+class PooledModel:
+    """A model that is to join a pool: its shape, and how it is served."""
+
+    config: DecoderConfig
+    dtype: torch.dtype = torch.bfloat16  # of weights
+    options: EngineOptions = field(default_factory=EngineOptions)  # batches and scheduling; memory is the pool's
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Where one model of a pool lies when it is awake."""
+
+    name: str
+    serving: ServingPlan  # when it is awake alone: its grid are the slabs that are left for pages then
+    home: range  # slabs
+    units: tuple[Segment, ...]  # each packed unit's bytes, from the start of the home, or of the image on the host
+
+    @property
+    def image_nbytes(self) -> int:
+        """Bytes of all units."""
+        return self.units[-1].end_nbytes
+
+    @property
+    def tables_region(self) -> str:
+        """Name of the region of the model's own tables."""
+        return f"{self.name}: {TABLES}"
+
+    def meets(self, other: ModelPlan) -> bool:
+        """Return whether the two cannot be awake together."""
+        return _common(self.home, other.home) > 0
+
+    def slabs_of(self, unit: int) -> range:
+        """Return the slabs that a unit lies in."""
+        segment, slab_nbytes, first = self.units[unit], self.serving.grid.slab_nbytes, self.home.start
+        return range(first + segment.offset_nbytes // slab_nbytes, first + ceil_div(segment.end_nbytes, slab_nbytes))
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """Every place of a pool of models, on the device and in host memory."""
+
+    options: PoolOptions
+    grid: SlabGrid  # of weights and pages
+    host_grid: SlabGrid | None  # of pages that are swapped out
+    models: Mapping[str, ModelPlan]
+
+    @cached_property
+    def memory(self) -> MemoryPlan:
+        """Of the device. Not in it: CUDA's context and graphs, and what kernels are compiled to."""
+        plans = [*self.models.values()]
+        regions = [Region(SLABS, SLABS, self.grid.region_nbytes)]
+        regions += [Region(kind, kind, _largest(plans, kind)) for kind in (WORKSPACE, LOGITS)]
+        regions += [Region(plan.tables_region, TABLES, _buffers_nbytes(plan.serving, TABLES)) for plan in plans]
+        homes = tuple(SlotPlace(plan.name, SLABS, self._bytes_of(plan), ALWAYS) for plan in plans)
+        return MemoryPlan(1, tuple(regions), homes)
+
+    @cached_property
+    def host(self) -> MemoryPlan:
+        """Of host memory, pinned where the device is a GPU."""
+        regions = [Region(HOST_WEIGHTS, HOST_WEIGHTS, self.host_weights_nbytes)]
+        if self.host_grid is not None:
+            regions.append(Region(HOST_KV_SLABS, HOST_KV_SLABS, self.host_grid.region_nbytes))
+        return MemoryPlan(1, tuple(regions))
+
+    @cached_property
+    def host_weights_nbytes(self) -> int:
+        """Bytes for models' weights in host memory."""
+        asked = self.options.host_weights_nbytes
+        return sum(plan.image_nbytes for plan in self.models.values()) if asked is None else aligned(asked)
+
+    @cached_property
+    def lend_late(self) -> dict[int, int]:
+        """How many models' home each slab is, where it is any: pages come last from those that most models want."""
+        found: dict[int, int] = {}
+        for plan in self.models.values():
+            for slab in plan.home:
+                found[slab] = found.get(slab, 0) + 1
+        return found
+
+    def least_slabs(self, name: str) -> int:
+        """Return the slabs that one context of the longest sequence of a model needs."""
+        serving = self.models[name].serving
+        return serving.capacity.num_slabs(serving.grid, serving.max_seq_len)
+
+    def _bytes_of(self, plan: ModelPlan) -> Segment:
+        return Segment(plan.home.start * self.grid.slab_nbytes, plan.image_nbytes)
+
+    def __str__(self) -> str:
+        return "\n".join([*self._lines(), str(self.memory), f"in host memory: {self.host}"])
+
+    def _lines(self) -> Iterator[str]:
+        for name, plan in self.models.items():
+            apart = [other.name for other in self.models.values() if other is not plan and plan.meets(other)]
+            serving = plan.serving
+            yield (
+                f"{name}: {readable(plan.image_nbytes)} of weights, {len(serving.placement.packed_units)} units in "
+                f"{str(serving.site.dtype).removeprefix('torch.')}; sequences of at most {serving.max_seq_len:,} "
+                f"tokens; awake " + (f"in turn with {', '.join(apart)}" if apart else "beside all others")
+            )
+
+
+def plan_pool(models: Mapping[str, PooledModel], options: PoolOptions, hardware: Hardware | None = None) -> PoolPlan:
+    """Plan to serve ``models``, by name, within ``options``; ``hardware`` is a CPU by default.
+
+    Raises ValueError for models that cannot be served, or do not fit one by one: which, and how many bytes are missing.
+    """
+    if not models:
+        raise ValueError("expected at least one model, found none")
+    alone = {name: _alone(name, model, options, hardware) for name, model in models.items()}
+    kinds = [max(_buffers_nbytes(plan, kind) for plan in alone.values()) for kind in (WORKSPACE, LOGITS)]
+    buffers_nbytes = sum(kinds) + sum(_buffers_nbytes(plan, TABLES) for plan in alone.values())
+    shapes = Capacity(tuple(group for plan in alone.values() for group in plan.groups), chunk=1)
+    grid = shapes.grid(options.memory_limit_nbytes - buffers_nbytes)
+    if grid is None:
+        raise ValueError(
+            f"memory_limit_nbytes={options.memory_limit_nbytes} leaves no slab for weights and pages beside "
+            f"{buffers_nbytes:,} bytes for the buffers of steps"
+        )
+    units = {name: tuple(_units(plan)) for name, plan in alone.items()}
+    sizes = [ceil_div(units[name][-1].end_nbytes, grid.slab_nbytes) for name in alone]
+    for (name, plan), size in zip(alone.items(), sizes, strict=True):
+        _check_fits(name, plan, grid, size, options)
+    wanted = max(_wanted_slabs(plan, grid, options) for plan in alone.values())
+    homes = _place(sizes, max(min(sum(sizes), grid.num_slabs - wanted), max(sizes)))
+    host_grid = _host_grid(shapes, options)
+    plans = {
+        name: ModelPlan(name, _awake_alone(plan, grid, home, host_grid), home, units[name])
+        for (name, plan), home in zip(alone.items(), homes, strict=True)
+    }
+    return PoolPlan(options, grid, host_grid, plans)
+
+
+def _alone(name: str, model: PooledModel, options: PoolOptions, hardware: Hardware | None) -> ServingPlan:
+    """Plan a model as if it had all memory: what its buffers take, and whether it fits at all."""
+    own = model.options
+    if (own.memory_limit_nbytes, own.kv_nbytes, own.host_kv_nbytes) != (None, None, 0):
+        raise ValueError(f"model {name!r}: memory is the pool's; leave it out of the model's options, found {own}")
+    within = replace(own, memory_limit_nbytes=options.memory_limit_nbytes)
+    try:
+        return plan_serving(model.config, within, Site(model.dtype, hardware=hardware), "resident")
+    except ValueError as error:
+        raise ValueError(f"model {name!r}: {error}") from error
+
+
+def _units(plan: ServingPlan) -> Iterator[Segment]:
+    offset = 0
+    for packed in plan.placement.packed_units:
+        yield Segment(offset, packed.nbytes)
+        offset += packed.nbytes
+
+
+def _least_tokens(plan: ServingPlan) -> int:
+    """Return the tokens of context that must fit: a whole sequence's, if its length is said, else those of one step."""
+    return plan.options.max_seq_len or min(plan.max_seq_len, plan.options.max_batch_tokens)
+
+
+def _check_fits(name: str, plan: ServingPlan, grid: SlabGrid, num_home: int, options: PoolOptions) -> None:
+    least = _least_tokens(plan)
+    missing = num_home + plan.capacity.num_slabs(grid, least) - grid.num_slabs
+    if missing > 0:
+        raise ValueError(
+            f"model {name!r} does not fit memory_limit_nbytes={options.memory_limit_nbytes}: beside its weights, "
+            f"{num_home * grid.slab_nbytes:,} bytes, keys and values of {least:,} tokens must fit, and "
+            f"{missing * grid.slab_nbytes:,} bytes are missing; it fits with "
+            f"memory_limit_nbytes={options.memory_limit_nbytes + missing * grid.slab_nbytes}"
+        )
+
+
+def _wanted_slabs(plan: ServingPlan, grid: SlabGrid, options: PoolOptions) -> int:
+    """Return how many slabs are to be nobody's home: as asked for, or one context of the longest sequence."""
+    if options.kv_nbytes is not None:
+        return ceil_div(options.kv_nbytes, grid.slab_nbytes)
+    return plan.capacity.num_slabs(grid, _least_tokens(plan))
+
+
+def _place(sizes: Sequence[int], num_slabs: int) -> list[range]:
+    """Give each model as many slabs of ``num_slabs``; see [Note: homes]."""
+    placed: dict[int, range] = {}
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        last = num_slabs - sizes[index]
+        starts = {0, last, *(home.stop for home in placed.values()), *(h.start - sizes[index] for h in placed.values())}
+
+        def cost(start: int, size: int = sizes[index]) -> tuple[int, int, int]:
+            met = [_common(range(start, start + size), home) for home in placed.values()]
+            return sum(common > 0 for common in met), -sum(met), start
+
+        start = min((start for start in starts if 0 <= start <= last), key=cost)
+        placed[index] = range(start, start + sizes[index])
+    return [placed[index] for index in range(len(sizes))]
+
+
+def _common(one: range, other: range) -> int:
+    return max(0, min(one.stop, other.stop) - max(one.start, other.start))
+
+
+def _awake_alone(plan: ServingPlan, grid: SlabGrid, home: range, host_grid: SlabGrid | None) -> ServingPlan:
+    """Return the plan with what is left for pages while no other model is awake."""
+    left = SlabGrid((grid.num_slabs - len(home)) * grid.slab_nbytes, grid.slab_nbytes)
+    longest = plan.options.max_seq_len or plan.capacity.longest(left, plan.max_seq_len)
+    return replace(plan, grid=left, host_grid=host_grid, max_seq_len=longest)
+
+
+def _host_grid(shapes: Capacity, options: PoolOptions) -> SlabGrid | None:
+    if not options.host_kv_nbytes:
+        return None
+    grid = shapes.grid(options.host_kv_nbytes)
+    if grid is None:
+        least = max(shape.nbytes for shape in shapes.shapes)
+        raise ValueError(f"host_kv_nbytes {options.host_kv_nbytes} hold no pages; of these one has {least}")
+    return grid
+
+
+def _buffers_nbytes(plan: ServingPlan, kind: str) -> int:
+    return sum(region.nbytes for region in plan.buffers.regions if region.kind == kind)
+
+
+def _largest(plans: Sequence[ModelPlan], kind: str) -> int:
+    return max(_buffers_nbytes(plan.serving, kind) for plan in plans)

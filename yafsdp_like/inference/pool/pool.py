@@ -1,0 +1,375 @@
+"""Serves many models on one device: each sleeps in host memory, and wakes when it has requests.
+
+    plan = plan_pool({"large": PooledModel(config), ...}, PoolOptions(memory_limit_nbytes=...))
+    pool = ModelPool(plan, {"large": open_model("directory"), ...}, "cuda")
+    pool.load("large")
+    pool.generate({"large": [Request("a", prompt=(1, 2, 3))]})
+
+All memory is allocated, all kernels are compiled and all steps recorded when the pool is made. Switching then moves
+ownership of slabs, and copies weights one way.
+
+[Note: turns]
+Models whose homes do not meet are awake together, and step in turn. One that must take the memory of models with work
+waits for ``max_turn_steps`` of their steps, and is prefetched meanwhile, into slabs that hold no page in use. Idle
+models lose their memory as soon as another needs it, those that have been idle for longest first.
+
+Not safe for threads: one thread calls everything.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from typing import TYPE_CHECKING
+
+from yafsdp_like.inference.engine.engine import Completion, Engine, collector_paused
+from yafsdp_like.inference.engine.places import POLICIES, EnginePlaces, bytes_of
+from yafsdp_like.inference.engine.request import QueueFullError
+from yafsdp_like.inference.kv.kv_cache import Tier, check_integrity
+from yafsdp_like.inference.kv.pages import PagePool
+from yafsdp_like.inference.kv.slabs import check
+from yafsdp_like.inference.plan.buffers import TABLES
+from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS
+from yafsdp_like.inference.pool.host_weights import HostWeights
+from yafsdp_like.inference.pool.plan import HOST_WEIGHTS, SLABS, ModelPlan, PoolPlan
+from yafsdp_like.inference.pool.residence import Residence
+from yafsdp_like.inference.pool.weights import PooledWeights
+from yafsdp_like.inference.weights.loading import indexed
+from yafsdp_like.memory.arena import Arena
+from yafsdp_like.memory.pinned import pin_arena
+from yafsdp_like.memory.streams import streams_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import torch
+
+    from yafsdp_like.inference.engine.request import Request, RequestOutput, Token
+    from yafsdp_like.inference.weights.loading import Model
+    from yafsdp_like.memory.arena import Place
+
+_PREFETCHED_AT_ONCE = 3  # units on their way, for which steps must wait if their slabs are taken back
+
+
+class ModelState(Enum):
+    """Where the weights of a model are."""
+
+    ON_DISK = "on disk"
+    ASLEEP = "asleep"  # in host memory
+    WAKING = "waking"  # on their way to the device
+    AWAKE = "awake"
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A model that woke: what was copied for it, beside what was still or already there."""
+
+    model: str
+    nbytes: int
+    num_slept: int  # models that went to sleep for it
+
+
+@dataclass(eq=False)
+class _Member:
+    """A model of the pool."""
+
+    plan: ModelPlan
+    model: Model
+    weights: PooledWeights
+    residence: Residence
+    engine: Engine
+    is_awake: bool = False
+    last_step: int = 0  # of the pool, that was this model's
+    waits_since: int = 0  # the pool's steps when it began to wait for its turn
+
+    @property
+    def name(self) -> str:
+        return self.plan.name
+
+
+class ModelPool:
+    """Many models, their memory and their requests, on one device; see [Note: turns]."""
+
+    def __init__(self, plan: PoolPlan, models: Mapping[str, Model], device: torch.device | str = "cpu") -> None:
+        """Allocate all that ``plan`` says; ``models`` are where values come from, by the names of the plan.
+
+        No value is read before ``load``. Raises ValueError where the plan has other models, and what
+        ``Arena.reserve`` does where there is no room.
+        """
+        if models.keys() != plan.models.keys():
+            raise ValueError(f"expected the plan's models, {[*plan.models]}, found {[*models]}")
+        self.plan, self.device = plan, indexed(device)
+        self.arena, self.host = Arena(self.device), Arena(indexed("cpu"))
+        self.arena.reserve(plan.memory.regions)
+        self.host.reserve(plan.host.regions)
+        if self.device.type == "cuda":
+            pin_arena(self.host, self.device)
+        self.switches: deque[Switch] = deque(maxlen=1024)
+        self.num_steps = 0
+        self._host_weights = HostWeights(self.host.place(HOST_WEIGHTS))
+        self._regions = {Tier.DEVICE: bytes_of(self.arena, SLABS)}
+        policy = POLICIES[plan.options.policy]
+        self._pools = {Tier.DEVICE: PagePool(plan.grid, policy(), plan.options.tenants, plan.lend_late)}
+        if plan.host_grid is not None:
+            self._regions[Tier.HOST] = bytes_of(self.host, HOST_KV_SLABS)
+            self._pools[Tier.HOST] = PagePool(plan.host_grid, policy())
+        self._members = {name: self._member(plan.models[name], model) for name, model in models.items()}
+        self._outputs: list[tuple[str, RequestOutput]] = []  # of models that were suspended
+        self._may_prefetch = True
+
+    def _member(self, plan: ModelPlan, model: Model) -> _Member:
+        def place_of(kind: str) -> Place:
+            return self.arena.place(plan.tables_region if kind == TABLES else kind)
+
+        weights = PooledWeights(plan, self.arena, self.host, streams_of(self.device))
+        buffers = plan.serving.buffers.tensors(place_of)
+        places = EnginePlaces(buffers, self._regions, self._pools, partial(self._make_room, plan.name))
+        residence = Residence(plan, self._pools[Tier.DEVICE], weights)
+        return _Member(plan, model, weights, residence, Engine(weights, places))
+
+    # --- where weights are ---
+
+    def states(self) -> dict[str, ModelState]:
+        """Return where the weights of each model are."""
+        return {name: self._state(member) for name, member in self._members.items()}
+
+    def _state(self, member: _Member) -> ModelState:
+        if member.is_awake:
+            return ModelState.WAKING if member.weights.is_arriving() else ModelState.AWAKE
+        return ModelState.ASLEEP if member.name in self._host_weights else ModelState.ON_DISK
+
+    def load(self, name: str) -> None:
+        """Read a model's weights into host memory, unless they are there.
+
+        Raises HostFullError where there is no room for them, and what reading raises; nothing is changed then.
+        """
+        member = self._find(name)
+        if name in self._host_weights:
+            return
+        image = self._host_weights.put(name, member.plan.image_nbytes)
+        try:
+            member.weights.load(image, member.model.source(self.device))
+            member.weights.finish_loading()
+        except BaseException:
+            self._host_weights.drop(name)
+            raise
+
+    def load_all(self) -> dict[str, Exception]:
+        """Load all models, one after the other, and return why those that are not there could not be."""
+        failed: dict[str, Exception] = {}
+        for name in self._members:
+            try:
+                self.load(name)
+            except Exception as error:
+                failed[name] = error
+        return failed
+
+    def unload(self, name: str) -> None:
+        """Take a model from device and host. Raises ValueError while it has requests."""
+        member = self._find(name)
+        if member.engine.has_work:
+            raise ValueError(f"model {name!r} has requests: cancel them, or wait for their end, before it is unloaded")
+        if name in self._host_weights:
+            self._sleep(member)
+            member.residence.forget()
+            member.weights.unload()
+            self._host_weights.drop(name)
+
+    def wake_up(self, name: str) -> Switch:
+        """Wake a model, loading it if need be; those that are in its way sleep from then on.
+
+        Returns once all copies are issued: steps that follow wait for them on the device.
+        """
+        member = self._find(name)
+        self.load(name)
+        if member.is_awake:
+            return Switch(name, 0, 0)
+        in_the_way = [other for other in self._awake() if other.plan.meets(member.plan)]
+        for other in self._members.values():
+            if not other.is_awake and other is not member:
+                other.residence.let_go()  # what was prefetched
+        others = [other for other in self._by_idleness() if other not in in_the_way]
+        while others and not self._leaves_pages([*others, member]):
+            in_the_way.append(others.pop(0))
+        for other in in_the_way:
+            self._sleep(other)
+        self._claim(member)
+        member.is_awake, self._may_prefetch = True, True
+        self.switches.append(Switch(name, member.residence.copy_in(), len(in_the_way)))
+        return self.switches[-1]
+
+    def sleep(self, name: str, keep: bool = True) -> None:
+        """Let a model sleep: its weights stay on the host, its sequences wait, its pages stay while nobody needs them.
+
+        Nothing is copied but pages that are swapped out. A model with requests wakes again in its turn. With ``keep``
+        it then finds those weights again that nobody has overwritten; else all are copied.
+        """
+        member = self._find(name)
+        self._sleep(member)
+        if not keep:
+            member.residence.forget()
+
+    def prefetch(self, name: str) -> int:
+        """Bring what has room of a loaded model that sleeps, beside those that are awake; return the bytes issued.
+
+        Some units at a time: every ``step`` copies more of the model that was prefetched last.
+        """
+        member = self._find(name)
+        if name not in self._host_weights or member.is_awake or any(o.plan.meets(member.plan) for o in self._awake()):
+            return 0
+        member.residence.claim()
+        return member.residence.copy_in(_PREFETCHED_AT_ONCE)
+
+    def _find(self, name: str) -> _Member:
+        if name not in self._members:
+            raise ValueError(f"expected one of the models {[*self._members]}, found {name!r}")
+        return self._members[name]
+
+    def _awake(self) -> list[_Member]:
+        return [member for member in self._members.values() if member.is_awake]
+
+    def _by_idleness(self) -> list[_Member]:
+        """Return models that are awake: those without work first, and those that stepped longest ago."""
+        return sorted(self._awake(), key=lambda member: (member.engine.has_work, member.last_step))
+
+    def _leaves_pages(self, awake: Iterable[_Member]) -> bool:
+        """Whether beside such models the longest sequence of any of them fits."""
+        awake = list(awake)
+        slabs = {slab for member in awake for slab in member.plan.home}
+        return len(slabs) + max(self.plan.least_slabs(member.name) for member in awake) <= self.plan.grid.num_slabs
+
+    def _claim(self, member: _Member) -> None:
+        refused = member.residence.claim()
+        if refused:
+            for other in self._awake():
+                self._suspend(other, refused)
+            refused = member.residence.claim()
+        assert not refused, f"slabs {refused} of {member.name!r} are held, and no model that is awake holds them"
+
+    def _suspend(self, member: _Member, slabs: Iterable[int] | None = None) -> None:
+        found = member.engine.suspend(None if slabs is None else set(slabs))
+        self._outputs += [(member.name, output) for output in found]
+
+    def _sleep(self, member: _Member) -> None:
+        if member.is_awake:
+            self._suspend(member)
+            member.is_awake, member.waits_since = False, self.num_steps
+        member.residence.let_go()
+
+    def _make_room(self, name: str, by_force: bool) -> bool:
+        """Free slabs for pages of ``name``: see ``EnginePlaces``."""
+        for member in self._members.values():
+            if not member.is_awake and member.residence.owned:
+                self._may_prefetch = False
+                member.residence.let_go()
+                return True
+        for other in self._by_idleness():
+            if other.name != name and (by_force or not other.engine.has_work):
+                self._sleep(other)
+                return True
+        return False
+
+    # --- requests ---
+
+    def add(self, name: str, request: Request) -> None:
+        """Take a request of a model, which is loaded if it is not; its outputs come from ``step``.
+
+        Raises what ``load`` and ``Engine.add`` do.
+        """
+        member = self._find(name)
+        self.load(name)
+        had_work = member.engine.has_work
+        member.engine.add(request)
+        if not had_work:
+            member.waits_since = self.num_steps
+
+    def cancel(self, name: str, request_id: str) -> None:
+        """Cancel a request of a model, wherever it is; its last output comes from ``step``."""
+        self._find(name).engine.cancel(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do, or to return."""
+        return bool(self._outputs) or any(member.engine.has_work for member in self._members.values())
+
+    def step(self) -> list[tuple[str, RequestOutput]]:
+        """Make one step of one model, waking it in its turn, and return outputs with their models' names."""
+        for asleep in self._members.values():
+            if not asleep.is_awake and asleep.engine.has_work:
+                self._outputs += [(asleep.name, output) for output in asleep.engine.end_requests()]
+        member = self._next()
+        if member is not None:
+            self.num_steps += 1
+            member.last_step = self.num_steps
+            self._outputs += [(member.name, output) for output in member.engine.step()]
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _next(self) -> _Member | None:
+        """Return the model that steps now; see [Note: turns]."""
+        waiting = [m for m in self._members.values() if m.engine.has_work and not m.is_awake]
+        if waiting:
+            self._advance(min(waiting, key=lambda member: member.waits_since))
+        working = [member for member in self._awake() if member.engine.has_work]
+        return min(working, key=lambda member: (member.weights.is_arriving(), member.last_step), default=None)
+
+    def _advance(self, member: _Member) -> None:
+        """Wake the model that has waited for longest, or prefetch it until it is its turn."""
+        working = [other for other in self._awake() if other.engine.has_work]
+        is_beside = not any(other.plan.meets(member.plan) for other in working)
+        has_waited = self.num_steps - member.waits_since >= self.plan.options.max_turn_steps
+        if not working or has_waited or (is_beside and self._leaves_pages([*working, member])):
+            self.wake_up(member.name)
+        elif self._may_prefetch:
+            self.prefetch(member.name)
+
+    def generate(self, requests: Mapping[str, Iterable[Request]]) -> dict[str, dict[str, Completion]]:
+        """Serve all ``requests`` of each model to the end, and return their completions by model and id.
+
+        Raises what ``add`` does, and RuntimeError while other requests are under way.
+        """
+        if self.has_work:
+            raise RuntimeError("generate() returns all outputs, and requests of others are under way: call step()")
+        left = {name: deque(found) for name, found in requests.items()}
+        tokens: dict[tuple[str, str], list[Token]] = {}
+        done: dict[str, dict[str, Completion]] = {name: {} for name in left}
+        with collector_paused():
+            while any(left.values()) or self.has_work:
+                for name, queue in left.items():
+                    self._add_some(name, queue)
+                for name, output in self.step():
+                    drawn = tokens.setdefault((name, output.request_id), [])
+                    drawn += output.tokens
+                    if output.finish is not None:
+                        found = Completion(tuple(drawn), output.finish, output.num_cached_tokens)
+                        done[name][output.request_id] = found
+        return done
+
+    def _add_some(self, name: str, queue: deque[Request]) -> None:
+        while queue:
+            try:
+                self.add(name, queue[0])
+            except QueueFullError:
+                return
+            queue.popleft()
+
+    # --- faults, and the end ---
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless every slab is one model's, or its pages are free, cached or referred to.
+
+        O(everything): for when nothing is under way.
+        """
+        owned = sorted(slab for member in self._members.values() for slab in member.residence.owned)
+        claimed = sorted(self._pools[Tier.DEVICE].slabs.claimed)
+        check(owned == claimed, f"models have slabs {owned}, claimed are {claimed}")
+        for member in self._members.values():
+            member.engine.check_sequences()
+        check_integrity([member.engine.cache for member in self._members.values()])
+
+    def close(self) -> None:
+        """Wait for all that is under way; no step follows."""
+        for member in self._members.values():
+            member.engine.close()

@@ -1,0 +1,97 @@
+"""The weights of one model of a pool: they arrive at fixed places unit by unit, and a forward waits for each.
+
+Owns the copies from the host and their order. Which slabs a model has, and when, is `residence.py`'s.
+
+[Note: units on their way]
+Units are copied in the order in which a forward reads them, on a stream of copies of their own: behind all that was
+issued to ``COMPUTE`` before, which may read or write these bytes. A forward waits for each unit where it first reads
+it, so that it computes with the first ones while the last are on their way. A recording of a step cannot: as long as
+units are on their way steps are issued kernel by kernel, which changes no bits, and recordings hold no such wait.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from yafsdp_like.inference.pool.plan import SLABS, ModelPlan
+from yafsdp_like.inference.weights.loading import Source, fill
+from yafsdp_like.inference.weights.store import Store, Weights
+from yafsdp_like.memory.layout import Segment
+from yafsdp_like.memory.streams import COMPUTE, HOST_TO_DEVICE, Event, Streams
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor
+
+    from yafsdp_like.memory.arena import Arena, Place
+
+
+class PooledWeights(Weights):
+    """Weights at their home on ``arena``, see [Note: units on their way]; what is there is for others to know."""
+
+    def __init__(self, plan: ModelPlan, arena: Arena, host: Arena, streams: Streams) -> None:
+        first_nbytes = plan.home.start * plan.serving.grid.slab_nbytes
+        self._home, self._units = arena.place(SLABS).part(Segment(first_nbytes, plan.image_nbytes)), plan.units
+        self._arriving: dict[int, Event] = {}  # units on their way, in order
+        self._last_copy: Event | None = None
+        self._image: list[Tensor] = []  # of each unit, on the host
+        super().__init__(plan.serving, arena, host, None, streams)
+        self._places = self._flat_units(self._home)
+
+    def _whole(self, unit: int) -> Place:
+        return self._home.part(self._units[unit])
+
+    def _flat_units(self, image: Place) -> list[Tensor]:
+        itemsize = self.dtype.itemsize
+        return [image.part(unit).flat(self.dtype, unit.nbytes // itemsize) for unit in self._units]
+
+    def load(self, image: Place, source: Source) -> None:
+        """Read all units from ``source`` into ``image``, from where they are brought from then on."""
+        self._image = self._flat_units(image)
+        for store in self.stores():
+            fill(store, source)
+
+    def stores(self) -> Iterator[Store]:
+        """Yield the image, unit by unit, which is all that is to be filled."""
+        for packed, values in zip(self.plan.placement.packed_units, self._image, strict=True):
+            yield Store(packed, 0, values)
+
+    def unload(self) -> None:
+        """Forget the image, whose bytes may then be another's; blocks the CPU while copies of it are under way."""
+        if self._last_copy is not None:
+            self._streams.synchronize(self._last_copy)
+        self._image = []
+
+    # --- on their way ---
+
+    def copy_in(self, units: Iterable[int]) -> None:
+        """Issue the copies of ``units``, in order, behind all that was issued before."""
+        self._streams.wait(HOST_TO_DEVICE, self._streams.record(COMPUTE))
+        with self._streams.on(HOST_TO_DEVICE):
+            for unit in units:
+                self._places[unit].copy_(self._image[unit], non_blocking=True)
+                self._arriving[unit] = self._last_copy = self._streams.record(HOST_TO_DEVICE)
+
+    def num_arriving(self) -> int:
+        """Return how many units no forward has waited for, and are not known to be there."""
+        for unit, event in list(self._arriving.items()):
+            if not self._streams.is_complete(event):
+                break
+            del self._arriving[unit]
+        return len(self._arriving)
+
+    def is_arriving(self) -> bool:
+        """Return whether a step must be issued kernel by kernel, so that it waits for each unit."""
+        return bool(self._arriving) and self.num_arriving() > 0
+
+    def let_go(self) -> None:
+        """Have all that is issued from now on come behind the copies that are under way, into bytes now others'."""
+        for event in self._arriving.values():
+            self._streams.wait(COMPUTE, event)
+        self._arriving.clear()
+
+    def _acquire(self, unit: int) -> None:
+        event = self._arriving.pop(unit, None)
+        if event is not None:
+            self._streams.wait(COMPUTE, event)

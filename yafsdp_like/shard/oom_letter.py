@@ -1,0 +1,280 @@
+"""What a rank says and writes when its device has no room left: where that was, who holds what, and what to change.
+
+Owns the words and the file. Costs nothing until an error comes, and allocates nothing on the device then. Knows nothing
+of how a model is trained; the launcher passes changes that it has found to fit.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from yafsdp_like.memory.plan import readable
+from yafsdp_like.shard.forecast.quantities import OF_KIND
+from yafsdp_like.shard.runtime.engine import engine_of
+from yafsdp_like.shard.runtime.unit_state import unit_of
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from types import FrameType, TracebackType
+
+    from yafsdp_like.memory.plan import Region
+    from yafsdp_like.shard.runtime.engine import ShardEngine
+
+NUM_BLOCKS = 6  # sizes of allocations that a letter lists
+NUM_CHANGES = 3
+GRADIENTS, STATES, ACTIVATIONS, CACHE, OTHER = (
+    "gradient shards",
+    "optimizer states",
+    "activations and the rest",
+    "allocator, unused",
+    "context, NCCL and other processes",
+)
+
+
+@dataclass(frozen=True)
+class Letter:
+    """One rank's: each part as the text has it."""
+
+    rank: int
+    error: str  # the first line of PyTorch's own message
+    module: str  # the innermost module that ran, by its full name; "" where none did
+    phase: str  # "forward", "backward" or "update"
+    planned: str
+    holders: Mapping[str, int]  # bytes by category, the largest first
+    blocks: Sequence[tuple[int, int]]  # sizes of the allocator's live blocks, and how many of each
+    changes: Sequence[str]
+
+    @property
+    def line(self) -> str:
+        """What the error's message has beside PyTorch's own."""
+        where = f"in {self.module} ({self.phase})" if self.module else f"in the {self.phase}"
+        largest = ", ".join(f"{name} {readable(nbytes)}" for name, nbytes in list(self.holders.items())[:3])
+        return f"rank {self.rank} ran out of memory {where}; most is held by {largest}"
+
+    def __str__(self) -> str:
+        lines = [self.line, f"  {self.error}", "", "planned", *(f"  {line}" for line in self.planned.splitlines())]
+        lines += ["", "held now"]
+        lines += [f"  {name:<36} {readable(nbytes):>12}" for name, nbytes in self.holders.items()]
+        if self.blocks:
+            lines += ["", "largest allocations"]
+            lines += [f"  {readable(size):>12} x {count}" for size, count in self.blocks]
+        lines += ["", "the cheapest changes", *(f"  {i}. {words}" for i, words in enumerate(self.changes, 1))]
+        return "\n".join(lines)
+
+
+@contextmanager
+def explain_out_of_memory(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    directory: str | os.PathLike[str] = ".",
+    changes: Callable[[], Sequence[str]] | None = None,
+) -> Iterator[None]:
+    """Write a letter where training inside runs out of memory, and raise the same error with the letter's path in it.
+
+    The file is ``oom-rankN.txt`` in ``directory``, one a rank that has run out. It says which module and phase it was,
+    what the plan and what the device hold, by category, and the three cheapest changes. Other ranks are not told: they
+    are in collectives, and end with the process, or with the group's timeout.
+
+    Args:
+        model: sharded by ``fully_shard``, wholly or in parts.
+        directory: where the letter is written; it is made where it is missing.
+        optimizer: whose states are counted; without it they stand among activations.
+        changes: returns what would fit, the cheapest first, in words; by default what the sizes of the parts suggest.
+
+    Raises:
+        torch.OutOfMemoryError: the one that came, with notes.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        letter = letter_of(error, model, optimizer, changes)
+        path = Path(directory) / f"oom-rank{letter.rank}.txt"
+        error.add_note(letter.line)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{letter}\n", encoding="utf-8")
+            error.add_note(f"{path} says who holds what, and what to change")
+        except OSError as why:
+            error.add_note(f"{letter}\n({path} could not be written: {why})")
+        raise
+
+
+def letter_of(
+    error: torch.OutOfMemoryError,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    changes: Callable[[], Sequence[str]] | None = None,
+) -> Letter:
+    """Return the letter on an error that has been raised while ``model`` was trained."""
+    module, phase = _where(error.__traceback__, model)
+    found = holders_of(model, optimizer)
+    try:
+        advice = list(changes() if changes is not None else cheap_changes(found, optimizer))
+    except Exception as why:  # the error that came is the one to raise
+        advice = [f"(no changes could be worked out: {type(why).__name__}: {why})"]
+    return Letter(
+        dist.get_rank() if dist.is_initialized() else 0,
+        (str(error) or type(error).__name__).splitlines()[0],
+        module,
+        phase,
+        _planned(model),
+        found,
+        _largest_blocks(model),
+        advice[:NUM_CHANGES],
+    )
+
+
+# --- where ---
+
+
+def _where(traceback: TracebackType | None, model: nn.Module) -> tuple[str, str]:
+    """Return the innermost module of ``model`` in a traceback, and the phase of the step."""
+    names = {module: name or type(model).__name__ for name, module in model.named_modules()}
+    module, phase = "", "forward"
+    for frame in _frames(traceback):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.optim.Optimizer):
+            phase = "update"
+        elif frame.f_code.co_name == "_engine_run_backward":
+            phase, module = "backward", ""
+        if isinstance(owner, nn.Module) and owner in names:
+            module = names[owner]
+    if phase == "backward" and not module:
+        module = _last_reached(model)
+    return module, phase
+
+
+def _frames(traceback: TracebackType | None) -> Iterator[FrameType]:
+    while traceback is not None:
+        yield traceback.tb_frame
+        traceback = traceback.tb_next
+
+
+def _last_reached(model: nn.Module) -> str:
+    """Return the unit that the running backward has entered last: autograd's own operations are in no traceback."""
+    engine = _engine_of(model)
+    reached = [] if engine is None else [u.name for uses in engine.running.backwards.values() for u, _ in uses]
+    return reached[-1] if reached else ""
+
+
+# --- who holds what ---
+
+
+def _engine_of(model: nn.Module) -> ShardEngine | None:
+    """Return the engine of the outermost sharded part of ``model`` that has run."""
+    units = (unit_of(module) for module in model.modules())
+    return next((engine for unit in units if unit is not None and (engine := engine_of(unit)) is not None), None)
+
+
+def _planned(model: nn.Module) -> str:
+    sharded = next((module for module in model.modules() if unit_of(module) is not None), None)
+    return "nothing: no part of this model is sharded" if sharded is None else str(sharded.memory_plan())  # type: ignore[operator]
+
+
+@torch.no_grad()
+def holders_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
+    """Return this rank's bytes on the device by category, the largest first, without those that hold none.
+
+    The arenas know their regions, gradients and states are counted by their tensors, and what else PyTorch's allocator
+    holds counts as activations. On a CPU nothing counts what else there is.
+    """
+    device = _device_of(model)
+    regions, params = _regions(model), list(model.parameters())
+    nbytes: dict[str, int] = {}
+    in_allocator = outside = 0
+    for region in regions:
+        category = OF_KIND.get(region.kind, region.kind)
+        nbytes[category] = nbytes.get(category, 0) + region.nbytes
+        is_outside = region.mapped or region.granule_nbytes > 0  # the driver's memory, which peers or slots map
+        outside, in_allocator = outside + is_outside * region.nbytes, in_allocator + (not is_outside) * region.nbytes
+    if not regions:
+        in_allocator = nbytes["parameters"] = _storages_nbytes(params, device)
+    nbytes[GRADIENTS] = _storages_nbytes([p.grad for p in params if p.grad is not None], device)
+    states = [] if optimizer is None else pytree.tree_leaves(list(optimizer.state.values()))
+    nbytes[STATES] = _storages_nbytes([*states, *getattr(optimizer, "moment_buffers", [])], device)
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        free, total = torch.cuda.mem_get_info(device)
+        nbytes[ACTIVATIONS] = allocated - in_allocator - nbytes[GRADIENTS] - nbytes[STATES]
+        nbytes[CACHE] = reserved - allocated
+        nbytes[OTHER] = total - free - reserved - outside
+    return dict(sorted(((k, v) for k, v in nbytes.items() if v > 0), key=lambda pair: -pair[1]))
+
+
+def _regions(model: nn.Module) -> list[Region]:
+    """Return what arenas hold on the device now: main shards, and the rest once a forward has made it."""
+    engine = _engine_of(model)
+    if engine is None:
+        return []
+    arenas = [unit.arena for unit in engine.units if not unit.is_on_host]
+    arenas += [engine.memory.arena] if engine.memory.arena is not None else []
+    return [region for arena in dict.fromkeys(arenas) for region in arena.regions.values()]
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _storages_nbytes(values: Iterable[Any], device: torch.device) -> int:
+    """Return the bytes of the storages on the device that tensors among ``values`` have, each counted once."""
+    tensors = [value.to_local() if isinstance(value, DTensor) else value for value in values]
+    here = [t.untyped_storage() for t in tensors if isinstance(t, Tensor) and t.device.type == device.type]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in here}.values())
+
+
+def _largest_blocks(model: nn.Module) -> list[tuple[int, int]]:
+    """Return the sizes of the allocator's live blocks that hold most together, and how many there are of each."""
+    device = _device_of(model)
+    if device.type != "cuda":
+        return []
+    counts: dict[int, int] = {}
+    for segment in torch.cuda.memory_snapshot(include_traces=False):
+        if segment["device"] == (device.index or 0):
+            for block in segment["blocks"]:
+                if block["state"] == "active_allocated":
+                    counts[block["size"]] = counts.get(block["size"], 0) + 1
+    return sorted(counts.items(), key=lambda pair: -pair[0] * pair[1])[:NUM_BLOCKS]
+
+
+# --- what to change ---
+
+
+def cheap_changes(holders: Mapping[str, int], optimizer: torch.optim.Optimizer | None) -> list[str]:
+    """Return changes by what they cost a step, the cheapest first, each with about how many bytes it frees.
+
+    Rules of thumb, for models of which nobody has drawn a forecast.
+    """
+    found = []
+    main, compute = holders.get("main shards", 0), holders.get("compute shards", 0)
+    if 0 < compute < main:
+        found.append((compute, "fully_shard(..., split_master=True): the same numbers"))
+    if wide := _fp32_moments_nbytes(optimizer):
+        found.append((wide // 2, 'AdamW(moments="bf16"): stochastically rounded moments'))
+    if activations := holders.get(ACTIVATIONS, 0):
+        found.append((activations // 2, "half the sequences of a forward, and twice the forwards of a step"))
+        found.append((activations * 3 // 4, "activation checkpointing of every block: a third more compute"))
+    if gradients := holders.get(GRADIENTS, 0):
+        found.append((gradients, "update_in_backward(optimizer): each unit's gradients die in backward; no clipping"))
+    if states := holders.get(STATES, 0):
+        found.append((states, "AdamW(offload_moments=True): moments in host memory, copied beside every update"))
+    shards = main + compute + holders.get(STATES, 0) + holders.get(GRADIENTS, 0)
+    found.append((shards // 2, "twice the ranks"))
+    return [f"{words}; frees about {readable(nbytes)}" for nbytes, words in found]
+
+
+def _fp32_moments_nbytes(optimizer: torch.optim.Optimizer | None) -> int:
+    leaves = [] if optimizer is None else pytree.tree_leaves(list(optimizer.state.values()))
+    return sum(
+        t.numel() * t.itemsize for t in leaves if isinstance(t, Tensor) and t.dtype is torch.float32 and t.dim() > 0
+    )
