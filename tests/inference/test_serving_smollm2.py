@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,9 @@ from tests.inference.engine.test_engine import RECOMPUTING, SWAPPING
 from tests.models.test_smollm2 import ROOT
 from yafsdp_like.inference.engine.engine import Engine, Metrics
 from yafsdp_like.inference.engine.request import Request
-from yafsdp_like.inference.options import EngineOptions
+from yafsdp_like.inference.options import EngineOptions, PoolOptions
+from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
+from yafsdp_like.inference.pool.pool import ModelPool
 from yafsdp_like.inference.weights.loading import open_model
 from yafsdp_like.kernels.sampling_params import SamplingParams
 
@@ -31,6 +34,7 @@ pytestmark = pytest.mark.skipif(
 
 TOKEN_NBYTES = 30 * 2 * 3 * 64 * 4  # keys and values of one token, fp32
 PAGE_SIZE = 8
+GREEDY = SamplingParams(temperature=0.0)
 Prompt = tuple[int, ...]
 
 
@@ -89,8 +93,7 @@ def served(
 ) -> tuple[list[list[int]], Metrics]:
     """What each of ``texts`` goes on with; nothing is left in the end."""
     engine = Engine.load(open_model(str(directory)), to, device="cpu", dtype=torch.float32)
-    greedy = SamplingParams(temperature=0.0)
-    done = engine.generate([Request(str(i), text, greedy, max_tokens=num_tokens) for i, text in enumerate(texts)])
+    done = engine.generate([Request(str(i), text, GREEDY, max_tokens=num_tokens) for i, text in enumerate(texts)])
     engine.check_integrity()
     metrics = engine.metrics()
     assert (metrics.kv_nbytes_used, metrics.host_kv_nbytes_used) == (0, 0)
@@ -116,6 +119,34 @@ def test_greedy_tokens_of_a_few_prompts_are_those_of_transformers(
     assert found == [most_probable(reference, text, ids) for text, ids in zip(texts, found, strict=True)]
     assert found[0] == generated(reference, texts[0], 16)
     assert metrics.num_swapped_out > 0
+
+
+@pytest.mark.slow
+def test_greedy_tokens_are_those_of_transformers_while_other_models_take_turns_with_it(
+    base: Path, reference: nn.Module, tokens: list[int]
+) -> None:
+    """With two random models of other shapes in the memory of SmolLM2 and one of them."""
+    to = EngineOptions(max_batch_size=3, max_batch_tokens=32, max_seq_len=128, page_size=PAGE_SIZE, costs=SWAPPING)
+    models = {"smollm2": open_model(str(base)), **{name: open_model(f"preset:{name}") for name in ("small", "tiny")}}
+    pooled = {name: PooledModel(model.config, torch.float32, to) for name, model in models.items()}
+    plan = plan_pool(pooled, PoolOptions(545 << 20, host_kv_nbytes=32 << 20, max_turn_steps=8))
+    assert plan.models["smollm2"].meets(plan.models["small"]) and not plan.models["smollm2"].meets(plan.models["tiny"])
+    texts = prompts(tokens, count=3, length=40)
+    asked = {
+        name: [
+            Request(str(i), tuple(t % model.config.vocab_size for t in text), GREEDY) for i, text in enumerate(texts)
+        ]
+        for name, model in models.items()
+    }
+    pool = ModelPool(plan, models)
+    done = pool.generate(asked)
+    pool.check_integrity()
+    found = [done["smollm2"][str(i)].ids for i in range(3)]
+    assert found == [most_probable(reference, text, ids) for text, ids in zip(texts, found, strict=True)]
+    for name in ("small", "tiny"):
+        alone = Engine.load(models[name], replace(to, kv_nbytes=32 << 20), dtype=torch.float32).generate(asked[name])
+        assert {key: completion.ids for key, completion in done[name].items()} == {k: c.ids for k, c in alone.items()}
+    assert sum(switch.num_slept for switch in pool.switches) > 1
 
 
 @pytest.mark.slow

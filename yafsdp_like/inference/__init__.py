@@ -1,4 +1,4 @@
-"""Serve one model: load it into an engine, add requests, read what each step generates.
+"""Serve one model, or a pool of them: load it into an engine, add requests, read what each step generates.
 
 Names are imported when they are first used, so that importing the package, or its options, loads no torch.
 """
@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from yafsdp_like.inference.engine.engine import Completion, Engine, Metrics
     from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request, RequestOutput, Token
-    from yafsdp_like.inference.options import EngineOptions
+    from yafsdp_like.inference.options import EngineOptions, PoolOptions
+    from yafsdp_like.inference.pool.host_weights import HostFullError
+    from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
+    from yafsdp_like.inference.pool.pool import ModelPool, ModelState
     from yafsdp_like.inference.weights.loading import open_model, world_transport
     from yafsdp_like.kernels.sampling_params import SamplingParams
 
@@ -20,13 +23,19 @@ __all__ = [
     "Engine",
     "EngineOptions",
     "FinishReason",
+    "HostFullError",
     "Metrics",
+    "ModelPool",
+    "ModelState",
+    "PoolOptions",
+    "PooledModel",
     "QueueFullError",
     "Request",
     "RequestOutput",
     "SamplingParams",
     "Token",
     "open_model",
+    "plan_pool",
     "world_transport",
 ]
 
@@ -36,7 +45,10 @@ _MODULES = {
         ("RequestOutput", "FinishReason", "QueueFullError", "Request", "Token"), "inference.engine.request"
     ),
     **dict.fromkeys(("open_model", "world_transport"), "inference.weights.loading"),
-    "EngineOptions": "inference.options",
+    **dict.fromkeys(("EngineOptions", "PoolOptions"), "inference.options"),
+    **dict.fromkeys(("ModelPool", "ModelState"), "inference.pool.pool"),
+    **dict.fromkeys(("PooledModel", "plan_pool"), "inference.pool.plan"),
+    "HostFullError": "inference.pool.host_weights",
     "SamplingParams": "kernels.sampling_params",
 }
 

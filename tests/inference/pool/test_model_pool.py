@@ -19,6 +19,7 @@ from tests.inference.engine.test_engine import (
     decoder,
     expected,
     prompts,
+    record_steps,
     requests,
 )
 from tests.inference.weights.test_weights import run_forward
@@ -231,6 +232,22 @@ def test_every_access_to_weights_and_pages_is_ordered_by_an_event() -> None:
 @pytest.mark.parametrize("forgotten", [(COMPUTE, HOST_TO_DEVICE), (HOST_TO_DEVICE, COMPUTE)])
 def test_a_wait_that_is_left_out_is_found(forgotten: tuple[str, str]) -> None:
     assert races([forgotten])
+
+
+def test_all_steps_are_recordings_but_the_first_of_a_model_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording waits for no unit; no recording is made again. Here no event is ever known to be complete."""
+    monkeypatch.setattr(pool_module, "streams_of", lambda device: VectorClocks())
+    pool = model_pool(SMALL, max_turn_steps=4)
+    recorders = {name: record_steps(member.engine, monkeypatch) for name, member in pool._members.items()}
+    num_recorded = {name: len(recorder.recorded) for name, recorder in recorders.items()}
+    texts = {name: prompts(3, longest=12, seed=i) for i, name in enumerate(CONFIGS)}
+    done = pool.generate({name: requests(found) for name, found in texts.items()})
+    assert tokens(done) == {name: alone(name, found) for name, found in texts.items()}
+    for name, recorder in recorders.items():
+        num_woken = sum(switch.model == name and switch.nbytes > 0 for switch in pool.switches)
+        num_replayed = sum(work == "_step" for work, _ in recorder.replayed)
+        assert pool._members[name].engine.metrics().num_steps - num_replayed == num_woken > 1
+        assert len(recorder.recorded) == num_recorded[name]
 
 
 # --- loading, and what is refused ---
