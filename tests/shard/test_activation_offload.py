@@ -6,6 +6,7 @@ On CPUs both memories are the host's, and every copy and wait is done as on a GP
 import copy
 import gc
 import io
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -329,6 +330,36 @@ def test_forwards_after_one_that_was_interrupted_offload_again() -> None:
     model(rows()).sum().backward()
     assert offloaded.copied_nbytes == before + 4 * 3 * NBYTES
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+@on_ranks(1)
+def test_a_second_thread_is_refused_while_a_forward_runs_and_served_after_it() -> None:
+    """Prevents: a bare AssertionError, in either thread, of hooks that are not on top."""
+    model = stack()
+    offload_activations(model.blocks, min_nbytes=NBYTES)
+    x, errors = torch.ones(B, D, requires_grad=True), list[RuntimeError]()
+
+    def run() -> None:
+        try:
+            model(x).sum().backward()
+        except RuntimeError as error:
+            errors.append(error)
+
+    def in_another_thread(*_: Any) -> None:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    handle = model.blocks[1].linear.register_forward_hook(in_another_thread)
+    loss = model(x).sum()
+    handle.remove()
+    loss.backward()
+    assert ["second thread" in str(error) for error in errors] == [True]
+    first = x.grad
+    x.grad = None
+    in_another_thread()
+    assert len(errors) == 1 and first is not None and x.grad is not None
+    assert torch.equal(first, x.grad)
 
 
 @on_ranks(1)

@@ -24,6 +24,7 @@ block decides for itself; around such a block (``CheckpointWrapper``), or inside
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from dataclasses import dataclass, field
 from functools import partial
@@ -62,8 +63,8 @@ def offload_activations(
     and used again. See [Note: offloaded activations].
 
     Raises ``ValueError`` for no blocks, or one that is offloaded already, and ``TypeError`` for what is no module; in a
-    forward, ``RuntimeError`` where a saved tensor was changed in place, as autograd would in backward, and where a step
-    is recorded (``GraphedStep``).
+    forward, ``RuntimeError`` where a saved tensor was changed in place, as autograd would in backward, where a step is
+    recorded (``GraphedStep``), and where another thread is in a forward of the same blocks.
     """
     is_one = isinstance(blocks, nn.Module) and not isinstance(blocks, nn.ModuleList)
     found: list[nn.Module] = [blocks] if is_one else list(blocks)  # type: ignore[arg-type, list-item]
@@ -195,6 +196,7 @@ class OffloadedActivations:
         self._min_nbytes = min_nbytes
         self._device: torch.device | None = None
         self._running: list[tuple[nn.Module, _Call | None, saved_tensors_hooks | None]] = []
+        self._thread = 0  # in which they run
         self._last: weakref.ref[_Call] | None = None  # of the calls that have begun
         self._leaving: _Call | None = None  # whose storages are still on the device, as far as they are alive
         self._timer: Timer | None = None  # while it is measured
@@ -209,6 +211,7 @@ class OffloadedActivations:
 
     def begin(self, block: nn.Module, inputs: Any) -> None:
         """Begin a forward of ``block``; what autograd saves from now on is this object's, unless others have hooks."""
+        self._check_thread(block)
         autograd: Any = torch._C._autograd
         top = autograd._top_saved_tensors_default_hooks(True)
         if top is not None and top[0] == self._pack and any(running is block for running, *_ in self._running):
@@ -229,6 +232,20 @@ class OffloadedActivations:
         hooks.__enter__()
         self._running.append((block, call, hooks))
 
+    def _check_thread(self, block: nn.Module) -> None:
+        """Raise ``RuntimeError`` in another thread than the running forward's; backward has threads of its own."""
+        here = threading.get_ident()
+        if here == self._thread or backward_task() is not None:
+            return
+        if self._running and any(thread.ident == self._thread for thread in threading.enumerate()):
+            raise RuntimeError(
+                f"a {type(block).__name__} was called in a second thread while a {type(self._running[0][0]).__name__} "
+                "runs, and the activations of both are offloaded together: run one forward after the other (under a "
+                "lock), or call offload_activations for each thread's own blocks"
+            )
+        self._running.clear()  # of a thread that has ended in a forward
+        self._thread = here
+
     def _leave_interrupted(self) -> None:
         """Remove the hooks of a forward that never ended: PyTorch calls no hook after a ``KeyboardInterrupt``."""
         for _, _, hooks in self._running:
@@ -238,7 +255,8 @@ class OffloadedActivations:
 
     def end(self, block: nn.Module) -> None:
         """End the forward of ``block``, also one that failed: copy what it has saved, and release the block before."""
-        if not self._running or self._running[-1][0] is not block:
+        is_elsewhere = threading.get_ident() != self._thread and backward_task() is None
+        if is_elsewhere or not self._running or self._running[-1][0] is not block:
             return  # it failed before it began here
         _, call, hooks = self._running.pop()
         if call is None or hooks is None:
