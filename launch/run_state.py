@@ -308,7 +308,13 @@ def describe_changes(saved: Mapping[str, Any] | None, present: Config) -> list[s
     then, now = flat(saved), flat(as_dict(present))
     keys = [key for key in now if key in then and key not in ("output_dir", "resume") and then[key] != now[key]]
     keys += [key for key in (*then, *now) if key.startswith("model.overrides.") and (key in then) != (key in now)]
-    return [f"{key}  {then.get(key, 'absent')} -> {now.get(key, 'absent')}{_effect(key)}" for key in keys]
+    return [f"{key}  {_written(then, key)} -> {_written(now, key)}{_effect(key)}" for key in keys]
+
+
+def _written(values: Mapping[str, Any], key: str) -> str:
+    """Return a value as the file of options has it."""
+    value = values.get(key, "absent")
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _effect(key: str) -> str:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from launch.command_line import Command, known_keys
+from launch.config import load
 from launch.options import GENERATE, SERVE, GenerateOptions, SamplingOverrides, ServeOptions
+from launch.run_state import describe_changes
 from yafsdp_like.inference.engine.places import POLICIES
 from yafsdp_like.inference.kv.eviction import Costs, Tenant
 from yafsdp_like.inference.options import EngineOptions
@@ -87,3 +89,10 @@ def test_installed_commands_are_those_that_python_runs(
         monkeypatch.setattr("sys.argv", [name, "--help"])
         assert not getattr(importlib.import_module(module), function)()
         assert f"-m {module} " in capsys.readouterr().out
+
+
+def test_changes_since_a_checkpoint_are_written_as_options_are() -> None:
+    saved = {"optimizer": {"max_grad_norm": 1.0}, "model": {"graph": False, "preset": "tiny"}}
+    present = load(["--optimizer.max_grad_norm=null", "--model.graph=true"])
+    lines = ["model.graph  false -> true", "optimizer.max_grad_norm  1.0 -> null"]
+    assert describe_changes(saved, present) == lines
