@@ -1,5 +1,6 @@
 """What is refused and how; the list of models, health, metrics and keys."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +9,8 @@ import openai
 import pytest
 
 from tests.inference.http.servers import CHATS, COMPLETIONS, GREEDY, JSON, MODEL, PROMPT, Running, make_engine, serving
+from yafsdp_like.inference.engine.engine import Metrics
+from yafsdp_like.inference.http.metrics import ENGINE_HELP
 from yafsdp_like.inference.http.protocol import MAX_STOP_STRINGS
 from yafsdp_like.inference.text.codec import Codec
 
@@ -194,6 +197,13 @@ def test_metrics_count_what_was_done(codec: Codec) -> None:
         assert numbers["yafsdp_like_engine_num_tokens_drawn"] >= 10
         assert numbers["yafsdp_like_engine_device_busy_seconds"] > 0
         assert 0 <= numbers["yafsdp_like_engine_device_waiting_share"] < 1
+
+
+def test_every_figure_of_the_engine_is_explained() -> None:
+    """Prevents: help that says a metric's name again, or figures that no metric has."""
+    named = {field.name for field in dataclasses.fields(Metrics)}
+    assert named == set(ENGINE_HELP)
+    assert not [name for name, words in ENGINE_HELP.items() if name.replace("_", " ") in words.lower()]
 
 
 def test_two_servers_of_one_process_count_for_themselves(plain: Running, codec: Codec) -> None:

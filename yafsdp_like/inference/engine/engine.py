@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from yafsdp_like.memory.plan import MemoryPlan
     from yafsdp_like.models.decoder import DecoderConfig
 
-Measured = TypeVar("Measured")
+_Measured = TypeVar("_Measured")
 _NO_LINK = Costs(link_nbytes_per_s=1.0, prefill_tokens_per_s=1e4)  # without a host tier nothing is weighed
 
 
@@ -176,7 +176,7 @@ class Engine:
             costs = self._of_first_rank(self._runner.measure()) if Tier.HOST in pools else _NO_LINK
         return KVCache(self._weights.plan.groups, costs, pools[Tier.DEVICE], pools.get(Tier.HOST))
 
-    def _of_first_rank(self, measured: Measured) -> Measured:
+    def _of_first_rank(self, measured: _Measured) -> _Measured:
         """Return what was measured; of tensor parallel ranks, which must all decide alike, what the first one has."""
         return measured if self.tp_group is None else self.tp_group.broadcast(measured)
 

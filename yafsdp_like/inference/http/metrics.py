@@ -20,6 +20,36 @@ BUCKETS_S = 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 STEP_BUCKETS_S = 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1, 5  # of a step or two
 
 
+ENGINE_HELP = {  # of the engine's figures by name, and so of the gauges ``yafsdp_like_engine_NAME``
+    "num_running": "Sequences whose pages are on the device, of which each step computes tokens",
+    "num_waiting": "Sequences that wait to run, swapped ones included",
+    "num_swapped": "Waiting sequences whose pages are in host memory",
+    "num_steps": "Steps since the start",
+    "num_swapped_out": "Sequences that made room by a copy of their pages to host memory",
+    "num_recomputed": "Sequences that made room by dropping pages, which are computed again",
+    "num_tokens_computed": "Tokens that steps have computed, of prompts and drawn ones",
+    "num_tokens_cached": "Tokens of prompts whose pages were found and not computed",
+    "num_tokens_drawn": "Tokens drawn",
+    "num_tokens_dropped": "Tokens drawn behind the end of their sequence, before the end was known",
+    "num_chunks": "Parts of prompts computed without drawing a token",
+    "num_pages_evicted": "Cached pages on the device that were given up for others",
+    "kv_nbytes_used": "Bytes of pages on the device that sequences hold",
+    "kv_nbytes_cached": "Bytes of pages on the device that no sequence holds, kept for prompts that begin alike",
+    "kv_nbytes": "Bytes of all pages on the device",
+    "host_kv_nbytes_used": "Bytes of pages in host memory that sequences hold",
+    "host_kv_nbytes_cached": "Bytes of pages in host memory that no sequence holds",
+    "host_kv_nbytes": "Bytes of all pages in host memory",
+    "recordings_nbytes": "Bytes of device memory that CUDA graphs took beside the plan",
+    "device_busy_seconds": "Seconds that the device has worked on steps",
+    "device_waiting_seconds": "Seconds that the device has waited for the CPU while there were requests",
+    "device_waiting_share": "Share of the last steps' time that the device has waited for the CPU",
+    "decode_step_cpu_p50_seconds": "CPU time of the last steps that only decode, median",
+    "decode_step_cpu_p99_seconds": "CPU time of the last steps that only decode, 99th percentile",
+    "mixed_step_cpu_p50_seconds": "CPU time of the last steps with parts of prompts, median",
+    "mixed_step_cpu_p99_seconds": "CPU time of the last steps with parts of prompts, 99th percentile",
+}
+
+
 class ServerMetrics:
     """What /metrics says, in a registry of its own."""
 
@@ -53,8 +83,7 @@ class ServerMetrics:
 
     def _gauge(self, name: str) -> Gauge:
         if name not in self._gauges:
-            words = name.replace("_", " ")
-            self._gauges[name] = Gauge(f"yafsdp_like_engine_{name}", f"The engine's {words}", registry=self.registry)
+            self._gauges[name] = Gauge(f"yafsdp_like_engine_{name}", ENGINE_HELP[name], registry=self.registry)
         return self._gauges[name]
 
 
