@@ -15,7 +15,7 @@ from yafsdp_like.shard.forecast.quantities import ModuleCost, PhaseMemory, Train
 from yafsdp_like.shard.forecast.step_time import StepKind, StepTime, step_time
 
 RESULTS = Path(__file__).parents[2] / "scripts" / "results"
-OF_ROOT = StepKind(root="root")
+OF_ROOT = StepKind()
 FORWARD_NBYTES = 79  # that operations without products read and write a token and element of width, of one block
 
 
@@ -58,8 +58,8 @@ def forecast_of(
             regions.append(Region(f"{unit}.{kind}", kind, size * numel // num_ranks, transient=kind == "grad_shard"))
     plan = MemoryPlan(num_ranks, tuple(regions), (), ("peer: two GPUs",))
     states = {"optimizer states": moments_nbytes * config.num_params // num_ranks}
-    start = (PhaseMemory("start", states),)
-    return TrainingForecast(plan, start, (*costs, *root_costs(config, tokens)), tuple(transfers))
+    update = (PhaseMemory("update", states),)
+    return TrainingForecast(plan, update, (*costs, *root_costs(config, tokens)), tuple(transfers))
 
 
 def measured(name: str) -> list[Any]:

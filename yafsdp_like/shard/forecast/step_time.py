@@ -106,7 +106,7 @@ class StepKind:
     clips: bool = True  # gradients are read once more, for their norm
     is_graph: bool = False  # forward and backward are replayed, and the CPU issues nothing
     num_accumulated: int = 1  # forwards and backwards of a step
-    root: str = ""  # the root unit's name in the plan
+    root: str = "root"  # the root unit's name in the plan
     root_tail: float = 0.5  # of the root's reduction that is left at the end; a head of its own goes beside backward
 
 
@@ -119,7 +119,7 @@ class _Times:
         self.is_peer = any(transport.startswith("peer") for transport in forecast.plan.transports)
         units = dict.fromkeys(cost.unit for cost in forecast.costs)
         self.units = [unit for unit in units if unit]
-        self.root = kind.root if kind.root or not self.units else self.units[-1]
+        self.root = kind.root
 
     def compute(self, phase: Phase, of_root: bool | None = None) -> float:
         """Seconds of the device; of the root and what is outside of units alone, or of all but these."""
@@ -177,9 +177,10 @@ class _Times:
 
     def update(self) -> float:
         """Seconds of AdamW over this rank's shards, and of what comes from and goes to the host meanwhile."""
-        plan, start = self.forecast.plan, self.forecast.phases[0].nbytes
+        plan = self.forecast.plan
         main, compute = plan.nbytes_of("main_shard"), plan.nbytes_of("compute_shard")
-        grads, moments = plan.nbytes_of("grad_shard"), start.get("optimizer states", 0)
+        grads = plan.nbytes_of("grad_shard")
+        moments = max(phase.nbytes.get("optimizer states", 0) for phase in self.forecast.phases)
         is_split = 0 < main <= compute
         moved = (2 if self.kind.clips else 1) * grads + 2 * (main + moments) + (2 if is_split else 1) * compute
         rate = _known(self.rates, "memory_nbytes")
