@@ -129,6 +129,7 @@ class LogOptions:
     every: int = 10  # steps; ranks exchange losses and the device is synchronised then
     tensorboard: bool = True  # under the run directory, beside metrics.jsonl
     peak_tflops: float | None = None  # of one device, for MFU; none: known by the device's name
+    memory: bool = False  # what holds the first rank's device memory after forward, backward and update, by category
     profile_step: int | None = None  # trace this step and the next
     memory_snapshot: bool = False  # the allocator's history to the end of the run; needs GPUs
 
@@ -147,7 +148,7 @@ class SampleOptions:
 class Config:
     """The whole configuration of a run."""
 
-    output_dir: str = "runs/default"  # checkpoints, metrics, loss curve, and the run's configuration
+    output_dir: str = "runs/default"  # checkpoints, metrics, the report, and the run's configuration
     resume: str = "no"  # "no", "auto" (the last complete checkpoint, if any), or a step-N directory
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs where the host has one for each of its ranks
     seed: int = 0  # of the first weights and of the order of the text

@@ -16,6 +16,7 @@ from torch import Tensor
 from launch import metrics
 from launch.config import Config
 from launch.console import Console
+from launch.memory_timeline import MemoryTimeline
 from launch.world import World
 from yafsdp_like.comm.consistency import raise_on_all_ranks
 from yafsdp_like.memory.plan import readable
@@ -33,7 +34,16 @@ class Pending(NamedTuple):
 class Log:
     """The clock, the first rank's files, and the console, from `step` on."""
 
-    def __init__(self, options: Config, world: World, console: Console, flops_per_step: int | None, step: int) -> None:
+    def __init__(
+        self,
+        options: Config,
+        world: World,
+        console: Console,
+        flops_per_step: int | None,
+        step: int,
+        memory: MemoryTimeline | None = None,
+    ) -> None:
+        self._memory = memory
         self._options, self._world, self._console, self._flops_per_step = options, world, console, flops_per_step
         self.timeline = metrics.Timeline(world.device)
         self.peak_tflops = metrics.peak_tflops(world, options.log.peak_tflops)
@@ -72,7 +82,9 @@ class Log:
             }
             for done, loss, norm in zip(self._pending, losses, norms, strict=True)
         ]
-        records[-1] |= self._speed(len(records), num_tokens) | metrics.memory(self._world.device)
+        records[-1] |= self._speed(len(records), num_tokens) | self._peaks()
+        if self._memory is not None:
+            records[-1]["memory_gib"] = self._memory.take()
         if held_out_loss is not None:
             records[-1]["held_out_loss"] = _finite(held_out_loss)
         self._pending.clear()
@@ -86,9 +98,13 @@ class Log:
         flops = None if self._flops_per_step is None else num_steps * self._flops_per_step
         return metrics.speed(self.timeline.take(), num_steps * num_tokens, flops, self._world, self.peak_tflops)
 
+    def _peaks(self) -> metrics.Record:
+        """Peaks of the whole run, on this rank."""
+        return metrics.memory(self._world.device) | (self._memory.peaks_gib() if self._memory is not None else {})
+
     def totals(self) -> str:
         """Time and memory of the whole run, on this rank."""
-        peaks = metrics.memory(self._world.device)
+        peaks = self._peaks()
         held = {name: readable(round(gib * metrics.GIB)) for name, gib in peaks.items() if gib is not None}
         words = f"{held['host_gib']} of host memory"
         if "allocated_gib" in held:

@@ -7,13 +7,13 @@ between two records.
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import resource
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from launch.world import World
 from yafsdp_like.hardware import PEAK_TFLOPS
 
 GIB = 2**30
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, ENVIRONMENT_FILE = "metrics.jsonl", "environment.json"
 Record = dict[str, Any]
 Mark = torch.cuda.Event | float
 
@@ -139,8 +139,8 @@ class EventFile:
 
         events = []
         for record in records:
-            numbers = {key: value for key, value in record.items() if key != "step" and isinstance(value, (int, float))}
-            values = [Summary.Value(tag=key, simple_value=value) for key, value in numbers.items()]
+            numbers = _numbers({key: value for key, value in record.items() if key != "step"})
+            values = [Summary.Value(tag=key, simple_value=value) for key, value in numbers]
             events.append({"step": record["step"], "summary": Summary(value=values)})
         self._append(events)
 
@@ -152,6 +152,15 @@ class EventFile:
             writer = RecordWriter(file)
             for event in events:
                 writer.write(Event(wall_time=time.time(), **event).SerializeToString())
+
+
+def _numbers(values: Record, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of nested values, by their keys with slashes between."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}{name}", value
 
 
 def read_records(directory: Path) -> list[Record]:
@@ -173,25 +182,6 @@ def read_records(directory: Path) -> list[Record]:
             )
         records.append(record)
     return records
-
-
-def draw_losses(records: list[Record], unigram_entropy: float, path: Path) -> None:
-    """Training and held-out loss against steps, with the entropy of single tokens as the line to beat."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    held_out = [record for record in records if "held_out_loss" in record]
-    for name, marker, label, rows in (("loss", "", "training", records), ("held_out_loss", "o", "held out", held_out)):
-        values = [math.nan if row[name] is None else row[name] for row in rows]
-        axes.plot([row["step"] for row in rows], values, label=label, marker=marker, markersize=3, linewidth=0.9)
-    axes.axhline(unigram_entropy, color="gray", linestyle="--", linewidth=0.9, label="unigram entropy")
-    axes.set(xlabel="step", ylabel="loss, nats per token", ylim=(0, None))
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
 
 
 def _keep_lines_before(path: Path, first_step: int) -> None:

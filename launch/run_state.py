@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from launch.command_line import as_dict
 from launch.config import Config, OptimizerOptions
 from launch.factory import Exporter
-from launch.metrics import environment
+from launch.metrics import ENVIRONMENT_FILE, environment
 from launch.recipe import Recipe
 from launch.trainer import Trainer
 from launch.world import World
@@ -111,7 +111,7 @@ def prepare_directory(options: Config, world: World) -> None:
     output = Path(options.output_dir)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        _replace(output / "environment.json", json.dumps(environment(world), indent=1) + "\n")
+        _replace(output / ENVIRONMENT_FILE, json.dumps(environment(world), indent=1) + "\n")
     except OSError as error:
         raise ValueError(f"cannot write to output_dir {output}: {error.strerror or error}") from None
 

@@ -15,6 +15,7 @@ from launch.build import build_optimizer
 from launch.config import Config
 from launch.gradients import Gradients, Measured, NotFiniteError, where_not_finite
 from launch.log import Log
+from launch.memory_timeline import MemoryTimeline
 from launch.stop_signals import Stopping
 from launch.world import World
 from yafsdp_like import GraphedStep
@@ -50,6 +51,8 @@ class Trainer:
         self.rate = WarmupCosine(rates.lr, num_warmup_steps, options.num_steps, rates.final_lr_ratio)
         self.micro_step = GraphedStep(self._micro_step, model) if options.model.graph else self._micro_step
         self.gradients = Gradients(model, self.optimizer, rates.max_grad_norm, world, rates.update_in_backward)
+        watches = options.log.memory and world.is_first
+        self.memory = MemoryTimeline(model, self.optimizer, world.device) if watches else None
         self.step = 0  # optimizer steps done
         self.position = 0  # sequences of the training text seen by all ranks together
         self.stops = False  # all ranks are to stop after this step
@@ -66,6 +69,8 @@ class Trainer:
         log.timeline.end("data")
         loss = self._forward_backward(*batch)
         log.timeline.end("forward_backward")
+        if self.memory is not None:
+            self.memory.end("backward")
         asked = self.stopping is not None and self.stopping.asked is not None
         measured = self.gradients.finish(self.step + 1, asked)
         before, self._unread = self._unread, measured
@@ -75,6 +80,8 @@ class Trainer:
             self._judge(before)
         if self._num_skipped == 0:
             self.optimizer.step()
+        if self.memory is not None:
+            self.memory.end("update")
         self.optimizer.zero_grad()
         log.timeline.end("optimizer")
         self.step += 1
@@ -149,6 +156,8 @@ class Trainer:
 
     def _micro_step(self, tokens: Tensor, targets: Tensor) -> Tensor:
         loss = self.model(tokens, targets) / self.num_accumulated
+        if self.memory is not None and not self.options.model.graph:  # a recording replays nothing of Python's
+            self.memory.end("forward")
         loss.backward()
         detached: Tensor = loss.detach()
         return detached

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launch import build, memory_check, metrics, sample
+from launch import build, memory_check, report, sample
 from launch.config import Config
 from launch.console import Console
 from launch.corpus import describe_text, open_text
@@ -54,13 +54,14 @@ def run(options: Config, world: World, stopping: Stopping | None = None) -> int:
         trainer = Trainer(options, world, corpus, model, stopping)
     state = RunState(trainer, recipe, exporter)
     state.restore(starts, console.say)
-    log = Log(options, world, console, build.flops_per_step(model, options), trainer.step)
+    log = Log(options, world, console, build.flops_per_step(model, options), trainer.step, trainer.memory)
     profiling = Profiling(options.log, world, Path(options.output_dir))
     log.say(opening_words(trainer, log.peak_tflops))
     try:
         with phase(stopping), explain_out_of_memory(model, trainer.optimizer, directory=options.output_dir):
             train(trainer, state, log, profiling)
         if trainer.stops:
+            report_on(trainer, log)
             log.say(stopped_words(trainer, state))
             return STOPPED
         finish(trainer, state, log)
@@ -144,7 +145,7 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def finish(trainer: Trainer, state: RunState, log: Log) -> None:
-    """What is shown at the end: a sample, the curve, and where everything lies."""
+    """What is shown at the end: a sample, the report, and where everything lies."""
     options, corpus = trainer.options, trainer.corpus
     if not sample.is_possible(trainer.model):
         log.say("no sample: the module of model.factory takes no tokens without targets")
@@ -152,12 +153,21 @@ def finish(trainer: Trainer, state: RunState, log: Log) -> None:
         prompt = corpus.tokenizer.encode(options.sample.prompt)
         tokens = sample.generate(trainer.model, prompt, options.sample, options.seq_len, trainer.world)
         log.say(f"sample: {corpus.tokenizer.decode(tokens)}")
-    output = Path(options.output_dir)
+    log.say(f"step {trainer.step} after {log.totals()}")
+    report_on(trainer, log)
+    log.say(f"last checkpoint: {state.latest()}")
+
+
+def report_on(trainer: Trainer, log: Log) -> None:
+    """Write the run's report, on the first rank."""
+    directory, options = Path(trainer.options.output_dir), trainer.options.optimizer
     with raise_on_all_ranks():
         if trainer.world.is_first:
-            metrics.draw_losses(metrics.read_records(output), unigram_entropy(corpus.train), output / "loss.png")
-    log.say(f"step {trainer.step} after {log.totals()}")
-    log.say(f"loss curve: {output / 'loss.png'}\nlast checkpoint: {state.latest()}")
+            moments = (
+                0 if options.offload_moments else build.moments_nbytes(trainer.model, trainer.world, options.moments)
+            )
+            report.write_report(directory, trainer.model, moments, unigram_entropy(trainer.corpus.train))
+    log.say(f"report: {directory / report.REPORT_FILE}")
 
 
 def stopped_words(trainer: Trainer, state: RunState) -> str:

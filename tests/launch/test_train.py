@@ -130,7 +130,14 @@ def test_a_run_learns_and_leaves_its_files(file: Path) -> None:
     assert last["mfu"] is None and last["tokens_per_s_per_device"] > 0 and last["tflops_per_device"] > 0
     assert sum(last["shares"].values()) == pytest.approx(1)
     output = file.parent / "run"
-    names = {"config.yaml", "environment.json", "loss.png", "tensorboard", "trace-rank0.json.gz", "trace-rank1.json.gz"}
+    names = {
+        "config.yaml",
+        "environment.json",
+        "report.html",
+        "tensorboard",
+        "trace-rank0.json.gz",
+        "trace-rank1.json.gz",
+    }
     assert {path.name for path in output.iterdir()} >= names
     assert [path.name for path in steps.complete_checkpoints(output)] == ["step-20", "step-40"]
     assert read_events(output / "tensorboard", "loss") == pytest.approx(losses(records))
@@ -431,7 +438,7 @@ def errors_in(words: str) -> list[str]:
 def test_one_process_without_torchrun_trains_and_says_what_it_does(file: Path) -> None:
     result = finished(command(file))
     assert result.returncode == 0, result.stderr
-    for words in ("memory plan of one rank of 1", "step 6/6  loss", "sample: the", "loss.png", "step-6"):
+    for words in ("memory plan of one rank of 1", "step 6/6  loss", "sample: the", "report.html", "step-6"):
         assert words in result.stdout
 
 

@@ -161,6 +161,23 @@ def test_what_the_device_holds_is_all_in_one_category_each() -> None:
     assert sum(held.values()) == arenas > 0 and "main shards" in held
 
 
+def gradients_in_forward() -> tuple[list[int], int]:
+    model = Net()
+    fully_shard(model)
+    found = []
+    for _ in range(2):
+        output = model(torch.ones(1, 8))  # the root stays unsharded until its backward, and has gradients beside
+        found.append(oom_letter.holders_of(model, None).get(oom_letter.GRADIENTS, 0))
+        output.backward()
+    return found, sum(p.grad.to_local().untyped_storage().nbytes() for p in model.parameters())
+
+
+def test_gradients_of_units_that_are_unsharded_count_as_gradients() -> None:
+    """Prevents: gradients that are added up over several forwards, and counted as activations in the second one."""
+    ((found, nbytes),) = run_ranks(gradients_in_forward, world_size=1)
+    assert found == [0, nbytes] and nbytes > 0
+
+
 def test_suggestions_are_ordered_by_their_cost_and_say_what_they_free() -> None:
     held = {"main shards": 8 * MIB, "compute shards": 4 * MIB, oom_letter.ACTIVATIONS: 8 * MIB, "gradient shards": MIB}
     words = oom_letter.cheap_changes(held, None)

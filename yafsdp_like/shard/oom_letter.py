@@ -200,7 +200,7 @@ def holders_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dic
         outside, in_allocator = outside + is_outside * region.nbytes, in_allocator + (not is_outside) * region.nbytes
     if not regions:
         in_allocator = nbytes["parameters"] = _storages_nbytes(params, device)
-    nbytes[GRADIENTS] = _storages_nbytes([p.grad for p in params if p.grad is not None], device)
+    nbytes[GRADIENTS] = _storages_nbytes([*(p.grad for p in params), *_gradient_shards(model)], device)
     states = [] if optimizer is None else pytree.tree_leaves(list(optimizer.state.values()))
     nbytes[STATES] = _storages_nbytes([*states, *getattr(optimizer, "moment_buffers", [])], device)
     if device.type == "cuda":
@@ -220,6 +220,13 @@ def _regions(model: nn.Module) -> list[Region]:
     arenas = [unit.arena for unit in engine.units if not unit.is_on_host]
     arenas += [engine.memory.arena] if engine.memory.arena is not None else []
     return [region for arena in dict.fromkeys(arenas) for region in arena.regions.values()]
+
+
+def _gradient_shards(model: nn.Module) -> Iterator[Tensor]:
+    """Yield what reductions write: of units that are unsharded now too, and where nobody reads it any more."""
+    engine = _engine_of(model)
+    for unit in [] if engine is None else engine.units:
+        yield from (p.grad_shard.flat for p in unit.params if p.grad_shard is not None)
 
 
 def _device_of(model: nn.Module) -> torch.device:
