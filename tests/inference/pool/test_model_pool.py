@@ -301,3 +301,60 @@ def test_models_that_the_plan_does_not_know_are_refused() -> None:
         pool.wake_up("x")
     with pytest.raises(ValueError, match=r"expected the plan's models"):
         ModelPool(pool.plan, {})
+
+
+# --- anything, in any order ---
+
+
+@pytest.mark.parametrize("seed", [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 30))])
+def test_whatever_is_asked_between_two_steps_every_answer_is_that_of_the_model_alone(seed: int) -> None:
+    """Random sizes of memory; requests, cancellations, switches, prefetching, loading and unloading at random times."""
+    draw = random.Random(seed)
+    costs, slabs = draw.choice([SWAPPING, RECOMPUTING]), draw.choice([SMALL, SMALL + (100 << 10), 600 << 10, LARGE])
+    options = replace(ONE, costs=costs, lookahead=draw.random() < 0.7, max_batch_size=draw.choice([2, 4]))
+    pool = model_pool(slabs, options, max_turn_steps=draw.choice([2, 9]), host_kv_nbytes=draw.choice([0, 48 << 10]))
+    texts = {name: prompts(4, longest=24, seed=i) for i, name in enumerate(CONFIGS)}
+    wanted = {name: alone(name, found) for name, found in texts.items()}
+    asked: dict[tuple[str, str], int] = {}
+    drawn: dict[tuple[str, str], list[int]] = {}
+    ended: dict[tuple[str, str], FinishReason] = {}
+
+    def act(name: str) -> None:
+        match draw.randrange(12):
+            case 0 | 1 | 2:
+                which = draw.randrange(4)
+                key = str(len(asked))
+                pool.add(name, Request(key, texts[name][which], GREEDY, max_tokens=draw.randint(1, 12)))
+                asked[name, key] = which
+            case 3:
+                pool.wake_up(name)
+            case 4:
+                pool.sleep(name, keep=draw.random() < 0.7)
+            case 5:
+                pool.load(name)
+                pool.prefetch(name)
+            case 6 if asked:
+                pool.cancel(*draw.choice([*asked]))
+            case 7 if not pool._members[name].engine.has_work:
+                pool.unload(name)
+
+    def read() -> None:
+        for name, output in pool.step():
+            key = name, output.request_id
+            drawn[key] = [*drawn.get(key, []), *(token.id for token in output.tokens)]
+            if output.finish is not None:
+                ended[key] = output.finish
+
+    for _ in range(150):
+        act(draw.choice([*CONFIGS]))
+        if draw.random() < 0.6:
+            read()
+        pool.check_integrity()
+    while pool.has_work:
+        read()
+    check_idle(pool)
+    assert ended.keys() == asked.keys() and FinishReason.LENGTH in ended.values()
+    for (name, key), which in asked.items():
+        found = drawn[name, key]
+        assert found == wanted[name][str(which)][: len(found)]
+        assert found or ended[name, key] is FinishReason.CANCELLED
