@@ -9,9 +9,10 @@ All memory is allocated, all kernels are compiled and all steps recorded when th
 ownership of slabs, and copies weights one way.
 
 [Note: turns]
-Models whose homes do not meet are awake together, and step in turn. One that must take the memory of models with work
-waits for ``max_turn_steps`` of their steps, and is prefetched meanwhile, into slabs that hold no page in use. Idle
-models lose their memory as soon as another needs it, those that have been idle for longest first.
+Models whose homes do not meet are awake together, and step in turn. One that must take memory of models with work, the
+bytes of their weights or of pages in its home, waits for ``max_turn_steps`` of their steps, and is prefetched
+meanwhile, into slabs that hold no page in use. Idle models lose their memory as soon as another needs it, those that
+have been idle for longest first.
 
 Not safe for threads: one thread calls everything.
 """
@@ -318,9 +319,14 @@ class ModelPool:
     def _advance(self, member: _Member) -> None:
         """Wake the model that has waited for longest, or prefetch it until it is its turn."""
         working = [other for other in self._awake() if other.engine.has_work]
-        is_beside = not any(other.plan.meets(member.plan) for other in working)
+        pages = self._pools[Tier.DEVICE]
+        is_beside = not (
+            any(other.plan.meets(member.plan) for other in working)
+            or any(pages.is_held(slab) for slab in member.plan.home)
+            or not self._leaves_pages([*working, member])
+        )
         has_waited = self.num_steps - member.waits_since >= self.plan.options.max_turn_steps
-        if not working or has_waited or (is_beside and self._leaves_pages([*working, member])):
+        if not working or has_waited or is_beside:
             self.wake_up(member.name)
         elif self._may_prefetch:
             self.prefetch(member.name)
