@@ -24,8 +24,6 @@ from launch.config import load as load_training
 from launch.options import ALIASES, ServeOptions, check_model
 from launch.recipe import decoder_config
 from yafsdp_like.hardware import Hardware, MachineRates, Rates, machine_rates
-from yafsdp_like.inference.engine.buckets import StepBuckets
-from yafsdp_like.inference.engine.runner import MAX_RECORDED_TOKENS
 from yafsdp_like.inference.plan.buffers import WORKSPACE, StepShape, plan_buffers
 from yafsdp_like.inference.plan.placement import Mode
 from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serving
@@ -35,7 +33,6 @@ from yafsdp_like.models import DecoderConfig
 from yafsdp_like.models.hf import CONFIG_NAME, load_hf_config
 
 PHASES = "load", "prefill", "decode"
-RECORDING_NBYTES = 55_000  # of one size of steps and one layer, about: an H200 took 0.3 GiB for 181 sizes of 32 layers
 NOTES = """
 The options of the server are those of launch.serve, and mean the same. MODEL is what that serves, and also a
 config.json or a run's configuration (.yaml), without weights.
@@ -104,18 +101,8 @@ class ServingForecast:
         return {kind: self.plan.host.nbytes_of(kind) for kind in kinds}
 
     @property
-    def recordings_nbytes(self) -> int:
-        """Of what a plan leaves to libraries, what recorded steps take, about."""
-        options, plan = self.options.engine, self.plan
-        if not (self.options.on_gpu and options.graphs):
-            return 0
-        buckets = StepBuckets(options.max_batch_size, options.max_batch_tokens)
-        sizes = [size for size in (*buckets.decode, *buckets.mixed) if size.num_tokens <= MAX_RECORDED_TOKENS]
-        return len(sizes) * plan.config.num_layers * RECORDING_NBYTES
-
-    @property
     def while_loading_nbytes(self) -> int:
-        """Of the same, before steps are recorded, the largest parameter that is read whole to keep some columns."""
+        """Before steps are recorded, the bytes of the largest parameter that is read whole to keep some columns."""
         cut = [
             parameter
             for packed in self.plan.placement.packed_units
@@ -132,9 +119,10 @@ class ServingForecast:
             return dict.fromkeys(PHASES, self.engine)
         found = {}
         for phase in PHASES:
-            name = "a parameter, whole" if phase == "load" else "recorded steps, about"
-            taken = self.while_loading_nbytes if phase == "load" else self.recordings_nbytes
-            left = {name: taken, "left to libraries": max(LIBRARIES_NBYTES - taken, 0)}
+            beside = LIBRARIES_NBYTES + self.plan.recordings_nbytes
+            name = "a parameter, whole" if phase == "load" else "recorded steps"
+            taken = self.while_loading_nbytes if phase == "load" else self.plan.recordings_nbytes
+            left = {name: taken, "left to libraries": max(beside - taken, 0)}
             found[phase] = self.engine | {"CUDA context": self.rates.context_nbytes or 0} | left
         return found
 
@@ -178,7 +166,7 @@ class ServingForecast:
             "peak": {"phase": max(totals, key=totals.__getitem__), "total_nbytes": max(totals.values())},
             "plan_nbytes": plan.memory.nbytes,
             "workspace_in_use_nbytes": self.workspace_in_use,
-            "recordings_nbytes": self.recordings_nbytes,
+            "recordings_nbytes": plan.recordings_nbytes,
             "host_nbytes": self.host,
             "modes": self.modes(),
         }

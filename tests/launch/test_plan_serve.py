@@ -64,7 +64,7 @@ def test_a_gpu_is_filled_with_the_plan_its_context_and_what_is_left_to_libraries
     found = forecast(*arguments, "--gpu-memory=80GiB")
     assert found.plan.mode == mode
     for nbytes in found.phases.values():
-        total = found.plan.memory.nbytes + H200_MACHINE.context_nbytes + LIBRARIES_NBYTES
+        total = found.plan.memory.nbytes + found.plan.recordings_nbytes + H200_MACHINE.context_nbytes + LIBRARIES_NBYTES
         assert sum(nbytes.values()) == total
         assert 80 * GIB - found.plan.grid.slab_nbytes - (64 << 20) < total <= 80 * GIB
     assert found.num_contexts == found.plan.num_context_tokens // found.plan.max_seq_len >= 1
@@ -75,7 +75,7 @@ def test_a_decoding_step_uses_a_part_of_the_workspace_and_a_prompt_all_of_it() -
     found = forecast("preset:8b")
     used = found.workspace_in_use
     assert used["decode"] < used["prefill"] == found.engine["workspace"]
-    assert forecast("preset:8b", "--no-graphs").recordings_nbytes == 0 < found.recordings_nbytes < LIBRARIES_NBYTES
+    assert forecast("preset:8b", "--no-graphs").plan.recordings_nbytes == 0 < found.plan.recordings_nbytes
 
 
 def test_a_model_is_named_as_a_preset_a_directory_a_file_or_a_run(tmp_path: Path) -> None:

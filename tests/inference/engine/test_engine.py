@@ -19,12 +19,13 @@ from torch.utils._pytree import tree_leaves
 
 from tests.kernels.test_kernels import run_python
 from tests.ranks import run_ranks
+from yafsdp_like.hardware import H200
 from yafsdp_like.inference.engine import forward, runner
 from yafsdp_like.inference.engine.engine import Completion, Engine
-from yafsdp_like.inference.engine.forward import StepSize
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request, Token
 from yafsdp_like.inference.kv.eviction import Costs, Tenant
 from yafsdp_like.inference.options import EngineOptions
+from yafsdp_like.inference.plan.step_sizes import StepSize
 from yafsdp_like.inference.weights.loading import load, model_of, world_transport
 from yafsdp_like.kernels.blocks import INTERPRETED
 from yafsdp_like.kernels.sampling import SamplingRows, remember, sample
@@ -218,12 +219,13 @@ class Recorder:
         return SimpleNamespace(replay=replay)
 
 
-def record_steps(it: Engine, monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """As on a GPU."""
-    recorder = Recorder()
+def record_steps(it: Engine, monkeypatch: pytest.MonkeyPatch, recording_nbytes: int = 0) -> Recorder:
+    """As on a GPU, of which each recording takes that much."""
+    recorder, plan = Recorder(), it._weights.plan
+    it._weights.plan = replace(plan, site=replace(plan.site, hardware=H200))
     monkeypatch.setattr(runner, "StepRecorder", lambda: recorder)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (-len(recorder.recorded) * recording_nbytes, 0))
     it._runner._on_gpu = True
     it._runner.warm_up(graphs=True)
     return recorder
@@ -261,6 +263,18 @@ def test_rows_that_fill_up_a_recorded_batch_change_nothing(monkeypatch: pytest.M
     assert replayed >= {StepSize.decode(4), StepSize.decode(6), StepSize(16, 6, 6, 6)}
     assert {size for name, size in recorder.replayed if name == "_compute_logprobs"} >= {4, 6}
     check_idle(it)
+
+
+def test_recordings_beyond_the_plan_are_left_out_and_their_steps_issued(monkeypatch: pytest.MonkeyPatch) -> None:
+    it, texts = engine(kv_nbytes=1 << 20, max_batch_size=6), prompts(9)
+    with pytest.warns(UserWarning, match="CUDA graphs do not fit the .* bytes planned for them"):
+        recorder = record_steps(it, monkeypatch, recording_nbytes=5 << 20)
+    steps = [size for name, size in recorder.recorded if name == "_step"]
+    assert steps == [StepSize.decode(6), StepSize.decode(4)]
+    taken = it.metrics().recordings_nbytes
+    assert taken == len(recorder.recorded) * (5 << 20) <= 1.05 * it._weights.plan.recordings_nbytes
+    assert ids(it.generate(requests(texts))) == {str(i): expected(TINY, text) for i, text in enumerate(texts)}
+    assert {size for name, size in recorder.replayed if name == "_step"} == {*steps}
 
 
 @pytest.mark.parametrize("name", ["grouped queries", "windows in one layer of three"])

@@ -29,8 +29,8 @@ from yafsdp_like.kernels.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from yafsdp_like.inference.engine.forward import StepSize
     from yafsdp_like.inference.plan.buffers import BatchInputs, StepBuffers
+    from yafsdp_like.inference.plan.step_sizes import StepSize
 
 _GREEDY = SamplingParams(temperature=0.0)  # of rows that only fill up a recording's batch
 _NOWHERE = -1

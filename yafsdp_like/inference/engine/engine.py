@@ -92,7 +92,7 @@ class Metrics(StepFigures):
     host_kv_nbytes_used: int
     host_kv_nbytes_cached: int
     host_kv_nbytes: int
-    recordings_nbytes: int  # of device memory, that CUDA graphs took beside the plan when the engine was made
+    recordings_nbytes: int  # of device memory, that CUDA graphs took beside the arena, within what was planned
 
     @property
     def num_preempted(self) -> int:

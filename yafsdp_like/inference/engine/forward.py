@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from yafsdp_like.inference.plan.buffers import ROW_ALIGNMENT
 from yafsdp_like.kernels.activation import swiglu
 from yafsdp_like.kernels.decode_attention import choose_num_splits, decode_attention, workspace_numel
 from yafsdp_like.kernels.gemv import matmul
@@ -46,37 +45,8 @@ if TYPE_CHECKING:
 
     from yafsdp_like.inference.kv.layer_groups import LayerGroup
     from yafsdp_like.inference.plan.buffers import StepBuffers
+    from yafsdp_like.inference.plan.step_sizes import StepSize
     from yafsdp_like.inference.weights.store import LayerWeights, Weights
-
-
-@dataclass(frozen=True)
-class StepSize:
-    """How many rows of what a step has, padding included; see [Note: padded steps]."""
-
-    num_tokens: int
-    num_single: int  # sequences with one token
-    num_chunks: int = 0  # sequences with several
-    num_drawing: int = 0  # rows whose next token is drawn
-
-    @classmethod
-    def decode(cls, batch_size: int) -> StepSize:
-        """Make a step of one token for each sequence, all of which draw, in order."""
-        return cls(batch_size, batch_size, num_drawing=batch_size)
-
-    @property
-    def first_chunk(self) -> int:
-        """The row of tables at which chunks begin."""
-        return -(-self.num_single // ROW_ALIGNMENT) * ROW_ALIGNMENT
-
-    @property
-    def num_table_rows(self) -> int:
-        """Rows of tables of sequences up to the last one in use."""
-        return self.first_chunk + self.num_chunks if self.num_chunks else self.num_single
-
-    @property
-    def draws_in_order(self) -> bool:
-        """Whether every row draws, in order, so that no index is needed."""
-        return self.num_chunks == 0 and self.num_drawing == self.num_single
 
 
 @dataclass(frozen=True)

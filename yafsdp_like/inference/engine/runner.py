@@ -7,7 +7,9 @@ Shapes: B sequences, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import time
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -17,11 +19,12 @@ import torch
 from torch import Tensor
 
 from yafsdp_like.inference.engine.batch_inputs import Staging, host_like
-from yafsdp_like.inference.engine.buckets import StepBuckets
-from yafsdp_like.inference.engine.forward import Forward, LayerPages, StepSize, queries_per_tile_of
+from yafsdp_like.inference.engine.forward import Forward, LayerPages, queries_per_tile_of
 from yafsdp_like.inference.engine.request import Token
 from yafsdp_like.inference.kv.eviction import Costs
 from yafsdp_like.inference.kv.kv_cache import Copy, Tier
+from yafsdp_like.inference.plan.recordings import MAX_RECORDED_TOKENS, RecordingBudget
+from yafsdp_like.inference.plan.step_sizes import StepBuckets, StepSize
 from yafsdp_like.kernels.blocks import launching_on
 from yafsdp_like.kernels.sampling import SamplingRows, sample
 from yafsdp_like.memory.streams import Event, StepRecorder, StepRecording, Timer, streams_of
@@ -37,7 +40,6 @@ if TYPE_CHECKING:
 _NUM_TIMED = 3  # repetitions of what is measured, of which the fastest counts
 _TIMED_NBYTES = 64 << 20
 _TIMED_TOKENS_ON_CPU = 16
-MAX_RECORDED_TOKENS = 2048  # of a step; larger ones take a GPU longer than issuing them takes the CPU
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Runner:
         self._buckets = StepBuckets(self._max_batch_size, self._max_batch_tokens)
         self._recordings: dict[StepSize, StepRecording] = {}
         self._logprobs: dict[int, StepRecording] = {}  # by the number of rows that draw
-        self.recordings_nbytes = 0  # of the device's memory, which the plan leaves to libraries
+        self.recordings_nbytes = 0  # of the device's memory, beside the arena
         self._fill_rotary()
 
     def _host_results(self) -> DrawnTokens:
@@ -114,24 +116,40 @@ class Runner:
                 self._compute_logprobs(num_rows)
             torch.cuda.synchronize(self._weights.device)
             if graphs:
-                free_nbytes, _ = torch.cuda.mem_get_info(self._weights.device)
-                self._record()
-                self.recordings_nbytes = free_nbytes - torch.cuda.mem_get_info(self._weights.device)[0]
+                plan = self._weights.plan
+                budget = RecordingBudget(
+                    plan.recordings_nbytes, lambda: torch.cuda.mem_get_info(self._weights.device)[0]
+                )
+                self._record(budget)
+                self.recordings_nbytes = budget.taken_nbytes
 
     @property
     def _sizes(self) -> list[StepSize]:
         """Sizes of all steps, those of many tokens last."""
         return [*self._buckets.decode, *self._buckets.mixed]
 
-    def _record(self) -> None:
-        """Record the largest first, whose memory the others then use."""
+    def _record(self, budget: RecordingBudget) -> None:
+        """Record what fits the plan: steps that only decode before others, and of each the largest first."""
         recorder = StepRecorder()
-        for size in reversed(self._buckets.decode):
-            self._logprobs[size.num_drawing] = recorder.record(partial(self._compute_logprobs, size.num_drawing))
-        sizes = [size for size in self._sizes if size.num_tokens <= MAX_RECORDED_TOKENS]
-        for size in reversed(sizes if self._weights.graphable else []):
+
+        def record_logprobs(num_rows: int) -> None:
+            self._logprobs[num_rows] = recorder.record(partial(self._compute_logprobs, num_rows))
+
+        def record_step(size: StepSize) -> None:
             self._weights.reset_residency()
             self._recordings[size] = recorder.record(partial(self._step, size))
+
+        mixed = [size for size in self._buckets.mixed if size.num_tokens <= MAX_RECORDED_TOKENS]
+        sizes = [*reversed(self._buckets.decode), *reversed(mixed)] if self._weights.graphable else []
+        work = [partial(record_logprobs, size.num_drawing) for size in reversed(self._buckets.decode)]
+        work += [partial(record_step, size) for size in sizes]
+        left = list(itertools.dropwhile(budget.record, work))
+        if left:
+            warnings.warn(
+                f"{len(left)} of {len(work)} CUDA graphs do not fit the {self._weights.plan.recordings_nbytes:,} bytes "
+                f"planned for them, of which {budget.taken_nbytes:,} are taken: those are issued kernel by kernel",
+                stacklevel=2,
+            )
 
     @torch.inference_mode()
     def measure(self) -> Costs:

@@ -9,7 +9,7 @@ Sequences that decode wait for the chunks of prompts beside them, so a step has 
 twice a GPU's ratio of FLOP/s to bytes/s on (150 to 300 rows), more rows make no row cheaper but all of them later: a
 step computes about ``CHUNK`` tokens of prompts beside rows that decode, and prompts that arrived together one after
 the other. Where more than a few prompts could be computed, throughput counts, and chunks grow with their number.
-Where nobody decodes, the first prompt may have the whole step. Rows that a step is padded to (``buckets.py``) are
+Where nobody decodes, the first prompt may have the whole step. Rows that a step is padded to (``step_sizes.py``) are
 used. So budgets depend on requests alone, not on clocks, and the same calls make the same steps.
 
 A target (``EngineOptions.tpot_ms``) replaces the rule by times: beside rows that decode, a step has as many rows as
@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStatus, Run
-from yafsdp_like.inference.engine.buckets import StepBuckets
 from yafsdp_like.inference.engine.places import nobody_else
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
 from yafsdp_like.inference.kv.kv_cache import NO_PAGE, KVCache, KVSequenceState, Shortage, Tier
+from yafsdp_like.inference.plan.step_sizes import StepBuckets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterator, Sequence

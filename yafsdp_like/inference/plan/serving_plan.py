@@ -27,7 +27,8 @@ from yafsdp_like.inference.plan.buffers import PlacedBuffers, StepShape, plan_bu
 from yafsdp_like.inference.plan.capacity import Capacity
 from yafsdp_like.inference.plan.packed_weights import check_served, pack_units
 from yafsdp_like.inference.plan.placement import Mode, Placement, placements
-from yafsdp_like.memory.plan import MemoryPlan, Region
+from yafsdp_like.inference.plan.recordings import recordings_nbytes
+from yafsdp_like.memory.plan import MemoryPlan, Region, readable
 from yafsdp_like.models.tensor_parallel import share_of
 
 if TYPE_CHECKING:
@@ -94,8 +95,13 @@ class ServingPlan:
         return self.capacity.num_tokens(self.grid, self.max_seq_len)
 
     @cached_property
+    def recordings_nbytes(self) -> int:
+        """The bytes that CUDA graphs take beside the arena; 0 on a CPU, or a device that is not known."""
+        return _recordings_nbytes(self.rank_config, self.options, self.site)
+
+    @cached_property
     def memory(self) -> MemoryPlan:
-        """Of the device. Not in it: CUDA's context and graphs, and what kernels are compiled to."""
+        """Of the arena. Not in it: ``recordings_nbytes``, CUDA's context, and what kernels are compiled to."""
         regions = (
             *self.placement.regions(),
             Region(KV_SLABS, KV_SLABS, self.grid.region_nbytes),
@@ -116,6 +122,8 @@ class ServingPlan:
 
     def __str__(self) -> str:
         lines = [*self.reasons, str(self.memory)]
+        if self.recordings_nbytes:
+            lines.append(f"  beside the arena: {readable(self.recordings_nbytes)} for CUDA graphs of steps")
         return "\n".join([*lines, f"in host memory: {self.host}"] if self.host.regions else lines)
 
 
@@ -148,6 +156,10 @@ def _rank_config(config: DecoderConfig, site: Site, mode: AnyMode) -> DecoderCon
     return share_of(config, site.num_ranks) if mode == "tensor_parallel" else config
 
 
+def _recordings_nbytes(share: DecoderConfig, options: EngineOptions, site: Site) -> int:
+    return recordings_nbytes(share, options) if site.hardware else 0
+
+
 def _auto_modes(site: Site) -> Iterator[Mode]:
     yield "resident"
     if site.num_ranks > 1:
@@ -167,6 +179,7 @@ class _Draft:
     site: Site
     capacity: Capacity
     buffers: PlacedBuffers
+    recordings_nbytes: int
     max_seq_len: int  # at most
     least: int  # tokens of context that must fit
 
@@ -184,7 +197,8 @@ class _Draft:
         )
         buffers = plan_buffers(share, step, site.dtype)
         least = options.max_seq_len or min(longest, options.max_batch_tokens)
-        return cls(config, options, site, capacity, buffers, longest, least)
+        recordings = _recordings_nbytes(share, options, site)
+        return cls(config, options, site, capacity, buffers, recordings, longest, least)
 
     def choose(self, mode: Mode) -> Placement | None:
         """See [Note: what is kept]; None where not even one context fits beside the weights."""
@@ -205,7 +219,7 @@ class _Draft:
     def room(self, weights_nbytes: int) -> int | None:
         """Return the bytes that are left for keys and values; None: any number."""
         limit = self.options.memory_limit_nbytes
-        return None if limit is None else limit - weights_nbytes - self.buffers.nbytes
+        return None if limit is None else limit - weights_nbytes - self.buffers.nbytes - self.recordings_nbytes
 
     def _fits(self, weights_nbytes: int, num_tokens: int) -> bool:
         room = self.room(weights_nbytes)
@@ -242,9 +256,11 @@ class _Draft:
         assert limit is not None, "anything fits without a limit"
         smallest = min((_smallest(self._placements(mode)) for mode in tried), key=lambda p: p.nbytes)
         context = self.options.kv_nbytes or self.capacity.nbytes_for(self.least, self.max_seq_len)
-        needed = smallest.nbytes + self.buffers.nbytes + context
+        needed = smallest.nbytes + self.buffers.nbytes + self.recordings_nbytes + context
         what = "kv_nbytes" if self.options.kv_nbytes else f"keys and values of {self.least:,} tokens"
         remedies = [f"memory_limit_nbytes={needed}", *self._smaller_contexts(smallest)]
+        if 0 < needed - limit <= self.recordings_nbytes:
+            remedies.append(f"graphs=False, since CUDA graphs take {self.recordings_nbytes:,}")
         return (
             f"the model does not fit memory_limit_nbytes={limit}: {needed - limit:,} bytes are missing. {needed:,} are "
             f"needed, at least: {smallest.nbytes:,} for weights ({smallest.mode}), {self.buffers.nbytes:,} for the "

@@ -86,7 +86,7 @@ class PoolPlan:
 
     @cached_property
     def memory(self) -> MemoryPlan:
-        """Of the device. Not in it: CUDA's context and graphs, and what kernels are compiled to."""
+        """Of the arena. Not in it: graphs of all models, CUDA's context, and what kernels are compiled to."""
         plans = [*self.models.values()]
         regions = [Region(SLABS, SLABS, self.grid.region_nbytes)]
         regions += [Region(kind, kind, _largest(plans, kind)) for kind in (WORKSPACE, LOGITS)]
@@ -150,11 +150,12 @@ def plan_pool(models: Mapping[str, PooledModel], options: PoolOptions, hardware:
     kinds = [max(_buffers_nbytes(plan, kind) for plan in alone.values()) for kind in (WORKSPACE, LOGITS)]
     buffers_nbytes = sum(kinds) + sum(_buffers_nbytes(plan, TABLES) for plan in alone.values())
     shapes = Capacity(tuple(group for plan in alone.values() for group in plan.groups), chunk=1)
-    grid = shapes.grid(options.memory_limit_nbytes - buffers_nbytes)
+    graphs_nbytes = sum(plan.recordings_nbytes for plan in alone.values())
+    grid = shapes.grid(options.memory_limit_nbytes - buffers_nbytes - graphs_nbytes)
     if grid is None:
         raise ValueError(
             f"memory_limit_nbytes={options.memory_limit_nbytes} leaves no slab for weights and pages beside "
-            f"{buffers_nbytes:,} bytes for the buffers of steps"
+            f"{buffers_nbytes:,} bytes for the buffers of steps and {graphs_nbytes:,} for CUDA graphs"
         )
     units = {name: tuple(_units(plan)) for name, plan in alone.items()}
     sizes = [ceil_div(units[name][-1].end_nbytes, grid.slab_nbytes) for name in alone]

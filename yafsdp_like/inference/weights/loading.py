@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 PRESET = "preset:"
 ADAPTER_CONFIG = "adapter_config.json"
-LIBRARIES_NBYTES = 2**30  # of a GPU, what CUDA's libraries and graphs may take beside the plan
+LIBRARIES_NBYTES = 2**30  # of a GPU, what CUDA's libraries may take beside the plan
 CPU_KV_NBYTES = 2**30  # pages on a CPU, where nothing is said
 _READ_NBYTES = 64 << 20  # at a time, about
 

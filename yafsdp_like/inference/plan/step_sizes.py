@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from yafsdp_like.inference.engine.forward import StepSize
+from yafsdp_like.inference.plan.buffers import ROW_ALIGNMENT
 
 # Up to which number of tokens padding is to a multiple of what. Measured on an H200 with the shape of Llama 3 8B in
 # bf16: sizes that are left out take as long as the next one, or longer (448 tokens 14.3 ms, 512 tokens 11.0 ms).
@@ -18,6 +18,36 @@ _TOKEN_STEPS = ((16, 8), (128, 16), (256, 32), (384, 64), (512, 128), (640, 64),
 _LARGEST_TOKEN_STEP = 512
 _NUM_SEQUENCES = (8, 32, 128, 512)
 _MAX_CHUNKS = 32  # where that suffices: a size has a row of logits for each, with work or without
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """How many rows of what a step has, padding included; see `forward.py`, [Note: padded steps]."""
+
+    num_tokens: int
+    num_single: int  # sequences with one token
+    num_chunks: int = 0  # sequences with several
+    num_drawing: int = 0  # rows whose next token is drawn
+
+    @classmethod
+    def decode(cls, batch_size: int) -> StepSize:
+        """Make a step of one token for each sequence, all of which draw, in order."""
+        return cls(batch_size, batch_size, num_drawing=batch_size)
+
+    @property
+    def first_chunk(self) -> int:
+        """The row of tables at which chunks begin."""
+        return -(-self.num_single // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+    @property
+    def num_table_rows(self) -> int:
+        """Rows of tables of sequences up to the last one in use."""
+        return self.first_chunk + self.num_chunks if self.num_chunks else self.num_single
+
+    @property
+    def draws_in_order(self) -> bool:
+        """Whether every row draws, in order, so that no index is needed."""
+        return self.num_chunks == 0 and self.num_drawing == self.num_single
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from yafsdp_like.inference.engine.buckets import StepBuckets
-from yafsdp_like.inference.engine.forward import StepSize
+from yafsdp_like.inference.plan.step_sizes import StepBuckets, StepSize
 
 LIMITS = [(1, 1), (1, 40), (4, 16), (33, 33), (100, 512), (256, 2048), (1024, 8192)]
 

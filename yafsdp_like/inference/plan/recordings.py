@@ -1,0 +1,60 @@
+"""What CUDA graphs of steps take of a GPU's memory. No arena holds it: the driver keeps every kernel's launch there.
+
+A recording allocates next to nothing itself, since all that a step writes is planned; what PyTorch's allocator holds
+for all of them is cuBLAS's workspace of their stream, and what choosing the most probable tokens of many rows takes.
+The driver says nothing of its own bytes before it has taken them. They are planned by what was measured, and more than
+`SLACK` beyond that is never taken (`RecordingBudget`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from yafsdp_like.inference.plan.step_sizes import StepBuckets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from yafsdp_like.inference.options import EngineOptions
+    from yafsdp_like.models.decoder import DecoderConfig
+
+MAX_RECORDED_TOKENS = 2048  # of a step; larger ones take a GPU longer than issuing them takes the CPU
+
+# Measured on an H200, torch 2.11: recordings of the 8B shape took 180 MiB in all (154 of them, 32 layers), of the 0.6B
+# shape 154 (146, 28 layers), of two layers 54 (124).
+_STEP_NBYTES, _LAYER_NBYTES = 125 << 10, 30 << 10  # of one recording, and more of it for each layer
+_WORKSPACE_NBYTES = 32 << 20  # of cuBLAS
+_MANY_ROWS, _MANY_ROWS_NBYTES = 128, 20 << 20  # above which, choosing the most probable tokens takes so much
+_GRANULE_NBYTES = 2 << 20  # in which the driver and the allocator take memory
+SLACK = 0.05
+
+
+def recordings_nbytes(config: DecoderConfig, options: EngineOptions) -> int:
+    """Return the bytes that an engine's recordings take beside its arena; ``config`` is what one rank computes."""
+    if not options.graphs:
+        return 0
+    buckets = StepBuckets(options.max_batch_size, options.max_batch_tokens)
+    num_steps = len(buckets.decode) + sum(size.num_tokens <= MAX_RECORDED_TOKENS for size in buckets.mixed)
+    many_rows = _MANY_ROWS_NBYTES if options.max_batch_size > _MANY_ROWS else 0
+    driver_nbytes = num_steps * (_STEP_NBYTES + config.num_layers * _LAYER_NBYTES)
+    return _WORKSPACE_NBYTES + many_rows + (driver_nbytes // _GRANULE_NBYTES + 1) * _GRANULE_NBYTES
+
+
+class RecordingBudget:
+    """Counts what recordings take of the free memory, so that they take no more than is planned, and the slack."""
+
+    def __init__(self, planned_nbytes: int, free_nbytes: Callable[[], int]) -> None:
+        """``free_nbytes`` tells the device's free memory, of which nobody else takes any meanwhile."""
+        self._most_nbytes, self._free_nbytes = int((1 + SLACK) * planned_nbytes), free_nbytes
+        self._first_nbytes, self._last_nbytes = free_nbytes(), 0
+        self.taken_nbytes = 0
+
+    def record(self, work: Callable[[], object]) -> bool:
+        """Call ``work``, which records, and return True; or False where less is left than the last recording took."""
+        if self.taken_nbytes + self._last_nbytes + _GRANULE_NBYTES > self._most_nbytes:
+            return False
+        before = self.taken_nbytes
+        work()
+        self.taken_nbytes = self._first_nbytes - self._free_nbytes()
+        self._last_nbytes = self.taken_nbytes - before
+        return True
