@@ -64,7 +64,7 @@ class PoolOptions:
     host_kv_nbytes: int = 0  # KV cache in host memory, for sequences that are swapped out
     max_turn_steps: int = 256  # of models that are awake, while another waits for their memory
     policy: PolicyName = "lru"  # eviction order of cached pages: lru, or gdsf (greedy dual size frequency)
-    tenants: tuple[Tenant, ...] = ()  # tenants with a reserved number of pages or a priority
+    tenants: tuple[Tenant, ...] = ()  # tenants, or models by name, with a reserved number of pages or a priority
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

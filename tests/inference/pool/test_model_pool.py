@@ -24,6 +24,7 @@ from tests.inference.engine.test_engine import (
 )
 from tests.inference.weights.test_weights import run_forward
 from yafsdp_like.inference.engine.request import FinishReason, Request
+from yafsdp_like.inference.kv.eviction import Tenant
 from yafsdp_like.inference.kv.kv_cache import Tier
 from yafsdp_like.inference.options import EngineOptions, PoolOptions
 from yafsdp_like.inference.pool import pool as pool_module
@@ -318,6 +319,19 @@ def crowded(max_turn_steps: int = 10_000) -> ModelPool:
 
 def long_texts(seed: int = 0) -> list[tuple[int, ...]]:
     return [(*text, *range(45 - len(text)))[:45] for text in prompts(3, 45, seed)]
+
+
+@pytest.mark.parametrize("has_floor", [True, False])
+def test_a_model_with_a_floor_keeps_its_prefixes_while_another_fills_all_pages(has_floor: bool) -> None:
+    floor = (Tenant("plain", floor_nbytes=32 << 10),) if has_floor else ()
+    pool, text = model_pool(400 << 10, tenants=floor), long_texts()[0]
+    pool.generate({"plain": requests([text])})
+    for seed in range(8):
+        pool.generate({"windows": requests(long_texts(seed + 1))})
+    again = pool.generate({"plain": requests([text])})["plain"]["0"]
+    assert again.ids == expected(CONFIGS["plain"], text)
+    assert again.num_cached_tokens == (44 if has_floor else 0)
+    check_idle(pool)
 
 
 def test_idle_models_lose_their_memory_before_a_sequence_loses_its_pages() -> None:

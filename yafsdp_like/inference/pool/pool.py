@@ -20,7 +20,7 @@ Not safe for threads: one thread calls everything.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING
@@ -277,12 +277,13 @@ class ModelPool:
     def add(self, name: str, request: Request) -> None:
         """Take a request of a model, which is loaded if it is not; its outputs come from ``step``.
 
-        Raises what ``load`` and ``Engine.add`` do.
+        Pages of a request without a tenant are the model's: a floor or a priority for a model is that of a tenant of
+        its name. Raises what ``load`` and ``Engine.add`` do.
         """
         member = self._find(name)
         self.load(name)
         had_work = member.engine.has_work
-        member.engine.add(request)
+        member.engine.add(request if request.tenant else replace(request, tenant=name))
         if not had_work:
             member.waits_since = self.num_steps
 
