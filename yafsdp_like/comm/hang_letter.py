@@ -92,7 +92,7 @@ class HangLetter:
         self._store.set_timeout(datetime.timedelta(seconds=_ANSWER_SECONDS))
         self._poll_s = min(1.0, self.limit_s / 20)
         self._lock = threading.Lock()  # of everything below
-        self._stands: tuple[object, float] = (None, time.monotonic())  # at which instruction, since when
+        self._stands: tuple[tuple[object, ...], float] = ((None,), time.monotonic())  # at which instruction, since when
         self._count = 0  # of things done, at the last look
         self._asked = 0  # how many questions are known of
         self._armed: tuple[Event, float] | None = None
@@ -118,8 +118,11 @@ class HangLetter:
         the wait.
         """
         with self._lock:
+            (stood, *_), since = self._stands  # until the wait failed
             self._ask()
-            self._gave_up = replace(self._places[self._rank], gave_up=True)
+            place = self._places[self._rank]
+            waited_s = time.monotonic() - since if stood == place.count else 0.0
+            self._gave_up = self._places[self._rank] = replace(place, gave_up=True, since_s=waited_s)
             words = self._words(error)
             if not self._letter:
                 self._letter = words
@@ -237,7 +240,7 @@ class HangLetter:
 
     def _has_answered(self, rank: int) -> bool:
         place = self._places.get(rank)
-        return place is not None and (place.answers > 0 or bool(place.ended))
+        return place is not None and (place.answers >= self._asked or place.gave_up or bool(place.ended))
 
     def _read(self) -> None:
         for rank in range(self._size):
@@ -269,11 +272,9 @@ class HangLetter:
         place = self._places.get(rank)
         if place is None or place.ended:
             return False
-        return (
-            rank == self._rank
-            or place.gave_up
-            or (place.answers > 0 and time.time() - place.posted < 5 * self._poll_s + 1.0)
-        )
+        if rank == self._rank or place.gave_up or place.answers >= max(self._asked, 1):
+            return True
+        return place.answers > 0 and time.time() - place.posted < 2 * self._poll_s + 0.3
 
     def _words(self, error: str) -> str:
         lines = [f"hang letter of rank {self._name(self._rank)}, one of {self._size} (limit {self.limit_s:g} s):"]
