@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
 ALIGNMENT_NBYTES = 256
+GUARD_NBYTES = ALIGNMENT_NBYTES  # of a border between segments, where debug mode wants some
 
 
 def aligned(nbytes: int, alignment_nbytes: int = ALIGNMENT_NBYTES) -> int:
@@ -98,6 +99,7 @@ class FlatLayout:
     segments: tuple[Segment, ...]
     nbytes: int
     granule_nbytes: int = ALIGNMENT_NBYTES  # where the region may end
+    guard_nbytes: int = 0  # around each segment
 
     def __post_init__(self) -> None:
         end = 0
@@ -105,25 +107,47 @@ class FlatLayout:
             assert segment.offset_nbytes % ALIGNMENT_NBYTES == 0, f"misaligned {segment}"
             assert segment.offset_nbytes >= end and segment.nbytes >= 0, f"{segment} overlaps what ends at {end}"
             end = segment.end_nbytes
-        assert aligned(end, self.granule_nbytes) == self.nbytes, f"segments end at {end}, the region at {self.nbytes}"
+        behind = aligned(end) + (self.guard_nbytes if end else 0)
+        assert aligned(behind, self.granule_nbytes) == self.nbytes, (
+            f"segments end at {end}, the region at {self.nbytes}"
+        )
 
     @classmethod
     def pack(
-        cls, sizes_nbytes: Sequence[int], in_granules: Collection[int] = (), granule_nbytes: int = 0
+        cls,
+        sizes_nbytes: Sequence[int],
+        in_granules: Collection[int] = (),
+        granule_nbytes: int = 0,
+        guard_nbytes: int = 0,
     ) -> FlatLayout:
         """Lay out segments of the given sizes, in order, as close together as alignment allows.
 
         Those whose index is in ``in_granules`` start at a granule, and are whole granules, as the whole then is.
+        ``guard_nbytes`` are left before each that is not empty, and behind the last: see ``gaps``.
         """
         segments, offset = [], 0
         for index, nbytes in enumerate(sizes_nbytes):
             if index in in_granules:
                 assert nbytes % granule_nbytes == 0, f"{nbytes} bytes are not whole granules of {granule_nbytes}"
                 offset = aligned(offset, granule_nbytes)
+            offset += guard_nbytes if nbytes else 0
             segments.append(Segment(offset, nbytes))
             offset = aligned(offset + nbytes)
+        offset += guard_nbytes if offset else 0
         granule_nbytes = granule_nbytes if in_granules else ALIGNMENT_NBYTES
-        return cls(tuple(segments), aligned(offset, granule_nbytes), granule_nbytes)
+        return cls(tuple(segments), aligned(offset, granule_nbytes), granule_nbytes, guard_nbytes)
+
+    @property
+    def gaps(self) -> list[tuple[int | None, int | None, Segment]]:
+        """The bytes that no segment has: the numbers of the segments before and behind, or None, and where."""
+        filled = [(k, segment) for k, segment in enumerate(self.segments) if segment.nbytes]
+        ends = [(None, 0), *((k, segment.end_nbytes) for k, segment in filled)]
+        starts = [*((k, segment.offset_nbytes) for k, segment in filled), (None, self.nbytes)]
+        return [
+            (before, behind, Segment(end, start - end))
+            for (before, end), (behind, start) in zip(ends, starts, strict=True)
+            if start > end
+        ]
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

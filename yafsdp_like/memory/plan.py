@@ -264,6 +264,7 @@ class MemoryPlan:
     transports: tuple[str, ...] = ()  # what moves bytes between the ranks, and why
     keeps_gradients: bool = False  # whether recorded steps add to gradients
     clocks: tuple[Clock, ...] = ()  # of the slots, by kind
+    debug_nbytes: int = 0  # of all regions, that are there in debug mode only
 
     @property
     def nbytes(self) -> int:
@@ -297,6 +298,10 @@ class MemoryPlan:
         if self.host_nbytes:
             lines[0] += f", and {readable(self.host_nbytes)} in host memory"
         lines += [f"  over {transport}" for transport in self.transports]
+        if self.debug_nbytes:
+            lines.append(
+                f"  {readable(self.debug_nbytes)} of them for debug mode: guard bytes, and slots of units' own"
+            )
         for kind, meaning in KINDS.items():
             regions = [r for r in self.regions if r.kind == kind and r.nbytes]
             if not regions:

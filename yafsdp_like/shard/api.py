@@ -66,6 +66,7 @@ class ShardOptions(TypedDict, total=False):
     transport: TransportName
     split_master: bool
     grad_dtype: torch.dtype | None
+    debug: bool | None
 
 
 @overload
@@ -85,6 +86,7 @@ def fully_shard(
     transport: TransportName = "auto",
     split_master: bool = False,
     grad_dtype: torch.dtype | None = None,
+    debug: bool | None = None,
 ) -> Any:
     """Shard the parameters of ``module`` (or of a list of modules, as one unit) over the ranks of ``mesh``, in place.
 
@@ -106,8 +108,8 @@ def fully_shard(
             all-gathered, and 16 bits of remainder: two bytes a value less, the same fp32 values for everybody who
             reads or writes them, to the bit. Ties of the rounding go away from zero. Not FSDP2's; see
             [Note: split master] in ``ops/split_master.py``.
-        grad_dtype: of ``.grad``, which is not FSDP2's: what gradients are reduced in, so that nothing is lost where one
-            backward makes them; sums over several are rounded to it. None: the parameter's own.
+        grad_dtype: of ``.grad``, to which sums over several backwards are rounded; None: the parameter's own.
+        debug: see ``FSDPModule.set_debug_mode``; None: as ``YAFSDP_DEBUG`` says. Not FSDP2's.
         shard_placement_fn: FSDP2's; only None is supported yet, as for ``dp_mesh_dims``.
         offload_policy: ``CPUOffloadPolicy()`` keeps parameters and gradients in host memory, and so the optimizer's
             states and update; rows are copied to the device for each all-gather, and gradients back, beside compute.
@@ -129,7 +131,7 @@ def fully_shard(
     check_mesh(mesh)
     owners = params_below(modules, ignored_params or set())
     check_params(owners)
-    policy = UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward), split_master, grad_dtype, offload)
+    policy = UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward), split_master, grad_dtype, debug, offload)
     return _shard(module, modules, split_tied(owners, modules), mesh, policy, transport)
 
 
@@ -279,14 +281,22 @@ class FSDPModule(Base):
         for unit in self._units(recurse=True):
             unit.freshness.main_shards_written()
 
-    def set_debug_mode(self, debug: bool) -> None:
-        """Set whether released parameters read as NaN, and a forward that turns finite inputs into NaN is an error.
+    def set_debug_mode(self, debug: bool, own_slots: bool = True) -> None:
+        """Set whether memory is checked for reads and writes where there should be none.
 
-        Finds views of full parameters that are kept outside of their unit's forward, whose values are undefined there;
-        the error names the module. Slow, since it waits for the GPU after every forward, and large, since each unit has
-        an all-gather slot of its own from then on. To be called on the root, between steps.
+        Released slots read as NaN (integers as 0x6b bytes), and a forward that turns finite inputs into NaN is an
+        error: it reads a view of parameters that was kept outside of their unit's forward. Guard bytes lie around every
+        parameter, in slots and shards, and behind every gradient; they are checked when a slot is taken and released,
+        at the begin and end of forwards and backwards, and after optimizers' steps, as is that nobody has written
+        to a released slot, and that no two units hold the same bytes. A ``RuntimeError`` names the units, the rank, and
+        what ran since memory was last intact.
+
+        Slow, since it waits for the GPU all the time, and large: each unit has an all-gather slot of its own, unless
+        ``own_slots`` is False, which leaves places as planned and finds errors of the schedule. To be called on
+        the root, between steps, on all ranks. The environment variable ``YAFSDP_DEBUG=1`` sets it for all models, and
+        ``YAFSDP_DEBUG=planned`` without slots of their own.
         """
-        self._engine().params.set_debug(debug)
+        self._engine().params.set_debug(debug, own_slots)
 
     def reset_iter_state(self) -> None:
         """Forget a forward or backward that raised, as the next forward does too, and drop unsynchronized gradients."""

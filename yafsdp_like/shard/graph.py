@@ -276,7 +276,7 @@ def repeatable_state(engine: ShardEngine, keeps_gradients: bool = True) -> StepK
     to a split master, and where outputs are to be checked (debug mode). With ``keeps_gradients`` each gradient gets
     memory that it keeps, if nobody has a view of what is overwritten then.
     """
-    if not engine.memory.is_built or engine.params.debug:
+    if not engine.memory.is_built or engine.params.debug is not None:
         return None
     busy = engine.running.iteration is not None or engine.running.backwards or not engine.gradients.is_last_backward
     if busy or not all(unit.policy.requires_gradient_sync for unit in engine.units):

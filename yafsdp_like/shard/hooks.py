@@ -74,7 +74,7 @@ def _before_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs
     if policy.cast_forward_inputs and needs_cast(tensors, policy.param_dtype):
         inputs = cast_floating(inputs, policy.param_dtype)
         tensors = tensors_in(inputs)
-    call.has_nan_inputs = engine.params.debug and holds_nan(inputs)
+    call.has_nan_inputs = engine.params.debug is not None and holds_nan(inputs)
     return inputs if call.recomputes else _enter(engine, unit, call, inputs, tensors)
 
 
@@ -156,7 +156,7 @@ def _after_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], output:
     others: list[Any] = []  # in the output, that are neither tensors nor containers of such
     if not failed and unit.registered is not None:
         output = _own_values(unit.registered, output, others)
-        if engine.params.debug and not call.has_nan_inputs:
+        if engine.params.debug is not None and not call.has_nan_inputs:
             error = output_error(unit.registered, output)
             failed = error is not None
     if not call.recomputes:

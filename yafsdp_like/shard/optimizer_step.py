@@ -136,7 +136,11 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Note which main shards were written: an optimizer's own kernels may not count as writes in place."""
     _updated.discard(optimizer)
-    for unit, params in _owned(optimizer).items():
+    owned = _owned(optimizer)
+    for engine in {engine: None for unit in owned if (engine := engine_of(unit)) is not None}:
+        if engine.params.debug is not None:
+            engine.params.debug.check("an optimizer's step ends")
+    for unit, params in owned.items():
         unit.stepped(params)
         if not isinstance(optimizer, AdamW) or not unit.freshness.is_current():
             unit.freshness.main_shards_written()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from yafsdp_like.memory.plan import MemoryPlan
     from yafsdp_like.shard.runtime.collective_log import CollectiveLog
+    from yafsdp_like.shard.runtime.debug import Debugger
     from yafsdp_like.shard.runtime.unit_state import Unit
     from yafsdp_like.shard.runtime.unit_tree import UnitTree
     from yafsdp_like.shard.spec.unit_spec import UnitLayout
@@ -63,6 +64,7 @@ class AllocatedMemory:
         self.arena: Arena | None = None
         self.num_layouts = 0  # how often slots were given places
         self.spills: list[Spill] = []
+        self.debugger: Debugger | None = None  # what checks it, in debug mode
         self._tree, self._collective_log = tree, collective_log
         self._layout: MemoryLayout | None = None
         self._built_for: tuple[object, ...] = ()  # the units' signatures then
@@ -92,6 +94,8 @@ class AllocatedMemory:
         """Give every unit its shards and slots, on an arena of their own. Units must have their main shards."""
         self._layout = self._tree.plan()
         self.arena = build(self._tree.units, self._layout)
+        if self.debugger is not None:
+            self.debugger.watch(self._layout, self.arena)
         self._built_for = self._signatures()
         self.num_layouts += 1
 
@@ -117,6 +121,7 @@ class AllocatedMemory:
             f"{p.name} {list(p.shards.shape)} of unit {unit.name!r}, {p.main_dtype} computed in {p.compute_dtype} and "
             f"reduced in {p.reduce_dtype} to {p.grad_dtype}, {'trainable' if p.trainable else 'frozen'}"
             + ("" if unit.needs.trains else ", without room for gradients")
+            + (", in debug mode" if unit.needs.guards else "")
             for unit in self._tree.units
             for p in unit.params
         ] + [
@@ -159,6 +164,8 @@ class AllocatedMemory:
         place, layout = self._spill(unit, 0, reason)
         unit.use_gather_slot(slot_at(unit, place, layout.gather_slot))
         watch_gradients(unit, unit.gather_slot)
+        if self.debugger is not None:
+            self.debugger.watch_gather_slot(unit.gather_slot, layout)
         _warn_of(self.spills[-1])
 
     def add_gradient_slot(self, unit: Unit, reason: str) -> None:
@@ -166,6 +173,8 @@ class AllocatedMemory:
         unit.need(own_gradient_slot=True)
         place, layout = self._spill(unit, -1, reason)
         unit.use_gradient_slot(GradientSlot(unit, place, layout.gradient_slot))
+        if self.debugger is not None:
+            self.debugger.watch_gradient_slot(unit.gradient_slot, layout)
         _warn_of(self.spills[-1])
 
     def _spill(self, unit: Unit, which: int, reason: str) -> tuple[Place, UnitLayout]:
@@ -193,8 +202,11 @@ def build(units: Sequence[Unit], memory_layout: MemoryLayout) -> Arena:
         _place_shards(unit, layout, arena)
         unit.use_gather_slot(_gather_slot(unit, layout, memory_layout.gather_places.get(i), arena))
         unit.use_gradient_slot(_gradient_slot(unit, layout, memory_layout.gradient_places.get(i), arena))
-        host_staging = HostStaging(_scratch(arena, UPLOAD), _scratch(arena, DOWNLOAD))
-        unit.use_scratch(_scratch(arena, STAGING), _scratch(arena, COLUMN), host_staging)
+        guard_nbytes = unit.needs.guard_nbytes
+        staging, column, upload, download = (
+            _scratch(arena, region, guard_nbytes) for region in (STAGING, COLUMN, UPLOAD, DOWNLOAD)
+        )
+        unit.use_scratch(staging, column, HostStaging(upload, download))
         watch_gradients(unit, unit.gather_slot)
     find_neighbours([unit.gather_slot for unit in units])
     find_neighbours([unit.gradient_slot for unit in units])
@@ -211,11 +223,12 @@ def _warn_of(spill: Spill) -> None:
     )
 
 
-def _scratch(arena: Arena, region: str) -> torch.Tensor:
-    """Return all bytes of a region, ``(nbytes,)`` uint8; nothing where there is no such region."""
+def _scratch(arena: Arena, region: str, guard_nbytes: int) -> torch.Tensor:
+    """Return the bytes of a region between its guards, ``(nbytes,)`` uint8; nothing where there is no such region."""
     if region not in arena.regions:
         return NOWHERE
-    return arena.place(region).tensor(torch.uint8, (arena.regions[region].nbytes,))
+    inside = Segment(guard_nbytes, arena.regions[region].nbytes - 2 * guard_nbytes)
+    return arena.place(region).part(inside).tensor(torch.uint8, (inside.nbytes,))
 
 
 def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
@@ -235,7 +248,7 @@ def _gather_slot(unit: Unit, layout: UnitLayout, shared: Segment | None, arena: 
         if layout.aliased_shard.nbytes:
             return _aliased_slot(unit, layout, extent)
         return slot_at(unit, extent, layout.gather_slot)
-    if unit.needs.own_gather_slot:
+    if unit.needs.own_gather_slot and layout.gather_slot.nbytes:
         return slot_at(unit, arena.place(f"{unit.name}.gather_slot"), layout.gather_slot)
     return _slot_on_shards(unit, layout, arena)
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from yafsdp_like.memory.allocator import tensor_on, transient_storage
+from yafsdp_like.memory.guards import fill_guard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,6 +91,7 @@ class GradientShard:
         device: where.
         as_dtensor: makes the DTensor of this rank's rows.
         place: memory that it has for good, unless somebody still holds a gradient there when the next comes.
+        guard_nbytes: bytes behind memory of the allocator that nobody may write, in debug mode.
     """
 
     def __init__(
@@ -100,9 +102,12 @@ class GradientShard:
         device: torch.device,
         as_dtensor: Callable[[torch.Tensor], DTensor],
         place: Place | None = None,
+        guard_nbytes: int = 0,
     ) -> None:
         self._numel, self._dtype, self._shape, self._as_dtensor = numel, dtype, local_shape, as_dtensor
-        self.nbytes = numel * dtype.to_real().itemsize
+        self._data_nbytes = numel * dtype.to_real().itemsize
+        self._guard_nbytes = guard_nbytes
+        self.nbytes = self._data_nbytes + guard_nbytes
         self.is_pinned = place is not None
         self.flat = tensor_on(transient_storage(0, device), dtype.to_real(), (numel,))
         self._place = place
@@ -113,7 +118,9 @@ class GradientShard:
     def _fresh(self) -> GradientMemory:
         place, self._place = self._place, None
         if place is None:
-            return self._memory_on(transient_storage(self.nbytes, self.flat.device))
+            storage = transient_storage(self.nbytes, self.flat.device)
+            self._guard(storage)
+            return self._memory_on(storage)
         return self._memory_on(place.tensor(self._dtype.to_real(), (self._numel,)).untyped_storage())
 
     def _renew(self) -> None:
@@ -137,9 +144,21 @@ class GradientShard:
         self.memory.is_shown = False
         self.memory, memory.is_shown = memory, True
 
-    def fits(self, numel: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether it is for a chunk of this size, dtype and device."""
-        return (numel, dtype, device) == (self._numel, self._dtype, self.flat.device)
+    def fits(self, numel: int, dtype: torch.dtype, device: torch.device, guard_nbytes: int = 0) -> bool:
+        """Whether it is for a chunk of this size, dtype and device, with a guard of this size."""
+        found = (self._numel, self._dtype, self.flat.device, self._guard_nbytes)
+        return (numel, dtype, device, guard_nbytes) == found
+
+    @property
+    def guard(self) -> torch.Tensor | None:
+        """The bytes behind it, ``(nbytes,)`` uint8; None without debug mode, or without memory."""
+        if not self._guard_nbytes or self._own.storage.nbytes() != self.nbytes:
+            return None
+        return tensor_on(self._own.storage, torch.uint8, (self._guard_nbytes,), offset=self._data_nbytes)
+
+    def _guard(self, storage: torch.UntypedStorage) -> None:
+        if self._guard_nbytes:
+            fill_guard(tensor_on(storage, torch.uint8, (self._guard_nbytes,), offset=self._data_nbytes))
 
     @property
     def dtensor(self) -> DTensor:
@@ -169,6 +188,7 @@ class GradientShard:
         if self._own.storage.nbytes() == self.nbytes:
             return False
         self._own.storage.resize_(self.nbytes)
+        self._guard(self._own.storage)
         if self.memory is not self._own or self.flat.numel() != self._numel:
             self._point_to(self._own)
         return True

@@ -303,11 +303,13 @@ class ShardedParam:
             SplitValues(high, main[: low.numel()]), self.local_shape, contiguous_stride(self.local_shape)
         )
 
-    def make_grad(self, device: torch.device, place: Place | None = None) -> None:
+    def make_grad(self, device: torch.device, place: Place | None = None, guard_nbytes: int = 0) -> None:
         """Make the gradient shard, without memory yet or in ``place``, unless there is one of this kind."""
         numel = self.shards.chunk_numel * (2 if self.main_dtype.is_complex else 1)
-        if self.grad_shard is None or not self.grad_shard.fits(numel, self.grad_dtype, device):
-            self.grad_shard = GradientShard(numel, self.grad_dtype, self.local_shape, device, self._dtensor, place)
+        if self.grad_shard is None or not self.grad_shard.fits(numel, self.grad_dtype, device, guard_nbytes):
+            self.grad_shard = GradientShard(
+                numel, self.grad_dtype, self.local_shape, device, self._dtensor, place, guard_nbytes
+            )
         if self.grad_dtype != self.main_dtype:
             self.sharded.grad_dtype = None  # any: torch's own code sets zeros like it
 

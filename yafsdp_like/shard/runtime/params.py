@@ -22,7 +22,7 @@ import torch
 
 from yafsdp_like.memory.streams import COMPUTE, GATHER
 from yafsdp_like.shard.runtime.context import EngineContext, label
-from yafsdp_like.shard.runtime.debug import poison
+from yafsdp_like.shard.runtime.debug import Debugger
 from yafsdp_like.shard.runtime.slots import SlotState
 
 if TYPE_CHECKING:
@@ -41,13 +41,22 @@ class ParamLifecycle:
         self._reads_host = any(unit.is_on_host for unit in self._units)
         self.wasted_prefetches = 0
         self.evictions = 0
-        self.debug = False  # released slots are poisoned, and outputs checked
+        self.debug: Debugger | None = None  # in debug mode, what checks memory; outputs are checked too
+        asked = [unit.needs for unit in self._units if unit.needs.guards]
+        if asked:
+            self.set_debug(True, own_slots=any(needs.own_gather_slot for needs in asked))
 
-    def set_debug(self, debug: bool) -> None:
-        """Set debug mode, in which no unit's slot is another's, so that what it leaves there, poison, stays."""
-        self.debug = debug
-        for unit in self._units if debug else ():
-            unit.need(own_gather_slot=True)
+    def set_debug(self, debug: bool, own_slots: bool = True) -> None:
+        """Set debug mode, in which no unit's slot is another's, so that what it leaves there, poison, stays.
+
+        Without ``own_slots`` they share bytes as planned, which shows errors of the schedule.
+        """
+        if self.debug is not None:
+            self.debug.close()
+        self.debug = Debugger(self._units) if debug else None
+        for unit in self._units:
+            unit.need(guards=debug, own_gather_slot=debug and own_slots)
+        self._context.memory.debugger = self.debug
         self._context.memory.invalidate()
 
     # --- before a forward, and around an update ---
@@ -62,6 +71,8 @@ class ParamLifecycle:
                 slot.drop()
             elif slot.state is not EMPTY and slot.version != unit.freshness.main_version():
                 self.release(slot)
+        if self.debug is not None:
+            self.debug.check("a forward begins")
 
     def publish(self) -> None:
         """Let all-gathers from here on, of any rank, read what this rank's main shards are now.
@@ -207,14 +218,12 @@ class ParamLifecycle:
     def release_but_keep(self, slot: GatherSlot) -> None:
         """Release the slot but leave its values: a later unshard skips the all-gather if nobody took the bytes."""
         self.release(slot)
-        if not self.debug:
+        if self.debug is None:
             slot.leave_stale()
 
     def release(self, slot: GatherSlot) -> None:
         """Free the bytes after all reads that were issued; modules see the shards again."""
         if slot.state in (HELD, KEPT):
-            if self.debug and slot.extent is not None:
-                poison(slot)
             slot.release(self._streams.record(COMPUTE))
         else:
             if slot.state is FILLED:  # a prefetch that nobody read: compute may write the shards only after it
@@ -242,3 +251,5 @@ class ParamLifecycle:
                 unit.gather_slot.drop()
         if self._reads_host:
             self._streams.synchronize(self._streams.record(GATHER))
+        if self.debug is not None:
+            self.debug.check("a forward or a backward ends")

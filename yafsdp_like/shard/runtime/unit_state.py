@@ -19,7 +19,7 @@ from yafsdp_like.shard.runtime.freshness import Freshness
 from yafsdp_like.shard.runtime.host_shard import HostStaging, shard_arena
 from yafsdp_like.shard.runtime.param import NOWHERE, ParamMark, ShardedParam, register
 from yafsdp_like.shard.runtime.running import RunningUnit
-from yafsdp_like.shard.spec.unit_spec import ParamSpec, RankSpec, UnitNeeds, UnitPolicy, chunks
+from yafsdp_like.shard.spec.unit_spec import ParamSpec, RankSpec, UnitPolicy, chunks, debug_needs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -125,7 +125,7 @@ class Unit:
         self._main_layout: FlatLayout | None = None  # None until materialized
         self.split: tuple[ShardedParam, ...] = ()  # the parameters whose masters are split
         self.freshness = Freshness(self.params)
-        self.needs = UnitNeeds()
+        self.needs = debug_needs(policy.debug)
         self.running = RunningUnit()
         self._engine: weakref.ref[object] | None = None  # see the properties
         self._gradients: weakref.ref[GradientReceiver] | None = None
@@ -244,7 +244,7 @@ class Unit:
         """Make gradient shards, without memory yet, or on the host, where ``layout`` says."""
         if not self.is_on_host:
             for k in self.trainable:
-                self.params[k].make_grad(self.device)
+                self.params[k].make_grad(self.device, guard_nbytes=self.needs.guard_nbytes)
             return
         region = Region("grad_shard", "grad_shard", layout.nbytes)
         if self.grad_arena is None or self.grad_arena.regions[region.name] != region:
@@ -335,7 +335,7 @@ class Unit:
             return
         specs = self.param_specs()
         self.take_dtypes(specs)
-        layout = chunks(specs, [spec.main_shard_dtype for spec in specs])
+        layout = chunks(specs, [spec.main_shard_dtype for spec in specs], self.needs.guard_nbytes)
         if layout != self._main_layout or self._changed_dtype():
             region = Region("main_shard", "main_shard", layout.nbytes)
             self.arena = shard_arena(region, self.device, self.policy.offload)

@@ -45,7 +45,8 @@ class MemoryLayout:
 
 def plan_memory(units: Sequence[UnitSpec], schedule: Schedule) -> MemoryLayout:
     """Plan the memory of ``units``, numbered as in ``schedule``."""
-    granule_nbytes = _granule_nbytes(units)
+    guard_nbytes = max(unit.needs.guard_nbytes for unit in units)
+    granule_nbytes = 0 if guard_nbytes else _granule_nbytes(units)
     layouts = [unit.layout(granule_nbytes) for unit in units]
     pairs = list(zip(units, layouts, strict=True))
     gather_live = _gather_ranges(units, schedule)
@@ -63,7 +64,8 @@ def plan_memory(units: Sequence[UnitSpec], schedule: Schedule) -> MemoryLayout:
         Region(GATHER_SLOTS, GATHER_SLOTS, gather_nbytes, granule_nbytes=granule_nbytes),
         Region(GRADIENT_SLOTS, GRADIENT_SLOTS, gradient_nbytes, any(u.ranks.is_mapped for u in units)),
     ]
-    regions += _staging(units, layouts) + _host_staging(units, layouts)
+    scratch = _staging(units, layouts) + _host_staging(units, layouts)
+    regions += [replace(region, nbytes=region.nbytes + 2 * guard_nbytes) for region in scratch]
     regions += [region for unit, layout in pairs for region in own_slot_regions(unit, layout)]
     regions += _granule_end(regions)
     slots = [SlotPlace(units[i].name, GATHER_SLOTS, part, gather_live[i]) for i, part in gather_places.items()]
@@ -71,6 +73,9 @@ def plan_memory(units: Sequence[UnitSpec], schedule: Schedule) -> MemoryLayout:
     transports = tuple(dict.fromkeys(u.ranks.transport for u in units))
     clock = Clock((GATHER_SLOTS, GRADIENT_SLOTS), schedule.phases)
     plan = MemoryPlan(units[0].ranks.num_ranks, tuple(regions), tuple(slots), transports, clocks=(clock,))
+    if guard_nbytes:
+        plain = [replace(u, needs=replace(u.needs, guards=False, own_gather_slot=False)) for u in units]
+        plan = replace(plan, debug_nbytes=plan.nbytes - plan_memory(plain, schedule).plan.nbytes)
     return MemoryLayout(plan, tuple(units), tuple(layouts), gather_places, gradient_places)
 
 

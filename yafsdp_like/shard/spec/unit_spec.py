@@ -5,13 +5,14 @@ Frozen values without tensors, made of units as they are at one moment (``Unit.p
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from yafsdp_like.comm.transport import Reduction
-from yafsdp_like.memory.layout import FlatLayout
+from yafsdp_like.memory.layout import GUARD_NBYTES, FlatLayout
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -94,9 +95,14 @@ class UnitLayout:
 
     @classmethod
     def of(
-        cls, params: Sequence[ParamSpec], mapped: bool = False, granule_nbytes: int = 0, on_host: bool = False
+        cls,
+        params: Sequence[ParamSpec],
+        mapped: bool = False,
+        granule_nbytes: int = 0,
+        on_host: bool = False,
+        guard_nbytes: int = 0,
     ) -> UnitLayout:
-        """Lay out ``params``.
+        """Lay out ``params``, with ``guard_nbytes`` around each.
 
         Where peers read the compute shard in place (``mapped``), every parameter has one; slots alias shards where
         ``granule_nbytes`` is not 0. Main shards ``on_host`` are copied into the slot, on one rank too.
@@ -109,16 +115,19 @@ class UnitLayout:
 
         def full(dtypes: Sequence[torch.dtype | None], in_granules: Collection[int] = ()) -> FlatLayout:
             sizes = [p.shards.padded_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
-            return FlatLayout.pack(sizes, in_granules, granule_nbytes)
+            return FlatLayout.pack(sizes, in_granules, granule_nbytes, guard_nbytes)
+
+        def shard(dtypes: Sequence[torch.dtype | None]) -> FlatLayout:
+            return chunks(params, dtypes, guard_nbytes)
 
         has_shard = [(mapped or p.compute_dtype != p.main_dtype) and not on_host for p in params]
         return cls(
-            main_shard=chunks(params, [p.main_shard_dtype for p in params]),
-            compute_shard=chunks(
-                params, [p.compute_dtype if has_shard[k] and k not in aliased else None for k, p in enumerate(params)]
+            main_shard=shard([p.main_shard_dtype for p in params]),
+            compute_shard=shard(
+                [p.compute_dtype if has_shard[k] and k not in aliased else None for k, p in enumerate(params)]
             ),
-            aliased_shard=chunks(params, [p.compute_dtype if k in aliased else None for k, p in enumerate(params)]),
-            grad_shard=chunks(params, [p.grad_dtype if p.has_gradient else None for p in params]),
+            aliased_shard=shard([p.compute_dtype if k in aliased else None for k, p in enumerate(params)]),
+            grad_shard=shard([p.grad_dtype if p.has_gradient else None for p in params]),
             gather_slot=full(
                 [p.compute_dtype if p.shards.world_size > 1 or on_host else None for p in params], aliased
             ),
@@ -131,10 +140,11 @@ class UnitLayout:
         return self.gather_slot.nbytes - self.aliased_shard.nbytes
 
 
-def chunks(params: Sequence[ParamSpec], dtypes: Sequence[torch.dtype | None]) -> FlatLayout:
-    """Lay out one rank's chunks of the parameters that have a dtype."""
+def chunks(params: Sequence[ParamSpec], dtypes: Sequence[torch.dtype | None], guard_nbytes: int = 0) -> FlatLayout:
+    """Lay out one rank's chunks of the parameters that have a dtype, with ``guard_nbytes`` around each."""
     pairs = zip(params, dtypes, strict=True)
-    return FlatLayout.pack([p.shards.chunk_numel * dtype.itemsize if dtype else 0 for p, dtype in pairs])
+    sizes = [p.shards.chunk_numel * dtype.itemsize if dtype else 0 for p, dtype in pairs]
+    return FlatLayout.pack(sizes, guard_nbytes=guard_nbytes)
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,26 @@ class UnitNeeds:
     own_gather_slot: bool = False  # after a spill, or in debug mode; later plans keep to it
     own_gradient_slot: bool = False  # after a spill, or because unsynced gradients stay in it between backwards
     unsynced_gradients: bool = False  # set_requires_gradient_sync(False) was called
+    guards: bool = False  # debug mode: bytes around every parameter that nobody may write
+
+    @property
+    def guard_nbytes(self) -> int:
+        """Bytes before and behind each parameter's."""
+        return GUARD_NBYTES if self.guards else 0
+
+
+DEBUG = "YAFSDP_DEBUG"  # an environment variable: 1 for debug mode, "planned" for one that leaves slots shared
+
+
+def debug_needs(asked: bool | None) -> UnitNeeds:
+    """Return what a new unit needs: nothing, or guards and a slot of its own in debug mode.
+
+    ``asked`` is what the user said, None where that is left to the environment variable ``YAFSDP_DEBUG``.
+    """
+    setting = os.environ.get(DEBUG, "").lower()
+    if asked is False or (asked is None and setting in ("", "0", "false")):
+        return UnitNeeds()
+    return UnitNeeds(guards=True, own_gather_slot=setting != "planned")
 
 
 @dataclass(frozen=True)
@@ -176,7 +206,8 @@ class UnitSpec:
     def layout(self, granule_nbytes: int) -> UnitLayout:
         """Lay out shards and slots, which alias granules of this size where ranks read each other's shards."""
         granule_nbytes = granule_nbytes if self.ranks.reads_shards else 0
-        return UnitLayout.of(self.params, self.ranks.is_mapped, granule_nbytes, self.on_host)
+        guard_nbytes = self.needs.guard_nbytes
+        return UnitLayout.of(self.params, self.ranks.is_mapped, granule_nbytes, self.on_host, guard_nbytes)
 
 
 @dataclass(frozen=True)
@@ -187,6 +218,7 @@ class UnitPolicy:
     reshard_after_forward: bool | None  # None: the root keeps its parameters, others reshard
     split_master: bool = False  # see [Note: split master]
     grad_dtype: torch.dtype | None = None  # of `.grad`, where gradients are reduced in it; None: the parameter's own
+    debug: bool | None = None  # None: as the environment says, see ``shard/runtime/debug.py``
     offload: CPUOffloadPolicy | None = None  # see [Note: shards on the host]
     reshard_after_backward: bool = True
     requires_gradient_sync: bool = True
