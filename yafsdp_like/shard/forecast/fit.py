@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SLACK = 0.015  # of the device: what PyTorch's allocator has reserved beyond tensors; measured 0.6 to 1.4 % at the peak
 TOKENS_STEP = 128  # lengths that are tried are multiples of this
-MAX_RANKS, MAX_TOKENS = 4096, 1 << 21
+MAX_RANKS = 4096
 NUM_SHOWN = 8
 
 
@@ -68,11 +68,11 @@ class Settings:
         )
 
 
-CHANGES: Mapping[str, tuple[Any, ...]] = {  # values that are tried, beside what the run has
+CHANGES: Mapping[str, tuple[Any, ...]] = {  # values that are tried, beside what the run has; all save memory
     "split_master": (True,),
     "moments": ("bf16", "int8"),
     "update_in_backward": (True,),
-    "reshard_after_forward": (None, False),
+    "reshard_after_forward": (None,),
     "checkpointing": (True,),
     "offload_activations": (True,),
     "offload_moments": (True,),
@@ -101,6 +101,7 @@ class Search:
     clips: bool = True
     is_graph: bool = False
     root_tail: float = 0.5
+    max_seq_len: int = 1 << 21  # tokens that the model takes
     _known: dict[Settings, TrainingForecast] = field(default_factory=dict, repr=False, compare=False)
 
     def forecast_of(self, settings: Settings) -> TrainingForecast:
@@ -154,9 +155,9 @@ def largest(values: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     return values[low - 1] if low else None
 
 
-def largest_micro_batch(search: Search, settings: Settings) -> Settings | None:
-    """Return the settings with the most sequences a forward that fit; None where not even one does."""
-    divisors = [number for number in range(1, settings.rows + 1) if settings.rows % number == 0]
+def largest_micro_batch(search: Search, settings: Settings, above: int = 0) -> Settings | None:
+    """Return the settings with the most sequences a forward that fit, more than ``above``; None where none does."""
+    divisors = [number for number in range(above + 1, settings.rows + 1) if settings.rows % number == 0]
     found = largest(divisors, lambda number: search.fits(replace(settings, micro_batch_size=number)))
     return None if found is None else replace(settings, micro_batch_size=found)
 
@@ -165,14 +166,14 @@ def largest_seq_len(search: Search, settings: Settings, most: int | None = None)
     """Return the longest sequences that fit, below ``most``, in multiples of ``TOKENS_STEP``; None where none does."""
 
     def fits(tokens: int) -> bool:
-        return search.fits(replace(settings, seq_len=tokens))
+        return tokens <= search.max_seq_len and search.fits(replace(settings, seq_len=tokens))
 
     if most is not None:
         return largest(range(TOKENS_STEP, most, TOKENS_STEP), fits)
     low = high = max(1, settings.seq_len // TOKENS_STEP) * TOKENS_STEP
     while low > TOKENS_STEP and not fits(low):
         low, high = low // 2 // TOKENS_STEP * TOKENS_STEP or TOKENS_STEP, low
-    while fits(high) and high < MAX_TOKENS:
+    while fits(high):
         low, high = high, 2 * high
     return largest(range(low, high + 1, TOKENS_STEP), fits)
 
@@ -191,13 +192,17 @@ def fewest_ranks(search: Search, settings: Settings) -> Settings | None:
 
 
 def what_fits(search: Search, base: Settings) -> list[Fitting]:
-    """Return settings that fit, the fastest first: for each set of switches with as many sequences a forward as fit.
+    """Return settings that fit, the fastest first: sets of switches with as many sequences a forward as fit.
 
-    Sets are left out that change more than another and are no faster.
+    A switch is there to save memory, and costs time: a set is tried only for more sequences than fit without some of
+    its switches, and left out where another one changes less and is no slower.
     """
-    found = [search.fitting(base, base)] if base.is_valid and search.fits(base) else []
+    found: list[Fitting] = []
     for settings in switched(replace(base, micro_batch_size=1), search.may_change):
-        fitted = largest_micro_batch(search, settings)
+        switches = changed(settings, base)
+        switches.pop("micro_batch_size", None)
+        without = [f.settings.micro_batch_size for f in found if _switches(f) <= set(switches.items())]
+        fitted = largest_micro_batch(search, settings, max(without, default=0))
         if fitted is not None:
             found.append(search.fitting(fitted, base))
     kept: list[Fitting] = []
@@ -205,6 +210,10 @@ def what_fits(search: Search, base: Settings) -> list[Fitting]:
         if not any(set(other.changes.items()) <= set(one.changes.items()) for other in kept):
             kept.append(one)
     return kept
+
+
+def _switches(found: Fitting) -> set[tuple[str, Any]]:
+    return {(name, value) for name, value in found.changes.items() if name != "micro_batch_size"}
 
 
 def smallest_changes(search: Search, base: Settings, number: int = 3) -> list[Fitting]:

@@ -69,16 +69,25 @@ class ForecastOptions:
     on_gpu: bool = True
     overhead: Overhead = field(default_factory=Overhead)
 
+    @property
+    def step(self) -> StepOptions:
+        """What of these changes a trace."""
+        return StepOptions(self.on_gpu, self.accumulates, self.optimizer.update_in_backward)
+
 
 def forecast_training(
-    model: nn.Module, planned: PlannedModel, batch: ExampleBatch, options: ForecastOptions
+    model: nn.Module,
+    planned: PlannedModel,
+    batch: ExampleBatch,
+    options: ForecastOptions,
+    traced: Trace | None = None,
 ) -> TrainingForecast:
     """Trace one step of ``model`` and put it beside the plan; the model is unchanged, and nothing is allocated.
 
-    Raises ``ValueError`` where no loss comes of the batch, and what the model's forward raises.
+    ``traced``: the trace, where one of such a model, batch, shards and ``options.step`` is there already. Raises
+    ``ValueError`` where no loss comes of the batch, and what the model's forward raises.
     """
-    in_backward = options.optimizer.update_in_backward
-    trace = trace_step(model, planned.units, batch, StepOptions(options.on_gpu, options.accumulates, in_backward))
+    trace = traced or trace_step(model, planned.units, batch, options.step)
     plan = planned.layout.plan
     held = _Held(model, planned, options)
     costs = [

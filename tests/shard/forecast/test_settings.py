@@ -1,0 +1,94 @@
+"""Forecasts under settings: the same as of a model that is cut and traced for them alone, and traced seldom."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from yafsdp_like.hardware import H200_MACHINE
+from yafsdp_like.models import PRESETS, Decoder
+from yafsdp_like.shard.forecast import fit, settings
+from yafsdp_like.shard.forecast.fit import Search, Settings
+from yafsdp_like.shard.forecast.settings import SettingsForecaster, token_batch
+from yafsdp_like.shard.forecast.traced_units import Cluster
+from yafsdp_like.shard.spec.unit_spec import UnitPolicy
+
+BASE = Settings(global_batch_size=16, seq_len=64, micro_batch_size=4, num_ranks=2)
+POLICY = UnitPolicy(MixedPrecisionPolicy(torch.bfloat16, torch.float32), None)
+
+
+def make() -> tuple[nn.Module, list[nn.Module]]:
+    with torch.device("meta"):
+        model = Decoder(PRESETS["tiny"])
+    return model, list(model.layers)
+
+
+def forecaster() -> SettingsForecaster:
+    return SettingsForecaster(make, token_batch, POLICY, Cluster(2))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"moments": "int8"},
+        {"offload_moments": True},
+        {"split_master": True},
+        {"checkpointing": True},
+        {"update_in_backward": True},
+        {"offload_parameters": True},
+        {"num_ranks": 4, "micro_batch_size": 2},
+    ],
+    ids=str,
+)
+def test_a_forecaster_that_was_asked_before_says_what_a_new_one_says(changes: dict[str, Any]) -> None:
+    used = forecaster()
+    before = used(BASE)
+    changed = replace(BASE, **changes)
+    assert used(changed).as_dict() == forecaster()(changed).as_dict() != before.as_dict()
+    assert used(BASE).as_dict() == before.as_dict()
+
+
+def test_a_change_of_the_optimizer_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    used, traced = forecaster(), settings.trace_step
+    calls: list[Any] = []
+    monkeypatch.setattr(settings, "trace_step", lambda *args: calls.append(args) or traced(*args))
+    for moments in ("fp32", "bf16", "int8"):
+        used(replace(BASE, moments=moments))
+    used(replace(BASE, offload_moments=True))
+    assert len(calls) == 1
+    used(replace(BASE, seq_len=128))
+    assert len(calls) == 2
+
+
+def test_checkpointing_keeps_less_and_computes_more() -> None:
+    used = forecaster()
+    plain, again = used(BASE), used(replace(BASE, checkpointing=True))
+    assert again.peak.total_nbytes < plain.peak.total_nbytes and again.flops > plain.flops
+
+
+def test_the_tail_of_a_roots_reduction_is_its_embedding() -> None:
+    small = forecaster()
+    assert small.root_tail(BASE) == 1.0  # nothing is reduced early
+    with torch.device("meta"):
+        wide = Decoder(replace(PRESETS["tiny"], vocab_size=1 << 17, dim=128))
+    found = SettingsForecaster(lambda: (wide, list(wide.layers)), token_batch, POLICY, Cluster(2)).root_tail(BASE)
+    assert found == pytest.approx(0.5, abs=0.01)
+
+
+def test_offloaded_activations_are_refused_until_they_can_be_traced() -> None:
+    with pytest.raises(ValueError, match="cannot be forecast yet"):
+        forecaster()(replace(BASE, offload_activations=True))
+
+
+def test_a_search_over_a_real_model_finds_what_fits() -> None:
+    used = forecaster()
+    names = [name for name in fit.CHANGES if name != "offload_activations"]
+    roomy = Search(used, 1 << 40, H200_MACHINE, names)
+    assert fit.what_fits(roomy, BASE)[0].settings.micro_batch_size == 8
+    most = used(BASE).peak.total_nbytes
+    tight = Search(used, int(most / (1 - fit.SLACK)) - 1000, H200_MACHINE, names)
+    found = fit.smallest_changes(tight, BASE)
+    assert {len(one.changes) for one in found} == {1} and all(one.nbytes < most for one in found)

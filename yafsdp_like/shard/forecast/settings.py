@@ -1,0 +1,114 @@
+"""From settings that may be changed to a forecast of them: a model is cut and traced again only where that changes it.
+
+Owns what is kept between forecasts. Knows how settings are applied to units, optimizer and batch; not how they are
+chosen (``fit.py``), nor where a model comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed._composable.checkpoint_activation import checkpoint
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+from yafsdp_like.shard.forecast.activations import ExampleBatch, trace_step
+from yafsdp_like.shard.forecast.traced_units import cut
+from yafsdp_like.shard.forecast.training_forecast import ForecastOptions, OptimizerMemory, forecast_training
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from yafsdp_like.shard.forecast.activations import Trace
+    from yafsdp_like.shard.forecast.fit import Settings
+    from yafsdp_like.shard.forecast.quantities import TrainingForecast
+    from yafsdp_like.shard.forecast.traced_units import Cluster, PlannedModel
+    from yafsdp_like.shard.spec.unit_spec import UnitPolicy
+
+Made = Callable[[], "tuple[nn.Module, list[nn.Module]]"]
+
+
+@dataclass(frozen=True)
+class SettingsForecaster:
+    """Forecasts of one model under any ``Settings``; call it with them.
+
+    A trace is kept by all that changes it: moments, where they are, and residency do not.
+    """
+
+    make: Made  # returns the model and its blocks, anew, best without memory
+    batch: Callable[[int, int], ExampleBatch]  # of so many sequences and tokens
+    policy: UnitPolicy
+    cluster: Cluster
+    options: ForecastOptions = field(default_factory=ForecastOptions)  # of which settings replace the optimizer's
+    _models: dict[bool, tuple[nn.Module, list[nn.Module]]] = field(default_factory=dict, repr=False)
+    _planned: dict[Any, PlannedModel] = field(default_factory=dict, repr=False)
+    _traces: dict[Any, Trace] = field(default_factory=dict, repr=False)
+
+    def __call__(self, settings: Settings) -> TrainingForecast:
+        """Return the forecast. Raises ``ValueError`` for offloaded activations, which no trace knows."""
+        if settings.offload_activations:
+            raise ValueError("offloaded activations cannot be forecast yet: leave offload_activations out")
+        model, _ = self._model(settings.checkpointing)
+        planned = self._plan(settings)
+        moments = OptimizerMemory(settings.moments, settings.offload_moments, settings.update_in_backward)
+        options = replace(self.options, optimizer=moments, accumulates=settings.num_accumulated > 1)
+        batch = self.batch(settings.micro_batch_size, settings.seq_len)
+        key = (
+            *(settings.micro_batch_size, settings.seq_len, settings.checkpointing, settings.num_ranks),
+            *(settings.split_master, settings.offload_parameters, options.step),
+        )
+        if key not in self._traces:
+            self._traces[key] = trace_step(model, planned.units, batch, options.step)
+        return forecast_training(model, planned, batch, options, self._traces[key])
+
+    def root_tail(self, settings: Settings) -> float:
+        """Return the share of the root's reduction that is left at the end of backward.
+
+        Of several large parameters the last to be complete is an embedding; a head's is reduced beside backward.
+        """
+        root = next((unit for unit in self._plan(settings).units if unit.name == "root"), None)
+        if root is None or len(root.early) < 2:
+            return 1.0
+        sizes = [p.shards.padded_numel for p in root.params]
+        return max(sizes[k] for k in root.early) / sum(sizes)
+
+    def _model(self, checkpointing: bool) -> tuple[nn.Module, list[nn.Module]]:
+        if checkpointing not in self._models:
+            model, blocks = self.make()
+            for block in blocks if checkpointing else ():
+                checkpoint(block)
+            self._models[checkpointing] = model, blocks
+        return self._models[checkpointing]
+
+    def _plan(self, settings: Settings) -> PlannedModel:
+        key = plan_key(settings)
+        if key not in self._planned:
+            model, blocks = self._model(settings.checkpointing)
+            policy = replace(
+                self.policy,
+                reshard_after_forward=settings.reshard_after_forward,
+                split_master=settings.split_master,
+                offload=CPUOffloadPolicy() if settings.offload_parameters else None,
+            )
+            cluster = replace(self.cluster, num_ranks=settings.num_ranks)
+            self._planned[key] = cut(model, blocks, policy, cluster)
+        return self._planned[key]
+
+
+def plan_key(settings: Settings) -> tuple[Any, ...]:
+    """Return what a plan depends on."""
+    return (
+        settings.checkpointing,
+        settings.num_ranks,
+        settings.reshard_after_forward,
+        settings.split_master,
+        settings.offload_parameters,
+    )
+
+
+def token_batch(micro_batch_size: int, seq_len: int) -> ExampleBatch:
+    """Return tokens and targets, (B, T) each, for a model that returns its mean loss."""
+    tokens = torch.empty(micro_batch_size, seq_len, dtype=torch.int64, device="meta")
+    return ExampleBatch((tokens, tokens))
