@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from yafsdp_like.hardware import H200_MACHINE, CollectiveRate, MachineRates
 from yafsdp_like.memory.plan import MemoryPlan, Region
-from yafsdp_like.models import PRESETS, DecoderConfig
+from yafsdp_like.models import PRESETS, Decoder, DecoderConfig
+from yafsdp_like.shard.forecast.fit import Settings
 from yafsdp_like.shard.forecast.quantities import ModuleCost, PhaseMemory, TrainingForecast, Transfer
+from yafsdp_like.shard.forecast.settings import SettingsForecaster, token_batch
 from yafsdp_like.shard.forecast.step_time import StepKind, StepTime, step_time
+from yafsdp_like.shard.forecast.traced_units import Cluster
+from yafsdp_like.shard.spec.unit_spec import UnitPolicy
 
 RESULTS = Path(__file__).parents[2] / "scripts" / "results"
 OF_ROOT = StepKind()
@@ -84,6 +90,29 @@ def test_the_prediction_for_8b_on_two_h200_is_within_a_tenth_of_what_was_measure
     assert predicted.seconds * 1e3 == pytest.approx(row["step_ms"]["median"], rel=0.1)
     without_update = (predicted.seconds - predicted.update) * 1e3
     assert without_update == pytest.approx(row["forward_backward_ms"]["median"], rel=0.1)
+
+
+def forecast_of_8b() -> SettingsForecaster:
+    def make() -> Any:
+        with torch.device("meta"):
+            model = Decoder(PRESETS["8b"])
+        return model, list(model.layers)
+
+    policy = UnitPolicy(MixedPrecisionPolicy(torch.bfloat16, torch.float32), None)
+    return SettingsForecaster(make, token_batch, policy, Cluster(2))
+
+
+@pytest.mark.slow(
+    unless=lambda row: row["checkpointing"] == "none" and (row["impl"][:5], row["seq_len"]) == ("ours:", 4096)
+)
+@pytest.mark.parametrize("row", [*measured("split"), *measured("graph"), *measured("checkpointing")])
+def test_what_is_predicted_from_a_trace_of_8b_is_within_a_tenth_too(row: dict[str, Any]) -> None:
+    checkpointing = row["checkpointing"] == "block"
+    settings = Settings(2, row["seq_len"], num_ranks=2, split_master=True, checkpointing=checkpointing)
+    forecast = forecast_of_8b()
+    kind = StepKind(is_graph="graph" in row["impl"], root_tail=forecast.root_tail(settings))
+    predicted = step_time(forecast(settings), H200_MACHINE, kind)
+    assert predicted.seconds * 1e3 == pytest.approx(row["step_ms"]["median"], rel=0.1), predicted
 
 
 def parts(found: StepTime) -> float:
