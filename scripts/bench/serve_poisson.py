@@ -1,7 +1,6 @@
 """Requests that arrive at random times, whether the engine is ready or not: latencies against rate."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import random
@@ -109,13 +108,11 @@ def play_http(engine: Engine, arrivals: Sequence[Arrival], most: int | None) -> 
 @contextlib.contextmanager
 def budget(engine: Engine, chunk: int, tpot_ms: float | None) -> Iterator[None]:
     """Have an engine make its steps with another budget, within the one that it was made for."""
-    scheduler = engine._scheduler
-    made_for = scheduler.options
-    scheduler.options = dataclasses.replace(made_for, max_batch_tokens=chunk, tpot_ms=tpot_ms)
+    engine.set_budget(chunk, tpot_ms)
     try:
         yield
     finally:
-        scheduler.options = made_for
+        engine.set_budget(engine.options.max_batch_tokens, engine.options.tpot_ms)
 
 
 def arrivals_at(rate: float, options: ServeBenchOptions, requests: Requests) -> list[Arrival]:

@@ -246,6 +246,20 @@ def served(it: Engine, count: int) -> dict[str, list[int]]:
     return tokens
 
 
+def test_a_budget_may_be_set_within_what_the_engine_was_made_for() -> None:
+    it = engine(TINY, max_batch_tokens=64)
+    it.set_budget(7)
+    it.add(Request("0", tuple(range(1, 30)), max_tokens=1))
+    steps = 0
+    while it.metrics().num_running + it.metrics().num_waiting:
+        it.step()
+        steps += 1
+    assert steps >= 29 / 7
+    for tokens, tpot_ms, words in ((0, None, "from 1 to 64"), (65, None, "from 1 to 64"), (8, 5.0, "made with a tpot")):
+        with pytest.raises(ValueError, match=words):
+            it.set_budget(tokens, tpot_ms)
+
+
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
 def test_tokens_are_the_same_for_every_budget_and_target(count: int) -> None:
     """Of a request that was cancelled, as many as it had by then."""

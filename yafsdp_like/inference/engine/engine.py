@@ -180,6 +180,21 @@ class Engine:
         """Return what was measured; of tensor parallel ranks, which must all decide alike, what the first one has."""
         return measured if self.tp_group is None else self.tp_group.broadcast(measured)
 
+    def set_budget(self, max_batch_tokens: int, tpot_ms: float | None = None) -> None:
+        """Have steps from now on as many tokens as these options say; see ``EngineOptions``.
+
+        Tensor parallel ranks must all be told before the same step. Raises ValueError for more tokens than the engine
+        was made for, less than 1, and for a target where it was made without one.
+        """
+        if not 1 <= max_batch_tokens <= self.options.max_batch_tokens:
+            raise ValueError(
+                f"expected max_batch_tokens from 1 to {self.options.max_batch_tokens}, which the engine was made for, "
+                f"found {max_batch_tokens}"
+            )
+        if tpot_ms is not None and self._times is None:
+            raise ValueError(f"tpot_ms {tpot_ms} needs an engine that was made with a tpot_ms, which measures steps")
+        self._scheduler.options = replace(self.options, max_batch_tokens=max_batch_tokens, tpot_ms=tpot_ms)
+
     # --- requests ---
 
     def add(self, request: Request) -> None:
