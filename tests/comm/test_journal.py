@@ -94,3 +94,32 @@ def test_gradients_of_different_backwards_are_not_stepped_with() -> None:
     told = "rank 0: reduce-scatters gradients of unit 'root': a.*; rank 1: reduce-scatters gradients of unit 'root': b"
     assert first == second and re.search(told, first), first
     assert weights == others == [1.0, 1.0]
+
+
+class Asked:
+    """An event of a device."""
+
+    times = 0
+
+    def query(self) -> bool:
+        self.times += 1
+        return True
+
+
+def record_a_step() -> tuple[bool, int]:
+    """Whether an event is still watched that came before a recording, and how often those in it were asked."""
+    journal, events = read_later(), [Asked() for _ in range(3)]
+    do(journal, "sits")  # which connects
+    journal.watch(events[0])
+    journal.record()
+    for event in events[1:]:
+        journal.watch(event)
+    journal.recorded()
+    journal.watch(Asked())
+    journal.settle()
+    return events[0].times > 0, sum(event.times for event in events[1:])
+
+
+def test_events_of_a_step_that_is_recorded_are_not_watched() -> None:
+    """Prevents: a question to an event of a CUDA graph, which the driver refuses and the recording ends with."""
+    assert run_ranks(record_a_step) == [(True, 0)] * 2

@@ -139,8 +139,11 @@ class Journal:
             self.post()
 
     def watch(self, event: Event) -> None:
-        """Have a hang letter written if the device, which is to complete ``event``, waits for other ranks too long."""
-        if self._letter is not None and not self._at_once:
+        """Have a hang letter written if the device, which is to complete ``event``, waits for other ranks too long.
+
+        Nothing is watched while a step is recorded: events are part of the graph then, and may not be asked.
+        """
+        if self._letter is not None and not self._at_once and self._recorded is None:
             self._letter.watch(event)
 
     def _last(self, most: int) -> tuple[int, list[str]]:
