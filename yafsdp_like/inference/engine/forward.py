@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from yafsdp_like.inference.engine.products import choose_pieces, multiply
 from yafsdp_like.kernels.activation import swiglu
 from yafsdp_like.kernels.decode_attention import choose_num_splits, decode_attention, workspace_numel
 from yafsdp_like.kernels.gemv import matmul
@@ -103,6 +104,9 @@ class Forward:
         windows = set[int | None]()
         for index in range(self._config.num_layers):
             layer = self._weights.layer(index)
+            if not windows:
+                for num_tokens in sorted({size.num_tokens for size in sizes}):
+                    self._choose_pieces(layer, num_tokens)
             if self._cache[index].window not in windows:
                 windows.add(self._cache[index].window)
                 for size in sizes:
@@ -110,6 +114,15 @@ class Forward:
             self._weights.release(index)
         for size in sizes:
             self._head(size)
+
+    def _choose_pieces(self, layer: LayerWeights, num_tokens: int) -> None:
+        """Measure how products of so many rows are computed fastest; what activations hold does not matter."""
+        to, rows = self._activations, slice(0, num_tokens)
+        gate, _ = to.gate_up[rows].chunk(2, dim=1)
+        choose_pieces(to.normed[rows], layer.qkv, to.qkv[rows])
+        choose_pieces(to.attended[rows], layer.o, to.normed[rows])
+        choose_pieces(to.normed[rows], layer.gate_up, to.gate_up[rows])
+        choose_pieces(gate, layer.down, to.normed[rows])
 
     def skip(self) -> None:
         """Make a forward of no tokens, for a rank in lockstep that has nothing to do."""
@@ -146,7 +159,7 @@ class Forward:
         """Replace normed rows (T, D) by what attention adds to them."""
         config, to, rows = self._config, self._activations, slice(0, size.num_tokens)
         qkv, attended = to.qkv[rows], to.attended[rows]
-        matmul(normed, layer.qkv, qkv)
+        multiply(normed, layer.qkv, qkv)
         if layer.qkv_bias is not None:
             qkv.add_(layer.qkv_bias)
         heads = qkv.unflatten(1, (-1, config.head_dim))
@@ -158,7 +171,7 @@ class Forward:
             norms = HeadNorms(layer.q_norm, layer.k_norm, config.norm_eps)
         rotate_and_store(q, k, v, tables, cache.pages, self._inputs.slot_mapping[cache.group, rows], norms)
         self._attend_pages(q, cache, size, attended.unflatten(1, (-1, config.head_dim)))
-        matmul(attended, layer.o, normed)
+        multiply(attended, layer.o, normed)
         self._sum(normed)
 
     def _attend_pages(self, q: Tensor, cache: LayerPages, size: StepSize, out: Tensor) -> None:
@@ -186,10 +199,10 @@ class Forward:
     def _feed(self, layer: LayerWeights, rows: slice, normed: Tensor) -> None:
         """Replace normed rows (T, D) by what the feed-forward adds to them."""
         gate_up = self._activations.gate_up[rows]
-        matmul(normed, layer.gate_up, gate_up)
+        multiply(normed, layer.gate_up, gate_up)
         gate, up = gate_up.chunk(2, dim=1)
         swiglu(gate, up, gate)
-        matmul(gate, layer.down, normed)
+        multiply(gate, layer.down, normed)
         self._sum(normed)
 
     def _sum(self, part: Tensor) -> None:

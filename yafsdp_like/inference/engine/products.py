@@ -1,0 +1,76 @@
+"""How many rows of a large matrix product are computed by one call: all, or pieces, by measurement.
+
+cuBLAS is slower for some numbers of rows than for the same rows in several calls: on an H200, 28,672 columns out of
+4,096 in bf16 took 482 us for 1,408 rows and 428 for 384 and 1,024; for 2,048 rows 646 and 610. What is faster is
+measured when an engine starts, once in a process for each shape, so that engines with and without graphs, and those
+that follow, compute the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from yafsdp_like.kernels.gemv import matmul
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+PIECE = 1024  # rows; of up to so many a call is not cut
+_LEAST_GAIN = 0.03  # of the time, below which a difference is noise
+_NUM_TIMED, _NUM_CALLS = 3, 8
+
+_Shape = tuple[torch.device, torch.dtype, int, int, int]
+_in_pieces: dict[_Shape, bool] = {}  # of this process, as measured
+
+
+def multiply(rows: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write `rows @ weight.T` into `out` as `matmul` does, in pieces where `choose_pieces` found these to be faster."""
+    if len(rows) > PIECE and _in_pieces.get(_shape(rows, weight), False):
+        _multiply_pieces(rows, weight, out)
+    else:
+        matmul(rows, weight, out)
+
+
+def choose_pieces(
+    rows: Tensor, weight: Tensor, out: Tensor, seconds: Callable[[Callable[[], None]], float] | None = None
+) -> None:
+    """Measure whether pieces are faster for products of this shape, unless this process has; `out` is overwritten.
+
+    `seconds` of a call, which are measured on the device of `rows` unless it is given.
+    """
+    shape = _shape(rows, weight)
+    if len(rows) <= PIECE or shape in _in_pieces:
+        return
+    measure = seconds or (lambda work: _seconds(work, rows.device))
+    whole = measure(lambda: matmul(rows, weight, out))
+    pieces = measure(lambda: _multiply_pieces(rows, weight, out))
+    _in_pieces[shape] = pieces < (1 - _LEAST_GAIN) * whole
+
+
+def _multiply_pieces(rows: Tensor, weight: Tensor, out: Tensor) -> None:
+    for first in range(0, len(rows), PIECE):
+        piece = slice(first, first + PIECE)
+        matmul(rows[piece], weight, out[piece])
+
+
+def _shape(rows: Tensor, weight: Tensor) -> _Shape:
+    return rows.device, rows.dtype, len(rows), *weight.shape
+
+
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
+    """Return the least seconds of a call, of those in a row, on the device."""
+    found = []
+    for _ in range(_NUM_TIMED):
+        work()
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(_NUM_CALLS):
+            work()
+        torch.cuda.synchronize(device)
+        found.append((time.perf_counter() - begin) / _NUM_CALLS)
+    return min(found)
