@@ -5,12 +5,14 @@ Owns how a model is cut into units, and which parameters decay. Knows nothing of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed._composable.checkpoint_activation import checkpoint
 
-from launch.config import Config, OptimizerOptions
+from launch.config import Config, ModelOptions, OptimizerOptions
 from launch.recipe import Recipe
 from launch.world import World
 from yafsdp_like import MixedPrecisionPolicy, fully_shard, offload_activations, update_in_backward
@@ -39,6 +41,7 @@ def build_model(recipe: Recipe, config: Config, world: World) -> Any:
         grad_dtype=None if config.precision.grad_dtype == "float32" else torch.bfloat16,
     )
     model, blocks = recipe.make()
+    checkpoint_blocks(blocks, config.model)
     for block in blocks:
         if config.model.compile:
             block.compile(dynamic=False)
@@ -46,6 +49,12 @@ def build_model(recipe: Recipe, config: Config, world: World) -> Any:
     if config.model.offload_activations:
         offload_activations(blocks)
     return shard(model)
+
+
+def checkpoint_blocks(blocks: Sequence[torch.nn.Module], options: ModelOptions) -> None:
+    """Let blocks keep only their inputs for backward, where the options say so; our decoders draw no random numbers."""
+    for block in blocks if options.checkpoint_activations else ():
+        checkpoint(block, preserve_rng_state=options.factory is not None)
 
 
 def build_optimizer(model: torch.nn.Module, config: Config, world: World) -> torch.optim.Optimizer:

@@ -30,6 +30,7 @@ class ModelOptions:
     factory_args: dict[str, Any] = field(default_factory=dict)  # what the function is called with, by name
     blocks: str = ""  # of the factory's module: the container of the blocks to shard one by one, such as "model.layers"
     compile: bool = False  # torch.compile each block
+    checkpoint_activations: bool = False  # keep only blocks' inputs, and compute the rest again in backward
     offload_activations: bool = False  # keep what blocks save for backward in host memory, copied beside compute
     graph: bool = False  # replay forward and backward as one CUDA graph: for steps that the CPU cannot keep up with
     transport: TransportName = "auto"  # "peer": ranks of one host read each other's memory; "process_group": NCCL, gloo
@@ -39,8 +40,21 @@ class ModelOptions:
             raise ValueError(
                 "model.graph records steps, and model.offload_activations cannot be recorded: set one of them to false"
             )
-        if self.offload_activations and self.factory is not None and not self.blocks:
-            raise ValueError("model.offload_activations offloads block by block: name the factory's by model.blocks")
+        for key in ("offload_activations", "checkpoint_activations"):
+            if getattr(self, key) and self.factory is not None and not self.blocks:
+                raise ValueError(f"model.{key} goes block by block: name the factory's by model.blocks")
+        if self.checkpoint_activations:
+            self._check_checkpointing()
+
+    def _check_checkpointing(self) -> None:
+        if self.compile or self.offload_activations:
+            other = "compile" if self.compile else "offload_activations"
+            raise ValueError(f"model.checkpoint_activations and model.{other} exclude each other: set one to false")
+        if self.graph and self.factory is not None:
+            raise ValueError(
+                "model.checkpoint_activations computes a factory's blocks again with the random numbers of before, "
+                "which model.graph cannot record: set one of them to false"
+            )
 
 
 @dataclass(frozen=True)
