@@ -46,6 +46,7 @@ setup(
             "yafsdp-train = launch.train:command",
             "yafsdp-generate = launch.generate:main",
             "yafsdp-serve = launch.serve:main",
+            "yafsdp-plan = launch.plan:main",
             "yafsdp-doctor = launch.doctor:main",
         ]
     },

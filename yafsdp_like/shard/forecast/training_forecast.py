@@ -66,13 +66,14 @@ class ForecastOptions:
     optimizer: OptimizerMemory = field(default_factory=OptimizerMemory)
     accumulates: bool = False  # a step has several backwards
     copies_checkpoints: bool = False  # they are written behind the next steps, from a copy in host memory
+    is_recorded: bool = False  # forward and backward are a CUDA graph, whose pool and gradients stay (``GraphedStep``)
     on_gpu: bool = True
     overhead: Overhead = field(default_factory=Overhead)
 
     @property
     def step(self) -> StepOptions:
         """What of these changes a trace."""
-        return StepOptions(self.on_gpu, self.accumulates, self.optimizer.update_in_backward)
+        return StepOptions(self.on_gpu, self.accumulates or self.is_recorded, self.optimizer.update_in_backward)
 
 
 def forecast_training(
@@ -141,6 +142,8 @@ class _Held:
             place, live = trace.peak(phase)
             yield PhaseMemory(phase, _nonzero(_sum(steady, live)), place.unit, _nonzero(host))
         left = trace.end("backward")
+        if self._options.is_recorded:
+            left = trace.peak("forward")[1]
         yield PhaseMemory("update", _nonzero(_sum(steady, left)), "", _nonzero(host))
         made = {"checkpoint": self._checkpoint_nbytes()}
         yield PhaseMemory("checkpoint", _nonzero(_sum(steady, left, made)), "", _nonzero(_sum(host, self._copies())))

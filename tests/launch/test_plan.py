@@ -1,0 +1,111 @@
+"""What `launch.plan` says of a run: the launcher's own plan, a table, data, and whether it fits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from launch import plan
+from launch.build import build_model
+from launch.config import load
+from launch.forecast import forecast_of
+from launch.recipe import recipe_of
+from launch.world import join, leave
+from yafsdp_like.shard.forecast.traced_units import Cluster
+
+TINY = "configs/tiny.yaml"
+ROOT = Path(__file__).parents[2]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = plan.main(arguments)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_a_configuration_is_planned_as_it_will_run(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, TINY, "--world-size=1", "--json=-")
+    world = join("cpu")
+    try:
+        options = load([TINY])
+        built = build_model(recipe_of(options.model, options.seed), options, world).memory_plan()
+    finally:
+        leave()
+    forecast = forecast_of(options, Cluster(1))
+    assert status == 0
+    assert (forecast.plan.regions, forecast.plan.slots) == (built.regions, built.slots)
+    data = json.loads(out)
+    assert data == {**json.loads(json.dumps(forecast.as_dict())), "fits": True, "gpu_memory_nbytes": None}
+    assert [phase["phase"] for phase in data["phases"]] == ["start", "forward", "backward", "update", "checkpoint"]
+
+
+def test_the_exit_status_says_whether_it_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["preset:8b", "--world-size=2", "--seq-len=4096", "--precision.split_master=true"]
+    status, out, _ = run(capsys, *arguments, "--gpu-memory=80GiB", f"--json={tmp_path / 'plan.json'}")
+    assert status == 0 and "fits into 80.00 GiB" in out and "in forward, at root" in out
+    data = json.loads((tmp_path / "plan.json").read_text())
+    assert data["peak"]["phase"] == "forward" and data["fits"]
+    status, out, _ = run(capsys, *arguments, "--gpu-memory=60GiB")
+    assert status == 1 and "does not fit into 60.00 GiB" in out
+    status, out, _ = run(capsys, *arguments, "--gpu-memory=65GiB", "--optimizer.moments=bf16")
+    assert status == 0
+
+
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        (["preset:9b"], "unknown model.preset '9b'"),
+        (["nowhere"], "'nowhere' is no file"),
+        ([TINY, "--seq-lan=3"], "did you mean 'seq_len'?"),
+        ([TINY, "--world-size=7"], "× 7 ranks = 56"),
+        (["preset:tiny", "--world-size=16", "--model.transport=peer"], "use 'auto', or 'hierarchical'"),
+    ):
+        status, out, err = run(capsys, *arguments)
+        assert (status, out) == (2, "") and words in err and err.count("\n") == 1
+
+
+class Reads(nn.Module):
+    """Its control flow depends on what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(64, 8), nn.Linear(8, 64)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.embed(tokens))
+        return logits * 2 if logits.mean() > 0 else logits
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Embedding(64, 8), nn.Linear(8, 64))
+
+
+def test_any_function_that_returns_a_module_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, f"{__name__}:plain", "--seq-len=32", "--micro-batch=2", "--world-size=2")
+    assert status == 0 and "2 × 32 tokens a forward" in out and "logits" not in out
+    status, _, err = run(capsys, f"{__name__}:Reads", "--seq-len=32")
+    assert status == 2 and "control flow depends on what it computes" in err and "test_plan.py" in err
+
+
+@pytest.mark.slow
+def test_seventy_billion_parameters_on_1024_ranks_take_seconds() -> None:
+    arguments = ["preset:70b", "--world-size=1024", "--seq-len=8192", "--json=-"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.plan", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    data: dict[str, Any] = json.loads(done.stdout)
+    assert data["world_size"] == 1024 and data["flops"] > 6 * 70e9 * 8192
+    assert data["link_nbytes"]["network"] > data["link_nbytes"]["peers"] / 8
+
+
+def test_no_process_group_is_needed_or_left(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not dist.is_initialized()
+    run(capsys, "preset:tiny", "--world-size=64")
+    assert not dist.is_initialized()
