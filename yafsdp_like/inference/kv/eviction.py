@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from yafsdp_like.inference.kv.ranked import Rank, Ranked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 @dataclass(frozen=True)
@@ -156,14 +156,20 @@ class Victims:
 
     def remove(self, page: int, tenant: str) -> Rank:
         """Remove a victim, and return its rank."""
+        (rank,) = self.remove_all([page], tenant)
+        return rank
+
+    def remove_all(self, removed: Sequence[int], tenant: str) -> list[Rank]:
+        """Remove victims of one tenant, and return their ranks."""
         pages = self._pages[tenant]
-        rank = pages.rank(page)
-        pages.discard(page)
+        ranks = [pages.rank(page) for page in removed]
+        for page in removed:
+            pages.discard(page)
         if not pages:
             del self._pages[tenant]
-        self._count -= 1
+        self._count -= len(removed)
         self.refresh(tenant)
-        return rank
+        return ranks
 
     def refresh(self, tenant: str) -> None:
         """Update the order after the tenant's charge has changed."""

@@ -194,9 +194,23 @@ class PagePool:
         return all(name == tenant or nbytes <= self.ledger.surplus_nbytes(name) for name, nbytes in lost.items())
 
     def _evict_slab(self, slab: int) -> None:
+        """Evict all pages of a slab that holds no others, at the price of a few dictionary entries each."""
         shape = self.slabs.leases[slab].shape
-        for page in self._victims_of(slab):
-            self._evict(shape, page)
+        stock, victims = self.stocks[shape], self._victims_of(slab)
+        lost: dict[str, list[int]] = {}
+        for page in victims:
+            record = stock.pages.pop(page)
+            assert not record.num_references, f"page {page} of {shape} is referred to {record.num_references} times"
+            assert record.content is not None, f"page {page} of {shape} is cached without content"
+            del stock.by_content[record.content]
+            lost.setdefault(record.tenant, []).append(page)
+        for tenant, pages in lost.items():
+            for _, rank, _ in stock.victims.remove_all(pages, tenant):
+                self.policy.evicted(rank)
+            self._charge(tenant, -shape.nbytes * len(pages))
+        self.slabs.take_back(slab)
+        self._note_unheld(shape, slab)
+        self.num_evicted += len(victims)
 
     def _evict(self, shape: PageShape, page: int) -> None:
         stock = self.stocks[shape]

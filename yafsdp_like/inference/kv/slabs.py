@@ -237,6 +237,12 @@ class SlabPool:
         if len(lease.free) == len(lease.pages):
             self._end(slab, lease)
 
+    def take_back(self, slab: int) -> None:
+        """End the lease of a slab whose pages are all given up at once; O(log slabs)."""
+        lease = self.leases[slab]
+        self._num_free[lease.shape] += len(lease.pages) - len(lease.free)
+        self._end(slab, lease)
+
     def _lend(self, shape: PageShape) -> int | None:
         slab = self._idle.first()
         if slab is None:
