@@ -2,7 +2,7 @@
 # make test       lint, type checks and the tests that need no GPU, in under 15 minutes on 2 cores; makes .venv too
 # make test-fast  what matters most while developing, in about two minutes: no lint, and FAST_TESTS below
 # make test-all   as `make test`, with every combination of models, precisions and transports
-# make test-gpu   the tests that need two GPUs
+# make test-gpu   the tests that need GPUs, most of them two
 # make docs       the API reference, into site/; needs no network once its packages are installed
 # make bench      ours against stock FSDP2 and the unsharded floor; see scripts/results/README.md
 #

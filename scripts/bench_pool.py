@@ -16,7 +16,8 @@ seconds after which the call returned.
 for one that is awake, than which nothing can be faster; beside them the bytes at the rate of the link.
 
 `prefetch`: one model serves a request while another, whose home does not meet the first one's, is prefetched; then
-seconds to the first token of the other, and by how much they exceed those of a model that was awake all the time.
+seconds to the first token of the other, waking included, and by how much they exceed those of a model that was awake
+all the time and idle while the first one served the same, in turn.
 
 `awake`: steps that decode, of each model in the pool and of an engine that has the model alone. Medians of steps.
 

@@ -37,8 +37,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in SLOWEST)
     for item in items:
         _settle_slow(item)
-        if torch.cuda.device_count() < 2 and item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs 2 GPUs"))
+        if (gpu := item.get_closest_marker("gpu")) and torch.cuda.device_count() < (
+            needed := gpu.kwargs.get("count", 2)
+        ):
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPUs"))
 
 
 def _settle_slow(item: pytest.Item) -> None:

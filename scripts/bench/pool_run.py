@@ -219,33 +219,41 @@ def _cold(bench: PoolBench) -> list[Row]:
 
 
 def _prefetched(bench: PoolBench) -> list[Row]:
-    """Of the largest model that can be prefetched beside another."""
+    """Of the two largest that can be prefetched beside another."""
     rows = []
     for serving, wanted in sorted(bench.pairs(meeting=False), key=lambda pair: -bench.nbytes(pair[1]))[:2]:
-        found = []
-        for _ in range(bench.options.rounds):
-            bench.pool.sleep(wanted, keep=False)
-            found.append(_prefetch_once(bench, serving, wanted))
-        awake = statistics.median(bench.first_token_s(wanted) for _ in range(bench.options.rounds))
-        first, moved, steps = statistics.median_low(found)
+        found = [
+            _beside(bench, serving, wanted, asleep) for _ in range(bench.options.rounds) for asleep in (True, False)
+        ]
+        first, wake_s, moved, steps = statistics.median_low(found[::2])
+        awake = statistics.median(seconds for seconds, *_ in found[1::2])
         row = {"serving": serving, "prefetched": wanted, "gib": moved / 2**30, "steps_meanwhile": steps}
-        rows.append(row | {"ms": 1e3 * first, "awake_ms": 1e3 * awake, "visible_wait_ms": 1e3 * (first - awake)})
+        row |= {"wake_up_ms": 1e3 * wake_s, "first_token_ms": 1e3 * first, "awake_ms": 1e3 * awake}
+        rows.append(row | {"visible_wait_ms": 1e3 * (first - awake)})
     return rows
 
 
-def _prefetch_once(bench: PoolBench, serving: str, wanted: str) -> tuple[float, int, int]:
-    """Return seconds to the first token of ``wanted``, bytes prefetched, and steps of ``serving`` meanwhile."""
+def _beside(bench: PoolBench, serving: str, wanted: str, asleep: bool) -> tuple[float, float, int, int]:
+    """Have ``serving`` serve a request, and return seconds to the first token of ``wanted`` behind it.
+
+    Waking it is part of these, if it was asleep and prefetched meanwhile, and is returned, too; then the bytes that
+    were prefetched, and steps meanwhile.
+    """
     pool, moved, before = bench.pool, 0, bench.pool.num_steps
+    pool.wake_up(wanted)
+    if asleep:
+        pool.sleep(wanted, keep=False)
     pool.add(serving, bench.request(serving, bench.options.max_seq_len - bench.options.prompt_tokens))
-    pool.step()
-    while True:
-        issued = pool.prefetch(wanted)
-        moved += issued
-        if moved >= bench.nbytes(wanted) or not pool.has_work:
-            break
+    while pool.has_work:
         pool.step()
-    bench.drain()
-    return bench.first_token_s(wanted), moved, pool.num_steps - before
+        moved += pool.prefetch(wanted)
+    assert moved == (bench.nbytes(wanted) if asleep else 0), f"{moved} bytes of {wanted} were prefetched in time"
+    steps = pool.num_steps - before
+    bench.world.synchronize()
+    begin = time.perf_counter()
+    assert pool.wake_up(wanted).nbytes == 0
+    wake_s = time.perf_counter() - begin
+    return wake_s + bench.first_token_s(wanted), wake_s, moved, steps
 
 
 def _awake(bench: PoolBench) -> list[Row]:

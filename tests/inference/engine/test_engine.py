@@ -484,7 +484,7 @@ def allocations() -> dict[str, int]:
     return {name: stats[name] for name in ("allocation.all.allocated", "segment.all.allocated", "num_alloc_retries")}
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(count=1)
 @pytest.mark.parametrize("graphs", [True, False])
 def test_on_a_gpu_tokens_are_the_same_and_nothing_is_allocated(graphs: bool) -> None:
     """The plain loop is on the CPU; the requests differ in all that a request may say."""

@@ -19,7 +19,7 @@ from yafsdp_like.models import DecoderConfig
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu(count=1)
 
 OPTIONS = replace(ONE, costs=None)
 SLABS = 280 << 10  # room for one model, or two

@@ -144,12 +144,16 @@ class PagePool:
 
         It cannot while a page of it is referred to. What is cached in it is evicted, floors or not.
         """
-        if slab in self._held or slab in self.slabs.claimed:
+        if not self.may_claim(slab):
             return False
         if slab in self.slabs.leases:
             self._evict_slab(slab)
         self.slabs.claim(slab)
         return True
+
+    def may_claim(self, slab: int) -> bool:
+        """Return whether ``claim`` could have a slab."""
+        return slab not in self._held and slab not in self.slabs.claimed
 
     def is_held(self, slab: int) -> bool:
         """Return whether a page of a slab is referred to."""

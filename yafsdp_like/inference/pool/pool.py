@@ -196,9 +196,9 @@ class ModelPool:
             in_the_way.append(others.pop(0))
         for other in in_the_way:
             self._sleep(other)
-        self._claim(member)
+        nbytes = self._copy_in(member)
         member.is_awake, self._may_prefetch = True, True
-        self.switches.append(Switch(name, member.residence.copy_in(), len(in_the_way)))
+        self.switches.append(Switch(name, nbytes, len(in_the_way)))
         return self.switches[-1]
 
     def sleep(self, name: str, keep: bool = True) -> None:
@@ -220,7 +220,6 @@ class ModelPool:
         member = self._find(name)
         if name not in self._host_weights or member.is_awake or any(o.plan.meets(member.plan) for o in self._awake()):
             return 0
-        member.residence.claim()
         return member.residence.copy_in(_PREFETCHED_AT_ONCE)
 
     def _find(self, name: str) -> _Member:
@@ -241,13 +240,15 @@ class ModelPool:
         slabs = {slab for member in awake for slab in member.plan.home}
         return len(slabs) + max(self.plan.least_slabs(member.name) for member in awake) <= self.plan.grid.num_slabs
 
-    def _claim(self, member: _Member) -> None:
-        refused = member.residence.claim()
-        if refused:
+    def _copy_in(self, member: _Member) -> int:
+        """Copy all that a model lacks, and return the bytes; sequences with pages in its home are preempted."""
+        blocked = member.residence.blocked()
+        if blocked:
             for other in self._awake():
-                self._suspend(other, refused)
-            refused = member.residence.claim()
-        assert not refused, f"slabs {refused} of {member.name!r} are held, and no model that is awake holds them"
+                self._suspend(other, blocked)
+            blocked = member.residence.blocked()
+        assert not blocked, f"slabs {blocked} of {member.name!r} are held, and no model that is awake holds them"
+        return member.residence.copy_in()
 
     def _suspend(self, member: _Member, slabs: Iterable[int] | None = None) -> None:
         found = member.engine.suspend(None if slabs is None else set(slabs))

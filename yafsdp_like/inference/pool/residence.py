@@ -2,7 +2,7 @@
 
 [Note: what is still there]
 A model that loses its slabs leaves its weights where they are. Until a slab is lent to pages or claimed by another
-model its bytes stay, and the units in it need not be brought again: slabs count how often that happened.
+model its bytes stay, and the units in it need not be copied again: slabs count how often that happened.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Residence:
-    """One model's slabs and units on the device. Work is O(slabs of its home)."""
+    """One model's slabs and units on the device. Work is O(slabs of its home + pages that are evicted from them)."""
 
     def __init__(self, plan: ModelPlan, pages: PagePool, weights: PooledWeights) -> None:
         self._plan, self._pages, self._weights = plan, pages, weights
@@ -25,38 +25,41 @@ class Residence:
         self._written: dict[int, int] = {}  # of slabs that were let go: how often they had been lent or claimed
         self._slabs = [plan.slabs_of(unit) for unit in range(len(plan.units))]
 
-    def claim(self) -> list[int]:
-        """Claim all slabs of the home that can be had, evicting what is cached there, and return those that cannot."""
-        refused = []
-        for slab in self._plan.home:
+    def blocked(self) -> list[int]:
+        """Return the slabs of the home that cannot be had: with pages that are referred to, or others' weights."""
+        return [slab for slab in self._plan.home if slab not in self.owned and not self._pages.may_claim(slab)]
+
+    def copy_in(self, most_on_their_way: int | None = None) -> int:
+        """Claim slabs, and copy each unit that is absent as soon as it has all of its own; return the bytes copied.
+
+        Pages that are cached in them are evicted while the units before are on their way already. Units whose slabs
+        are blocked are left out; no more than ``most_on_their_way`` units are under way then.
+        """
+        room = len(self._slabs) if most_on_their_way is None else most_on_their_way - self._weights.num_arriving()
+        nbytes = 0
+        for unit, slabs in enumerate(self._slabs):
+            if room <= 0:
+                break
+            if not self._claim(slabs) or unit in self._present:
+                continue
+            self._weights.copy_in(unit)
+            self._present.add(unit)
+            nbytes += self._plan.units[unit].nbytes
+            room -= 1
+        return nbytes
+
+    def _claim(self, slabs: range) -> bool:
+        """Claim all of ``slabs`` that can be had, and return whether these are all."""
+        for slab in slabs:
             if slab in self.owned:
                 continue
             num_written = self._pages.slabs.num_written[slab]
             if not self._pages.claim(slab):
-                refused.append(slab)
-                continue
+                return False
             self.owned.add(slab)
             if self._written.get(slab) != num_written:
                 self._present -= {unit for unit, slabs in enumerate(self._slabs) if slab in slabs}
-        return refused
-
-    def absent(self) -> list[int]:
-        """Return the units that are neither there nor on their way, but could be brought, in order."""
-        return [
-            unit
-            for unit, slabs in enumerate(self._slabs)
-            if unit not in self._present and all(slab in self.owned for slab in slabs)
-        ]
-
-    def copy_in(self, most_on_their_way: int | None = None) -> int:
-        """Bring the units that are absent, or as many as may be on their way; return their bytes."""
-        units = self.absent()
-        if units and most_on_their_way is not None:
-            units = units[: max(0, most_on_their_way - self._weights.num_arriving())]
-        if units:
-            self._weights.copy_in(units)
-        self._present |= set(units)
-        return sum(self._plan.units[unit].nbytes for unit in units)
+        return True
 
     def let_go(self) -> None:
         """Give all slabs back. Nothing is copied; what is issued from now on may write them."""

@@ -20,7 +20,7 @@ from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.streams import COMPUTE, HOST_TO_DEVICE, Event, Streams
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
 
@@ -65,13 +65,12 @@ class PooledWeights(Weights):
 
     # --- on their way ---
 
-    def copy_in(self, units: Iterable[int]) -> None:
-        """Issue the copies of ``units``, in order, behind all that was issued before."""
+    def copy_in(self, unit: int) -> None:
+        """Issue the copy of a unit behind all that was issued before."""
         self._streams.wait(HOST_TO_DEVICE, self._streams.record(COMPUTE))
         with self._streams.on(HOST_TO_DEVICE):
-            for unit in units:
-                self._places[unit].copy_(self._image[unit], non_blocking=True)
-                self._arriving[unit] = self._last_copy = self._streams.record(HOST_TO_DEVICE)
+            self._places[unit].copy_(self._image[unit], non_blocking=True)
+        self._arriving[unit] = self._last_copy = self._streams.record(HOST_TO_DEVICE)
 
     def num_arriving(self) -> int:
         """Return how many units no forward has waited for, and are not known to be there."""
