@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from dataclasses import replace
@@ -31,7 +32,7 @@ from yafsdp_like.inference.pool import pool as pool_module
 from yafsdp_like.inference.pool.host_weights import HostFullError
 from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool, ModelState
-from yafsdp_like.inference.weights.loading import Model, model_of
+from yafsdp_like.inference.weights.loading import Model, ModuleSource, model_of
 from yafsdp_like.memory.streams import COMPUTE, HOST_TO_DEVICE
 
 if TYPE_CHECKING:
@@ -293,6 +294,26 @@ def test_host_memory_is_limited_and_refuses_with_the_numbers_until_a_model_is_un
     assert tokens(pool.generate({"wide, tied": requests(texts)})) == {"wide, tied": alone("wide, tied", texts)}
     pool.unload("wide, tied")
     assert tokens(pool.generate({"plain": requests(texts)})) == {"plain": alone("plain", texts)}
+    check_idle(pool)
+
+
+def test_a_model_that_is_loaded_again_with_other_values_finds_nothing_of_the_old_ones() -> None:
+    """Neither weights on the device nor pages of a prompt that is asked again."""
+    old = decoder(CONFIGS["plain"])
+    new = copy.deepcopy(old)
+    with torch.no_grad():
+        new.embed_tokens.weight.copy_(old.embed_tokens.weight.flip(0))
+    current = [old]
+    model = Model("plain", CONFIGS["plain"], None, lambda device: ModuleSource(current[0]))
+    plan = plan_pool({"plain": pooled()["plain"]}, PoolOptions(buffers_nbytes() + LARGE))
+    pool, (text, *_) = ModelPool(plan, {"plain": model}), long_texts()
+    first = pool.generate({"plain": requests([text])})["plain"]["0"]
+    pool.unload("plain")
+    current[0] = new
+    again = pool.generate({"plain": requests([text])})["plain"]["0"]
+    assert again.num_cached_tokens == 0 and again.ids != first.ids
+    fresh = ModelPool(plan, {"plain": model_of(new)}).generate({"plain": requests([text])})["plain"]["0"]
+    assert again.ids == fresh.ids
     check_idle(pool)
 
 

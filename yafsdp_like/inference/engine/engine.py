@@ -36,6 +36,7 @@ from yafsdp_like.inference.engine.step_log import StepFigures, StepLog
 from yafsdp_like.inference.engine.step_times import StepTimes
 from yafsdp_like.inference.kv.eviction import Costs
 from yafsdp_like.inference.kv.kv_cache import KVCache, Tier, check_integrity
+from yafsdp_like.inference.kv.prefix import PrefixTree
 from yafsdp_like.inference.weights.loading import load, with_memory_limit
 
 if TYPE_CHECKING:
@@ -287,6 +288,11 @@ class Engine:
         self._runner.copy_pages(self._scheduler.take_copies())
         self._log.pause()
         return outputs
+
+    def forget_prefixes(self) -> None:
+        """Find no page again that was computed so far, since other weights may take the place of these."""
+        assert not self.cache.sequences, "sequences go on with pages of the same weights"
+        self.cache.tree = PrefixTree()
 
     def _make_room(self, by_force: bool) -> bool:
         """Have other engines lose memory, behind the copies of this one; see `places.py`."""

@@ -168,7 +168,10 @@ class ModelPool:
         return failed
 
     def unload(self, name: str) -> None:
-        """Take a model from device and host. Raises ValueError while it has requests."""
+        """Take a model from device and host, prefixes too: what is loaded next under its name may have other values.
+
+        Raises ValueError while it has requests.
+        """
         member = self._find(name)
         if member.engine.has_work:
             raise ValueError(f"model {name!r} has requests: cancel them, or wait for their end, before it is unloaded")
@@ -176,6 +179,7 @@ class ModelPool:
             self._sleep(member)
             member.residence.forget()
             member.weights.unload()
+            member.engine.forget_prefixes()
             self._host_weights.drop(name)
 
     def wake_up(self, name: str) -> Switch:
