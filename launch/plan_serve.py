@@ -1,7 +1,7 @@
 """Plan what serving a model takes, without a GPU: bytes in each phase, contexts that fit, the mode and why.
 
     python -m launch.plan preset:70b --serve --gpu-memory=80GiB --slot-map=map.html
-    python -m launch.plan runs/smollm2/base --serve --max-batch-size=64 --json
+    python -m launch.plan runs/smollm2/base --serve --max-batch-size=64 --json=-
 
 Owns the options, which are the server's and those of a GPU that need not be here, and the tables. The plan is the one
 that the engine allocates (``inference/plan/serving_plan.py``): activations are planned buffers there, so its part is
@@ -48,7 +48,7 @@ class ServePlanOptions(ServeOptions):
     gpu_memory_nbytes: int = 80 << 30  # of each GPU, of which the plan leaves a part to CUDA and its libraries
     gpu_multiprocessors: int = 132  # of each GPU, as an H100 or H200; decides how attention is cut, and its workspace
     transport: Literal["peer", "process_group"] = "peer"  # whether ranks map each other's memory
-    json: bool = False  # print JSON instead of tables
+    json: str | None = None  # write the forecast as data to this file; "-" is standard output
     slot_map: str | None = None  # draw it to this file, .html or .png
 
     def __post_init__(self) -> None:
@@ -274,12 +274,17 @@ def config_of(name: str) -> DecoderConfig:
 def run(options: ServePlanOptions) -> None:
     """Print the plan, and draw its slot map where that is asked for."""
     forecast = forecast_serving(options)
-    print(json.dumps(forecast.as_dict()) if options.json else forecast, flush=True)
+    print(json.dumps(forecast.as_dict()) if options.json == "-" else forecast, flush=True)
+    if options.json not in (None, "-"):
+        Path(options.json).write_text(json.dumps(forecast.as_dict(), indent=2) + "\n", encoding="utf-8")
     if options.slot_map is not None:
         slot_map.draw(forecast.drawable(), options.slot_map, f"{options.model}, served")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run ``launch.plan --serve``, whose arguments these are without that flag; return the exit status."""
-    options = COMMAND.answer(arguments)
+    """Run ``launch.plan --serve``, whose arguments these are without that flag.
+
+    Returns the exit status: 0 where the model fits, 1 where it does not, 2 after a mistake.
+    """
+    options = COMMAND.answer(arguments, lambda asked: config_of(asked.model))
     return options if isinstance(options, int) else exit_status(run, options)

@@ -23,7 +23,7 @@ LEAST_WIDTH, TICK_WIDTH = 1100, 14  # of a panel, and of a tick where there are 
 LETTER_WIDTH, LETTER_HEIGHT = 6.4, 12
 NUM_MARKS = 4  # on the axis of addresses
 STYLE = """
-rect { stroke: var(--card); stroke-width: .6; } rect.odd { fill-opacity: .72; }
+rect { stroke: var(--card); stroke-width: .6; } rect.odd { fill-opacity: var(--odd); }
 rect.on { stroke: var(--ink); stroke-width: 2; }
 #detail { position: sticky; top: 0; z-index: 1; padding: .4rem .7rem; margin: .5rem 0; white-space: pre-wrap;
   min-height: 3em; background: var(--card); color: var(--ink); border: 1px solid var(--line); border-radius: 6px; }

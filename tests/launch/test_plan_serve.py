@@ -102,7 +102,7 @@ def test_a_name_of_no_model_is_refused(name: str, words: str) -> None:
 
 def test_json_says_what_the_tables_say_and_the_map_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drawing = tmp_path / "map.html"
-    assert main(["preset:70b", "--json", f"--slot-map={drawing}"]) == 0
+    assert main(["preset:70b", "--json=-", f"--slot-map={drawing}"]) == 0
     numbers = json.loads(capsys.readouterr().out)
     found = forecast("preset:70b")
     assert numbers["mode"] == "streamed" and numbers["why"] == list(found.plan.reasons)
@@ -112,7 +112,8 @@ def test_json_says_what_the_tables_say_and_the_map_is_drawn(tmp_path: Path, caps
     assert "bytes are missing" in numbers["modes"]["resident"]["refused"]
     text = drawing.read_text()
     assert "weight slots" in text and "host memory" in text and f"{found.plan.host.nbytes:,}" in text
-    assert main(["preset:70b"]) == 0
+    assert main(["preset:70b", f"--json={tmp_path / 'plan.json'}"]) == 0
+    assert json.loads((tmp_path / "plan.json").read_text()) == numbers
     said = capsys.readouterr().out
     assert "streamed: 50 of 82 units" in said and "as resident: the model does not fit" in said
 
@@ -123,4 +124,4 @@ def test_what_does_not_fit_is_refused_with_what_would(capsys: pytest.CaptureFixt
     assert found.out == "" and "bytes are missing" in found.err and "It fits with memory_limit_nbytes=" in found.err
     assert main(["preset:70b", "--gpu-memory=1GiB"]) == 1
     assert "take all of gpu_memory_nbytes" in capsys.readouterr().err
-    assert main(["preset:70b", "--slot-map=map.svg"]) == 2
+    assert main(["preset:70b", "--slot-map=map.svg"]) == main(["preset:71b"]) == main(["nowhere"]) == 2
