@@ -10,7 +10,8 @@ COLORS = (
     "#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#8cd17d",
 )  # fmt: skip
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6570; --line: #c9d0d8; --paper: #ffffff; --card: #f5f7f9; --odd: .72; }
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6570; --line: #c9d0d8; --paper: #ffffff;
+  --card: #f5f7f9; --odd: .72; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ec; --soft: #9aa4ae; --line: #3c444d; --paper: #14171a; --card: #1d2126; --odd: .85; }
 }
