@@ -3,6 +3,7 @@
     python -m launch.plan configs/8b.yaml --world-size 8 --gpu-memory 80GiB
     python -m launch.plan preset:70b --world-size 1024 --seq-len 8192 --optimizer.moments=bf16
     python -m launch.plan mypackage.models:build --json plan.json
+    python -m launch.plan preset:8b --serve --gpu-memory 80GiB --slot-map map.html
 
 Exit status 0 if it fits, or nothing was said of how large a GPU is; 1 if it does not; 2 after a mistake.
 """
@@ -40,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--gpu-memory", type=nbytes, metavar="BYTES", help="of each GPU, such as 80GiB")
     found.add_argument("--seq-len", type=int, help="tokens of a sequence")
     found.add_argument("--micro-batch", type=int, help="sequences of one forward on one rank")
+    found.add_argument("--serve", action="store_true", help="plan serving instead; --serve --help has its options")
+    found.add_argument("--slot-map", type=Path, metavar="FILE", help="draw when each slot is live, as .html or .png")
     found.add_argument("--json", type=Path, metavar="FILE", help="write the forecast as data; - is standard output")
     return found
 
@@ -93,12 +96,17 @@ def answer(asked: argparse.Namespace, others: Sequence[str]) -> int:
     """Forecast, print and write; return the exit status."""
     import torch
 
+    from launch import slot_map
     from launch.forecast import forecast_of
     from yafsdp_like.shard.forecast.traced_units import Cluster
 
+    if asked.slot_map is not None:
+        slot_map.check_path(asked.slot_map)
     num_ranks = asked.world_size or torch.cuda.device_count() or 1
     options = configuration(asked, others, num_ranks)
     forecast = forecast_of(options, Cluster(num_ranks, asked.ranks_per_host, asked.replicas))
+    if asked.slot_map is not None:
+        slot_map.draw(forecast.plan, asked.slot_map, f"{asked.model} on {num_ranks} ranks")
     fits = asked.gpu_memory is None or forecast.fits(asked.gpu_memory)
     data: dict[str, Any] = {**forecast.as_dict(), "fits": fits, "gpu_memory_nbytes": asked.gpu_memory}
     if asked.json is None or str(asked.json) != "-":
@@ -112,8 +120,13 @@ def answer(asked: argparse.Namespace, others: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--serve" in arguments:
+        from launch import plan_serve
+
+        return plan_serve.main([argument for argument in arguments if argument != "--serve"])
     try:
-        own, others = parser().parse_known_args(sys.argv[1:] if arguments is None else arguments)
+        own, others = parser().parse_known_args(arguments)
     except SystemExit as end:  # after --help, or a mistake that argparse has told
         return MISTAKE if end.code else 0
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from launch import plan
 from launch.options import SERVE
 from launch.plan_serve import COMMAND, config_of, forecast_serving, main
 from tests.inference.http.servers import make_decoder
@@ -116,6 +117,21 @@ def test_json_says_what_the_tables_say_and_the_map_is_drawn(tmp_path: Path, caps
     assert json.loads((tmp_path / "plan.json").read_text()) == numbers
     said = capsys.readouterr().out
     assert "streamed: 50 of 82 units" in said and "as resident: the model does not fit" in said
+
+
+def test_one_command_plans_training_and_serving_and_draws_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawings = [tmp_path / "training.html", tmp_path / "serving.html"]
+    tiny = "preset:tiny"
+    assert plan.main([tiny, "--world-size=2", f"--slot-map={drawings[0]}", "--seq-len=8"]) == 0
+    assert plan.main([tiny, "--serve", "--gpu-memory", "40GiB", "--slot-map", str(drawings[1])]) == 0
+    assert "resident: all" in capsys.readouterr().out
+    training, serving = (drawing.read_text() for drawing in drawings)
+    assert "gradient slots" in training and "kv slabs" not in training
+    assert "kv slabs" in serving and "gradient slots" not in serving
+    assert plan.main([tiny, f"--slot-map={tmp_path / 'map.txt'}"]) == 2
+    assert "drawn as .html or .png" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_refused_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
