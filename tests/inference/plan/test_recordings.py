@@ -66,6 +66,13 @@ def test_the_planned_bytes_are_what_was_measured(num_layers: int, batch_size: in
     assert measured - 2 <= planned <= 1.05 * measured + 2
 
 
+def test_recordings_of_steps_that_bring_weights_are_planned_larger() -> None:
+    streamed = plan_serving(CONFIG, replace(OPTIONS, memory_limit_nbytes=3 << 30, host_kv_nbytes=0), H200, "streamed")
+    assert streamed.recordings_nbytes == recordings_nbytes(CONFIG, OPTIONS, moves=True)
+    assert streamed.recordings_nbytes > plan_serving(CONFIG, OPTIONS, H200).recordings_nbytes
+    assert (3 << 30) - streamed.memory.nbytes - streamed.recordings_nbytes >= 0
+
+
 def test_on_a_cpu_nothing_is_recorded() -> None:
     assert plan_serving(CONFIG, OPTIONS).recordings_nbytes == 0
 

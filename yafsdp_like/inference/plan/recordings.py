@@ -23,20 +23,25 @@ MAX_RECORDED_TOKENS = 2048  # of a step; larger ones take a GPU longer than issu
 # Measured on an H200, torch 2.11: recordings of the 8B shape took 180 MiB in all (154 of them, 32 layers), of the 0.6B
 # shape 154 (146, 28 layers), of two layers 54 (124).
 _STEP_NBYTES, _LAYER_NBYTES = 125 << 10, 30 << 10  # of one recording, and more of it for each layer
+_MOVED_LAYER_NBYTES = 16 << 10  # more of it where layers are brought, or sums are made over ranks: not measured
 _WORKSPACE_NBYTES = 32 << 20  # of cuBLAS
 _MANY_ROWS, _MANY_ROWS_NBYTES = 128, 20 << 20  # above which, choosing the most probable tokens takes so much
 _GRANULE_NBYTES = 2 << 20  # in which the driver and the allocator take memory
 SLACK = 0.05
 
 
-def recordings_nbytes(config: DecoderConfig, options: EngineOptions) -> int:
-    """Return the bytes that an engine's recordings take beside its arena; ``config`` is what one rank computes."""
+def recordings_nbytes(config: DecoderConfig, options: EngineOptions, moves: bool = False) -> int:
+    """Return the bytes that an engine's recordings take beside its arena.
+
+    ``config`` is what one rank computes; ``moves`` says whether steps copy weights, or sum over ranks.
+    """
     if not options.graphs:
         return 0
     buckets = StepBuckets(options.max_batch_size, options.max_batch_tokens)
     num_steps = len(buckets.decode) + sum(size.num_tokens <= MAX_RECORDED_TOKENS for size in buckets.mixed)
     many_rows = _MANY_ROWS_NBYTES if options.max_batch_size > _MANY_ROWS else 0
-    driver_nbytes = num_steps * (_STEP_NBYTES + config.num_layers * _LAYER_NBYTES)
+    layer_nbytes = _LAYER_NBYTES + (_MOVED_LAYER_NBYTES if moves else 0)
+    driver_nbytes = num_steps * (_STEP_NBYTES + config.num_layers * layer_nbytes)
     return _WORKSPACE_NBYTES + many_rows + (driver_nbytes // _GRANULE_NBYTES + 1) * _GRANULE_NBYTES
 
 

@@ -97,7 +97,7 @@ class ServingPlan:
     @cached_property
     def recordings_nbytes(self) -> int:
         """The bytes that CUDA graphs take beside the arena; 0 on a CPU, or a device that is not known."""
-        return _recordings_nbytes(self.rank_config, self.options, self.site)
+        return _recordings_nbytes(self.rank_config, self.options, self.site, self.mode)
 
     @cached_property
     def memory(self) -> MemoryPlan:
@@ -156,8 +156,8 @@ def _rank_config(config: DecoderConfig, site: Site, mode: AnyMode) -> DecoderCon
     return share_of(config, site.num_ranks) if mode == "tensor_parallel" else config
 
 
-def _recordings_nbytes(share: DecoderConfig, options: EngineOptions, site: Site) -> int:
-    return recordings_nbytes(share, options) if site.hardware else 0
+def _recordings_nbytes(share: DecoderConfig, options: EngineOptions, site: Site, mode: Mode) -> int:
+    return recordings_nbytes(share, options, moves=mode != "resident") if site.hardware else 0
 
 
 def _auto_modes(site: Site) -> Iterator[Mode]:
@@ -179,7 +179,7 @@ class _Draft:
     site: Site
     capacity: Capacity
     buffers: PlacedBuffers
-    recordings_nbytes: int
+    share: DecoderConfig  # what one rank computes
     max_seq_len: int  # at most
     least: int  # tokens of context that must fit
 
@@ -197,8 +197,7 @@ class _Draft:
         )
         buffers = plan_buffers(share, step, site.dtype)
         least = options.max_seq_len or min(longest, options.max_batch_tokens)
-        recordings = _recordings_nbytes(share, options, site)
-        return cls(config, options, site, capacity, buffers, recordings, longest, least)
+        return cls(config, options, site, capacity, buffers, share, longest, least)
 
     def choose(self, mode: Mode) -> Placement | None:
         """See [Note: what is kept]; None where not even one context fits beside the weights."""
@@ -208,21 +207,26 @@ class _Draft:
                 return candidates[self.config.num_layers - 1]
             wanted = self.least * self.options.max_batch_size
             for placement in candidates:
-                if self._fits(placement.nbytes_at_least, wanted) and self._fits(placement.nbytes, wanted):
+                if all(self._fits(nbytes, wanted, mode) for nbytes in (placement.nbytes_at_least, placement.nbytes)):
                     return placement
         smallest = _smallest(candidates)
-        return smallest if self._fits(smallest.nbytes, self.least) else None
+        return smallest if self._fits(smallest.nbytes, self.least, mode) else None
 
     def _placements(self, mode: Mode) -> list[Placement]:
         return list(placements(self.config, self.site.dtype, mode, self.site.num_ranks, self.site.maps_memory))
 
-    def room(self, weights_nbytes: int) -> int | None:
+    def recordings_nbytes(self, mode: Mode) -> int:
+        """Return the bytes that CUDA graphs take in a mode."""
+        return _recordings_nbytes(self.share, self.options, self.site, mode)
+
+    def room(self, weights_nbytes: int, mode: Mode) -> int | None:
         """Return the bytes that are left for keys and values; None: any number."""
         limit = self.options.memory_limit_nbytes
-        return None if limit is None else limit - weights_nbytes - self.buffers.nbytes - self.recordings_nbytes
+        beside = self.buffers.nbytes + self.recordings_nbytes(mode)
+        return None if limit is None else limit - weights_nbytes - beside
 
-    def _fits(self, weights_nbytes: int, num_tokens: int) -> bool:
-        room = self.room(weights_nbytes)
+    def _fits(self, weights_nbytes: int, num_tokens: int, mode: Mode) -> bool:
+        room = self.room(weights_nbytes, mode)
         if self.options.kv_nbytes is not None:
             return room is None or self.options.kv_nbytes <= room
         assert room is not None, "options say one or the other"
@@ -230,7 +234,7 @@ class _Draft:
 
     def plan(self, placement: Placement, asked: bool) -> ServingPlan:
         """Make the plan: pages take all that is left of the limit, unless they have a number of bytes of their own."""
-        grid = self.capacity.grid(self.options.kv_nbytes or self.room(placement.nbytes) or 0)
+        grid = self.capacity.grid(self.options.kv_nbytes or self.room(placement.nbytes, placement.mode) or 0)
         assert grid is not None, "least tokens of context fit"
         longest = self.options.max_seq_len or self.capacity.longest(grid, self.max_seq_len)
         host_grid = self._host_grid(grid)
@@ -256,11 +260,12 @@ class _Draft:
         assert limit is not None, "anything fits without a limit"
         smallest = min((_smallest(self._placements(mode)) for mode in tried), key=lambda p: p.nbytes)
         context = self.options.kv_nbytes or self.capacity.nbytes_for(self.least, self.max_seq_len)
-        needed = smallest.nbytes + self.buffers.nbytes + self.recordings_nbytes + context
+        graphs = self.recordings_nbytes(smallest.mode)
+        needed = smallest.nbytes + self.buffers.nbytes + graphs + context
         what = "kv_nbytes" if self.options.kv_nbytes else f"keys and values of {self.least:,} tokens"
         remedies = [f"memory_limit_nbytes={needed}", *self._smaller_contexts(smallest)]
-        if 0 < needed - limit <= self.recordings_nbytes:
-            remedies.append(f"graphs=False, since CUDA graphs take {self.recordings_nbytes:,}")
+        if 0 < needed - limit <= graphs:
+            remedies.append(f"graphs=False, since CUDA graphs take {graphs:,}")
         return (
             f"the model does not fit memory_limit_nbytes={limit}: {needed - limit:,} bytes are missing. {needed:,} are "
             f"needed, at least: {smallest.nbytes:,} for weights ({smallest.mode}), {self.buffers.nbytes:,} for the "
@@ -268,7 +273,7 @@ class _Draft:
         )
 
     def _smaller_contexts(self, placement: Placement) -> Iterator[str]:
-        room = self.room(placement.nbytes) or 0
+        room = self.room(placement.nbytes, placement.mode) or 0
         longest = self.capacity.longest(self.capacity.grid(room), self.max_seq_len) if room > 0 else 0
         if self.options.kv_nbytes and longest:
             yield f"kv_nbytes={room}"
@@ -324,7 +329,7 @@ def _why(plan: ServingPlan, draft: _Draft, asked: bool) -> str:
         return _why_tensor_parallel(plan, total)
     moved, all_units = len(placement.non_resident), len(placement.packed_units)
     source = f"the shards of {plan.site.num_ranks} ranks" if plan.mode == "gathered" else "host memory"
-    room = draft.room(total)
+    room = draft.room(total, "resident")
     because = "as asked for"
     if not asked:
         assert room is not None
