@@ -33,6 +33,7 @@ from yafsdp_like.models import PRESETS
 
 MEASURES = ("switch", "cold", "prefetch", "awake", "many")
 _LINK_NBYTES = 1 << 30
+_NUM_DECODED = 128  # tokens of a request whose steps are timed
 _GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -260,13 +261,15 @@ def _awake(bench: PoolBench) -> list[Row]:
     rows = []
     for name in bench.names:
         bench.pool.wake_up(name)
-        requests = [bench.request(name, bench.options.new_tokens) for _ in range(bench.options.batch)]
+        num_new = min(_NUM_DECODED, bench.options.max_seq_len - bench.options.prompt_tokens)
+        requests = [bench.request(name, num_new) for _ in range(bench.options.batch)]
         for request in requests:
             bench.pool.add(name, request)
         pooled = _step_s(bench.pool)
         bench.pool.sleep(name)
-        model = random_model(name, bench.pool.plan.models[name].serving.config)
-        own = replace(_engine_options(bench.options), kv_nbytes=1 << 30)
+        serving = bench.pool.plan.models[name].serving
+        model = random_model(name, serving.config)
+        own = replace(_engine_options(bench.options), kv_nbytes=serving.grid.region_nbytes)
         with Engine.load(model, own, device=bench.world.device, dtype=DTYPES[bench.options.dtype]) as engine:
             for request in requests:
                 engine.add(request)
