@@ -157,10 +157,22 @@ PHASES = [
 ]  # a failure starts workers anew, which takes too long to search for a smaller one
 
 
-@settings(deadline=None, max_examples=25, phases=PHASES, suppress_health_check=[HealthCheck.filter_too_much])
-@given(cases, st.sampled_from([1, 2, 3]))
+settled = settings(deadline=None, phases=PHASES, suppress_health_check=[HealthCheck.filter_too_much])
+worlds = st.sampled_from([1, 2, 3])
+
+
+@settings(settled, max_examples=12)
+@given(cases, worlds)
 def test_any_model_holds_what_its_plan_says_to_the_byte(case: Case, num_ranks: int) -> None:
     """Modules, dtypes, transports, depths and numbers of ranks at random: what was planned is what arenas hold."""
+    run_ranks(hold_what_is_planned, case, world_size=num_ranks)
+
+
+@pytest.mark.slow
+@settings(settled, max_examples=150)
+@given(cases, worlds)
+def test_many_models_hold_what_their_plans_say_to_the_byte(case: Case, num_ranks: int) -> None:
+    """More of the same."""
     run_ranks(hold_what_is_planned, case, world_size=num_ranks)
 
 
