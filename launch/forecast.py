@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from launch.build import checkpoint_blocks
 from launch.config import Config
 from launch.recipe import Recipe, recipe_of
 from yafsdp_like import MixedPrecisionPolicy
@@ -43,6 +44,7 @@ def forecast_of(options: Config, cluster: Cluster) -> TrainingForecast:
     """
     shape = TrainingStepShape.of(options, cluster.num_ranks)
     model, blocks = model_without_memory(recipe_of(options.model, options.seed))
+    checkpoint_blocks(blocks, options.model)
     return forecast_training(
         model, planned(model, blocks, options, cluster), batch_of(shape), choices_of(options, shape)
     )

@@ -5,12 +5,16 @@
     python -m launch.plan mypackage.models:build --json plan.json
     python -m launch.plan preset:8b --serve --gpu-memory 80GiB --slot-map map.html
 
+``--fit 80GiB`` finds what fits such a GPU (sequences of a forward, formats of moments, checkpointing, offloading), with
+the predicted time of each, and where nothing does, the smallest changes that would: fewer tokens or more ranks too.
+
 Exit status 0 if it fits, or nothing was said of how large a GPU is; 1 if it does not; 2 after a mistake.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -39,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--ranks-per-host", type=int, default=8, help="of which each host has so many (default: 8)")
     found.add_argument("--replicas", type=int, default=1, help="that each hold the whole model (default: 1)")
     found.add_argument("--gpu-memory", type=nbytes, metavar="BYTES", help="of each GPU, such as 80GiB")
+    found.add_argument("--fit", type=nbytes, metavar="BYTES", help="find what fits such a GPU, and what it costs")
     found.add_argument("--seq-len", type=int, help="tokens of a sequence")
     found.add_argument("--micro-batch", type=int, help="sequences of one forward on one rank")
     found.add_argument("--serve", action="store_true", help="plan serving instead; --serve --help has its options")
@@ -74,6 +79,7 @@ def configuration(asked: argparse.Namespace, others: Sequence[str], num_ranks: i
 
 def described(forecast: TrainingForecast, options: Config, device_nbytes: int | None) -> str:
     """Return what a person reads."""
+    from launch.fit import predicted_time
     from launch.forecast import TrainingStepShape
     from yafsdp_like.memory.plan import readable
 
@@ -82,7 +88,8 @@ def described(forecast: TrainingForecast, options: Config, device_nbytes: int | 
         f"one rank of {forecast.plan.world_size} ({'; '.join(forecast.plan.transports)}), {shape.micro_batch_size} × "
         f"{shape.seq_len} tokens a forward, {shape.num_accumulated} forwards a step"
     )
-    lines = [head, "", str(forecast), *(f"note: {note}" for note in forecast.notes)]
+    lines = [head, "", str(forecast), str(predicted_time(options, forecast))]
+    lines += [f"note: {note}" for note in forecast.notes]
     if device_nbytes is not None:
         left = device_nbytes - forecast.peak.total_nbytes
         words = f"fits into {readable(device_nbytes)}: {readable(left)} are left"
@@ -96,7 +103,7 @@ def answer(asked: argparse.Namespace, others: Sequence[str]) -> int:
     """Forecast, print and write; return the exit status."""
     import torch
 
-    from launch import slot_map
+    from launch import fit, slot_map
     from launch.forecast import forecast_of
     from yafsdp_like.shard.forecast.traced_units import Cluster
 
@@ -104,13 +111,20 @@ def answer(asked: argparse.Namespace, others: Sequence[str]) -> int:
         slot_map.check_path(asked.slot_map)
     num_ranks = asked.world_size or torch.cuda.device_count() or 1
     options = configuration(asked, others, num_ranks)
-    forecast = forecast_of(options, Cluster(num_ranks, asked.ranks_per_host, asked.replicas))
+    cluster = Cluster(num_ranks, asked.ranks_per_host, asked.replicas)
+    forecast = forecast_of(options, cluster)
     if asked.slot_map is not None:
         slot_map.draw(forecast.plan, asked.slot_map, f"{asked.model} on {num_ranks} ranks")
     fits = asked.gpu_memory is None or forecast.fits(asked.gpu_memory)
     data: dict[str, Any] = {**forecast.as_dict(), "fits": fits, "gpu_memory_nbytes": asked.gpu_memory}
+    data["step_time"] = dataclasses.asdict(fit.predicted_time(options, forecast))
+    found = None if asked.fit is None else fit.report(options, cluster, asked.fit)
+    if found is not None:
+        fits, data["fit"] = fits and found.fits, fit.as_data(found)
     if asked.json is None or str(asked.json) != "-":
         print(described(forecast, options, asked.gpu_memory))
+        if found is not None:
+            print(f"\n{found.text}")
         if asked.json is not None:
             asked.json.write_text(json.dumps(data, indent=2) + "\n")
     else:

@@ -9,10 +9,11 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch import build, memory_check, report, sample
+from launch import build, fit, memory_check, report, sample
 from launch.config import Config
 from launch.console import Console
 from launch.corpus import describe_text, open_text
@@ -57,8 +58,10 @@ def run(options: Config, world: World, stopping: Stopping | None = None) -> int:
     log = Log(options, world, console, build.flops_per_step(model, options), trainer.step, trainer.memory)
     profiling = Profiling(options.log, world, Path(options.output_dir))
     log.say(opening_words(trainer, log.peak_tflops))
+    changes = partial(fit.changes_that_fit, options, world.size, world.device)
+    letters = explain_out_of_memory(model, trainer.optimizer, directory=options.output_dir, changes=changes)
     try:
-        with phase(stopping), explain_out_of_memory(model, trainer.optimizer, directory=options.output_dir):
+        with phase(stopping), letters:
             train(trainer, state, log, profiling)
         if trainer.stops:
             report_on(trainer, log)

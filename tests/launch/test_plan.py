@@ -42,6 +42,7 @@ def test_a_configuration_is_planned_as_it_will_run(capsys: pytest.CaptureFixture
     assert status == 0
     assert (forecast.plan.regions, forecast.plan.slots) == (built.regions, built.slots)
     data = json.loads(out)
+    assert data.pop("step_time")["forward"] > 0
     assert data == {**json.loads(json.dumps(forecast.as_dict())), "fits": True, "gpu_memory_nbytes": None}
     assert [phase["phase"] for phase in data["phases"]] == ["start", "forward", "backward", "update", "checkpoint"]
 

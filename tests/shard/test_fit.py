@@ -98,7 +98,8 @@ def test_settings_that_fit_as_they_are_need_no_change() -> None:
     search, _ = search_of(1000)
     found = fit.what_fits(search, BASE)
     assert any(one.changes == {} for one in found)
-    fits, words = fit.report(search, BASE, in_words)
+    found = fit.report(search, BASE, in_words)
+    fits, words = found.fits, found.text
     assert fits and "as it is" in words
 
 
@@ -134,13 +135,15 @@ def test_where_no_switch_is_enough_shorter_sequences_and_more_ranks_are_found() 
 
 def test_nothing_is_promised_where_nothing_helps() -> None:
     search, _ = search_of(0.01, may_change=())
-    fits, words = fit.report(search, BASE, in_words)
+    found = fit.report(search, BASE, in_words)
+    fits, words = found.fits, found.text
     assert not fits and "nothing fits" in words and f"{fit.MAX_RANKS} ranks" in words
 
 
 def test_the_refusal_names_the_smallest_changes_and_what_they_cost() -> None:
     search, _ = search_of(11, may_change=("split_master", "moments"))
-    fits, words = fit.report(search, BASE, in_words)
+    found = fit.report(search, BASE, in_words)
+    fits, words = found.fits, found.text
     assert not fits and "the smallest changes that would" in words
     assert "ms a step, " in words and "micro_batch_size=1, num_ranks=4" in words
 

@@ -90,7 +90,8 @@ def explain_out_of_memory(
         model: sharded by ``fully_shard``, wholly or in parts.
         directory: where the letter is written; it is made where it is missing.
         optimizer: whose states are counted; without it they stand among activations.
-        changes: returns what would fit, the cheapest first, in words; by default what the sizes of the parts suggest.
+        changes: returns what would fit, the cheapest first, in words; where these are fewer than three, what the sizes
+            of the parts suggest follows.
 
     Raises:
         torch.OutOfMemoryError: the one that came, with notes.
@@ -119,10 +120,13 @@ def letter_of(
     """Return the letter on an error that has been raised while ``model`` was trained."""
     module, phase = _where(error.__traceback__, model)
     found = holders_of(model, optimizer)
+    advice: list[str] = []
     try:
-        advice = list(changes() if changes is not None else cheap_changes(found, optimizer))
+        advice += changes() if changes is not None else ()
     except Exception as why:  # the error that came is the one to raise
-        advice = [f"(no changes could be worked out: {type(why).__name__}: {why})"]
+        advice.append(f"(no changes could be worked out: {type(why).__name__}: {why})")
+    if len(advice) < NUM_CHANGES:
+        advice += cheap_changes(found, optimizer)
     return Letter(
         dist.get_rank() if dist.is_initialized() else 0,
         (str(error) or type(error).__name__).splitlines()[0],

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SLACK = 0.015  # of the device: what PyTorch's allocator has reserved beyond tensors; measured 0.6 to 1.4 % at the peak
 TOKENS_STEP = 128  # lengths that are tried are multiples of this
 MAX_RANKS = 4096
+MAX_CHANGES = 2  # switches of a set that is looked for where nothing fits
 NUM_SHOWN = 8
 
 
@@ -183,12 +184,17 @@ def fewest_ranks(search: Search, settings: Settings) -> Settings | None:
 
     A rank's sequences stay as they are, so a step has more of them in all.
     """
-    here = settings
-    while here.num_ranks * 2 <= MAX_RANKS:
-        here = replace(here, num_ranks=2 * here.num_ranks, global_batch_size=2 * here.global_batch_size)
-        if search.fits(here):
-            return here
-    return None
+
+    def on(times: int) -> Settings:
+        return replace(
+            settings, num_ranks=times * settings.num_ranks, global_batch_size=times * settings.global_batch_size
+        )
+
+    times = [1 << n for n in range(1, 20) if settings.num_ranks << n <= MAX_RANKS]
+    if not times or not search.fits(on(times[-1])):
+        return None
+    too_few = largest(times, lambda number: not search.fits(on(number)))
+    return on(times[0] if too_few is None else 2 * too_few)
 
 
 def what_fits(search: Search, base: Settings) -> list[Fitting]:
@@ -222,10 +228,10 @@ def smallest_changes(search: Search, base: Settings, number: int = 3) -> list[Fi
     Beside switches, these are fewer sequences a forward, shorter sequences, and more ranks. Empty where nothing helps.
     """
     found: list[Fitting] = []
-    fewest = len(CHANGES) + 1
+    fewest = MAX_CHANGES + 1
     for settings in switched(base, search.may_change):
         count = len(changed(settings, base))
-        if count > fewest:
+        if count > min(fewest, MAX_CHANGES):
             break
         fitted = [settings] if search.fits(settings) else _more(search, settings) if count < fewest else ()
         for one in (search.fitting(there, base) for there in fitted):
@@ -237,10 +243,15 @@ def smallest_changes(search: Search, base: Settings, number: int = 3) -> list[Fi
 
 def _more(search: Search, settings: Settings) -> Iterator[Settings]:
     """Yield settings that fit with one more change: fewer sequences a forward, shorter ones, or more ranks; or two."""
+    single = replace(settings, micro_batch_size=1)
+    times = MAX_RANKS // settings.num_ranks
+    shortest = replace(single, seq_len=TOKENS_STEP)
+    most = replace(single, num_ranks=times * single.num_ranks, global_batch_size=times * single.global_batch_size)
+    if not (search.fits(shortest) or search.fits(most)):
+        return
     smaller = largest_micro_batch(search, settings)
     found = [smaller, _shorter(search, settings), fewest_ranks(search, settings)]
     if not any(found):
-        single = replace(settings, micro_batch_size=1)
         found = [_shorter(search, single), fewest_ranks(search, single)]
     yield from (one for one in found if one is not None)
 
@@ -257,18 +268,27 @@ def describe(found: Fitting, words: Callable[[str, Any], str], seconds: float | 
     return f"{found.seconds * 1e3:10.1f} ms a step{compared}  {readable(found.nbytes):>11}  {changes}"
 
 
-def report(search: Search, base: Settings, words: Callable[[str, Any], str]) -> tuple[bool, str]:
-    """Return whether anything fits, and what is printed: what fits, the fastest first, or what would have to change."""
+@dataclass(frozen=True)
+class FitReport:
+    """What fits, the fastest first; or, where nothing does, the smallest changes that would."""
+
+    fits: bool
+    found: Sequence[Fitting]
+    text: str
+
+
+def report(search: Search, base: Settings, words: Callable[[str, Any], str]) -> FitReport:
+    """Search, and say what was found; ``words`` says a change."""
     limit = readable(search.device_nbytes)
     peak = search.forecast_of(base).peak
     own = search.seconds(base)
-    fitting = what_fits(search, base)
     head = f"as it is: {own * 1e3:.1f} ms a step, {readable(peak.total_nbytes)} in {peak.phase} of {limit}"
-    if fitting:
-        lines = [describe(one, words, own) for one in fitting[:NUM_SHOWN]]
-        return True, "\n".join([head, f"what fits {limit}, the fastest first:", *lines])
-    changes = smallest_changes(search, base)
-    if not changes:
-        return False, f"{head}\nnothing fits {limit}, with all that may change and {MAX_RANKS} ranks"
-    lines = [describe(one, words, own) for one in changes]
-    return False, "\n".join([head, f"nothing fits {limit} as it is; the smallest changes that would:", *lines])
+    if found := what_fits(search, base):
+        lines = [describe(one, words, own) for one in found[:NUM_SHOWN]]
+        return FitReport(True, found, "\n".join([head, f"what fits {limit}, the fastest first:", *lines]))
+    found = smallest_changes(search, base)
+    if not found:
+        return FitReport(False, (), f"{head}\nnothing fits {limit}, with all that may change and {MAX_RANKS} ranks")
+    lines = [describe(one, words, own) for one in found]
+    text = "\n".join([head, f"nothing fits {limit} as it is; the smallest changes that would:", *lines])
+    return FitReport(False, found, text)
