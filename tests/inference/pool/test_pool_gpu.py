@@ -10,6 +10,7 @@ import torch
 
 from tests.inference.engine.test_engine import allocations, decoder, prompts, requests
 from tests.inference.pool.test_model_pool import CONFIGS, ONE, alone, tokens
+from yafsdp_like.hardware import Hardware
 from yafsdp_like.inference.options import EngineOptions, PoolOptions
 from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool, ModelState
@@ -19,7 +20,10 @@ from yafsdp_like.models import DecoderConfig
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-pytestmark = pytest.mark.gpu(count=1)
+pytestmark = [
+    pytest.mark.gpu(count=1),
+    pytest.mark.filterwarnings("ignore:.*CUDA graphs do not fit"),  # how many do is `plan/test_recordings.py`'s
+]
 
 OPTIONS = replace(ONE, costs=None)
 SLABS = 280 << 10  # room for one model, or two
@@ -27,9 +31,11 @@ SLABS = 280 << 10  # room for one model, or two
 
 def cuda_pool(configs: Mapping[str, DecoderConfig], slabs_nbytes: int, dtype: torch.dtype, **more: Any) -> ModelPool:
     models = {name: PooledModel(config, dtype, more.pop(name, OPTIONS)) for name, config in configs.items()}
-    wide = plan_pool(models, PoolOptions(64 << 30))
-    buffers_nbytes = wide.memory.nbytes - wide.grid.region_nbytes
-    plan = plan_pool(models, PoolOptions(buffers_nbytes + slabs_nbytes, host_kv_nbytes=1 << 20, **more))
+    hardware = Hardware.of(torch.device("cuda"))
+    wide = plan_pool(models, PoolOptions(64 << 30), hardware)
+    others_nbytes = wide.memory.nbytes - wide.grid.region_nbytes + wide.recordings_nbytes
+    options = PoolOptions(others_nbytes + slabs_nbytes, host_kv_nbytes=64 << 20, **more)
+    plan = plan_pool(models, options, hardware)
     is_small = dtype is torch.float32  # whose tokens are compared with those of the decoder on the CPU
     sources = {n: model_of(decoder(c)) if is_small else random_model(n, c) for n, c in configs.items()}
     return ModelPool(plan, sources, "cuda")

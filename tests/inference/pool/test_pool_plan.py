@@ -43,9 +43,10 @@ def test_every_byte_of_a_pool_has_a_name_and_all_are_within_the_limit() -> None:
         "logits": max(sizes["logits"]),
         **{f"{name}: tables": s.buffers.regions[2].nbytes for name, s in zip(LARGE, serving, strict=True)},
     }
-    graphs_nbytes = sum(s.recordings_nbytes for s in serving)
     assert plan.memory.nbytes == sum(regions.values())
-    assert 0 <= 40 * GIB - plan.memory.nbytes - graphs_nbytes < slab
+    assert plan.recordings_nbytes == sum(s.recordings_nbytes for s in serving) > 0
+    assert "MiB for CUDA graphs of all models' steps" in str(plan)
+    assert 0 <= 40 * GIB - plan.memory.nbytes - plan.recordings_nbytes < slab
     images = sum(weights_nbytes(name) for name in LARGE)
     assert plan.host_grid is not None
     assert plan.host.nbytes == images + plan.host_grid.region_nbytes <= images + 4 * GIB

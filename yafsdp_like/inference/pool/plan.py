@@ -117,6 +117,11 @@ class PoolPlan:
                 found[slab] = found.get(slab, 0) + 1
         return found
 
+    @cached_property
+    def recordings_nbytes(self) -> int:
+        """The bytes that CUDA graphs of all models' steps take beside the arena; 0 on a CPU."""
+        return sum(plan.serving.recordings_nbytes for plan in self.models.values())
+
     def least_slabs(self, name: str) -> int:
         """Return the slabs that one context of the longest sequence of a model needs."""
         serving = self.models[name].serving
@@ -126,7 +131,10 @@ class PoolPlan:
         return Segment(plan.home.start * self.grid.slab_nbytes, plan.image_nbytes)
 
     def __str__(self) -> str:
-        return "\n".join([*self._lines(), str(self.memory), f"in host memory: {self.host}"])
+        lines = [*self._lines(), str(self.memory)]
+        if self.recordings_nbytes:
+            lines.append(f"  beside the arena: {readable(self.recordings_nbytes)} for CUDA graphs of all models' steps")
+        return "\n".join([*lines, f"in host memory: {self.host}"])
 
     def _lines(self) -> Iterator[str]:
         for name, plan in self.models.items():
