@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.world import World
@@ -52,17 +53,22 @@ class HostSteps:
 
     def update(self) -> None:
         """Apply and clear them."""
-        if self.optimizer is None:
-            self.model.zero_grad(set_to_none=False)
-        else:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        apply_and_clear(self.model, self.optimizer)
 
     def run(self, number: int) -> None:
         """Run whole steps."""
         for _ in range(number):
             for phase in PHASES:
                 getattr(self, phase)()
+
+
+def apply_and_clear(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Apply and clear the gradients; without an optimizer, zero them in place."""
+    if optimizer is None:
+        model.zero_grad(set_to_none=False)
+    else:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 class CountedOperations(TorchDispatchMode):

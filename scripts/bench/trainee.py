@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from bench.options import Options
+from launch.host_cost import apply_and_clear
 from launch.world import World
 from yafsdp_like.models import Decoder
 from yafsdp_like.optim import AdamW
@@ -56,11 +57,7 @@ class Trainee:
 
     def update(self) -> None:
         """Apply and clear the gradients; without an optimizer, zero them in place."""
-        if self.optimizer is None:
-            self.model.zero_grad(set_to_none=False)
-        else:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        apply_and_clear(self.model, self.optimizer)
 
     def close(self) -> None:
         """Undo what a runtime did outside its own objects; nothing, for most."""
