@@ -237,7 +237,7 @@ def watch_gradients(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
     release = GradientShard.release
 
     def noted(self: GradientShard) -> None:
-        if self.has_memory and not self.is_pinned and self.is_free:
+        if self.has_memory and not self.is_pinned and self.memory.is_free:
             detector.note([self.flat], True, "a new owner")  # as the allocator has it, in the order of this stream
         release(self)
 

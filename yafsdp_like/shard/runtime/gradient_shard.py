@@ -56,7 +56,7 @@ class GradientMemory:
 
     def __init__(self, storage: torch.UntypedStorage, dtensor: DTensor) -> None:
         self.storage, self.dtensor = storage, dtensor
-        self.is_shown = False  # whether reductions write here
+        self.is_shown = False  # whether reductions write here; then the shard holds the DTensor too
         self.num_uses = torch._C._storage_Use_Count(storage._cdata)  # by this object; Python's are not among them
 
     @property
@@ -70,7 +70,7 @@ class GradientMemory:
     @property
     def is_held(self) -> bool:
         """Whether somebody else holds the DTensor: in Python, as ``.grad``, or in an autograd graph."""
-        return sys.getrefcount(self.dtensor) > _REFERENCES or self.dtensor._use_count() > 1  # type: ignore[attr-defined]
+        return sys.getrefcount(self.dtensor) > _REFERENCES + self.is_shown or self.dtensor._use_count() > 1  # type: ignore[attr-defined]
 
     @property
     def is_free(self) -> bool:
@@ -119,7 +119,8 @@ class GradientShard:
         place, self._place = self._place, None
         if place is None:
             storage = transient_storage(self.nbytes, self.flat.device)
-            self._guard(storage)
+            if self._guard_nbytes:
+                self._guard(storage)
             return self._memory_on(storage)
         return self._memory_on(place.tensor(self._dtype.to_real(), (self._numel,)).untyped_storage())
 
@@ -138,11 +139,15 @@ class GradientShard:
             self.release()
             self._point_to(memory)
 
-    def _point_to(self, memory: GradientMemory, numel: int | None = None) -> None:
+    def _point_to(self, memory: GradientMemory, has_elements: bool = True) -> None:
         with torch.no_grad():
-            self.flat.set_(memory.storage, 0, (self._numel if numel is None else numel,), (1,))
+            self.flat.set_(memory.storage, 0, (self._numel if has_elements else 0,), (1,))
+        self._has_elements = has_elements
         self.memory.is_shown = False
-        self.memory, memory.is_shown = memory, True
+        self._set_memory(memory)
+
+    def _set_memory(self, memory: GradientMemory) -> None:
+        self.memory, self.dtensor, memory.is_shown = memory, memory.dtensor, True
 
     def fits(self, numel: int, dtype: torch.dtype, device: torch.device, guard_nbytes: int = 0) -> bool:
         """Whether it is for a chunk of this size, dtype and device, with a guard of this size."""
@@ -157,29 +162,18 @@ class GradientShard:
         return tensor_on(self._own.storage, torch.uint8, (self._guard_nbytes,), offset=self._data_nbytes)
 
     def _guard(self, storage: torch.UntypedStorage) -> None:
-        if self._guard_nbytes:
-            fill_guard(tensor_on(storage, torch.uint8, (self._guard_nbytes,), offset=self._data_nbytes))
-
-    @property
-    def dtensor(self) -> DTensor:
-        """What users see."""
-        return self.memory.dtensor
+        fill_guard(tensor_on(storage, torch.uint8, (self._guard_nbytes,), offset=self._data_nbytes))
 
     @property
     def has_memory(self) -> bool:
         """Whether there is anything to read."""
         return self.memory.storage.nbytes() == self.nbytes
 
-    @property
-    def is_free(self) -> bool:
-        """Whether nobody else holds anything of it."""
-        return self.memory.is_free
-
     def take(self) -> None:
         """Get memory for the next gradient, which is other memory where the last one is still held."""
         if not self._fill():  # else nobody held it when it was released, and nobody can have got hold of it since
             self.show(self._own)
-            if not self.is_free:
+            if not self._own.is_free:
                 self.is_pinned = False
                 self._renew()
 
@@ -188,19 +182,21 @@ class GradientShard:
         if self._own.storage.nbytes() == self.nbytes:
             return False
         self._own.storage.resize_(self.nbytes)
-        self._guard(self._own.storage)
-        if self.memory is not self._own or self.flat.numel() != self._numel:
+        if self._guard_nbytes:
+            self._guard(self._own.storage)
+        if self.memory is not self._own or not self._has_elements:
             self._point_to(self._own)
         return True
 
     def release(self) -> None:
         """Give the memory back to the allocator, or leave a recording's, unless somebody holds it or it is kept."""
-        if not self.has_memory or not self.is_free:
+        memory = self.memory
+        if memory.storage.nbytes() != self.nbytes or not memory.is_free:
             return
-        if self.memory is not self._own:
-            self._point_to(self._own, 0)
+        if memory is not self._own:
+            self._point_to(self._own, has_elements=False)
         elif not self.is_pinned:
-            self._own.storage.resize_(0)
+            memory.storage.resize_(0)
 
     # --- for recordings of steps ---
 
@@ -212,6 +208,8 @@ class GradientShard:
             kept = memory.dtensor
             memory.dtensor = self._as_dtensor(kept._local_tensor)
             kept._local_tensor = kept._local_tensor.clone()
+            if memory.is_shown:
+                self._set_memory(memory)
         return True
 
     def pin(self, adds: bool) -> bool:
@@ -236,6 +234,7 @@ class GradientShard:
         fresh = self.dtensor
         dtensor._local_tensor, fresh._local_tensor = fresh._local_tensor.copy_(local), local
         self.memory.dtensor, before.dtensor = dtensor, fresh
+        self._set_memory(self.memory)
 
     @property
     def pinned_address(self) -> int:
@@ -251,7 +250,7 @@ class GradientShard:
         if self.is_pinned or not self.nbytes:
             return self._own
         memory = self._memory_on(keep(self._own.storage))
-        if not self.is_free:  # the recorded function has kept it
+        if not self._own.is_free:  # the recorded function has kept it
             self._renew()
         self.release()
         return memory
