@@ -61,7 +61,8 @@ def test_pieces_are_taken_where_they_gain_more_than_noise(
 def test_a_shape_is_measured_once_and_others_are_not_changed_by_it(calls: list[int]) -> None:
     choose_pieces(*operands(2048), seconds(2.0, 1.0))
     choose_pieces(*operands(2048), seconds())  # would fail
-    choose_pieces(*operands(PIECE), seconds())
+    for num_rows in (PIECE, 8193):  # too few to be cut, and too many to be measured
+        choose_pieces(*operands(num_rows), seconds())
     calls.clear()
     for num_rows in (2048, 2049, PIECE):
         multiply(*operands(num_rows))

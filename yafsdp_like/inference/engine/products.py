@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 PIECE = 1024  # rows; of up to so many a call is not cut
 _LEAST_GAIN = 0.03  # of the time, below which a difference is noise
-_NUM_TIMED, _NUM_CALLS = 3, 8
+_MAX_MEASURED = 8192  # rows; products of more are not cut, so that measuring takes a second at most
+_NUM_TIMED = 3
 
 _Shape = tuple[torch.device, torch.dtype, int, int, int]
 _in_pieces: dict[_Shape, bool] = {}  # of this process, as measured
@@ -44,9 +45,9 @@ def choose_pieces(
     `seconds` of a call, which are measured on the device of `rows` unless it is given.
     """
     shape = _shape(rows, weight)
-    if len(rows) <= PIECE or shape in _in_pieces:
+    if not PIECE < len(rows) <= _MAX_MEASURED or shape in _in_pieces:
         return
-    measure = seconds or (lambda work: _seconds(work, rows.device))
+    measure = seconds or (lambda work: _seconds(work, rows.device, max(2, _MAX_MEASURED // len(rows))))
     whole = measure(lambda: matmul(rows, weight, out))
     pieces = measure(lambda: _multiply_pieces(rows, weight, out))
     _in_pieces[shape] = pieces < (1 - _LEAST_GAIN) * whole
@@ -62,15 +63,15 @@ def _shape(rows: Tensor, weight: Tensor) -> _Shape:
     return rows.device, rows.dtype, len(rows), *weight.shape
 
 
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    """Return the least seconds of a call, of those in a row, on the device."""
+def _seconds(work: Callable[[], None], device: torch.device, num_calls: int) -> float:
+    """Return the seconds of a call on the device, of so many in a row, the least of several."""
     found = []
     for _ in range(_NUM_TIMED):
         work()
         torch.cuda.synchronize(device)
         begin = time.perf_counter()
-        for _ in range(_NUM_CALLS):
+        for _ in range(num_calls):
             work()
         torch.cuda.synchronize(device)
-        found.append((time.perf_counter() - begin) / _NUM_CALLS)
+        found.append((time.perf_counter() - begin) / num_calls)
     return min(found)
