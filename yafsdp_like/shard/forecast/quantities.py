@@ -48,6 +48,7 @@ OF_KIND = {  # categories by the kind of a plan's region
     "host staging": "staging",
     "granule end": "granule ends",
 }
+NO_TENSORS = ("allocator", "NCCL", "context")  # categories
 ENGINE = (*dict.fromkeys(OF_KIND.values()),)  # categories whose bytes the plan knows exactly
 
 WorkKind = Literal["matrix products", "attention", "other"]
@@ -101,6 +102,11 @@ class PhaseMemory:
         return sum(self.nbytes.values())
 
     @property
+    def tensors_nbytes(self) -> int:
+        """Bytes that tensors have among them."""
+        return self.total_nbytes - sum(self.nbytes.get(category, 0) for category in NO_TENSORS)
+
+    @property
     def engine_nbytes(self) -> int:
         """Bytes of the runtime's own regions among them, which the plan knows exactly."""
         return sum(self.nbytes.get(category, 0) for category in ENGINE)
@@ -118,8 +124,8 @@ class TrainingForecast:
 
     @property
     def peak(self) -> PhaseMemory:
-        """The phase whose highest moment takes most."""
-        return max(self.phases, key=lambda phase: phase.total_nbytes)
+        """The phase whose highest moment takes most; of equal ones, since what is reserved stays so, by tensors."""
+        return max(self.phases, key=lambda phase: (phase.total_nbytes, phase.tensors_nbytes))
 
     def fits(self, device_nbytes: int) -> bool:
         """Return whether a device with so many bytes has room for the peak."""

@@ -21,8 +21,9 @@ from yafsdp_like.memory.layout import aligned
 from yafsdp_like.optim.moments import MomentsFormat, moments_nbytes
 from yafsdp_like.optim.offload import NUM_BUFFERS, buffer_nbytes
 from yafsdp_like.shard.forecast.activations import ExampleBatch, StepOptions, Trace, trace_step
-from yafsdp_like.shard.forecast.quantities import OF_KIND, ModuleCost, PhaseMemory, TrainingForecast, Transfer
-from yafsdp_like.shard.forecast.storages import BLOCK_NBYTES
+from yafsdp_like.shard.forecast.caching_allocator import reserved_nbytes
+from yafsdp_like.shard.forecast.quantities import OF_KIND, ModuleCost, Phase, PhaseMemory, TrainingForecast, Transfer
+from yafsdp_like.shard.forecast.storages import BLOCK_NBYTES, StepPlace
 from yafsdp_like.shard.forecast.transfers import transfers_of
 
 if TYPE_CHECKING:
@@ -104,6 +105,10 @@ def forecast_training(
     )
 
 
+_TRACED: tuple[Phase, ...] = ("forward", "backward")
+_BEHIND: tuple[Phase, ...] = ("update", "checkpoint")
+
+
 class _Held:
     """What lives longer than a phase."""
 
@@ -138,15 +143,41 @@ class _Held:
         host = self._host()
         main = {"main shards": self._regions.get("main shards", 0)}
         yield PhaseMemory("start", _nonzero(_sum(self._base, main)), "", _nonzero(host))
-        for phase in ("forward", "backward"):
-            place, live = trace.peak(phase)
-            yield PhaseMemory(phase, _nonzero(_sum(steady, live)), place.unit, _nonzero(host))
+        reserved = self._reserved_nbytes(trace) if self._options.on_gpu else 0
         left = trace.end("backward")
         if self._options.is_recorded:
             left = trace.peak("forward")[1]
-        yield PhaseMemory("update", _nonzero(_sum(steady, left)), "", _nonzero(host))
+        highest = {phase: trace.peak(phase) for phase in _TRACED} | {
+            phase: (StepPlace(phase=phase), left) for phase in _BEHIND
+        }
         made = {"checkpoint": self._checkpoint_nbytes()}
-        yield PhaseMemory("checkpoint", _nonzero(_sum(steady, left, made)), "", _nonzero(_sum(host, self._copies())))
+        for phase, (place, live) in highest.items():
+            live = _sum(live, made if phase == "checkpoint" else {})
+            unused = {"allocator": max(0, reserved - sum(self._in_allocator()) - sum(live.values()))}
+            there = _sum(host, self._copies() if phase == "checkpoint" else {})
+            where = place.unit if phase in _TRACED else ""
+            yield PhaseMemory(phase, _nonzero(_sum(steady, live, unused)), where, _nonzero(there))
+
+    def _in_allocator(self) -> list[int]:
+        """Return the bytes of what PyTorch's allocator holds all the time: regions that nobody maps, then states."""
+        regions = [r for r in self._plan.regions if not (r.transient or r.on_host or r.mapped or r.granule_nbytes)]
+        return [*(r.nbytes for r in regions if r.nbytes), *self._states_each()]
+
+    def _states_each(self) -> list[int]:
+        """Return the bytes of each tensor that the optimizer's first step makes."""
+        options = self._options.optimizer
+        if options.moments is None:
+            return []
+        if options.offload_moments:
+            return [self._states["optimizer states"] // NUM_BUFFERS] * NUM_BUFFERS
+        each = (moments_nbytes(_rows(p), p.main_dtype, options.moments) // 2 for p in self._trained)
+        return [nbytes for nbytes in each for _ in range(2) if nbytes]
+
+    def _reserved_nbytes(self, trace: Trace) -> int:
+        """Return what PyTorch's allocator takes of the device in a run of such steps."""
+        states = self._states_each()
+        held = self._in_allocator()
+        return reserved_nbytes(held[: len(held) - len(states)], states, trace.timeline)
 
     def _checkpoint_nbytes(self) -> int:
         """Return what a state dict makes on the device: floats of 8 bit moments, fp32 values of a split master."""
