@@ -93,7 +93,11 @@ def measure(world: Any) -> tuple[Any, dict[str, str]]:
     found.probe("products", lambda: probes.product_rates(device))
     found.probe("eager", lambda: host_cost.eager_cost(world), on_all)
     if (eager := found.values.pop("eager", None)) is not None:
-        found.values |= {"operation_s": eager.operation, "unit_s": eager.unit}
+        for name, seconds in (("operation_s", eager.operation), ("unit_s", eager.unit)):
+            if seconds > 0:
+                found.values[name] = seconds
+            else:
+                found.failures[name] = "less than what this machine's times vary by"
     if device.type == "cuda":
         measure_host_link(device, found)
     name = probes.device_name(device)
@@ -131,8 +135,8 @@ def report_of(world: Any) -> dict[str, Any]:
     from launch.surroundings import surroundings
     from yafsdp_like.comm.consistency import all_gather_object
 
-    here = surroundings(world.rank)
     rates, failures = measure(world)
+    here = surroundings(world.rank)  # afterwards: looking at another GPU makes a context there
     transport, why_not = transport_words(world)
     everyone = all_gather_object((here, rates, failures))
     slowest = rates.slowest([there for _, there, _ in everyone])

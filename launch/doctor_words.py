@@ -62,9 +62,13 @@ def rate_lines(rates: MachineRates) -> Iterator[str]:
     for name, (words, one, unit) in RATES.items():
         value = getattr(rates, name)
         if value is not None:
-            yield f"  {words:<42} {value / one:>10,.2f} {unit}"
+            yield f"  {words:<42} {_three_digits(value / one):>10} {unit}"
     for product in rates.products:
         sizes = f"product {product.rows} x {product.inner} x {product.columns}"
-        yield f"  {sizes:<42} {product.flops / 1e12:>10,.2f} TFLOP/s"
+        yield f"  {sizes:<42} {_three_digits(product.flops / 1e12):>10} TFLOP/s"
     for rate in rates.collectives:
-        yield f"  {f'{rate.name} of {readable(rate.nbytes)}':<42} {rate.bus_nbytes / 1e9:>10,.2f} GB/s"
+        yield f"  {f'{rate.name} of {readable(rate.nbytes)}':<42} {_three_digits(rate.bus_nbytes / 1e9):>10} GB/s"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -16,7 +16,7 @@ from yafsdp_like.memory.allocator import SETTINGS
 from yafsdp_like.memory.plan import readable
 
 MIN_SHM_NBYTES = 512 << 20
-MAX_FOREIGN_NBYTES = 1 << 30  # of a GPU's memory before anything is allocated: a context or two
+MAX_FOREIGN_NBYTES = 4 << 30  # of a GPU's memory: contexts of all ranks of the host, and their communicators
 SLOW = 0.7  # of what a device is known to do
 NCCL_LEFT_BEHIND = ("NCCL_ALGO", "NCCL_PROTO", "NCCL_MAX_NCHANNELS", "NCCL_MIN_NCHANNELS", "NCCL_BUFFSIZE")
 SAME_VERSIONS = ("python", "torch", "cuda", "nccl", "triton", "driver", "yafsdp_like")

@@ -6,6 +6,7 @@ sharded and plain is what its unit costs.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,13 +73,15 @@ def apply_and_clear(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
 
 
 class CountedOperations(TorchDispatchMode):
-    """Counts torch's operations while it is entered."""
+    """Counts torch's operations while it is entered, and those among them that are no views."""
 
     num_calls = 0
+    num_kernels = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         """Count one, and run it."""
         self.num_calls += 1
+        self.num_kernels += not getattr(func, "is_view", False)
         return func(*args, **(kwargs or {}))
 
 
@@ -86,7 +89,7 @@ class CountedOperations(TorchDispatchMode):
 class EagerCost:
     """Seconds of the CPU, in forward and backward together."""
 
-    operation: float  # one torch operation and its share of autograd and of the module's Python
+    operation: float  # one torch operation that is no view, and its share of views, autograd and the module's Python
     unit: float  # the sharding of one unit
 
 
@@ -96,7 +99,7 @@ def eager_cost(world: World) -> EagerCost:
     num_operations = 0
     for is_sharded in (False, True):
         found = {number: HostSteps(number, world, is_sharded) for number in (FEW, MANY)}
-        times = {number: _least_seconds(steps, world) for number, steps in found.items()}
+        times = {number: _median_seconds(steps, world) for number, steps in found.items()}
         seconds[is_sharded] = max(0.0, times[MANY] - times[FEW]) / (MANY - FEW)
         if not is_sharded:
             counts = {number: _num_operations(steps) for number, steps in found.items()}
@@ -104,8 +107,8 @@ def eager_cost(world: World) -> EagerCost:
     return EagerCost(seconds[False] / max(1, num_operations), max(0.0, seconds[True] - seconds[False]))
 
 
-def _least_seconds(steps: HostSteps, world: World) -> float:
-    least = float("inf")
+def _median_seconds(steps: HostSteps, world: World) -> float:
+    times = []
     for number in range(WARMUP + STEPS):
         if steps.optimizer is not None:
             steps.optimizer.zero_grad()
@@ -114,12 +117,12 @@ def _least_seconds(steps: HostSteps, world: World) -> float:
         steps.forward()
         steps.backward()
         if number >= WARMUP:
-            least = min(least, time.perf_counter() - begin)
-    return least
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times)
 
 
 def _num_operations(steps: HostSteps) -> int:
     with CountedOperations() as counted, torch.autograd.set_multithreading_enabled(False):
         steps.forward()
         steps.backward()
-    return counted.num_calls
+    return counted.num_kernels

@@ -115,7 +115,7 @@ class MachineRates:
     pinning_nbytes: float | None = None  # of host memory pinned
     kernel_s: float | None = None  # the least that a kernel keeps the device busy, one behind another
     launch_s: float | None = None  # of the CPU: launching a small kernel from Python
-    operation_s: float | None = None  # of the CPU: one torch operation in an eager forward and backward
+    operation_s: float | None = None  # of the CPU: a torch operation, views aside, in an eager forward and backward
     unit_s: float | None = None  # of the CPU: the sharding of one unit, in the same
     python_s: float | None = None  # of the CPU: a fixed loop in Python, to compare machines
     context_nbytes: int | None = None  # of the device: CUDA's context
