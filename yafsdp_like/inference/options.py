@@ -5,6 +5,7 @@ Imports no torch, so that a command line can be checked before torch is imported
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -34,6 +35,7 @@ class EngineOptions:
     prefix_cache: bool = True  # share pages of equal prefixes between requests
     graphs: bool = True  # CUDA graphs of steps, but for those of more than 2,048 tokens
     lookahead: bool = True  # launch a step before the tokens of the step before it are read
+    debug: bool = False  # poison freed pages, and check memory and books in every step; or set YAFSDP_DEBUG=1
     policy: PolicyName = "lru"  # eviction order of cached pages: lru, or gdsf (greedy dual size frequency)
     tenants: tuple[Tenant, ...] = ()  # tenants with a reserved number of pages or a priority
     costs: Costs | None = None  # rates of copying and of recomputing pages; null: measured when the engine starts
@@ -52,6 +54,11 @@ class EngineOptions:
             raise ValueError(f"tpot_ms must be above 0 and at most 1e9, found {self.tpot_ms}")
         if self.policy not in get_args(PolicyName):
             raise ValueError(f"policy must be one of {', '.join(get_args(PolicyName))}, found {self.policy!r}")
+
+    @property
+    def is_debugged(self) -> bool:
+        """Whether it is served in debug mode: as asked for, or as the environment says."""
+        return self.debug or os.environ.get("YAFSDP_DEBUG", "").lower() not in ("", "0", "false")
 
 
 @dataclass(frozen=True)

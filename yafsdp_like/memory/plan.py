@@ -235,6 +235,7 @@ KINDS = {
     "logits": "of the tokens to be drawn, and log-probabilities",
     "tables": "inputs of a step, and rotary tables",
     "host weights": "weights in host memory, as they lie on the device, from where they are streamed",
+    "workspace guards": "bytes behind regions that nobody may write, in debug mode",
     "host kv slabs": "pages that were swapped out",
 }
 

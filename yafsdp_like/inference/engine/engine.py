@@ -21,13 +21,13 @@ Not safe for threads: one thread calls everything.
 
 from __future__ import annotations
 
-import gc
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStatus
+from yafsdp_like.inference.engine.collector import collector_paused
+from yafsdp_like.inference.engine.debug import StepDebugger
 from yafsdp_like.inference.engine.places import EnginePlaces, nobody_else
 from yafsdp_like.inference.engine.request import FinishReason, Request, RequestOutput, Token
 from yafsdp_like.inference.engine.runner import Launched, Runner
@@ -40,7 +40,7 @@ from yafsdp_like.inference.kv.prefix import PrefixTree
 from yafsdp_like.inference.weights.loading import load, with_memory_limit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Hashable, Iterable
 
     import torch
 
@@ -130,6 +130,8 @@ class Engine:
         self._unread: tuple[Batch, Launched] | None = None
         self._num_steps = 0
         self._log, self._waited_s = StepLog(self._runner.timer), 0.0
+        check = self.check_integrity if make_room is nobody_else else self.check_sequences
+        self._debug = StepDebugger(weights, places, self._sequences, check) if options.is_debugged else None
 
     @classmethod
     def load(
@@ -268,6 +270,9 @@ class Engine:
         return outputs
 
     def _launch(self, batch: Batch) -> Launched | None:
+        return self._issue(batch) if self._debug is None else self._debug.around(self._issue, batch)
+
+    def _issue(self, batch: Batch) -> Launched | None:
         if not batch.runs:
             self._runner.copy_pages(batch.copies)
             if self.lockstep:
@@ -285,7 +290,7 @@ class Engine:
         """
         outputs = self._read()
         self._scheduler.suspend(slabs)
-        self._runner.copy_pages(self._scheduler.take_copies())
+        self._copy_pages()
         self._log.pause()
         return outputs
 
@@ -296,8 +301,13 @@ class Engine:
 
     def _make_room(self, by_force: bool) -> bool:
         """Have other engines lose memory, behind the copies of this one; see `places.py`."""
-        self._runner.copy_pages(self._scheduler.take_copies())
+        self._copy_pages()
         return self._places.make_room(by_force)
+
+    def _copy_pages(self) -> None:
+        if self._debug is not None:
+            self._debug.before_copies()
+        self._runner.copy_pages(self._scheduler.take_copies())
 
     def generate(self, requests: Iterable[Request]) -> dict[str, Completion]:
         """Serve all of ``requests`` to the end, and return their completions by id.
@@ -414,22 +424,6 @@ class Engine:
     def check_sequences(self) -> None:
         """Raise RuntimeError unless just the sequences of this engine's requests are open in its cache."""
         self._scheduler.check_integrity()
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Pause Python's collector of reference cycles.
-
-    It goes through all objects again and again, every token that was drawn among them, which takes 0.1 s and more
-    while the device waits. Steps leave no cycles behind.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _kv_nbytes(pool: PagePool) -> tuple[int, int]:

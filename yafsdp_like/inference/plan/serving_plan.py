@@ -28,6 +28,7 @@ from yafsdp_like.inference.plan.capacity import Capacity
 from yafsdp_like.inference.plan.packed_weights import check_served, pack_units
 from yafsdp_like.inference.plan.placement import Mode, Placement, placements
 from yafsdp_like.inference.plan.recordings import recordings_nbytes
+from yafsdp_like.memory.layout import GUARD_NBYTES
 from yafsdp_like.memory.plan import MemoryPlan, Region, readable
 from yafsdp_like.models.tensor_parallel import share_of
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _SUMS = "process group: sums"  # what moves bytes between ranks that compute together
 
 KV_SLABS, HOST_KV_SLABS = "kv slabs", "host kv slabs"  # kinds, and their regions' names
+GUARD = ", its end"  # of the name of a guard's region, behind that of the region before it
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ class ServingPlan:
         slots = (*self.placement.slot_places(), *self.buffers.slots())
         transports = {"gathered": (self.site.transport,), "tensor_parallel": (_SUMS,)}.get(self.mode, ())
         clocks = (self.placement.clock, self.buffers.clock)
-        return MemoryPlan(self.site.num_ranks, regions, slots, transports, clocks=clocks)
+        plan = MemoryPlan(self.site.num_ranks, regions, slots, transports, clocks=clocks)
+        return _guarded(plan, _most_guards_nbytes(self.config)) if self.options.is_debugged else plan
 
     @cached_property
     def host(self) -> MemoryPlan:
@@ -165,6 +168,23 @@ def _auto_modes(site: Site) -> Iterator[Mode]:
     if site.num_ranks > 1:
         yield "gathered"
     yield "streamed"
+
+
+def _most_guards_nbytes(config: DecoderConfig) -> int:
+    """Return a bound on the bytes of guards: of weights by unit, of slots, pages, and buffers by kind."""
+    return GUARD_NBYTES * (config.num_layers + 16)
+
+
+def _guarded(plan: MemoryPlan, most_nbytes: int) -> MemoryPlan:
+    """Put a guard behind each region; what slots alias, or peers map, has none."""
+    regions: list[Region] = []
+    for region in plan.regions:
+        regions.append(region)
+        if not region.mapped and not region.granule_nbytes:
+            regions.append(Region(f"{region.name}{GUARD}", "workspace guards", GUARD_NBYTES))
+    nbytes = GUARD_NBYTES * (len(regions) - len(plan.regions))
+    assert nbytes <= most_nbytes, f"{nbytes} bytes of guards, of {most_nbytes} that are left for them"
+    return replace(plan, regions=tuple(regions), debug_nbytes=nbytes)
 
 
 # --- what fits ---
@@ -222,8 +242,13 @@ class _Draft:
     def room(self, weights_nbytes: int, mode: Mode) -> int | None:
         """Return the bytes that are left for keys and values; None: any number."""
         limit = self.options.memory_limit_nbytes
-        beside = self.buffers.nbytes + self.recordings_nbytes(mode)
+        beside = self.buffers.nbytes + self.recordings_nbytes(mode) + self.guards_nbytes
         return None if limit is None else limit - weights_nbytes - beside
+
+    @property
+    def guards_nbytes(self) -> int:
+        """What guards take in debug mode, at most."""
+        return _most_guards_nbytes(self.config) if self.options.is_debugged else 0
 
     def _fits(self, weights_nbytes: int, num_tokens: int, mode: Mode) -> bool:
         room = self.room(weights_nbytes, mode)
@@ -261,7 +286,7 @@ class _Draft:
         smallest = min((_smallest(self._placements(mode)) for mode in tried), key=lambda p: p.nbytes)
         context = self.options.kv_nbytes or self.capacity.nbytes_for(self.least, self.max_seq_len)
         graphs = self.recordings_nbytes(smallest.mode)
-        needed = smallest.nbytes + self.buffers.nbytes + graphs + context
+        needed = smallest.nbytes + self.buffers.nbytes + graphs + self.guards_nbytes + context
         what = "kv_nbytes" if self.options.kv_nbytes else f"keys and values of {self.least:,} tokens"
         remedies = [f"memory_limit_nbytes={needed}", *self._smaller_contexts(smallest)]
         if 0 < needed - limit <= graphs:

@@ -25,7 +25,8 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING
 
-from yafsdp_like.inference.engine.engine import Completion, Engine, collector_paused
+from yafsdp_like.inference.engine.collector import collector_paused
+from yafsdp_like.inference.engine.engine import Completion, Engine
 from yafsdp_like.inference.engine.places import POLICIES, EnginePlaces, bytes_of
 from yafsdp_like.inference.engine.request import QueueFullError
 from yafsdp_like.inference.kv.kv_cache import Tier, check_integrity
