@@ -26,6 +26,7 @@ from launch.stop_signals import STOPPED, Stopping
 from launch.trainer import Trainer
 from launch.world import World
 from yafsdp_like import explain_out_of_memory
+from yafsdp_like.comm import hang_letter
 from yafsdp_like.comm.consistency import AgreedError, all_gather_object, raise_on_all_ranks
 from yafsdp_like.data import unigram_entropy
 
@@ -56,6 +57,7 @@ def run(options: Config, world: World, stopping: Stopping | None = None) -> int:
     state = RunState(trainer, recipe, exporter)
     state.restore(starts, console.say)
     log = Log(options, world, console, build.flops_per_step(model, options), trainer.step, trainer.memory)
+    os.environ.setdefault(hang_letter.FOLDER, options.output_dir)
     profiling = Profiling(options.log, world, Path(options.output_dir))
     log.say(opening_words(trainer, log.peak_tflops))
     changes = partial(fit.changes_that_fit, options, world.size, world.device)

@@ -261,7 +261,7 @@ def device_waits(folder: str) -> tuple[str, str]:
         letter = HangLetter(group, timedelta(seconds=LIMIT_S), lambda most: (0, done))
         letter.watch(Never())
         deadline = time.monotonic() + LIMIT_S + BUSY_S
-        path = Path(folder, f"hang-letter-rank{dist.get_rank()}.txt")
+        path = Path(folder, f"hang-rank{dist.get_rank()}.txt")
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.2)

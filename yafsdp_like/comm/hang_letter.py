@@ -254,7 +254,7 @@ class HangLetter:
         """Print the letter, tell the others, and leave them time to write theirs: this process may have the store."""
         print(self._letter, file=sys.stderr, flush=True)
         if folder := os.environ.get(FOLDER):
-            path = Path(folder, f"hang-letter-rank{self._global[self._rank]}.txt")
+            path = Path(folder, f"hang-rank{self._global[self._rank]}.txt")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(self._letter + "\n")
         deadline = time.monotonic() + min(patience_s, 3 * self._poll_s + 0.5)
