@@ -42,13 +42,15 @@ CASES = [
 ]
 
 
-def rows(file: str, seq_len: int) -> list[dict[str, Any]]:
+def rows(file: str, seq_len: int, impl: str = "ours:split_master=True") -> list[dict[str, Any]]:
     report = json.loads((RESULTS / file).read_text())
-    return [row for row in report["rows"] if row["impl"] == "ours:split_master=True" and row["seq_len"] == seq_len]
+    return [row for row in report["rows"] if row["impl"] == impl and row["seq_len"] == seq_len]
 
 
 @cache
-def forecast(preset: str, num_ranks: int, seq_len: int, checkpointing: str) -> TrainingForecast:
+def forecast(
+    preset: str, num_ranks: int, seq_len: int, checkpointing: str, is_recorded: bool = False
+) -> TrainingForecast:
     with torch.device("meta"):
         model = Decoder(PRESETS[preset])
     if checkpointing == "block":
@@ -57,7 +59,7 @@ def forecast(preset: str, num_ranks: int, seq_len: int, checkpointing: str) -> T
     policy = UnitPolicy(MixedPrecisionPolicy(torch.bfloat16, torch.float32), None, split_master=True)
     tokens = torch.empty(1, seq_len, dtype=torch.int64, device="meta")
     planned = cut(model, list(model.layers), policy, Cluster(num_ranks))
-    return forecast_training(model, planned, ExampleBatch((tokens, tokens)), ForecastOptions())
+    return forecast_training(model, planned, ExampleBatch((tokens, tokens)), ForecastOptions(is_recorded=is_recorded))
 
 
 @pytest.mark.parametrize(("file", "num_ranks", "seq_len"), CASES)
@@ -80,3 +82,12 @@ def test_the_device_is_as_full_as_it_was(file: str, num_ranks: int, seq_len: int
     reserved = row["peak_reserved_gib"] - row["peak_allocated_gib"]
     assert found.peak.total_nbytes - found.peak.tensors_nbytes > update.nbytes["context"]
     assert found.peak.nbytes["allocator"] / GIB == pytest.approx(reserved, abs=0.8)
+
+
+@pytest.mark.parametrize("seq_len", [1024, 4096])
+def test_a_recorded_step_fills_the_device_as_far_as_it_did(seq_len: int) -> None:
+    (row,) = rows("2026-11-29-h200x2-8b-graph-gradients.json", seq_len, "ours-graph:split_master=True")
+    found = forecast("8b", 2, seq_len, "none", is_recorded=True)
+    assert found.peak.total_nbytes / GIB == pytest.approx(row["device_used_gib"], rel=0.02)
+    (update,) = (phase for phase in found.phases if phase.phase == "update")
+    assert update.total_nbytes == found.peak.total_nbytes, "the pool stays"

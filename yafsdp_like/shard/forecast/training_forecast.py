@@ -67,14 +67,14 @@ class ForecastOptions:
     optimizer: OptimizerMemory = field(default_factory=OptimizerMemory)
     accumulates: bool = False  # a step has several backwards
     copies_checkpoints: bool = False  # they are written behind the next steps, from a copy in host memory
-    is_recorded: bool = False  # forward and backward are a CUDA graph, whose pool and gradients stay (``GraphedStep``)
+    is_recorded: bool = False  # forward and backward are a CUDA graph, whose memory pool stays (``GraphedStep``)
     on_gpu: bool = True
     overhead: Overhead = field(default_factory=Overhead)
 
     @property
     def step(self) -> StepOptions:
         """What of these changes a trace."""
-        return StepOptions(self.on_gpu, self.accumulates or self.is_recorded, self.optimizer.update_in_backward)
+        return StepOptions(self.on_gpu, self.accumulates, self.optimizer.update_in_backward)
 
 
 def forecast_training(
@@ -144,12 +144,11 @@ class _Held:
         main = {"main shards": self._regions.get("main shards", 0)}
         yield PhaseMemory("start", _nonzero(_sum(self._base, main)), "", _nonzero(host))
         reserved = self._reserved_nbytes(trace) if self._options.on_gpu else 0
+        highest = {phase: trace.peak(phase) for phase in _TRACED}
         left = trace.end("backward")
-        if self._options.is_recorded:
-            left = trace.peak("forward")[1]
-        highest = {phase: trace.peak(phase) for phase in _TRACED} | {
-            phase: (StepPlace(phase=phase), left) for phase in _BEHIND
-        }
+        if self._options.is_recorded:  # the pool, in which gradients lie where activations were
+            left = max((live for _, live in highest.values()), key=lambda live: sum(live.values()))
+        highest |= {phase: (StepPlace(phase=phase), left) for phase in _BEHIND}
         made = {"checkpoint": self._checkpoint_nbytes()}
         for phase, (place, live) in highest.items():
             live = _sum(live, made if phase == "checkpoint" else {})
