@@ -129,7 +129,7 @@ class Runner:
         return [*self._buckets.decode, *self._buckets.mixed]
 
     def _record(self, budget: RecordingBudget) -> None:
-        """Record what fits the plan: steps that only decode before others, and of each the largest first."""
+        """Record what fits the plan: steps that only decode, then the others, those of few tokens first."""
         recorder = StepRecorder()
 
         def record_logprobs(num_rows: int) -> None:
@@ -140,7 +140,7 @@ class Runner:
             self._recordings[size] = recorder.record(partial(self._step, size))
 
         mixed = [size for size in self._buckets.mixed if size.num_tokens <= MAX_RECORDED_TOKENS]
-        sizes = [*reversed(self._buckets.decode), *reversed(mixed)] if self._weights.graphable else []
+        sizes = [*reversed(self._buckets.decode), *mixed] if self._weights.graphable else []
         work = [partial(record_logprobs, size.num_drawing) for size in reversed(self._buckets.decode)]
         work += [partial(record_step, size) for size in sizes]
         left = list(itertools.dropwhile(budget.record, work))
@@ -179,7 +179,8 @@ class Runner:
             most = self._max_batch_tokens if self._on_gpu else min(self._max_batch_tokens, 8 * _TIMED_TOKENS_ON_CPU)
             sizes = [self._buckets.least(most >> halvings) for halvings in range(most.bit_length())]
         with launching_on(self._weights.device):
-            return {size.num_tokens: self._seconds(partial(self._replay_idle, size)) for size in reversed(sizes)}
+            sizes.sort(key=lambda size: size.num_tokens)
+            return {size.num_tokens: self._seconds(partial(self._replay_idle, size)) for size in sizes}
 
     def _replay_idle(self, size: StepSize) -> None:
         if size not in self._recordings:
