@@ -6,7 +6,6 @@ the policies are FSDP2's own classes. Nothing of torch is hooked before the firs
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypedDict, TypeVar, Unpack, cast, overload
@@ -23,6 +22,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from yafsdp_like.memory.streams import GATHER, Event
 from yafsdp_like.shard import clipping
 from yafsdp_like.shard.drop_in import ShardState, refuse_others, show_state_to_torch
+from yafsdp_like.shard.forecast.traced_units import read_off
+from yafsdp_like.shard.forecast.training_forecast import ForecastOptions, forecast_training
 from yafsdp_like.shard.hooks import abandon
 from yafsdp_like.shard.optimizer_step import watch_optimizers
 from yafsdp_like.shard.pretrained import overrides_of
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
     from yafsdp_like.comm import TransportName
     from yafsdp_like.memory.plan import MemoryPlan
+    from yafsdp_like.shard.forecast.activations import ExampleBatch
+    from yafsdp_like.shard.forecast.quantities import TrainingForecast
 
     M = TypeVar("M", bound=nn.Module)
     Base = nn.Module  # at run time the sharded module's class adds it
@@ -223,20 +226,19 @@ class FSDPModule(Base):
         plain: Any = cls.__mro__[2]
         return plain(*args, **kwargs)
 
-    # --- the memory plan
+    @overload
+    def memory_plan(self) -> MemoryPlan: ...
+    @overload
+    def memory_plan(self, batch: ExampleBatch, options: ForecastOptions = ...) -> TrainingForecast: ...
+    def memory_plan(self, batch: Any = None, options: ForecastOptions = ForecastOptions()) -> Any:  # noqa: B008 (frozen)
+        """Return every region of the runtime on this rank, in bytes; with a batch, all that a step takes, by phase.
 
-    def memory_plan(self) -> MemoryPlan:
-        """Return every region of the runtime on this rank, in bytes; changes nothing.
-
-        Before the first forward this module is taken for the root, nothing is allocated yet, and parameters may still
-        be on the meta device.
+        Changes nothing. Before the first forward this is taken for the root, and may still be on the meta device.
         """
         engine = engine_of(self._unit())
-        if engine is None:
-            return unit_tree_of(self).plan().plan
-        on_device = (p.grad_shard for unit in engine.units if not unit.is_on_host for p in unit.params)
-        keeps = any(shard is not None and shard.is_pinned for shard in on_device)
-        return dataclasses.replace(engine.memory.plan(), keeps_gradients=keeps)
+        if batch is not None:
+            return forecast_training(self, read_off(engine.tree if engine else unit_tree_of(self)), batch, options)
+        return unit_tree_of(self).plan().plan if engine is None else engine.memory.plan()
 
     def memory_report(self) -> Report:
         """Return the bytes held now, and what departed from the plan: spills, evictions, unused prefetches."""
