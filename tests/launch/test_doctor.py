@@ -81,6 +81,7 @@ def test_no_probe_begins_after_its_time() -> None:
     assert found.values == {} and "left out" in found.failures["late"]
 
 
+@pytest.mark.slow
 def test_the_command_measures_prints_and_stores_rates_without_torchrun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ def test_changes_that_are_promised_make_the_plan_fit(capsys: pytest.CaptureFixtu
     assert planned([*kept, *changes_in(line), "--gpu-memory=2GiB"], capsys)[0] == 0
 
 
+@pytest.mark.slow
 def test_nothing_that_fits_is_a_refusal_with_the_smallest_changes(capsys: pytest.CaptureFixture[str]) -> None:
     status, words = planned([*TINY[1:], "--fit=1GiB"], capsys)
     assert status == plan.DOES_NOT_FIT and ("smallest changes" in words or "nothing fits" in words)
