@@ -16,10 +16,15 @@ GATHER, GRADIENT = "gather slots", "gradient slots"
 PHASES = (Phase("forward", 0, 3), Phase("backward", 4, 7), Phase("update", 8, 8))
 CLOCK = Clock((GATHER, GRADIENT), PHASES)
 
-ticks = st.integers(0, 7)
-intervals = st.tuples(ticks, ticks).map(sorted).map(tuple)
-live_ranges = st.lists(intervals, min_size=1, max_size=3).map(tuple).map(LiveRange)
-slots_of_units = st.lists(st.tuples(st.integers(1, 5000), live_ranges), max_size=8)
+
+def slots_of_units(first: int) -> st.SearchStrategy[list[tuple[int, LiveRange]]]:
+    """Sizes and live ranges of slots, within ticks from ``first`` to the end of backward."""
+    ticks = st.integers(first, 7)
+    intervals = st.tuples(ticks, ticks).map(sorted).map(tuple)
+    live_ranges = st.lists(intervals, min_size=1, max_size=3).map(tuple).map(LiveRange)
+    return st.lists(st.tuples(st.integers(1, 5000), live_ranges), max_size=8)
+
+
 kinds = st.sampled_from([kind for kind in KINDS if not kind.endswith("slots")])
 others = st.lists(st.tuples(kinds, st.integers(0, 3000), st.sampled_from(["", "transient", "host"])), max_size=6)
 
@@ -28,8 +33,8 @@ others = st.lists(st.tuples(kinds, st.integers(0, 3000), st.sampled_from(["", "t
 def plans(draw: st.DrawFn) -> MemoryPlan:
     """Slots placed as any plan places them, between other regions."""
     regions, slots = [], []
-    for kind in (GATHER, GRADIENT):
-        found = draw(slots_of_units)
+    for kind, first in ((GATHER, 0), (GRADIENT, PHASES[1].first)):
+        found = draw(slots_of_units(first))
         requests = [SlotRequest(f"unit{i}", nbytes, live) for i, (nbytes, live) in enumerate(found)]
         places, nbytes = place(requests)
         regions.append(Region(kind, kind, nbytes))
@@ -82,7 +87,7 @@ def test_the_map_has_the_bytes_of_the_plan(plan: MemoryPlan) -> None:
 
 
 def test_the_map_of_a_known_plan() -> None:
-    """Literal: shards below, slots as their tenants, and gradients on top from the end of their unit's backward on."""
+    """Literal: shards below, slots one by one, and gradients on top from the end of their unit's backward on."""
     plan = MemoryPlan(
         2,
         (
