@@ -1,6 +1,6 @@
 """What training a model will take of each GPU, and whether it fits: without a GPU, in seconds.
 
-    python -m launch.plan configs/8b.yaml --world-size 8 --gpu-memory 80GiB
+    python -m launch.plan configs/8b.yaml --world-size 2 --gpu-memory 80GiB
     python -m launch.plan preset:70b --world-size 1024 --seq-len 8192 --optimizer.moments=bf16
     python -m launch.plan mypackage.models:build --json plan.json
     python -m launch.plan preset:8b --serve --gpu-memory 80GiB --slot-map map.html

@@ -189,7 +189,7 @@ class ServingForecast:
             f"{plan.site.num_ranks} × {readable(self.options.gpu_memory_nbytes)}" if self.options.on_gpu else "a CPU"
         )
         rows: list[tuple[str, ...]] = [("", *PHASES)]
-        for name in dict.fromkeys(name for nbytes in phases.values() for name in nbytes):
+        for name in dict.fromkeys(name for nbytes in phases.values() for name, count in nbytes.items() if count):
             rows.append((name, *(_cell(phases[phase].get(name, 0)) for phase in PHASES)))
         rows.append(("on the device", *(readable(sum(phases[phase].values())) for phase in PHASES)))
         rows += [(f"host: {name}", *[_cell(nbytes)] * len(PHASES)) for name, nbytes in self.host.items()]

@@ -23,7 +23,7 @@ WHOLE_TIME = (Phase("as long as the model lives", 0, 0),)
 
 @dataclass(frozen=True)
 class Rectangle:
-    """A region, or a tenant of a slot: it has the bytes ``segment`` of a panel from tick ``first`` to ``last``."""
+    """A region, or a unit in its slot: it has the bytes ``segment`` of a panel from tick ``first`` to ``last``."""
 
     name: str
     kind: str
@@ -72,11 +72,11 @@ def _zoom(plan: MemoryPlan, region: Region) -> Panel | None:
     phases = plan.phases_of(region.name)
     if not (slots and phases):
         return None
-    rectangles = tuple(rectangle for slot in slots for rectangle in _tenancies(slot))
+    rectangles = tuple(rectangle for slot in slots for rectangle in _intervals_of(slot))
     return Panel(region.name, region.nbytes, phases, rectangles)
 
 
-def _tenancies(slot: SlotPlace) -> Iterator[Rectangle]:
+def _intervals_of(slot: SlotPlace) -> Iterator[Rectangle]:
     """Yield a rectangle for each interval; intervals that meet are one."""
     merged: list[list[int]] = []
     for first, last in sorted(slot.live.intervals):
@@ -90,15 +90,15 @@ def _tenancies(slot: SlotPlace) -> Iterator[Rectangle]:
 def _stack(
     title: str, regions: Sequence[Region], clock: tuple[Phase, ...], zooms: Sequence[Panel], plan: MemoryPlan
 ) -> Panel:
-    """Regions one above the other; those whose slots go by the same clock are shown as their tenants."""
-    tenants = {panel.title: panel.rectangles for panel in zooms if panel.phases == clock}
+    """Regions one above the other; those whose slots go by the same clock are shown slot by slot."""
+    by_slot = {panel.title: panel.rectangles for panel in zooms if panel.phases == clock}
     starts = _gradient_starts(plan)
     end, offset, found = clock[-1].last, 0, list[Rectangle]()
     for region in regions:
-        if region.name in tenants:
+        if region.name in by_slot:
             found += (
                 replace(inner, segment=Segment(offset + inner.segment.offset_nbytes, inner.segment.nbytes))
-                for inner in tenants[region.name]
+                for inner in by_slot[region.name]
             )
         else:
             first = starts.get(region.name, starts[""]) if region.transient else 0
