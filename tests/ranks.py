@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -30,6 +30,7 @@ from typing import Any, ParamSpec
 
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from yafsdp_like.memory import vmm
 
@@ -108,6 +109,16 @@ def run_ranks(
             {rank: (failure.type_name, failure.message) for rank, failure in failures.items()},
         )
     return answers
+
+
+@contextlib.contextmanager
+def alone_among(world_size: int) -> Iterator[None]:
+    """A process group of this process and others that do not exist. It has no other group meanwhile."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def on_ranks(world_size: int = 2, **options: Any) -> Callable[[Callable[P, None]], Callable[P, None]]:

@@ -19,22 +19,18 @@ two streams take turns, and collectives between hosts take from compute what the
 both leave out why a long step on two GPUs lasts 2 to 3 % longer than either says.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from launch.metrics import GIB
-from yafsdp_like import MixedPrecisionPolicy, fully_shard
-from yafsdp_like.comm.mapped_memory import MappedMemory
+from yafsdp_like import MixedPrecisionPolicy
 from yafsdp_like.hardware import H200_RATES
 from yafsdp_like.memory.plan import MemoryPlan
 from yafsdp_like.models import Decoder, DecoderConfig
 from yafsdp_like.shard.forecast.step_time import Traffic, beside, longest
+from yafsdp_like.shard.forecast.traced_units import Cluster, cut
+from yafsdp_like.shard.spec.unit_spec import UnitPolicy
 
 COMPUTE_NBYTES, GRAD_NBYTES, MOMENTS_NBYTES = 2, 4, 8  # of an element: bf16, reduced in fp32, AdamW's two in fp32
 NUM_SLOTS = 2  # of a chain of blocks
@@ -272,38 +268,13 @@ class Estimator:
 # --- memory ---
 
 
-class PaperTransport:
-    """As far as a plan asks: how many ranks share a parameter, and what they read of each other. It moves nothing."""
-
-    def __init__(self, on: Topology) -> None:
-        group = dist.group.WORLD
-        assert group is not None
-        self.everybody, self.mapped = group, MappedMemory(group, torch.device("cpu"), on.num_hosts)
-        self.rank, self.world_size = 0, on.num_shards
-        self.description = f"paper: {on.name}"
-
-
-@contextmanager
-def alone_among(world_size: int) -> Iterator[None]:
-    """A process group of this process and others that do not exist. It has no other group meanwhile."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def plan_for(config: DecoderConfig, on: Topology, policy: MixedPrecisionPolicy | None = None) -> MemoryPlan:
     """The plan of one rank; replicas hold what one of them alone would. ``policy``: bf16, reduced in fp32."""
     policy = policy or MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    with alone_among(on.num_shards):
-        with torch.device("meta"):
-            model: Any = Decoder(config)
-        for module in (*model.layers, model):
-            fully_shard(module, mp_policy=policy, transport="process_group")
-        for module in (*model.layers, model):
-            fully_shard.state(module).unit.transport = PaperTransport(on)  # type: ignore[attr-defined]
-        return model.memory_plan()
+    with torch.device("meta"):
+        model = Decoder(config)
+    cluster = Cluster(on.num_shards, on.per_host, transport="hierarchical" if on.num_hosts > 1 else "peer")
+    return cut(model, list(model.layers), UnitPolicy(policy, None), cluster).layout.plan
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.scale import alone_among
 from launch.page import page
 from launch.slot_map import _figure, as_html, described, draw
+from tests.ranks import alone_among
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.serving_plan import plan_serving

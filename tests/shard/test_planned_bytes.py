@@ -9,9 +9,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bench.scale import alone_among
 from tests.laws.test_memory import storage_nbytes
-from tests.ranks import run_ranks
+from tests.ranks import alone_among, run_ranks
 from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.memory.plan import SlotRequest, live_nbytes_peak
