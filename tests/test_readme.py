@@ -42,7 +42,7 @@ def test_the_first_program_of_the_readme_trains(num_ranks: int, tmp_path: Path) 
     [pytest.param("process_group", "process group: ", marks=pytest.mark.slow), ("peer", "peer: ")],
 )
 def test_the_second_program_goes_on_where_the_first_one_ended(transport: str, said: str, tmp_path: Path) -> None:
-    first, second, _ = programs()
+    first, second = programs()[:2]
     assert first.endswith(LEAVE)
     first = first.removesuffix(LEAVE).replace("mp_policy=policy)", f"mp_policy=policy, transport='{transport}')")
     printing = "if dist.get_rank() == 0:\n    print('graphed', loss.item())\n"
@@ -57,3 +57,9 @@ def test_the_third_program_serves(tmp_path: Path) -> None:
     output = output_of(programs()[2], 1, tmp_path)
     assert "kv slabs" in output
     assert re.search(r"^\[\d+(, \d+){7}\] FinishReason.LENGTH$", output, re.MULTILINE)
+
+
+def test_the_fourth_program_serves_two_models_on_one_device(tmp_path: Path) -> None:
+    output = output_of(programs()[3], 0, tmp_path)
+    assert re.search(r"^tiny: .* of weights, .*$", output, re.MULTILINE)
+    assert re.search(r"^\[\d+(, \d+){7}\] \{'tiny': <ModelState\.", output, re.MULTILINE)
