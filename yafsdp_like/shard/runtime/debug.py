@@ -193,9 +193,9 @@ class _Watch:
         if not self.is_poisoned:
             return
         self.check_guards()
-        names = [flat for flat in self._values if written(flat)]
-        if names:
-            for flat in names:
+        changed = [flat for flat in self._values if written(flat)]
+        if changed:
+            for flat in changed:
                 poison(flat)
             self._debugger.fail(
                 f"{self.what} was written after it had been released",
