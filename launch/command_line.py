@@ -404,6 +404,12 @@ def nbytes(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
+def check_directory(path: Path) -> None:
+    """Raise ValueError where the directory of ``path`` is missing, before what goes there is made."""
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: there is no directory {path.parent}")
+
+
 def as_dict(options: Any) -> dict[str, Any]:
     """Plain mappings, lists, numbers and strings, as YAML and JSON write them."""
     return json.loads(json.dumps(dataclasses.asdict(options)))

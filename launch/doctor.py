@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.command_line import Command
+from launch.command_line import Command, check_directory
 
 USAGE = "usage: [torchrun --nproc-per-node N] -m launch.doctor [--json=FILE] [--out=FILE]"
 NOTES = "Exit status: 0 all is well, 1 a problem was found, 2 nothing could be measured.\n"
@@ -41,6 +41,10 @@ class DoctorOptions:
     json: str | None = None  # write all that was found to this file
     out: str | None = None  # the file of rates that plans read; null: $YAFSDP_MACHINE, or one in the user's cache
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs where the host has one for each of its ranks
+
+    def __post_init__(self) -> None:
+        if self.json is not None and os.environ.get("RANK", "0") == "0":  # which writes it
+            check_directory(Path(self.json))
 
 
 COMMAND = Command(USAGE, DoctorOptions, NOTES, positionals=(), flat=True)

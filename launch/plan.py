@@ -8,7 +8,8 @@
 ``--fit 80GiB`` finds what fits such a GPU (sequences of a forward, formats of moments, checkpointing, offloading), with
 the predicted time of each, and where nothing does, the smallest changes that would: fewer tokens or more ranks too.
 
-Exit status 0 if it fits, or nothing was said of how large a GPU is; 1 if it does not; 2 after a mistake.
+Exit status 0 if it fits, or nothing was said of how large a GPU is; 1 if it does not; 2 after a mistake, of
+the model's code too.
 """
 
 from __future__ import annotations
@@ -17,20 +18,29 @@ import argparse
 import dataclasses
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.command_line import nbytes
+from launch.command_line import check_directory, nbytes
 from launch.config import COMMAND, Config
 
 if TYPE_CHECKING:
     from yafsdp_like.shard.forecast.quantities import TrainingForecast
 
 PRESET = "preset:"
-DOES_NOT_FIT, MISTAKE = 1, 2
+DOES_NOT_FIT, MISTAKE, INTERRUPTED = 1, 2, 130
 HELP = """a training configuration (YAML); or preset:NAME; or a directory with a Hugging Face config.json; or
 package.module:function, which returns a module. Options of launch.train follow, as --section.key=value"""
+
+
+def size(text: str) -> int:
+    """Return the bytes that an option asks for; what is wrong with others is said in argparse's words."""
+    try:
+        return nbytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--world-size", type=int, help="ranks (default: the GPUs of this host, or 1)")
     found.add_argument("--ranks-per-host", type=int, default=8, help="of which each host has so many (default: 8)")
     found.add_argument("--replicas", type=int, default=1, help="that each hold the whole model (default: 1)")
-    found.add_argument("--gpu-memory", type=nbytes, metavar="BYTES", help="of each GPU, such as 80GiB")
-    found.add_argument("--fit", type=nbytes, metavar="BYTES", help="find what fits such a GPU, and what it costs")
+    found.add_argument("--gpu-memory", type=size, metavar="BYTES", help="of each GPU, such as 80GiB")
+    found.add_argument("--fit", type=size, metavar="BYTES", help="find what fits such a GPU, and what it costs")
     found.add_argument("--seq-len", type=int, help="tokens of a sequence")
     found.add_argument("--micro-batch", type=int, help="sequences of one forward on one rank")
     found.add_argument("--serve", action="store_true", help="plan serving instead; --serve --help has its options")
@@ -109,9 +119,11 @@ def answer(asked: argparse.Namespace, others: Sequence[str]) -> int:
 
     if asked.slot_map is not None:
         slot_map.check_path(asked.slot_map)
-    num_ranks = asked.world_size or torch.cuda.device_count() or 1
-    options = configuration(asked, others, num_ranks)
+    if asked.json is not None:
+        check_directory(asked.json)
+    num_ranks = asked.world_size if asked.world_size is not None else torch.cuda.device_count() or 1
     cluster = Cluster(num_ranks, asked.ranks_per_host, asked.replicas)
+    options = configuration(asked, others, num_ranks)
     forecast = forecast_of(options, cluster)
     if asked.slot_map is not None:
         slot_map.draw(forecast.plan, asked.slot_map, f"{asked.model} on {num_ranks} ranks")
@@ -147,6 +159,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return answer(own, others)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:  # of the model that was traced, most often: its author needs the line
+        traceback.print_exc()
         return MISTAKE
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from launch import slot_map
-from launch.command_line import Command, exit_status
+from launch.command_line import Command, check_directory, exit_status
 from launch.config import load as load_training
 from launch.options import ALIASES, ServeOptions, check_model
 from launch.recipe import decoder_config
@@ -58,6 +58,8 @@ class ServePlanOptions(ServeOptions):
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.slot_map is not None:
             slot_map.check_path(Path(self.slot_map))
+        if self.json is not None:
+            check_directory(Path(self.json))
 
     @property
     def on_gpu(self) -> bool:
@@ -286,5 +288,5 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns the exit status: 0 where the model fits, 1 where it does not, 2 after a mistake.
     """
-    options = COMMAND.answer(arguments, lambda asked: config_of(asked.model))
+    options = COMMAND.answer(arguments, lambda asked: (machine_rates(), config_of(asked.model)))
     return options if isinstance(options, int) else exit_status(run, options)

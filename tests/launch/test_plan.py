@@ -87,6 +87,31 @@ def plain() -> nn.Module:
     return nn.Sequential(nn.Embedding(64, 8), nn.Linear(8, 64))
 
 
+def blind() -> nn.Module:
+    return nn.Linear(8, 8)  # which takes no tokens
+
+
+def broken() -> nn.Module:
+    raise RuntimeError("the author's own trouble")
+
+
+@pytest.mark.parametrize("function", ["blind", "broken"])
+def test_a_model_that_fails_is_no_model_that_does_not_fit(capsys: pytest.CaptureFixture[str], function: str) -> None:
+    status, out, err = run(capsys, f"{__name__}:{function}", "--world-size=1", "--seq-len=4")
+    assert status == 2 and not out and "RuntimeError" in err.splitlines()[-1]
+
+
+def test_nonsense_is_refused_with_what_is_expected(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for option, words in (
+        ("--gpu-memory=80 bananas", "expected a number of bytes such as 40GiB"),
+        ("--fit=-5GiB", "expected a number of bytes such as 40GiB"),
+        ("--world-size=0", "at least one rank"),
+        (f"--json={tmp_path / 'nowhere' / 'plan.json'}", "there is no directory"),
+    ):
+        status, out, err = run(capsys, TINY, option)
+        assert status == 2 and not out and words in err.splitlines()[-1]
+
+
 def test_any_function_that_returns_a_module_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, f"{__name__}:plain", "--seq-len=32", "--micro-batch=2", "--world-size=2")
     assert status == 0 and "2 × 32 tokens a forward" in out and "logits" not in out

@@ -141,3 +141,12 @@ def test_what_does_not_fit_is_refused_with_what_would(capsys: pytest.CaptureFixt
     assert main(["preset:70b", "--gpu-memory=1GiB"]) == 1
     assert "take all of gpu_memory_nbytes" in capsys.readouterr().err
     assert main(["preset:70b", "--slot-map=map.svg"]) == main(["preset:71b"]) == main(["nowhere"]) == 2
+
+
+def test_only_a_model_that_does_not_fit_ends_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["preset:tiny", f"--json={tmp_path / 'nowhere' / 'plan.json'}"]) == 2
+    monkeypatch.setenv("YAFSDP_MACHINE", str(tmp_path / "missing.json"))
+    assert main(["preset:tiny"]) == 2
+    assert "there is no directory" in (err := capsys.readouterr().err) and "launch.doctor" in err
