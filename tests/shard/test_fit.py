@@ -178,6 +178,7 @@ def test_bisection_finds_the_last_value_that_fits(threshold: int) -> None:
         ({"num_ranks": 3}, False),
         ({"micro_batch_size": 3}, False),
         ({"update_in_backward": True, "offload_moments": True}, False),
+        ({"offload_moments": True, "moments": "int8"}, True),
         ({"checkpointing": True, "offload_activations": True}, False),
         ({"offload_parameters": True, "split_master": True}, False),
     ],

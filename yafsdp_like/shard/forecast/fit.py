@@ -65,7 +65,6 @@ class Settings:
             or (self.update_in_backward and (self.offload_moments or on_host))
             or (self.checkpointing and self.offload_activations)
             or (on_host and (self.split_master or self.offload_moments or self.moments != "fp32"))
-            or (self.offload_moments and self.moments == "int8")
         )
 
 
