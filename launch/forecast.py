@@ -21,6 +21,8 @@ from yafsdp_like.shard.forecast.traced_units import Cluster, PlannedModel, cut
 from yafsdp_like.shard.forecast.training_forecast import ForecastOptions, OptimizerMemory, forecast_training
 from yafsdp_like.shard.spec.unit_spec import UnitPolicy
 
+ON_DEVICE = "offloaded activations are counted as if they stayed on the device: a run takes less, and perhaps longer"
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingStepShape:
@@ -45,9 +47,11 @@ def forecast_of(options: Config, cluster: Cluster) -> TrainingForecast:
     shape = TrainingStepShape.of(options, cluster.num_ranks)
     model, blocks = model_without_memory(recipe_of(options.model, options.seed))
     checkpoint_blocks(blocks, options.model)
-    return forecast_training(
+    forecast = forecast_training(
         model, planned(model, blocks, options, cluster), batch_of(shape), choices_of(options, shape)
     )
+    notes = (*forecast.notes, ON_DEVICE) if options.model.offload_activations else forecast.notes
+    return dataclasses.replace(forecast, notes=notes)
 
 
 def model_without_memory(recipe: Recipe) -> tuple[nn.Module, list[nn.Module]]:

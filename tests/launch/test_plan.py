@@ -15,7 +15,7 @@ from torch import nn
 from launch import plan
 from launch.build import build_model
 from launch.config import load
-from launch.forecast import forecast_of
+from launch.forecast import ON_DEVICE, forecast_of
 from launch.recipe import recipe_of
 from launch.world import join, leave
 from yafsdp_like.shard.forecast.traced_units import Cluster
@@ -117,6 +117,13 @@ def test_any_function_that_returns_a_module_is_planned(capsys: pytest.CaptureFix
     assert status == 0 and "2 × 32 tokens a forward" in out and "logits" not in out
     status, _, err = run(capsys, f"{__name__}:Reads", "--seq-len=32")
     assert status == 2 and "control flow depends on what it computes" in err and "test_plan.py" in err
+
+
+def test_a_plan_says_that_it_does_not_know_offloaded_activations(capsys: pytest.CaptureFixture[str]) -> None:
+    plain, offloaded = (
+        run(capsys, TINY, "--world-size=1", *more) for more in ([], ["--model.offload_activations=true"])
+    )
+    assert offloaded[1] == f"{plain[1]}note: {ON_DEVICE}\n" and "note:" not in plain[1]
 
 
 @pytest.mark.slow
