@@ -184,3 +184,15 @@ def test_suggestions_are_ordered_by_their_cost_and_say_what_they_free() -> None:
     assert words[0].startswith("fully_shard(..., split_master=True)") and words[0].endswith("frees about 4.00 MiB")
     assert "half the sequences" in words[1] and words[-1].startswith("twice the ranks")
     assert not any("moments" in w for w in words)
+
+
+@pytest.mark.parametrize("offload_moments", [False, True])
+def test_moments_on_the_host_are_not_suggested_again_and_free_what_their_buffers_take(offload_moments: bool) -> None:
+    param = nn.Parameter(torch.ones(1 << 18))
+    optimizer = AdamW([param], offload_moments=offload_moments)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    held = {oom_letter.STATES: MIB if offload_moments else 2 * MIB}
+    words = "\n".join(oom_letter.cheap_changes(held, optimizer))
+    assert ("offload_moments=True" in words) is not offload_moments
+    assert f"rounded moments; frees about {'512.00 KiB' if offload_moments else '1.00 MiB'}" in words

@@ -270,16 +270,17 @@ def cheap_changes(holders: Mapping[str, int], optimizer: torch.optim.Optimizer |
     main, compute = holders.get("main shards", 0), holders.get("compute shards", 0)
     if 0 < compute < main:
         found.append((compute, "fully_shard(..., split_master=True): the same numbers"))
-    if wide := _fp32_moments_nbytes(optimizer):
+    if wide := min(_fp32_moments_nbytes(optimizer), holders.get(STATES, 0)):  # buffers, where moments are on the host
         found.append((wide // 2, 'AdamW(moments="bf16"): stochastically rounded moments'))
     if activations := holders.get(ACTIVATIONS, 0):
         found.append((activations // 2, "half the sequences of a forward, and twice the forwards of a step"))
         found.append((activations * 3 // 4, "activation checkpointing of every block: a third more compute"))
     if gradients := holders.get(GRADIENTS, 0):
         found.append((gradients, "update_in_backward(optimizer): each unit's gradients die in backward; no clipping"))
-    if states := holders.get(STATES, 0):
+    states = holders.get(STATES, 0)
+    if states and not getattr(optimizer, "offload_moments", False):
         found.append((states, "AdamW(offload_moments=True): moments in host memory, copied beside every update"))
-    shards = main + compute + holders.get(STATES, 0) + holders.get(GRADIENTS, 0)
+    shards = main + compute + states + holders.get(GRADIENTS, 0)
     found.append((shards // 2, "twice the ranks"))
     return [f"{words}; frees about {readable(nbytes)}" for nbytes, words in found]
 
