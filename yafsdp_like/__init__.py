@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.activation_offload import offload_activations
     from yafsdp_like.shard.api import FSDPModule, UnshardHandle, fully_shard
     from yafsdp_like.shard.drop_in import register_fsdp_forward_method, share_comm_ctx
+    from yafsdp_like.shard.forecast.activations import ExampleBatch
+    from yafsdp_like.shard.forecast.quantities import TrainingForecast
+    from yafsdp_like.shard.forecast.training_forecast import ForecastOptions
     from yafsdp_like.shard.graph import GraphedStep
     from yafsdp_like.shard.oom_letter import explain_out_of_memory
     from yafsdp_like.shard.optimizer_step import update_in_backward
@@ -22,12 +25,15 @@ else:
     _HOMES = {
         "CPUOffloadPolicy": "torch.distributed.fsdp",
         "DataParallelMeshDims": "torch.distributed.fsdp",
+        "ExampleBatch": "yafsdp_like.shard.forecast.activations",
         "FSDPModule": "yafsdp_like.shard.api",
+        "ForecastOptions": "yafsdp_like.shard.forecast.training_forecast",
         "GraphedStep": "yafsdp_like.shard.graph",
         "MemoryPlan": "yafsdp_like.memory.plan",
         "MixedPrecisionPolicy": "torch.distributed.fsdp",
         "OffloadPolicy": "torch.distributed.fsdp",
         "SpillWarning": "yafsdp_like.shard.runtime.allocated_memory",
+        "TrainingForecast": "yafsdp_like.shard.forecast.quantities",
         "UnshardHandle": "yafsdp_like.shard.api",
         "explain_out_of_memory": "yafsdp_like.shard.oom_letter",
         "fully_shard": "yafsdp_like.shard.api",
@@ -51,12 +57,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CPUOffloadPolicy",
+    "ExampleBatch",
     "FSDPModule",
+    "ForecastOptions",
     "GraphedStep",
     "MemoryPlan",
     "MixedPrecisionPolicy",
     "OffloadPolicy",
     "SpillWarning",
+    "TrainingForecast",
     "UnshardHandle",
     "explain_out_of_memory",
     "fully_shard",

@@ -233,7 +233,8 @@ class FSDPModule(Base):
     def memory_plan(self, batch: Any = None, options: ForecastOptions = ForecastOptions()) -> Any:  # noqa: B008 (frozen)
         """Return every region of the runtime on this rank, in bytes; with a batch, all that a step takes, by phase.
 
-        Changes nothing. Before the first forward this is taken for the root, and may still be on the meta device.
+        Changes nothing. Before the first forward this is taken for the root, and may still be on the meta device. With
+        an ``ExampleBatch``, say of ``(tokens, targets)``, a step is traced without memory (``TrainingForecast``).
         """
         engine = engine_of(self._unit())
         if batch is not None:
