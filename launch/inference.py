@@ -42,7 +42,7 @@ def load_model(options: GenerateOptions | ServeOptions, say: Callable[[str], Non
     model, load = open_model(options.model), options.load
     codec = load_codec(model, load.tokenizer)
     sampling = sampling_defaults(model.directory if load.generation_config == "model" else None)
-    device = _join(load.device)
+    device = join_device(load.device)
     dtype = load.dtype and getattr(torch, load.dtype)
     try:
         transport = world_transport(device)
@@ -60,7 +60,7 @@ def load_model(options: GenerateOptions | ServeOptions, say: Callable[[str], Non
         leave()
 
 
-def _join(device_type: str) -> torch.device:
+def join_device(device_type: str) -> torch.device:
     """This rank's device; with torchrun, after joining the others."""
     if "RANK" in os.environ:
         return join(device_type).device

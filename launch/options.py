@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from launch.command_line import Command
 from yafsdp_like.inference.http.options import HttpOptions, check_seconds
-from yafsdp_like.inference.options import AnyMode, EngineOptions
+from yafsdp_like.inference.options import AnyMode, EngineOptions, PoolOptions
 from yafsdp_like.kernels.sampling_params import SamplingParams
 
 PRESET = "preset:"
 KEY_VARIABLE = "YAFSDP_LIKE_API_KEY"
+ADMIN_KEY_VARIABLE = "YAFSDP_LIKE_ADMIN_KEY"
 NOTES = """
 Options and arguments come in any order; what follows -- is no option. Bytes take units, such as 40GiB. An option that
 is on by default is switched off by --no-NAME. --config=FILE reads a YAML file with the sections below (an option of
@@ -99,12 +100,59 @@ class ServeOptions:
     http: HttpOptions = field(default_factory=HttpOptions)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"port must be from 0 to 65535, found {self.port}")
-        if self.max_connections < 1:
-            raise ValueError(f"max_connections must be at least 1, found {self.max_connections}")
-        check_seconds("grace_s", self.grace_s)
-        check_seconds("stuck_after_s", self.stuck_after_s)
+        _check_server(self)
+
+
+@dataclass(frozen=True)
+class PoolModelOptions:
+    """One model of a pool: where it is, and how it is served; memory is the pool's."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    path: str  # Hugging Face directory, checkpoint (step-N), or preset:NAME with random weights
+    tokenizer: str | None = None  # a directory; null: the model's own
+    generation_config: Literal["model", "none"] = "model"  # sampling defaults: of generation_config.json, or none
+    dtype: Literal["float32", "bfloat16"] | None = None  # of weights; null: bfloat16 on a GPU, float32 on a CPU
+    ttl_s: float | None = None  # without a request, after which it leaves the device; null: it stays while it may
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+    def __post_init__(self) -> None:
+        check_seconds("ttl_s", self.ttl_s or 0)
+
+
+NOT_GIVEN = 1  # byte of memory, in which no pool fits
+
+
+@dataclass(frozen=True)
+class ServePoolOptions:
+    """Models by name, the pool that they share, and the server in front of it."""
+
+    models: dict[str, PoolModelOptions]  # path, ttl_s and engine of each, by its name in requests
+    admin_key: str | None = None  # bearer token for /admin, another than the users'; null: there is no /admin
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all
+    port: int = 8000  # 0: any that is free
+    max_connections: int = 4096  # more are closed at once
+    grace_s: float = 30.0  # for running requests after SIGTERM
+    stuck_after_s: float = 600.0  # of one step or one load, after which the server ends with status 3; 0: any time
+    access_log: bool = False  # a line for each request
+    pool: PoolOptions = field(default_factory=lambda: PoolOptions(NOT_GIVEN))
+    http: HttpOptions = field(default_factory=HttpOptions)
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError("models: expected at least one model, found none")
+        if self.pool.memory_limit_nbytes == NOT_GIVEN:
+            raise ValueError("no pool.memory_limit_nbytes given: say how many bytes of the device models may take")
+        _check_server(self)
+
+
+def _check_server(options: ServeOptions | ServePoolOptions) -> None:
+    if not 0 <= options.port <= 65535:
+        raise ValueError(f"port must be from 0 to 65535, found {options.port}")
+    if options.max_connections < 1:
+        raise ValueError(f"max_connections must be at least 1, found {options.max_connections}")
+    check_seconds("grace_s", options.grace_s)
+    check_seconds("stuck_after_s", options.stuck_after_s)
 
 
 ALIASES = {"engine.kv_nbytes": "kv-memory"}
@@ -119,10 +167,20 @@ GENERATE = Command(
 SERVE = Command(
     "usage: [torchrun --nproc-per-node N] -m launch.serve MODEL [--option=value ...]",
     ServeOptions,
-    f"{NOTES}Without --api-key, ${KEY_VARIABLE} is the key, if it is set.\n",
+    f"{NOTES}Without --api-key, ${KEY_VARIABLE} is the key, if it is set. Several models: --pool FILE --help.\n",
     positionals=("model",),
     flat=True,
     aliases=ALIASES,
+)
+SERVE_POOL = Command(
+    "usage: -m launch.serve --pool FILE [--option=value ...]",
+    ServePoolOptions,
+    f"""
+The file is YAML with the sections below, see configs/serve_pool.yaml. Bytes take units, such as 40GiB. Without
+--api-key, ${KEY_VARIABLE} is the key; without --admin-key, ${ADMIN_KEY_VARIABLE} is the admin's, if it is set.
+""",
+    flat=True,
+    aliases={"pool.kv_nbytes": "kv-memory"},
 )
 
 

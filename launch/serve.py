@@ -1,6 +1,7 @@
 """Serve a model over HTTP, as OpenAI's clients expect it.
 
     python -m launch.serve runs/smollm2/base --port 8000
+    python -m launch.serve --pool configs/serve_pool.yaml                 # several models, which take turns
     torchrun --nproc-per-node 2 -m launch.serve MODEL --mode gathered     # rank r listens on port 8000 + r
     torchrun --nproc-per-node 2 -m launch.serve MODEL --mode tensor_parallel     # rank 0 listens, for all
 
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOL_SOCKET, socket
 
 from launch.command_line import exit_status
-from launch.options import SERVE, ServeOptions, check_model
+from launch.options import SERVE, SERVE_POOL, ServeOptions, ServePoolOptions, check_model
 
 PACKAGES = "fastapi", "uvicorn", "prometheus_client"  # of the extra `serve`
 BACKLOG = 1024  # connections that wait, until the model is loaded
@@ -80,9 +81,25 @@ def run(options: ServeOptions) -> None:
         server.serve(model, options, address)
 
 
+def run_pool(options: ServePoolOptions) -> None:
+    """Take the port, load the models of a pool, and serve them until a signal comes."""
+    if "RANK" in os.environ:
+        raise ValueError("a pool of models is served by one process: start it without torchrun")
+    check_packages()
+    with bind(options.host, options.port) as address:
+        from launch import pool, server
+
+        server.serve_pool(pool.load_pool(options), options, address)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
-    options = SERVE.answer(sys.argv[1:] if arguments is None else arguments)
+    given = [*sys.argv[1:]] if arguments is None else [*arguments]
+    if given and given[0].partition("=")[0] == "--pool":
+        words = given[1:] if given[0] == "--pool" else [given[0].partition("=")[2], *given[1:]]
+        pool_options = SERVE_POOL.answer(words)
+        return pool_options if isinstance(pool_options, int) else exit_status(run_pool, pool_options)
+    options = SERVE.answer(given)
     return options if isinstance(options, int) else exit_status(run, options)
 
 

@@ -19,18 +19,21 @@ from typing import Any, NoReturn
 
 import torch
 import uvicorn
+from fastapi import FastAPI
 
 from launch.inference import LoadedModel
-from launch.options import KEY_VARIABLE, ServeOptions, model_names
+from launch.options import KEY_VARIABLE, ServeOptions, ServePoolOptions, model_names
+from launch.pool import LoadedPool
 from yafsdp_like.inference.engine.tp_driver import KEEP_ALIVE_S, TPDriver, follow
 from yafsdp_like.inference.http.connections import limit_connections
 from yafsdp_like.inference.http.protocol import ServerOptions
-from yafsdp_like.inference.http.server import create_app
+from yafsdp_like.inference.http.server import create_app, create_catalog_app
 from yafsdp_like.inference.http.service import LAST_STEP_S, Service, ServiceState, SteppableEngine
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text takes one core: the engine needs the others
 STUCK_STATUS = 3
 SWITCH_S = 0.0001  # for which the event loop may hold up the engine, at each of its calls to the GPU; Python has 5 ms
+MAX_POLL_S = 1.0  # between two looks for models that are idle
 LAST_WORDS_S = 5  # for answers to be written after the grace period
 SIGNALS = signal.SIGTERM, signal.SIGINT
 
@@ -82,8 +85,38 @@ def serve(model: LoadedModel, options: ServeOptions, address: socket) -> None:
         poll_interval_s=None if leader is None else KEEP_ALIVE_S,
         stuck_after_s=options.stuck_after_s or None,
     )
+    app = create_app(service, model.codec, server_options(model, options))
+    run_server(service, app, options, address, outlives_engine=leader is None)
+    if leader is not None:
+        assert service.state is ServiceState.CLOSED, (
+            f"the service is {service.state.value}, and may still use the engine"
+        )
+        leader.close()
+
+
+def serve_pool(pool: LoadedPool, options: ServePoolOptions, address: socket) -> None:
+    """Serve the models of a pool until a signal comes; raises RuntimeError if it has failed."""
+    device, polled = pool.device, [entry.ttl_s / 4 for entry in options.models.values() if entry.ttl_s]
+    service = Service(
+        pool.driver,
+        prepare=lambda _: _use(device),
+        poll_interval_s=min([*polled, MAX_POLL_S]) if polled else None,
+        stuck_after_s=options.stuck_after_s or None,
+    )
+    run_server(service, create_catalog_app(service, pool.catalog), options, address, outlives_engine=True)
+    pool.driver.close()
+
+
+def run_server(
+    service: Service[Any],
+    app: FastAPI,
+    options: ServeOptions | ServePoolOptions,
+    address: socket,
+    outlives_engine: bool,
+) -> None:
+    """Serve an application until a signal comes, or its engine has failed; ends the process if that is stuck."""
     config = uvicorn.Config(
-        create_app(service, model.codec, server_options(model, options)),
+        app,
         http=limit_connections(options.max_connections),
         log_level="info" if options.access_log else "warning",
         access_log=options.access_log,
@@ -93,16 +126,11 @@ def serve(model: LoadedModel, options: ServeOptions, address: socket) -> None:
     for number in SIGNALS:  # uvicorn raises again what it was ended by
         signal.signal(number, lambda *_: None)
     with serving_switches():
-        Server(config, service, options.grace_s, outlives_engine=leader is None).run([address])
+        Server(config, service, options.grace_s, outlives_engine).run([address])
     if service.is_stuck:
         end_stuck(f"the engine ({service.error})")
     if service.error is not None:
         raise RuntimeError("the engine has failed") from service.error
-    if leader is not None:
-        assert service.state is ServiceState.CLOSED, (
-            f"the service is {service.state.value}, and may still use the engine"
-        )
-        leader.close()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import httpx
 import openai
 import torch
 import uvicorn
+from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from yafsdp_like.comm.transport import Transport
@@ -149,10 +150,17 @@ class Running:
 
 @contextlib.contextmanager
 def serving(engine: Any, codec: Codec, poll_interval_s: float | None = None, **options: Any) -> Iterator[Running]:
-    """A server on a free port, which is down and has freed everything at the end."""
+    """A server of one model on a free port, which is down and has freed everything at the end."""
     service = Service(engine, poll_interval_s=poll_interval_s)
     told = ServerOptions(model_name=MODEL, vocab_size=engine.config.vocab_size, max_seq_len=MAX_SEQ_LEN, **options)
-    config = uvicorn.Config(create_app(service, codec, told), port=0, log_level="error", ws="none")
+    with serving_app(service, engine, create_app(service, codec, told)) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def serving_app(service: Service[Any], engine: Any, app: FastAPI) -> Iterator[Running]:
+    """The same of any application of a service."""
+    config = uvicorn.Config(app, port=0, log_level="error", ws="none")
     server, started = uvicorn.Server(config), threading.Event()
     loops: list[asyncio.AbstractEventLoop] = []
 

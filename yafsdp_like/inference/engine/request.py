@@ -37,6 +37,7 @@ class Request:
     priority: int = 0  # higher first
     deadline: float | None = None  # in seconds of time.monotonic()
     salt: str | None = None  # pages are shared only with requests of the same salt
+    model: str = ""  # which one a `PoolDriver` gives it to; an engine has one model
 
     def __post_init__(self) -> None:
         if not self.prompt:

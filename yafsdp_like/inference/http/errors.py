@@ -12,6 +12,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 UNSUPPORTED = "unsupported_parameter"
+RETRY_AFTER_S = 1
 SHORT = reprlib.Repr()
 SHORT.maxlevel = 3
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 80
@@ -62,6 +63,11 @@ def invalid(param: str, message: str, code: str | None = None) -> ApiError:
 def too_many_choices(count: int, most: int) -> ApiError:
     """Return the error of a request for more choices than ``most``."""
     return invalid("n", f"at most {most} choices in all, found {count}")
+
+
+def unavailable(message: str, code: str = "unavailable") -> ApiError:
+    """Return the error of what cannot be served now: status 503, and when to come again."""
+    return ApiError(503, message, code=code, headers={"retry-after": str(RETRY_AFTER_S)})
 
 
 def no_object() -> ApiError:

@@ -15,6 +15,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from yafsdp_like.inference.engine.request import FinishReason
+from yafsdp_like.inference.pool.driver import STATES, ModelStatus
 
 BUCKETS_S = 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 STEP_BUCKETS_S = 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1, 5  # of a step or two
@@ -50,6 +51,17 @@ ENGINE_HELP = {  # of the engine's figures by name, and so of the gauges ``yafsd
 }
 
 
+MODEL_HELP = {  # of figures of each model of a pool, and so of the gauges ``yafsdp_like_model_NAME``
+    "state": "1 for the state that the model is in",
+    "num_wakes": "Times that the model woke",
+    "nbytes_copied": "Bytes of weights copied from host memory, prefetched ones included",
+    "wake_seconds": "Seconds from a wake to all weights being there: what requests waited for them, or more",
+    "num_running": "Sequences of the model whose pages are on the device",
+    "num_waiting": "Sequences of the model that wait to run",
+    "num_tokens_drawn": "Tokens that the model has drawn",
+}
+
+
 class ServerMetrics:
     """What /metrics says, in a registry of its own."""
 
@@ -72,6 +84,7 @@ class ServerMetrics:
         )
         self.whole = seconds("yafsdp_like_request_seconds", "From a body's arrival to a choice's end")
         self._gauges: dict[str, Gauge] = {}
+        self._gauges_of_models: dict[str, Gauge] = {}
 
     def text(self, engine_metrics: Any) -> bytes:
         """The registry as Prometheus reads it, with a gauge for each number of the engine's metrics."""
@@ -79,7 +92,31 @@ class ServerMetrics:
             value = getattr(engine_metrics, item.name)
             if isinstance(value, (int, float)):
                 self._gauge(item.name).set(value)
+        for name, status in getattr(engine_metrics, "models", {}).items():
+            self._set_model(name, status)
         return prometheus_client.generate_latest(self.registry)
+
+    def _set_model(self, name: str, status: ModelStatus) -> None:
+        """Gauges of one model of a pool."""
+        for state in STATES:
+            self._model_gauge("state").labels(name, state).set(state == status.state)
+        for figure, value in {
+            "num_wakes": status.figures.num_wakes,
+            "nbytes_copied": status.figures.nbytes_copied,
+            "wake_seconds": status.figures.wake_s,
+            "num_running": status.engine.num_running,
+            "num_waiting": status.engine.num_waiting,
+            "num_tokens_drawn": status.engine.num_tokens_drawn,
+        }.items():
+            self._model_gauge(figure).labels(name).set(value)
+
+    def _model_gauge(self, name: str) -> Gauge:
+        if name not in self._gauges_of_models:
+            labels = ["model", "state"] if name == "state" else ["model"]
+            self._gauges_of_models[name] = Gauge(
+                f"yafsdp_like_model_{name}", MODEL_HELP[name], labels, registry=self.registry
+            )
+        return self._gauges_of_models[name]
 
     def _gauge(self, name: str) -> Gauge:
         if name not in self._gauges:

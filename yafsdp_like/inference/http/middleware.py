@@ -48,8 +48,9 @@ class AuthMiddleware:
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
-        if scope["path"].startswith("/v1/") and not self._knows_key(headers.get(b"authorization", b"")):
-            message = "expected the header 'authorization: Bearer KEY' with this server's key"
+        key, whose = self._key_of(scope["path"])
+        if key is not None and not hmac.compare_digest(headers.get(b"authorization", b""), b"Bearer " + key.encode()):
+            message = f"expected the header 'authorization: Bearer KEY' with this server's {whose}"
             await error_response(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
             return
         if self._announced_nbytes(headers) > self._options.body_limit_nbytes:
@@ -65,9 +66,11 @@ class AuthMiddleware:
         words = f"a body may have {self._options.body_limit_nbytes} bytes at most; shorten the prompt"
         return ApiError(413, words, code="body_too_large", headers={"connection": "close"})  # nobody reads the rest
 
-    def _knows_key(self, header: bytes) -> bool:
-        key = self._options.api_key
-        return key is None or hmac.compare_digest(header, b"Bearer " + key.encode())
+    def _key_of(self, path: str) -> tuple[str | None, str]:
+        """The key that a path needs, if it needs one, and what it is called."""
+        if path.startswith("/admin/"):  # without a key there are no routes
+            return self._options.admin_key, "admin key"
+        return (self._options.api_key if path.startswith("/v1/") else None), "key"
 
     def _limited(self, receive: Receive) -> Receive:
         """Raises ApiError once more has come than a body may have, whatever its headers have said."""

@@ -55,6 +55,12 @@ class ServerOptions(HttpOptions):
     max_seq_len: int  # tokens of a prompt and its answer together
     aliases: tuple[str, ...] = ()  # other names that requests may call the model
     sampling: SamplingParams = PLAIN  # where a request gives no value
+    admin_key: str | None = None  # bearer token under /admin, for a pool of models; null: nothing is there
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.admin_key is not None and self.admin_key == self.api_key:
+            raise ValueError("the admin key is the users' key, so that every user could unload models: choose another")
 
     @property
     def body_limit_nbytes(self) -> int:
@@ -257,7 +263,12 @@ class RequestParser:
     def __init__(self, codec: Codec, options: ServerOptions) -> None:
         self._codec, self._options = codec, options
         max_characters = codec.max_characters(options.max_seq_len)
-        self._limits = BodyLimits(options.max_seq_len, options.max_choices, max_characters)
+        self.limits = BodyLimits(options.max_seq_len, options.max_choices, max_characters)
+
+    @property
+    def options(self) -> ServerOptions:
+        """The options that requests are read by."""
+        return self._options
 
     def read(
         self, kind: type[CompletionBody] | type[ChatBody], raw: bytes, arrival: float | None = None
@@ -266,8 +277,13 @@ class RequestParser:
 
         Raises ApiError for what is not served; what would take long to parse is refused before it is.
         """
-        sent = self._limits.parse(raw)
-        self._limits.check(sent)
+        return self.read_sent(kind, self.limits.parse(raw), arrival)
+
+    def read_sent(
+        self, kind: type[CompletionBody] | type[ChatBody], sent: Any, arrival: float | None = None
+    ) -> ParsedRequest:
+        """Read what ``BodyLimits.parse`` gave of a body; see ``read``."""
+        self.limits.check(sent)
         try:
             body = kind.model_validate(sent)
         except ValidationError as error:
@@ -300,9 +316,14 @@ class RequestParser:
             body, format, [prompt], [max_tokens], (body.top_logprobs or 0) if body.logprobs else None, arrival
         )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What requests may call the model."""
+        return self._options.model_name, *self._options.aliases
+
     def check_model(self, name: str) -> None:
         """Raises ApiError unless it is the one that is served."""
-        if name not in (self._options.model_name, *self._options.aliases):
+        if name not in self.names:
             message = f"model: there is no {shorten(name)} here, only {self._options.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -380,6 +401,7 @@ class RequestParser:
                 num_logprobs=num_logprobs,
                 deadline=deadline,
                 salt=body.cache_salt,
+                model=self._options.model_name,
             )
             choices.append(Choice(index, request, Transcript(self._codec, request.prompt, body.stop)))
         return ParsedRequest(

@@ -35,13 +35,16 @@ from starlette.types import Message, Receive, Scope, Send
 
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
 from yafsdp_like.inference.http.body_pool import BodyReaderPool, ReaderBusyError
-from yafsdp_like.inference.http.errors import ApiError, no_object, too_many_choices
+from yafsdp_like.inference.http.catalog import Catalog
+from yafsdp_like.inference.http.errors import RETRY_AFTER_S, ApiError, no_object, too_many_choices, unavailable
 from yafsdp_like.inference.http.metrics import LatencyTracker, ServerMetrics
 from yafsdp_like.inference.http.middleware import AuthMiddleware, error_response
+from yafsdp_like.inference.http.model_routes import add_model_routes, ask
 from yafsdp_like.inference.http.protocol import ChatBody, CompletionBody, RequestParser, ServerOptions
 from yafsdp_like.inference.http.responses import Choice, ParsedRequest
 from yafsdp_like.inference.http.service import Service, ServiceState, UnavailableError
 from yafsdp_like.inference.http.stream import Stream
+from yafsdp_like.inference.pool.driver import ModelUnavailableError
 from yafsdp_like.inference.text.codec import Codec, Piece
 
 T = TypeVar("T")
@@ -50,7 +53,6 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 logger = logging.getLogger(__name__)
 Kind = type[CompletionBody] | type[ChatBody]
 
-RETRY_AFTER_S = 1
 LATE_S = 0.5  # after its deadline an answer is not waited for, [Note: late]
 BODY_S = 30.0  # from a body's headers to its end
 METRICS_S = 5.0  # that the engine has to say how things stand
@@ -63,9 +65,9 @@ SEND_S = 60.0  # after which a client that takes nothing has gone
 class OpenAIHandler:
     """From bodies to answers, through the service."""
 
-    def __init__(self, service: Service[Any], codec: Codec, options: ServerOptions) -> None:
-        self.service, self.options = service, options
-        self.parser, self.pool = RequestParser(codec, options), BodyReaderPool()
+    def __init__(self, service: Service[Any], catalog: Catalog) -> None:
+        self.service, self.options = service, catalog.options
+        self.catalog, self.pool = catalog, BodyReaderPool()
         self.metrics = ServerMetrics()
 
     async def answer(self, kind: Kind, http: HttpRequest) -> Response:
@@ -113,7 +115,7 @@ class OpenAIHandler:
                 raise ApiError(408, words, code="body_too_slow", headers={"connection": "close"}) from None
             arrival, sent = time.monotonic(), bytes(raw)
             async with until_deadline(None if self.options.timeout_s is None else arrival + self.options.timeout_s):
-                reading = self.pool.read(sent, lambda: self.parser.read(kind, sent, arrival))
+                reading = self.pool.read(sent, lambda: self.catalog.read(kind, sent, arrival))
                 return await _cancel_on_disconnect(reading, http.receive)
 
     async def _open(self, parsed: ParsedRequest) -> Stream:
@@ -126,8 +128,10 @@ class OpenAIHandler:
             if len(parsed.choices) > (most := self.service.max_waiting):  # to come again would not help
                 raise too_many_choices(len(parsed.choices), most) from error
             raise _full(str(error)) from error
+        except ModelUnavailableError as error:
+            raise unavailable(str(error), code="model_unavailable") from error
         except UnavailableError as error:
-            raise _unavailable(str(error)) from error
+            raise unavailable(str(error)) from error
 
     async def _pieces(self, parsed: ParsedRequest, stream: Stream) -> AsyncIterator[tuple[Choice, Piece]]:
         """Pieces of all choices as they come; ends early if the stream is closed. Raises ApiError."""
@@ -151,7 +155,7 @@ class OpenAIHandler:
                 if all(choice.transcript.finish is not None for choice in parsed.choices):
                     return
         except UnavailableError as error:
-            raise _unavailable(str(error)) from error
+            raise unavailable(str(error)) from error
         finally:
             if timer is not None:
                 timer.cancel()
@@ -217,7 +221,7 @@ def _check_finish(finish: FinishReason | None) -> None:
     if finish is FinishReason.DEADLINE:
         raise _deadline_error()
     if finish is FinishReason.CANCELLED:
-        raise _unavailable("the request was cancelled because the service is shutting down")
+        raise unavailable("the request was cancelled because the service is shutting down")
 
 
 def _check_is_json(http: HttpRequest) -> None:
@@ -233,10 +237,6 @@ def _bug(error: Exception) -> ApiError:
 
 def _full(message: str) -> ApiError:
     return ApiError(429, message, code="queue_full", headers={"retry-after": str(RETRY_AFTER_S)})
-
-
-def _unavailable(message: str) -> ApiError:
-    return ApiError(503, message, code="unavailable", headers={"retry-after": str(RETRY_AFTER_S)})
 
 
 def _line(content: dict[str, Any]) -> bytes:
@@ -282,8 +282,13 @@ class EventStreamResponse(StreamingResponse):
 
 
 def create_app(service: Service[Any], codec: Codec, options: ServerOptions) -> FastAPI:
-    """The application; it starts the service, and closes it at the end."""
-    handler = OpenAIHandler(service, codec, options)
+    """The application of one model; it starts the service, and closes it at the end."""
+    return create_catalog_app(service, Catalog([RequestParser(codec, options)]))
+
+
+def create_catalog_app(service: Service[Any], catalog: Catalog) -> FastAPI:
+    """As ``create_app``, of all models of a catalog; the service's engine is a ``PoolDriver`` if it is a pool's."""
+    handler = OpenAIHandler(service, catalog)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -296,7 +301,7 @@ def create_app(service: Service[Any], codec: Codec, options: ServerOptions) -> F
 
     # No pages of documentation: they would load scripts from elsewhere. /openapi.json is there.
     app = FastAPI(title="yafsdp_like", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(AuthMiddleware, options=options, metrics=handler.metrics)
+    app.add_middleware(AuthMiddleware, options=catalog.options, metrics=handler.metrics)
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_routes(app, handler)
     return app
@@ -344,7 +349,7 @@ def _add_answers(app: FastAPI, handler: OpenAIHandler) -> None:
 
 def _add_routes(app: FastAPI, handler: OpenAIHandler) -> None:
     _add_answers(app, handler)
-    _add_models(app, handler)
+    add_model_routes(app, handler.service, handler.catalog)
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
@@ -358,30 +363,5 @@ def _add_routes(app: FastAPI, handler: OpenAIHandler) -> None:
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
-        try:
-            async with asyncio.timeout(METRICS_S):
-                of_engine = await handler.service.call(lambda engine: engine.metrics())
-        except UnavailableError as error:
-            raise _unavailable(str(error)) from error
-        except TimeoutError:
-            raise _unavailable(f"the engine is busy: {handler.service.busy_s:.0f} s in one step") from None
+        of_engine = await ask(handler.service, lambda engine: engine.metrics(), METRICS_S)
         return Response(handler.metrics.text(of_engine), media_type=prometheus_client.CONTENT_TYPE_LATEST)
-
-
-def _add_models(app: FastAPI, handler: OpenAIHandler) -> None:
-    model = {
-        "id": handler.options.model_name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "yafsdp_like",
-        "max_model_len": handler.options.max_seq_len,
-    }
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
-
-    @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> dict[str, Any]:
-        handler.parser.check_model(name)
-        return model

@@ -19,6 +19,7 @@ Not safe for threads: one thread calls everything.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -73,6 +74,15 @@ class Switch:
     num_slept: int  # models that went to sleep for it
 
 
+@dataclass(frozen=True)
+class ModelFigures:
+    """What switches of one model took, since the start."""
+
+    num_wakes: int
+    nbytes_copied: int  # from the host, prefetched ones included
+    wake_s: float  # from its turn to all weights being there, seen between steps: what requests waited for, or more
+
+
 @dataclass(eq=False)
 class _Member:
     """A model of the pool."""
@@ -85,10 +95,19 @@ class _Member:
     is_awake: bool = False
     last_step: int = 0  # of the pool, that was this model's
     waits_since: int = 0  # the pool's steps when it began to wait for its turn
+    num_wakes: int = 0
+    wake_s: float = 0.0  # of wakes that are over
+    woken_at: float | None = None  # in seconds of time.monotonic(), while weights arrive
 
     @property
     def name(self) -> str:
         return self.plan.name
+
+    def note_arrival(self) -> None:
+        """See whether all weights are there, or no longer wanted, and for how long that took."""
+        if self.woken_at is not None and not (self.is_awake and self.weights.is_arriving()):
+            self.wake_s += time.monotonic() - self.woken_at
+            self.woken_at = None
 
 
 class ModelPool:
@@ -142,6 +161,23 @@ class ModelPool:
             return ModelState.WAKING if member.weights.is_arriving() else ModelState.AWAKE
         return ModelState.ASLEEP if member.name in self._host_weights else ModelState.ON_DISK
 
+    def is_awake(self, name: str) -> bool:
+        """Return whether a model is awake, or waking."""
+        return self._find(name).is_awake
+
+    def figures(self) -> dict[str, ModelFigures]:
+        """Return what switches of each model took."""
+        for member in self._members.values():
+            member.note_arrival()
+        return {
+            name: ModelFigures(member.num_wakes, member.residence.nbytes_copied, member.wake_s)
+            for name, member in self._members.items()
+        }
+
+    def engine(self, name: str) -> Engine:
+        """Return the engine of a model, whose options and metrics may be read; its calls are the pool's to make."""
+        return self._find(name).engine
+
     def load(self, name: str) -> None:
         """Read a model's weights into host memory, unless they are there.
 
@@ -192,6 +228,7 @@ class ModelPool:
         self.load(name)
         if member.is_awake:
             return Switch(name, 0, 0)
+        woken_at = time.monotonic()
         in_the_way = [other for other in self._awake() if other.plan.meets(member.plan)]
         for other in self._members.values():
             if not other.is_awake and other is not member:
@@ -203,6 +240,7 @@ class ModelPool:
             self._sleep(other)
         nbytes = self._copy_in(member)
         member.is_awake, self._may_prefetch = True, True
+        member.num_wakes, member.woken_at = member.num_wakes + 1, woken_at
         self.switches.append(Switch(name, nbytes, len(in_the_way)))
         return self.switches[-1]
 
@@ -263,6 +301,7 @@ class ModelPool:
         if member.is_awake:
             self._suspend(member)
             member.is_awake, member.waits_since = False, self.num_steps
+            member.note_arrival()
         member.residence.let_go()
 
     def _make_room(self, name: str, by_force: bool) -> bool:
@@ -304,6 +343,8 @@ class ModelPool:
 
     def step(self) -> list[tuple[str, RequestOutput]]:
         """Make one step of one model, waking it in its turn, and return outputs with their models' names."""
+        for arriving in self._members.values():
+            arriving.note_arrival()
         for asleep in self._members.values():
             if not asleep.is_awake and asleep.engine.has_work:
                 self._outputs += [(asleep.name, output) for output in asleep.engine.end_requests()]

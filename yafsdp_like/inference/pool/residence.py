@@ -21,6 +21,7 @@ class Residence:
     def __init__(self, plan: ModelPlan, pages: PagePool, weights: PooledWeights) -> None:
         self._plan, self._pages, self._weights = plan, pages, weights
         self.owned: set[int] = set()
+        self.nbytes_copied = 0  # since the start
         self._present: set[int] = set()  # units that are there, or on their way
         self._written: dict[int, int] = {}  # of slabs that were let go: how often they had been lent or claimed
         self._slabs = [plan.slabs_of(unit) for unit in range(len(plan.units))]
@@ -46,6 +47,7 @@ class Residence:
             self._present.add(unit)
             nbytes += self._plan.units[unit].nbytes
             room -= 1
+        self.nbytes_copied += nbytes
         return nbytes
 
     def _claim(self, slabs: range) -> bool:

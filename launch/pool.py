@@ -1,0 +1,102 @@
+"""From the options of a pool to models that can be asked over HTTP; what cannot be opened or loaded is left out.
+
+Owns the order of things: configurations are read, everything is planned and printed, allocated, and then loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from launch.inference import join_device, load_codec
+from launch.options import ADMIN_KEY_VARIABLE, KEY_VARIABLE, PoolModelOptions, ServePoolOptions
+from yafsdp_like.hardware import Hardware
+from yafsdp_like.inference.http.catalog import Catalog
+from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
+from yafsdp_like.inference.pool.driver import PoolDriver
+from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
+from yafsdp_like.inference.pool.pool import ModelPool
+from yafsdp_like.inference.text.codec import Codec
+from yafsdp_like.inference.text.directory import sampling_defaults
+from yafsdp_like.inference.weights.loading import Model, open_model
+from yafsdp_like.kernels.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class LoadedPool:
+    """Models that are ready to be asked, and those that are not, with why."""
+
+    driver: PoolDriver
+    catalog: Catalog
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _Opened:
+    model: Model
+    codec: Codec
+    sampling: SamplingParams
+
+
+def load_pool(options: ServePoolOptions) -> LoadedPool:
+    """Load all models of a pool that can be; prints the plan before anything is allocated, and who failed.
+
+    Raises ValueError for what cannot be: a model that does not fit, or none that can be opened.
+    """
+    device = join_device(options.device)
+    opened, errors = _open_all(options)
+    if not opened:
+        raise ValueError(f"no model of the pool can be opened: {'; '.join(errors.values())}")
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    plan = plan_pool(
+        {
+            name: PooledModel(each.model.config, _dtype(options.models[name], default), options.models[name].engine)
+            for name, each in opened.items()
+        },
+        options.pool,
+        Hardware.of(device),
+    )
+    print(plan, flush=True)
+    pool = ModelPool(plan, {name: each.model for name, each in opened.items()}, device)
+    driver = PoolDriver(pool, {name: options.models[name].ttl_s or 0 for name in opened if options.models[name].ttl_s})
+    for error in driver.load_all().values():
+        print(f"warning: {error}", flush=True)
+    parsers = [_parser(name, each, options, pool.engine(name).max_seq_len) for name, each in opened.items()]
+    print(f"requests call the models {', '.join(map(repr, opened))}", flush=True)
+    return LoadedPool(driver, Catalog(parsers, errors, is_pool=True), device)
+
+
+def _open_all(options: ServePoolOptions) -> tuple[dict[str, _Opened], dict[str, str]]:
+    """Read configurations and tokenizers, and return why some models have none that can be read."""
+    opened: dict[str, _Opened] = {}
+    errors: dict[str, str] = {}
+    for name, entry in options.models.items():
+        try:
+            model = open_model(entry.path)
+            defaults = sampling_defaults(model.directory if entry.generation_config == "model" else None)
+            opened[name] = _Opened(model, load_codec(model, entry.tokenizer), defaults)
+        except (ValueError, OSError) as error:
+            errors[name] = f"model {name!r} could not be opened: {error}"
+            print(f"warning: {errors[name]}", flush=True)
+    return opened, errors
+
+
+def _dtype(entry: PoolModelOptions, default: torch.dtype) -> torch.dtype:
+    return default if entry.dtype is None else {"float32": torch.float32, "bfloat16": torch.bfloat16}[entry.dtype]
+
+
+def _parser(name: str, opened: _Opened, options: ServePoolOptions, max_seq_len: int) -> RequestParser:
+    told = ServerOptions(
+        api_key=options.http.api_key or os.environ.get(KEY_VARIABLE),
+        admin_key=options.admin_key or os.environ.get(ADMIN_KEY_VARIABLE) or None,
+        timeout_s=options.http.timeout_s or None,
+        max_choices=options.http.max_choices,
+        max_body_nbytes=options.http.max_body_nbytes,
+        model_name=name,
+        vocab_size=opened.model.config.vocab_size,
+        max_seq_len=max_seq_len,
+        sampling=opened.sampling,
+    )
+    return RequestParser(opened.codec, told)

@@ -1,0 +1,123 @@
+"""launch.serve --pool: its file, its mistakes, and a process that serves what can be opened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from launch import serve
+from launch.options import SERVE_POOL
+from tests.inference.http.servers import SECONDS, make_decoder
+from tests.inference.text.test_codec import write_tokenizer
+from yafsdp_like.inference.text.codec import Codec
+from yafsdp_like.models.hf import save_hf
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+FILE = """
+port: 0
+device: cpu
+models:
+  one: {path: %(directory)s, ttl_s: 60, engine: {max_batch_size: 4, max_batch_tokens: 64}}
+  two: {path: %(directory)s, engine: {max_batch_size: 2, max_batch_tokens: 32, max_seq_len: 128}}
+  lost: {path: /nowhere/base}
+pool: {memory_limit_nbytes: 8MiB}
+http: {api_key: users}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    directory = tmp_path / "base"
+    directory.mkdir()
+    save_hf(make_decoder(Codec.load(write_tokenizer(directory))), directory)
+    (tmp_path / "pool.yaml").write_text(FILE % {"directory": directory})
+    return tmp_path / "pool.yaml"
+
+
+@pytest.fixture
+def served(file: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """A process that listens, and what it has said."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.serve", "--pool", str(file), "--admin-key=admins"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        said: list[str] = []
+        for line in process.stdout:
+            said.append(line.strip())
+            if line.startswith("serving on "):
+                break
+        yield process, said
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_pool_from_a_file_serves_what_can_be_opened_and_says_what_cannot(
+    served: tuple[subprocess.Popen[str], list[str]],
+) -> None:
+    process, said = served
+    assert said[-1].startswith("serving on "), said
+    assert any(line.startswith("one: ") and "of weights" in line for line in said)
+    assert any(line.startswith("warning: model 'lost' could not be opened") for line in said)
+    with httpx.Client(
+        base_url=said[-1].removeprefix("serving on "), headers={"authorization": "Bearer users"}, timeout=SECONDS
+    ) as http:
+        listed = {model["id"]: model for model in http.get("/v1/models").json()["data"]}
+        assert {name: model["state"] for name, model in listed.items()} == {
+            "one": "asleep",
+            "two": "asleep",
+            "lost": "failed",
+        }
+        assert listed["two"]["max_model_len"] == 128
+        statuses = [
+            http.post("/v1/completions", json={"model": name, "prompt": "The"}).status_code
+            for name in ("one", "two", "lost", "none")
+        ]
+        assert statuses == [200, 200, 503, 404]
+        admin = {"authorization": "Bearer admins"}
+        assert http.post("/admin/models/one/sleep", headers=admin).json()["state"] == "asleep"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(2 * SECONDS) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models: {a: {path: b}}\n", "no pool.memory_limit_nbytes given"),
+        ("models: {}\npool: {memory_limit_nbytes: 1GiB}\n", "expected at least one model, found none"),
+        ("pool: {memory_limit_nbytes: 1GiB}\n", "no models given"),
+        ("models: {a: {path: b, tll_s: 5}}\npool: {memory_limit_nbytes: 1GiB}\n", "models in"),
+        ("models: {a: {path: b, engine: {max_batch: 5}}}\npool: {memory_limit_nbytes: 1GiB}\n", "models in"),
+        ("models: {a: {path: b, ttl_s: -5}}\npool: {memory_limit_nbytes: 1GiB}\n", "models in"),
+        ("modles: {}\n", "did you mean 'models'?"),
+    ],
+)
+def test_mistakes_in_the_file_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str
+) -> None:
+    (tmp_path / "pool.yaml").write_text(text)
+    assert serve.main([f"--pool={tmp_path / 'pool.yaml'}"]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_the_example_is_a_pool_that_can_be_served() -> None:
+    options = SERVE_POOL.load([str(ROOT / "configs" / "serve_pool.yaml"), "--port=1"])
+    assert [*options.models] == ["smollm2", "tuned"] and options.port == 1
+    assert options.models["tuned"].engine.max_batch_size == 8

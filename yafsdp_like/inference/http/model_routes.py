@@ -1,0 +1,85 @@
+"""Routes that list models, and those of a pool's admin: load, unload, sleep, wake_up.
+
+Owns what is said of a model's state. Admin routes exist only for a pool with an admin key, which middleware.py checks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+from fastapi import FastAPI
+
+from yafsdp_like.inference.http.catalog import Catalog
+from yafsdp_like.inference.http.errors import ApiError, unavailable
+from yafsdp_like.inference.http.service import Service, UnavailableError
+from yafsdp_like.inference.pool.driver import FAILED, ModelStatus, ModelUnavailableError, PoolDriver
+
+T = TypeVar("T")
+Action = Literal["load", "unload", "sleep", "wake_up"]
+
+STATES_S = 5.0  # that the engine has to say how its models stand
+ADMIN_S = 600.0  # that a model has to be loaded
+
+
+async def ask(service: Service[Any], function: Callable[[Any], T], within_s: float) -> T:
+    """What ``function(engine)`` gives. Raises ApiError, 503, if the engine has failed, or does not say it in time."""
+    try:
+        async with asyncio.timeout(within_s):
+            return await service.call(function)
+    except UnavailableError as error:
+        raise unavailable(str(error)) from error
+    except TimeoutError:
+        raise unavailable(f"the engine is busy: {service.busy_s:.0f} s in one step") from None
+
+
+def add_model_routes(app: FastAPI, service: Service[Any], catalog: Catalog) -> None:
+    """Add /v1/models, and for a pool with an admin key /admin/models."""
+    created = int(time.time())
+
+    def listed(name: str, status: ModelStatus | None = None) -> dict[str, Any]:
+        model: dict[str, Any] = {"id": name, "object": "model", "created": created, "owned_by": "yafsdp_like"}
+        if name in catalog.errors:
+            return {**model, "state": FAILED, "error": catalog.errors[name]}
+        model["max_model_len"] = catalog.parsers[name].options.max_seq_len
+        if status is not None:
+            model["state"] = status.state
+            if status.error is not None:
+                model["error"] = status.error
+        return model
+
+    async def statuses() -> dict[str, ModelStatus]:
+        return await ask(service, lambda pool: pool.models(), STATES_S) if catalog.is_pool else {}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        found = await statuses()
+        return {
+            "object": "list",
+            "data": [listed(name, found.get(name)) for name in (*catalog.parsers, *catalog.errors)],
+        }
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        known = name if name in catalog.errors else catalog.find(name).options.model_name
+        return listed(known, (await statuses()).get(known))
+
+    if catalog.is_pool and catalog.options.admin_key is not None:
+
+        @app.post("/admin/models/{name:path}/{action}")
+        async def administer(name: str, action: Action) -> dict[str, Any]:
+            known = catalog.find(name).options.model_name
+            return listed(known, await ask(service, lambda pool: _administer(pool, known, action), ADMIN_S))
+
+
+def _administer(pool: PoolDriver, name: str, action: Action) -> ModelStatus:
+    """Do it in the engine's thread, and return how the model stands then. Raises ApiError."""
+    try:
+        getattr(pool, action)(name)
+    except ModelUnavailableError as error:
+        raise unavailable(str(error), code="model_unavailable") from error
+    except ValueError as error:
+        raise ApiError(409, str(error), code="model_busy") from error
+    return pool.models()[name]

@@ -1,0 +1,211 @@
+"""A pool of models as one engine: what a service needs of an engine, for requests that say which model they are for.
+
+Owns which requests are under way and whose they are, why models could not be loaded, and how long idle models stay on
+the device. Knows nothing of threads, text or HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from yafsdp_like.inference.pool.host_weights import HostFullError
+from yafsdp_like.inference.pool.pool import ModelState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from yafsdp_like.inference.engine.engine import Metrics
+    from yafsdp_like.inference.engine.request import Request, RequestOutput
+    from yafsdp_like.inference.pool.pool import ModelFigures, ModelPool
+
+FAILED = "failed"  # the state of a model that could not be loaded
+STATES = *(state.value for state in ModelState), FAILED
+
+
+class ModelUnavailableError(RuntimeError):
+    """A model of the pool cannot be asked: it could not be loaded, or has no room in host memory."""
+
+
+@dataclass(frozen=True)
+class WaitingLimit:
+    """What a service asks of an engine's options."""
+
+    max_waiting: int  # requests of one model that may wait, the most of any model
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """How one model of a pool stands."""
+
+    state: str  # one of STATES
+    error: str | None  # why it failed
+    engine: Metrics
+    figures: ModelFigures
+
+
+@dataclass(frozen=True)
+class PoolMetrics:
+    """How a pool stands: sums over its models, the pages that they share, and each model."""
+
+    num_running: int
+    num_waiting: int
+    num_swapped: int
+    num_steps: int
+    num_swapped_out: int
+    num_recomputed: int
+    num_tokens_computed: int
+    num_tokens_cached: int
+    num_tokens_drawn: int
+    num_pages_evicted: int
+    kv_nbytes_used: int
+    kv_nbytes_cached: int
+    kv_nbytes: int
+    host_kv_nbytes_used: int
+    host_kv_nbytes_cached: int
+    host_kv_nbytes: int
+    models: Mapping[str, ModelStatus]
+
+    @classmethod
+    def of(cls, models: Mapping[str, ModelStatus]) -> PoolMetrics:
+        """Return the metrics of these models, at least one; what they share is what any of them says."""
+        engines = [status.engine for status in models.values()]
+        names = [name for name in cls.__annotations__ if name != "models"]
+        shared = {name: getattr(engines[0], name) for name in names if "kv_" in name or name == "num_pages_evicted"}
+        summed = {name: sum(getattr(each, name) for each in engines) for name in names if name not in shared}
+        return cls(models=models, **shared, **summed)
+
+
+class PoolDriver:
+    """A pool's models behind the calls of one engine; ``Request.model`` says which one is asked.
+
+    A model whose weights are not on the host is loaded by its next request, in the thread that steps: others wait for
+    it. One that failed to load is not tried again until ``load``. Not safe for threads.
+    """
+
+    def __init__(
+        self, pool: ModelPool, ttls: Mapping[str, float] | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``ttls``: after how many seconds without a request a model sleeps, by name; others stay awake.
+
+        A model sleeps late by as much as a service waits between two looks for work.
+        """
+        self.options = WaitingLimit(max(pool.engine(name).options.max_waiting for name in pool.plan.models))
+        self.failures: dict[str, str] = {}  # why models could not be loaded
+        self._pool, self._ttls, self._clock = pool, dict(ttls or {}), clock
+        self._models: dict[str, str] = {}  # of requests that have not ended, by id
+        self._idle_since = dict.fromkeys(pool.plan.models, clock())
+
+    # --- as an engine ---
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do or to return, or an idle model is to sleep."""
+        return self._pool.has_work or any(self._expired())
+
+    def add(self, request: Request) -> None:
+        """Queue a request of a model, which is loaded if it is not.
+
+        Raises ModelUnavailableError where it cannot be, and what ``Engine.add`` does.
+        """
+        name = request.model
+        if name in self.failures:
+            raise ModelUnavailableError(self.failures[name])
+        self._read(name)
+        self._pool.add(name, request)
+        self._models[request.id] = name
+
+    def cancel(self, request_id: str) -> None:
+        """Cancel a request, wherever its model is; its last output comes from ``step``. Harmless once it has ended."""
+        if request_id in self._models:
+            self._pool.cancel(self._models[request_id], request_id)
+
+    def step(self) -> list[RequestOutput]:
+        """Let models sleep whose time is over, make one step of one model, and return outputs."""
+        for name in list(self._expired()):
+            self._pool.sleep(name)
+        outputs = [output for _, output in self._pool.step()]
+        for output in outputs:
+            if output.finish is not None:
+                self._idle_since[self._models.pop(output.request_id)] = self._clock()
+        return outputs
+
+    def metrics(self) -> PoolMetrics:
+        """Return how the pool and its models stand."""
+        return PoolMetrics.of(self.models())
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless the pool's books are right; for when nothing is under way."""
+        self._pool.check_integrity()
+
+    def close(self) -> None:
+        """Wait for all that is under way; no step follows."""
+        self._pool.close()
+
+    def _expired(self) -> Iterator[str]:
+        """Yield models that are awake and have had no request for as long as they may."""
+        for name, ttl_s in self._ttls.items():
+            is_late = self._pool.is_awake(name) and self._clock() - self._idle_since[name] >= ttl_s
+            if is_late and name not in self._models.values():
+                yield name
+
+    # --- models ---
+
+    def models(self) -> dict[str, ModelStatus]:
+        """Return how each model stands."""
+        states, figures = self._pool.states(), self._pool.figures()
+        return {
+            name: ModelStatus(
+                FAILED if name in self.failures else state.value,
+                self.failures.get(name),
+                self._pool.engine(name).metrics(),
+                figures[name],
+            )
+            for name, state in states.items()
+        }
+
+    def load_all(self) -> dict[str, str]:
+        """Load all models, and return why those that are not there could not be; the others can be asked.
+
+        One without room in host memory has not failed: its requests are refused until another is unloaded.
+        """
+        found: dict[str, str] = {}
+        for name in self._pool.plan.models:
+            try:
+                self.load(name)
+            except ModelUnavailableError as error:
+                found[name] = str(error)
+        return found
+
+    def load(self, name: str) -> None:
+        """Read a model's weights into host memory, even if that has failed before.
+
+        Raises ModelUnavailableError where it cannot be.
+        """
+        self.failures.pop(name, None)
+        self._read(name)
+
+    def unload(self, name: str) -> None:
+        """Take a model from device and host. Raises ValueError while it has requests."""
+        self._pool.unload(name)
+
+    def sleep(self, name: str) -> None:
+        """Let a model sleep; one with requests wakes again in its turn."""
+        self._pool.sleep(name)
+
+    def wake_up(self, name: str) -> None:
+        """Wake a model; those in its way sleep. Raises ModelUnavailableError where it cannot be loaded."""
+        self.load(name)
+        self._idle_since[name] = self._clock()
+        self._pool.wake_up(name)
+
+    def _read(self, name: str) -> None:
+        try:
+            self._pool.load(name)
+        except HostFullError as error:
+            raise ModelUnavailableError(str(error)) from error
+        except Exception as error:
+            words = f"model {name!r} could not be loaded: {type(error).__name__}: {error}"
+            self.failures[name] = words
+            raise ModelUnavailableError(words) from error
