@@ -192,11 +192,11 @@ def test_admins_move_models_and_users_do_not(codec: Codec) -> None:
 
 def test_a_model_with_requests_is_not_unloaded(codec: Codec) -> None:
     with serving_pool(codec, wrap=Slow) as running, ThreadPoolExecutor(1) as threads:
-        answer = threads.submit(running.post, COMPLETIONS, {**BODY, "model": "plain", "max_tokens": 60})
+        answer = threads.submit(running.post, COMPLETIONS, {**BODY, "model": "plain", "max_tokens": 120})
         assert soon(lambda: states(running)["plain"] == "awake")
         refusal = running.post("/admin/models/plain/unload", headers=ADMIN_KEY)
         assert (refusal.status_code, refusal.json()["error"]["code"]) == (409, "model_busy")
-        assert answer.result(SECONDS).json()["usage"]["completion_tokens"] == 60
+        assert answer.result(SECONDS).json()["usage"]["completion_tokens"] == 120
 
 
 def test_an_idle_model_sleeps_once_its_time_is_over_and_wakes_for_its_next_request(codec: Codec) -> None:
