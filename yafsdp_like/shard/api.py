@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from yafsdp_like.comm import TransportName
     from yafsdp_like.memory.plan import MemoryPlan
-    from yafsdp_like.shard.forecast.activations import ExampleBatch
+    from yafsdp_like.shard.forecast.activations import Args, ExampleBatch
     from yafsdp_like.shard.forecast.quantities import TrainingForecast
 
     M = TypeVar("M", bound=nn.Module)
@@ -229,12 +229,12 @@ class FSDPModule(Base):
     @overload
     def memory_plan(self) -> MemoryPlan: ...
     @overload
-    def memory_plan(self, batch: ExampleBatch, options: ForecastOptions = ...) -> TrainingForecast: ...
+    def memory_plan(self, batch: ExampleBatch | Args, options: ForecastOptions = ...) -> TrainingForecast: ...
     def memory_plan(self, batch: Any = None, options: ForecastOptions = ForecastOptions()) -> Any:  # noqa: B008 (frozen)
         """Return every region of the runtime on this rank, in bytes; with a batch, all that a step takes, by phase.
 
         Changes nothing. Before the first forward this is taken for the root, and may still be on the meta device. With
-        an ``ExampleBatch``, say of ``(tokens, targets)``, a step is traced without memory (``TrainingForecast``).
+        ``(tokens, targets)``, say, or an ``ExampleBatch``, a step is traced without memory (``TrainingForecast``).
         """
         engine = engine_of(self._unit())
         if batch is not None:

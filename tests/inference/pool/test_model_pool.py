@@ -323,6 +323,9 @@ def test_models_that_the_plan_does_not_know_are_refused() -> None:
         pool.wake_up("x")
     with pytest.raises(ValueError, match=r"expected the plan's models"):
         ModelPool(pool.plan, {})
+    others = {name: model_of(decoder(CONFIGS["plain"])) for name in CONFIGS}
+    with pytest.raises(ValueError, match=r"windows: expected the model that was planned, DecoderConfig\("):
+        ModelPool(pool.plan, others)
 
 
 # --- pages that several models want ---

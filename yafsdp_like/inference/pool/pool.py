@@ -121,6 +121,9 @@ class ModelPool:
         """
         if models.keys() != plan.models.keys():
             raise ValueError(f"expected the plan's models, {[*plan.models]}, found {[*models]}")
+        for name, model in models.items():
+            if model.config != (planned := plan.models[name].serving.config):
+                raise ValueError(f"{name}: expected the model that was planned, {planned}, found {model.config}")
         self.plan, self.device = plan, indexed(device)
         self.arena, self.host = Arena(self.device), Arena(indexed("cpu"))
         self.arena.reserve(plan.memory.regions)

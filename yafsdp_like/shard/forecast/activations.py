@@ -43,6 +43,9 @@ CPU = torch.device("cpu")
 ACTIVATIONS, HEAD, GRADIENTS = "activations", "logits and loss", "gradient shards"
 
 
+Args = tuple[Any, ...]  # what a forward is called with
+
+
 @dataclass(frozen=True)
 class ExampleBatch:
     """What one forward is called with, and how a loss comes of what it returns.

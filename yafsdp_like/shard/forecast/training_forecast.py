@@ -20,7 +20,7 @@ import torch
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.optim.moments import MomentsFormat, moments_nbytes
 from yafsdp_like.optim.offload import NUM_BUFFERS, buffer_nbytes
-from yafsdp_like.shard.forecast.activations import ExampleBatch, StepOptions, Trace, trace_step
+from yafsdp_like.shard.forecast.activations import Args, ExampleBatch, StepOptions, Trace, trace_step
 from yafsdp_like.shard.forecast.caching_allocator import reserved_nbytes
 from yafsdp_like.shard.forecast.quantities import OF_KIND, ModuleCost, Phase, PhaseMemory, TrainingForecast, Transfer
 from yafsdp_like.shard.forecast.storages import BLOCK_NBYTES, StepPlace
@@ -80,15 +80,21 @@ class ForecastOptions:
 def forecast_training(
     model: nn.Module,
     planned: PlannedModel,
-    batch: ExampleBatch,
+    batch: ExampleBatch | Args,
     options: ForecastOptions,
     traced: Trace | None = None,
 ) -> TrainingForecast:
     """Trace one step of ``model`` and put it beside the plan; the model is unchanged, and nothing is allocated.
 
-    ``traced``: the trace, where one of such a model, batch, shards and ``options.step`` is there already. Raises
-    ``ValueError`` where no loss comes of the batch, and what the model's forward raises.
+    A tuple as ``batch`` is what the forward is called with. ``traced``: the trace, where one of such a model, batch,
+    shards and ``options.step`` is there already. Raises ``ValueError`` where no loss comes of the batch, ``TypeError``
+    where it is neither, and what the model's forward raises.
     """
+    if not isinstance(batch, ExampleBatch | tuple):
+        raise TypeError(
+            f"expected an ExampleBatch, or a tuple of what the forward is called with, found {type(batch).__name__}"
+        )
+    batch = ExampleBatch(batch) if isinstance(batch, tuple) else batch
     trace = traced or trace_step(model, planned.units, batch, options.step)
     plan = planned.layout.plan
     held = _Held(model, planned, options)
