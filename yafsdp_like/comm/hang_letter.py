@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 LIMIT_SECONDS = "YAFSDP_HANG_SECONDS"  # an environment variable: the limit, where it is to be shorter than the timeout
 FOLDER = "YAFSDP_HANG_FOLDER"  # an environment variable: where a letter is kept as a file, too
 _ASKS, _WRITES = 0.5, 0.9  # of the limit
+_STILL = 4  # looks that find nothing new before this thread's frames are read: a frame that is held keeps its tensors
 _NUM_POSTED = 8  # entries that are posted when nobody asks
 _NUM_KEPT = 2000  # and when somebody does
 _ANSWER_SECONDS = 3.0  # at most, for others to post where they are once they are asked
@@ -94,6 +95,7 @@ class HangLetter:
         self._lock = threading.Lock()  # of everything below
         self._stands: tuple[tuple[object, ...], float] = ((None,), time.monotonic())  # at which instruction, since when
         self._count = 0  # of things done, at the last look
+        self._num_still = 0  # looks since then that found no more
         self._asked = 0  # how many questions are known of
         self._armed: tuple[Event, float] | None = None
         self._places: dict[int, Whereabouts] = {}  # the last that were read
@@ -201,15 +203,17 @@ class HangLetter:
     def _here(self) -> Whereabouts:
         first, entries = self._entries(_NUM_KEPT if self._asked else _NUM_POSTED)
         place = Whereabouts(first + len(entries), first, entries, posted=time.time(), answers=self._asked)
-        goes_on, self._count = place.count != self._count, place.count
+        self._num_still = self._num_still + 1 if place.count == self._count else 0
+        self._count = place.count
         at: tuple[object, ...] = (place.count,)
-        if self._asked or not goes_on:  # a frame that is looked at keeps its tensors, so others are left alone
+        if self._asked or self._num_still >= _STILL:
             frame = self._frame()
             place.line, place.phase, place.waits = _where(frame)
             at = (place.count, place.line, None if frame is None else (frame.f_code, frame.f_lasti))
             del frame
         if at != self._stands[0]:
-            self._stands = at, time.monotonic()
+            only_looked_closer = self._stands[0] == (place.count,)
+            self._stands = at, self._stands[1] if only_looked_closer else time.monotonic()
         place.since_s = time.monotonic() - self._stands[1]
         return place
 

@@ -79,10 +79,10 @@ class AllocatedMemory:
         return tuple(unit.signature for unit in self._tree.units)
 
     def plan(self) -> MemoryPlan:
-        """Return what is built, or else what would be. Allocates nothing."""
-        if self._layout is not None and self.is_built:
-            return self._layout.plan
-        return self._tree.plan().plan
+        """Return what is built, or else what would be, and whether gradients stay in place. Allocates nothing."""
+        plan = self._layout.plan if self._layout is not None and self.is_built else self._tree.plan().plan
+        on_device = (p.grad_shard for unit in self._tree.units if not unit.is_on_host for p in unit.params)
+        return replace(plan, keeps_gradients=any(shard is not None and shard.is_pinned for shard in on_device))
 
     @property
     def nbytes(self) -> int:
