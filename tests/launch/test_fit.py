@@ -26,6 +26,7 @@ def planned(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[i
     return status, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_changes_that_are_promised_make_the_plan_fit(capsys: pytest.CaptureFixture[str]) -> None:
     base = [*TINY[1:], "--gpu-memory=2GiB"]
     assert planned(base, capsys)[0] == plan.DOES_NOT_FIT

@@ -68,6 +68,7 @@ def served(file: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_pool_from_a_file_serves_what_can_be_opened_and_says_what_cannot(
     served: tuple[subprocess.Popen[str], list[str]],
 ) -> None:
