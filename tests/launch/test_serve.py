@@ -242,6 +242,7 @@ def test_a_server_knows_both_names_and_has_patience_with_nobody(directory: Path)
 # --- the end ---
 
 
+@pytest.mark.slow
 def test_a_stuck_server_answers_says_so_and_ends_when_told_to(directory: Path) -> None:
     """Prevents: a step that hangs, behind a health of 200, in a process that only SIGKILL ends."""
     with (

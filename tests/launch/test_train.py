@@ -569,6 +569,7 @@ def two_hosts(file: Path, *overrides: str) -> Iterator[list["subprocess.Popen[st
         yield [first, second]
 
 
+@pytest.mark.slow
 def test_two_launchers_meet_as_two_hosts_would(file: Path) -> None:
     with two_hosts(file) as hosts:
         said = [host.communicate(timeout=170)[0] for host in hosts]

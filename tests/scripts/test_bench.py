@@ -95,6 +95,7 @@ def test_implementations_are_compared_on_the_same_model_and_data(tmp_path: Path)
     ]
 
 
+@pytest.mark.slow
 def test_every_way_of_checkpointing_and_batch_size_is_a_row(tmp_path: Path) -> None:
     names = ["ours-segments:transport=process_group+eps=1e-8", "fsdp2"]
     cases = ["--checkpointing", "none,block", "--batch-size", "2,1", "--peak-tflops", "1e-3"]
@@ -161,6 +162,7 @@ def test_running_out_of_memory_or_missing_on_one_rank_is_so_on_all(tmp_path: Pat
     assert "missing is left out: nowhere to be found" in lines
 
 
+@pytest.mark.slow
 def test_the_longest_sequence_is_found_by_bisection_and_models_built_anew(tmp_path: Path) -> None:
     arguments = ["--impl", "hungry,unsharded", "--seq-len", "2560", "--limit-gib", "1"]
     printed, _ = run_ranks(bench_with_hungry, arguments, tmp_path / "out.json")
