@@ -18,6 +18,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from yafsdp_like.memory.layout import aligned
+from yafsdp_like.shard.forecast.storages import BLOCK_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 MAX_SMALL_NBYTES = 1 << 20  # kSmallSize
 SMALL_STEP_NBYTES, LARGE_STEP_NBYTES = 2 << 20, 20 << 20  # kSmallBuffer, kLargeBuffer
-BLOCK_NBYTES = 512  # kMinBlockSize
 WORKSPACE_NBYTES = 32 << 20  # of cuBLAS on Hopper (CUDABlas' default there)
 NO_END = 1 << 62
 
