@@ -427,6 +427,6 @@ class ModelPool:
         check_integrity([member.engine.cache for member in self._members.values()])
 
     def close(self) -> None:
-        """Wait for all that is under way; no step follows."""
+        """Wait for all that is under way. Nothing refuses a later step, so make none."""
         for member in self._members.values():
             member.engine.close()
