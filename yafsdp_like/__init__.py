@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
     from yafsdp_like.memory.plan import MemoryPlan
     from yafsdp_like.shard.activation_offload import offload_activations
-    from yafsdp_like.shard.api import FSDPModule, UnshardHandle, fully_shard
+    from yafsdp_like.shard.api import fully_shard
     from yafsdp_like.shard.drop_in import register_fsdp_forward_method, share_comm_ctx
     from yafsdp_like.shard.forecast.activations import ExampleBatch
     from yafsdp_like.shard.forecast.quantities import TrainingForecast
     from yafsdp_like.shard.forecast.training_forecast import ForecastOptions
+    from yafsdp_like.shard.fsdp_module import FSDPModule, UnshardHandle
     from yafsdp_like.shard.graph import GraphedStep
     from yafsdp_like.shard.oom_letter import explain_out_of_memory
     from yafsdp_like.shard.optimizer_step import update_in_backward
@@ -26,7 +27,7 @@ else:
         "CPUOffloadPolicy": "torch.distributed.fsdp",
         "DataParallelMeshDims": "torch.distributed.fsdp",
         "ExampleBatch": "yafsdp_like.shard.forecast.activations",
-        "FSDPModule": "yafsdp_like.shard.api",
+        "FSDPModule": "yafsdp_like.shard.fsdp_module",
         "ForecastOptions": "yafsdp_like.shard.forecast.training_forecast",
         "GraphedStep": "yafsdp_like.shard.graph",
         "MemoryPlan": "yafsdp_like.memory.plan",
@@ -34,7 +35,7 @@ else:
         "OffloadPolicy": "torch.distributed.fsdp",
         "SpillWarning": "yafsdp_like.shard.runtime.allocated_memory",
         "TrainingForecast": "yafsdp_like.shard.forecast.quantities",
-        "UnshardHandle": "yafsdp_like.shard.api",
+        "UnshardHandle": "yafsdp_like.shard.fsdp_module",
         "explain_out_of_memory": "yafsdp_like.shard.oom_letter",
         "fully_shard": "yafsdp_like.shard.api",
         "offload_activations": "yafsdp_like.shard.activation_offload",

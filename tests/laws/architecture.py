@@ -274,6 +274,7 @@ WRITERS = {  # classes whose attributes are written in their own module alone, w
 OTHER_OBJECTS = {  # "path: attribute" of objects that only share the name
     "yafsdp_like/shard/api.py: state",
     "yafsdp_like/shard/api.py: unit",
+    "yafsdp_like/shard/fsdp_module.py: unit",
     "yafsdp_like/shard/runtime/watching.py: name",
 }
 MUTATORS = "add append clear difference_update discard extend insert pop popitem remove reverse setdefault sort update"

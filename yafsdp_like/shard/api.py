@@ -1,4 +1,4 @@
-"""The public surface: ``fully_shard`` and the methods of a sharded module.
+"""The public surface: ``fully_shard``; ``fsdp_module.py`` has the methods of a sharded module.
 
 Names, arguments and behaviour are those of ``torch.distributed.fsdp``, so that code written for FSDP2 runs unchanged;
 the policies are FSDP2's own classes. Nothing of torch is hooked before the first call of ``fully_shard``.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypedDict, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar, Unpack, cast, overload
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,9 @@ from torch.distributed._composable.contract import contract
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
-from yafsdp_like.memory.streams import GATHER, Event
 from yafsdp_like.shard import clipping
-from yafsdp_like.shard.drop_in import ShardState, refuse_others, show_state_to_torch
-from yafsdp_like.shard.forecast.traced_units import read_off
-from yafsdp_like.shard.forecast.training_forecast import ForecastOptions, forecast_training
-from yafsdp_like.shard.hooks import abandon
+from yafsdp_like.shard.drop_in import ShardState, show_state_to_torch
+from yafsdp_like.shard.fsdp_module import FSDPModule
 from yafsdp_like.shard.optimizer_step import watch_optimizers
 from yafsdp_like.shard.pretrained import overrides_of
 from yafsdp_like.shard.requirements import (
@@ -35,10 +32,6 @@ from yafsdp_like.shard.requirements import (
     check_params,
     check_supported,
 )
-from yafsdp_like.shard.runtime.engine import ShardEngine, engine_for, engine_of
-from yafsdp_like.shard.runtime.rebuild import Report
-from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
-from yafsdp_like.shard.runtime.unit_tree import unit_tree_of
 from yafsdp_like.shard.spec.unit_spec import UnitPolicy
 from yafsdp_like.shard.wrapping import Owners, make_unit, params_below, split_tied
 
@@ -46,14 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from yafsdp_like.comm import TransportName
-    from yafsdp_like.memory.plan import MemoryPlan
-    from yafsdp_like.shard.forecast.activations import Args, ExampleBatch
-    from yafsdp_like.shard.forecast.quantities import TrainingForecast
 
     M = TypeVar("M", bound=nn.Module)
-    Base = nn.Module  # at run time the sharded module's class adds it
-else:
-    Base = object
 
 
 class ShardOptions(TypedDict, total=False):
@@ -195,256 +182,3 @@ def _become_fsdp_module(module: nn.Module) -> None:
 
 def _refuse_deepcopy(*_: Any) -> NoReturn:
     raise AssertionError("FSDP does not support deepcopy. Copy a sharded module by its state dict.")
-
-
-class UnshardHandle(torch.distributed.fsdp.UnshardHandle):
-    """What ``unshard(async_op=True)`` returns."""
-
-    def __init__(self, engine: ShardEngine, unit: Unit) -> None:
-        self._engine, self._unit = engine, unit
-
-    def wait(self) -> None:
-        """Register the full parameters and make the current stream, not the CPU, wait for the all-gather."""
-        self._engine.params.unshard(self._unit.gather_slot, refresh=True)
-
-
-@refuse_others
-class FSDPModule(Base):
-    """The methods that a module has after ``fully_shard``, beside its own.
-
-    Modules compute on full parameters, which are all-gathered before forward and backward into the slots of a memory
-    plan that is made at the first forward; outside of them, modules register the sharded ``DTensor`` parameters.
-
-    ``.grad`` of a sharded parameter is the same DTensor in every step. Once it is set to None, the next forward gives
-    its memory back to PyTorch's allocator, and the next backward takes memory for it again. If the gradient, or a
-    tensor that shares its bytes (``detach()``, ``view``, ``to_local()``), is still referenced then, that keeps its
-    values and its memory, and the next gradient is another DTensor.
-    """
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Make a plain module, of the class before sharding: slicing a sharded container calls this."""
-        plain: Any = cls.__mro__[2]
-        return plain(*args, **kwargs)
-
-    @overload
-    def memory_plan(self) -> MemoryPlan: ...
-    @overload
-    def memory_plan(self, batch: ExampleBatch | Args, options: ForecastOptions = ...) -> TrainingForecast: ...
-    def memory_plan(self, batch: Any = None, options: ForecastOptions = ForecastOptions()) -> Any:  # noqa: B008 (frozen)
-        """Return every region of the runtime on this rank, in bytes; with a batch, all that a step takes, by phase.
-
-        Changes nothing. Before the first forward this is taken for the root, and may still be on the meta device. With
-        ``(tokens, targets)``, say, or an ``ExampleBatch``, a step is traced without memory (``TrainingForecast``).
-        """
-        engine = engine_of(self._unit())
-        if batch is not None:
-            return forecast_training(self, read_off(engine.tree if engine else unit_tree_of(self)), batch, options)
-        return unit_tree_of(self).plan().plan if engine is None else engine.memory.plan()
-
-    def memory_report(self) -> Report:
-        """Return the bytes held now, and what departed from the plan: spills, evictions, unused prefetches."""
-        engine = engine_of(self._unit())
-        if engine is not None:
-            return engine.rebuild.report()
-        units = self._units(recurse=True)
-        on_device = sum(unit.arena.nbytes for unit in units if not unit.is_on_host)
-        return Report(on_device, (), 0, 0, sum(unit.host_nbytes for unit in units))
-
-    # --- running
-
-    def unshard(self, async_op: bool = False) -> UnshardHandle | None:
-        """All-gather this module's own parameters, which stay until ``reshard`` or the end of its next backward.
-
-        With ``async_op`` the parameters are registered only by the returned handle's ``wait()``.
-        """
-        engine, unit = self._engine(), self._unit()
-        engine.rebuild.if_changed()
-        engine.params.publish()
-        if blockers := engine.params.blockers(unit.gather_slot):
-            engine.params.isolate(unit, f"unshard() was called while {[b.unit.name for b in blockers]} is unsharded")
-        handle = UnshardHandle(engine, unit)
-        if async_op:
-            engine.params.prefetch(unit, refresh=True)
-            return handle
-        handle.wait()
-        return None
-
-    def reshard(self) -> None:
-        """Release this module's own full parameters and register the sharded ones."""
-        unit = self._unit()
-        if (engine := engine_of(unit)) is not None:
-            engine.params.reshard(unit)
-
-    def mark_weights_changed(self) -> None:
-        """Cast the sharded parameters again in the next forward.
-
-        Needed only between a step of this package's ``AdamW`` and the next forward, after writes to sharded parameters
-        that PyTorch does not count: through ``.data``, or to many in one ``torch._foreach`` call.
-        """
-        for unit in self._units(recurse=True):
-            unit.freshness.main_shards_written()
-
-    def set_debug_mode(self, debug: bool, own_slots: bool = True) -> None:
-        """Set whether memory is checked for reads and writes where there should be none.
-
-        Released slots read as NaN (integers as 0x6b bytes), and a forward that turns finite inputs into NaN is an
-        error: it reads a view of parameters that was kept outside of their unit's forward. Guard bytes lie around every
-        parameter, in slots and shards, and behind every gradient; they are checked when a slot is taken and released,
-        at the begin and end of forwards and backwards, and after optimizers' steps, as is that nobody has written
-        to a released slot, and that no two units hold the same bytes. A ``RuntimeError`` names the units, the rank, and
-        what ran since memory was last intact.
-
-        Slow, since it waits for the GPU all the time, and large: each unit has an all-gather slot of its own, unless
-        ``own_slots`` is False, which leaves places as planned and finds errors of the schedule. To be called on
-        the root, between steps, on all ranks. The environment variable ``YAFSDP_DEBUG=1`` sets it for all models, and
-        ``YAFSDP_DEBUG=planned`` without slots of their own.
-        """
-        self._engine().params.set_debug(debug, own_slots)
-
-    def reset_iter_state(self) -> None:
-        """Forget a forward or backward that raised, as the next forward does too, and drop unsynchronized gradients."""
-        abandon(self._engine())
-
-    def set_requires_gradient_sync(self, requires_gradient_sync: bool, *, recurse: bool = True) -> None:
-        """Set whether backward reduce-scatters gradients, or accumulates them unsharded until a backward that does.
-
-        The first False gives each unit a gradient slot of its own, as large as its full gradients, at the next forward.
-        """
-        for unit in self._units(recurse):
-            unit.set_policy(requires_gradient_sync=requires_gradient_sync)
-            if not requires_gradient_sync:
-                unit.need(own_gradient_slot=True, unsynced_gradients=True)
-        if requires_gradient_sync:
-            self.set_requires_all_reduce(True, recurse=recurse)
-
-    def set_reduce_scatter_unused_params(self, reduce_scatter_unused_params: bool, *, recurse: bool = True) -> None:
-        """Set whether a synchronized backward also reduces trainable parameters without a gradient, as zeros.
-
-        For ranks that use different parameters of a unit, or units that others do not, in one step. ``.grad`` is then
-        never None after it. Must be the same on all ranks; over a process group, ranks must still all-gather the same
-        units.
-        """
-        for unit in self._units(recurse):
-            unit.set_policy(reduces_unused=reduce_scatter_unused_params)
-
-    def set_requires_all_reduce(self, requires_all_reduce: bool, *, recurse: bool = True) -> None:
-        """Set whether backward averages gradients over replicas, or only inside each, until a backward that does.
-
-        ``.grad`` holds those of this replica meanwhile, where FSDP2 keeps them apart from it: do not drop it. Without
-        replicas (a 1-D mesh) there is nothing to average.
-        """
-        for unit in self._units(recurse):
-            if not requires_all_reduce:
-                unit.set_policy(averaged="nothing")
-            elif unit.policy.averaged == "nothing":
-                unit.set_policy(averaged="all")
-
-    def set_is_last_backward(self, is_last_backward: bool) -> None:
-        """Set whether the next backward's end waits for its reductions: gradients are incomplete until one does."""
-        self._engine().gradients.set_is_last_backward(is_last_backward)
-
-    def set_reshard_after_forward(self, reshard_after_forward: bool, recurse: bool = True) -> None:
-        """Override the argument of ``fully_shard``; after the first forward as a hint: the plan may have no room.
-
-        Raises ``ValueError`` for what is no bool.
-        """
-        if not isinstance(reshard_after_forward, bool):
-            raise ValueError(f"reshard_after_forward should be a bool, got {type(reshard_after_forward)}")
-        for unit in self._units(recurse):
-            unit.set_policy(reshard_after_forward=reshard_after_forward)
-
-    def set_reshard_after_backward(self, reshard_after_backward: bool, *, recurse: bool = True) -> None:
-        """Set whether parameters are released after backward; after the first forward a hint, as above."""
-        for unit in self._units(recurse):
-            unit.set_policy(reshard_after_backward=reshard_after_backward)
-
-    def set_unshard_in_backward(self, unshard_in_backward: bool) -> None:
-        """Set whether this module's backward reads its parameters; that of an embedding, say, does not."""
-        self._unit().set_policy(unshard_in_backward=unshard_in_backward)
-
-    def set_modules_to_forward_prefetch(self, modules: Sequence[FSDPModule]) -> None:
-        """Prefetch ``modules`` when this one's forward starts, instead of the next. Set before the plan, it widens it.
-
-        Raises ``ValueError`` for modules that are not sharded.
-        """
-        self._unit().prefetch_in_forward(_units_to_prefetch(modules))
-
-    def set_modules_to_backward_prefetch(self, modules: Sequence[FSDPModule]) -> None:
-        """Prefetch ``modules`` when this one's backward starts, instead of the next. Set before the plan, it widens it.
-
-        Raises ``ValueError`` for modules that are not sharded.
-        """
-        self._unit().prefetch_in_backward(_units_to_prefetch(modules))
-
-    def set_gradient_divide_factor(self, factor: float) -> None:
-        """Divide this module's own gradients by ``factor`` instead of the number of ranks."""
-        self._unit().set_policy(gradient_divisor=factor)
-
-    def set_reduce_scatter_divide_factor(self, factor: float) -> None:
-        """Do the same under FSDP2's former name of ``set_gradient_divide_factor``."""
-        self.set_gradient_divide_factor(factor)
-
-    def set_separate_reduce_scatter_group(self, enable: bool = True, *, recurse: bool = True) -> None:
-        """Accept True: reductions always have a communicator of their own. Raises ``NotImplementedError`` for False."""
-        if not enable:
-            raise NotImplementedError(
-                "set_separate_reduce_scatter_group(False) is not supported: reductions always have a communicator of "
-                "their own; leave it out"
-            )
-
-    def set_reduce_scatter_max_input_buffers(self, max_input_buffers: int, *, recurse: bool = True) -> None:
-        """Accept 1, the number of reductions that may be in flight while backward goes on.
-
-        Raises ``TypeError`` for what is no int, ``ValueError`` below 1 and ``NotImplementedError`` above.
-        """
-        if isinstance(max_input_buffers, bool) or not isinstance(max_input_buffers, int):
-            raise TypeError(f"max_input_buffers must be an int, got {type(max_input_buffers).__name__}")
-        if max_input_buffers < 1:
-            raise ValueError(f"max_input_buffers must be a positive int, got {max_input_buffers}")
-        if max_input_buffers > 1:
-            raise NotImplementedError(
-                f"set_reduce_scatter_max_input_buffers({max_input_buffers}) is not supported: the number of gradient "
-                "slots is the plan's; leave it out"
-            )
-
-    def set_force_sum_reduction_for_comms(self, enable: bool) -> None:
-        """Set whether gradients are reduced with sums and divided separately, for backends without a mean."""
-        self._unit().set_policy(sum_only=enable)
-
-    def set_post_optim_event(self, event: Event) -> None:
-        """Make all-gathers of the next forward wait for ``event`` too (as for the current stream in any case)."""
-        self._engine().streams.wait(GATHER, event)
-
-    # --- nn.Module
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        """Apply ``.to()``, ``.to_empty()`` and the like to the sharded parameters; put these back into the arena."""
-        self.reshard()
-        result = super()._apply(fn, recurse)
-        self._unit().materialize()
-        return result
-
-    def _get_fsdp_state(self) -> ShardState:
-        """Return what torch's own functions ask for."""
-        state = ShardState()
-        state.unit = self._unit()
-        return state
-
-    def _unit(self) -> Unit:
-        unit = unit_of(self)
-        assert unit is not None, "an FSDPModule without a unit"
-        return unit
-
-    def _units(self, recurse: bool) -> list[Unit]:
-        modules = self.modules() if recurse else [self]
-        return list({unit: None for m in modules if (unit := unit_of(m)) is not None})
-
-    def _engine(self) -> ShardEngine:
-        return engine_for(self._unit(), self)
-
-
-def _units_to_prefetch(modules: Sequence[Any]) -> list[Unit]:
-    for module in modules:
-        if not isinstance(module, FSDPModule):
-            raise ValueError(f"Expects FSDPModule but got {type(module)}: {module}")
-    return [module._unit() for module in modules]

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE, StepRecorder, StepRecording
-from yafsdp_like.shard.api import FSDPModule
+from yafsdp_like.shard.fsdp_module import FSDPModule
 from yafsdp_like.shard.runtime.engine import ShardEngine, engine_for
 from yafsdp_like.shard.runtime.nested import map_tensors
 from yafsdp_like.shard.runtime.slots import SlotState
