@@ -26,7 +26,7 @@ from launch.options import GENERATE
 from tests.inference.text.test_codec import write_tokenizer
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import FinishReason, Request
-from yafsdp_like.inference.http.protocol import CompletionBody
+from yafsdp_like.inference.http.bodies import CompletionBody
 from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.text.directory import sampling_defaults

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from tests.inference.text.test_codec import TEXT, needs_smollm2, smollm2_in, write_tokenizer
 from yafsdp_like.data import Tokenizer
+from yafsdp_like.inference.http.bodies import ChatBody, ChatMessage
 from yafsdp_like.inference.http.errors import ApiError
-from yafsdp_like.inference.http.protocol import ChatBody, ChatMessage, RequestParser, ServerOptions
+from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.text.chat import _any_of, translate_panics
 from yafsdp_like.inference.text.codec import Codec
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from yafsdp_like.inference.http.bodies import ChatBody, CompletionBody
 from yafsdp_like.inference.http.body_limits import BodyLimits
 from yafsdp_like.inference.http.errors import ApiError, shorten, unavailable
-from yafsdp_like.inference.http.protocol import ChatBody, CompletionBody, RequestParser, ServerOptions
+from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.http.responses import ParsedRequest
 
 

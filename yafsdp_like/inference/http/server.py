@@ -34,13 +34,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
+from yafsdp_like.inference.http.bodies import ChatBody, CompletionBody
 from yafsdp_like.inference.http.body_pool import BodyReaderPool, ReaderBusyError
 from yafsdp_like.inference.http.catalog import Catalog
 from yafsdp_like.inference.http.errors import RETRY_AFTER_S, ApiError, no_object, too_many_choices, unavailable
 from yafsdp_like.inference.http.metrics import LatencyTracker, ServerMetrics
 from yafsdp_like.inference.http.middleware import AuthMiddleware, error_response
 from yafsdp_like.inference.http.model_routes import add_model_routes, ask
-from yafsdp_like.inference.http.protocol import ChatBody, CompletionBody, RequestParser, ServerOptions
+from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.http.responses import Choice, ParsedRequest
 from yafsdp_like.inference.http.service import Service, ServiceState, UnavailableError
 from yafsdp_like.inference.http.stream import Stream
