@@ -85,15 +85,18 @@ def search_of(options: Config, cluster: Cluster, device_nbytes: int, rates: Mach
         clips=options.optimizer.max_grad_norm is not None,
         is_graph=options.model.graph,
         root_tail=forecaster.root_tail(settings_of(options, cluster.num_ranks)),
+        least_nbytes=forecaster.least_nbytes,
         max_seq_len=config.max_seq_len if isinstance(config, DecoderConfig) else 1 << 21,
     )
 
 
-def report(options: Config, cluster: Cluster, device_nbytes: int) -> FitReport:
-    """Search what fits GPUs of this size; see ``shard/forecast/fit.py``."""
+def report(options: Config, forecast: TrainingForecast, cluster: Cluster, device_nbytes: int) -> FitReport:
+    """Search what fits GPUs of this size; see ``shard/forecast/fit.py``. ``forecast`` is of the options as they are."""
     rates = machine_rates(num_ranks=cluster.num_ranks)
     search = search_of(options, cluster, device_nbytes, rates)
-    found = fit.report(search, settings_of(options, cluster.num_ranks), in_words)
+    base = settings_of(options, cluster.num_ranks)
+    search.know(base, forecast)
+    found = fit.report(search, base, in_words)
     return replace(found, text=f"{found.text}\ntimes are predicted from {rates.source}")
 
 

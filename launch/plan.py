@@ -130,7 +130,7 @@ def answer(asked: argparse.Namespace, others: Sequence[str]) -> int:
     fits = asked.gpu_memory is None or forecast.fits(asked.gpu_memory)
     data: dict[str, Any] = {**forecast.as_dict(), "fits": fits, "gpu_memory_nbytes": asked.gpu_memory}
     data["step_time"] = dataclasses.asdict(fit.predicted_time(options, forecast))
-    found = None if asked.fit is None else fit.report(options, cluster, asked.fit)
+    found = None if asked.fit is None else fit.report(options, forecast, cluster, asked.fit)
     if found is not None:
         fits, data["fit"] = fits and found.fits, fit.as_data(found)
     if asked.json is None or str(asked.json) != "-":

@@ -140,6 +140,42 @@ def test_nothing_is_promised_where_nothing_helps() -> None:
     assert not fits and "nothing fits" in words and f"{fit.MAX_RANKS} ranks" in words
 
 
+def bound_of(settings: Settings) -> int:
+    """What `Model` takes without activations."""
+    found = Model()(settings).phases[0].nbytes
+    return sum(found.values()) - found["activations"]
+
+
+@pytest.mark.parametrize("gib", [0.4, 1.0, 3.0, 10.0])
+def test_a_bound_that_needs_no_forecast_changes_no_answer_and_saves_forecasts(gib: float) -> None:
+    search, plain = search_of(gib)
+    model = Model()
+    bounded = replace(search, forecast=model, least_nbytes=bound_of, _known={})
+    assert fit.report(bounded, BASE, in_words).text == fit.report(search, BASE, in_words).text
+    assert len(model.asked) < len(plain.asked)
+
+
+def test_a_refusal_names_the_least_that_any_settings_take() -> None:
+    search, _ = search_of(0.4)
+    model = Model()
+    bounded = replace(search, forecast=model, least_nbytes=bound_of, _known={})
+    found = fit.report(bounded, BASE, in_words)
+    short = [replace(BASE, micro_batch_size=1, seq_len=fit.TOKENS_STEP)]
+    short.append(replace(short[0], num_ranks=fit.MAX_RANKS, global_batch_size=8 * fit.MAX_RANKS))
+    smallest = fit.least(bounded, BASE)
+    candidates = [s for there in short for s in fit.switched(there, search.may_change)]
+    assert smallest.nbytes == min(map(peak, candidates))
+    assert not found.fits and found.found == () and fit.readable(smallest.nbytes) in found.text.splitlines()[-1]
+    assert len(model.asked) < len(candidates)
+
+
+def test_where_two_changes_are_too_few_more_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "MAX_RANKS", 1)
+    search, _ = search_of(8, may_change=("split_master", "moments", "update_in_backward"))
+    (found,) = fit.smallest_changes(search, replace(BASE, seq_len=512, micro_batch_size=1))
+    assert found.changes == {"split_master": True, "moments": "int8", "update_in_backward": True}
+
+
 def test_the_refusal_names_the_smallest_changes_and_what_they_cost() -> None:
     search, _ = search_of(11, may_change=("split_master", "moments"))
     found = fit.report(search, BASE, in_words)

@@ -63,6 +63,37 @@ def test_a_change_of_the_optimizer_traces_nothing(monkeypatch: pytest.MonkeyPatc
     assert len(calls) == 2
 
 
+def test_more_ranks_trace_nothing_where_they_move_bytes_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    used, traced = forecaster(), settings.trace_step
+    calls: list[Any] = []
+    monkeypatch.setattr(settings, "trace_step", lambda *args: calls.append(args) or traced(*args))
+    found = [used(replace(BASE, num_ranks=n, micro_batch_size=2)) for n in (2, 4, 8)]
+    assert len(calls) == 2  # one with several backwards a step, and one with one
+    shards = [phase.nbytes["gradient shards"] for f in found for phase in f.phases if phase.phase == "update"]
+    assert shards[0] > shards[1] > shards[2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"moments": "int8"},
+        {"offload_moments": True},
+        {"update_in_backward": True},
+        {"offload_parameters": True},
+        {"split_master": True, "checkpointing": True},
+    ],
+    ids=str,
+)
+def test_what_settings_take_at_least_is_what_an_update_finds_beside_activations(changes: dict[str, Any]) -> None:
+    used, asked = forecaster(), replace(BASE, **changes)
+    least, found = used.least_nbytes(asked), used(asked)
+    update = next(phase for phase in found.phases if phase.phase == "update")
+    others = ("activations", "logits and loss", "allocator")
+    assert least == update.total_nbytes - sum(update.nbytes.get(name, 0) for name in others)
+    assert least <= found.peak.total_nbytes
+
+
 def test_checkpointing_keeps_less_and_computes_more() -> None:
     used = forecaster()
     plain, again = used(BASE), used(replace(BASE, checkpointing=True))

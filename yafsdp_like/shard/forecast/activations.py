@@ -16,7 +16,7 @@ otherwise is in ``on_gpu.py``. Compiled modules run as they were written: what a
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from yafsdp_like.memory.layout import aligned
 from yafsdp_like.ops import linear
 from yafsdp_like.shard.forecast.on_gpu import GPU
-from yafsdp_like.shard.forecast.storages import OperationCounts, StepPlace, StorageMode, StorageTimeline
+from yafsdp_like.shard.forecast.storages import BLOCK_NBYTES, OperationCounts, StepPlace, StorageMode, StorageTimeline
 from yafsdp_like.shard.forecast.substitutes import Substitutes
 from yafsdp_like.shard.runtime.nested import cast_floating, map_tensors, needs_cast, tensors_in
 from yafsdp_like.shard.runtime.running import backward_task
@@ -34,7 +35,7 @@ from yafsdp_like.shard.runtime.unit_state import Unit
 from yafsdp_like.shard.runtime.watching import NOTHING, Watched, differentiable, watch_inputs, watch_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from yafsdp_like.shard.forecast.quantities import Phase, WorkKind
     from yafsdp_like.shard.forecast.traced_units import TracedUnit
@@ -75,6 +76,14 @@ class Trace:
     timeline: StorageTimeline
     work: dict[tuple[str, Phase, WorkKind], OperationCounts]
     notes: tuple[str, ...] = ()
+    gradients: dict[int, tuple[str, int]] = field(default_factory=dict)  # numbers of gradient shards: unit, parameter
+
+    def resharded(self, units: Iterable[TracedUnit]) -> Trace:
+        """Return the trace of the same units over another number of ranks: only gradient shards have other sizes."""
+        by_name, born = {unit.name: unit for unit in units}, list(self.timeline.born)
+        for number, (unit, k) in self.gradients.items():
+            born[number] = replace(born[number], nbytes=aligned(by_name[unit].gradient_nbytes(k), BLOCK_NBYTES))
+        return replace(self, timeline=replace(self.timeline, born=born))
 
     def levels(self, phase: Phase) -> Iterator[tuple[StepPlace, dict[str, int]]]:
         """Yield live bytes by category after each event of one phase."""
@@ -126,7 +135,7 @@ def _trace(
         step.run(model, args, kwargs, batch.loss)
         mode.close()
         del args, kwargs
-    return Trace(mode.timeline.in_place(), mode.work, tuple(notes))
+    return Trace(mode.timeline.in_place(), mode.work, tuple(notes), step.gradients)
 
 
 class _Step:
@@ -145,6 +154,7 @@ class _Step:
         self._reduced: dict[str, set[int]] = {unit.name: set() for unit in units}
         self._uses: dict[str, int] = {}  # forwards whose backward is still to come
         self._updated: list[int] = []  # memory of gradients that an update in backward has read
+        self.gradients: dict[int, tuple[str, int]] = {}  # see ``Trace``
 
     def run(self, model: nn.Module, args: Any, kwargs: Any, loss_of: Callable[[Any], Tensor] | None) -> None:
         """Run both, and reduce at the end what waits for it."""
@@ -230,8 +240,8 @@ class _Step:
     def _take(self, unit: TracedUnit, params: Sequence[int]) -> None:
         for k in params:
             if k not in self._reduced[unit.name] and not unit.is_on_host:
-                p = unit.params[k]
-                number = self.mode.take(p.shards.chunk_numel * p.grad_dtype.itemsize, GRADIENTS)
+                number = self.mode.take(unit.gradient_nbytes(k), GRADIENTS)
+                self.gradients[number] = unit.name, k
                 if self.options.update_in_backward:
                     self._updated.append(number)
             self._reduced[unit.name].add(k)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 SLACK = 0.015  # of the device: what PyTorch's allocator has reserved beyond tensors; measured 0.6 to 1.4 % at the peak
 TOKENS_STEP = 128  # lengths that are tried are multiples of this
 MAX_RANKS = 4096
-MAX_CHANGES = 2  # switches of a set that is looked for where nothing fits
 NUM_SHOWN = 8
 
 
@@ -92,7 +91,10 @@ class Fitting:
 
 @dataclass(frozen=True)
 class Search:
-    """A device, a machine's rates, and how settings are forecast. ``may_change`` are names of ``Settings``."""
+    """A device, a machine's rates, and how settings are forecast. ``may_change`` are names of ``Settings``.
+
+    ``least_nbytes`` says, without a forecast, how many bytes settings take at least: most that do not fit need no more.
+    """
 
     forecast: Callable[[Settings], TrainingForecast]
     device_nbytes: int
@@ -102,19 +104,29 @@ class Search:
     is_graph: bool = False
     root_tail: float = 0.5
     max_seq_len: int = 1 << 21  # tokens that the model takes
+    least_nbytes: Callable[[Settings], int] = lambda settings: 0
     _known: dict[Settings, TrainingForecast] = field(default_factory=dict, repr=False, compare=False)
 
     def forecast_of(self, settings: Settings) -> TrainingForecast:
-        """Return a forecast, drawn once. How often a step accumulates matters only if it does."""
-        key = replace(settings, global_batch_size=settings.num_ranks * settings.micro_batch_size)
-        key = key if settings.num_accumulated == 1 else replace(key, global_batch_size=2 * key.global_batch_size)
+        """Return a forecast, drawn once."""
+        key = self._key(settings)
         if key not in self._known:
             self._known[key] = self.forecast(key)
         return self._known[key]
 
+    def _key(self, settings: Settings) -> Settings:
+        """Return what a forecast depends on. How often a step accumulates matters only if it does."""
+        once = settings.num_ranks * settings.micro_batch_size
+        return replace(settings, global_batch_size=once if settings.num_accumulated == 1 else 2 * once)
+
+    def know(self, settings: Settings, forecast: TrainingForecast) -> None:
+        """Take a forecast that has been drawn already."""
+        self._known[self._key(settings)] = forecast
+
     def fits(self, settings: Settings) -> bool:
         """Whether the peak leaves the allocator its slack."""
-        return self.forecast_of(settings).fits(int(self.device_nbytes * (1 - SLACK)))
+        limit = int(self.device_nbytes * (1 - SLACK))
+        return self.least_nbytes(settings) <= limit and self.forecast_of(settings).fits(limit)
 
     def seconds(self, settings: Settings) -> float:
         """Predict the time of a step."""
@@ -227,10 +239,10 @@ def smallest_changes(search: Search, base: Settings, number: int = 3) -> list[Fi
     Beside switches, these are fewer sequences a forward, shorter sequences, and more ranks. Empty where nothing helps.
     """
     found: list[Fitting] = []
-    fewest = MAX_CHANGES + 1
+    fewest = len(fields(Settings))
     for settings in switched(base, search.may_change):
         count = len(changed(settings, base))
-        if count > min(fewest, MAX_CHANGES):
+        if count > fewest:
             break
         fitted = [settings] if search.fits(settings) else _more(search, settings) if count < fewest else ()
         for one in (search.fitting(there, base) for there in fitted):
@@ -243,16 +255,37 @@ def smallest_changes(search: Search, base: Settings, number: int = 3) -> list[Fi
 def _more(search: Search, settings: Settings) -> Iterator[Settings]:
     """Yield settings that fit with one more change: fewer sequences a forward, shorter ones, or more ranks; or two."""
     single = replace(settings, micro_batch_size=1)
-    times = MAX_RANKS // settings.num_ranks
-    shortest = replace(single, seq_len=TOKENS_STEP)
-    most = replace(single, num_ranks=times * single.num_ranks, global_batch_size=times * single.global_batch_size)
-    if not (search.fits(shortest) or search.fits(most)):
+    if not any(search.fits(replace(there, seq_len=TOKENS_STEP)) for there in (single, _on_most_ranks(single))):
         return
     smaller = largest_micro_batch(search, settings)
     found = [smaller, _shorter(search, settings), fewest_ranks(search, settings)]
     if not any(found):
         found = [_shorter(search, single), fewest_ranks(search, single)]
     yield from (one for one in found if one is not None)
+
+
+def _on_most_ranks(settings: Settings) -> Settings:
+    times = max(1, MAX_RANKS // settings.num_ranks)
+    return replace(settings, num_ranks=times * settings.num_ranks, global_batch_size=times * settings.global_batch_size)
+
+
+def least(search: Search, base: Settings) -> Fitting:
+    """Return the settings that take least of all that are looked at: one short sequence, here or on most ranks.
+
+    They are forecast in the order of what they take at least, and only while that is less than has been found.
+    """
+    short = replace(base, micro_batch_size=1, seq_len=min(TOKENS_STEP, base.seq_len))
+    candidates = [
+        settings for there in (short, _on_most_ranks(short)) for settings in switched(there, search.may_change)
+    ]
+    nbytes = {settings: search.least_nbytes(settings) for settings in candidates}
+    best, most = short, 1 << 62
+    for settings in sorted(candidates, key=lambda s: (nbytes[s], not s.checkpointing)):
+        if nbytes[settings] >= most:
+            break
+        if (taken := search.forecast_of(settings).peak.total_nbytes) < most:
+            best, most = settings, taken
+    return search.fitting(best, base)
 
 
 def _shorter(search: Search, settings: Settings) -> Settings | None:
@@ -276,18 +309,20 @@ class FitReport:
     text: str
 
 
-def report(search: Search, base: Settings, words: Callable[[str, Any], str]) -> FitReport:
-    """Search, and say what was found; ``words`` says a change."""
+def report(search: Search, base: Settings, words_of: Callable[[str, Any], str]) -> FitReport:
+    """Search, and say what was found; ``words_of`` says a change."""
     limit = readable(search.device_nbytes)
     peak = search.forecast_of(base).peak
     own = search.seconds(base)
     head = f"as it is: {own * 1e3:.1f} ms a step, {readable(peak.total_nbytes)} in {peak.phase} of {limit}"
     if found := what_fits(search, base):
-        lines = [describe(one, words, own) for one in found[:NUM_SHOWN]]
+        lines = [describe(one, words_of, own) for one in found[:NUM_SHOWN]]
         return FitReport(True, found, "\n".join([head, f"what fits {limit}, the fastest first:", *lines]))
-    found = smallest_changes(search, base)
+    smallest = least(search, base)
+    found = smallest_changes(search, base) if search.fits(smallest.settings) else []
     if not found:
-        return FitReport(False, (), f"{head}\nnothing fits {limit}, with all that may change and {MAX_RANKS} ranks")
-    lines = [describe(one, words, own) for one in found]
+        words = f"nothing fits {limit}, with all that may change and {MAX_RANKS} ranks; the least is"
+        return FitReport(False, (), "\n".join([head, words, describe(smallest, words_of, own)]))
+    lines = [describe(one, words_of, own) for one in found]
     text = "\n".join([head, f"nothing fits {limit} as it is; the smallest changes that would:", *lines])
     return FitReport(False, found, text)

@@ -16,7 +16,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from yafsdp_like.shard.forecast.activations import ExampleBatch, trace_step
 from yafsdp_like.shard.forecast.traced_units import cut
-from yafsdp_like.shard.forecast.training_forecast import ForecastOptions, OptimizerMemory, forecast_training
+from yafsdp_like.shard.forecast.training_forecast import (
+    ForecastOptions,
+    OptimizerMemory,
+    forecast_training,
+    least_nbytes,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +39,7 @@ Made = Callable[[], "tuple[nn.Module, list[nn.Module]]"]
 class SettingsForecaster:
     """Forecasts of one model under any ``Settings``; call it with them.
 
-    A trace is kept by all that changes it: moments, where they are, and residency do not.
+    A trace is kept by all that changes it: moments, where they are, residency and the number of ranks do not.
     """
 
     make: Made  # returns the model and its blocks, anew, best without memory
@@ -51,17 +56,28 @@ class SettingsForecaster:
         if settings.offload_activations:
             raise ValueError("offloaded activations cannot be forecast yet: leave offload_activations out")
         model, _ = self._model(settings.checkpointing)
-        planned = self._plan(settings)
-        moments = OptimizerMemory(settings.moments, settings.offload_moments, settings.update_in_backward)
-        options = replace(self.options, optimizer=moments, accumulates=settings.num_accumulated > 1)
+        planned, options = self._plan(settings), self._options(settings)
         batch = self.batch(settings.micro_batch_size, settings.seq_len)
+        dtypes = [
+            (unit.early, *((p.compute_dtype, p.gradient_dtype, p.grad_dtype) for p in unit.params))
+            for unit in planned.units
+        ]
         key = (
-            *(settings.micro_batch_size, settings.seq_len, settings.checkpointing, settings.num_ranks),
-            *(settings.split_master, settings.offload_parameters, options.step),
+            *(settings.micro_batch_size, settings.seq_len, settings.checkpointing),
+            *(settings.offload_parameters, options.step, tuple(dtypes)),
         )
         if key not in self._traces:
             self._traces[key] = trace_step(model, planned.units, batch, options.step)
-        return forecast_training(model, planned, batch, options, self._traces[key])
+        return forecast_training(model, planned, batch, options, self._traces[key].resharded(planned.units))
+
+    def least_nbytes(self, settings: Settings) -> int:
+        """Return bytes on the device that these settings take at least, whatever the batch. Nothing is traced."""
+        model, _ = self._model(settings.checkpointing)
+        return least_nbytes(model, self._plan(settings), self._options(settings))
+
+    def _options(self, settings: Settings) -> ForecastOptions:
+        moments = OptimizerMemory(settings.moments, settings.offload_moments, settings.update_in_backward)
+        return replace(self.options, optimizer=moments, accumulates=settings.num_accumulated > 1)
 
     def root_tail(self, settings: Settings) -> float:
         """Return the share of the root's reduction that is left at the end of backward.

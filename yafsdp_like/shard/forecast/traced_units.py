@@ -106,6 +106,10 @@ class TracedUnit:
         """Whether main shards and gradients are in host memory."""
         return self.policy.offload is not None
 
+    def gradient_nbytes(self, k: int) -> int:
+        """Return the bytes of one rank's rows of parameter ``k``'s gradient."""
+        return self.params[k].shards.chunk_numel * self.params[k].grad_dtype.itemsize
+
 
 @dataclass(frozen=True)
 class PlannedModel:

@@ -111,6 +111,14 @@ def forecast_training(
     )
 
 
+def least_nbytes(model: nn.Module, planned: PlannedModel, options: ForecastOptions) -> int:
+    """Return bytes on the device that a step of any batch takes at least, without a trace.
+
+    These are shards, slots, states, buffers and the context, with all gradients, as an update finds them.
+    """
+    return _Held(model, planned, options).least_nbytes()
+
+
 _TRACED: tuple[Phase, ...] = ("forward", "backward")
 _BEHIND: tuple[Phase, ...] = ("update", "checkpoint")
 
@@ -162,6 +170,15 @@ class _Held:
             there = _sum(host, self._copies() if phase == "checkpoint" else {})
             where = place.unit if phase in _TRACED else ""
             yield PhaseMemory(phase, _nonzero(_sum(steady, live, unused)), where, _nonzero(there))
+
+    def least_nbytes(self) -> int:
+        """Return the bytes that an update finds, activations left out."""
+        gradients = 0
+        if not self._options.optimizer.update_in_backward:
+            units = [unit for unit in self._planned.units if not unit.is_on_host]
+            trained = ((unit, k) for unit in units for k, p in enumerate(unit.params) if p.has_gradient)
+            gradients = sum(aligned(unit.gradient_nbytes(k), BLOCK_NBYTES) for unit, k in trained)
+        return gradients + sum(_sum(self._base, self._regions, self._states).values())
 
     def _in_allocator(self) -> list[int]:
         """Return the bytes of what PyTorch's allocator holds all the time: regions that nobody maps, then states."""
