@@ -44,7 +44,13 @@ def freed(it: Engine) -> int:
     it.generate(requests(prompts(3)))
     it.cache.pools[Tier.DEVICE].clear()
     it.generate(requests([(1, 2)], max_tokens=2))
-    return next(page for _, page in debug._freed[it.cache.pools[Tier.DEVICE]]._poisoned)
+    return free_page(it)
+
+
+def free_page(it: Engine, *tables: list[int]) -> int:
+    """A poisoned page that none of the page tables has, and that will be given to nobody soon."""
+    pages = {page for _, page in debug._freed[it.cache.pools[Tier.DEVICE]]._poisoned}
+    return max(pages.difference(*tables))
 
 
 def of_page(it: Engine, page: int) -> torch.Tensor:
@@ -70,13 +76,13 @@ def test_a_write_to_a_page_that_was_freed_names_the_page_and_who_had_it() -> Non
 
 def test_a_page_that_is_read_after_it_was_freed_makes_an_error_that_names_the_request() -> None:
     it = debugged()
-    page = freed(it)
+    freed(it)
     (request,) = requests([tuple(range(1, 21))])
     it.add(request)
     it.step()
     kv = it._sequences["0"].kv
     assert kv is not None
-    kv.tables[0][1] = page
+    kv.tables[0][1] = free_page(it, *kv.tables)
     it._sequences["0"].num_admitted += 1  # as if it had been given other pages
     with pytest.raises(RuntimeError, match="the logits of request '0' hold NaN"):
         for _ in range(6):
