@@ -3,7 +3,8 @@
 A rank that waits cannot ask the others by a collective, which is what it waits in. So a thread of each process posts,
 now and then, what its rank did last and where its code is, to the key-value store that the process group was made
 with; and reads what others have posted once somebody has waited for half of the time limit, or has failed. No
-collective is involved, and a rank that is well spends some microseconds a second on it.
+collective is involved, and a rank that is well spends some microseconds a second on it; one that stands still, less
+than a millisecond, in which its stacks are read (``stacks.py``).
 
 Owns the posts and the words of the letter, which every rank prints to stderr and adds to its error. It ends nothing:
 that is done by whoever waits (``journal.py``), by the watchdog (``signals.py``), and by NCCL.
@@ -20,37 +21,29 @@ import datetime
 import json
 import os
 import sys
-import sysconfig
 import threading
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from yafsdp_like.comm.consistency import first_difference
+from yafsdp_like.comm.stacks import own_spot, spot_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import FrameType
+    from collections.abc import Callable
 
     from yafsdp_like.memory.streams import Event
 
 LIMIT_SECONDS = "YAFSDP_HANG_SECONDS"  # an environment variable: the limit, where it is to be shorter than the timeout
 FOLDER = "YAFSDP_HANG_FOLDER"  # an environment variable: where a letter is kept as a file, too
 _ASKS, _WRITES = 0.5, 0.9  # of the limit
-_STILL = 4  # looks that find nothing new before this thread's frames are read: a frame that is held keeps its tensors
 _NUM_POSTED = 8  # entries that are posted when nobody asks
 _NUM_KEPT = 2000  # and when somebody does
 _ANSWER_SECONDS = 3.0  # at most, for others to post where they are once they are asked
-_OURS, _TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
-_OPTIMIZERS = (str(Path(_TORCH, "optim")), str(Path(_OURS, "optim")))
-_PYTHONS = sysconfig.get_path("stdlib")
-_JOURNAL = str(Path(__file__).with_name("journal.py"))
-_WAITS_IN = (str(Path(__file__).parent), str(Path(torch.__file__).parent / "distributed"))
 
 Entries = tuple[int, list[str]]  # the number of the first one, and what was done, in words
 
@@ -95,7 +88,6 @@ class HangLetter:
         self._lock = threading.Lock()  # of everything below
         self._stands: tuple[tuple[object, ...], float] = ((None,), time.monotonic())  # at which instruction, since when
         self._count = 0  # of things done, at the last look
-        self._num_still = 0  # looks since then that found no more
         self._asked = 0  # how many questions are known of
         self._armed: tuple[Event, float] | None = None
         self._places: dict[int, Whereabouts] = {}  # the last that were read
@@ -110,8 +102,8 @@ class HangLetter:
 
     def place(self) -> str:
         """Say where this rank is now: the line of the user's code, and the phase."""
-        line, phase, _ = _where(sys._getframe())
-        return f"at {line or 'an unknown line'}" + (f" in {phase}" if phase else "")
+        spot = own_spot()
+        return f"at {spot.line or 'an unknown line'}" + (f" in {spot.phase}" if spot.phase else "")
 
     def write(self, error: str = "") -> str:
         """Return a letter of the ranks as they are now, and print the first one.
@@ -203,27 +195,17 @@ class HangLetter:
     def _here(self) -> Whereabouts:
         first, entries = self._entries(_NUM_KEPT if self._asked else _NUM_POSTED)
         place = Whereabouts(first + len(entries), first, entries, posted=time.time(), answers=self._asked)
-        self._num_still = self._num_still + 1 if place.count == self._count else 0
-        self._count = place.count
+        stands, self._count = place.count == self._count, place.count
         at: tuple[object, ...] = (place.count,)
-        if self._asked or self._num_still >= _STILL:
-            frame = self._frame()
-            place.line, place.phase, place.waits = _where(frame)
-            at = (place.count, place.line, None if frame is None else (frame.f_code, frame.f_lasti))
-            del frame
+        if self._asked or stands:
+            spot = spot_of(self._thread_id)
+            place.line, place.phase, place.waits = spot.line, spot.phase, spot.waits
+            at = (place.count, spot.line, spot.innermost)
         if at != self._stands[0]:
             only_looked_closer = self._stands[0] == (place.count,)
             self._stands = at, self._stands[1] if only_looked_closer else time.monotonic()
         place.since_s = time.monotonic() - self._stands[1]
         return place
-
-    def _frame(self) -> FrameType | None:
-        """Return what runs in the thread that trains, or waits in one of autograd's, of the backward that it runs."""
-        frames = sys._current_frames()
-        frame = frames.get(self._thread_id)
-        if frame is not None and frame.f_code.co_name == "_engine_run_backward":
-            return next((f for f in frames.values() if f.f_code.co_filename == _JOURNAL), frame)
-        return frame
 
     def _post(self, place: Whereabouts) -> None:
         self._places[self._rank] = place
@@ -336,43 +318,6 @@ class HangLetter:
 def limit_of(timeout: datetime.timedelta) -> float:
     """Return how long ranks may wait for each other, in seconds: see [Note: the limit]."""
     return min(timeout.total_seconds(), float(os.environ.get(LIMIT_SECONDS) or "inf"))
-
-
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _where(innermost: FrameType | None) -> tuple[str, str, str]:
-    """Return the line of the user's code, the phase, and the function that waits for others, by a thread's frames."""
-    frames = list(_frames(innermost))
-    if not frames:
-        return "", "", ""
-    line = next((f"{f.f_code.co_filename}:{f.f_lineno} in {f.f_code.co_name}" for f in frames if _is_users(f)), "")
-    phase = next(filter(None, map(_phase, frames)), "")
-    file, name = frames[0].f_code.co_filename, frames[0].f_code.co_name
-    waits = ""
-    if file.startswith(_WAITS_IN[0]):
-        waits = "its entry"
-    elif file.startswith(_WAITS_IN[1]):
-        waits = f"torch.distributed's {name}"
-    return line, phase, waits
-
-
-def _is_users(frame: FrameType) -> bool:
-    return not frame.f_code.co_filename.startswith((_OURS, _TORCH, _PYTHONS, "<"))
-
-
-def _phase(frame: FrameType) -> str:
-    file, name = frame.f_code.co_filename, frame.f_code.co_name
-    if name == "_engine_run_backward":
-        return "backward"
-    if file.startswith(_OPTIMIZERS):
-        return "an optimizer's step"
-    if file.endswith(str(Path("nn", "modules", "module.py"))) and name == "_call_impl":
-        return "forward"
-    return ""
 
 
 _letters: dict[dist.ProcessGroup, HangLetter] = {}

@@ -1,0 +1,103 @@
+"""Where threads are: whose line runs, in which phase of training, and what waits for other ranks.
+
+Stacks are read as text that Python's ``faulthandler`` writes, and never as frame objects: whoever holds a frame keeps
+its local variables alive, and with them tensors and autograd graphs that the thread itself has let go of by then.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import sysconfig
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_OURS, _TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
+_OPTIMIZERS = (str(Path(_TORCH, "optim")), str(Path(_OURS, "optim")))
+_PYTHONS = sysconfig.get_path("stdlib")
+_JOURNAL = str(Path(__file__).with_name("journal.py"))
+_WAITS_IN = (str(Path(__file__).parent), str(Path(torch.__file__).parent / "distributed"))
+_MODULE = str(Path("nn", "modules", "module.py"))
+_THREAD = re.compile(r".*hread 0x([0-9a-f]+)")
+_LINE = re.compile(r'  File "(.*)", line (\d+|\?\?\?) in (.*)')
+
+
+class Line(NamedTuple):
+    """One line of a stack."""
+
+    file: str
+    number: str
+    function: str
+
+
+class Spot(NamedTuple):
+    """What a thread does."""
+
+    line: str = ""  # of the user's code
+    phase: str = ""  # forward, backward, an optimizer's step
+    waits: str = ""  # the function that waits for other ranks; nothing if it does something else
+    innermost: Line | None = None  # of anybody's code
+
+
+def stacks() -> dict[int, list[Line]]:
+    """Return the lines of each thread, by its identifier, the innermost first; a hundred of each at most."""
+    with open(os.memfd_create("stacks"), "w+b") as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        text = file.read().decode(errors="replace")
+    found: dict[int, list[Line]] = {}
+    lines: list[Line] = []
+    for row in text.splitlines():
+        if thread := _THREAD.match(row):
+            lines = found.setdefault(int(thread[1], 16), [])
+        elif line := _LINE.match(row):
+            lines.append(Line(*line.groups()))
+    return found
+
+
+def spot_of(thread_id: int) -> Spot:
+    """Return what a thread does, or, if it waits in autograd for a backward, what runs that backward."""
+    found = stacks()
+    lines = found.get(thread_id, [])
+    if lines and lines[0].function == "_engine_run_backward":
+        lines = next((other for other in found.values() if other and other[0].file == _JOURNAL), lines)
+    return _spot(lines)
+
+
+def own_spot() -> Spot:
+    """Return where the calling thread is."""
+    return _spot(stacks()[threading.get_ident()])
+
+
+def _spot(lines: Sequence[Line]) -> Spot:
+    if not lines:
+        return Spot()
+    line = next((f"{one.file}:{one.number} in {one.function}" for one in lines if _is_users(one)), "")
+    phase = next(filter(None, map(_phase, lines)), "")
+    waits = ""
+    if lines[0].file.startswith(_WAITS_IN[0]):
+        waits = "its entry"
+    elif lines[0].file.startswith(_WAITS_IN[1]):
+        waits = f"torch.distributed's {lines[0].function}"
+    return Spot(line, phase, waits, lines[0])
+
+
+def _is_users(line: Line) -> bool:
+    return not line.file.startswith((_OURS, _TORCH, _PYTHONS, "<"))
+
+
+def _phase(line: Line) -> str:
+    if line.function == "_engine_run_backward":
+        return "backward"
+    if line.file.startswith(_OPTIMIZERS):
+        return "an optimizer's step"
+    if line.file.endswith(_MODULE) and line.function == "_call_impl":
+        return "forward"
+    return ""
