@@ -206,7 +206,17 @@ class RaceDetector(TorchDispatchMode):
     def watch_new(self, tensor: torch.Tensor) -> None:
         """Watch what compute has just allocated, where the host may have had other streams' temporaries before."""
         self.watch(tensor)
-        start, end = self.watched[-1]
+        self._forget(*self.watched[-1])
+
+    def watch_no_more(self, tensor: torch.Tensor) -> None:
+        """Compute frees this memory, which the host may give to other streams' temporaries, as no device does."""
+        self.note([tensor], True, "a new owner")
+        start = tensor.untyped_storage().data_ptr()
+        extent = start, start + tensor.untyped_storage().nbytes()
+        self.watched = [one for one in self.watched if one != extent]
+        self._forget(*extent)
+
+    def _forget(self, start: int, end: int) -> None:
         self.accesses = {key: old for key, old in self.accesses.items() if old.end <= start or end <= old.start}
 
     def note_free(self, tensor: torch.Tensor) -> None:

@@ -227,18 +227,23 @@ def watch_arenas(model: Any, detector: RaceDetector) -> None:
 
 
 def watch_gradients(patch: pytest.MonkeyPatch, detector: RaceDetector) -> None:
-    """Their memory comes and goes, and may be anybody's before and after: all accesses to it are watched."""
+    """Their memory comes and goes, and is anybody's before and after, in the order of the stream that has it then."""
     take = GradientShard.take
 
     def watched(self: GradientShard) -> None:
+        is_new = not self.has_memory
         take(self)
-        detector.watch(self.flat, on_host=self.is_pinned)
+        if is_new:
+            detector.watch_new(self.flat)
+            detector.note([self.flat], True, "the last owner")
+        else:
+            detector.watch(self.flat, on_host=self.is_pinned)
 
     release = GradientShard.release
 
     def noted(self: GradientShard) -> None:
         if self.has_memory and not self.is_pinned and self.memory.is_free:
-            detector.note([self.flat], True, "a new owner")  # as the allocator has it, in the order of this stream
+            detector.watch_no_more(self.flat)
         release(self)
 
     patch.setattr(GradientShard, "take", watched)
