@@ -71,4 +71,4 @@ def test_names_of_threads_do_not_hide_them(monkeypatch: pytest.MonkeyPatch) -> N
     """Newer versions of Python write the thread's name behind its identifier."""
     told = 'Current thread 0x00ff [loader] (most recent call first):\n  File "/a b/c.py", line 7 in <module>\n'
     monkeypatch.setattr(stacks.faulthandler, "dump_traceback", lambda file: file.write(told.encode()))
-    assert stacks.stacks() == {255: [stacks.Line("/a b/c.py", "7", "<module>")]}
+    assert stacks.stacks() == {255: [stacks.StackLine("/a b/c.py", "7", "<module>")]}

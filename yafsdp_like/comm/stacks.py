@@ -29,7 +29,7 @@ _THREAD = re.compile(r".*hread 0x([0-9a-f]+)")
 _LINE = re.compile(r'  File "(.*)", line (\d+|\?\?\?) in (.*)')
 
 
-class Line(NamedTuple):
+class StackLine(NamedTuple):
     """One line of a stack."""
 
     file: str
@@ -43,22 +43,22 @@ class Spot(NamedTuple):
     line: str = ""  # of the user's code
     phase: str = ""  # forward, backward, an optimizer's step
     waits: str = ""  # the function that waits for other ranks; nothing if it does something else
-    innermost: Line | None = None  # of anybody's code
+    innermost: StackLine | None = None  # of anybody's code
 
 
-def stacks() -> dict[int, list[Line]]:
+def stacks() -> dict[int, list[StackLine]]:
     """Return the lines of each thread, by its identifier, the innermost first; a hundred of each at most."""
     with open(os.memfd_create("stacks"), "w+b") as file:
         faulthandler.dump_traceback(file)
         file.seek(0)
         text = file.read().decode(errors="replace")
-    found: dict[int, list[Line]] = {}
-    lines: list[Line] = []
+    found: dict[int, list[StackLine]] = {}
+    lines: list[StackLine] = []
     for row in text.splitlines():
         if thread := _THREAD.match(row):
             lines = found.setdefault(int(thread[1], 16), [])
         elif line := _LINE.match(row):
-            lines.append(Line(*line.groups()))
+            lines.append(StackLine(*line.groups()))
     return found
 
 
@@ -76,7 +76,7 @@ def own_spot() -> Spot:
     return _spot(stacks()[threading.get_ident()])
 
 
-def _spot(lines: Sequence[Line]) -> Spot:
+def _spot(lines: Sequence[StackLine]) -> Spot:
     if not lines:
         return Spot()
     line = next((f"{one.file}:{one.number} in {one.function}" for one in lines if _is_users(one)), "")
@@ -89,11 +89,11 @@ def _spot(lines: Sequence[Line]) -> Spot:
     return Spot(line, phase, waits, lines[0])
 
 
-def _is_users(line: Line) -> bool:
+def _is_users(line: StackLine) -> bool:
     return not line.file.startswith((_OURS, _TORCH, _PYTHONS, "<"))
 
 
-def _phase(line: Line) -> str:
+def _phase(line: StackLine) -> str:
     if line.function == "_engine_run_backward":
         return "backward"
     if line.file.startswith(_OPTIMIZERS):
