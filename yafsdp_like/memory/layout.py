@@ -11,6 +11,9 @@ bytes. A collective is therefore one piece per parameter with nothing to pack be
 
     slot             | p0: r0 r1 .. | p1: r0 r1 .. | p2: r0 r1 .. |
     shard of rank r  | p0: r | p1: r | p2: r |
+
+A parameter may be split on another dimension instead, evenly. Its chunks then do not lie one after the other in the
+full tensor (``is_permuted``), and are copied to their places: see [Note: layout staging].
 """
 
 from __future__ import annotations
@@ -33,26 +36,36 @@ def aligned(nbytes: int, alignment_nbytes: int = ALIGNMENT_NBYTES) -> int:
 
 @dataclass(frozen=True)
 class RowShards:
-    """How one parameter's rows (dim 0) are split over ``world_size`` ranks; counts are elements unless named so."""
+    """How one parameter's rows (dim 0) are split over ``world_size`` ranks; counts are elements unless named so.
+
+    With another ``dim``, rows are the parameter's slices on that dimension, as many on each rank.
+    """
 
     shape: tuple[int, ...]
     world_size: int
+    dim: int = 0
 
     def __post_init__(self) -> None:
         if not self.shape:
             raise ValueError("a parameter needs at least one dimension to be split by rows, found shape ()")
         if self.world_size < 1:
             raise ValueError(f"world size must be at least 1, found {self.world_size}")
+        assert self.dim == 0 or self.shape[self.dim] % self.world_size == 0, f"padding inside of rows: {self}"
+
+    @property
+    def is_permuted(self) -> bool:
+        """Whether ranks' chunks do not lie one after the other in the full parameter."""
+        return self.world_size > 1 and math.prod(self.shape[: self.dim]) != 1
 
     @property
     def row_numel(self) -> int:
         """Elements of one row."""
-        return math.prod(self.shape[1:])
+        return math.prod(self.shape[: self.dim]) * math.prod(self.shape[self.dim + 1 :])
 
     @property
     def rows_per_rank(self) -> int:
         """Rows of one rank's chunk, padding included."""
-        return -(-self.shape[0] // self.world_size)
+        return -(-self.shape[self.dim] // self.world_size)
 
     @property
     def chunk_numel(self) -> int:
@@ -66,13 +79,13 @@ class RowShards:
 
     def row_range(self, rank: int) -> tuple[int, int]:
         """Return the rows ``[start, stop)`` of the full parameter that ``rank`` holds, possibly none."""
-        start = min(rank * self.rows_per_rank, self.shape[0])
-        return start, min(start + self.rows_per_rank, self.shape[0])
+        start = min(rank * self.rows_per_rank, self.shape[self.dim])
+        return start, min(start + self.rows_per_rank, self.shape[self.dim])
 
     def local_shape(self, rank: int) -> tuple[int, ...]:
         """Return the shape of the part of the parameter that ``rank`` holds, without padding."""
         start, stop = self.row_range(rank)
-        return (stop - start, *self.shape[1:])
+        return (*self.shape[: self.dim], stop - start, *self.shape[self.dim + 1 :])
 
 
 @dataclass(frozen=True)

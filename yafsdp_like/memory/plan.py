@@ -224,6 +224,7 @@ KINDS = {
     "unsynced gradients": "full gradients kept while set_requires_gradient_sync(False)",
     "staging": "peers' chunks of gradients while they are added up",
     "host staging": "main shards and gradients on their way from and to host memory",
+    "layout staging": "parameters not sharded by rows, on their way to and from their places in slots",
     "granule end": "the unused end of the last granule of the memory that peers map",
     "spill": "slots that the order of execution asked for beyond the plan",
     "weights": "served units that stay: whole, or this rank's part",

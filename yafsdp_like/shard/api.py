@@ -33,7 +33,7 @@ from yafsdp_like.shard.requirements import (
     check_supported,
 )
 from yafsdp_like.shard.spec.unit_spec import UnitPolicy
-from yafsdp_like.shard.wrapping import Owners, make_unit, params_below, split_tied
+from yafsdp_like.shard.wrapping import Owners, Placements, make_unit, params_below, placements_over, split_tied
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -96,15 +96,15 @@ def fully_shard(
         transport: what moves bytes between ranks, which is not FSDP2's; ``comm/choice.py`` says what "auto" takes.
         split_master: keep fp32 parameters that are computed on in bfloat16 as that rounding, which is what is
             all-gathered, and 16 bits of remainder: two bytes a value less, the same fp32 values for everybody who
-            reads or writes them, to the bit. Ties of the rounding go away from zero. Not FSDP2's; see
-            [Note: split master] in ``ops/split_master.py``.
+            reads or writes them. Not FSDP2's; see [Note: split master] in ``ops/split_master.py``.
         grad_dtype: of ``.grad``, to which sums over several backwards are rounded; None: the parameter's own.
         debug: see ``FSDPModule.set_debug_mode``; None: as ``YAFSDP_DEBUG`` says. Not FSDP2's.
-        shard_placement_fn: FSDP2's; only None is supported yet, as for ``dp_mesh_dims``.
+        shard_placement_fn: returns ``Shard(dim)``, or None for ``Shard(0)``, for each parameter. Ranks must have equal
+            parts of other dimensions than the first; see [Note: layout staging] in ``runtime/layout_staging.py``.
         offload_policy: ``CPUOffloadPolicy()`` keeps parameters and gradients in host memory, and so the optimizer's
             states and update; rows are copied to the device for each all-gather, and gradients back, beside compute.
             ``pin_memory`` matters on a GPU only. See [Note: shards on the host] in ``runtime/host_shard.py``.
-        dp_mesh_dims: see ``shard_placement_fn``.
+        dp_mesh_dims: FSDP2's; only None is supported yet.
 
     Returns:
         its first argument; each module's class becomes a subclass of ``FSDPModule`` and of its own.
@@ -112,29 +112,30 @@ def fully_shard(
     Raises:
         ValueError, AssertionError, NotImplementedError: for meshes, containers and parameters that cannot be sharded.
     """
-    modules: list[nn.Module] = [module] if isinstance(module, nn.Module) else list(module)
-    check_modules(modules)
-    check_supported(reshard_after_forward, shard_placement_fn, dp_mesh_dims)
+    modules = check_modules(module)
+    check_supported(reshard_after_forward, dp_mesh_dims)
     offload = check_offload(offload_policy, transport, split_master)
     check_grad_dtype(grad_dtype, mp_policy)
     mesh = mesh if mesh is not None else _default_mesh()
     check_mesh(mesh)
     owners = params_below(modules, ignored_params or set())
     check_params(owners)
+    placed = placements_over(mesh, owners, shard_placement_fn)
     policy = UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward), split_master, grad_dtype, debug, offload)
-    return _shard(module, modules, split_tied(owners, modules), mesh, policy, transport)
+    return _shard(module, modules, split_tied(owners, modules), placed, mesh, policy, transport)
 
 
 def _make_sharded(
     module: Any,
     modules: Sequence[nn.Module],
     owners: Owners,
+    placements: Placements,
     mesh: DeviceMesh,
     policy: UnitPolicy,
     transport: TransportName,
 ) -> Any:
     _prepare_process()
-    unit = make_unit(modules, owners, mesh, policy, transport)
+    unit = make_unit(modules, owners, placements, mesh, policy, transport)
     state = _shard.state(modules[0])
     state.unit = unit
     for m in modules:

@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
-def check_modules(modules: Sequence[nn.Module]) -> None:
-    """Raise ``ValueError`` for an empty list and for containers without a ``forward`` to hook."""
+def check_modules(given: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    """Return a list of what was given; ``ValueError`` for an empty one and for containers without a ``forward``."""
+    modules: list[nn.Module] = [given] if isinstance(given, nn.Module) else list(given)
     if not modules:
         raise ValueError("fully_shard expects a module or a list of at least one module but got an empty list")
     for module in modules:
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is nn.Module.forward:
             raise ValueError(f"fully_shard does not support containers that do not implement forward: {module}")
+    return modules
 
 
 def check_mesh(mesh: DeviceMesh) -> None:
@@ -110,14 +112,12 @@ def check_offload(policy: OffloadPolicy | None, transport: str, split_master: bo
     return policy
 
 
-def check_supported(reshard_after_forward: Any, shard_placement_fn: Any, dp_mesh_dims: Any) -> None:
+def check_supported(reshard_after_forward: Any, dp_mesh_dims: Any) -> None:
     """Raise ``NotImplementedError`` for FSDP2's options of which only the default is supported."""
     if reshard_after_forward is not None and not isinstance(reshard_after_forward, bool):
         raise NotImplementedError(
             f"reshard_after_forward as a number of ranks is not supported yet, got {reshard_after_forward!r}; "
             "use True, False or None"
         )
-    if shard_placement_fn is not None or dp_mesh_dims is not None:
-        raise NotImplementedError(
-            "shard_placement_fn and dp_mesh_dims are not supported yet; parameters are sharded by rows"
-        )
+    if dp_mesh_dims is not None:
+        raise NotImplementedError("dp_mesh_dims is not supported yet; pass the mesh of the data parallel ranks as mesh")

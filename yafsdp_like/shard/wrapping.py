@@ -17,6 +17,7 @@ from yafsdp_like.memory.allocator import use_expandable_segments
 from yafsdp_like.shard.hooks import install
 from yafsdp_like.shard.runtime.engine import engine_of
 from yafsdp_like.shard.runtime.param import ShardedParam, register
+from yafsdp_like.shard.runtime.param_placement import ParamPlacement, PlacementFn, placement_of
 from yafsdp_like.shard.runtime.unit_state import Unit, ownership_of, unit_of
 
 if TYPE_CHECKING:
@@ -30,8 +31,16 @@ if TYPE_CHECKING:
 Owners = dict[nn.Parameter, list[tuple[nn.Module, str]]]  # which modules register a parameter, and under what name
 
 
+Placements = dict[nn.Parameter, ParamPlacement]
+
+
 def make_unit(
-    modules: Sequence[nn.Module], owners: Owners, mesh: DeviceMesh, policy: UnitPolicy, transport: TransportName
+    modules: Sequence[nn.Module],
+    owners: Owners,
+    placements: Placements,
+    mesh: DeviceMesh,
+    policy: UnitPolicy,
+    transport: TransportName,
 ) -> Unit:
     """Shard the parameters ``owners`` over ``mesh`` as one unit, run by the forward of each of ``modules``.
 
@@ -39,7 +48,8 @@ def make_unit(
     forward and state-dict hooks.
     """
     device = device_of(mesh)
-    params = [ShardedParam(param, places, mesh, policy.offload is not None) for param, places in owners.items()]
+    on_host = policy.offload is not None
+    params = [ShardedParam(param, places, placements[param], on_host) for param, places in owners.items()]
     transport = transport if policy.offload is None else "process_group"
     if device.type == "cuda":
         use_expandable_segments()
@@ -88,6 +98,15 @@ def _add_params(
             owners.setdefault(param, []).append((module, name))
     for child in module.children():
         _add_params(child, modules, ignored, owners, seen)
+
+
+def placements_over(mesh: DeviceMesh, owners: Owners, asked: PlacementFn | None) -> Placements:
+    """Return how each parameter that no unit has yet is sharded. Raises as ``placement_of`` does."""
+    new = [(param, places[0]) for param, places in owners.items() if ownership_of(param) is None]
+    return {
+        param: placement_of(param, f"{attribute} of {type(module).__name__}", mesh, asked)
+        for param, (module, attribute) in new
+    }
 
 
 def split_tied(owners: Owners, modules: Sequence[nn.Module]) -> Owners:

@@ -46,6 +46,7 @@ OF_KIND = {  # categories by the kind of a plan's region
     "unsynced gradients": "gradient slots",
     "staging": "staging",
     "host staging": "staging",
+    "layout staging": "staging",
     "granule end": "granule ends",
 }
 NO_TENSORS = ("allocator", "NCCL", "context")  # categories

@@ -252,7 +252,8 @@ def _regions(plan: MemoryPlan) -> Nbytes:
 
 def _rows(p: ParamSpec) -> torch.Size:
     """Return the shape of the rows of the rank that has most."""
-    return torch.Size((p.shards.rows_per_rank, *p.shards.shape[1:]))
+    shards = p.shards
+    return torch.Size((*shards.shape[: shards.dim], shards.rows_per_rank, *shards.shape[shards.dim + 1 :]))
 
 
 def _sum(*parts: Mapping[str, int]) -> Nbytes:

@@ -16,6 +16,7 @@ from yafsdp_like.comm.consistency import check_same_on_all_ranks
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import FlatLayout, Segment
 from yafsdp_like.shard.runtime.host_shard import HostStaging
+from yafsdp_like.shard.runtime.layout_staging import LayoutStaging
 from yafsdp_like.shard.runtime.param import NOWHERE
 from yafsdp_like.shard.runtime.sinks import watch_gradients
 from yafsdp_like.shard.runtime.slots import GatherSlot, GradientSlot, find_neighbours
@@ -23,7 +24,9 @@ from yafsdp_like.shard.spec.memory_layout import (
     COLUMN,
     DOWNLOAD,
     GATHER_SLOTS,
+    GATHERED,
     GRADIENT_SLOTS,
+    REDUCED,
     STAGING,
     UPLOAD,
     MemoryLayout,
@@ -118,7 +121,8 @@ class AllocatedMemory:
     def _fingerprint(self) -> list[str]:
         """Say what must be the same on every rank: a line for each parameter, and one for each unit's policy."""
         return [
-            f"{p.name} {list(p.shards.shape)} of unit {unit.name!r}, {p.main_dtype} computed in {p.compute_dtype} and "
+            f"{p.name} {list(p.shards.shape)}{p.placement.words} of unit {unit.name!r}, {p.main_dtype} computed in "
+            f"{p.compute_dtype} and "
             f"reduced in {p.reduce_dtype} to {p.grad_dtype}, {'trainable' if p.trainable else 'frozen'}"
             + ("" if unit.needs.trains else ", without room for gradients")
             + (", in debug mode" if unit.needs.guards else "")
@@ -203,10 +207,10 @@ def build(units: Sequence[Unit], memory_layout: MemoryLayout) -> Arena:
         unit.use_gather_slot(_gather_slot(unit, layout, memory_layout.gather_places.get(i), arena))
         unit.use_gradient_slot(_gradient_slot(unit, layout, memory_layout.gradient_places.get(i), arena))
         guard_nbytes = unit.needs.guard_nbytes
-        staging, column, upload, download = (
-            _scratch(arena, region, guard_nbytes) for region in (STAGING, COLUMN, UPLOAD, DOWNLOAD)
+        staging, column, upload, download, gathered, reduced = (
+            _scratch(arena, region, guard_nbytes) for region in (STAGING, COLUMN, UPLOAD, DOWNLOAD, GATHERED, REDUCED)
         )
-        unit.use_scratch(staging, column, HostStaging(upload, download))
+        unit.use_scratch(staging, column, HostStaging(upload, download), LayoutStaging(gathered, reduced))
         watch_gradients(unit, unit.gather_slot)
     find_neighbours([unit.gather_slot for unit in units])
     find_neighbours([unit.gradient_slot for unit in units])

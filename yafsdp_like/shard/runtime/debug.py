@@ -28,7 +28,7 @@ from yafsdp_like.memory.guards import Borders, damage_of, poison, written
 from yafsdp_like.memory.layout import FlatLayout
 from yafsdp_like.shard.runtime.nested import tensors_in
 from yafsdp_like.shard.runtime.slots import GatherSlot, GradientSlot, SlotState
-from yafsdp_like.shard.spec.memory_layout import DOWNLOAD, STAGING, UPLOAD
+from yafsdp_like.shard.spec.memory_layout import DOWNLOAD, GATHERED, REDUCED, STAGING, UPLOAD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -238,7 +238,7 @@ class Debugger:
             self.watch_gather_slot(unit.gather_slot, layout)
             self.watch_gradient_slot(unit.gradient_slot, layout)
             self._watch_shards(unit, layout, arena)
-        for region in (STAGING, UPLOAD, DOWNLOAD):
+        for region in (STAGING, UPLOAD, DOWNLOAD, GATHERED, REDUCED):
             if region in arena.regions:
                 guard_nbytes, nbytes = self._units[0].needs.guard_nbytes, arena.regions[region].nbytes
                 inside = FlatLayout.pack([nbytes - 2 * guard_nbytes], guard_nbytes=guard_nbytes)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.modules.batchnorm import _NormBase
 
 from yafsdp_like.kernels.split import split
-from yafsdp_like.memory.layout import RowShards, contiguous_stride
+from yafsdp_like.memory.layout import contiguous_stride
 from yafsdp_like.ops.split_master import SplitTensor, SplitValues, values_of
 from yafsdp_like.shard.runtime.gradient_shard import GradientShard
 from yafsdp_like.shard.runtime.nested import layers_of
@@ -26,9 +26,8 @@ from yafsdp_like.shard.spec.unit_spec import ParamSpec, param_spec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch.distributed.device_mesh import DeviceMesh
-
     from yafsdp_like.memory.arena import Place
+    from yafsdp_like.shard.runtime.param_placement import ParamPlacement
     from yafsdp_like.shard.spec.unit_spec import UnitPolicy
 
 NOWHERE = torch.empty(0, device="meta")  # stands for a shard that has no place yet
@@ -100,22 +99,23 @@ def statistics_dtype(module: nn.Module | None) -> torch.dtype | None:
 
 
 class ShardedParam:
-    """One parameter: its ``Shard(0)`` DTensor, who registers it, and this rank's flat chunks of it.
-
-    The last dimension of the mesh shards, one before it replicates.
+    """One parameter: its sharded DTensor, who registers it, and this rank's flat chunks of it.
 
     ``main`` and ``compute`` are ``(chunk_numel,)``, padding included, in ``main_shard_dtype`` and ``compute_dtype``
     (``Place.flat``); the DTensor shows their first ``local_shape`` elements.
     """
 
     def __init__(
-        self, param: nn.Parameter, owners: list[tuple[nn.Module, str]], mesh: DeviceMesh, on_host: bool = False
+        self,
+        param: nn.Parameter,
+        owners: list[tuple[nn.Module, str]],
+        placement: ParamPlacement,
+        on_host: bool = False,
     ) -> None:
         self.name = owners[0][1]  # the full name from the root, once the root is known
         self._owners = [_Owner.of(module, attribute) for module, attribute in owners]
-        self.mesh, self.on_host = mesh, on_host  # whether the main shard and the gradient are in host memory
-        self.rank = mesh.get_local_rank(mesh.ndim - 1)
-        self.shards = RowShards(tuple(param.shape), mesh.size(mesh.ndim - 1))
+        self.on_host = on_host  # whether the main shard and the gradient are in host memory
+        self.placement, self.rank, self.shards = placement, placement.rank, placement.shards
         self.attributes = dict(vars(param))  # the user's own, which a cast or move of the module would lose
         self.sharded = self._shard(param)
         self.registered: torch.Tensor = param  # what modules were last made to see: the sharded parameter or a full one
@@ -133,36 +133,16 @@ class ShardedParam:
         return [(module, attribute) for ref, attribute, _ in self._owners if (module := ref()) is not None]
 
     def _shard(self, param: torch.Tensor) -> nn.Parameter:
-        """Return the parameter's DTensor on this rank's rows, with its hooks.
-
-        The rows do not keep the others alive: see [Note: a storage of its own].
-        """
-        start, stop = self.shards.row_range(self.rank)
-        rows = param.detach()[start:stop]
-        if rows.storage_offset() or rows.numel() < param.numel():
-            rows = rows.clone()
+        """Return the parameter's DTensor on this rank's rows, with its hooks."""
+        rows = self.placement.own_part(param)
         if self.on_host and not rows.is_meta:
             rows = rows.cpu()
-        sharded = nn.Parameter(self._dtensor(rows), requires_grad=param.requires_grad)
+        sharded = nn.Parameter(self.placement.dtensor(rows), requires_grad=param.requires_grad)
         for hook in (param._backward_hooks or {}).values():
             sharded.register_hook(hook)
         for hook in (getattr(param, "_post_accumulate_grad_hooks", None) or {}).values():
             sharded.register_post_accumulate_grad_hook(hook)
         return sharded
-
-    def _dtensor(self, local: torch.Tensor) -> DTensor:
-        full = torch.empty(self.shards.shape, device="meta")
-        placements: list[Placement] = [*[Replicate()] * (self.mesh.ndim - 1), Shard(0)]
-        moves = local.device.type not in ("meta", self.mesh.device_type)  # as from_local would
-        found = DTensor.from_local(
-            torch.empty_like(local, device="meta") if moves else local,
-            self.mesh,
-            placements,
-            run_check=False,
-            shape=full.shape,
-            stride=full.stride(),
-        )
-        return DTensor(local, found._spec, requires_grad=False) if moves else found
 
     @property
     def local(self) -> torch.Tensor:
@@ -224,11 +204,11 @@ class ShardedParam:
             )
         if not isinstance(given, DTensor):
             self.sharded = self._shard(given)
-        elif (given.device_mesh, given.placements) == (self.mesh, self.sharded.placements):  # type: ignore[attr-defined]
+        elif (given.device_mesh, given.placements) == ((own := self.placement).mesh, own.placements):
             self.sharded = given
         else:
             raise ValueError(
-                f"{self.name}: expected a parameter with {self.sharded.placements} on {self.mesh} in its place, found "  # type: ignore[attr-defined]
+                f"{self.name}: expected a parameter with {own.placements} on {own.mesh} in its place, found "
                 f"{given.placements} on {given.device_mesh} (rank {self.rank}); redistribute it first"
             )
         self.placed = None
@@ -308,7 +288,7 @@ class ShardedParam:
         numel = self.shards.chunk_numel * (2 if self.main_dtype.is_complex else 1)
         if self.grad_shard is None or not self.grad_shard.fits(numel, self.grad_dtype, device, guard_nbytes):
             self.grad_shard = GradientShard(
-                numel, self.grad_dtype, self.local_shape, device, self._dtensor, place, guard_nbytes
+                numel, self.grad_dtype, self.local_shape, device, self.placement.dtensor, place, guard_nbytes
             )
         if self.grad_dtype != self.main_dtype:
             self.sharded.grad_dtype = None  # any: torch's own code sets zeros like it

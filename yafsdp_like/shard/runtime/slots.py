@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 from torch import nn
 
 from yafsdp_like.shard.runtime.host_shard import download_after
+from yafsdp_like.shard.runtime.layout_staging import Move, arrange_after, arrange_around, gradient_view
 from yafsdp_like.shard.runtime.nested import addresses_in
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from yafsdp_like.memory.streams import Event
     from yafsdp_like.shard.runtime.freshness import Freshness, Version
     from yafsdp_like.shard.runtime.host_shard import HostStaging
+    from yafsdp_like.shard.runtime.layout_staging import LayoutStaging
     from yafsdp_like.shard.runtime.param import ShardedParam
 
 
@@ -57,6 +59,7 @@ class SlotUnit(Protocol):
     transport: Transport
     staging: torch.Tensor  # scratch of reduce-scatters, (nbytes,) uint8
     column: torch.Tensor  # scratch of all-gathers over several hosts, (nbytes,) uint8
+    layout_staging: LayoutStaging  # scratch for parameters that are not sharded by rows
     host_staging: HostStaging | None  # of main shards and gradients in host memory; None: they are on the device
     freshness: Freshness
     registered: GatherSlot | None  # the slot whose parameters modules see; None while they see the sharded ones
@@ -175,12 +178,19 @@ class GatherSlot(_Slot):
     def all_gather(self) -> AllGather:
         """The all-gather of every rank's compute shard into the slot; made once ranks are connected."""
         unit, host = self.unit, self.unit.host_staging
+        permuted = {k: self.outputs[k] for k, p in enumerate(unit.params) if p.shards.is_permuted}
+        staged = unit.layout_staging.gathered_chunks(permuted)
+        outputs = [staged.get(k, output) for k, output in enumerate(self.outputs)]
         if host is None:
-            return unit.transport.all_gather(self.outputs, [p.compute for p in unit.params], self.aliased, unit.column)
-        num_ranks, rank = unit.transport.world_size, unit.transport.rank
-        chunks = [output.view(num_ranks, output.numel() // num_ranks)[rank] for output in self.outputs]
-        in_place = unit.transport.all_gather(self.outputs, chunks)
-        return host.upload_before(in_place, [p.main for p in unit.params], chunks)
+            run = unit.transport.all_gather(outputs, [p.compute for p in unit.params], self.aliased, unit.column)
+        else:
+            num_ranks, rank = unit.transport.world_size, unit.transport.rank
+            chunks = [output.view(num_ranks, output.numel() // num_ranks)[rank] for output in outputs]
+            in_place = unit.transport.all_gather(outputs, chunks)
+            run = host.upload_before(in_place, [p.main for p in unit.params], chunks)
+        params = unit.params
+        moves = [Move(full, staged[k], params[k].shards, params[k].compute_dtype) for k, full in permuted.items()]
+        return arrange_after(run, moves) if moves else run
 
     def fill(self, ready: Event) -> None:
         """Note that an all-gather of the compute shards of now was issued, which has arrived at ``ready``."""
@@ -254,7 +264,7 @@ class GradientSlot(_Slot):
         for k in unit.trainable:
             assert extent is not None
             p, place = unit.params[k], extent.part(layout.segments[k])
-            self.views[k] = place.tensor(p.gradient_dtype, p.shards.shape)
+            self.views[k] = gradient_view(place, p.gradient_dtype, p.shards)
             self.inputs[k] = place.flat(p.gradient_dtype, p.shards.padded_numel)
 
     def open(self, k: int) -> tuple[torch.Tensor, bool]:
@@ -308,11 +318,16 @@ class GradientSlot(_Slot):
             params, host = [self.unit.params[k] for k in which], self.unit.host_staging
             grads = [p.grad_shard.flat for p in params if p.grad_shard is not None]
             outputs = grads if host is None else host.staged(grads)
+            permuted = {i: outputs[i] for i, p in enumerate(params) if p.shards.is_permuted}
+            staged = self.unit.layout_staging.reduced_chunks(permuted)
             reduce = self.unit.transport.reduce_scatter(
-                outputs,
+                [staged.get(i, output) for i, output in enumerate(outputs)],
                 [self.inputs[k] for k in which],
                 [p.reduce_dtype.to_real() for p in params],
                 self.unit.staging,
             )
+            if permuted:
+                moves = [Move(to, staged[i], params[i].shards, params[i].grad_dtype) for i, to in permuted.items()]
+                reduce = arrange_around(reduce, moves)
             self._reductions[key] = reduce if host is None else download_after(reduce, outputs, grads)
         return self._reductions[key]

@@ -17,6 +17,7 @@ from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.plan import Region
 from yafsdp_like.shard.runtime.freshness import Freshness
 from yafsdp_like.shard.runtime.host_shard import HostStaging, shard_arena
+from yafsdp_like.shard.runtime.layout_staging import LayoutStaging
 from yafsdp_like.shard.runtime.param import NOWHERE, ParamMark, ShardedParam, register
 from yafsdp_like.shard.runtime.running import RunningUnit
 from yafsdp_like.shard.spec.unit_spec import ParamSpec, RankSpec, UnitPolicy, chunks, debug_needs
@@ -136,6 +137,7 @@ class Unit:
         self.gather_slot: GatherSlot = _NO_SLOT  # where forwards to come find the full parameters; made by the build
         self.gradient_slot: GradientSlot = _NO_SLOT  # where the next backward's gradients go
         self.staging = self.column = NOWHERE  # scratch that units share; see ``use_scratch``
+        self.layout_staging = LayoutStaging(NOWHERE, NOWHERE)
         self.is_loading = False  # a state dict, whose entries may be assigned
         self.materialize()
 
@@ -235,9 +237,11 @@ class Unit:
         """Put gradients into ``slot`` from the next one on."""
         self.gradient_slot = slot
 
-    def use_scratch(self, staging: torch.Tensor, column: torch.Tensor, host_staging: HostStaging) -> None:
+    def use_scratch(
+        self, staging: torch.Tensor, column: torch.Tensor, host_staging: HostStaging, layout_staging: LayoutStaging
+    ) -> None:
         """Use the scratch of reduce-scatters and of all-gathers, ``(nbytes,)`` uint8, which units share."""
-        self.staging, self.column = staging, column
+        self.staging, self.column, self.layout_staging = staging, column, layout_staging
         self.host_staging = host_staging if self.is_on_host else None
 
     def make_grads(self, layout: FlatLayout) -> None:

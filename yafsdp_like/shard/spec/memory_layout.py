@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from yafsdp_like.memory import vmm
-from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
+from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, FlatLayout, Segment, aligned
 from yafsdp_like.memory.plan import Clock, LiveRange, MemoryPlan, Region, SlotPlace, SlotRequest, place
 from yafsdp_like.shard.spec.schedule import Schedule, gather_starts
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 GATHER_SLOTS, GRADIENT_SLOTS = "gather slots", "gradient slots"  # the two regions that slots share
 STAGING, COLUMN = "staging", "gather staging"
 UPLOAD, DOWNLOAD = "upload staging", "download staging"
+GATHERED, REDUCED = "staging of gathered chunks", "staging of reduced chunks"
 MAX_UPLOAD_NBYTES = 64 << 20  # larger parameters are cast in parts
 MAX_STAGING_NBYTES = 256 << 20
 MAX_GRANULE_NBYTES = 16 << 20  # slots end at a granule
@@ -64,7 +65,7 @@ def plan_memory(units: Sequence[UnitSpec], schedule: Schedule) -> MemoryLayout:
         Region(GATHER_SLOTS, GATHER_SLOTS, gather_nbytes, granule_nbytes=granule_nbytes),
         Region(GRADIENT_SLOTS, GRADIENT_SLOTS, gradient_nbytes, any(u.ranks.is_mapped for u in units)),
     ]
-    scratch = _staging(units, layouts) + _host_staging(units, layouts)
+    scratch = _staging(units, layouts) + _host_staging(units, layouts) + _layout_staging(units)
     regions += [replace(region, nbytes=region.nbytes + 2 * guard_nbytes) for region in scratch]
     regions += [region for unit, layout in pairs for region in own_slot_regions(unit, layout)]
     regions += _granule_end(regions)
@@ -81,7 +82,7 @@ def plan_memory(units: Sequence[UnitSpec], schedule: Schedule) -> MemoryLayout:
 
 def _granule_nbytes(units: Sequence[UnitSpec]) -> int:
     """Return the largest granule that divides all chunks which slots can alias; 0 where there are none."""
-    chunks = [p.chunk_nbytes for unit in units if unit.ranks.reads_shards for p in unit.params]
+    chunks = [p.aliasable_nbytes for unit in units if unit.ranks.reads_shards for p in unit.params]
     in_granules = [nbytes for nbytes in chunks if nbytes and nbytes % vmm.GRANULE_NBYTES == 0]
     return math.gcd(MAX_GRANULE_NBYTES, *in_granules) if in_granules else 0
 
@@ -126,6 +127,18 @@ def _host_staging(units: Sequence[UnitSpec], layouts: Sequence[UnitLayout]) -> l
     download = max((layout.grad_shard.nbytes for _, layout in offloaded), default=0)
     nbytes = {UPLOAD: min(aligned(upload), MAX_UPLOAD_NBYTES), DOWNLOAD: download}
     return [Region(name, "host staging", size) for name, size in nbytes.items() if size]
+
+
+def _layout_staging(units: Sequence[UnitSpec]) -> list[Region]:
+    """Plan where chunks wait that do not lie together in slots. See [Note: layout staging]."""
+    gathered = reduced = 0
+    for unit in units:
+        permuted = [p for p in unit.params if p.shards.is_permuted]
+        full = [p.shards.padded_numel * p.compute_dtype.itemsize for p in permuted]
+        sums = [p.shards.chunk_numel * p.grad_dtype.itemsize for p in permuted if p.has_gradient]
+        gathered = max(gathered, FlatLayout.pack(full).nbytes)
+        reduced = max(reduced, FlatLayout.pack(sums).nbytes)
+    return [Region(name, "layout staging", size) for name, size in ((GATHERED, gathered), (REDUCED, reduced)) if size]
 
 
 def _granule_end(regions: Sequence[Region]) -> list[Region]:

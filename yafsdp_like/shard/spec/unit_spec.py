@@ -48,6 +48,11 @@ class ParamSpec:
         """Bytes of one rank's chunk of the parameter in ``compute_dtype``."""
         return self.shards.chunk_numel * self.compute_dtype.itemsize
 
+    @property
+    def aliasable_nbytes(self) -> int:
+        """Bytes of a chunk that a slot can alias; none where the chunk's bytes are not together in the slot."""
+        return 0 if self.shards.is_permuted else self.chunk_nbytes
+
 
 def param_spec(
     name: str,
@@ -110,7 +115,7 @@ class UnitLayout:
         aliased = {
             k
             for k, p in enumerate(params)
-            if granule_nbytes and p.chunk_nbytes and p.chunk_nbytes % granule_nbytes == 0
+            if granule_nbytes and p.aliasable_nbytes and p.aliasable_nbytes % granule_nbytes == 0
         }
 
         def full(dtypes: Sequence[torch.dtype | None], in_granules: Collection[int] = ()) -> FlatLayout:
