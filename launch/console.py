@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 from launch.metrics import Record
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 COLUMNS = (
     ("loss", "loss {:.4f}"),
@@ -58,3 +62,39 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+class LoadingBars:
+    """A bar for each model that is read, on a terminal; elsewhere a line for each that is there."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, Any] = {}
+        self._begun: dict[str, float] = {}
+        self._progress: Any = None
+        if is_terminal():
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+            columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            self._progress = Progress(*columns)
+
+    def __enter__(self) -> LoadingBars:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def show(self, name: str, loaded_nbytes: int, nbytes: int) -> None:
+        """Say how much of a model is there."""
+        begun = self._begun.setdefault(name, time.monotonic())
+        if self._progress is not None:
+            if name not in self._tasks:
+                self._tasks[name] = self._progress.add_task(name, total=nbytes)
+            self._progress.update(self._tasks[name], completed=loaded_nbytes)
+        elif loaded_nbytes == nbytes:
+            seconds = time.monotonic() - begun
+            print(f"loaded {name!r}: {nbytes / 2**30:.2f} GiB in {seconds:.1f} s", flush=True)

@@ -133,7 +133,7 @@ class ServePoolOptions:
     port: int = 8000  # 0: any that is free
     max_connections: int = 4096  # more are closed at once
     grace_s: float = 30.0  # for running requests after SIGTERM
-    stuck_after_s: float = 600.0  # of one step or one load, after which the server ends with status 3; 0: any time
+    stuck_after_s: float = 600.0  # of one step, after which the server ends with status 3; 0: any time
     access_log: bool = False  # a line for each request
     pool: PoolOptions = field(default_factory=lambda: PoolOptions(NOT_GIVEN))
     http: HttpOptions = field(default_factory=HttpOptions)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from launch.console import LoadingBars
 from launch.inference import join_device, load_codec
 from launch.options import ADMIN_KEY_VARIABLE, KEY_VARIABLE, PoolModelOptions, ServePoolOptions
 from yafsdp_like.hardware import Hardware
@@ -61,11 +62,16 @@ def load_pool(options: ServePoolOptions) -> LoadedPool:
     print(plan, flush=True)
     pool = ModelPool(plan, {name: each.model for name, each in opened.items()}, device)
     driver = PoolDriver(pool, {name: options.models[name].ttl_s or 0 for name in opened if options.models[name].ttl_s})
-    for error in driver.load_all().values():
+    for error in _load_all(driver).values():
         print(f"warning: {error}", flush=True)
     parsers = [_parser(name, each, options, pool.engine(name).max_seq_len) for name, each in opened.items()]
     print(f"requests call the models {', '.join(map(repr, opened))}", flush=True)
     return LoadedPool(driver, Catalog(parsers, errors, is_pool=True), device)
+
+
+def _load_all(driver: PoolDriver) -> dict[str, str]:
+    with LoadingBars() as bars:
+        return driver.load_all(lambda name, figures: bars.show(name, figures.loaded_nbytes, figures.weights_nbytes))
 
 
 def _open_all(options: ServePoolOptions) -> tuple[dict[str, _Opened], dict[str, str]]:

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.engine.engine import Completion, Engine, Metrics
     from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request, RequestOutput, Token
     from yafsdp_like.inference.options import EngineOptions, PoolOptions
-    from yafsdp_like.inference.pool.host_weights import HostFullError
+    from yafsdp_like.inference.pool.host_weights import HostFullError, ModelUnavailableError
+    from yafsdp_like.inference.pool.member import ModelState
     from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
-    from yafsdp_like.inference.pool.pool import ModelPool, ModelState
+    from yafsdp_like.inference.pool.pool import ModelPool
     from yafsdp_like.inference.weights.loading import open_model, world_transport
     from yafsdp_like.kernels.sampling_params import SamplingParams
 
@@ -27,6 +28,7 @@ __all__ = [
     "Metrics",
     "ModelPool",
     "ModelState",
+    "ModelUnavailableError",
     "PoolOptions",
     "PooledModel",
     "QueueFullError",
@@ -46,9 +48,10 @@ _MODULES = {
     ),
     **dict.fromkeys(("open_model", "world_transport"), "inference.weights.loading"),
     **dict.fromkeys(("EngineOptions", "PoolOptions"), "inference.options"),
-    **dict.fromkeys(("ModelPool", "ModelState"), "inference.pool.pool"),
+    "ModelPool": "inference.pool.pool",
+    "ModelState": "inference.pool.member",
     **dict.fromkeys(("PooledModel", "plan_pool"), "inference.pool.plan"),
-    "HostFullError": "inference.pool.host_weights",
+    **dict.fromkeys(("HostFullError", "ModelUnavailableError"), "inference.pool.host_weights"),
     "SamplingParams": "kernels.sampling_params",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -77,11 +78,22 @@ def unreadable(model: Model) -> Model:
     return replace(model, source=source)
 
 
+def gated(model: Model, gate: threading.Event) -> Model:
+    """What can be read while the gate is open."""
+
+    def source(device: torch.device) -> Source:
+        assert gate.wait(SECONDS)
+        return model.source(device)
+
+    return replace(model, source=source)
+
+
 @contextlib.contextmanager
 def serving_pool(
     codec: Codec,
     ttls: dict[str, float] | None = None,
     failing: str = "",
+    gate: threading.Event | None = None,
     errors: dict[str, str] | None = None,
     wrap: Callable[[PoolDriver], Any] = lambda driver: driver,
     admin_key: str | None = "admins",
@@ -90,9 +102,11 @@ def serving_pool(
 ) -> Iterator[Running]:
     models = {name: model_of(decoder_of(codec, name)) for name in NAMES}
     models |= {name: unreadable(models[name]) for name in [failing] if name}
+    models["deep"] = models["deep"] if gate is None else gated(models["deep"], gate)
     plan = plan_of(codec, **pool_options)
     driver = PoolDriver(ModelPool(plan, models), ttls)
-    driver.load_all()
+    if gate is None:
+        driver.load_all()
     parsers = [
         RequestParser(
             codec,
@@ -184,7 +198,7 @@ def test_admins_move_models_and_users_do_not(codec: Codec) -> None:
         assert admin("deep", "wake_up") == (200, "awake")
         assert states(running) == {"plain": "asleep", "deep": "awake"}
         assert admin("deep", "sleep") == (200, "asleep")
-        assert admin("deep", "unload") == (200, "on disk")
+        assert admin("deep", "unload") == (200, "absent")
         assert admin("deep", "load") == (200, "asleep")
         assert admin("gpt-9", "load")[0] == 404
         assert admin("deep", "explode")[0] == 422
@@ -223,6 +237,56 @@ def test_a_client_that_leaves_while_its_model_waits_to_wake_leaves_nothing_behin
         assert running.numbers()["yafsdp_like_model_num_wakes,deep"] == 0
 
 
+def test_a_model_is_read_beside_the_answers_of_another_and_says_how_far_it_is(codec: Codec) -> None:
+    gate = threading.Event()
+    with serving_pool(codec, gate=gate) as running, ThreadPoolExecutor(2) as threads:
+        assert states(running) == {"plain": "absent", "deep": "absent"}
+        waiting = threads.submit(running.post, COMPLETIONS, {**BODY, "model": "deep"})
+        admin = threads.submit(running.post, "/admin/models/deep/wake_up", headers=ADMIN_KEY)
+        assert soon(lambda: states(running)["deep"] == "loading")
+        assert running.post(COMPLETIONS, {**BODY, "model": "plain"}).status_code == 200
+        assert not waiting.done() and not admin.done() and states(running)["deep"] == "loading"
+        deep = running.get("/v1/models/deep").json()
+        assert deep["loaded_nbytes"] == 0 < deep["weights_nbytes"]
+        assert running.numbers()["yafsdp_like_model_state,deep,loading"] == 1
+        gate.set()
+        assert waiting.result(SECONDS).json()["choices"][0]["text"] == alone(codec, "deep", PROMPT)
+        assert admin.result(SECONDS).json()["state"] in ("awake", "waking")
+        assert running.numbers()["yafsdp_like_model_loaded_nbytes,deep"] == deep["weights_nbytes"]
+
+
+def test_a_load_ends_when_its_only_client_leaves_and_when_an_admin_unloads_the_model(codec: Codec) -> None:
+    gate = threading.Event()
+    with serving_pool(codec, gate=gate) as running, ThreadPoolExecutor(1) as threads:
+        with running.http.stream("POST", COMPLETIONS, json={**BODY, "model": "deep", "stream": True}):
+            assert soon(lambda: states(running)["deep"] == "loading")
+        assert soon(lambda: states(running)["deep"] == "absent" and running.service.num_requests == 0)
+        refused = running.post("/admin/models/deep/load", headers=ADMIN_KEY)
+        assert refused.status_code == 503 and "until its cancelled load ends" in refused.text
+        gate.set()
+        assert soon(lambda: running.post("/admin/models/deep/load", headers=ADMIN_KEY).status_code == 200)
+        assert running.post("/admin/models/deep/unload", headers=ADMIN_KEY).json()["state"] == "absent"
+        gate.clear()
+        admin = threads.submit(running.post, "/admin/models/deep/load", headers=ADMIN_KEY)
+        assert soon(lambda: states(running)["deep"] == "loading")
+        assert running.post("/admin/models/deep/unload", headers=ADMIN_KEY).json()["state"] == "absent"
+        answer = admin.result(SECONDS)
+        gate.set()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "model_busy")
+
+
+def test_a_request_whose_model_fails_while_it_waits_is_refused_with_the_reason(codec: Codec) -> None:
+    gate = threading.Event()
+    with serving_pool(codec, failing="deep", gate=gate) as running, ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(running.post, COMPLETIONS, {**BODY, "model": "deep"})
+        assert soon(lambda: states(running)["deep"] == "loading")
+        gate.set()
+        answer = waiting.result(SECONDS)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_unavailable")
+        assert "OSError: the disk is gone" in answer.text and "retry-after" in answer.headers
+        assert states(running)["deep"] == "failed"
+
+
 def test_a_model_that_fails_is_reported_and_refused_and_others_serve(codec: Codec) -> None:
     errors = {"lost": "model 'lost' could not be opened: there is no such directory"}
     with serving_pool(codec, failing="deep", errors=errors) as running:
@@ -244,7 +308,7 @@ def test_a_model_without_room_in_host_memory_is_refused_with_the_numbers_until_a
 ) -> None:
     nbytes = {name: plan.image_nbytes for name, plan in plan_of(codec).models.items()}
     with serving_pool(codec, host_weights_nbytes=max(nbytes.values())) as running:
-        assert states(running) == {"plain": "asleep", "deep": "on disk"}
+        assert states(running) == {"plain": "asleep", "deep": "absent"}
         answer = running.post(COMPLETIONS, {**BODY, "model": "deep"})
         assert answer.status_code == 503 and f"needs {nbytes['deep']:,} bytes of host memory" in answer.text
         assert running.post("/admin/models/plain/unload", headers=ADMIN_KEY).status_code == 200

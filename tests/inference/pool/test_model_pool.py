@@ -29,9 +29,10 @@ from yafsdp_like.inference.kv.eviction import Tenant
 from yafsdp_like.inference.kv.kv_cache import Tier
 from yafsdp_like.inference.options import EngineOptions, PoolOptions
 from yafsdp_like.inference.pool import pool as pool_module
-from yafsdp_like.inference.pool.host_weights import HostFullError
+from yafsdp_like.inference.pool.host_weights import HostFullError, ModelUnavailableError
+from yafsdp_like.inference.pool.member import ModelState
 from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
-from yafsdp_like.inference.pool.pool import ModelPool, ModelState
+from yafsdp_like.inference.pool.pool import ModelPool
 from yafsdp_like.inference.weights.loading import Model, ModuleSource, model_of
 from yafsdp_like.memory.streams import COMPUTE, HOST_TO_DEVICE
 
@@ -179,6 +180,7 @@ def test_a_model_in_waiting_is_prefetched_into_slabs_that_hold_no_page_in_use() 
 
 def test_a_request_that_is_cancelled_while_its_model_sleeps_ends_without_waking_it() -> None:
     pool = model_pool(SMALL, max_turn_steps=10_000)
+    pool.load_all()
     for name, key in (("plain", "a"), ("windows", "b")):
         pool.add(name, Request(key, (1, 2, 3), GREEDY, max_tokens=8))
     pool.step()
@@ -264,10 +266,12 @@ def test_a_model_that_fails_to_load_is_reported_and_the_others_are_served() -> N
     pool = ModelPool(plan_pool(pooled(), PoolOptions(buffers_nbytes() + SMALL)), models)
     assert {name: str(error) for name, error in pool.load_all().items()} == {"windows": "no such file"}
     assert pool.states() == {
-        "plain": ModelState.ASLEEP, "windows": ModelState.ON_DISK, "wide, tied": ModelState.ASLEEP,
+        "plain": ModelState.ASLEEP, "windows": ModelState.FAILED, "wide, tied": ModelState.ASLEEP,
     }  # fmt: skip
-    with pytest.raises(OSError, match="no such file"):
+    with pytest.raises(ModelUnavailableError, match="'windows' could not be loaded: OSError: no such file"):
         pool.add("windows", Request("a", (1,)))
+    with pytest.raises(OSError, match="no such file"):
+        pool.load("windows")
     texts = prompts(2)
     assert tokens(pool.generate({"plain": requests(texts)})) == {"plain": alone("plain", texts)}
     check_idle(pool)
@@ -286,7 +290,7 @@ def test_host_memory_is_limited_and_refuses_with_the_numbers_until_a_model_is_un
     while pool.has_work:
         pool.step()
     pool.unload("plain")
-    assert pool.states()["plain"] is ModelState.ON_DISK
+    assert pool.states()["plain"] is ModelState.ABSENT
     with pytest.raises(HostFullError, match=rf"{nbytes['plain']:,} in a row \(bytes of other models: 'windows'"):
         pool.load("wide, tied")
     pool.unload("windows")
@@ -413,7 +417,7 @@ def test_whatever_is_asked_between_two_steps_every_answer_is_that_of_the_model_a
     ended: dict[tuple[str, str], FinishReason] = {}
 
     def act(name: str) -> None:
-        match draw.randrange(12):
+        match draw.randrange(13):
             case 0 | 1 | 2:
                 which = draw.randrange(4)
                 key = str(len(asked))
@@ -430,6 +434,8 @@ def test_whatever_is_asked_between_two_steps_every_answer_is_that_of_the_model_a
                 pool.cancel(*draw.choice([*asked]))
             case 7 if not pool._members[name].engine.has_work:
                 pool.unload(name)
+            case 8:
+                pool.start_loading(name)
 
     def read() -> None:
         for name, output in pool.step():

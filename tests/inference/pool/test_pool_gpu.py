@@ -12,8 +12,9 @@ from tests.inference.engine.test_engine import allocations, decoder, prompts, re
 from tests.inference.pool.test_model_pool import CONFIGS, ONE, alone, tokens
 from yafsdp_like.hardware import Hardware
 from yafsdp_like.inference.options import EngineOptions, PoolOptions
+from yafsdp_like.inference.pool.member import ModelState
 from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
-from yafsdp_like.inference.pool.pool import ModelPool, ModelState
+from yafsdp_like.inference.pool.pool import ModelPool
 from yafsdp_like.inference.weights.loading import model_of, random_model
 from yafsdp_like.models import DecoderConfig
 

@@ -345,6 +345,10 @@ class Engine:
         """End requests that were cancelled or are late, as every ``step`` does, and return their last outputs."""
         return [self._finish(sequence, reason) for sequence, reason in self._over()]
 
+    def end_all(self, reason: FinishReason) -> list[RequestOutput]:
+        """End all requests, none of which has a token under way, and return their last outputs."""
+        return [self._finish(sequence, reason) for sequence in list(self._sequences.values())]
+
     def _over(self) -> list[tuple[ActiveRequest, FinishReason]]:
         """Return the requests that end now, whatever they have drawn, each once, and why."""
         over = dict.fromkeys(self._cancelled, FinishReason.CANCELLED)

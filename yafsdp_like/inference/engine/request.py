@@ -21,6 +21,7 @@ class FinishReason(Enum):
     LENGTH = "length"  # max_tokens were drawn
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    FAILED = "failed"  # its model could not be loaded
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,4 @@ class RequestOutput:
     tokens: tuple[Token, ...]  # since the output before
     finish: FinishReason | None = None
     num_cached_tokens: int = 0  # of the prompt, that were not computed
+    error: str | None = None  # why it FAILED

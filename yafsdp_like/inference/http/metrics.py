@@ -15,7 +15,8 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from yafsdp_like.inference.engine.request import FinishReason
-from yafsdp_like.inference.pool.driver import STATES, ModelStatus
+from yafsdp_like.inference.pool.driver import ModelStatus
+from yafsdp_like.inference.pool.member import ModelState
 
 BUCKETS_S = 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 STEP_BUCKETS_S = 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1, 5  # of a step or two
@@ -53,6 +54,8 @@ ENGINE_HELP = {  # of the engine's figures by name, and so of the gauges ``yafsd
 
 MODEL_HELP = {  # of figures of each model of a pool, and so of the gauges ``yafsdp_like_model_NAME``
     "state": "1 for the state that the model is in",
+    "weights_nbytes": "Bytes of the model's weights",
+    "loaded_nbytes": "Bytes of the model's weights that are in host memory: how far a load has got",
     "num_wakes": "Times that the model woke",
     "nbytes_copied": "Bytes of weights copied from host memory, prefetched ones included",
     "wake_seconds": "Seconds from a wake to all weights being there: what requests waited for them, or more",
@@ -98,9 +101,11 @@ class ServerMetrics:
 
     def _set_model(self, name: str, status: ModelStatus) -> None:
         """Gauges of one model of a pool."""
-        for state in STATES:
-            self._model_gauge("state").labels(name, state).set(state == status.state)
+        for state in ModelState:
+            self._model_gauge("state").labels(name, state.value).set(state is status.state)
         for figure, value in {
+            "weights_nbytes": status.figures.weights_nbytes,
+            "loaded_nbytes": status.figures.loaded_nbytes,
             "num_wakes": status.figures.num_wakes,
             "nbytes_copied": status.figures.nbytes_copied,
             "wake_seconds": status.figures.wake_s,

@@ -15,13 +15,16 @@ from fastapi import FastAPI
 from yafsdp_like.inference.http.catalog import Catalog
 from yafsdp_like.inference.http.errors import ApiError, unavailable
 from yafsdp_like.inference.http.service import Service, UnavailableError
-from yafsdp_like.inference.pool.driver import FAILED, ModelStatus, ModelUnavailableError, PoolDriver
+from yafsdp_like.inference.pool.driver import ModelStatus, PoolDriver
+from yafsdp_like.inference.pool.host_weights import ModelUnavailableError
+from yafsdp_like.inference.pool.member import ModelState
 
 T = TypeVar("T")
 Action = Literal["load", "unload", "sleep", "wake_up"]
 
 STATES_S = 5.0  # that the engine has to say how its models stand
-ADMIN_S = 600.0  # that a model has to be loaded
+ADMIN_S = 600.0  # that it has to do what an admin wants, between two steps
+LOOK_S = 0.1  # between two looks at a load
 
 
 async def ask(service: Service[Any], function: Callable[[Any], T], within_s: float) -> T:
@@ -42,10 +45,12 @@ def add_model_routes(app: FastAPI, service: Service[Any], catalog: Catalog) -> N
     def listed(name: str, status: ModelStatus | None = None) -> dict[str, Any]:
         model: dict[str, Any] = {"id": name, "object": "model", "created": created, "owned_by": "yafsdp_like"}
         if name in catalog.errors:
-            return {**model, "state": FAILED, "error": catalog.errors[name]}
+            return {**model, "state": ModelState.FAILED.value, "error": catalog.errors[name]}
         model["max_model_len"] = catalog.parsers[name].options.max_seq_len
         if status is not None:
-            model["state"] = status.state
+            model["state"] = status.state.value
+            model["weights_nbytes"] = status.figures.weights_nbytes
+            model["loaded_nbytes"] = status.figures.loaded_nbytes
             if status.error is not None:
                 model["error"] = status.error
         return model
@@ -71,7 +76,21 @@ def add_model_routes(app: FastAPI, service: Service[Any], catalog: Catalog) -> N
         @app.post("/admin/models/{name:path}/{action}")
         async def administer(name: str, action: Action) -> dict[str, Any]:
             known = catalog.find(name).options.model_name
+            if action in ("load", "wake_up"):
+                await _load(service, known)
             return listed(known, await ask(service, lambda pool: _administer(pool, known, action), ADMIN_S))
+
+
+async def _load(service: Service[Any], name: str) -> None:
+    """Have a model loaded beside the steps of others, and return once it is. Raises ApiError."""
+    status = await ask(service, lambda pool: _administer(pool, name, "load"), STATES_S)
+    while status.state is ModelState.LOADING:
+        await asyncio.sleep(LOOK_S)
+        status = (await ask(service, lambda pool: pool.models(), STATES_S))[name]
+    if status.error is not None:
+        raise unavailable(status.error, code="model_unavailable")
+    if status.state is ModelState.ABSENT:
+        raise ApiError(409, f"model {name!r} was unloaded while it was being loaded", code="model_busy")
 
 
 def _administer(pool: PoolDriver, name: str, action: Action) -> ModelStatus:

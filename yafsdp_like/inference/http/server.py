@@ -45,7 +45,7 @@ from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.http.responses import Choice, ParsedRequest
 from yafsdp_like.inference.http.service import Service, ServiceState, UnavailableError
 from yafsdp_like.inference.http.stream import Stream
-from yafsdp_like.inference.pool.driver import ModelUnavailableError
+from yafsdp_like.inference.pool.host_weights import ModelUnavailableError
 from yafsdp_like.inference.text.codec import Codec, Piece
 
 T = TypeVar("T")
@@ -149,7 +149,7 @@ class OpenAIHandler:
                 choice.num_cached_tokens = max(choice.num_cached_tokens, output.num_cached_tokens)
                 piece = choice.transcript.push(output)
                 latency.observe_output(choice.index, len(output.tokens), piece.finish)
-                _check_finish(piece.finish)
+                _check_finish(piece.finish, output.error)
                 if piece.finish is not None and output.finish is None:
                     stream.cancel(output.request_id)
                 yield choice, piece
@@ -218,7 +218,9 @@ def _deadline_error() -> ApiError:
     return ApiError(504, message, code="deadline_exceeded")
 
 
-def _check_finish(finish: FinishReason | None) -> None:
+def _check_finish(finish: FinishReason | None, error: str | None) -> None:
+    if finish is FinishReason.FAILED:
+        raise unavailable(error or "the request has failed", code="model_unavailable")
     if finish is FinishReason.DEADLINE:
         raise _deadline_error()
     if finish is FinishReason.CANCELLED:

@@ -1,7 +1,7 @@
 """A pool of models as one engine: what a service needs of an engine, for requests that say which model they are for.
 
-Owns which requests are under way and whose they are, why models could not be loaded, and how long idle models stay on
-the device. Knows nothing of threads, text or HTTP.
+Owns which requests are under way and whose they are, and how long idle models stay on the device. Knows nothing of
+threads, text or HTTP.
 """
 
 from __future__ import annotations
@@ -10,22 +10,16 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from yafsdp_like.inference.pool.host_weights import HostFullError
-from yafsdp_like.inference.pool.pool import ModelState
+from yafsdp_like.inference.pool.host_weights import ModelUnavailableError
+from yafsdp_like.inference.pool.member import ModelState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from yafsdp_like.inference.engine.engine import Metrics
     from yafsdp_like.inference.engine.request import Request, RequestOutput
-    from yafsdp_like.inference.pool.pool import ModelFigures, ModelPool
-
-FAILED = "failed"  # the state of a model that could not be loaded
-STATES = *(state.value for state in ModelState), FAILED
-
-
-class ModelUnavailableError(RuntimeError):
-    """A model of the pool cannot be asked: it could not be loaded, or has no room in host memory."""
+    from yafsdp_like.inference.pool.member import ModelFigures
+    from yafsdp_like.inference.pool.pool import ModelPool
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,7 @@ class WaitingLimit:
 class ModelStatus:
     """How one model of a pool stands."""
 
-    state: str  # one of STATES
+    state: ModelState
     error: str | None  # why it failed
     engine: Metrics
     figures: ModelFigures
@@ -80,8 +74,8 @@ class PoolMetrics:
 class PoolDriver:
     """A pool's models behind the calls of one engine; ``Request.model`` says which one is asked.
 
-    A model whose weights are not on the host is loaded by its next request, in the thread that steps: others wait for
-    it. One that failed to load is not tried again until ``load``. Not safe for threads.
+    A model whose weights are not on the host is loaded for its next request, beside the steps of others. One that
+    failed to load is not tried again until ``load``. Not safe for threads.
     """
 
     def __init__(
@@ -92,7 +86,6 @@ class PoolDriver:
         A model sleeps late by as much as a service waits between two looks for work.
         """
         self.options = WaitingLimit(max(pool.engine(name).options.max_waiting for name in pool.plan.models))
-        self.failures: dict[str, str] = {}  # why models could not be loaded
         self._pool, self._ttls, self._clock = pool, dict(ttls or {}), clock
         self._models: dict[str, str] = {}  # of requests that have not ended, by id
         self._idle_since = dict.fromkeys(pool.plan.models, clock())
@@ -105,16 +98,9 @@ class PoolDriver:
         return self._pool.has_work or any(self._expired())
 
     def add(self, request: Request) -> None:
-        """Queue a request of a model, which is loaded if it is not.
-
-        Raises ModelUnavailableError where it cannot be, and what ``Engine.add`` does.
-        """
-        name = request.model
-        if name in self.failures:
-            raise ModelUnavailableError(self.failures[name])
-        self._read(name)
-        self._pool.add(name, request)
-        self._models[request.id] = name
+        """Queue a request of a model, as ``ModelPool.add`` does, and raise what it raises."""
+        self._pool.add(request.model, request)
+        self._models[request.id] = request.model
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request, wherever its model is; its last output comes from ``step``. Harmless once it has ended."""
@@ -154,40 +140,30 @@ class PoolDriver:
 
     def models(self) -> dict[str, ModelStatus]:
         """Return how each model stands."""
-        states, figures = self._pool.states(), self._pool.figures()
+        states, figures, failures = self._pool.states(), self._pool.figures(), self._pool.failures()
         return {
-            name: ModelStatus(
-                FAILED if name in self.failures else state.value,
-                self.failures.get(name),
-                self._pool.engine(name).metrics(),
-                figures[name],
-            )
+            name: ModelStatus(state, failures.get(name), self._pool.engine(name).metrics(), figures[name])
             for name, state in states.items()
         }
 
-    def load_all(self) -> dict[str, str]:
-        """Load all models, and return why those that are not there could not be; the others can be asked.
+    def load_all(self, watch: Callable[[str, ModelFigures], object] = lambda name, figures: None) -> dict[str, str]:
+        """Load all models, one after the other, and return why those that are not there could not be.
 
-        One without room in host memory has not failed: its requests are refused until another is unloaded.
+        The others can be asked. One without room in host memory has not failed: its requests are refused until another
+        is unloaded.
         """
-        found: dict[str, str] = {}
-        for name in self._pool.plan.models:
-            try:
-                self.load(name)
-            except ModelUnavailableError as error:
-                found[name] = str(error)
-        return found
+        errors = {name: str(error) for name, error in self._pool.load_all(watch).items()}
+        return errors | self._pool.failures()
 
     def load(self, name: str) -> None:
-        """Read a model's weights into host memory, even if that has failed before.
+        """Begin to read a model's weights into host memory, even if that has failed before.
 
-        Raises ModelUnavailableError where it cannot be.
+        How it goes is in ``models``. Raises HostFullError, with the numbers, where there is no room.
         """
-        self.failures.pop(name, None)
-        self._read(name)
+        self._pool.start_loading(name)
 
     def unload(self, name: str) -> None:
-        """Take a model from device and host. Raises ValueError while it has requests."""
+        """Take a model from device and host, or load it no further. Raises ValueError while it has requests."""
         self._pool.unload(name)
 
     def sleep(self, name: str) -> None:
@@ -195,17 +171,9 @@ class PoolDriver:
         self._pool.sleep(name)
 
     def wake_up(self, name: str) -> None:
-        """Wake a model; those in its way sleep. Raises ModelUnavailableError where it cannot be loaded."""
-        self.load(name)
+        """Wake a model; those in its way sleep. Raises ModelUnavailableError while it is not loaded."""
+        state = self._pool.states()[name]
+        if state in (ModelState.ABSENT, ModelState.LOADING, ModelState.FAILED):
+            raise ModelUnavailableError(f"model {name!r} is {state.value}: it can be woken once it is loaded")
         self._idle_since[name] = self._clock()
         self._pool.wake_up(name)
-
-    def _read(self, name: str) -> None:
-        try:
-            self._pool.load(name)
-        except HostFullError as error:
-            raise ModelUnavailableError(str(error)) from error
-        except Exception as error:
-            words = f"model {name!r} could not be loaded: {type(error).__name__}: {error}"
-            self.failures[name] = words
-            raise ModelUnavailableError(words) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from yafsdp_like.memory.layout import Segment
@@ -12,8 +13,21 @@ if TYPE_CHECKING:
     from yafsdp_like.memory.arena import Place
 
 
-class HostFullError(RuntimeError):
+class ModelUnavailableError(RuntimeError):
+    """A model of the pool cannot be asked: it could not be loaded, or has no room in host memory."""
+
+
+class HostFullError(ModelUnavailableError):
     """Host memory for weights has no room for a model; unload another one, or give it more."""
+
+
+@dataclass(eq=False)
+class HostImage:
+    """A model's range of host memory, whether its weights are there yet or not."""
+
+    name: str
+    place: Place
+    is_cancelled: bool = False  # its load is: the bytes are free as soon as nobody writes them
 
 
 class HostWeights:
@@ -21,34 +35,36 @@ class HostWeights:
 
     def __init__(self, region: Place) -> None:
         self._region = region
-        self._segments: dict[str, Segment] = {}
+        self._images: list[HostImage] = []
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._segments
-
-    def put(self, name: str, nbytes: int) -> Place:
+    def put(self, name: str, nbytes: int) -> HostImage:
         """Return the place of a new image; raises HostFullError, with the numbers, where no range is so large."""
-        assert name not in self._segments, f"model {name!r} has an image already"
         gaps = list(self._gaps())
         start = next((gap.offset_nbytes for gap in gaps if gap.nbytes >= nbytes), None)
         if start is None:
-            held = ", ".join(f"{other!r} {segment.nbytes:,}" for other, segment in self._segments.items())
+            held = ", ".join(self._described()) or "none"
             free = [gap.nbytes for gap in gaps]
             raise HostFullError(
                 f"model {name!r} needs {nbytes:,} bytes of host memory for its weights; of "
                 f"{self._region.segment.nbytes:,} bytes {sum(free):,} are free, {max(free):,} in a row (bytes of other "
-                f"models: {held or 'none'}): unload one of them, or raise host_weights_nbytes"
+                f"models: {held}): unload one of them, or raise host_weights_nbytes"
             )
-        self._segments[name] = Segment(start, nbytes)
-        return self._region.part(self._segments[name])
+        self._images.append(HostImage(name, self._region.part(Segment(start, nbytes))))
+        return self._images[-1]
 
-    def drop(self, name: str) -> None:
+    def drop(self, image: HostImage) -> None:
         """Free the bytes of an image."""
-        del self._segments[name]
+        self._images.remove(image)
+
+    def _described(self) -> Iterator[str]:
+        for image in self._images:
+            words = " until its cancelled load ends" if image.is_cancelled else ""
+            yield f"{image.name!r} {image.place.segment.nbytes:,}{words}"
 
     def _gaps(self) -> Iterator[Segment]:
+        start = self._region.segment.offset_nbytes
         end = 0
-        for segment in sorted(self._segments.values(), key=lambda segment: segment.offset_nbytes):
-            yield Segment(end, segment.offset_nbytes - end)
-            end = segment.end_nbytes
+        for segment in sorted((image.place.segment for image in self._images), key=lambda each: each.offset_nbytes):
+            yield Segment(end, segment.offset_nbytes - start - end)
+            end = segment.end_nbytes - start
         yield Segment(end, self._region.segment.nbytes - end)

@@ -2,7 +2,7 @@
 
     plan = plan_pool({"large": PooledModel(config), ...}, PoolOptions(memory_limit_nbytes=...))
     pool = ModelPool(plan, {"large": open_model("directory"), ...}, "cuda")
-    pool.load("large")
+    pool.start_loading("large")  # beside the steps of others; requests of a model that is not loaded wait for it
     pool.generate({"large": [Request("a", prompt=(1, 2, 3))]})
 
 All memory is allocated, all kernels are compiled and all steps recorded when the pool is made. Switching then moves
@@ -22,20 +22,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, replace
-from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.engine.collector import collector_paused
 from yafsdp_like.inference.engine.engine import Completion, Engine
 from yafsdp_like.inference.engine.places import POLICIES, EnginePlaces, bytes_of
-from yafsdp_like.inference.engine.request import QueueFullError
+from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
 from yafsdp_like.inference.kv.kv_cache import Tier, check_integrity
 from yafsdp_like.inference.kv.pages import PagePool
 from yafsdp_like.inference.kv.slabs import check
 from yafsdp_like.inference.plan.buffers import TABLES
 from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS
-from yafsdp_like.inference.pool.host_weights import HostWeights
+from yafsdp_like.inference.pool.host_weights import HostWeights, ModelUnavailableError
+from yafsdp_like.inference.pool.loads import LOOK_S, Loads
+from yafsdp_like.inference.pool.member import Member, ModelFigures, ModelState
 from yafsdp_like.inference.pool.plan import HOST_WEIGHTS, SLABS, ModelPlan, PoolPlan
 from yafsdp_like.inference.pool.residence import Residence
 from yafsdp_like.inference.pool.weights import PooledWeights
@@ -45,7 +46,7 @@ from yafsdp_like.memory.pinned import pin_arena
 from yafsdp_like.memory.streams import streams_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
@@ -56,15 +57,6 @@ if TYPE_CHECKING:
 _PREFETCHED_AT_ONCE = 3  # units on their way, for which steps must wait if their slabs are taken back
 
 
-class ModelState(Enum):
-    """Where the weights of a model are."""
-
-    ON_DISK = "on disk"
-    ASLEEP = "asleep"  # in host memory
-    WAKING = "waking"  # on their way to the device
-    AWAKE = "awake"
-
-
 @dataclass(frozen=True)
 class Switch:
     """A model that woke: what was copied for it, beside what was still or already there."""
@@ -72,42 +64,6 @@ class Switch:
     model: str
     nbytes: int
     num_slept: int  # models that went to sleep for it
-
-
-@dataclass(frozen=True)
-class ModelFigures:
-    """What switches of one model took, since the start."""
-
-    num_wakes: int
-    nbytes_copied: int  # from the host, prefetched ones included
-    wake_s: float  # from its turn to all weights being there, seen between steps: what requests waited for, or more
-
-
-@dataclass(eq=False)
-class _Member:
-    """A model of the pool."""
-
-    plan: ModelPlan
-    model: Model
-    weights: PooledWeights
-    residence: Residence
-    engine: Engine
-    is_awake: bool = False
-    last_step: int = 0  # of the pool, that was this model's
-    waits_since: int = 0  # the pool's steps when it began to wait for its turn
-    num_wakes: int = 0
-    wake_s: float = 0.0  # of wakes that are over
-    woken_at: float | None = None  # in seconds of time.monotonic(), while weights arrive
-
-    @property
-    def name(self) -> str:
-        return self.plan.name
-
-    def note_arrival(self) -> None:
-        """See whether all weights are there, or no longer wanted, and for how long that took."""
-        if self.woken_at is not None and not (self.is_awake and self.weights.is_arriving()):
-            self.wake_s += time.monotonic() - self.woken_at
-            self.woken_at = None
 
 
 class ModelPool:
@@ -132,7 +88,7 @@ class ModelPool:
             pin_arena(self.host, self.device)
         self.switches: deque[Switch] = deque(maxlen=1024)
         self.num_steps = 0
-        self._host_weights = HostWeights(self.host.place(HOST_WEIGHTS))
+        self._loads = Loads(HostWeights(self.host.place(HOST_WEIGHTS)), self.device)
         self._regions = {Tier.DEVICE: bytes_of(self.arena, SLABS)}
         policy = POLICIES[plan.options.policy]
         self._pools = {Tier.DEVICE: PagePool(plan.grid, policy(), plan.options.tenants, plan.lend_late)}
@@ -140,10 +96,10 @@ class ModelPool:
             self._regions[Tier.HOST] = bytes_of(self.host, HOST_KV_SLABS)
             self._pools[Tier.HOST] = PagePool(plan.host_grid, policy())
         self._members = {name: self._member(plan.models[name], model) for name, model in models.items()}
-        self._outputs: list[tuple[str, RequestOutput]] = []  # of models that were suspended
+        self._outputs: list[tuple[str, RequestOutput]] = []  # of models that were suspended, or could not be loaded
         self._may_prefetch = True
 
-    def _member(self, plan: ModelPlan, model: Model) -> _Member:
+    def _member(self, plan: ModelPlan, model: Model) -> Member:
         def place_of(kind: str) -> Place:
             return self.arena.place(plan.tables_region if kind == TABLES else kind)
 
@@ -151,58 +107,68 @@ class ModelPool:
         buffers = plan.serving.buffers.tensors(place_of)
         places = EnginePlaces(buffers, self._regions, self._pools, partial(self._make_room, plan.name))
         residence = Residence(plan, self._pools[Tier.DEVICE], weights)
-        return _Member(plan, model, weights, residence, Engine(weights, places))
+        return Member(plan, model, weights, residence, Engine(weights, places))
 
     # --- where weights are ---
 
     def states(self) -> dict[str, ModelState]:
         """Return where the weights of each model are."""
-        return {name: self._state(member) for name, member in self._members.items()}
-
-    def _state(self, member: _Member) -> ModelState:
-        if member.is_awake:
-            return ModelState.WAKING if member.weights.is_arriving() else ModelState.AWAKE
-        return ModelState.ASLEEP if member.name in self._host_weights else ModelState.ON_DISK
+        self._settle()
+        return {name: member.state for name, member in self._members.items()}
 
     def is_awake(self, name: str) -> bool:
         """Return whether a model is awake, or waking."""
         return self._find(name).is_awake
 
+    def failures(self) -> dict[str, str]:
+        """Return why models have failed to load, by name."""
+        self._settle()
+        return {name: words for name, member in self._members.items() if (words := member.failure_words)}
+
     def figures(self) -> dict[str, ModelFigures]:
-        """Return what switches of each model took."""
+        """Return how much of each model is loaded, and what its switches took."""
+        self._settle()
         for member in self._members.values():
             member.note_arrival()
-        return {
-            name: ModelFigures(member.num_wakes, member.residence.nbytes_copied, member.wake_s)
-            for name, member in self._members.items()
-        }
+        return {name: member.figures for name, member in self._members.items()}
 
     def engine(self, name: str) -> Engine:
         """Return the engine of a model, whose options and metrics may be read; its calls are the pool's to make."""
         return self._find(name).engine
 
-    def load(self, name: str) -> None:
-        """Read a model's weights into host memory, unless they are there.
+    def start_loading(self, name: str) -> None:
+        """Begin to read a model's weights into host memory, unless they are there or on their way.
 
-        Raises HostFullError where there is no room for them, and what reading raises; nothing is changed then.
+        Steps of other models go on meanwhile; what becomes of it is in ``states``. A model that has failed is tried
+        again. Raises HostFullError, with the numbers, where there is no room.
         """
         member = self._find(name)
-        if name in self._host_weights:
-            return
-        image = self._host_weights.put(name, member.plan.image_nbytes)
-        try:
-            member.weights.load(image, member.model.source(self.device))
-            member.weights.finish_loading()
-        except BaseException:
-            self._host_weights.drop(name)
-            raise
+        self._settle()
+        self._loads.start(member, on_demand=False)
 
-    def load_all(self) -> dict[str, Exception]:
+    def load(self, name: str, watch: Callable[[ModelFigures], object] = lambda figures: None) -> None:
+        """Read a model's weights into host memory, unless they are there, and return once they are.
+
+        ``watch`` is called meanwhile, and at the end. Raises HostFullError where there is no room, and what reading
+        raises; nothing is changed then.
+        """
+        member = self._find(name)
+        self._loads.wait_for_cancelled()
+        self.start_loading(name)
+        self._loads.wait(member, lambda: watch(member.figures))
+        self._settle()
+        watch(member.figures)
+        if member.failure is not None:
+            raise member.failure
+
+    def load_all(
+        self, watch: Callable[[str, ModelFigures], object] = lambda name, figures: None
+    ) -> dict[str, Exception]:
         """Load all models, one after the other, and return why those that are not there could not be."""
         failed: dict[str, Exception] = {}
         for name in self._members:
             try:
-                self.load(name)
+                self.load(name, partial(watch, name))
             except Exception as error:
                 failed[name] = error
         return failed
@@ -210,20 +176,29 @@ class ModelPool:
     def unload(self, name: str) -> None:
         """Take a model from device and host, prefixes too: what is loaded next under its name may have other values.
 
+        One that is loading is loaded no further; its bytes are free once the parameter that is being read is there.
         Raises ValueError while it has requests.
         """
         member = self._find(name)
         if member.engine.has_work:
             raise ValueError(f"model {name!r} has requests: cancel them, or wait for their end, before it is unloaded")
-        if name in self._host_weights:
+        self._loads.cancel(member)
+        member.failure = None
+        if member.image is not None:
             self._sleep(member)
             member.residence.forget()
-            member.weights.unload()
             member.engine.forget_prefixes()
-            self._host_weights.drop(name)
+            self._loads.drop(member)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Take in which loads have ended; requests of models that have failed end, too."""
+        for failed in self._loads.settle(self._members.values()):
+            for output in failed.engine.end_all(FinishReason.FAILED):
+                self._outputs.append((failed.name, replace(output, error=failed.failure_words)))
 
     def wake_up(self, name: str) -> Switch:
-        """Wake a model, loading it if need be; those that are in its way sleep from then on.
+        """Wake a model, which is loaded first if it is not; those that are in its way sleep from then on.
 
         Returns once all copies are issued: steps that follow wait for them on the device.
         """
@@ -264,29 +239,29 @@ class ModelPool:
         Some units at a time: every ``step`` copies more of the model that was prefetched last.
         """
         member = self._find(name)
-        if name not in self._host_weights or member.is_awake or any(o.plan.meets(member.plan) for o in self._awake()):
+        if member.image is None or member.is_awake or any(o.plan.meets(member.plan) for o in self._awake()):
             return 0
         return member.residence.copy_in(_PREFETCHED_AT_ONCE)
 
-    def _find(self, name: str) -> _Member:
+    def _find(self, name: str) -> Member:
         if name not in self._members:
             raise ValueError(f"expected one of the models {[*self._members]}, found {name!r}")
         return self._members[name]
 
-    def _awake(self) -> list[_Member]:
+    def _awake(self) -> list[Member]:
         return [member for member in self._members.values() if member.is_awake]
 
-    def _by_idleness(self) -> list[_Member]:
+    def _by_idleness(self) -> list[Member]:
         """Return models that are awake: those without work first, and those that stepped longest ago."""
         return sorted(self._awake(), key=lambda member: (member.engine.has_work, member.last_step))
 
-    def _leaves_pages(self, awake: Iterable[_Member]) -> bool:
+    def _leaves_pages(self, awake: Iterable[Member]) -> bool:
         """Whether beside such models the longest sequence of any of them fits."""
         awake = list(awake)
         slabs = {slab for member in awake for slab in member.plan.home}
         return len(slabs) + max(self.plan.least_slabs(member.name) for member in awake) <= self.plan.grid.num_slabs
 
-    def _copy_in(self, member: _Member) -> int:
+    def _copy_in(self, member: Member) -> int:
         """Copy all that a model lacks, and return the bytes; sequences with pages in its home are preempted."""
         blocked = member.residence.blocked()
         if blocked:
@@ -296,11 +271,11 @@ class ModelPool:
         assert not blocked, f"slabs {blocked} of {member.name!r} are held, and no model that is awake holds them"
         return member.residence.copy_in()
 
-    def _suspend(self, member: _Member, slabs: Iterable[int] | None = None) -> None:
+    def _suspend(self, member: Member, slabs: Iterable[int] | None = None) -> None:
         found = member.engine.suspend(None if slabs is None else set(slabs))
         self._outputs += [(member.name, output) for output in found]
 
-    def _sleep(self, member: _Member) -> None:
+    def _sleep(self, member: Member) -> None:
         if member.is_awake:
             self._suspend(member)
             member.is_awake, member.waits_since = False, self.num_steps
@@ -323,13 +298,18 @@ class ModelPool:
     # --- requests ---
 
     def add(self, name: str, request: Request) -> None:
-        """Take a request of a model, which is loaded if it is not; its outputs come from ``step``.
+        """Take a request of a model; its outputs come from ``step``, once the model is loaded where it is not.
 
-        Pages of a request without a tenant are the model's: a floor or a priority for a model is that of a tenant of
-        its name. Raises what ``load`` and ``Engine.add`` do.
+        Where that fails the request's last output says why, with ``FinishReason.FAILED``. Pages of a request without a
+        tenant are the model's: a floor or a priority for a model is that of a tenant of its name. Raises HostFullError
+        where there is no room to load the model, ModelUnavailableError where that has failed before, and what
+        ``Engine.add`` does.
         """
         member = self._find(name)
-        self.load(name)
+        self._settle()
+        if member.failure is not None:
+            raise ModelUnavailableError(member.failure_words) from member.failure
+        self._loads.start(member, on_demand=True)
         had_work = member.engine.has_work
         member.engine.add(request if request.tenant else replace(request, tenant=name))
         if not had_work:
@@ -345,29 +325,43 @@ class ModelPool:
         return bool(self._outputs) or any(member.engine.has_work for member in self._members.values())
 
     def step(self) -> list[tuple[str, RequestOutput]]:
-        """Make one step of one model, waking it in its turn, and return outputs with their models' names."""
+        """Make one step of one model, waking it in its turn, and return outputs with their models' names.
+
+        Where there are only requests of models that are being loaded, wait for them a little.
+        """
+        self._settle()
         for arriving in self._members.values():
             arriving.note_arrival()
         for asleep in self._members.values():
             if not asleep.is_awake and asleep.engine.has_work:
                 self._outputs += [(asleep.name, output) for output in asleep.engine.end_requests()]
+        self._loads.give_up(self._members.values())
         member = self._next()
         if member is not None:
             self.num_steps += 1
             member.last_step = self.num_steps
             self._outputs += [(member.name, output) for output in member.engine.step()]
+        elif not self._outputs:
+            self._wait_for_loads()
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def _next(self) -> _Member | None:
+    def _wait_for_loads(self) -> None:
+        """Wait a little where requests are there, and the models of none of them."""
+        for member in self._members.values():
+            if member.loading is not None and member.engine.has_work:
+                member.loading.wait(LOOK_S)
+                return
+
+    def _next(self) -> Member | None:
         """Return the model that steps now; see [Note: turns]."""
-        waiting = [m for m in self._members.values() if m.engine.has_work and not m.is_awake]
+        waiting = [m for m in self._members.values() if m.engine.has_work and m.image is not None and not m.is_awake]
         if waiting:
             self._advance(min(waiting, key=lambda member: member.waits_since))
         working = [member for member in self._awake() if member.engine.has_work]
         return min(working, key=lambda member: (member.weights.is_arriving(), member.last_step), default=None)
 
-    def _advance(self, member: _Member) -> None:
+    def _advance(self, member: Member) -> None:
         """Wake the model that has waited for longest, or prefetch it until it is its turn."""
         working = [other for other in self._awake() if other.engine.has_work]
         pages = self._pools[Tier.DEVICE]
@@ -385,11 +379,14 @@ class ModelPool:
     def generate(self, requests: Mapping[str, Iterable[Request]]) -> dict[str, dict[str, Completion]]:
         """Serve all ``requests`` of each model to the end, and return their completions by model and id.
 
-        Raises what ``add`` does, and RuntimeError while other requests are under way.
+        Models are loaded first. Raises what ``load`` and ``Engine.add`` do, and RuntimeError while other requests are
+        under way.
         """
         if self.has_work:
             raise RuntimeError("generate() returns all outputs, and requests of others are under way: call step()")
         left = {name: deque(found) for name, found in requests.items()}
+        for name in left:
+            self.load(name)
         tokens: dict[tuple[str, str], list[Token]] = {}
         done: dict[str, dict[str, Completion]] = {name: {} for name in left}
         with collector_paused():

@@ -20,8 +20,6 @@ from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.streams import COMPUTE, HOST_TO_DEVICE, Event, Streams
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from yafsdp_like.memory.arena import Arena, Place
@@ -46,16 +44,15 @@ class PooledWeights(Weights):
         itemsize = self.dtype.itemsize
         return [image.part(unit).flat(self.dtype, unit.nbytes // itemsize) for unit in self._units]
 
-    def load(self, image: Place, source: Source) -> None:
-        """Read all units from ``source`` into ``image``, from where they are brought from then on."""
-        self._image = self._flat_units(image)
-        for store in self.stores():
-            fill(store, source)
+    def read(self, image: Place, source: Source) -> None:
+        """Read all units from ``source`` into ``image``, in any thread: nothing else of this object is touched."""
+        for packed, values in zip(self.plan.placement.packed_units, self._flat_units(image), strict=True):
+            fill(Store(packed, 0, values), source)
+        self.finish_loading()
 
-    def stores(self) -> Iterator[Store]:
-        """Yield the image, unit by unit, which is all that is to be filled."""
-        for packed, values in zip(self.plan.placement.packed_units, self._image, strict=True):
-            yield Store(packed, 0, values)
+    def attach(self, image: Place) -> None:
+        """Bring units from ``image``, which is whole, from now on."""
+        self._image = self._flat_units(image)
 
     def unload(self) -> None:
         """Forget the image, whose bytes may then be another's; blocks the CPU while copies of it are under way."""

@@ -1,0 +1,97 @@
+"""Which models of a pool are on their way into host memory, and what becomes of the bytes when they get there or not.
+
+Owns the books of loads; `loading.py` reads, `host_weights.py` gives out bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+from yafsdp_like.inference.pool.loading import Loading
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import torch
+
+    from yafsdp_like.inference.pool.host_weights import HostWeights
+    from yafsdp_like.inference.pool.member import Member
+
+LOOK_S = 0.01  # between two looks at a load that somebody waits for
+
+
+class Loads:
+    """Loads of a pool's models. Not safe for threads: those that read touch none of this."""
+
+    def __init__(self, host_weights: HostWeights, device: torch.device) -> None:
+        self._host_weights, self._device = host_weights, device
+        self._cancelled: list[Loading] = []  # that may still be read
+
+    def start(self, member: Member, on_demand: bool) -> None:
+        """Begin to read a model, unless it is there or on its way; raises HostFullError.
+
+        ``on_demand``: for requests, and given up with the last of them unless somebody asks otherwise meanwhile.
+        """
+        if member.image is not None:
+            return
+        if member.loading is not None:
+            member.loading.on_demand &= on_demand
+            return
+        image = self._host_weights.put(member.name, member.plan.image_nbytes)
+        read = partial(member.weights.read, image.place)
+        member.failure = None
+        member.loading = Loading(image, partial(member.model.source, self._device), read, on_demand)
+
+    def wait(self, member: Member, watch: Callable[[], object]) -> None:
+        """Wait until a model is no longer read, and cancel the load if anything is raised meanwhile."""
+        try:
+            while member.loading is not None and not member.loading.wait(LOOK_S):
+                watch()
+        except BaseException:
+            self.cancel(member)
+            raise
+
+    def wait_for_cancelled(self) -> None:
+        """Wait until no load that was cancelled holds room."""
+        while not all(loading.is_over for loading in self._cancelled):
+            time.sleep(LOOK_S)
+
+    def cancel(self, member: Member) -> None:
+        """Read a model no further, if it is being read; its bytes are free once nobody writes them."""
+        if member.loading is not None:
+            member.loading.cancel()
+            self._cancelled.append(member.loading)
+            member.loading = None
+
+    def give_up(self, members: Iterable[Member]) -> None:
+        """Cancel loads that were wanted by requests alone, which have all left."""
+        for member in members:
+            if member.loading is not None and member.loading.on_demand and not member.engine.has_work:
+                self.cancel(member)
+
+    def settle(self, members: Iterable[Member]) -> list[Member]:
+        """Take in which loads have ended since the last call, and return the models that have failed."""
+        for cancelled in [each for each in self._cancelled if each.is_over]:
+            self._cancelled.remove(cancelled)
+            self._host_weights.drop(cancelled.image)
+        failed = []
+        for member in members:
+            if (loading := member.loading) is None or not loading.is_over:
+                continue
+            member.loading, member.failure = None, loading.error
+            if loading.error is None:
+                member.image = loading.image
+                member.weights.attach(loading.image.place)
+            else:
+                self._host_weights.drop(loading.image)
+                failed.append(member)
+        return failed
+
+    def drop(self, member: Member) -> None:
+        """Free the bytes of a model that is on the host alone."""
+        if member.image is not None:
+            member.weights.unload()
+            self._host_weights.drop(member.image)
+            member.image = None
