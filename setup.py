@@ -39,7 +39,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["yafsdp_like", "yafsdp_like.*", "launch", "launch.*"]),
-    package_data={"yafsdp_like": ["py.typed"]},
+    package_data={"yafsdp_like": ["py.typed", "inference/http/status.html"]},
     python_requires=">=3.11",
     entry_points={
         "console_scripts": [

@@ -36,7 +36,9 @@ from yafsdp_like.inference.engine.step_log import StepFigures, StepLog
 from yafsdp_like.inference.engine.step_times import StepTimes
 from yafsdp_like.inference.kv.eviction import Costs
 from yafsdp_like.inference.kv.kv_cache import KVCache, Tier, check_integrity
+from yafsdp_like.inference.kv.occupancy import Stretch, occupancy
 from yafsdp_like.inference.kv.prefix import PrefixTree
+from yafsdp_like.inference.plan.serving_plan import KV_SLABS
 from yafsdp_like.inference.weights.loading import load, with_memory_limit
 
 if TYPE_CHECKING:
@@ -416,6 +418,10 @@ class Engine:
             recordings_nbytes=self._runner.recordings_nbytes,
             **vars(self._log.figures()),
         )
+
+    def occupancy(self) -> list[Stretch]:
+        """Return who has which of the planned bytes on the device now, in the order of addresses."""
+        return occupancy(self.plan.regions, KV_SLABS, self.cache.pools[Tier.DEVICE])
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every page is free, cached or referred to, and only one of them.

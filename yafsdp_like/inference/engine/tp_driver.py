@@ -29,6 +29,7 @@ from yafsdp_like.inference.engine.request import QueueFullError, Request, Reques
 if TYPE_CHECKING:
     from yafsdp_like.comm.tp_group import TPGroup
     from yafsdp_like.inference.engine.engine import Engine, Metrics
+    from yafsdp_like.inference.kv.occupancy import Stretch
 
 KEEP_ALIVE_S = 5.0  # of silence; far less than the timeout of any group
 
@@ -94,6 +95,10 @@ class TPDriver:
     def metrics(self) -> Metrics:
         """Return this rank's metrics, which all ranks have."""
         return self._engine.metrics()
+
+    def occupancy(self) -> list[Stretch]:
+        """Return who has which of this rank's bytes; see `Engine.occupancy`."""
+        return self._engine.occupancy()
 
     def check_integrity(self) -> None:
         """Check this rank's pages; see `Engine.check_integrity`."""

@@ -44,6 +44,7 @@ from yafsdp_like.inference.http.model_routes import add_model_routes, ask
 from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.http.responses import Choice, ParsedRequest
 from yafsdp_like.inference.http.service import Service, ServiceState, UnavailableError
+from yafsdp_like.inference.http.status import add_status_routes
 from yafsdp_like.inference.http.stream import Stream
 from yafsdp_like.inference.pool.host_weights import ModelUnavailableError
 from yafsdp_like.inference.text.codec import Codec, Piece
@@ -353,6 +354,7 @@ def _add_answers(app: FastAPI, handler: OpenAIHandler) -> None:
 def _add_routes(app: FastAPI, handler: OpenAIHandler) -> None:
     _add_answers(app, handler)
     add_model_routes(app, handler.service, handler.catalog)
+    add_status_routes(app, handler.service, handler.catalog, handler.metrics)
 
     @app.get("/health", response_model=None)
     async def health() -> Response:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from yafsdp_like.inference.engine.engine import Metrics
     from yafsdp_like.inference.engine.request import Request, RequestOutput
+    from yafsdp_like.inference.kv.occupancy import Stretch
     from yafsdp_like.inference.pool.member import ModelFigures
     from yafsdp_like.inference.pool.pool import ModelPool
 
@@ -120,6 +121,10 @@ class PoolDriver:
     def metrics(self) -> PoolMetrics:
         """Return how the pool and its models stand."""
         return PoolMetrics.of(self.models())
+
+    def occupancy(self) -> list[Stretch]:
+        """Return who has which of the planned bytes on the device now, in the order of addresses."""
+        return self._pool.occupancy()
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless the pool's books are right; for when nothing is under way."""

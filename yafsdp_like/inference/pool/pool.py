@@ -30,6 +30,7 @@ from yafsdp_like.inference.engine.engine import Completion, Engine
 from yafsdp_like.inference.engine.places import POLICIES, EnginePlaces, bytes_of
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
 from yafsdp_like.inference.kv.kv_cache import Tier, check_integrity
+from yafsdp_like.inference.kv.occupancy import Stretch, occupancy
 from yafsdp_like.inference.kv.pages import PagePool
 from yafsdp_like.inference.kv.slabs import check
 from yafsdp_like.inference.plan.buffers import TABLES
@@ -131,6 +132,11 @@ class ModelPool:
         for member in self._members.values():
             member.note_arrival()
         return {name: member.figures for name, member in self._members.items()}
+
+    def occupancy(self) -> list[Stretch]:
+        """Return who has which of the planned bytes on the device now, in the order of addresses."""
+        owners = {slab: name for name, member in self._members.items() for slab in member.residence.owned}
+        return occupancy(self.plan.memory.regions, SLABS, self._pools[Tier.DEVICE], owners)
 
     def engine(self, name: str) -> Engine:
         """Return the engine of a model, whose options and metrics may be read; its calls are the pool's to make."""
