@@ -51,7 +51,7 @@ def encode(codec: Codec, options: GenerateOptions) -> tuple[int, ...]:
 def answer(model: LoadedModel, prompt: tuple[int, ...], options: GenerateOptions) -> Iterator[str]:
     """Pieces of the text that follows the prompt, as they come."""
     from yafsdp_like.inference.engine.request import FinishReason, Request
-    from yafsdp_like.inference.text.codec import Transcript
+    from yafsdp_like.inference.text.codec import Transcript, Wording
 
     room = model.engine.max_seq_len - len(prompt)
     if room < 1:
@@ -65,7 +65,7 @@ def answer(model: LoadedModel, prompt: tuple[int, ...], options: GenerateOptions
         max_tokens=min(options.max_tokens, room),
         stop_tokens=model.codec.stop_tokens,
     )
-    transcript = Transcript(model.codec, prompt, options.stop)
+    transcript = Transcript(model.codec, prompt, Wording(options.stop))
     model.engine.add(request)
     while model.engine.has_work:
         for output in model.engine.step():

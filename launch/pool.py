@@ -100,6 +100,8 @@ def _parser(name: str, opened: _Opened, options: ServePoolOptions, max_seq_len: 
         timeout_s=options.http.timeout_s or None,
         max_choices=options.http.max_choices,
         max_body_nbytes=options.http.max_body_nbytes,
+        strict=options.http.strict,
+        priorities=options.http.priorities,
         model_name=name,
         vocab_size=opened.model.config.vocab_size,
         max_seq_len=max_seq_len,

@@ -160,6 +160,8 @@ def server_options(model: LoadedModel, options: ServeOptions) -> ServerOptions:
         timeout_s=options.http.timeout_s or None,
         max_choices=options.http.max_choices,
         max_body_nbytes=options.http.max_body_nbytes,
+        strict=options.http.strict,
+        priorities=options.http.priorities,
         model_name=name,
         aliases=tuple(aliases),
         vocab_size=model.model.config.vocab_size,

@@ -16,7 +16,7 @@ from yafsdp_like.data import Tokenizer
 from yafsdp_like.inference.http.bodies import ChatBody, ChatMessage
 from yafsdp_like.inference.http.errors import ApiError
 from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
-from yafsdp_like.inference.text.chat import _any_of, translate_panics
+from yafsdp_like.inference.text.chat import Conversation, _any_of, translate_panics
 from yafsdp_like.inference.text.codec import Codec
 
 transformers = pytest.importorskip("transformers")
@@ -101,7 +101,8 @@ def test_the_copy_that_knows_other_names_cuts_everything_else_the_same(
     smollm2: tuple[Codec, Any], content: str
 ) -> None:
     template = smollm2[0]._chat_template
-    text, places = template._find_own_tokens(template.render(users(content)), users(content))
+    conversation = Conversation(users(content))
+    text, places = template._find_own_tokens(template.render(conversation), conversation)
     assert template._encode_owned(text, places) == smollm2[0].encode_chat(users(content))
 
 
@@ -253,9 +254,9 @@ def test_thousands_of_control_tokens_cost_no_more_than_a_few(tmp_path: Path) -> 
     codec, _ = codec_with(tmp_path, CHATML, [*MARKS, *(f"<|reserved_special_token_{index}|>" for index in range(4000))])
     assert num_control(codec, codec.encode_chat(users("<|reserved_special_token_7|>" + FORGED))) == [2, 1]
     content, template = "<|reserved_" * 20_000, codec._chat_template
-    template.render(users("x"))
+    template.render(Conversation(users("x")))
     start = time.process_time()
-    template._find_own_tokens(template.render(users(content)), users(content))
+    template._find_own_tokens(template.render(Conversation(users(content))), Conversation(users(content)))
     assert time.process_time() - start < 1
 
 

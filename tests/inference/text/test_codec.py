@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from yafsdp_like.data import Tokenizer
 from yafsdp_like.inference.engine.request import FinishReason, RequestOutput, Token
-from yafsdp_like.inference.text.codec import Codec, Detokenizer, Piece, StopStrings, Transcript
+from yafsdp_like.inference.text.codec import Codec, Detokenizer, Piece, StopStrings, Transcript, Wording
 
 transformers = pytest.importorskip("transformers")
 
@@ -378,7 +378,7 @@ def outputs(
 def transcribe(
     codec: Codec, news: Sequence[RequestOutput], stops: Sequence[str] = ()
 ) -> tuple[list[Piece], Transcript]:
-    transcript = Transcript(codec, (), stops)
+    transcript = Transcript(codec, (), Wording(stops))
     return [transcript.push(output) for output in news], transcript
 
 

@@ -4,13 +4,16 @@ Owns the fields of bodies and their values. What a body may cost is body_limits.
 Needs pydantic, which comes with FastAPI.
 
 [Note: fields]
-A field is honoured, harmless, or refused. Harmless fields say nothing about the text; whatever would change it and is
-not there is refused by name, and so is a name that nobody knows: a request is never answered as if it had asked for
-less.
+A field is honoured, harmless, refused, or ignored. Harmless fields say nothing about the text; what OpenAI's protocol
+has and this server has not is refused by name where it would change the text. Of fields that nobody knows here
+foreign_fields.py says which ask for nothing; the others are ignored, and the answer's header names them, or they are
+refused where the server is strict.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import secrets
 from dataclasses import fields, replace
 from typing import Annotated, Any, Literal
@@ -22,6 +25,7 @@ from yafsdp_like.inference.http.errors import UNSUPPORTED, invalid, shorten
 from yafsdp_like.kernels.sampling_params import MAX_LOGPROBS, SamplingParams
 
 MAX_STOP_STRINGS, MAX_STOP_STRING_LENGTH = 16, 256
+MAX_STOP_TOKENS, MAX_TOOL_CALLS, MAX_TEMPLATE_KWARGS = 128, 128, 32
 SAMPLED = {item.name for item in fields(SamplingParams)} - {"seed"}
 
 
@@ -67,16 +71,16 @@ def _as_stops(value: Any) -> list[str]:
     )
 
 
-def _as_text(value: Any) -> str:
-    """A message's content: a string, or parts of which all are text."""
-    if isinstance(value, str):
+def _as_text(value: Any) -> str | None:
+    """A message's content: none, a string, or parts of which all are text."""
+    if value is None or isinstance(value, str):
         return value
     if isinstance(value, list) and value:
         for part in value:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind != "text":
                 raise ValueError(f"only parts of type 'text' are understood, not {shorten(kind)[:40]}")
-            if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
+            if not isinstance(part.get("text"), str):
                 raise ValueError('a part must be {"type": "text", "text": "..."}')
         return "\n".join(part["text"] for part in value)
     raise ValueError("expected a string, or a list of parts of type 'text'")
@@ -86,7 +90,7 @@ def _as_text(value: Any) -> str:
 
 
 class Body(BaseModel):
-    """JSON is taken at its word: "1" is no number, and no field is too much."""
+    """JSON is taken at its word: "1" is no number. Fields that are not known were left out before."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -103,7 +107,7 @@ class AnyBody(Body):
 
     model: str
     n: int | None = Field(None, ge=1, le=128)
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=0)
     stop: Annotated[list[str], BeforeValidator(_as_stops)] = []
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -113,11 +117,18 @@ class AnyBody(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     # Beyond OpenAI's.
-    top_k: int | None = Field(None, ge=0, lt=2**31)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     ignore_eos: bool | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)  # prefixes are shared with those who know it
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_TOKENS)
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)  # to the last ones; -1: to what fits
+    add_special_tokens: bool | None = None
+    priority: int | None = Field(None, ge=-(2**31), lt=2**31)  # lower first, as vLLM has it
+    return_token_ids: bool | None = None
     # [Note: fields] Harmless.
     user: Any = None
     metadata: Any = None
@@ -138,11 +149,16 @@ class AnyBody(Body):
         """What no single field can tell. Raises ApiError for a combination that is not served."""
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options", "is only for stream: true")
+        if self.truncate_prompt_tokens == 0:
+            raise invalid("truncate_prompt_tokens", "must be -1 or at least 1, found 0")
 
     def sampling(self, choice: int, defaults: SamplingParams) -> SamplingParams:
         """How the choice of this index is drawn: with `seed` the same each time, and unlike its neighbours."""
         seed = secrets.randbits(63) if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63
-        return replace(defaults, **self.model_dump(include=SAMPLED, exclude_none=True), seed=seed)
+        given = self.model_dump(include=SAMPLED, exclude_none=True)
+        if self.top_k == -1:
+            given["top_k"] = 0
+        return replace(defaults, **given, seed=seed)
 
 
 class CompletionBody(AnyBody):
@@ -159,22 +175,64 @@ class CompletionBody(AnyBody):
         super().check()
         if self.best_of is not None and self.best_of != self.num_each:
             raise invalid("best_of", "answers are not ranked; leave it out, or say what n says", UNSUPPORTED)
+        if self.max_tokens == 0 and not self.echo:
+            raise invalid("max_tokens", "0 generates nothing, which only echo makes an answer of")
         if self.echo and self.logprobs is not None:
             raise invalid("echo", "log-probabilities of the prompt are not computed: set echo or logprobs, not both")
+
+
+class ToolFunction(Body):
+    """What an assistant called, and with which arguments: JSON, as a text or as it is."""
+
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCall(Body):
+    """One call of a tool, as clients send it back."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    index: int | None = None  # harmless: of a stream
+    function: ToolFunction
+
+    def for_template(self) -> dict[str, Any]:
+        """Return what templates expect: arguments as an object, if they are one."""
+        arguments = self.function.arguments
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                parsed = json.loads(arguments)
+                arguments = parsed if isinstance(parsed, dict) else arguments
+        call = {"type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
+        return call if self.id is None else {"id": self.id, **call}
 
 
 class ChatMessage(Body):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_as_text)]
-    name: str | None = None  # harmless: templates do not show it
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(_as_text)] = None
+    name: str | None = None  # of a tool; harmless elsewhere: templates do not show it
+    tool_call_id: str | None = None
     # What assistants said, as clients send it back.
-    refusal: None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS)] | None = None
+    refusal: Any = None
     annotations: Any = None
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """Return what a template is given; templates know the older of two names of a role."""
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self.content or "",
+        }
+        if self.role == "tool":
+            more = {"name": self.name, "tool_call_id": self.tool_call_id}
+            message |= {name: value for name, value in more.items() if value is not None}
+        if self.role == "assistant" and self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return message
 
 
 NO_TOOLS = "tools and functions are not supported; leave them out"
@@ -185,7 +243,10 @@ class ChatBody(AnyBody):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=0)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, max_length=MAX_TEMPLATE_KWARGS)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     parallel_tool_calls: Any = None
@@ -205,6 +266,13 @@ class ChatBody(AnyBody):
     def check(self) -> None:
         """Raise ApiError for a combination that is not served."""
         super().check()
+        for index, message in enumerate(self.messages):
+            if message.content is None and message.role != "assistant":
+                raise invalid(f"messages[{index}].content", "Field required")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise invalid("continue_final_message", "and add_generation_prompt exclude each other")
+        if 0 in (self.max_tokens, self.max_completion_tokens):
+            raise invalid("max_tokens", "0 generates nothing, and a chat has no other answer")
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs", "needs logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:

@@ -62,7 +62,7 @@ class BodyLimits:
             return
         if len(body) > MAX_FIELDS:
             raise ApiError(400, f"the body: at most {MAX_FIELDS} fields, found {len(body)}")
-        self._check_prompts(body.get("prompt"))
+        self._check_prompts(body.get("prompt"), is_cut=body.get("truncate_prompt_tokens") is not None)
         self._check_messages(body.get("messages"))
 
     def _check_values(self, text: str) -> None:
@@ -81,13 +81,14 @@ class BodyLimits:
         if found > most:
             raise ApiError(400, f"the body: at most {most} {what} in all, found {found}", code="body_too_large")
 
-    def _check_prompts(self, prompts: Any) -> None:
+    def _check_prompts(self, prompts: Any, is_cut: bool) -> None:
+        """``is_cut``: of too many ids the last ones count."""
         if isinstance(prompts, str):
             self._check_length("prompt", len(prompts))
         if not isinstance(prompts, list) or not prompts:
             return
         if type(prompts[0]) is int:
-            self._check_ids(prompts)
+            self._check_ids(prompts, is_cut)
         elif len(prompts) > self.max_choices:
             raise too_many_choices(len(prompts), self.max_choices)
         else:
@@ -95,10 +96,10 @@ class BodyLimits:
                 if isinstance(prompt, str):
                     self._check_length("prompt", len(prompt))
                 elif isinstance(prompt, list):
-                    self._check_ids(prompt)
+                    self._check_ids(prompt, is_cut)
 
-    def _check_ids(self, ids: list[Any]) -> None:
-        if len(ids) >= self.max_seq_len:
+    def _check_ids(self, ids: list[Any], is_cut: bool) -> None:
+        if len(ids) >= self.max_seq_len and not is_cut:
             raise too_long("prompt", f"{len(ids)} tokens, and 1 to generate", self.max_seq_len)
 
     def _check_messages(self, messages: Any) -> None:

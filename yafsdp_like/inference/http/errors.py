@@ -79,8 +79,6 @@ def invalid_body(found: Mapping[str, Any]) -> ApiError:
     """One of pydantic's errors: what is wrong, and where."""
     kind, message = found["type"], str(found["msg"]).removeprefix("Value error, ")
     param = _path(found["loc"])
-    if not param and kind == "string_unicode":
-        return ApiError(400, "the body: a field's name is no Unicode")
     if not param:
         return no_object()
     if kind == "extra_forbidden":

@@ -14,6 +14,8 @@ class HttpOptions:
     timeout_s: float | None = None  # from a request's arrival to its last token; null or 0: not limited
     max_choices: int = 128  # choices of one request: prompts times n
     max_body_nbytes: int = 16 * 2**20  # of a request; the model's max_seq_len may lower it
+    strict: bool = False  # refuse fields that are not known, instead of ignoring them with a warning header
+    priorities: bool = False  # requests may say how urgent they are, and preempt others (field priority, lower first)
 
     def __post_init__(self) -> None:
         check_seconds("timeout_s", self.timeout_s or 0)

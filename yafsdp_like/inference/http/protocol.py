@@ -9,13 +9,14 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from yafsdp_like.inference.engine.request import PLAIN, Request
-from yafsdp_like.inference.http.bodies import AnyBody, ChatBody, CompletionBody
+from yafsdp_like.inference.http.bodies import AnyBody, ChatBody, ChatMessage, CompletionBody, StreamOptions
 from yafsdp_like.inference.http.body_limits import BodyLimits
 from yafsdp_like.inference.http.errors import (
     ApiError,
@@ -25,9 +26,11 @@ from yafsdp_like.inference.http.errors import (
     too_long,
     too_many_choices,
 )
+from yafsdp_like.inference.http.foreign_fields import leave_out
 from yafsdp_like.inference.http.options import HttpOptions
 from yafsdp_like.inference.http.responses import ChatFormat, Choice, CompletionFormat, ParsedRequest, ResponseFormat
-from yafsdp_like.inference.text.codec import Codec, Transcript
+from yafsdp_like.inference.text.chat import Conversation
+from yafsdp_like.inference.text.codec import Codec, Transcript, Wording
 from yafsdp_like.kernels.sampling_params import SamplingParams
 
 T = TypeVar("T")
@@ -63,6 +66,39 @@ class ServerOptions(HttpOptions):
 # --- bodies to jobs ---
 
 
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Prompts of a body as ids, and what is asked about each."""
+
+    prompts: Sequence[tuple[int, ...]]
+    max_tokens: Sequence[int]
+    num_logprobs: int | None
+
+
+def known_fields(kind: type[AnyBody], sent: Any, options: HttpOptions) -> tuple[Any, list[str]]:
+    """Return a body without fields that are not known here, and the names of those that ask for something.
+
+    Raises ApiError for the latter where the server is strict.
+    """
+    if not isinstance(sent, dict):
+        return sent, []
+    known, is_strict = set(kind.model_fields), options.strict
+    if not options.priorities:
+        known.discard("priority")
+    kept, ignored = leave_out(sent, known, is_strict=is_strict)
+    if isinstance(of_stream := kept.get("stream_options"), dict):
+        kept["stream_options"], more = leave_out(of_stream, StreamOptions.model_fields, "stream_options.", is_strict)
+        ignored += more
+    if isinstance(messages := kept.get("messages"), list):
+        kept["messages"] = [*messages]
+        for index, message in enumerate(messages):
+            if isinstance(message, dict):
+                path = f"messages[{index}]."
+                kept["messages"][index], more = leave_out(message, ChatMessage.model_fields, path, is_strict)
+                ignored += more
+    return kept, ignored
+
+
 class RequestParser:
     """Bodies to jobs, from any thread; a long text takes more time than an event loop has."""
 
@@ -90,37 +126,45 @@ class RequestParser:
     ) -> ParsedRequest:
         """Read what ``BodyLimits.parse`` gave of a body; see ``read``."""
         self.limits.check(sent)
+        kept, ignored = known_fields(kind, sent, self._options)
         try:
-            body = kind.model_validate(sent)
+            body = kind.model_validate(kept)
         except ValidationError as error:
             raise invalid_body(error.errors(include_url=False, include_context=False)[0]) from None
-        return self.completion(body, arrival) if isinstance(body, CompletionBody) else self.chat(body, arrival)
+        parsed = self.completion(body, arrival) if isinstance(body, CompletionBody) else self.chat(body, arrival)
+        return replace(parsed, ignored=tuple(ignored))
 
     def completion(self, body: CompletionBody, arrival: float | None = None) -> ParsedRequest:
         """Raises ApiError for what is not served."""
         self._check(body, len(body.prompt))
-        prompts = [self._prompt(prompt) for prompt in body.prompt]
+        prompts = [self._prompt(body, prompt) for prompt in body.prompt]
         max_tokens = [self._max_tokens("prompt", prompt, body.max_tokens, DEFAULT_MAX_TOKENS) for prompt in prompts]
-        format = CompletionFormat(self._codec, self._echoes(body), body.logprobs is not None)
-        return self._parse(body, format, prompts, max_tokens, body.logprobs, arrival)
+        has_logprobs = body.logprobs is not None
+        format = CompletionFormat(self._codec, self._echoes(body), has_logprobs, bool(body.return_token_ids))
+        return self._parse(body, format, EncodedPrompts(prompts, max_tokens, body.logprobs), arrival)
 
     def chat(self, body: ChatBody, arrival: float | None = None) -> ParsedRequest:
         """Raises ApiError for what is not served."""
         self._check(body, 1)
         for message in body.messages:
-            self._probe("messages", message.content)
-        # Templates know the older of the two names.
-        messages = [
-            {"role": "system" if message.role == "developer" else message.role, "content": message.content}
-            for message in body.messages
-        ]
-        prompt = self._ids("messages", self._codec.encode_chat, messages)
-        asked = body.max_completion_tokens or body.max_tokens
+            self._probe("messages", message.content or "")
+        prompt = self._cut(body, self._ids("messages", self._codec.encode_chat, self._conversation(body)))
+        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         max_tokens = self._max_tokens("messages", prompt, asked, self._options.max_seq_len)
-        format = ChatFormat(self._codec, bool(body.logprobs))
-        return self._parse(
-            body, format, [prompt], [max_tokens], (body.top_logprobs or 0) if body.logprobs else None, arrival
-        )
+        format = ChatFormat(self._codec, bool(body.logprobs), bool(body.return_token_ids))
+        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return self._parse(body, format, EncodedPrompts([prompt], [max_tokens], num_logprobs), arrival)
+
+    def _conversation(self, body: ChatBody) -> Conversation:
+        try:
+            return Conversation(
+                [message.for_template() for message in body.messages],
+                more=body.chat_template_kwargs or {},
+                ends_with_prompt=not body.continue_final_message and body.add_generation_prompt is not False,
+                is_continued=bool(body.continue_final_message),
+            )
+        except ValueError as error:
+            raise invalid("chat_template_kwargs", str(error)) from error
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -139,15 +183,26 @@ class RequestParser:
         if (num_choices := num_prompts * body.num_each) > self._options.max_choices:
             raise too_many_choices(num_choices, self._options.max_choices)
 
-    def _prompt(self, prompt: str | list[int]) -> tuple[int, ...]:
+    def _prompt(self, body: CompletionBody, prompt: str | list[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
             self._probe("prompt", prompt)
-            return self._ids("prompt", self._codec.encode, prompt)
+            encode = self._codec.encode
+            if body.add_special_tokens is False:
+                encode = partial(encode, add_special_tokens=False)
+            return self._cut(body, self._ids("prompt", encode, prompt))
         for token in (min(prompt), max(prompt)):
             if not 0 <= token < self._options.vocab_size:
                 most = self._options.vocab_size - 1
                 raise invalid("prompt", f"token ids must be from 0 to {most}, found {shorten(token)}")
-        return tuple(prompt)
+        return self._cut(body, tuple(prompt))
+
+    def _cut(self, body: AnyBody, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        """Leave only the last tokens of a prompt, as many as ``truncate_prompt_tokens`` says."""
+        most = body.truncate_prompt_tokens
+        if most == -1:
+            most = self._options.max_seq_len - max(1, body.max_tokens or 1)
+            most = max(1, most)
+        return prompt if most is None else prompt[-most:]
 
     def _probe(self, param: str, text: str) -> None:
         """Raises ApiError for a text whose beginning alone is too long, before all of it is cut into tokens."""
@@ -176,46 +231,51 @@ class RequestParser:
         return tuple(text for text in said for _ in range(body.num_each))
 
     def _max_tokens(self, param: str, prompt: Sequence[int], asked: int | None, default: int) -> int:
-        """Tokens to generate after a prompt: what was asked for, which must fit, or as much of the default as fits."""
+        """Tokens to generate after a prompt: of what was asked for, or else of the default, as much as fits."""
         room = self._options.max_seq_len - len(prompt)
-        if room < (asked or 1):
-            words = f"{len(prompt)} tokens, and {shorten(asked or 1)} to generate"
-            raise too_long(param, words, self._options.max_seq_len)
-        return asked or min(default, room)
+        if room < 1:
+            raise too_long(param, f"{len(prompt)} tokens, and 1 to generate", self._options.max_seq_len)
+        return max(1, min(default if asked is None else asked, room))
 
     def _parse(
         self,
         body: AnyBody,
         format: ResponseFormat,
-        prompts: Sequence[tuple[int, ...]],
-        max_tokens: Sequence[int],  # of each prompt
-        num_logprobs: int | None,
+        asked: EncodedPrompts,
         arrival: float | None,
     ) -> ParsedRequest:
         response_id = f"{format.prefix}-{secrets.token_hex(12)}"
         arrival = time.monotonic() if arrival is None else arrival
         deadline = None if self._options.timeout_s is None else arrival + self._options.timeout_s
+        stop_tokens = frozenset() if body.ignore_eos else self._codec.stop_tokens
+        wording = Wording(
+            body.stop,
+            shows_stop=bool(body.include_stop_str_in_output),
+            skips_special_tokens=body.skip_special_tokens is not False,
+            is_silent=body.max_tokens == 0,
+        )
         choices = []
-        for index in range(len(prompts) * body.num_each):
+        for index in range(len(asked.prompts) * body.num_each):
             number, draw = divmod(index, body.num_each)
             request = Request(
                 id=f"{response_id}-{index}",
-                prompt=prompts[number],
+                prompt=asked.prompts[number],
                 sampling=body.sampling(draw, self._options.sampling),
-                max_tokens=max_tokens[number],
-                stop_tokens=frozenset() if body.ignore_eos else self._codec.stop_tokens,
-                num_logprobs=num_logprobs,
+                max_tokens=asked.max_tokens[number],
+                stop_tokens=stop_tokens.union(body.stop_token_ids or ()),
+                num_logprobs=asked.num_logprobs,
+                priority=-(body.priority or 0) if self._options.priorities else 0,
                 deadline=deadline,
                 salt=body.cache_salt,
                 model=self._options.model_name,
             )
-            choices.append(Choice(index, request, Transcript(self._codec, request.prompt, body.stop)))
+            choices.append(Choice(index, request, Transcript(self._codec, request.prompt, wording)))
         return ParsedRequest(
             id=response_id,
             model=self._options.model_name,
             format=format,
             choices=tuple(choices),
-            num_prompt_tokens=sum(len(prompt) for prompt in prompts),
+            num_prompt_tokens=sum(map(len, asked.prompts)),
             wants_stream=bool(body.stream),
             wants_usage=bool(body.stream_options and body.stream_options.include_usage),
             arrival=arrival,

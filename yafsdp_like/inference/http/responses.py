@@ -26,12 +26,14 @@ class Choice:
     transcript: Transcript
     text: str = ""
     tokens: list[PlacedToken] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)  # all that were drawn
     num_cached_tokens: int = 0
 
     def add(self, piece: Piece) -> None:
         """Append a piece of text and its tokens."""
         self.text += piece.text
         self.tokens += piece.tokens
+        self.ids += piece.ids
 
 
 class ResponseFormat(Protocol):
@@ -40,6 +42,10 @@ class ResponseFormat(Protocol):
     prefix: ClassVar[str]  # of ids
     whole_object: ClassVar[str]  # what `object` says of an answer in one piece
     part_object: ClassVar[str]  # and of a chunk
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether ids of tokens are said, of the prompt and of the answer."""
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         """A choice that has ended."""
@@ -58,6 +64,7 @@ class CompletionFormat:
     codec: Codec
     echoes: tuple[str, ...]  # of each choice, said before its text; "" for none
     has_logprobs: bool
+    has_ids: bool = False
     prefix: ClassVar[str] = "cmpl"
     whole_object: ClassVar[str] = "text_completion"
     part_object: ClassVar[str] = "text_completion"
@@ -65,17 +72,19 @@ class CompletionFormat:
     def whole(self, choice: Choice) -> dict[str, Any]:
         """Return a finished choice."""
         finish = choice.transcript.finish
-        return self.part(choice, Piece(self.echoes[choice.index] + choice.text, tuple(choice.tokens), finish))
+        piece = Piece(self.echoes[choice.index] + choice.text, tuple(choice.tokens), finish, tuple(choice.ids))
+        return {**self.part(choice, piece), **_prompt_ids(self, choice)}
 
     def part(self, choice: Choice, piece: Piece) -> dict[str, Any]:
         """Return a choice of a chunk that holds one piece."""
         logprobs = self._logprobs(piece.tokens) if self.has_logprobs and (piece.tokens or piece.finish) else None
-        return {"index": choice.index, "text": piece.text, "logprobs": logprobs, "finish_reason": FINISH[piece.finish]}
+        part = {"index": choice.index, "text": piece.text, "logprobs": logprobs, "finish_reason": FINISH[piece.finish]}
+        return {**part, **_ids(self, piece.ids)}
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         """Return the chunk of the echoed prompt, if it is asked for."""
         echo = self.echoes[choice.index]
-        return self.part(choice, Piece(echo)) if echo else None
+        return {**self.part(choice, Piece(echo)), **_prompt_ids(self, choice)} if echo or self.has_ids else None
 
     def _logprobs(self, placed: Sequence[PlacedToken]) -> dict[str, Any]:
         name = self.codec.name_of
@@ -102,6 +111,7 @@ class ChatFormat:
 
     codec: Codec
     has_logprobs: bool
+    has_ids: bool = False
     prefix: ClassVar[str] = "chatcmpl"
     whole_object: ClassVar[str] = "chat.completion"
     part_object: ClassVar[str] = "chat.completion.chunk"
@@ -114,18 +124,22 @@ class ChatFormat:
             "message": {"role": "assistant", "content": choice.text, "refusal": None},
             "logprobs": self._logprobs(choice.tokens),
             "finish_reason": FINISH[choice.transcript.finish],
+            **_ids(self, choice.ids),
+            **_prompt_ids(self, choice),
         }
 
     def part(self, choice: Choice, piece: Piece) -> dict[str, Any]:
         """Return a choice of a chunk that holds one piece."""
         delta = {"content": piece.text} if piece.text or piece.finish is None else {}
         logprobs = self._logprobs(piece.tokens) if piece.tokens else None
-        return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": FINISH[piece.finish]}
+        part = {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": FINISH[piece.finish]}
+        return {**part, **_ids(self, piece.ids)}
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         """Return the chunk that names the role."""
         delta = {"role": "assistant", "content": ""}
-        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+        opening = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return {**opening, **_prompt_ids(self, choice)}
 
     def _logprobs(self, placed: Sequence[PlacedToken]) -> dict[str, Any] | None:
         if not self.has_logprobs:
@@ -140,6 +154,14 @@ class ChatFormat:
     def _logprob(self, token: int, logprob: float | None) -> dict[str, Any]:
         name, raw = self.codec.name_of(token), self.codec.bytes_of(token)
         return {"token": name, "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+def _ids(format: ResponseFormat, ids: Sequence[int]) -> dict[str, Any]:
+    return {"token_ids": list(ids)} if format.has_ids else {}
+
+
+def _prompt_ids(format: ResponseFormat, choice: Choice) -> dict[str, Any]:
+    return {"prompt_token_ids": list(choice.request.prompt)} if format.has_ids else {}
 
 
 def _finite(logprob: float | None) -> float | None:
@@ -157,6 +179,7 @@ class ParsedRequest:
     num_prompt_tokens: int  # each prompt once, however many choices continue it
     wants_stream: bool
     wants_usage: bool  # at the end of a stream
+    ignored: tuple[str, ...] = ()  # fields of the body that were not understood
     arrival: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -19,7 +19,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar, get_type_hints
@@ -38,6 +38,7 @@ from yafsdp_like.inference.http.bodies import ChatBody, CompletionBody
 from yafsdp_like.inference.http.body_pool import BodyReaderPool, ReaderBusyError
 from yafsdp_like.inference.http.catalog import Catalog
 from yafsdp_like.inference.http.errors import RETRY_AFTER_S, ApiError, no_object, too_many_choices, unavailable
+from yafsdp_like.inference.http.foreign_fields import header_of
 from yafsdp_like.inference.http.metrics import LatencyTracker, ServerMetrics
 from yafsdp_like.inference.http.middleware import AuthMiddleware, error_response
 from yafsdp_like.inference.http.model_routes import add_model_routes, ask
@@ -83,7 +84,7 @@ class OpenAIHandler:
         stream = await self._open(parsed)
         self.metrics.prompt_tokens.inc(parsed.num_prompt_tokens)
         if parsed.wants_stream:
-            return EventStreamResponse(self._lines(parsed, stream), stream)
+            return EventStreamResponse(self._lines(parsed, stream), stream, header_of(parsed.ignored))
         try:
             async with close_on_disconnect(http.receive, stream):
                 async for choice, piece in self._pieces(parsed, stream):
@@ -99,7 +100,8 @@ class OpenAIHandler:
                 parsed.format.whole_object,
                 [parsed.format.whole(choice) for choice in parsed.choices],
                 usage=parsed.usage(),
-            )
+            ),
+            headers=header_of(parsed.ignored),
         )
 
     async def _parse(self, kind: Kind, http: HttpRequest) -> ParsedRequest:
@@ -172,7 +174,8 @@ class OpenAIHandler:
                 if (opening := parsed.format.opening(choice)) is not None:
                     yield _line(parsed.envelope(parsed.format.part_object, [opening], **more))
             async for choice, piece in self._pieces(parsed, stream):
-                if piece.text or piece.tokens or piece.finish is not None:
+                has_news = piece.text or piece.tokens or (piece.ids and parsed.format.has_ids)
+                if has_news or piece.finish is not None:
                     yield _line(parsed.envelope(parsed.format.part_object, [parsed.format.part(choice, piece)], **more))
             if parsed.wants_usage:
                 yield _line(parsed.envelope(parsed.format.part_object, [], usage=parsed.usage()))
@@ -266,9 +269,9 @@ async def close_on_disconnect(receive: Receive, stream: Stream) -> AsyncIterator
 class EventStreamResponse(StreamingResponse):
     """Server-sent events made from a stream, which ends with this."""
 
-    def __init__(self, lines: AsyncIterator[bytes], stream: Stream) -> None:
+    def __init__(self, lines: AsyncIterator[bytes], stream: Stream, more_headers: Mapping[str, str]) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies are to pass lines on as they come
-        super().__init__(lines, media_type="text/event-stream", headers=headers)
+        super().__init__(lines, media_type="text/event-stream", headers={**headers, **more_headers})
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -24,15 +24,89 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 FIRST_PRIVATE, NUM_PRIVATE = 0xF0000, 0xFFFD  # characters of a plane for private use: hardly any text has them
 PROBE = "x"  # a content without anything particular
 
-Messages = Sequence[Mapping[str, str]]
+Message = Mapping[str, Any]  # strings, and what JSON has of them
 Places = list[tuple[int, int]]  # from character, to character
+
+
+# What a template may not be given beside its messages: they would change what is done with its text.
+RESERVED = frozenset(
+    [
+        "conversation",
+        "messages",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template makes a text of. Raises ValueError for what it may not be given."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+    more: Mapping[str, Any] = field(default_factory=dict)  # variables that the template may look at
+    ends_with_prompt: bool = True  # what begins the model's answer
+    is_continued: bool = False  # the last message goes on
+
+    def __post_init__(self) -> None:
+        if names := RESERVED & self.more.keys():
+            raise ValueError(f"chat_template_kwargs: {min(names)!r} is not for templates")
+
+    @property
+    def texts(self) -> Iterator[str]:
+        """All that somebody wrote."""
+        for message in self.messages:
+            yield from _texts([value for name, value in message.items() if name != "role"])
+        yield from _texts([*self.tools, self.more])
+
+    def map(self, change: Callable[[str], str]) -> Conversation:
+        """Return the same with other texts; roles stay."""
+        messages = [
+            {name: value if name == "role" else _map(value, change) for name, value in message.items()}
+            for message in self.messages
+        ]
+        more = {name: _map(value, change) for name, value in self.more.items()}
+        return replace(self, messages=messages, tools=_map(self.tools, change), more=more)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Strings in a value of JSON, names of fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield name
+            yield from _texts(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
+
+
+def _map(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(name): _map(each, change) for name, each in value.items()}
+    return [_map(each, change) for each in value] if isinstance(value, list | tuple) else value
 
 
 def tokenize(model: Any, text: str, add_special_tokens: bool = False) -> list[int]:
@@ -65,23 +139,28 @@ class ChatTemplate:
         self._tokenizer, self._stop_tokens = tokenizer, stop_tokens
         self._model = tokenizer.backend_tokenizer
 
-    def encode(self, messages: Messages) -> tuple[int, ...]:
+    def encode(self, conversation: Conversation) -> tuple[int, ...]:
         """Ids of a conversation up to where the model answers. Raises ValueError if the template refuses it."""
-        if any(self._places(message.get("role", "")) for message in messages):
+        if any(self._places(message.get("role", "")) for message in conversation.messages):
             raise ValueError("a role must not have a control token of the model in its name")
-        plain = self.render(messages)
-        text, places = self._find_own_tokens(plain, messages)
+        plain = self.render(conversation)
+        text, places = self._find_own_tokens(plain, conversation)
         if places == self._places(text):
             ids = tokenize(self._model, text)
             if not self._is_normalized or self._are_at(places, text, ids):
                 return tuple(ids)
         return self._encode_owned(text, places)
 
-    def render(self, messages: Messages) -> str:
-        """What the template makes of messages. Raises ValueError if it refuses them, or is none."""
+    def render(self, conversation: Conversation) -> str:
+        """What the template makes of a conversation. Raises ValueError if it refuses it, or is none."""
         try:
             text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [dict(message) for message in conversation.messages],
+                tools=list(conversation.tools) or None,
+                tokenize=False,
+                add_generation_prompt=conversation.ends_with_prompt,
+                continue_final_message=conversation.is_continued,
+                **conversation.more,
             )
         except Exception as error:  # a template is a program: it may fail in any way
             raise ValueError(f"the model's chat template refuses these messages: {error}") from error
@@ -110,7 +189,7 @@ class ChatTemplate:
     def _probes(self) -> Iterator[str]:
         for roles in (("user",), ("system", "user"), ("user", "assistant", "user")):
             try:
-                yield self.render([{"role": role, "content": PROBE} for role in roles])
+                yield self.render(Conversation([{"role": role, "content": PROBE} for role in roles]))
             except ValueError:
                 continue
 
@@ -132,16 +211,16 @@ class ChatTemplate:
         """Where control tokens are in a text."""
         return [found.span() for found in self._pattern.finditer(text)]
 
-    def _find_own_tokens(self, plain: str, messages: Messages) -> tuple[str, Places]:
+    def _find_own_tokens(self, plain: str, conversation: Conversation) -> tuple[str, Places]:
         """The conversation's text, and where in it the template's own control tokens are: [Note: whose tokens]."""
-        contents = "".join(content for message in messages for key, content in message.items() if key != "role")
+        contents = "".join(conversation.texts)
         if not any(edge in contents for edge in self._edges):
             return plain, self._places(plain)
         there = dict(zip(self._edges, _find_absent(plain + contents), strict=False))
         back = {private: edge for edge, private in there.items()}
-        chosen = self.render(_map_contents(messages, lambda content: _replace(content, there)))
+        chosen = self.render(conversation.map(lambda content: _replace(content, there)))
         if _replace(chosen, back) != plain:
-            partly = self.render(_map_contents(messages, lambda content: self._break_control_tokens(content, there)))
+            partly = self.render(conversation.map(lambda content: self._break_control_tokens(content, there)))
             if self._pattern.findall(partly) == self._pattern.findall(chosen):
                 chosen = partly
         return _replace(chosen, back), self._places(chosen)
@@ -250,8 +329,3 @@ def _replace(text: str, others: Mapping[str, str]) -> str:
     for character, other in others.items():
         text = text.replace(character, other)
     return text
-
-
-def _map_contents(messages: Messages, change: Callable[[str], str]) -> list[dict[str, str]]:
-    """Messages with other contents."""
-    return [{key: text if key == "role" else change(text) for key, text in message.items()} for message in messages]

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from yafsdp_like.inference.engine.request import FinishReason, RequestOutput, Token
 from yafsdp_like.inference.text import directory as hf_directory
-from yafsdp_like.inference.text.chat import ChatTemplate, tokenize
+from yafsdp_like.inference.text.chat import ChatTemplate, Conversation, Message, tokenize
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -58,14 +58,14 @@ class Codec:
         ends = (token for place in places for token in hf_directory.stop_tokens(place))
         return cls(hf_directory.load_tokenizer(directory), ends)
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Ids of a text that begins, with what the model expects at the beginning; control tokens by their names.
 
         Raises ValueError for text with half a surrogate pair, which is no Unicode.
         """
-        return tuple(tokenize(self._model, text, add_special_tokens=True))
+        return tuple(tokenize(self._model, text, add_special_tokens))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    def encode_chat(self, messages: Sequence[Message] | Conversation) -> tuple[int, ...]:
         """Ids of a conversation up to where the model answers; `messages` have `role` and `content`.
 
         Control tokens are the template's own: their names in a content are text.
@@ -73,7 +73,7 @@ class Codec:
         """
         if not self.has_chat_template:
             raise ValueError("the model has no chat template: continue a text instead (/v1/completions, or no --chat)")
-        return self._chat_template.encode(messages)
+        return self._chat_template.encode(messages if isinstance(messages, Conversation) else Conversation(messages))
 
     @cached_property
     def _chat_template(self) -> ChatTemplate:
@@ -84,9 +84,9 @@ class Codec:
         """Return whether the tokenizer has a chat template."""
         return bool(self._tokenizer.chat_template)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of the tokens; special ones, and ids that stand for nothing, are left out."""
-        return self._model.decode(tokens, skip_special_tokens=True)
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of the tokens; special ones unless asked for, and ids that stand for nothing, are left out."""
+        return self._model.decode(tokens, skip_special_tokens=skip_special_tokens)
 
     def bytes_of(self, token: int) -> bytes:
         """What one token stands for, also where that is no whole character; b"" if for nothing."""
@@ -214,11 +214,14 @@ def _num_shared(one: str, other: str) -> int:
 class StopStrings:
     """Finds the first of some strings in a text that grows, and lets out only what is certainly before it."""
 
-    def __init__(self, strings: Sequence[str] = ()) -> None:
-        """Raises ValueError for an empty string, which would stop everything."""
+    def __init__(self, strings: Sequence[str] = (), is_shown: bool = False) -> None:
+        """``is_shown``: let out the string that stops, too.
+
+        Raises ValueError for an empty string, which would stop everything.
+        """
         if "" in strings:
             raise ValueError("a stop string must have at least one character")
-        self._strings = tuple(strings)
+        self._strings, self._is_shown = tuple(strings), is_shown
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -228,7 +231,7 @@ class StopStrings:
         ends = [(at + len(string), at) for string in self._strings if (at := text.find(string)) >= 0]
         if ends:
             self._held = ""
-            return text[: min(ends)[1]], True
+            return text[: min(ends)[0 if self._is_shown else 1]], True
         num_held = max((_num_begun(text, string) for string in self._strings), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held], False
@@ -262,14 +265,30 @@ class Piece:
     text: str
     tokens: tuple[PlacedToken, ...] = ()  # those whose text begins in a part up to this one, each once
     finish: FinishReason | None = None
+    ids: tuple[int, ...] = ()  # all that were drawn since the part before, whatever text they have
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How tokens become an answer's text."""
+
+    stop_strings: Sequence[str] = ()
+    shows_stop: bool = False  # what ends the text is part of it: a stop string, or a stop token's text
+    skips_special_tokens: bool = True
+    is_silent: bool = False  # what is drawn is not said: only the prompt was asked about
+
+
+PLAIN_WORDING = Wording()
 
 
 class Transcript:
     """One request's outputs in, pieces of its answer out."""
 
-    def __init__(self, codec: Codec, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
-        self._detokenizer = Detokenizer(codec.decode, prompt)
-        self._stop_strings = StopStrings(stop_strings)
+    def __init__(self, codec: Codec, prompt: Sequence[int], wording: Wording = PLAIN_WORDING) -> None:
+        decode = partial(codec.decode, skip_special_tokens=wording.skips_special_tokens)
+        self._detokenizer = Detokenizer(decode, prompt)
+        self._stop_strings = StopStrings(wording.stop_strings, wording.shows_stop)
+        self._wording = wording
         self._unsaid: deque[Token] = deque()  # [Note: held back] for bytes
         self._waiting: deque[PlacedToken] = deque()  # for a stop string
         self._num_characters = 0  # detokenized
@@ -279,17 +298,22 @@ class Transcript:
 
     def push(self, output: RequestOutput) -> Piece:
         """What an output adds. Once `finish` is set, by a stop string even before the engine has ended it, nothing."""
-        shown = ""
+        if self._wording.is_silent:
+            self.finish = FinishReason.LENGTH if output.finish is FinishReason.STOP else output.finish
+            return Piece("", (), self.finish)
+        shown, ids = "", list[int]()
         for index, token in enumerate(output.tokens):
             if self.finish is not None:
                 break
-            self.num_tokens += 1
-            if output.finish is not FinishReason.STOP or index + 1 < len(output.tokens):  # which is no text
+            ids.append(token.id)
+            is_stop = output.finish is FinishReason.STOP and index + 1 == len(output.tokens)
+            if self._wording.shows_stop or not is_stop:  # which is no text
                 shown += self._add(token)
+        self.num_tokens += len(ids)
         if self.finish is None and output.finish is not None:
             shown += self._end(output.finish)
         self._num_shown += len(shown)
-        return Piece(shown, self._take_tokens(), self.finish)
+        return Piece(shown, self._take_tokens(), self.finish, tuple(ids))
 
     def _add(self, token: Token) -> str:
         self._unsaid.append(token)
