@@ -42,7 +42,7 @@ def run_python(*arguments: str, **environment: str) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_kernels_equal_their_references_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    files = ("kernels/test_kernels.py", "kernels/test_formats.py", "kernels/test_gemv.py")
+    files = ("kernels/test_kernels.py", "kernels/test_formats.py", "kernels/test_gemv.py", "kernels/test_lora.py")
     files += ("optim/test_optim.py", "optim/test_clipping.py")
     run_python("-m", "pytest", "-q", *(f"tests/{file}" for file in files), TRITON_INTERPRET="1")
 

@@ -26,6 +26,7 @@ __all__ = [
     "VECTOR_NBYTES",
     "BlockTable",
     "block_range",
+    "dot",
     "jit",
     "launching_on",
     "load",
@@ -46,7 +47,7 @@ _TRITON_DTYPES = {
     torch.bfloat16: tl and tl.bfloat16,
     torch.float16: tl and tl.float16,
 }
-_ROUND_BY_HAND = tl.constexpr(INTERPRETED) if triton else None
+_INTERPRETED = tl.constexpr(INTERPRETED) if triton else None
 
 
 def runs_on(device: torch.device) -> bool:
@@ -169,8 +170,16 @@ def rounded(values: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
     Triton's interpreter truncates to bfloat16, so there the 16 bits that it will cut are rounded away in integers.
     """
-    if _ROUND_BY_HAND and tl.bfloat16 == DTYPE:
+    if _INTERPRETED and tl.bfloat16 == DTYPE:
         bits = values.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         values = bits.to(tl.float32, bitcast=True)
     return values.to(DTYPE)
+
+
+@jit()
+def dot(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """The product of two matrices, summed in float32; of float32 with nearly all its bits."""
+    if _INTERPRETED:  # where bfloat16 would be multiplied as integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="tf32x3")

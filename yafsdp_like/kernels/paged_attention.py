@@ -23,10 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from yafsdp_like.kernels.blocks import INTERPRETED, jit, rounded, tl
+from yafsdp_like.kernels.blocks import dot, jit, rounded, tl
 
 LOG2_E = math.log2(math.e)
-_INTERPRETED = tl.constexpr(INTERPRETED) if tl else None
 
 
 @dataclass(frozen=True, eq=False)  # as keys of dicts: by identity
@@ -215,13 +214,6 @@ def power_of_2(n: int) -> int:
 
 
 @jit()
-def _dot(a: tl.tensor, b: tl.tensor) -> tl.tensor:
-    if _INTERPRETED:  # where bfloat16 would be multiplied as integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="tf32x3")  # of float32: nearly all its bits
-
-
-@jit()
 def empty_state(BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr) -> tl.tensor:
     """(sum of weighted values, highest score, sum of weights) of rows that have seen no key."""
     return (
@@ -288,7 +280,7 @@ def attend(
         cols = start + tl.arange(0, BLOCK_N)
         inside = (cols >= low) & (cols < end)
         k, v = _load_keys_and_values(kv, start, cols, inside, PAGE_SIZE, H, BLOCK_H, BLOCK_N, MASKED)
-        scores = _dot(q, tl.trans(k.to(q.dtype))) * score_scale
+        scores = dot(q, tl.trans(k.to(q.dtype))) * score_scale
         if MASKED:
             seen = inside[None, :] & (cols[None, :] <= positions[:, None])
             if WINDOW > 0:
@@ -299,7 +291,7 @@ def attend(
         weights = tl.exp2(scores - base[:, None])
         scale = tl.exp2(highest - base)
         total = total * scale + tl.sum(weights, 1)
-        weighted = weighted * scale[:, None] + _dot(rounded(weights, q.dtype), v.to(q.dtype))
+        weighted = weighted * scale[:, None] + dot(rounded(weights, q.dtype), v.to(q.dtype))
         highest = higher
     return weighted, highest, total
 

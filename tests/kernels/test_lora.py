@@ -1,0 +1,106 @@
+"""What adapters add, against merged matrices: natively on a GPU, else in the interpreter (`test_kernels.py`)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.inference import BF16, F32, TOLERANCES, int32, random
+from tests.kernels.test_kernels import RUNS
+from yafsdp_like.kernels import lora
+from yafsdp_like.kernels.lora import LowRank, add_low_rank, workspace_numel
+
+NUM_SLOTS = 3
+
+
+def made(
+    num_rows: int, sizes: tuple[int, ...], rank: int, num_cols: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, LowRank, torch.Tensor, torch.Tensor]:
+    """Rows, matrices whose slots lie apart, slots of rows, and what the rows are added to."""
+    a_numel, b_numel = len(sizes) * rank * num_cols, sum(sizes) * rank
+    images = random(NUM_SLOTS, a_numel + b_numel + 8, seed=1, dtype=dtype) / 4
+    a = images[:, :a_numel].unflatten(1, (-1, num_cols))
+    b = images[:, a_numel : a_numel + b_numel].unflatten(1, (-1, rank))
+    slots = int32([(5 * row + row // 7) % (NUM_SLOTS + 1) for row in range(num_rows)])
+    out = random(num_rows, sum(sizes), seed=3, dtype=dtype)
+    return random(num_rows, num_cols, seed=2, dtype=dtype), LowRank(a, b, sizes), slots, out
+
+
+def workspace_of(rows: torch.Tensor, low_rank: LowRank) -> torch.Tensor:
+    """Of just the size that is asked for, full of what must not be read."""
+    numel = workspace_numel(len(rows), low_rank.a.shape[1])
+    return torch.full((numel,), float("nan"), device=rows.device)
+
+
+def merged(rows: torch.Tensor, low_rank: LowRank, slots: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Each row by the product of its two matrices, in float64."""
+    rank, expected = low_rank.rank, out.double()
+    for row, slot in enumerate(slots.tolist()):
+        if slot:
+            a = low_rank.a[slot - 1].double().unflatten(0, (-1, rank))
+            b = low_rank.b[slot - 1].double().split(low_rank.sizes)
+            delta = torch.cat([rows_of_b @ a[number] for number, rows_of_b in enumerate(b)])
+            expected[row] += delta @ rows[row].double()
+    return expected
+
+
+CASES = [
+    (1, (40,), 4, 24, F32),
+    (5, (130, 20, 20), 8, 300, BF16),  # pieces along K
+    (300, (9, 5), 20, 40, F32),  # tiles of 64 rows
+    (3, (16,), 70, 50, F32),
+]
+
+
+@pytest.mark.parametrize(("num_rows", "sizes", "rank", "num_cols", "dtype"), CASES)
+def test_rows_get_what_their_own_adapter_adds(
+    num_rows: int,
+    sizes: tuple[int, ...],
+    rank: int,
+    num_cols: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched = []
+    launch = lora._launch
+    monkeypatch.setattr(lora, "_launch", lambda *args: (launched.append(1), launch(*args)))
+    rows, low_rank, slots, out = made(num_rows, sizes, rank, num_cols, dtype)
+    expected, before = merged(rows, low_rank, slots, out), out.clone()
+    add_low_rank(rows, low_rank, slots, workspace_of(rows, low_rank), out)
+    tolerance = 4 * TOLERANCES[dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+    assert torch.equal(out[slots == 0], before[slots == 0]), "rows without an adapter keep their bits"
+    assert len(launched) == RUNS
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter
+def test_an_adapter_of_nans_spoils_only_its_own_rows() -> None:
+    """Prevents: a product with zeros in place of rows of others, which is NaN where the matrix is."""
+    rows, low_rank, slots, out = made(16, (24,), 4, 32, F32)
+    expected = merged(rows, low_rank, slots, out)
+    low_rank.a[0] = float("nan")
+    low_rank.b[0] = float("inf")
+    add_low_rank(rows, low_rank, slots, workspace_of(rows, low_rank), out)
+    others = slots != 1
+    torch.testing.assert_close(out[others].double(), expected[others], rtol=1e-4, atol=1e-4)
+    assert out[~others].isnan().all()
+
+
+def test_rows_without_adapters_write_nothing() -> None:
+    rows, low_rank, slots, out = made(5, (24,), 4, 32, F32)
+    before = out.clone()
+    add_low_rank(rows, low_rank, torch.zeros_like(slots), workspace_of(rows, low_rank), out)
+    assert torch.equal(out, before)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    rows, low_rank, slots, out = made(5, (24,), 4, 32, F32)
+    workspace = workspace_of(rows, low_rank)
+    with pytest.raises(ValueError, match="expected A"):
+        add_low_rank(rows[:, 1:], low_rank, slots, workspace, out)
+    with pytest.raises(ValueError, match="slots"):
+        add_low_rank(rows, low_rank, slots[1:], workspace, out)
+    with pytest.raises(ValueError, match="projections of 24 columns"):
+        add_low_rank(rows, LowRank(low_rank.a, low_rank.b, (23,)), slots, workspace, out)
+    with pytest.raises(ValueError, match="workspace of"):
+        add_low_rank(rows, low_rank, slots, workspace[1:], out)
