@@ -141,6 +141,7 @@ class ServingForecast:
                 options.page_size,
                 len(plan.groups),
                 self.options.gpu_multiprocessors if self.options.on_gpu else 1,
+                plan.adapters.rank if plan.adapters else 0,
             )
             buffers = plan_buffers(plan.rank_config, step, plan.site.dtype)
             found[phase] = next(region.nbytes for region in buffers.regions if region.kind == WORKSPACE)

@@ -95,7 +95,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """
     found: dict[str, StoredTensor] = {}
     for path in _files_of(directory):
-        for name, tensor in _stored_in(path).items():
+        for name, tensor in stored_in(path).items():
             if name in found:
                 raise ValueError(f"'{name}' is both in {found[name].path} and in {path}")
             found[name] = tensor
@@ -145,7 +145,7 @@ def _instead(directory: Path) -> str:
     return "none"
 
 
-def _stored_in(path: Path) -> dict[str, StoredTensor]:
+def stored_in(path: Path) -> dict[str, StoredTensor]:
     """List the tensors of one file, by its header."""
     with _opened(path) as file:
         return {name: StoredTensor(path, name, _spec_of(file.get_slice(name))) for name in file.keys()}  # noqa: SIM118

@@ -9,8 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from yafsdp_like.inference.engine.engine import Completion, Engine, Metrics
-    from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request, RequestOutput, Token
+    from yafsdp_like.inference.engine.engine import Engine, Metrics
+    from yafsdp_like.inference.engine.request import (
+        Completion,
+        FinishReason,
+        QueueFullError,
+        Request,
+        RequestOutput,
+        Token,
+    )
     from yafsdp_like.inference.options import EngineOptions, PoolOptions
     from yafsdp_like.inference.pool.host_weights import HostFullError, ModelUnavailableError
     from yafsdp_like.inference.pool.member import ModelState
@@ -42,9 +49,10 @@ __all__ = [
 ]
 
 _MODULES = {
-    **dict.fromkeys(("Completion", "Engine", "Metrics"), "inference.engine.engine"),
+    **dict.fromkeys(("Engine", "Metrics"), "inference.engine.engine"),
     **dict.fromkeys(
-        ("RequestOutput", "FinishReason", "QueueFullError", "Request", "Token"), "inference.engine.request"
+        ("Completion", "RequestOutput", "FinishReason", "QueueFullError", "Request", "Token"),
+        "inference.engine.request",
     ),
     **dict.fromkeys(("open_model", "world_transport"), "inference.weights.loading"),
     **dict.fromkeys(("EngineOptions", "PoolOptions"), "inference.options"),

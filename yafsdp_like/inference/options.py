@@ -39,6 +39,9 @@ class EngineOptions:
     policy: PolicyName = "lru"  # eviction order of cached pages: lru, or gdsf (greedy dual size frequency)
     tenants: tuple[Tenant, ...] = ()  # tenants with a reserved number of pages or a priority
     costs: Costs | None = None  # rates of copying and of recomputing pages; null: measured when the engine starts
+    adapter_slots: int | None = None  # LoRA adapters on the device at once; null: as many as are given, up to 8
+    adapter_rank: int | None = None  # the largest rank of an adapter; null: of those that are given, or else 16
+    host_adapters: int | None = None  # LoRA adapters in host memory at once; null: those given, or as many as slots
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

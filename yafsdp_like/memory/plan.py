@@ -234,10 +234,12 @@ KINDS = {
     "slabs": "weights of models that are awake, at these bytes, and keys and values in pages",
     "workspace": "activations of one forward, shared by live range",
     "logits": "of the tokens to be drawn, and log-probabilities",
+    "adapter slots": "LoRA adapters that running requests use",
     "tables": "inputs of a step, and rotary tables",
     "host weights": "weights in host memory, as they lie on the device, from where they are streamed",
     "workspace guards": "bytes behind regions that nobody may write, in debug mode",
     "host kv slabs": "pages that were swapped out",
+    "adapter images": "LoRA adapters in host memory, as they lie in slots",
 }
 
 

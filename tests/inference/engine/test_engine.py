@@ -21,8 +21,8 @@ from tests.kernels.test_kernels import run_python
 from tests.ranks import run_ranks
 from yafsdp_like.hardware import H200
 from yafsdp_like.inference.engine import forward, runner
-from yafsdp_like.inference.engine.engine import Completion, Engine
-from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request, Token
+from yafsdp_like.inference.engine.engine import Engine
+from yafsdp_like.inference.engine.request import Completion, FinishReason, QueueFullError, Request, Token
 from yafsdp_like.inference.kv.eviction import Costs, Tenant
 from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.step_sizes import StepSize

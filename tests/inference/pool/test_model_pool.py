@@ -39,7 +39,7 @@ from yafsdp_like.memory.streams import COMPUTE, HOST_TO_DEVICE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from yafsdp_like.inference.engine.engine import Completion
+    from yafsdp_like.inference.engine.request import Completion
 
 ONE = EngineOptions(max_batch_size=4, max_batch_tokens=16, max_seq_len=64, page_size=4, costs=SWAPPING)
 CONFIGS = {

@@ -5,7 +5,7 @@ Plain values; ``scheduler.py`` alone changes them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from yafsdp_like.inference.kv.kv_cache import KVSequenceState
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
+    from yafsdp_like.inference.engine.adapters import LoadedAdapter
     from yafsdp_like.inference.engine.request import Request
     from yafsdp_like.inference.kv.kv_cache import Copy, KVSequence
 
@@ -40,6 +41,8 @@ class ActiveRequest:
     num_pending: int = 0  # tokens that steps so far draw, not read yet
     num_cached: int | None = None  # of the prompt, when it was first admitted
     num_admitted: int = 0  # how often it was given pages anew, other ones perhaps
+    adapter: LoadedAdapter | None = None
+    adapter_slot: int = 0  # while it runs, the number of its adapter's slot; 0: it has none
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -67,6 +70,36 @@ class ActiveRequest:
     def is_swapped(self) -> bool:
         """Whether its pages are on the host."""
         return self.kv is not None and self.kv.state is KVSequenceState.SWAPPED
+
+
+@dataclass
+class Counts:
+    """Of everything since the start."""
+
+    num_swapped_out: int = 0
+    num_recomputed: int = 0  # preempted, pages dropped
+    num_tokens_computed: int = 0
+    num_tokens_cached: int = 0
+    num_tokens_drawn: int = 0
+    num_tokens_dropped: int = 0  # drawn past an end
+    num_chunks: int = 0  # parts of prompts that did not end with a token drawn
+
+
+@dataclass
+class Draft:
+    """A step in the making: nothing is changed yet but reservations of pages."""
+
+    num_tokens_left: int
+    num_tokens: dict[ActiveRequest, int] = field(default_factory=dict)
+
+    def put(self, sequence: ActiveRequest, num_tokens: int) -> None:
+        """Give a sequence tokens."""
+        self.num_tokens[sequence] = num_tokens
+        self.num_tokens_left -= num_tokens
+
+    def drop(self, sequence: ActiveRequest) -> None:
+        """Take back what a sequence was given, if it was."""
+        self.num_tokens_left += self.num_tokens.pop(sequence, 0)
 
 
 @dataclass(frozen=True)
@@ -101,3 +134,8 @@ class Batch:
     def num_single(self) -> int:
         """Runs of one token."""
         return sum(run.num_tokens == 1 for run in self.runs)
+
+    @property
+    def adapter_slots(self) -> set[int]:
+        """Numbers of the slots of adapters that the step reads; without any it is the model's as it is."""
+        return {run.sequence.adapter_slot for run in self.runs} - {0}

@@ -109,6 +109,8 @@ class Staging:
             self._write_chunk(run, rows[run.sequence], first)
             first += run.num_tokens
         self._write_padding(slice(first, size.num_tokens))
+        if size.adapted:
+            self._write_adapters(runs, size)
         num_tiles = self._write_tiles(chunks, num_single, size)
         self._upload_tokens(size, num_tiles)
         self._stage_drawing(runs, drawing, size)
@@ -155,6 +157,14 @@ class Staging:
         inputs.token_index.array[rows] = 0
         inputs.positions.array[rows] = 0
         inputs.slot_mapping.array[:, rows] = _NOWHERE
+
+    def _write_adapters(self, runs: Sequence[Run], size: StepSize) -> None:
+        """Write and upload which adapter each row has, those of ``runs`` coming in their order."""
+        slots = self._side.inputs.adapter_slots
+        found = np.repeat([run.sequence.adapter_slot for run in runs], [run.num_tokens for run in runs])
+        slots.array[: len(found)] = found
+        slots.array[len(found) : size.num_tokens] = 0
+        slots.upload(0, size.num_tokens)
 
     def _upload_tokens(self, size: StepSize, num_tiles: int) -> None:
         inputs = self._side.inputs

@@ -25,11 +25,12 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from yafsdp_like.inference.engine.adapters import Adapters, with_adapters
 from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStatus
 from yafsdp_like.inference.engine.collector import collector_paused
 from yafsdp_like.inference.engine.debug import StepDebugger
 from yafsdp_like.inference.engine.places import EnginePlaces, nobody_else
-from yafsdp_like.inference.engine.request import FinishReason, Request, RequestOutput, Token
+from yafsdp_like.inference.engine.request import Completion, FinishReason, Request, RequestOutput
 from yafsdp_like.inference.engine.runner import Launched, Runner
 from yafsdp_like.inference.engine.scheduler import Scheduler
 from yafsdp_like.inference.engine.step_log import StepFigures, StepLog
@@ -39,14 +40,17 @@ from yafsdp_like.inference.kv.kv_cache import KVCache, Tier, check_integrity
 from yafsdp_like.inference.kv.occupancy import Stretch, occupancy
 from yafsdp_like.inference.kv.prefix import PrefixTree
 from yafsdp_like.inference.plan.serving_plan import KV_SLABS
-from yafsdp_like.inference.weights.loading import load, with_memory_limit
+from yafsdp_like.inference.weights.adapter_files import open_adapter
+from yafsdp_like.inference.weights.loading import load, open_model, with_memory_limit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Iterable
+    from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+    from pathlib import Path
 
     import torch
 
     from yafsdp_like.comm.transport import Transport
+    from yafsdp_like.inference.engine.request import Token
     from yafsdp_like.inference.kv.pages import PagePool
     from yafsdp_like.inference.options import AnyMode, EngineOptions
     from yafsdp_like.inference.plan.serving_plan import ServingPlan
@@ -57,20 +61,6 @@ if TYPE_CHECKING:
 
 _Measured = TypeVar("_Measured")
 _NO_LINK = Costs(link_nbytes_per_s=1.0, prefill_tokens_per_s=1e4)  # without a host tier nothing is weighed
-
-
-@dataclass(frozen=True)
-class Completion:
-    """All that was drawn for one request."""
-
-    tokens: tuple[Token, ...]
-    finish: FinishReason
-    num_cached_tokens: int
-
-    @property
-    def ids(self) -> list[int]:
-        """Ids of the tokens."""
-        return [token.id for token in self.tokens]
 
 
 @dataclass(frozen=True)
@@ -121,12 +111,13 @@ class Engine:
         if self.tp_group is not None:
             self.tp_group.check_same("the options of engines", options)
         self._places = places = places or EnginePlaces.of(weights)
-        self._runner = Runner(weights, places.buffers, weights.plan.groups, places.regions)
+        self.adapters = Adapters.of(weights, places.adapter_slots, places.adapter_images)
+        self._runner = Runner(weights, places.buffers, weights.plan.groups, places.regions, self.adapters)
         self.cache = self._kv_cache()
         self._runner.warm_up(options.graphs)
         self._times = None if options.tpot_ms is None else StepTimes(self._of_first_rank(self._runner.measure_steps()))
         make_room = nobody_else if places.make_room is nobody_else else self._make_room
-        self._scheduler = Scheduler(self.cache, options, self._times, make_room)
+        self._scheduler = Scheduler(self.cache, options, self._times, make_room, self.adapters)
         self._sequences: dict[str, ActiveRequest] = {}
         self._cancelled: list[ActiveRequest] = []
         self._unread: tuple[Batch, Launched] | None = None
@@ -146,19 +137,26 @@ class Engine:
         mode: AnyMode = "auto",
         transport: Transport | None = None,
         on_plan: Callable[[ServingPlan], object] | None = None,
+        adapters: Mapping[str, Path | str] | None = None,
     ) -> Engine:
         """Plan memory for ``model`` within ``options``, load its weights, and make the engine that serves it.
 
         ``model`` is a directory, ``preset:NAME``, or what ``open_model`` returns; weights are bf16 on a GPU and float32
         on a CPU unless ``dtype`` is given. Where ``options`` have no memory limit it is a GPU's free memory less 1 GiB,
         and where they say nothing of memory a CPU has 1 GiB of KV cache. ``on_plan`` is called with the plan before
-        anything is allocated. Ranks that share weights pass their ``transport`` and call this together. Raises
-        ValueError for a model that is not found, cannot be served, or does not fit.
+        anything is allocated. Ranks that share weights pass their ``transport`` and call this together. ``adapters``
+        are directories of LoRA adapters by the names that requests call them; ``engine.adapters`` loads more. Raises
+        ValueError for a model or an adapter that is not found, cannot be served, or does not fit.
         """
-        options = with_memory_limit(options, device, transport)
+        model = open_model(model) if isinstance(model, str) else model
+        opened = {name: open_adapter(directory, model.config) for name, directory in (adapters or {}).items()}
+        options = with_adapters(with_memory_limit(options, device, transport), opened)
         weights = load(model, options, device=device, dtype=dtype, mode=mode, transport=transport, on_plan=on_plan)
         try:
-            return cls(weights)
+            engine = cls(weights)
+            for name, adapter in opened.items():
+                engine.adapters.load(name, adapter)
+            return engine
         except BaseException:
             if not weights.lockstep:
                 weights.close()
@@ -209,9 +207,11 @@ class Engine:
         wait. Tensor parallel ranks must all be given it before the same step.
         """
         self._check_request(request)
+        adapter = None if request.adapter is None else self.adapters.find(request.adapter)
         if self.tp_group is not None and request.deadline is not None:
             request = replace(request, deadline=self.tp_group.broadcast(request.deadline))
-        salt: Hashable = request.salt if self.options.prefix_cache else object()
+        salt: Hashable = request.salt if adapter is None else (adapter.number, request.salt)
+        salt = salt if self.options.prefix_cache else object()
         self._sequences[request.id] = self._scheduler.add(request, salt)
 
     def cancel(self, request_id: str) -> None:

@@ -35,6 +35,7 @@ from yafsdp_like.inference.engine.products import choose_pieces, multiply
 from yafsdp_like.kernels.activation import swiglu
 from yafsdp_like.kernels.decode_attention import choose_num_splits, decode_attention, workspace_numel
 from yafsdp_like.kernels.gemv import matmul
+from yafsdp_like.kernels.lora import LowRank, add_low_rank
 from yafsdp_like.kernels.norm import rms_norm
 from yafsdp_like.kernels.paged_attention import AttentionBatch, KVPages
 from yafsdp_like.kernels.prefill_attention import prefill_attention
@@ -42,7 +43,7 @@ from yafsdp_like.kernels.query_tiles import max_num_tiles, queries_per_tile
 from yafsdp_like.kernels.rotary import HeadNorms, rotate_and_store
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from yafsdp_like.inference.kv.layer_groups import LayerGroup
     from yafsdp_like.inference.plan.buffers import StepBuffers
@@ -78,9 +79,15 @@ class Forward:
     """One model's forward over the buffers of one engine; a call reads the inputs that the device has by then."""
 
     def __init__(
-        self, weights: Weights, buffers: StepBuffers, cache: Sequence[LayerPages], num_multiprocessors: int = 1
+        self,
+        weights: Weights,
+        buffers: StepBuffers,
+        cache: Sequence[LayerPages],
+        num_multiprocessors: int = 1,
+        adapters: Sequence[Mapping[str, LowRank]] = (),
     ) -> None:
-        self._weights, self._cache = weights, cache
+        """``adapters`` are the matrices of all slots, by layer and product; none: no step is adapted."""
+        self._weights, self._cache, self._adapters = weights, cache, adapters
         self._activations, self._logits = buffers.activations, buffers.logits.logits
         self._inputs, self._tables = buffers.inputs, buffers.tables
         self._config, self._tp_group = weights.plan.rank_config, weights.tp_group
@@ -146,7 +153,7 @@ class Forward:
         self._norm(normed if index else None, hidden, layer.input_norm, normed)
         self._attend(index, layer, size, normed)
         self._norm(normed, hidden, layer.post_norm, normed)
-        self._feed(layer, rows, normed)
+        self._feed(index, layer, size, normed)
 
     def _norm(self, added: Tensor | None, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         """Add to the residual stream what a layer adds to it, and norm the sum."""
@@ -160,6 +167,7 @@ class Forward:
         config, to, rows = self._config, self._activations, slice(0, size.num_tokens)
         qkv, attended = to.qkv[rows], to.attended[rows]
         multiply(normed, layer.qkv, qkv)
+        self._adapt(index, "qkv", size, normed, qkv)
         if layer.qkv_bias is not None:
             qkv.add_(layer.qkv_bias)
         heads = qkv.unflatten(1, (-1, config.head_dim))
@@ -172,6 +180,7 @@ class Forward:
         rotate_and_store(q, k, v, tables, cache.pages, self._inputs.slot_mapping[cache.group, rows], norms)
         self._attend_pages(q, cache, size, attended.unflatten(1, (-1, config.head_dim)))
         multiply(attended, layer.o, normed)
+        self._adapt(index, "o", size, attended, normed)
         self._sum(normed)
 
     def _attend_pages(self, q: Tensor, cache: LayerPages, size: StepSize, out: Tensor) -> None:
@@ -196,14 +205,22 @@ class Forward:
             wanted -= 1
         return workspace, wanted
 
-    def _feed(self, layer: LayerWeights, rows: slice, normed: Tensor) -> None:
+    def _feed(self, index: int, layer: LayerWeights, size: StepSize, normed: Tensor) -> None:
         """Replace normed rows (T, D) by what the feed-forward adds to them."""
-        gate_up = self._activations.gate_up[rows]
+        gate_up = self._activations.gate_up[: size.num_tokens]
         multiply(normed, layer.gate_up, gate_up)
+        self._adapt(index, "gate_up", size, normed, gate_up)
         gate, up = gate_up.chunk(2, dim=1)
         swiglu(gate, up, gate)
         multiply(gate, layer.down, normed)
+        self._adapt(index, "down", size, gate, normed)
         self._sum(normed)
+
+    def _adapt(self, index: int, product: str, size: StepSize, rows: Tensor, out: Tensor) -> None:
+        """Add to a product of ``rows`` what the adapter of each row adds."""
+        if size.adapted:
+            slots, workspace = self._inputs.adapter_slots[: size.num_tokens], self._activations.adapted
+            add_low_rank(rows, self._adapters[index][product], slots, workspace, out)
 
     def _sum(self, part: Tensor) -> None:
         """Sum ``part`` over tensor parallel ranks, in place."""

@@ -17,6 +17,7 @@ import torch
 from yafsdp_like.inference.kv.eviction import GDSF, LRU, Policy, Tenant
 from yafsdp_like.inference.kv.kv_cache import Tier
 from yafsdp_like.inference.kv.pages import PagePool
+from yafsdp_like.inference.plan.adapter_layout import ADAPTER_IMAGES, ADAPTER_SLOTS
 from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS, KV_SLABS
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class EnginePlaces:
     pools: Mapping[Tier, PagePool]
     # Frees slabs of idle models and, by force, those of working ones; False where there was nothing to free.
     make_room: Callable[[bool], bool] = nobody_else
+    adapter_slots: torch.Tensor | None = None  # bytes (nbytes,) uint8 of slots of LoRA adapters, on the device
+    adapter_images: torch.Tensor | None = None  # and of their images on the host
 
     @classmethod
     def of(cls, weights: Weights) -> EnginePlaces:
@@ -57,7 +60,11 @@ class EnginePlaces:
         pools = {Tier.DEVICE: pool(plan.grid, options.tenants)}
         if plan.host_grid is not None:
             regions[Tier.HOST], pools[Tier.HOST] = bytes_of(weights.host, HOST_KV_SLABS), pool(plan.host_grid)
-        return cls(plan.buffers.tensors(weights.arena.place), regions, pools)
+        buffers = plan.buffers.tensors(weights.arena.place)
+        if plan.adapters is None:
+            return cls(buffers, regions, pools)
+        slots, images = bytes_of(weights.arena, ADAPTER_SLOTS), bytes_of(weights.host, ADAPTER_IMAGES)
+        return cls(buffers, regions, pools, adapter_slots=slots, adapter_images=images)
 
 
 def bytes_of(arena: Arena, region: str) -> torch.Tensor:

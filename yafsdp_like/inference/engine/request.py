@@ -38,6 +38,7 @@ class Request:
     priority: int = 0  # higher first
     deadline: float | None = None  # in seconds of time.monotonic()
     salt: str | None = None  # pages are shared only with requests of the same salt
+    adapter: str | None = None  # the LoRA adapter that it is computed with; None: the model as it is
     model: str = ""  # which one a `PoolDriver` gives it to; an engine has one model
 
     def __post_init__(self) -> None:
@@ -58,6 +59,20 @@ class Token:
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()  # (token, log-probability) of the most probable, in falling order
+
+
+@dataclass(frozen=True)
+class Completion:
+    """All that was drawn for one request."""
+
+    tokens: tuple[Token, ...]
+    finish: FinishReason
+    num_cached_tokens: int
+
+    @property
+    def ids(self) -> list[int]:
+        """Ids of the tokens."""
+        return [token.id for token in self.tokens]
 
 
 @dataclass(frozen=True)

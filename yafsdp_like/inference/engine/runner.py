@@ -32,6 +32,7 @@ from yafsdp_like.memory.streams import Event, StepRecorder, StepRecording, Timer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from yafsdp_like.inference.engine.adapters import Adapters
     from yafsdp_like.inference.engine.batch import Batch, Run
     from yafsdp_like.inference.kv.layer_groups import LayerGroup
     from yafsdp_like.inference.plan.buffers import StepBuffers
@@ -71,13 +72,19 @@ class Runner:
         buffers: StepBuffers,
         groups: Sequence[LayerGroup],
         regions: Mapping[Tier, Tensor],
+        adapters: Adapters,
     ) -> None:
         """``regions`` are the bytes (nbytes,) uint8 that pages lie in."""
         self._weights, self._buffers, self._regions = weights, buffers, regions
+        self._adapters = adapters
         self._on_gpu = weights.device.type == "cuda"
         self._max_batch_size, self._max_batch_tokens = len(buffers.inputs.last_rows), len(buffers.inputs.positions)
         self._forward = Forward(
-            weights, buffers, LayerPages.of(groups, regions[Tier.DEVICE]), _num_multiprocessors(weights.device)
+            weights,
+            buffers,
+            LayerPages.of(groups, regions[Tier.DEVICE]),
+            _num_multiprocessors(weights.device),
+            adapters.by_layer(),
         )
         page_size, per_tile = groups[0].shape.page_size, queries_per_tile_of(weights)
         self._staging = Staging(buffers, page_size, per_tile, self._on_gpu)
@@ -126,7 +133,12 @@ class Runner:
     @property
     def _sizes(self) -> list[StepSize]:
         """Sizes of all steps, those of many tokens last."""
-        return [*self._buckets.decode, *self._buckets.mixed]
+        return [*self._with_adapters(self._buckets.decode), *self._with_adapters(self._buckets.mixed)]
+
+    def _with_adapters(self, sizes: Sequence[StepSize]) -> list[StepSize]:
+        """Return sizes of steps without adapters, and the same with them where there are any."""
+        adapted = sizes if self._adapters.slots else ()
+        return [*sizes, *(replace(size, adapted=True) for size in adapted)]
 
     def _record(self, budget: RecordingBudget) -> None:
         """Record what fits the plan: steps that only decode, then the others, those of few tokens first."""
@@ -140,7 +152,8 @@ class Runner:
             self._recordings[size] = recorder.record(partial(self._step, size))
 
         mixed = [size for size in self._buckets.mixed if size.num_tokens <= MAX_RECORDED_TOKENS]
-        sizes = [*reversed(self._buckets.decode), *mixed] if self._weights.graphable else []
+        decode = self._with_adapters(self._buckets.decode[::-1])
+        sizes = [*decode, *self._with_adapters(mixed)] if self._weights.graphable else []
         work = [partial(record_logprobs, size.num_drawing) for size in reversed(self._buckets.decode)]
         work += [partial(record_step, size) for size in sizes]
         left = list(itertools.dropwhile(budget.record, work))
@@ -214,18 +227,25 @@ class Runner:
         size, drawing = _size_of(batch.runs), tuple(run for run in batch.runs if run.draws)
         if self._on_gpu:
             size = self._buckets.fit(size)
+        slots = batch.adapter_slots if self._adapters.slots else None
+        size = replace(size, adapted=True) if slots else size
         # A recording cannot wait for one unit after the other. Whether a step is recorded changes no bits.
         recording = None if self._weights.is_arriving() else self._recordings.get(size)
         with launching_on(self._weights.device):
             self._staging.stage(batch.runs, drawing, size)
             began = self.timer.mark()
             self._copy_pages(batch.copies)
+            if slots:
+                self._adapters.await_copies()
             if recording is None:
                 self._sample(self._forward(size))
             else:
                 self._weights.reset_residency()
                 recording.replay()
-            return self._fetch(drawing, size.num_drawing, began)
+            launched = self._fetch(drawing, size.num_drawing, began)
+        if slots:
+            self._adapters.launched(slots, launched.done)
+        return launched
 
     @torch.inference_mode()
     def copy_pages(self, copies: Sequence[Copy]) -> None:

@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from dataclasses import dataclass, field
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStatus, Run
+from yafsdp_like.inference.engine.adapters import Adapters
+from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, Counts, Draft, RequestStatus, Run
 from yafsdp_like.inference.engine.places import nobody_else
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
 from yafsdp_like.inference.kv.kv_cache import NO_PAGE, KVCache, KVSequenceState, Shortage, Tier
@@ -43,34 +44,6 @@ CHUNK = 512  # tokens of prompts beside rows that decode, see [Note: budget of a
 PROMPTS_PER_CHUNK = 4  # that may wait for each other before chunks grow
 
 
-@dataclass
-class Counts:
-    """Of everything since the start."""
-
-    num_swapped_out: int = 0
-    num_recomputed: int = 0  # preempted, pages dropped
-    num_tokens_computed: int = 0
-    num_tokens_cached: int = 0
-    num_tokens_drawn: int = 0
-    num_tokens_dropped: int = 0  # drawn past an end
-    num_chunks: int = 0  # parts of prompts that did not end with a token drawn
-
-
-@dataclass
-class _Draft:
-    """A step in the making: nothing is changed yet but reservations of pages."""
-
-    num_tokens_left: int
-    num_tokens: dict[ActiveRequest, int] = field(default_factory=dict)
-
-    def put(self, sequence: ActiveRequest, num_tokens: int) -> None:
-        self.num_tokens[sequence] = num_tokens
-        self.num_tokens_left -= num_tokens
-
-    def drop(self, sequence: ActiveRequest) -> None:
-        self.num_tokens_left += self.num_tokens.pop(sequence, 0)
-
-
 class _UnreadError(Exception):
     """A sequence that must make room has pending tokens, which must be known if it is to be computed again."""
 
@@ -84,10 +57,12 @@ class Scheduler:
         options: EngineOptions,
         times: StepTimes | None = None,
         make_room: Callable[[bool], bool] = nobody_else,
+        adapters: Adapters | None = None,
     ) -> None:
         """``times`` are needed where the options have a ``tpot_ms``; ``make_room`` see ``EnginePlaces``."""
         assert (times is None) == (options.tpot_ms is None)
         self._make_room = make_room
+        self._adapters = adapters or Adapters()
         self.cache = cache
         self.options = options
         self._times = times
@@ -112,6 +87,9 @@ class Scheduler:
             )
         sequence = ActiveRequest(request, self._num_added, salt, list(request.prompt))
         self._num_added += 1
+        if request.adapter is not None:
+            sequence.adapter = self._adapters.find(request.adapter)
+            sequence.adapter.num_requests += 1
         _insert(self.waiting, sequence)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, sequence.number, sequence))
@@ -126,6 +104,9 @@ class Scheduler:
 
     def end(self, sequence: ActiveRequest) -> None:
         """End a sequence; its full pages stay cached."""
+        if sequence.adapter is not None:
+            self._leave_slot(sequence)
+            sequence.adapter.num_requests -= 1
         _remove(self.running if sequence.status is RequestStatus.RUNNING else self.waiting, sequence)
         if sequence.kv is not None:
             self.cache.close(sequence.kv)
@@ -156,7 +137,7 @@ class Scheduler:
         The caller launches it and then calls ``launched``.
         """
         nums_left = [sequence.num_left for sequence in self.running]
-        draft = _Draft(self._budget(nums_left))
+        draft = Draft(self._budget(nums_left))
         try:
             self._go_on(draft, nums_left)
             self._admit(draft)
@@ -178,7 +159,7 @@ class Scheduler:
         """Preempt all running sequences, or those with pages in ``slabs``; their tokens must have been read."""
         for sequence in self.running[::-1]:
             if slabs is None or self._has_pages_in(sequence, slabs):
-                self._preempt(sequence, _Draft(0))
+                self._preempt(sequence, Draft(0))
 
     def _has_pages_in(self, sequence: ActiveRequest, slabs: Collection[int]) -> bool:
         grid = self.cache.pools[Tier.DEVICE].grid
@@ -224,7 +205,7 @@ class Scheduler:
             chunk = max(chunk, first)
         return min(options.max_batch_tokens, self._buckets.padded(num_drawing + chunk))
 
-    def _go_on(self, draft: _Draft, nums_left: Sequence[int]) -> None:
+    def _go_on(self, draft: Draft, nums_left: Sequence[int]) -> None:
         """Give tokens to running sequences in order of rank, and at least one to each that draws."""
         num_drawing = nums_left.count(1)
         for sequence, num_left in zip(list(self.running), nums_left, strict=True):
@@ -235,10 +216,12 @@ class Scheduler:
             if num_tokens > 0 and self._secure(sequence, num_tokens, draft):
                 draft.put(sequence, num_tokens)
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, draft: Draft) -> None:
         """Give tokens to waiting sequences in order of rank, while there is room."""
         while self.waiting and draft.num_tokens_left > 0:
-            sequence = self.waiting[0]
+            sequence = self._next_to_admit()
+            if sequence is None:
+                return
             if len(self.running) == self.options.max_batch_size or not self._make_resident(sequence):
                 if not self._outranks_last(sequence):
                     return
@@ -248,6 +231,13 @@ class Scheduler:
             if not self._secure(sequence, num_tokens, draft):
                 return
             draft.put(sequence, num_tokens)
+
+    def _next_to_admit(self) -> ActiveRequest | None:
+        """Return who waits and ranks first; where running ones use all slots of adapters, of those without adapters."""
+        first = self.waiting[0]
+        if first.adapter is None or self._adapters.may_run(first.adapter):
+            return first
+        return next((sequence for sequence in self.waiting if sequence.adapter is None), None)
 
     def _run(self, sequence: ActiveRequest, num_tokens: int) -> Run:
         """Schedule tokens, which count as computed from here on."""
@@ -350,11 +340,13 @@ class Scheduler:
         sequence.status = RequestStatus.RUNNING
         sequence.num_scheduled = kv.num_tokens
         sequence.num_admitted += 1
+        if sequence.adapter is not None:
+            sequence.adapter_slot = self._adapters.pin(sequence.adapter)
         if sequence.num_cached is None:
             sequence.num_cached = kv.num_tokens
             self.counts.num_tokens_cached += kv.num_tokens
 
-    def _secure(self, sequence: ActiveRequest, num_tokens: int, draft: _Draft) -> bool:
+    def _secure(self, sequence: ActiveRequest, num_tokens: int, draft: Draft) -> bool:
         """Reserve pages for the next tokens of a running sequence, preempting those that rank last.
 
         Returns False if it was preempted itself.
@@ -399,12 +391,13 @@ class Scheduler:
         """Whether its priority is higher; an earlier arrival alone preempts nobody."""
         return bool(self.running) and self.running[-1].request.priority < sequence.request.priority
 
-    def _preempt(self, sequence: ActiveRequest, draft: _Draft) -> None:
+    def _preempt(self, sequence: ActiveRequest, draft: Draft) -> None:
         """Take a sequence's pages, by swapping or by dropping them, whichever is cheaper to undo."""
         if sequence.num_pending:
             raise _UnreadError
         assert sequence.kv is not None
         draft.drop(sequence)
+        self._leave_slot(sequence)
         copies = self.cache.swap_out(sequence.kv) if self.cache.prefers_swap(sequence.kv) else None
         if copies is None or isinstance(copies, Shortage):
             self._close(sequence)
@@ -421,6 +414,12 @@ class Scheduler:
         self.cache.close(sequence.kv)
         sequence.kv, sequence.num_scheduled = None, 0
 
+    def _leave_slot(self, sequence: ActiveRequest) -> None:
+        """Let a sequence that runs, if it does, no longer keep its adapter in a slot."""
+        if sequence.adapter is not None and sequence.adapter_slot:
+            self._adapters.unpin(sequence.adapter)
+            sequence.adapter_slot = 0
+
     def check_integrity(self) -> None:
         """Raise RuntimeError unless the cache's sequences are just those of the requests. O(everything)."""
         sequences = self.running + self.waiting
@@ -430,6 +429,7 @@ class Scheduler:
         for sequence in self.running:
             if sequence.kv is None or sequence.kv.state is not KVSequenceState.RESIDENT:
                 raise RuntimeError(f"request {sequence.request.id!r} runs without pages on the device")
+        self._adapters.check_integrity(Counter(run.adapter for run in self.running if run.adapter is not None))
 
 
 def _insert(sequences: list[ActiveRequest], sequence: ActiveRequest) -> None:

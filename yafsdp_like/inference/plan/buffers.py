@@ -20,16 +20,18 @@ import torch
 from torch import Tensor
 
 from yafsdp_like.kernels.decode_attention import choose_num_splits, workspace_numel
+from yafsdp_like.kernels.lora import MAX_PROJECTIONS
+from yafsdp_like.kernels.lora import workspace_numel as low_rank_numel
 from yafsdp_like.kernels.query_tiles import TILE_COLS, max_num_tiles, queries_per_tile
 from yafsdp_like.kernels.sampling import NUM_FLOATS, NUM_INTS
 from yafsdp_like.kernels.sampling_params import MAX_LOGPROBS
+from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.plan import Clock, LiveRange, Phase, Region, SlotPlace, SlotRequest, place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from yafsdp_like.memory.arena import Place
-    from yafsdp_like.memory.layout import Segment
     from yafsdp_like.models.decoder import DecoderConfig
 
 ROW_ALIGNMENT = 4  # of the first row of chunks in tables, see [Note: aligned rows]
@@ -54,6 +56,7 @@ class StepShape:
     page_size: int
     num_groups: int
     num_multiprocessors: int = 1  # of the device; decides into how many pieces attention cuts keys
+    adapter_rank: int = 0  # of slots of adapters; 0: there are none, and nothing for them
 
     @property
     def max_pages(self) -> int:
@@ -91,6 +94,8 @@ def _sizes(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> dict[s
         "tiles": 1 + max_num_tiles(step.num_tokens, batch, per_tile),
         "tile": TILE_COLS,
         "pieces": _num_pieces(config, step),
+        "adapted": low_rank_numel(step.num_tokens, MAX_PROJECTIONS * step.adapter_rank),
+        "adapted T": step.num_tokens if step.adapter_rank else 0,
         "floats": NUM_FLOATS,
         "ints": NUM_INTS,
     }
@@ -122,6 +127,7 @@ class Activations:
     attention: Tensor = _tensor("pieces", dtype=torch.float32, live=(ATTEND, ATTEND))  # of decode attention
     gate_up: Tensor = _tensor("T", "2 F", live=(FEED, FEED))
     last: Tensor = _tensor("B", "D", live=(DRAW, DRAW))  # normed, of tokens that draw
+    adapted: Tensor = _tensor("adapted", dtype=torch.float32, live=(PROJECT, FEED))  # between adapters' two products
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,7 @@ class BatchInputs(Generic[T]):
     last_rows: T = _tensor("B", dtype=torch.int64)  # rows whose next token is drawn, unless all are, in order
     sampling_floats: T = _tensor("B", "floats", dtype=torch.float32)
     sampling_ints: T = _tensor("B", "ints", dtype=torch.int64)
+    adapter_slots: T = _tensor("adapted T", dtype=torch.int32)  # of each token: 0 for none, s + 1 for slot s
 
     def map(self, function: Callable[[T], U]) -> BatchInputs[U]:
         """Apply ``function`` to every table."""
@@ -248,10 +255,10 @@ def plan_buffers(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> 
             how = declared.metadata
             shape = tuple(sizes[name] for name in how["shape"])
             buffers[declared.name] = Buffer(declared.name, group.kind, how["dtype"] or dtype, shape, how["live"])
-    segments: dict[str, Segment] = {}
+    segments = {buffer.name: Segment(0, 0) for buffer in buffers.values() if not buffer.nbytes}
     regions = []
     for kind in (WORKSPACE, LOGITS, TABLES):
-        found = [buffer for buffer in buffers.values() if buffer.kind == kind]
+        found = [buffer for buffer in buffers.values() if buffer.kind == kind and buffer.nbytes]
         spots, nbytes = place([SlotRequest(b.name, b.nbytes, b.live) for b in found])
         segments |= {b.name: spot for b, spot in zip(found, spots, strict=True)}
         regions.append(Region(kind, kind, nbytes))

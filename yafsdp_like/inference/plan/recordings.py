@@ -24,6 +24,9 @@ MAX_RECORDED_TOKENS = 2048  # of a step; larger ones take a GPU longer than issu
 # shape 154 (146, 28 layers), of two layers 54 (124).
 _STEP_NBYTES, _LAYER_NBYTES = 125 << 10, 30 << 10  # of one recording, and more of it for each layer
 _MOVED_LAYER_NBYTES = 16 << 10  # more of it where layers are brought, or sums are made over ranks: not measured
+_ADAPTED_LAYER_NBYTES = (
+    22 << 10
+)  # more of it in steps with adapters, which are recorded beside the others: not measured
 _WORKSPACE_NBYTES = 32 << 20  # of cuBLAS
 _MANY_ROWS, _MANY_ROWS_NBYTES = 128, 20 << 20  # above which, choosing the most probable tokens takes so much
 _GRANULE_NBYTES = 2 << 20  # in which the driver and the allocator take memory
@@ -42,6 +45,8 @@ def recordings_nbytes(config: DecoderConfig, options: EngineOptions, moves: bool
     many_rows = _MANY_ROWS_NBYTES if options.max_batch_size > _MANY_ROWS else 0
     layer_nbytes = _LAYER_NBYTES + (_MOVED_LAYER_NBYTES if moves else 0)
     driver_nbytes = num_steps * (_STEP_NBYTES + config.num_layers * layer_nbytes)
+    if options.adapter_slots is not None:
+        driver_nbytes += num_steps * (_STEP_NBYTES + config.num_layers * (layer_nbytes + _ADAPTED_LAYER_NBYTES))
     return _WORKSPACE_NBYTES + many_rows + (driver_nbytes // _GRANULE_NBYTES + 1) * _GRANULE_NBYTES
 
 

@@ -23,6 +23,7 @@ import torch
 
 from yafsdp_like.inference.kv.layer_groups import LayerGroup
 from yafsdp_like.inference.options import AnyMode, EngineOptions
+from yafsdp_like.inference.plan.adapter_layout import AdapterLayout
 from yafsdp_like.inference.plan.buffers import PlacedBuffers, StepShape, plan_buffers
 from yafsdp_like.inference.plan.capacity import Capacity
 from yafsdp_like.inference.plan.packed_weights import check_served, pack_units
@@ -30,7 +31,7 @@ from yafsdp_like.inference.plan.placement import Mode, Placement, placements
 from yafsdp_like.inference.plan.recordings import recordings_nbytes
 from yafsdp_like.memory.layout import GUARD_NBYTES
 from yafsdp_like.memory.plan import MemoryPlan, Region, readable
-from yafsdp_like.models.tensor_parallel import share_of
+from yafsdp_like.models.tensor_parallel import cuts_of, share_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -102,12 +103,18 @@ class ServingPlan:
         return _recordings_nbytes(self.rank_config, self.options, self.site, self.mode)
 
     @cached_property
+    def adapters(self) -> AdapterLayout | None:
+        """Where LoRA adapters lie; None where none is served."""
+        return AdapterLayout.of(self.placement.packed_units, self.options)
+
+    @cached_property
     def memory(self) -> MemoryPlan:
         """Of the arena. Not in it: ``recordings_nbytes``, CUDA's context, and what kernels are compiled to."""
         regions = (
             *self.placement.regions(),
             Region(KV_SLABS, KV_SLABS, self.grid.region_nbytes),
             *self.buffers.regions,
+            *(() if self.adapters is None else (self.adapters.region(),)),
         )
         slots = (*self.placement.slot_places(), *self.buffers.slots())
         transports = {"gathered": (self.site.transport,), "tensor_parallel": (_SUMS,)}.get(self.mode, ())
@@ -121,6 +128,8 @@ class ServingPlan:
         regions = tuple(self.placement.host_regions())
         if self.host_grid is not None:
             regions = (*regions, Region(HOST_KV_SLABS, HOST_KV_SLABS, self.host_grid.region_nbytes))
+        if self.adapters is not None:
+            regions = (*regions, self.adapters.host_region())
         return MemoryPlan(self.site.num_ranks, regions)
 
     def __str__(self) -> str:
@@ -146,7 +155,9 @@ def plan_serving(
         raise ValueError("expected memory_limit_nbytes or kv_nbytes, in bytes, found neither")
     check_served(config)
     site = site or Site()
-    draft = _Draft.of(config, options, site, _rank_config(config, site, mode))
+    cuts = cuts_of(config, site.num_ranks) if mode == "tensor_parallel" else None
+    adapters = AdapterLayout.of(pack_units(config, site.dtype, cuts), options)
+    draft = _Draft.of(config, options, site, _rank_config(config, site, mode), adapters)
     tried: list[Mode] = list(_auto_modes(site)) if mode == "auto" else [mode]
     for candidate in tried:
         placement = draft.choose(candidate)
@@ -202,9 +213,17 @@ class _Draft:
     share: DecoderConfig  # what one rank computes
     max_seq_len: int  # at most
     least: int  # tokens of context that must fit
+    adapters_nbytes: int  # of their slots
 
     @classmethod
-    def of(cls, config: DecoderConfig, options: EngineOptions, site: Site, share: DecoderConfig) -> _Draft:
+    def of(
+        cls,
+        config: DecoderConfig,
+        options: EngineOptions,
+        site: Site,
+        share: DecoderConfig,
+        adapters: AdapterLayout | None,
+    ) -> _Draft:
         """Make what all modes have in common; ``share`` is what one rank computes of ``config``."""
         windows = [config.window_of(layer) for layer in range(config.num_layers)]
         dtype = options.kv_dtype or site.dtype_name
@@ -213,11 +232,18 @@ class _Draft:
         longest = _longest(config, options, capacity)
         multiprocessors = site.hardware.num_multiprocessors if site.hardware else 1
         step = StepShape(
-            options.max_batch_size, options.max_batch_tokens, longest, options.page_size, len(groups), multiprocessors
+            options.max_batch_size,
+            options.max_batch_tokens,
+            longest,
+            options.page_size,
+            len(groups),
+            multiprocessors,
+            adapters.rank if adapters else 0,
         )
         buffers = plan_buffers(share, step, site.dtype)
         least = options.max_seq_len or min(longest, options.max_batch_tokens)
-        return cls(config, options, site, capacity, buffers, share, longest, least)
+        adapters_nbytes = adapters.region().nbytes if adapters else 0
+        return cls(config, options, site, capacity, buffers, share, longest, least, adapters_nbytes)
 
     def choose(self, mode: Mode) -> Placement | None:
         """See [Note: what is kept]; None where not even one context fits beside the weights."""
@@ -242,7 +268,7 @@ class _Draft:
     def room(self, weights_nbytes: int, mode: Mode) -> int | None:
         """Return the bytes that are left for keys and values; None: any number."""
         limit = self.options.memory_limit_nbytes
-        beside = self.buffers.nbytes + self.recordings_nbytes(mode) + self.guards_nbytes
+        beside = self.buffers.nbytes + self.adapters_nbytes + self.recordings_nbytes(mode) + self.guards_nbytes
         return None if limit is None else limit - weights_nbytes - beside
 
     @property
@@ -286,15 +312,16 @@ class _Draft:
         smallest = min((_smallest(self._placements(mode)) for mode in tried), key=lambda p: p.nbytes)
         context = self.options.kv_nbytes or self.capacity.nbytes_for(self.least, self.max_seq_len)
         graphs = self.recordings_nbytes(smallest.mode)
-        needed = smallest.nbytes + self.buffers.nbytes + graphs + self.guards_nbytes + context
+        needed = smallest.nbytes + self.buffers.nbytes + self.adapters_nbytes + graphs + self.guards_nbytes + context
         what = "kv_nbytes" if self.options.kv_nbytes else f"keys and values of {self.least:,} tokens"
         remedies = [f"memory_limit_nbytes={needed}", *self._smaller_contexts(smallest)]
         if 0 < needed - limit <= graphs:
             remedies.append(f"graphs=False, since CUDA graphs take {graphs:,}")
+        adapters = f", {self.adapters_nbytes:,} for slots of adapters" if self.adapters_nbytes else ""
         return (
             f"the model does not fit memory_limit_nbytes={limit}: {needed - limit:,} bytes are missing. {needed:,} are "
             f"needed, at least: {smallest.nbytes:,} for weights ({smallest.mode}), {self.buffers.nbytes:,} for the "
-            f"buffers of a step and {context:,} for {what}. It fits with {', or with '.join(remedies)}"
+            f"buffers of a step{adapters} and {context:,} for {what}. It fits with {', or with '.join(remedies)}"
         )
 
     def _smaller_contexts(self, placement: Placement) -> Iterator[str]:

@@ -28,6 +28,7 @@ class StepSize:
     num_single: int  # sequences with one token
     num_chunks: int = 0  # sequences with several
     num_drawing: int = 0  # rows whose next token is drawn
+    adapted: bool = False  # whether some rows have adapters
 
     @classmethod
     def decode(cls, batch_size: int) -> StepSize:

@@ -26,9 +26,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.engine.collector import collector_paused
-from yafsdp_like.inference.engine.engine import Completion, Engine
+from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.places import POLICIES, EnginePlaces, bytes_of
-from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
+from yafsdp_like.inference.engine.request import Completion, FinishReason, QueueFullError
 from yafsdp_like.inference.kv.kv_cache import Tier, check_integrity
 from yafsdp_like.inference.kv.occupancy import Stretch, occupancy
 from yafsdp_like.inference.kv.pages import PagePool
