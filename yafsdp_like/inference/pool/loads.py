@@ -40,7 +40,7 @@ class Loads:
             member.loading.on_demand &= on_demand
             return
         image = self._host_weights.put(member.name, member.plan.image_nbytes)
-        read = partial(member.weights.read, image.place)
+        read = partial(member.weights.read, image.places)
         member.failure = None
         member.loading = Loading(image, partial(member.model.source, self._device), read, on_demand)
 
@@ -83,7 +83,7 @@ class Loads:
             member.loading, member.failure = None, loading.error
             if loading.error is None:
                 member.image = loading.image
-                member.weights.attach(loading.image.place)
+                member.weights.attach(loading.image.places)
             else:
                 self._host_weights.drop(loading.image)
                 failed.append(member)

@@ -24,7 +24,7 @@ from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.buffers import ALWAYS, LOGITS, TABLES, WORKSPACE
 from yafsdp_like.inference.plan.capacity import Capacity
 from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS, ServingPlan, Site, plan_serving
-from yafsdp_like.memory.layout import Segment, aligned
+from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment
 from yafsdp_like.memory.plan import MemoryPlan, Region, SlotPlace, readable
 
 if TYPE_CHECKING:
@@ -106,7 +106,12 @@ class PoolPlan:
     def host_weights_nbytes(self) -> int:
         """Bytes for models' weights in host memory."""
         asked = self.options.host_weights_nbytes
-        return sum(plan.image_nbytes for plan in self.models.values()) if asked is None else aligned(asked)
+        return self.all_weights_nbytes if asked is None else asked // ALIGNMENT_NBYTES * ALIGNMENT_NBYTES
+
+    @cached_property
+    def all_weights_nbytes(self) -> int:
+        """Bytes of all models' weights."""
+        return sum(plan.image_nbytes for plan in self.models.values())
 
     @cached_property
     def lend_late(self) -> dict[int, int]:
@@ -134,7 +139,9 @@ class PoolPlan:
         lines = [*self._lines(), str(self.memory)]
         if self.recordings_nbytes:
             lines.append(f"  beside the arena: {readable(self.recordings_nbytes)} for CUDA graphs of all models' steps")
-        return "\n".join([*lines, f"in host memory: {self.host}"])
+        missing = self.all_weights_nbytes - self.host_weights_nbytes
+        room = "room for the weights of all models" if missing <= 0 else f"{readable(missing)} too few for all weights"
+        return "\n".join([*lines, f"in host memory, {room}: {self.host}"])
 
     def _lines(self) -> Iterator[str]:
         for name, plan in self.models.items():
@@ -176,7 +183,9 @@ def plan_pool(models: Mapping[str, PooledModel], options: PoolOptions, hardware:
         name: ModelPlan(name, _awake_alone(plan, grid, home, host_grid), home, units[name])
         for (name, plan), home in zip(alone.items(), homes, strict=True)
     }
-    return PoolPlan(options, grid, host_grid, plans)
+    found = PoolPlan(options, grid, host_grid, plans)
+    _check_host(found)
+    return found
 
 
 def _alone(name: str, model: PooledModel, options: PoolOptions, hardware: Hardware | None) -> ServingPlan:
@@ -213,6 +222,16 @@ def _check_fits(name: str, plan: ServingPlan, grid: SlabGrid, num_home: int, opt
             f"{missing * grid.slab_nbytes:,} bytes are missing; it fits with "
             f"memory_limit_nbytes={options.memory_limit_nbytes + missing * grid.slab_nbytes}"
         )
+
+
+def _check_host(plan: PoolPlan) -> None:
+    """Raise where a model has no room in host memory even alone; with room, any order of loads finds it."""
+    for name, model in plan.models.items():
+        if model.image_nbytes > plan.host_weights_nbytes:
+            raise ValueError(
+                f"model {name!r} can never be loaded: its weights are {model.image_nbytes:,} bytes, and "
+                f"host_weights_nbytes={plan.options.host_weights_nbytes}; it must be at least {model.image_nbytes}"
+            )
 
 
 def _wanted_slabs(plan: ServingPlan, grid: SlabGrid, options: PoolOptions) -> int:

@@ -20,6 +20,8 @@ from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.streams import COMPUTE, HOST_TO_DEVICE, Event, Streams
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from yafsdp_like.memory.arena import Arena, Place
@@ -33,26 +35,40 @@ class PooledWeights(Weights):
         self._home, self._units = arena.place(SLABS).part(Segment(first_nbytes, plan.image_nbytes)), plan.units
         self._arriving: dict[int, Event] = {}  # units on their way, in order
         self._last_copy: Event | None = None
-        self._image: list[Tensor] = []  # of each unit, on the host
+        self._image: list[list[Store]] = []  # pieces of each unit, on the host
         super().__init__(plan.serving, arena, host, None, streams)
-        self._places = self._flat_units(self._home)
+        self._places = [self._flat(self._home.part(unit)) for unit in self._units]
 
     def _whole(self, unit: int) -> Place:
         return self._home.part(self._units[unit])
 
-    def _flat_units(self, image: Place) -> list[Tensor]:
-        itemsize = self.dtype.itemsize
-        return [image.part(unit).flat(self.dtype, unit.nbytes // itemsize) for unit in self._units]
+    def _flat(self, place: Place) -> Tensor:
+        return place.flat(self.dtype, place.segment.nbytes // self.dtype.itemsize)
 
-    def read(self, image: Place, source: Source) -> None:
+    def read(self, image: Sequence[Place], source: Source) -> None:
         """Read all units from ``source`` into ``image``, in any thread: nothing else of this object is touched."""
-        for packed, values in zip(self.plan.placement.packed_units, self._flat_units(image), strict=True):
-            fill(Store(packed, 0, values), source)
+        for pieces in self._pieces(image):
+            for piece in pieces:
+                fill(piece, source)
         self.finish_loading()
 
-    def attach(self, image: Place) -> None:
+    def attach(self, image: Sequence[Place]) -> None:
         """Bring units from ``image``, which is whole, from now on."""
-        self._image = self._flat_units(image)
+        self._image = self._pieces(image)
+
+    def _pieces(self, image: Sequence[Place]) -> list[list[Store]]:
+        """Return each unit's pieces of the places of an image, which hold all units' bytes back to back."""
+        found: list[list[Store]] = [[] for _ in self._units]
+        begin = 0  # of a place, in the image
+        for place in image:
+            end = begin + place.segment.nbytes
+            for pieces, unit, packed in zip(found, self._units, self.plan.placement.packed_units, strict=True):
+                first, last = max(begin, unit.offset_nbytes), min(end, unit.end_nbytes)
+                if first < last:
+                    values = self._flat(place.part(Segment(first - begin, last - first)))
+                    pieces.append(Store(packed, (first - unit.offset_nbytes) // self.dtype.itemsize, values))
+            begin = end
+        return found
 
     def unload(self) -> None:
         """Forget the image, whose bytes may then be another's; blocks the CPU while copies of it are under way."""
@@ -66,7 +82,8 @@ class PooledWeights(Weights):
         """Issue the copy of a unit behind all that was issued before."""
         self._streams.wait(HOST_TO_DEVICE, self._streams.record(COMPUTE))
         with self._streams.on(HOST_TO_DEVICE):
-            self._places[unit].copy_(self._image[unit], non_blocking=True)
+            for piece in self._image[unit]:
+                self._places[unit][piece.start :][: len(piece.values)].copy_(piece.values, non_blocking=True)
         self._arriving[unit] = self._last_copy = self._streams.record(HOST_TO_DEVICE)
 
     def num_arriving(self) -> int:
