@@ -113,10 +113,17 @@ class PoolModelOptions:
     generation_config: Literal["model", "none"] = "model"  # sampling defaults: of generation_config.json, or none
     dtype: Literal["float32", "bfloat16"] | None = None  # of weights; null: bfloat16 on a GPU, float32 on a CPU
     ttl_s: float | None = None  # without a request, after which it leaves the device; null: it stays while it may
+    host_ttl_s: float | None = None  # without a request, after which it leaves host memory, too; null: it stays
     engine: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         check_seconds("ttl_s", self.ttl_s or 0)
+        check_seconds("host_ttl_s", self.host_ttl_s or 0)
+        if self.host_ttl_s and self.ttl_s and self.host_ttl_s < self.ttl_s:
+            raise ValueError(
+                f"host_ttl_s={self.host_ttl_s:g} must be at least ttl_s={self.ttl_s:g}: what leaves host memory has "
+                "left the device"
+            )
 
 
 NOT_GIVEN = 1  # byte of memory, in which no pool fits
@@ -126,7 +133,7 @@ NOT_GIVEN = 1  # byte of memory, in which no pool fits
 class ServePoolOptions:
     """Models by name, the pool that they share, and the server in front of it."""
 
-    models: dict[str, PoolModelOptions]  # path, ttl_s and engine of each, by its name in requests
+    models: dict[str, PoolModelOptions]  # path, ttls and engine of each, by its name in requests
     admin_key: str | None = None  # bearer token for /admin, another than the users'; null: there is no /admin
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all

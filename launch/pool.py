@@ -61,7 +61,10 @@ def load_pool(options: ServePoolOptions) -> LoadedPool:
     )
     print(plan, flush=True)
     pool = ModelPool(plan, {name: each.model for name, each in opened.items()}, device)
-    driver = PoolDriver(pool, {name: options.models[name].ttl_s or 0 for name in opened if options.models[name].ttl_s})
+    entries = {name: options.models[name] for name in opened}
+    ttls = {name: entry.ttl_s for name, entry in entries.items() if entry.ttl_s}
+    host_ttls = {name: entry.host_ttl_s for name, entry in entries.items() if entry.host_ttl_s}
+    driver = PoolDriver(pool, ttls, host_ttls)
     for error in _load_all(driver).values():
         print(f"warning: {error}", flush=True)
     parsers = [_parser(name, each, options, pool.engine(name).max_seq_len) for name, each in opened.items()]

@@ -96,7 +96,8 @@ def serve(model: LoadedModel, options: ServeOptions, address: socket) -> None:
 
 def serve_pool(pool: LoadedPool, options: ServePoolOptions, address: socket) -> None:
     """Serve the models of a pool until a signal comes; raises RuntimeError if it has failed."""
-    device, polled = pool.device, [entry.ttl_s / 4 for entry in options.models.values() if entry.ttl_s]
+    device, entries = pool.device, options.models.values()
+    polled = [ttl_s / 4 for entry in entries for ttl_s in (entry.ttl_s, entry.host_ttl_s) if ttl_s]
     service = Service(
         pool.driver,
         prepare=lambda _: _use(device),

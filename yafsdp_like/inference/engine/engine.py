@@ -297,8 +297,11 @@ class Engine:
         return outputs
 
     def forget_prefixes(self) -> None:
-        """Find no page again that was computed so far, since other weights may take the place of these."""
+        """Free all pages that were computed so far, since other weights may take the place of these."""
         assert not self.cache.sequences, "sequences go on with pages of the same weights"
+        prefixes = self.cache.tree.nodes()
+        for pool in self.cache.pools.values():
+            pool.clear(prefixes)
         self.cache.tree = PrefixTree()
 
     def _make_room(self, by_force: bool) -> bool:

@@ -17,9 +17,9 @@ from yafsdp_like.inference.kv.ranked import Rank, Ranked
 from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid, SlabPool, check
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Container, Iterable, Mapping
 
-    from yafsdp_like.inference.kv.prefix import Content
+    from yafsdp_like.inference.kv.prefix import Content, Prefix
 
 
 @dataclass(slots=True)
@@ -159,11 +159,13 @@ class PagePool:
         """Return whether a page of a slab is referred to."""
         return slab in self._held
 
-    def clear(self) -> None:
-        """Evict all that nobody refers to, floors or not."""
+    def clear(self, prefixes: Container[Prefix] | None = None) -> None:
+        """Evict all that nobody refers to, floors or not, or just the pages of some ``prefixes``."""
         for shape, stock in self.stocks.items():
             for page in list(stock.victims):
-                self._evict(shape, page)
+                content = stock.pages[page].content
+                if prefixes is None or (content is not None and content.prefix in prefixes):
+                    self._evict(shape, page)
 
     def _make_room(self, shape: PageShape, tenant: str) -> bool:
         """Evict the page of ``shape`` that goes first, or all of a slab of another shape that goes before it."""

@@ -47,6 +47,10 @@ class PrefixTree:
     def __len__(self) -> int:
         return len(self._nodes)
 
+    def nodes(self) -> set[Prefix]:
+        """Return all prefixes that are still of interest."""
+        return set(self._nodes.values())
+
     def root(self, salt: Hashable = None) -> Prefix:
         """Return the empty prefix of ``salt``; texts of different salts (an adapter, a tenant) share nothing."""
         return self._make((-1, (salt,)), None)

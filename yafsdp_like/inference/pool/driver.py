@@ -80,14 +80,21 @@ class PoolDriver:
     """
 
     def __init__(
-        self, pool: ModelPool, ttls: Mapping[str, float] | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        pool: ModelPool,
+        ttls: Mapping[str, float] | None = None,
+        host_ttls: Mapping[str, float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``ttls``: after how many seconds without a request a model sleeps, by name; others stay awake.
 
-        A model sleeps late by as much as a service waits between two looks for work.
+        ``host_ttls``: after how many it leaves host memory, too, and its pages are freed; its next request loads it.
+        Both count from a model's last request, wake or load, and end late by as much as a service waits between two
+        looks for work.
         """
         self.options = WaitingLimit(max(pool.engine(name).options.max_waiting for name in pool.plan.models))
-        self._pool, self._ttls, self._clock = pool, dict(ttls or {}), clock
+        self._pool, self._clock = pool, clock
+        self._ttls, self._host_ttls = dict(ttls or {}), dict(host_ttls or {})
         self._models: dict[str, str] = {}  # of requests that have not ended, by id
         self._idle_since = dict.fromkeys(pool.plan.models, clock())
 
@@ -95,8 +102,10 @@ class PoolDriver:
 
     @property
     def has_work(self) -> bool:
-        """Whether ``step`` has anything to do or to return, or an idle model is to sleep."""
-        return self._pool.has_work or any(self._expired())
+        """Whether ``step`` has anything to do or to return, or an idle model is to leave the device or the host."""
+        has_work = self._pool.has_work
+        self._note_loads()
+        return has_work or any(self._to_sleep()) or any(self._to_unload())
 
     def add(self, request: Request) -> None:
         """Queue a request of a model, as ``ModelPool.add`` does, and raise what it raises."""
@@ -109,8 +118,11 @@ class PoolDriver:
             self._pool.cancel(self._models[request_id], request_id)
 
     def step(self) -> list[RequestOutput]:
-        """Let models sleep whose time is over, make one step of one model, and return outputs."""
-        for name in list(self._expired()):
+        """Let models go whose time is over, make one step of one model, and return outputs."""
+        self._note_loads()
+        for name in list(self._to_unload()):
+            self._pool.unload(name)
+        for name in list(self._to_sleep()):
             self._pool.sleep(name)
         outputs = [output for _, output in self._pool.step()]
         for output in outputs:
@@ -134,12 +146,22 @@ class PoolDriver:
         """Wait for all that is under way; no step follows."""
         self._pool.close()
 
-    def _expired(self) -> Iterator[str]:
+    def _to_sleep(self) -> Iterator[str]:
         """Yield models that are awake and have had no request for as long as they may."""
-        for name, ttl_s in self._ttls.items():
-            is_late = self._pool.is_awake(name) and self._clock() - self._idle_since[name] >= ttl_s
-            if is_late and name not in self._models.values():
-                yield name
+        return (name for name in self._ttls if self._pool.is_awake(name) and self._is_late(name, self._ttls))
+
+    def _to_unload(self) -> Iterator[str]:
+        """Yield models that are in host memory and have had no request for as long as they may."""
+        return (name for name in self._host_ttls if self._pool.is_loaded(name) and self._is_late(name, self._host_ttls))
+
+    def _is_late(self, name: str, ttls: Mapping[str, float]) -> bool:
+        return self._clock() - self._idle_since[name] >= ttls[name] and not self._pool.engine(name).has_work
+
+    def _note_loads(self) -> None:
+        """See that models are being loaded, which is no idleness."""
+        for name in self._host_ttls:
+            if not self._pool.is_loaded(name):
+                self._idle_since[name] = self._clock()
 
     # --- models ---
 

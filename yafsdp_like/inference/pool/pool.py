@@ -121,6 +121,10 @@ class ModelPool:
         """Return whether a model is awake, or waking."""
         return self._find(name).is_awake
 
+    def is_loaded(self, name: str) -> bool:
+        """Return whether a model is in host memory, whole, as the last ``step`` or ``states`` has found it."""
+        return self._find(name).image is not None
+
     def failures(self) -> dict[str, str]:
         """Return why models have failed to load, by name."""
         self._settle()
@@ -328,6 +332,7 @@ class ModelPool:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do, or to return."""
+        self._settle()
         return bool(self._outputs) or any(member.engine.has_work for member in self._members.values())
 
     def step(self) -> list[tuple[str, RequestOutput]]:
