@@ -415,10 +415,10 @@ def as_dict(options: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(options)))
 
 
-def exit_status(run: Callable[[OptionsT], None], options: OptionsT) -> int:
-    """Exit status of ``run(options)``: 0, 1 after a line that says what is wrong, 130 after an interrupt."""
+def exit_status(run: Callable[[OptionsT], int | None], options: OptionsT) -> int:
+    """What ``run(options)`` returns, or 0 for None; 1 after a line that says what is wrong, 130 after an interrupt."""
     try:
-        run(options)
+        return run(options) or 0
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 1
@@ -430,4 +430,3 @@ def exit_status(run: Callable[[OptionsT], None], options: OptionsT) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0

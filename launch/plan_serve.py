@@ -2,10 +2,12 @@
 
     python -m launch.plan preset:70b --serve --gpu-memory=80GiB --slot-map=map.html
     python -m launch.plan runs/smollm2/base --serve --max-batch-size=64 --json=-
+    python -m launch.plan preset:70b --serve --fit=80GiB --max-seq-len=8192
 
 Owns the options, which are the server's and those of a GPU that need not be here, and the tables. The plan is the one
 that the engine allocates (``inference/plan/serving_plan.py``): activations are planned buffers there, so its part is
-exact. What CUDA and its libraries take beside it is not planned, and is said apart.
+exact. What CUDA and its libraries take beside it is not planned, and is said apart. ``--fit`` finds settings that fit
+such a GPU, see ``fit_serve.py``.
 """
 
 from __future__ import annotations
@@ -18,15 +20,18 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from launch import slot_map
+from launch import fit_serve, slot_map
 from launch.command_line import Command, check_directory, exit_status
 from launch.config import load as load_training
+from launch.fit_serve import ServeSearch, ServeSettings
 from launch.options import ALIASES, ServeOptions, check_model
 from launch.recipe import decoder_config
-from yafsdp_like.hardware import Hardware, MachineRates, Rates, machine_rates
+from yafsdp_like.hardware import H200_RATES, Hardware, MachineRates, Rates, machine_rates
+from yafsdp_like.inference.options import AnyMode, EngineOptions
 from yafsdp_like.inference.plan.buffers import WORKSPACE, StepShape, plan_buffers
 from yafsdp_like.inference.plan.placement import Mode
 from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serving
+from yafsdp_like.inference.plan.serving_plan import least_nbytes as least_limit_nbytes
 from yafsdp_like.inference.weights.loading import CPU_KV_NBYTES, LIBRARIES_NBYTES, open_model
 from yafsdp_like.memory.plan import MemoryPlan, readable
 from yafsdp_like.models import DecoderConfig
@@ -46,6 +51,7 @@ class ServePlanOptions(ServeOptions):
 
     world_size: int = 1  # GPUs of one host that may share weights
     gpu_memory_nbytes: int = 80 << 30  # of each GPU, of which the plan leaves a part to CUDA and its libraries
+    fit_nbytes: int | None = None  # find modes, KV dtypes and sequences that fit a GPU of so many, and what each costs
     gpu_multiprocessors: int = 132  # of each GPU, as an H100 or H200; decides how attention is cut, and its workspace
     transport: Literal["peer", "process_group"] = "peer"  # whether ranks map each other's memory
     json: str | None = None  # write the forecast as data to this file; "-" is standard output
@@ -56,6 +62,11 @@ class ServePlanOptions(ServeOptions):
         for name in ("world_size", "gpu_memory_nbytes", "gpu_multiprocessors"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.fit_nbytes is not None:
+            if self.fit_nbytes < 1:
+                raise ValueError(f"fit_nbytes must be at least 1, found {self.fit_nbytes}")
+            if not self.on_gpu or self.engine.memory_limit_nbytes is not None or self.slot_map is not None:
+                raise ValueError("fit is of a GPU's whole memory: leave out device=cpu, memory_limit and slot_map")
         if self.slot_map is not None:
             slot_map.check_path(Path(self.slot_map))
         if self.json is not None:
@@ -234,6 +245,12 @@ def forecast_serving(options: ServePlanOptions) -> ServingForecast:
     would fit.
     """
     config, rates = config_of(options.model), machine_rates()
+    engine, site = engine_and_site(options, rates)
+    return ServingForecast(options, plan_serving(config, engine, site, options.load.mode), rates)
+
+
+def engine_and_site(options: ServePlanOptions, rates: MachineRates) -> tuple[EngineOptions, Site]:
+    """Return the engine's options, within what CUDA and its libraries leave of a GPU, and where it is to run."""
     engine, load = options.engine, options.load
     dtype = getattr(torch, load.dtype or ("bfloat16" if options.on_gpu else "float32"))
     hardware = None
@@ -247,8 +264,7 @@ def forecast_serving(options: ServePlanOptions) -> ServingForecast:
     elif engine.memory_limit_nbytes is None and engine.kv_nbytes is None:
         engine = replace(engine, kv_nbytes=CPU_KV_NBYTES)
     maps = options.transport == "peer" and options.world_size > 1
-    site = Site(dtype, options.world_size, maps, options.transport.replace("_", " "), hardware)
-    return ServingForecast(options, plan_serving(config, engine, site, load.mode), rates)
+    return engine, Site(dtype, options.world_size, maps, options.transport.replace("_", " "), hardware)
 
 
 def _serving_rates(rates: MachineRates) -> Rates | None:
@@ -274,14 +290,57 @@ def config_of(name: str) -> DecoderConfig:
     return load_hf_config(path) if (path / CONFIG_NAME).is_file() else open_model(name).config
 
 
-def run(options: ServePlanOptions) -> None:
-    """Print the plan, and draw its slot map where that is asked for."""
+def fit_report(options: ServePlanOptions, device_nbytes: int) -> fit_serve.ServeFitReport:
+    """Search what fits GPUs of ``device_nbytes``; see ``fit_serve.py``."""
+    config, rates, engine = config_of(options.model), machine_rates(), options.engine
+    dtype = options.load.dtype or "bfloat16"
+
+    def asked(settings: ServeSettings, nbytes: int) -> tuple[DecoderConfig, EngineOptions, Site, AnyMode]:
+        changed = replace(
+            engine,
+            kv_dtype=settings.kv_dtype,
+            max_batch_size=settings.max_batch_size,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_seq_len=settings.max_seq_len,
+            graphs=settings.graphs,
+        )
+        there = replace(options, engine=changed, gpu_memory_nbytes=nbytes, world_size=settings.num_ranks)
+        return config, *engine_and_site(there, rates), settings.mode
+
+    def least_nbytes(settings: ServeSettings) -> int:
+        return least_limit_nbytes(*asked(settings, 1 << 60)) + (rates.context_nbytes or 0) + LIBRARIES_NBYTES
+
+    base = ServeSettings(
+        options.load.mode, engine.kv_dtype or dtype, engine.max_batch_size, engine.max_batch_tokens, engine.max_seq_len
+    )
+    base = replace(base, graphs=engine.graphs, num_ranks=options.world_size)
+    search = ServeSearch(
+        lambda settings: plan_serving(*asked(settings, device_nbytes)),
+        least_nbytes,
+        device_nbytes,
+        _serving_rates(rates) or H200_RATES,
+        config.max_seq_len,
+    )
+    return fit_serve.report(search, base)
+
+
+def run(options: ServePlanOptions) -> int:
+    """Print the plan, and draw its slot map where that is asked for; or what fits. Return the exit status."""
+    if options.fit_nbytes is not None:
+        found = fit_report(options, options.fit_nbytes)
+        _write(options, found.as_dict(), found.text)
+        return 0 if found.fits else 1
     forecast = forecast_serving(options)
-    print(json.dumps(forecast.as_dict()) if options.json == "-" else forecast, flush=True)
-    if options.json not in (None, "-"):
-        Path(options.json).write_text(json.dumps(forecast.as_dict(), indent=2) + "\n", encoding="utf-8")
+    _write(options, forecast.as_dict(), str(forecast))
     if options.slot_map is not None:
         slot_map.draw(forecast.drawable(), options.slot_map, f"{options.model}, served")
+    return 0
+
+
+def _write(options: ServePlanOptions, data: dict[str, Any], text: str) -> None:
+    print(json.dumps(data) if options.json == "-" else text, flush=True)
+    if options.json not in (None, "-"):
+        Path(options.json).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -55,13 +55,13 @@ class Capacity:
         if grid is None:
             return 0
         usable = min(grid.num_slabs * grid.pages_per_slab(shape) * shape.nbytes for shape in self.shapes)
-        contexts, left = divmod(usable, self._nbytes(max_seq_len))
-        return contexts * max_seq_len + _last(lambda n: self._nbytes(n) <= left, max_seq_len)
+        contexts, left = divmod(usable, self.nbytes_of(max_seq_len))
+        return contexts * max_seq_len + _last(lambda n: self.nbytes_of(n) <= left, max_seq_len)
 
     def nbytes_for(self, num_tokens: int, max_seq_len: int) -> int:
         """Return bytes in which ``num_tokens`` fit, close to the fewest."""
         contexts, rest = divmod(num_tokens, max_seq_len)
-        nbytes = contexts * self._nbytes(max_seq_len) + (self._nbytes(rest) if rest else 0)
+        nbytes = contexts * self.nbytes_of(max_seq_len) + (self.nbytes_of(rest) if rest else 0)
         while not self.holds(nbytes, num_tokens, max_seq_len):
             nbytes += max(nbytes // 64, min(shape.nbytes for shape in self.shapes))
         return aligned(nbytes)
@@ -72,7 +72,8 @@ class Capacity:
         enough = self.num_tokens(grid, max_seq_len) >= num_tokens
         return enough and self.longest(grid, max_seq_len) >= min(num_tokens, max_seq_len)
 
-    def _nbytes(self, num_tokens: int) -> int:
+    def nbytes_of(self, num_tokens: int) -> int:
+        """Return the bytes of the pages of one sequence of so many tokens."""
         return sum(group.max_live_pages(num_tokens, self.chunk) * group.shape.nbytes for group in self.groups)
 
     def num_slabs(self, grid: SlabGrid, num_tokens: int) -> int:

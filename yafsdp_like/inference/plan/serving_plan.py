@@ -16,8 +16,8 @@ ranks then serve the same requests, and is taken only when it is asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, get_args
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -29,6 +29,7 @@ from yafsdp_like.inference.plan.capacity import Capacity
 from yafsdp_like.inference.plan.packed_weights import check_served, pack_units
 from yafsdp_like.inference.plan.placement import Mode, Placement, placements
 from yafsdp_like.inference.plan.recordings import recordings_nbytes
+from yafsdp_like.inference.plan.step_floors import decode_seconds, moving_seconds
 from yafsdp_like.memory.layout import GUARD_NBYTES
 from yafsdp_like.memory.plan import MemoryPlan, Region, readable
 from yafsdp_like.models.tensor_parallel import cuts_of, share_of
@@ -97,6 +98,11 @@ class ServingPlan:
         """Tokens of context that fit at once, in sequences of ``max_seq_len``."""
         return self.capacity.num_tokens(self.grid, self.max_seq_len)
 
+    def decode_seconds(self, rates: Rates, num_sequences: int = 0) -> float:
+        """Return the seconds that decoding a token of so many sequences of ``max_seq_len`` tokens takes at least."""
+        pages_nbytes = num_sequences * self.capacity.nbytes_of(self.max_seq_len)
+        return decode_seconds(self.placement, rates, self.site.dtype.itemsize, num_sequences, pages_nbytes)
+
     @cached_property
     def recordings_nbytes(self) -> int:
         """The bytes that CUDA graphs take beside the arena; 0 on a CPU, or a device that is not known."""
@@ -155,15 +161,35 @@ def plan_serving(
         raise ValueError("expected memory_limit_nbytes or kv_nbytes, in bytes, found neither")
     check_served(config)
     site = site or Site()
-    cuts = cuts_of(config, site.num_ranks) if mode == "tensor_parallel" else None
-    adapters = AdapterLayout.of(pack_units(config, site.dtype, cuts), options)
-    draft = _Draft.of(config, options, site, _rank_config(config, site, mode), adapters)
-    tried: list[Mode] = list(_auto_modes(site)) if mode == "auto" else [mode]
+    draft, tried = _drafted(config, options, site, mode)
     for candidate in tried:
         placement = draft.choose(candidate)
         if placement is not None:
             return draft.plan(placement, asked=mode != "auto")
     raise ValueError(draft.refusal(tried))
+
+
+def least_nbytes(config: DecoderConfig, options: EngineOptions, site: Site, mode: AnyMode = "auto") -> int:
+    """Return the smallest ``memory_limit_nbytes`` with which ``plan_serving`` finds a place for all else that is asked.
+
+    Raises ValueError for what cannot be.
+    """
+    unlimited = replace(options, memory_limit_nbytes=1 << 60)
+    draft, tried = _drafted(config, unlimited, site, mode)
+    return draft.needed_nbytes(tried)[0]
+
+
+def _drafted(config: DecoderConfig, options: EngineOptions, site: Site, mode: AnyMode) -> tuple[_Draft, Sequence[Mode]]:
+    """Return what is common to the modes that are tried, and these."""
+    cuts = cuts_of(config, site.num_ranks) if mode == "tensor_parallel" else None
+    adapters = AdapterLayout.of(pack_units(config, site.dtype, cuts), options)
+    draft = _Draft.of(config, options, site, _rank_config(config, site, mode), adapters)
+    return draft, list(_auto_modes(site)) if mode == "auto" else [mode]
+
+
+@lru_cache(maxsize=16)  # whoever looks for what fits asks for the same ones again and again, and their slots are placed
+def _all_placements(*asked: Any) -> tuple[Placement, ...]:
+    return tuple(placements(*asked))
 
 
 def _rank_config(config: DecoderConfig, site: Site, mode: AnyMode) -> DecoderConfig:
@@ -258,8 +284,8 @@ class _Draft:
         smallest = _smallest(candidates)
         return smallest if self._fits(smallest.nbytes, self.least, mode) else None
 
-    def _placements(self, mode: Mode) -> list[Placement]:
-        return list(placements(self.config, self.site.dtype, mode, self.site.num_ranks, self.site.maps_memory))
+    def _placements(self, mode: Mode) -> Sequence[Placement]:
+        return _all_placements(self.config, self.site.dtype, mode, self.site.num_ranks, self.site.maps_memory)
 
     def recordings_nbytes(self, mode: Mode) -> int:
         """Return the bytes that CUDA graphs take in a mode."""
@@ -305,14 +331,20 @@ class _Draft:
 
     # --- what does not fit ---
 
+    def needed_nbytes(self, tried: Sequence[Mode]) -> tuple[int, Placement, int]:
+        """Return the smallest limit, the weights' places under it, and the bytes of keys and values among it."""
+        smallest = min((_smallest(self._placements(mode)) for mode in tried), key=lambda p: p.nbytes)
+        context = self.options.kv_nbytes or self.capacity.nbytes_for(self.least, self.max_seq_len)
+        graphs = self.recordings_nbytes(smallest.mode)
+        beside = self.buffers.nbytes + self.adapters_nbytes + graphs + self.guards_nbytes
+        return smallest.nbytes + beside + context, smallest, context
+
     def refusal(self, tried: Sequence[Mode]) -> str:
         """Say how many bytes are missing, and what would fit."""
         limit = self.options.memory_limit_nbytes
         assert limit is not None, "anything fits without a limit"
-        smallest = min((_smallest(self._placements(mode)) for mode in tried), key=lambda p: p.nbytes)
-        context = self.options.kv_nbytes or self.capacity.nbytes_for(self.least, self.max_seq_len)
+        needed, smallest, context = self.needed_nbytes(tried)
         graphs = self.recordings_nbytes(smallest.mode)
-        needed = smallest.nbytes + self.buffers.nbytes + self.adapters_nbytes + graphs + self.guards_nbytes + context
         what = "kv_nbytes" if self.options.kv_nbytes else f"keys and values of {self.least:,} tokens"
         remedies = [f"memory_limit_nbytes={needed}", *self._smaller_contexts(smallest)]
         if 0 < needed - limit <= graphs:
@@ -407,33 +439,9 @@ def _context(plan: ServingPlan) -> str:
 
 
 def _floors(plan: ServingPlan, rates: Rates) -> Iterator[str]:
-    """Say how long steps take at least.
-
-    A step that decodes reads all weights but an embedding's, of which it looks up some rows; a unit that is moved hides
-    behind the arithmetic of enough tokens.
-    """
-    placement, ranks = plan.placement, plan.site.num_ranks
-    read = _num_read(plan) / rates.memory_nbytes
-    others = (ranks - 1) / ranks
-    moved = sum(placement.packed_units[unit].nbytes for unit in placement.non_resident)
-    by_mode = {
-        "resident": (0.0, 0.0),
-        "tensor_parallel": (0.0, 0.0),  # without the sums, which take their latency rather than bytes
-        "gathered": (moved * others / rates.peer_nbytes, others / rates.peer_nbytes),
-        "streamed": (moved / rates.host_nbytes, 1 / rates.host_nbytes),
-    }
-    seconds, per_byte = by_mode[plan.mode]
-    floor = max(read, seconds)
+    """Say how long steps take at least. A unit that is moved hides behind the arithmetic of enough tokens."""
+    floor, (seconds, per_byte) = plan.decode_seconds(rates), moving_seconds(plan.placement, rates)
     yield f"  a step that decodes takes {1e3 * floor:.1f} ms at least: {1 / floor:,.0f} tokens/s for each sequence"
     if seconds:
         tokens = rates.flops * plan.site.dtype.itemsize / 2 * per_byte
         yield f"  moving takes {1e3 * seconds:.1f} ms a forward, and a layer's hides in steps of {tokens:,.0f} tokens"
-
-
-def _num_read(plan: ServingPlan) -> int:
-    """Return the bytes of weights that a step that decodes reads.
-
-    Tensor parallel ranks have the whole head, but each computes the logits of its part of the vocabulary.
-    """
-    *layers, head = [plan.placement.packed_units[unit].nbytes for unit in plan.placement.uses[1:]]
-    return sum(layers) + (head // plan.site.num_ranks if plan.mode == "tensor_parallel" else head)
