@@ -22,6 +22,7 @@ from tests.inference.pool.test_model_pool import (
 )
 from yafsdp_like.inference.engine.request import FinishReason, Request
 from yafsdp_like.inference.options import PoolOptions
+from yafsdp_like.inference.pool import loads as loads_module
 from yafsdp_like.inference.pool import pool as pool_module
 from yafsdp_like.inference.pool.host_weights import HostFullError, ModelUnavailableError
 from yafsdp_like.inference.pool.member import ModelState
@@ -229,6 +230,52 @@ def test_a_disk_that_stands_still_holds_up_no_load_of_another() -> None:
     assert pool.states()["windows"] is ModelState.LOADING and set(held(pool)) == {"windows", "plain"}
     disk.let()
     step_until(pool, "windows", ModelState.ASLEEP)
+
+
+CALLS: dict[str, tuple[Any, ...]] = {
+    "add": ("plain", Request("a", (1,))),
+    "cancel": ("plain", "a"),
+    "check_integrity": (),
+    "engine": ("plain",),
+    "failures": (),
+    "figures": (),
+    "generate": ({"plain": []},),
+    "has_work": (),
+    "is_awake": ("plain",),
+    "is_loaded": ("plain",),
+    "load": ("plain",),
+    "load_all": (),
+    "occupancy": (),
+    "prefetch": ("plain",),
+    "sleep": ("plain",),
+    "start_loading": ("plain",),
+    "states": (),
+    "step": (),
+    "unload": ("plain",),
+    "wake_up": ("plain",),
+}
+
+
+def test_after_close_every_call_says_that_the_pool_is_closed_and_close_itself_is_harmless(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also of a pool that was reading a model, from a disk that stands still: the model is read no further."""
+    monkeypatch.setattr(loads_module, "LAST_READ_S", 0.0)
+    disk = Disk()
+    with slow_pool(disk) as pool:
+        pool.generate({"plain": requests(prompts(1))})
+        pool.add("windows", Request("a", (1, 2), GREEDY, max_tokens=2))
+        assert disk.has_come.wait(SECONDS)
+        loading = pool._members["windows"].loading
+    assert loading is not None and not loading.is_over
+    disk.let()
+    assert loading.wait(SECONDS) and disk.num_read == 6
+    assert CALLS.keys() == {name for name in vars(ModelPool) if not name.startswith("_")} - {"close"}
+    for name, arguments in CALLS.items():
+        with pytest.raises(RuntimeError, match=r"this pool of models is closed, .*: make another ModelPool"):
+            found = getattr(pool, name)
+            found(*arguments)
+    pool.close()
 
 
 def test_a_model_goes_through_its_states_as_they_are_described(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,7 @@ class PoolDriver:
         self._pool.check_integrity()
 
     def close(self) -> None:
-        """Wait for all that is under way; no step follows."""
+        """Give up loads and wait for all that is under way; every other call raises RuntimeError from then on."""
         self._pool.close()
 
     def _to_sleep(self) -> Iterator[str]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.pool.member import Member
 
 LOOK_S = 0.01  # between two looks at a load that somebody waits for
+LAST_READ_S = 5.0  # for what is being read when a pool is closed
 
 
 class Loads:
@@ -64,6 +65,17 @@ class Loads:
             member.loading.cancel()
             self._cancelled.append(member.loading)
             member.loading = None
+
+    def close(self, members: Iterable[Member]) -> None:
+        """Cancel all loads, and wait until none is read, or no longer than ``LAST_READ_S``.
+
+        What a file system still writes then lies in memory that the load keeps.
+        """
+        for member in members:
+            self.cancel(member)
+        until = time.monotonic() + LAST_READ_S
+        for loading in self._cancelled:
+            loading.wait(max(0.0, until - time.monotonic()))
 
     def give_up(self, members: Iterable[Member]) -> None:
         """Cancel loads that were wanted by requests alone, which have all left."""

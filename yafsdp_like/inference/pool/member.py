@@ -44,6 +44,15 @@ class ModelState(Enum):
 
 
 @dataclass(frozen=True)
+class Switch:
+    """A model that woke: what was copied for it, beside what was still or already there."""
+
+    model: str
+    nbytes: int
+    num_slept: int  # models that went to sleep for it
+
+
+@dataclass(frozen=True)
 class ModelFigures:
     """How much of a model is in host memory, and what its switches took since the start."""
 

@@ -14,30 +14,31 @@ bytes of their weights or of pages in its home, waits for ``max_turn_steps`` of 
 meanwhile, into slabs that hold no page in use. Idle models lose their memory as soon as another needs it, those that
 have been idle for longest first.
 
-Not safe for threads: one thread calls everything.
+Not safe for threads: one thread calls everything. After ``close`` every call raises RuntimeError.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.engine.collector import collector_paused
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.places import POLICIES, EnginePlaces, bytes_of
-from yafsdp_like.inference.engine.request import Completion, FinishReason, QueueFullError
+from yafsdp_like.inference.engine.request import Completion, FinishReason
 from yafsdp_like.inference.kv.kv_cache import Tier, check_integrity
 from yafsdp_like.inference.kv.occupancy import Stretch, occupancy
 from yafsdp_like.inference.kv.pages import PagePool
 from yafsdp_like.inference.kv.slabs import check
 from yafsdp_like.inference.plan.buffers import TABLES
 from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS
+from yafsdp_like.inference.pool.completions import complete
 from yafsdp_like.inference.pool.host_weights import HostWeights, ModelUnavailableError
 from yafsdp_like.inference.pool.loads import LOOK_S, Loads
-from yafsdp_like.inference.pool.member import Member, ModelFigures, ModelState
+from yafsdp_like.inference.pool.member import Member, ModelFigures, ModelState, Switch
 from yafsdp_like.inference.pool.plan import HOST_WEIGHTS, SLABS, ModelPlan, PoolPlan
 from yafsdp_like.inference.pool.residence import Residence
 from yafsdp_like.inference.pool.weights import PooledWeights
@@ -51,20 +52,11 @@ if TYPE_CHECKING:
 
     import torch
 
-    from yafsdp_like.inference.engine.request import Request, RequestOutput, Token
+    from yafsdp_like.inference.engine.request import Completion, Request, RequestOutput
     from yafsdp_like.inference.weights.loading import Model
     from yafsdp_like.memory.arena import Place
 
 _PREFETCHED_AT_ONCE = 3  # units on their way, for which steps must wait if their slabs are taken back
-
-
-@dataclass(frozen=True)
-class Switch:
-    """A model that woke: what was copied for it, beside what was still or already there."""
-
-    model: str
-    nbytes: int
-    num_slept: int  # models that went to sleep for it
 
 
 class ModelPool:
@@ -98,7 +90,7 @@ class ModelPool:
             self._pools[Tier.HOST] = PagePool(plan.host_grid, policy())
         self._members = {name: self._member(plan.models[name], model) for name, model in models.items()}
         self._outputs: list[tuple[str, RequestOutput]] = []  # of models that were suspended, or could not be loaded
-        self._may_prefetch = True
+        self._may_prefetch, self._is_closed = True, False
 
     def _member(self, plan: ModelPlan, model: Model) -> Member:
         def place_of(kind: str) -> Place:
@@ -139,6 +131,7 @@ class ModelPool:
 
     def occupancy(self) -> list[Stretch]:
         """Return who has which of the planned bytes on the device now, in the order of addresses."""
+        self._check_open()
         owners = {slab: name for name, member in self._members.items() for slab in member.residence.owned}
         return occupancy(self.plan.memory.regions, SLABS, self._pools[Tier.DEVICE], owners)
 
@@ -175,6 +168,7 @@ class ModelPool:
         self, watch: Callable[[str, ModelFigures], object] = lambda name, figures: None
     ) -> dict[str, Exception]:
         """Load all models, one after the other, and return why those that are not there could not be."""
+        self._check_open()
         failed: dict[str, Exception] = {}
         for name in self._members:
             try:
@@ -203,6 +197,7 @@ class ModelPool:
 
     def _settle(self) -> None:
         """Take in which loads have ended; requests of models that have failed end, too."""
+        self._check_open()
         for failed in self._loads.settle(self._members.values()):
             for output in failed.engine.end_all(FinishReason.FAILED):
                 self._outputs.append((failed.name, replace(output, error=failed.failure_words)))
@@ -254,6 +249,7 @@ class ModelPool:
         return member.residence.copy_in(_PREFETCHED_AT_ONCE)
 
     def _find(self, name: str) -> Member:
+        self._check_open()
         if name not in self._members:
             raise ValueError(f"expected one of the models {[*self._members]}, found {name!r}")
         return self._members[name]
@@ -395,30 +391,10 @@ class ModelPool:
         """
         if self.has_work:
             raise RuntimeError("generate() returns all outputs, and requests of others are under way: call step()")
-        left = {name: deque(found) for name, found in requests.items()}
-        for name in left:
+        for name in requests:
             self.load(name)
-        tokens: dict[tuple[str, str], list[Token]] = {}
-        done: dict[str, dict[str, Completion]] = {name: {} for name in left}
         with collector_paused():
-            while any(left.values()) or self.has_work:
-                for name, queue in left.items():
-                    self._add_some(name, queue)
-                for name, output in self.step():
-                    drawn = tokens.setdefault((name, output.request_id), [])
-                    drawn += output.tokens
-                    if output.finish is not None:
-                        found = Completion(tuple(drawn), output.finish, output.num_cached_tokens)
-                        done[name][output.request_id] = found
-        return done
-
-    def _add_some(self, name: str, queue: deque[Request]) -> None:
-        while queue:
-            try:
-                self.add(name, queue[0])
-            except QueueFullError:
-                return
-            queue.popleft()
+            return complete(requests, self.add, self.step, lambda: self.has_work)
 
     # --- faults, and the end ---
 
@@ -427,6 +403,7 @@ class ModelPool:
 
         O(everything): for when nothing is under way.
         """
+        self._check_open()
         owned = sorted(slab for member in self._members.values() for slab in member.residence.owned)
         claimed = sorted(self._pools[Tier.DEVICE].slabs.claimed)
         check(owned == claimed, f"models have slabs {owned}, claimed are {claimed}")
@@ -435,6 +412,19 @@ class ModelPool:
         check_integrity([member.engine.cache for member in self._members.values()])
 
     def close(self) -> None:
-        """Wait for all that is under way. Nothing refuses a later step, so make none."""
-        for member in self._members.values():
-            member.engine.close()
+        """Give up loads and wait for all that is under way; harmless twice. Every other call raises from then on."""
+        if not self._is_closed:
+            self._loads.close(self._members.values())
+            for member in self._members.values():
+                member.engine.close()
+            self._is_closed = True
+
+    def __enter__(self) -> ModelPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("this pool of models is closed, and serves nothing any more: make another ModelPool")
