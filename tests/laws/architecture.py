@@ -146,7 +146,7 @@ def imports_upwards(source: Source) -> list[str]:
 
 ROOMS = {  # inside a part, a folder imports from those before it; "" is what is in none, and `__init__` comes last
     "shard": ("spec", "runtime", "forecast", ""),
-    "inference": ("kv", "", "plan", "weights", "engine", "pool", "text", "http"),
+    "inference": ("kv", "", "fleet", "plan", "weights", "engine", "pool", "text", "http"),
 }
 
 
