@@ -1,0 +1,161 @@
+"""Replays a trace on simulated devices, event by event, and sums up what readers saw."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bench.sim_baselines import POLICIES
+from bench.sim_device import Device, SimHardware, SimModel
+from yafsdp_like.inference.fleet.queues import Job, ModelSpec
+from yafsdp_like.inference.fleet.routing import route
+from yafsdp_like.inference.fleet.schedule import ScheduleOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from bench.sim_traces import TraceRequest
+    from yafsdp_like.inference.fleet.reader import Reader, Targets
+
+MAX_TOKENS = 2048  # that requests ask for; what they draw is known to nobody before
+MARGIN = 0.15  # of the trace at either end: what arrives there is served and not counted
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Models on devices, and how turns are made."""
+
+    models: dict[str, SimModel]  # by the names of the trace
+    hardware: SimHardware
+    targets: Targets
+    policy: str = "ours"  # of POLICIES
+    options: ScheduleOptions = field(default_factory=ScheduleOptions)
+    num_devices: int = 1
+    num_retries: int = 0  # of a refused request, after the time that it was told
+    max_batch: int = 64
+
+
+@dataclass
+class _Outcome:
+    asked: TraceRequest
+    reader: Reader | None = None  # of one that was admitted and has ended
+    num_refused: int = 0
+    told_s: float = 0.0  # to wait, the last time
+
+    @property
+    def share(self) -> float:
+        return 0.0 if self.reader is None else self.reader.share_in_time
+
+
+class Simulation:
+    """One replay of a trace: ``run`` once, then ``figures``."""
+
+    def __init__(self, scenario: Scenario, asked: Sequence[TraceRequest]) -> None:
+        self._scenario = scenario
+        self._outcomes = [_Outcome(each) for each in asked]
+        self._seconds = max((each.at for each in asked), default=0.0)
+        link, more_s = scenario.hardware.link, scenario.hardware.switch_s
+        found = {
+            name: ModelSpec(scenario.targets, model.lines, model.weights_nbytes / link + more_s, scenario.max_batch)
+            for name, model in scenario.models.items()
+        }
+        policy = POLICIES[scenario.policy]
+        self.devices = [
+            Device(policy(found, scenario.options), scenario.models, scenario.hardware, self._finish)
+            for _ in range(scenario.num_devices)
+        ]
+        self._ended_at = 0.0
+
+    def _finish(self, job: Job, reader: Reader) -> None:
+        self._outcomes[int(job.id)].reader = reader
+
+    def run(self) -> Simulation:
+        """Serve all requests to the end."""
+        numbers = itertools.count()
+        arrivals = [(outcome.asked.at, next(numbers), index) for index, outcome in enumerate(self._outcomes)]
+        ends: list[tuple[float, int, int]] = []  # of what is under way on a device; those that are not true are skipped
+        while arrivals or ends:
+            if arrivals and (not ends or arrivals[0][0] <= ends[0][0]):
+                now, _, index = heapq.heappop(arrivals)
+                device_index = self._route(self._outcomes[index].asked.model)
+                retry_s = self._arrive(index, self.devices[device_index], now)
+                if retry_s is not None:
+                    heapq.heappush(arrivals, (now + retry_s, next(numbers), index))
+            else:
+                now, _, device_index = heapq.heappop(ends)
+                if self.devices[device_index].next_event != now:
+                    continue
+            device = self.devices[device_index]
+            before = device.next_event
+            device.advance(now)
+            if device.next_event < math.inf and (device.next_event != before or before != now):
+                heapq.heappush(ends, (device.next_event, next(numbers), device_index))
+            self._ended_at = max(self._ended_at, now)
+        return self
+
+    def _route(self, model: str) -> int:
+        if len(self.devices) == 1:
+            return 0
+        return route([device.view(model) for device in self.devices])
+
+    def _arrive(self, index: int, device: Device, now: float) -> float | None:
+        """Give a request to a device; return when it comes again, if it does."""
+        outcome, asked = self._outcomes[index], self._outcomes[index].asked
+        job = Job(str(index), asked.model, asked.num_prompt_tokens, MAX_TOKENS, asked.tenant)
+        refusal = device.arrive(job, asked.num_tokens, now)
+        if refusal is None:
+            return None
+        outcome.num_refused += 1
+        outcome.told_s = refusal.retry_after_s
+        return refusal.retry_after_s if outcome.num_refused <= self._scenario.num_retries else None
+
+    def figures(self) -> Figures:
+        """Return what the readers of requests saw that arrived in the middle of the trace; refused ones saw nothing."""
+        low, high = MARGIN * self._seconds, (1 - MARGIN) * self._seconds
+        counted = [outcome for outcome in self._outcomes if low <= outcome.asked.at <= high]
+        served = [outcome for outcome in counted if outcome.reader is not None]
+        refused = [outcome for outcome in counted if outcome.reader is None]
+        readers = [outcome.reader for outcome in served if outcome.reader is not None]
+        counts = [device.counts for device in self.devices]
+        total_s = self._ended_at * len(self.devices) or 1.0
+        return {
+            "num_requests": len(counted),
+            "num_refused": len(refused),
+            "share_of_time": _mean([outcome.share for outcome in counted]),
+            "share_of_time_admitted": _mean([outcome.share for outcome in served]),
+            "share_of_requests": _mean(
+                [outcome.reader is not None and not outcome.reader.num_late for outcome in counted]
+            ),
+            "share_of_requests_admitted": _mean([not reader.num_late for reader in readers]),
+            "first_token_s": _percentiles([reader.first_at - reader.arrived for reader in readers if reader.first_at]),
+            "per_token_s": _percentiles(
+                [(r.last_at - r.first_at) / (r.num_tokens - 1) for r in readers if r.first_at and r.num_tokens > 1]
+            ),
+            "retry_after_s": _percentiles([outcome.told_s for outcome in refused]),
+            "switches_per_s": round(sum(count.num_switches for count in counts) / total_s, 4),
+            "utilization": {
+                name: round(sum(getattr(count, f"{name}_s") for count in counts) / total_s, 4)
+                for name in ("prefill", "decode", "switching")
+            },
+            "tokens_per_s": round(sum(count.num_decoded for count in counts) / self._ended_at, 2) if counted else 0.0,
+            "longest_wait_for_a_turn_s": round(max(count.longest_wait_s for count in counts), 3),
+            "seconds": round(self._ended_at, 3),
+        }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return round(math.fsum(values) / len(values), 5) if values else None
+
+
+def _percentiles(values: Sequence[float]) -> Mapping[str, float] | None:
+    if not values:
+        return None
+    ordered = sorted(values)
+    return {
+        name: round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 4)
+        for name, share in (("p50", 0.5), ("p99", 0.99))
+    }
