@@ -51,8 +51,11 @@ def check_params(owners: Mapping[nn.Parameter, Sequence[tuple[nn.Module, str]]])
 
 def _check_param(param: nn.Parameter, places: Sequence[tuple[nn.Module, str]]) -> None:
     name = places[0][1]
-    if isinstance(param, DTensor):
-        raise NotImplementedError(f"{name} is a DTensor on {param.device_mesh}; composing with it is not supported yet")
+    if isinstance(param, DTensor) and any(placement.is_partial() for placement in param.placements):
+        raise NotImplementedError(
+            f"{name} is a DTensor with {param.placements}, sums of which ranks have parts, and these cannot be "
+            "sharded: redistribute it to Shard or Replicate first"
+        )
     refuse_subclass(param, name)
     for module, _ in places:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
@@ -63,7 +66,7 @@ def _check_param(param: nn.Parameter, places: Sequence[tuple[nn.Module, str]]) -
             )
     if param.dim() == 0:
         raise ValueError(f"fully_shard cannot shard a scalar. Change {name} to a 1D tensor with numel equal to 1.")
-    if not param.is_contiguous():
+    if not param.is_contiguous() or (isinstance(param, DTensor) and not param._local_tensor.is_contiguous()):
         raise NotImplementedError(
             f"FSDP does not support non-contiguous parameters: {name} has shape {tuple(param.shape)} and strides "
             f"{param.stride()}; make it contiguous first"

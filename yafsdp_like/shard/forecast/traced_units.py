@@ -122,7 +122,20 @@ class PlannedModel:
 
 
 def read_off(tree: UnitTree) -> PlannedModel:
-    """Return the units of a sharded model as they are now."""
+    """Return the units of a sharded model as they are now.
+
+    Raises ``NotImplementedError`` for parameters that are DTensors without being sharded.
+    """
+    named = (
+        pair
+        for unit, names in zip(tree.units, tree.param_names, strict=True)
+        for pair in zip(names, unit.params, strict=True)
+    )
+    for name, p in ((name, p) for name, p in named if p.placement.inner_mesh is not None):
+        raise NotImplementedError(
+            f"{name} is a DTensor on {p.placement.inner_mesh} wherever modules compute on it, and such a step cannot "
+            "be traced yet: memory_plan() without a batch returns the runtime's regions"
+        )
     layout = tree.plan()
     units = [
         TracedUnit(

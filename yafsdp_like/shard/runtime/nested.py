@@ -103,7 +103,8 @@ def addresses_in(tensor: torch.Tensor) -> list[int]:
     if type(tensor) is not torch.Tensor:
         if is_traceable_wrapper_subclass(tensor):
             parts, _ = tensor.__tensor_flatten__()
-            return [address for part in parts for address in addresses_in(getattr(tensor, part))]
+            values = [getattr(tensor, part) for part in parts]  # of a DTensor, the mesh is one too
+            return [at for value in values if isinstance(value, torch.Tensor) for at in addresses_in(value)]
         if isinstance(tensor, FakeTensor):
             return []
     try:

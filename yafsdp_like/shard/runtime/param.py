@@ -21,13 +21,13 @@ from yafsdp_like.memory.layout import contiguous_stride
 from yafsdp_like.ops.split_master import SplitTensor, SplitValues, values_of
 from yafsdp_like.shard.runtime.gradient_shard import GradientShard
 from yafsdp_like.shard.runtime.nested import layers_of
+from yafsdp_like.shard.runtime.param_placement import ParamPlacement, words_of
 from yafsdp_like.shard.spec.unit_spec import ParamSpec, param_spec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from yafsdp_like.memory.arena import Place
-    from yafsdp_like.shard.runtime.param_placement import ParamPlacement
     from yafsdp_like.shard.spec.unit_spec import UnitPolicy
 
 NOWHERE = torch.empty(0, device="meta")  # stands for a shard that has no place yet
@@ -197,19 +197,20 @@ class ShardedParam:
         Raises ``ValueError`` when its global shape differs, or when it is distributed otherwise.
         """
         refuse_subclass(given, self.name)
-        if tuple(given.shape) != self.shards.shape:
+        own = self.placement
+        if tuple(given.shape) != own.shape:
             raise ValueError(
-                f"{self.name}: expected a parameter of shape {self.shards.shape} in its place, found "
+                f"{self.name}: expected a parameter of shape {own.shape} in its place, found "
                 f"{tuple(given.shape)} (rank {self.rank})"
             )
-        if not isinstance(given, DTensor):
+        if own.is_as_before(given):
             self.sharded = self._shard(given)
-        elif (given.device_mesh, given.placements) == ((own := self.placement).mesh, own.placements):
+        elif isinstance(given, DTensor) and (given.device_mesh, given.placements) == (own.mesh, own.placements):
             self.sharded = given
         else:
             raise ValueError(
                 f"{self.name}: expected a parameter with {own.placements} on {own.mesh} in its place, found "
-                f"{given.placements} on {given.device_mesh} (rank {self.rank}); redistribute it first"
+                f"{words_of(given)} (rank {self.rank}); redistribute it first"
             )
         self.placed = None
         return self.sharded
@@ -380,9 +381,15 @@ class ShardedParam:
         Gradients of a given DTensor are averaged over its ranks, as those of sharded parameters are.
         """
         computed = given
-        if isinstance(given, DTensor):
+        if self.placement.inner_mesh is not None and not self.placement.is_as_before(given):
+            raise NotImplementedError(
+                f"{self.name}: {words_of(given)} was given in the place of a parameter that was a DTensor before it "
+                f"was sharded: give one with {self.placement.inner_placements} on {self.placement.inner_mesh} (rank "
+                f"{self.rank})"
+            )
+        if self.placement.inner_mesh is None and isinstance(given, DTensor):
             computed = given.full_tensor(grad_placements=[Partial("avg")] * given.device_mesh.ndim)
-        elif any(isinstance(layer, DTensor) for layer in layers_of(given)):
+        elif self.placement.inner_mesh is None and any(isinstance(layer, DTensor) for layer in layers_of(given)):
             raise NotImplementedError(
                 f"{self.name}: a DTensor was given in its place under a torch.func transform, which cannot gather it: "
                 f"give the whole tensor, .full_tensor() before the transform (rank {self.rank})"

@@ -1,10 +1,19 @@
 """Where one parameter's values are: which slices of it this rank has, and the DTensor that users see on them.
 
 Made once from the parameter as it was before sharding, the mesh and what the user's ``shard_placement_fn`` says.
+
+[Note: parameters that are DTensors]
+A parameter may be distributed already, over the ranks of tensor parallelism, say, or of experts. What is sharded and
+all-gathered is then this rank's local tensor. In a slot it is shown as the DTensor that the parameter was, and outside
+of one as a DTensor on both meshes together, whose first dimensions are those that ``fully_shard`` was given. Where both
+shard the same dimension, this rank has a part of a part: the rows of the whole are not in the order of the mesh, which
+torch calls ``_StridedShard``. Ranks of one mesh coordinate in the other dimensions share a local tensor, its plan and
+its collectives; the others need not agree with them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from yafsdp_like.memory.layout import RowShards
 
@@ -23,17 +33,25 @@ PlacementFn = Callable[[nn.Parameter], Any]  # the user's: returns Shard(dim) or
 
 @dataclass(frozen=True, eq=False)
 class ParamPlacement:
-    """How one parameter is distributed: the last dimension of the ``mesh`` shards, one before it replicates."""
+    """How one parameter, of ``shape`` and ``stride``, is distributed, and how its local tensor is sharded.
+
+    ``inner_mesh`` and ``inner_placements`` are those of a parameter that was a DTensor already.
+    """
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
     shards: RowShards
     rank: int  # among those that shard
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    inner_mesh: DeviceMesh | None = None
+    inner_placements: tuple[Placement, ...] = ()
 
     @property
     def words(self) -> str:
         """What is special of it, for comparisons between ranks; nothing where it is sharded by rows."""
-        return "" if self.shards.dim == 0 else f" sharded on dim {self.shards.dim}"
+        on_dim = "" if self.shards.dim == 0 else f" sharded on dim {self.shards.dim}"
+        return on_dim + (f" of {self.inner_placements}" if self.inner_mesh is not None else "")
 
     def own_part(self, param: torch.Tensor) -> torch.Tensor:
         """Return this rank's slices of the whole ``param``, contiguous.
@@ -41,24 +59,50 @@ class ParamPlacement:
         They do not keep the others alive: see [Note: a storage of its own].
         """
         start, stop = self.shards.row_range(self.rank)
-        rows = param.detach().narrow(self.shards.dim, start, stop - start)
-        if rows.storage_offset() or rows.numel() < param.numel():
+        whole = param._local_tensor if isinstance(param, DTensor) else param
+        rows = whole.detach().narrow(self.shards.dim, start, stop - start)
+        if rows.storage_offset() or rows.numel() < whole.numel():
             rows = rows.clone(memory_format=torch.contiguous_format)
         return rows
 
     def dtensor(self, local: torch.Tensor) -> DTensor:
         """Return the DTensor of which this rank has ``local``, which may be in host memory."""
-        full = torch.empty(self.shards.shape, device="meta")
         moves = local.device.type not in ("meta", self.mesh.device_type)  # as from_local would
         found = DTensor.from_local(
             torch.empty_like(local, device="meta") if moves else local,
             self.mesh,
             self.placements,
             run_check=False,
-            shape=full.shape,
-            stride=full.stride(),
+            shape=torch.Size(self.shape),
+            stride=self.stride,
         )
         return DTensor(local, found._spec, requires_grad=False) if moves else found
+
+    def full(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return what modules compute on, where ``whole`` is all that was all-gathered: see the note above."""
+        if self.inner_mesh is None:
+            return whole
+        return DTensor.from_local(
+            whole,
+            self.inner_mesh,
+            self.inner_placements,
+            run_check=False,
+            shape=torch.Size(self.shape),
+            stride=self.stride,
+        )
+
+    def is_as_before(self, given: torch.Tensor) -> bool:
+        """Return whether ``given`` is distributed as the parameter was before it was sharded."""
+        if self.inner_mesh is None:
+            return not isinstance(given, DTensor)
+        found = (given.device_mesh, given.placements) if isinstance(given, DTensor) else None
+        return found == (self.inner_mesh, self.inner_placements)
+
+    def gradient_of_whole(self, grad: torch.Tensor) -> torch.Tensor:
+        """Return a gradient of ``full`` as one of what was all-gathered; a collective if it is placed otherwise."""
+        if not isinstance(grad, DTensor):
+            return grad
+        return grad.redistribute(placements=self.inner_placements).to_local()
 
 
 def placement_of(param: nn.Parameter, name: str, mesh: DeviceMesh, asked: PlacementFn | None) -> ParamPlacement:
@@ -68,16 +112,52 @@ def placement_of(param: nn.Parameter, name: str, mesh: DeviceMesh, asked: Placem
     ``NotImplementedError`` for one, other than the first, that ranks cannot have equal parts of.
     """
     dim = _dim_of(param, name, None if asked is None else asked(param))
-    num_shards = mesh.size(mesh.ndim - 1)
-    if dim and param.shape[dim] % num_shards:
+    num_shards, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
+    whole = param._local_tensor if isinstance(param, DTensor) else param
+    if dim and whole.shape[dim] % num_shards:
         raise NotImplementedError(
-            f"FSDP does not support uneven sharding on dim {dim}: {name} has shape {tuple(param.shape)}, and "
+            f"FSDP does not support uneven sharding on dim {dim}: {name} has shape {tuple(whole.shape)}, and "
             f"{num_shards} ranks shard; let shard_placement_fn return Shard(0) or None for it, or a dimension whose "
             "size is a multiple of the ranks"
         )
-    placements: tuple[Placement, ...] = (*[Replicate()] * (mesh.ndim - 1), Shard(dim))
-    shards = RowShards(tuple(param.shape), num_shards, dim)
-    return ParamPlacement(mesh, placements, shards, mesh.get_local_rank(mesh.ndim - 1))
+    outer: tuple[Placement, ...] = (*[Replicate()] * (mesh.ndim - 1), Shard(dim))
+    shards = RowShards(tuple(whole.shape), num_shards, dim)
+    shape, stride = tuple(param.shape), param.stride()
+    if not isinstance(param, DTensor):
+        return ParamPlacement(mesh, outer, shards, rank, shape, stride)
+    inner_mesh, inner = param.device_mesh, tuple(param.placements)
+    num_parts = math.prod(inner_mesh.size(i) for i, one in enumerate(inner) if one.is_shard(dim))
+    if num_parts > 1:
+        outer = (*outer[:-1], _StridedShard(dim, split_factor=num_parts))
+    both = _both_meshes(mesh, inner_mesh, name)
+    return ParamPlacement(both, (*outer, *inner), shards, rank, shape, stride, inner_mesh, inner)
+
+
+def _both_meshes(outer: DeviceMesh, inner: DeviceMesh, name: str) -> DeviceMesh:
+    """Return the mesh of which the two are dimensions. Raises ``ValueError`` where there is none."""
+    outer_names, inner_names, root = outer.mesh_dim_names or (), inner.mesh_dim_names or (), outer._get_root_mesh()
+    try:
+        # Not by the inner mesh's own root: torch takes meshes that are equal for one, whatever they are slices of.
+        found = root[inner_names] if len(outer_names) == outer.ndim else None
+    except (KeyError, RuntimeError):
+        found = None
+    if found != inner:
+        raise ValueError(
+            f"expected the mesh of fully_shard and that of {name}, which is a DTensor already, to be slices of one "
+            f"mesh with mesh_dim_names, found {outer} and {inner}: make one by init_device_mesh(..., mesh_dim_names="
+            '("dp", "tp")), pass mesh["tp"] to parallelize_module and mesh["dp"] to fully_shard'
+        )
+    if set(outer_names) & set(inner_names):
+        raise ValueError(
+            f"expected {name}, which is a DTensor on {inner}, not to be distributed over the dimensions that "
+            f"fully_shard shards or replicates, found {outer}: distribute it over the other dimensions alone"
+        )
+    return root[(*outer_names, *inner_names)]
+
+
+def words_of(given: torch.Tensor) -> str:
+    """Say how a tensor is distributed."""
+    return f"{given.placements} on {given.device_mesh}" if isinstance(given, DTensor) else "a whole tensor"
 
 
 def _dim_of(param: nn.Parameter, name: str, answer: Any) -> int:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from yafsdp_like.ops.linear import attach
 
@@ -25,7 +26,8 @@ def watch_gradients(unit: Unit, slot: GatherSlot) -> None:
     unit_ref = weakref.ref(unit)  # weak, since the garbage collector does not see through a parameter's hooks
     for k in [k for k, p in enumerate(unit.params) if p.trainable]:
         slot.params[k].register_post_accumulate_grad_hook(partial(_take_gradient, unit_ref, k))
-        if slot.params[k].dim() == 2 and not slot.params[k].is_complex():
+        is_plain = not isinstance(slot.params[k], DTensor)
+        if is_plain and slot.params[k].dim() == 2 and not slot.params[k].is_complex():
             attach(slot.params[k], GradientSink(unit_ref, k))
 
 
@@ -69,6 +71,7 @@ def _take_gradient(unit_ref: weakref.ref[Unit], k: int, param: torch.Tensor) -> 
                 f"{unit.params[k].name}: expected a dense gradient to reduce, found {grad.layout}; "
                 "sparse gradients cannot be sharded, use sparse=False"
             )
+        grad = unit.params[k].placement.gradient_of_whole(grad)
     gradients, task = unit.gradients, torch._C._current_graph_task_id()
     if task not in unit.running.reached:
         gradients.check_entered(unit, k)

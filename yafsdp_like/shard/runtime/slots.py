@@ -240,7 +240,8 @@ class GatherSlot(_Slot):
 
 
 def _full_param(p: ShardedParam, place: Place) -> nn.Parameter:
-    full = nn.Parameter(place.tensor(p.compute_dtype, p.shards.shape), requires_grad=p.trainable)
+    whole = place.tensor(p.compute_dtype, p.shards.shape)
+    full = nn.Parameter(p.placement.full(whole), requires_grad=p.trainable)
     vars(full).update(vars(p.sharded))
     return full
 

@@ -1,0 +1,271 @@
+"""Parameters that are DTensors already, of tensor parallelism or of experts: sharded as stock FSDP2 shards them.
+
+Four gloo ranks are two by two, unless a test says otherwise. A module's inputs depend on its data parallel rank alone.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.fsdp as stock
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+import yafsdp_like as ours
+from tests.ranks import on_ranks, run_ranks
+from tests.training import full
+
+pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
+SLOW = pytest.mark.slow
+BF16 = (torch.bfloat16, torch.float32)
+FULL = StateDictOptions(full_state_dict=True)
+both = pytest.mark.parametrize("kind", ["plain", "sequence"])
+
+
+class Block(nn.Module):
+    """A residual block of two linear layers behind a norm."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.up = nn.Linear(6, hidden)
+        self.down = nn.Linear(hidden, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+# With "sequence" whatever passes between blocks is a DTensor, and gradients of norms are sums that ranks have parts of.
+PLANS: dict[str, Any] = {
+    "plain": lambda: {"up": ColwiseParallel(), "down": RowwiseParallel()},
+    "sequence": lambda: {
+        "norm": SequenceParallel(use_local_output=False),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+    },
+}
+
+
+def mesh_of(*shape: int) -> DeviceMesh:
+    names = ("replicate", "dp", "tp")[-len(shape) :]
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def build(names: Any, mesh: DeviceMesh, kind: str, dtypes: Any = (None, None), hidden: int = 10) -> Any:
+    """With 10 hidden features ranks that shard have unequal parts of the parts of tensor parallel ranks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(hidden) for _ in range(3)))
+    for block in model:
+        parallelize_module(block, mesh["tp"], PLANS[kind]())
+    if kind == "sequence":
+        scatter = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1))
+        parallelize_module(model, mesh["tp"], {"0": scatter})
+    data = mesh["replicate", "dp"] if mesh.ndim == 3 else mesh["dp"]
+    for module in (*model, model):
+        names.fully_shard(module, mesh=data, mp_policy=names.MixedPrecisionPolicy(*dtypes))
+    return model
+
+
+def batch(step: int, mesh: DeviceMesh) -> torch.Tensor:
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    number = sum(index * 2**position for position, index in enumerate(coordinate[:-1]))
+    return torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(10 * step + number))
+
+
+def loss_of(model: Any, step: int, mesh: DeviceMesh) -> torch.Tensor:
+    output = model(batch(step, mesh))
+    return (output.full_tensor() if isinstance(output, DTensor) else output).float().square().mean()
+
+
+def train(model: Any, mesh: DeviceMesh, clips: bool, accumulates: bool) -> list[torch.Tensor]:
+    """Losses, norms, this rank's gradients and parameters of three steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    found = []
+    for step in range(3):
+        for micro in range(2):
+            model.set_requires_gradient_sync(micro == 1 or step == 0 or not accumulates)
+            loss = loss_of(model, 2 * step + micro, mesh)
+            loss.backward()
+            found.append(loss.detach())
+        found += [p.grad.to_local().clone() for p in model.parameters()]
+        if clips:
+            found.append(full(nn.utils.clip_grad_norm_(model.parameters(), 0.1)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return found + [p.to_local().detach().clone() for p in model.parameters()]
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+        assert torch.equal(a, b)
+
+
+def assert_placed_alike(mine: Any, theirs: Any) -> None:
+    for (name, a), (other, b) in zip(mine, theirs, strict=True):
+        assert name == other
+        assert (a.placements, a.device_mesh, a.shape, a.stride(), a.dtype) == (
+            *(b.placements, b.device_mesh),
+            *(b.shape, b.stride(), b.dtype),
+        ), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "dtypes"),
+    [
+        ("plain", (2, 2), (None, None)),
+        ("sequence", (2, 2), (None, None)),
+        ("sequence", (2, 2), BF16),
+        pytest.param("plain", (2, 2), BF16, marks=SLOW),
+        pytest.param("plain", (1, 2), (None, None), marks=SLOW),
+        pytest.param("sequence", (2, 1), (None, None), marks=SLOW),
+        ("plain", (2, 1, 2), (None, None)),
+        pytest.param("sequence", (2, 2, 1), BF16, marks=SLOW),
+    ],
+)
+def test_training_has_the_bits_of_stock_and_its_placements(kind: str, shape: tuple[int, ...], dtypes: Any) -> None:
+    world_size = torch.Size(shape).numel()
+    run_ranks(train_twins, kind, shape, dtypes, world_size=world_size)
+
+
+def train_twins(kind: str, shape: tuple[int, ...], dtypes: Any) -> None:
+    mesh = mesh_of(*shape)
+    mine, theirs = (build(names, mesh, kind, dtypes) for names in (ours, stock))
+    assert_placed_alike(mine.named_parameters(), theirs.named_parameters())
+    # Stock clips on one mesh only, and adds up what ranks have parts of before it adds the parts.
+    one_mesh = kind == "sequence"
+    assert_same(*(train(model, mesh, clips=one_mesh, accumulates=not one_mesh) for model in (mine, theirs)))
+    loss_of(mine, 9, mesh).backward()
+    loss_of(theirs, 9, mesh).backward()
+    assert_placed_alike(
+        [(name, p.grad) for name, p in mine.named_parameters()],
+        [(name, p.grad) for name, p in theirs.named_parameters()],
+    )
+    assert_placed_alike(mine.state_dict().items(), theirs.state_dict().items())
+    for module in (mine[0], theirs[0]):
+        module.unshard()
+    for (name, a), (_, b) in zip(mine[0].named_parameters(), theirs[0].named_parameters(), strict=True):
+        assert isinstance(a, DTensor) == isinstance(b, DTensor), name
+        if isinstance(b, DTensor):
+            assert_placed_alike([(name, a)], [(name, b)])
+        assert torch.equal(full(a), full(b)), name
+
+
+@both
+def test_a_full_state_dict_goes_from_stock_to_here_and_back(kind: str) -> None:
+    run_ranks(exchange_states, kind, world_size=4)
+
+
+def exchange_states(kind: str) -> None:
+    mesh = mesh_of(2, 2)
+    mine, theirs = (build(names, mesh, kind, hidden=12) for names in (ours, stock))  # torch loads equal parts only
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.mul_(1.5)
+    state = get_model_state_dict(theirs, options=FULL)
+    set_model_state_dict(mine, dict(state), options=FULL)
+    assert_same([p.to_local() for p in mine.parameters()], [p.to_local() for p in theirs.parameters()])
+    for name, value in get_model_state_dict(mine, options=FULL).items():
+        assert torch.equal(value, state[name]), name
+    assert_same([loss_of(mine, 0, mesh)], [loss_of(theirs, 0, mesh)])
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+def test_clipping_is_exact_where_parameters_are_on_several_meshes(norm_type: float) -> None:
+    """Prevents: an error of torch's, a norm that counts ranks that hold the same twice, or one mesh's norm alone."""
+    run_ranks(clip_mixed, norm_type, world_size=4)
+
+
+def clip_mixed(norm_type: float) -> None:
+    mesh = mesh_of(2, 2)
+    model = build(ours, mesh, "plain")
+    loss_of(model, 0, mesh).backward()
+    before = [full(p.grad) for p in model.parameters()]
+    expected = torch.stack([torch.linalg.vector_norm(grad, norm_type) for grad in before]).norm(norm_type)
+    for foreach in (None, False):
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1e9, norm_type, foreach=foreach)
+        torch.testing.assert_close(full(norm), expected)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01, norm_type)
+    for p, grad in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(full(p.grad), grad * 0.01 / (expected + 1e-6))
+
+
+# --- experts ---
+
+
+class Experts(nn.Module):
+    """Each rank of a mesh has some of the experts, and adds up what all of them make of the same tokens."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(distribute_tensor(torch.randn(4, 6, 6), mesh, [Shard(0)]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own = torch.einsum("...d,edk->...k", x, self.weight.to_local())
+        return DTensor.from_local(own, self.weight.device_mesh, [Partial()], run_check=False).full_tensor()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_experts_train_as_under_stock(dim: int) -> None:
+    run_ranks(train_experts, dim, world_size=4)
+
+
+def train_experts(dim: int) -> None:
+    found = []
+    for names in (ours, stock):
+        torch.manual_seed(0)
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+        everyone = mesh["dp", "ep"]._flatten("all")
+        model: Any = nn.Sequential(nn.Linear(6, 6), Experts(mesh["ep"]), nn.Linear(6, 6))
+        names.fully_shard(model[1], mesh=mesh["dp"], shard_placement_fn=lambda _: Shard(dim))
+        model[1].set_gradient_divide_factor(4.0)
+        model[1].set_force_sum_reduction_for_comms(True)
+        names.fully_shard(model, mesh=everyone)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        results: list[Any] = [p.placements for p in model.parameters()]
+        for step in range(3):
+            x = torch.randn(5, 6, generator=torch.Generator().manual_seed(10 * step + dist.get_rank() // 2))
+            loss = model(x).square().mean()
+            loss.backward()
+            results += [loss.detach(), *(p.grad.to_local().clone() for p in model.parameters())]
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(results)
+    assert found[0][:5] == found[1][:5]
+    assert_same(found[0][5:], found[1][5:])
+
+
+# --- what is refused ---
+
+
+@on_ranks()
+def test_meshes_that_do_not_go_together_are_refused_by_name() -> None:
+    linear = nn.Linear(4, 4)
+    alone = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    parallelize_module(linear, alone, ColwiseParallel())
+    with pytest.raises(ValueError, match=r"expected the mesh of fully_shard and that of weight of Linear, .* slices"):
+        ours.fully_shard(linear, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(ValueError, match=r"expected weight of Linear, which is a DTensor on .* not to be distributed"):
+        ours.fully_shard(linear, mesh=alone)
+    module = nn.Module()
+    module.weight = nn.Parameter(DTensor.from_local(torch.ones(2, 2), alone, [Partial()], run_check=False))
+    with pytest.raises(NotImplementedError, match=r"weight is a DTensor with .*Partial.*, sums of which ranks"):
+        ours.fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    mesh = mesh_of(2, 1)
+    model = build(ours, mesh, "plain")
+    with pytest.raises(ValueError, match=r"weight: expected a parameter with .* in its place, found a whole tensor"):
+        model[0].up.weight = nn.Parameter(torch.ones(10, 6))
+    with pytest.raises(NotImplementedError, match=r"0.up.weight is a DTensor on .*such a step cannot be traced yet"):
+        model.memory_plan((batch(0, mesh), batch(0, mesh)))
