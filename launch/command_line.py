@@ -167,6 +167,9 @@ class Command(Generic[OptionsT]):
             if flag in self.flags or self._is_known(flag):
                 return flag, False
             raise ValueError(f"unknown key '{flag}' in the command line; {self._hint(flag, [*self._hints])}")
+        name, _, inner = flag.partition(".")
+        if inner and _is_dict(self._hints.get(key := self.flags.get(name.replace("_", "-"), ""))):
+            return f"{key}.{inner}", False
         flag = flag.replace("_", "-")
         if flag in self.flags:
             return self.flags[flag], False

@@ -54,6 +54,7 @@ def load_model(options: GenerateOptions | ServeOptions, say: Callable[[str], Non
             mode=load.mode,
             transport=transport,
             on_plan=lambda plan: say(str(plan)),
+            adapters=options.adapters if isinstance(options, ServeOptions) else None,
         ) as engine:
             yield LoadedModel(model, codec, engine, sampling)
     finally:

@@ -89,6 +89,8 @@ class ServeOptions:
 
     model: str  # Hugging Face directory, checkpoint (step-N), or preset:NAME with random weights
     name: str | None = None  # of the model in requests; null: the last part of its path, or all of it
+    adapters: dict[str, str] = field(default_factory=dict)  # directories of LoRA adapters, by their names in requests
+    admin_key: str | None = None  # bearer token to load adapters with, another than the users'; null: nobody may
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all
     port: int = 8000  # of the first rank, r more on rank r; 0: any that is free
     max_connections: int = 4096  # more are closed at once
@@ -174,7 +176,9 @@ GENERATE = Command(
 SERVE = Command(
     "usage: [torchrun --nproc-per-node N] -m launch.serve MODEL [--option=value ...]",
     ServeOptions,
-    f"{NOTES}Without --api-key, ${KEY_VARIABLE} is the key, if it is set. Several models: --pool FILE --help.\n",
+    f"""{NOTES}Without --api-key, ${KEY_VARIABLE} is the key, if it is set; without --admin-key,
+${ADMIN_KEY_VARIABLE} is the admin's. Several models: --pool FILE --help.
+""",
     positionals=("model",),
     flat=True,
     aliases=ALIASES,

@@ -22,12 +22,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from launch.inference import LoadedModel
-from launch.options import KEY_VARIABLE, ServeOptions, ServePoolOptions, model_names
+from launch.options import ADMIN_KEY_VARIABLE, KEY_VARIABLE, ServeOptions, ServePoolOptions, model_names
 from launch.pool import LoadedPool
 from yafsdp_like.inference.engine.tp_driver import KEEP_ALIVE_S, TPDriver, follow
+from yafsdp_like.inference.http.catalog import Catalog
 from yafsdp_like.inference.http.connections import limit_connections
-from yafsdp_like.inference.http.protocol import ServerOptions
-from yafsdp_like.inference.http.server import create_app, create_catalog_app
+from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
+from yafsdp_like.inference.http.server import create_catalog_app
 from yafsdp_like.inference.http.service import LAST_STEP_S, Service, ServiceState, SteppableEngine
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text takes one core: the engine needs the others
@@ -85,7 +86,10 @@ def serve(model: LoadedModel, options: ServeOptions, address: socket) -> None:
         poll_interval_s=None if leader is None else KEEP_ALIVE_S,
         stuck_after_s=options.stuck_after_s or None,
     )
-    app = create_app(service, model.codec, server_options(model, options))
+    catalog = Catalog([RequestParser(model.codec, server_options(model, options))])
+    for name in options.adapters:
+        catalog.add_adapter(name, next(iter(catalog.parsers)))
+    app = create_catalog_app(service, catalog)
     run_server(service, app, options, address, outlives_engine=leader is None)
     if leader is not None:
         assert service.state is ServiceState.CLOSED, (
@@ -158,6 +162,7 @@ def server_options(model: LoadedModel, options: ServeOptions) -> ServerOptions:
     print(f"requests call the model {name!r}", flush=True)
     return ServerOptions(
         api_key=options.http.api_key or os.environ.get(KEY_VARIABLE),
+        admin_key=options.admin_key or os.environ.get(ADMIN_KEY_VARIABLE) or None,
         timeout_s=options.http.timeout_s or None,
         max_choices=options.http.max_choices,
         max_body_nbytes=options.http.max_body_nbytes,

@@ -26,9 +26,8 @@ def test_every_option_has_a_flag_of_its_own_and_an_explanation(command: Command[
     leaves = [key for key, hint in known_keys(command.options) if not dataclasses.is_dataclass(hint)]
     assert sorted(command.flags.values()) == sorted([*leaves, "config"])
     assert {f"engine.{field.name}" for field in dataclasses.fields(EngineOptions)} <= set(leaves)
-    told = dict(
-        re.findall(r"^  --([\w-]+)=.*?\((default: .*?|required)\)\s+(?=[^\s-])", command.help_text(), re.MULTILINE)
-    )
+    flags = r"^  --([\w-]+)(?:\.KEY)?=.*?\((default: .*?|required)\)\s+(?=[^\s-])"
+    told = dict(re.findall(flags, command.help_text(), re.MULTILINE))
     assert {*told, "config"} == set(command.flags)
 
 
@@ -37,6 +36,13 @@ def test_flags_are_options_of_the_sections() -> None:
     options = SERVE.load(["MODEL", *flags, "--api-key=null"])
     assert options.engine == EngineOptions(4096, 1_500_000_000, graphs=False, policy="gdsf")
     assert (options.http.timeout_s, options.http.api_key) == (3.0, None)
+
+
+def test_a_key_of_a_dictionary_is_a_flag_too() -> None:
+    options = SERVE.load(["MODEL", "--adapters.first_one=runs/a", "--adapters.b", "runs/b"])
+    assert options.adapters == {"first_one": "runs/a", "b": "runs/b"}
+    with pytest.raises(ValueError, match=r"unknown option --adaptors\.b"):
+        SERVE.load(["MODEL", "--adaptors.b=runs/b"])
 
 
 def test_text_is_taken_as_it_is() -> None:

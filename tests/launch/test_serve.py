@@ -17,10 +17,11 @@ import httpx
 import pytest
 
 from launch import options, serve, server
+from tests.inference.engine.test_adapters import write_adapter
 from tests.inference.http.servers import SECONDS, make_decoder
 from tests.inference.text.test_codec import write_tokenizer
 from yafsdp_like.inference.text.codec import Codec
-from yafsdp_like.models.hf import save_hf
+from yafsdp_like.models.hf import load_hf_config, save_hf
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--device=cpu", "--kv-memory=1MiB", "--max-batch-size=4", "--max-batch-tokens=64", "--port=0"]
@@ -206,19 +207,20 @@ def read_to_the_end(connection: socket.socket) -> bytes:
     return answer
 
 
-def test_a_server_knows_both_names_and_has_patience_with_nobody(directory: Path) -> None:
+def test_a_server_knows_all_names_and_has_patience_with_nobody(directory: Path) -> None:
     """In one process, since each takes seconds to start: names, methods, slow headers, many connections, the end."""
+    adapter = f"--adapters.tuned={write_adapter(directory.parent, load_hf_config(directory), 'attention')}"
     with (
-        command(HURRIED + MAIN, directory, "--max-connections=4", "--grace=1") as running,
+        command(HURRIED + MAIN, directory, adapter, "--max-connections=4", "--grace=1") as running,
         httpx.Client(base_url=running.url, timeout=SECONDS, verify=False) as http,
     ):
         assert "requests call the model 'base'" in running.said
         body = {"prompt": "x", "max_tokens": 2, "temperature": 0}
-        for name in ("base", str(directory)):
+        for name in ("base", str(directory), "tuned"):
             assert http.post("/v1/completions", json={**body, "model": name}).status_code == 200
-            assert http.get(f"/v1/models/{name}").json()["id"] == "base"
+            assert http.get(f"/v1/models/{name}").json()["id"] == ("tuned" if name == "tuned" else "base")
         assert http.post("/v1/completions", json={**body, "model": "other"}).status_code == 404
-        assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["base"]
+        assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["base", "tuned"]
         head = http.head("/health")
         assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", "20")
         with contextlib.ExitStack() as stack:

@@ -28,6 +28,7 @@ from yafsdp_like.inference.engine.request import QueueFullError, Request, Reques
 
 if TYPE_CHECKING:
     from yafsdp_like.comm.tp_group import TPGroup
+    from yafsdp_like.inference.engine.adapters import Adapters
     from yafsdp_like.inference.engine.engine import Engine, Metrics
     from yafsdp_like.inference.kv.occupancy import Stretch
 
@@ -91,6 +92,11 @@ class TPDriver:
     def close(self) -> None:
         """End `follow` on the other ranks. Not after an error: they may not be listening."""
         self._broadcast(TPCommand.END)
+
+    @property
+    def adapters(self) -> Adapters:
+        """Raises ValueError: loading is no call that ranks make together yet."""
+        raise ValueError("tensor parallel ranks load LoRA adapters only when the server starts: name them there")
 
     def metrics(self) -> Metrics:
         """Return this rank's metrics, which all ranks have."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from yafsdp_like.inference.http.bodies import ChatBody, CompletionBody
 from yafsdp_like.inference.http.body_limits import BodyLimits
-from yafsdp_like.inference.http.errors import ApiError, shorten, unavailable
+from yafsdp_like.inference.http.errors import ApiError, invalid, shorten, unavailable
 from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.http.responses import ParsedRequest
 
@@ -49,9 +49,31 @@ class Catalog:
         parser = next(
             iter(self.parsers.values())
         )  # of one model, it says 404 itself; without a name, that there is none
-        if isinstance(name, str) and (self.is_pool or name in self._by_name):
+        if isinstance(name, str) and (len(self.parsers) > 1 or self.is_pool or name in self._by_name):
             parser = self.find(name)
         return parser.read_sent(kind, sent, arrival)
+
+    def check_new(self, name: str) -> None:
+        """Raise ApiError, 400, for a name that something has already."""
+        if name in self._by_name or name in self.errors:
+            raise invalid("lora_name", f"{shorten(name)} is taken")
+
+    def add_adapter(self, name: str, model: str) -> None:
+        """Have requests find an adapter of a model; on the event loop, or before there is one.
+
+        Raises ApiError as ``check_new`` does.
+        """
+        self.check_new(name)
+        parser = self.parsers[model].of_adapter(name)
+        # Others may be reading: they keep the dictionaries that they have.
+        self.parsers, self._by_name = {**self.parsers, name: parser}, {**self._by_name, name: parser}
+
+    def remove_adapter(self, name: str) -> None:
+        """Have no further request find an adapter."""
+        self.parsers, self._by_name = (
+            {known: parser for known, parser in found.items() if known != name}
+            for found in (self.parsers, self._by_name)
+        )
 
     def find(self, name: str) -> RequestParser:
         """Return the parser of a model. Raises ApiError, 404 for one that is unknown, 503 for one that has failed."""

@@ -11,6 +11,8 @@ from yafsdp_like.inference.http.errors import ApiError
 from yafsdp_like.inference.http.metrics import ServerMetrics
 from yafsdp_like.inference.http.protocol import ServerOptions
 
+LOAD_ADAPTER, UNLOAD_ADAPTER = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+
 
 def error_response(error: ApiError) -> Response:
     """Return the JSON response of an error."""
@@ -68,7 +70,8 @@ class AuthMiddleware:
 
     def _key_of(self, path: str) -> tuple[str | None, str]:
         """The key that a path needs, if it needs one, and what it is called."""
-        if path.startswith("/admin/"):  # without a key there are no routes
+        is_adapters = path in (LOAD_ADAPTER, UNLOAD_ADAPTER) and self._options.admin_key is not None
+        if path.startswith("/admin/") or is_adapters:  # without a key there are no routes
             return self._options.admin_key, "admin key"
         return (self._options.api_key if path.startswith("/v1/") else None), "key"
 

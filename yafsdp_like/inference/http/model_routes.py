@@ -46,7 +46,10 @@ def add_model_routes(app: FastAPI, service: Service[Any], catalog: Catalog) -> N
         model: dict[str, Any] = {"id": name, "object": "model", "created": created, "owned_by": "yafsdp_like"}
         if name in catalog.errors:
             return {**model, "state": ModelState.FAILED.value, "error": catalog.errors[name]}
-        model["max_model_len"] = catalog.parsers[name].options.max_seq_len
+        options = catalog.parsers[name].options
+        model["max_model_len"] = options.max_seq_len
+        if options.adapter_of is not None:
+            model["parent"] = options.adapter_of
         if status is not None:
             model["state"] = status.state.value
             model["weights_nbytes"] = status.figures.weights_nbytes
@@ -75,7 +78,8 @@ def add_model_routes(app: FastAPI, service: Service[Any], catalog: Catalog) -> N
 
         @app.post("/admin/models/{name:path}/{action}")
         async def administer(name: str, action: Action) -> dict[str, Any]:
-            known = catalog.find(name).options.model_name
+            options = catalog.find(name).options
+            known = options.adapter_of or options.model_name
             if action in ("load", "wake_up"):
                 await _load(service, known)
             return listed(known, await ask(service, lambda pool: _administer(pool, known, action), ADMIN_S))

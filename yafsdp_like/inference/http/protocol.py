@@ -50,7 +50,8 @@ class ServerOptions(HttpOptions):
     max_seq_len: int  # tokens of a prompt and its answer together
     aliases: tuple[str, ...] = ()  # other names that requests may call the model
     sampling: SamplingParams = PLAIN  # where a request gives no value
-    admin_key: str | None = None  # bearer token under /admin, for a pool of models; null: nothing is there
+    admin_key: str | None = None  # bearer token of those who load models and adapters; null: nobody may
+    adapter_of: str | None = None  # name of the model that this one is a LoRA adapter of; null: it is a model
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,6 +107,11 @@ class RequestParser:
         self._codec, self._options = codec, options
         max_characters = codec.max_characters(options.max_seq_len)
         self.limits = BodyLimits(options.max_seq_len, options.max_choices, max_characters)
+
+    def of_adapter(self, name: str) -> RequestParser:
+        """Return the parser of a LoRA adapter of this model."""
+        told = replace(self._options, model_name=name, aliases=(), adapter_of=self._options.model_name)
+        return RequestParser(self._codec, told)
 
     @property
     def options(self) -> ServerOptions:
@@ -267,7 +273,8 @@ class RequestParser:
                 priority=-(body.priority or 0) if self._options.priorities else 0,
                 deadline=deadline,
                 salt=body.cache_salt,
-                model=self._options.model_name,
+                model=self._options.adapter_of or self._options.model_name,
+                adapter=None if self._options.adapter_of is None else self._options.model_name,
             )
             choices.append(Choice(index, request, Transcript(self._codec, request.prompt, wording)))
         return ParsedRequest(

@@ -34,6 +34,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
+from yafsdp_like.inference.http.adapter_routes import add_adapter_routes
 from yafsdp_like.inference.http.bodies import ChatBody, CompletionBody
 from yafsdp_like.inference.http.body_pool import BodyReaderPool, ReaderBusyError
 from yafsdp_like.inference.http.catalog import Catalog
@@ -356,6 +357,7 @@ def _add_answers(app: FastAPI, handler: OpenAIHandler) -> None:
 
 def _add_routes(app: FastAPI, handler: OpenAIHandler) -> None:
     _add_answers(app, handler)
+    add_adapter_routes(app, handler.service, handler.catalog)
     add_model_routes(app, handler.service, handler.catalog)
     add_status_routes(app, handler.service, handler.catalog, handler.metrics)
 

@@ -72,7 +72,11 @@ def _device() -> dict[str, Any]:
 def _alone(catalog: Catalog, numbers: dict[str, float]) -> list[dict[str, Any]]:
     """A server's only model, of which the engine's figures are."""
     kept = {name: numbers[name] for name in ("num_running", "num_waiting", "num_tokens_drawn")}
-    return [{"name": name, "state": "awake", **kept} for name in catalog.parsers]
+    return [
+        {"name": name, "state": "awake", **kept}
+        for name, parser in catalog.parsers.items()
+        if not parser.options.adapter_of
+    ]
 
 
 def _model(name: str, status: ModelStatus) -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""LoRA adapters over HTTP: asked by name, listed, loaded and unloaded, by whom, and what is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import openai
+import pytest
+import torch
+
+from tests.inference.engine.test_adapters import KINDS, write_adapter
+from tests.inference.http.servers import COMPLETIONS, MAX_SEQ_LEN, MODEL, PROMPT, make_decoder, serving_app
+from yafsdp_like.inference.engine.engine import Engine
+from yafsdp_like.inference.http.catalog import Catalog
+from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
+from yafsdp_like.inference.http.server import create_catalog_app
+from yafsdp_like.inference.http.service import Service
+from yafsdp_like.inference.options import EngineOptions
+from yafsdp_like.inference.weights.loading import model_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.inference.http.servers import Running
+    from yafsdp_like.inference.text.codec import Codec
+
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+KEY, ADMIN_KEY = {"authorization": "Bearer users"}, {"authorization": "Bearer admins"}
+OPTIONS = EngineOptions(kv_nbytes=1 << 20, max_batch_size=4, max_batch_tokens=64, max_seq_len=MAX_SEQ_LEN)
+
+
+@pytest.fixture(scope="module")
+def directories(codec: Codec, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory, config = tmp_path_factory.mktemp("adapters"), make_decoder(codec).config
+    return {name: write_adapter(directory, config, name) for name in KINDS}
+
+
+@pytest.fixture
+def running(codec: Codec, directories: dict[str, Path]) -> Iterator[Running]:
+    """With one adapter from the start, and room for another."""
+    options = EngineOptions(**{**vars(OPTIONS), "adapter_slots": 2, "host_adapters": 2})
+    engine = Engine.load(
+        model_of(make_decoder(codec)), options, dtype=torch.float32, adapters={"wide": directories["wide"]}
+    )
+    told = ServerOptions(
+        model_name=MODEL,
+        aliases=("other",),
+        vocab_size=engine.config.vocab_size,
+        max_seq_len=MAX_SEQ_LEN,
+        api_key="users",
+        admin_key="admins",
+    )
+    catalog = Catalog([RequestParser(codec, told)])
+    catalog.add_adapter("wide", MODEL)
+    service = Service(engine)
+    with serving_app(service, engine, create_catalog_app(service, catalog)) as running:
+        yield running
+        running.check_idle()
+
+
+def text_of(running: Running, model: str) -> str:
+    body = {"model": model, "prompt": PROMPT, "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    answer = running.post(COMPLETIONS, body, headers=KEY)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"] == model.replace("other", MODEL)
+    text: str = answer.json()["choices"][0]["text"]
+    return text
+
+
+def error_of(answer: Any, status: int) -> str:
+    assert answer.status_code == status, answer.text
+    message: str = answer.json()["error"]["message"]
+    return message
+
+
+def test_adapters_are_models_that_are_listed_loaded_and_unloaded(
+    running: Running, directories: dict[str, Path]
+) -> None:
+    plain, wide = text_of(running, MODEL), text_of(running, "wide")
+    assert wide != plain == text_of(running, "other")
+    sent = {"lora_name": "narrow", "lora_path": str(directories["stabilized"])}
+    loaded = running.post(LOAD, sent, headers=ADMIN_KEY)
+    assert (loaded.status_code, loaded.text) == (200, "Success: LoRA adapter 'narrow' added successfully.")
+    narrow = text_of(running, "narrow")
+    assert len({plain, wide, narrow}) == 3
+    client = running.client(api_key="users")
+    parents = {model.id: getattr(model, "parent", None) for model in client.models.list()}
+    assert parents == {MODEL: None, "wide": MODEL, "narrow": MODEL}
+    assert client.models.retrieve("narrow").id == "narrow"
+    said = client.chat.completions.create(model="narrow", messages=[{"role": "user", "content": "x"}], max_tokens=2)
+    assert said.model == "narrow"
+    unloaded = running.post(UNLOAD, {"lora_name": "wide"}, headers=ADMIN_KEY)
+    assert (unloaded.status_code, unloaded.text) == (200, "Success: LoRA adapter 'wide' removed successfully.")
+    with pytest.raises(openai.NotFoundError, match="there is no 'wide' here, only 'tiny', 'narrow'"):
+        client.completions.create(model="wide", prompt=PROMPT)
+    again = {"lora_name": "wide", "lora_path": str(directories["wide"]), "base_model_name": MODEL}
+    assert running.post(LOAD, again, headers=ADMIN_KEY).status_code == 200
+    assert (text_of(running, "wide"), text_of(running, "narrow")) == (wide, narrow)
+
+
+def test_only_an_admin_loads_and_unloads(running: Running, directories: dict[str, Path]) -> None:
+    sent = {"lora_name": "narrow", "lora_path": str(directories["stabilized"])}
+    for path in (LOAD, UNLOAD):
+        assert "this server's admin key" in error_of(running.post(path, sent, headers=KEY), 401)
+        assert "this server's admin key" in error_of(running.post(path, sent), 401)
+    assert running.call(lambda engine: engine.adapters.names) == ("wide",)
+
+
+def test_what_cannot_be_loaded_or_unloaded_is_one_clear_error(running: Running, directories: dict[str, Path]) -> None:
+    def load(name: str, path: object, **more: Any) -> Any:
+        return running.post(LOAD, {"lora_name": name, "lora_path": str(path), **more}, headers=ADMIN_KEY)
+
+    assert error_of(load("wide", directories["down"]), 400) == "lora_name: 'wide' is taken"
+    assert error_of(load("other", directories["down"]), 400) == "lora_name: 'other' is taken"
+    assert "expected a directory of a LoRA adapter" in error_of(load("x", "/nowhere"), 400)
+    assert "there is no 'y' here" in error_of(load("x", directories["down"], base_model_name="y"), 404)
+    assert "is an adapter itself" in error_of(load("x", directories["down"], base_model_name="wide"), 400)
+    assert "no such field" in error_of(load("x", directories["down"], more=1), 400)
+    assert "JSON object" in error_of(running.post(LOAD, content=b"[", headers=ADMIN_KEY), 400)
+    assert "lora_path: " in error_of(running.post(LOAD, {"lora_name": "x"}, headers=ADMIN_KEY), 400)
+    assert load("x", directories["down"]).status_code == 200
+    assert "host memory holds 2 adapters" in error_of(load("y", directories["attention"]), 400)
+    assert "there is no 'y' here" in error_of(running.post(UNLOAD, {"lora_name": "y"}, headers=ADMIN_KEY), 404)
+    assert "not an adapter" in error_of(running.post(UNLOAD, {"lora_name": MODEL}, headers=ADMIN_KEY), 400)
+
+
+def test_an_adapter_with_requests_is_not_unloaded(running: Running) -> None:
+    adapter = running.call(lambda engine: engine.adapters.find("wide"))
+    adapter.num_requests += 1
+    assert "has 1 requests" in error_of(running.post(UNLOAD, {"lora_name": "wide"}, headers=ADMIN_KEY), 409)
+    adapter.num_requests -= 1
+    assert text_of(running, "wide")
+
+
+def test_a_file_that_is_damaged_while_it_is_read_leaves_no_trace(
+    running: Running, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents: an image that stays reserved for an adapter that nobody finds."""
+
+    def fail(*_: object) -> None:
+        raise ValueError("the file is no longer whole")
+
+    sent = {"lora_name": "x", "lora_path": str(directories["down"])}
+    with monkeypatch.context() as context:
+        context.setattr("yafsdp_like.inference.engine.adapters.fill", fail)
+        assert "no longer whole" in error_of(running.post(LOAD, sent, headers=ADMIN_KEY), 400)
+    assert running.post(LOAD, sent, headers=ADMIN_KEY).status_code == 200
+    assert text_of(running, "x")
