@@ -57,7 +57,7 @@ class Journal:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.num_subjects = 0  # that the caller has given numbers to
-        self._is_alone = group.size() == 1 or dist.get_backend(group) == "fake"
+        self._is_alone = group.size() == 1 or dist.get_backend(group) in ("fake", "threaded")
         self._at_once = device.type == "cpu"
         self._group, self._device = group, device
         self._channel: _Channel | None = None
