@@ -78,6 +78,21 @@ def transport_of(group: dist.ProcessGroup, device: torch.device, asked: Transpor
     return _chosen[group, asked]
 
 
+def transport_within(group: dist.ProcessGroup, num_ranks: int) -> Transport:
+    """Return the transport among the ``num_ranks`` of ``group`` that this rank is one of, which follow each other.
+
+    To be called by all ranks of ``group``, which ``num_ranks`` divides.
+    """
+    name = f"{num_ranks} ranks"
+    if (group, name) not in _chosen:
+        ranks, first = dist.get_process_group_ranks(group), group.rank() // num_ranks * num_ranks
+        within = dist.new_group(
+            ranks[first : first + num_ranks], use_local_synchronization=True, group_desc="yafsdp_forward"
+        )
+        _chosen[group, name] = ProcessGroupTransport(within, "between forward and backward")
+    return _chosen[group, name]
+
+
 def _choose(group: dist.ProcessGroup, device: torch.device, asked: str) -> Transport:
     if group.size() == 1:
         return ProcessGroupTransport(group, "one rank")

@@ -219,6 +219,7 @@ KINDS = {
     "main_shard": "what the optimizer updates; lower halves, where it is split",
     "compute_shard": "the same in param_dtype: what is all-gathered",
     "grad_shard": f"reduced gradients, {_UNTIL_ZERO_GRAD}",
+    "forward shards": "what few ranks keep together of full parameters, from forward to backward",
     "gather slots": "units' full parameters, shared by live range",
     "gradient slots": "units' full gradients, shared by live range",
     "unsynced gradients": "full gradients kept while set_requires_gradient_sync(False)",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar, Unpack, overload
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from yafsdp_like.shard.requirements import (
     check_modules,
     check_offload,
     check_params,
+    check_reshard,
     check_supported,
 )
 from yafsdp_like.shard.spec.unit_spec import UnitPolicy
@@ -86,10 +87,10 @@ def fully_shard(
     Args:
         module: a module with a ``forward``, or a list of such modules, all-gathered and released together.
         mesh: a 1-D mesh, or a 2-D one with ``mesh_dim_names`` (HSDP): its first dimension replicates and its second
-            shards, and replicas must start from the same values. All ranks by default; without a process group,
-            torchrun's is joined, or one of this process alone started.
+            shards, and replicas must start from the same values. All ranks by default: torchrun's, or one alone.
         reshard_after_forward: whether to release full parameters after forward and all-gather them again for backward.
-            None: for all but the root, and for the root too after a forward without grad mode.
+            None: for all but the root, and without grad mode for the root too. A number, which divides that of the
+            ranks: each group of so many keeps the parameters, and all-gathers them alone for backward.
         mp_policy: ``param_dtype`` to all-gather and compute in, ``reduce_dtype`` to reduce-scatter gradients in,
             ``output_dtype``, and ``cast_forward_inputs``; the optimizer sees the original dtype.
         ignored_params: parameters that are left alone.
@@ -113,15 +114,15 @@ def fully_shard(
         ValueError, AssertionError, NotImplementedError: for meshes, containers and parameters that cannot be sharded.
     """
     modules = check_modules(module)
-    check_supported(reshard_after_forward, dp_mesh_dims)
+    check_supported(dp_mesh_dims)
     offload = check_offload(offload_policy, transport, split_master)
     check_grad_dtype(grad_dtype, mp_policy)
-    mesh = mesh if mesh is not None else _default_mesh()
-    check_mesh(mesh)
+    mesh = check_mesh(mesh if mesh is not None else _default_mesh())
+    reshards, forward_ranks = check_reshard(reshard_after_forward, mesh)
     owners = params_below(modules, ignored_params or set())
     check_params(owners)
     placed = placements_over(mesh, owners, shard_placement_fn)
-    policy = UnitPolicy(mp_policy, cast("bool | None", reshard_after_forward), split_master, grad_dtype, debug, offload)
+    policy = UnitPolicy(mp_policy, reshards, split_master, grad_dtype, debug, offload, forward_ranks=forward_ranks)
     return _shard(module, modules, split_tied(owners, modules), placed, mesh, policy, transport)
 
 

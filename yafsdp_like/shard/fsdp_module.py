@@ -187,7 +187,8 @@ class FSDPModule(Base):
         if not isinstance(reshard_after_forward, bool):
             raise ValueError(f"reshard_after_forward should be a bool, got {type(reshard_after_forward)}")
         for unit in self._units(recurse):
-            unit.set_policy(reshard_after_forward=reshard_after_forward)
+            unit.set_policy(reshard_after_forward=reshard_after_forward, forward_ranks=0)
+            unit.use_forward_shard(())
 
     def set_reshard_after_backward(self, reshard_after_backward: bool, *, recurse: bool = True) -> None:
         """Set whether parameters are released after backward; after the first forward a hint, as above."""

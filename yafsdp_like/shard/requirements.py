@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,12 +31,13 @@ def check_modules(given: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     return modules
 
 
-def check_mesh(mesh: DeviceMesh) -> None:
-    """Raise ``ValueError`` for a mesh that is neither 1-D nor 2-D, ``AssertionError`` for a 2-D one without names."""
+def check_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Return it; ``ValueError`` if it is neither 1-D nor 2-D, ``AssertionError`` if it is 2-D without names."""
     if mesh.ndim not in (1, 2):
         raise ValueError(f"fully_shard expects a 1D or 2D DeviceMesh but got {mesh}")
     if mesh.ndim == 2 and mesh.mesh_dim_names is None:
         raise AssertionError("Please init the 2D mesh for HSDP with mesh_dim_names specified")
+    return mesh
 
 
 def check_params(owners: Mapping[nn.Parameter, Sequence[tuple[nn.Module, str]]]) -> None:
@@ -115,12 +117,34 @@ def check_offload(policy: OffloadPolicy | None, transport: str, split_master: bo
     return policy
 
 
-def check_supported(reshard_after_forward: Any, dp_mesh_dims: Any) -> None:
-    """Raise ``NotImplementedError`` for FSDP2's options of which only the default is supported."""
-    if reshard_after_forward is not None and not isinstance(reshard_after_forward, bool):
-        raise NotImplementedError(
-            f"reshard_after_forward as a number of ranks is not supported yet, got {reshard_after_forward!r}; "
-            "use True, False or None"
+def check_reshard(reshard_after_forward: Any, mesh: DeviceMesh) -> tuple[bool | None, int]:
+    """Return whether to reshard after forward, and over how many ranks; 0 stands for all that shard.
+
+    Raises ``ValueError`` for what is no bool, no None, and no number that divides that of all.
+    """
+    num_ranks = mesh.size(mesh.ndim - 1)
+    if reshard_after_forward is None or isinstance(reshard_after_forward, bool):
+        return reshard_after_forward, 0
+    if not isinstance(reshard_after_forward, int):
+        raise ValueError(
+            "reshard_after_forward should be a bool or an int representing the group size to reshard to, not "
+            f"{reshard_after_forward!r}"
         )
+    if reshard_after_forward < 1 or num_ranks % reshard_after_forward != 0:
+        raise ValueError(
+            f"If passing reshard_after_forward as an int, it should be a factor of {num_ranks}, not "
+            f"{reshard_after_forward}"
+        )
+    if reshard_after_forward == 1:
+        warnings.warn(
+            "reshard_after_forward=1 keeps full parameters, as False does; True reshards them over all ranks",
+            stacklevel=3,
+        )
+        return False, 0
+    return True, reshard_after_forward % num_ranks
+
+
+def check_supported(dp_mesh_dims: Any) -> None:
+    """Raise ``NotImplementedError`` for FSDP2's options of which only the default is supported."""
     if dp_mesh_dims is not None:
         raise NotImplementedError("dp_mesh_dims is not supported yet; pass the mesh of the data parallel ranks as mesh")

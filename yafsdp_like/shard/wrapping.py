@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from yafsdp_like.comm.choice import transport_over
+from yafsdp_like.comm.choice import transport_over, transport_within
 from yafsdp_like.memory.allocator import use_expandable_segments
 from yafsdp_like.shard.hooks import install
 from yafsdp_like.shard.runtime.engine import engine_of
@@ -54,6 +54,8 @@ def make_unit(
     if device.type == "cuda":
         use_expandable_segments()
     unit = Unit(modules, params, policy, mesh, transport_over(mesh, device, transport), device)
+    if policy.forward_ranks:
+        unit.keep_within(transport_within(mesh.get_group(mesh.ndim - 1), policy.forward_ranks))
     for p, param in zip(params, owners, strict=True):
         unit.mark(param, p)
         register([p], [p.sharded])

@@ -40,6 +40,7 @@ OF_KIND = {  # categories by the kind of a plan's region
     "main_shard": "main shards",
     "compute_shard": "compute shards",
     "grad_shard": "gradient shards",
+    "forward shards": "gather slots",
     "gather slots": "gather slots",
     "spill": "gather slots",
     "gradient slots": "gradient slots",

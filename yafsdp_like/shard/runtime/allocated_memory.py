@@ -129,7 +129,8 @@ class AllocatedMemory:
             for unit in self._tree.units
             for p in unit.params
         ] + [
-            f"unit {unit.name!r} with reshard_after_forward={self._tree.reshards_after_forward(unit)}, "
+            f"unit {unit.name!r} with reshard_after_forward="
+            f"{unit.policy.forward_ranks or self._tree.reshards_after_forward(unit)}, "
             f"reshard_after_backward={unit.policy.reshard_after_backward}, {unit.reduction()}, prefetching "
             f"{[u.name for u in unit.forward_prefetch]} and {[u.name for u in unit.backward_prefetch]}"
             for unit in self._tree.units
@@ -211,6 +212,7 @@ def build(units: Sequence[Unit], memory_layout: MemoryLayout) -> Arena:
             _scratch(arena, region, guard_nbytes) for region in (STAGING, COLUMN, UPLOAD, DOWNLOAD, GATHERED, REDUCED)
         )
         unit.use_scratch(staging, column, HostStaging(upload, download), LayoutStaging(gathered, reduced))
+        unit.use_forward_shard(_forward_parts(unit, layout, arena))
         watch_gradients(unit, unit.gather_slot)
     find_neighbours([unit.gather_slot for unit in units])
     find_neighbours([unit.gradient_slot for unit in units])
@@ -244,6 +246,17 @@ def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
                 shard = place.flat(p.compute_dtype, p.shards.chunk_numel)
         p.place_compute(shard)
     unit.make_grads(layout.grad_shard)
+
+
+def _forward_parts(unit: Unit, layout: UnitLayout, arena: Arena) -> list[torch.Tensor]:
+    if not layout.forward_shard.nbytes:
+        return []
+    place = arena.place(f"{unit.name}.forward_shard")
+    ranks = unit.policy.forward_ranks
+    return [
+        place.part(segment).flat(p.compute_dtype, p.shards.padded_numel // ranks)
+        for p, segment in zip(unit.params, layout.forward_shard.segments, strict=True)
+    ]
 
 
 def _gather_slot(unit: Unit, layout: UnitLayout, shared: Segment | None, arena: Arena) -> GatherSlot:

@@ -50,9 +50,9 @@ class CollectiveLog:
             journal.settle(keep=1)
             journal.post()
 
-    def gathers(self, unit: SlotUnit) -> None:
-        """Note an all-gather, where it is a collective."""
-        if unit.transport.mapped is None or not unit.transport.mapped.reads_shards:
+    def gathers(self, unit: SlotUnit, kept: bool = False) -> None:
+        """Note an all-gather, where it is a collective: also of what few ranks have ``kept`` from forward on."""
+        if kept or unit.transport.mapped is None or not unit.transport.mapped.reads_shards:
             entry = self._entry((unit, "gather"), lambda: f"all-gathers the parameters of unit {unit.name!r}")
             self._journal_of[unit.transport].note(entry)
 

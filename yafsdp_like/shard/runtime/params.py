@@ -128,6 +128,8 @@ class ParamLifecycle:
         if not is_free or mapped is None:
             return
         self._context.collective_log.updates(unit)
+        if unit.forward_shard is not None:
+            unit.forward_shard.drop()
         slot.drop()  # the values in it are from before the update
         self._streams.wait(GATHER, self._streams.record(COMPUTE))
         with self._streams.on(GATHER):
@@ -145,12 +147,16 @@ class ParamLifecycle:
         assert slot.state is EMPTY
         self._make_room(slot)
         unit = slot.unit
-        self._context.collective_log.gathers(unit)
+        kept = unit.forward_shard is not None and unit.forward_shard.is_kept and not refresh
+        self._context.collective_log.gathers(unit, kept)
         with label("all_gather", unit), self._streams.on(GATHER):
             self._context.wait_for_last_accesses(GATHER, slot)
             if refresh and unit.transport.mapped is None:
                 unit.refresh_compute_shard()
-            slot.all_gather()
+            if kept:
+                slot.gather_kept()
+            else:
+                slot.all_gather()
         slot.fill(self._streams.record(GATHER))
 
     def prefetch(self, unit: Unit, refresh: bool) -> None:
@@ -164,6 +170,8 @@ class ParamLifecycle:
 
         Its HELD neighbours must be asked about before, with ``blockers``.
         """
+        if refresh and slot.unit.forward_shard is not None:
+            slot.unit.forward_shard.drop()
         if slot.state is EMPTY:
             self.all_gather(slot, refresh)
         if slot.state is FILLED:
@@ -217,6 +225,9 @@ class ParamLifecycle:
 
     def release_but_keep(self, slot: GatherSlot) -> None:
         """Release the slot but leave its values: a later unshard skips the all-gather if nobody took the bytes."""
+        unit = slot.unit
+        if unit.forward_shard is not None and unit.awaits_backward:
+            unit.forward_shard.keep(slot.outputs)
         self.release(slot)
         if self.debug is None:
             slot.leave_stale()

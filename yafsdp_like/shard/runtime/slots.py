@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from yafsdp_like.memory.arena import Place
     from yafsdp_like.memory.layout import FlatLayout
     from yafsdp_like.memory.streams import Event
+    from yafsdp_like.shard.runtime.forward_shard import ForwardShard
     from yafsdp_like.shard.runtime.freshness import Freshness, Version
     from yafsdp_like.shard.runtime.host_shard import HostStaging
     from yafsdp_like.shard.runtime.layout_staging import LayoutStaging
@@ -62,6 +63,7 @@ class SlotUnit(Protocol):
     layout_staging: LayoutStaging  # scratch for parameters that are not sharded by rows
     host_staging: HostStaging | None  # of main shards and gradients in host memory; None: they are on the device
     freshness: Freshness
+    forward_shard: ForwardShard | None  # what stays of a gather slot from forward to backward
     registered: GatherSlot | None  # the slot whose parameters modules see; None while they see the sharded ones
 
     @property
@@ -191,6 +193,12 @@ class GatherSlot(_Slot):
         params = unit.params
         moves = [Move(full, staged[k], params[k].shards, params[k].compute_dtype) for k, full in permuted.items()]
         return arrange_after(run, moves) if moves else run
+
+    @cached_property
+    def gather_kept(self) -> AllGather:
+        """The all-gather for backward of what few ranks have kept together. See [Note: forward shards]."""
+        assert self.unit.forward_shard is not None
+        return self.unit.forward_shard.all_gather(self.outputs)
 
     def fill(self, ready: Event) -> None:
         """Note that an all-gather of the compute shards of now was issued, which has arrived at ``ready``."""

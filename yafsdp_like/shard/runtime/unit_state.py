@@ -15,6 +15,7 @@ from torch import nn
 
 from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.plan import Region
+from yafsdp_like.shard.runtime.forward_shard import ForwardShard
 from yafsdp_like.shard.runtime.freshness import Freshness
 from yafsdp_like.shard.runtime.host_shard import HostStaging, shard_arena
 from yafsdp_like.shard.runtime.layout_staging import LayoutStaging
@@ -138,6 +139,8 @@ class Unit:
         self.gradient_slot: GradientSlot = _NO_SLOT  # where the next backward's gradients go
         self.staging = self.column = NOWHERE  # scratch that units share; see ``use_scratch``
         self.layout_staging = LayoutStaging(NOWHERE, NOWHERE)
+        self._within: Transport | None = None  # of the ranks that share the parameters from forward to backward
+        self.forward_shard: ForwardShard | None = None  # where they do so, once built
         self.is_loading = False  # a state dict, whose entries may be assigned
         self.materialize()
 
@@ -244,6 +247,14 @@ class Unit:
         self.staging, self.column, self.layout_staging = staging, column, layout_staging
         self.host_staging = host_staging if self.is_on_host else None
 
+    def keep_within(self, transport: Transport) -> None:
+        """Let the ranks of ``transport`` share the parameters from forward to backward."""
+        self._within = transport
+
+    def use_forward_shard(self, parts: Sequence[torch.Tensor]) -> None:
+        """Keep ``parts`` of the parameters from forward to backward, if there are any."""
+        self.forward_shard = ForwardShard(self._within, parts) if self._within is not None and parts else None
+
     def make_grads(self, layout: FlatLayout) -> None:
         """Make gradient shards, without memory yet, or on the host, where ``layout`` says."""
         if not self.is_on_host:
@@ -270,6 +281,7 @@ class Unit:
     def forget_slots(self) -> None:
         """Leave the slots, which live as long as what autograd saved needs them."""
         self.gather_slot = self.gradient_slot = _NO_SLOT
+        self.forward_shard = None
         for p in self.params:
             p.leave_compute()
         self.freshness.compute_shard_lost()

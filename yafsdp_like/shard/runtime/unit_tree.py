@@ -53,7 +53,8 @@ class UnitTree:
             forward = tuple(index[u] for u in unit.forward_prefetch if u in index)
             backward = tuple(index[u] for u in unit.backward_prefetch if u in index)
             ranks = unit.rank_spec(params)
-            specs.append(UnitSpec(name, params, ranks, unit.needs, residency, forward, backward, unit.is_on_host))
+            kept = unit.policy.forward_ranks
+            specs.append(UnitSpec(name, params, ranks, unit.needs, residency, forward, backward, unit.is_on_host, kept))
         return plan_memory(specs, self.schedule)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.spec.unit_spec import UnitLayout, UnitSpec
 
 GATHER_SLOTS, GRADIENT_SLOTS = "gather slots", "gradient slots"  # the two regions that slots share
+FORWARD_SHARD = "forward shards"  # a kind, of one region a unit
 STAGING, COLUMN = "staging", "gather staging"
 UPLOAD, DOWNLOAD = "upload staging", "download staging"
 GATHERED, REDUCED = "staging of gathered chunks", "staging of reduced chunks"
@@ -89,6 +90,7 @@ def _granule_nbytes(units: Sequence[UnitSpec]) -> int:
 
 def _shards(unit: UnitSpec, layout: UnitLayout, granule_nbytes: int) -> list[Region]:
     aliased, mapped, on_host = layout.aliased_shard.nbytes, unit.ranks.is_mapped, unit.on_host
+    kept = layout.forward_shard.nbytes
     return [
         *([Region(f"{unit.name}.aliased_shard", "compute_shard", aliased, True, granule_nbytes)] if aliased else []),
         Region(f"{unit.name}.main_shard", "main_shard", layout.main_shard.nbytes, on_host=on_host),
@@ -96,6 +98,7 @@ def _shards(unit: UnitSpec, layout: UnitLayout, granule_nbytes: int) -> list[Reg
         Region(
             f"{unit.name}.grad_shard", "grad_shard", layout.grad_shard.nbytes, transient=not on_host, on_host=on_host
         ),
+        *([Region(f"{unit.name}.forward_shard", FORWARD_SHARD, kept)] if kept else []),
     ]
 
 

@@ -48,6 +48,10 @@ class ParamSpec:
         """Bytes of one rank's chunk of the parameter in ``compute_dtype``."""
         return self.shards.chunk_numel * self.compute_dtype.itemsize
 
+    def kept_nbytes(self, num_ranks: int) -> int:
+        """Bytes of the parameter that one of ``num_ranks`` keeps from forward to backward."""
+        return self.shards.padded_numel // num_ranks * self.compute_dtype.itemsize
+
     @property
     def aliasable_nbytes(self) -> int:
         """Bytes of a chunk that a slot can alias; none where the chunk's bytes are not together in the slot."""
@@ -97,6 +101,7 @@ class UnitLayout:
     grad_shard: FlatLayout  # only parameters with gradients, as in the gradient slot
     gather_slot: FlatLayout
     gradient_slot: FlatLayout
+    forward_shard: FlatLayout  # what stays of the gather slot from forward to backward; see [Note: forward shards]
 
     @classmethod
     def of(
@@ -106,9 +111,11 @@ class UnitLayout:
         granule_nbytes: int = 0,
         on_host: bool = False,
         guard_nbytes: int = 0,
+        forward_ranks: int = 0,
     ) -> UnitLayout:
         """Lay out ``params``, with ``guard_nbytes`` around each.
 
+        ``forward_ranks`` keep them together from forward to backward, if any do.
         Where peers read the compute shard in place (``mapped``), every parameter has one; slots alias shards where
         ``granule_nbytes`` is not 0. Main shards ``on_host`` are copied into the slot, on one rank too.
         """
@@ -137,6 +144,7 @@ class UnitLayout:
                 [p.compute_dtype if p.shards.world_size > 1 or on_host else None for p in params], aliased
             ),
             gradient_slot=full([p.gradient_dtype if p.has_gradient else None for p in params]),
+            forward_shard=FlatLayout.pack([p.kept_nbytes(forward_ranks) for p in params] if forward_ranks else []),
         )
 
     @property
@@ -207,12 +215,16 @@ class UnitSpec:
     forward_prefetch: tuple[int, ...] = ()  # what the user names instead of the next unit
     backward_prefetch: tuple[int, ...] = ()
     on_host: bool = False  # main shards and gradients are in host memory: see [Note: shards on the host]
+    forward_ranks: int = 0  # that keep the parameters from forward to backward, if fewer than all
 
     def layout(self, granule_nbytes: int) -> UnitLayout:
         """Lay out shards and slots, which alias granules of this size where ranks read each other's shards."""
-        granule_nbytes = granule_nbytes if self.ranks.reads_shards else 0
-        guard_nbytes = self.needs.guard_nbytes
-        return UnitLayout.of(self.params, self.ranks.is_mapped, granule_nbytes, self.on_host, guard_nbytes)
+        # Forward shards are all-gathered by collectives, which would write this rank's shard by way of its granules.
+        granule_nbytes = granule_nbytes if self.ranks.reads_shards and not self.forward_ranks else 0
+        guard_nbytes, mapped = self.needs.guard_nbytes, self.ranks.is_mapped
+        return UnitLayout.of(
+            self.params, mapped, granule_nbytes, self.on_host, guard_nbytes, forward_ranks=self.forward_ranks
+        )
 
 
 @dataclass(frozen=True)
@@ -225,6 +237,7 @@ class UnitPolicy:
     grad_dtype: torch.dtype | None = None  # of `.grad`, where gradients are reduced in it; None: the parameter's own
     debug: bool | None = None  # None: as the environment says, see ``shard/runtime/debug.py``
     offload: CPUOffloadPolicy | None = None  # see [Note: shards on the host]
+    forward_ranks: int = 0  # that share the parameters from forward to backward; 0: all, as at other times
     reshard_after_backward: bool = True
     requires_gradient_sync: bool = True
     reduces_unused: bool = False  # as zeros, parameters without a gradient too
