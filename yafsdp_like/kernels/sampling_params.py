@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 MAX_LOGPROBS = 20  # most probable tokens at each position whose log-probabilities a request may ask for
+MAX_BIASES = 512  # tokens whose logits a request may raise or lower
 _MIN_TEMPERATURE = 1e-3  # what is colder draws as 0 does; the inverse of much less makes scores overflow
 
 

@@ -548,7 +548,7 @@ def test_random_arrivals_leave_no_page_behind(policy: str, count: int) -> None:
                 finished[output.request_id] = output.finish
         if draw.random() < 0.02:
             it.check_integrity()
-    assert len(finished) == count and set(finished.values()) == set(FinishReason)
+    assert len(finished) == count and set(finished.values()) == set(FinishReason) - {FinishReason.FAILED}
     metrics = it.metrics()
     assert metrics.num_preempted > 0 and metrics.num_tokens_cached > 0 and metrics.num_tokens_dropped > 0
     check_idle(it)

@@ -154,7 +154,7 @@ def ask_what_cannot_be(running: Running) -> list[int]:
         {"content": b"{"},
         {"body": {**GREEDY, "prompt": []}},
         {"body": {**GREEDY, "prompt": [10**6]}},
-        {"body": {**GREEDY, "prompt": PROMPT, "max_tokens": 10**6}},
+        {"body": {**GREEDY, "prompt": [1] * 10**4}},
         {"body": {**GREEDY, "prompt": PROMPT}},
     ]
     return [running.post(COMPLETIONS, **one).status_code for one in sent]

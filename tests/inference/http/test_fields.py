@@ -177,6 +177,35 @@ def test_ids_of_a_stream_are_those_of_the_whole(small: Served, path: str) -> Non
     assert [token for piece in pieces for token in piece.get("token_ids", [])] == whole["token_ids"]
 
 
+def test_what_may_be_drawn_is_what_a_request_says(small: Served) -> None:
+    prompt = small.codec.encode(PROMPT)
+    ids, _ = small.ask(prompt, stop_tokens=frozenset())
+    body = {**GREEDY, "prompt": PROMPT, "max_tokens": 6, "return_token_ids": True, "ignore_eos": True}
+
+    def drawn(**fields: Any) -> list[int]:
+        answer = small.running.post(COMPLETIONS, {**body, **fields})
+        assert answer.status_code == 200, answer.text
+        (choice,) = answer.json()["choices"]
+        found: list[int] = choice["token_ids"]
+        return found
+
+    assert drawn(logit_bias={"7": 100, "8": -100}) == [7] * 6
+    assert set(drawn(allowed_token_ids=[20, 30])) <= {20, 30}
+    assert ids[0] not in drawn(logit_bias={ids[0]: -100})
+    words = {token: small.codec.decode([token]) for token in ids[:6]}
+    bad = next(token for token, word in words.items() if small.codec.encode(word, add_special_tokens=False) == (token,))
+    assert bad not in drawn(bad_words=[words[bad]])
+    stopped = {"ignore_eos": False, "stop_token_ids": [ids[0]]}
+    assert drawn(**stopped) == ids[:1]
+    assert ids[0] not in drawn(**stopped, min_tokens=4)[:4]
+
+
+def test_a_request_without_limits_has_none(codec: Codec) -> None:
+    """Prevents: steps that draw twice for nothing."""
+    neutral = {"logit_bias": {}, "min_tokens": 0, "bad_words": [], "allowed_token_ids": None}
+    assert completion(parser_of(codec), **neutral).choices[0].request.limits is None
+
+
 # --- conversations ---
 
 

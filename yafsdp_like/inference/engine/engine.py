@@ -31,7 +31,7 @@ from yafsdp_like.inference.engine.collector import collector_paused
 from yafsdp_like.inference.engine.debug import StepDebugger
 from yafsdp_like.inference.engine.places import EnginePlaces, nobody_else
 from yafsdp_like.inference.engine.request import Completion, FinishReason, Request, RequestOutput
-from yafsdp_like.inference.engine.runner import Launched, Runner
+from yafsdp_like.inference.engine.runner import Launched, Runner, Undrawn
 from yafsdp_like.inference.engine.scheduler import Scheduler
 from yafsdp_like.inference.engine.step_log import StepFigures, StepLog
 from yafsdp_like.inference.engine.step_times import StepTimes
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 
     from yafsdp_like.comm.transport import Transport
     from yafsdp_like.inference.engine.request import Token
-    from yafsdp_like.inference.kv.pages import PagePool
     from yafsdp_like.inference.options import AnyMode, EngineOptions
     from yafsdp_like.inference.plan.serving_plan import ServingPlan
     from yafsdp_like.inference.weights.loading import Model
@@ -121,6 +120,7 @@ class Engine:
         self._sequences: dict[str, ActiveRequest] = {}
         self._cancelled: list[ActiveRequest] = []
         self._unread: tuple[Batch, Launched] | None = None
+        self._read_early: list[RequestOutput] = []  # while a step was launched
         self._num_steps = 0
         self._log, self._waited_s = StepLog(self._runner.timer), 0.0
         check = self.check_integrity if make_room is nobody_else else self.check_sequences
@@ -234,7 +234,7 @@ class Engine:
                 f"{name}: keys and values of {num_tokens} tokens do not fit {self._weights.plan.grid.region_nbytes} "
                 "bytes for pages"
             )
-        outside = [token for token in request.prompt if not 0 <= token < self.config.vocab_size]
+        outside = [token for token in request.named_tokens if not 0 <= token < self.config.vocab_size]
         if outside:
             raise ValueError(
                 f"{name}: token {outside[0]} is outside of the vocabulary of {self.config.vocab_size} tokens"
@@ -261,7 +261,8 @@ class Engine:
             batch = self._scheduler.schedule()
             assert batch is not None, "nothing is pending once it has been read"
         launched = self._launch(batch)
-        outputs += self._read()
+        outputs += self._read_early or self._read()
+        self._read_early = []
         self._unread = None if launched is None else (batch, launched)
         if not self.options.lookahead:
             outputs += self._read()
@@ -283,6 +284,9 @@ class Engine:
         launched = self._runner.launch(batch)
         self._scheduler.launched(batch)
         self._num_steps += 1
+        if isinstance(launched, Undrawn):  # what may be drawn depends on what was
+            self._read_early = self._read()
+            launched = self._runner.draw_limited(launched)
         return launched
 
     def suspend(self, slabs: Collection[int] | None = None) -> list[RequestOutput]:
@@ -403,8 +407,8 @@ class Engine:
         """Return how things stand now, and the counts since the start."""
         scheduler = self._scheduler
         device, host = self.cache.pools[Tier.DEVICE], self.cache.pools.get(Tier.HOST)
-        used, cached = _kv_nbytes(device)
-        host_used, host_cached = (0, 0) if host is None else _kv_nbytes(host)
+        used, cached = device.used_and_cached_nbytes
+        host_used, host_cached = (0, 0) if host is None else host.used_and_cached_nbytes
         return Metrics(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
@@ -437,12 +441,3 @@ class Engine:
     def check_sequences(self) -> None:
         """Raise RuntimeError unless just the sequences of this engine's requests are open in its cache."""
         self._scheduler.check_integrity()
-
-
-def _kv_nbytes(pool: PagePool) -> tuple[int, int]:
-    """Return the bytes of pages with references, and of those that are only cached."""
-    used = sum(
-        shape.nbytes * sum(page.num_references > 0 for page in stock.pages.values())
-        for shape, stock in pool.stocks.items()
-    )
-    return used, sum(pool.ledger.charges.values()) - used

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING, Any, Protocol
 
-from yafsdp_like.kernels.sampling_params import MAX_LOGPROBS, SamplingParams
+from yafsdp_like.kernels.sampling_params import MAX_BIASES, MAX_LOGPROBS, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PLAIN = SamplingParams()
 
@@ -24,6 +28,42 @@ class FinishReason(Enum):
     FAILED = "failed"  # its model could not be loaded
 
 
+class GrammarState(Protocol):
+    """How far a text is in a grammar."""
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """Go on by tokens that were drawn."""
+
+    def allowed(self) -> Any:
+        """Return the bits (W,) int32 of what may follow, as in kernels/token_bits.py; they hold until the next call."""
+
+
+class Grammar(Protocol):
+    """What a text must be."""
+
+    def start(self) -> GrammarState:
+        """Begin a text."""
+
+
+@dataclass(frozen=True)
+class TokenLimits:
+    """Which tokens may be drawn, and biases of their logits, before penalties and temperature."""
+
+    biases: tuple[tuple[int, float], ...] = ()  # (token, what its logit is raised by), each token once
+    allowed: tuple[int, ...] | None = None  # no others are drawn
+    bad_words: tuple[tuple[int, ...], ...] = ()  # these tokens are not drawn in a row
+    min_tokens: int = 0  # no stop token is drawn before
+    grammar: Grammar | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.biases) > MAX_BIASES or len({token for token, _ in self.biases}) < len(self.biases):
+            raise ValueError(f"biases must be of at most {MAX_BIASES} tokens, each once, found {len(self.biases)}")
+        if self.allowed == ():
+            raise ValueError("allowed must have at least one token, found none")
+        if () in self.bad_words:
+            raise ValueError("a bad word must have at least one token, found none")
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt, and how it is to be continued. Raises ValueError for numbers that no engine takes."""
@@ -39,7 +79,14 @@ class Request:
     deadline: float | None = None  # in seconds of time.monotonic()
     salt: str | None = None  # pages are shared only with requests of the same salt
     adapter: str | None = None  # the LoRA adapter that it is computed with; None: the model as it is
+    limits: TokenLimits | None = None  # what may be drawn; None: everything
     model: str = ""  # which one a `PoolDriver` gives it to; an engine has one model
+
+    @property
+    def named_tokens(self) -> tuple[int, ...]:
+        """All tokens that the vocabulary must have."""
+        limits = self.limits
+        return self.prompt if limits is None else (*self.prompt, *(limits.allowed or ()), *dict(limits.biases))
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from yafsdp_like.inference.engine.batch_inputs import Staging, host_like
 from yafsdp_like.inference.engine.forward import Forward, LayerPages, queries_per_tile_of
+from yafsdp_like.inference.engine.limited_drawing import LimitedDrawing
 from yafsdp_like.inference.engine.request import Token
 from yafsdp_like.inference.kv.eviction import Costs
 from yafsdp_like.inference.kv.kv_cache import Copy, Tier
@@ -63,6 +64,16 @@ class Launched:
     done: Event
 
 
+@dataclass(frozen=True)
+class Undrawn:
+    """A step that was issued, but for the drawing of limited rows."""
+
+    drawing: tuple[Run, ...]
+    num_rows: int  # that draw, padding included
+    began: Event
+    slots: set[int] | None  # of adapters that it reads
+
+
 class Runner:
     """Runs the batches of one engine. Once it is warmed up, nothing is allocated on the device."""
 
@@ -88,6 +99,7 @@ class Runner:
         )
         page_size, per_tile = groups[0].shape.page_size, queries_per_tile_of(weights)
         self._staging = Staging(buffers, page_size, per_tile, self._on_gpu)
+        self._limited = LimitedDrawing(buffers, self._on_gpu)
         self._streams, self.timer = streams_of(weights.device), Timer(weights.device)
         scores, ids = buffers.logits, buffers.inputs.token_pool[: self._max_batch_size]
         self._drawn = DrawnTokens(ids, scores.drawn_logprobs, scores.top_logits, scores.top_ids)
@@ -121,6 +133,7 @@ class Runner:
             for num_rows in sorted({size.num_drawing for size in self._sizes}):
                 self._sample(self._buffers.logits.logits[:num_rows])
                 self._compute_logprobs(num_rows)
+            self._limited.warm_up()
             torch.cuda.synchronize(self._weights.device)
             if graphs:
                 plan = self._weights.plan
@@ -222,8 +235,11 @@ class Runner:
     # --- a step ---
 
     @torch.inference_mode()
-    def launch(self, batch: Batch) -> Launched:
-        """Issue a step, which may read tokens that the step before it draws. At most one other may be unread."""
+    def launch(self, batch: Batch) -> Launched | Undrawn:
+        """Issue a step, which may read tokens that the step before it draws. At most one other may be unread.
+
+        Where rows are limited, ``draw_limited`` ends it.
+        """
         size, drawing = _size_of(batch.runs), tuple(run for run in batch.runs if run.draws)
         if self._on_gpu:
             size = self._buckets.fit(size)
@@ -242,9 +258,20 @@ class Runner:
             else:
                 self._weights.reset_residency()
                 recording.replay()
-            launched = self._fetch(drawing, size.num_drawing, began)
-        if slots:
-            self._adapters.launched(slots, launched.done)
+            step = Undrawn(drawing, size.num_drawing, began, slots)
+            return step if any(run.sequence.request.limits is not None for run in drawing) else self._end(step)
+
+    @torch.inference_mode()
+    def draw_limited(self, step: Undrawn) -> Launched:
+        """Draw again for limited rows, once the tokens of the step before have been read, and end the step."""
+        with launching_on(self._weights.device):
+            self._limited(step.drawing, self._staging.history_row)
+            return self._end(step)
+
+    def _end(self, step: Undrawn) -> Launched:
+        launched = self._fetch(step.drawing, step.num_rows, step.began)
+        if step.slots:
+            self._adapters.launched(step.slots, launched.done)
         return launched
 
     @torch.inference_mode()

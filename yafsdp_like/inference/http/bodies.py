@@ -22,9 +22,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from yafsdp_like.inference.http.errors import UNSUPPORTED, invalid, shorten
-from yafsdp_like.kernels.sampling_params import MAX_LOGPROBS, SamplingParams
+from yafsdp_like.kernels.sampling_params import MAX_BIASES, MAX_LOGPROBS, SamplingParams
 
 MAX_STOP_STRINGS, MAX_STOP_STRING_LENGTH = 16, 256
+MAX_BIAS, MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH = 100, 256, 256
 MAX_STOP_TOKENS, MAX_TOOL_CALLS, MAX_TEMPLATE_KWARGS = 128, 128, 32
 SAMPLED = {item.name for item in fields(SamplingParams)} - {"seed"}
 
@@ -69,6 +70,18 @@ def _as_stops(value: Any) -> list[str]:
     raise ValueError(
         f"expected a string or at most {MAX_STOP_STRINGS} strings, of 1 to {MAX_STOP_STRING_LENGTH} characters each"
     )
+
+
+def _as_biases(value: Any) -> dict[int, float]:
+    """By token, of which JSON has only the name."""
+    if value is None:
+        return {}
+    if isinstance(value, dict) and len(value) <= MAX_BIASES:
+        with contextlib.suppress(ValueError, TypeError):
+            biases = {int(token): bias + 0.0 for token, bias in value.items()}
+            if all(abs(bias) <= MAX_BIAS for bias in biases.values()):
+                return biases
+    raise ValueError(f"expected at most {MAX_BIASES} token ids, each with a bias from -{MAX_BIAS} to {MAX_BIAS}")
 
 
 def _as_text(value: Any) -> str | None:
@@ -137,8 +150,10 @@ class AnyBody(Body):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
-    # [Note: fields] Refused.
-    logit_bias: Annotated[Any, _unsupported("biases of single tokens are not supported; leave it out", {})] = None
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_as_biases)] = {}
+    min_tokens: int | None = Field(None, ge=0)
+    bad_words: list[str] | None = Field(None, max_length=MAX_BAD_WORDS)
+    allowed_token_ids: list[int] | None = None
 
     @property
     def num_each(self) -> int:
@@ -151,6 +166,10 @@ class AnyBody(Body):
             raise invalid("stream_options", "is only for stream: true")
         if self.truncate_prompt_tokens == 0:
             raise invalid("truncate_prompt_tokens", "must be -1 or at least 1, found 0")
+        if self.allowed_token_ids == []:
+            raise invalid("allowed_token_ids", "must have at least one token, found none")
+        if any(not 0 < len(word) <= MAX_BAD_WORD_LENGTH for word in self.bad_words or ()):
+            raise invalid("bad_words", f"a word must have from 1 to {MAX_BAD_WORD_LENGTH} characters")
 
     def sampling(self, choice: int, defaults: SamplingParams) -> SamplingParams:
         """How the choice of this index is drawn: with `seed` the same each time, and unlike its neighbours."""

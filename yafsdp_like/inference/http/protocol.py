@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from yafsdp_like.inference.engine.request import PLAIN, Request
+from yafsdp_like.inference.engine.request import PLAIN, Request, TokenLimits
 from yafsdp_like.inference.http.bodies import AnyBody, ChatBody, ChatMessage, CompletionBody, StreamOptions
 from yafsdp_like.inference.http.body_limits import BodyLimits
 from yafsdp_like.inference.http.errors import (
@@ -196,11 +196,27 @@ class RequestParser:
             if body.add_special_tokens is False:
                 encode = partial(encode, add_special_tokens=False)
             return self._cut(body, self._ids("prompt", encode, prompt))
-        for token in (min(prompt), max(prompt)):
+        self._check_ids("prompt", prompt)
+        return self._cut(body, tuple(prompt))
+
+    def _check_ids(self, param: str, ids: Collection[int]) -> None:
+        for token in (min(ids), max(ids)) if ids else ():
             if not 0 <= token < self._options.vocab_size:
                 most = self._options.vocab_size - 1
-                raise invalid("prompt", f"token ids must be from 0 to {most}, found {shorten(token)}")
-        return self._cut(body, tuple(prompt))
+                raise invalid(param, f"token ids must be from 0 to {most}, found {shorten(token)}")
+
+    def _limits(self, body: AnyBody) -> TokenLimits | None:
+        """What may be drawn; None for everything, as most requests have it."""
+        for param in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+            self._check_ids(param, getattr(body, param) or ())
+        allowed = None if body.allowed_token_ids is None else tuple(body.allowed_token_ids)
+        words = dict.fromkeys(
+            self._codec.encode(text, add_special_tokens=False)  # at a text's beginning, or behind another word
+            for word in body.bad_words or ()
+            for text in (word, " " + word.lstrip())
+        )
+        limits = TokenLimits(tuple(body.logit_bias.items()), allowed, tuple(words), body.min_tokens or 0)
+        return None if limits == TokenLimits() else limits
 
     def _cut(self, body: AnyBody, prompt: tuple[int, ...]) -> tuple[int, ...]:
         """Leave only the last tokens of a prompt, as many as ``truncate_prompt_tokens`` says."""
@@ -253,6 +269,7 @@ class RequestParser:
         response_id = f"{format.prefix}-{secrets.token_hex(12)}"
         arrival = time.monotonic() if arrival is None else arrival
         deadline = None if self._options.timeout_s is None else arrival + self._options.timeout_s
+        limits = self._limits(body)
         stop_tokens = frozenset() if body.ignore_eos else self._codec.stop_tokens
         wording = Wording(
             body.stop,
@@ -270,6 +287,7 @@ class RequestParser:
                 max_tokens=asked.max_tokens[number],
                 stop_tokens=stop_tokens.union(body.stop_token_ids or ()),
                 num_logprobs=asked.num_logprobs,
+                limits=limits,
                 priority=-(body.priority or 0) if self._options.priorities else 0,
                 deadline=deadline,
                 salt=body.cache_salt,

@@ -73,6 +73,15 @@ class PagePool:
         self.slabs.admit(shape)
         self.stocks.setdefault(shape, Stock(self.ledger, shape))
 
+    @property
+    def used_and_cached_nbytes(self) -> tuple[int, int]:
+        """Bytes of pages with references, and of those that are only cached."""
+        used = sum(
+            shape.nbytes * sum(page.num_references > 0 for page in stock.pages.values())
+            for shape, stock in self.stocks.items()
+        )
+        return used, sum(self.ledger.charges.values()) - used
+
     def num_available(self, shape: PageShape) -> int:
         """Return the pages that ``take`` could give, those that floors protect included."""
         per_slab = self.grid.pages_per_slab(shape)

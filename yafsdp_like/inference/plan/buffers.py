@@ -24,7 +24,8 @@ from yafsdp_like.kernels.lora import MAX_PROJECTIONS
 from yafsdp_like.kernels.lora import workspace_numel as low_rank_numel
 from yafsdp_like.kernels.query_tiles import TILE_COLS, max_num_tiles, queries_per_tile
 from yafsdp_like.kernels.sampling import NUM_FLOATS, NUM_INTS
-from yafsdp_like.kernels.sampling_params import MAX_LOGPROBS
+from yafsdp_like.kernels.sampling_params import MAX_BIASES, MAX_LOGPROBS
+from yafsdp_like.kernels.token_bits import num_words
 from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.plan import Clock, LiveRange, Phase, Region, SlotPlace, SlotRequest, place
 
@@ -98,6 +99,8 @@ def _sizes(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> dict[s
         "adapted T": step.num_tokens if step.adapter_rank else 0,
         "floats": NUM_FLOATS,
         "ints": NUM_INTS,
+        "words": num_words(config.vocab_size),
+        "biases": batch * MAX_BIASES,
     }
 
 
@@ -177,6 +180,24 @@ class DeviceTables:
 
 
 @dataclass(frozen=True)
+class LimitTables(Generic[T]):
+    """What drawing once more reads where tokens are limited or biased (``engine/limited_drawing.py``)."""
+
+    kind: ClassVar = TABLES
+    bits: T = _tensor("B", "words", dtype=torch.int32)  # of tokens that may be drawn, see ``kernels/token_bits.py``
+    floats: T = _tensor("B", "floats", dtype=torch.float32)
+    ints: T = _tensor("B", "ints", dtype=torch.int64)
+    is_limited: T = _tensor("B", dtype=torch.bool)
+    bias_index: T = _tensor("biases", dtype=torch.int64)  # in (B, V), flat
+    biases: T = _tensor("biases", dtype=torch.float32)
+    drawn: T = _tensor("B", dtype=torch.int64)
+
+    def map(self, function: Callable[[T], U]) -> LimitTables[U]:
+        """Apply ``function`` to every table."""
+        return LimitTables(**{table.name: function(getattr(self, table.name)) for table in fields(self)})
+
+
+@dataclass(frozen=True)
 class StepBuffers:
     """All buffers of one engine, on the device."""
 
@@ -184,6 +205,10 @@ class StepBuffers:
     logits: Logits
     inputs: BatchInputs[Tensor]
     tables: DeviceTables
+    limits: LimitTables[Tensor]
+
+
+GROUPS: tuple[Any, ...] = (Activations, Logits, BatchInputs, DeviceTables, LimitTables)  # as in ``StepBuffers``
 
 
 # --- where they lie ---
@@ -241,7 +266,7 @@ class PlacedBuffers:
         def group(cls: Any) -> Any:
             return cls(**{declared.name: tensor(self.buffers[declared.name]) for declared in fields(cls)})
 
-        return StepBuffers(group(Activations), group(Logits), group(BatchInputs), group(DeviceTables))
+        return StepBuffers(*map(group, GROUPS))
 
 
 def plan_buffers(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> PlacedBuffers:
@@ -250,7 +275,7 @@ def plan_buffers(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> 
     One region per kind; buffers of a kind share bytes where their live ranges do not meet.
     """
     sizes, buffers = _sizes(config, step, dtype), dict[str, Buffer]()
-    for group in (Activations, Logits, BatchInputs, DeviceTables):
+    for group in GROUPS:
         for declared in fields(group):
             how = declared.metadata
             shape = tuple(sizes[name] for name in how["shape"])

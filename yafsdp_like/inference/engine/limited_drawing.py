@@ -1,0 +1,104 @@
+"""Draws once more for rows whose tokens are limited or biased, behind the step that has drawn for all.
+
+Owns the tables of that. Steps are the same with and without such rows: their recordings know nothing of it, and what
+they draw for these rows is replaced, with no trace in the history of any.
+
+[Note: drawn twice]
+What may be drawn depends on the token before, which the CPU reads while the step's forward already runs. So the step
+is launched as always, limits are written meanwhile, and scores are copied, biased and masked when they are there. Rows
+without limits draw greedily from their copy, which nobody reads.
+
+Shapes: B sequences, V vocabulary, W words of bits, E biases.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+
+from yafsdp_like.inference.engine.batch import RequestStatus
+from yafsdp_like.inference.engine.batch_inputs import host_like
+from yafsdp_like.inference.engine.limits import LimitedSequence
+from yafsdp_like.kernels.sampling import SamplingRows, sample
+from yafsdp_like.kernels.sampling_params import SamplingParams
+from yafsdp_like.kernels.token_bits import forbid
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from yafsdp_like.inference.engine.batch import ActiveRequest, Run
+    from yafsdp_like.inference.plan.buffers import StepBuffers
+
+_GREEDY = SamplingParams(temperature=0.0)
+
+
+class LimitedDrawing:
+    """[Note: drawn twice] For one engine."""
+
+    def __init__(self, buffers: StepBuffers, pinned: bool) -> None:
+        self._on_device, self._logits = buffers.limits, buffers.logits
+        self._history, self._ids = buffers.tables.history, buffers.inputs.token_pool
+        self._on_host = self._on_device.map(lambda tensor: host_like(tensor, pinned))
+        self._known: weakref.WeakKeyDictionary[ActiveRequest, LimitedSequence] = weakref.WeakKeyDictionary()
+
+    def __call__(self, drawing: Sequence[Run], history_row: Callable[[ActiveRequest], int]) -> None:
+        """Replace what limited rows have drawn. Tokens of the step before must have been read."""
+        num_biases = self._write(drawing, history_row)
+        host, device, rows = self._on_host, self._on_device, slice(0, len(drawing))
+        for name in ("bits", "floats", "ints", "is_limited"):
+            getattr(device, name)[rows].copy_(getattr(host, name)[rows], non_blocking=True)
+        if num_biases:
+            for name in ("bias_index", "biases"):
+                getattr(device, name)[:num_biases].copy_(getattr(host, name)[:num_biases], non_blocking=True)
+        self._draw(rows, num_biases)
+
+    def warm_up(self) -> None:
+        """Compile what drawing needs."""
+        self._on_device.is_limited.zero_()
+        self._on_device.floats.zero_()
+        self._on_device.ints.copy_(self._on_host.ints.fill_(-1))
+        self._draw(slice(0, 1), 0)
+
+    def _draw(self, rows: slice, num_biases: int) -> None:
+        device, scores = self._on_device, self._logits.logprobs[rows]
+        scores.copy_(self._logits.logits[rows])
+        if num_biases:
+            flat = self._logits.logprobs.view(-1)
+            flat.index_add_(0, device.bias_index[:num_biases], device.biases[:num_biases])
+        forbid(scores, device.bits[rows])
+        drawn, ids = device.drawn[rows], self._ids[rows]
+        sample(scores, SamplingRows(device.floats[rows], device.ints[rows], self._history), drawn)
+        torch.where(device.is_limited[rows], drawn, ids, out=ids)
+
+    def _write(self, drawing: Sequence[Run], history_row: Callable[[ActiveRequest], int]) -> int:
+        """Write the rows of all tables, and return how many biases there are."""
+        host, vocab_size = self._on_host, self._logits.logits.shape[1]
+        bits, num_biases = host.bits.numpy(), 0
+        host.is_limited.zero_()
+        for row, run in enumerate(drawing):
+            sequence = run.sequence
+            limits, sampling = sequence.request.limits, sequence.request.sampling
+            if limits is None or sequence.status is RequestStatus.ENDED:
+                bits[row] = -1
+                host.floats[row] = _row(_GREEDY.floats)
+                host.ints[row] = _row(_GREEDY.ints(0))
+                continue
+            if sequence not in self._known:
+                self._known[sequence] = LimitedSequence(sequence, limits, vocab_size)
+            self._known[sequence].write(sequence.tokens, bits[row])
+            host.is_limited[row] = True
+            host.floats[row] = _row(sampling.floats)
+            host.ints[row] = _row(sampling.ints(run.end, history_row(sequence)))
+            end = num_biases + len(limits.biases)
+            for index, (token, bias) in enumerate(limits.biases, num_biases):
+                host.bias_index[index], host.biases[index] = row * vocab_size + token, bias
+            num_biases = end
+        return num_biases
+
+
+def _row(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values)

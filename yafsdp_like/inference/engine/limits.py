@@ -1,0 +1,58 @@
+"""Which tokens a request may draw next, as bits on the host: fixed sets, first tokens, words, and a grammar.
+
+Owns what is remembered of a sequence for that. Knows nothing of the device; bits are those of kernels/token_bits.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from yafsdp_like.kernels.token_bits import num_words
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from yafsdp_like.inference.engine.batch import ActiveRequest
+    from yafsdp_like.inference.engine.request import GrammarState, TokenLimits
+
+Words = npt.NDArray[np.int32]  # (W,)
+
+
+class LimitedSequence:
+    """What one sequence may draw, as it grows; O(W + words that are not to be said) a token."""
+
+    def __init__(self, sequence: ActiveRequest, limits: TokenLimits, vocab_size: int) -> None:
+        self._request, self._limits, self._vocab_size = sequence.request, limits, vocab_size
+        allowed = range(vocab_size) if limits.allowed is None else limits.allowed
+        singles = [word[0] for word in limits.bad_words if len(word) == 1]
+        self._always = bits_of(allowed, vocab_size) & ~bits_of(singles, vocab_size)
+        self._longer = [word for word in limits.bad_words if len(word) > 1]
+        self._stops = bits_of(sequence.request.stop_tokens, vocab_size)
+        self._grammar: GrammarState | None = None if limits.grammar is None else limits.grammar.start()
+        self._num_accepted = 0  # tokens that the grammar has seen
+
+    def write(self, tokens: Sequence[int], bits: Words) -> None:
+        """Write which tokens may follow ``tokens``, the prompt's among them; where none may, those that stop."""
+        drawn = tokens[len(self._request.prompt) :]
+        bits[:] = self._always
+        banned = [word[-1] for word in self._longer if tuple(drawn[1 - len(word) :]) == word[:-1]]
+        if banned:
+            bits &= ~bits_of(banned, self._vocab_size)
+        if self._grammar is not None:
+            self._grammar.accept(drawn[self._num_accepted :])
+            self._num_accepted = len(drawn)
+            bits &= self._grammar.allowed()[: len(bits)]
+        if len(drawn) < self._limits.min_tokens:
+            bits &= ~self._stops
+        if not bits.any():
+            bits[:] = self._stops if self._stops.any() else self._always
+
+
+def bits_of(tokens: Iterable[int], vocab_size: int) -> Words:
+    """Return a word for every 32 tokens, in which those of ``tokens`` have their bits; others are none of the model."""
+    chosen = np.zeros(num_words(vocab_size) * 32, dtype=np.uint8)
+    chosen[[token for token in tokens if 0 <= token < vocab_size]] = 1
+    return np.packbits(chosen, bitorder="little").view(np.int32)
