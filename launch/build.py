@@ -23,7 +23,7 @@ from yafsdp_like.optim import AdamW
 from yafsdp_like.optim import moments as optim_moments
 from yafsdp_like.optim.moments import MomentsFormat
 from yafsdp_like.optim.offload import NUM_BUFFERS, buffer_nbytes
-from yafsdp_like.shard.activation_offload import activations_of
+from yafsdp_like.shard.runtime.activation_offload import activations_of
 
 
 def build_model(recipe: Recipe, config: Config, world: World) -> Any:

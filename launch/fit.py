@@ -32,6 +32,7 @@ KEYS = {  # of settings that have one; a step's sequences go by the ranks
     "moments": "--optimizer.moments={}",
     "update_in_backward": "--optimizer.update_in_backward={} --optimizer.max_grad_norm=null",
     "checkpointing": "--model.checkpoint_activations={}",
+    "offload_activations": "--model.offload_activations={}",
     "offload_moments": "--optimizer.offload_moments={}",
 }
 
@@ -61,9 +62,11 @@ def settings_of(options: Config, num_ranks: int) -> Settings:
 def may_change(options: Config) -> list[str]:
     """Return the names of settings that a run of this configuration may have otherwise."""
     model = options.model
+    has_no_blocks = model.factory is not None and not model.blocks
     excluded = {
         "split_master": options.precision.param_dtype != "bfloat16",
-        "checkpointing": model.compile or model.offload_activations or (model.factory is not None and not model.blocks),
+        "checkpointing": model.compile or model.offload_activations or has_no_blocks,
+        "offload_activations": model.graph or model.checkpoint_activations or has_no_blocks,
         "update_in_backward": model.graph or options.optimizer.nonfinite == "skip",
     }
     return [name for name in fit.CHANGES if name in KEYS and not excluded.get(name, False)]

@@ -14,14 +14,12 @@ from torch import nn
 from launch.build import checkpoint_blocks
 from launch.config import Config
 from launch.recipe import Recipe, recipe_of
-from yafsdp_like import MixedPrecisionPolicy
+from yafsdp_like import MixedPrecisionPolicy, offload_activations
 from yafsdp_like.shard.forecast.activations import ExampleBatch
 from yafsdp_like.shard.forecast.quantities import TrainingForecast
 from yafsdp_like.shard.forecast.traced_units import Cluster, PlannedModel, cut
 from yafsdp_like.shard.forecast.training_forecast import ForecastOptions, OptimizerMemory, forecast_training
 from yafsdp_like.shard.spec.unit_spec import UnitPolicy
-
-ON_DEVICE = "offloaded activations are counted as if they stayed on the device: a run takes less, and perhaps longer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +45,11 @@ def forecast_of(options: Config, cluster: Cluster) -> TrainingForecast:
     shape = TrainingStepShape.of(options, cluster.num_ranks)
     model, blocks = model_without_memory(recipe_of(options.model, options.seed))
     checkpoint_blocks(blocks, options.model)
-    forecast = forecast_training(
+    if options.model.offload_activations:
+        offload_activations(blocks)
+    return forecast_training(
         model, planned(model, blocks, options, cluster), batch_of(shape), choices_of(options, shape)
     )
-    notes = (*forecast.notes, ON_DEVICE) if options.model.offload_activations else forecast.notes
-    return dataclasses.replace(forecast, notes=notes)
 
 
 def model_without_memory(recipe: Recipe) -> tuple[nn.Module, list[nn.Module]]:

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import DataParallelMeshDims as DataParallelMeshDims  # not in every torch
 
     from yafsdp_like.memory.plan import MemoryPlan
-    from yafsdp_like.shard.activation_offload import offload_activations
     from yafsdp_like.shard.api import fully_shard
     from yafsdp_like.shard.drop_in import register_fsdp_forward_method, share_comm_ctx
     from yafsdp_like.shard.forecast.activations import ExampleBatch
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.graph import GraphedStep
     from yafsdp_like.shard.oom_letter import explain_out_of_memory
     from yafsdp_like.shard.optimizer_step import update_in_backward
+    from yafsdp_like.shard.runtime.activation_offload import offload_activations
     from yafsdp_like.shard.runtime.allocated_memory import SpillWarning
 else:
     _HOMES = {
@@ -38,7 +38,7 @@ else:
         "UnshardHandle": "yafsdp_like.shard.fsdp_module",
         "explain_out_of_memory": "yafsdp_like.shard.oom_letter",
         "fully_shard": "yafsdp_like.shard.api",
-        "offload_activations": "yafsdp_like.shard.activation_offload",
+        "offload_activations": "yafsdp_like.shard.runtime.activation_offload",
         "register_fsdp_forward_method": "yafsdp_like.shard.drop_in",
         "share_comm_ctx": "yafsdp_like.shard.drop_in",
         "update_in_backward": "yafsdp_like.shard.optimizer_step",

@@ -49,6 +49,7 @@ def test_nothing_that_fits_is_a_refusal_with_the_smallest_changes(capsys: pytest
         (["--precision.param_dtype=float32"], "split_master"),
         (["--model.compile=true"], "checkpointing"),
         (["--model.graph=true"], "update_in_backward"),
+        (["--model.graph=true"], "offload_activations"),
         ([], "offload_parameters"),
     ],
 )

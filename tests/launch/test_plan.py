@@ -15,7 +15,7 @@ from torch import nn
 from launch import plan
 from launch.build import build_model
 from launch.config import load
-from launch.forecast import ON_DEVICE, forecast_of
+from launch.forecast import forecast_of
 from launch.recipe import recipe_of
 from launch.world import join, leave
 from yafsdp_like.shard.forecast.traced_units import Cluster
@@ -119,11 +119,15 @@ def test_any_function_that_returns_a_module_is_planned(capsys: pytest.CaptureFix
     assert status == 2 and "control flow depends on what it computes" in err and "test_plan.py" in err
 
 
-def test_a_plan_says_that_it_does_not_know_offloaded_activations(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_with_offloaded_activations_has_them_on_the_host(capsys: pytest.CaptureFixture[str]) -> None:
+    long = (TINY, "--world-size=1", "--seq-len=4096", "--micro-batch=8")
     plain, offloaded = (
-        run(capsys, TINY, "--world-size=1", *more) for more in ([], ["--model.offload_activations=true"])
+        json.loads(run(capsys, *long, *more, "--json=-")[1]) for more in ([], ["--model.offload_activations=true"])
     )
-    assert offloaded[1] == f"{plain[1]}note: {ON_DEVICE}\n" and "note:" not in plain[1]
+    forward = offloaded["phases"][1]
+    assert forward["nbytes"]["activations"] < plain["phases"][1]["nbytes"]["activations"]
+    assert forward["host_nbytes"]["activations"] > 0 and "host" in offloaded["link_nbytes"]
+    assert "host" not in plain["link_nbytes"] and offloaded["notes"] == plain["notes"] == []
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from tests.training import assert_tensors_equal, full_parameters, world_mesh
 from tests.zoo import SPECIMENS
 from yafsdp_like import MixedPrecisionPolicy, fully_shard, offload_activations
 from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE
-from yafsdp_like.shard import activation_offload
+from yafsdp_like.shard.runtime import activation_offload
 
 B, D = 8, 16
 NBYTES = 4 * B * D  # of one activation
@@ -173,7 +173,7 @@ def test_the_device_keeps_the_last_block_only_and_backward_brings_back_two_at_mo
     def count(*_: Any) -> None:
         nonlocal most
         gc.collect()
-        here = [s for s in gc.get_objects() if isinstance(s, activation_offload._Saved) and s.storage is not None]
+        here = [s for s in gc.get_objects() if isinstance(s, activation_offload.SavedStorage) and s.storage is not None]
         most = max(most, sum(s.nbytes for s in here))
 
     output = model(rows())
@@ -183,7 +183,7 @@ def test_the_device_keeps_the_last_block_only_and_backward_brings_back_two_at_mo
         block.register_full_backward_hook(count)
     output.sum().backward()
     assert most <= 2 * 3 * NBYTES
-    assert not [s for s in gc.get_objects() if isinstance(s, activation_offload._Saved)]
+    assert not [s for s in gc.get_objects() if isinstance(s, activation_offload.SavedStorage)]
     assert offloaded.host_nbytes == 6 * 3 * NBYTES
 
 

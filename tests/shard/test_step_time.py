@@ -164,6 +164,21 @@ def test_offloaded_moments_take_the_link_to_the_host_and_narrow_ones_less_memory
     assert updates[0] != updates[1] == updates[2]
 
 
+def test_offloaded_activations_are_what_a_phase_lasts_as_long_as_where_they_take_longer() -> None:
+    forecast = forecast_of(PRESETS["3b"], 4096, num_ranks=1)
+    plain = step_time(forecast, H200_MACHINE, OF_ROOT)
+    nbytes = 40 << 30
+    moved = [("forward", "out", nbytes), ("backward", "in", nbytes), ("backward", "out", 0)]
+    copies = tuple(Transfer("layers.0", phase, f"activations {way}", "host", n) for phase, way, n in moved)  # type: ignore[arg-type]
+    found = step_time(dataclasses.replace(forecast, transfers=(*forecast.transfers, *copies)), H200_MACHINE, OF_ROOT)
+    assert found.forward_bound == found.backward_bound == "copies of activations"
+    both = nbytes / H200_MACHINE.to_host_nbytes + nbytes / H200_MACHINE.to_device_nbytes
+    assert both < found.forward + found.backward + found.exposed < 1.1 * both
+    few = tuple(dataclasses.replace(t, nbytes=1 << 30) for t in copies)
+    hidden = step_time(dataclasses.replace(forecast, transfers=(*forecast.transfers, *few)), H200_MACHINE, OF_ROOT)
+    assert hidden.seconds == plain.seconds
+
+
 def test_accumulated_forwards_repeat_all_but_the_update() -> None:
     forecast = forecast_of(PRESETS["1b"], 4096)
     once = step_time(forecast, H200_MACHINE, OF_ROOT)

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
+from yafsdp_like import offload_activations
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig
 from yafsdp_like.models.moe import ExpertsConfig
 from yafsdp_like.shard.forecast.activations import ExampleBatch, StepOptions, Trace, trace_step
@@ -119,6 +121,62 @@ def test_a_traced_step_takes_and_gives_back_what_a_real_one_does(name: str) -> N
     model = make()
     assert sizes(traced(model, *args).timeline) == sizes(really(model, *args))
     really(model, *args)  # the model still is what it was
+
+
+class Chain(nn.Module):
+    """Residual blocks one after the other."""
+
+    def __init__(self, num_blocks: int = 4) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(num_blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x.square().mean()
+
+
+def offloaded_chain() -> tuple[nn.Module, Any]:
+    model = Chain()
+    return model, offload_activations(model.blocks, min_nbytes=2048)
+
+
+def offloaded_decoder() -> tuple[nn.Module, Any]:
+    model = Decoder(DecoderConfig(64, 3, 4, 2, 96, 512))
+    return model, offload_activations(model.layers, min_nbytes=2048)
+
+
+def hidden(make: Callable[[int], Any]) -> Callable[[int], Any]:
+    """Host memory that a timeline of the device leaves out."""
+
+    def new_buffer(nbytes: int) -> Any:
+        mode = _get_current_dispatch_mode()
+        assert isinstance(mode, StorageMode)
+        with mode.unseen():
+            buffer = make(nbytes)
+        mode.ignore(buffer.bytes)
+        return buffer
+
+    return new_buffer
+
+
+@pytest.mark.parametrize(
+    ("make", "args"), [(offloaded_chain, (torch.zeros(40, 32),)), (offloaded_decoder, (TOKENS, TOKENS))]
+)
+def test_offloaded_activations_leave_and_come_back_as_in_a_real_step(
+    make: Any, args: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same births and deaths on the device, bytes copied, and host memory."""
+    model, offloaded = make()
+    found = traced(model, *args)
+    assert offloaded.copied_nbytes == offloaded.host_nbytes == 0
+    monkeypatch.setattr(offloaded, "_new_buffer", hidden(offloaded._new_buffer))
+    assert sizes(found.timeline) == sizes(really(model, *args))
+    copied = {way: sum(n for (_, w), n in found.copied.items() if w == way) for way in ("out", "in")}
+    assert 0 < copied["in"] < copied["out"] == offloaded.copied_nbytes  # the last block's are still there
+    assert found.host_nbytes == offloaded.host_nbytes
 
 
 def test_a_plain_encoder_peaks_where_the_real_one_does() -> None:

@@ -37,6 +37,7 @@ def forecaster() -> SettingsForecaster:
         {"offload_moments": True},
         {"split_master": True},
         {"checkpointing": True},
+        {"offload_activations": True, "seq_len": 4096},
         {"update_in_backward": True},
         {"offload_parameters": True},
         {"num_ranks": 4, "micro_batch_size": 2},
@@ -109,17 +110,30 @@ def test_the_tail_of_a_roots_reduction_is_its_embedding() -> None:
     assert found == pytest.approx(0.5, abs=0.01)
 
 
-def test_offloaded_activations_are_refused_until_they_can_be_traced() -> None:
-    with pytest.raises(ValueError, match="cannot be forecast yet"):
-        forecaster()(replace(BASE, offload_activations=True))
+def test_offloaded_activations_leave_the_device_and_cross_the_link_in_both_directions() -> None:
+    with torch.device("meta"):
+        deep = [Decoder(replace(PRESETS["tiny"], num_layers=4)) for _ in range(2)]
+    used = SettingsForecaster(lambda: ((model := deep.pop()), list(model.layers)), token_batch, POLICY, Cluster(2))
+    long = replace(BASE, seq_len=4096)
+    plain, offloaded = used(long), used(replace(long, offload_activations=True))
+    assert used(long).as_dict() == plain.as_dict()  # each has a model of its own
+    kept = plain.phases[1].nbytes["activations"], offloaded.phases[1].nbytes["activations"]
+    assert offloaded.peak.total_nbytes < plain.peak.total_nbytes and kept[1] < 0.6 * kept[0]
+    on_host = {phase.phase: phase.host_nbytes.get("activations", 0) for phase in offloaded.phases}
+    assert on_host["start"] == 0 < on_host["forward"] == on_host["update"] and not plain.link_nbytes().get("host")
+    moved = [t for t in offloaded.transfers if t.operation.startswith("activations")]
+    assert {t.unit for t in moved if t.phase == "forward"} == {f"layers.{n}" for n in range(4)}
+    assert (
+        len({t.nbytes for t in moved}) == 1 and sum(t.phase == "backward" for t in moved) == 3
+    )  # the last one is there
+    assert sum(t.nbytes for t in moved if t.phase == "forward") == on_host["forward"]
 
 
 def test_a_search_over_a_real_model_finds_what_fits() -> None:
     used = forecaster()
-    names = [name for name in fit.CHANGES if name != "offload_activations"]
-    roomy = Search(used, 1 << 40, H200_MACHINE, names)
+    roomy = Search(used, 1 << 40, H200_MACHINE)
     assert fit.what_fits(roomy, BASE)[0].settings.micro_batch_size == 8
     most = used(BASE).peak.total_nbytes
-    tight = Search(used, int(most / (1 - fit.SLACK)) - 1000, H200_MACHINE, names)
+    tight = Search(used, int(most / (1 - fit.SLACK)) - 1000, H200_MACHINE)
     found = fit.smallest_changes(tight, BASE)
     assert {len(one.changes) for one in found} == {1} and all(one.nbytes < most for one in found)

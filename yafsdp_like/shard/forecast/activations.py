@@ -11,6 +11,7 @@ cast as the unit's policy says. A gradient shard is born where the unit's reduct
 
 Tensors say that they are on the CPU, since PyTorch without CUDA has no others that autograd takes; what a GPU does
 otherwise is in ``on_gpu.py``. Compiled modules run as they were written: what a compiler fuses, it does not allocate.
+Offloaded activations leave and come back as in a run (``offloaded.py``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.ops import linear
+from yafsdp_like.shard.forecast.offloaded import TracedOffload, stand_in
 from yafsdp_like.shard.forecast.on_gpu import GPU
 from yafsdp_like.shard.forecast.storages import BLOCK_NBYTES, OperationCounts, StepPlace, StorageMode, StorageTimeline
 from yafsdp_like.shard.forecast.substitutes import Substitutes
@@ -77,6 +79,8 @@ class Trace:
     work: dict[tuple[str, Phase, WorkKind], OperationCounts]
     notes: tuple[str, ...] = ()
     gradients: dict[int, tuple[str, int]] = field(default_factory=dict)  # numbers of gradient shards: unit, parameter
+    copied: dict[tuple[str, str], int] = field(default_factory=dict)  # bytes of activations: unit, "out" or "in"
+    host_nbytes: int = 0  # in which offloaded activations wait
 
     def resharded(self, units: Iterable[TracedUnit]) -> Trace:
         """Return the trace of the same units over another number of ranks: only gradient shards have other sizes."""
@@ -126,7 +130,7 @@ def _trace(
     step = _Step(units, mode, options)
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        notes = stack.enter_context(_without_memory(model, units, step, ghosts))
+        notes, offloaded = stack.enter_context(_without_memory(model, units, step, ghosts))
         stack.enter_context(ghosts.factories())
         stack.enter_context(mode)
         stack.enter_context(Substitutes(mode, GPU if options.on_gpu else {}))
@@ -135,7 +139,9 @@ def _trace(
         step.run(model, args, kwargs, batch.loss)
         mode.close()
         del args, kwargs
-    return Trace(mode.timeline.in_place(), mode.work, tuple(notes), step.gradients)
+    copied = {key: nbytes for one in offloaded for key, nbytes in one.copied.items()}
+    host_nbytes = sum(one.host_nbytes for one in offloaded)
+    return Trace(mode.timeline.in_place(), mode.work, tuple(notes), step.gradients, copied, host_nbytes)
 
 
 class _Step:
@@ -289,6 +295,10 @@ class Ghosts:
         with self.fake:
             return torch.ops.aten.empty.memory_format(like.shape, dtype=dtype, device=CPU)
 
+    def bytes(self, nbytes: int) -> Tensor:
+        """Return so many bytes."""
+        return self.make(torch.empty(nbytes, device="meta"), torch.uint8)
+
     def like(self, tensor: Tensor, counted_by: StorageMode) -> Tensor:
         """Return one like an input of the forward, whose memory counts."""
         ghost = self.make(tensor, tensor.dtype)
@@ -314,8 +324,13 @@ class _Sink:
 
 
 @contextmanager
-def _without_memory(model: nn.Module, units: Sequence[TracedUnit], step: _Step, ghosts: Ghosts) -> Iterator[list[str]]:
-    """Let the model run on ghosts, with the trace's hooks instead of the runtime's; yields what is to be noted."""
+def _without_memory(
+    model: nn.Module, units: Sequence[TracedUnit], step: _Step, ghosts: Ghosts
+) -> Iterator[tuple[list[str], list[TracedOffload]]]:
+    """Let the model run on ghosts, with the trace's hooks instead of the runtime's.
+
+    Yields what is to be noted, and what stands for offloaded activations.
+    """
     modules = list(model.modules())
     registries: list[dict[Any, Any]] = [
         registry for m in modules for registry in (m._parameters, m._buffers, m._forward_pre_hooks, m._forward_hooks)
@@ -328,13 +343,14 @@ def _without_memory(model: nn.Module, units: Sequence[TracedUnit], step: _Step, 
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key in [key for key, hook in hooks.items() if _is_runtimes(hook)]:
                     del hooks[key]
+        offloaded = stand_in(modules, step.mode, ghosts.bytes)
         _replace_parameters(modules, units, step, ghosts)
         for module in modules:
             linear.install(module)
         for unit in units:
             for module in unit.modules:
                 handles += _watch(module, unit, step)
-        yield _notes(modules)
+        yield _notes(modules), list(offloaded.values())
     finally:
         for handle in handles:
             handle.remove()

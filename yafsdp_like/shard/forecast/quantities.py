@@ -79,7 +79,8 @@ class Transfer:
     """Bytes that one rank receives over one link in one step, for one operation of a unit.
 
     ``operation`` is "all-gather", "reduce-scatter", "average over replicas", "moments in", "moments out",
-    "parameters in" or "gradients out". Peers are the GPUs of one host; a host link is one GPU's to its own memory.
+    "activations in", "activations out", "parameters in" or "gradients out". Peers are the GPUs of one host; a host link
+    is one GPU's to its own memory.
     """
 
     unit: str

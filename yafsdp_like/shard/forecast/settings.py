@@ -22,6 +22,7 @@ from yafsdp_like.shard.forecast.training_forecast import (
     forecast_training,
     least_nbytes,
 )
+from yafsdp_like.shard.runtime.activation_offload import offload_activations
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,15 +48,13 @@ class SettingsForecaster:
     policy: UnitPolicy
     cluster: Cluster
     options: ForecastOptions = field(default_factory=ForecastOptions)  # of which settings replace the optimizer's
-    _models: dict[bool, tuple[nn.Module, list[nn.Module]]] = field(default_factory=dict, repr=False)
+    _models: dict[tuple[bool, bool], tuple[nn.Module, list[nn.Module]]] = field(default_factory=dict, repr=False)
     _planned: dict[Any, PlannedModel] = field(default_factory=dict, repr=False)
     _traces: dict[Any, Trace] = field(default_factory=dict, repr=False)
 
     def __call__(self, settings: Settings) -> TrainingForecast:
-        """Return the forecast. Raises ``ValueError`` for offloaded activations, which no trace knows."""
-        if settings.offload_activations:
-            raise ValueError("offloaded activations cannot be forecast yet: leave offload_activations out")
-        model, _ = self._model(settings.checkpointing)
+        """Return the forecast."""
+        model, _ = self._model(settings)
         planned, options = self._plan(settings), self._options(settings)
         batch = self.batch(settings.micro_batch_size, settings.seq_len)
         dtypes = [
@@ -63,7 +62,7 @@ class SettingsForecaster:
             for unit in planned.units
         ]
         key = (
-            *(settings.micro_batch_size, settings.seq_len, settings.checkpointing),
+            *(settings.micro_batch_size, settings.seq_len, settings.checkpointing, settings.offload_activations),
             *(settings.offload_parameters, options.step, tuple(dtypes)),
         )
         if key not in self._traces:
@@ -72,7 +71,7 @@ class SettingsForecaster:
 
     def least_nbytes(self, settings: Settings) -> int:
         """Return bytes on the device that these settings take at least, whatever the batch. Nothing is traced."""
-        model, _ = self._model(settings.checkpointing)
+        model, _ = self._model(settings)
         return least_nbytes(model, self._plan(settings), self._options(settings))
 
     def _options(self, settings: Settings) -> ForecastOptions:
@@ -90,18 +89,21 @@ class SettingsForecaster:
         sizes = [p.shards.padded_numel for p in root.params]
         return max(sizes[k] for k in root.early) / sum(sizes)
 
-    def _model(self, checkpointing: bool) -> tuple[nn.Module, list[nn.Module]]:
-        if checkpointing not in self._models:
+    def _model(self, settings: Settings) -> tuple[nn.Module, list[nn.Module]]:
+        key = settings.checkpointing, settings.offload_activations
+        if key not in self._models:
             model, blocks = self.make()
-            for block in blocks if checkpointing else ():
+            for block in blocks if settings.checkpointing else ():
                 checkpoint(block)
-            self._models[checkpointing] = model, blocks
-        return self._models[checkpointing]
+            if settings.offload_activations:
+                offload_activations(blocks)
+            self._models[key] = model, blocks
+        return self._models[key]
 
     def _plan(self, settings: Settings) -> PlannedModel:
         key = plan_key(settings)
         if key not in self._planned:
-            model, blocks = self._model(settings.checkpointing)
+            model, blocks = self._model(settings)
             policy = replace(
                 self.policy,
                 reshard_after_forward=settings.reshard_after_forward,
@@ -117,6 +119,7 @@ def plan_key(settings: Settings) -> tuple[Any, ...]:
     """Return what a plan depends on."""
     return (
         settings.checkpointing,
+        settings.offload_activations,
         settings.num_ranks,
         settings.reshard_after_forward,
         settings.split_master,

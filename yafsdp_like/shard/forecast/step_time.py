@@ -6,10 +6,10 @@ hosts from the same pieces.
 [Note: what a step is made of]
 The device computes, and the kernel that adds peers' gradients holds it meanwhile. Beside compute run the stream of
 gathers and that of reductions, over links. Forward takes as long as the longest of these, backward too; what the root
-computes (a head and its loss) is beside no traffic. Nothing hides the gathers of the root and the first block before
-forward, except the update before them, nor the root's reduction at the end of backward. Then comes the update, bound by
-memory. All of it is issued by one thread of the CPU, which runs ahead of the device where it can: a phase cannot end
-before it is issued.
+computes (a head and its loss) is beside no traffic. Offloaded activations go and come on streams of their own. Nothing
+hides the gathers of the root and the first block before forward, except the update before them, nor the root's
+reduction at the end of backward. Then comes the update, bound by memory. All of it is issued by one thread of the CPU,
+which runs ahead of the device where it can: a phase cannot end before it is issued.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 UPDATE_OVER_COPY = 1.1  # AdamW's kernel over a copy of as many bytes: measured, 8B on two H200, with fp32 moments
 NARROW_OVER_COPY = 1.45  # the same with moments in bf16 or int8, rounded stochastically; 3B on one H200, 8B on two
 RECOMPUTING = 1.5  # of a unit's forward on the CPU: the same hooks again, and checkpointing's own
+ACTIVATIONS = "activations out", "activations in"  # operations
 REDUCED_BESIDE = 0.29  # of a collective's time that it takes from compute; measured over NCCL on two H200, T 4096
 
 
@@ -150,10 +151,16 @@ class _Times:
         found = Traffic()
         for transfer in self.forecast.transfers:
             is_root = transfer.unit in ("", self.root)
+            if transfer.operation in ACTIVATIONS:
+                continue
             is_reduction = transfer.operation not in ("all-gather", "parameters in")
             if transfer.phase == phase and is_root == of_root and is_reduction == reduces:
                 found += self._of(transfer)
         return found
+
+    def activations(self, phase: Phase) -> float:
+        """Seconds in which offloaded activations cross the link to the host, in either direction."""
+        return sum(self._of(t).host for t in self.forecast.transfers if t.phase == phase and t.operation in ACTIVATIONS)
 
     def _of(self, transfer: Transfer) -> Traffic:
         if transfer.link == "host":
@@ -230,7 +237,8 @@ def step_time(forecast: TrainingForecast, rates: MachineRates, kind: StepKind = 
         gathers = times.traffic(phase, False, False)
         reductions = times.traffic(phase, True, False) + (early if phase == "backward" else Traffic())
         taken = reductions.adding + (gathers + reductions).network * REDUCED_BESIDE
-        lasts, bound = longest(beside(compute, gathers, reductions, taken))
+        copies = {"copies of activations": times.activations(phase)}
+        lasts, bound = longest(beside(compute, gathers, reductions, taken) | copies)
         computes.append(compute + head)
         ends.append(lasts + head)
         bounds.append(bound)

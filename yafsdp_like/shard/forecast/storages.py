@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +125,7 @@ class StorageMode(TorchDispatchMode):
         self.work: dict[tuple[str, Phase, WorkKind], OperationCounts] = {}
         self.place = StepPlace()  # of what runs now
         self.values = KnownValues()
-        self._is_open = True
+        self._is_open = self._is_seen = True
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}  # by the storage's address: a reference, its number
 
     def close(self) -> None:
@@ -136,6 +137,15 @@ class StorageMode(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         self._known[key] = weakref.ref(storage, lambda _: self._known.pop(key, None)), -1
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Leave out operations inside, and what they make."""
+        was_seen, self._is_seen = self._is_seen, False
+        try:
+            yield
+        finally:
+            self._is_seen = was_seen
 
     def notice(self, tensor: Tensor) -> None:
         """Count a tensor that no operation made: an input."""
@@ -154,7 +164,7 @@ class StorageMode(TorchDispatchMode):
         """Run an operation, and note what it makes and does."""
         kwargs = kwargs or {}
         out = self.values.run(func, args, kwargs)
-        results = _tensors(out) if self._is_open else []
+        results = _tensors(out) if self._is_open and self._is_seen else []
         for result in results:
             number = self._note(result)
             if func is _ADD and number is not None and _is_autograds():

@@ -106,7 +106,7 @@ def forecast_training(
         plan,
         tuple(held.phases(trace)),
         tuple(costs),
-        tuple(transfers_of(planned)) + tuple(held.moments_transfers()),
+        (*transfers_of(planned), *held.moments_transfers(), *_activations_transfers(trace)),
         trace.notes,
     )
 
@@ -155,6 +155,7 @@ class _Held:
         """Yield the phases in order."""
         steady = _sum(self._base, self._regions, self._states)
         host = self._host()
+        kept = {"activations": trace.host_nbytes}
         main = {"main shards": self._regions.get("main shards", 0)}
         yield PhaseMemory("start", _nonzero(_sum(self._base, main)), "", _nonzero(host))
         reserved = self._reserved_nbytes(trace) if self._options.on_gpu else 0
@@ -167,7 +168,7 @@ class _Held:
         for phase, (place, live) in highest.items():
             live = _sum(live, made if phase == "checkpoint" else {})
             unused = {"allocator": max(0, reserved - sum(self._in_allocator()) - sum(live.values()))}
-            there = _sum(host, self._copies() if phase == "checkpoint" else {})
+            there = _sum(host, kept, self._copies() if phase == "checkpoint" else {})
             where = place.unit if phase in _TRACED else ""
             yield PhaseMemory(phase, _nonzero(_sum(steady, live, unused)), where, _nonzero(there))
 
@@ -225,6 +226,12 @@ class _Held:
             return {}
         numel = sum(4 * p.shards.chunk_numel for unit in self._planned.units for p in unit.params)
         return {"copy of a checkpoint": numel + self._moments_nbytes(saved=True)}
+
+
+def _activations_transfers(trace: Trace) -> Iterable[Transfer]:
+    """Yield what a forward copies of offloaded activations, and a backward copies back."""
+    for (unit, way), nbytes in trace.copied.items():
+        yield Transfer(unit, "forward" if way == "out" else "backward", f"activations {way}", "host", nbytes)
 
 
 def _base(model: nn.Module, planned: PlannedModel, options: ForecastOptions) -> Nbytes:

@@ -44,7 +44,7 @@ from yafsdp_like.shard.runtime.running import backward_task
 from yafsdp_like.shard.runtime.unit_state import unit_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from yafsdp_like.memory.streams import Event
 
@@ -99,17 +99,18 @@ def _after_forward(offloaded: OffloadedActivations, block: nn.Module, args: Any,
     offloaded.end(block)
 
 
-class _HostBuffer:
+class HostBuffer:
     """Host memory for one storage, which is pinned for as long as this lives."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         storage = transient_storage(nbytes, torch.device("cpu"))
         if device.type == "cuda":
             pin(storage, self, device)
+        self.nbytes = nbytes
         self.bytes = tensor_on(storage, torch.uint8, (nbytes,))
 
 
-class _Saved:
+class SavedStorage:
     """One storage that autograd has saved: on the device, in host memory, or in both while it is copied."""
 
     def __init__(self, tensor: torch.Tensor, call: _Call, owner: OffloadedActivations) -> None:
@@ -118,7 +119,7 @@ class _Saved:
         self.version = tensor._version
         self.storage: torch.UntypedStorage | None = tensor.untyped_storage()
         self.nbytes = self.storage.nbytes()
-        self.buffer: _HostBuffer | None = None
+        self.buffer: HostBuffer | None = None
         self.copies: _Copies | None = None  # the last, from or to the device's memory
 
     def check(self) -> None:
@@ -157,10 +158,10 @@ class _Copies:
 
 
 @dataclass(frozen=True, eq=False)
-class _View:
+class SavedView:
     """What autograd keeps instead of a tensor."""
 
-    saved: _Saved
+    saved: SavedStorage
     call: _Call  # the forward that has saved this view
     dtype: torch.dtype
     shape: torch.Size
@@ -175,11 +176,11 @@ class _Call:
     name: str
     kept: set[int]  # addresses of storages that are left where they are
     before: weakref.ref[_Call] | None  # the block's that ran before it
-    saved: list[weakref.ref[_Saved]] = field(default_factory=list)
-    by_address: WeakValueDictionary[int, _Saved] = field(default_factory=WeakValueDictionary)
+    saved: list[weakref.ref[SavedStorage]] = field(default_factory=list)
+    by_address: WeakValueDictionary[int, SavedStorage] = field(default_factory=WeakValueDictionary)
     is_fetched: bool = False
 
-    def alive(self) -> Iterator[_Saved]:
+    def alive(self) -> Iterator[SavedStorage]:
         """Yield the storages that some graph still refers to."""
         return (saved for ref in self.saved if (saved := ref()) is not None)
 
@@ -193,7 +194,7 @@ class OffloadedActivations:
     def __init__(self, min_nbytes: int) -> None:
         self.streams: Streams = InOrder()  # until the first saved tensor says of which device
         self.copied_nbytes = self.host_nbytes = 0
-        self._min_nbytes = min_nbytes
+        self.min_nbytes = min_nbytes
         self._device: torch.device | None = None
         self._running: list[tuple[nn.Module, _Call | None, saved_tensors_hooks | None]] = []
         self._thread = 0  # in which they run
@@ -201,11 +202,11 @@ class OffloadedActivations:
         self._leaving: _Call | None = None  # whose storages are still on the device, as far as they are alive
         self._timer: Timer | None = None  # while it is measured
         self._waits: list[tuple[Event, Event]] = []  # of compute: begin and end
-        self._free: dict[int, list[_HostBuffer]] = {}  # by their bytes
+        self._free: dict[int, list[HostBuffer]] = {}  # by their bytes
 
     def __reduce__(self) -> Any:
         """Copy and pickle no host memory: a copied model has its own."""
-        return type(self), (self._min_nbytes,)
+        return type(self), (self.min_nbytes,)
 
     # --- forward ---
 
@@ -226,7 +227,7 @@ class OffloadedActivations:
                 f"activations of {type(block).__name__} cannot be offloaded in a step that is recorded: leave "
                 "offload_activations out, or GraphedStep"
             )
-        call = _Call(type(block).__name__, _kept(block, inputs), self._last)
+        call = _Call(type(block).__name__, self._kept(block, inputs), self._last)
         self._last = weakref.ref(call)
         hooks = saved_tensors_hooks(self._pack, self._unpack)
         hooks.__enter__()
@@ -273,20 +274,28 @@ class OffloadedActivations:
         call = next(call for _, call, _ in reversed(self._running) if call is not None)  # blocks inside have none
         if not self._is_offloaded(tensor, call):
             return tensor if tensor.grad_fn is None else tensor.detach()  # which no node's circle goes through
-        address = tensor.untyped_storage().data_ptr()
+        address = self._address(tensor)
         saved = call.by_address.get(address)
         if saved is None and self._leaving is not None:
             saved = self._leaving.by_address.get(address)
         if saved is None or saved.storage is None or saved.version != tensor._version:  # its copy may be an older one
-            saved = call.by_address[address] = _Saved(tensor, call, self)
+            saved = call.by_address[address] = SavedStorage(tensor, call, self)
             call.saved.append(weakref.ref(saved))
-        return _View(saved, call, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return SavedView(saved, call, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def _is_offloaded(self, tensor: torch.Tensor, call: _Call) -> bool:
         """Whether a tensor is offloaded, of those that are saved: plain and large ones of the GPU, if there is one."""
-        if type(tensor) is not torch.Tensor or tensor.nbytes < self._min_nbytes or tensor.layout is not torch.strided:
+        if isinstance(tensor, DTensor) or tensor.nbytes < self.min_nbytes or tensor.layout is not torch.strided:
             return False
-        if tensor.is_conj() or tensor.is_neg() or tensor.untyped_storage().data_ptr() in call.kept:
+        return not (tensor.is_conj() or tensor.is_neg() or self._address(tensor) in call.kept) and self._is_here(tensor)
+
+    def _address(self, tensor: torch.Tensor) -> int:
+        """Return what tells a tensor's storage from others that are alive."""
+        return tensor.untyped_storage().data_ptr()
+
+    def _is_here(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a plain one of the device that is offloaded, which the first one of the GPU chooses."""
+        if type(tensor) is not torch.Tensor:
             return False
         if self._device is None and (tensor.is_cuda or not torch.cuda.is_available()):
             self._device, self.streams = tensor.device, streams_of(tensor.device)
@@ -300,12 +309,15 @@ class OffloadedActivations:
         for saved in leaving:
             saved.check()
             saved.buffer = self._take(saved.nbytes)
+        self.copied_nbytes += sum(saved.nbytes for saved in leaving)
+        self._copy_out(leaving)
+
+    def _copy_out(self, leaving: Sequence[SavedStorage]) -> None:
         self.streams.wait(DEVICE_TO_HOST, self.streams.record(COMPUTE))  # which has waited for all copies of buffers
         with self.streams.on(DEVICE_TO_HOST), torch.no_grad():
             for saved in leaving:
                 host, device = _bytes(saved)
                 host.copy_(device, non_blocking=True)
-                self.copied_nbytes += saved.nbytes
         copies = _Copies(self.streams.record(DEVICE_TO_HOST))
         for saved in leaving:
             saved.copies = copies
@@ -313,8 +325,8 @@ class OffloadedActivations:
     # --- backward ---
 
     @torch.compiler.disable
-    def _unpack(self, packed: torch.Tensor | _View) -> torch.Tensor:
-        if not isinstance(packed, _View):
+    def _unpack(self, packed: torch.Tensor | SavedView) -> torch.Tensor:
+        if not isinstance(packed, SavedView):
             return packed
         saved = packed.saved
         self._fetch(packed.call)
@@ -326,6 +338,9 @@ class OffloadedActivations:
         if saved.tensor is None:
             saved.wait()
         saved.check()
+        return self._view(saved, packed)
+
+    def _view(self, saved: SavedStorage, packed: SavedView) -> torch.Tensor:
         assert saved.storage is not None
         return tensor_on(saved.storage, packed.dtype, packed.shape, packed.stride, packed.offset)
 
@@ -335,8 +350,10 @@ class OffloadedActivations:
             return
         call.is_fetched = True
         away = [saved for saved in call.alive() if saved.storage is None]
-        if not away:
-            return
+        if away:
+            self._copy_in(away)
+
+    def _copy_in(self, away: Sequence[SavedStorage]) -> None:
         assert self._device is not None
         for saved in away:
             saved.storage = transient_storage(saved.nbytes, self._device)
@@ -375,7 +392,7 @@ class OffloadedActivations:
 
     # --- host memory ---
 
-    def _take(self, nbytes: int) -> _HostBuffer:
+    def _take(self, nbytes: int) -> HostBuffer:
         """Return the smallest free buffer that is large enough; else a new one, in place of the largest free one."""
         sizes = [size for size, buffers in self._free.items() if buffers]
         fitting = min((size for size in sizes if size >= nbytes), default=None)
@@ -384,32 +401,34 @@ class OffloadedActivations:
         if sizes:
             self._free[max(sizes)].pop()
             self.host_nbytes -= max(sizes)
-        assert self._device is not None
         self.host_nbytes += nbytes
-        return _HostBuffer(nbytes, self._device)
+        return self._new_buffer(nbytes)
 
-    def give_back(self, buffer: _HostBuffer) -> None:
+    def _new_buffer(self, nbytes: int) -> HostBuffer:
+        assert self._device is not None
+        return HostBuffer(nbytes, self._device)
+
+    def give_back(self, buffer: HostBuffer) -> None:
         """Let another storage have the buffer."""
-        self._free.setdefault(buffer.bytes.numel(), []).append(buffer)
+        self._free.setdefault(buffer.nbytes, []).append(buffer)
+
+    def _kept(self, block: nn.Module, inputs: Any) -> set[int]:
+        """Return addresses of storages that are left where they are: parameters, buffers, inputs without a gradient."""
+        kept: list[torch.Tensor] = [*block.parameters(), *block.buffers()]
+        for module in block.modules():
+            if (unit := unit_of(module)) is not None:
+                kept += [param for slot in unit.slots for param in slot.params]
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.requires_grad:
+                kept.append(tensor)
+            return tensor
+
+        map_tensors(keep, inputs)
+        return {self._address(t) for t in kept if not isinstance(t, DTensor)}
 
 
-def _kept(block: nn.Module, inputs: Any) -> set[int]:
-    """Return addresses of storages that are left where they are: parameters, buffers, inputs without a gradient."""
-    kept: list[torch.Tensor] = [*block.parameters(), *block.buffers()]
-    for module in block.modules():
-        if (unit := unit_of(module)) is not None:
-            kept += [param for slot in unit.slots for param in slot.params]
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.requires_grad:
-            kept.append(tensor)
-        return tensor
-
-    map_tensors(keep, inputs)
-    return {t.untyped_storage().data_ptr() for t in kept if not isinstance(t, DTensor)}
-
-
-def _bytes(saved: _Saved) -> tuple[torch.Tensor, torch.Tensor]:
+def _bytes(saved: SavedStorage) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a storage's bytes on the host and on the device, ``(nbytes,)`` uint8 each."""
     assert saved.buffer is not None and saved.storage is not None
     return saved.buffer.bytes[: saved.nbytes], tensor_on(saved.storage, torch.uint8, (saved.nbytes,))
