@@ -114,6 +114,7 @@ class PoolModelOptions:
     tokenizer: str | None = None  # a directory; null: the model's own
     generation_config: Literal["model", "none"] = "model"  # sampling defaults: of generation_config.json, or none
     dtype: Literal["float32", "bfloat16"] | None = None  # of weights; null: bfloat16 on a GPU, float32 on a CPU
+    adapters: dict[str, str] = field(default_factory=dict)  # directories of LoRA adapters, by their names in requests
     ttl_s: float | None = None  # without a request, after which it leaves the device; null: it stays while it may
     host_ttl_s: float | None = None  # without a request, after which it leaves host memory, too; null: it stays
     engine: EngineOptions = field(default_factory=EngineOptions)

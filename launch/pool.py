@@ -6,6 +6,7 @@ Owns the order of things: configurations are read, everything is planned and pri
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from launch.console import LoadingBars
 from launch.inference import join_device, load_codec
 from launch.options import ADMIN_KEY_VARIABLE, KEY_VARIABLE, PoolModelOptions, ServePoolOptions
 from yafsdp_like.hardware import Hardware
+from yafsdp_like.inference.engine.adapters import with_adapters
 from yafsdp_like.inference.http.catalog import Catalog
 from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.pool.driver import PoolDriver
@@ -21,6 +23,7 @@ from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.text.directory import sampling_defaults
+from yafsdp_like.inference.weights.adapter_files import Adapter, open_adapter
 from yafsdp_like.inference.weights.loading import Model, open_model
 from yafsdp_like.kernels.sampling_params import SamplingParams
 
@@ -39,6 +42,7 @@ class _Opened:
     model: Model
     codec: Codec
     sampling: SamplingParams
+    adapters: dict[str, Adapter]
 
 
 def load_pool(options: ServePoolOptions) -> LoadedPool:
@@ -53,7 +57,11 @@ def load_pool(options: ServePoolOptions) -> LoadedPool:
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
     plan = plan_pool(
         {
-            name: PooledModel(each.model.config, _dtype(options.models[name], default), options.models[name].engine)
+            name: PooledModel(
+                each.model.config,
+                _dtype(options.models[name], default),
+                with_adapters(options.models[name].engine, each.adapters),
+            )
             for name, each in opened.items()
         },
         options.pool,
@@ -68,8 +76,10 @@ def load_pool(options: ServePoolOptions) -> LoadedPool:
     for error in _load_all(driver).values():
         print(f"warning: {error}", flush=True)
     parsers = [_parser(name, each, options, pool.engine(name).max_seq_len) for name, each in opened.items()]
-    print(f"requests call the models {', '.join(map(repr, opened))}", flush=True)
-    return LoadedPool(driver, Catalog(parsers, errors, is_pool=True), device)
+    catalog = Catalog(parsers, errors, is_pool=True)
+    _load_adapters(pool, opened, catalog)
+    print(f"requests call the models {', '.join(map(repr, catalog.parsers))}", flush=True)
+    return LoadedPool(driver, catalog, device)
 
 
 def _load_all(driver: PoolDriver) -> dict[str, str]:
@@ -85,11 +95,30 @@ def _open_all(options: ServePoolOptions) -> tuple[dict[str, _Opened], dict[str, 
         try:
             model = open_model(entry.path)
             defaults = sampling_defaults(model.directory if entry.generation_config == "model" else None)
-            opened[name] = _Opened(model, load_codec(model, entry.tokenizer), defaults)
+            codec = load_codec(model, entry.tokenizer)
+            opened[name] = _Opened(model, codec, defaults, _open_adapters(model, entry))
         except (ValueError, OSError) as error:
             errors[name] = f"model {name!r} could not be opened: {error}"
             print(f"warning: {errors[name]}", flush=True)
     return opened, errors
+
+
+def _open_adapters(model: Model, entry: PoolModelOptions) -> dict[str, Adapter]:
+    """Read what adapters say of themselves; those that are not served are left out."""
+    opened = {}
+    for name, directory in entry.adapters.items():
+        try:
+            opened[name] = open_adapter(directory, model.config)
+        except (ValueError, OSError) as error:
+            print(f"warning: adapter {name!r} could not be opened: {error}", flush=True)
+    return opened
+
+
+def _load_adapters(pool: ModelPool, opened: Mapping[str, _Opened], catalog: Catalog) -> None:
+    for model, each in opened.items():
+        for name, adapter in each.adapters.items():
+            catalog.add_adapter(name, model)
+            pool.engine(model).adapters.load(name, adapter)
 
 
 def _dtype(entry: PoolModelOptions, default: torch.dtype) -> torch.dtype:

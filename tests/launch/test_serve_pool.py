@@ -14,10 +14,14 @@ import pytest
 
 from launch import serve
 from launch.options import SERVE_POOL
-from tests.inference.http.servers import SECONDS, make_decoder
+from launch.pool import load_pool
+from tests.inference.engine.test_adapters import write_adapter
+from tests.inference.http.servers import SECONDS, make_decoder, serving_app
 from tests.inference.text.test_codec import write_tokenizer
+from yafsdp_like.inference.http.server import create_catalog_app
+from yafsdp_like.inference.http.service import Service
 from yafsdp_like.inference.text.codec import Codec
-from yafsdp_like.models.hf import save_hf
+from yafsdp_like.models.hf import load_hf_config, save_hf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,6 +99,41 @@ def test_a_pool_from_a_file_serves_what_can_be_opened_and_says_what_cannot(
         assert http.post("/admin/models/one/sleep", headers=admin).json()["state"] == "asleep"
     process.send_signal(signal.SIGTERM)
     assert process.wait(2 * SECONDS) == 0
+
+
+def test_adapters_belong_to_a_model_of_the_pool(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the file, where one that cannot be opened is left out, and loaded over HTTP, where their model is said."""
+    config = load_hf_config(file.parent / "base")
+    first, later = (write_adapter(file.parent, config, name) for name in ("wide", "attention"))
+    own = f"adapters: {{sql: {first}, lost: /nowhere}}, engine: {{host_adapters: 2, "
+    file.write_text(file.read_text().replace("ttl_s: 60, engine: {", own))
+    pool = load_pool(SERVE_POOL.load([f"--config={file}", "--admin-key=admins"]))
+    assert "warning: adapter 'lost' could not be opened" in (said := capsys.readouterr().out)
+    assert "requests call the models 'one', 'two', 'sql'" in said
+    service = Service(pool.driver)
+    users, admins = ({"authorization": f"Bearer {key}"} for key in ("users", "admins"))
+    with serving_app(service, pool.driver, create_catalog_app(service, pool.catalog)) as running:
+
+        def text_of(model: str) -> str:
+            body = {"model": model, "prompt": "x y", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+            answer = running.post("/v1/completions", body, headers=users)
+            assert answer.status_code == 200, answer.text
+            return str(answer.json()["choices"][0]["text"])
+
+        def load(**sent: str) -> httpx.Response:
+            sent = {"lora_name": "chat", "lora_path": str(later), **sent}
+            return running.post("/v1/load_lora_adapter", sent, headers=admins)
+
+        assert "say which model the adapter is of: 'one', 'two'" in load().text
+        assert "make it with adapter_slots" in load(base_model_name="two").text
+        assert load(base_model_name="one").status_code == 200
+        assert len({text_of("one"), text_of("sql"), text_of("chat")}) == 3
+        listed = running.get("/v1/models", headers=users).json()["data"]
+        parents = {model["id"]: model.get("parent") for model in listed}
+        assert parents == {"one": None, "two": None, "sql": "one", "chat": "one", "lost": None}
+        moved = running.post("/admin/models/sql/sleep", headers=admins)
+        assert (moved.status_code, moved.json()["id"], moved.json()["state"]) == (200, "one", "asleep")
+        running.check_idle()
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,17 @@ class Adapters:
         self._arriving.append(adapter.arrived)
         self.num_woken += 1
 
+    def lose_slots(self) -> None:
+        """Rely on no byte of slots, which others have written, or will: before work that is issued from now on.
+
+        No request may be running.
+        """
+        for slot in self.slots:
+            if slot.holder is not None:
+                assert not slot.holder.num_running, f"adapter {slot.holder.name!r} has requests that run"
+                slot.holder.slot, slot.holder = None, None
+            slot.last_step = self.streams.record(COMPUTE)
+
     # --- steps ---
 
     def await_copies(self) -> None:

@@ -48,8 +48,8 @@ def add_adapter_routes(app: FastAPI, service: Service[Any], catalog: Catalog) ->
     async def load(http: HttpRequest) -> PlainTextResponse:
         asked = await _body(NewAdapter, http)
         parent = _parent(catalog, asked.base_model_name)
-        catalog.check_new(asked.lora_name)
         try:
+            catalog.check_new(asked.lora_name)
             await _load(service, partial(_adapters_of, catalog, parent), asked)
             catalog.add_adapter(asked.lora_name, parent)
         except ValueError as error:

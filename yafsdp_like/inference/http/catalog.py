@@ -10,7 +10,7 @@ from typing import Any
 
 from yafsdp_like.inference.http.bodies import ChatBody, CompletionBody
 from yafsdp_like.inference.http.body_limits import BodyLimits
-from yafsdp_like.inference.http.errors import ApiError, invalid, shorten, unavailable
+from yafsdp_like.inference.http.errors import ApiError, shorten, unavailable
 from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.http.responses import ParsedRequest
 
@@ -54,14 +54,14 @@ class Catalog:
         return parser.read_sent(kind, sent, arrival)
 
     def check_new(self, name: str) -> None:
-        """Raise ApiError, 400, for a name that something has already."""
+        """Raise ValueError for a name that something has already."""
         if name in self._by_name or name in self.errors:
-            raise invalid("lora_name", f"{shorten(name)} is taken")
+            raise ValueError(f"the name {shorten(name)} is taken: an adapter needs one of its own")
 
     def add_adapter(self, name: str, model: str) -> None:
         """Have requests find an adapter of a model; on the event loop, or before there is one.
 
-        Raises ApiError as ``check_new`` does.
+        Raises ValueError as ``check_new`` does.
         """
         self.check_new(name)
         parser = self.parsers[model].of_adapter(name)

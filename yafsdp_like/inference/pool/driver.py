@@ -16,6 +16,7 @@ from yafsdp_like.inference.pool.member import ModelState
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from yafsdp_like.inference.engine.adapters import Adapters
     from yafsdp_like.inference.engine.engine import Metrics
     from yafsdp_like.inference.engine.request import Request, RequestOutput
     from yafsdp_like.inference.kv.occupancy import Stretch
@@ -164,6 +165,10 @@ class PoolDriver:
                 self._idle_since[name] = self._clock()
 
     # --- models ---
+
+    def adapters_of(self, name: str) -> Adapters:
+        """Return the LoRA adapters of a model, which stay its own while it sleeps, or is not loaded."""
+        return self._pool.engine(name).adapters
 
     def models(self) -> dict[str, ModelStatus]:
         """Return how each model stands."""

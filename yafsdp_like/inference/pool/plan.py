@@ -21,6 +21,7 @@ import torch
 
 from yafsdp_like.inference.kv.slabs import SlabGrid, ceil_div
 from yafsdp_like.inference.options import EngineOptions
+from yafsdp_like.inference.plan.adapter_layout import ADAPTER_IMAGES
 from yafsdp_like.inference.plan.buffers import ALWAYS, LOGITS, TABLES, WORKSPACE
 from yafsdp_like.inference.plan.capacity import Capacity
 from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS, ServingPlan, Site, plan_serving
@@ -61,6 +62,21 @@ class ModelPlan:
         return self.units[-1].end_nbytes
 
     @property
+    def slots_nbytes(self) -> int:
+        """Bytes of slots of LoRA adapters, which lie in the home behind the units."""
+        return 0 if self.serving.adapters is None else self.serving.adapters.region().nbytes
+
+    @property
+    def slots(self) -> Segment:
+        """Where these slots lie in the slabs' region."""
+        return Segment(self.home.start * self.serving.grid.slab_nbytes + self.image_nbytes, self.slots_nbytes)
+
+    @property
+    def images_region(self) -> str:
+        """Name of the region of the model's adapters in host memory."""
+        return f"{self.name}: {ADAPTER_IMAGES}"
+
+    @property
     def tables_region(self) -> str:
         """Name of the region of the model's own tables."""
         return f"{self.name}: {TABLES}"
@@ -71,7 +87,15 @@ class ModelPlan:
 
     def slabs_of(self, unit: int) -> range:
         """Return the slabs that a unit lies in."""
-        segment, slab_nbytes, first = self.units[unit], self.serving.grid.slab_nbytes, self.home.start
+        return self._slabs_of(self.units[unit])
+
+    @property
+    def slabs_of_slots(self) -> range:
+        """The slabs that slots of adapters lie in."""
+        return self._slabs_of(Segment(self.image_nbytes, self.slots_nbytes)) if self.slots_nbytes else range(0)
+
+    def _slabs_of(self, segment: Segment) -> range:
+        slab_nbytes, first = self.serving.grid.slab_nbytes, self.home.start
         return range(first + segment.offset_nbytes // slab_nbytes, first + ceil_div(segment.end_nbytes, slab_nbytes))
 
 
@@ -100,6 +124,9 @@ class PoolPlan:
         regions = [Region(HOST_WEIGHTS, HOST_WEIGHTS, self.host_weights_nbytes)]
         if self.host_grid is not None:
             regions.append(Region(HOST_KV_SLABS, HOST_KV_SLABS, self.host_grid.region_nbytes))
+        for plan in self.models.values():
+            if plan.serving.adapters is not None:
+                regions.append(replace(plan.serving.adapters.host_region(), name=plan.images_region))
         return MemoryPlan(1, tuple(regions))
 
     @cached_property
@@ -133,7 +160,7 @@ class PoolPlan:
         return serving.capacity.num_slabs(serving.grid, serving.max_seq_len)
 
     def _bytes_of(self, plan: ModelPlan) -> Segment:
-        return Segment(plan.home.start * self.grid.slab_nbytes, plan.image_nbytes)
+        return Segment(plan.home.start * self.grid.slab_nbytes, plan.image_nbytes + plan.slots_nbytes)
 
     def __str__(self) -> str:
         lines = [*self._lines(), str(self.memory)]
@@ -173,7 +200,8 @@ def plan_pool(models: Mapping[str, PooledModel], options: PoolOptions, hardware:
             f"{buffers_nbytes:,} bytes for the buffers of steps and {graphs_nbytes:,} for CUDA graphs"
         )
     units = {name: tuple(_units(plan)) for name, plan in alone.items()}
-    sizes = [ceil_div(units[name][-1].end_nbytes, grid.slab_nbytes) for name in alone]
+    slots = {name: plan.adapters.region().nbytes if plan.adapters else 0 for name, plan in alone.items()}
+    sizes = [ceil_div(units[name][-1].end_nbytes + slots[name], grid.slab_nbytes) for name in alone]
     for (name, plan), size in zip(alone.items(), sizes, strict=True):
         _check_fits(name, plan, grid, size, options)
     wanted = max(_wanted_slabs(plan, grid, options) for plan in alone.values())

@@ -99,8 +99,12 @@ class ModelPool:
         weights = PooledWeights(plan, self.arena, self.host, streams_of(self.device))
         buffers = plan.serving.buffers.tensors(place_of)
         places = EnginePlaces(buffers, self._regions, self._pools, partial(self._make_room, plan.name))
-        residence = Residence(plan, self._pools[Tier.DEVICE], weights)
-        return Member(plan, model, weights, residence, Engine(weights, places))
+        if plan.slots_nbytes:
+            slots = self._regions[Tier.DEVICE][plan.slots.offset_nbytes : plan.slots.end_nbytes]
+            places = replace(places, adapter_slots=slots, adapter_images=bytes_of(self.host, plan.images_region))
+        engine = Engine(weights, places)
+        residence = Residence(plan, self._pools[Tier.DEVICE], weights, engine.adapters)
+        return Member(plan, model, weights, residence, engine)
 
     # --- where weights are ---
 

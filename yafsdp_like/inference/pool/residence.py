@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from yafsdp_like.inference.engine.adapters import Adapters
     from yafsdp_like.inference.kv.pages import PagePool
     from yafsdp_like.inference.pool.plan import ModelPlan
     from yafsdp_like.inference.pool.weights import PooledWeights
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 class Residence:
     """One model's slabs and units on the device. Work is O(slabs of its home + pages that are evicted from them)."""
 
-    def __init__(self, plan: ModelPlan, pages: PagePool, weights: PooledWeights) -> None:
-        self._plan, self._pages, self._weights = plan, pages, weights
+    def __init__(self, plan: ModelPlan, pages: PagePool, weights: PooledWeights, adapters: Adapters) -> None:
+        """``adapters`` have their slots in the home, too."""
+        self._plan, self._pages, self._weights, self._adapters = plan, pages, weights, adapters
         self.owned: set[int] = set()
         self.nbytes_copied = 0  # since the start
         self._present: set[int] = set()  # units that are there, or on their way
@@ -47,6 +49,8 @@ class Residence:
             self._present.add(unit)
             nbytes += self._plan.units[unit].nbytes
             room -= 1
+        if room > 0 or most_on_their_way is None:
+            self._claim(self._plan.slabs_of_slots)  # filled when requests need them
         self.nbytes_copied += nbytes
         return nbytes
 
@@ -61,11 +65,14 @@ class Residence:
             self.owned.add(slab)
             if self._written.get(slab) != num_written:
                 self._present -= {unit for unit, slabs in enumerate(self._slabs) if slab in slabs}
+                if slab in self._plan.slabs_of_slots:
+                    self._adapters.lose_slots()
         return True
 
     def let_go(self) -> None:
         """Give all slabs back. Nothing is copied; what is issued from now on may write them."""
         self._weights.let_go()
+        self._adapters.await_copies()
         for slab in self.owned:
             self._written[slab] = self._pages.slabs.num_written[slab]
             self._pages.slabs.returned(slab)
@@ -75,3 +82,4 @@ class Residence:
         """Let go, and rely on no byte that is there."""
         self.let_go()
         self._present.clear()
+        self._adapters.lose_slots()
