@@ -55,7 +55,6 @@ WITH_IMAGE = {"messages": [{"role": "user", "content": [{"type": "image_url", "i
         (COMPLETIONS, {"prompt": "x", "top_p": 0}, 400, "top_p", "greater than 0"),
         (COMPLETIONS, {"prompt": "x", "seed": 2**63}, 400, "seed", "less than"),
         (COMPLETIONS, {"prompt": "x", "logprobs": 21}, 400, "logprobs", "less than or equal to 20"),
-        (COMPLETIONS, {"prompt": "x", "logprobs": 1, "echo": True}, 400, "echo", "not both"),
         (COMPLETIONS, {"prompt": "x", "stop": ["a"] * (MAX_STOP_STRINGS + 1)}, 400, "stop", "at most 16 strings"),
         (COMPLETIONS, {"prompt": "x", "stop": [""]}, 400, "stop", "of 1 to 256 characters"),
         (COMPLETIONS, {"prompt": "x", "suffix": "y"}, 400, "suffix", "only continues a prompt"),

@@ -128,7 +128,7 @@ def test_the_plan_of_resident_weights_is_an_equation() -> None:
     tables += aligned(4 * (b + 4)) + aligned(4 * (b + 1)) + aligned(8 * b) + aligned(4 * b * 7) + aligned(8 * b * 4)
     tables += 4 * b * v + 2 * (2 * 64 * 16)
     limits = aligned(b * v // 8) + aligned(4 * b * 7) + aligned(8 * b * 4) + aligned(b) + aligned(8 * b)
-    tables += limits + (4 + 8) * b * 512  # biases
+    tables += limits + (4 + 8) * b * 512 + aligned(8 * t)  # biases, tokens that follow those of scored prompts
     assert plan.memory.nbytes_of("tables") == tables
     kinds = ("weights", "kv slabs", "workspace", "logits", "tables")
     assert plan.memory.nbytes == sum(plan.memory.nbytes_of(kind) for kind in kinds)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from yafsdp_like.inference.engine.request import Token
 from yafsdp_like.inference.kv.kv_cache import KVSequenceState
 
 if TYPE_CHECKING:
@@ -43,6 +44,16 @@ class ActiveRequest:
     num_admitted: int = 0  # how often it was given pages anew, other ones perhaps
     adapter: LoadedAdapter | None = None
     adapter_slot: int = 0  # while it runs, the number of its adapter's slot; 0: it has none
+    prompt_scores: dict[int, Token] | None = None  # by position, of a prompt that is scored, until they are told
+
+    def __post_init__(self) -> None:
+        if self.request.num_prompt_logprobs is not None:
+            self.prompt_scores = {0: Token(self.request.prompt[0])}
+
+    def take_prompt(self) -> tuple[Token, ...]:
+        """Return the tokens of a prompt that was scored, once; () for any other."""
+        scores, self.prompt_scores = self.prompt_scores, None
+        return () if scores is None else tuple(scores[position] for position in range(len(self.request.prompt)))
 
     @property
     def rank(self) -> tuple[int, int]:

@@ -211,7 +211,8 @@ class Engine:
         if self.tp_group is not None and request.deadline is not None:
             request = replace(request, deadline=self.tp_group.broadcast(request.deadline))
         salt: Hashable = request.salt if adapter is None else (adapter.number, request.salt)
-        salt = salt if self.options.prefix_cache else object()
+        is_shared = self.options.prefix_cache and request.num_prompt_logprobs is None
+        salt = salt if is_shared else object()
         self._sequences[request.id] = self._scheduler.add(request, salt)
 
     def cancel(self, request_id: str) -> None:
@@ -330,8 +331,7 @@ class Engine:
             self.tp_group.check_same("requests", [replace(request, deadline=None) for request in requests])
         elif self.lockstep:
             raise RuntimeError("generate() cannot know when other ranks have ended: call step() equally often on all")
-        tokens: dict[str, list[Token]] = {}
-        done: dict[str, Completion] = {}
+        told: dict[str, list[RequestOutput]] = {}
         left = requests[::-1]
         for request in left:
             self._check_request(request)
@@ -342,13 +342,9 @@ class Engine:
                 while left and len(self._scheduler.waiting) < self.options.max_waiting:
                     request = left.pop()
                     self.add(request)
-                    tokens[request.id] = []
                 for output in self.step():
-                    drawn = tokens.setdefault(output.request_id, [])
-                    drawn += output.tokens
-                    if output.finish is not None:
-                        done[output.request_id] = Completion(tuple(drawn), output.finish, output.num_cached_tokens)
-        return done
+                    told.setdefault(output.request_id, []).append(output)
+        return {name: Completion.of(outputs) for name, outputs in told.items()}
 
     def end_requests(self) -> list[RequestOutput]:
         """End requests that were cancelled or are late, as every ``step`` does, and return their last outputs."""
@@ -378,7 +374,8 @@ class Engine:
     def _output(self, sequence: ActiveRequest, tokens: tuple[Token, ...], finish: FinishReason | None) -> RequestOutput:
         if finish is not None:
             del self._sequences[sequence.request.id]
-        return RequestOutput(sequence.request.id, tokens, finish, sequence.num_cached or 0)
+        prompt = sequence.take_prompt() if tokens else ()
+        return RequestOutput(sequence.request.id, tokens, finish, sequence.num_cached or 0, prompt=prompt)
 
     def _read(self) -> list[RequestOutput]:
         """Return what the step that is not read yet has drawn."""
@@ -392,6 +389,8 @@ class Engine:
         step_s = self._log.add_device(launched.began, launched.done)
         if self._times is not None and self.tp_group is None:  # clocks of several ranks differ
             self._times.learn(batch.num_tokens, batch.num_single, step_s)
+        if launched.scored is not None:
+            launched.scored.store()
         outputs = []
         for run, token in zip(launched.drawing, self._runner.read(launched), strict=True):
             if run.sequence.status is RequestStatus.ENDED:

@@ -43,7 +43,7 @@ from yafsdp_like.kernels.query_tiles import max_num_tiles, queries_per_tile
 from yafsdp_like.kernels.rotary import HeadNorms, rotate_and_store
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from yafsdp_like.inference.kv.layer_groups import LayerGroup
     from yafsdp_like.inference.plan.buffers import StepBuffers
@@ -94,13 +94,17 @@ class Forward:
         self._max_seq_len, self._num_multiprocessors = len(buffers.tables.cos), num_multiprocessors
         self._queries_per_tile = queries_per_tile_of(weights)
 
-    def __call__(self, size: StepSize) -> Tensor:
-        """Return logits (num_drawing, V) in the weights' dtype; keys and values go into pages."""
+    def __call__(self, size: StepSize, scored: Iterable[slice] = ()) -> Tensor:
+        """Return logits (num_drawing, V) in the weights' dtype; keys and values go into pages.
+
+        ``scored`` are rows whose logits are computed before, at the beginning of the same buffer, for whoever iterates:
+        those of one slice are there until the next one is asked for. A step whose rows all draw has none.
+        """
         self._embed(slice(0, size.num_tokens))
         for index in range(self._config.num_layers):
             self._layer(index, self._weights.layer(index), size)
             self._weights.release(index)
-        return self._head(size)
+        return self._head(size, scored)
 
     def warm_up(self, sizes: Sequence[StepSize]) -> None:
         """Issue what steps of ``sizes`` issue, but one layer of each kind; the tables must be those of padding.
@@ -227,27 +231,31 @@ class Forward:
         if self._tp_group is not None:
             self._tp_group.sum_(part)
 
-    def _head(self, size: StepSize) -> Tensor:
+    def _head(self, size: StepSize, scored: Iterable[slice] = ()) -> Tensor:
         norm, head = self._weights.head()
         added, hidden = self._activations.normed[: size.num_tokens], self._activations.hidden[: size.num_tokens]
         last, logits = self._activations.last[: size.num_drawing], self._logits[: size.num_drawing]
         if size.draws_in_order:
             self._norm(added, hidden, norm, last)
-        elif size.num_drawing:
+            return self._project(last, head, logits) if size.num_drawing else logits
+        if size.num_drawing or scored:
             self._norm(added, hidden, norm, added)
-            torch.index_select(added, 0, self._inputs.last_rows[: size.num_drawing], out=last)
+        for rows in scored:
+            self._project(added[rows], head, self._logits[: rows.stop - rows.start])
         if size.num_drawing:
+            torch.index_select(added, 0, self._inputs.last_rows[: size.num_drawing], out=last)
             self._project(last, head, logits)
         return logits
 
-    def _project(self, last: Tensor, head: Tensor, logits: Tensor) -> None:
+    def _project(self, last: Tensor, head: Tensor, logits: Tensor) -> Tensor:
         if self._tp_group is None:
             matmul(last, head, logits)
-            return
+            return logits
         rows = _range_of(len(head), self._tp_group.rank, self._tp_group.size)
         logits.zero_()
         matmul(last, head[rows], logits[:, rows])
         self._sum(logits)  # exact: of each logit all ranks but one have 0
+        return logits
 
 
 def queries_per_tile_of(weights: Weights) -> int:

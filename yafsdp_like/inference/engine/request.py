@@ -74,6 +74,7 @@ class Request:
     max_tokens: int = 16
     stop_tokens: frozenset[int] = frozenset()  # ends with one of these, which is reported, too
     num_logprobs: int | None = None  # None: none; 0: of the token drawn; n: of the n most probable, too
+    num_prompt_logprobs: int | None = None  # the same of the prompt's tokens, which are all computed then
     tenant: str = ""  # whose pages they are
     priority: int = 0  # higher first
     deadline: float | None = None  # in seconds of time.monotonic()
@@ -93,33 +94,19 @@ class Request:
             raise ValueError(f"request {self.id!r}: a prompt must have at least one token, found none")
         if self.max_tokens < 1:
             raise ValueError(f"request {self.id!r}: max_tokens must be at least 1, found {self.max_tokens}")
-        if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
-            raise ValueError(
-                f"request {self.id!r}: num_logprobs must be between 0 and {MAX_LOGPROBS}, found {self.num_logprobs}"
-            )
+        for name in ("num_logprobs", "num_prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and not 0 <= count <= MAX_LOGPROBS:
+                raise ValueError(f"request {self.id!r}: {name} must be between 0 and {MAX_LOGPROBS}, found {count}")
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was drawn; log-probabilities are the model's own, before penalties, temperature and cuts."""
+    """A token that was drawn, or of a prompt; log-probabilities are the model's own, before all that sampling does."""
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()  # (token, log-probability) of the most probable, in falling order
-
-
-@dataclass(frozen=True)
-class Completion:
-    """All that was drawn for one request."""
-
-    tokens: tuple[Token, ...]
-    finish: FinishReason
-    num_cached_tokens: int
-
-    @property
-    def ids(self) -> list[int]:
-        """Ids of the tokens."""
-        return [token.id for token in self.tokens]
 
 
 @dataclass(frozen=True)
@@ -131,3 +118,31 @@ class RequestOutput:
     finish: FinishReason | None = None
     num_cached_tokens: int = 0  # of the prompt, that were not computed
     error: str | None = None  # why it FAILED
+    prompt: tuple[Token, ...] = ()  # with the first tokens, if its log-probabilities are asked for; the first has none
+
+
+@dataclass(frozen=True)
+class Completion:
+    """All that was drawn for one request."""
+
+    tokens: tuple[Token, ...]
+    finish: FinishReason
+    num_cached_tokens: int
+    prompt: tuple[Token, ...] = ()  # see ``RequestOutput``
+
+    @property
+    def ids(self) -> list[int]:
+        """Ids of the tokens."""
+        return [token.id for token in self.tokens]
+
+    @classmethod
+    def of(cls, outputs: Sequence[RequestOutput]) -> Completion:
+        """Join all outputs of one request, in order, of which the last has a reason to finish."""
+        finish = outputs[-1].finish
+        assert finish is not None, f"request {outputs[-1].request_id!r} goes on"
+        return cls(
+            tuple(token for output in outputs for token in output.tokens),
+            finish,
+            max(output.num_cached_tokens for output in outputs),
+            next((output.prompt for output in outputs if output.prompt), ()),
+        )

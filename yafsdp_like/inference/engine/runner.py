@@ -21,6 +21,7 @@ from torch import Tensor
 from yafsdp_like.inference.engine.batch_inputs import Staging, host_like
 from yafsdp_like.inference.engine.forward import Forward, LayerPages, queries_per_tile_of
 from yafsdp_like.inference.engine.limited_drawing import LimitedDrawing
+from yafsdp_like.inference.engine.prompt_scores import PromptScorer, ScoredStep, compute_logprobs
 from yafsdp_like.inference.engine.request import Token
 from yafsdp_like.inference.kv.eviction import Costs
 from yafsdp_like.inference.kv.kv_cache import Copy, Tier
@@ -62,6 +63,7 @@ class Launched:
     results: DrawnTokens  # on the host, once ``done``
     began: Event  # its first work on the device, of ``Runner.timer`` as ``done`` is
     done: Event
+    scored: ScoredStep | None  # prompts
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Undrawn:
     num_rows: int  # that draw, padding included
     began: Event
     slots: set[int] | None  # of adapters that it reads
+    scored: ScoredStep | None
 
 
 class Runner:
@@ -99,7 +102,7 @@ class Runner:
         )
         page_size, per_tile = groups[0].shape.page_size, queries_per_tile_of(weights)
         self._staging = Staging(buffers, page_size, per_tile, self._on_gpu)
-        self._limited = LimitedDrawing(buffers, self._on_gpu)
+        self._limited, self._scorer = LimitedDrawing(buffers, self._on_gpu), PromptScorer(buffers, self._on_gpu)
         self._streams, self.timer = streams_of(weights.device), Timer(weights.device)
         scores, ids = buffers.logits, buffers.inputs.token_pool[: self._max_batch_size]
         self._drawn = DrawnTokens(ids, scores.drawn_logprobs, scores.top_logits, scores.top_ids)
@@ -245,20 +248,24 @@ class Runner:
             size = self._buckets.fit(size)
         slots = batch.adapter_slots if self._adapters.slots else None
         size = replace(size, adapted=True) if slots else size
-        # A recording cannot wait for one unit after the other. Whether a step is recorded changes no bits.
-        recording = None if self._weights.is_arriving() else self._recordings.get(size)
+        scored = None if size.draws_in_order else self._scorer.find(batch.runs)
+        # A recording cannot wait for one unit after the other, or score. Whether a step is recorded changes no bits.
+        recording = None if scored is not None or self._weights.is_arriving() else self._recordings.get(size)
         with launching_on(self._weights.device):
             self._staging.stage(batch.runs, drawing, size)
             began = self.timer.mark()
             self._copy_pages(batch.copies)
             if slots:
                 self._adapters.await_copies()
-            if recording is None:
+            if scored is not None:
+                self._scorer.stage(scored)
+                self._sample(self._forward(size, self._scorer.pieces(scored)))
+            elif recording is None:
                 self._sample(self._forward(size))
             else:
                 self._weights.reset_residency()
                 recording.replay()
-            step = Undrawn(drawing, size.num_drawing, began, slots)
+            step = Undrawn(drawing, size.num_drawing, began, slots, scored)
             return step if any(run.sequence.request.limits is not None for run in drawing) else self._end(step)
 
     @torch.inference_mode()
@@ -269,7 +276,7 @@ class Runner:
             return self._end(step)
 
     def _end(self, step: Undrawn) -> Launched:
-        launched = self._fetch(step.drawing, step.num_rows, step.began)
+        launched = self._fetch(step)
         if step.slots:
             self._adapters.launched(step.slots, launched.done)
         return launched
@@ -307,21 +314,11 @@ class Runner:
             sample(logits, drawn_from, self._drawn.ids[rows])
 
     def _compute_logprobs(self, num_rows: int) -> None:
-        """Compute log-probabilities of the tokens drawn, and of the most probable, from the step's logits.
+        """Compute log-probabilities of the tokens drawn, and of the most probable."""
+        compute_logprobs(self._buffers.logits, self._drawn.ids[:num_rows])
 
-        They are logits less the log of the sum of all exponentials, which is taken relative to the highest logit.
-        """
-        to, rows = self._buffers.logits, slice(0, num_rows)
-        scores, sums, drawn, top = to.logprobs[rows], to.log_sums[rows], to.drawn_logprobs[rows], to.top_logits[rows]
-        scores.copy_(to.logits[rows])
-        torch.topk(scores, top.shape[1], dim=1, out=(top, to.top_ids[rows]))
-        torch.gather(scores, 1, self._drawn.ids[rows, None], out=drawn[:, None])
-        torch.sum(scores.sub_(top[:, :1]).exp_(), 1, out=sums)
-        sums.log_().add_(top[:, 0])
-        drawn.sub_(sums)
-        top.sub_(sums[:, None])
-
-    def _fetch(self, drawing: tuple[Run, ...], num_rows: int, began: Event) -> Launched:
+    def _fetch(self, step: Undrawn) -> Launched:
+        drawing, num_rows = step.drawing, step.num_rows
         with_logprobs = any(run.sequence.request.num_logprobs is not None for run in drawing)
         if with_logprobs:
             recorded = min((found for found in self._logprobs if found >= num_rows), default=None)
@@ -334,7 +331,7 @@ class Runner:
         pairs = zip(vars(results).values(), vars(self._drawn).values(), strict=True)
         for result, drawn in islice(pairs, None if with_logprobs else 1):
             result[rows].copy_(drawn[rows], non_blocking=True)
-        return Launched(drawing, results, began, self.timer.mark())
+        return Launched(drawing, results, step.began, self.timer.mark(), step.scored)
 
     def _copy_pages(self, copies: Iterable[Copy]) -> None:
         for first, num_pages in _merged(copies):

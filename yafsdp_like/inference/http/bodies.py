@@ -142,6 +142,7 @@ class AnyBody(Body):
     add_special_tokens: bool | None = None
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)  # lower first, as vLLM has it
     return_token_ids: bool | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     # [Note: fields] Harmless.
     user: Any = None
     metadata: Any = None
@@ -194,10 +195,14 @@ class CompletionBody(AnyBody):
         super().check()
         if self.best_of is not None and self.best_of != self.num_each:
             raise invalid("best_of", "answers are not ranked; leave it out, or say what n says", UNSUPPORTED)
-        if self.max_tokens == 0 and not self.echo:
-            raise invalid("max_tokens", "0 generates nothing, which only echo makes an answer of")
-        if self.echo and self.logprobs is not None:
-            raise invalid("echo", "log-probabilities of the prompt are not computed: set echo or logprobs, not both")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise invalid("max_tokens", "0 generates nothing, which only echo and prompt_logprobs make an answer of")
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Of the most probable tokens at each place of a prompt; None: nothing is told of it."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
 
 
 class ToolFunction(Body):
@@ -290,8 +295,8 @@ class ChatBody(AnyBody):
                 raise invalid(f"messages[{index}].content", "Field required")
         if self.continue_final_message and self.add_generation_prompt:
             raise invalid("continue_final_message", "and add_generation_prompt exclude each other")
-        if 0 in (self.max_tokens, self.max_completion_tokens):
-            raise invalid("max_tokens", "0 generates nothing, and a chat has no other answer")
+        if 0 in (self.max_tokens, self.max_completion_tokens) and self.prompt_logprobs is None:
+            raise invalid("max_tokens", "0 generates nothing, which only prompt_logprobs makes an answer of")
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs", "needs logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:

@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 DEFAULT_MAX_TOKENS = 16  # of a completion, as OpenAI's
 MIN_BODY_NBYTES, TOKEN_NBYTES = 2**20, 32  # of the limit; of a token, in whatever way it is written
+MAX_PROMPT_LOGPROBS = 2**20  # log-probabilities of prompts, of all choices
 MAX_ECHOED_CHARACTERS = 2**22  # characters of prompts that are said again, of all choices
 PROBED, SPARED_TOKENS = 8, 64  # characters for each token that fits; tokens by which a cut may change their number
 
@@ -74,6 +75,15 @@ class EncodedPrompts:
     prompts: Sequence[tuple[int, ...]]
     max_tokens: Sequence[int]
     num_logprobs: int | None
+    num_prompt_logprobs: int | None
+
+    def check(self, num_each: int) -> None:
+        """Raises ApiError where an answer would be too long."""
+        if self.num_prompt_logprobs is not None:
+            count = sum(map(len, self.prompts)) * num_each * (1 + self.num_prompt_logprobs)
+            if count > MAX_PROMPT_LOGPROBS:
+                message = f"at most {MAX_PROMPT_LOGPROBS} in all, found {count}; ask about fewer prompts at once"
+                raise invalid("prompt_logprobs", message)
 
 
 def known_fields(kind: type[AnyBody], sent: Any, options: HttpOptions) -> tuple[Any, list[str]]:
@@ -145,9 +155,16 @@ class RequestParser:
         self._check(body, len(body.prompt))
         prompts = [self._prompt(body, prompt) for prompt in body.prompt]
         max_tokens = [self._max_tokens("prompt", prompt, body.max_tokens, DEFAULT_MAX_TOKENS) for prompt in prompts]
-        has_logprobs = body.logprobs is not None
-        format = CompletionFormat(self._codec, self._echoes(body), has_logprobs, bool(body.return_token_ids))
-        return self._parse(body, format, EncodedPrompts(prompts, max_tokens, body.logprobs), arrival)
+        format = CompletionFormat(
+            self._codec,
+            self._echoes(body),
+            has_logprobs=body.logprobs is not None,
+            has_ids=bool(body.return_token_ids),
+            has_echo=bool(body.echo),
+            has_prompt_logprobs=body.prompt_logprobs is not None,
+        )
+        encoded = EncodedPrompts(prompts, max_tokens, body.logprobs, body.num_prompt_logprobs)
+        return self._parse(body, format, encoded, arrival)
 
     def chat(self, body: ChatBody, arrival: float | None = None) -> ParsedRequest:
         """Raises ApiError for what is not served."""
@@ -157,9 +174,12 @@ class RequestParser:
         prompt = self._cut(body, self._ids("messages", self._codec.encode_chat, self._conversation(body)))
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         max_tokens = self._max_tokens("messages", prompt, asked, self._options.max_seq_len)
-        format = ChatFormat(self._codec, bool(body.logprobs), bool(body.return_token_ids))
+        has_prompt_logprobs = body.prompt_logprobs is not None
+        format = ChatFormat(self._codec, bool(body.logprobs), bool(body.return_token_ids), has_prompt_logprobs)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._parse(body, format, EncodedPrompts([prompt], [max_tokens], num_logprobs), arrival)
+        return self._parse(
+            body, format, EncodedPrompts([prompt], [max_tokens], num_logprobs, body.prompt_logprobs), arrival
+        )
 
     def _conversation(self, body: ChatBody) -> Conversation:
         try:
@@ -275,8 +295,9 @@ class RequestParser:
             body.stop,
             shows_stop=bool(body.include_stop_str_in_output),
             skips_special_tokens=body.skip_special_tokens is not False,
-            is_silent=body.max_tokens == 0,
+            is_silent=0 in (body.max_tokens, getattr(body, "max_completion_tokens", None)),
         )
+        asked.check(body.num_each)
         choices = []
         for index in range(len(asked.prompts) * body.num_each):
             number, draw = divmod(index, body.num_each)
@@ -287,6 +308,7 @@ class RequestParser:
                 max_tokens=asked.max_tokens[number],
                 stop_tokens=stop_tokens.union(body.stop_token_ids or ()),
                 num_logprobs=asked.num_logprobs,
+                num_prompt_logprobs=asked.num_prompt_logprobs,
                 limits=limits,
                 priority=-(body.priority or 0) if self._options.priorities else 0,
                 deadline=deadline,

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
-from yafsdp_like.inference.engine.request import FinishReason, Request
+from yafsdp_like.inference.engine.request import FinishReason, Request, Token
 from yafsdp_like.inference.text.codec import Codec, Piece, PlacedToken, Transcript
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity
@@ -27,6 +27,7 @@ class Choice:
     text: str = ""
     tokens: list[PlacedToken] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)  # all that were drawn
+    prompt: tuple[Token, ...] = ()  # where its log-probabilities are told
     num_cached_tokens: int = 0
 
     def add(self, piece: Piece) -> None:
@@ -34,6 +35,11 @@ class Choice:
         self.text += piece.text
         self.tokens += piece.tokens
         self.ids += piece.ids
+        self.prompt = self.prompt or piece.prompt
+
+    def whole_piece(self) -> Piece:
+        """Return all pieces as one."""
+        return Piece(self.text, tuple(self.tokens), self.transcript.finish, tuple(self.ids), self.prompt)
 
 
 class ResponseFormat(Protocol):
@@ -44,8 +50,16 @@ class ResponseFormat(Protocol):
     part_object: ClassVar[str]  # and of a chunk
 
     @property
+    def codec(self) -> Codec:
+        """Names tokens."""
+
+    @property
     def has_ids(self) -> bool:
         """Whether ids of tokens are said, of the prompt and of the answer."""
+
+    @property
+    def has_prompt_logprobs(self) -> bool:
+        """Whether the field ``prompt_logprobs`` is said."""
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         """A choice that has ended."""
@@ -65,30 +79,45 @@ class CompletionFormat:
     echoes: tuple[str, ...]  # of each choice, said before its text; "" for none
     has_logprobs: bool
     has_ids: bool = False
+    has_echo: bool = False
+    has_prompt_logprobs: bool = False
     prefix: ClassVar[str] = "cmpl"
     whole_object: ClassVar[str] = "text_completion"
     part_object: ClassVar[str] = "text_completion"
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         """Return a finished choice."""
-        finish = choice.transcript.finish
-        piece = Piece(self.echoes[choice.index] + choice.text, tuple(choice.tokens), finish, tuple(choice.ids))
+        piece = choice.whole_piece()
+        if not self._is_echoed_with(piece):
+            piece = replace(piece, text=self.echoes[choice.index] + piece.text)
         return {**self.part(choice, piece), **_prompt_ids(self, choice)}
 
     def part(self, choice: Choice, piece: Piece) -> dict[str, Any]:
         """Return a choice of a chunk that holds one piece."""
-        logprobs = self._logprobs(piece.tokens) if self.has_logprobs and (piece.tokens or piece.finish) else None
-        part = {"index": choice.index, "text": piece.text, "logprobs": logprobs, "finish_reason": FINISH[piece.finish]}
-        return {**part, **_ids(self, piece.ids)}
+        logprobs, text = None, piece.text
+        if self._is_echoed_with(piece):
+            text = self.echoes[choice.index] + text
+        if self.has_logprobs and (piece.tokens or piece.finish or self._is_echoed_with(piece)):
+            logprobs = self._logprobs(choice, piece)
+        part = {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": FINISH[piece.finish]}
+        return {**part, **_ids(self, piece.ids), **_prompt_logprobs(self, piece.prompt)}
+
+    def _is_echoed_with(self, piece: Piece) -> bool:
+        """Whether the prompt is said again with this piece, since its log-probabilities come with it."""
+        return self.has_echo and self.has_logprobs and bool(piece.prompt)
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         """Return the chunk of the echoed prompt, if it is asked for."""
-        echo = self.echoes[choice.index]
+        echo = "" if self.has_echo and self.has_logprobs else self.echoes[choice.index]
         return {**self.part(choice, Piece(echo)), **_prompt_ids(self, choice)} if echo or self.has_ids else None
 
-    def _logprobs(self, placed: Sequence[PlacedToken]) -> dict[str, Any]:
-        name = self.codec.name_of
-        tops = [self._top(item.token.top) for item in placed]
+    def _logprobs(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+        name, echo = self.codec.name_of, self.echoes[choice.index]
+        placed = [PlacedToken(item.token, item.text_offset + len(echo)) for item in piece.tokens]
+        if self._is_echoed_with(piece):
+            offsets = self.codec.offsets_of([token.id for token in piece.prompt], echo)
+            placed = [*map(PlacedToken, piece.prompt, offsets), *placed]
+        tops = [None if item.token.logprob is None else self._top(item.token.top) for item in placed]
         return {
             "tokens": [name(item.token.id) for item in placed],
             "token_logprobs": [_finite(item.token.logprob) for item in placed],
@@ -112,6 +141,7 @@ class ChatFormat:
     codec: Codec
     has_logprobs: bool
     has_ids: bool = False
+    has_prompt_logprobs: bool = False
     prefix: ClassVar[str] = "chatcmpl"
     whole_object: ClassVar[str] = "chat.completion"
     part_object: ClassVar[str] = "chat.completion.chunk"
@@ -126,6 +156,7 @@ class ChatFormat:
             "finish_reason": FINISH[choice.transcript.finish],
             **_ids(self, choice.ids),
             **_prompt_ids(self, choice),
+            **_prompt_logprobs(self, choice.prompt),
         }
 
     def part(self, choice: Choice, piece: Piece) -> dict[str, Any]:
@@ -133,7 +164,7 @@ class ChatFormat:
         delta = {"content": piece.text} if piece.text or piece.finish is None else {}
         logprobs = self._logprobs(piece.tokens) if piece.tokens else None
         part = {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": FINISH[piece.finish]}
-        return {**part, **_ids(self, piece.ids)}
+        return {**part, **_ids(self, piece.ids), **_prompt_logprobs(self, piece.prompt)}
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         """Return the chunk that names the role."""
@@ -162,6 +193,25 @@ def _ids(format: ResponseFormat, ids: Sequence[int]) -> dict[str, Any]:
 
 def _prompt_ids(format: ResponseFormat, choice: Choice) -> dict[str, Any]:
     return {"prompt_token_ids": list(choice.request.prompt)} if format.has_ids else {}
+
+
+def _prompt_logprobs(format: ResponseFormat, prompt: Sequence[Token]) -> dict[str, Any]:
+    """Return vLLM's field: of each token of the prompt but the first, what is known of it and of the most probable."""
+    if not format.has_prompt_logprobs or not prompt:
+        return {}
+    told: list[dict[str, Any] | None] = [None]
+    for token in prompt[1:]:
+        ranked: dict[int, tuple[float, int | None]] = {}
+        for rank, (each, logprob) in enumerate(token.top, 1):
+            ranked[each] = logprob, rank
+        ranked.setdefault(token.id, (token.logprob or 0.0, None))
+        told.append(
+            {
+                str(each): {"logprob": _finite(logprob), "rank": rank, "decoded_token": format.codec.name_of(each)}
+                for each, (logprob, rank) in ranked.items()
+            }
+        )
+    return {"prompt_logprobs": told}
 
 
 def _finite(logprob: float | None) -> float | None:

@@ -175,7 +175,7 @@ class OpenAIHandler:
                 if (opening := parsed.format.opening(choice)) is not None:
                     yield _line(parsed.envelope(parsed.format.part_object, [opening], **more))
             async for choice, piece in self._pieces(parsed, stream):
-                has_news = piece.text or piece.tokens or (piece.ids and parsed.format.has_ids)
+                has_news = piece.text or piece.tokens or piece.prompt or (piece.ids and parsed.format.has_ids)
                 if has_news or piece.finish is not None:
                     yield _line(parsed.envelope(parsed.format.part_object, [parsed.format.part(choice, piece)], **more))
             if parsed.wants_usage:
@@ -270,9 +270,11 @@ async def close_on_disconnect(receive: Receive, stream: Stream) -> AsyncIterator
 class EventStreamResponse(StreamingResponse):
     """Server-sent events made from a stream, which ends with this."""
 
-    def __init__(self, lines: AsyncIterator[bytes], stream: Stream, more_headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, lines: AsyncIterator[bytes], stream: Stream, more_headers: Mapping[str, str] | None = None
+    ) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies are to pass lines on as they come
-        super().__init__(lines, media_type="text/event-stream", headers={**headers, **more_headers})
+        super().__init__(lines, media_type="text/event-stream", headers={**headers, **(more_headers or {})})
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

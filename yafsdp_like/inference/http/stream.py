@@ -70,7 +70,8 @@ class Stream:
         if not self._is_closed:
             if output.tokens and self._outputs and self._outputs[-1].request_id == output.request_id:
                 before = self._outputs.pop()
-                output = replace(output, tokens=before.tokens + output.tokens)
+                prompt = before.prompt or output.prompt
+                output = replace(output, tokens=before.tokens + output.tokens, prompt=prompt)
             self._outputs.append(output)
         self._news.set()
 

@@ -12,6 +12,7 @@ starts at or after the token's own place in the text.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -115,6 +116,19 @@ class Codec:
     def _names(self) -> dict[int, str]:
         """Those that were asked for: lists of log-probabilities name many tokens, again and again."""
         return {}
+
+    def offsets_of(self, tokens: Sequence[int], text: str) -> list[int]:
+        """Return where each token's characters begin in ``text``, which these tokens stand for.
+
+        Special tokens that are not in the text have none.
+        """
+        offsets, decoder, end = list[int](), codecs.getincrementaldecoder("utf-8")("replace"), 0
+        for token in tokens:
+            offsets.append(end)
+            piece = decoder.decode(self.bytes_of(token))
+            if token not in self._added or text.startswith(piece, end):
+                end += len(piece)
+        return offsets
 
     def max_characters(self, num_tokens: int) -> int:
         """Return the length of the longest text of so many tokens, in characters.
@@ -266,6 +280,7 @@ class Piece:
     tokens: tuple[PlacedToken, ...] = ()  # those whose text begins in a part up to this one, each once
     finish: FinishReason | None = None
     ids: tuple[int, ...] = ()  # all that were drawn since the part before, whatever text they have
+    prompt: tuple[Token, ...] = ()  # with the first part, where its log-probabilities are told
 
 
 @dataclass(frozen=True)
@@ -300,7 +315,7 @@ class Transcript:
         """What an output adds. Once `finish` is set, by a stop string even before the engine has ended it, nothing."""
         if self._wording.is_silent:
             self.finish = FinishReason.LENGTH if output.finish is FinishReason.STOP else output.finish
-            return Piece("", (), self.finish)
+            return Piece("", (), self.finish, prompt=output.prompt)
         shown, ids = "", list[int]()
         for index, token in enumerate(output.tokens):
             if self.finish is not None:
@@ -313,7 +328,7 @@ class Transcript:
         if self.finish is None and output.finish is not None:
             shown += self._end(output.finish)
         self._num_shown += len(shown)
-        return Piece(shown, self._take_tokens(), self.finish, tuple(ids))
+        return Piece(shown, self._take_tokens(), self.finish, tuple(ids), output.prompt)
 
     def _add(self, token: Token) -> str:
         self._unsaid.append(token)
