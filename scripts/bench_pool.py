@@ -2,6 +2,7 @@
 
     python scripts/bench_pool.py --models 8b,3b,1b --limit-gib 22 --out scripts/results/<date>-<device>-pool.json
     python scripts/bench_pool.py --models 0.6b,135m --limit-gib 2 --measure many --switches 1000
+    python scripts/bench_pool.py --models 3b,8b,1b,3b --limit-gib 24 --measure popular --requests 96 --rate 2
 
 Run it with PYTHONPATH=. in a checkout. Models are presets with random weights; a limit in which not all fit together
 makes them take turns. What it does is in `bench/pool_run.py`: this is the command.
@@ -23,6 +24,15 @@ all the time and idle while the first one served the same, in turn.
 
 `many`: `--switches` switches among all models, in random order, with requests of all models every ten: the allocator's
 counters, the device's used memory and the tokens of each request, compared with those after the first round.
+
+`popular`: the same requests, Poisson arrivals of which the k-th model of `--models` gets 1/k^`--zipf` as many as the
+first, served in three ways within the same planned bytes, one after the other: `pool`, a process with a pool of all
+models; `apart`, one process per model for as many as fit, the most popular first, while the rest takes turns in the
+memory of the largest of them, each in a process that starts when it is asked, reads its files and records its graphs;
+`disk`, where all models are served like this rest. Files were just written, so they are read from the system's cache;
+processes are forked from one that has imported everything; what CUDA itself takes in each process is not counted. All
+three favour `apart` and `disk` over what they would be in production. Seconds to first tokens count from arrivals; a
+request without one by the end (`--most-s`) has waited as long as it has.
 
 Prompts are random tokens, other ones each time but in `many`, which turns the prefix cache off: the same steps then
 compute the same rows. The last line of output is one JSON object.

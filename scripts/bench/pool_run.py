@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from bench import pool_popular
 from bench.allocator import allocator_counts, used_nbytes
 from bench.options import DTYPES
 from bench.ranks import say
@@ -31,7 +32,7 @@ from yafsdp_like.inference.weights.loading import random_model
 from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.models import PRESETS
 
-MEASURES = ("switch", "cold", "prefetch", "awake", "many")
+MEASURES = ("switch", "cold", "prefetch", "awake", "many", "popular")
 _LINK_NBYTES = 1 << 30
 _NUM_DECODED = 128  # tokens of a request whose steps are timed
 _GREEDY = SamplingParams(temperature=0.0)
@@ -104,17 +105,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     world = ranks.join(options.device)
     report: Row = {"command": f"python scripts/bench_pool.py {shlex.join(arguments)}"}
     try:
-        bench = _pool(options, world)
-        report |= {"hardware": hardware(world), "versions": versions(world), "plan": str(bench.pool.plan).splitlines()}
-        for name, result in _measured(bench):
-            report[name] = result
-            say(world, _described(name, result))
-        bench.pool.check_integrity()
+        report |= {"hardware": hardware(world), "versions": versions(world)}
+        if "popular" in options.measure:
+            report["popular"] = _popular(options, world)
+        else:
+            bench = _pool(options, world)
+            report["plan"] = str(bench.pool.plan).splitlines()
+            for name, result in _measured(bench):
+                report[name] = result
+                say(world, _described(name, result))
+            bench.pool.check_integrity()
         if options.out is not None:
             write(report, options.out)
     finally:
         ranks.leave()
     say(world, json.dumps(report))
+
+
+def _popular(options: argparse.Namespace, world: World) -> list[Row]:
+    rows = []
+    for row in pool_popular.measure(options, world.device, _engine_options(options)):
+        rows.append(row)
+        say(world, _described("popular", {name: value for name, value in row.items() if name != "first_tokens_s"}))
+    return rows
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -129,12 +142,28 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="sequences of one step")
     parser.add_argument("--max-batch-tokens", type=int, default=512)
     parser.add_argument("--max-seq-len", type=int, default=1024)
+    parser.add_argument("--max-turn-steps", type=int, default=PoolOptions.max_turn_steps)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--out", type=Path)
+    _add_popular(parser)
     options = parser.parse_args(arguments)
     options.measure = [name for name in MEASURES if name in options.measure.split(",")]
+    options.ways = [way for way in pool_popular.WAYS if way in options.ways.split(",")]
+    if "popular" in options.measure and len(options.measure) > 1:
+        parser.error("popular has the device to itself: measure it alone")
     return options
+
+
+def _add_popular(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("popular")
+    group.add_argument("--ways", default=",".join(pool_popular.WAYS), help="of the default")
+    group.add_argument("--requests", type=int, default=64)
+    group.add_argument("--rate", type=float, default=2.0, help="requests a second")
+    group.add_argument("--zipf", type=float, default=1.0, help="the k-th model is asked 1/k^this times as often")
+    group.add_argument("--most-s", type=float, default=60.0, help="seconds of a way, after which it is given up")
+    group.add_argument("--directory", type=Path, help="for the models' files; default: the system's for temporary ones")
+    group.add_argument("--workers", choices=("processes", "threads"), default="processes", help="threads are for tests")
 
 
 def _engine_options(options: argparse.Namespace) -> EngineOptions:
@@ -148,10 +177,10 @@ def _engine_options(options: argparse.Namespace) -> EngineOptions:
 
 def _pool(options: argparse.Namespace, world: World) -> PoolBench:
     presets = options.models.split(",")
-    names = [f"{name}.{i}" if presets.count(name) > 1 else name for i, name in enumerate(presets)]
+    names = pool_popular.names_of(presets)
     own, dtype = _engine_options(options), DTYPES[options.dtype]
     pooled = {name: PooledModel(PRESETS[preset], dtype, own) for name, preset in zip(names, presets, strict=True)}
-    limits = PoolOptions(int(options.limit_gib * 2**30))
+    limits = pool_popular.pool_options(options)
     plan = plan_pool(pooled, limits, Hardware.of(world.device))
     say(world, str(plan))
     models = {name: random_model(name, model.config) for name, model in pooled.items()}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 from bench import pool_run
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+ROOT = Path(__file__).parents[2]
 SIZES = ["--prompt-tokens", "6", "--new-tokens", "8", "--max-seq-len", "16", "--batch", "2", "--max-batch-tokens", "8"]
 ARGUMENTS = ["--models", "tiny,tiny,tiny", *SIZES, "--rounds", "1", "--device", "cpu", "--dtype", "fp32"]
 
@@ -47,3 +48,57 @@ def test_many_switches_are_compared_with_the_first_tokens() -> None:
     assert isinstance(many, dict)
     assert many["switches"] >= 20 and many["gib_moved"] > 0
     assert many["requests_equal"] == many["requests_compared"] > 6
+
+
+POPULAR = ["--measure", "popular", "--requests", "12", "--rate", "100", "--workers", "threads"]
+
+
+def popular(*arguments: str) -> dict[str, dict[str, Any]]:
+    """Rows for all requests, by way, after what all rows have in common was checked."""
+    rows = reported(*POPULAR, *arguments)["popular"]
+    assert isinstance(rows, list)
+    for way in {row["way"] for row in rows}:
+        everything, *models = [row for row in rows if row["way"] == way]
+        assert everything["model"] == "all" and [row["model"] for row in models] == ["tiny.0", "tiny.1", "tiny.2"]
+        assert sum(row["requests"] for row in models) == everything["requests"] == len(everything["first_tokens_s"])
+        assert sum(row["ended"] for row in models) == everything["ended"] <= everything["requests"]
+    return {row["way"]: row for row in rows if row["model"] == "all"}
+
+
+def test_a_pool_and_one_process_per_model_serve_the_same_requests_within_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One model has a process all the time, two take turns; where none has, all three do. Plots show all of it."""
+    files, out = tmp_path / "files", tmp_path / "popular.json"
+    files.mkdir()
+    rows = popular("--limit-gib", "0.0016", "--directory", str(files), "--out", str(out))
+    assert [*rows] == ["pool", "apart", "disk"] and {row["ended"] for row in rows.values()} == {12}
+    assert rows["pool"]["starts"] == 0 and rows["apart"]["starts"] >= 2 and rows["disk"]["starts"] >= 3
+    assert [*files.iterdir()] == []
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    pytest.importorskip("matplotlib")
+    import plot_pool
+
+    switches = json.loads((ROOT / "scripts/results/2026-11-29-h200-pool.json").read_text())
+    (tmp_path / "switches.json").write_text(json.dumps(switches))
+    plot_pool.main([str(tmp_path / "switches.json"), str(out), str(tmp_path / "all.png")])
+    plot_pool.main([str(out), str(tmp_path / "popular.png")])
+    sizes = [(tmp_path / name).stat().st_size for name in ("all.png", "popular.png")]
+    assert sizes[0] > sizes[1] > 10_000, "the first picture shows switches, too"
+
+
+def test_models_that_all_fit_have_processes_of_their_own(tmp_path: Path) -> None:
+    rows = popular("--limit-gib", "0.0025", "--directory", str(tmp_path), "--ways", "apart")
+    assert rows["apart"]["starts"] == 0 and rows["apart"]["ended"] == 12
+
+
+@pytest.mark.slow
+def test_processes_are_started_and_ended_for_models_on_demand(tmp_path: Path) -> None:
+    """The last ``--workers`` of a command line counts."""
+    rows = popular("--limit-gib", "0.0016", "--directory", str(tmp_path), "--workers", "processes", "--ways", "apart")
+    assert rows["apart"]["ended"] == 12 and rows["apart"]["starts"] >= 2
+
+
+def test_what_is_not_served_in_time_is_given_up_and_has_waited_as_long(tmp_path: Path) -> None:
+    rows = popular("--limit-gib", "0.0016", "--directory", str(tmp_path), "--ways", "disk", "--most-s", "0")
+    assert rows["disk"]["ended"] == 0 and rows["disk"]["first_tokens_s"] == [0.0] * 12
