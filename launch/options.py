@@ -117,11 +117,17 @@ class PoolModelOptions:
     adapters: dict[str, str] = field(default_factory=dict)  # directories of LoRA adapters, by their names in requests
     ttl_s: float | None = None  # without a request, after which it leaves the device; null: it stays while it may
     host_ttl_s: float | None = None  # without a request, after which it leaves host memory, too; null: it stays
+    ttft_ms: float | None = None  # target of the time to a request's first token, switches included; null: see tpot_ms
+    tpot_ms: float | None = None  # of that from token to token; null: 10 s and 100 ms if any model has a target
     engine: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         check_seconds("ttl_s", self.ttl_s or 0)
         check_seconds("host_ttl_s", self.host_ttl_s or 0)
+        for name in ("ttft_ms", "tpot_ms"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1e9:
+                raise ValueError(f"{name} must be above 0 and at most 1e9, found {value}")
         if self.host_ttl_s and self.ttl_s and self.host_ttl_s < self.ttl_s:
             raise ValueError(
                 f"host_ttl_s={self.host_ttl_s:g} must be at least ttl_s={self.ttl_s:g}: what leaves host memory has "

@@ -16,6 +16,7 @@ from launch.inference import join_device, load_codec
 from launch.options import ADMIN_KEY_VARIABLE, KEY_VARIABLE, PoolModelOptions, ServePoolOptions
 from yafsdp_like.hardware import Hardware
 from yafsdp_like.inference.engine.adapters import with_adapters
+from yafsdp_like.inference.fleet.reader import Targets
 from yafsdp_like.inference.http.catalog import Catalog
 from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.pool.driver import PoolDriver
@@ -26,6 +27,8 @@ from yafsdp_like.inference.text.directory import sampling_defaults
 from yafsdp_like.inference.weights.adapter_files import Adapter, open_adapter
 from yafsdp_like.inference.weights.loading import Model, open_model
 from yafsdp_like.kernels.sampling_params import SamplingParams
+
+TTFT_MS, TPOT_MS = 10_000.0, 100.0  # targets of models that have none, beside some that have
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ def load_pool(options: ServePoolOptions) -> LoadedPool:
         Hardware.of(device),
     )
     print(plan, flush=True)
-    pool = ModelPool(plan, {name: each.model for name, each in opened.items()}, device)
     entries = {name: options.models[name] for name in opened}
+    pool = ModelPool(plan, {name: each.model for name, each in opened.items()}, device, targets_of(entries))
     ttls = {name: entry.ttl_s for name, entry in entries.items() if entry.ttl_s}
     host_ttls = {name: entry.host_ttl_s for name, entry in entries.items() if entry.host_ttl_s}
     driver = PoolDriver(pool, ttls, host_ttls)
@@ -80,6 +83,16 @@ def load_pool(options: ServePoolOptions) -> LoadedPool:
     _load_adapters(pool, opened, catalog)
     print(f"requests call the models {', '.join(map(repr, catalog.parsers))}", flush=True)
     return LoadedPool(driver, catalog, device)
+
+
+def targets_of(entries: Mapping[str, PoolModelOptions]) -> dict[str, Targets] | None:
+    """Return the targets of all models; None if none has any."""
+    if all(entry.ttft_ms is None and entry.tpot_ms is None for entry in entries.values()):
+        return None
+    return {
+        name: Targets((entry.ttft_ms or TTFT_MS) / 1e3, (entry.tpot_ms or TPOT_MS) / 1e3)
+        for name, entry in entries.items()
+    }
 
 
 def _load_all(driver: PoolDriver) -> dict[str, str]:

@@ -13,11 +13,12 @@ import httpx
 import pytest
 
 from launch import serve
-from launch.options import SERVE_POOL
-from launch.pool import load_pool
+from launch.options import SERVE_POOL, PoolModelOptions
+from launch.pool import load_pool, targets_of
 from tests.inference.engine.test_adapters import write_adapter
 from tests.inference.http.servers import SECONDS, make_decoder, serving_app
 from tests.inference.text.test_codec import write_tokenizer
+from yafsdp_like.inference.fleet.reader import Targets
 from yafsdp_like.inference.http.server import create_catalog_app
 from yafsdp_like.inference.http.service import Service
 from yafsdp_like.inference.text.codec import Codec
@@ -145,6 +146,7 @@ def test_adapters_belong_to_a_model_of_the_pool(file: Path, capsys: pytest.Captu
         ("models: {a: {path: b, tll_s: 5}}\npool: {memory_limit_nbytes: 1GiB}\n", "models in"),
         ("models: {a: {path: b, engine: {max_batch: 5}}}\npool: {memory_limit_nbytes: 1GiB}\n", "models in"),
         ("models: {a: {path: b, ttl_s: -5}}\npool: {memory_limit_nbytes: 1GiB}\n", "models in"),
+        ("models: {a: {path: b, tpot_ms: 0}}\npool: {memory_limit_nbytes: 1GiB}\n", "models in"),
         ("modles: {}\n", "did you mean 'models'?"),
     ],
 )
@@ -161,3 +163,13 @@ def test_the_example_is_a_pool_that_can_be_served() -> None:
     options = SERVE_POOL.load([str(ROOT / "configs" / "serve_pool.yaml"), "--port=1"])
     assert [*options.models] == ["smollm2", "tuned"] and options.port == 1
     assert options.models["tuned"].engine.max_batch_size == 8
+    assert targets_of(options.models) is None and options.pool.admission_load == 1.0
+
+
+def test_a_model_without_targets_beside_one_with_some_has_loose_ones() -> None:
+    models = {
+        "a": PoolModelOptions("a", ttft_ms=500.0),
+        "b": PoolModelOptions("b", tpot_ms=20.0),
+        "c": PoolModelOptions("c"),
+    }
+    assert targets_of(models) == {"a": Targets(0.5, 0.1), "b": Targets(10.0, 0.02), "c": Targets(10.0, 0.1)}

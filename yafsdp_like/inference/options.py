@@ -72,7 +72,8 @@ class PoolOptions:
     kv_nbytes: int | None = None  # pages that no weights displace; null: as many as any model's longest sequence needs
     host_weights_nbytes: int | None = None  # weights in host memory, whether awake or asleep; null: those of all models
     host_kv_nbytes: int = 0  # KV cache in host memory, for sequences that are swapped out
-    max_turn_steps: int = 256  # of models that are awake, while another waits for their memory
+    max_turn_steps: int = 256  # of models that are awake, while another waits for their memory; no targets are given
+    admission_load: float | None = 1.0  # with targets: share of the device beyond which requests are refused
     policy: PolicyName = "lru"  # eviction order of cached pages: lru, or gdsf (greedy dual size frequency)
     tenants: tuple[Tenant, ...] = ()  # tenants, or models by name, with a reserved number of pages or a priority
 
@@ -81,5 +82,7 @@ class PoolOptions:
             low = 0 if name == "host_kv_nbytes" else 1
             if type(value) is int and value < low:
                 raise ValueError(f"{name} must be at least {low}, found {value}")
+        if self.admission_load is not None and not 0 < self.admission_load <= 1e9:
+            raise ValueError(f"admission_load must be above 0, found {self.admission_load}")
         if self.policy not in get_args(PolicyName):
             raise ValueError(f"policy must be one of {', '.join(get_args(PolicyName))}, found {self.policy!r}")

@@ -274,9 +274,9 @@ def test_a_step_that_decodes_and_computes_prompts_counts_once() -> None:
     for number in range(3):
         scheduler.arrived(job(number, "m0"), 0.0)
     steps = scheduler._begin(scheduler._working(), 0.0).num_steps
-    scheduler.stepped("m0", ["0", "1"], 0.0, 0.02)
-    scheduler.stepped("m0", ["0", "1", "2"], 0.02, 0.05)
-    scheduler.stepped("m0", ["0", "1", "2"], 0.05, 0.06)
+    for ids, began, ended in ((["0", "1"], 0.0, 0.02), (["0", "1", "2"], 0.02, 0.05), (["0", "1", "2"], 0.05, 0.06)):
+        scheduler.drew("m0", ids, began, ended)
+        scheduler.spent("m0")
     queue = scheduler.queues["m0"]
     assert [request.reader.num_tokens for request in queue.running.values()] == [3, 3, 2] and not queue.waiting
     assert scheduler._current.num_steps == steps - 3

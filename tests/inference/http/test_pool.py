@@ -18,11 +18,13 @@ from tests.inference.http.servers import (
     PROMPT,
     SECONDS,
     Slow,
+    Wrapped,
     make_decoder,
     serving_app,
 )
 from yafsdp_like.inference.engine.engine import Engine
-from yafsdp_like.inference.engine.request import Request
+from yafsdp_like.inference.engine.request import Request, RequestOutput
+from yafsdp_like.inference.fleet.reader import Targets
 from yafsdp_like.inference.http.catalog import Catalog
 from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.http.server import create_catalog_app
@@ -98,13 +100,14 @@ def serving_pool(
     wrap: Callable[[PoolDriver], Any] = lambda driver: driver,
     admin_key: str | None = "admins",
     api_key: str | None = None,
+    targets: Targets | None = None,
     **pool_options: Any,
 ) -> Iterator[Running]:
     models = {name: model_of(decoder_of(codec, name)) for name in NAMES}
     models |= {name: unreadable(models[name]) for name in [failing] if name}
     models["deep"] = models["deep"] if gate is None else gated(models["deep"], gate)
     plan = plan_of(codec, **pool_options)
-    driver = PoolDriver(ModelPool(plan, models), ttls)
+    driver = PoolDriver(ModelPool(plan, models, targets=targets and dict.fromkeys(NAMES, targets)), ttls)
     if gate is None:
         driver.load_all()
     parsers = [
@@ -235,6 +238,29 @@ def test_a_client_that_leaves_while_its_model_waits_to_wake_leaves_nothing_behin
         assert states(running)["deep"] == "asleep"
         assert busy.result(SECONDS).json()["usage"]["completion_tokens"] == 150
         assert running.numbers()["yafsdp_like_model_num_wakes,deep"] == 0
+
+
+def test_a_request_that_would_miss_targets_is_told_when_to_come_again(codec: Codec) -> None:
+    """No second model is admitted beside one that works, whose twelve tokens are to be read in 10 s each."""
+    gate = threading.Event()
+
+    class Held(Wrapped):
+        """Makes no step while the gate is closed."""
+
+        def step(self) -> list[RequestOutput]:
+            return self.engine.step() if gate.wait(0.01) else []
+
+    options = {"targets": Targets(1000.0, 10.0), "admission_load": 1e-9}
+    with serving_pool(codec, wrap=Held, **options) as running, ThreadPoolExecutor(1) as threads:
+        busy = threads.submit(running.post, COMPLETIONS, {**BODY, "model": "plain"})
+        assert soon(lambda: running.numbers()["yafsdp_like_model_num_waiting,plain"] == 1)
+        refused = running.post(COMPLETIONS, {**BODY, "model": "deep"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert "targets of model 'deep' or others would be missed" in refused.json()["error"]["message"]
+        assert refused.headers["retry-after"] == "120"
+        gate.set()
+        assert busy.result(SECONDS).json()["choices"][0]["text"] == alone(codec, "plain", PROMPT)
+        assert running.post(COMPLETIONS, {**BODY, "model": "deep"}).status_code == 200
 
 
 def test_a_model_is_read_beside_the_answers_of_another_and_says_how_far_it_is(codec: Codec) -> None:

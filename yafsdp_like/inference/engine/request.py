@@ -15,7 +15,11 @@ PLAIN = SamplingParams()
 
 
 class QueueFullError(RuntimeError):
-    """More requests wait than the engine takes; try again later."""
+    """More requests wait than the engine takes, or can serve in time; try again in ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class FinishReason(Enum):

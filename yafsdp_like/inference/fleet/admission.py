@@ -4,8 +4,9 @@
 A request is admitted if, with it, all models' requests can decode at the pace of their readers and still be switched
 between: the sum of ``step / tpot`` over models with work, and of their switches over a round of the shortest ``ttft``,
 is at most the limit; if the prompts that wait, switches to them included, leave it time for its own before its first
-token is due; and if its model's steps stay shorter than its ``tpot``. A refused one should come again when, with what
-is under way ending as expected, there will be room.
+token is due; and if its model's steps stay shorter than its ``tpot``. Where nothing is under way it is admitted in any
+case: it would not be served sooner if it came again. A refused one should come again when, with what is under way
+ending as expected, there will be room.
 """
 
 from __future__ import annotations
@@ -30,24 +31,26 @@ class Refusal:
     retry_after_s: float
 
 
-def refusal(job: Job, working: Sequence[ModelQueue], queue: ModelQueue, now: float, limit: float) -> Refusal | None:
+def refusal(job: Job, working: Sequence[ModelQueue], queue: ModelQueue, limit: float) -> Refusal | None:
     """Return why ``job`` for ``queue`` cannot be admitted beside ``working``, or None; see [Note: admission].
 
     ``limit`` is the share of the device that may be in use.
     """
+    if not working:
+        return None
     others = [other for other in working if other is not queue]
     num_rows = min(len(queue.running) + len(queue.waiting) + 1, queue.spec.max_batch)
     num_keys = sum(request.num_keys for request in queue.requests()) + job.num_prompt_tokens
     step_s = queue.times.decode_s(num_rows, num_keys)
     if step_s > queue.targets.tpot_s:
-        return Refusal(f"a step of {num_rows} requests takes longer than tpot", _until(working, 1, now))
+        return Refusal(f"a step of {num_rows} requests takes longer than tpot", _first_end(queue))
     if len(queue.running) + len(queue.waiting) >= queue.spec.max_batch:
         return Refusal(f"{queue.spec.max_batch} requests are under way", _first_end(queue))
     round_s = min(other.targets.ttft_s for other in (*others, queue)) / ROUNDS_IN_TTFT
     loads = [other.load + other.switch_s / round_s for other in others]
     own = step_s / queue.targets.tpot_s + (queue.switch_s / round_s if others else 0.0)
     if others and sum(loads) + own > limit:
-        wait_s = _until(others, sum(loads) + own - limit, now, round_s)
+        wait_s = _until(others, sum(loads) + own - limit, round_s)
         return Refusal(f"models under way would take {sum(loads) + own:.0%} of the device", wait_s)
     prefill_s = sum(other.prefill_s(other.waiting.values()) + other.switch_s for other in others if other.waiting)
     own_s = queue.switch_s + queue.prefill_s(queue.waiting.values()) + queue.times.prefill_s(job.num_prompt_tokens)
@@ -66,7 +69,7 @@ def _first_end(queue: ModelQueue) -> float:
     return max(MIN_WAIT_S, left * queue.targets.tpot_s)
 
 
-def _until(queues: Sequence[ModelQueue], excess: float, now: float, round_s: float = 1.0) -> float:
+def _until(queues: Sequence[ModelQueue], excess: float, round_s: float) -> float:
     """Return in how many seconds models with a load of ``excess`` will have ended."""
     wait_s = MIN_WAIT_S
     for ends_s, queue in sorted(((_ends_in_s(q), q) for q in queues), key=lambda entry: entry[0]):

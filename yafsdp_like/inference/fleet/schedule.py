@@ -46,7 +46,7 @@ from yafsdp_like.inference.fleet.queues import ModelQueue, OpenRequest
 from yafsdp_like.inference.fleet.reader import Reader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from yafsdp_like.inference.fleet.admission import Refusal
     from yafsdp_like.inference.fleet.queues import Job, ModelSpec
@@ -111,16 +111,24 @@ class TokenScheduler:
 
     def arrived(self, job: Job, now: float) -> Refusal | None:
         """Take a request, or return why its targets, or those of others, would be missed, and when to come again."""
+        found = self.refusal(job)
+        if found is None:
+            self.take(job, now)
+        return found
+
+    def refusal(self, job: Job) -> Refusal | None:
+        """Return why a request would be refused now, and when to come again; None if it would not."""
+        if self.options.admission_load is None:
+            return None
+        return refusal(job, self._working(), self.queues[job.model], self._limit(job.tenant))
+
+    def take(self, job: Job, now: float) -> None:
+        """Take a request, whatever becomes of targets."""
         queue = self.queues[job.model]
-        if self.options.admission_load is not None:
-            found = refusal(job, self._working(), queue, now, self._limit(job.tenant))
-            if found is not None:
-                return found
         if not queue.has_work:
             queue.waits_since = now
         queue.waiting[job.id] = OpenRequest(job, Reader(queue.targets, now))
         self._tenants[job.tenant] = self._tenants.get(job.tenant, 0) + 1
-        return None
 
     def switched(self, model: str, seconds: float) -> None:
         """Learn for how long a turn's first step waited for the model's weights."""
@@ -152,27 +160,31 @@ class TokenScheduler:
             queue.times.learn_decode(len(queue.running), num_keys, spacing_s)
         for request in queue.running.values():
             request.reader.deliver(began + spacing_s, num_steps, spacing_s)
-        if self._current is not None and self._current.queue is queue:
-            self._current.num_steps -= num_steps
+        self.spent(model, num_steps)
 
-    def stepped(self, model: str, request_ids: Iterable[str], began: float, ended: float) -> None:
-        """Take one token of each of these requests from a step that may have decoded and computed prompts at once."""
+    def drew(self, model: str, request_ids: Iterable[str], began: float, ended: float) -> None:
+        """Take one token of each of these requests, from a step that may have decoded and computed prompts at once.
+
+        A step of no time says nothing of times.
+        """
         queue = self.queues[model]
-        drawn = list(request_ids)
         num_keys = sum(request.num_keys for request in queue.running.values())
         num_running, num_prompt_tokens = len(queue.running), 0
-        for request_id in drawn:
+        for request_id in request_ids:
             request = queue.find(request_id)
             request.reader.deliver(ended)
             if request_id in queue.waiting:
                 num_prompt_tokens += request.job.num_prompt_tokens
                 queue.start(request_id)
-        if num_prompt_tokens:
+        if num_prompt_tokens and ended > began:
             queue.times.learn_prefill(num_prompt_tokens, ended - began)
-        elif drawn and num_running:
+        elif num_running and ended > began:
             queue.times.learn_decode(num_running, num_keys, ended - began)
-        if self._current is not None and self._current.queue is queue:
-            self._current.num_steps -= 1
+
+    def spent(self, model: str, num_steps: int = 1) -> None:
+        """Take steps off the turn of a model, whatever they computed."""
+        if self._current is not None and self._current.queue.name == model:
+            self._current.num_steps -= num_steps
 
     def ended(self, model: str, request_id: str, was_cancelled: bool = False) -> Reader:
         """Forget a request that has drawn its last token, or that nobody reads any more; return its reader."""
@@ -190,19 +202,22 @@ class TokenScheduler:
 
     # --- asked ---
 
-    def next(self, now: float) -> Turn | None:
-        """Return what runs now; None without requests. Changes nothing but whose turn it is."""
-        working = self._working()
+    def next(self, now: float, able: Collection[str] | None = None) -> Turn | None:
+        """Return what runs now; None without requests. Changes nothing but whose turn it is.
+
+        ``able``: the models whose weights can be had; None: all.
+        """
+        working = [queue for queue in self._working() if able is None or queue.name in able]
         if not working:
             self._current = None
             return None
         current = self._current
         if current is not None and current.num_steps <= 0:
             self._extend(current, now)
-        if current is None or current.num_steps <= 0 or not current.queue.has_work:
+        if current is None or current.num_steps <= 0 or current.queue not in working:
             current = self._begin(working, now)
         queue = current.queue
-        if current.prefetch is None or not self.queues[current.prefetch].has_work:
+        if current.prefetch is None or self.queues[current.prefetch] not in working:
             others = [other for other in working if other is not queue]
             current.prefetch = self._choose(others, now).name if others else None
         group = self.group(queue)
@@ -253,7 +268,7 @@ class TokenScheduler:
         goes_on = last is not None and queue is last.queue
         if last is not None and last.prefetch is not None and not goes_on and not self._is_overdue(queue, now):
             prefetched = self.queues[last.prefetch]
-            queue = prefetched if prefetched.has_work else queue
+            queue = prefetched if prefetched in working else queue
         queue.waits_since = math.inf
         self._current = _Current(queue, self.quota(queue, working))
         return self._current

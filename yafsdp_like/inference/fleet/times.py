@@ -3,15 +3,17 @@
 [Note: lines]
 A step that decodes ``B`` sequences with ``T`` tokens of context in all takes ``base + B * row + T * key`` seconds, and
 prompts of ``T`` tokens ``base + T * row``: Aegaeon's artifact (``aegaeon/estimator.py``) fits the same. A scale of
-each, learned from the steps that are made, corrects what another device or other kernels make of it.
+each, learned from the steps that are made, corrects what another device or other kernels make of it: the first step
+sets it, and none after it changes it by much.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 _WEIGHT = 0.1  # of the last step in what is learned
-_RATIOS = 0.25, 4.0  # the least and most that one step may say of a prediction
+_RATIOS = 0.25, 4.0  # of what is predicted: the least and most that a step may say
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class LearnedTimes:
     decode_scale: float = 1.0
     prefill_scale: float = 1.0
     num_drawn: float | None = None  # of requests that have ended, on average; None before the first
-    _seen: int = field(default=0, repr=False)
+    _counts: Counter[str] = field(default_factory=Counter, repr=False)  # of what was learned from
 
     def decode_s(self, num_rows: int, num_keys: int = 0) -> float:
         """Return the expected seconds of a step that decodes; see ``StepLines``."""
@@ -57,21 +59,25 @@ class LearnedTimes:
 
     def learn_decode(self, num_rows: int, num_keys: int, seconds: float) -> None:
         """Correct the scale by a step that only decoded."""
-        self.decode_scale += _WEIGHT * (_within(seconds / self.lines.decode_s(num_rows, num_keys)) - self.decode_scale)
+        found = seconds / self.lines.decode_s(num_rows, num_keys)
+        self.decode_scale = self._learned("decode", self.decode_scale, found)
 
     def learn_prefill(self, num_tokens: int, seconds: float) -> None:
         """Correct the scale by a step of prompts; one of no predicted time says nothing."""
         expected = self.lines.prefill_s(num_tokens)
         if expected > 0:
-            self.prefill_scale += _WEIGHT * (_within(seconds / expected) - self.prefill_scale)
+            self.prefill_scale = self._learned("prefill", self.prefill_scale, seconds / expected)
 
     def learn_length(self, num_drawn: int) -> None:
         """Count the tokens that an ended request has drawn."""
-        self._seen += 1
+        self._counts["length"] += 1
         mean = num_drawn if self.num_drawn is None else self.num_drawn
-        self.num_drawn = mean + (num_drawn - mean) / min(self._seen, 100)
+        self.num_drawn = mean + (num_drawn - mean) / min(self._counts["length"], 100)
 
-
-def _within(ratio: float) -> float:
-    low, high = _RATIOS
-    return min(max(ratio, low), high)
+    def _learned(self, kind: str, scale: float, found: float) -> float:
+        """Return a scale that a step corrects."""
+        self._counts[kind] += 1
+        if self._counts[kind] == 1:
+            return found
+        low, high = _RATIOS
+        return scale + _WEIGHT * (min(max(found, low * scale), high * scale) - scale)

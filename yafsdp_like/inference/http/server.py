@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -132,7 +133,7 @@ class OpenAIHandler:
         except QueueFullError as error:
             if len(parsed.choices) > (most := self.service.max_waiting):  # to come again would not help
                 raise too_many_choices(len(parsed.choices), most) from error
-            raise _full(str(error)) from error
+            raise _full(str(error), error.retry_after_s) from error
         except ModelUnavailableError as error:
             raise unavailable(str(error), code="model_unavailable") from error
         except UnavailableError as error:
@@ -243,8 +244,8 @@ def _bug(error: Exception) -> ApiError:
     return ApiError(500, f"the answer has failed: {type(error).__name__}")
 
 
-def _full(message: str) -> ApiError:
-    return ApiError(429, message, code="queue_full", headers={"retry-after": str(RETRY_AFTER_S)})
+def _full(message: str, retry_after_s: float = RETRY_AFTER_S) -> ApiError:
+    return ApiError(429, message, code="queue_full", headers={"retry-after": str(math.ceil(retry_after_s))})
 
 
 def _line(content: dict[str, Any]) -> bytes:

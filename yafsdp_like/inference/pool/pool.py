@@ -12,7 +12,7 @@ ownership of slabs, and copies weights one way.
 Models whose homes do not meet are awake together, and step in turn. One that must take memory of models with work, the
 bytes of their weights or of pages in its home, waits for ``max_turn_steps`` of their steps, and is prefetched
 meanwhile, into slabs that hold no page in use. Idle models lose their memory as soon as another needs it, those that
-have been idle for longest first.
+have been idle for longest first. Models with targets have turns by the slack of their readers instead (`fleet/`).
 
 Not safe for threads: one thread calls everything. After ``close`` every call raises RuntimeError.
 """
@@ -41,6 +41,7 @@ from yafsdp_like.inference.pool.loads import LOOK_S, Loads
 from yafsdp_like.inference.pool.member import Member, ModelFigures, ModelState, Switch
 from yafsdp_like.inference.pool.plan import HOST_WEIGHTS, SLABS, ModelPlan, PoolPlan
 from yafsdp_like.inference.pool.residence import Residence
+from yafsdp_like.inference.pool.turns import turns_of
 from yafsdp_like.inference.pool.weights import PooledWeights
 from yafsdp_like.inference.weights.loading import indexed
 from yafsdp_like.memory.arena import Arena
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     import torch
 
     from yafsdp_like.inference.engine.request import Completion, Request, RequestOutput
+    from yafsdp_like.inference.fleet.reader import Targets
     from yafsdp_like.inference.weights.loading import Model
     from yafsdp_like.memory.arena import Place
 
@@ -62,11 +64,17 @@ _PREFETCHED_AT_ONCE = 3  # units on their way, for which steps must wait if thei
 class ModelPool:
     """Many models, their memory and their requests, on one device; see [Note: turns]."""
 
-    def __init__(self, plan: PoolPlan, models: Mapping[str, Model], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        plan: PoolPlan,
+        models: Mapping[str, Model],
+        device: torch.device | str = "cpu",
+        targets: Mapping[str, Targets] | None = None,
+    ) -> None:
         """Allocate all that ``plan`` says; ``models`` are where values come from, by the names of the plan.
 
-        No value is read before ``load``. Raises ValueError where the plan has other models, and what
-        ``Arena.reserve`` does where there is no room.
+        ``targets`` of all models, or none: turns are then counted in steps. No value is read before ``load``. Raises
+        ValueError where the plan has other models, and what ``Arena.reserve`` does where there is no room.
         """
         if models.keys() != plan.models.keys():
             raise ValueError(f"expected the plan's models, {[*plan.models]}, found {[*models]}")
@@ -91,6 +99,7 @@ class ModelPool:
         self._members = {name: self._member(plan.models[name], model) for name, model in models.items()}
         self._outputs: list[tuple[str, RequestOutput]] = []  # of models that were suspended, or could not be loaded
         self._may_prefetch, self._is_closed = True, False
+        self.turns = turns_of(self._members, targets, plan.options.admission_load)
 
     def _member(self, plan: ModelPlan, model: Model) -> Member:
         def place_of(kind: str) -> Place:
@@ -312,16 +321,18 @@ class ModelPool:
 
         Where that fails the request's last output says why, with ``FinishReason.FAILED``. Pages of a request without a
         tenant are the model's: a floor or a priority for a model is that of a tenant of its name. Raises HostFullError
-        where there is no room to load the model, ModelUnavailableError where that has failed before, and what
-        ``Engine.add`` does.
+        where there is no room to load the model, ModelUnavailableError where that has failed before, QueueFullError
+        where targets would be missed, and what ``Engine.add`` does.
         """
         member = self._find(name)
         self._settle()
         if member.failure is not None:
             raise ModelUnavailableError(member.failure_words) from member.failure
+        self.turns.check(name, request)
         self._loads.start(member, on_demand=True)
         had_work = member.engine.has_work
         member.engine.add(request if request.tenant else replace(request, tenant=name))
+        self.turns.take(name, request)
         if not had_work:
             member.waits_since = self.num_steps
 
@@ -355,6 +366,7 @@ class ModelPool:
         elif not self._outputs:
             self._wait_for_loads()
         outputs, self._outputs = self._outputs, []
+        self.turns.stepped(None if member is None else member.name, outputs)
         return outputs
 
     def _wait_for_loads(self) -> None:
@@ -366,6 +378,9 @@ class ModelPool:
 
     def _next(self) -> Member | None:
         """Return the model that steps now; see [Note: turns]."""
+        found = self.turns.next(self.wake_up, self.prefetch if self._may_prefetch else lambda name: 0)
+        if found is not None:
+            return found
         waiting = [m for m in self._members.values() if m.engine.has_work and m.image is not None and not m.is_awake]
         if waiting:
             self._advance(min(waiting, key=lambda member: member.waits_since))

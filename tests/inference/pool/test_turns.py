@@ -1,0 +1,177 @@
+"""Turns of a real pool by the slack of readers: the tokens stay, refusals say when to come, and books are kept."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.inference.engine.test_engine import RECOMPUTING, SWAPPING, decoder, prompts, requests
+from tests.inference.pool.test_model_pool import (
+    CONFIGS,
+    LARGE,
+    ONE,
+    SMALL,
+    alone,
+    buffers_nbytes,
+    check_idle,
+    pooled,
+    tokens,
+)
+from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request
+from yafsdp_like.inference.fleet.reader import Targets
+from yafsdp_like.inference.options import EngineOptions, PoolOptions
+from yafsdp_like.inference.pool.plan import plan_pool
+from yafsdp_like.inference.pool.pool import ModelPool
+from yafsdp_like.inference.pool.turns import SlackTurns
+from yafsdp_like.inference.weights.loading import model_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TARGETS = {name: Targets(100.0, 10.0) for name in CONFIGS}  # that a slow machine keeps, too
+
+
+class Ticks:
+    """A clock on which every look takes as long."""
+
+    def __init__(self, seconds: float = 0.01) -> None:
+        self.now, self.seconds = 0.0, seconds
+
+    def __call__(self) -> float:
+        self.now += self.seconds
+        return self.now
+
+
+def slack_pool(
+    slabs_nbytes: int = SMALL, options: EngineOptions = ONE, targets: Any = None, tick_s: float = 0.01, **more: Any
+) -> ModelPool:
+    limit = buffers_nbytes(options) + slabs_nbytes
+    plan = plan_pool(pooled(options), PoolOptions(limit, **{"host_kv_nbytes": 256 << 10, **more}))
+    models = {name: model_of(decoder(config)) for name, config in CONFIGS.items()}
+    pool = ModelPool(plan, models, targets=targets or TARGETS)
+    assert isinstance(pool.turns, SlackTurns)
+    load = plan.options.admission_load
+    pool.turns = SlackTurns(pool.turns._members, targets or TARGETS, load, Ticks(tick_s))
+    for name in CONFIGS:
+        pool.load(name)
+    return pool
+
+
+def served(pool: ModelPool) -> Iterator[tuple[str, str]]:
+    """Step to the end, and yield the model and id of each request that ends well."""
+    while pool.has_work:
+        for name, output in pool.step():
+            if output.finish is FinishReason.LENGTH:
+                yield name, output.request_id
+
+
+@pytest.mark.parametrize(
+    ("slabs_nbytes", "costs", "lookahead"),
+    [(SMALL, SWAPPING, True), (SMALL, RECOMPUTING, False), (LARGE, SWAPPING, True)],
+)
+def test_turns_by_slack_change_no_token(slabs_nbytes: int, costs: Any, lookahead: bool) -> None:
+    pool = slack_pool(slabs_nbytes, replace(ONE, costs=costs, lookahead=lookahead), tick_s=0.5)
+    texts = {name: prompts(6, longest=30, seed=i) for i, name in enumerate(CONFIGS)}
+    done = pool.generate({name: requests(found) for name, found in texts.items()})
+    assert tokens(done) == {name: alone(name, found) for name, found in texts.items()}
+    assert (len(pool.switches) > 3) is (slabs_nbytes == SMALL)
+    check_idle(pool)
+    scheduler = pool.turns.scheduler
+    assert not any(queue.has_work for queue in scheduler.queues.values()) and not scheduler._tenants
+
+
+def test_the_same_calls_and_the_same_clock_make_the_same_turns() -> None:
+    runs = []
+    for _ in range(2):
+        pool = slack_pool()
+        texts = {name: prompts(4, longest=30, seed=i) for i, name in enumerate(CONFIGS)}
+        pool.generate({name: requests(found) for name, found in texts.items()})
+        runs.append([switch.model for switch in pool.switches])
+    assert runs[0] == runs[1] and len(runs[0]) >= 3
+
+
+def test_a_quota_of_steps_is_served_before_another_model_wakes() -> None:
+    """Two models in each other's way with twenty tokens to draw each: quotas hold, and both are served in turn."""
+    targets = {name: Targets(1000.0, 10.0) for name in CONFIGS}
+    pool = slack_pool(targets=targets, tick_s=0.001)
+    for name in ("plain", "windows"):
+        pool.add(name, Request("0", (1, 2, 3), max_tokens=40))
+    least = pool.turns.scheduler.options.min_round * 1000.0 / 10.0
+    steps: list[str] = []
+    while pool.has_work:
+        steps += [name for name, output in pool.step() if output.tokens]
+    changes = sum(one != other for one, other in itertools.pairwise(steps))
+    assert steps.count("plain") == steps.count("windows") == 40 and changes <= 1 + 80 // least
+    assert len(pool.switches) == changes + 1
+
+
+def test_who_would_miss_its_targets_is_told_when_to_come_and_then_is_served() -> None:
+    """On a clock on which a step takes longer than half of the pace, a second model does not fit beside the first."""
+    targets = {name: Targets(4.0, 0.2) for name in CONFIGS}
+    pool = slack_pool(targets=targets, tick_s=0.06)
+    pool.add("plain", Request("0", (1, 2, 3), max_tokens=30))
+    for _ in range(5):
+        pool.step()
+    with pytest.raises(QueueFullError, match="come again in") as refused:
+        for number in range(9):
+            pool.add("windows", Request(str(number), (1, 2, 3), max_tokens=4))
+    assert refused.value.retry_after_s >= 1.0
+    assert not any(len(pool.turns._open[name]) > 1 for name in ("plain", "wide, tied"))
+    ended = list(served(pool))
+    assert ("plain", "0") in ended
+    pool.add("windows", Request("again", (1, 2, 3), max_tokens=4))
+    assert list(served(pool)) == [("windows", "again")]
+    check_idle(pool)
+
+
+def test_all_are_admitted_where_no_load_is_said() -> None:
+    pool = slack_pool(targets={name: Targets(0.1, 0.001) for name in CONFIGS}, admission_load=None)
+    for name in CONFIGS:
+        for number in range(3):
+            pool.add(name, Request(str(number), (1, 2, 3), max_tokens=3))
+    assert len(list(served(pool))) == 9
+
+
+def test_what_an_engine_refuses_is_in_no_book() -> None:
+    pool = slack_pool()
+    pool.add("plain", Request("0", (1, 2, 3), max_tokens=4))
+    for wrong in (Request("0", (1, 2)), Request("long", (1,) * 1000)):
+        with pytest.raises(ValueError, match=r"0|long"):
+            pool.add("plain", wrong)
+    assert list(pool.turns._open["plain"]) == ["0"]
+    assert list(served(pool)) == [("plain", "0")]
+
+
+def test_cancelled_requests_leave_the_books_and_teach_no_length() -> None:
+    pool = slack_pool()
+    for name in CONFIGS:
+        pool.add(name, Request("0", (1, 2, 3), max_tokens=50))
+    for _ in range(4):
+        pool.step()
+    for name in CONFIGS:
+        pool.cancel(name, "0")
+    assert list(served(pool)) == []
+    queues = pool.turns.scheduler.queues.values()
+    assert not any(queue.has_work for queue in queues) and all(queue.times.num_drawn is None for queue in queues)
+    check_idle(pool)
+
+
+def test_times_and_switches_are_learned_from_the_pool_s_clock() -> None:
+    pool = slack_pool(tick_s=0.25)
+    before = {name: queue.switch_s for name, queue in pool.turns.scheduler.queues.items()}
+    for name in ("plain", "windows"):
+        pool.add(name, Request("0", (1, 2, 3), max_tokens=12))
+    assert len(list(served(pool))) == 2
+    for name in ("plain", "windows"):
+        queue = pool.turns.scheduler.queues[name]
+        assert queue.switch_s > before[name] and queue.times.num_drawn == 12
+        assert queue.times.decode_s(1, 10) > 0.05
+
+
+def test_targets_of_other_models_are_refused() -> None:
+    pool = slack_pool()
+    with pytest.raises(ValueError, match="expected targets of the models"):
+        SlackTurns(pool.turns._members, {"plain": Targets(1.0, 1.0)}, None)
