@@ -1,11 +1,14 @@
 """Parameters that are more than rows of real numbers: with hooks, complex, of their own class, written in forward."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import yafsdp_like as ours
@@ -209,3 +212,42 @@ def test_embeddings_that_write_their_weight_in_forward_are_refused_by_name(kind:
     with pytest.raises(NotImplementedError, match=rf"{kind.__name__} with max_norm=1.0 writes its weight in forward"):
         ours.fully_shard(model, mesh=world_mesh())
     ours.fully_shard(model, mesh=world_mesh(), ignored_params=set(model.parameters()))
+
+
+# --- dtypes of their own ---
+
+
+@dataclass(frozen=True)
+class WithOverride(MixedPrecisionPolicy):
+    """Torch's policy as it is from 2.15 on."""
+
+    param_dtype_override_fn: Callable[[nn.Parameter], Any] | None = field(default=None, kw_only=True)
+
+
+@both_transports
+def test_param_dtype_override_fn_says_which_parameters_are_computed_in_their_own_dtype(transport: str) -> None:
+    """Prevents: a field of newer torch's policy that is read over, and parts of a unit in the wrong dtype."""
+    run_ranks(keep_scale, transport)
+
+
+def keep_scale(transport: str) -> None:
+    def keeps(parameter: nn.Parameter) -> torch.dtype | None:
+        return parameter.dtype if parameter.dim() == 1 else None
+
+    seen: list[torch.dtype] = []
+    policy = WithOverride(torch.bfloat16, torch.float32, param_dtype_override_fn=keeps)
+    model: Any = Scaled()
+    model.register_forward_hook(lambda m, args, out: seen.extend([m.linear.weight.dtype, m.scale.dtype, out.dtype]))
+    ours.fully_shard(model, mesh=world_mesh(), mp_policy=policy, transport=transport)
+    model(inputs()).sum().backward()
+    assert seen == [torch.bfloat16, torch.float32, torch.float32]
+    torch.testing.assert_close(full(model.linear.weight.grad), torch.full((5, 4), 4.5))
+    torch.testing.assert_close(full(model.scale.grad), torch.full((5,), 18.0))
+
+
+@pytest.mark.parametrize("given", [torch.float64, "float32"])
+@on_ranks(1)
+def test_other_answers_of_param_dtype_override_fn_are_errors(given: Any) -> None:
+    policy = WithOverride(torch.bfloat16, param_dtype_override_fn=lambda parameter: given)
+    with pytest.raises(ValueError, match="param_dtype_override_fn must return"):
+        ours.fully_shard(Scaled(), mesh=world_mesh(), mp_policy=policy)

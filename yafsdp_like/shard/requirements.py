@@ -75,6 +75,23 @@ def _check_param(param: nn.Parameter, places: Sequence[tuple[nn.Module, str]]) -
         )
 
 
+def dtype_override(policy: MixedPrecisionPolicy, param: nn.Parameter) -> torch.dtype | None:
+    """Return in which dtype to compute on ``param``, if the policy's ``param_dtype_override_fn`` says so.
+
+    Torch 2.15 has that first. Raises ``ValueError`` for what is neither ``param_dtype`` nor the parameter's own dtype.
+    """
+    override = getattr(policy, "param_dtype_override_fn", None)
+    dtype = None if override is None else override(param)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"param_dtype_override_fn must return a torch.dtype or None but got {type(dtype)}")
+    if dtype not in (None, policy.param_dtype, param.dtype):
+        raise ValueError(
+            "param_dtype_override_fn must return None, param_dtype, or the parameter's original dtype but got "
+            f"{dtype} for a parameter with dtype {param.dtype} and param_dtype {policy.param_dtype}"
+        )
+    return dtype
+
+
 def check_grad_dtype(grad_dtype: torch.dtype | None, policy: MixedPrecisionPolicy) -> None:
     """Raise for gradients in another dtype than they are reduced in, and where torch allows only the parameter's.
 

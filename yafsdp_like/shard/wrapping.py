@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from yafsdp_like.comm.choice import transport_over, transport_within
 from yafsdp_like.memory.allocator import use_expandable_segments
 from yafsdp_like.shard.hooks import install
+from yafsdp_like.shard.requirements import dtype_override
 from yafsdp_like.shard.runtime.engine import engine_of
 from yafsdp_like.shard.runtime.param import ShardedParam, register
 from yafsdp_like.shard.runtime.param_placement import ParamPlacement, PlacementFn, placement_of
@@ -49,7 +50,10 @@ def make_unit(
     """
     device = device_of(mesh)
     on_host = policy.offload is not None
-    params = [ShardedParam(param, places, placements[param], on_host) for param, places in owners.items()]
+    params = [
+        ShardedParam(param, places, placements[param], on_host, dtype_override(policy.mp, param))
+        for param, places in owners.items()
+    ]
     transport = transport if policy.offload is None else "process_group"
     if device.type == "cuda":
         use_expandable_segments()

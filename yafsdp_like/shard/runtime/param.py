@@ -111,9 +111,11 @@ class ShardedParam:
         owners: list[tuple[nn.Module, str]],
         placement: ParamPlacement,
         on_host: bool = False,
+        computed_in: torch.dtype | None = None,
     ) -> None:
         self.name = owners[0][1]  # the full name from the root, once the root is known
         self._owners = [_Owner.of(module, attribute) for module, attribute in owners]
+        self._computed_in = computed_in  # by the user's wish, whatever the policy says otherwise
         self.on_host = on_host  # whether the main shard and the gradient are in host memory
         self.placement, self.rank, self.shards = placement, placement.rank, placement.shards
         self.attributes = dict(vars(param))  # the user's own, which a cast or move of the module would lose
@@ -176,7 +178,7 @@ class ShardedParam:
             self.shards,
             self.main_dtype,
             policy,
-            computed_in=statistics_dtype(next((module for module, _ in self.owners), None)),
+            computed_in=self._computed_in or statistics_dtype(next((module for module, _ in self.owners), None)),
             as_computed=as_computed,
             has_gradient=has_room and self.trainable,
         )
