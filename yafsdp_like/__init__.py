@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.forecast.activations import ExampleBatch
     from yafsdp_like.shard.forecast.quantities import TrainingForecast
     from yafsdp_like.shard.forecast.training_forecast import ForecastOptions
-    from yafsdp_like.shard.fsdp_module import FSDPModule, UnshardHandle
+    from yafsdp_like.shard.fsdp_module import FSDPModule, GradientReductionHandle, UnshardHandle
     from yafsdp_like.shard.graph import GraphedStep
     from yafsdp_like.shard.oom_letter import explain_out_of_memory
     from yafsdp_like.shard.optimizer_step import update_in_backward
@@ -29,6 +29,7 @@ else:
         "ExampleBatch": "yafsdp_like.shard.forecast.activations",
         "FSDPModule": "yafsdp_like.shard.fsdp_module",
         "ForecastOptions": "yafsdp_like.shard.forecast.training_forecast",
+        "GradientReductionHandle": "yafsdp_like.shard.fsdp_module",
         "GraphedStep": "yafsdp_like.shard.graph",
         "MemoryPlan": "yafsdp_like.memory.plan",
         "MixedPrecisionPolicy": "torch.distributed.fsdp",
@@ -61,6 +62,7 @@ __all__ = [
     "ExampleBatch",
     "FSDPModule",
     "ForecastOptions",
+    "GradientReductionHandle",
     "GraphedStep",
     "MemoryPlan",
     "MixedPrecisionPolicy",

@@ -43,31 +43,23 @@ def test_names_are_where_torch_has_them() -> None:
             assert hasattr(ours, name)
 
 
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "set_custom_all_gather": (None,),
-    "set_custom_reduce_scatter": (None,),
-    "set_all_reduce_hook": (print,),
-    "set_allocate_memory_from_process_group_for_comm": (True,),
-    "set_symm_mem_for_comm": (),
-    "set_separate_reduce_scatter_group": (False,),
-    "set_reduce_scatter_max_input_buffers": (2,),
-}
-
-
 @on_ranks(1)
-def test_every_method_of_fsdp2_is_there_or_refused_by_name() -> None:
+def test_every_method_of_fsdp2_is_there() -> None:
     """Prevents: torch's own method running on what is not its module."""
     model: Any = ours.fully_shard(nn.Linear(2, 2), mesh=world_mesh())
     for name in dir(stock.FSDPModule):
         if not name.startswith("_"):
             assert getattr(type(model), name) is not getattr(stock.FSDPModule, name), name
-    for name, arguments in REFUSED.items():
-        if not hasattr(stock.FSDPModule, name):
-            continue  # newer than this torch
-        with pytest.raises(NotImplementedError, match=rf"{name}.* is not supported: .*leave it out|\.grad"):
-            getattr(model, name)(*arguments)
-    model.set_reduce_scatter_max_input_buffers(1)
     model.set_separate_reduce_scatter_group()
+    model.set_allocate_memory_from_process_group_for_comm(False)
+    with pytest.warns(UserWarning, match=r"group\(False\) does nothing here: reductions always have"):
+        model.set_separate_reduce_scatter_group(False)
+    with pytest.warns(UserWarning, match="for_comm does nothing here: collectives work on planned memory"):
+        model.set_allocate_memory_from_process_group_for_comm(True)
+    with pytest.warns(UserWarning, match='does nothing here: .* already .transport="peer"'):
+        model.set_symm_mem_for_comm()
+    with pytest.raises(ValueError, match="expected backend to be \"NCCL\", found 'CUDA'"):
+        model.set_symm_mem_for_comm("CUDA")
     model.set_reduce_scatter_divide_factor(4.0)
     assert ours.fully_shard.state(model).unit.policy.gradient_divisor == 4.0  # type: ignore[attr-defined]
     for wrong, error in ((0, ValueError), (2.5, TypeError), (True, TypeError)):

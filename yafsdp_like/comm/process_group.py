@@ -50,14 +50,14 @@ class ProcessGroupTransport:
         scratch: torch.Tensor | None = None,
     ) -> AllGather:
         """See ``Transport``."""
-        pieces = _by_dtype(outputs, inputs) if self.world_size > 1 else []
+        pieces = by_dtype(outputs, inputs) if self.world_size > 1 else []
         return partial(self._all_gather, pieces)
 
     def _all_gather(self, pieces: Pieces) -> None:
         options = AllgatherOptions()
         options.asyncOp = False  # on the current stream, not on one of the group's own
         for out, inp in pieces:
-            _finish(getattr(self._gather_group, _GATHER)(out, inp, options))
+            finish(getattr(self._gather_group, _GATHER)(out, inp, options))
 
     def reduce_scatter(
         self,
@@ -97,8 +97,8 @@ class ProcessGroupTransport:
             options = ReduceScatterOptions()
             options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG if reduction.mean else dist.ReduceOp.SUM)
             options.asyncOp = False
-            for out, inp in _by_dtype(outputs, inputs):
-                _finish(getattr(self._reduce_group, _REDUCE)(out, inp, options))
+            for out, inp in by_dtype(outputs, inputs):
+                finish(getattr(self._reduce_group, _REDUCE)(out, inp, options))
         if reduction.post_divisor != 1.0:
             torch._foreach_div_(list(outputs), reduction.post_divisor)
 
@@ -121,7 +121,7 @@ def _cast(
     (torch._foreach_add_ if accumulate else torch._foreach_copy_)(list(outputs), values)
 
 
-def _finish(work: dist.Work | None) -> None:
+def finish(work: dist.Work | None) -> None:
     """Complete a synchronous collective: block the CPU on gloo, and only order the current stream on NCCL."""
     if work is not None:
         work.wait()
@@ -130,7 +130,7 @@ def _finish(work: dist.Work | None) -> None:
 Pieces = list[tuple[list[torch.Tensor], list[torch.Tensor]]]  # outputs and inputs of one dtype each
 
 
-def _by_dtype(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Pieces:
+def by_dtype(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Pieces:
     """Make one pair of lists per dtype, in order of first appearance, without pieces that have no elements."""
     groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for out, inp in zip(outputs, inputs, strict=True):

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import AllreduceCoalescedOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from yafsdp_like.comm.transport import AllGather, ReduceScatter, Reduction, Transport
 
@@ -30,13 +30,19 @@ class ReplicatedTransport:
     """A transport inside each replica, and an all-reduce between replicas.
 
     ``shards`` is between the ranks of one replica, ``replicas`` between those that hold the same shard of each;
-    ``everybody`` is all of them, for host memory.
+    ``everybody`` is all of them, for host memory. ``after`` is called with what was all-reduced, before it is divided.
     """
 
-    def __init__(self, shards: Transport, replicas: dist.ProcessGroup, everybody: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        shards: Transport,
+        replicas: dist.ProcessGroup,
+        everybody: dist.ProcessGroup,
+        after: Callable[[Sequence[torch.Tensor]], None] = lambda _: None,
+    ) -> None:
         self.rank, self.world_size = shards.rank, shards.world_size
         self.description = f"{replicas.size()} replicas over their process group; in each, {shards.description}"
-        self.shards, self._replicas, self.everybody = shards, replicas, everybody
+        self.shards, self.replicas, self.everybody, self._after = shards, replicas, everybody, after
         self.mapped = shards.mapped
 
     def all_gather(
@@ -84,7 +90,7 @@ class ReplicatedTransport:
         """Return what to do inside the replica, so that only a mean over replicas is left."""
         if reduction.mean:
             return reduction
-        return replace(reduction, post_divisor=reduction.post_divisor / self._replicas.size())
+        return replace(reduction, post_divisor=reduction.post_divisor / self.replicas.size())
 
     def _combine(self, tensors: Sequence[torch.Tensor], reduction: Reduction) -> None:
         """Combine and divide over replicas after a reduction inside the replica that was ``_undivided``."""
@@ -97,9 +103,10 @@ class ReplicatedTransport:
         options.reduceOp = dist.ReduceOp(op)
         options.asyncOp = False  # on the current stream, not on one of the group's own
         for dtype in dict.fromkeys(t.dtype for t in tensors if t.numel()):
-            work = self._replicas.allreduce_coalesced([t for t in tensors if t.numel() and t.dtype == dtype], options)
+            work = self.replicas.allreduce_coalesced([t for t in tensors if t.numel() and t.dtype == dtype], options)
             if work is not None:
                 work.wait()  # blocks the CPU on gloo, and only orders the current stream on NCCL
+        self._after(tensors)
 
 
 def _are(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> bool:

@@ -25,6 +25,7 @@ COMPUTE, GATHER, REDUCE = "compute", "gather", "reduce"
 HOST_TO_DEVICE, DEVICE_TO_HOST = "host to device", "device to host"
 SIDE_STREAMS = (GATHER, REDUCE, HOST_TO_DEVICE, DEVICE_TO_HOST)
 
+UserStream = torch.Stream  # of a user's own
 Event = Any  # what ``record`` returned; opaque to everyone but the streams that made it
 
 
@@ -45,6 +46,19 @@ class Streams(Protocol):
 
     def is_complete(self, event: Event) -> bool:
         """Return whether ``event`` is complete, as far as the CPU knows, without waiting."""
+
+
+@contextmanager
+def on_stream_of_user(stream: UserStream | None) -> Iterator[None]:
+    """Run the work issued inside on a stream that the user made, in order with the current one; None: on that."""
+    if stream is None or stream.device.type == "cpu":
+        yield
+        return
+    current = torch.accelerator.current_stream(stream.device)
+    stream.wait_stream(current)
+    with stream:
+        yield
+    current.wait_stream(stream)
 
 
 class CudaStreams:

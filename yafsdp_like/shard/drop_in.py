@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,14 +23,6 @@ from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-ADVICE = {
-    "set_custom_all_gather": "name a transport in fully_shard(..., transport=...), or leave it out",
-    "set_custom_reduce_scatter": "name a transport in fully_shard(..., transport=...), or leave it out",
-    "set_all_reduce_hook": "shard over a 2-D mesh, whose first dimension replicates, or reduce .grad after backward",
-    "set_allocate_memory_from_process_group_for_comm": "leave it out: there are no buffers to be copied to",
-    "set_symm_mem_for_comm": 'leave it out, or say fully_shard(..., transport="peer")',
-}
 
 
 class ShardState(_State):
@@ -59,7 +52,8 @@ class ShardState(_State):
     def _root_post_backward_final_callback(self) -> None:
         engine = engine_of(self.unit)
         assert engine is not None, "a backward without a forward"
-        finish_accumulating(engine)
+        finish_accumulating(engine, engine.units)
+        engine.gradients.wait_for_reductions()
 
 
 def show_state_to_torch(module: nn.Module, state: ShardState) -> None:
@@ -111,6 +105,11 @@ def share_comm_ctx(modules: Sequence[nn.Module]) -> None:
             raise ValueError(f"share_comm_ctx expects modules that fully_shard returned, found {type(module).__name__}")
 
 
+def accept(call: str, reason: str) -> None:
+    """Warn that ``call``, which tunes what this runtime does not have, does nothing."""
+    warnings.warn(f"{call} does nothing here: {reason}", stacklevel=3)
+
+
 def refuse_others(cls: type) -> type:
     """Add to ``cls`` every public method of torch's ``FSDPModule`` that it does not have, as one that raises."""
     for name in dir(torch.distributed.fsdp.FSDPModule):
@@ -121,8 +120,10 @@ def refuse_others(cls: type) -> type:
 
 def _refusal(name: str) -> Callable[..., NoReturn]:
     def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
-        advice = ADVICE.get(name, "leave it out, or use torch.distributed.fsdp.fully_shard for this model")
-        raise NotImplementedError(f"{name} of {type(self).__name__} is not supported: {advice}")
+        raise NotImplementedError(
+            f"{name} of {type(self).__name__} is not supported: leave it out, or use "
+            "torch.distributed.fsdp.fully_shard for this model"
+        )
 
     refuse.__name__ = name
     refuse.__doc__ = "Not supported; see the error that it raises."

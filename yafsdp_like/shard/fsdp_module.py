@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any, Self, overload
 import torch.distributed.fsdp
 from torch import nn
 
-from yafsdp_like.memory.streams import GATHER, Event
-from yafsdp_like.shard.drop_in import ShardState, refuse_others
+from yafsdp_like.memory.streams import GATHER, Event, UserStream
+from yafsdp_like.shard.drop_in import ShardState, accept, refuse_others
 from yafsdp_like.shard.forecast.traced_units import read_off
 from yafsdp_like.shard.forecast.training_forecast import ForecastOptions, forecast_training
-from yafsdp_like.shard.hooks import abandon
+from yafsdp_like.shard.hooks import abandon, finish_accumulating
 from yafsdp_like.shard.runtime.engine import ShardEngine, engine_for, engine_of
 from yafsdp_like.shard.runtime.rebuild import Report
+from yafsdp_like.shard.runtime.running import backward_task
 from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
 from yafsdp_like.shard.runtime.unit_tree import unit_tree_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from yafsdp_like.comm.custom import Hook
     from yafsdp_like.memory.plan import MemoryPlan
     from yafsdp_like.shard.forecast.activations import Args, ExampleBatch
     from yafsdp_like.shard.forecast.quantities import TrainingForecast
@@ -42,6 +44,17 @@ class UnshardHandle(torch.distributed.fsdp.UnshardHandle):
     def wait(self) -> None:
         """Register the full parameters and make the current stream, not the CPU, wait for the all-gather."""
         self._engine.params.unshard(self._unit.gather_slot, refresh=True)
+
+
+class GradientReductionHandle:
+    """What ``finalize_backward(async_op=True)`` returns."""
+
+    def __init__(self, engine: ShardEngine) -> None:
+        self._engine = engine
+
+    def wait(self) -> None:
+        """Make the current stream, not the CPU, wait for all reductions: what follows sees every gradient."""
+        self._engine.gradients.wait_for_reductions()
 
 
 @refuse_others
@@ -179,6 +192,30 @@ class FSDPModule(Base):
         """Set whether the next backward's end waits for its reductions: gradients are incomplete until one does."""
         self._engine().gradients.set_is_last_backward(is_last_backward)
 
+    def set_manual_backward_finalization(self, enabled: bool) -> None:
+        """Set whether ``finalize_backward`` ends backwards: until it is called, gradients are incomplete.
+
+        To be called on the root, outside of backwards. Gradients are reduced in backward all the same, where
+        ``set_requires_gradient_sync`` says so.
+        """
+        self._engine().gradients.finalize_by_user(enabled)
+
+    def finalize_backward(self, *, async_op: bool = False) -> GradientReductionHandle | None:
+        """Reduce gradients of backwards without synchronization, release units, and wait for all reductions.
+
+        For the root, after a backward, with ``set_requires_gradient_sync(True)``: units for which it is False keep
+        their gradients. With ``async_op`` the waiting is left to the returned handle's ``wait()``.
+        """
+        if backward_task() is not None:
+            raise RuntimeError("finalize_backward() was called in a backward: call it once backward() has returned")
+        engine = self._engine()
+        finish_accumulating(engine, [unit for unit in engine.units if unit.policy.requires_gradient_sync])
+        handle = GradientReductionHandle(engine)
+        if async_op:
+            return handle
+        handle.wait()
+        return None
+
     def set_reshard_after_forward(self, reshard_after_forward: bool, recurse: bool = True) -> None:
         """Override the argument of ``fully_shard``; after the first forward as a hint: the plan may have no room.
 
@@ -194,6 +231,9 @@ class FSDPModule(Base):
         """Set whether parameters are released after backward; after the first forward a hint, as above."""
         for unit in self._units(recurse):
             unit.set_policy(reshard_after_backward=reshard_after_backward)
+
+    def set_keep_unsharded_storage(self, keep: bool, *, recurse: bool = True) -> None:
+        """Accept both: full parameters have the same addresses in every step, in slots that units share by turns."""
 
     def set_unshard_in_backward(self, unshard_in_backward: bool) -> None:
         """Set whether this module's backward reads its parameters; that of an embedding, say, does not."""
@@ -221,29 +261,6 @@ class FSDPModule(Base):
         """Do the same under FSDP2's former name of ``set_gradient_divide_factor``."""
         self.set_gradient_divide_factor(factor)
 
-    def set_separate_reduce_scatter_group(self, enable: bool = True, *, recurse: bool = True) -> None:
-        """Accept True: reductions always have a communicator of their own. Raises ``NotImplementedError`` for False."""
-        if not enable:
-            raise NotImplementedError(
-                "set_separate_reduce_scatter_group(False) is not supported: reductions always have a communicator of "
-                "their own; leave it out"
-            )
-
-    def set_reduce_scatter_max_input_buffers(self, max_input_buffers: int, *, recurse: bool = True) -> None:
-        """Accept 1, the number of reductions that may be in flight while backward goes on.
-
-        Raises ``TypeError`` for what is no int, ``ValueError`` below 1 and ``NotImplementedError`` above.
-        """
-        if isinstance(max_input_buffers, bool) or not isinstance(max_input_buffers, int):
-            raise TypeError(f"max_input_buffers must be an int, got {type(max_input_buffers).__name__}")
-        if max_input_buffers < 1:
-            raise ValueError(f"max_input_buffers must be a positive int, got {max_input_buffers}")
-        if max_input_buffers > 1:
-            raise NotImplementedError(
-                f"set_reduce_scatter_max_input_buffers({max_input_buffers}) is not supported: the number of gradient "
-                "slots is the plan's; leave it out"
-            )
-
     def set_force_sum_reduction_for_comms(self, enable: bool) -> None:
         """Set whether gradients are reduced with sums and divided separately, for backends without a mean."""
         self._unit().set_policy(sum_only=enable)
@@ -251,6 +268,68 @@ class FSDPModule(Base):
     def set_post_optim_event(self, event: Event) -> None:
         """Make all-gathers of the next forward wait for ``event`` too (as for the current stream in any case)."""
         self._engine().streams.wait(GATHER, event)
+
+    # --- communication
+
+    def set_custom_all_gather(self, comm: Any) -> None:
+        """All-gather this module's own parameters by ``comm``, an ``AllGather`` of FSDP2, over their process group.
+
+        It is called once for each dtype, with flat buffers from its ``allocate``, which are in no plan. To be set
+        before the first forward (``RuntimeError``), as the next two.
+        """
+        self._unit().customize(all_gather=comm)
+
+    def set_custom_reduce_scatter(self, comm: Any) -> None:
+        """Reduce-scatter this module's own gradients by ``comm``, a ``ReduceScatter`` of FSDP2, in the same way."""
+        self._unit().customize(reduce_scatter=comm)
+
+    def set_all_reduce_hook(self, hook: Hook, *, stream: UserStream | None = None) -> None:
+        """Call ``hook`` with this module's reduced gradients, to reduce them further in place, on ``stream`` if given.
+
+        Once for each parameter, with a flat tensor in ``reduce_dtype``, before it is divided and added to ``.grad``: as
+        FSDP2 does, but for its one buffer. On a 2-D mesh after replicas were averaged, where ``stream`` is an error.
+        """
+        if stream is not None and self._unit().mesh.ndim == 2:
+            raise ValueError("stream cannot be set when using native HSDP")
+        self._unit().customize(hook=hook, stream=stream)
+
+    def set_separate_reduce_scatter_group(self, enable: bool = True, *, recurse: bool = True) -> None:
+        """Accept it: reductions always have a communicator of their own. Warns that False does nothing."""
+        if not enable:
+            accept("set_separate_reduce_scatter_group(False)", "reductions always have a communicator of their own")
+
+    def set_reduce_scatter_max_input_buffers(self, max_input_buffers: int, *, recurse: bool = True) -> None:
+        """Set how many gradient slots backward may fill before it waits for a reduction: 1 beside its own by default.
+
+        Set before the plan, it widens that; the largest number of any unit counts, as in FSDP2. Raises ``TypeError``
+        for what is no int, ``ValueError`` below 1.
+        """
+        if isinstance(max_input_buffers, bool) or not isinstance(max_input_buffers, int):
+            raise TypeError(f"max_input_buffers must be an int, got {type(max_input_buffers).__name__}")
+        if max_input_buffers < 1:
+            raise ValueError(f"max_input_buffers must be a positive int, got {max_input_buffers}")
+        for unit in self._units(recurse):
+            unit.set_policy(reductions_in_flight=max_input_buffers)
+
+    def set_allocate_memory_from_process_group_for_comm(self, enable: bool) -> None:
+        """Accept it, with a warning: collectives read and write shards and slots, which are in the plan already."""
+        self._refuse_custom("set_allocate_memory_from_process_group_for_comm")
+        if enable:
+            accept("set_allocate_memory_from_process_group_for_comm", "collectives work on planned memory, in place")
+
+    def set_symm_mem_for_comm(self, backend: str = "NCCL") -> None:
+        """Accept it, with a warning: GPUs of one host map each other's memory where they can, see ``comm/choice.py``.
+
+        Raises ``ValueError`` for another backend than FSDP2's.
+        """
+        if backend != "NCCL":
+            raise ValueError(f'expected backend to be "NCCL", found {backend!r}')
+        self._refuse_custom("set_symm_mem_for_comm")
+        accept("set_symm_mem_for_comm", 'GPUs of one host map each other\'s memory already (transport="peer")')
+
+    def _refuse_custom(self, method: str) -> None:
+        if moves := self._unit().custom.moves:
+            raise AssertionError(f"cannot call {method}() when a collective is custom: {', '.join(moves)}")
 
     # --- nn.Module
 

@@ -40,6 +40,7 @@ from yafsdp_like.shard.runtime.watching import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import FrameType
 
     from yafsdp_like.shard.runtime.unit_state import Unit
@@ -330,18 +331,21 @@ def _end_task(engine: ShardEngine, task: int) -> None:
             engine.params.reshard(unit)
     backwards.pop(task, None)  # not before: where a hook raises, the next forward finds a backward to abandon
     engine.params.settle_prefetches()
-    if engine.gradients.is_last_backward:
+    if engine.gradients.is_last_backward and not engine.gradients.is_finalized_by_user:
         engine.gradients.wait_for_reductions()
     if is_outermost:
         engine.collective_log.ends_backward()
 
 
-def finish_accumulating(engine: ShardEngine) -> None:
-    """Reduce what backwards without synchronisation have left, without another backward."""
-    for unit in engine.units:
+def finish_accumulating(engine: ShardEngine, units: Sequence[Unit]) -> None:
+    """Reduce what backwards without synchronisation have left of ``units``, without another backward.
+
+    What follows on compute may read gradients only after ``wait_for_reductions``.
+    """
+    for unit in units:
         engine.gradients.reduce_scatter(unit)
-        engine.params.reshard(unit)
-    engine.gradients.wait_for_reductions()
+        if unit.policy.reshard_after_backward:
+            engine.params.reshard(unit)
     engine.collective_log.ends_backward()
 
 

@@ -59,6 +59,11 @@ class GradientLifecycle:
         self.filled: list[Unit] = []  # whose unused parameters the running backward reduces, in order of reduction
         self._updated: list[tuple[Event, list[ShardedParam], list[torch.Tensor]]] = []  # until their gradients are free
         self.is_last_backward = True  # whether the end of a backward waits for its reductions
+        self.is_finalized_by_user = False  # who waits for them after it
+
+    def finalize_by_user(self, by_user: bool) -> None:
+        """Set whether the user, and not the end of a backward, waits for reductions."""
+        self.is_finalized_by_user = by_user
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:
         """Set whether the end of a backward waits for its reductions."""

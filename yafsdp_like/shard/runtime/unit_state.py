@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from yafsdp_like.comm.custom import CustomComm, customized
 from yafsdp_like.memory.arena import Arena
 from yafsdp_like.memory.plan import Region
 from yafsdp_like.shard.runtime.forward_shard import ForwardShard
@@ -117,7 +118,7 @@ class Unit:
         self.forward_prefetch: list[Unit] = []  # what the user names instead of the next unit
         self.backward_prefetch: list[Unit] = []
         self.mesh = mesh
-        self.transport = transport
+        self.transport, self.custom = transport, CustomComm()
         self.device = device
         self.name = type(modules[0]).__name__  # the modules' full names, once the root is known
         self.is_on_host = policy.offload is not None  # main shard and gradients, see [Note: shards on the host]
@@ -215,6 +216,16 @@ class Unit:
     def modules(self) -> list[nn.Module]:
         """The modules that are still there."""
         return [module for ref in self._modules if (module := ref()) is not None]
+
+    def customize(self, **changes: Any) -> None:
+        """Change fields of ``custom``, before an engine runs the unit."""
+        if self.engine is not None:
+            raise RuntimeError(
+                f"unit {self.name!r} has run already (rank {self.transport.rank}), and how its bytes move is fixed: "
+                f"set {', '.join(changes)} between fully_shard and the first forward"
+            )
+        self.custom = replace(self.custom, **changes)
+        self.transport = customized(self.transport, self.mesh.get_group(self.mesh.ndim - 1), self.custom)
 
     def add_module(self, module: nn.Module) -> None:
         """Let the forward of ``module`` need the parameters too."""

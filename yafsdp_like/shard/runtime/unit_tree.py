@@ -53,8 +53,13 @@ class UnitTree:
             forward = tuple(index[u] for u in unit.forward_prefetch if u in index)
             backward = tuple(index[u] for u in unit.backward_prefetch if u in index)
             ranks = unit.rank_spec(params)
-            kept = unit.policy.forward_ranks
-            specs.append(UnitSpec(name, params, ranks, unit.needs, residency, forward, backward, unit.is_on_host, kept))
+            policy = unit.policy
+            specs.append(
+                UnitSpec(
+                    *(name, params, ranks, unit.needs, residency, forward, backward, unit.is_on_host),
+                    *(policy.forward_ranks, policy.reductions_in_flight),
+                )
+            )
         return plan_memory(specs, self.schedule)
 
 

@@ -52,7 +52,8 @@ def plan_memory(units: Sequence[UnitSpec], schedule: Schedule) -> MemoryLayout:
     layouts = [unit.layout(granule_nbytes) for unit in units]
     pairs = list(zip(units, layouts, strict=True))
     gather_live = _gather_ranges(units, schedule)
-    gradient_live = [schedule.gradient_range(i) for i in range(len(units))]
+    in_flight = max(unit.reductions_in_flight for unit in units)
+    gradient_live = [schedule.gradient_range(i, in_flight) for i in range(len(units))]
     gather_places, gather_nbytes = _place_shared(
         units,
         [0 if u.needs.own_gather_slot else aligned(x.gathered_nbytes, granule_nbytes or 1) for u, x in pairs],

@@ -87,9 +87,10 @@ class Schedule:
             return LiveRange(((forward_from, self.backward_end(unit)),))
         return LiveRange(((forward_from, self.spans[unit].last), (backward_from, self.backward_end(unit))))
 
-    def gradient_range(self, unit: int) -> LiveRange:
-        """Return when its gradient slot is live: until the next unit in backward is done."""
-        return LiveRange(((self.backward_start(unit), self.backward_end(unit) + 1),))
+    def gradient_range(self, unit: int, reductions_in_flight: int = 1) -> LiveRange:
+        """Return when its gradient slot is live: until so many more units in backward are done."""
+        end = min(self.backward_end(unit) + reductions_in_flight, 2 * self.num_ticks)
+        return LiveRange(((self.backward_start(unit), end),))
 
 
 def schedule_of(root: nn.Module, units_of: Mapping[nn.Module, Sequence[int]], num_units: int) -> Schedule:

@@ -216,6 +216,7 @@ class UnitSpec:
     backward_prefetch: tuple[int, ...] = ()
     on_host: bool = False  # main shards and gradients are in host memory: see [Note: shards on the host]
     forward_ranks: int = 0  # that keep the parameters from forward to backward, if fewer than all
+    reductions_in_flight: int = 1
 
     def layout(self, granule_nbytes: int) -> UnitLayout:
         """Lay out shards and slots, which alias granules of this size where ranks read each other's shards."""
@@ -245,6 +246,7 @@ class UnitPolicy:
     gradient_divisor: float | None = None  # None: the number of ranks
     sum_only: bool = False
     averaged: Averaged = "new"  # over replicas
+    reductions_in_flight: int = 1  # while backward goes on
 
     def division(self, num_ranks: int, in_fp16: bool) -> Reduction:
         """Return how gradients are divided: by ``num_ranks``, those of all replicas, or by the user's own factor.
