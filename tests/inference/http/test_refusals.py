@@ -136,7 +136,7 @@ def test_errors_are_those_that_the_client_knows(plain: Running) -> None:
 
 
 def test_an_unknown_path_and_a_wrong_method_are_errors_in_the_same_form(plain: Running) -> None:
-    assert (plain.post("/v1/embeddings", {}).status_code, plain.get(COMPLETIONS).status_code) == (404, 405)
+    assert (plain.post("/v1/rerank", {}).status_code, plain.get(COMPLETIONS).status_code) == (404, 405)
     assert plain.get("/nowhere").json()["error"]["type"] == "invalid_request_error"
 
 

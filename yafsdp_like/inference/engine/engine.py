@@ -392,12 +392,14 @@ class Engine:
         if launched.scored is not None:
             launched.scored.store()
         outputs = []
-        for run, token in zip(launched.drawing, self._runner.read(launched), strict=True):
+        for row, (run, token) in enumerate(zip(launched.drawing, self._runner.read(launched), strict=True)):
             if run.sequence.status is RequestStatus.ENDED:
                 self._scheduler.counts.num_tokens_dropped += 1
                 continue
             finish = self._scheduler.read(run, token.id)
-            outputs.append(self._output(run.sequence, (token,), finish))
+            output = self._output(run.sequence, (token,), finish)
+            has_hidden = run.sequence.request.has_hidden
+            outputs.append(replace(output, hidden=launched.hidden_of(row)) if has_hidden else output)
         return outputs
 
     # --- how things stand ---

@@ -79,6 +79,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()  # ends with one of these, which is reported, too
     num_logprobs: int | None = None  # None: none; 0: of the token drawn; n: of the n most probable, too
     num_prompt_logprobs: int | None = None  # the same of the prompt's tokens, which are all computed then
+    has_hidden: bool = False  # tell the hidden state of the prompt's last token
     tenant: str = ""  # whose pages they are
     priority: int = 0  # higher first
     deadline: float | None = None  # in seconds of time.monotonic()
@@ -123,6 +124,7 @@ class RequestOutput:
     num_cached_tokens: int = 0  # of the prompt, that were not computed
     error: str | None = None  # why it FAILED
     prompt: tuple[Token, ...] = ()  # with the first tokens, if its log-probabilities are asked for; the first has none
+    hidden: tuple[float, ...] = ()  # (D,): of the token before the last one here, normed, if it is asked for
 
 
 @dataclass(frozen=True)

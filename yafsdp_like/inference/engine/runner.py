@@ -64,6 +64,11 @@ class Launched:
     began: Event  # its first work on the device, of ``Runner.timer`` as ``done`` is
     done: Event
     scored: ScoredStep | None  # prompts
+    hidden: Tensor | None  # (B, D) of the weights' dtype: what rows are drawn from, if it is asked for
+
+    def hidden_of(self, row: int) -> tuple[float, ...]:
+        """Return a row of ``hidden``."""
+        return () if self.hidden is None else tuple(self.hidden[row].tolist())
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class Runner:
         scores, ids = buffers.logits, buffers.inputs.token_pool[: self._max_batch_size]
         self._drawn = DrawnTokens(ids, scores.drawn_logprobs, scores.top_logits, scores.top_ids)
         self._results = [self._host_results() for _ in range(2)]  # see batch_inputs.py, [Note: two sides]
+        self._hidden = [host_like(buffers.activations.last, self._on_gpu) for _ in range(2)]
         self._buckets = StepBuckets(self._max_batch_size, self._max_batch_tokens)
         self._recordings: dict[StepSize, StepRecording] = {}
         self._logprobs: dict[int, StepRecording] = {}  # by the number of rows that draw
@@ -331,7 +337,12 @@ class Runner:
         pairs = zip(vars(results).values(), vars(self._drawn).values(), strict=True)
         for result, drawn in islice(pairs, None if with_logprobs else 1):
             result[rows].copy_(drawn[rows], non_blocking=True)
-        return Launched(drawing, results, step.began, self.timer.mark(), step.scored)
+        hidden = None
+        if any(run.sequence.request.has_hidden for run in drawing):
+            self._hidden.reverse()
+            hidden = self._hidden[0]
+            hidden[rows].copy_(self._buffers.activations.last[rows], non_blocking=True)
+        return Launched(drawing, results, step.began, self.timer.mark(), step.scored, hidden)
 
     def _copy_pages(self, copies: Iterable[Copy]) -> None:
         for first, num_pages in _merged(copies):

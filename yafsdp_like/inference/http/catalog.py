@@ -44,14 +44,22 @@ class Catalog:
         self, kind: type[CompletionBody] | type[ChatBody], raw: bytes, arrival: float | None = None
     ) -> ParsedRequest:
         """Parse a body as the parser of its model does. Raises ApiError for what is not served."""
-        sent: Any = self._limits.parse(raw)
+        sent = self.parse(raw)
+        return self.parser_of(sent).read_sent(kind, sent, arrival)
+
+    def parse(self, raw: bytes) -> Any:
+        """Return what a body says. Raises ApiError for what is no JSON, or too much of it for any model."""
+        return self._limits.parse(raw)
+
+    def parser_of(self, sent: Any) -> RequestParser:
+        """Return the parser of the model that a body names. Raises ApiError as ``find`` does."""
         name = sent.get("model") if isinstance(sent, dict) else None
         parser = next(
             iter(self.parsers.values())
         )  # of one model, it says 404 itself; without a name, that there is none
         if isinstance(name, str) and (len(self.parsers) > 1 or self.is_pool or name in self._by_name):
             parser = self.find(name)
-        return parser.read_sent(kind, sent, arrival)
+        return parser
 
     def check_new(self, name: str) -> None:
         """Raise ValueError for a name that something has already."""

@@ -73,7 +73,7 @@ class AuthMiddleware:
         is_adapters = path in (LOAD_ADAPTER, UNLOAD_ADAPTER) and self._options.admin_key is not None
         if path.startswith("/admin/") or is_adapters:  # without a key there are no routes
             return self._options.admin_key, "admin key"
-        return (self._options.api_key if path.startswith("/v1/") else None), "key"
+        return (self._options.api_key if path.startswith(("/v1/", "/tokenize", "/detokenize")) else None), "key"
 
     def _limited(self, receive: Receive) -> Receive:
         """Raises ApiError once more has come than a body may have, whatever its headers have said."""

@@ -124,6 +124,11 @@ class RequestParser:
         return RequestParser(self._codec, told)
 
     @property
+    def codec(self) -> Codec:
+        """The tokenizer of the model."""
+        return self._codec
+
+    @property
     def options(self) -> ServerOptions:
         """The options that requests are read by."""
         return self._options
@@ -197,7 +202,7 @@ class RequestParser:
         """What requests may call the model."""
         return self._options.model_name, *self._options.aliases
 
-    def check_model(self, name: str) -> None:
+    def check_model(self, name: Any) -> None:
         """Raises ApiError unless it is the one that is served."""
         if name not in self.names:
             message = f"model: there is no {shorten(name)} here, only {self._options.model_name!r}"
@@ -216,10 +221,11 @@ class RequestParser:
             if body.add_special_tokens is False:
                 encode = partial(encode, add_special_tokens=False)
             return self._cut(body, self._ids("prompt", encode, prompt))
-        self._check_ids("prompt", prompt)
+        self.check_ids("prompt", prompt)
         return self._cut(body, tuple(prompt))
 
-    def _check_ids(self, param: str, ids: Collection[int]) -> None:
+    def check_ids(self, param: str, ids: Collection[int]) -> None:
+        """Raises ApiError for tokens that are not in the vocabulary."""
         for token in (min(ids), max(ids)) if ids else ():
             if not 0 <= token < self._options.vocab_size:
                 most = self._options.vocab_size - 1
@@ -228,7 +234,7 @@ class RequestParser:
     def _limits(self, body: AnyBody) -> TokenLimits | None:
         """What may be drawn; None for everything, as most requests have it."""
         for param in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
-            self._check_ids(param, getattr(body, param) or ())
+            self.check_ids(param, getattr(body, param) or ())
         allowed = None if body.allowed_token_ids is None else tuple(body.allowed_token_ids)
         words = dict.fromkeys(
             self._codec.encode(text, add_special_tokens=False)  # at a text's beginning, or behind another word

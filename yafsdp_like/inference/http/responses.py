@@ -6,7 +6,8 @@ Owns the fields of answers. Knows nothing of what was asked for, of how answers 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -28,6 +29,7 @@ class Choice:
     tokens: list[PlacedToken] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)  # all that were drawn
     prompt: tuple[Token, ...] = ()  # where its log-probabilities are told
+    hidden: tuple[float, ...] = ()  # of the prompt's last token, where it is asked for
     num_cached_tokens: int = 0
 
     def add(self, piece: Piece) -> None:
@@ -46,8 +48,6 @@ class ResponseFormat(Protocol):
     """How an answer is written in JSON."""
 
     prefix: ClassVar[str]  # of ids
-    whole_object: ClassVar[str]  # what `object` says of an answer in one piece
-    part_object: ClassVar[str]  # and of a chunk
 
     @property
     def codec(self) -> Codec:
@@ -61,18 +61,64 @@ class ResponseFormat(Protocol):
     def has_prompt_logprobs(self) -> bool:
         """Whether the field ``prompt_logprobs`` is said."""
 
+    def body(self, parsed: ParsedRequest) -> dict[str, Any]:
+        """An answer in one piece, all of whose choices have ended."""
+
+    def opening_events(self, parsed: ParsedRequest) -> Iterator[dict[str, Any]]:
+        """What a stream begins with."""
+
+    def part_events(self, parsed: ParsedRequest, choice: Choice, piece: Piece) -> Iterator[dict[str, Any]]:
+        """What a piece adds; `piece.finish` makes it the choice's last."""
+
+    def closing_events(self, parsed: ParsedRequest) -> Iterator[dict[str, Any]]:
+        """What a stream ends with."""
+
+
+class ChoiceFormat(ABC):
+    """An answer, and each part of a stream, is an object around choices."""
+
+    whole_object: ClassVar[str]  # what `object` says of an answer in one piece
+    part_object: ClassVar[str]  # and of a chunk
+
+    @abstractmethod
     def whole(self, choice: Choice) -> dict[str, Any]:
-        """A choice that has ended."""
+        """Return a choice that has ended."""
 
+    @abstractmethod
     def part(self, choice: Choice, piece: Piece) -> dict[str, Any]:
-        """A choice of a chunk: what a piece adds; `piece.finish` makes it the last."""
+        """Return a choice of a chunk: what a piece adds."""
 
+    @abstractmethod
     def opening(self, choice: Choice) -> dict[str, Any] | None:
-        """A choice of a chunk before its first piece, if there is one."""
+        """Return a choice of a chunk before its first piece, if there is one."""
+
+    def body(self, parsed: ParsedRequest) -> dict[str, Any]:
+        """Return an answer in one piece."""
+        choices = [self.whole(choice) for choice in parsed.choices]
+        return parsed.envelope(self.whole_object, choices, usage=parsed.usage())
+
+    def opening_events(self, parsed: ParsedRequest) -> Iterator[dict[str, Any]]:
+        """Yield chunks before the first pieces."""
+        for choice in parsed.choices:
+            if (opening := self.opening(choice)) is not None:
+                yield self._chunk(parsed, opening)
+
+    def part_events(self, parsed: ParsedRequest, choice: Choice, piece: Piece) -> Iterator[dict[str, Any]]:
+        """Yield the chunk of a piece."""
+        yield self._chunk(parsed, self.part(choice, piece))
+
+    def closing_events(self, parsed: ParsedRequest) -> Iterator[dict[str, Any]]:
+        """Yield the chunk that counts tokens, if it is wanted."""
+        if parsed.wants_usage:
+            yield parsed.envelope(self.part_object, [], usage=parsed.usage())
+
+    def _chunk(self, parsed: ParsedRequest, choice: dict[str, Any]) -> dict[str, Any]:
+        more = {"usage": None} if parsed.wants_usage else {}
+        return parsed.envelope(self.part_object, [choice], **more)
 
 
 @dataclass(frozen=True)
-class CompletionFormat:
+class CompletionFormat(ChoiceFormat):
     """`text_completion`."""
 
     codec: Codec
@@ -135,7 +181,7 @@ class CompletionFormat:
 
 
 @dataclass(frozen=True)
-class ChatFormat:
+class ChatFormat(ChoiceFormat):
     """`chat.completion` and its chunks."""
 
     codec: Codec

@@ -49,6 +49,7 @@ from yafsdp_like.inference.http.responses import Choice, ParsedRequest
 from yafsdp_like.inference.http.service import Service, ServiceState, UnavailableError
 from yafsdp_like.inference.http.status import add_status_routes
 from yafsdp_like.inference.http.stream import Stream
+from yafsdp_like.inference.http.text_routes import add_text_routes
 from yafsdp_like.inference.pool.host_weights import ModelUnavailableError
 from yafsdp_like.inference.text.codec import Codec, Piece
 
@@ -77,16 +78,21 @@ class OpenAIHandler:
 
     async def answer(self, kind: Kind, http: HttpRequest) -> Response:
         """The answer to a body of this kind. Raises ApiError."""
-        try:
-            parsed = await self._parse(kind, http)
-        except ReaderBusyError as error:
-            raise _full(str(error)) from error
-        except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
-        stream = await self._open(parsed)
-        self.metrics.prompt_tokens.inc(parsed.num_prompt_tokens)
+        return await self.respond(http, partial(self.catalog.read, kind))
+
+    async def respond(self, http: HttpRequest, function: Callable[[bytes, float], ParsedRequest]) -> Response:
+        """The answer to a body that ``function`` reads, whole or as a stream. Raises ApiError."""
+        parsed = await self.read(http, function)
         if parsed.wants_stream:
+            stream = await self._open(parsed)
             return EventStreamResponse(self._lines(parsed, stream), stream, header_of(parsed.ignored))
+        if not await self.collect(parsed, http):
+            return Response(status_code=499)  # nobody reads it
+        return JSONResponse(parsed.format.body(parsed), headers=header_of(parsed.ignored))
+
+    async def collect(self, parsed: ParsedRequest, http: HttpRequest) -> bool:
+        """Have all choices answered; False if the client has gone. Raises ApiError."""
+        stream = await self._open(parsed)
         try:
             async with close_on_disconnect(http.receive, stream):
                 async for choice, piece in self._pieces(parsed, stream):
@@ -95,19 +101,19 @@ class OpenAIHandler:
             raise
         except Exception as error:
             raise _bug(error) from error
-        if any(choice.transcript.finish is None for choice in parsed.choices):
-            return Response(status_code=499)  # nobody reads it
-        return JSONResponse(
-            parsed.envelope(
-                parsed.format.whole_object,
-                [parsed.format.whole(choice) for choice in parsed.choices],
-                usage=parsed.usage(),
-            ),
-            headers=header_of(parsed.ignored),
-        )
+        return all(choice.transcript.finish is not None for choice in parsed.choices)
 
-    async def _parse(self, kind: Kind, http: HttpRequest) -> ParsedRequest:
-        """What is asked. Others have the event loop while a long text is cut into tokens."""
+    async def read(self, http: HttpRequest, function: Callable[[bytes, float], T]) -> T:
+        """What ``function(body, arrival)`` makes of a body, off the event loop. Raises ApiError."""
+        try:
+            return await self._read(http, function)
+        except ReaderBusyError as error:
+            raise _full(str(error)) from error
+        except ClientDisconnect:
+            raise ApiError(499, "the client has gone") from None  # nobody reads it
+
+    async def _read(self, http: HttpRequest, function: Callable[[bytes, float], T]) -> T:
+        """Others have the event loop while a long text is cut into tokens."""
         _check_is_json(http)
         with self.pool.reserve() as reservation:
             raw = bytearray()
@@ -121,13 +127,15 @@ class OpenAIHandler:
                 raise ApiError(408, words, code="body_too_slow", headers={"connection": "close"}) from None
             arrival, sent = time.monotonic(), bytes(raw)
             async with until_deadline(None if self.options.timeout_s is None else arrival + self.options.timeout_s):
-                reading = self.pool.read(sent, lambda: self.catalog.read(kind, sent, arrival))
+                reading = self.pool.read(sent, lambda: function(sent, arrival))
                 return await _cancel_on_disconnect(reading, http.receive)
 
     async def _open(self, parsed: ParsedRequest) -> Stream:
         try:
             async with until_deadline(parsed.deadline):
-                return await self.service.open([choice.request for choice in parsed.choices])
+                stream = await self.service.open([choice.request for choice in parsed.choices])
+            self.metrics.prompt_tokens.inc(parsed.num_prompt_tokens)
+            return stream
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         except QueueFullError as error:
@@ -151,6 +159,7 @@ class OpenAIHandler:
                 choice = choices[output.request_id]
                 if choice.transcript.finish is not None:  # by a stop string; what the engine says after is not text
                     continue
+                choice.hidden = choice.hidden or output.hidden
                 choice.num_cached_tokens = max(choice.num_cached_tokens, output.num_cached_tokens)
                 piece = choice.transcript.push(output)
                 latency.observe_output(choice.index, len(output.tokens), piece.finish)
@@ -170,17 +179,16 @@ class OpenAIHandler:
 
     async def _lines(self, parsed: ParsedRequest, stream: Stream) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
-        more = {"usage": None} if parsed.wants_usage else {}
         try:
-            for choice in parsed.choices:
-                if (opening := parsed.format.opening(choice)) is not None:
-                    yield _line(parsed.envelope(parsed.format.part_object, [opening], **more))
+            for event in parsed.format.opening_events(parsed):
+                yield _line(event)
             async for choice, piece in self._pieces(parsed, stream):
                 has_news = piece.text or piece.tokens or piece.prompt or (piece.ids and parsed.format.has_ids)
                 if has_news or piece.finish is not None:
-                    yield _line(parsed.envelope(parsed.format.part_object, [parsed.format.part(choice, piece)], **more))
-            if parsed.wants_usage:
-                yield _line(parsed.envelope(parsed.format.part_object, [], usage=parsed.usage()))
+                    for event in parsed.format.part_events(parsed, choice, piece):
+                        yield _line(event)
+            for event in parsed.format.closing_events(parsed):
+                yield _line(event)
         except ApiError as error:  # the status is out already
             yield _line(error.body())
         except Exception as error:
@@ -249,7 +257,8 @@ def _full(message: str, retry_after_s: float = RETRY_AFTER_S) -> ApiError:
 
 
 def _line(content: dict[str, Any]) -> bytes:
-    return b"data: " + _ENCODER.encode(content).encode() + b"\n\n"
+    name = f"event: {content['type']}\n" if "type" in content else ""
+    return name.encode() + b"data: " + _ENCODER.encode(content).encode() + b"\n\n"
 
 
 @asynccontextmanager
@@ -360,6 +369,7 @@ def _add_answers(app: FastAPI, handler: OpenAIHandler) -> None:
 
 def _add_routes(app: FastAPI, handler: OpenAIHandler) -> None:
     _add_answers(app, handler)
+    add_text_routes(app, handler)
     add_adapter_routes(app, handler.service, handler.catalog)
     add_model_routes(app, handler.service, handler.catalog)
     add_status_routes(app, handler.service, handler.catalog, handler.metrics)

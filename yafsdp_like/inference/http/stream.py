@@ -71,7 +71,8 @@ class Stream:
             if output.tokens and self._outputs and self._outputs[-1].request_id == output.request_id:
                 before = self._outputs.pop()
                 prompt = before.prompt or output.prompt
-                output = replace(output, tokens=before.tokens + output.tokens, prompt=prompt)
+                hidden = before.hidden or output.hidden
+                output = replace(output, tokens=before.tokens + output.tokens, prompt=prompt, hidden=hidden)
             self._outputs.append(output)
         self._news.set()
 
