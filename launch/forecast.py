@@ -14,11 +14,13 @@ from torch import nn
 from launch.build import checkpoint_blocks
 from launch.config import Config
 from launch.recipe import Recipe, recipe_of
+from launch.world import World
 from yafsdp_like import MixedPrecisionPolicy, offload_activations
 from yafsdp_like.shard.forecast.activations import ExampleBatch
 from yafsdp_like.shard.forecast.quantities import TrainingForecast
 from yafsdp_like.shard.forecast.traced_units import Cluster, PlannedModel, cut
 from yafsdp_like.shard.forecast.training_forecast import ForecastOptions, OptimizerMemory, forecast_training
+from yafsdp_like.shard.memory_report import AllocatorPeaks, MemoryReport, compared
 from yafsdp_like.shard.spec.unit_spec import UnitPolicy
 
 
@@ -89,3 +91,21 @@ def choices_of(options: Config, shape: TrainingStepShape) -> ForecastOptions:
     optimizer = OptimizerMemory(of_optimizer.moments, of_optimizer.offload_moments, of_optimizer.update_in_backward)
     copies = of_checkpoint.asynchronous and 0 < of_checkpoint.every < options.num_steps
     return ForecastOptions(optimizer, shape.num_accumulated > 1, copies, is_recorded=options.model.graph)
+
+
+def memory_report(
+    model: Any, optimizer: torch.optim.Optimizer, options: Config, world: World, peaks: AllocatorPeaks | None
+) -> tuple[MemoryReport, list[str]]:
+    """Return what a run's step was to take beside what it took; and why not, where it cannot be forecast.
+
+    ``peaks`` are the allocator's of the whole run. A trace of the model that has run says what was to come.
+    """
+    shape, found = TrainingStepShape.of(options, world.size), model.memory_report()
+    forecast, note = None, []
+    try:
+        choices = dataclasses.replace(choices_of(options, shape), on_gpu=world.device.type == "cuda")
+        forecast = model.memory_plan(batch_of(shape), choices)
+    except Exception as why:  # of the user's module, or of what it reads: the run itself is done
+        note = [f"activations are not forecast: {type(why).__name__}: {' '.join(str(why).split())}"]
+    plan = model.memory_plan() if forecast is None else forecast.plan
+    return dataclasses.replace(found, rows=compared(model, plan, forecast, optimizer, peaks)), note

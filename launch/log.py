@@ -20,6 +20,7 @@ from launch.memory_timeline import MemoryTimeline
 from launch.world import World
 from yafsdp_like.comm.consistency import raise_on_all_ranks
 from yafsdp_like.memory.plan import readable
+from yafsdp_like.shard.memory_report import AllocatorPeaks
 
 
 class Pending(NamedTuple):
@@ -101,6 +102,12 @@ class Log:
     def _peaks(self) -> metrics.Record:
         """Peaks of the whole run, on this rank."""
         return metrics.memory(self._world.device) | (self._memory.peaks_gib() if self._memory is not None else {})
+
+    def peaks(self) -> AllocatorPeaks | None:
+        """The allocator's peaks of the whole run, on this rank; None on a CPU."""
+        peaks = self._peaks()
+        found = [round(peaks[name] * metrics.GIB) for name in ("allocated_gib", "reserved_gib") if peaks[name]]
+        return AllocatorPeaks(*found) if found else None
 
     def totals(self) -> str:
         """Time and memory of the whole run, on this rank."""

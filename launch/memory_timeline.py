@@ -1,6 +1,6 @@
 """What holds device memory at the borders of a step's phases, by category. Made only where `log.memory` asks for it.
 
-Owns when it is looked at. What is counted is ``shard/oom_letter.py``'s: regions of arenas, tensors of gradients and
+Owns when it is looked at. What is counted is ``shard/memory_report.py``'s: regions of arenas, tensors of gradients and
 states, and on a GPU what PyTorch's allocator holds beside them.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from launch.metrics import GIB, Record
-from yafsdp_like.shard.oom_letter import holders_of
+from yafsdp_like.shard.memory_report import holders_of
 
 PHASES = "forward", "backward", "update"
 PEAK, RESERVED, DEVICE = "allocator's peak", "reserved", "device"  # not parts of the sum

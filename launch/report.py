@@ -7,28 +7,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from launch.charts import Line, line_chart, stacked_bars
 from launch.memory_timeline import parts_of
 from launch.metrics import ENVIRONMENT_FILE, GIB, Record, read_records
 from launch.page import page, table
 from yafsdp_like.memory.plan import readable
-from yafsdp_like.shard.forecast.quantities import CATEGORIES, OF_KIND
-from yafsdp_like.shard.oom_letter import STATES
+from yafsdp_like.shard.forecast.quantities import CATEGORIES
+from yafsdp_like.shard.memory_report import ComparedMemory, MemoryReport
 
 REPORT_FILE = "report.html"
 MAX_SAMPLES = 40  # steps whose memory is drawn
 ASK = "Memory by category was not recorded: --log.memory=true does, at the borders of each step's phases."
 
 
-def write_report(directory: Path, model: Any, moments_nbytes: int, unigram_entropy: float) -> Path:
-    """Write report.html into a run's directory, of the files that are there and of what ``model`` holds now.
-
-    ``moments_nbytes`` are planned for the optimizer's states on the device.
-    """
+def write_report(directory: Path, found: MemoryReport, unigram_entropy: float) -> Path:
+    """Write report.html into a run's directory, of the files that are there and of what was planned and measured."""
     records = read_records(directory)
     environment = json.loads((directory / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
     body = "".join(
@@ -37,7 +34,7 @@ def write_report(directory: Path, model: Any, moments_nbytes: int, unigram_entro
             ("Loss", losses(records, unigram_entropy)),
             ("Speed", speed(records)),
             ("Memory", memory(records)),
-            ("Planned and measured", planned_and_measured(model, moments_nbytes, records)),
+            ("Planned and measured", planned_and_measured(found, records)),
             ("Where it ran", table(("", ""), list(_flat(environment)))),
         )
     )
@@ -97,21 +94,21 @@ def memory(records: Sequence[Record]) -> str:
     return "<p>GiB at the end of forward, backward and update.</p>" + stacked_bars(bars, "memory over steps")
 
 
-def planned_and_measured(model: Any, moments_nbytes: int, records: Sequence[Record]) -> str:
-    """Return, by category, what the plan says and the most that was held, and what did not go by the plan."""
-    plan, report = model.memory_plan(), model.memory_report()
-    rows = [("arenas of the plan", *_compared(plan.nbytes, report.arena_nbytes))]
+def planned_and_measured(found: MemoryReport, records: Sequence[Record]) -> str:
+    """Return, by category, what was planned and the most that was held, and what did not go by the plan."""
     samples = [sample for record in records for sample in record.get("memory_gib", {}).values()]
     most = {name: round(GIB * max(sample.get(name, 0.0) for sample in samples)) for name in _names(samples)}
-    planned = {STATES: moments_nbytes}
-    for region in (region for region in plan.regions if not region.on_host):
-        category = OF_KIND.get(region.kind, region.kind)
-        planned[category] = planned.get(category, 0) + region.nbytes
-    rows += [(escape(name), *_compared(planned.get(name), most[name])) for name in most]
-    if records and records[-1].get("reserved_gib") is not None:
-        rows.append(("reserved by PyTorch, at most", "", _exact(round(GIB * records[-1]["reserved_gib"])), ""))
-    words = f"<p>{len(report.spills)} slots beyond the plan, {report.evictions} evictions.</p>"
-    return table(("", "planned", "measured, at most", "off by"), rows, (1, 2, 3)) + words
+    rows = [
+        replace(row, measured_nbytes=max(most.pop(row.name), row.measured_nbytes or 0)) if row.name in most else row
+        for row in found.rows
+    ]
+    rows += [ComparedMemory(name, None, nbytes) for name, nbytes in most.items()]
+    cells = [
+        (escape(row.name), _exact(row.planned_nbytes), _exact(row.measured_nbytes) or "not known", row.off)
+        for row in rows
+    ]
+    words = f"<p>{len(found.spills)} slots beyond the plan, {found.evictions} evictions.</p>"
+    return table(("", "planned", "measured, at most", "off by"), cells, (1, 2, 3)) + words
 
 
 def _names(samples: Sequence[Record]) -> list[str]:
@@ -120,14 +117,8 @@ def _names(samples: Sequence[Record]) -> list[str]:
     return [*(name for name in CATEGORIES if name in found), *(name for name in found if name not in CATEGORIES)]
 
 
-def _compared(planned: int | None, measured: int) -> tuple[str, str, str]:
-    if planned is None:
-        return "", _exact(measured), ""
-    return _exact(planned), _exact(measured), f"{measured / planned - 1:+.2%}" if planned else ""
-
-
-def _exact(nbytes: int) -> str:
-    return f"{readable(nbytes)} ({nbytes:,})"
+def _exact(nbytes: int | None) -> str:
+    return "" if nbytes is None else f"{readable(nbytes)} ({nbytes:,})"
 
 
 def _flat(values: Record, prefix: str = "") -> Iterator[tuple[str, str]]:

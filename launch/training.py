@@ -17,6 +17,7 @@ from launch import build, fit, memory_check, report, sample
 from launch.config import Config
 from launch.console import Console
 from launch.corpus import describe_text, open_text
+from launch.forecast import memory_report
 from launch.gradients import NotFiniteError
 from launch.log import Log
 from launch.profiling import Profiling
@@ -164,14 +165,13 @@ def finish(trainer: Trainer, state: RunState, log: Log) -> None:
 
 
 def report_on(trainer: Trainer, log: Log) -> None:
-    """Write the run's report, on the first rank."""
-    directory, options = Path(trainer.options.output_dir), trainer.options.optimizer
+    """Say what was planned and measured, and write the run's report, on the first rank."""
+    directory = Path(trainer.options.output_dir)
     with raise_on_all_ranks():
         if trainer.world.is_first:
-            moments = (
-                0 if options.offload_moments else build.moments_nbytes(trainer.model, trainer.world, options.moments)
-            )
-            report.write_report(directory, trainer.model, moments, unigram_entropy(trainer.corpus.train))
+            found, note = memory_report(trainer.model, trainer.optimizer, trainer.options, trainer.world, log.peaks())
+            log.say("\n".join(["memory of one rank", str(found), *note]))
+            report.write_report(directory, found, unigram_entropy(trainer.corpus.train))
     log.say(f"report: {directory / report.REPORT_FILE}")
 
 

@@ -13,13 +13,18 @@ import torch
 
 from launch import memory_timeline, trainer
 from launch.charts import Line, line_chart, stacked_bars
+from launch.config import load
+from launch.forecast import memory_report
 from launch.memory_timeline import MemoryTimeline, parts_of
 from launch.metrics import GIB, EventFile
 from launch.report import REPORT_FILE
+from launch.world import World
+from tests.launch.test_going_on import said
 from tests.launch.test_slot_map import FROM_ELSEWHERE, Parsed
 from tests.launch.test_train import file, read_events, run_here, text, train
 from tests.ranks import run_ranks
-from yafsdp_like.shard.oom_letter import GRADIENTS, STATES
+from yafsdp_like.memory.plan import MemoryPlan, Region
+from yafsdp_like.shard.memory_report import GRADIENTS, STATES, MemoryReport
 
 # --- charts ---
 
@@ -103,9 +108,40 @@ def test_a_run_reports_its_memory_by_category_as_it_was_planned(file: Path) -> N
     assert {"arenas of the plan", "main shards", GRADIENTS, STATES} <= set(off)
     assert off["arenas of the plan"] == off["main shards"] == "+0.00%"
     assert all(abs(float(by.rstrip("%"))) < 3 for by in off.values())
+    assert re.search(r"<td>activations, logits and gradients, at most</td><td[^>]*>[\d.]+ KiB .*?>not known<", text)
     assert json.loads((file.parent / "run" / "environment.json").read_text())["device"] in text
     events = read_events(file.parent / "run" / "tensorboard", "memory_gib/update/main shards")
     assert set(events) == {1, 2, 3, 4}
+
+
+def test_a_run_ends_with_what_was_planned_and_measured(file: Path) -> None:
+    words = said(file, "--num_steps=2", world_size=1)
+    table = words.partition("memory of one rank\n")[2].partition(" slots beyond the plan")[0].splitlines()[1:-1]
+    rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in table)
+    for name in ("arenas of the plan", "main shards", "gradient slots", "optimizer states"):
+        assert rows[name].endswith("+0.00%") or abs(float(rows[name].split()[-1].rstrip("%"))) < 3
+    assert re.fullmatch(r"[\d.]+ KiB +not known", rows["activations, logits and gradients, at most"])
+    assert rows["gradient shards"].endswith("not known")  # their memory was given back
+
+
+class Unforeseen(torch.nn.Module):
+    """A model whose step cannot be forecast."""
+
+    def memory_report(self) -> MemoryReport:
+        return MemoryReport(0, (), 0, 0, 0)
+
+    def memory_plan(self, *batch: Any) -> MemoryPlan:
+        if batch:
+            raise ValueError("the forward reads values")
+        return MemoryPlan(1, (Region("root.main_shard", "main_shard", 512),))
+
+
+def test_a_run_whose_step_cannot_be_forecast_still_compares_the_plan_and_says_why() -> None:
+    model, options = Unforeseen(), load(["configs/tiny.yaml"])
+    world = World(0, torch.device("cpu"), mock.Mock(size=lambda: 1))
+    found, note = memory_report(model, mock.Mock(state={}, moment_buffers=[]), options, world, None)
+    assert note == ["activations are not forecast: ValueError: the forward reads values"]
+    assert [row.name for row in found.rows] == ["arenas of the plan", "main shards"]
 
 
 def run_without_samples(arguments: list[str]) -> None:

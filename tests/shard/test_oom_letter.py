@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.ranks import run_ranks
 from yafsdp_like import explain_out_of_memory, fully_shard
 from yafsdp_like.optim import AdamW
-from yafsdp_like.shard import oom_letter
+from yafsdp_like.shard import memory_report, oom_letter
 
 MIB = 1 << 20
 ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines that nobody needs"
@@ -140,23 +140,23 @@ def held_on_a_device() -> tuple[dict[str, int], int]:
     optimizer = AdamW(model.parameters())
     model(torch.ones(1, 8)).backward()
     optimizer.step()
-    arenas = sum(region.nbytes for region in oom_letter._regions(model))
+    arenas = sum(region.nbytes for region in memory_report.regions_of(model))
     device = {
         "memory_allocated": arenas + 50 * MIB,
         "memory_reserved": arenas + 60 * MIB,
         "mem_get_info": (100 * MIB, arenas + 200 * MIB),
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(oom_letter, "_device_of", lambda _: torch.device("cuda", 0))
+        patch.setattr(memory_report, "device_of", lambda _: torch.device("cuda", 0))
         for name, value in device.items():
             patch.setattr(torch.cuda, name, lambda _, value=value: value)
-        return oom_letter.holders_of(model, optimizer), arenas
+        return memory_report.holders_of(model, optimizer), arenas
 
 
 def test_what_the_device_holds_is_all_in_one_category_each() -> None:
     """Gradients and moments are on the CPU here, so that they are nothing of the device's."""
     ((held, arenas),) = run_ranks(held_on_a_device, world_size=1)
-    rest = {oom_letter.ACTIVATIONS: 50 * MIB, oom_letter.OTHER: 40 * MIB, oom_letter.CACHE: 10 * MIB}
+    rest = {memory_report.ACTIVATIONS: 50 * MIB, memory_report.OTHER: 40 * MIB, memory_report.CACHE: 10 * MIB}
     assert {name: held.pop(name) for name in rest} == rest
     assert sum(held.values()) == arenas > 0 and "main shards" in held
 
@@ -167,7 +167,7 @@ def gradients_in_forward() -> tuple[list[int], int]:
     found = []
     for _ in range(2):
         output = model(torch.ones(1, 8))  # the root stays unsharded until its backward, and has gradients beside
-        found.append(oom_letter.holders_of(model, None).get(oom_letter.GRADIENTS, 0))
+        found.append(memory_report.holders_of(model, None).get(memory_report.GRADIENTS, 0))
         output.backward()
     return found, sum(p.grad.to_local().untyped_storage().nbytes() for p in model.parameters())
 
@@ -179,7 +179,12 @@ def test_gradients_of_units_that_are_unsharded_count_as_gradients() -> None:
 
 
 def test_suggestions_are_ordered_by_their_cost_and_say_what_they_free() -> None:
-    held = {"main shards": 8 * MIB, "compute shards": 4 * MIB, oom_letter.ACTIVATIONS: 8 * MIB, "gradient shards": MIB}
+    held = {
+        "main shards": 8 * MIB,
+        "compute shards": 4 * MIB,
+        memory_report.ACTIVATIONS: 8 * MIB,
+        "gradient shards": MIB,
+    }
     words = oom_letter.cheap_changes(held, None)
     assert words[0].startswith("fully_shard(..., split_master=True)") and words[0].endswith("frees about 4.00 MiB")
     assert "half the sequences" in words[1] and words[-1].startswith("twice the ranks")
@@ -192,7 +197,7 @@ def test_moments_on_the_host_are_not_suggested_again_and_free_what_their_buffers
     optimizer = AdamW([param], offload_moments=offload_moments)
     param.grad = torch.ones_like(param)
     optimizer.step()
-    held = {oom_letter.STATES: MIB if offload_moments else 2 * MIB}
+    held = {memory_report.STATES: MIB if offload_moments else 2 * MIB}
     words = "\n".join(oom_letter.cheap_changes(held, optimizer))
     assert ("offload_moments=True" in words) is not offload_moments
     assert f"rounded moments; frees about {'512.00 KiB' if offload_moments else '1.00 MiB'}" in words

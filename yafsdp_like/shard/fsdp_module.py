@@ -16,6 +16,7 @@ from yafsdp_like.shard.drop_in import ShardState, accept, refuse_others
 from yafsdp_like.shard.forecast.traced_units import read_off
 from yafsdp_like.shard.forecast.training_forecast import ForecastOptions, forecast_training
 from yafsdp_like.shard.hooks import abandon, finish_accumulating
+from yafsdp_like.shard.memory_report import ComparedMemory, MemoryReport, compared
 from yafsdp_like.shard.runtime.engine import ShardEngine, engine_for, engine_of
 from yafsdp_like.shard.runtime.rebuild import Report
 from yafsdp_like.shard.runtime.running import backward_task
@@ -90,14 +91,31 @@ class FSDPModule(Base):
             return forecast_training(self, read_off(engine.tree if engine else unit_tree_of(self)), batch, options)
         return unit_tree_of(self).plan().plan if engine is None else engine.memory.plan()
 
-    def memory_report(self) -> Report:
-        """Return the bytes held now, and what departed from the plan: spills, evictions, unused prefetches."""
+    def memory_report(
+        self,
+        batch: ExampleBatch | Args | None = None,
+        options: ForecastOptions = ForecastOptions(),  # noqa: B008 (frozen)
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> MemoryReport:
+        """Return the bytes held now beside those planned, and what departed from the plan: spills, evictions.
+
+        ``print`` it for a table. With ``batch``, and ``options`` as ``memory_plan`` takes them, what a step was to take
+        stands beside the peaks that PyTorch's allocator has had since they were reset; on a CPU nobody measures
+        activations. With ``optimizer`` its states are counted. Changes nothing.
+        """
         engine = engine_of(self._unit())
         if engine is not None:
-            return engine.rebuild.report()
-        units = self._units(recurse=True)
-        on_device = sum(unit.arena.nbytes for unit in units if not unit.is_on_host)
-        return Report(on_device, (), 0, 0, sum(unit.host_nbytes for unit in units))
+            found = engine.rebuild.report()
+        else:
+            units = self._units(recurse=True)
+            on_device = sum(unit.arena.nbytes for unit in units if not unit.is_on_host)
+            found = Report(on_device, (), 0, 0, sum(unit.host_nbytes for unit in units))
+        rows: tuple[ComparedMemory, ...] = ()
+        if engine is not None or batch is not None:
+            forecast = None if batch is None else self.memory_plan(batch, options)
+            plan = self.memory_plan() if forecast is None else forecast.plan
+            rows = compared(self, plan, forecast, optimizer)
+        return MemoryReport(**vars(found), rows=rows)
 
     # --- running
 

@@ -9,36 +9,25 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from yafsdp_like.memory.plan import readable
-from yafsdp_like.shard.forecast.quantities import OF_KIND
-from yafsdp_like.shard.runtime.engine import engine_of
+from yafsdp_like.shard.memory_report import ACTIVATIONS, GRADIENTS, STATES, device_of, engine_below, holders_of
 from yafsdp_like.shard.runtime.unit_state import unit_of
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import FrameType, TracebackType
 
-    from yafsdp_like.memory.plan import Region
-    from yafsdp_like.shard.runtime.engine import ShardEngine
 
 NUM_BLOCKS = 6  # sizes of allocations that a letter lists
 NUM_CHANGES = 3
-GRADIENTS, STATES, ACTIVATIONS, CACHE, OTHER = (
-    "gradient shards",
-    "optimizer states",
-    "activations and the rest",
-    "allocator, unused",
-    "context, NCCL and other processes",
-)
 
 
 @dataclass(frozen=True)
@@ -167,7 +156,7 @@ def _frames(traceback: TracebackType | None) -> Iterator[FrameType]:
 
 def _last_reached(model: nn.Module) -> str:
     """Return the unit that the running backward has entered last: autograd's own operations are in no traceback."""
-    engine = _engine_of(model)
+    engine = engine_below(model)
     reached = [] if engine is None else [u.name for uses in engine.running.backwards.values() for u, _ in uses]
     return reached[-1] if reached else ""
 
@@ -175,78 +164,14 @@ def _last_reached(model: nn.Module) -> str:
 # --- who holds what ---
 
 
-def _engine_of(model: nn.Module) -> ShardEngine | None:
-    """Return the engine of the outermost sharded part of ``model`` that has run."""
-    units = (unit_of(module) for module in model.modules())
-    return next((engine for unit in units if unit is not None and (engine := engine_of(unit)) is not None), None)
-
-
 def _planned(model: nn.Module) -> str:
     sharded = next((module for module in model.modules() if unit_of(module) is not None), None)
     return "nothing: no part of this model is sharded" if sharded is None else str(sharded.memory_plan())  # type: ignore[operator]
 
 
-@torch.no_grad()
-def holders_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
-    """Return this rank's bytes on the device by category, the largest first, without those that hold none.
-
-    The arenas know their regions, gradients and states are counted by their tensors, and what else PyTorch's allocator
-    holds counts as activations. On a CPU nothing counts what else there is.
-    """
-    device = _device_of(model)
-    regions, params = _regions(model), list(model.parameters())
-    nbytes: dict[str, int] = {}
-    in_allocator = outside = 0
-    for region in regions:
-        category = OF_KIND.get(region.kind, region.kind)
-        nbytes[category] = nbytes.get(category, 0) + region.nbytes
-        is_outside = region.mapped or region.granule_nbytes > 0  # the driver's memory, which peers or slots map
-        outside, in_allocator = outside + is_outside * region.nbytes, in_allocator + (not is_outside) * region.nbytes
-    if not regions:
-        in_allocator = nbytes["parameters"] = _storages_nbytes(params, device)
-    nbytes[GRADIENTS] = _storages_nbytes([*(p.grad for p in params), *_gradient_shards(model)], device)
-    states = [] if optimizer is None else pytree.tree_leaves(list(optimizer.state.values()))
-    nbytes[STATES] = _storages_nbytes([*states, *getattr(optimizer, "moment_buffers", [])], device)
-    if device.type == "cuda":
-        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-        free, total = torch.cuda.mem_get_info(device)
-        nbytes[ACTIVATIONS] = allocated - in_allocator - nbytes[GRADIENTS] - nbytes[STATES]
-        nbytes[CACHE] = reserved - allocated
-        nbytes[OTHER] = total - free - reserved - outside
-    return dict(sorted(((k, v) for k, v in nbytes.items() if v > 0), key=lambda pair: -pair[1]))
-
-
-def _regions(model: nn.Module) -> list[Region]:
-    """Return what arenas hold on the device now: main shards, and the rest once a forward has made it."""
-    engine = _engine_of(model)
-    if engine is None:
-        return []
-    arenas = [unit.arena for unit in engine.units if not unit.is_on_host]
-    arenas += [engine.memory.arena] if engine.memory.arena is not None else []
-    return [region for arena in dict.fromkeys(arenas) for region in arena.regions.values()]
-
-
-def _gradient_shards(model: nn.Module) -> Iterator[Tensor]:
-    """Yield what reductions write: of units that are unsharded now too, and where nobody reads it any more."""
-    engine = _engine_of(model)
-    for unit in [] if engine is None else engine.units:
-        yield from (p.grad_shard.flat for p in unit.params if p.grad_shard is not None)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _storages_nbytes(values: Iterable[Any], device: torch.device) -> int:
-    """Return the bytes of the storages on the device that tensors among ``values`` have, each counted once."""
-    tensors = [value.to_local() if isinstance(value, DTensor) else value for value in values]
-    here = [t.untyped_storage() for t in tensors if isinstance(t, Tensor) and t.device.type == device.type]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in here}.values())
-
-
 def _largest_blocks(model: nn.Module) -> list[tuple[int, int]]:
     """Return the sizes of the allocator's live blocks that hold most together, and how many there are of each."""
-    device = _device_of(model)
+    device = device_of(model)
     if device.type != "cuda":
         return []
     counts: dict[int, int] = {}
