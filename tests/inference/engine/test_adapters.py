@@ -12,16 +12,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.clocks import RaceDetector, VectorClocks
 from tests.inference.engine.test_engine import ARCHITECTURES, GREEDY, OPTIONS, TINY, check_idle, decoder
 from tests.inference.engine.test_engine import prompts as random_prompts
+from tests.ranks import run_ranks
+from yafsdp_like.inference.engine import adapters as adapters_module
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request
-from yafsdp_like.inference.weights.loading import model_of
+from yafsdp_like.inference.weights.loading import model_of, world_transport
 from yafsdp_like.memory.streams import COMPUTE, HOST_TO_DEVICE
 from yafsdp_like.models.hf import save_hf
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from yafsdp_like.inference.engine.request import Completion
@@ -238,35 +241,59 @@ def test_slots_are_taken_from_pages_where_memory_is_limited(written: dict[str, P
 # --- the order of copies ---
 
 
-class _Watched:
-    """Streams that note which waits for what; an event is the number of notes before it."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner, self.notes = inner, list[tuple[str, str, Any]]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def record(self, stream: str) -> Any:
-        self.notes.append(("record", stream, len(self.notes)))
-        return len(self.notes) - 1
-
-    def wait(self, stream: str, event: Any) -> None:
-        self.notes.append(("wait", stream, event))
+def races(directories: Mapping[str, Path], forgets: Sequence[tuple[str, str]] = ()) -> list[str]:
+    """Of steps and of copies into their slots, where there are fewer of these than adapters."""
+    clocks = VectorClocks(forgets)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapters_module, "streams_of", lambda device: clocks)
+        it = engine(TINY, directories, adapter_slots=2)
+    detector = RaceDetector(clocks)
+    assert it._places.adapter_slots is not None
+    detector.watch(it._places.adapter_slots)
+    with detector:
+        it.generate(requests([*KINDS, None, *KINDS], max_tokens=3))
+    assert it.adapters.num_woken > len(KINDS)
+    return detector.races
 
 
-def test_a_slot_is_written_behind_its_last_step_and_read_behind_its_copy(written: dict[str, Path]) -> None:
-    it = engine(TINY, written, adapter_slots=1, lookahead=False)
-    it.adapters.streams = watched = _Watched(it.adapters.streams)
-    done = []
-    launched = it.adapters.launched
-    it.adapters.launched = lambda slots, event: (done.append(event), launched(slots, event))  # type: ignore[method-assign]
-    it.generate([requests(["wide"], max_tokens=1)[0]])
-    it.generate([requests(["down"], max_tokens=1)[0]])
-    copies = [note for note in watched.notes if note[:2] == ("wait", HOST_TO_DEVICE)]
-    reads = [note[2] for note in watched.notes if note[:2] == ("wait", COMPUTE)]
-    assert copies[1][2] in done, "the second adapter is copied behind the last step of the first"
-    assert reads == [event for kind, stream, event in watched.notes if (kind, stream) == ("record", HOST_TO_DEVICE)]
+def test_slots_are_written_behind_their_last_step_and_read_behind_their_copy(written: dict[str, Path]) -> None:
+    assert races(written) == []
+
+
+@pytest.mark.parametrize("forgotten", [(COMPUTE, HOST_TO_DEVICE), (HOST_TO_DEVICE, COMPUTE)])
+def test_a_wait_that_is_left_out_is_found(forgotten: tuple[str, str], written: dict[str, Path]) -> None:
+    assert races(written, [forgotten])
+
+
+# --- elsewhere ---
+
+
+@pytest.mark.parametrize("mode", ["streamed", "debug"])
+def test_adapters_are_served_where_weights_are_streamed_and_in_debug_mode(mode: str, written: dict[str, Path]) -> None:
+    more: dict[str, Any] = {"mode": "streamed"} if mode == "streamed" else {}
+    options = replace(OPTIONS, kv_nbytes=1 << 20, debug=mode == "debug", adapter_slots=2)
+    with Engine.load(model_of(decoder(TINY)), options, dtype=torch.float32, adapters=written, **more) as it:
+        asked = requests([None, *KINDS], max_tokens=3)
+        done = it.generate(asked)
+        for request in asked:
+            check_completion(TINY, request, done[request.id])
+        assert it._weights.plan.mode == ("streamed" if more else "resident")
+
+
+def on_every_rank(directories: Mapping[str, Path]) -> None:
+    options = replace(OPTIONS, kv_nbytes=1 << 20, adapter_slots=2)
+    transport = world_transport("cpu")
+    it = Engine.load(
+        model_of(decoder(TINY)), options, mode="tensor_parallel", transport=transport, adapters=directories
+    )
+    asked = requests([None, *KINDS], max_tokens=3)
+    done = it.generate(asked)
+    for request in asked:
+        check_completion(TINY, request, done[request.id])
+
+
+def test_tensor_parallel_ranks_have_their_parts_of_adapters(written: dict[str, Path]) -> None:
+    run_ranks(on_every_rank, written)
 
 
 # --- what is refused ---

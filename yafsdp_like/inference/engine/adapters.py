@@ -257,8 +257,9 @@ class Adapters:
             self.streams.wait(COMPUTE, event)
         self._arriving.clear()
 
-    def launched(self, slots: set[int], done: Event) -> None:
-        """Note that a step reads ``slots``, by their numbers to rows, until ``done``."""
+    def launched(self, slots: set[int]) -> None:
+        """Note that the step which was just issued reads ``slots``, by their numbers to rows."""
+        done = self.streams.record(COMPUTE)
         for number in slots:
             self.slots[number - 1].last_step = done
 

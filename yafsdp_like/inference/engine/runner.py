@@ -78,7 +78,6 @@ class Undrawn:
     drawing: tuple[Run, ...]
     num_rows: int  # that draw, padding included
     began: Event
-    slots: set[int] | None  # of adapters that it reads
     scored: ScoredStep | None
 
 
@@ -271,21 +270,17 @@ class Runner:
             else:
                 self._weights.reset_residency()
                 recording.replay()
-            step = Undrawn(drawing, size.num_drawing, began, slots, scored)
-            return step if any(run.sequence.request.limits is not None for run in drawing) else self._end(step)
+            if slots:
+                self._adapters.launched(slots)
+            step = Undrawn(drawing, size.num_drawing, began, scored)
+            return step if any(run.sequence.request.limits is not None for run in drawing) else self._fetch(step)
 
     @torch.inference_mode()
     def draw_limited(self, step: Undrawn) -> Launched:
         """Draw again for limited rows, once the tokens of the step before have been read, and end the step."""
         with launching_on(self._weights.device):
             self._limited(step.drawing, self._staging.history_row)
-            return self._end(step)
-
-    def _end(self, step: Undrawn) -> Launched:
-        launched = self._fetch(step)
-        if step.slots:
-            self._adapters.launched(step.slots, launched.done)
-        return launched
+            return self._fetch(step)
 
     @torch.inference_mode()
     def copy_pages(self, copies: Sequence[Copy]) -> None:
