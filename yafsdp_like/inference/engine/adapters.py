@@ -30,7 +30,7 @@ from yafsdp_like.kernels.lora import LowRank
 from yafsdp_like.memory.streams import COMPUTE, HOST_TO_DEVICE, Event, InOrder, Streams, streams_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Hashable, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -105,6 +105,13 @@ class Adapters:
             known = ", ".join(map(repr, self._loaded)) or "none"
             raise ValueError(f"there is no adapter {name!r}; loaded are: {known}")
         return self._loaded[name]
+
+    def salt_of(self, name: str | None, salt: Hashable) -> Hashable:
+        """Return under what prefixes are cached that are computed with an adapter, or without.
+
+        Raises ValueError for an adapter that is not loaded.
+        """
+        return salt if name is None else (self.find(name).number, salt)
 
     def by_layer(self) -> list[dict[str, LowRank]]:
         """Return the matrices of all slots, by layer and product."""

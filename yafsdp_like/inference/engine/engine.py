@@ -44,7 +44,7 @@ from yafsdp_like.inference.weights.adapter_files import open_adapter
 from yafsdp_like.inference.weights.loading import load, open_model, with_memory_limit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from pathlib import Path
 
     import torch
@@ -207,12 +207,10 @@ class Engine:
         wait. Tensor parallel ranks must all be given it before the same step.
         """
         self._check_request(request)
-        adapter = None if request.adapter is None else self.adapters.find(request.adapter)
         if self.tp_group is not None and request.deadline is not None:
             request = replace(request, deadline=self.tp_group.broadcast(request.deadline))
-        salt: Hashable = request.salt if adapter is None else (adapter.number, request.salt)
         is_shared = self.options.prefix_cache and request.num_prompt_logprobs is None
-        salt = salt if is_shared else object()
+        salt = self.adapters.salt_of(request.adapter, request.salt) if is_shared else object()
         self._sequences[request.id] = self._scheduler.add(request, salt)
 
     def cancel(self, request_id: str) -> None:
@@ -223,6 +221,7 @@ class Engine:
 
     def _check_request(self, request: Request) -> None:
         name, num_tokens = f"request {request.id!r}", len(request.prompt) + request.max_tokens
+        self.adapters.salt_of(request.adapter, None)
         if request.id in self._sequences:
             raise ValueError(f"{name}: the id is in use")
         if num_tokens > self.max_seq_len:
