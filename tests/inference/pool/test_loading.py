@@ -206,6 +206,17 @@ def test_a_load_ends_with_the_last_request_that_wanted_it_unless_somebody_asked_
     check_idle(pool)
 
 
+def test_a_request_that_is_refused_has_no_model_loaded() -> None:
+    disk = Disk()
+    pool = slow_pool(disk)
+    with pytest.raises(ValueError, match="are more than max_seq_len"):
+        pool.add("windows", Request("a", (1, 2), max_tokens=10_000))
+    assert pool.states()["windows"] is ModelState.ABSENT and not pool.has_work
+    disk.let()
+    pool._loads.wait_for_cancelled()
+    assert held(pool) == []
+
+
 def test_whoever_is_interrupted_while_a_model_is_read_leaves_nothing_of_it() -> None:
     disk = Disk()
     pool = slow_pool(disk)
@@ -228,8 +239,13 @@ def test_a_disk_that_stands_still_holds_up_no_load_of_another() -> None:
     assert disk.has_come.wait(SECONDS)
     assert tokens(pool.generate({"plain": requests(texts)})) == {"plain": alone("plain", texts)}
     assert pool.states()["windows"] is ModelState.LOADING and set(held(pool)) == {"windows", "plain"}
+    pool.unload("windows")  # while its parameter is still being read
+    pool.unload("plain")
+    pool.load("plain")
+    assert set(held(pool)) == {"windows", "plain"} and not disk.may_go_on.is_set()
     disk.let()
-    step_until(pool, "windows", ModelState.ASLEEP)
+    pool._loads.wait_for_cancelled()
+    assert held(pool) == ["plain"]
 
 
 CALLS: dict[str, tuple[Any, ...]] = {

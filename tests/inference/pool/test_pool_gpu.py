@@ -57,6 +57,23 @@ def test_switches_leave_tokens_recordings_and_the_allocator_as_they_were() -> No
     pool.check_integrity()
 
 
+def test_a_model_is_read_beside_steps_and_changes_no_token_no_recording_and_no_allocation() -> None:
+    pool = cuda_pool(CONFIGS, SLABS, torch.float32, max_turn_steps=4)
+    texts = {name: prompts(4, longest=20, seed=i) for i, name in enumerate(CONFIGS)}
+    wanted = {name: alone(name, found) for name, found in texts.items()}
+    asked = {name: requests(found) for name, found in texts.items()}
+    assert tokens(pool.generate(asked)) == wanted
+    for name in CONFIGS:
+        pool.unload(name)
+        before = allocations()
+        pool.start_loading(name)
+        others = [other for other in CONFIGS if other != name]
+        assert tokens(pool.generate({other: asked[other] for other in others})) == {o: wanted[o] for o in others}
+        assert tokens(pool.generate({name: asked[name]})) == {name: wanted[name]}
+        assert allocations() == before
+        pool.check_integrity()
+
+
 LARGE = DecoderConfig(4096, 8, 32, 8, 14336, vocab_size=32000, max_seq_len=2048, rope_theta=5e5)
 OTHER = replace(LARGE, num_layers=6)
 LARGE_OPTIONS = EngineOptions(max_batch_size=2, max_batch_tokens=256, max_seq_len=512, prefix_cache=False)

@@ -9,6 +9,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
+from yafsdp_like.inference.pool.host_weights import HostFullError
 from yafsdp_like.inference.pool.loading import Loading
 
 if TYPE_CHECKING:
@@ -30,17 +31,25 @@ class Loads:
         self._host_weights, self._device = host_weights, device
         self._cancelled: list[Loading] = []  # that may still be read
 
-    def start(self, member: Member, on_demand: bool) -> None:
+    def start(self, member: Member, on_demand: bool, waits: bool = False) -> None:
         """Begin to read a model, unless it is there or on its way; raises HostFullError.
 
         ``on_demand``: for requests, and given up with the last of them unless somebody asks otherwise meanwhile.
+        ``waits``: where loads that were cancelled still hold the room that is missing, wait for them.
         """
         if member.image is not None:
             return
         if member.loading is not None:
             member.loading.on_demand &= on_demand
             return
-        image = self._host_weights.put(member.name, member.plan.image_nbytes)
+        try:
+            image = self._host_weights.put(member.name, member.plan.image_nbytes)
+        except HostFullError:
+            if not waits or not self._cancelled:
+                raise
+            self.wait_for_cancelled()
+            self.start(member, on_demand)
+            return
         read = partial(member.weights.read, image.places)
         member.failure = None
         member.loading = Loading(image, partial(member.model.source, self._device), read, on_demand)
@@ -54,10 +63,18 @@ class Loads:
             self.cancel(member)
             raise
 
+    def wait_a_little(self, members: Iterable[Member]) -> None:
+        """Wait for the first load that requests wait for, if there is any, until the next look at it."""
+        for member in members:
+            if member.loading is not None and member.engine.has_work:
+                member.loading.wait(LOOK_S)
+                return
+
     def wait_for_cancelled(self) -> None:
         """Wait until no load that was cancelled holds room."""
-        while not all(loading.is_over for loading in self._cancelled):
-            time.sleep(LOOK_S)
+        while self._cancelled:
+            self._cancelled[0].wait(LOOK_S)
+            self.settle(())
 
     def cancel(self, member: Member) -> None:
         """Read a model no further, if it is being read; its bytes are free once nobody writes them."""

@@ -37,7 +37,7 @@ from yafsdp_like.inference.plan.buffers import TABLES
 from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS
 from yafsdp_like.inference.pool.completions import complete
 from yafsdp_like.inference.pool.host_weights import HostWeights, ModelUnavailableError
-from yafsdp_like.inference.pool.loads import LOOK_S, Loads
+from yafsdp_like.inference.pool.loads import Loads
 from yafsdp_like.inference.pool.member import Member, ModelFigures, ModelState, Switch
 from yafsdp_like.inference.pool.plan import HOST_WEIGHTS, SLABS, ModelPlan, PoolPlan
 from yafsdp_like.inference.pool.residence import Residence
@@ -169,8 +169,8 @@ class ModelPool:
         raises; nothing is changed then.
         """
         member = self._find(name)
-        self._loads.wait_for_cancelled()
-        self.start_loading(name)
+        self._settle()
+        self._loads.start(member, on_demand=False, waits=True)
         self._loads.wait(member, lambda: watch(member.figures))
         self._settle()
         watch(member.figures)
@@ -331,7 +331,11 @@ class ModelPool:
         self.turns.check(name, request)
         self._loads.start(member, on_demand=True)
         had_work = member.engine.has_work
-        member.engine.add(request if request.tenant else replace(request, tenant=name))
+        try:
+            member.engine.add(request if request.tenant else replace(request, tenant=name))
+        except Exception:
+            self._loads.give_up((member,))
+            raise
         self.turns.take(name, request)
         if not had_work:
             member.waits_since = self.num_steps
@@ -364,17 +368,10 @@ class ModelPool:
             member.last_step = self.num_steps
             self._outputs += [(member.name, output) for output in member.engine.step()]
         elif not self._outputs:
-            self._wait_for_loads()
+            self._loads.wait_a_little(self._members.values())
         outputs, self._outputs = self._outputs, []
         self.turns.stepped(None if member is None else member.name, outputs)
         return outputs
-
-    def _wait_for_loads(self) -> None:
-        """Wait a little where requests are there, and the models of none of them."""
-        for member in self._members.values():
-            if member.loading is not None and member.engine.has_work:
-                member.loading.wait(LOOK_S)
-                return
 
     def _next(self) -> Member | None:
         """Return the model that steps now; see [Note: turns]."""
