@@ -170,7 +170,7 @@ class Tagged(torch.Tensor):
 
 
 class Extended(nn.Parameter):
-    """A parameter with an all-gather of its own, as quantized ones have."""
+    """A parameter with half of an all-gather of its own."""
 
     def fsdp_pre_all_gather(self, *_: Any) -> None:
         raise AssertionError("never called")

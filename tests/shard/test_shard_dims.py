@@ -84,6 +84,7 @@ def assert_same(actual: list[Any], expected: list[Any]) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow(unless=lambda dtypes, accumulates: accumulates == (dtypes[0] is not None) and dtypes != POLICIES[2])
 @pytest.mark.parametrize("dtypes", POLICIES, ids=["fp32", "mixed", "bf16"])
 @pytest.mark.parametrize("accumulates", [False, True])
 def test_training_has_the_bits_of_stock_and_its_placements(dtypes: Any, accumulates: bool) -> None:
@@ -148,6 +149,7 @@ def test_the_plan_counts_what_is_copied_and_nothing_where_all_is_sharded_by_rows
     assert by_rows.memory_plan().nbytes < plan.nbytes
 
 
+@pytest.mark.slow
 def test_one_rank_needs_no_staging() -> None:
     run_ranks(train_alone, world_size=1)
 
@@ -159,6 +161,7 @@ def train_alone() -> None:
     assert_same(train(mine), train(theirs))
 
 
+@pytest.mark.slow
 def test_replicas_train_alike() -> None:
     run_ranks(train_replicas, world_size=4)
 

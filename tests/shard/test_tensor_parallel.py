@@ -127,11 +127,11 @@ def assert_placed_alike(mine: Any, theirs: Any) -> None:
     [
         ("plain", (2, 2), (None, None)),
         ("sequence", (2, 2), (None, None)),
-        ("sequence", (2, 2), BF16),
+        pytest.param("sequence", (2, 2), BF16, marks=SLOW),
         pytest.param("plain", (2, 2), BF16, marks=SLOW),
         pytest.param("plain", (1, 2), (None, None), marks=SLOW),
         pytest.param("sequence", (2, 1), (None, None), marks=SLOW),
-        ("plain", (2, 1, 2), (None, None)),
+        pytest.param("plain", (2, 1, 2), (None, None), marks=SLOW),
         pytest.param("sequence", (2, 2, 1), BF16, marks=SLOW),
     ],
 )
@@ -182,7 +182,7 @@ def exchange_states(kind: str) -> None:
     assert_same([loss_of(mine, 0, mesh)], [loss_of(theirs, 0, mesh)])
 
 
-@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+@pytest.mark.parametrize("norm_type", [pytest.param(1.0, marks=SLOW), 2.0, float("inf")])
 def test_clipping_is_exact_where_parameters_are_on_several_meshes(norm_type: float) -> None:
     """Prevents: an error of torch's, a norm that counts ranks that hold the same twice, or one mesh's norm alone."""
     run_ranks(clip_mixed, norm_type, world_size=4)

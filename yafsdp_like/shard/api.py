@@ -121,8 +121,8 @@ def fully_shard(
     reshards, forward_ranks = check_reshard(reshard_after_forward, mesh)
     owners = params_below(modules, ignored_params or set())
     check_params(owners)
-    placed = placements_over(mesh, owners, shard_placement_fn)
     policy = UnitPolicy(mp_policy, reshards, split_master, grad_dtype, debug, offload, forward_ranks=forward_ranks)
+    placed = placements_over(mesh, owners, shard_placement_fn, policy)
     return _shard(module, modules, split_tied(owners, modules), placed, mesh, policy, transport)
 
 

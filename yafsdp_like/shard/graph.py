@@ -133,6 +133,12 @@ class GraphedStep:
                 "GraphedStep cannot record a step whose gradients the CPU waits for: leave offload_policy out of "
                 "fully_shard, or run the step as it is"
             )
+        extended = [p.name for unit in engine.units for p in unit.params if p.extension is not None]
+        if extended:
+            raise RuntimeError(
+                f"GraphedStep cannot record what the class of {extended[0]} does in Python around each all-gather "
+                "(fsdp_pre_all_gather, fsdp_post_all_gather): run the step as it is"
+            )
         if not StepRecorder.works_on(engine.units[0].device) or not engine.memory.is_built:
             return self._function(*inputs)
         if self._recorder is None:

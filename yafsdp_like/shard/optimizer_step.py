@@ -180,6 +180,11 @@ def _make_room_for_states(units: Iterable[Unit]) -> None:
 
 def _pass_by_units(optimizer: AdamW, owned: Owned) -> None:
     """Make one batch per unit, in the order of forward, whose update writes main and compute shards."""
+    for p in (p for params in owned.values() for p in params if p.extension is not None):
+        raise NotImplementedError(
+            f"{p.name} is of a class with an all-gather of its own, {type(p.local).__name__}, which AdamW's kernels "
+            "cannot update: use torch.optim.AdamW, or give it the other parameters only"
+        )
     units = _in_order_of_forward(owned)
     _refuse_late_gradients(owned)
     whole = [_is_updated_whole(unit, owned[unit]) for unit in units]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from yafsdp_like.shard.runtime.param import refuse_subclass
+from yafsdp_like.shard.runtime.extension import refuse_subclass
 from yafsdp_like.shard.runtime.unit_state import ownership_of
 
 if TYPE_CHECKING:

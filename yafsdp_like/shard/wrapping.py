@@ -17,6 +17,7 @@ from yafsdp_like.memory.allocator import use_expandable_segments
 from yafsdp_like.shard.hooks import install
 from yafsdp_like.shard.requirements import dtype_override
 from yafsdp_like.shard.runtime.engine import engine_of
+from yafsdp_like.shard.runtime.extension import refuse_with
 from yafsdp_like.shard.runtime.param import ShardedParam, register
 from yafsdp_like.shard.runtime.param_placement import ParamPlacement, PlacementFn, placement_of
 from yafsdp_like.shard.runtime.unit_state import Unit, ownership_of, unit_of
@@ -106,13 +107,16 @@ def _add_params(
         _add_params(child, modules, ignored, owners, seen)
 
 
-def placements_over(mesh: DeviceMesh, owners: Owners, asked: PlacementFn | None) -> Placements:
+def placements_over(mesh: DeviceMesh, owners: Owners, asked: PlacementFn | None, policy: UnitPolicy) -> Placements:
     """Return how each parameter that no unit has yet is sharded. Raises as ``placement_of`` does."""
-    new = [(param, places[0]) for param, places in owners.items() if ownership_of(param) is None]
-    return {
-        param: placement_of(param, f"{attribute} of {type(module).__name__}", mesh, asked)
-        for param, (module, attribute) in new
-    }
+    found: Placements = {}
+    for param, places in owners.items():
+        if ownership_of(param) is None:
+            module, attribute = places[0]
+            name = f"{attribute} of {type(module).__name__}"
+            refuse_with(param, name, policy)
+            found[param] = placement_of(param, name, mesh, asked)
+    return found
 
 
 def split_tied(owners: Owners, modules: Sequence[nn.Module]) -> Owners:

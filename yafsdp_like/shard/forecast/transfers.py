@@ -46,7 +46,7 @@ def transfers_of(planned: PlannedModel) -> Iterator[Transfer]:
     for unit in planned.units:
         for phase in ("forward", "backward"):
             if phase == "forward" or unit.name in again:
-                full = sum(p.shards.padded_numel * p.compute_dtype.itemsize for p in unit.params)
+                full = sum(p.full_nbytes for p in unit.params)
                 yield from _crossing(unit, phase, "all-gather", full, cluster)
                 if unit.is_on_host:
                     rows = sum(p.shards.chunk_numel * p.main_dtype.itemsize for p in unit.params)

@@ -124,6 +124,7 @@ class AllocatedMemory:
             f"{p.name} {list(p.shards.shape)}{p.placement.words} of unit {unit.name!r}, {p.main_dtype} computed in "
             f"{p.compute_dtype} and "
             f"reduced in {p.reduce_dtype} to {p.grad_dtype}, {'trainable' if p.trainable else 'frozen'}"
+            + (f", all-gathered as {p.extension.pieces}" if p.extension is not None else "")
             + ("" if unit.needs.trains else ", without room for gradients")
             + (", in debug mode" if unit.needs.guards else "")
             for unit in self._tree.units
@@ -243,7 +244,10 @@ def _place_shards(unit: Unit, layout: UnitLayout, arena: Arena) -> None:
         for region, part in (("compute_shard", layout.compute_shard), ("aliased_shard", layout.aliased_shard)):
             if part.segments[k].nbytes:
                 place = arena.place(f"{unit.name}.{region}").part(part.segments[k])
-                shard = place.flat(p.compute_dtype, p.shards.chunk_numel)
+                if p.extension is None:
+                    shard = place.flat(p.compute_dtype, p.shards.chunk_numel)
+                else:
+                    shard = place.flat(torch.uint8, part.segments[k].nbytes)
         p.place_compute(shard)
     unit.make_grads(layout.grad_shard)
 

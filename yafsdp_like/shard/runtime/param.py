@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn.modules.batchnorm import _NormBase
 
 from yafsdp_like.kernels.split import split
 from yafsdp_like.memory.layout import contiguous_stride
 from yafsdp_like.ops.split_master import SplitTensor, SplitValues, values_of
+from yafsdp_like.shard.runtime.extension import Extension, is_extended, refuse_subclass
 from yafsdp_like.shard.runtime.gradient_shard import GradientShard
 from yafsdp_like.shard.runtime.nested import layers_of
 from yafsdp_like.shard.runtime.param_placement import ParamPlacement, words_of
@@ -26,6 +26,8 @@ from yafsdp_like.shard.spec.unit_spec import ParamSpec, param_spec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
     from yafsdp_like.memory.arena import Place
     from yafsdp_like.shard.spec.unit_spec import UnitPolicy
@@ -55,19 +57,6 @@ class ParamMark:
 
     def __reduce__(self) -> tuple[type[set[Any]], tuple[()]]:
         return set, ()
-
-
-def refuse_subclass(param: torch.Tensor, name: str) -> None:
-    """Raise ``NotImplementedError`` for a parameter whose class computes otherwise, which its shards would lose."""
-    cls = type(param)
-    plain = issubclass(cls, nn.Parameter) and cls.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-    if plain and cls.__torch_function__ is nn.Parameter.__torch_function__ and not hasattr(cls, "fsdp_pre_all_gather"):
-        return
-    if not isinstance(param, (DTensor, FakeTensor)):
-        raise NotImplementedError(
-            f"{name} is a {cls.__module__}.{cls.__qualname__}, and sharding tensor subclasses (or their "
-            "fsdp_pre_all_gather) is not supported yet: name it in ignored_params, or make it a plain parameter first"
-        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +108,7 @@ class ShardedParam:
         self.on_host = on_host  # whether the main shard and the gradient are in host memory
         self.placement, self.rank, self.shards = placement, placement.rank, placement.shards
         self.attributes = dict(vars(param))  # the user's own, which a cast or move of the module would lose
+        self.extension: Extension | None = None  # of the parameter's class
         self.sharded = self._shard(param)
         self.registered: torch.Tensor = param  # what modules were last made to see: the sharded parameter or a full one
         self._stands: list[_Stand] = []  # of given tensors, while full parameters are registered
@@ -137,6 +127,7 @@ class ShardedParam:
     def _shard(self, param: torch.Tensor) -> nn.Parameter:
         """Return the parameter's DTensor on this rank's rows, with its hooks."""
         rows = self.placement.own_part(param)
+        self.extension = Extension(self.name, self.placement) if is_extended(rows) else None
         if self.on_host and not rows.is_meta:
             rows = rows.cpu()
         sharded = nn.Parameter(self.placement.dtensor(rows), requires_grad=param.requires_grad)
@@ -155,7 +146,7 @@ class ShardedParam:
     def is_placed(self) -> bool:
         """Whether ``local`` is what Unit.materialize left, and where: ``share_memory_`` moves it."""
         local: torch.Tensor = self.sharded._local_tensor  # type: ignore[attr-defined]
-        return self.placed is local and local.data_ptr() == self._address
+        return self.placed is local and (self.extension is not None or local.data_ptr() == self._address)
 
     @property
     def main_dtype(self) -> torch.dtype:
@@ -181,6 +172,7 @@ class ShardedParam:
             computed_in=self._computed_in or statistics_dtype(next((module for module, _ in self.owners), None)),
             as_computed=as_computed,
             has_gradient=has_room and self.trainable,
+            pieces=() if self.extension is None else self.extension.known_pieces(name),
         )
 
     def take_dtypes(self, spec: ParamSpec) -> None:
@@ -230,6 +222,8 @@ class ShardedParam:
     def rename(self, name: str) -> None:
         """Take the full name from the root."""
         self.name = name
+        if self.extension is not None:
+            self.extension.name = name
 
     def leave_place(self) -> None:
         """Forget where ``local`` was put: it is to be put somewhere else."""
@@ -239,6 +233,16 @@ class ShardedParam:
     def main_shard_dtype(self) -> torch.dtype:
         """What the main shard holds: the values, or the lower halves of those that are split."""
         return torch.int16 if self.is_split else self.main_dtype
+
+    def look(self, policy: MixedPrecisionPolicy) -> None:
+        """Find out what the parameter's class all-gathers, if it says that itself."""
+        if self.extension is not None:
+            self.extension.look(self.local, self.owners[0][0], policy)
+
+    def write_extension(self, policy: MixedPrecisionPolicy) -> None:
+        """Write what the parameter's class all-gathers, if it says that itself, to the compute shard."""
+        if self.extension is not None:
+            self.extension.write(self.local, self.owners[0][0], policy, self.compute)
 
     def place_compute(self, shard: torch.Tensor) -> None:
         """Let ``shard``, ``(chunk_numel,)``, be what is all-gathered; it may be the main shard."""
@@ -267,7 +271,14 @@ class ShardedParam:
         return self.is_split and (halves := self._halves) is not None and halves.written is not None
 
     def place_main(self, place: Place) -> None:
-        """Move this rank's rows to ``place``, where the DTensor holds them from now on."""
+        """Move this rank's rows to ``place``, where the DTensor holds them from now on.
+
+        Those of a class with an all-gather of its own stay in tensors of that class, on the same device.
+        """
+        if self.extension is not None:
+            local = self.local.to(place.arena.device)
+            self.sharded._local_tensor = self.placed = local  # type: ignore[attr-defined]
+            return
         self.main = place.flat(self.main_shard_dtype, self.shards.chunk_numel)
         with torch.no_grad():
             if self.is_split:

@@ -48,6 +48,12 @@ class ParamPlacement:
     inner_placements: tuple[Placement, ...] = ()
 
     @property
+    def shard_mesh(self) -> DeviceMesh:
+        """The dimension that shards: the last of those that the parameter was not distributed over before."""
+        dim = self.mesh.ndim - 1 - len(self.inner_placements)
+        return self.mesh if self.mesh.ndim == 1 else self.mesh[(self.mesh.mesh_dim_names or ())[dim]]
+
+    @property
     def words(self) -> str:
         """What is special of it, for comparisons between ranks; nothing where it is sharded by rows."""
         on_dim = "" if self.shards.dim == 0 else f" sharded on dim {self.shards.dim}"
@@ -68,8 +74,9 @@ class ParamPlacement:
     def dtensor(self, local: torch.Tensor) -> DTensor:
         """Return the DTensor of which this rank has ``local``, which may be in host memory."""
         moves = local.device.type not in ("meta", self.mesh.device_type)  # as from_local would
+        moves |= type(local) is not torch.Tensor and hasattr(local, "fsdp_pre_all_gather")  # do not ask it for views
         found = DTensor.from_local(
-            torch.empty_like(local, device="meta") if moves else local,
+            torch.empty(local.shape, dtype=local.dtype, device="meta") if moves else local,
             self.mesh,
             self.placements,
             run_check=False,
@@ -114,6 +121,11 @@ def placement_of(param: nn.Parameter, name: str, mesh: DeviceMesh, asked: Placem
     dim = _dim_of(param, name, None if asked is None else asked(param))
     num_shards, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
     whole = param._local_tensor if isinstance(param, DTensor) else param
+    if dim and hasattr(whole, "fsdp_pre_all_gather"):
+        raise NotImplementedError(
+            f"{name} is a {type(whole).__name__}, which says itself what is all-gathered (fsdp_pre_all_gather), and is "
+            f"sharded by rows only; shard_placement_fn returned Shard({dim}) for it: return None"
+        )
     if dim and whole.shape[dim] % num_shards:
         raise NotImplementedError(
             f"FSDP does not support uneven sharding on dim {dim}: {name} has shape {tuple(whole.shape)}, and "

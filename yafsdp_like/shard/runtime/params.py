@@ -177,6 +177,8 @@ class ParamLifecycle:
         if slot.state is FILLED:
             self._wait_until_ready(slot)
         slot.hold()
+        if slot.extended:
+            slot.arrive()
         slot.unit.register(slot)
 
     def _wait_until_ready(self, slot: GatherSlot) -> None:

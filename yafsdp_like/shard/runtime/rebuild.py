@@ -69,7 +69,8 @@ class Rebuild:
         self._memory.check_same_on_all_ranks(error)
 
     def _build(self) -> None:
-        edited = {u: u.copy_unsharded() for u in self._units if u.registered and u.registered.state is SlotState.HELD}
+        held = [u for u in self._units if u.registered and u.registered.state is SlotState.HELD]
+        edited = {u: u.copy_unsharded() for u in held if not (u.registered and u.registered.extended)}
         for unit in self._units:
             self._params.reshard(unit)
             unit.materialize()

@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from yafsdp_like.ops.linear import attach
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from yafsdp_like.shard.runtime.slots import GatherSlot
     from yafsdp_like.shard.runtime.unit_state import Unit
 
@@ -25,10 +27,17 @@ def watch_gradients(unit: Unit, slot: GatherSlot) -> None:
     """Take gradients that autograd completes for the parameters of ``unit`` in ``slot`` from now on."""
     unit_ref = weakref.ref(unit)  # weak, since the garbage collector does not see through a parameter's hooks
     for k in [k for k, p in enumerate(unit.params) if p.trainable]:
+        if k in slot.extended:
+            slot.extended[k].on_made = partial(_watch, unit_ref, k)
+            continue
         slot.params[k].register_post_accumulate_grad_hook(partial(_take_gradient, unit_ref, k))
         is_plain = not isinstance(slot.params[k], DTensor)
         if is_plain and slot.params[k].dim() == 2 and not slot.params[k].is_complex():
             attach(slot.params[k], GradientSink(unit_ref, k))
+
+
+def _watch(unit_ref: weakref.ref[Unit], k: int, param: nn.Parameter) -> None:
+    param.register_post_accumulate_grad_hook(partial(_take_gradient, unit_ref, k))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,16 +17,17 @@ import enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
+import torch
 from torch import nn
 
+from yafsdp_like.shard.runtime.extension import ExtendedParam
 from yafsdp_like.shard.runtime.host_shard import download_after
 from yafsdp_like.shard.runtime.layout_staging import Move, arrange_after, arrange_around, gradient_view
 from yafsdp_like.shard.runtime.nested import addresses_in
+from yafsdp_like.shard.spec.unit_spec import GatheredPiece
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
-
-    import torch
 
     from yafsdp_like.comm.transport import AllGather, ReduceScatter, Transport
     from yafsdp_like.memory.arena import Place
@@ -159,9 +160,17 @@ class GatherSlot(_Slot):
         self.ready: Event = None  # the all-gather has arrived
         self.version: Version = ()  # of the main shards whose values are in it
         self._active: set[object] = set()  # uses whose backward is running
-        self.params = [_full_param(p, place) for p, place in zip(unit.params, places, strict=True)]
+        pairs = list(zip(unit.params, places, strict=True))
+        # Of classes that say themselves what is all-gathered; what modules compute on is made when it has arrived.
+        self.extended = {
+            k: ExtendedParam.at(place, p.extension) for k, (p, place) in enumerate(pairs) if p.extension is not None
+        }
+        self.params = [_full_param(p, place) if p.extension is None else p.sharded for p, place in pairs]
         self.outputs = [
-            place.flat(p.compute_dtype, p.shards.padded_numel) for p, place in zip(unit.params, places, strict=True)
+            place.flat(p.compute_dtype, p.shards.padded_numel)
+            if p.extension is None
+            else place.flat(torch.uint8, place.segment.nbytes)
+            for p, place in pairs
         ]
 
     @cached_property
@@ -184,7 +193,7 @@ class GatherSlot(_Slot):
         staged = unit.layout_staging.gathered_chunks(permuted)
         outputs = [staged.get(k, output) for k, output in enumerate(self.outputs)]
         if host is None:
-            run = unit.transport.all_gather(outputs, [p.compute for p in unit.params], self.aliased, unit.column)
+            run = self._all_gather(outputs)
         else:
             num_ranks, rank = unit.transport.world_size, unit.transport.rank
             chunks = [output.view(num_ranks, output.numel() // num_ranks)[rank] for output in outputs]
@@ -200,8 +209,38 @@ class GatherSlot(_Slot):
         assert self.unit.forward_shard is not None
         return self.unit.forward_shard.all_gather(self.outputs)
 
+    def _all_gather(self, full: Sequence[torch.Tensor]) -> AllGather:
+        """Return what all-gathers compute shards to ``full``, one piece per parameter, or those of its extension."""
+        unit = self.unit
+        outputs: list[torch.Tensor] = []
+        inputs: list[torch.Tensor] = []
+        in_place: list[int] = []
+        for k, (p, output) in enumerate(zip(unit.params, full, strict=True)):
+            in_place += [len(outputs)] if k in self.aliased else []
+            if p.extension is None:
+                outputs.append(output)
+                inputs.append(p.compute)
+            else:
+                outputs += self.extended[k].chunks
+                inputs += [piece.view(torch.uint8) for piece in GatheredPiece.cut(p.compute, p.extension.pieces)]
+        return unit.transport.all_gather(outputs, inputs, in_place, unit.column)
+
+    def arrive(self) -> None:
+        """Make or update full parameters of classes that say what is all-gathered, on the current stream."""
+        for k, extended in self.extended.items():
+            if not extended.is_current:
+                self.params[k] = extended.arrive(self.unit.params[k])
+
+    def release(self, done: Event) -> None:
+        """Free the bytes for writers that wait for ``done``, and what extensions have made beside them."""
+        super().release(done)
+        for extended in self.extended.values():
+            extended.leave()
+
     def fill(self, ready: Event) -> None:
         """Note that an all-gather of the compute shards of now was issued, which has arrived at ``ready``."""
+        for extended in self.extended.values():
+            extended.is_current = False
         self.state, self.ready, self.version = SlotState.FILLED, ready, self.unit.freshness.compute_version
 
     def hold_edited(self) -> None:

@@ -22,10 +22,10 @@ from yafsdp_like.shard.runtime.host_shard import HostStaging, shard_arena
 from yafsdp_like.shard.runtime.layout_staging import LayoutStaging
 from yafsdp_like.shard.runtime.param import NOWHERE, ParamMark, ShardedParam, register
 from yafsdp_like.shard.runtime.running import RunningUnit
-from yafsdp_like.shard.spec.unit_spec import ParamSpec, RankSpec, UnitPolicy, chunks, debug_needs
+from yafsdp_like.shard.spec.unit_spec import ParamSpec, UnitPolicy, chunks, debug_needs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -327,23 +327,6 @@ class Unit:
         named = zip(self.params, names or [p.name for p in self.params], strict=True)
         return tuple(p.spec(name, self.policy, as_computed, self.needs.trains) for p, name in named)
 
-    def rank_spec(self, params: Sequence[ParamSpec]) -> RankSpec:
-        """Return what a plan needs to know of the unit's ranks, which share ``params``."""
-        mapped = self.transport.mapped
-
-        def column_nbytes(pairs: Iterable[tuple[ParamSpec, torch.dtype]]) -> int:
-            return mapped.column_nbytes([p.shards.chunk_numel * d.itemsize for p, d in pairs]) if mapped else 0
-
-        return RankSpec(
-            self.transport.world_size,
-            self.mesh.size(),
-            self.transport.description,
-            is_mapped=mapped is not None,
-            reads_shards=mapped is not None and mapped.reads_shards,
-            gather_column_nbytes=column_nbytes((p, p.compute_dtype) for p in params),
-            reduce_column_nbytes=column_nbytes((p, p.reduce_dtype) for p in params if p.has_gradient),
-        )
-
     def take_dtypes(self, params: Sequence[ParamSpec]) -> None:
         """Compute and reduce in the dtypes of ``params`` from now on."""
         for p, spec in zip(self.params, params, strict=True):
@@ -360,6 +343,8 @@ class Unit:
             self.mark(p.sharded, p)
         if self.meta_params() or self.misplaced_params():
             return
+        for p in self.params:
+            p.look(self.policy.mp)
         specs = self.param_specs()
         self.take_dtypes(specs)
         layout = chunks(specs, [spec.main_shard_dtype for spec in specs], self.needs.guard_nbytes)
@@ -419,11 +404,14 @@ class Unit:
         """Write what is all-gathered from main shards, unless it is current; return whether there was work to do."""
         if self.freshness.is_current():
             return False
-        pairs = [(p.compute, p.main) for p in self.params if p.compute is not p.main and not p.is_split]
+        params = [p for p in self.params if p.compute is not p.main and not p.is_split]
+        pairs = [(p.compute, p.main) for p in params if p.extension is None]
         if pairs:
             torch._foreach_copy_([compute for compute, _ in pairs], [main for _, main in pairs])
+        for p in params:
+            p.write_extension(self.policy.mp)
         self.freshness.compute_shard_written()
-        return bool(pairs)
+        return bool(params)
 
     def settle(self) -> bool:
         """Split what was written to split masters into halves (see [Note: split master]); return whether any was."""

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
 from yafsdp_like.shard.spec.memory_layout import MemoryLayout, plan_memory
 from yafsdp_like.shard.spec.schedule import Residency, Schedule, schedule_of
-from yafsdp_like.shard.spec.unit_spec import UnitSpec
+from yafsdp_like.shard.spec.unit_spec import RankSpec, UnitSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import nn
 
     from yafsdp_like.shard.runtime.param import ShardedParam
+    from yafsdp_like.shard.spec.unit_spec import ParamSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class UnitTree:
             residency = Residency(not self.reshards_after_forward(unit), not unit.policy.reshard_after_backward)
             forward = tuple(index[u] for u in unit.forward_prefetch if u in index)
             backward = tuple(index[u] for u in unit.backward_prefetch if u in index)
-            ranks = unit.rank_spec(params)
+            ranks = _ranks_of(unit, params)
             policy = unit.policy
             specs.append(
                 UnitSpec(
@@ -61,6 +62,26 @@ class UnitTree:
                 )
             )
         return plan_memory(specs, self.schedule)
+
+
+def _ranks_of(unit: Unit, params: Sequence[ParamSpec]) -> RankSpec:
+    """Return what a plan needs to know of the unit's ranks, which share ``params``."""
+    mapped = unit.transport.mapped
+
+    def column_nbytes(sizes: Iterable[int]) -> int:
+        return mapped.column_nbytes(list(sizes)) if mapped else 0
+
+    return RankSpec(
+        unit.transport.world_size,
+        unit.mesh.size(),
+        unit.transport.description,
+        is_mapped=mapped is not None,
+        reads_shards=mapped is not None and mapped.reads_shards,
+        gather_column_nbytes=column_nbytes(nbytes for p in params for nbytes in p.pieces_nbytes),
+        reduce_column_nbytes=column_nbytes(
+            p.shards.chunk_numel * p.reduce_dtype.itemsize for p in params if p.has_gradient
+        ),
+    )
 
 
 def unit_tree_of(root: nn.Module) -> UnitTree:

@@ -138,7 +138,7 @@ def _layout_staging(units: Sequence[UnitSpec]) -> list[Region]:
     gathered = reduced = 0
     for unit in units:
         permuted = [p for p in unit.params if p.shards.is_permuted]
-        full = [p.shards.padded_numel * p.compute_dtype.itemsize for p in permuted]
+        full = [p.full_nbytes for p in permuted if not p.pieces]
         sums = [p.shards.chunk_numel * p.grad_dtype.itemsize for p in permuted if p.has_gradient]
         gathered = max(gathered, FlatLayout.pack(full).nbytes)
         reduced = max(reduced, FlatLayout.pack(sums).nbytes)

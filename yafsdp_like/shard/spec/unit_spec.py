@@ -25,6 +25,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class GatheredPiece:
+    """A tensor that is all-gathered in a parameter's place: elements of one rank, padding included, and dtype."""
+
+    numel: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def layout(pieces: Sequence[GatheredPiece], num_ranks: int) -> FlatLayout:
+        """Lay out what so many ranks have of each piece, one piece after the other."""
+        return FlatLayout.pack([num_ranks * piece.numel * piece.dtype.itemsize for piece in pieces])
+
+    @staticmethod
+    def cut(chunk: torch.Tensor, pieces: Sequence[GatheredPiece]) -> list[torch.Tensor]:
+        """Return one rank's pieces, flat, in ``chunk``, ``(nbytes,)`` uint8."""
+        segments = GatheredPiece.layout(pieces, 1).segments
+        parts = zip(segments, pieces, strict=True)
+        return [chunk[part.offset_nbytes : part.end_nbytes].view(piece.dtype) for part, piece in parts]
+
+
+@dataclass(frozen=True)
 class ParamSpec:
     """One parameter: how its rows are sharded, and in which dtypes its shards and slots are."""
 
@@ -37,15 +57,18 @@ class ParamSpec:
     grad_dtype: torch.dtype  # in which they are kept, as `.grad`
     has_gradient: bool  # it is trainable, and forwards may lead to a backward
     is_split: bool = False  # the compute shard is the upper half of the main shard's values, which has the lower one
+    pieces: tuple[GatheredPiece, ...] = ()  # all-gathered in its place; see [Note: all-gather extensions]
 
     @property
-    def main_shard_dtype(self) -> torch.dtype:
-        """What the main shard holds."""
-        return torch.int16 if self.is_split else self.main_dtype
+    def main_shard_dtype(self) -> torch.dtype | None:
+        """What the main shard holds; None where the parameter's class does."""
+        return None if self.pieces else torch.int16 if self.is_split else self.main_dtype
 
     @property
     def chunk_nbytes(self) -> int:
-        """Bytes of one rank's chunk of the parameter in ``compute_dtype``."""
+        """Bytes of what one rank has all-gathered."""
+        if self.pieces:
+            return GatheredPiece.layout(self.pieces, 1).nbytes
         return self.shards.chunk_numel * self.compute_dtype.itemsize
 
     def kept_nbytes(self, num_ranks: int) -> int:
@@ -53,9 +76,21 @@ class ParamSpec:
         return self.shards.padded_numel // num_ranks * self.compute_dtype.itemsize
 
     @property
+    def pieces_nbytes(self) -> list[int]:
+        """Bytes of each tensor of one rank that is all-gathered."""
+        return [p.numel * p.dtype.itemsize for p in self.pieces] or [self.chunk_nbytes]
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes of what all ranks have all-gathered, in a slot."""
+        if self.pieces:
+            return GatheredPiece.layout(self.pieces, self.shards.world_size).nbytes
+        return self.shards.padded_numel * self.compute_dtype.itemsize
+
+    @property
     def aliasable_nbytes(self) -> int:
         """Bytes of a chunk that a slot can alias; none where the chunk's bytes are not together in the slot."""
-        return 0 if self.shards.is_permuted else self.chunk_nbytes
+        return 0 if self.shards.is_permuted or self.pieces else self.chunk_nbytes
 
 
 def param_spec(
@@ -67,6 +102,7 @@ def param_spec(
     computed_in: torch.dtype | None = None,
     as_computed: bool = False,
     has_gradient: bool = True,
+    pieces: tuple[GatheredPiece, ...] = (),
 ) -> ParamSpec:
     """Return what a plan needs to know of a parameter of ``dtype``, by the policy of its unit.
 
@@ -77,7 +113,7 @@ def param_spec(
     asked = computed_in or policy.mp.param_dtype or dtype
     compute = asked if dtype.is_floating_point else dtype
     reduce = (policy.mp.reduce_dtype if dtype.is_floating_point else None) or compute
-    is_split = policy.split_master and (dtype, compute) == (torch.float32, torch.bfloat16)
+    is_split = policy.split_master and not pieces and (dtype, compute) == (torch.float32, torch.bfloat16)
     return ParamSpec(
         name,
         shards,
@@ -88,6 +124,7 @@ def param_spec(
         reduce if reduce == policy.grad_dtype else dtype,
         has_gradient=has_gradient,
         is_split=is_split and shards.chunk_numel > 0,
+        pieces=pieces,
     )
 
 
@@ -125,25 +162,23 @@ class UnitLayout:
             if granule_nbytes and p.aliasable_nbytes and p.aliasable_nbytes % granule_nbytes == 0
         }
 
-        def full(dtypes: Sequence[torch.dtype | None], in_granules: Collection[int] = ()) -> FlatLayout:
-            sizes = [p.shards.padded_numel * d.itemsize if d else 0 for p, d in zip(params, dtypes, strict=True)]
-            return FlatLayout.pack(sizes, in_granules, granule_nbytes, guard_nbytes)
-
         def shard(dtypes: Sequence[torch.dtype | None]) -> FlatLayout:
             return chunks(params, dtypes, guard_nbytes)
 
-        has_shard = [(mapped or p.compute_dtype != p.main_dtype) and not on_host for p in params]
+        def packed(sizes: Sequence[int], in_granules: Collection[int] = ()) -> FlatLayout:
+            return FlatLayout.pack(sizes, in_granules, granule_nbytes, guard_nbytes)
+
+        has_shard = [(mapped or p.compute_dtype != p.main_dtype or p.pieces) and not on_host for p in params]
+        full = [(p.shards.padded_numel * p.gradient_dtype.itemsize if p.has_gradient else 0) for p in params]
         return cls(
             main_shard=shard([p.main_shard_dtype for p in params]),
-            compute_shard=shard(
-                [p.compute_dtype if has_shard[k] and k not in aliased else None for k, p in enumerate(params)]
+            compute_shard=packed(
+                [p.chunk_nbytes if has_shard[k] and k not in aliased else 0 for k, p in enumerate(params)]
             ),
             aliased_shard=shard([p.compute_dtype if k in aliased else None for k, p in enumerate(params)]),
             grad_shard=shard([p.grad_dtype if p.has_gradient else None for p in params]),
-            gather_slot=full(
-                [p.compute_dtype if p.shards.world_size > 1 or on_host else None for p in params], aliased
-            ),
-            gradient_slot=full([p.gradient_dtype if p.has_gradient else None for p in params]),
+            gather_slot=packed([p.full_nbytes if p.shards.world_size > 1 or on_host else 0 for p in params], aliased),
+            gradient_slot=packed(full),
             forward_shard=FlatLayout.pack([p.kept_nbytes(forward_ranks) for p in params] if forward_ranks else []),
         )
 
