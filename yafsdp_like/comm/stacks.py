@@ -47,7 +47,10 @@ class Spot(NamedTuple):
 
 
 def stacks() -> dict[int, list[StackLine]]:
-    """Return the lines of each thread, by its identifier, the innermost first; a hundred of each at most."""
+    """Return the lines of each thread, by its identifier, the innermost first.
+
+    Python writes a hundred lines of each at most, and the hundred newest threads.
+    """
     with open(os.memfd_create("stacks"), "w+b") as file:
         faulthandler.dump_traceback(file)
         file.seek(0)
@@ -73,7 +76,7 @@ def spot_of(thread_id: int) -> Spot:
 
 def own_spot() -> Spot:
     """Return where the calling thread is."""
-    return _spot(stacks()[threading.get_ident()])
+    return _spot(stacks().get(threading.get_ident(), []))
 
 
 def _spot(lines: Sequence[StackLine]) -> Spot:

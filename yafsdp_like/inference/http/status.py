@@ -28,7 +28,10 @@ PAGE = Path(__file__).with_name("status.html")
 
 
 def add_status_routes(app: FastAPI, service: Service[Any], catalog: Catalog, metrics: ServerMetrics) -> None:
-    """Add the page and its data, which need no key, as ``/metrics`` does not: they hold figures and models' names."""
+    """Add the page and its data, which need no key, as ``/metrics`` does not.
+
+    They hold figures and models' names; why a model has failed is said by ``/v1/models``, which needs one.
+    """
 
     @app.get("/status", response_model=None)
     async def page() -> HTMLResponse:
@@ -46,7 +49,7 @@ def add_status_routes(app: FastAPI, service: Service[Any], catalog: Catalog, met
             "device": device,
             "figures": numbers,
             "models": _alone(catalog, numbers) if models is None else [_model(*item) for item in models.items()],
-            "failed": catalog.errors,
+            "failed": list(catalog.errors),
             "memory": [stretch._asdict() for stretch in stretches],
             "seconds": {
                 "to the first token": _buckets(metrics.first_token),
@@ -83,7 +86,6 @@ def _model(name: str, status: ModelStatus) -> dict[str, Any]:
     return {
         "name": name,
         "state": status.state,
-        "error": status.error,
         "num_running": status.engine.num_running,
         "num_waiting": status.engine.num_waiting,
         "num_tokens_drawn": status.engine.num_tokens_drawn,
@@ -91,7 +93,7 @@ def _model(name: str, status: ModelStatus) -> dict[str, Any]:
     }
 
 
-def _buckets(histogram: Histogram) -> list[tuple[float, float]]:
-    """Return upper bounds in seconds, without the infinite one, and how many were below each since the start."""
+def _buckets(histogram: Histogram) -> list[tuple[float | None, float]]:
+    """Return upper bounds in seconds, and how many were below each since the start; the last bound is None."""
     buckets = [s for s in next(iter(histogram.collect())).samples if s.name.endswith("_bucket")]
-    return [(float(bucket.labels["le"]), bucket.value) for bucket in buckets if bucket.labels["le"] != "+Inf"]
+    return [(None if (bound := bucket.labels["le"]) == "+Inf" else float(bound), bucket.value) for bucket in buckets]
