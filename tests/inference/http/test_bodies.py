@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -29,10 +30,13 @@ from tests.inference.http.servers import (
     make_engine,
     serving,
 )
+from tests.inference.text.test_codec import write_tokenizer
 from yafsdp_like.inference.http import body_limits, body_pool, server
 from yafsdp_like.inference.http.body_limits import BodyLimits
 from yafsdp_like.inference.http.body_pool import BodyReaderPool, ReaderBusyError
 from yafsdp_like.inference.http.errors import ApiError
+from yafsdp_like.inference.text import chat as chat_of
+from yafsdp_like.inference.text import codec as codec_of
 from yafsdp_like.inference.text.codec import Codec
 
 MIB = 2**20
@@ -105,23 +109,42 @@ def test_what_could_never_be_served_is_refused_before_the_work(
     assert len(error["message"]) < 300
 
 
-def test_a_prompt_is_looked_at_before_all_of_it_is_cut_into_tokens(
-    codec: Codec, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("path", [COMPLETIONS, CHATS])
+@pytest.mark.parametrize(("unit", "most"), [("The quick brown fox. ", 0), ("a,1;", 40_000)])
+def test_a_long_text_is_refused_before_all_of_it_is_cut_into_tokens(
+    running: Running, path: str, unit: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a tokenizer whose longest token says little about how much fits."""
-    lengths, encode = list[int](), Codec.encode
+    """With a tokenizer whose longest token says little about how much fits: words are counted, and parts are cut."""
+    lengths, encode = list[int](), codec_of.tokenize
 
-    def counting(codec: Codec, text: str) -> tuple[int, ...]:
+    def counting(model: Any, text: str, *more: Any, **named: Any) -> list[int]:
         lengths.append(len(text))
-        return encode(codec, text)
+        return encode(model, text, *more, **named)
 
-    monkeypatch.setattr(Codec, "max_characters", lambda codec, num_tokens: 10**9)
-    monkeypatch.setattr(Codec, "encode", counting)
-    with serving(make_engine(codec), codec) as running:
-        for path, fields in ((COMPLETIONS, {"prompt": text(600_000)}), (CHATS, chat([said(text(600_000))]))):
-            answer = running.post(path, {"model": MODEL, **fields})
-            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
-    assert max(lengths) < 10_000
+    monkeypatch.setattr(BodyLimits, "_check_length", lambda *_: None)
+    monkeypatch.setattr(codec_of, "tokenize", counting)
+    monkeypatch.setattr(chat_of, "tokenize", counting)
+    hostile = unit * (800_000 // len(unit))
+    asked = {"prompt": hostile} if path == COMPLETIONS else chat([said(hostile[:4_000])] * 200)
+    answer = running.post(path, {"model": MODEL, **asked})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert sum(lengths) <= most
+
+
+@pytest.mark.parametrize("text", ["a b  c\nd e", " a", "", "x y" * 100, "1 2 3", "\u0120a b"])
+def test_a_text_has_at_least_as_many_tokens_as_words_behind_spaces(codec: Codec, text: str) -> None:
+    assert codec._parts_words
+    assert codec.min_tokens(text) <= len(codec.encode(text, add_special_tokens=False))
+
+
+def test_words_of_a_tokenizer_whose_tokens_span_two_are_not_counted(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 320, "content": "of course"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    found = Codec.load(tmp_path)
+    assert len(found.encode("of course", add_special_tokens=False)) == 1
+    assert found.min_tokens("of course of course") == 0
 
 
 def test_as_much_as_fits_is_served_however_it_is_written(running: Running, codec: Codec) -> None:

@@ -2,13 +2,19 @@
 
 Owns how bodies become requests; what may stand in them is bodies.py's, what they may cost body_limits.py's. Knows
 nothing of routes, sockets or event loops. Needs pydantic and starlette, which come with FastAPI.
+
+[Note: long texts]
+Cutting a text into tokens takes seconds for a few megabytes, and as long if it is then refused. So of a text with many
+characters for each token that fits, words are counted first, each of which is a token at least where no token of the
+vocabulary spans two. What is left, long runs of one character say, is cut a part at a time, until there are too many.
+Both happen in threads that let others run, in calls of a few milliseconds.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -39,7 +45,8 @@ DEFAULT_MAX_TOKENS = 16  # of a completion, as OpenAI's
 MIN_BODY_NBYTES, TOKEN_NBYTES = 2**20, 32  # of the limit; of a token, in whatever way it is written
 MAX_PROMPT_LOGPROBS = 2**20  # log-probabilities of prompts, of all choices
 MAX_ECHOED_CHARACTERS = 2**22  # characters of prompts that are said again, of all choices
-PROBED, SPARED_TOKENS = 8, 64  # characters for each token that fits; tokens by which a cut may change their number
+PROBED = 16  # characters for each token that fits, from which on a text is looked at before
+PART_LENGTH, SPARED_TOKENS = 2**14, 64  # characters looked at at a time; tokens by which a cut may change their number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +117,10 @@ def known_fields(kind: type[AnyBody], sent: Any, options: HttpOptions) -> tuple[
     return kept, ignored
 
 
+def _parts(texts: Iterable[str]) -> Iterator[str]:
+    return (text[start : start + PART_LENGTH] for text in texts for start in range(0, len(text), PART_LENGTH))
+
+
 class RequestParser:
     """Bodies to jobs, from any thread; a long text takes more time than an event loop has."""
 
@@ -174,9 +185,9 @@ class RequestParser:
     def chat(self, body: ChatBody, arrival: float | None = None) -> ParsedRequest:
         """Raises ApiError for what is not served."""
         self._check(body, 1)
-        for message in body.messages:
-            self._probe("messages", message.content or "")
-        prompt = self._cut(body, self._ids("messages", self._codec.encode_chat, self._conversation(body)))
+        conversation = self._conversation(body)
+        self._probe("messages", *conversation.texts)
+        prompt = self._cut(body, self._ids("messages", self._codec.encode_chat, conversation))
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         max_tokens = self._max_tokens("messages", prompt, asked, self._options.max_seq_len)
         has_prompt_logprobs = body.prompt_logprobs is not None
@@ -252,13 +263,21 @@ class RequestParser:
             most = max(1, most)
         return prompt if most is None else prompt[-most:]
 
-    def _probe(self, param: str, text: str) -> None:
-        """Raises ApiError for a text whose beginning alone is too long, before all of it is cut into tokens."""
-        room = self._options.max_seq_len
-        if len(text) > 2 * PROBED * room:
-            num_tokens = len(self._ids(param, self._codec.encode, text[: PROBED * room]))
-            if num_tokens > room + SPARED_TOKENS:
-                raise too_long(param, f"{num_tokens} tokens, of the first {PROBED * room} characters alone", room)
+    def _probe(self, param: str, *texts: str) -> None:
+        """Raises ApiError for texts that are too long together, before they are cut into tokens: [Note: long texts]."""
+        room, length = self._options.max_seq_len, sum(map(len, texts))
+        if length <= PROBED * room:
+            return
+        num_least = num_tokens = num_seen = 0
+        for part in _parts(texts):
+            num_least += self._codec.min_tokens(part) - 1  # a word may be cut in two
+            if num_least > room:
+                raise too_long(param, f"at least {num_least} tokens", room)
+        for part in _parts(texts):
+            num_tokens += max(0, len(self._ids(param, self._codec.encode, part)) - SPARED_TOKENS)
+            num_seen += len(part)
+            if num_tokens > room:
+                raise too_long(param, f"{num_tokens} tokens, of the first {num_seen} characters alone", room)
 
     def _ids(self, param: str, encode: Callable[[T], tuple[int, ...]], text: T) -> tuple[int, ...]:
         try:

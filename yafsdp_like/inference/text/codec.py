@@ -31,6 +31,8 @@ Decode = Callable[[Sequence[int]], str]
 UNKNOWN = "\ufffd"  # what decoders write for bytes that are no character
 NUM_CONTEXT_TOKENS = 4  # of the prompt: some decoders drop a space before the first token that they see
 MAX_PENDING_TOKENS = 16  # a character has 4 bytes at most: what is still none then will never be one
+WORD = re.compile(r" [A-Za-z]")
+TWO_WORDS = re.compile(r".[ \u0120\u2581][A-Za-z]", re.DOTALL)  # in a vocabulary, however spelled
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how vocabularies of characters spell single bytes
 
 
@@ -138,6 +140,18 @@ class Codec:
         """
         longest = max(map(len, self._tokenizer.get_vocab()))
         return num_tokens * longest * (1 if self._model.normalizer is None else 4)
+
+    def min_tokens(self, text: str) -> int:
+        """Return how many tokens a text has at least: one for each word behind a space, if no token spans two.
+
+        0 for a tokenizer of which that is not known. Takes a few nanoseconds a character.
+        """
+        return len(WORD.findall(text)) if self._parts_words else 0
+
+    @cached_property
+    def _parts_words(self) -> bool:
+        """Whether a space with a letter behind it is always a token's beginning, or its end."""
+        return self._model.normalizer is None and not any(map(TWO_WORDS.search, self._tokenizer.get_vocab()))
 
     @cached_property
     def _added(self) -> frozenset[int]:
