@@ -21,8 +21,9 @@ TOOLS = [
     "types-PyYAML",
 ]
 TOKENIZERS = ["sentencepiece", "protobuf", "tiktoken"]  # to convert a directory's tokenizer.model
+STRUCTURED = ["llguidance"]  # answers that are JSON of a schema, or of a grammar
 SERVE = ["transformers", "jinja2", "fastapi", "uvicorn", "prometheus-client", *TOKENIZERS]
-TEST = [*TRAIN, *PARQUET, *HF, *SERVE, "openai", "httpx", *TOOLS]
+TEST = [*TRAIN, *PARQUET, *HF, *SERVE, *STRUCTURED, "openai", "httpx", *TOOLS]
 DOCS = ["mkdocs", "mkdocstrings[python]", "ruff"]
 BENCH = ["deepspeed", "transformers", "matplotlib"]
 
@@ -54,6 +55,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "serve": SERVE,
+        "structured": STRUCTURED,
         "parquet": PARQUET,
         "test": TEST,
         "bench": BENCH,

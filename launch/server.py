@@ -166,6 +166,7 @@ def server_options(model: LoadedModel, options: ServeOptions) -> ServerOptions:
         timeout_s=options.http.timeout_s or None,
         max_choices=options.http.max_choices,
         max_body_nbytes=options.http.max_body_nbytes,
+        has_grammars=model.engine.tp_group is None,
         strict=options.http.strict,
         priorities=options.http.priorities,
         model_name=name,

@@ -25,6 +25,8 @@ from yafsdp_like.inference.http.errors import UNSUPPORTED, invalid, shorten
 from yafsdp_like.kernels.sampling_params import MAX_BIASES, MAX_LOGPROBS, SamplingParams
 
 MAX_STOP_STRINGS, MAX_STOP_STRING_LENGTH = 16, 256
+TEXT_KINDS = "json", "regex", "choice", "grammar"
+HARMLESS_OUTPUTS = "whitespace_pattern", "disable_any_whitespace", "disable_fallback", "disable_additional_properties"
 MAX_BIAS, MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH = 100, 256, 256
 MAX_STOP_TOKENS, MAX_TOOL_CALLS, MAX_TEMPLATE_KWARGS = 128, 128, 32
 SAMPLED = {item.name for item in fields(SamplingParams)} - {"seed"}
@@ -82,6 +84,21 @@ def _as_biases(value: Any) -> dict[int, float]:
             if all(abs(bias) <= MAX_BIAS for bias in biases.values()):
                 return biases
     raise ValueError(f"expected at most {MAX_BIASES} token ids, each with a bias from -{MAX_BIAS} to {MAX_BIAS}")
+
+
+def _as_format(value: Any) -> Any:
+    """None for plain text."""
+    if value is None or value == {"type": "text"}:
+        return None
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "json_object":
+        return value
+    if kind == "json_schema":
+        described = value.get("json_schema", value)  # /v1/responses has no object inside
+        if isinstance(described, dict) and isinstance(described.get("schema"), dict):
+            return {"type": kind, "schema": described["schema"]}
+        raise ValueError("expected an object `schema` in json_schema")
+    raise ValueError(f"expected a type text, json_object or json_schema, found {shorten(kind)}")
 
 
 def _as_text(value: Any) -> str | None:
@@ -155,6 +172,13 @@ class AnyBody(Body):
     min_tokens: int | None = Field(None, ge=0)
     bad_words: list[str] | None = Field(None, max_length=MAX_BAD_WORDS)
     allowed_token_ids: list[int] | None = None
+    # What the text must be, one of these.
+    response_format: Annotated[dict[str, Any] | None, BeforeValidator(_as_format)] = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     @property
     def num_each(self) -> int:
@@ -171,6 +195,28 @@ class AnyBody(Body):
             raise invalid("allowed_token_ids", "must have at least one token, found none")
         if any(not 0 < len(word) <= MAX_BAD_WORD_LENGTH for word in self.bad_words or ()):
             raise invalid("bad_words", f"a word must have from 1 to {MAX_BAD_WORD_LENGTH} characters")
+
+    def wanted_text(self) -> tuple[str, str, Any] | None:
+        """(the field that says what the text must be, what kind of description it is, the description), if any does.
+
+        Raises ApiError for several, or one that is not understood.
+        """
+        found = list[tuple[str, str, Any]]()
+        if self.response_format is not None:
+            found.append(("response_format", "json", self.response_format.get("schema", {"type": "object"})))
+        for kind in TEXT_KINDS:
+            if (value := getattr(self, f"guided_{kind}")) is not None:
+                found.append((f"guided_{kind}", kind, value))
+        for kind, value in (self.structured_outputs or {}).items():
+            if value is None or value is False or kind in HARMLESS_OUTPUTS:
+                continue
+            if kind not in (*TEXT_KINDS, "json_object"):
+                raise invalid("structured_outputs", f"expected one of {', '.join(TEXT_KINDS)}, found {shorten(kind)}")
+            as_schema = {"type": "object"} if kind == "json_object" else value
+            found.append(("structured_outputs", "json" if kind == "json_object" else kind, as_schema))
+        if len(found) > 1:
+            raise invalid(found[1][0], f"and {found[0][0]} both say what the text must be: set one")
+        return found[0] if found else None
 
     def sampling(self, choice: int, defaults: SamplingParams) -> SamplingParams:
         """How the choice of this index is drawn: with `seed` the same each time, and unlike its neighbours."""
@@ -279,7 +325,6 @@ class ChatBody(AnyBody):
     tool_choice: Annotated[Any, _unsupported(NO_TOOLS, "none", "auto")] = None
     functions: Annotated[Any, _unsupported(NO_TOOLS, [])] = None
     function_call: Annotated[Any, _unsupported(NO_TOOLS, "none", "auto")] = None
-    response_format: Annotated[Any, _unsupported("only {'type': 'text'} is supported", {"type": "text"})] = None
     modalities: Annotated[Any, _unsupported(TEXT_ONLY, ["text"])] = None
     audio: Annotated[Any, _unsupported(TEXT_ONLY)] = None
     prediction: Annotated[Any, _unsupported("nothing is predicted; leave it out")] = None

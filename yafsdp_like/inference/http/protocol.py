@@ -21,10 +21,11 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from yafsdp_like.inference.engine.request import PLAIN, Request, TokenLimits
+from yafsdp_like.inference.engine.request import PLAIN, Grammar, Request, TokenLimits
 from yafsdp_like.inference.http.bodies import AnyBody, ChatBody, ChatMessage, CompletionBody, StreamOptions
 from yafsdp_like.inference.http.body_limits import BodyLimits
 from yafsdp_like.inference.http.errors import (
+    UNSUPPORTED,
     ApiError,
     invalid,
     invalid_body,
@@ -58,6 +59,7 @@ class ServerOptions(HttpOptions):
     max_seq_len: int  # tokens of a prompt and its answer together
     aliases: tuple[str, ...] = ()  # other names that requests may call the model
     sampling: SamplingParams = PLAIN  # where a request gives no value
+    has_grammars: bool = True  # whether a text may be bound to one: tensor parallel ranks cannot share its state
     admin_key: str | None = None  # bearer token of those who load models and adapters; null: nobody may
     adapter_of: str | None = None  # name of the model that this one is a LoRA adapter of; null: it is a model
 
@@ -252,8 +254,32 @@ class RequestParser:
             for word in body.bad_words or ()
             for text in (word, " " + word.lstrip())
         )
-        limits = TokenLimits(tuple(body.logit_bias.items()), allowed, tuple(words), body.min_tokens or 0)
+        biases, grammar = tuple(body.logit_bias.items()), self._grammar(body)
+        limits = TokenLimits(biases, allowed, tuple(words), body.min_tokens or 0, grammar)
         return None if limits == TokenLimits() else limits
+
+    def _grammar(self, body: AnyBody) -> Grammar | None:
+        """What the text must be, if the body says so."""
+        wanted = body.wanted_text()
+        if wanted is None:
+            return None
+        param, kind, value = wanted
+        if not self._options.has_grammars:
+            raise invalid(param, "is not served by tensor parallel ranks; leave it out", UNSUPPORTED)
+        grammars = self._codec.grammars(self._options.vocab_size)
+        make: dict[str, Callable[[Any], Grammar]] = {
+            "json": grammars.of_schema,
+            "regex": grammars.of_regex,
+            "choice": grammars.of_choice,
+            "grammar": grammars.of_grammar,
+        }
+        expected = {"json": (dict, str), "choice": (list,)}.get(kind, (str,))
+        if not isinstance(value, expected) or (kind == "choice" and not all(isinstance(each, str) for each in value)):
+            raise invalid(param, f"{kind}: expected {' or '.join(each.__name__ for each in expected)}")
+        try:
+            return make[kind](value)
+        except ValueError as error:
+            raise invalid(param, str(error)) from error
 
     def _cut(self, body: AnyBody, prompt: tuple[int, ...]) -> tuple[int, ...]:
         """Leave only the last tokens of a prompt, as many as ``truncate_prompt_tokens`` says."""

@@ -25,6 +25,7 @@ from typing import Any
 from yafsdp_like.inference.engine.request import FinishReason, RequestOutput, Token
 from yafsdp_like.inference.text import directory as hf_directory
 from yafsdp_like.inference.text.chat import ChatTemplate, Conversation, Message, tokenize
+from yafsdp_like.inference.text.grammar import Grammars
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -131,6 +132,14 @@ class Codec:
             if token not in self._added or text.startswith(piece, end):
                 end += len(piece)
         return offsets
+
+    def grammars(self, vocab_size: int) -> Grammars:
+        """Return grammars over the tokens of a model with this vocabulary."""
+        return self._grammars.setdefault(vocab_size, Grammars(self._tokenizer, vocab_size, self.stop_tokens))
+
+    @cached_property
+    def _grammars(self) -> dict[int, Grammars]:
+        return {}
 
     def max_characters(self, num_tokens: int) -> int:
         """Return the length of the longest text of so many tokens, in characters.

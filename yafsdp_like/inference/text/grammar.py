@@ -1,0 +1,100 @@
+"""What an answer must be: JSON, JSON of a schema, a regular expression, some texts, or a grammar.
+
+Owns the way from what is asked for to `llguidance`, which says which tokens may follow. It is optional (`pip install
+'yafsdp_like[structured]'`) and imported when the first request asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+MAX_GRAMMAR_LENGTH = 2**16  # characters
+# A model that likes white space would never come to an end.
+JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"[ \t\r\n]{0,20}"}
+MISSING = "needs a package that is not here: pip install 'yafsdp_like[structured]' (no llguidance)"
+
+
+class MatcherState:
+    """How far one text is: an `engine.request.GrammarState`."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """Go on by tokens that were drawn. Raises RuntimeError for one that was not allowed."""
+        for token in tokens:
+            if not self._matcher.is_stopped() and not self._matcher.consume_token(token):
+                raise RuntimeError(f"token {token} was drawn, which the grammar does not allow")
+
+    def allowed(self) -> Any:
+        """Return the bits (W,) int32 of tokens that may follow; where the text is whole, of none."""
+        if self._matcher.is_stopped():
+            return np.zeros(1, dtype=np.int32)
+        return np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class TextGrammar:
+    """A grammar that was understood; texts begin with copies of its first state."""
+
+    first: Any
+
+    def start(self) -> MatcherState:
+        """Begin a text."""
+        return MatcherState(self.first.deep_copy())
+
+
+class Grammars:
+    """Grammars over the tokens of one model; from any thread."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, stop_tokens: Iterable[int]) -> None:
+        """``tokenizer`` is a fast one of `transformers`; ``vocab_size`` is the model's."""
+        self._tokenizer, self._vocab_size, self._stop_tokens = tokenizer, vocab_size, sorted(stop_tokens)
+
+    def of_schema(self, schema: Any) -> TextGrammar:
+        """JSON of a schema, an object or its text. Raises ValueError for one that is not understood, as all here do."""
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        return self._make(lambda it: it.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS), text)
+
+    def of_regex(self, pattern: str) -> TextGrammar:
+        """A text that a regular expression matches from end to end."""
+        return self._make(lambda it: it.LLMatcher.grammar_from_regex(pattern), pattern)
+
+    def of_choice(self, texts: Sequence[str]) -> TextGrammar:
+        """One of some texts."""
+        lark = "start: " + " | ".join(json.dumps(text) for text in texts)
+        return self._make(lambda it: it.LLMatcher.grammar_from_lark(lark), lark)
+
+    def of_grammar(self, text: str) -> TextGrammar:
+        """A grammar of Lark or of GBNF."""
+        return self._make(lambda it: it.LLMatcher.grammar_from_lark(it.gbnf_to_lark.any_to_lark(text)), text)
+
+    @cached_property
+    def _tokens(self) -> Any:
+        from llguidance.hf import from_tokenizer
+
+        return from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._stop_tokens or None)
+
+    def _make(self, grammar_of: Callable[[Any], Any], text: str) -> TextGrammar:
+        if len(text) > MAX_GRAMMAR_LENGTH:
+            raise ValueError(f"at most {MAX_GRAMMAR_LENGTH} characters, found {len(text)}")
+        try:
+            import llguidance
+        except ModuleNotFoundError:
+            raise ValueError(MISSING) from None
+        try:
+            matcher = llguidance.LLMatcher(self._tokens, grammar_of(llguidance), log_level=0)
+            error = matcher.get_error()
+        except Exception as caught:  # a grammar may be wrong in any way
+            error = str(caught)
+        if error:
+            raise ValueError(f"it is not understood: {error[:400]}")
+        return TextGrammar(matcher)
