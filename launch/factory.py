@@ -21,6 +21,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import traceback
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -91,17 +92,27 @@ class FactoryRecipe:
 
     @cached_property
     def _module(self) -> nn.Module:
-        """What the function returns, called once; what goes wrong inside it is the user's to read, as it is."""
+        """What the function returns, called once.
+
+        What goes wrong inside it is the user's to read, as it is; a ``ValueError``, told in one line, says where.
+        """
         function = self._function()
         torch.manual_seed(self.seed)
-        module = function(**self.arguments)
+        try:
+            module = function(**self.arguments)
+        except ValueError as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            words = f": {error}" if str(error) else ""
+            raise ValueError(
+                f"model.factory '{self.factory}' raised {type(error).__name__}{words} ({where.filename}:{where.lineno})"
+            ) from error
         if not isinstance(module, nn.Module):
             raise ValueError(f"model.factory '{self.factory}' returned {type(module).__name__}, expected an nn.Module")
         return module
 
     def _function(self) -> Callable[..., Any]:
         module_name, _, name = self.factory.partition(":")
-        if not name:
+        if not (module_name and name):
             raise ValueError(f"model.factory '{self.factory}' is not a package.module:function")
         try:
             function = getattr(importlib.import_module(module_name), name)

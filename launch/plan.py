@@ -82,7 +82,7 @@ def configuration(asked: argparse.Namespace, others: Sequence[str], num_ranks: i
         raise ValueError(f"{model!r} is no file, no directory, no preset:NAME and no package.module:function")
     more = [] if asked.seq_len is None else [f"--seq_len={asked.seq_len}"]
     if asked.micro_batch is not None or not is_file:
-        size = asked.micro_batch or 1
+        size = 1 if asked.micro_batch is None else asked.micro_batch
         more += [f"--micro_batch_size={size}", f"--global_batch_size={size * num_ranks}"]
     return COMMAND.load([*first, *more, *others])
 
@@ -96,7 +96,7 @@ def described(forecast: TrainingForecast, options: Config, device_nbytes: int | 
     shape = TrainingStepShape.of(options, forecast.plan.world_size)
     head = (
         f"one rank of {forecast.plan.world_size} ({'; '.join(forecast.plan.transports)}), {shape.micro_batch_size} × "
-        f"{shape.seq_len} tokens a forward, {shape.num_accumulated} forwards a step"
+        f"{shape.seq_len} tokens a forward, {shape.num_accumulated} forward{'s' * (shape.num_accumulated > 1)} a step"
     )
     lines = [head, "", str(forecast), str(predicted_time(options, forecast))]
     lines += [f"note: {note}" for note in forecast.notes]
@@ -117,6 +117,10 @@ def answer(asked: argparse.Namespace, others: Sequence[str]) -> int:
     from launch.forecast import forecast_of
     from yafsdp_like.shard.forecast.traced_units import Cluster
 
+    for name in ("world_size", "ranks_per_host", "replicas", "seq_len", "micro_batch"):
+        value = getattr(asked, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, found {value}")
     if asked.slot_map is not None:
         slot_map.check_path(asked.slot_map)
     if asked.json is not None:
@@ -158,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return answer(own, others)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -101,11 +101,33 @@ def test_a_model_that_fails_is_no_model_that_does_not_fit(capsys: pytest.Capture
     assert status == 2 and not out and "RuntimeError" in err.splitlines()[-1]
 
 
+def mistaken() -> nn.Module:
+    raise ValueError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([f"{__name__}:mistaken"], f"model.factory '{__name__}:mistaken' raised ValueError ("),
+        ([":mistaken"], "model.factory ':mistaken' is not a package.module:function"),
+        ([TINY, "--world-size=-1"], "--world-size must be at least 1, found -1"),
+        ([TINY, "--micro-batch=0"], "--micro-batch must be at least 1, found 0"),
+        (["preset:tiny", "--micro-batch=-1"], "--micro-batch must be at least 1, found -1"),
+        ([TINY, "--seq-len=-8"], "--seq-len must be at least 1, found -8"),
+    ],
+)
+def test_a_number_below_one_and_a_function_without_words_are_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    status, out, err = run(capsys, *arguments)
+    assert status == 2 and not out and err.startswith(f"error: {words}") and err.count("\n") == 1
+
+
 def test_nonsense_is_refused_with_what_is_expected(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for option, words in (
         ("--gpu-memory=80 bananas", "expected a number of bytes such as 40GiB"),
         ("--fit=-5GiB", "expected a number of bytes such as 40GiB"),
-        ("--world-size=0", "at least one rank"),
+        ("--world-size=0", "--world-size must be at least 1, found 0"),
         (f"--json={tmp_path / 'nowhere' / 'plan.json'}", "there is no directory"),
     ):
         status, out, err = run(capsys, TINY, option)
@@ -114,7 +136,7 @@ def test_nonsense_is_refused_with_what_is_expected(capsys: pytest.CaptureFixture
 
 def test_any_function_that_returns_a_module_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, f"{__name__}:plain", "--seq-len=32", "--micro-batch=2", "--world-size=2")
-    assert status == 0 and "2 × 32 tokens a forward" in out and "logits" not in out
+    assert status == 0 and "2 × 32 tokens a forward, 1 forward a step\n" in out and "logits" not in out
     status, _, err = run(capsys, f"{__name__}:Reads", "--seq-len=32")
     assert status == 2 and "control flow depends on what it computes" in err and "test_plan.py" in err
 

@@ -3,6 +3,7 @@
 What a GPU does otherwise is compared with what was measured there (``test_against_measurements.py``).
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -177,6 +178,19 @@ def test_offloaded_activations_leave_and_come_back_as_in_a_real_step(
     copied = {way: sum(n for (_, w), n in found.copied.items() if w == way) for way in ("out", "in")}
     assert 0 < copied["in"] < copied["out"] == offloaded.copied_nbytes  # the last block's are still there
     assert found.host_nbytes == offloaded.host_nbytes
+
+
+def test_a_forward_that_fails_is_one_error_and_no_log_of_torchs() -> None:
+    logger, logged = logging.getLogger("torch._subclasses.fake_tensor"), []
+    handler = logging.Handler()
+    handler.emit = logged.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(RuntimeError, match="reduction dim"):
+            traced(nn.Linear(8, 8), torch.zeros(3, 4))
+        assert logged == [] and not logger.disabled
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_a_plain_encoder_peaks_where_the_real_one_does() -> None:

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.ops import linear
+from yafsdp_like.shard.forecast.ghosts import Ghosts, unlogged
 from yafsdp_like.shard.forecast.offloaded import TracedOffload, stand_in
 from yafsdp_like.shard.forecast.on_gpu import GPU
 from yafsdp_like.shard.forecast.storages import BLOCK_NBYTES, OperationCounts, StepPlace, StorageMode, StorageTimeline
@@ -118,7 +119,8 @@ def trace_step(model: nn.Module, units: Sequence[TracedUnit], batch: ExampleBatc
         return _trace(model, units, batch, options, Ghosts())
     except Exception as error:  # of code that mixes in tensors with memory, say, which fake tensors allow
         try:
-            return _trace(model, units, batch, options, Ghosts(FakeTensorMode(allow_non_fake_inputs=True)))
+            with unlogged(FakeTensorMode.__module__):
+                return _trace(model, units, batch, options, Ghosts(FakeTensorMode(allow_non_fake_inputs=True)))
         except Exception:
             raise error from None
 
@@ -276,36 +278,6 @@ def _described(value: Any) -> str:
 
 
 # --- the model without memory ---
-
-
-@dataclass(frozen=True)
-class Ghosts:
-    """Makes tensors that have a shape, a dtype and no memory: on the meta device, or fake ones that say "cpu"."""
-
-    fake: FakeTensorMode | None = None
-
-    def factories(self) -> Any:
-        """Return a context in which tensors that the model makes are such ones too."""
-        return self.fake or torch.device("meta")
-
-    def make(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a contiguous one of the shape of ``like``, which may be a parameter or a DTensor."""
-        if self.fake is None:
-            return torch.empty(like.shape, dtype=dtype, device="meta")
-        with self.fake:
-            return torch.ops.aten.empty.memory_format(like.shape, dtype=dtype, device=CPU)
-
-    def bytes(self, nbytes: int) -> Tensor:
-        """Return so many bytes."""
-        return self.make(torch.empty(nbytes, device="meta"), torch.uint8)
-
-    def like(self, tensor: Tensor, counted_by: StorageMode) -> Tensor:
-        """Return one like an input of the forward, whose memory counts."""
-        ghost = self.make(tensor, tensor.dtype)
-        counted_by.notice(ghost)
-        if not tensor.is_meta:
-            counted_by.values.know(ghost, tensor)
-        return ghost.requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else ghost
 
 
 class _Sink:
