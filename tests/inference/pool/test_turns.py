@@ -171,6 +171,23 @@ def test_times_and_switches_are_learned_from_the_pool_s_clock() -> None:
         assert queue.times.decode_s(1, 10) > 0.05
 
 
+def test_a_turn_goes_on_while_units_of_the_next_model_are_on_their_way() -> None:
+    """Two models whose homes do not meet; the one that sleeps is brought while the other serves, unit by unit."""
+    pool = slack_pool(LARGE, targets={name: Targets(1000.0, 10.0) for name in CONFIGS})
+    told: list[tuple[str, float]] = []
+    pool.turns.scheduler.copying = lambda name, ready_at: told.append((name, ready_at))
+    missing = pool._members["windows"].residence.missing_nbytes()
+    assert missing == pool.plan.models["windows"].image_nbytes
+    for name in ("plain", "windows"):
+        pool.add(name, Request("0", (1, 2, 3), max_tokens=30))
+    pool.step()
+    assert [name for name, _ in told] == ["windows"]
+    left = pool._members["windows"].residence.missing_nbytes()
+    assert 0 < left < missing and told[0][1] == pytest.approx(pool.turns._clock.now, abs=0.1)
+    assert len(list(served(pool))) == 2 and pool._members["windows"].residence.missing_nbytes() == 0
+    assert pool.switches[-1].nbytes < missing
+
+
 def test_targets_of_other_models_are_refused() -> None:
     pool = slack_pool()
     with pytest.raises(ValueError, match="expected targets of the models"):

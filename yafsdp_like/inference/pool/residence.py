@@ -32,6 +32,11 @@ class Residence:
         """Return the slabs of the home that cannot be had: with pages that are referred to, or others' weights."""
         return [slab for slab in self._plan.home if slab not in self.owned and not self._pages.may_claim(slab)]
 
+    def missing_nbytes(self) -> int:
+        """Return the bytes of units that are neither there, as far as its slabs are its own, nor on their way."""
+        units = self._present if self.owned else ()
+        return sum(unit.nbytes for index, unit in enumerate(self._plan.units) if index not in units)
+
     def copy_in(self, most_on_their_way: int | None = None) -> int:
         """Claim slabs, and copy each unit that is absent as soon as it has all of its own; return the bytes copied.
 

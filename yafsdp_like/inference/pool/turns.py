@@ -3,9 +3,10 @@
 Owns which times are those of a step, and which say what a switch took. Decides nothing.
 
 [Note: first guesses]
-Until steps are measured, one that decodes is taken to last as long as reading the weights at ``_RATE``, a row of a
-prompt 1/200 of that (from 150 to 300 rows on, GPUs are bound by compute), and a switch as copying them at ``_LINK``.
-The first real step of each kind replaces its guess (``fleet/times.py``).
+Until steps are measured, one that decodes is taken to last as long as reading the weights at the rate of the device's
+memory, a row of a prompt 1/200 of that (from 150 to 300 rows on, GPUs are bound by compute), and a switch as copying
+them at the rate of the link; where the device is not known, at ``_MEMORY`` and ``_LINK``. The first real step of each
+kind replaces its guess (``fleet/times.py``).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.fleet.reader import Targets
     from yafsdp_like.inference.pool.member import Member
 
-_RATE, _LINK = 2e12, 5e10  # bytes a second, see [Note: first guesses]
+_MEMORY, _LINK = 2e12, 5e10  # bytes a second, see [Note: first guesses]
 _ROWS = 200
 
 
@@ -38,7 +39,7 @@ class CountedTurns:
     def take(self, name: str, request: Request) -> None:
         """Count no request."""
 
-    def next(self, wake_up: Callable[[str], object], prefetch: Callable[[str], object]) -> Member | None:
+    def next(self, wake_up: Callable[[str], object], prefetch: Callable[[str], int]) -> Member | None:
         """Leave turns to the pool."""
         return None
 
@@ -85,7 +86,7 @@ class SlackTurns(CountedTurns):
         self.scheduler.take(_job(name, request), self._clock())
         self._open[name][request.id] = None
 
-    def next(self, wake_up: Callable[[str], object], prefetch: Callable[[str], object]) -> Member | None:
+    def next(self, wake_up: Callable[[str], object], prefetch: Callable[[str], int]) -> Member | None:
         """Wake and return the model whose turn it is, of those that are on the host, and prefetch the one after it."""
         able = {name for name, member in self._members.items() if member.image is not None}
         turn = self.scheduler.next(self._clock(), able)
@@ -95,8 +96,9 @@ class SlackTurns(CountedTurns):
         if not member.is_awake:
             self._woken[member.name] = self._clock()
             wake_up(member.name)
-        if turn.prefetch is not None:
-            prefetch(turn.prefetch)
+        if turn.prefetch is not None and prefetch(turn.prefetch):
+            left = self._members[turn.prefetch].residence.missing_nbytes()
+            self.scheduler.copying(turn.prefetch, self._clock() + left / _rates(member)[1])
         self._began = self._clock()
         return member
 
@@ -138,9 +140,17 @@ def _job(name: str, request: Request) -> Job:
     return Job(request.id, name, len(request.prompt), request.max_tokens, request.tenant)
 
 
+def _rates(member: Member) -> tuple[float, float]:
+    """Return bytes a second of the device's memory and of its link to the host."""
+    hardware = member.plan.serving.site.hardware
+    rates = None if hardware is None else hardware.rates
+    return (_MEMORY, _LINK) if rates is None else (rates.memory_nbytes, rates.host_nbytes)
+
+
 def _spec(member: Member, targets: Targets) -> ModelSpec:
-    step_s = member.plan.image_nbytes / _RATE
-    key_s = sum(group.shape.nbytes / group.shape.page_size for group in member.plan.serving.groups) / _RATE
+    memory, link = _rates(member)
+    step_s = member.plan.image_nbytes / memory
+    key_s = sum(group.shape.nbytes / group.shape.page_size for group in member.plan.serving.groups) / memory
     lines = StepLines(step_s, step_s / _ROWS, key_s, 0.0, step_s / _ROWS)
     batch = member.engine.options.max_batch_size
-    return ModelSpec(targets, lines, member.plan.image_nbytes / _LINK, batch)
+    return ModelSpec(targets, lines, member.plan.image_nbytes / link, batch)
