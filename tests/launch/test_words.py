@@ -9,7 +9,9 @@ import torch
 
 import estimate_scale
 import plot_serve
+import plot_simulation
 import plot_train
+import simulate_pool
 from bench.options import parse_options
 from bench.serve_options import parse_options as parse_serve_options
 from launch.build import describe_plan
@@ -48,6 +50,8 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "estimate_scale": estimate_scale.main,
     "plot_train": plot_train.main,
     "plot_serve": plot_serve.main,
+    "plot_simulation": plot_simulation.main,
+    "simulate_pool": simulate_pool.main,
 }
 
 
@@ -62,6 +66,11 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
         ("estimate_scale", {"--reports": "of bench_train.py on two GPUs"}),
         ("plot_train", {}),
         ("plot_serve", {}),
+        ("plot_simulation", {}),
+        (
+            "simulate_pool",
+            {"--models": "numbers of models", "--rate": "(float); default: 0.1", "--seeds": "default: 1"},
+        ),
     ],
 )
 def test_a_script_explains_every_option(name: str, said: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,6 +136,17 @@ def test_requests_of_one_model_go_to_one_device_while_it_has_time() -> None:
     assert simulation.figures()["share_of_requests"] == 1.0
 
 
+def test_a_plot_is_drawn_of_what_was_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    pytest.importorskip("matplotlib")
+    import plot_simulation
+
+    path, out = tmp_path / "report.json", tmp_path / "report.png"
+    printed("--models", "2,3", "--policy", "ours,round robin", "--seconds", "20", "--seeds", "2", "--out", str(path))
+    plot_simulation.main([str(path), str(path), str(out)])
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
 def test_options_that_nobody_knows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         printed("--policy", "magic")

@@ -65,7 +65,9 @@ def test_targets_that_no_step_can_keep_are_refused(values: tuple[float, float]) 
 
 def test_times_are_corrected_by_steps_and_by_no_single_one_much() -> None:
     times = LearnedTimes(StepLines(0.01, 0.001, prefill_base_s=0.002, prefill_row_s=1e-5))
-    for _ in range(100):
+    times.learn_decode(4, 0, 1.4)
+    assert times.decode_s(4) == 1.4 and times.prefill_s(800) == 0.01
+    for _ in range(200):
         times.learn_decode(4, 0, 0.028)
         times.learn_prefill(800, 0.005)
     assert times.decode_s(4) == pytest.approx(0.028, rel=1e-3)

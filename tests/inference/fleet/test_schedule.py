@@ -227,6 +227,37 @@ def test_a_group_has_the_oldest_request_and_then_shares_by_weight() -> None:
     assert tenants == {"flood": 2, "paying": 3, "other": 2}
 
 
+def test_a_reader_whose_model_is_worth_least_still_has_turns_within_the_bound() -> None:
+    """Another model's eight readers fill the device for ever: who leaves is replaced at once."""
+    played = play(2, lines=StepLines(0.098, 0.0, 0.0, 0.01, 0.0))
+    played.ask(job(0, "m1"), 40)
+    gaps, last, number = list[float](), 0.0, 1
+    while "0" in played.left:
+        while len(played.left) < 9:
+            played.ask(job(number, "m0"), 500)
+            number += 1
+        turn = played.step(most=20)
+        if turn is not None and turn.model == "m1":
+            gaps.append(played.now - last)
+            last = played.now
+        assert played.now < 2000, "it starves"
+    assert max(gaps) <= ALL.patience * TARGETS.ttft_s + 2 * longest_turn_s(played)
+    assert max(gaps) > 2 * TARGETS.ttft_s, "it was not worth least, and this shows nothing"
+
+
+def test_what_is_prefetched_runs_next_even_if_another_is_more_urgent_by_then() -> None:
+    models = {"m0": spec(), "m1": spec(), "tight": spec(Targets(1.0, 0.1))}
+    played = Play(TokenScheduler(models, ALL))
+    for number in range(2):
+        played.ask(job(number, f"m{number}"), 500)
+    turn = played.step()
+    assert turn is not None and (turn.model, turn.prefetch) == ("m0", "m1")
+    played.ask(job(2, "tight"), 500)
+    while (turn := played.step()) is not None and turn.model == "m0":
+        pass
+    assert turn is not None and (turn.model, turn.prefetch) == ("m1", "tight")
+
+
 def test_what_is_prefetched_runs_next() -> None:
     played = play(4)
     for number in range(16):
