@@ -106,7 +106,8 @@ class SlackTurns(CountedTurns):
         """Take a step of model ``name``, or none, and all outputs since the step before, whoever's they are.
 
         Where an engine looks ahead its tokens are those of the step before; as long as it steps, one launch and one
-        reading follow each other, so that a call lasts as long as a step. A step that waited for weights says nothing.
+        reading follow each other, so that a call lasts as long as a step. Calls that waited for weights, or that may
+        have launched nothing, since a request has ended, say nothing of times.
         """
         now, drawn = self._clock(), dict[str, list[str]]()
         found = [(model, output) for model, output in outputs if output.request_id in self._open[model]]
@@ -114,7 +115,8 @@ class SlackTurns(CountedTurns):
             if output.tokens:
                 drawn.setdefault(model, []).extend([output.request_id] * len(output.tokens))
         for model, request_ids in drawn.items():
-            is_timed = not self._note_switch(model, now) and model == name
+            ends = any(output.finish is not None for owner, output in found if owner == model)
+            is_timed = not self._note_switch(model, now) and model == name and not ends
             self.scheduler.drew(model, request_ids, self._began if is_timed else now, now)
         if name is not None:
             self.scheduler.spent(name)
