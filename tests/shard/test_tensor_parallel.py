@@ -269,3 +269,80 @@ def test_meshes_that_do_not_go_together_are_refused_by_name() -> None:
         model[0].up.weight = nn.Parameter(torch.ones(10, 6))
     with pytest.raises(NotImplementedError, match=r"0.up.weight is a DTensor on .*such a step cannot be traced yet"):
         model.memory_plan((batch(0, mesh), batch(0, mesh)))
+
+
+# --- full SPMD meshes ---
+
+
+def on_full_mesh(names: Any, mesh: DeviceMesh, dims: Any, **options: Any) -> Any:
+    """Two layers, the first of which is cut by columns over "tp", with DTensors on all of ``mesh``."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
+    assert mesh.mesh_dim_names is not None
+    for module, dim in ((model[0], 0), (model[2], 1)):
+        for name, param in list(module.named_parameters()):
+            cut = Shard(dim) if dim < param.dim() else Replicate()
+            placements = [cut if one == "tp" else Replicate() for one in mesh.mesh_dim_names]
+            setattr(module, name, nn.Parameter(distribute_tensor(param.detach(), mesh, placements)))
+    for module in (model[0], model):
+        names.fully_shard(module, mesh=mesh, dp_mesh_dims=stock.DataParallelMeshDims(**dims), **options)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "dims"),
+    [
+        (("dp", "tp"), (2, 2), {"shard": "dp"}),
+        (("rep", "dp", "tp"), (2, 1, 2), {"shard": "dp", "replicate": "rep"}),
+        pytest.param(("dp",), (2,), {"shard": "dp"}, marks=SLOW),
+        pytest.param(("a", "b", "tp"), (1, 2, 2), {"shard": ("a", "b")}, marks=SLOW),
+    ],
+)
+def test_parameters_on_the_mesh_of_the_whole_program_train_as_under_stock(names: Any, shape: Any, dims: Any) -> None:
+    run_ranks(train_on_full_mesh, names, shape, dims, world_size=torch.Size(shape).numel())
+
+
+def train_on_full_mesh(dim_names: Any, shape: Any, dims: Any) -> None:
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=dim_names)
+    mine, theirs = (on_full_mesh(names, mesh, dims) for names in (ours, stock))
+    assert_placed_alike(mine.named_parameters(), theirs.named_parameters())
+    cut = [Replicate() if name == "tp" else Shard(0) for name in dim_names]
+    found = []
+    for model in (mine, theirs):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        results = []
+        for step in range(3):
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+            loss = model(distribute_tensor(x, mesh, cut)).square().mean()
+            loss.backward()
+            results += [full(loss), *(p.grad.to_local().clone() for p in model.parameters())]
+            optimizer.step()
+            optimizer.zero_grad()
+        model[0].unshard()
+        found.append((results, list(model[0].named_parameters())))
+    assert_same(found[0][0], found[1][0])
+    assert_placed_alike(found[0][1], found[1][1])
+    assert_same([p.to_local() for p in mine.parameters()], [p.to_local() for p in theirs.parameters()])
+
+
+@on_ranks()
+def test_dimensions_that_are_not_those_of_the_parameters_are_refused_by_name() -> None:
+    mesh, dims = mesh_of(2, 1), stock.DataParallelMeshDims
+    for given, on, asked, message in [
+        (nn.Linear(2, 2), mesh, {"shard": "dp"}, "must be DTensors on the full SPMD mesh, found weight of Linear"),
+        (None, mesh, {"shard": "other"}, "Mesh dim name 'other' not found in mesh.mesh_dim_names"),
+        (None, mesh, {}, "At least one of shard or replicate must be set"),
+        (None, mesh, {"shard": "dp", "replicate": "dp"}, "found one that does both, or twice"),
+        (None, mesh["tp"], {"shard": "tp"}, "expected weight of Linear on the mesh that is given"),
+        (None, mesh, {"shard": "tp"}, r"Expected Replicate\(\) on DP shard dim 'tp' of weight of Linear"),
+        (None, init_device_mesh("cpu", (2, 1)), {"shard": "dp"}, "mesh must have mesh_dim_names when dp_mesh_dims"),
+    ]:
+        module = given
+        if module is None:
+            module = nn.Linear(2, 2, bias=False)
+            module.weight = nn.Parameter(distribute_tensor(torch.ones(2, 2), mesh, [Replicate(), Shard(0)]))
+        with pytest.raises(ValueError, match=message):
+            ours.fully_shard(module, mesh=on, dp_mesh_dims=dims(**asked))
+        assert type(module) is nn.Linear
+    with pytest.raises(NotImplementedError, match="shards over no dimension: name one in shard"):
+        ours.fully_shard(nn.Linear(2, 2), mesh=mesh, dp_mesh_dims=dims(replicate="dp"))

@@ -22,16 +22,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from yafsdp_like.shard import clipping
 from yafsdp_like.shard.drop_in import ShardState, show_state_to_torch
 from yafsdp_like.shard.fsdp_module import FSDPModule
+from yafsdp_like.shard.full_mesh import data_mesh
 from yafsdp_like.shard.optimizer_step import watch_optimizers
 from yafsdp_like.shard.pretrained import overrides_of
 from yafsdp_like.shard.requirements import (
     check_grad_dtype,
-    check_mesh,
     check_modules,
     check_offload,
     check_params,
     check_reshard,
-    check_supported,
 )
 from yafsdp_like.shard.spec.unit_spec import UnitPolicy
 from yafsdp_like.shard.wrapping import Owners, Placements, make_unit, params_below, placements_over, split_tied
@@ -105,7 +104,7 @@ def fully_shard(
         offload_policy: ``CPUOffloadPolicy()`` keeps parameters and gradients in host memory, and so the optimizer's
             states and update; rows are copied to the device for each all-gather, and gradients back, beside compute.
             ``pin_memory`` matters on a GPU only. See [Note: shards on the host] in ``runtime/host_shard.py``.
-        dp_mesh_dims: FSDP2's; only None is supported yet.
+        dp_mesh_dims: which dimensions of ``mesh``, on which parameters are DTensors then, shard and replicate.
 
     Returns:
         its first argument; each module's class becomes a subclass of ``FSDPModule`` and of its own.
@@ -114,15 +113,14 @@ def fully_shard(
         ValueError, AssertionError, NotImplementedError: for meshes, containers and parameters that cannot be sharded.
     """
     modules = check_modules(module)
-    check_supported(dp_mesh_dims)
     offload = check_offload(offload_policy, transport, split_master)
     check_grad_dtype(grad_dtype, mp_policy)
-    mesh = check_mesh(mesh if mesh is not None else _default_mesh())
+    mesh, full = data_mesh(mesh if mesh is not None else _default_mesh(), dp_mesh_dims)
     reshards, forward_ranks = check_reshard(reshard_after_forward, mesh)
     owners = params_below(modules, ignored_params or set())
     check_params(owners)
     policy = UnitPolicy(mp_policy, reshards, split_master, grad_dtype, debug, offload, forward_ranks=forward_ranks)
-    placed = placements_over(mesh, owners, shard_placement_fn, policy)
+    placed = placements_over(mesh, owners, shard_placement_fn, policy, full)
     return _shard(module, modules, split_tied(owners, modules), placed, mesh, policy, transport)
 
 

@@ -159,9 +159,3 @@ def check_reshard(reshard_after_forward: Any, mesh: DeviceMesh) -> tuple[bool | 
         )
         return False, 0
     return True, reshard_after_forward % num_ranks
-
-
-def check_supported(dp_mesh_dims: Any) -> None:
-    """Raise ``NotImplementedError`` for FSDP2's options of which only the default is supported."""
-    if dp_mesh_dims is not None:
-        raise NotImplementedError("dp_mesh_dims is not supported yet; pass the mesh of the data parallel ranks as mesh")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from yafsdp_like.comm import TransportName
+    from yafsdp_like.shard.full_mesh import FullMesh
     from yafsdp_like.shard.spec.unit_spec import UnitPolicy
 
 Owners = dict[nn.Parameter, list[tuple[nn.Module, str]]]  # which modules register a parameter, and under what name
@@ -107,7 +108,9 @@ def _add_params(
         _add_params(child, modules, ignored, owners, seen)
 
 
-def placements_over(mesh: DeviceMesh, owners: Owners, asked: PlacementFn | None, policy: UnitPolicy) -> Placements:
+def placements_over(
+    mesh: DeviceMesh, owners: Owners, asked: PlacementFn | None, policy: UnitPolicy, full: FullMesh | None
+) -> Placements:
     """Return how each parameter that no unit has yet is sharded. Raises as ``placement_of`` does."""
     found: Placements = {}
     for param, places in owners.items():
@@ -115,7 +118,9 @@ def placements_over(mesh: DeviceMesh, owners: Owners, asked: PlacementFn | None,
             module, attribute = places[0]
             name = f"{attribute} of {type(module).__name__}"
             refuse_with(param, name, policy)
-            found[param] = placement_of(param, name, mesh, asked)
+            if full is not None:
+                full.check(param, name)
+            found[param] = placement_of(param, name, mesh, asked, full.data_dims if full is not None else ())
     return found
 
 

@@ -9,24 +9,25 @@ of one as a DTensor on both meshes together, whose first dimensions are those th
 shard the same dimension, this rank has a part of a part: the rows of the whole are not in the order of the mesh, which
 torch calls ``_StridedShard``. Ranks of one mesh coordinate in the other dimensions share a local tensor, its plan and
 its collectives; the others need not agree with them.
+
+With ``dp_mesh_dims`` the parameter is on data parallel dimensions too, the same everywhere. It is then shown on all of
+them in a slot, and where a gradient is a part of a sum there (``Partial``), these parts are what is reduce-scattered.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from yafsdp_like.memory.layout import RowShards
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 PlacementFn = Callable[[nn.Parameter], Any]  # the user's: returns Shard(dim) or None
 
@@ -35,7 +36,8 @@ PlacementFn = Callable[[nn.Parameter], Any]  # the user's: returns Shard(dim) or
 class ParamPlacement:
     """How one parameter, of ``shape`` and ``stride``, is distributed, and how its local tensor is sharded.
 
-    ``inner_mesh`` and ``inner_placements`` are those of a parameter that was a DTensor already.
+    ``inner_mesh`` and ``inner_placements`` are those of a parameter that was a DTensor already; on the dimensions
+    ``summed`` of that mesh, by number, gradients are summed when they are reduced.
     """
 
     mesh: DeviceMesh
@@ -46,12 +48,13 @@ class ParamPlacement:
     stride: tuple[int, ...]
     inner_mesh: DeviceMesh | None = None
     inner_placements: tuple[Placement, ...] = ()
+    summed: tuple[int, ...] = ()
+    shard_mesh_dim: int = 0  # of ``mesh``
 
     @property
     def shard_mesh(self) -> DeviceMesh:
-        """The dimension that shards: the last of those that the parameter was not distributed over before."""
-        dim = self.mesh.ndim - 1 - len(self.inner_placements)
-        return self.mesh if self.mesh.ndim == 1 else self.mesh[(self.mesh.mesh_dim_names or ())[dim]]
+        """The dimension that shards."""
+        return self.mesh if self.mesh.ndim == 1 else self.mesh[(self.mesh.mesh_dim_names or ())[self.shard_mesh_dim]]
 
     @property
     def words(self) -> str:
@@ -109,12 +112,18 @@ class ParamPlacement:
         """Return a gradient of ``full`` as one of what was all-gathered; a collective if it is placed otherwise."""
         if not isinstance(grad, DTensor):
             return grad
-        return grad.redistribute(placements=self.inner_placements).to_local()
+        wanted = list(self.inner_placements)
+        for dim in self.summed:
+            wanted[dim] = grad.placements[dim] if grad.placements[dim].is_partial() else Replicate()
+        return grad.redistribute(placements=wanted).to_local()
 
 
-def placement_of(param: nn.Parameter, name: str, mesh: DeviceMesh, asked: PlacementFn | None) -> ParamPlacement:
+def placement_of(
+    param: nn.Parameter, name: str, mesh: DeviceMesh, asked: PlacementFn | None, data_dims: Sequence[str] = ()
+) -> ParamPlacement:
     """Return how ``param`` is sharded over ``mesh``: by rows, or on the dimension that ``asked`` returns for it.
 
+    With ``data_dims`` it is a DTensor on a mesh of which these are the dimensions that ``mesh`` has too.
     Raises ``TypeError`` for an answer that is no ``Shard``, ``AssertionError`` for a dimension that there is not, and
     ``NotImplementedError`` for one, other than the first, that ranks cannot have equal parts of.
     """
@@ -136,13 +145,21 @@ def placement_of(param: nn.Parameter, name: str, mesh: DeviceMesh, asked: Placem
     shards = RowShards(tuple(whole.shape), num_shards, dim)
     shape, stride = tuple(param.shape), param.stride()
     if not isinstance(param, DTensor):
-        return ParamPlacement(mesh, outer, shards, rank, shape, stride)
-    inner_mesh, inner = param.device_mesh, tuple(param.placements)
-    num_parts = math.prod(inner_mesh.size(i) for i, one in enumerate(inner) if one.is_shard(dim))
+        return ParamPlacement(mesh, outer, shards, rank, shape, stride, shard_mesh_dim=mesh.ndim - 1)
+    shown_mesh, shown = param.device_mesh, tuple(param.placements)
+    names = shown_mesh.mesh_dim_names or ()
+    summed = tuple(i for i, one in enumerate(names) if one in data_dims)
+    left = [i for i in range(shown_mesh.ndim) if i not in summed]
+    num_parts = math.prod(shown_mesh.size(i) for i in left if shown[i].is_shard(dim))
     if num_parts > 1:
         outer = (*outer[:-1], _StridedShard(dim, split_factor=num_parts))
-    both = _both_meshes(mesh, inner_mesh, name)
-    return ParamPlacement(both, (*outer, *inner), shards, rank, shape, stride, inner_mesh, inner)
+    both = mesh
+    if left:
+        both = _both_meshes(mesh, shown_mesh if not summed else shown_mesh[tuple(names[i] for i in left)], name)
+    placements = (*outer, *(shown[i] for i in left))
+    return ParamPlacement(
+        both, placements, shards, rank, shape, stride, shown_mesh, shown, summed, shard_mesh_dim=mesh.ndim - 1
+    )
 
 
 def _both_meshes(outer: DeviceMesh, inner: DeviceMesh, name: str) -> DeviceMesh:
@@ -164,7 +181,8 @@ def _both_meshes(outer: DeviceMesh, inner: DeviceMesh, name: str) -> DeviceMesh:
             f"expected {name}, which is a DTensor on {inner}, not to be distributed over the dimensions that "
             f"fully_shard shards or replicates, found {outer}: distribute it over the other dimensions alone"
         )
-    return root[(*outer_names, *inner_names)]
+    assert found is not None
+    return DeviceMesh._concatenate([outer, found])
 
 
 def words_of(given: torch.Tensor) -> str:
