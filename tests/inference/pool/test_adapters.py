@@ -43,8 +43,9 @@ def model_pool(directory: Path, slabs_nbytes: int) -> ModelPool:
 @pytest.mark.parametrize("slabs_nbytes", [360 << 10, 4 << 20], ids=["in turn", "together"])
 def test_adapters_answer_as_merged_weights_do_whoever_sleeps(slabs_nbytes: int, tmp_path: Path) -> None:
     pool = model_pool(tmp_path, slabs_nbytes)
-    for turn in range(2):  # what slots hold after a turn was overwritten, or was not
-        asked = {model: requests([None, *names, *names], seed=turn, max_tokens=5) for model, names in ADAPTERS.items()}
+    for turn in range(3):  # each begins with what slots held at the end of the last, unless others wrote there
+        order = {model: names[:: -1 if turn % 2 else 1] for model, names in ADAPTERS.items()}
+        asked = {model: requests([None, *names, *names], seed=turn, max_tokens=5) for model, names in order.items()}
         done = pool.generate(asked)
         for model, found in asked.items():
             for request in found:

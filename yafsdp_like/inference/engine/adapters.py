@@ -250,11 +250,12 @@ class Adapters:
 
         No request may be running.
         """
+        issued = self.streams.record(COMPUTE) if self.slots else None
         for slot in self.slots:
             if slot.holder is not None:
                 assert not slot.holder.num_running, f"adapter {slot.holder.name!r} has requests that run"
                 slot.holder.slot, slot.holder = None, None
-            slot.last_step = self.streams.record(COMPUTE)
+            slot.last_step = issued
 
     # --- steps ---
 

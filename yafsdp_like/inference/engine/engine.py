@@ -84,6 +84,7 @@ class Metrics(StepFigures):
     host_kv_nbytes_used: int
     host_kv_nbytes_cached: int
     host_kv_nbytes: int
+    num_adapters_woken: int  # copies of LoRA adapters into slots
     recordings_nbytes: int  # of device memory, that CUDA graphs took beside the arena, within what was planned
 
     @property
@@ -422,6 +423,7 @@ class Engine:
             host_kv_nbytes_used=host_used,
             host_kv_nbytes_cached=host_cached,
             host_kv_nbytes=0 if host is None else host.grid.num_slabs * host.grid.slab_nbytes,
+            num_adapters_woken=self.adapters.num_woken,
             recordings_nbytes=self._runner.recordings_nbytes,
             **vars(self._log.figures()),
         )

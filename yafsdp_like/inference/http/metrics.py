@@ -41,6 +41,7 @@ ENGINE_HELP = {  # of the engine's figures by name, and so of the gauges ``yafsd
     "host_kv_nbytes_used": "Bytes of pages in host memory that sequences hold",
     "host_kv_nbytes_cached": "Bytes of pages in host memory that no sequence holds",
     "host_kv_nbytes": "Bytes of all pages in host memory",
+    "num_adapters_woken": "Copies of LoRA adapters into slots on the device",
     "recordings_nbytes": "Bytes of device memory that CUDA graphs took beside the plan",
     "device_busy_seconds": "Seconds that the device has worked on steps",
     "device_waiting_seconds": "Seconds that the device has waited for the CPU while there were requests",
