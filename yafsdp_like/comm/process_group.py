@@ -40,6 +40,7 @@ class ProcessGroupTransport:
         self.rank, self.world_size = group.rank(), group.size()
         self.description = f"process group: {reason}"
         self._gather_group = self.everybody = group
+        self._reduces_in_place = dist.get_backend(group) != "threaded"  # torch's ranks in threads, for tests
         self._reduce_group = _reduce_group_of(group) if self.world_size > 1 else group
 
     def all_gather(
@@ -72,6 +73,8 @@ class ProcessGroupTransport:
         assert [i.dtype for i in inputs] == list(dtypes), "a collective sums in the dtype that it sends"
         # In place into this rank's chunk of the inputs when a cast or an addition follows, straight away otherwise.
         chunks = [i.view(self.world_size, -1)[self.rank] for i in inputs]
+        if not self._reduces_in_place:
+            chunks = [chunk.clone() for chunk in chunks]
         same_dtype = all(out.dtype == inp.dtype for out, inp in zip(outputs, inputs, strict=True))
 
         def run(reduction: Reduction, accumulate: bool) -> None:
