@@ -170,6 +170,64 @@ def test_registering_what_is_no_method_is_an_error_and_of_a_plain_module_is_noth
         ours.register_fsdp_forward_method(model, "nothing")
 
 
+@both_transports
+def test_a_method_that_is_no_forward_says_how_to_make_it_one(transport: str) -> None:
+    """Prevents: an error about mixed tensors, which names neither the method nor what to do."""
+    run_ranks(call_unregistered, transport)
+
+
+def call_unregistered(transport: str) -> None:
+    model, _ = coder(lambda module, name: None, transport)
+    x = torch.ones(2, FEATURES)
+    with pytest.raises(RuntimeError, match=r"FSDPCoder.encode.* register_fsdp_forward_method\(module, 'encode'\) once"):
+        model.encode(x)
+    with pytest.raises(KeyError, match="as asked for"):
+        model.fail(x)
+    ours.register_fsdp_forward_method(model, "encode")
+    assert model.encode(x).shape == x.shape
+
+
+class Delegating(Coder):
+    """Its forward calls other methods, which must stay as fast as they are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.helped(x) for _ in range(2)]).sum(0)
+
+    def helped(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encode(x)
+
+    def unshard(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return x
+
+
+@on_ranks(1)
+def test_methods_that_forward_calls_are_left_alone() -> None:
+    """Prevents: one Python call more for each call inside of forward; and FSDP2's methods hidden by a model's own."""
+    model: Any = ours.fully_shard(Delegating(), mesh=world_mesh())
+    assert {name for name in vars(type(model)) if not name.startswith("_")} == {"twice", "fail"}
+    assert type(model).encode is Coder.encode
+    assert type(model).unshard is ours.FSDPModule.unshard
+
+
+# --- state dicts ---
+
+
+@on_ranks()
+def test_a_state_dict_that_does_not_fit_says_what_differs_first() -> None:
+    """Prevents: a list of all keys, twice, to be compared by eye; and whole tensors refused without a way to load."""
+    model, plain = coder(lambda module, name: None, "process_group")
+    own = model.state_dict()
+    wrapped = {f"module.{name}": value for name, value in own.items()}
+    with pytest.raises(RuntimeError, match=r"first key that differs: the model has '(.*)', the state dict 'module.\1'"):
+        model.load_state_dict(wrapped)
+    assert model.load_state_dict(wrapped, strict=False).unexpected_keys == list(wrapped)
+    with pytest.raises(RuntimeError, match=r"whole tensors, and the model's are sharded: load it by .*full_state_dict"):
+        model.load_state_dict(plain.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch for scale"):
+        model.load_state_dict(own | {"scale": torch.ones(FEATURES + 1)})
+    assert not model.load_state_dict(dict(reversed(own.items()))).missing_keys
+
+
 # --- pipelining ---
 
 

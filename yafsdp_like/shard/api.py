@@ -21,6 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
 from yafsdp_like.shard import clipping
 from yafsdp_like.shard.drop_in import ShardState, show_state_to_torch
+from yafsdp_like.shard.entry_methods import guarded_methods
 from yafsdp_like.shard.fsdp_module import FSDPModule
 from yafsdp_like.shard.full_mesh import data_mesh
 from yafsdp_like.shard.optimizer_step import watch_optimizers
@@ -176,7 +177,8 @@ def _become_fsdp_module(module: nn.Module) -> None:
         members = {"__deepcopy__": _refuse_deepcopy, "__module__": cls.__module__, "__doc__": cls.__doc__}
         # Torch's FSDPModule comes last: every method is ours, but isinstance, which libraries ask, is true.
         bases = (FSDPModule, cls, torch.distributed.fsdp.FSDPModule)
-        _sharded_classes[cls] = type(f"FSDP{cls.__name__}", bases, members | overrides_of(cls))
+        methods = guarded_methods(cls, FSDPModule) | members | overrides_of(cls)
+        _sharded_classes[cls] = type(f"FSDP{cls.__name__}", bases, methods)
     module.__class__ = _sharded_classes[cls]
 
 

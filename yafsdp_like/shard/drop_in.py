@@ -16,13 +16,14 @@ import torch.distributed.fsdp
 from torch import nn
 from torch.distributed._composable.contract import STATE_KEY
 from torch.distributed._composable_state import _State
+from torch.distributed.tensor import DTensor
 
 from yafsdp_like.shard.hooks import after_method, before_method, finish_accumulating
 from yafsdp_like.shard.runtime.engine import engine_of
 from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 class ShardState(_State):
@@ -103,6 +104,24 @@ def share_comm_ctx(modules: Sequence[nn.Module]) -> None:
     for module in modules:
         if unit_of(module) is None:
             raise ValueError(f"share_comm_ctx expects modules that fully_shard returned, found {type(module).__name__}")
+
+
+def loading_advice(module: nn.Module, state_dict: Mapping[str, Any]) -> str:
+    """Say what is wrong with a state dict that a sharded module could not load; nothing where that is not known."""
+    expected = module.state_dict()
+    missing = next((key for key in expected if key not in state_dict), None)
+    unexpected = next((key for key in state_dict if key not in expected), None)
+    if missing is not None or unexpected is not None:
+        return (
+            f"The first key that differs: the model has {missing!r}, the state dict {unexpected!r}. It may be of a "
+            "model that was wrapped otherwise, as by DistributedDataParallel or torch.compile: rename its keys"
+        )
+    if any(not isinstance(state_dict[key], DTensor) and isinstance(value, DTensor) for key, value in expected.items()):
+        return (
+            "It holds whole tensors, and the model's are sharded: load it by torch.distributed.checkpoint.state_dict."
+            "set_model_state_dict(model, state_dict, options=StateDictOptions(full_state_dict=True))"
+        )
+    return ""
 
 
 def accept(call: str, reason: str) -> None:

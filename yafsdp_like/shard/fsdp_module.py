@@ -12,7 +12,7 @@ import torch.distributed.fsdp
 from torch import nn
 
 from yafsdp_like.memory.streams import GATHER, Event, UserStream
-from yafsdp_like.shard.drop_in import ShardState, accept, refuse_others
+from yafsdp_like.shard.drop_in import ShardState, accept, loading_advice, refuse_others
 from yafsdp_like.shard.forecast.traced_units import read_off
 from yafsdp_like.shard.forecast.training_forecast import ForecastOptions, forecast_training
 from yafsdp_like.shard.hooks import abandon, finish_accumulating
@@ -24,7 +24,7 @@ from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
 from yafsdp_like.shard.runtime.unit_tree import unit_tree_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from yafsdp_like.comm.custom import Hook
     from yafsdp_like.memory.plan import MemoryPlan
@@ -350,6 +350,15 @@ class FSDPModule(Base):
             raise AssertionError(f"cannot call {method}() when a collective is custom: {', '.join(moves)}")
 
     # --- nn.Module
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load as any module does; where that is an error, say what differs first, and how to load whole tensors."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            if advice := loading_advice(self, state_dict):
+                raise RuntimeError(f"{error}\n{advice}") from error
+            raise
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """Apply ``.to()``, ``.to_empty()`` and the like to the sharded parameters; put these back into the arena."""
