@@ -172,8 +172,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Simulate, print the table, and print and write the JSON object."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(arguments)
-    found = list(rows(options))
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        found = list(rows(options))
+    except ValueError as error:
+        parser.error(str(error))
     report = {
         "kind": "a simulation, not a measurement",
         "command": f"python scripts/simulate_pool.py {shlex.join(arguments)}".rstrip(),

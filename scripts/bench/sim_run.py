@@ -114,9 +114,17 @@ class Simulation:
         return refusal.retry_after_s if outcome.num_refused <= self._scenario.num_retries else None
 
     def figures(self) -> Figures:
-        """Return what the readers of requests saw that arrived in the middle of the trace; refused ones saw nothing."""
+        """Return what the readers of requests saw that arrived in the middle of the trace; refused ones saw nothing.
+
+        Raises ValueError where there are none.
+        """
         low, high = MARGIN * self._seconds, (1 - MARGIN) * self._seconds
         counted = [outcome for outcome in self._outcomes if low <= outcome.asked.at <= high]
+        if not counted:
+            raise ValueError(
+                f"expected requests in the middle of the trace, from {low:.1f} to {high:.1f} s, found none: give more "
+                "seconds, models, or requests a second"
+            )
         served = [outcome for outcome in counted if outcome.reader is not None]
         refused = [outcome for outcome in counted if outcome.reader is None]
         readers = [outcome.reader for outcome in served if outcome.reader is not None]
@@ -141,7 +149,7 @@ class Simulation:
                 name: round(sum(getattr(count, f"{name}_s") for count in counts) / total_s, 4)
                 for name in ("prefill", "decode", "switching")
             },
-            "tokens_per_s": round(sum(count.num_decoded for count in counts) / self._ended_at, 2) if counted else 0.0,
+            "tokens_per_s": round(sum(count.num_decoded for count in counts) / self._ended_at, 2),
             "longest_wait_for_a_turn_s": round(max(count.longest_wait_s for count in counts), 3),
             "seconds": round(self._ended_at, 3),
         }

@@ -47,7 +47,7 @@ def simulate(asked: list[TraceRequest], num_models: int = 3, **more: Any) -> Sim
 
 
 def test_the_same_options_give_the_same_bytes(tmp_path: Path) -> None:
-    arguments = ["--models", "3,5", "--policy", "all", "--seconds", "40", "--gpus", "2", "--zipf", "1", "--cv", "3"]
+    arguments = ["--models", "2,4", "--policy", "all", "--seconds", "20", "--gpus", "2", "--zipf", "1", "--cv", "3"]
     paths = [tmp_path / "one", tmp_path / "other"]
     outputs = [printed(*arguments, "--out", str(path)).splitlines()[:-1] for path in paths]
     assert outputs[0] == outputs[1]
@@ -97,18 +97,18 @@ def test_all_policies_serve_every_request_and_draw_as_many_tokens() -> None:
 
 def test_traces_have_the_rates_lengths_and_bursts_that_are_said() -> None:
     rates = {f"m{index}": 2.0 * share for index, share in enumerate(popularity(4, 1.0))}
-    asked = trace(rates, 2000.0, LENGTHS["published"], 0)
-    assert len(asked) == pytest.approx(4000, rel=0.05)
+    asked = trace(rates, 1000.0, LENGTHS["published"], 0)
+    assert len(asked) == pytest.approx(2000, rel=0.06)
     counts = [sum(each.model == name for each in asked) for name in rates]
-    assert counts == sorted(counts, reverse=True) and counts[0] / counts[1] == pytest.approx(2.0, rel=0.1)
+    assert counts == sorted(counts, reverse=True) and counts[0] / counts[1] == pytest.approx(2.0, rel=0.15)
     assert sum(each.num_prompt_tokens for each in asked) / len(asked) == pytest.approx(667, rel=0.05)
     assert sum(each.num_tokens for each in asked) / len(asked) == pytest.approx(300, rel=0.05)
     assert all(1 <= each.num_prompt_tokens <= PROMPTS[-1] and 16 <= each.num_tokens <= OUTPUTS[-1] for each in asked)
     for cv in (1.0, 4.0):
-        times = [each.at for each in trace({"m": 1.0}, 20_000.0, LENGTHS["512/128"], 0, cv)]
+        times = [each.at for each in trace({"m": 1.0}, 8_000.0, LENGTHS["512/128"], 0, cv)]
         gaps = [b - a for a, b in itertools.pairwise(times)]
         mean = sum(gaps) / len(gaps)
-        assert math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) / mean == pytest.approx(cv, rel=0.1)
+        assert math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) / mean == pytest.approx(cv, rel=0.15)
 
 
 def test_slack_serves_more_models_in_time_than_turns_that_know_none() -> None:
@@ -121,12 +121,12 @@ def test_slack_serves_more_models_in_time_than_turns_that_know_none() -> None:
 
 def test_overload_refuses_some_and_serves_all_others_in_time() -> None:
     """Thirty models, three times what one device serves."""
-    row = row_of("--models", "30", "--admission", "1.0", "--seconds", "150")
+    row = row_of("--models", "30", "--admission", "1.0", "--seconds", "100")
     assert 0.5 < row["num_refused"] / row["num_requests"] < 0.9
     assert row["share_of_requests_admitted"] == 1.0
     assert row["retry_after_s"]["p50"] >= 1.0 and row["longest_wait_for_a_turn_s"] < 40
-    again = row_of("--models", "30", "--admission", "1.0", "--seconds", "150", "--retries", "20")
-    assert again["num_refused"] < row["num_refused"] and again["share_of_requests_admitted"] == 1.0
+    again = row_of("--models", "30", "--admission", "1.0", "--seconds", "30", "--retries", "1000")
+    assert again["num_refused"] == 0 and again["share_of_requests_admitted"] == 1.0, "who comes again is served"
 
 
 def test_requests_of_one_model_go_to_one_device_while_it_has_time() -> None:
@@ -142,7 +142,20 @@ def test_a_plot_is_drawn_of_what_was_simulated(tmp_path: Path, monkeypatch: pyte
     import plot_simulation
 
     path, out = tmp_path / "report.json", tmp_path / "report.png"
-    printed("--models", "2,3", "--policy", "ours,round robin", "--seconds", "20", "--seeds", "2", "--out", str(path))
+    printed(
+        "--models",
+        "2,3",
+        "--policy",
+        "ours,round robin",
+        "--seconds",
+        "10",
+        "--rate",
+        "1",
+        "--seeds",
+        "2",
+        "--out",
+        str(path),
+    )
     plot_simulation.main([str(path), str(path), str(out)])
     assert out.read_bytes().startswith(b"\x89PNG")
 
@@ -151,6 +164,22 @@ def test_options_that_nobody_knows_are_refused(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         printed("--policy", "magic")
     assert "expected some of ours, first come" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--seconds", "0.1"), "expected requests in the middle of the trace"),
+        (("--ttft-ms", "0"), "ttft_s must be above 0"),
+        (("--admission", "-1"), "admission_load must be above 0"),
+    ],
+)
+def test_what_cannot_be_simulated_is_said_in_a_line(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        printed(*arguments)
+    assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def served(pool: ModelPool) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize(
     ("slabs_nbytes", "costs", "lookahead"),
-    [(SMALL, SWAPPING, True), (SMALL, RECOMPUTING, False), (LARGE, SWAPPING, True)],
+    [(SMALL, SWAPPING, True), (SMALL, RECOMPUTING, False)],
 )
 def test_turns_by_slack_change_no_token(slabs_nbytes: int, costs: Any, lookahead: bool) -> None:
     pool = slack_pool(slabs_nbytes, replace(ONE, costs=costs, lookahead=lookahead), tick_s=0.5)
