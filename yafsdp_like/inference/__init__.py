@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Request,
         RequestOutput,
         Token,
+        TokenLimits,
     )
     from yafsdp_like.inference.options import EngineOptions, PoolOptions
     from yafsdp_like.inference.pool.host_weights import HostFullError, ModelUnavailableError
@@ -43,6 +44,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "Token",
+    "TokenLimits",
     "open_model",
     "plan_pool",
     "world_transport",
@@ -51,7 +53,7 @@ __all__ = [
 _MODULES = {
     **dict.fromkeys(("Engine", "Metrics"), "inference.engine.engine"),
     **dict.fromkeys(
-        ("Completion", "RequestOutput", "FinishReason", "QueueFullError", "Request", "Token"),
+        ("Completion", "RequestOutput", "FinishReason", "QueueFullError", "Request", "Token", "TokenLimits"),
         "inference.engine.request",
     ),
     **dict.fromkeys(("open_model", "world_transport"), "inference.weights.loading"),

@@ -17,6 +17,7 @@ from yafsdp_like.inference.text.codec import Codec
 # --- what is refused ---
 
 HELLO = {"messages": [{"role": "user", "content": "Hi"}]}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 WITH_IMAGE = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}
 
 
@@ -71,8 +72,10 @@ WITH_IMAGE = {"messages": [{"role": "user", "content": [{"type": "image_url", "i
         (CHATS, {"messages": [{"role": "user"}]}, 400, "messages[0].content", "Field required"),
         (CHATS, {"messages": [{"role": "clown", "content": "x"}]}, 400, "messages[0].role", "'system', 'developer'"),
         (CHATS, WITH_IMAGE, 400, "messages[0].content", "only parts of type 'text' are understood, not 'image_url'"),
-        (CHATS, {**HELLO, "tools": [{"type": "function"}]}, 400, "tools", "not supported"),
-        (CHATS, {**HELLO, "tool_choice": "required"}, 400, "tool_choice", "not supported"),
+        (CHATS, {**HELLO, "tools": [{"type": "function"}]}, 400, "tools[0]", "a function in it"),
+        (CHATS, {**HELLO, "tools": [TOOL]}, 400, "tools", "chat template knows of none"),
+        (CHATS, {**HELLO, "functions": [{"name": "f"}]}, 400, "functions", "the old name of tools"),
+        (CHATS, {**HELLO, "tool_choice": "required"}, 400, "tool_choice", "names no function"),
         (CHATS, {**HELLO, "response_format": {"type": "xml"}}, 400, "response_format", "found 'xml'"),
         (CHATS, {**HELLO, "response_format": {"type": "json_schema"}}, 400, "response_format", "an object `schema`"),
         (CHATS, {**HELLO, "guided_json": {"type": "zzz"}}, 400, "guided_json", "not understood"),

@@ -28,7 +28,7 @@ MAX_STOP_STRINGS, MAX_STOP_STRING_LENGTH = 16, 256
 TEXT_KINDS = "json", "regex", "choice", "grammar"
 HARMLESS_OUTPUTS = "whitespace_pattern", "disable_any_whitespace", "disable_fallback", "disable_additional_properties"
 MAX_BIAS, MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH = 100, 256, 256
-MAX_STOP_TOKENS, MAX_TOOL_CALLS, MAX_TEMPLATE_KWARGS = 128, 128, 32
+MAX_STOP_TOKENS, MAX_TOOLS, MAX_TOOL_CALLS, MAX_TEMPLATE_KWARGS = 128, 128, 128, 32
 SAMPLED = {item.name for item in fields(SamplingParams)} - {"seed"}
 
 
@@ -132,6 +132,11 @@ class StreamOptions(Body):
     include_obfuscation: Any = None  # harmless: there is none
 
 
+def _call_schema(function: dict[str, Any]) -> dict[str, Any]:
+    properties = {"name": {"const": function["name"]}, "arguments": function.get("parameters", {"type": "object"})}
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
+
 class AnyBody(Body):
     """What completions and chats have in common. None is what a field is that was not sent."""
 
@@ -181,6 +186,11 @@ class AnyBody(Body):
     guided_grammar: str | None = None
 
     @property
+    def forced_tools(self) -> list[dict[str, Any]]:
+        """Functions of which the answer must be a call."""
+        return []
+
+    @property
     def num_each(self) -> int:
         """Choices of one prompt."""
         return self.n or 1
@@ -214,6 +224,8 @@ class AnyBody(Body):
                 raise invalid("structured_outputs", f"expected one of {', '.join(TEXT_KINDS)}, found {shorten(kind)}")
             as_schema = {"type": "object"} if kind == "json_object" else value
             found.append(("structured_outputs", "json" if kind == "json_object" else kind, as_schema))
+        if forced := self.forced_tools:
+            found.append(("tool_choice", "json", {"anyOf": [_call_schema(function) for function in forced]}))
         if len(found) > 1:
             raise invalid(found[1][0], f"and {found[0][0]} both say what the text must be: set one")
         return found[0] if found else None
@@ -305,7 +317,7 @@ class ChatMessage(Body):
         return message
 
 
-NO_TOOLS = "tools and functions are not supported; leave them out"
+NO_TOOLS = "is the old name of tools; use these"
 TEXT_ONLY = "only text is written; leave it out"
 
 
@@ -320,9 +332,9 @@ class ChatBody(AnyBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     parallel_tool_calls: Any = None
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     # [Note: fields] Refused.
-    tools: Annotated[Any, _unsupported(NO_TOOLS, [])] = None
-    tool_choice: Annotated[Any, _unsupported(NO_TOOLS, "none", "auto")] = None
     functions: Annotated[Any, _unsupported(NO_TOOLS, [])] = None
     function_call: Annotated[Any, _unsupported(NO_TOOLS, "none", "auto")] = None
     modalities: Annotated[Any, _unsupported(TEXT_ONLY, ["text"])] = None
@@ -342,7 +354,35 @@ class ChatBody(AnyBody):
             raise invalid("continue_final_message", "and add_generation_prompt exclude each other")
         if 0 in (self.max_tokens, self.max_completion_tokens) and self.prompt_logprobs is None:
             raise invalid("max_tokens", "0 generates nothing, which only prompt_logprobs makes an answer of")
+        self._check_tools()
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs", "needs logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise invalid("max_tokens", "differs from max_completion_tokens, which replaces it: set only that one")
+
+    def _check_tools(self) -> None:
+        for index, tool in enumerate(self.tools or ()):
+            function = tool.get("function")
+            if tool.get("type") != "function" or not isinstance(function, dict):
+                raise invalid(f"tools[{index}]", "expected an object of type function, and a function in it")
+            if not isinstance(function.get("name"), str) or not isinstance(function.get("parameters", {}), dict):
+                raise invalid(f"tools[{index}].function", "expected a name, and parameters as a schema")
+        if self.tool_choice not in (None, "none", "auto") and not self.forced_tools:
+            raise invalid("tool_choice", "names no function that is in tools")
+
+    @property
+    def given_tools(self) -> list[dict[str, Any]]:
+        """Tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def forced_tools(self) -> list[dict[str, Any]]:
+        """Functions of which the answer must be a call; [] where it need not be one."""
+        functions = [tool["function"] for tool in self.tools or ()]
+        if self.tool_choice == "required":
+            return functions
+        if not isinstance(self.tool_choice, dict):
+            return []
+        chosen = self.tool_choice.get("function")
+        name = chosen.get("name") if isinstance(chosen, dict) else None
+        return [function for function in functions if function["name"] == name]

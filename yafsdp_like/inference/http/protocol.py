@@ -38,6 +38,7 @@ from yafsdp_like.inference.http.options import HttpOptions
 from yafsdp_like.inference.http.responses import ChatFormat, Choice, CompletionFormat, ParsedRequest, ResponseFormat
 from yafsdp_like.inference.text.chat import Conversation
 from yafsdp_like.inference.text.codec import Codec, Transcript, Wording
+from yafsdp_like.inference.text.tool_calls import OPENING, ToolCallParser, ToolFormat
 from yafsdp_like.kernels.sampling_params import SamplingParams
 
 T = TypeVar("T")
@@ -187,7 +188,7 @@ class RequestParser:
     def chat(self, body: ChatBody, arrival: float | None = None) -> ParsedRequest:
         """Raises ApiError for what is not served."""
         self._check(body, 1)
-        conversation = self._conversation(body)
+        tool_format, conversation = self._tool_format(body), self._conversation(body)
         self._probe("messages", *conversation.texts)
         prompt = self._cut(body, self._ids("messages", self._codec.encode_chat, conversation))
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -195,14 +196,30 @@ class RequestParser:
         has_prompt_logprobs = body.prompt_logprobs is not None
         format = ChatFormat(self._codec, bool(body.logprobs), bool(body.return_token_ids), has_prompt_logprobs)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._parse(
-            body, format, EncodedPrompts([prompt], [max_tokens], num_logprobs, body.prompt_logprobs), arrival
-        )
+        encoded = EncodedPrompts([prompt], [max_tokens], num_logprobs, body.prompt_logprobs)
+        parsed = self._parse(body, format, encoded, arrival)
+        if tool_format is not None:
+            for choice in parsed.choices:
+                choice.tools = ToolCallParser(tool_format)
+        return parsed
+
+    def _tool_format(self, body: AnyBody) -> ToolFormat | None:
+        """How calls of tools are written in the answer; None where there are none."""
+        if not isinstance(body, ChatBody) or not body.given_tools:
+            return None
+        if body.forced_tools:
+            return "json"
+        found = self._codec.tool_format
+        if found is None:
+            message = "the model's chat template knows of none, or of no format that is read here; leave them out"
+            raise invalid("tools", message, UNSUPPORTED)
+        return found
 
     def _conversation(self, body: ChatBody) -> Conversation:
         try:
             return Conversation(
                 [message.for_template() for message in body.messages],
+                tools=body.given_tools,
                 more=body.chat_template_kwargs or {},
                 ends_with_prompt=not body.continue_final_message and body.add_generation_prompt is not False,
                 is_continued=bool(body.continue_final_message),
@@ -345,7 +362,7 @@ class RequestParser:
         wording = Wording(
             body.stop,
             shows_stop=bool(body.include_stop_str_in_output),
-            skips_special_tokens=body.skip_special_tokens is not False,
+            skips_special_tokens=body.skip_special_tokens is not False and self._tool_format(body) not in OPENING,
             is_silent=0 in (body.max_tokens, getattr(body, "max_completion_tokens", None)),
         )
         asked.check(body.num_each)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 from yafsdp_like.inference.engine.request import FinishReason, Request, Token
 from yafsdp_like.inference.text.codec import Codec, Piece, PlacedToken, Transcript
+from yafsdp_like.inference.text.tool_calls import ParsedCall, ToolCallParser
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity
 FINISH = {None: None, FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
@@ -30,6 +31,7 @@ class Choice:
     ids: list[int] = field(default_factory=list)  # all that were drawn
     prompt: tuple[Token, ...] = ()  # where its log-probabilities are told
     hidden: tuple[float, ...] = ()  # of the prompt's last token, where it is asked for
+    tools: ToolCallParser | None = None  # where the model was told of tools
     num_cached_tokens: int = 0
 
     def add(self, piece: Piece) -> None:
@@ -195,11 +197,16 @@ class ChatFormat(ChoiceFormat):
     def whole(self, choice: Choice) -> dict[str, Any]:
         """Return a finished choice."""
         assert choice.transcript.finish is not None
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.tools is not None:
+            content, calls = choice.tools.push(choice.text, is_last=True)
+            message["content"] = content or None
+            message |= {"tool_calls": [_call(call) for call in calls]} if calls else {}
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(choice.tokens),
-            "finish_reason": FINISH[choice.transcript.finish],
+            "finish_reason": _finish(choice, choice.transcript.finish),
             **_ids(self, choice.ids),
             **_prompt_ids(self, choice),
             **_prompt_logprobs(self, choice.prompt),
@@ -207,9 +214,16 @@ class ChatFormat(ChoiceFormat):
 
     def part(self, choice: Choice, piece: Piece) -> dict[str, Any]:
         """Return a choice of a chunk that holds one piece."""
-        delta = {"content": piece.text} if piece.text or piece.finish is None else {}
+        text, calls, first = piece.text, list[ParsedCall](), 0
+        if choice.tools is not None:
+            text, calls = choice.tools.push(text, piece.finish is not None)
+            first = choice.tools.num_calls - len(calls)
+        delta: dict[str, Any] = {"content": text} if text or (piece.finish is None and not calls) else {}
+        if calls:
+            delta["tool_calls"] = [{"index": index, **_call(call)} for index, call in enumerate(calls, first)]
         logprobs = self._logprobs(piece.tokens) if piece.tokens else None
-        part = {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": FINISH[piece.finish]}
+        finish = _finish(choice, piece.finish)
+        part = {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return {**part, **_ids(self, piece.ids), **_prompt_logprobs(self, piece.prompt)}
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
@@ -231,6 +245,15 @@ class ChatFormat(ChoiceFormat):
     def _logprob(self, token: int, logprob: float | None) -> dict[str, Any]:
         name, raw = self.codec.name_of(token), self.codec.bytes_of(token)
         return {"token": name, "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+def _call(call: ParsedCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _finish(choice: Choice, finish: FinishReason | None) -> str | None:
+    has_called = choice.tools is not None and choice.tools.num_calls > 0
+    return "tool_calls" if finish is FinishReason.STOP and has_called else FINISH[finish]
 
 
 def _ids(format: ResponseFormat, ids: Sequence[int]) -> dict[str, Any]:

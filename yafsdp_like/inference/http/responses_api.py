@@ -27,6 +27,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "max_tool_calls": (None,),
     "previous_response_id": (None,),
     "prompt": (None,),
+    "tool_choice": (None, "auto", "none"),
+    "tools": (None, []),
     "truncation": (None, "disabled"),
 }
 WORDS = {"previous_response_id": NOT_STORED, "conversation": NOT_STORED, "prompt": NOT_STORED}

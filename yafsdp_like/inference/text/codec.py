@@ -26,6 +26,7 @@ from yafsdp_like.inference.engine.request import FinishReason, RequestOutput, To
 from yafsdp_like.inference.text import directory as hf_directory
 from yafsdp_like.inference.text.chat import ChatTemplate, Conversation, Message, tokenize
 from yafsdp_like.inference.text.grammar import Grammars
+from yafsdp_like.inference.text.tool_calls import ToolFormat, tool_format_of
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -87,6 +88,14 @@ class Codec:
     def has_chat_template(self) -> bool:
         """Return whether the tokenizer has a chat template."""
         return bool(self._tokenizer.chat_template)
+
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the chat template has calls of tools written, if it knows of any."""
+        template = self._tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("tool_use", template.get("default"))
+        return tool_format_of(template)
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of the tokens; special ones unless asked for, and ids that stand for nothing, are left out."""

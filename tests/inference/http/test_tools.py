@@ -1,0 +1,149 @@
+"""Tools: what models of the served families write becomes calls, in one piece and in a stream."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.inference.http.servers import CHATS, MODEL, Served, served_with
+from tests.inference.http.test_fields import chat, parser_of
+from tests.inference.text.test_codec import write_tokenizer
+from yafsdp_like.inference.engine.request import FinishReason, RequestOutput, Token
+from yafsdp_like.inference.http.responses import ParsedRequest
+from yafsdp_like.inference.text.codec import Codec
+from yafsdp_like.inference.text.tool_calls import ToolCallParser, ToolFormat, tool_format_of
+
+USER = {"role": "user", "content": "Hi"}
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}},
+            "required": ["a"],
+            "additionalProperties": False,
+        },
+    },
+}
+TEMPLATE = """{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}
+{%- for message in messages %}{{ message.role }}: {{ message.content }}
+{% endfor %}answer with <tool_call>: """
+TEXTS: dict[str, tuple[ToolFormat, str, str, list[tuple[str, dict[str, Any]]]]] = {
+    "one": ("hermes", '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>', "", [("add", {"a": 1})]),
+    "two behind a text": (
+        "hermes",
+        'Well <b> <tool_call>{"name": "f", "arguments": {}}</tool_call>\n<tool_call>{"name": "g"}</tool_call>',
+        "Well <b>",
+        [("f", {}), ("g", {})],
+    ),
+    "none": ("hermes", "a < b <tool", "a < b <tool", []),
+    "no call": ("hermes", "<tool_call>oh</tool_call>!", "<tool_call>oh</tool_call>!", []),
+    "not closed": ("hermes", '<tool_call>{"name": "f"}', "", [("f", {})]),
+    "mistral": (
+        "mistral",
+        '[TOOL_CALLS] [{"name": "f", "arguments": {"x": [1]}}, {"name": "g"}]',
+        "",
+        [("f", {"x": [1]}), ("g", {})],
+    ),
+    "mistral, a text": ("mistral", "I say [TOOL", "I say [TOOL", []),
+    "llama": (
+        "llama",
+        '<|python_tag|>{"name": "f", "parameters": {"x": "}"}}; {"name": "g"}',
+        "",
+        [("f", {"x": "}"}), ("g", {})],
+    ),
+    "llama, JSON that is no call": ("llama", '{"a": 1}', '{"a": 1}', []),
+    "llama, a text": ("llama", "well {", "well {", []),
+}
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("name", TEXTS)
+def test_calls_are_found_however_the_text_comes(name: str, size: int) -> None:
+    format, text, content, expected = TEXTS[name]
+    parser, said, calls = ToolCallParser(format), "", []
+    for start in range(0, len(text), size):
+        shown, found = parser.push(text[start : start + size], is_last=start + size >= len(text))
+        said, calls = said + shown, calls + found
+    assert [(call.name, json.loads(call.arguments)) for call in calls] == expected
+    assert said.strip() == content
+    assert parser.num_calls == len(expected)
+    assert all(call.id.isalnum() and len(call.id) == 9 for call in calls)  # as Mistral's template wants them
+
+
+def test_a_template_says_how_calls_are_written() -> None:
+    assert tool_format_of("{{ tools }} <tool_call>") == "hermes"
+    assert tool_format_of("{{ tools }} [TOOL_CALLS]") == "mistral"
+    assert tool_format_of('{{ tools }} {"name": x, "parameters": y}') == "llama"
+    assert [tool_format_of(template) for template in (None, "{{ messages }} <tool_call>", "{{ tools }}")] == [None] * 3
+
+
+@pytest.fixture(scope="module")
+def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Codec:
+    return Codec.load(write_tokenizer(Path(tmp_path_factory.mktemp("tools")), TEMPLATE))
+
+
+@pytest.fixture(scope="module")
+def caller(with_tools: Codec) -> Iterator[Served]:
+    with served_with(with_tools) as served:
+        yield served
+
+
+def said(parsed: ParsedRequest, codec: Codec, text: str) -> Iterator[RequestOutput]:
+    """What an engine tells if it draws a text, token by token."""
+    ids = [*codec.encode(text, add_special_tokens=False), min(codec.stop_tokens)]
+    for token in ids:
+        finish = FinishReason.STOP if token == ids[-1] else None
+        yield RequestOutput(parsed.choices[0].request.id, (Token(token),), finish)
+
+
+def test_a_chat_answers_with_calls_whole_and_streamed(with_tools: Codec) -> None:
+    text = 'So: <tool_call>{"name": "add", "arguments": {"a": 4}}</tool_call>'
+    whole, streamed = (chat(parser_of(with_tools), [USER], tools=[ADD], stream=stream) for stream in (False, True))
+    assert with_tools.decode(whole.choices[0].request.prompt).startswith("add ")
+    for output in said(whole, with_tools, text):
+        whole.choices[0].add(whole.choices[0].transcript.push(output))
+    (choice,) = whole.format.body(whole)["choices"]
+    assert (choice["finish_reason"], choice["message"]["content"].strip()) == ("tool_calls", "So:")
+    (call,) = choice["message"]["tool_calls"]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("add", {"a": 4})
+    (asked,) = streamed.choices
+    deltas = [
+        event["choices"][0]
+        for output in said(streamed, with_tools, text)
+        for event in streamed.format.part_events(streamed, asked, asked.transcript.push(output))
+    ]
+    content = "".join(delta["delta"].get("content", "") for delta in deltas)
+    (told,) = [each for delta in deltas for each in delta["delta"].get("tool_calls", [])]
+    assert (content.strip(), deltas[-1]["finish_reason"]) == ("So:", "tool_calls")
+    assert (told["index"], told["function"]) == (0, call["function"])
+
+
+def test_a_model_is_told_of_no_tools_where_none_may_be_called(with_tools: Codec) -> None:
+    parsed = chat(parser_of(with_tools), [USER], tools=[ADD], tool_choice="none")
+    assert not with_tools.decode(parsed.choices[0].request.prompt).startswith("add ")
+    assert parsed.choices[0].tools is None
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+def test_a_call_that_must_be_made_is_made(caller: Served, choice: Any) -> None:
+    pytest.importorskip("llguidance")
+    body = {
+        "model": MODEL,
+        "messages": [USER],
+        "temperature": 0,
+        "max_tokens": 200,
+        "tools": [ADD],
+        "tool_choice": choice,
+    }
+    answer = caller.running.post(CHATS, body)
+    assert answer.status_code == 200, answer.text
+    (found,) = answer.json()["choices"]
+    assert found["finish_reason"] == "tool_calls"
+    (call,) = found["message"]["tool_calls"]
+    assert call["function"]["name"] == "add"
+    assert 0 <= json.loads(call["function"]["arguments"])["a"] <= 9
+    assert found["message"]["content"] is None
