@@ -10,7 +10,8 @@ that linear layers write in place; others count from the operation that makes th
 cast as the unit's policy says. A gradient shard is born where the unit's reduction takes it.
 
 Tensors say that they are on the CPU, since PyTorch without CUDA has no others that autograd takes; what a GPU does
-otherwise is in ``on_gpu.py``. Compiled modules run as they were written: what a compiler fuses, it does not allocate.
+otherwise is in ``on_gpu.py``. Compiled modules run as they were written, since what a compiler keeps is known only once
+it has run.
 Offloaded activations leave and come back as in a run (``offloaded.py``).
 """
 
@@ -380,7 +381,8 @@ def _take_gradient(step: _Step, unit: TracedUnit, k: int, param: Tensor) -> None
 
 def _notes(modules: Sequence[nn.Module]) -> list[str]:
     compiled = any(vars(m).get("_compiled_call_impl") is not None or hasattr(m, "_orig_mod") for m in modules)
-    return ["compiled modules are traced as they were written: what a compiler fuses takes less"] if compiled else []
+    words = "compiled modules are traced as they were written: most take less once they are compiled"
+    return [words] if compiled else []
 
 
 # --- what the runtime does around a unit ---
