@@ -1,6 +1,6 @@
 """Parameters sharded on the dimension that ``shard_placement_fn`` says: as stock FSDP2 has them, in planned bytes."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -37,6 +37,19 @@ class Mixer(nn.Module):
         image = hidden[:, None, None, :].expand(-1, 2, 3, -1).to(self.kernel.weight.dtype)
         mixed = torch.einsum("bchw,hwk->bk", self.kernel(image), self.mix)
         return self.head(mixed)
+
+
+class MeshInfo(NamedTuple):
+    """What says over which mesh, as FSDP2's ``FSDPMeshInfo`` does."""
+
+    mesh: Any
+
+
+class Answer(NamedTuple):
+    """What newer versions of torch take from the function: FSDP2's ``ShardPlacementResult``."""
+
+    placement: Shard | None
+    mesh_info: MeshInfo
 
 
 def last_even(parameter: nn.Parameter) -> Shard | None:
@@ -204,6 +217,12 @@ def test_dimensions_that_cannot_be_sharded_are_refused_as_stock_refuses_them() -
             module.weight = nn.Parameter(torch.ones(shape))
             with pytest.raises(kind, match=message):
                 names.fully_shard(module, mesh=world_mesh(), shard_placement_fn=lambda _, a=answer: a)
+    other = Answer(Shard(1), MeshInfo(init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))))
+    with pytest.raises(NotImplementedError, match=r"for weight of Linear, and the parameters of a fully_shard call"):
+        ours.fully_shard(nn.Linear(2, 2), mesh=world_mesh(), shard_placement_fn=lambda _: other)
+    same = [Answer(Shard(1), MeshInfo(world_mesh())), Answer(None, MeshInfo(world_mesh()))]
+    model: Any = ours.fully_shard(nn.Linear(2, 2), mesh=world_mesh(), shard_placement_fn=lambda p: same[2 - p.dim()])
+    assert (model.weight.placements, model.bias.placements) == ((Shard(1),), (Shard(0),))
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"return Shard\(dim\) or None, found 1 for weight of Linear"):
         ours.fully_shard(model, mesh=world_mesh(), shard_placement_fn=lambda _: 1)

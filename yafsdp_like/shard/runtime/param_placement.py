@@ -125,9 +125,9 @@ def placement_of(
 
     With ``data_dims`` it is a DTensor on a mesh of which these are the dimensions that ``mesh`` has too.
     Raises ``TypeError`` for an answer that is no ``Shard``, ``AssertionError`` for a dimension that there is not, and
-    ``NotImplementedError`` for one, other than the first, that ranks cannot have equal parts of.
+    ``NotImplementedError`` for one, other than the first, that ranks cannot have equal parts of, and another mesh.
     """
-    dim = _dim_of(param, name, None if asked is None else asked(param))
+    dim = _dim_of(param, name, None if asked is None else _on_this_mesh(asked(param), name, mesh))
     num_shards, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
     whole = param._local_tensor if isinstance(param, DTensor) else param
     if dim and hasattr(whole, "fsdp_pre_all_gather"):
@@ -188,6 +188,19 @@ def _both_meshes(outer: DeviceMesh, inner: DeviceMesh, name: str) -> DeviceMesh:
 def words_of(given: torch.Tensor) -> str:
     """Say how a tensor is distributed."""
     return f"{given.placements} on {given.device_mesh}" if isinstance(given, DTensor) else "a whole tensor"
+
+
+def _on_this_mesh(answer: Any, name: str, mesh: DeviceMesh) -> Any:
+    """Return the placement in FSDP2's ``ShardPlacementResult``, which names a mesh too, or the answer as it is."""
+    if not (hasattr(answer, "placement") and hasattr(answer, "mesh_info")):
+        return answer
+    if answer.mesh_info.mesh != mesh:
+        raise NotImplementedError(
+            f"shard_placement_fn returned {answer.mesh_info.mesh} for {name}, and the parameters of a fully_shard call "
+            f"are sharded over one mesh, {mesh}: call fully_shard(..., mesh=...) with that mesh on the module that has "
+            "it (experts, say) first, which takes it out of this call"
+        )
+    return answer.placement
 
 
 def _dim_of(param: nn.Parameter, name: str, answer: Any) -> int:
