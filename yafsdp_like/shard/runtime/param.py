@@ -114,6 +114,7 @@ class ShardedParam:
         self._stands: list[_Stand] = []  # of given tensors, while full parameters are registered
         self.compute_dtype = self.gradient_dtype = self.reduce_dtype = self.grad_dtype = param.dtype
         self.is_split = False  # see [Note: split master]
+        self.is_cast = True  # compute shards are main shards in another dtype, if they are other memory
         self.placed: torch.Tensor | None = None  # ``local`` as Unit.materialize left it; None: not in the arena
         self._address = 0  # and its address
         self.main = self.compute = NOWHERE  # filled by Unit.materialize, and the other by the build
@@ -179,6 +180,7 @@ class ShardedParam:
         """Compute and reduce in the dtypes of ``spec`` from now on."""
         self.compute_dtype, self.gradient_dtype = spec.compute_dtype, spec.gradient_dtype
         self.reduce_dtype, self.grad_dtype, self.is_split = spec.reduce_dtype, spec.grad_dtype, spec.is_split
+        self.is_cast = not self.is_split and self.extension is None
 
     @property
     def local_shape(self) -> tuple[int, ...]:

@@ -238,6 +238,8 @@ class ParamLifecycle:
         """Free the bytes after all reads that were issued; modules see the shards again."""
         if slot.state in (HELD, KEPT):
             slot.release(self._streams.record(COMPUTE))
+            if slot.extended:
+                slot.leave()
         else:
             if slot.state is FILLED:  # a prefetch that nobody read: compute may write the shards only after it
                 self._wait_until_ready(slot)

@@ -231,16 +231,16 @@ class GatherSlot(_Slot):
             if not extended.is_current:
                 self.params[k] = extended.arrive(self.unit.params[k])
 
-    def release(self, done: Event) -> None:
-        """Free the bytes for writers that wait for ``done``, and what extensions have made beside them."""
-        super().release(done)
+    def leave(self) -> None:
+        """Give back what these classes have made beside the slot, which was released."""
         for extended in self.extended.values():
             extended.leave()
 
     def fill(self, ready: Event) -> None:
         """Note that an all-gather of the compute shards of now was issued, which has arrived at ``ready``."""
-        for extended in self.extended.values():
-            extended.is_current = False
+        if self.extended:
+            for extended in self.extended.values():
+                extended.is_current = False
         self.state, self.ready, self.version = SlotState.FILLED, ready, self.unit.freshness.compute_version
 
     def hold_edited(self) -> None:

@@ -127,6 +127,7 @@ class Unit:
         self.arena = Arena(device)  # of the main shard, which is needed before the root is known
         self._main_layout: FlatLayout | None = None  # None until materialized
         self.split: tuple[ShardedParam, ...] = ()  # the parameters whose masters are split
+        self.extended: tuple[ShardedParam, ...] = ()  # those whose class says what is all-gathered
         self.freshness = Freshness(self.params)
         self.needs = debug_needs(policy.debug)
         self.running = RunningUnit()
@@ -332,6 +333,7 @@ class Unit:
         for p, spec in zip(self.params, params, strict=True):
             p.take_dtypes(spec)
         self.split, self._reduction = tuple(p for p in self.params if p.is_split), None
+        self.extended = tuple(p for p in self.params if p.extension is not None)
 
     def materialize(self) -> None:
         """Put the main shard into the arena, or back after the user moved, cast or replaced parameters.
@@ -404,14 +406,13 @@ class Unit:
         """Write what is all-gathered from main shards, unless it is current; return whether there was work to do."""
         if self.freshness.is_current():
             return False
-        params = [p for p in self.params if p.compute is not p.main and not p.is_split]
-        pairs = [(p.compute, p.main) for p in params if p.extension is None]
+        pairs = [(p.compute, p.main) for p in self.params if p.compute is not p.main and p.is_cast]
         if pairs:
             torch._foreach_copy_([compute for compute, _ in pairs], [main for _, main in pairs])
-        for p in params:
+        for p in self.extended:
             p.write_extension(self.policy.mp)
         self.freshness.compute_shard_written()
-        return bool(params)
+        return bool(pairs or self.extended)
 
     def settle(self) -> bool:
         """Split what was written to split masters into halves (see [Note: split master]); return whether any was."""
