@@ -188,6 +188,23 @@ def test_a_turn_goes_on_while_units_of_the_next_model_are_on_their_way() -> None
     assert pool.switches[-1].nbytes < missing
 
 
+def test_models_have_no_turn_before_they_are_loaded_and_leave_the_books_where_that_fails() -> None:
+    def unreadable(device: object) -> None:
+        raise OSError("the disk is gone")
+
+    plan = plan_pool(pooled(ONE), PoolOptions(buffers_nbytes(ONE) + SMALL, host_kv_nbytes=256 << 10))
+    models = {name: model_of(decoder(config)) for name, config in CONFIGS.items()}
+    models["windows"] = replace(models["windows"], source=unreadable)
+    pool, reasons = ModelPool(plan, models, targets=TARGETS), dict[str, FinishReason]()
+    for name in CONFIGS:
+        pool.add(name, Request("0", (1, 2, 3), max_tokens=5))
+    while pool.has_work:
+        reasons |= {name: output.finish for name, output in pool.step() if output.finish is not None}
+    assert {name for name, reason in reasons.items() if reason is FinishReason.LENGTH} == {"plain", "wide, tied"}
+    assert reasons["windows"] is FinishReason.FAILED
+    assert not any(queue.has_work for queue in pool.turns.scheduler.queues.values())
+
+
 def test_targets_of_other_models_are_refused() -> None:
     pool = slack_pool()
     with pytest.raises(ValueError, match="expected targets of the models"):
