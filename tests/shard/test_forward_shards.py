@@ -88,8 +88,8 @@ def test_only_few_ranks_all_gather_for_backward_and_the_plan_counts_what_they_ke
 
 @on_ranks(4)
 def test_weights_changed_between_forwards_are_not_taken_from_what_was_kept() -> None:
-    """Prevents: the backward of a step on what the forward of an earlier one has left."""
-    twins = Twins(chain, reshard_after_forward=2)
+    """Prevents: the backward of a step on what the forward of an earlier one left, and a debug mode that refuses."""
+    twins = Twins(chain, reshard_after_forward=2, debug=True)
     for step in range(3):
         twins.losses(step)  # of a graph that no backward follows
         twins.train(step)

@@ -52,8 +52,14 @@ class _WatchedGatherSlot(GatherSlot):
     @cached_property
     def all_gather(self) -> AllGather:
         """Take the bytes, and all-gather."""
-        all_gather = super().all_gather
+        return self._taking(super().all_gather)
 
+    @cached_property
+    def gather_kept(self) -> AllGather:
+        """See ``GatherSlot``."""
+        return self._taking(super().gather_kept)
+
+    def _taking(self, all_gather: AllGather) -> AllGather:
         def run() -> None:
             self.watch.take("all-gathers into")
             all_gather()
