@@ -42,7 +42,9 @@ def test_the_table_and_the_json_say_the_same() -> None:
 
 def test_every_kind_of_region_of_a_training_plan_has_a_category() -> None:
     """Prevents: a new kind of region that no table shows."""
-    of_serving = {name for name in KINDS if name.split()[0] in ("weights", "weight", "kv", "host", "workspace")}
+    of_serving = {
+        name for name in KINDS if name.split()[0] in ("weights", "weight", "kv", "host", "workspace", "adapter")
+    }
     of_serving |= {"logits", "tables", "slabs"}
     assert set(KINDS) - of_serving | {"host staging"} == set(OF_KIND)
     assert set(ENGINE) <= set(CATEGORIES)
