@@ -333,6 +333,12 @@ def test_what_an_adapter_says_and_is_not_served_is_refused_by_name(
     refused(tmp_path, words, **changed)
 
 
+@pytest.mark.parametrize("init", [False, "eva", "orthogonal"])
+def test_ways_to_begin_that_leave_the_model_as_it_is_are_served(init: Any, tmp_path: Path) -> None:
+    said = {"init_lora_weights": init, "eva_config": {"rho": 2.0} if init == "eva" else None}
+    assert engine(TINY, {"x": write_adapter(tmp_path, TINY, "attention", **said)}).adapters.names == ("x",)
+
+
 @pytest.mark.parametrize("target", [r".*\.self_attn\.(q|v)_proj", ["self_attn.q_proj", "v_proj"]])
 def test_targets_are_patterns_or_ends_of_names(target: Any, tmp_path: Path) -> None:
     it = engine(TINY, {"x": write_adapter(tmp_path, TINY, "attention", target_modules=target)})

@@ -38,6 +38,7 @@ _HONOURED = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "la
 _HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
+    "eva_config",
     "inference_mode",
     "lora_dropout",
     "megatron_core",
@@ -50,8 +51,7 @@ _HARMLESS = {
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     # Other ways to begin change the weights of the model that the adapter is for, which is not served then.
-    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
-    "eva_config": (None,),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 
 
