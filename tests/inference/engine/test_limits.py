@@ -163,6 +163,17 @@ def test_where_nothing_may_be_drawn_the_text_ends() -> None:
 
 
 @pytest.mark.parametrize(
+    "limits", [TokenLimits((), (3,), ((3,),)), TokenLimits((), None, tuple((t,) for t in range(VOCAB_SIZE)))]
+)
+def test_where_nothing_may_be_drawn_and_nothing_stops_a_request_is_refused(limits: TokenLimits) -> None:
+    """Prevents: token 0 drawn, which is forbidden, too."""
+    it = engine()
+    with pytest.raises(ValueError, match="request 'a': all tokens that are allowed are bad words, and none stops"):
+        it.add(Request("a", (1,), stop_tokens=frozenset({VOCAB_SIZE}), limits=limits))
+    check_idle(it)
+
+
+@pytest.mark.parametrize(
     ("limits", "words"),
     [
         ({"allowed": ()}, "at least one token"),

@@ -29,6 +29,7 @@ from yafsdp_like.inference.engine.adapters import Adapters, with_adapters
 from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStatus
 from yafsdp_like.inference.engine.collector import collector_paused
 from yafsdp_like.inference.engine.debug import StepDebugger
+from yafsdp_like.inference.engine.limits import check_some_token
 from yafsdp_like.inference.engine.places import EnginePlaces, nobody_else
 from yafsdp_like.inference.engine.request import Completion, FinishReason, Request, RequestOutput
 from yafsdp_like.inference.engine.runner import Launched, Runner, Undrawn
@@ -240,6 +241,7 @@ class Engine:
             raise ValueError(
                 f"{name}: token {outside[0]} is outside of the vocabulary of {self.config.vocab_size} tokens"
             )
+        check_some_token(request, self.config.vocab_size)
 
     # --- steps ---
 

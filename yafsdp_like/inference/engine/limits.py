@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from yafsdp_like.inference.engine.batch import ActiveRequest
-    from yafsdp_like.inference.engine.request import GrammarState, TokenLimits
+    from yafsdp_like.inference.engine.request import GrammarState, Request, TokenLimits
 
 Words = npt.NDArray[np.int32]  # (W,)
 
@@ -49,6 +49,19 @@ class LimitedSequence:
             bits &= ~self._stops
         if not bits.any():
             bits[:] = self._stops if self._stops.any() else self._always
+
+
+def check_some_token(request: Request, vocab_size: int) -> None:
+    """Raise ValueError where no token may be drawn at all, nor a stop token end the text in its place."""
+    limits = request.limits
+    if limits is None or any(0 <= token < vocab_size for token in request.stop_tokens):
+        return
+    bad = {word[0] for word in limits.bad_words if len(word) == 1 and 0 <= word[0] < vocab_size}
+    num_left = vocab_size - len(bad) if limits.allowed is None else len(set(limits.allowed) - bad)
+    if not num_left:
+        raise ValueError(
+            f"request {request.id!r}: all tokens that are allowed are bad words, and none stops: nothing may be drawn"
+        )
 
 
 def bits_of(tokens: Iterable[int], vocab_size: int) -> Words:
