@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import openai
 import pytest
 import torch
 
 from tests.inference.engine.test_adapters import KINDS, write_adapter
-from tests.inference.http.servers import COMPLETIONS, MAX_SEQ_LEN, MODEL, PROMPT, make_decoder, serving_app
+from tests.inference.http.servers import (
+    COMPLETIONS,
+    MAX_SEQ_LEN,
+    MODEL,
+    PROMPT,
+    SECONDS,
+    make_decoder,
+    run,
+    serving_app,
+)
 from yafsdp_like.inference.engine.engine import Engine
+from yafsdp_like.inference.http import adapter_routes
 from yafsdp_like.inference.http.catalog import Catalog
 from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.http.server import create_catalog_app
@@ -36,9 +50,8 @@ def directories(codec: Codec, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {name: write_adapter(directory, config, name) for name in KINDS}
 
 
-@pytest.fixture
-def running(codec: Codec, directories: dict[str, Path]) -> Iterator[Running]:
-    """With one adapter from the start, and room for another."""
+def make_adapted(codec: Codec, directories: dict[str, Path]) -> tuple[Engine, Catalog]:
+    """One adapter from the start, and room for another."""
     options = EngineOptions(**{**vars(OPTIONS), "adapter_slots": 2, "host_adapters": 2})
     engine = Engine.load(
         model_of(make_decoder(codec)), options, dtype=torch.float32, adapters={"wide": directories["wide"]}
@@ -53,6 +66,12 @@ def running(codec: Codec, directories: dict[str, Path]) -> Iterator[Running]:
     )
     catalog = Catalog([RequestParser(codec, told)])
     catalog.add_adapter("wide", MODEL)
+    return engine, catalog
+
+
+@pytest.fixture
+def running(codec: Codec, directories: dict[str, Path]) -> Iterator[Running]:
+    engine, catalog = make_adapted(codec, directories)
     service = Service(engine)
     with serving_app(service, engine, create_catalog_app(service, catalog)) as running:
         yield running
@@ -147,3 +166,79 @@ def test_a_file_that_is_damaged_while_it_is_read_leaves_no_trace(
         assert "no longer whole" in error_of(running.post(LOAD, sent, headers=ADMIN_KEY), 400)
     assert running.post(LOAD, sent, headers=ADMIN_KEY).status_code == 200
     assert text_of(running, "x")
+
+
+# --- loads that take long ---
+
+
+def wait_until(is_so: Any) -> None:
+    until = time.monotonic() + SECONDS
+    while not is_so():
+        assert time.monotonic() < until, "it does not come"
+        time.sleep(0.005)
+
+
+def test_a_load_that_nobody_waits_for_any_longer_is_known_once_it_is_done(
+    running: Running, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents: names and images that an engine keeps for an adapter which no request finds, and no admin unloads."""
+    goes_on = threading.Event()
+    asyncio.run_coroutine_threadsafe(running.service.call(lambda _: goes_on.wait(SECONDS)), running.loop)
+    sent = {"lora_name": "x", "lora_path": str(directories["down"])}
+    with monkeypatch.context() as context:
+        context.setattr(adapter_routes, "ADMIN_S", 0.02)
+        assert "it goes on" in error_of(running.post(LOAD, sent, headers=ADMIN_KEY), 503)
+    assert "the name 'x' is taken" in error_of(running.post(LOAD, sent, headers=ADMIN_KEY), 400)
+    goes_on.set()
+    wait_until(lambda: "x" in {model.id for model in running.client(api_key="users").models.list()})
+    assert text_of(running, "x") != text_of(running, MODEL)
+    assert running.post(UNLOAD, {"lora_name": "x"}, headers=ADMIN_KEY).status_code == 200
+    assert running.call(lambda engine: engine.adapters.names) == ("wide",)
+
+
+def test_a_load_whose_admin_has_gone_does_not_give_up_the_image_that_it_fills(
+    codec: Codec, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents: another adapter given an image that a thread still writes."""
+    engine, catalog = make_adapted(codec, directories)
+    begun, goes_on, fill = threading.Event(), threading.Event(), engine.adapters.fill
+
+    def slow_fill(*arguments: Any) -> None:
+        begun.set()
+        assert goes_on.wait(SECONDS)
+        fill(*arguments)
+
+    monkeypatch.setattr(engine.adapters, "fill", slow_fill)
+
+    async def main(service: Service[Any]) -> None:
+        transport = httpx.ASGITransport(create_catalog_app(service, catalog))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=ADMIN_KEY) as client:
+
+            async def load(name: str) -> httpx.Response:
+                return await client.post(LOAD, json={"lora_name": name, "lora_path": str(directories["down"])})
+
+            first = asyncio.create_task(load("x"))
+            assert await asyncio.to_thread(begun.wait, SECONDS)
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            assert "the name 'x' is taken" in error_of(await load("x"), 400)
+            assert "host memory holds 2 adapters" in error_of(await load("y"), 400)
+            goes_on.set()
+            while "x" not in catalog.parsers:
+                await asyncio.sleep(0.005)
+            assert engine.adapters.names == ("wide", "x")
+            assert "host memory holds 2 adapters" in error_of(await load("y"), 400)
+
+    run(engine, main)
+
+
+def test_a_name_is_claimed_once_for_all_models_of_a_pool(codec: Codec, directories: dict[str, Path]) -> None:
+    _, catalog = make_adapted(codec, directories)
+    catalog.claim("x")
+    for name in ("x", "wide", "other"):
+        with pytest.raises(ValueError, match=f"the name '{name}' is taken"):
+            catalog.claim(name)
+    catalog.give_up("x")
+    catalog.add_adapter("x", MODEL)
+    with pytest.raises(ValueError, match="the name 'x' is taken"):
+        catalog.add_adapter("x", MODEL)

@@ -1,14 +1,16 @@
 """Routes by which an admin loads and unloads LoRA adapters while models are served, in the words of vLLM's.
 
-Owns the order of a load: the catalog learns of an adapter last. The routes exist only with an admin key, which
-middleware.py checks: who may load may read directories of this machine.
+Owns the order of a load: its name is claimed first, and requests find the adapter last. A load or an unload that has
+begun goes on to its end, even if who asked has gone or does not wait any longer, so that the engine and the catalog
+always agree. The routes exist only with an admin key, which middleware.py checks: who may load may read directories of
+this machine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from functools import partial
+from collections.abc import Coroutine
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,9 +21,9 @@ from starlette.responses import PlainTextResponse
 from yafsdp_like.inference.engine.adapters import Adapters
 from yafsdp_like.inference.http.bodies import Body
 from yafsdp_like.inference.http.catalog import Catalog
-from yafsdp_like.inference.http.errors import ApiError, invalid, invalid_body, no_object
+from yafsdp_like.inference.http.errors import ApiError, invalid, invalid_body, no_object, unavailable
 from yafsdp_like.inference.http.middleware import LOAD_ADAPTER, UNLOAD_ADAPTER
-from yafsdp_like.inference.http.model_routes import STATES_S, ask
+from yafsdp_like.inference.http.model_routes import ADMIN_S, ask
 from yafsdp_like.inference.http.service import Service
 
 
@@ -43,15 +45,24 @@ def add_adapter_routes(app: FastAPI, service: Service[Any], catalog: Catalog) ->
     """Add the two routes, if there is an admin key."""
     if catalog.options.admin_key is None:
         return
+    running = set[asyncio.Task[None]]()  # the event loop itself would forget them
+
+    async def finish(doing: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(doing)
+        running.add(task)
+        task.add_done_callback(running.discard)
+        await asyncio.wait({task}, timeout=ADMIN_S)
+        if not task.done():
+            raise unavailable(f"it goes on, but takes more than {ADMIN_S:.0f} s; see what is listed later")
+        task.result()
 
     @app.post(LOAD_ADAPTER)
     async def load(http: HttpRequest) -> PlainTextResponse:
         asked = await _body(NewAdapter, http)
         parent = _parent(catalog, asked.base_model_name)
         try:
-            catalog.check_new(asked.lora_name)
-            await _load(service, partial(_adapters_of, catalog, parent), asked)
-            catalog.add_adapter(asked.lora_name, parent)
+            catalog.claim(asked.lora_name)
+            await finish(_load(service, catalog, parent, asked))
         except ValueError as error:
             raise ApiError(400, str(error), code="adapter_not_loaded") from error
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
@@ -63,24 +74,36 @@ def add_adapter_routes(app: FastAPI, service: Service[Any], catalog: Catalog) ->
         if parent is None:
             raise invalid("lora_name", "is a model, not an adapter")
         try:
-            await ask(service, lambda engine: _adapters_of(catalog, parent, engine).unload(asked.lora_name), STATES_S)
+            await finish(_unload(service, catalog, parent, asked.lora_name))
         except ValueError as error:
             raise ApiError(409, str(error), code="adapter_busy") from error
-        catalog.remove_adapter(asked.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
 
-async def _load(service: Service[Any], find: Any, asked: NewAdapter) -> None:
-    """Read an adapter beside steps, of which only the beginning and the end are between two. Raises ValueError."""
-    adapters: Adapters = await ask(service, find, STATES_S)
-    opened = await asyncio.to_thread(adapters.open, asked.lora_path)
-    reserved = await ask(service, lambda _: adapters.reserve(asked.lora_name, opened), STATES_S)
+async def _load(service: Service[Any], catalog: Catalog, model: str, asked: NewAdapter) -> None:
+    """Read an adapter beside steps, of which only the beginning and the end are between two. Raises ValueError.
+
+    Its name is claimed.
+    """
     try:
-        await asyncio.to_thread(adapters.fill, reserved, opened)
-    except BaseException:
-        await ask(service, lambda _: adapters.abandon(reserved), STATES_S)
-        raise
-    await ask(service, lambda _: adapters.publish(reserved), STATES_S)
+        adapters = await ask(service, lambda engine: _adapters_of(catalog, model, engine), None)
+        opened = await asyncio.to_thread(adapters.open, asked.lora_path)
+        reserved = await ask(service, lambda _: adapters.reserve(asked.lora_name, opened), None)
+        try:
+            await asyncio.to_thread(adapters.fill, reserved, opened)
+        except Exception:
+            await ask(service, lambda _: adapters.abandon(reserved), None)
+            raise
+        await ask(service, lambda _: adapters.publish(reserved), None)
+        catalog.add_adapter(asked.lora_name, model)
+    finally:
+        catalog.give_up(asked.lora_name)
+
+
+async def _unload(service: Service[Any], catalog: Catalog, model: str, name: str) -> None:
+    """Have the engine forget an adapter, and then the catalog. Raises ValueError."""
+    await ask(service, lambda engine: _adapters_of(catalog, model, engine).unload(name), None)
+    catalog.remove_adapter(name)
 
 
 def _adapters_of(catalog: Catalog, model: str, engine: Any) -> Adapters:

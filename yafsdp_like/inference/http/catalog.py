@@ -28,6 +28,7 @@ class Catalog:
         self.errors, self.is_pool = dict(errors or {}), is_pool
         self.parsers = {parser.options.model_name: parser for parser in parsers}
         self._by_name = {name: parser for parser in parsers for name in parser.names}
+        self._claimed: set[str] = set()  # by adapters that are on their way
         if len(self._by_name) != sum(len(parser.names) for parser in parsers) or self.errors.keys() & self._by_name:
             raise ValueError(f"names of models must differ, found {[parser.names for parser in parsers]}")
         limits = [parser.limits for parser in parsers]
@@ -61,18 +62,28 @@ class Catalog:
             parser = self.find(name)
         return parser
 
-    def check_new(self, name: str) -> None:
-        """Raise ValueError for a name that something has already."""
-        if name in self._by_name or name in self.errors:
+    def claim(self, name: str) -> None:
+        """Keep a name for an adapter that is on its way, until ``add_adapter`` or ``give_up``.
+
+        Raises ValueError for a name that something has already, or that is claimed.
+        """
+        if name in self._by_name or name in self.errors or name in self._claimed:
             raise ValueError(f"the name {shorten(name)} is taken: an adapter needs one of its own")
+        self._claimed.add(name)
+
+    def give_up(self, name: str) -> None:
+        """Let a claimed name be another's."""
+        self._claimed.discard(name)
 
     def add_adapter(self, name: str, model: str) -> None:
         """Have requests find an adapter of a model; on the event loop, or before there is one.
 
-        Raises ValueError as ``check_new`` does.
+        Raises ValueError as ``claim`` does, unless the name was claimed.
         """
-        self.check_new(name)
+        if name not in self._claimed:
+            self.claim(name)
         parser = self.parsers[model].of_adapter(name)
+        self._claimed.discard(name)
         # Others may be reading: they keep the dictionaries that they have.
         self.parsers, self._by_name = {**self.parsers, name: parser}, {**self._by_name, name: parser}
 

@@ -27,8 +27,11 @@ ADMIN_S = 600.0  # that it has to do what an admin wants, between two steps
 LOOK_S = 0.1  # between two looks at a load
 
 
-async def ask(service: Service[Any], function: Callable[[Any], T], within_s: float) -> T:
-    """What ``function(engine)`` gives. Raises ApiError, 503, if the engine has failed, or does not say it in time."""
+async def ask(service: Service[Any], function: Callable[[Any], T], within_s: float | None) -> T:
+    """What ``function(engine)`` gives. Raises ApiError, 503, if the engine has failed, or does not say it in time.
+
+    It is still called then, later: what must be known of, or undone, is asked for with None, however long it takes.
+    """
     try:
         async with asyncio.timeout(within_s):
             return await service.call(function)
