@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.inference.engine.test_engine import RECOMPUTING, SWAPPING, decoder, prompts, requests
+from tests.inference.engine.test_engine import (
+    GREEDY,
+    RECOMPUTING,
+    SWAPPING,
+    decoder,
+    expected,
+    prompts,
+    requests,
+)
 from tests.inference.pool.test_model_pool import (
     CONFIGS,
     LARGE,
@@ -203,6 +211,50 @@ def test_models_have_no_turn_before_they_are_loaded_and_leave_the_books_where_th
     assert {name for name, reason in reasons.items() if reason is FinishReason.LENGTH} == {"plain", "wide, tied"}
     assert reasons["windows"] is FinishReason.FAILED
     assert not any(queue.has_work for queue in pool.turns.scheduler.queues.values())
+
+
+def until_stopped(pool: ModelPool) -> None:
+    """Serve a request of ``plain`` until a stop token ends it, with a step under way that is one too many."""
+    stop = frozenset(expected(CONFIGS["plain"], (1, 2, 3))[2:3])
+    pool.add("plain", Request("ends", (1, 2, 3), GREEDY, max_tokens=40, stop_tokens=stop))
+    while not any(output.finish is FinishReason.STOP for _, output in pool.step()):
+        pass
+    assert pool.engine("plain")._unread is not None
+
+
+def test_who_leaves_an_awake_model_without_the_turn_is_told_at_once_and_the_model_is_idle_then() -> None:
+    pool = slack_pool(LARGE, targets={name: Targets(1000.0, 10.0) for name in CONFIGS})
+    pool.wake_up("plain")
+    for name in ("windows", "plain"):
+        pool.add(name, Request("0", (1, 2, 3), GREEDY, max_tokens=50))
+    while not any(name == "windows" for name, _ in pool.step()):
+        pass
+    assert pool.is_awake("plain") and pool.is_awake("windows")
+    pool.cancel("plain", "0")
+    told = [(name, output.request_id) for name, output in pool.step() if output.finish is FinishReason.CANCELLED]
+    assert told == [("plain", "0")]
+    assert not pool.engine("plain").has_work and pool.engine("windows").has_requests
+    assert list(served(pool)) == [("windows", "0")]
+    check_idle(pool)
+
+
+def test_a_model_is_idle_once_a_stop_token_has_ended_its_last_request_though_another_is_busy() -> None:
+    pool = slack_pool(LARGE, targets={name: Targets(1000.0, 10.0) for name in CONFIGS})
+    pool.add("windows", Request("0", (1, 2, 3), GREEDY, max_tokens=55))
+    until_stopped(pool)
+    assert pool.engine("windows").has_work
+    pool.step()
+    assert pool.engine("windows").has_requests and not pool.engine("plain").has_work
+    assert pool.engine("plain").metrics().num_tokens_dropped == 1
+    assert list(served(pool)) == [("windows", "0")]
+    check_idle(pool)
+
+
+def test_a_model_is_unloaded_whose_last_step_beyond_the_end_of_its_requests_is_not_read_yet() -> None:
+    pool = slack_pool(LARGE)
+    until_stopped(pool)
+    pool.unload("plain")
+    check_idle(pool)
 
 
 def test_targets_of_other_models_are_refused() -> None:

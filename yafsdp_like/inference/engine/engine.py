@@ -246,6 +246,11 @@ class Engine:
     # --- steps ---
 
     @property
+    def has_requests(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self._sequences)
+
+    @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do, or to return."""
         return bool(self._sequences) or self._unread is not None
@@ -263,7 +268,7 @@ class Engine:
             outputs += self._read()
             batch = self._scheduler.schedule()
             assert batch is not None, "nothing is pending once it has been read"
-        launched = self._launch(batch)
+        launched = self._issue(batch) if self._debug is None else self._debug.around(self._issue, batch)
         outputs += self._read_early or self._read()
         self._read_early = []
         self._unread = None if launched is None else (batch, launched)
@@ -274,9 +279,6 @@ class Engine:
         if not self.has_work:
             self._log.pause()
         return outputs
-
-    def _launch(self, batch: Batch) -> Launched | None:
-        return self._issue(batch) if self._debug is None else self._debug.around(self._issue, batch)
 
     def _issue(self, batch: Batch) -> Launched | None:
         if not batch.runs:

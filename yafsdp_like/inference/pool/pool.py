@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from yafsdp_like.inference.engine.collector import collector_paused
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.places import POLICIES, EnginePlaces, bytes_of
-from yafsdp_like.inference.engine.request import Completion, FinishReason
+from yafsdp_like.inference.engine.request import FinishReason
 from yafsdp_like.inference.kv.kv_cache import Tier, check_integrity
 from yafsdp_like.inference.kv.occupancy import Stretch, occupancy
 from yafsdp_like.inference.kv.pages import PagePool
@@ -197,7 +197,7 @@ class ModelPool:
         Raises ValueError while it has requests.
         """
         member = self._find(name)
-        if member.engine.has_work:
+        if member.engine.has_requests:
             raise ValueError(f"model {name!r} has requests: cancel them, or wait for their end, before it is unloaded")
         self._loads.cancel(member)
         member.failure = None
@@ -356,11 +356,12 @@ class ModelPool:
         Where there are only requests of models that are being loaded, wait for them a little.
         """
         self._settle()
-        for arriving in self._members.values():
-            arriving.note_arrival()
-        for asleep in self._members.values():
-            if not asleep.is_awake and asleep.engine.has_work:
-                self._outputs += [(asleep.name, output) for output in asleep.engine.end_requests()]
+        for each in self._members.values():
+            each.note_arrival()
+            if each.engine.has_work:
+                self._outputs += [(each.name, output) for output in each.engine.end_requests()]
+                if not each.engine.has_requests:
+                    self._suspend(each)  # reads, and drops, what its last step drew beyond the ends of requests
         self._loads.give_up(self._members.values())
         member = self._next()
         if member is not None:
