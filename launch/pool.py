@@ -128,10 +128,16 @@ def _open_adapters(model: Model, entry: PoolModelOptions) -> dict[str, Adapter]:
 
 
 def _load_adapters(pool: ModelPool, opened: Mapping[str, _Opened], catalog: Catalog) -> None:
+    """Load all adapters; those that cannot be are left out."""
     for model, each in opened.items():
         for name, adapter in each.adapters.items():
-            catalog.add_adapter(name, model)
-            pool.engine(model).adapters.load(name, adapter)
+            try:
+                catalog.claim(name)
+                pool.engine(model).adapters.load(name, adapter)
+                catalog.add_adapter(name, model)
+            except (ValueError, OSError) as error:
+                catalog.give_up(name)
+                print(f"warning: adapter {name!r} could not be loaded: {error}", flush=True)
 
 
 def _dtype(entry: PoolModelOptions, default: torch.dtype) -> torch.dtype:

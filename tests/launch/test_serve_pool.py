@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
+from launch import pool as pool_module
 from launch import serve
 from launch.options import SERVE_POOL, PoolModelOptions
 from launch.pool import load_pool, targets_of
@@ -22,10 +23,14 @@ from yafsdp_like.inference.fleet.reader import Targets
 from yafsdp_like.inference.http.server import create_catalog_app
 from yafsdp_like.inference.http.service import Service
 from yafsdp_like.inference.text.codec import Codec
+from yafsdp_like.inference.weights.adapter_files import open_adapter
 from yafsdp_like.models.hf import load_hf_config, save_hf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from yafsdp_like.inference.weights.adapter_files import Adapter
+    from yafsdp_like.models.decoder import DecoderConfig
 
 ROOT = Path(__file__).parents[2]
 FILE = """
@@ -135,6 +140,31 @@ def test_adapters_belong_to_a_model_of_the_pool(file: Path, capsys: pytest.Captu
         moved = running.post("/admin/models/sql/sleep", headers=admins)
         assert (moved.status_code, moved.json()["id"], moved.json()["state"]) == (200, "one", "asleep")
         running.check_idle()
+
+
+def test_adapters_that_cannot_be_loaded_are_left_out(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose file is cut short once it was opened, and one with the name of a model."""
+    config = load_hf_config(file.parent / "base")
+    first, later = (write_adapter(file.parent, config, name) for name in ("wide", "attention"))
+
+    def open_and_cut(directory: Path, config: DecoderConfig) -> Adapter:
+        opened = open_adapter(directory, config)
+        if opened.directory == later:
+            os.truncate(later / "adapter_model.safetensors", 2000)
+        return opened
+
+    monkeypatch.setattr(pool_module, "open_adapter", open_and_cut)
+    own = f"adapters: {{cut: {later}, two: {first}, sql: {first}}}, engine: {{"
+    file.write_text(file.read_text().replace("ttl_s: 60, engine: {", own))
+    pool = load_pool(SERVE_POOL.load([f"--config={file}"]))
+    said = capsys.readouterr().out
+    assert "warning: adapter 'cut' could not be loaded" in said
+    assert "warning: adapter 'two' could not be loaded: the name 'two' is taken" in said
+    assert "requests call the models 'one', 'two', 'sql'" in said
+    assert [*pool.driver.adapters_of("one").names] == ["sql"]
+    pool.driver.close()
 
 
 @pytest.mark.parametrize(
