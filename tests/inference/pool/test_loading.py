@@ -232,6 +232,25 @@ def test_whoever_is_interrupted_while_a_model_is_read_leaves_nothing_of_it() -> 
     assert pool.states()["windows"] is ModelState.ABSENT and held(pool) == []
 
 
+def test_requests_still_get_a_model_whose_load_somebody_else_was_interrupted_in() -> None:
+    disk, text = Disk(), prompts(1)[0]
+    pool = slow_pool(disk)
+    pool.add("windows", Request("a", text, GREEDY, max_tokens=12))
+    pool.add("windows", Request("b", text, GREEDY, max_tokens=12))
+
+    def interrupt(figures: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pool.load("windows", interrupt)
+    assert pool.states()["windows"] is ModelState.LOADING
+    pool.cancel("windows", "b")
+    disk.let()
+    drawn = [token.id for _, output in drain(pool) for token in output.tokens]
+    assert drawn == expected(CONFIGS["windows"], text)
+    check_idle(pool)
+
+
 def test_a_disk_that_stands_still_holds_up_no_load_of_another() -> None:
     disk, texts = Disk(), prompts(2)
     pool = slow_pool(disk)

@@ -55,12 +55,17 @@ class Loads:
         member.loading = Loading(image, partial(member.model.source, self._device), read, on_demand)
 
     def wait(self, member: Member, watch: Callable[[], object]) -> None:
-        """Wait until a model is no longer read, and cancel the load if anything is raised meanwhile."""
+        """Wait until a model is no longer read.
+
+        If anything is raised meanwhile only requests may want it yet: without any the load is cancelled.
+        """
         try:
             while member.loading is not None and not member.loading.wait(LOOK_S):
                 watch()
         except BaseException:
-            self.cancel(member)
+            if member.loading is not None:
+                member.loading.on_demand = True
+            self.give_up((member,))
             raise
 
     def wait_a_little(self, members: Iterable[Member]) -> None:
