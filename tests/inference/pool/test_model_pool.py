@@ -24,6 +24,7 @@ from tests.inference.engine.test_engine import (
     requests,
 )
 from tests.inference.weights.test_weights import run_forward
+from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import FinishReason, Request
 from yafsdp_like.inference.kv.eviction import Tenant
 from yafsdp_like.inference.kv.kv_cache import Tier
@@ -33,7 +34,7 @@ from yafsdp_like.inference.pool.host_weights import HostFullError, ModelUnavaila
 from yafsdp_like.inference.pool.member import ModelState
 from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool
-from yafsdp_like.inference.weights.loading import Model, ModuleSource, model_of
+from yafsdp_like.inference.weights.loading import Model, ModuleSource, load, model_of
 from yafsdp_like.memory.streams import COMPUTE, HOST_TO_DEVICE
 
 if TYPE_CHECKING:
@@ -96,6 +97,18 @@ def test_models_asked_at_once_answer_as_they_do_alone(slabs_nbytes: int, costs: 
         {ModelState.AWAKE} if slabs_nbytes == LARGE else {ModelState.AWAKE, ModelState.ASLEEP}
     )
     check_idle(pool)
+
+
+def test_completions_of_a_pool_tell_all_that_those_of_one_engine_do() -> None:
+    asked = [
+        Request(str(i), text, GREEDY, max_tokens=4, num_logprobs=1, num_prompt_logprobs=2, has_hidden=i == 1)
+        for i, text in enumerate(prompts(2))
+    ]
+    done = model_pool(LARGE).generate({"plain": asked})["plain"]
+    engine = Engine(load(model_of(decoder(CONFIGS["plain"])), replace(ONE, kv_nbytes=256 << 10)))
+    assert done == engine.generate(asked)
+    assert [len(each.prompt) for each in done.values()] == [len(request.prompt) for request in asked]
+    assert [len(each.hidden) for each in done.values()] == [0, CONFIGS["plain"].dim]
 
 
 def test_a_model_that_wakes_finds_the_prefixes_that_it_left_and_the_weights_that_nobody_overwrote() -> None:

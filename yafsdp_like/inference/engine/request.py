@@ -135,6 +135,7 @@ class Completion:
     finish: FinishReason
     num_cached_tokens: int
     prompt: tuple[Token, ...] = ()  # see ``RequestOutput``
+    hidden: tuple[float, ...] = ()  # (D,): of the prompt's last token, normed, if it is asked for
 
     @property
     def ids(self) -> list[int]:
@@ -151,4 +152,5 @@ class Completion:
             finish,
             max(output.num_cached_tokens for output in outputs),
             next((output.prompt for output in outputs if output.prompt), ()),
+            next((output.hidden for output in outputs if output.hidden), ()),
         )

@@ -1,4 +1,4 @@
-"""Serves requests that are all there to their ends: adds them as queues take them, steps, and gathers tokens."""
+"""Serves requests that are all there to their ends: adds them as queues take them, steps, and gathers outputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from yafsdp_like.inference.engine.request import Completion, QueueFullError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from yafsdp_like.inference.engine.request import Request, RequestOutput, Token
+    from yafsdp_like.inference.engine.request import Request, RequestOutput
 
 
 def complete(
@@ -21,16 +21,16 @@ def complete(
 ) -> dict[str, dict[str, Completion]]:
     """Return completions by model and id; ``add``, ``step`` and ``has_work`` are a pool's that serves nobody else."""
     left = {name: deque(found) for name, found in requests.items()}
-    tokens: dict[tuple[str, str], list[Token]] = {}
+    told: dict[tuple[str, str], list[RequestOutput]] = {}
     done: dict[str, dict[str, Completion]] = {name: {} for name in left}
     while any(left.values()) or has_work():
         for name, queue in left.items():
             _add_some(name, queue, add)
         for name, output in step():
-            drawn = tokens.setdefault((name, output.request_id), [])
-            drawn += output.tokens
+            key = (name, output.request_id)
+            told.setdefault(key, []).append(output)
             if output.finish is not None:
-                done[name][output.request_id] = Completion(tuple(drawn), output.finish, output.num_cached_tokens)
+                done[name][output.request_id] = Completion.of(told.pop(key))
     return done
 
 
