@@ -301,6 +301,28 @@ def test_a_load_ends_when_its_only_client_leaves_and_when_an_admin_unloads_the_m
         assert (answer.status_code, answer.json()["error"]["code"]) == (409, "model_busy")
 
 
+def test_who_waits_for_a_load_has_no_engine_s_pages_counted_meanwhile(codec: Codec) -> None:
+    gate = threading.Event()
+
+    class Watched(Wrapped):
+        num_counted = num_looks = 0
+
+        def models(self) -> Any:
+            self.num_counted += 1
+            return self.engine.models()
+
+        def state_of(self, name: str) -> Any:
+            self.num_looks += 1
+            if self.num_looks == 3:
+                gate.set()
+            return self.engine.state_of(name)
+
+    with serving_pool(codec, gate=gate, wrap=Watched) as running:
+        answer = running.post("/admin/models/deep/load", headers=ADMIN_KEY)
+        assert (answer.status_code, answer.json()["state"]) == (200, "asleep")
+        assert running.engine.num_counted == 2  # at its beginning, and for the answer
+
+
 def test_a_request_whose_model_fails_while_it_waits_is_refused_with_the_reason(codec: Codec) -> None:
     gate = threading.Event()
     with serving_pool(codec, failing="deep", gate=gate) as running, ThreadPoolExecutor(1) as threads:

@@ -91,12 +91,13 @@ def add_model_routes(app: FastAPI, service: Service[Any], catalog: Catalog) -> N
 async def _load(service: Service[Any], name: str) -> None:
     """Have a model loaded beside the steps of others, and return once it is. Raises ApiError."""
     status = await ask(service, lambda pool: _administer(pool, name, "load"), STATES_S)
-    while status.state is ModelState.LOADING:
+    state, error = status.state, status.error
+    while state is ModelState.LOADING:
         await asyncio.sleep(LOOK_S)
-        status = (await ask(service, lambda pool: pool.models(), STATES_S))[name]
-    if status.error is not None:
-        raise unavailable(status.error, code="model_unavailable")
-    if status.state is ModelState.ABSENT:
+        state, error = await ask(service, lambda pool: pool.state_of(name), STATES_S)
+    if error is not None:
+        raise unavailable(error, code="model_unavailable")
+    if state is ModelState.ABSENT:
         raise ApiError(409, f"model {name!r} was unloaded while it was being loaded", code="model_busy")
 
 

@@ -178,6 +178,10 @@ class PoolDriver:
             for name, state in states.items()
         }
 
+    def state_of(self, name: str) -> tuple[ModelState, str | None]:
+        """Return where the weights of a model are, and why it has failed; O(models), unlike ``models``."""
+        return self._pool.states()[name], self._pool.failures().get(name)
+
     def load_all(self, watch: Callable[[str, ModelFigures], object] = lambda name, figures: None) -> dict[str, str]:
         """Load all models, one after the other, and return why those that are not there could not be.
 
