@@ -43,8 +43,8 @@ def check_mesh(mesh: DeviceMesh) -> DeviceMesh:
 def check_params(owners: Mapping[nn.Parameter, Sequence[tuple[nn.Module, str]]]) -> None:
     """Raise for the first parameter that cannot be sharded; those of earlier calls have been checked already.
 
-    ``ValueError`` for scalars; ``NotImplementedError`` for DTensors, subclasses, strided parameters, and embeddings
-    that write their own weight.
+    ``ValueError`` for scalars; ``NotImplementedError`` for DTensors that are partial sums, subclasses without an
+    all-gather of their own, strided parameters, and embeddings that write their own weight.
     """
     for param, places in owners.items():
         if ownership_of(param) is None:

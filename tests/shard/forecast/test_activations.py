@@ -180,6 +180,16 @@ def test_offloaded_activations_leave_and_come_back_as_in_a_real_step(
     assert found.host_nbytes == offloaded.host_nbytes
 
 
+def test_bytes_that_two_calls_offload_of_one_unit_are_added_up() -> None:
+    model, x = Chain(), torch.zeros(40, 32)
+    calls = [offload_activations(blocks, min_nbytes=2048) for blocks in (model.blocks[:2], model.blocks[2:])]
+    found = traced(model, x)
+    really(model, x)
+    assert all(call.copied_nbytes > 0 for call in calls)
+    out = sum(nbytes for (_, way), nbytes in found.copied.items() if way == "out")
+    assert out == sum(call.copied_nbytes for call in calls)
+
+
 def test_a_forward_that_fails_is_one_error_and_no_log_of_torchs() -> None:
     logger, logged = logging.getLogger("torch._subclasses.fake_tensor"), []
     handler = logging.Handler()

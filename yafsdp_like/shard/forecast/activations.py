@@ -17,6 +17,7 @@ Offloaded activations leave and come back as in a run (``offloaded.py``).
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -142,7 +143,9 @@ def _trace(
         step.run(model, args, kwargs, batch.loss)
         mode.close()
         del args, kwargs
-    copied = {key: nbytes for one in offloaded for key, nbytes in one.copied.items()}
+    copied = Counter[tuple[str, str]]()  # adds up what several calls offload of one unit
+    for one in offloaded:
+        copied.update(one.copied)
     host_nbytes = sum(one.host_nbytes for one in offloaded)
     return Trace(mode.timeline.in_place(), mode.work, tuple(notes), step.gradients, copied, host_nbytes)
 

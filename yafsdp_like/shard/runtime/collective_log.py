@@ -53,7 +53,9 @@ class CollectiveLog:
     def gathers(self, unit: SlotUnit, kept: bool = False) -> None:
         """Note an all-gather, where it is a collective: also of what few ranks have ``kept`` from forward on."""
         if kept or unit.transport.mapped is None or not unit.transport.mapped.reads_shards:
-            entry = self._entry((unit, "gather"), lambda: f"all-gathers the parameters of unit {unit.name!r}")
+            more = " that were kept from forward on" if kept else ""
+            key = (unit, "gather", kept)
+            entry = self._entry(key, lambda: f"all-gathers the parameters of unit {unit.name!r}{more}")
             self._journal_of[unit.transport].note(entry)
 
     def reduces(self, unit: Unit, setting: Sequence[int], adding: Sequence[int]) -> None:
