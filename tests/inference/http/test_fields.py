@@ -12,7 +12,7 @@ from yafsdp_like.inference.engine.request import FinishReason, RequestOutput, To
 from yafsdp_like.inference.http.bodies import ChatBody, CompletionBody
 from yafsdp_like.inference.http.errors import ApiError
 from yafsdp_like.inference.http.foreign_fields import MAX_NAMED, NEUTRAL, SILENT
-from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
+from yafsdp_like.inference.http.protocol import DEFAULT_MAX_TOKENS, RequestParser, ServerOptions
 from yafsdp_like.inference.http.responses import ParsedRequest
 from yafsdp_like.inference.text.codec import Codec
 
@@ -77,10 +77,8 @@ def test_other_fields_are_named_in_a_header_or_refused_where_the_server_is_stric
         assert ("messages[0].mood" in named) == (path == CHATS)
         whole = small.running.post(path, {**GREEDY, **fields, "temprature": 1})
         assert whole.headers["x-ignored-fields"].startswith("temprature")
-        assert (
-            "x-ignored-fields" not in small.running.post(path, {**GREEDY, "prompt": "x", "messages": [USER]}).headers
-            or True
-        )
+        known: Any = {"prompt": "x"} if path == COMPLETIONS else {"messages": [USER]}
+        assert "x-ignored-fields" not in small.running.post(path, {**GREEDY, **known}).headers
     many = small.running.post(COMPLETIONS, {**GREEDY, "prompt": "x", **{f"z{n}": 1 for n in range(50)}})
     assert len(many.headers["x-ignored-fields"].split(", ")) == MAX_NAMED
     for fields in ({"temprature": 1}, {"stream": True, "stream_options": {"zzz": 2}}):
@@ -128,7 +126,21 @@ def test_a_prompt_is_cut_to_its_last_tokens(codec: Codec) -> None:
     assert completion(parser, truncate_prompt_tokens=3).choices[0].request.prompt == ids[-3:]
     long = completion(parser, prompt=list(range(60)), truncate_prompt_tokens=-1, max_tokens=5)
     assert long.choices[0].request.prompt == tuple(range(33, 60))
+    by_default = completion(parser, prompt=list(range(60)), truncate_prompt_tokens=-1).choices[0].request
+    assert (by_default.prompt, by_default.max_tokens) == (tuple(range(44, 60)), DEFAULT_MAX_TOKENS)
+    many = [{"role": "user", "content": PROMPT * 20}]
+    for fields, max_tokens in (({"max_completion_tokens": 9}, 9), ({"max_tokens": 9}, 9), ({}, 1)):
+        asked = chat(parser, many, truncate_prompt_tokens=-1, **fields).choices[0].request
+        assert (len(asked.prompt), asked.max_tokens) == (32 - max_tokens, max_tokens)
     assert chat(parser, [USER], truncate_prompt_tokens=2).num_prompt_tokens == 2
+
+
+def test_of_a_prompt_that_is_cut_only_what_is_left_is_said_again(small: Served) -> None:
+    body = {**GREEDY, "prompt": PROMPT, "max_tokens": 0, "echo": True, "logprobs": 1, "truncate_prompt_tokens": 3}
+    (choice,) = small.running.post(COMPLETIONS, body).json()["choices"]
+    left = small.codec.encode(PROMPT)[-3:]
+    assert choice["text"] == small.codec.decode(left)
+    assert choice["logprobs"]["text_offset"] == small.codec.offsets_of(left, choice["text"])
 
 
 def test_special_tokens_before_a_prompt_can_be_left_out(codec: Codec) -> None:

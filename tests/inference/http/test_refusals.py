@@ -66,6 +66,8 @@ WITH_IMAGE = {"messages": [{"role": "user", "content": [{"type": "image_url", "i
         (COMPLETIONS, {"prompt": "x", "allowed_token_ids": []}, 400, "allowed_token_ids", "at least one token"),
         (COMPLETIONS, {"prompt": "x", "allowed_token_ids": [-1]}, 400, "allowed_token_ids", "must be from 0 to"),
         (COMPLETIONS, {"prompt": "x", "bad_words": [""]}, 400, "bad_words", "from 1 to 256 characters"),
+        (COMPLETIONS, {"prompt": "x", "bad_words": ["\ud800"]}, 400, "bad_words", "surrogate"),
+        (COMPLETIONS, {"prompt": "x", "logit_bias": {"5": 10**400}}, 400, "logit_bias", "a bias from -100 to 100"),
         (COMPLETIONS, {"prompt": "x", "stream_options": {}}, 400, "stream_options", "only for stream"),
         (CHATS, {}, 400, "messages", "Field required"),
         (CHATS, {"messages": []}, 400, "messages", "at least 1 item"),
@@ -120,6 +122,30 @@ def test_a_body_that_is_no_request_is_an_error_and_no_failure(
     answer = plain.post(COMPLETIONS, content=content, headers=headers)
     assert (answer.status_code, answer.json()["error"]["type"]) == (status, "invalid_request_error")
     assert words in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("field", ["chat_template_kwargs", "guided_json", "tools"])
+def test_values_that_are_nested_too_deeply_are_an_error_of_the_body(plain: Running, field: str) -> None:
+    """Prevents: a failure of the server by what nobody has thought of."""
+    deep: Any = {}
+    for _ in range(500):
+        deep = {"x": deep}
+    value = [{**TOOL, "more": deep}] if field == "tools" else deep
+    answer = plain.post(CHATS, {**HELLO, "model": MODEL, "max_tokens": 1, field: value})
+    assert answer.status_code in (200, 400), answer.text
+    assert answer.status_code == 200 or answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(("error", "status"), [(RecursionError(), 400), (ValueError("odd"), 400), (KeyError("x"), 500)])
+def test_a_body_that_its_parser_fails_on_is_an_error_that_clients_read(
+    plain: Running, error: Exception, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("yafsdp_like.inference.http.protocol.RequestParser.read_sent", fail)
+    answer = plain.post(COMPLETIONS, {"model": MODEL, "prompt": "x"})
+    assert (answer.status_code, "message" in answer.json()["error"]) == (status, True)
 
 
 def test_a_body_that_does_not_say_how_long_it_is_is_cut_short_too(plain: Running) -> None:

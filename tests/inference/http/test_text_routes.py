@@ -1,5 +1,6 @@
 """/tokenize, /detokenize, embeddings and responses, as clients ask for them."""
 
+import json
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from tests.inference.http.servers import (
     CHATS,
     GREEDY,
+    JSON,
     MODEL,
     PROMPT,
     Running,
@@ -48,7 +50,14 @@ def test_texts_become_tokens_and_tokens_texts(small: Served, named: bool) -> Non
         ("/detokenize", {"tokens": "x"}, 400, "tokens"),
         ("/detokenize", {"tokens": [10**6]}, 400, "tokens"),
         ("/detokenize", {"model": "other", "tokens": [1]}, 404, "model"),
-        ("/v1/embeddings", {"model": MODEL}, 400, "prompt"),
+        ("/tokenize", {"prompt": ["x", "y"]}, 400, "prompt"),
+        ("/v1/embeddings", {"model": MODEL}, 400, "input"),
+        ("/v1/embeddings", {"model": MODEL, "input": []}, 400, "input"),
+        ("/v1/embeddings", {"model": MODEL, "input": "fox " * 300}, 400, "input"),
+        ("/v1/embeddings", {"model": MODEL, "input": ["x"] * 17}, 400, "input"),
+        ("/v1/embeddings", {"model": MODEL, "input": "x", "n": 2}, 400, "n"),
+        ("/v1/embeddings", {"model": MODEL, "input": "x", "echo": True}, 400, "echo"),
+        ("/v1/embeddings", {"model": MODEL, "prompt": "x"}, 400, "prompt"),
         ("/v1/embeddings", {"model": MODEL, "input": "x", "encoding_format": "hex"}, 400, "encoding_format"),
         ("/v1/embeddings", {"model": MODEL, "input": "x", "dimensions": 8}, 400, "dimensions"),
         ("/v1/responses", {"model": MODEL}, 400, "input"),
@@ -56,12 +65,20 @@ def test_texts_become_tokens_and_tokens_texts(small: Served, named: bool) -> Non
         ("/v1/responses", {"model": MODEL, "input": [{"type": "computer_call"}]}, 400, "input"),
         ("/v1/responses", {"model": MODEL, "input": "x", "background": True}, 400, "background"),
         ("/v1/responses", {"model": "other", "input": "x"}, 404, "model"),
+        ("/v1/responses", {"model": MODEL, "input": "x", "n": 2}, 400, "n"),
+        ("/v1/responses", {"model": MODEL, "input": "x", "max_tokens": 2}, 400, "max_tokens"),
+        ("/v1/responses", {"model": MODEL, "input": "x", "return_token_ids": True}, 400, "return_token_ids"),
+        ("/v1/responses", {"model": MODEL, "input": "x", "user": "\ud800"}, 400, "user"),
+        ("/v1/responses", {"model": MODEL, "input": "x", "user": 5}, 400, "user"),
+        ("/v1/responses", {"model": MODEL, "input": "x", "metadata": {"x": "\ud800"}}, 400, "metadata"),
+        ("/v1/responses", {"model": MODEL, "input": "x", "metadata": {"x": 5}}, 400, "metadata"),
+        ("/v1/responses", {"model": MODEL, "input": "x", "metadata": []}, 400, "metadata"),
     ],
 )
 def test_what_these_routes_cannot_do_is_refused_by_name(
     plain: Running, path: str, body: Any, status: int, param: str | None
 ) -> None:
-    answer = plain.post(path, body)
+    answer = plain.post(path, content=json.dumps(body), headers=JSON)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
 
 
@@ -90,7 +107,10 @@ def test_a_response_is_the_text_of_the_same_chat(small: Served) -> None:
     whole = small.client.responses.create(input="Hi", **asked)
     assert (whole.output_text, whole.instructions) == (text, "Brief.")
     is_cut = chat["choices"][0]["finish_reason"] == "length"
-    assert whole.status == ("incomplete" if is_cut else "completed")
+    status = "incomplete" if is_cut else "completed"
+    assert (whole.status, whole.output[0].status) == (status, status)
+    one: Any = small.client.responses.create(input="Hi", **{**asked, "max_output_tokens": 1})
+    assert (one.status, one.output[0].status) == ("incomplete", "incomplete")
     assert whole.usage is not None and whole.usage.total_tokens == chat["usage"]["total_tokens"]
     parts: Any = [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}]
     assert small.client.responses.create(input=parts, **asked).output_text == text

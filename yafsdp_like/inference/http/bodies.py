@@ -79,7 +79,7 @@ def _as_biases(value: Any) -> dict[int, float]:
     if value is None:
         return {}
     if isinstance(value, dict) and len(value) <= MAX_BIASES:
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
             biases = {int(token): bias + 0.0 for token, bias in value.items()}
             if all(abs(bias) <= MAX_BIAS for bias in biases.values()):
                 return biases

@@ -172,11 +172,12 @@ class RequestParser:
     def completion(self, body: CompletionBody, arrival: float | None = None) -> ParsedRequest:
         """Raises ApiError for what is not served."""
         self._check(body, len(body.prompt))
-        prompts = [self._prompt(body, prompt) for prompt in body.prompt]
-        max_tokens = [self._max_tokens("prompt", prompt, body.max_tokens, DEFAULT_MAX_TOKENS) for prompt in prompts]
+        asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        prompts = [self._cut(body, self._prompt(body, prompt), asked) for prompt in body.prompt]
+        max_tokens = [self._max_tokens("prompt", prompt, asked) for prompt in prompts]
         format = CompletionFormat(
             self._codec,
-            self._echoes(body),
+            self._echoes(body, prompts),
             has_logprobs=body.logprobs is not None,
             has_ids=bool(body.return_token_ids),
             has_echo=bool(body.echo),
@@ -190,9 +191,9 @@ class RequestParser:
         self._check(body, 1)
         tool_format, conversation = self._tool_format(body), self._conversation(body)
         self._probe("messages", *conversation.texts)
-        prompt = self._cut(body, self._ids("messages", self._codec.encode_chat, conversation))
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        max_tokens = self._max_tokens("messages", prompt, asked, self._options.max_seq_len)
+        prompt = self._cut(body, self._ids("messages", self._codec.encode_chat, conversation), asked or 1)
+        max_tokens = self._max_tokens("messages", prompt, self._options.max_seq_len if asked is None else asked)
         has_prompt_logprobs = body.prompt_logprobs is not None
         format = ChatFormat(self._codec, bool(body.logprobs), bool(body.return_token_ids), has_prompt_logprobs)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -250,9 +251,9 @@ class RequestParser:
             encode = self._codec.encode
             if body.add_special_tokens is False:
                 encode = partial(encode, add_special_tokens=False)
-            return self._cut(body, self._ids("prompt", encode, prompt))
+            return self._ids("prompt", encode, prompt)
         self.check_ids("prompt", prompt)
-        return self._cut(body, tuple(prompt))
+        return tuple(prompt)
 
     def check_ids(self, param: str, ids: Collection[int]) -> None:
         """Raises ApiError for tokens that are not in the vocabulary."""
@@ -266,8 +267,9 @@ class RequestParser:
         for param in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
             self.check_ids(param, getattr(body, param) or ())
         allowed = None if body.allowed_token_ids is None else tuple(body.allowed_token_ids)
+        encode = partial(self._codec.encode, add_special_tokens=False)
         words = dict.fromkeys(
-            self._codec.encode(text, add_special_tokens=False)  # at a text's beginning, or behind another word
+            self._ids("bad_words", encode, text)  # at a text's beginning, or behind another word
             for word in body.bad_words or ()
             for text in (word, " " + word.lstrip())
         )
@@ -298,12 +300,11 @@ class RequestParser:
         except ValueError as error:
             raise invalid(param, str(error)) from error
 
-    def _cut(self, body: AnyBody, prompt: tuple[int, ...]) -> tuple[int, ...]:
-        """Leave only the last tokens of a prompt, as many as ``truncate_prompt_tokens`` says."""
+    def _cut(self, body: AnyBody, prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
+        """Leave only the last tokens of a prompt, as many as ``truncate_prompt_tokens`` says; -1: beside an answer."""
         most = body.truncate_prompt_tokens
         if most == -1:
-            most = self._options.max_seq_len - max(1, body.max_tokens or 1)
-            most = max(1, most)
+            most = max(1, self._options.max_seq_len - max(1, max_tokens))
         return prompt if most is None else prompt[-most:]
 
     def _probe(self, param: str, *texts: str) -> None:
@@ -331,21 +332,24 @@ class RequestParser:
             raise invalid(param, "must give at least one token, found none")
         return ids
 
-    def _echoes(self, body: CompletionBody) -> tuple[str, ...]:
-        """Of each choice."""
+    def _echoes(self, body: CompletionBody, prompts: Sequence[tuple[int, ...]]) -> tuple[str, ...]:
+        """What is said again of each choice's prompt: its text, or that of its tokens if it is cut or was sent so."""
         if not body.echo:
             return ("",) * (len(body.prompt) * body.num_each)
-        said = [prompt if isinstance(prompt, str) else self._codec.decode(prompt) for prompt in body.prompt]
+        said = [
+            sent if isinstance(sent, str) and body.truncate_prompt_tokens is None else self._codec.decode(prompt)
+            for sent, prompt in zip(body.prompt, prompts, strict=True)
+        ]
         if (length := sum(map(len, said)) * body.num_each) > MAX_ECHOED_CHARACTERS:
             raise invalid("echo", f"at most {MAX_ECHOED_CHARACTERS} characters are said again, found {length}; lower n")
         return tuple(text for text in said for _ in range(body.num_each))
 
-    def _max_tokens(self, param: str, prompt: Sequence[int], asked: int | None, default: int) -> int:
-        """Tokens to generate after a prompt: of what was asked for, or else of the default, as much as fits."""
+    def _max_tokens(self, param: str, prompt: Sequence[int], asked: int) -> int:
+        """Tokens to generate after a prompt: of what was asked for as much as fits."""
         room = self._options.max_seq_len - len(prompt)
         if room < 1:
             raise too_long(param, f"{len(prompt)} tokens, and 1 to generate", self._options.max_seq_len)
-        return max(1, min(default if asked is None else asked, room))
+        return max(1, min(asked, room))
 
     def _parse(
         self,

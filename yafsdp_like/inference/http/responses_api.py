@@ -5,6 +5,7 @@ Owns how its bodies become chats, and its answers. Nothing is stored: a conversa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -25,13 +26,28 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "conversation": (None,),
     "include": (None, []),
     "max_tool_calls": (None,),
+    "n": (None, 1),
     "previous_response_id": (None,),
     "prompt": (None,),
     "tool_choice": (None, "auto", "none"),
     "tools": (None, []),
+    "top_logprobs": (None, 0),
     "truncation": (None, "disabled"),
 }
 WORDS = {"previous_response_id": NOT_STORED, "conversation": NOT_STORED, "prompt": NOT_STORED}
+MAX_METADATA = 16
+TOLD = "instructions", "max_output_tokens", "temperature", "top_p", "user"
+# Of a chat's fields those that mean something here: others have another name, or no place in the answer.
+_SHARED = {
+    *("model", "stream", "stream_options", "temperature", "top_p", "user", "metadata", "store", "service_tier"),
+    *("safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"),
+    # Beyond OpenAI's.
+    *("seed", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop"),
+    *("ignore_eos", "stop_token_ids", "skip_special_tokens", "include_stop_str_in_output", "min_tokens", "bad_words"),
+    *("allowed_token_ids", "truncate_prompt_tokens", "cache_salt", "priority", "chat_template_kwargs"),
+    *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+}
+CHAT_ONLY = frozenset(ChatBody.model_fields) - _SHARED
 
 
 def read_response(catalog: Catalog, raw: bytes, arrival: float) -> ParsedRequest:
@@ -39,10 +55,26 @@ def read_response(catalog: Catalog, raw: bytes, arrival: float) -> ParsedRequest
     sent = catalog.parse(raw)
     if not isinstance(sent, dict):
         raise no_object()
+    _check_told(sent)
     parsed = catalog.parser_of(sent).read_sent(ChatBody, _as_chat(sent), arrival)
-    told = {name: sent.get(name) for name in ("instructions", "max_output_tokens", "temperature", "top_p", "user")}
+    told = {name: sent.get(name) for name in TOLD}
     format = ResponsesFormat(parsed.format.codec, {**told, "metadata": sent.get("metadata") or {}})
     return replace(parsed, id=f"resp_{parsed.id.removeprefix('chatcmpl-')}", format=format)
+
+
+def _check_told(sent: dict[str, Any]) -> None:
+    """Raises ApiError for what cannot be said again in the answer; what else it must be a chat's fields say."""
+    if not isinstance(user := sent.get("user"), str | None):
+        raise invalid("user", f"expected a string, found {shorten(user)}")
+    metadata = sent.get("metadata")
+    is_dict = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if metadata is not None and not (is_dict and len(metadata) <= MAX_METADATA):
+        raise invalid("metadata", f"expected at most {MAX_METADATA} strings by name, found {shorten(metadata)}")
+    for name in ("instructions", "user", "metadata"):
+        try:
+            json.dumps(sent.get(name), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise invalid(name, "must be Unicode, found half a surrogate pair") from None
 
 
 def _as_chat(sent: dict[str, Any]) -> dict[str, Any]:
@@ -52,6 +84,9 @@ def _as_chat(sent: dict[str, Any]) -> dict[str, Any]:
             raise invalid(name, WORDS.get(name, "is not supported; leave it out"), UNSUPPORTED)
     if "messages" in sent:
         raise invalid("messages", "is called input here")
+    for name, value in sent.items():
+        if name in CHAT_ONLY and name not in NEUTRAL and value is not None:
+            raise invalid(name, "is a field of chats, not of responses; leave it out", UNSUPPORTED)
     chat = {RENAMED.get(name, name): value for name, value in sent.items() if name not in NEUTRAL}
     given, instructions, text = chat.pop("input", None), chat.pop("instructions", None), chat.pop("text", None)
     if not isinstance(given, str | list) or not given:
@@ -102,7 +137,7 @@ class ResponsesFormat:
     def body(self, parsed: ParsedRequest) -> dict[str, Any]:
         """Return the whole response."""
         (choice,) = parsed.choices
-        return self._response(parsed, [self._item(parsed, choice.text, "completed")], choice)
+        return self._response(parsed, [self._item(parsed, choice.text, _status(choice))], choice)
 
     def opening_events(self, parsed: ParsedRequest) -> Iterator[dict[str, Any]]:
         """Yield what comes before any text."""
@@ -122,7 +157,7 @@ class ResponsesFormat:
     def closing_events(self, parsed: ParsedRequest) -> Iterator[dict[str, Any]]:
         """Yield all of the text again, and the whole response."""
         (choice,) = parsed.choices
-        item = self._item(parsed, choice.text, "completed")
+        item = self._item(parsed, choice.text, _status(choice))
         yield self._of_part(parsed, "response.output_text.done", text=choice.text, logprobs=[])
         yield self._of_part(parsed, "response.content_part.done", part=_text_part(choice.text))
         yield self._event("response.output_item.done", output_index=0, item=item)
@@ -144,14 +179,14 @@ class ResponsesFormat:
     def _response(
         self, parsed: ParsedRequest, output: list[dict[str, Any]], ended: Choice | None = None
     ) -> dict[str, Any]:
-        is_cut = ended is not None and ended.transcript.finish is FinishReason.LENGTH
+        status = "in_progress" if ended is None else _status(ended)
         return {
             "id": parsed.id,
             "object": "response",
             "created_at": parsed.created,
-            "status": "in_progress" if ended is None else "incomplete" if is_cut else "completed",
+            "status": status,
             "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "model": parsed.model,
             "output": output,
             "parallel_tool_calls": True,
@@ -164,6 +199,10 @@ class ResponsesFormat:
             "usage": None if ended is None else _usage(parsed),
             **self.told,
         }
+
+
+def _status(ended: Choice) -> str:
+    return "incomplete" if ended.transcript.finish is FinishReason.LENGTH else "completed"
 
 
 def _item_id(parsed: ParsedRequest) -> str:

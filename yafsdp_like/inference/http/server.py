@@ -127,7 +127,7 @@ class OpenAIHandler:
                 raise ApiError(408, words, code="body_too_slow", headers={"connection": "close"}) from None
             arrival, sent = time.monotonic(), bytes(raw)
             async with until_deadline(None if self.options.timeout_s is None else arrival + self.options.timeout_s):
-                reading = self.pool.read(sent, lambda: function(sent, arrival))
+                reading = self.pool.read(sent, lambda: _understand(function, sent, arrival))
                 return await _cancel_on_disconnect(reading, http.receive)
 
     async def _open(self, parsed: ParsedRequest) -> Stream:
@@ -194,6 +194,20 @@ class OpenAIHandler:
         except Exception as error:
             yield _line(_bug(error).body())
         yield b"data: [DONE]\n\n"
+
+
+def _understand(function: Callable[[bytes, float], T], sent: bytes, arrival: float) -> T:
+    """What it makes of a body. Raises ApiError, also for values that nobody has thought of."""
+    try:
+        return function(sent, arrival)
+    except ApiError:
+        raise
+    except (ValueError, ArithmeticError, RecursionError) as error:  # which values cause
+        logger.error("a body is not understood", exc_info=error)
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ApiError(400, f"the body: {why}") from error
+    except Exception as error:
+        raise _bug(error) from error
 
 
 async def _cancel_on_disconnect(doing: Coroutine[Any, Any, T], receive: Receive) -> T:

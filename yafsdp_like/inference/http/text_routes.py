@@ -19,13 +19,17 @@ from fastapi.responses import JSONResponse, Response
 
 from yafsdp_like.inference.http.bodies import ChatBody, CompletionBody
 from yafsdp_like.inference.http.catalog import Catalog
-from yafsdp_like.inference.http.errors import UNSUPPORTED, invalid, no_object
+from yafsdp_like.inference.http.errors import UNSUPPORTED, ApiError, invalid, no_object
 from yafsdp_like.inference.http.foreign_fields import header_of
 from yafsdp_like.inference.http.responses import ParsedRequest
 from yafsdp_like.inference.http.responses_api import read_response
 
 T = TypeVar("T")
 ENCODINGS = "float", "base64"
+ONE_TOKEN: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0}  # which nobody is told
+# Of a completion's fields those that mean something for embeddings.
+_SHARED = {"model", "user", "cache_salt", "priority", "truncate_prompt_tokens", "add_special_tokens"}
+COMPLETION_ONLY = frozenset(CompletionBody.model_fields) - _SHARED
 
 
 class BodyHandler(Protocol):
@@ -80,7 +84,10 @@ def _tokenize(catalog: Catalog, raw: bytes) -> dict[str, Any]:
     names_tokens = bool(sent.pop("return_token_strs", False))
     kind = ChatBody if "messages" in sent else CompletionBody
     parser = catalog.parser_of(sent)
-    ids = parser.read_sent(kind, sent).choices[0].request.prompt
+    choices = parser.read_sent(kind, sent).choices
+    if len(choices) > 1:
+        raise invalid("prompt", f"expected one text to cut into tokens, found {len(choices)}")
+    ids = choices[0].request.prompt
     told = {"count": len(ids), "max_model_len": parser.options.max_seq_len, "tokens": list(ids)}
     return {**told, "token_strs": list(map(parser.codec.name_of, ids)) if names_tokens else None}
 
@@ -103,9 +110,19 @@ def _parse_inputs(catalog: Catalog, raw: bytes, arrival: float) -> tuple[ParsedR
         raise invalid("encoding_format", f"must be one of {', '.join(ENCODINGS)}")
     if sent.pop("dimensions", None) is not None:
         raise invalid("dimensions", "vectors are as long as the model's hidden states; leave it out", UNSUPPORTED)
-    prompt = sent.pop("input", None)
-    try_as = {**sent, "prompt": prompt, "max_tokens": 1, "temperature": 0.0}
-    parsed = catalog.parser_of(sent).read_sent(CompletionBody, try_as, arrival)
+    for name, value in sent.items():
+        if name in COMPLETION_ONLY and value is not None:
+            raise invalid(name, "is a field of completions, not of embeddings; leave it out", UNSUPPORTED)
+    as_completion = {name: value for name, value in sent.items() if name not in COMPLETION_ONLY}
+    if "input" in as_completion:
+        as_completion["prompt"] = as_completion.pop("input")
+    try:
+        parsed = catalog.parser_of(sent).read_sent(CompletionBody, {**as_completion, **ONE_TOKEN}, arrival)
+    except ApiError as error:
+        if error.param not in ("prompt", "n"):
+            raise
+        words = error.detail.removeprefix(f"{error.param}: ")
+        raise ApiError(error.status_code, f"input: {words}", param="input", code=error.code) from error
     choices = [replace(each, request=replace(each.request, has_hidden=True)) for each in parsed.choices]
     return replace(parsed, choices=tuple(choices)), encoding
 
