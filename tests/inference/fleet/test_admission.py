@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.inference.fleet.test_schedule import TARGETS, Play, job, play, spec
 from yafsdp_like.inference.fleet.admission import MIN_WAIT_S
+from yafsdp_like.inference.fleet.queues import UNKNOWN_TOKENS
 from yafsdp_like.inference.fleet.reader import Targets
 from yafsdp_like.inference.fleet.routing import DeviceView, route
 from yafsdp_like.inference.fleet.schedule import ScheduleOptions, TokenScheduler
@@ -38,6 +39,17 @@ def test_prompts_that_leave_no_time_are_refused_and_so_is_a_full_batch() -> None
     assert scheduler.arrived(job(2, "m1", 1), 0.0) is not None, "another model's prompts would wait as long"
     full = TokenScheduler({"m0": spec(max_batch=2)}, LIMITED)
     assert [full.arrived(job(number, "m0"), 0.0) is None for number in range(3)] == [True, True, False]
+
+
+def test_a_prompt_that_is_too_long_itself_is_said_to_be_and_may_come_once_nothing_is_under_way() -> None:
+    slow = spec(lines=StepLines(0.01, 0.0, 0.0, 0.0, 0.01))
+    scheduler = TokenScheduler({"m0": slow, "m1": spec()}, LIMITED)
+    assert scheduler.arrived(job(0, "m1", 1), 0.0) is None
+    refusal = scheduler.arrived(job(1, "m0", 500), 0.0)
+    assert refusal is not None and "its own prompt and the switch to its model take 5.1 s" in refusal.reason
+    assert refusal.retry_after_s == pytest.approx(UNKNOWN_TOKENS * TARGETS.tpot_s)
+    scheduler.ended("m1", "0")
+    assert scheduler.arrived(job(1, "m0", 500), 0.0) is None
 
 
 def test_a_step_that_is_longer_than_the_pace_is_refused() -> None:

@@ -53,9 +53,17 @@ def refusal(job: Job, working: Sequence[ModelQueue], queue: ModelQueue, limit: f
         wait_s = _until(others, sum(loads) + own - limit, round_s)
         return Refusal(f"models under way would take {sum(loads) + own:.0%} of the device", wait_s)
     prefill_s = sum(other.prefill_s(other.waiting.values()) + other.switch_s for other in others if other.waiting)
-    own_s = queue.switch_s + queue.prefill_s(queue.waiting.values()) + queue.times.prefill_s(job.num_prompt_tokens)
-    if (prefill_s + own_s) > queue.targets.ttft_s * limit:
-        return Refusal(f"prompts that wait take {prefill_s:.1f} s", max(MIN_WAIT_S, prefill_s))
+    prefill_s += queue.prefill_s(queue.waiting.values())
+    own_s, most_s = queue.switch_s + queue.times.prefill_s(job.num_prompt_tokens), queue.targets.ttft_s * limit
+    if own_s > most_s:  # until nothing is under way
+        words = (
+            f"its own prompt and the switch to its model take {own_s:.1f} s, of a ttft of {queue.targets.ttft_s:.1f} s"
+        )
+        return Refusal(words, max(MIN_WAIT_S, *(_ends_in_s(other) for other in working)))
+    if prefill_s + own_s > most_s:
+        return Refusal(
+            f"prompts that wait take {prefill_s:.1f} s, and its own {own_s:.1f} s", max(MIN_WAIT_S, prefill_s)
+        )
     return None
 
 
