@@ -30,6 +30,7 @@ from tests.inference.pool.test_model_pool import (
 )
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request
 from yafsdp_like.inference.fleet.reader import Targets
+from yafsdp_like.inference.fleet.times import LearnedTimes, StepLines
 from yafsdp_like.inference.options import EngineOptions, PoolOptions
 from yafsdp_like.inference.pool.plan import plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool
@@ -38,6 +39,9 @@ from yafsdp_like.inference.weights.loading import model_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from yafsdp_like.inference.engine.request import RequestOutput
+    from yafsdp_like.inference.fleet.queues import ModelQueue
 
 TARGETS = {name: Targets(100.0, 10.0) for name in CONFIGS}  # that a slow machine keeps, too
 
@@ -211,6 +215,72 @@ def test_models_have_no_turn_before_they_are_loaded_and_leave_the_books_where_th
     assert {name for name, reason in reasons.items() if reason is FinishReason.LENGTH} == {"plain", "wide, tied"}
     assert reasons["windows"] is FinishReason.FAILED
     assert not any(queue.has_work for queue in pool.turns.scheduler.queues.values())
+
+
+def timed(pool: ModelPool, name: str, wake_s: float = 0.0) -> ModelQueue:
+    """Have a model's steps take 5 ms where they decode and 10 ms a token of prompts, which its scheduler must learn."""
+    clock, queue, engine = pool.turns._clock, pool.turns.scheduler.queues[name], pool.engine(name)
+    queue.times = LearnedTimes(StepLines(0.001, prefill_row_s=0.002))
+    step, wake_up, log = engine.step, pool.wake_up, engine.step_log
+
+    def timed_step() -> list[RequestOutput]:
+        num_steps, num_prompt_tokens = log.num_steps, log.num_prompt_tokens
+        outputs = step()
+        if log.num_steps > num_steps:
+            clock.now += 0.01 * (log.num_prompt_tokens - num_prompt_tokens) or 0.005
+        return outputs
+
+    def timed_wake_up(name: str) -> None:
+        clock.now += wake_s
+        wake_up(name)
+
+    engine.step, pool.wake_up = timed_step, timed_wake_up
+    return queue
+
+
+def test_parts_of_prompts_and_cached_ones_teach_right_times() -> None:
+    """Prompts of three parts, alone, beside a request that decodes, and found in the cache but for the last part."""
+    pool = slack_pool(LARGE, tick_s=0.0)
+    queue, text = timed(pool, "plain"), tuple(range(1, 46))
+    for number, prompt in enumerate([text, text[::-1], (*text[:30], *text[:15]), text]):
+        pool.add("plain", Request(str(number), prompt, max_tokens=15))
+        for _ in range(6):
+            pool.step()
+    assert ("plain", "3") in served(pool)
+    assert pool.engine("plain").metrics().num_tokens_cached > 0 < pool.engine("plain").metrics().num_chunks
+    assert queue.times._counts["decode"] > 3 and queue.times._counts["prefill"] > 3
+    assert (queue.times.decode_scale, queue.times.prefill_scale) == (pytest.approx(5), pytest.approx(5))
+
+
+def test_the_time_of_a_prompt_is_not_that_of_the_switch_before_it() -> None:
+    pool = slack_pool(LARGE, tick_s=0.0)
+    queue = timed(pool, "plain", wake_s=0.25)
+    queue.times.decode_scale = queue.times.prefill_scale = 5.0
+    queue.switch_s = 0.25
+    pool.add("plain", Request("0", tuple(range(1, 46)), max_tokens=4))
+    assert list(served(pool)) == [("plain", "0")]
+    assert queue.switch_s == pytest.approx(0.25) and [switch.model for switch in pool.switches] == ["plain"]
+
+
+def test_a_model_that_idled_since_it_was_woken_for_nothing_has_not_switched_meanwhile() -> None:
+    pool = slack_pool(LARGE)
+    pool.add("plain", Request("0", (1, 2, 3), max_tokens=4))
+    assert pool.step() == [] and pool.is_awake("plain")
+    pool.cancel("plain", "0")
+    assert [output.finish for _, output in pool.step()] == [FinishReason.CANCELLED]
+    pool.turns._clock.now += 600.0
+    pool.add("plain", Request("1", (1, 2, 3), max_tokens=4))
+    assert list(served(pool)) == [("plain", "1")]
+    assert pool.turns.scheduler.queues["plain"].switch_s < 1.0
+
+
+def test_a_model_whose_last_request_has_just_been_cancelled_is_not_woken() -> None:
+    pool = slack_pool()
+    pool.add("plain", Request("0", (1, 2, 3), max_tokens=4))
+    pool.cancel("plain", "0")
+    assert [output.finish for _, output in pool.step()] == [FinishReason.CANCELLED]
+    assert not pool.switches and not pool.is_awake("plain")
+    check_idle(pool)
 
 
 def until_stopped(pool: ModelPool) -> None:

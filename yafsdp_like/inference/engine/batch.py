@@ -147,6 +147,11 @@ class Batch:
         return sum(run.num_tokens == 1 for run in self.runs)
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of runs of more than one, which come last: parts of prompts, and of what is computed again."""
+        return self.num_tokens - self.num_single if self.runs and self.runs[-1].num_tokens > 1 else 0
+
+    @property
     def adapter_slots(self) -> set[int]:
         """Numbers of the slots of adapters that the step reads; without any it is the model's as it is."""
         return {run.sequence.adapter_slot for run in self.runs} - {0}

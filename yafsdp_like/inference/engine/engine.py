@@ -124,7 +124,7 @@ class Engine:
         self._unread: tuple[Batch, Launched] | None = None
         self._read_early: list[RequestOutput] = []  # while a step was launched
         self._num_steps = 0
-        self._log, self._waited_s = StepLog(self._runner.timer), 0.0
+        self.step_log, self._waited_s = StepLog(self._runner.timer), 0.0
         check = self.check_integrity if make_room is nobody_else else self.check_sequences
         self._debug = StepDebugger(weights, places, self._sequences, check) if options.is_debugged else None
 
@@ -275,9 +275,9 @@ class Engine:
         if not self.options.lookahead:
             outputs += self._read()
         if launched is not None:
-            self._log.add_cpu(time.perf_counter() - begin - self._waited_s, mixed=batch.runs[-1].num_tokens > 1)
+            self.step_log.add_cpu(time.perf_counter() - begin - self._waited_s, mixed=batch.runs[-1].num_tokens > 1)
         if not self.has_work:
-            self._log.pause()
+            self.step_log.pause()
         return outputs
 
     def _issue(self, batch: Batch) -> Launched | None:
@@ -302,7 +302,7 @@ class Engine:
         outputs = self._read()
         self._scheduler.suspend(slabs)
         self._copy_pages()
-        self._log.pause()
+        self.step_log.pause()
         return outputs
 
     def forget_prefixes(self) -> None:
@@ -390,7 +390,7 @@ class Engine:
         begin = time.perf_counter()
         self._runner.wait(launched)
         self._waited_s += time.perf_counter() - begin
-        step_s = self._log.add_device(launched.began, launched.done)
+        step_s = self.step_log.add_device(launched.began, launched.done, batch.num_prompt_tokens)
         if self._times is not None and self.tp_group is None:  # clocks of several ranks differ
             self._times.learn(batch.num_tokens, batch.num_single, step_s)
         if launched.scored is not None:
@@ -429,7 +429,7 @@ class Engine:
             host_kv_nbytes=0 if host is None else host.grid.num_slabs * host.grid.slab_nbytes,
             num_adapters_woken=self.adapters.num_woken,
             recordings_nbytes=self._runner.recordings_nbytes,
-            **vars(self._log.figures()),
+            **vars(self.step_log.figures()),
         )
 
     def occupancy(self) -> list[Stretch]:

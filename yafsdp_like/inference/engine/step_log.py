@@ -41,15 +41,19 @@ class StepLog:
     def __init__(self, timer: Timer) -> None:
         self._timer = timer
         self._busy_s = self._waiting_s = 0.0
+        self.num_steps = self.num_prompt_tokens = 0  # of steps that are done, since the start
         self._last_done: Event | None = None  # of the step before, if there was work since
         self._device_s: deque[tuple[float, float]] = deque(maxlen=NUM_KEPT)  # busy, and waiting before it
         self._cpu_s: dict[bool, deque[float]] = {mixed: deque(maxlen=NUM_KEPT) for mixed in (False, True)}
 
-    def add_device(self, began: Event, done: Event) -> float:
+    def add_device(self, began: Event, done: Event, num_prompt_tokens: int = 0) -> float:
         """Add the device's time of a step that is done, and return the seconds since the one before was.
 
-        Of the first step after there was nothing to do it is the time of the step alone.
+        Of the first step after there was nothing to do it is the time of the step alone. ``num_prompt_tokens``: how
+        many tokens of prompts it computed.
         """
+        self.num_steps += 1
+        self.num_prompt_tokens += num_prompt_tokens
         busy_s = self._timer.seconds(began, done)
         waiting_s = 0.0 if self._last_done is None else max(0.0, self._timer.seconds(self._last_done, began))
         self._busy_s += busy_s

@@ -112,6 +112,10 @@ class ModelQueue:
         num_keys = sum(request.num_keys for request in self.running.values())
         return self.times.decode_s(num_rows, num_keys)
 
+    def mixed_step_s(self, num_prompt_tokens: int) -> float:
+        """Return the seconds of a step that computes so many tokens of prompts, or only decodes."""
+        return self.times.prefill_s(num_prompt_tokens) if num_prompt_tokens else self.step_s
+
     @property
     def load(self) -> float:
         """The share of a device that decoding at the pace of the readers takes."""

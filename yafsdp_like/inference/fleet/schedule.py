@@ -1,7 +1,8 @@
 """Which model of a device runs next, for how many steps, what is prefetched, and who is refused.
 
-A pure object: it is told of arrivals, steps, switches and ends with their times, and asked for the next turn. A server
-and a simulator make the same calls, so that they decide alike.
+A pure object: it is told of arrivals, steps, switches and ends with their times, and asked for the next turn. Servers
+and simulators ask it alike; a server, whose steps may decode and compute parts of prompts at once, tells it of a step
+with ``drew`` and ``spent``, a simulator, which does one thing at a time, with ``prefilled`` and ``decoded``.
 
 [Note: turns of models]
 Only one model computes at a time, and changing it costs what copying its weights takes beyond what a prefetch hides. A
@@ -162,24 +163,25 @@ class TokenScheduler:
             request.reader.deliver(began + spacing_s, num_steps, spacing_s)
         self.spent(model, num_steps)
 
-    def drew(self, model: str, request_ids: Iterable[str], began: float, ended: float) -> None:
+    def drew(
+        self, model: str, request_ids: Collection[str], began: float, ended: float, num_prompt_tokens: int = 0
+    ) -> None:
         """Take one token of each of these requests, from a step that may have decoded and computed prompts at once.
 
-        A step of no time says nothing of times.
+        ``num_prompt_tokens``: those that the step computed, whether their prompts are complete with it or not. A step
+        of no time says nothing of times.
         """
-        queue = self.queues[model]
-        num_keys = sum(request.num_keys for request in queue.running.values())
-        num_running, num_prompt_tokens = len(queue.running), 0
+        queue, num_keys = self.queues[model], 0
         for request_id in request_ids:
             request = queue.find(request_id)
+            num_keys += request.num_keys
             request.reader.deliver(ended)
             if request_id in queue.waiting:
-                num_prompt_tokens += request.job.num_prompt_tokens
                 queue.start(request_id)
         if num_prompt_tokens and ended > began:
             queue.times.learn_prefill(num_prompt_tokens, ended - began)
-        elif num_running and ended > began:
-            queue.times.learn_decode(num_running, num_keys, ended - began)
+        elif request_ids and ended > began:
+            queue.times.learn_decode(len(request_ids), num_keys, ended - began)
 
     def spent(self, model: str, num_steps: int = 1) -> None:
         """Take steps off the turn of a model, whatever they computed."""

@@ -12,7 +12,7 @@ kind replaces its guess (``fleet/times.py``).
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
 from yafsdp_like.inference.fleet.queues import Job, ModelSpec
@@ -28,6 +28,22 @@ if TYPE_CHECKING:
 
 _MEMORY, _LINK = 2e12, 5e10  # bytes a second, see [Note: first guesses]
 _ROWS = 200
+
+
+class Turns(Protocol):
+    """What a pool tells of its requests and steps, and asks."""
+
+    def check(self, name: str, request: Request) -> None:
+        """Raise QueueFullError where a request should come again later."""
+
+    def take(self, name: str, request: Request) -> None:
+        """Take a request that the model's engine has taken."""
+
+    def next(self, wake_up: Callable[[str], object], prefetch: Callable[[str], int]) -> Member | None:
+        """Return the model whose turn it is, woken; None: the pool chooses."""
+
+    def stepped(self, name: str | None, outputs: Iterable[tuple[str, RequestOutput]]) -> None:
+        """Take a step of a model, or none, and all outputs since the step before."""
 
 
 class CountedTurns:
@@ -49,12 +65,12 @@ class CountedTurns:
 
 def turns_of(
     members: Mapping[str, Member], targets: Mapping[str, Targets] | None, admission_load: float | None
-) -> CountedTurns:
+) -> Turns:
     """Return the turns of a pool: by slack where its models have targets."""
     return CountedTurns() if targets is None else SlackTurns(members, targets, admission_load)
 
 
-class SlackTurns(CountedTurns):
+class SlackTurns:
     """The scheduler of one pool, told of its arrivals, steps, wakes and outputs."""
 
     def __init__(
@@ -72,7 +88,10 @@ class SlackTurns(CountedTurns):
         self._members, self._clock = members, clock
         self._open: dict[str, dict[str, None]] = {name: {} for name in members}  # ids of requests that have not ended
         self._began = clock()  # the step that is under way
-        self._woken: dict[str, float] = {}  # when the models were woken that have drawn nothing since
+        self._woken: dict[
+            str, float
+        ] = {}  # when models that have drawn nothing since were woken, and their steps' time
+        self._seen = dict.fromkeys(members, (0, 0))  # steps of each, and tokens of prompts in them
 
     def check(self, name: str, request: Request) -> None:
         """Raise QueueFullError, which says when to come again, where a request would miss targets."""
@@ -88,13 +107,15 @@ class SlackTurns(CountedTurns):
 
     def next(self, wake_up: Callable[[str], object], prefetch: Callable[[str], int]) -> Member | None:
         """Wake and return the model whose turn it is, of those that are on the host, and prefetch the one after it."""
-        able = {name for name, member in self._members.items() if member.image is not None}
+        members = self._members.items()
+        able = {name for name, member in members if member.image is not None and member.engine.has_requests}
         turn = self.scheduler.next(self._clock(), able)
         if turn is None:
             return None
         member = self._members[turn.model]
         if not member.is_awake:
             self._woken[member.name] = self._clock()
+            self._new_steps(member.name)
             wake_up(member.name)
         if turn.prefetch is not None and prefetch(turn.prefetch):
             left = self._members[turn.prefetch].residence.missing_nbytes()
@@ -114,28 +135,38 @@ class SlackTurns(CountedTurns):
         for model, output in found:
             if output.tokens:
                 drawn.setdefault(model, []).extend([output.request_id] * len(output.tokens))
+        num_steps, num_prompt_tokens = (0, 0) if name is None else self._new_steps(name)
+        if name in self._woken and num_steps:
+            self._woken[name] += self.scheduler.queues[name].mixed_step_s(num_prompt_tokens)
         for model, request_ids in drawn.items():
             ends = any(output.finish is not None for owner, output in found if owner == model)
-            is_timed = not self._note_switch(model, now) and model == name and not ends
-            self.scheduler.drew(model, request_ids, self._began if is_timed else now, now)
+            is_timed = model not in self._woken and model == name and num_steps == 1 and not ends
+            self._note_switch(model, now, is_own=model == name)
+            self.scheduler.drew(model, request_ids, self._began if is_timed else now, now, num_prompt_tokens)
         if name is not None:
             self.scheduler.spent(name)
         for model, output in found:
             if output.finish is not None:
                 del self._open[model][output.request_id]
+                if not self._open[model]:
+                    self._woken.pop(model, None)
                 drew_all = output.finish in (FinishReason.STOP, FinishReason.LENGTH)
                 self.scheduler.ended(model, output.request_id, was_cancelled=not drew_all)
 
-    def _note_switch(self, name: str, now: float) -> bool:
-        """Count as a switch what passed from a wake to the first tokens beyond what their step is expected to take.
+    def _new_steps(self, name: str) -> tuple[int, int]:
+        """Return how many steps of a model were read since the last call, and tokens of prompts in them."""
+        log = self._members[name].engine.step_log
+        before, self._seen[name] = self._seen[name], (log.num_steps, log.num_prompt_tokens)
+        return log.num_steps - before[0], log.num_prompt_tokens - before[1]
 
-        Returns whether there was one.
+    def _note_switch(self, name: str, now: float, is_own: bool) -> None:
+        """Count as a switch what passed from a wake to the first tokens beyond what steps until then should take.
+
+        Tokens that came with a step of another model (not ``is_own``) had waited for it, and say nothing.
         """
         woken_at = self._woken.pop(name, None)
-        if woken_at is None:
-            return False
-        self.scheduler.switched(name, max(0.0, now - woken_at - self.scheduler.queues[name].step_s))
-        return True
+        if woken_at is not None and is_own:
+            self.scheduler.switched(name, max(0.0, now - woken_at))
 
 
 def _job(name: str, request: Request) -> Job:
