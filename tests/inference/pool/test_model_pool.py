@@ -101,7 +101,7 @@ def test_models_asked_at_once_answer_as_they_do_alone(slabs_nbytes: int, costs: 
 
 def test_completions_of_a_pool_tell_all_that_those_of_one_engine_do() -> None:
     asked = [
-        Request(str(i), text, GREEDY, max_tokens=4, num_logprobs=1, num_prompt_logprobs=2, has_hidden=i == 1)
+        Request(str(i), text, GREEDY, max_tokens=4, num_logprobs=1, num_prompt_logprobs=2, wants_hidden=i == 1)
         for i, text in enumerate(prompts(2))
     ]
     done = model_pool(LARGE).generate({"plain": asked})["plain"]

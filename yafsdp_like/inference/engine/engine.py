@@ -402,8 +402,8 @@ class Engine:
                 continue
             finish = self._scheduler.read(run, token.id)
             output = self._output(run.sequence, (token,), finish)
-            has_hidden = run.sequence.request.has_hidden
-            outputs.append(replace(output, hidden=launched.hidden_of(row)) if has_hidden else output)
+            wants_hidden = run.sequence.request.wants_hidden
+            outputs.append(replace(output, hidden=launched.hidden_of(row)) if wants_hidden else output)
         return outputs
 
     # --- how things stand ---

@@ -79,7 +79,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()  # ends with one of these, which is reported, too
     num_logprobs: int | None = None  # None: none; 0: of the token drawn; n: of the n most probable, too
     num_prompt_logprobs: int | None = None  # the same of the prompt's tokens, which are all computed then
-    has_hidden: bool = False  # tell the hidden state of the prompt's last token
+    wants_hidden: bool = False  # tell the hidden state of the prompt's last token
     tenant: str = ""  # whose pages they are
     priority: int = 0  # higher first
     deadline: float | None = None  # in seconds of time.monotonic()

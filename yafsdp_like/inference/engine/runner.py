@@ -333,7 +333,7 @@ class Runner:
         for result, drawn in islice(pairs, None if with_logprobs else 1):
             result[rows].copy_(drawn[rows], non_blocking=True)
         hidden = None
-        if any(run.sequence.request.has_hidden for run in drawing):
+        if any(run.sequence.request.wants_hidden for run in drawing):
             self._hidden.reverse()
             hidden = self._hidden[0]
             hidden[rows].copy_(self._buffers.activations.last[rows], non_blocking=True)

@@ -165,6 +165,10 @@ class AnyBody(Body):
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)  # lower first, as vLLM has it
     return_token_ids: bool | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_as_biases)] = {}
+    min_tokens: int | None = Field(None, ge=0)
+    bad_words: list[str] | None = Field(None, max_length=MAX_BAD_WORDS)
+    allowed_token_ids: list[int] | None = None
     # [Note: fields] Harmless.
     user: Any = None
     metadata: Any = None
@@ -173,10 +177,6 @@ class AnyBody(Body):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_as_biases)] = {}
-    min_tokens: int | None = Field(None, ge=0)
-    bad_words: list[str] | None = Field(None, max_length=MAX_BAD_WORDS)
-    allowed_token_ids: list[int] | None = None
     # What the text must be, one of these.
     response_format: Annotated[dict[str, Any] | None, BeforeValidator(_as_format)] = None
     structured_outputs: dict[str, Any] | None = None

@@ -123,7 +123,7 @@ def _parse_inputs(catalog: Catalog, raw: bytes, arrival: float) -> tuple[ParsedR
             raise
         words = error.detail.removeprefix(f"{error.param}: ")
         raise ApiError(error.status_code, f"input: {words}", param="input", code=error.code) from error
-    choices = [replace(each, request=replace(each.request, has_hidden=True)) for each in parsed.choices]
+    choices = [replace(each, request=replace(each.request, wants_hidden=True)) for each in parsed.choices]
     return replace(parsed, choices=tuple(choices)), encoding
 
 
