@@ -124,18 +124,6 @@ def test_a_body_that_is_no_request_is_an_error_and_no_failure(
     assert words in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("field", ["chat_template_kwargs", "guided_json", "tools"])
-def test_values_that_are_nested_too_deeply_are_an_error_of_the_body(plain: Running, field: str) -> None:
-    """Prevents: a failure of the server by what nobody has thought of."""
-    deep: Any = {}
-    for _ in range(500):
-        deep = {"x": deep}
-    value = [{**TOOL, "more": deep}] if field == "tools" else deep
-    answer = plain.post(CHATS, {**HELLO, "model": MODEL, "max_tokens": 1, field: value})
-    assert answer.status_code in (200, 400), answer.text
-    assert answer.status_code == 200 or answer.json()["error"]["type"] == "invalid_request_error"
-
-
 @pytest.mark.parametrize(("error", "status"), [(RecursionError(), 400), (ValueError("odd"), 400), (KeyError("x"), 500)])
 def test_a_body_that_its_parser_fails_on_is_an_error_that_clients_read(
     plain: Running, error: Exception, status: int, monkeypatch: pytest.MonkeyPatch

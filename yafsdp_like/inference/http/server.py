@@ -16,11 +16,10 @@ error that the stream gives its parser, since a cancellation would meet whoever 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar, get_type_hints
@@ -41,6 +40,7 @@ from yafsdp_like.inference.http.body_pool import BodyReaderPool, ReaderBusyError
 from yafsdp_like.inference.http.catalog import Catalog
 from yafsdp_like.inference.http.errors import RETRY_AFTER_S, ApiError, no_object, too_many_choices, unavailable
 from yafsdp_like.inference.http.foreign_fields import header_of
+from yafsdp_like.inference.http.long_answers import AnswerWriter, num_values, written
 from yafsdp_like.inference.http.metrics import LatencyTracker, ServerMetrics
 from yafsdp_like.inference.http.middleware import AuthMiddleware, error_response
 from yafsdp_like.inference.http.model_routes import add_model_routes, ask
@@ -55,7 +55,6 @@ from yafsdp_like.inference.text.codec import Codec, Piece
 
 T = TypeVar("T")
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 logger = logging.getLogger(__name__)
 Kind = type[CompletionBody] | type[ChatBody]
 
@@ -74,7 +73,7 @@ class OpenAIHandler:
     def __init__(self, service: Service[Any], catalog: Catalog) -> None:
         self.service, self.options = service, catalog.options
         self.catalog, self.pool = catalog, BodyReaderPool()
-        self.metrics = ServerMetrics()
+        self.metrics, self.writer = ServerMetrics(), AnswerWriter()
 
     async def answer(self, kind: Kind, http: HttpRequest) -> Response:
         """The answer to a body of this kind. Raises ApiError."""
@@ -88,7 +87,14 @@ class OpenAIHandler:
             return EventStreamResponse(self._lines(parsed, stream), stream, header_of(parsed.ignored))
         if not await self.collect(parsed, http):
             return Response(status_code=499)  # nobody reads it
-        return JSONResponse(parsed.format.body(parsed), headers=header_of(parsed.ignored))
+        return await self.write(parsed, lambda: parsed.format.body(parsed))
+
+    async def write(self, parsed: ParsedRequest, make: Callable[[], dict[str, Any]]) -> Response:
+        """The answer that ``make()`` gives once all choices have ended, made in a thread where it is long."""
+        sizes = [num_values(each.request, each.whole_piece(), len(each.hidden)) for each in parsed.choices]
+        count = sum(sizes) + sum(len(each.request.prompt) for each in parsed.choices if parsed.format.has_ids)
+        content = await self.writer.do(count, lambda: written(make(), count))
+        return Response(content, media_type="application/json", headers=header_of(parsed.ignored))
 
     async def collect(self, parsed: ParsedRequest, http: HttpRequest) -> bool:
         """Have all choices answered; False if the client has gone. Raises ApiError."""
@@ -185,8 +191,9 @@ class OpenAIHandler:
             async for choice, piece in self._pieces(parsed, stream):
                 has_news = piece.text or piece.tokens or piece.prompt or (piece.ids and parsed.format.has_ids)
                 if has_news or piece.finish is not None:
-                    for event in parsed.format.part_events(parsed, choice, piece):
-                        yield _line(event)
+                    count, events = num_values(choice.request, piece), parsed.format.part_events(parsed, choice, piece)
+                    for line in await self.writer.do(count, partial(_lines_of, events, count)):
+                        yield line
             for event in parsed.format.closing_events(parsed):
                 yield _line(event)
         except ApiError as error:  # the status is out already
@@ -270,9 +277,13 @@ def _full(message: str, retry_after_s: float = RETRY_AFTER_S) -> ApiError:
     return ApiError(429, message, code="queue_full", headers={"retry-after": str(math.ceil(retry_after_s))})
 
 
-def _line(content: dict[str, Any]) -> bytes:
+def _line(content: dict[str, Any], count: int = 0) -> bytes:
     name = f"event: {content['type']}\n" if "type" in content else ""
-    return name.encode() + b"data: " + _ENCODER.encode(content).encode() + b"\n\n"
+    return name.encode() + b"data: " + written(content, count) + b"\n\n"
+
+
+def _lines_of(events: Iterable[dict[str, Any]], count: int) -> list[bytes]:
+    return [_line(event, count) for event in events]
 
 
 @asynccontextmanager
@@ -331,6 +342,7 @@ def create_catalog_app(service: Service[Any], catalog: Catalog) -> FastAPI:
             yield
         finally:
             handler.pool.close()
+            handler.writer.close()
             await service.close()
 
     # No pages of documentation: they would load scripts from elsewhere. /openapi.json is there.

@@ -20,7 +20,6 @@ from fastapi.responses import JSONResponse, Response
 from yafsdp_like.inference.http.bodies import ChatBody, CompletionBody
 from yafsdp_like.inference.http.catalog import Catalog
 from yafsdp_like.inference.http.errors import UNSUPPORTED, ApiError, invalid, no_object
-from yafsdp_like.inference.http.foreign_fields import header_of
 from yafsdp_like.inference.http.responses import ParsedRequest
 from yafsdp_like.inference.http.responses_api import read_response
 
@@ -43,6 +42,9 @@ class BodyHandler(Protocol):
     async def collect(self, parsed: ParsedRequest, http: HttpRequest) -> bool:
         """Have all choices answered."""
 
+    async def write(self, parsed: ParsedRequest, make: Callable[[], dict[str, Any]]) -> Response:
+        """Make the answer, which may be long."""
+
     async def respond(self, http: HttpRequest, function: Callable[[bytes, float], ParsedRequest]) -> Response:
         """Answer whole, or as a stream."""
 
@@ -51,16 +53,16 @@ def add_text_routes(app: FastAPI, handler: BodyHandler) -> None:
     """Add these routes, whose bodies are read off the event loop as all others are."""
 
     async def tokenize(http: HttpRequest) -> Response:
-        return JSONResponse(await handler.read(http, lambda raw, _: _tokenize(handler.catalog, raw)))
+        return await handler.read(http, lambda raw, _: JSONResponse(_tokenize(handler.catalog, raw)))
 
     async def detokenize(http: HttpRequest) -> Response:
-        return JSONResponse(await handler.read(http, lambda raw, _: _detokenize(handler.catalog, raw)))
+        return await handler.read(http, lambda raw, _: JSONResponse(_detokenize(handler.catalog, raw)))
 
     async def embeddings(http: HttpRequest) -> Response:
         parsed, encoding = await handler.read(http, lambda raw, arrival: _parse_inputs(handler.catalog, raw, arrival))
         if not await handler.collect(parsed, http):
             return Response(status_code=499)  # nobody reads it
-        return JSONResponse(_embeddings(parsed, encoding), headers=header_of(parsed.ignored))
+        return await handler.write(parsed, lambda: _embeddings(parsed, encoding))
 
     async def responses(http: HttpRequest) -> Response:
         return await handler.respond(http, partial(read_response, handler.catalog))
