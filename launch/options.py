@@ -117,8 +117,8 @@ class PoolModelOptions:
     adapters: dict[str, str] = field(default_factory=dict)  # directories of LoRA adapters, by their names in requests
     ttl_s: float | None = None  # without a request, after which it leaves the device; null: it stays while it may
     host_ttl_s: float | None = None  # without a request, after which it leaves host memory, too; null: it stays
-    ttft_ms: float | None = None  # target of the time to a request's first token, switches included; null: see tpot_ms
-    tpot_ms: float | None = None  # of that from token to token; null: 10 s and 100 ms if any model has a target
+    ttft_ms: float | None = None  # target: time to the first token, switches included; null: 10,000 if any has targets
+    tpot_ms: float | None = None  # target: time from token to token; null: 100 if any model of the pool has targets
     engine: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
