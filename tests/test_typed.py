@@ -67,7 +67,7 @@ def test_a_users_program_type_checks_and_its_mistakes_are_found(tmp_path: Path) 
     assert {line.split(":")[1] for line in found if ": error:" in line} == {"5", "6", "7", "8"}, found
 
 
-def test_the_wheel_carries_every_module_and_the_marker_of_types(tmp_path: Path) -> None:
+def test_the_wheel_carries_every_module_the_status_page_and_the_marker_of_types(tmp_path: Path) -> None:
     """Prevents: a `py.typed` that is promised and not there, or a folder that is left out of what is installed."""
     program = (
         "import setuptools, sys; sys.argv = ['setup.py', '-q', 'build_py', '-d', sys.argv[1], 'egg_info', '-e',"
@@ -87,4 +87,4 @@ def test_the_wheel_carries_every_module_and_the_marker_of_types(tmp_path: Path) 
         for folder in ("yafsdp_like", "launch")
         for path in (ROOT / folder).rglob("*.py")
     }
-    assert found == expected | {"yafsdp_like/py.typed"}
+    assert found == expected | {"yafsdp_like/py.typed", "yafsdp_like/inference/http/status.html"}

@@ -80,7 +80,8 @@ def _take_gradient(unit_ref: weakref.ref[Unit], k: int, param: torch.Tensor) -> 
                 f"{unit.params[k].name}: expected a dense gradient to reduce, found {grad.layout}; "
                 "sparse gradients cannot be sharded, use sparse=False"
             )
-        grad = unit.params[k].placement.gradient_of_whole(grad)
+        if (placement := unit.params[k].placement).inner_mesh is not None:
+            grad = placement.gradient_of_whole(grad)
     gradients, task = unit.gradients, torch._C._current_graph_task_id()
     if task not in unit.running.reached:
         gradients.check_entered(unit, k)
