@@ -37,9 +37,10 @@ def test_the_first_program_of_the_readme_trains(num_ranks: int, tmp_path: Path) 
     assert len(losses) == 20 and losses[-1] < losses[0] - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("transport", "said"),
-    [pytest.param("process_group", "process group: ", marks=pytest.mark.slow), ("peer", "peer: ")],
+    [("process_group", "process group: "), ("peer", "peer: ")],
 )
 def test_the_second_program_goes_on_where_the_first_one_ended(transport: str, said: str, tmp_path: Path) -> None:
     first, second = programs()[:2]

@@ -545,7 +545,8 @@ def free_port() -> int:
 
 
 @pytest.mark.timeout(400)  # four processes that import torch, where others do too
-@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_job_whose_time_is_over_saves_is_requeued_and_goes_on(
     file: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

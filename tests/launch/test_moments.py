@@ -36,6 +36,7 @@ def test_resuming_is_exact(file: Path, moments: str) -> None:
     assert losses(again) == losses(whole) and len(whole) == 8
 
 
+@pytest.mark.slow(unless=lambda moments: moments == "int8")
 @pytest.mark.parametrize("moments", NARROW)
 def test_a_run_in_fp32_goes_on_in_fewer_bytes_on_another_number_of_ranks_and_back(file: Path, moments: str) -> None:
     whole = train(file, *STEADY)

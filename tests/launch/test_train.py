@@ -174,6 +174,7 @@ def test_resuming_equals_not_stopping_bit_for_bit(file: Path, finished_file: Pat
     assert resumed[-1]["held_out_loss"] == whole[-1]["held_out_loss"]
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_sees_the_same_text_and_stays_close(file: Path, finished_file: Path) -> None:
     stop_at(finished_file, 2, file.parent / "run")
     for world_size, last in ((1, 4), (4, 6)):  # 2 -> 1 -> 4 ranks
@@ -443,7 +444,7 @@ def test_one_process_without_torchrun_trains_and_says_what_it_does(file: Path) -
 
 
 @pytest.mark.timeout(120 + 30 * KILLS)
-@pytest.mark.slow(unless=lambda kills: kills == 1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("asynchronous", "kills"), [(True, 1), (False, KILLS), (True, KILLS)])
 def test_kill_9_during_saves_then_resume_loses_only_steps_since_the_last_save(
     file: Path, asynchronous: bool, kills: int
@@ -499,6 +500,7 @@ class Dying(torch.nn.Module):
 DYING = [*FACTORY, "--model.factory=tests.launch.test_train:Dying", "--checkpoint.every=1"]
 
 
+@pytest.mark.slow
 def test_a_rank_killed_in_the_middle_of_a_step_ends_the_run_within_seconds(file: Path) -> None:
     with started(command(file, *DYING, num_ranks=2)) as process:
         words = process.communicate(timeout=120)[0]

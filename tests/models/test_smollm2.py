@@ -124,6 +124,7 @@ def logits_and_nbytes(directory: Path, tokens: Tensor) -> tuple[Tensor, int, int
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_loss_of_a_paragraph_is_that_of_transformers(base: Path, reference: nn.Module, paragraph: Tensor) -> None:
     model = ours(base, loss_chunk_size=1024)
     assert sum(param.numel() for param in model.parameters()) == NUM_PARAMS

@@ -67,6 +67,7 @@ def subjects(report: dict[str, Any]) -> list[tuple[str, str, int, int]]:
     return [(row["impl"], row["checkpointing"], row["batch_size"], row["seq_len"]) for row in report["rows"]]
 
 
+@pytest.mark.slow
 def test_implementations_are_compared_on_the_same_model_and_data(tmp_path: Path) -> None:
     out = tmp_path / "results" / "tiny.json"
     names = ["unsharded", "ours", "fsdp2"]

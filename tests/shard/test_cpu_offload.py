@@ -72,6 +72,7 @@ def assert_equal(found: Result, expected: Result) -> None:
 SYNCS = [(True,), (True, True), (False, True)]
 
 
+@pytest.mark.slow(unless=lambda world_size, precision: world_size == 2 and precision is PRECISIONS[1])
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_training_has_the_bits_of_fsdp2_and_of_shards_on_the_device(

@@ -54,6 +54,7 @@ def assert_halves_agree(model: Any) -> None:
             assert torch.equal(p.compute[: values.numel()], split(values)[0])
 
 
+@pytest.mark.slow(unless=lambda transport: transport == "peer")
 @transports
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_split_master_has_the_bits_of_one_in_fp32(world_size: int, transport: str) -> None:
