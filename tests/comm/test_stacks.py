@@ -3,11 +3,9 @@
 import threading
 import weakref
 
-import pytest
 import torch
 from torch import nn
 
-from yafsdp_like.comm import stacks
 from yafsdp_like.comm.stacks import Spot, own_spot, spot_of
 
 
@@ -65,10 +63,3 @@ def test_phases_are_told_apart() -> None:
 
 def test_a_thread_that_is_not_there_is_nowhere() -> None:
     assert spot_of(-1) == Spot()
-
-
-def test_names_of_threads_do_not_hide_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Newer versions of Python write the thread's name behind its identifier."""
-    told = 'Current thread 0x00ff [loader] (most recent call first):\n  File "/a b/c.py", line 7 in <module>\n'
-    monkeypatch.setattr(stacks.faulthandler, "dump_traceback", lambda file: file.write(told.encode()))
-    assert stacks.stacks() == {255: [stacks.StackLine("/a b/c.py", "7", "<module>")]}

@@ -3,8 +3,7 @@
 A rank that waits cannot ask the others by a collective, which is what it waits in. So a thread of each process posts,
 now and then, what its rank did last and where its code is, to the key-value store that the process group was made
 with; and reads what others have posted once somebody has waited for half of the time limit, or has failed. No
-collective is involved, and a rank that is well spends some microseconds a second on it; one that stands still, less
-than a millisecond, in which its stacks are read (``stacks.py``).
+collective is involved, and a rank that is well spends some microseconds a second on it.
 
 Owns the posts and the words of the letter, which every rank prints to stderr and adds to its error. It ends nothing:
 that is done by whoever waits (``journal.py``), by the watchdog (``signals.py``), and by NCCL.
@@ -31,7 +30,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from yafsdp_like.comm.consistency import first_difference
-from yafsdp_like.comm.stacks import own_spot, spot_of
+from yafsdp_like.comm.stacks import Spot, own_spot, spot_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,8 +86,9 @@ class HangLetter:
         self._poll_s = min(1.0, self.limit_s / 20)
         self._lock = threading.Lock()  # of everything below
         self._stands: tuple[tuple[object, ...], float] = ((None,), time.monotonic())  # at which instruction, since when
-        self._count = 0  # of things done, at the last look
-        self._asked = 0  # how many questions are known of
+        self._done, self._done_at = -1, time.monotonic()  # by this process, with ranks of any group; and since when
+        self._spot: Spot | None = None  # what the thread did since then, where it was looked at
+        self._asked = self._answered = 0  # how many questions are known of, and were answered
         self._armed: tuple[Event, float] | None = None
         self._places: dict[int, Whereabouts] = {}  # the last that were read
         self._gave_up: Whereabouts | None = None  # where it was when its wait failed
@@ -99,6 +99,12 @@ class HangLetter:
         atexit.register(self._end)
 
     # --- from other threads
+
+    @property
+    def count(self) -> int:
+        """How many things this rank has done with the others."""
+        first, entries = self._entries(1)
+        return first + len(entries)
 
     def place(self) -> str:
         """Say where this rank is now: the line of the user's code, and the phase."""
@@ -192,19 +198,23 @@ class HangLetter:
 
     # --- posts
 
-    def _here(self) -> Whereabouts:
+    def _here(self, closely: bool = False) -> Whereabouts:
+        """Return where this rank is; which line it is at, where that is wanted ``closely`` or it may be stuck."""
         first, entries = self._entries(_NUM_KEPT if self._asked else _NUM_POSTED)
         place = Whereabouts(first + len(entries), first, entries, posted=time.time(), answers=self._asked)
-        stands, self._count = place.count == self._count, place.count
+        done, now = sum(letter.count for letter in list(_letters.values())), time.monotonic()
+        if done != self._done:
+            self._done, self._done_at, self._spot = done, now, None
+        if closely or self._answered < self._asked or now - self._done_at >= _ASKS * self.limit_s:
+            self._answered, self._spot = self._asked, spot_of(self._thread_id)
         at: tuple[object, ...] = (place.count,)
-        if self._asked or stands:
-            spot = spot_of(self._thread_id)
-            place.line, place.phase, place.waits = spot.line, spot.phase, spot.waits
-            at = (place.count, spot.line, spot.innermost)
+        if self._spot is not None:
+            place.line, place.phase, place.waits, innermost = self._spot
+            at = (place.count, place.line, innermost)
         if at != self._stands[0]:
             only_looked_closer = self._stands[0] == (place.count,)
-            self._stands = at, self._stands[1] if only_looked_closer else time.monotonic()
-        place.since_s = time.monotonic() - self._stands[1]
+            self._stands = at, self._stands[1] if only_looked_closer else now
+        place.since_s = now - self._stands[1]
         return place
 
     def _post(self, place: Whereabouts) -> None:
@@ -216,13 +226,13 @@ class HangLetter:
         deadline = time.monotonic() + min(patience_s, 3 * self._poll_s + 0.5)
         try:
             self._asked = self._store.add("asked", 1)
-            self._post(self._here())
+            self._post(self._here(closely=True))
             self._read()
             while time.monotonic() < deadline and not all(map(self._has_answered, range(self._size))):
                 time.sleep(min(0.02, self._poll_s))
                 self._read()
         except Exception:  # what was read before has to do
-            self._places[self._rank] = self._here()
+            self._places[self._rank] = self._here(closely=True)
 
     def _has_answered(self, rank: int) -> bool:
         place = self._places.get(rank)
@@ -290,8 +300,8 @@ class HangLetter:
         age = time.time() - place.posted
         if not self._is_alive(rank):
             return (
-                f"does not answer, and has probably stopped: {age:.1f} s ago it was{at}{phase}; the last thing it did "
-                f"with the others: {place.last} ({number})"
+                f"does not answer, and has probably stopped: {age:.1f} s ago it was{at or ' there'}{phase}; the last "
+                f"thing it did with the others: {place.last} ({number})"
             )
         since = f"for {place.since_s + (0.0 if place.gave_up else max(0.0, age)):.1f} s"
         if place.waits == "its entry":

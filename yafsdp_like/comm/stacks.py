@@ -1,23 +1,23 @@
 """Where threads are: whose line runs, in which phase of training, and what waits for other ranks.
 
-Stacks are read as text that Python's ``faulthandler`` writes, and never as frame objects: whoever holds a frame keeps
-its local variables alive, and with them tensors and autograd graphs that the thread itself has let go of by then.
+[Note: frames are looked at seldom]
+Whoever holds a frame keeps its local variables alive, and with them tensors and autograd graphs that the thread itself
+has let go of by then. So frames become text at once, and who watches a thread that trains looks only where it seems to
+stand still. (``faulthandler`` needs no frames, but may crash where a thread of C++ enters Python meanwhile.)
 """
 
 from __future__ import annotations
 
-import faulthandler
-import os
-import re
+import sys
 import sysconfig
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+    from types import FrameType
 
 _OURS, _TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
 _OPTIMIZERS = (str(Path(_TORCH, "optim")), str(Path(_OURS, "optim")))
@@ -25,15 +25,13 @@ _PYTHONS = sysconfig.get_path("stdlib")
 _JOURNAL = str(Path(__file__).with_name("journal.py"))
 _WAITS_IN = (str(Path(__file__).parent), str(Path(torch.__file__).parent / "distributed"))
 _MODULE = str(Path("nn", "modules", "module.py"))
-_THREAD = re.compile(r".*hread 0x([0-9a-f]+)")
-_LINE = re.compile(r'  File "(.*)", line (\d+|\?\?\?) in (.*)')
 
 
 class StackLine(NamedTuple):
     """One line of a stack."""
 
     file: str
-    number: str
+    number: int
     function: str
 
 
@@ -47,22 +45,14 @@ class Spot(NamedTuple):
 
 
 def stacks() -> dict[int, list[StackLine]]:
-    """Return the lines of each thread, by its identifier, the innermost first.
+    """Return the lines of each thread, the innermost first; see [Note: frames are looked at seldom]."""
+    return {thread: list(_lines(frame)) for thread, frame in sys._current_frames().items()}
 
-    Python writes a hundred lines of each at most, and the hundred newest threads.
-    """
-    with open(os.memfd_create("stacks"), "w+b") as file:
-        faulthandler.dump_traceback(file)
-        file.seek(0)
-        text = file.read().decode(errors="replace")
-    found: dict[int, list[StackLine]] = {}
-    lines: list[StackLine] = []
-    for row in text.splitlines():
-        if thread := _THREAD.match(row):
-            lines = found.setdefault(int(thread[1], 16), [])
-        elif line := _LINE.match(row):
-            lines.append(StackLine(*line.groups()))
-    return found
+
+def _lines(frame: FrameType | None) -> Iterator[StackLine]:
+    while frame is not None:
+        yield StackLine(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+        frame = frame.f_back
 
 
 def spot_of(thread_id: int) -> Spot:
@@ -76,7 +66,7 @@ def spot_of(thread_id: int) -> Spot:
 
 def own_spot() -> Spot:
     """Return where the calling thread is."""
-    return _spot(stacks().get(threading.get_ident(), []))
+    return _spot(list(_lines(sys._getframe())))
 
 
 def _spot(lines: Sequence[StackLine]) -> Spot:
