@@ -83,20 +83,20 @@ def test_a_choice_costs_time_or_holds_less_or_halves_the_cache() -> None:
 @pytest.mark.parametrize(
     ("arguments", "gib", "names"),
     [
-        (["preset:8b", "--mode=resident", "--max-seq-len=8192"], 12, {"mode"}),
-        (["preset:8b", "--max-seq-len=131072"], 8, {"max_seq_len"}),
-        (["preset:8b", "--mode=resident", "--max-seq-len=131072"], 8, {"mode", "max_seq_len"}),
+        (["preset:8b", "--mode=resident", "--max-seq-len=8192"], 12, ("mode",)),
+        (["preset:8b", "--max-seq-len=131072"], 8, ("max_seq_len",)),
+        (["preset:8b", "--mode=resident", "--max-seq-len=131072"], 8, ("mode", "max_seq_len")),
     ],
     ids=str,
 )
 def test_a_refusal_names_the_fewest_changes_and_no_more_of_each_than_is_needed(
-    arguments: list[str], gib: float, names: set[str]
+    arguments: list[str], gib: float, names: tuple[str, ...]
 ) -> None:
     found = search(arguments, gib)
     assert not found.fits and "the smallest changes that would" in found.text
     with pytest.raises(ValueError, match="bytes"):
         planned(arguments, gib)
-    one = next(one for one in found.found if set(one.changes) == names)
+    one = next(one for one in found.found if set(one.changes) == set(names))
     assert {len(other.changes) for other in found.found} == {len(names)}
     assert planned(arguments, gib, words_of(one.changes)).max_seq_len == one.seq_len
     if "max_seq_len" in names:
