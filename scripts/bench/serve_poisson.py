@@ -15,7 +15,8 @@ from bench.ranks import say
 from bench.report import Row
 from bench.serve_engine import Bench, Requests
 from bench.serve_options import ServeBenchOptions
-from yafsdp_like.inference.engine.engine import Engine, Metrics
+from yafsdp_like.inference.engine.engine import Engine
+from yafsdp_like.inference.engine.metrics import Metrics
 from yafsdp_like.inference.engine.request import Request, RequestOutput
 
 PERCENTS = (50, 95, 99)

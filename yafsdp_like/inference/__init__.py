@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from yafsdp_like.inference.engine.engine import Engine, Metrics
+    from yafsdp_like.inference.engine.engine import Engine
+    from yafsdp_like.inference.engine.metrics import Metrics
     from yafsdp_like.inference.engine.request import (
         Completion,
         FinishReason,
@@ -51,7 +52,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    **dict.fromkeys(("Engine", "Metrics"), "inference.engine.engine"),
+    "Engine": "inference.engine.engine",
+    "Metrics": "inference.engine.metrics",
     **dict.fromkeys(
         ("Completion", "RequestOutput", "FinishReason", "QueueFullError", "Request", "Token", "TokenLimits"),
         "inference.engine.request",

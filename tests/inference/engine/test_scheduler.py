@@ -270,9 +270,9 @@ def test_deadlines_are_told_once_and_only_of_those_that_have_not_ended() -> None
     early, late = add(it, "early", 2, deadline=1.0), add(it, "late", 2, deadline=2.0)
     gone = add(it, "gone", 2, deadline=1.0)
     it.end(gone)
-    assert list(it.expired(0.5)) == []
-    assert list(it.expired(1.0)) == [early]
-    assert list(it.expired(3.0)) == [late]
+    assert list(it.deadlines.expired(0.5)) == []
+    assert list(it.deadlines.expired(1.0)) == [early]
+    assert list(it.deadlines.expired(3.0)) == [late]
 
 
 def test_sequences_that_ended_are_not_kept_until_their_deadlines() -> None:
@@ -281,9 +281,9 @@ def test_sequences_that_ended_are_not_kept_until_their_deadlines() -> None:
     for i in range(20):
         sequence = add(it, str(i), 2, max_tokens=1, deadline=1e9)
         assert step(it) == [(str(i), 0, 2)] and sequence.status is RequestStatus.ENDED
-    assert len(it._deadlines) <= 2
+    assert len(it.deadlines._heap) <= 2
     last = add(it, "last", 2, deadline=1e9)
-    assert list(it.expired(2e9)) == [last]
+    assert list(it.deadlines.expired(2e9)) == [last]
 
 
 # --- by chance ---

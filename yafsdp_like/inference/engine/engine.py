@@ -22,7 +22,7 @@ Not safe for threads: one thread calls everything.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from yafsdp_like.inference.engine.adapters import Adapters, with_adapters
@@ -30,11 +30,12 @@ from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStat
 from yafsdp_like.inference.engine.collector import collector_paused
 from yafsdp_like.inference.engine.debug import StepDebugger
 from yafsdp_like.inference.engine.limits import check_some_token
+from yafsdp_like.inference.engine.metrics import Metrics
 from yafsdp_like.inference.engine.places import EnginePlaces, nobody_else
 from yafsdp_like.inference.engine.request import Completion, FinishReason, Request, RequestOutput
 from yafsdp_like.inference.engine.runner import Launched, Runner, Undrawn
 from yafsdp_like.inference.engine.scheduler import Scheduler
-from yafsdp_like.inference.engine.step_log import StepFigures, StepLog
+from yafsdp_like.inference.engine.step_log import StepLog
 from yafsdp_like.inference.engine.step_times import StepTimes
 from yafsdp_like.inference.kv.eviction import Costs
 from yafsdp_like.inference.kv.kv_cache import KVCache, Tier, check_integrity
@@ -61,37 +62,6 @@ if TYPE_CHECKING:
 
 _Measured = TypeVar("_Measured")
 _NO_LINK = Costs(link_nbytes_per_s=1.0, prefill_tokens_per_s=1e4)  # without a host tier nothing is weighed
-
-
-@dataclass(frozen=True)
-class Metrics(StepFigures):
-    """How things stand, and what was done since the start."""
-
-    num_running: int
-    num_waiting: int  # swapped ones included
-    num_swapped: int  # whose pages are on the host
-    num_steps: int
-    num_swapped_out: int  # preemptions by swapping
-    num_recomputed: int  # preemptions by dropping pages
-    num_tokens_computed: int
-    num_tokens_cached: int  # of prompts, that were not computed
-    num_tokens_drawn: int
-    num_tokens_dropped: int  # drawn past an end
-    num_chunks: int  # parts of prompts, less the last ones
-    num_pages_evicted: int
-    kv_nbytes_used: int  # of pages that sequences hold, on the device
-    kv_nbytes_cached: int  # of pages that nobody holds, and that are found by their content
-    kv_nbytes: int
-    host_kv_nbytes_used: int
-    host_kv_nbytes_cached: int
-    host_kv_nbytes: int
-    num_adapters_woken: int  # copies of LoRA adapters into slots
-    recordings_nbytes: int  # of device memory, that CUDA graphs took beside the arena, within what was planned
-
-    @property
-    def num_preempted(self) -> int:
-        """Preemptions of both kinds."""
-        return self.num_swapped_out + self.num_recomputed
 
 
 class Engine:
@@ -362,14 +332,14 @@ class Engine:
         """Return the requests that end now, whatever they have drawn, each once, and why."""
         over = dict.fromkeys(self._cancelled, FinishReason.CANCELLED)
         self._cancelled = []
-        for sequence in self._scheduler.expired(self._now()):
+        for sequence in self._scheduler.deadlines.expired(self._now()):
             over.setdefault(sequence, FinishReason.DEADLINE)
         return [(sequence, reason) for sequence, reason in over.items() if sequence.status is not RequestStatus.ENDED]
 
     def _now(self) -> float:
         """Return ``time.monotonic()``, on tensor parallel ranks the first one's where a deadline needs it."""
         now = time.monotonic()
-        return now if self.tp_group is None or not self._scheduler.has_deadlines else self.tp_group.broadcast(now)
+        return now if self.tp_group is None or not self._scheduler.deadlines else self.tp_group.broadcast(now)
 
     def _finish(self, sequence: ActiveRequest, reason: FinishReason) -> RequestOutput:
         self._scheduler.end(sequence)

@@ -20,19 +20,19 @@ so the first one moves in every step.
 from __future__ import annotations
 
 import bisect
-import heapq
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.engine.adapters import Adapters
 from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, Counts, Draft, RequestStatus, Run
+from yafsdp_like.inference.engine.deadlines import Deadlines
 from yafsdp_like.inference.engine.places import nobody_else
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
 from yafsdp_like.inference.kv.kv_cache import NO_PAGE, KVCache, KVSequenceState, Shortage, Tier
 from yafsdp_like.inference.plan.step_sizes import StepBuckets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Hashable, Sequence
 
     from yafsdp_like.inference.engine.request import Request
     from yafsdp_like.inference.engine.step_times import StepTimes
@@ -71,7 +71,7 @@ class Scheduler:
         self.running: list[ActiveRequest] = []  # by rank, as the next
         self.waiting: list[ActiveRequest] = []
         self._copies: list[Copy] = []  # of the next step
-        self._deadlines: list[tuple[float, int, ActiveRequest]] = []  # a heap
+        self.deadlines = Deadlines()
         self._num_added = 0
         self._known_to_wait: tuple[ActiveRequest, list[int]] | None = (
             None  # and the pages that it needs, for each group
@@ -91,16 +91,8 @@ class Scheduler:
             sequence.adapter = self._adapters.find(request.adapter)
             sequence.adapter.num_requests += 1
         _insert(self.waiting, sequence)
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, sequence.number, sequence))
-            self._forget_ended()
+        self.deadlines.add(sequence, num_open=len(self.running) + len(self.waiting))
         return sequence
-
-    def _forget_ended(self) -> None:
-        """Remove deadlines of ended requests once they are most of the heap; O(1) amortised."""
-        if len(self._deadlines) > 2 * (len(self.running) + len(self.waiting)):
-            self._deadlines = [entry for entry in self._deadlines if entry[2].status is not RequestStatus.ENDED]
-            heapq.heapify(self._deadlines)
 
     def end(self, sequence: ActiveRequest) -> None:
         """End a sequence; its full pages stay cached."""
@@ -111,18 +103,6 @@ class Scheduler:
         if sequence.kv is not None:
             self.cache.close(sequence.kv)
         sequence.kv, sequence.status = None, RequestStatus.ENDED
-
-    def expired(self, now: float) -> Iterator[ActiveRequest]:
-        """Yield the sequences whose deadlines are over, each once."""
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, sequence = heapq.heappop(self._deadlines)
-            if sequence.status is not RequestStatus.ENDED:
-                yield sequence
-
-    @property
-    def has_deadlines(self) -> bool:
-        """Whether ``expired`` may find any, now or later."""
-        return bool(self._deadlines)
 
     @property
     def num_swapped(self) -> int:

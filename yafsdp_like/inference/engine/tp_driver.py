@@ -29,7 +29,8 @@ from yafsdp_like.inference.engine.request import QueueFullError, Request, Reques
 if TYPE_CHECKING:
     from yafsdp_like.comm.tp_group import TPGroup
     from yafsdp_like.inference.engine.adapters import Adapters
-    from yafsdp_like.inference.engine.engine import Engine, Metrics
+    from yafsdp_like.inference.engine.engine import Engine
+    from yafsdp_like.inference.engine.metrics import Metrics
     from yafsdp_like.inference.kv.occupancy import Stretch
 
 KEEP_ALIVE_S = 5.0  # of silence; far less than the timeout of any group

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from yafsdp_like.inference.engine.adapters import Adapters
-    from yafsdp_like.inference.engine.engine import Metrics
+    from yafsdp_like.inference.engine.metrics import Metrics
     from yafsdp_like.inference.engine.request import Request, RequestOutput
     from yafsdp_like.inference.kv.occupancy import Stretch
     from yafsdp_like.inference.pool.member import ModelFigures
