@@ -22,6 +22,8 @@ import itertools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from yafsdp_like.inference.plan.adapter_layout import DEFAULT_RANK, PRODUCTS, AdapterLayout
 from yafsdp_like.inference.weights.adapter_files import Adapter, AdapterSource, open_adapter
 from yafsdp_like.inference.weights.loading import fill
@@ -171,10 +173,9 @@ class Adapters:
     def fill(self, reserved: LoadedAdapter, adapter: Adapter) -> None:
         """Read values into the image that was reserved; any thread may do this. Raises what reading does."""
         assert self.layout is not None
-        source, image = AdapterSource(adapter, self.layout.rank), self.images[reserved.image]
+        source, image = AdapterSource(adapter, self.layout.rank), self.images[reserved.image].view(torch.uint8)
         for unit, segment in zip(self.layout.layers, self.layout.segments, strict=True):
-            first, last = (nbytes // image.itemsize for nbytes in (segment.offset_nbytes, segment.end_nbytes))
-            fill(Store(unit, 0, image[first:last], self.rank), source)
+            fill(Store(unit, 0, image[segment.offset_nbytes : segment.end_nbytes], self.rank), source)
 
     def publish(self, reserved: LoadedAdapter) -> None:
         """Have requests find an adapter whose image is filled."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from yafsdp_like.inference.options import EngineOptions
+    from yafsdp_like.models.tensor_parallel import Cut
 
 ADAPTER_SLOTS, ADAPTER_IMAGES = "adapter slots", "adapter images"  # kinds, and their regions' names
 A, B = "lora_A", "lora_B"  # as peft calls them
@@ -48,7 +49,7 @@ class AdapterLayout:
             return None
         num_slots, rank = options.adapter_slots, options.adapter_rank or DEFAULT_RANK
         weights = [unit for unit in units if any(field.name == "qkv" for field in unit.fields)]
-        layers = tuple(PackedUnit(unit.name, tuple(_fields(unit, rank)), unit.dtype) for unit in weights)
+        layers = tuple(PackedUnit(unit.name, tuple(_fields(unit, rank))) for unit in weights)
         sizes = {
             field.name: tuple(parameter.shape[0] for parameter in field.parameters)
             for field in weights[0].fields
@@ -59,7 +60,7 @@ class AdapterLayout:
     @property
     def dtype(self) -> torch.dtype:
         """That of the model's weights."""
-        return self.layers[0].dtype
+        return self.layers[0].fields[0].dtype
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -99,18 +100,18 @@ def _fields(unit: PackedUnit, rank: int) -> Iterator[Field]:
         yield Field(
             f"{field.name}_a",
             tuple(
-                Parameter(f"{name}.{A}", (rank, weight.shape[1]), weight.cut if _is_cut(weight, 1) else None)
+                Parameter(f"{name}.{A}", (rank, weight.shape[1]), weight.dtype, _cut(weight, 1))
                 for name, weight in pairs
             ),
         )
         yield Field(
             f"{field.name}_b",
             tuple(
-                Parameter(f"{name}.{B}", (weight.shape[0], rank), weight.cut if _is_cut(weight, 0) else None)
+                Parameter(f"{name}.{B}", (weight.shape[0], rank), weight.dtype, _cut(weight, 0))
                 for name, weight in pairs
             ),
         )
 
 
-def _is_cut(weight: Parameter, dim: int) -> bool:
-    return weight.cut is not None and weight.cut.dim == dim
+def _cut(weight: Parameter, dim: int) -> Cut | None:
+    return weight.cut if weight.cut is not None and weight.cut.dim == dim else None

@@ -39,12 +39,18 @@ class Parameter:
 
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
     cut: Cut | None = None  # None: it is whole
 
     @property
     def numel(self) -> int:
         """Elements of all rows."""
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,18 @@ class Field:
     parameters: tuple[Parameter, ...]
 
     def __post_init__(self) -> None:
-        assert len({p.shape[1:] for p in self.parameters}) == 1, f"rows of several lengths: {self}"
+        assert len({(p.shape[1:], p.dtype) for p in self.parameters}) == 1, f"rows of several lengths or dtypes: {self}"
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Rows of all parameters, and the sizes of one row."""
         first = self.parameters[0].shape
         return (sum(p.shape[0] for p in self.parameters), *first[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of all parameters."""
+        return self.parameters[0].dtype
 
     @property
     def numel(self) -> int:
@@ -71,16 +82,15 @@ class Field:
 
 @dataclass(frozen=True)
 class PackedUnit:
-    """The bytes of one unit, in ``dtype``."""
+    """The bytes of one unit."""
 
     name: str
     fields: tuple[Field, ...]
-    dtype: torch.dtype
 
     @cached_property
     def layout(self) -> FlatLayout:
         """A segment per field."""
-        return FlatLayout.pack([field.numel * self.dtype.itemsize for field in self.fields])
+        return FlatLayout.pack([sum(p.nbytes for p in field.parameters) for field in self.fields])
 
     @property
     def nbytes(self) -> int:
@@ -100,9 +110,8 @@ class PackedUnit:
         for field, segment in zip(self.fields, self.layout.segments, strict=True):
             offset = segment.offset_nbytes
             for parameter in field.parameters:
-                nbytes = parameter.numel * self.dtype.itemsize
-                yield parameter, Segment(offset, nbytes)
-                offset += nbytes
+                yield parameter, Segment(offset, parameter.nbytes)
+                offset += parameter.nbytes
 
 
 def pack_units(
@@ -115,13 +124,13 @@ def pack_units(
     Raises ValueError as ``check_served`` does.
     """
     check_served(config)
-    norm = Field("norm", (Parameter("norm.weight", (config.dim,)),))
-    embedding, head = (_vocabulary(name, config) for name in (EMBEDDING, HEAD))
+    norm = Field("norm", (Parameter("norm.weight", (config.dim,), dtype),))
+    embedding, head = (_vocabulary(name, config, dtype) for name in (EMBEDDING, HEAD))
     names = [f"layers.{i}" for i in range(config.num_layers)]
-    layers = [PackedUnit(name, _layer_fields(name, config, cuts or {}), dtype) for name in names]
+    layers = [PackedUnit(name, _layer_fields(name, config, dtype, cuts or {})) for name in names]
     if config.tie_embeddings:
-        return PackedUnit(EMBEDDING, (embedding, norm), dtype), *layers
-    return PackedUnit(EMBEDDING, (embedding,), dtype), *layers, PackedUnit(HEAD, (head, norm), dtype)
+        return PackedUnit(EMBEDDING, (embedding, norm)), *layers
+    return PackedUnit(EMBEDDING, (embedding,)), *layers, PackedUnit(HEAD, (head, norm))
 
 
 def check_served(config: DecoderConfig) -> None:
@@ -135,17 +144,17 @@ def uses_of(packed_units: Sequence[PackedUnit], config: DecoderConfig) -> tuple[
     return (*range(config.num_layers + 1), 0 if config.tie_embeddings else len(packed_units) - 1)
 
 
-def _vocabulary(unit: str, config: DecoderConfig) -> Field:
-    return Field("weight", (Parameter(f"{unit}.weight", (config.vocab_size, config.dim)),))
+def _vocabulary(unit: str, config: DecoderConfig, dtype: torch.dtype) -> Field:
+    return Field("weight", (Parameter(f"{unit}.weight", (config.vocab_size, config.dim), dtype),))
 
 
-def _layer_fields(layer: str, config: DecoderConfig, cuts: Mapping[str, Cut]) -> tuple[Field, ...]:
+def _layer_fields(layer: str, config: DecoderConfig, dtype: torch.dtype, cuts: Mapping[str, Cut]) -> tuple[Field, ...]:
     dim, head_dim, ffn_dim = config.dim, config.head_dim, config.ffn_dim
     rows = {"q": config.num_heads * head_dim, "k": config.num_kv_heads * head_dim, "v": config.num_kv_heads * head_dim}
 
     def parameter(name: str, shape: tuple[int, ...]) -> Parameter:
         cut = cuts.get(name)
-        return Parameter(f"{layer}.{name}", cut.part(shape) if cut else shape, cut)
+        return Parameter(f"{layer}.{name}", cut.part(shape) if cut else shape, dtype, cut)
 
     def field(name: str, shapes: dict[str, tuple[int, ...]]) -> Field:
         return Field(name, tuple(parameter(inner, shape) for inner, shape in shapes.items()))

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from yafsdp_like.inference.pool.plan import SLABS, ModelPlan
 from yafsdp_like.inference.weights.loading import Source, fill
 from yafsdp_like.inference.weights.store import Store, Weights
@@ -37,13 +39,10 @@ class PooledWeights(Weights):
         self._last_copy: Event | None = None
         self._image: list[list[Store]] = []  # pieces of each unit, on the host
         super().__init__(plan.serving, arena, host, None, streams)
-        self._places = [self._flat(self._home.part(unit)) for unit in self._units]
+        self._places = [_flat(self._home.part(unit)) for unit in self._units]
 
     def _whole(self, unit: int) -> Place:
         return self._home.part(self._units[unit])
-
-    def _flat(self, place: Place) -> Tensor:
-        return place.flat(self.dtype, place.segment.nbytes // self.dtype.itemsize)
 
     def read(self, image: Sequence[Place], source: Source) -> None:
         """Read all units from ``source`` into ``image``, in any thread: nothing else of this object is touched."""
@@ -65,8 +64,8 @@ class PooledWeights(Weights):
             for pieces, unit, packed in zip(found, self._units, self.plan.placement.packed_units, strict=True):
                 first, last = max(begin, unit.offset_nbytes), min(end, unit.end_nbytes)
                 if first < last:
-                    values = self._flat(place.part(Segment(first - begin, last - first)))
-                    pieces.append(Store(packed, (first - unit.offset_nbytes) // self.dtype.itemsize, values))
+                    values = _flat(place.part(Segment(first - begin, last - first)))
+                    pieces.append(Store(packed, first - unit.offset_nbytes, values))
             begin = end
         return found
 
@@ -83,7 +82,7 @@ class PooledWeights(Weights):
         self._streams.wait(HOST_TO_DEVICE, self._streams.record(COMPUTE))
         with self._streams.on(HOST_TO_DEVICE):
             for piece in self._image[unit]:
-                self._places[unit][piece.start :][: len(piece.values)].copy_(piece.values, non_blocking=True)
+                self._places[unit][piece.start_nbytes :][: len(piece.values)].copy_(piece.values, non_blocking=True)
         self._arriving[unit] = self._last_copy = self._streams.record(HOST_TO_DEVICE)
 
     def num_arriving(self) -> int:
@@ -108,3 +107,7 @@ class PooledWeights(Weights):
         event = self._arriving.pop(unit, None)
         if event is not None:
             self._streams.wait(COMPUTE, event)
+
+
+def _flat(place: Place) -> Tensor:
+    return place.flat(torch.uint8, place.segment.nbytes)

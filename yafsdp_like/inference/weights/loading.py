@@ -177,14 +177,16 @@ def indexed(device: torch.device | str) -> torch.device:
 
 def fill(store: Store, source: Source) -> None:
     """Read every parameter's elements that ``store`` holds from ``source``."""
-    itemsize = store.packed.dtype.itemsize
     for parameter, segment in store.packed.parameters():
-        offset = segment.offset_nbytes // itemsize - store.start  # of the parameter in the store
-        first, last = max(offset, 0), min(offset + parameter.numel, len(store.values))
+        offset = segment.offset_nbytes - store.start_nbytes  # of the parameter in the store
+        first, last = max(offset, 0), min(offset + segment.nbytes, len(store.values))
+        if first >= last:
+            continue
+        values = store.values[first:last].view(parameter.dtype)
         if parameter.cut is not None:
-            _fill_part(store.values[first:last], parameter, store.rank, source)
-        elif first < last:
-            source.read_into(parameter.name, first - offset, store.values[first:last])
+            _fill_part(values, parameter, store.rank, source)
+        else:
+            source.read_into(parameter.name, (first - offset) // parameter.dtype.itemsize, values)
 
 
 def _fill_part(values: Tensor, parameter: Parameter, rank: int, source: Source) -> None:

@@ -75,11 +75,11 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Store:
-    """Elements of a packed unit from ``start`` on, where they are kept: to be filled once."""
+    """Bytes of a packed unit from ``start_nbytes`` on, where they are kept: to be filled once."""
 
     packed: PackedUnit
-    start: int
-    values: Tensor  # (n,) of the unit's dtype; what goes beyond the unit is padding
+    start_nbytes: int  # a multiple of ``ALIGNMENT_NBYTES``, so that no element is cut
+    values: Tensor  # (nbytes,) uint8; what goes beyond the unit is padding
     rank: int = 0  # whose part it is of parameters that are cut
 
 
@@ -239,11 +239,11 @@ class Weights:
 
     def _copy_into_slot(self, unit: int, whole: Place) -> Callable[[], None]:
         placement = self.plan.placement
-        name, values = placement.packed_units[unit].name, _flat(whole, self.dtype)
+        name, values = placement.packed_units[unit].name, _flat(whole)
         if self.plan.mode == "streamed":
-            return partial(_copy, values, _flat(self.host.place(name), self.dtype))
+            return partial(_copy, values, _flat(self.host.place(name)))
         assert self._transport is not None, "a gathered plan is of a transport"
-        shard = _flat(self.arena.place(f"{name}.shard"), self.dtype)
+        shard = _flat(self.arena.place(f"{name}.shard"))
         return self._transport.all_gather([values], [shard], in_place={0} if placement.granule_nbytes else ())
 
     def stores(self) -> Iterator[Store]:
@@ -252,12 +252,12 @@ class Weights:
         for unit, packed in enumerate(placement.packed_units):
             if unit not in placement.non_resident:
                 rank = 0 if self.tp_group is None else self.tp_group.rank
-                yield Store(packed, 0, _flat(self.arena.place(packed.name), self.dtype), rank)
+                yield Store(packed, 0, _flat(self.arena.place(packed.name)), rank)
             elif self.plan.mode == "streamed":
-                yield Store(packed, 0, _flat(self.host.place(packed.name), self.dtype))
+                yield Store(packed, 0, _flat(self.host.place(packed.name)))
             else:
                 assert self._transport is not None
-                values = _flat(self.arena.place(f"{packed.name}.shard"), self.dtype)
+                values = _flat(self.arena.place(f"{packed.name}.shard"))
                 yield Store(packed, self._transport.rank * len(values), values)
 
     # --- before the first forward, and after the last ---
@@ -333,16 +333,16 @@ def _check(plan: ServingPlan, transport: Transport | None) -> None:
 def _views(packed: PackedUnit, whole: Place) -> dict[str, Tensor]:
     """Return views of the unit's fields, by name."""
     segments = packed.segments()
-    return {f.name: whole.part(segments[f.name]).tensor(packed.dtype, f.shape) for f in packed.fields}
+    return {f.name: whole.part(segments[f.name]).tensor(f.dtype, f.shape) for f in packed.fields}
 
 
 def _layer(views: Mapping[str, Tensor]) -> LayerWeights:
     return LayerWeights(**views)
 
 
-def _flat(whole: Place, dtype: torch.dtype) -> Tensor:
-    """Return all elements of a place, (n,)."""
-    return whole.tensor(dtype, (whole.segment.nbytes // dtype.itemsize,))
+def _flat(whole: Place) -> Tensor:
+    """Return all bytes of a place, (nbytes,) uint8."""
+    return whole.tensor(torch.uint8, (whole.segment.nbytes,))
 
 
 def _copy(destination: Tensor, source: Tensor) -> None:
