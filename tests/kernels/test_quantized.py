@@ -1,0 +1,146 @@
+"""Products with quantized matrices: natively where there is a GPU, else in the interpreter (`test_kernels.py`)."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.inference import BF16, F8, F32, random
+from tests.kernels.test_kernels import DEVICE, needs_kernels
+from yafsdp_like.kernels import quantized
+from yafsdp_like.kernels.quantized import (
+    QuantizedMatrix,
+    multiply_quantized,
+    packed_codes,
+    run_of,
+    unpacked_codes,
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a matrix, and how its codes are grouped."""
+
+    num_rows: int
+    num_columns: int
+    group_rows: int = 1
+    group_columns: int | None = None
+    bits: int = 8
+    zeros: bool = False
+    ordered: bool = False
+
+    def matrix(self) -> QuantizedMatrix:
+        columns = self.group_columns or self.num_columns
+        groups = -(-self.num_rows // self.group_rows), -(-self.num_columns // columns)
+        generator = torch.Generator().manual_seed(7)
+
+        def below(most: int, *shape: int) -> Tensor:
+            return torch.randint(0, most, shape, generator=generator, dtype=torch.uint8)
+
+        codes = random(self.num_rows, self.num_columns).cpu().to(F8)
+        if self.bits == 4:
+            codes = packed_codes(below(16, self.num_rows, self.num_columns), run_of(columns))
+        return QuantizedMatrix(
+            codes.to(DEVICE),
+            random(*groups, seed=3),
+            self.group_rows,
+            columns,
+            below(17, *groups).to(DEVICE) if self.zeros else None,
+            torch.randperm(self.num_columns, generator=generator).int().to(DEVICE) if self.ordered else None,
+        )
+
+
+SHAPES = {
+    "a scale a row": Shape(40, 136),
+    "a scale a row, whole tiles": Shape(32, 256),
+    "blocks": Shape(256, 256, 128, 128),
+    "blocks that end early": Shape(72, 200, 32, 128),
+    "4 bits": Shape(48, 256, 1, 128, 4),
+    "4 bits, zeros": Shape(40, 192, 1, 64, 4, zeros=True),
+    "4 bits, small groups, another order": Shape(33, 96, 1, 32, 4, zeros=True, ordered=True),
+    "4 bits, a scale a row": Shape(16, 160, 1, None, 4),
+}
+
+
+def by_hand(matrix: QuantizedMatrix, shape: Shape) -> Tensor:
+    """Element by element, in double."""
+    codes = matrix.codes.double() if shape.bits == 8 else unpacked_codes(matrix.codes, run_of(matrix.group_columns))
+    values = torch.empty(shape.num_rows, shape.num_columns, dtype=torch.float64)
+    for n in range(shape.num_rows):
+        for k in range(shape.num_columns):
+            group = n // matrix.group_rows, k // matrix.group_columns
+            zero = 0 if shape.bits == 8 else 8 if matrix.zeros is None else int(matrix.zeros[group])
+            column = k if matrix.order is None else int(matrix.order[k])
+            values[n, column] = (float(codes[n, k]) - zero) * float(matrix.scales[group])
+    return values
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if "whole" not in name])
+def test_a_value_is_its_code_less_the_groups_zero_times_the_groups_scale(name: str) -> None:
+    shape = SHAPES[name]
+    if shape.num_rows * shape.num_columns > 10_000:
+        shape = Shape(20, 24, 8, 16)  # as many groups, fewer elements
+    matrix = shape.matrix()
+    torch.testing.assert_close(matrix.dequantized().cpu().double(), by_hand(matrix, shape), rtol=1e-6, atol=1e-6)
+
+
+def test_codes_of_four_bits_lie_in_pairs_that_are_a_run_apart() -> None:
+    codes = torch.arange(64).view(1, 64) % 16
+    packed = packed_codes(codes, 16)
+    assert packed.shape == (1, 32)
+    assert packed[0, 3] == codes[0, 3] | codes[0, 16 + 3] << 4
+    assert packed[0, 16 + 5] == codes[0, 32 + 5] | codes[0, 48 + 5] << 4
+    assert torch.equal(unpacked_codes(packed, 16), codes.to(torch.uint8))
+
+
+@pytest.mark.parametrize(("group", "run"), [(128, 64), (64, 32), (32, 16), (4096, 64), (160, 16)])
+def test_groups_are_whole_runs(group: int, run: int) -> None:
+    assert run_of(group) == run
+    assert group % (2 * run) == 0
+
+
+@pytest.mark.parametrize("group", [16, 24, 72])
+def test_groups_that_no_runs_make_up_are_refused(group: int) -> None:
+    with pytest.raises(ValueError, match=f"a multiple of 32 columns, found {group}"):
+        run_of(group)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_rows", "dtype"),
+    [
+        *((name, 19, F32) for name in SHAPES),
+        ("a scale a row, whole tiles", 1, BF16),
+        ("blocks", 33, BF16),
+        ("4 bits, zeros", 1, BF16),
+        ("4 bits, small groups, another order", 130, BF16),
+    ],
+)
+def test_products_are_those_with_the_dequantized_matrix(name: str, num_rows: int, dtype: torch.dtype) -> None:
+    """Of rows that lie apart, into columns of something larger, whose rest is left alone."""
+    shape = SHAPES[name]
+    matrix = shape.matrix()
+    rows = random(num_rows, shape.num_columns + 8, seed=5, dtype=dtype)[:, : shape.num_columns]
+    out = torch.full((num_rows, shape.num_rows + 1), 7.0, dtype=dtype, device=DEVICE)
+    multiply_quantized(rows, matrix, out[:, : shape.num_rows])
+    expected = rows.double() @ matrix.dequantized().double().T
+    tolerance = {F32: 1e-4, BF16: torch.finfo(BF16).eps}[dtype]  # of sums of more than a hundred products
+    torch.testing.assert_close(out[:, : shape.num_rows].double(), expected, rtol=tolerance, atol=tolerance)
+    assert torch.all(out[:, shape.num_rows] == 7), "written past the end"
+
+
+@needs_kernels
+def test_every_product_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[int] = []
+    launch = quantized._launch
+    monkeypatch.setattr(quantized, "_launch", lambda *args: (launched.append(len(args[0])), launch(*args)))
+    matrix = SHAPES["4 bits, zeros"].matrix()
+    for num_rows in (0, 1, 3):
+        rows = random(num_rows, 192)
+        multiply_quantized(rows, matrix, torch.empty(num_rows, 40, device=DEVICE))
+    assert launched == [1, 3]
+
+
+def test_shapes_that_do_not_fit_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"rows \(2, 8\) and a matrix \(40, 136\) cannot be multiplied into"):
+        multiply_quantized(random(2, 8), SHAPES["a scale a row"].matrix(), torch.empty(2, 40, device=DEVICE))
