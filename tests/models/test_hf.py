@@ -529,6 +529,30 @@ def test_a_sharded_model_of_transformers_is_saved_whole_or_says_how(tied: bool, 
         assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
+class Adapted(torch.nn.Linear):
+    """As peft's models: weights are one of the other arguments, and the second one is something else."""
+
+    def save_pretrained(self, directory: Path, safe: bool = True, chosen: Any = None, **others: Any) -> Any:
+        return directory, safe, chosen, others
+
+
+def saved_by_another_signature() -> None:
+    model: Any = fully_shard(Adapted(2, 2))
+    whole = {name: value.full_tensor() for name, value in model.state_dict().items()}
+    assert model.save_pretrained("here", False, state_dict=whole) == ("here", False, None, {"state_dict": whole})
+    assert model.save_pretrained("here", chosen=["a"], state_dict=whole, push=1)[2:] == (
+        ["a"],
+        {"state_dict": whole, "push": 1},
+    )
+    with pytest.raises(RuntimeError, match="got no state_dict"):
+        model.save_pretrained("here", chosen=["a"])
+
+
+def test_a_model_of_peft_is_saved_by_its_own_signature() -> None:
+    """Prevents: weights that arrived as its third argument, the names of adapters to save."""
+    run_ranks(saved_by_another_signature)
+
+
 def test_a_module_that_has_no_save_pretrained_gets_none() -> None:
     (has,) = run_ranks(has_save_pretrained, world_size=1)
     assert not has

@@ -6,16 +6,14 @@ of which each rank has a part. Transformers itself is never imported.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import inspect
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-METHOD = "save_pretrained"
+METHOD, STATE = "save_pretrained", "state_dict"
 HOW = (
     "expected whole weights: on all ranks\n"
     "    options = StateDictOptions(full_state_dict=True, cpu_offload=True)\n"
@@ -31,25 +29,21 @@ def overrides_of(cls: type[nn.Module]) -> dict[str, Any]:
     if own is None:
         return {}
 
-    def save_pretrained(
-        self: nn.Module,
-        save_directory: Any,
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Any] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Call the method of the unsharded class.
+    signature = inspect.signature(own)
 
-        Raises ``RuntimeError`` unless `state_dict` holds full weights; on one rank it may be left out.
+    def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Call the method of the unsharded class, whatever its arguments are: peft's are not those of transformers.
+
+        Raises ``RuntimeError`` unless its `state_dict` holds full weights; on one rank it may be left out.
         """
+        state_dict = signature.bind(self, *args, **kwargs).arguments.get(STATE, kwargs.get(STATE))
         if state_dict is None and dist.get_world_size() == 1:
-            state_dict = {name: _full(value) for name, value in self.state_dict().items()}
+            state_dict = kwargs[STATE] = {name: _full(value) for name, value in self.state_dict().items()}
         if state_dict is None:
             raise RuntimeError(f"save_pretrained() of a sharded {cls.__name__} got no state_dict; {HOW}")
         if parts := [name for name, value in state_dict.items() if isinstance(value, DTensor)]:
             raise RuntimeError(f"save_pretrained() got a part of {parts[0]!r} ({len(parts)} such); {HOW}")
-        return own(self, save_directory, is_main_process, state_dict, *args, **kwargs)
+        return own(self, *args, **kwargs)
 
     return {METHOD: save_pretrained}
 
