@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.optimizer_step import update_in_backward
     from yafsdp_like.shard.runtime.activation_offload import offload_activations
     from yafsdp_like.shard.runtime.allocated_memory import SpillWarning
+    from yafsdp_like.shard.stand_in import in_place_of_fsdp2
 else:
     _HOMES = {
         "CPUOffloadPolicy": "torch.distributed.fsdp",
@@ -39,6 +40,7 @@ else:
         "UnshardHandle": "yafsdp_like.shard.fsdp_module",
         "explain_out_of_memory": "yafsdp_like.shard.oom_letter",
         "fully_shard": "yafsdp_like.shard.api",
+        "in_place_of_fsdp2": "yafsdp_like.shard.stand_in",
         "offload_activations": "yafsdp_like.shard.runtime.activation_offload",
         "register_fsdp_forward_method": "yafsdp_like.shard.drop_in",
         "share_comm_ctx": "yafsdp_like.shard.drop_in",
@@ -72,6 +74,7 @@ __all__ = [
     "UnshardHandle",
     "explain_out_of_memory",
     "fully_shard",
+    "in_place_of_fsdp2",
     "offload_activations",
     "register_fsdp_forward_method",
     "share_comm_ctx",
