@@ -24,6 +24,7 @@ TOKENIZERS = ["sentencepiece", "protobuf", "tiktoken"]  # to convert a directory
 STRUCTURED = ["llguidance"]  # answers that are JSON of a schema, or of a grammar
 SERVE = ["transformers", "jinja2", "fastapi", "uvicorn", "prometheus-client", *TOKENIZERS]
 TEST = [*TRAIN, *PARQUET, *HF, *SERVE, *STRUCTURED, "openai", "httpx", *TOOLS]
+ECOSYSTEM = ["transformers", "accelerate", "lightning", "trl", "peft", "datasets"]  # what examples/ecosystem runs
 DOCS = ["mkdocs", "mkdocstrings[python]", "ruff"]
 BENCH = ["deepspeed", "transformers", "matplotlib"]
 
@@ -59,6 +60,7 @@ setup(
         "parquet": PARQUET,
         "test": TEST,
         "bench": BENCH,
+        "ecosystem": ECOSYSTEM,
         "docs": DOCS,
         "dev": TEST + BENCH,
     },
