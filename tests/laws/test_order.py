@@ -413,7 +413,7 @@ def test_an_exception_in_forward_releases_everything() -> None:
 def test_a_step_costs_one_collective_for_each_gather_and_each_reduction(
     recompute: bool, reshard_after_forward: bool | None, all_gathers: int
 ) -> None:
-    """Prevents: a collective per parameter, or one for what ranks could know without asking."""
+    """Prevents: a reduction per parameter, or a collective for what ranks could know without asking."""
     model = chain(recompute, reshard_after_forward=reshard_after_forward)
     assert_collectives({"all-gather": all_gathers, "reduce-scatter": 4}, train, model)
 

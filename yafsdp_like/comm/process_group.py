@@ -32,7 +32,12 @@ def _reduce_group_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 class ProcessGroupTransport:
-    """Coalesced collectives: one call, one group launch, one piece per parameter, nothing packed or unpacked."""
+    """Coalesced collectives: one call, one group launch, one piece per parameter, nothing packed or unpacked.
+
+    [Note: gloo gathers piece by piece]
+    The two threads of a gloo group write the name of what they have done last to one string, without a lock. A name of
+    more than 15 characters has memory of its own, which they then may free twice. Only coalesced all-gathers have one.
+    """
 
     mapped = None
 
@@ -58,7 +63,12 @@ class ProcessGroupTransport:
         options = AllgatherOptions()
         options.asyncOp = False  # on the current stream, not on one of the group's own
         for out, inp in pieces:
-            finish(getattr(self._gather_group, _GATHER)(out, inp, options))
+            if out[0].is_cpu:  # see [Note: gloo gathers piece by piece]
+                works = [self._gather_group._allgather_base(o, i, options) for o, i in zip(out, inp, strict=True)]
+            else:
+                works = [getattr(self._gather_group, _GATHER)(out, inp, options)]
+            for work in works:
+                finish(work)
 
     def reduce_scatter(
         self,
