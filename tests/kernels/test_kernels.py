@@ -43,7 +43,7 @@ def run_python(*arguments: str, **environment: str) -> None:
 def test_kernels_equal_their_references_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     files = ("kernels/test_kernels.py", "kernels/test_formats.py", "kernels/test_gemv.py", "kernels/test_lora.py")
-    files += ("kernels/test_quantized.py",)
+    files += ("kernels/test_quantized.py", "kernels/test_experts.py")
     files += ("optim/test_optim.py", "optim/test_clipping.py")
     run_python("-m", "pytest", "-q", *(f"tests/{file}" for file in files), TRITON_INTERPRET="1")
 
