@@ -432,7 +432,7 @@ def test_what_does_not_fit_says_what_would() -> None:
         (TINY, 4, "multiples of 4, found num_kv_heads 2"),
         (replace(TINY, num_heads=3, num_kv_heads=3, dim=36), 2, "found num_heads 3"),
         (replace(TINY, ffn_dim=63), 2, "found ffn_dim 63"),
-        (PRESETS["30b-a3b"], 2, "experts cannot be served yet"),
+        (PRESETS["30b-a3b"], 2, "experts cannot be tensor parallel yet"),
     ],
 )
 def test_what_cannot_be_cut_evenly_is_refused(config: DecoderConfig, num_ranks: int, told: str) -> None:

@@ -72,6 +72,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3_moe, not normalized": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 3}),
+    "qwen3_moe, some layers without experts": (
+        "Qwen3Moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 2, "mlp_only_layers": [1]}
+        | {"num_hidden_layers": 4, "moe_intermediate_size": 24},
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}),
     "mistral, no window": ("Mistral", {"sliding_window": None}),
 }

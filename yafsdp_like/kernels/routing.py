@@ -41,11 +41,6 @@ class Visits:
         """E."""
         return len(self.starts) - 1
 
-    def first(self, num_visits: int) -> Visits:
-        """Return the tables of so many visits at the beginning of these."""
-        rows = slice(0, num_visits)
-        return Visits(self.experts[rows], self.weights[rows], self.order[rows], self.starts)
-
 
 def route(logits: Tensor, num_per_token: int, normalize: bool, slots: Tensor, visits: Visits) -> None:
     """Choose the experts of each token, and sort the visits by expert, on the current stream.

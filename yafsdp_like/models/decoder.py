@@ -53,6 +53,8 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     experts: ExpertsConfig | None = None  # instead of one feed-forward; ffn_dim is then each expert's
+    dense_layers: tuple[int, ...] = ()  # that have one feed-forward where others have experts
+    dense_ffn_dim: int | None = None  # of those
     loss_chunk_size: int = 2048  # tokens whose logits exist at once while the loss is computed
 
     def __post_init__(self) -> None:
@@ -72,6 +74,7 @@ class DecoderConfig:
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
             )
         self._check_windowed_layers()
+        self._check_dense_layers()
 
     def _check_sizes(self) -> None:
         """Every number is there for a positive amount of something."""
@@ -83,6 +86,7 @@ class DecoderConfig:
             "ffn_dim",
             "vocab_size",
             "custom_head_dim",
+            "dense_ffn_dim",
             "sliding_window",
             "max_seq_len",
             "rope_theta",
@@ -100,6 +104,22 @@ class DecoderConfig:
             raise ValueError(f"windowed_layers {self.windowed_layers} need a sliding_window")
         if not set(self.windowed_layers) <= set(range(self.num_layers)):
             raise ValueError(f"windowed_layers must be below num_layers {self.num_layers}, got {self.windowed_layers}")
+
+    def _check_dense_layers(self) -> None:
+        if bool(self.dense_layers) != (self.dense_ffn_dim is not None) or (self.dense_layers and self.experts is None):
+            raise ValueError(
+                f"dense_layers are layers without experts, and need experts in others and a dense_ffn_dim, got "
+                f"dense_layers {self.dense_layers}, dense_ffn_dim {self.dense_ffn_dim} and experts {self.experts}"
+            )
+        if not set(self.dense_layers) <= set(range(self.num_layers)):
+            raise ValueError(f"dense_layers must be below num_layers {self.num_layers}, got {self.dense_layers}")
+
+    def of_layer(self, layer_index: int) -> "DecoderConfig":
+        """Return the configuration of a layer's block: without experts where the layer has none."""
+        if layer_index not in self.dense_layers:
+            return self
+        assert self.dense_ffn_dim is not None
+        return replace(self, ffn_dim=self.dense_ffn_dim, experts=None, dense_layers=(), dense_ffn_dim=None)
 
     @property
     def head_dim(self) -> int:
@@ -143,7 +163,7 @@ class DecoderConfig:
     def num_params(self) -> int:
         """Elements of the whole model: blocks, last norm, embedding, and the head unless it is tied."""
         num_vocab_matrices = 1 if self.tie_embeddings else 2
-        blocks = self.num_layers * self.block_num_params
+        blocks = sum(self.of_layer(index).block_num_params for index in range(self.num_layers))
         return blocks + self.dim + num_vocab_matrices * self.vocab_size * self.dim
 
     def train_flops(self, batch_size: int, seq_len: int) -> int:
@@ -154,9 +174,9 @@ class DecoderConfig:
         is a lookup, norms are negligible, of the experts it visits few), and of the T x T pairs of attention only
         those that causality and the window leave, T^2 / 2 or W T - W^2 / 2.
         """
-        num_matmul_weights = self.num_layers * self.block_num_active_weights + self.vocab_size * self.dim
-        twice_num_pairs = 0
+        num_matmul_weights, twice_num_pairs = self.vocab_size * self.dim, 0
         for layer_index in range(self.num_layers):
+            num_matmul_weights += self.of_layer(layer_index).block_num_active_weights
             window = min(self.window_of(layer_index) or seq_len, seq_len)
             twice_num_pairs += 2 * window * seq_len - window * window
         attention = 6 * self.num_heads * self.head_dim * twice_num_pairs
@@ -296,7 +316,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config.of_layer(index)) for index in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.lm_head = Head(config.dim, config.vocab_size, bias=False)
         self.tie_head()

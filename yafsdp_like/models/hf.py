@@ -93,14 +93,15 @@ def load_hf_weights(model: Decoder, directory: Path) -> None:
         weight.read_from(stored)
 
 
-def stored_weights(model: Decoder, directory: Path) -> dict[str, StoredTensor]:
-    """By the names of `model`'s parameters, without experts, where each lies in the safetensors files in `directory`.
+def stored_weights(model: Decoder, directory: Path) -> dict[str, tuple[StoredTensor, ...]]:
+    """By the names of `model`'s parameters, where each lies in the safetensors files in `directory`.
 
-    Only headers are read, and `model` may be on the meta device. Raises ValueError as `load_hf_weights` does.
+    A parameter is one tensor there, or one for each expert, in order. Only headers are read, and `model` may be on the
+    meta device. Raises ValueError as `load_hf_weights` does.
     """
     weights, stored = _weights(model), stored_tensors(directory)
     _check_fit(directory, weights, stored, tied=model.config.tie_embeddings)
-    return {name.removeprefix("model."): stored[name] for weight in weights for name in weight.names}
+    return {weight.own_name: tuple(stored[name] for name in weight.names) for weight in weights}
 
 
 def save_hf(
@@ -142,12 +143,13 @@ def save_hf(
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of the model, detached, sharded or plain, and the one name that it has in a checkpoint.
+    """A parameter of the model, detached, sharded or plain, its name there, and the one that it has in a checkpoint.
 
     Experts' weights, which are `stacked` here, have one name for each expert there.
     """
 
     param: Tensor
+    own_name: str
     names: tuple[str, ...]
     stacked: bool
 
@@ -181,15 +183,15 @@ def _weights(model: Decoder) -> list[Weight]:
 def _weight(name: str, param: Tensor, config: DecoderConfig) -> Weight:
     stored_name = name if name.startswith("lm_head.") else f"model.{name}"
     if config.experts is None:
-        return Weight(param, (stored_name,), stacked=False)
+        return Weight(param, name, (stored_name,), stacked=False)
     if model_type_of(config) == "mixtral":
         for ours, theirs in _MIXTRAL_NAMES.items():
             stored_name = stored_name.replace(ours, theirs)
     block, is_expert, matrix = stored_name.partition(".experts.")
     if not is_expert:
-        return Weight(param, (stored_name,), stacked=False)
+        return Weight(param, name, (stored_name,), stacked=False)
     names = tuple(f"{block}.experts.{index}.{matrix}.weight" for index in range(config.experts.num_experts))
-    return Weight(param, names, stacked=True)
+    return Weight(param, name, names, stacked=True)
 
 
 def _check_fit(directory: Path, weights: list[Weight], stored: Mapping[str, StoredTensor], *, tied: bool) -> None:

@@ -20,7 +20,7 @@ _ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 _MAX_MODULES, _MAX_SIZE = 10_000, 1 << 31
-_MODULES = ("num_hidden_layers", "num_local_experts", "num_experts", "num_experts_per_tok")
+_MODULES = ("num_hidden_layers", "num_local_experts", "num_experts", "num_experts_per_tok", "decoder_sparse_step")
 _COUNTS = (
     "hidden_size",
     "num_hidden_layers",
@@ -34,6 +34,7 @@ _COUNTS = (
     "num_local_experts",
     "num_experts",
     "num_experts_per_tok",
+    "decoder_sparse_step",
     "sliding_window",
 )
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")  # null is as good as nothing
@@ -53,12 +54,14 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
     head_dim = raw.get("head_dim") or (128 if raw["model_type"] == "qwen3" else None)
     window, windowed_layers = _window(raw)
     theta, scaling = _rope(raw)
+    experts, dense_layers = _experts(raw)
+    ffn_dim = raw["intermediate_size" if raw["model_type"] != "qwen3_moe" or not experts else "moe_intermediate_size"]
     return DecoderConfig(
         dim=raw["hidden_size"],
         num_layers=raw["num_hidden_layers"],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads or num_heads,
-        ffn_dim=raw["moe_intermediate_size" if raw["model_type"] == "qwen3_moe" else "intermediate_size"],
+        ffn_dim=ffn_dim,
         vocab_size=raw["vocab_size"],
         custom_head_dim=None if head_dim == raw["hidden_size"] / num_heads else head_dim,
         qkv_bias=raw["model_type"] == "qwen2",
@@ -70,7 +73,9 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
         rope_scaling=scaling,
         norm_eps=raw["rms_norm_eps"],
         tie_embeddings=raw.get("tie_word_embeddings", False),
-        experts=_experts(raw),
+        experts=experts,
+        dense_layers=dense_layers,
+        dense_ffn_dim=raw["intermediate_size"] if dense_layers else None,
     )
 
 
@@ -105,15 +110,19 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _experts(raw: Mapping[str, Any]) -> ExpertsConfig | None:
+def _experts(raw: Mapping[str, Any]) -> tuple[ExpertsConfig | None, tuple[int, ...]]:
+    """The experts, and the layers of a model with experts that have none."""
     if raw["model_type"] == "mixtral":
-        return ExpertsConfig(raw["num_local_experts"], raw["num_experts_per_tok"])
+        return ExpertsConfig(raw["num_local_experts"], raw["num_experts_per_tok"]), ()
     if raw["model_type"] != "qwen3_moe":
-        return None
-    if raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1:
-        raise ValueError("mlp_only_layers and decoder_sparse_step are not supported: every layer has experts")
+        return None, ()
+    num_layers, step = raw["num_hidden_layers"], raw.get("decoder_sparse_step", 1)
+    only_dense = set(raw.get("mlp_only_layers") or ())
+    dense = tuple(index for index in range(num_layers) if index in only_dense or (index + 1) % step)
+    if len(dense) == num_layers:
+        return None, ()
     num_experts = raw["num_experts"] if "num_experts" in raw else raw["num_local_experts"]
-    return ExpertsConfig(num_experts, raw["num_experts_per_tok"], raw.get("norm_topk_prob", False))
+    return ExpertsConfig(num_experts, raw["num_experts_per_tok"], raw.get("norm_topk_prob", False)), dense
 
 
 def _experts_to_hf(config: DecoderConfig, model_type: str) -> dict[str, Any]:
@@ -125,8 +134,10 @@ def _experts_to_hf(config: DecoderConfig, model_type: str) -> dict[str, Any]:
     return {
         **count,
         "num_experts": config.experts.num_experts,
+        "intermediate_size": config.dense_ffn_dim or config.ffn_dim,
         "moe_intermediate_size": config.ffn_dim,
         "norm_topk_prob": config.experts.normalize,
+        "mlp_only_layers": list(config.dense_layers),
     }
 
 
@@ -146,6 +157,9 @@ def _check_kinds(raw: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be true or false, found {raw[name]!r}")
     if not isinstance(raw.get("layer_types") or [], list):
         raise ValueError(f"layer_types must be a list of names, found {raw['layer_types']!r}")
+    dense_layers = raw.get("mlp_only_layers") or []
+    if not isinstance(dense_layers, list) or not all(_is_number(index, kind=int) for index in dense_layers):
+        raise ValueError(f"mlp_only_layers must be a list of layers, found {raw['mlp_only_layers']!r}")
     if not _is_number(raw.get("max_window_layers", 0), 0, _MAX_MODULES, int):
         raise ValueError(f"max_window_layers must be a number of layers, found {raw['max_window_layers']!r}")
     for name in ("rope_scaling", "rope_parameters"):
@@ -229,6 +243,8 @@ def model_type_of(config: DecoderConfig) -> str:
         raise ValueError("no family of transformers has windowed_layers without qkv_bias or qk_norm, or with experts")
     if config.experts and not (config.qk_norm or config.experts.normalize):
         raise ValueError("no family of transformers has experts that are not normalized, and no qk_norm")
+    if config.dense_layers and not config.qk_norm:
+        raise ValueError("no family of transformers has dense_layers without qk_norm")
     if config.experts:
         return "qwen3_moe" if config.qk_norm else "mixtral"
     if config.qk_norm:

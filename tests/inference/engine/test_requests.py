@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 from tests.inference.engine.test_engine import (
     GREEDY,
@@ -24,12 +23,8 @@ from tests.inference.engine.test_engine import (
     prompts,
     requests,
 )
-from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request
 from yafsdp_like.inference.kv.kv_cache import Tier
-from yafsdp_like.inference.weights.loading import model_of
-from yafsdp_like.models.decoder import Decoder
-from yafsdp_like.models.moe import ExpertsConfig
 
 if TYPE_CHECKING:
     from yafsdp_like.inference.kv.eviction import Costs
@@ -138,14 +133,11 @@ def test_where_one_of_many_is_refused_none_is_served() -> None:
         check_idle(it)
 
 
-def test_options_and_models_that_cannot_be_served_are_refused() -> None:
+def test_options_that_cannot_be_served_are_refused() -> None:
     with pytest.raises(ValueError, match="policy must be one of lru, gdsf"):
         replace(OPTIONS, policy="fifo")
     with pytest.raises(ValueError, match="max_waiting"):
         replace(OPTIONS, max_waiting=0)
-    with pytest.raises(ValueError, match="experts"):
-        experts = replace(TINY, experts=ExpertsConfig(num_experts=4, experts_per_token=2))
-        Engine.load(model_of(Decoder(experts)), OPTIONS, device="cpu", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("costs", [SWAPPING, RECOMPUTING])

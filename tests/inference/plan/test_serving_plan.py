@@ -17,7 +17,6 @@ from yafsdp_like.memory.plan import KINDS
 from yafsdp_like.models import PRESETS, DecoderConfig
 
 GIB = 1 << 30
-SERVED = [name for name, config in PRESETS.items() if config.experts is None]
 H200 = Site(hardware=hardware.H200)
 CHAIN = DecoderConfig(64, 12, 4, 2, 176, vocab_size=4096)
 TIED = replace(CHAIN, tie_embeddings=True)
@@ -36,7 +35,7 @@ def all_moved(config: DecoderConfig, mode: Mode = "streamed", num_ranks: int = 1
 # --- packed_units ---
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", PRESETS)
 def test_images_hold_every_parameter_once_and_little_else(name: str) -> None:
     config = PRESETS[name]
     packed_units = pack_units(config, torch.bfloat16)
@@ -61,9 +60,20 @@ def test_projections_lie_back_to_back_in_the_order_of_their_matrix() -> None:
         assert [where[part].end_nbytes for part in parts[:-1]] == [where[part].offset_nbytes for part in parts[1:]]
 
 
-def test_a_decoder_with_experts_is_refused() -> None:
-    with pytest.raises(ValueError, match="experts cannot be served yet"):
-        plan_serving(PRESETS["30b-a3b"], SMALL)
+def test_the_buffers_of_experts_are_planned_and_layers_without_have_their_own() -> None:
+    """T = 32 tokens with 8 visits each: R = 256; in bf16, int32 and float32."""
+    config = PRESETS["30b-a3b"]
+    options = replace(SMALL, kv_nbytes=GIB)
+    some = replace(config, dense_layers=(0,), dense_ffn_dim=6144)
+    nbytes = {name: buffer.nbytes for name, buffer in plan_serving(some, options).buffers.buffers.items()}
+    assert nbytes["router"] == 2 * 32 * 128
+    assert nbytes["visit_experts"] == nbytes["visit_weights"] == nbytes["visit_order"] == 4 * 256
+    assert nbytes["visit_starts"] == 4 * 129
+    assert nbytes["expert_hidden"] == 2 * 256 * 768
+    assert nbytes["expert_parts"] == 2 * 256 * 2048
+    assert nbytes["gate_up"] == 2 * 32 * 2 * 6144
+    assert plan_serving(config, options).buffers.buffers["gate_up"].nbytes == 0
+    assert plan_serving(PRESETS["0.6b"], options).buffers.buffers["expert_parts"].nbytes == 0
 
 
 # --- slots ---
@@ -195,9 +205,11 @@ def test_activations_that_may_share_bytes_are_these() -> None:
     """Prevents: a buffer that is read after another took its bytes."""
     buffers = [b for b in plan_serving(CHAIN, SMALL).buffers.buffers.values() if b.kind == WORKSPACE]
     apart = {(a.name, b.name) for a in buffers for b in buffers if a.name < b.name and not a.live.overlaps(b.live)}
-    in_attention = {("attended", "gate_up"), ("attention", "gate_up"), ("gate_up", "qkv")}
-    when_drawing = {("attended", "last"), ("attention", "last"), ("gate_up", "last"), ("last", "qkv")}
-    assert apart == in_attention | when_drawing | {("last", "step_cos"), ("last", "step_sin"), ("adapted", "last")}
+    attending, visits = ("attended", "attention", "qkv"), ("experts", "weights", "order", "starts")
+    feeding = ("gate_up", "router", *(f"visit_{table}" for table in visits), "expert_hidden", "expert_parts")
+    before_drawing = (*attending, *feeding, "step_cos", "step_sin", "adapted")
+    pairs = [*((a, b) for a in attending for b in feeding), *((a, "last") for a in before_drawing)]
+    assert apart == {(min(pair), max(pair)) for pair in pairs}
 
 
 # --- what is chosen ---
@@ -207,7 +219,7 @@ def total(plan: ServingPlan) -> int:
     return sum(packed.nbytes for packed in plan.placement.packed_units)
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", PRESETS)
 def test_any_preset_is_planned_without_a_gpu(name: str) -> None:
     plan = plan_serving(PRESETS[name], EngineOptions(memory_limit_nbytes=160 * GIB), H200)
     assert plan.mode == "resident"

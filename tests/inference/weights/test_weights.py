@@ -24,7 +24,7 @@ from yafsdp_like.inference.weights.store import LayerWeights, Weights, reserve
 from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.streams import COMPUTE, GATHER
-from yafsdp_like.models import Decoder, DecoderConfig
+from yafsdp_like.models import Decoder, DecoderConfig, ExpertsConfig
 
 if TYPE_CHECKING:
     from yafsdp_like.comm.transport import Transport
@@ -39,6 +39,7 @@ CONFIGS = {
     "normed, wide heads": replace(CONFIG, custom_head_dim=18, qk_norm=True),
     "tied": replace(CONFIG, tie_embeddings=True),
     "one layer, tied": replace(CONFIG, num_layers=1, tie_embeddings=True),
+    "experts": replace(CONFIG, experts=ExpertsConfig(3, 2), dense_layers=(1,), dense_ffn_dim=20),
     "two layers, large vocabulary": replace(CONFIG, num_layers=2, vocab_size=2000),
 }
 
@@ -55,18 +56,23 @@ def decoder(config: DecoderConfig = CONFIG) -> Decoder:
 def expected(module: Decoder, index: int) -> LayerWeights:
     """What ``layer(index)`` must hold, by concatenation."""
     layer, attention, ffn = module.layers[index], module.layers[index].self_attn, module.layers[index].mlp
-    config = module.config
+    config = module.config.of_layer(index)
+    if config.experts is None:
+        feed = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight
+    else:
+        feed = ffn.experts.gate_proj, ffn.experts.up_proj, ffn.experts.down_proj
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     return LayerWeights(
         layer.input_layernorm.weight,
         torch.cat([p.weight for p in projections]),
         attention.o_proj.weight,
         layer.post_attention_layernorm.weight,
-        torch.cat([ffn.gate_proj.weight, ffn.up_proj.weight]),
-        ffn.down_proj.weight,
+        torch.cat(feed[:2]),
+        feed[2],
         torch.cat([p.bias for p in projections]) if config.qkv_bias else None,
         attention.q_norm.weight if config.qk_norm else None,
         attention.k_norm.weight if config.qk_norm else None,
+        None if config.experts is None else ffn.gate.weight,
     )
 
 
@@ -383,7 +389,7 @@ def group() -> dist.ProcessGroup:
 
 @pytest.mark.parametrize("asked", ["process_group", "peer"])
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("name", ["grouped-query", "normed, wide heads", "tied", "two layers, large vocabulary"])
+@pytest.mark.parametrize("name", ["grouped-query", "normed, wide heads", "tied", "experts"])
 def test_gathered_weights_are_the_decoders_in_every_forward(name: str, world_size: int, asked: str) -> None:
     """Cut wherever a part ends, also in the middle of a row, and whole again: q rows, k rows, v rows."""
     results = run_ranks(gathered_differences, name, asked, None, [2] * world_size, world_size=world_size)

@@ -129,7 +129,11 @@ class Adapters:
         for part in unit.fields:
             start = (begin + unit.segments()[part.name].offset_nbytes) // itemsize
             views[part.name] = slots[:, start : start + part.numel].unflatten(1, part.shape)
-        return {name: LowRank(views[f"{name}_a"], views[f"{name}_b"], layout.sizes[name]) for name in PRODUCTS}
+        return {
+            name: LowRank(views[f"{name}_a"], views[f"{name}_b"], layout.sizes[name])
+            for name in PRODUCTS
+            if f"{name}_a" in views
+        }
 
     # --- loading ---
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from yafsdp_like.inference.engine.products import choose_pieces, multiply
 from yafsdp_like.kernels.activation import swiglu
 from yafsdp_like.kernels.decode_attention import choose_num_splits, decode_attention, workspace_numel
+from yafsdp_like.kernels.experts import ExpertWeights, feed_experts
 from yafsdp_like.kernels.gemv import matmul
 from yafsdp_like.kernels.lora import LowRank, add_low_rank
 from yafsdp_like.kernels.norm import rms_norm
@@ -41,6 +42,7 @@ from yafsdp_like.kernels.paged_attention import AttentionBatch, KVPages
 from yafsdp_like.kernels.prefill_attention import prefill_attention
 from yafsdp_like.kernels.query_tiles import max_num_tiles, queries_per_tile
 from yafsdp_like.kernels.rotary import HeadNorms, rotate_and_store
+from yafsdp_like.kernels.routing import Visits, route
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -112,14 +114,14 @@ class Forward:
         Libraries load and choose kernels when a shape comes first, which must not happen in a recording.
         """
         self._embed(slice(0, 1))
-        windows = set[int | None]()
+        kinds = set[tuple[int | None, bool]]()
         for index in range(self._config.num_layers):
             layer = self._weights.layer(index)
-            if not windows:
+            kind = self._cache[index].window, layer.router is None
+            if kind not in kinds:
+                kinds.add(kind)
                 for num_tokens in sorted({size.num_tokens for size in sizes}):
                     self._choose_pieces(layer, num_tokens)
-            if self._cache[index].window not in windows:
-                windows.add(self._cache[index].window)
                 for size in sizes:
                     self._layer(index, layer, size)
             self._weights.release(index)
@@ -129,9 +131,11 @@ class Forward:
     def _choose_pieces(self, layer: LayerWeights, num_tokens: int) -> None:
         """Measure how products of so many rows are computed fastest; what activations hold does not matter."""
         to, rows = self._activations, slice(0, num_tokens)
-        gate, _ = to.gate_up[rows].chunk(2, dim=1)
         choose_pieces(to.normed[rows], layer.qkv, to.qkv[rows])
         choose_pieces(to.attended[rows], layer.o, to.normed[rows])
+        if layer.router is not None:
+            return
+        gate, _ = to.gate_up[rows].chunk(2, dim=1)
         choose_pieces(to.normed[rows], layer.gate_up, to.gate_up[rows])
         choose_pieces(gate, layer.down, to.normed[rows])
 
@@ -210,7 +214,10 @@ class Forward:
         return workspace, wanted
 
     def _feed(self, index: int, layer: LayerWeights, size: StepSize, normed: Tensor) -> None:
-        """Replace normed rows (T, D) by what the feed-forward adds to them."""
+        """Replace normed rows (T, D) by what the feed-forward adds to them, or the experts."""
+        if layer.router is not None:
+            self._visit_experts(layer.router, layer, size, normed)
+            return
         gate_up = self._activations.gate_up[: size.num_tokens]
         multiply(normed, layer.gate_up, gate_up)
         self._adapt(index, "gate_up", size, normed, gate_up)
@@ -218,6 +225,20 @@ class Forward:
         swiglu(gate, up, gate)
         multiply(gate, layer.down, normed)
         self._adapt(index, "down", size, gate, normed)
+        self._sum(normed)
+
+    def _visit_experts(self, router: Tensor, layer: LayerWeights, size: StepSize, normed: Tensor) -> None:
+        """Replace normed rows (T, D) by what the experts that they visit add to them."""
+        config, to, rows = self._config.experts, self._activations, slice(0, size.num_tokens)
+        assert config is not None, "a layer with a router has experts"
+        visits = slice(0, size.num_tokens * config.experts_per_token)
+        tables = to.visit_experts[visits], to.visit_weights[visits], to.visit_order[visits]
+        visited, scores = Visits(*tables, to.visit_starts), to.router[rows]
+        matmul(normed, router, scores)
+        slots = self._inputs.slot_mapping[0, rows]  # of padding -1, in every group
+        route(scores, config.experts_per_token, config.normalize, slots, visited)
+        weights = ExpertWeights(layer.gate_up, layer.down)
+        feed_experts(normed, weights, visited, to.expert_hidden[visits], to.expert_parts[visits], normed)
         self._sum(normed)
 
     def _adapt(self, index: int, product: str, size: StepSize, rows: Tensor, out: Tensor) -> None:

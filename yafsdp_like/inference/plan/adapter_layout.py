@@ -52,8 +52,8 @@ class AdapterLayout:
         layers = tuple(PackedUnit(unit.name, tuple(_fields(unit, rank))) for unit in weights)
         sizes = {
             field.name: tuple(parameter.shape[0] for parameter in field.parameters)
-            for field in weights[0].fields
-            if field.name in PRODUCTS
+            for unit in weights
+            for field in adapted_fields(unit)
         }
         return cls(rank, num_slots, options.host_adapters or num_slots, layers, sizes)
 
@@ -90,11 +90,16 @@ class AdapterLayout:
         return Region(ADAPTER_IMAGES, ADAPTER_IMAGES, self.num_images * self.slot_nbytes)
 
 
+def adapted_fields(unit: PackedUnit) -> Iterator[Field]:
+    """Yield the weights of a layer that adapters add to: those of `PRODUCTS`, but no experts'."""
+    for field in unit.fields:
+        if field.name in PRODUCTS and len(field.shape) == 2:
+            yield field
+
+
 def _fields(unit: PackedUnit, rank: int) -> Iterator[Field]:
     """Yield both matrices of each product of a layer; of one that tensor parallel ranks cut, this rank's part."""
-    for field in unit.fields:
-        if field.name not in PRODUCTS:
-            continue
+    for field in adapted_fields(unit):
         names = [parameter.name.removesuffix(".weight") for parameter in field.parameters]
         pairs = list(zip(names, field.parameters, strict=True))
         yield Field(

@@ -4,8 +4,8 @@ Fields declare the shape, dtype and live range of each tensor, from which buffer
 allocated; instances hold the tensors. Activations of one layer share bytes where they are not live together.
 
 Shapes: T tokens of a step, B sequences, A alignment of rows, D model, N heads, K kv heads, H head dim,
-F feed-forward, V vocabulary, S positions of the longest sequence, G groups of layers that share page tables,
-L log-probabilities of a token at most.
+F feed-forward, E experts, R visits of experts by the tokens of a step, V vocabulary, S positions of the longest
+sequence, G groups of layers that share page tables, L log-probabilities of a token at most.
 """
 
 # ruff: noqa: RUF009 (`_tensor` returns a `dataclasses.field`)
@@ -86,7 +86,7 @@ def _sizes(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> dict[s
         "H": head_dim,
         "N H": config.num_heads * head_dim,
         "(N + 2 K) H": (config.num_heads + 2 * config.num_kv_heads) * head_dim,
-        "2 F": 2 * config.ffn_dim,
+        "2 F": 2 * (config.ffn_dim if config.experts is None else config.dense_ffn_dim or 0),
         "V": config.vocab_size,
         "S": step.max_seq_len,
         "G": step.num_groups,
@@ -95,6 +95,7 @@ def _sizes(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> dict[s
         "tiles": 1 + max_num_tiles(step.num_tokens, batch, per_tile),
         "tile": TILE_COLS,
         "pieces": _num_pieces(config, step),
+        **_expert_sizes(config, step),
         "adapted": low_rank_numel(step.num_tokens, MAX_PROJECTIONS * step.adapter_rank),
         "adapted T": step.num_tokens if step.adapter_rank else 0,
         "floats": NUM_FLOATS,
@@ -102,6 +103,14 @@ def _sizes(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> dict[s
         "words": num_words(config.vocab_size),
         "biases": batch * MAX_BIASES,
     }
+
+
+def _expert_sizes(config: DecoderConfig, step: StepShape) -> dict[str, int]:
+    """Elements of what layers with experts need; 0 where there are none."""
+    if config.experts is None:
+        return dict.fromkeys(("E", "E + 1", "R", "F of experts"), 0)
+    num_experts, num_visits = config.experts.num_experts, step.num_tokens * config.experts.experts_per_token
+    return {"E": num_experts, "E + 1": num_experts + 1, "R": num_visits, "F of experts": config.ffn_dim}
 
 
 def _num_pieces(config: DecoderConfig, step: StepShape) -> int:
@@ -129,6 +138,13 @@ class Activations:
     attended: Tensor = _tensor("T", "N H", live=(ATTEND, OUTPUT))
     attention: Tensor = _tensor("pieces", dtype=torch.float32, live=(ATTEND, ATTEND))  # of decode attention
     gate_up: Tensor = _tensor("T", "2 F", live=(FEED, FEED))
+    router: Tensor = _tensor("T", "E", live=(FEED, FEED))  # its scores; see `kernels/routing.py` for what follows
+    visit_experts: Tensor = _tensor("R", dtype=torch.int32, live=(FEED, FEED))
+    visit_weights: Tensor = _tensor("R", dtype=torch.float32, live=(FEED, FEED))
+    visit_order: Tensor = _tensor("R", dtype=torch.int32, live=(FEED, FEED))
+    visit_starts: Tensor = _tensor("E + 1", dtype=torch.int32, live=(FEED, FEED))
+    expert_hidden: Tensor = _tensor("R", "F of experts", live=(FEED, FEED))
+    expert_parts: Tensor = _tensor("R", "D", live=(FEED, FEED))  # what experts give for each visit
     last: Tensor = _tensor("B", "D", live=(DRAW, DRAW))  # normed, of tokens that draw
     adapted: Tensor = _tensor("adapted", dtype=torch.float32, live=(PROJECT, FEED))  # between adapters' two products
 

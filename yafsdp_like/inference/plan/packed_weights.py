@@ -10,6 +10,8 @@ a streamed unit in host memory; of a gathered unit, rank r holds the r-th of W e
 they cut a matrix. So a unit arrives by one copy per range and is ready to be read.
 Tensor parallel ranks pack units of their own, which hold their parts of the parameters that are cut.
 
+Experts' matrices are stacked as the decoder has them: those of all gates, then of all ups, then of all downs.
+
 Shapes: D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary.
 """
 
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING
 from yafsdp_like.memory.layout import FlatLayout, Segment, aligned
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
 
@@ -120,23 +122,14 @@ def pack_units(
     """Pack embedding, layers, and the head unless it is tied, in the order in which a forward reads them.
 
     Of parameters of layers that are in ``cuts``, by their names there, units hold one rank's part.
-
-    Raises ValueError as ``check_served`` does.
     """
-    check_served(config)
     norm = Field("norm", (Parameter("norm.weight", (config.dim,), dtype),))
     embedding, head = (_vocabulary(name, config, dtype) for name in (EMBEDDING, HEAD))
-    names = [f"layers.{i}" for i in range(config.num_layers)]
-    layers = [PackedUnit(name, _layer_fields(name, config, dtype, cuts or {})) for name in names]
+    configs = {f"layers.{i}": config.of_layer(i) for i in range(config.num_layers)}
+    layers = [PackedUnit(name, _layer_fields(name, own, dtype, cuts or {})) for name, own in configs.items()]
     if config.tie_embeddings:
         return PackedUnit(EMBEDDING, (embedding, norm)), *layers
     return PackedUnit(EMBEDDING, (embedding,)), *layers, PackedUnit(HEAD, (head, norm))
-
-
-def check_served(config: DecoderConfig) -> None:
-    """Raise ValueError for a decoder with experts, which cannot be served yet."""
-    if config.experts is not None:
-        raise ValueError(f"a decoder with experts cannot be served yet, found {config.experts}")
 
 
 def uses_of(packed_units: Sequence[PackedUnit], config: DecoderConfig) -> tuple[int, ...]:
@@ -149,7 +142,7 @@ def _vocabulary(unit: str, config: DecoderConfig, dtype: torch.dtype) -> Field:
 
 
 def _layer_fields(layer: str, config: DecoderConfig, dtype: torch.dtype, cuts: Mapping[str, Cut]) -> tuple[Field, ...]:
-    dim, head_dim, ffn_dim = config.dim, config.head_dim, config.ffn_dim
+    dim, head_dim = config.dim, config.head_dim
     rows = {"q": config.num_heads * head_dim, "k": config.num_kv_heads * head_dim, "v": config.num_kv_heads * head_dim}
 
     def parameter(name: str, shape: tuple[int, ...]) -> Parameter:
@@ -169,6 +162,18 @@ def _layer_fields(layer: str, config: DecoderConfig, dtype: torch.dtype, cuts: M
         *fields,
         field("o", {"self_attn.o_proj.weight": (dim, rows["q"])}),
         field("post_norm", {"post_attention_layernorm.weight": (dim,)}),
-        field("gate_up", {f"mlp.{x}_proj.weight": (ffn_dim, dim) for x in ("gate", "up")}),
-        field("down", {"mlp.down_proj.weight": (dim, ffn_dim)}),
+        *_feed_forward(config, field),
     )
+
+
+def _feed_forward(config: DecoderConfig, field: Callable[[str, dict[str, tuple[int, ...]]], Field]) -> Iterator[Field]:
+    """Yield the matrices of one feed-forward, or the router and those of all experts."""
+    dim, ffn_dim = config.dim, config.ffn_dim
+    if config.experts is None:
+        yield field("gate_up", {f"mlp.{x}_proj.weight": (ffn_dim, dim) for x in ("gate", "up")})
+        yield field("down", {"mlp.down_proj.weight": (dim, ffn_dim)})
+        return
+    num_experts = config.experts.num_experts
+    yield field("router", {"mlp.gate.weight": (num_experts, dim)})
+    yield field("gate_up", {f"mlp.experts.{x}_proj": (num_experts, ffn_dim, dim) for x in ("gate", "up")})
+    yield field("down", {"mlp.experts.down_proj": (num_experts, dim, ffn_dim)})

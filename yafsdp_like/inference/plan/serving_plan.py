@@ -26,7 +26,7 @@ from yafsdp_like.inference.options import AnyMode, EngineOptions
 from yafsdp_like.inference.plan.adapter_layout import AdapterLayout
 from yafsdp_like.inference.plan.buffers import PlacedBuffers, StepShape, plan_buffers
 from yafsdp_like.inference.plan.capacity import Capacity
-from yafsdp_like.inference.plan.packed_weights import check_served, pack_units
+from yafsdp_like.inference.plan.packed_weights import pack_units
 from yafsdp_like.inference.plan.placement import Mode, Placement, placements
 from yafsdp_like.inference.plan.recordings import recordings_nbytes
 from yafsdp_like.inference.plan.step_floors import decode_seconds, moving_seconds
@@ -159,7 +159,6 @@ def plan_serving(
         raise ValueError(f"mode must be one of {list(get_args(AnyMode))}, found {mode!r}")
     if options.memory_limit_nbytes is None and options.kv_nbytes is None:
         raise ValueError("expected memory_limit_nbytes or kv_nbytes, in bytes, found neither")
-    check_served(config)
     site = site or Site()
     draft, tried = _drafted(config, options, site, mode)
     for candidate in tried:

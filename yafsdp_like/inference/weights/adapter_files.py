@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from yafsdp_like.checkpoint.safetensors import stored_in
-from yafsdp_like.inference.plan.adapter_layout import PRODUCTS, A, B
+from yafsdp_like.inference.plan.adapter_layout import A, B, adapted_fields
 from yafsdp_like.inference.plan.packed_weights import pack_units
 
 if TYPE_CHECKING:
@@ -160,8 +160,7 @@ def _weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     return {
         parameter.name.removesuffix(".weight"): (parameter.shape[0], parameter.shape[1])
         for unit in pack_units(config, torch.float32)
-        for field in unit.fields
-        if field.name in PRODUCTS
+        for field in adapted_fields(unit)
         for parameter in field.parameters
     }
 

@@ -26,7 +26,7 @@ from yafsdp_like.models import PRESETS, Decoder, DecoderConfig, hf
 from yafsdp_like.models.decoder import fill_first_values
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from yafsdp_like.checkpoint.safetensors import StoredTensor
     from yafsdp_like.comm import TransportName
@@ -281,20 +281,30 @@ class RandomSource:
 class FileSource:
     """Safetensors files: the rows that hold what is asked for are read, some at a time."""
 
-    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, stored: Mapping[str, Sequence[StoredTensor]]) -> None:
+        """``stored`` are the tensors of each parameter, one behind the other and all of one shape: one, or experts'."""
         self._stored = stored
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Read the rows that hold the elements, about 64 MiB at a time."""
-        stored = self._stored[name]
-        num_rows, row_numel = stored.spec.shape[0], torch.Size(stored.spec.shape[1:]).numel()
-        rows_at_once = max(_READ_NBYTES // (row_numel * stored.spec.dtype.itemsize), 1)
+        tensors = self._stored[name]
+        numel = torch.Size(tensors[0].spec.shape).numel()
         stop = start + len(out)
-        for row in range(start // row_numel, -(-stop // row_numel), rows_at_once):
-            values = stored.read_rows(row, min(row + rows_at_once, num_rows)).flatten()
-            offset = row * row_numel  # of what was read in the parameter
-            first, last = max(offset, start), min(offset + len(values), stop)
-            out[first - start : last - start].copy_(values[first - offset : last - offset])
+        for index in range(start // numel, -(-stop // numel)):
+            first, last = max(start, index * numel), min(stop, (index + 1) * numel)
+            _read_rows(tensors[index], first - index * numel, out[first - start : last - start])
+
+
+def _read_rows(stored: StoredTensor, start: int, out: Tensor) -> None:
+    """Read elements of a tensor from ``start`` on."""
+    num_rows, row_numel = stored.spec.shape[0], torch.Size(stored.spec.shape[1:]).numel()
+    rows_at_once = max(_READ_NBYTES // (row_numel * stored.spec.dtype.itemsize), 1)
+    stop = start + len(out)
+    for row in range(start // row_numel, -(-stop // row_numel), rows_at_once):
+        values = stored.read_rows(row, min(row + rows_at_once, num_rows)).flatten()
+        offset = row * row_numel  # of what was read in the tensor
+        first, last = max(offset, start), min(offset + len(values), stop)
+        out[first - start : last - start].copy_(values[first - offset : last - offset])
 
 
 class CheckpointSource:

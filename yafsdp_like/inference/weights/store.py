@@ -28,7 +28,7 @@ sums over all ranks. So all must step with the same requests, added and cancelle
 the same bits everywhere, so that all draw the same tokens, and the scheduler counts tokens and pages only; what it
 knows by the clock (costs that were measured, deadlines) is the first rank's.
 
-Shapes: D model, N heads, K kv heads, H head dim, F feed-forward, V vocabulary.
+Shapes: D model, N heads, K kv heads, H head dim, F feed-forward, E experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -66,11 +66,12 @@ class LayerWeights:
     qkv: Tensor  # ((N + 2 K) H, D): rows of queries, keys, values
     o: Tensor  # (D, N H)
     post_norm: Tensor  # (D,)
-    gate_up: Tensor  # (2 F, D): rows of gate, up
-    down: Tensor  # (D, F)
+    gate_up: Tensor  # (2 F, D): rows of gate, up; of experts (2 E, F, D)
+    down: Tensor  # (D, F); of experts (E, D, F)
     qkv_bias: Tensor | None = None  # ((N + 2 K) H,)
     q_norm: Tensor | None = None  # (H,)
     k_norm: Tensor | None = None  # (H,)
+    router: Tensor | None = None  # (E, D), where there are experts
 
 
 @dataclass(frozen=True)
