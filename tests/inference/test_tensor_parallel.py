@@ -47,7 +47,7 @@ from yafsdp_like.inference.weights.loading import load, model_of, site_of, world
 from yafsdp_like.inference.weights.store import Weights, reserve
 from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.memory.layout import aligned
-from yafsdp_like.models import PRESETS, Decoder, DecoderConfig
+from yafsdp_like.models import PRESETS, Decoder, DecoderConfig, ExpertsConfig
 from yafsdp_like.models.hf import save_hf
 from yafsdp_like.models.tensor_parallel import cuts_of, parallelize, share_of
 
@@ -60,6 +60,8 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 CUT = [name for name in ARCHITECTURES if name != "multi-query"]
 EVERYTHING = replace(TINY, qk_norm=True, custom_head_dim=12, qkv_bias=True, tie_embeddings=True)
+EXPERTS = replace(TINY, qk_norm=True, experts=ExpertsConfig(5, 2), dense_layers=(1,), dense_ffn_dim=24)
+ALL_EXPERTS = replace(EXPERTS, dense_layers=(), dense_ffn_dim=None)
 IN_THREE = replace(TINY, dim=36, num_heads=6, num_kv_heads=3, ffn_dim=48)
 DRAWN = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.2, seed=5)
 LIMITS = EngineOptions(kv_nbytes=1 << 20, max_batch_size=4, max_batch_tokens=32, max_seq_len=64)
@@ -111,7 +113,11 @@ def test_ranks_together_draw_the_tokens_of_one_alone(name: str) -> None:
     assert all(served.metrics.num_chunks > 0 for served in results)
 
 
-@pytest.mark.parametrize(("config", "world_size"), [(IN_THREE, 3), (EVERYTHING, 2)], ids=["three ranks", "everything"])
+@pytest.mark.parametrize(
+    ("config", "world_size"),
+    [(IN_THREE, 3), (EVERYTHING, 2), (EXPERTS, 2)],
+    ids=["three ranks", "everything", "experts"],
+)
 def test_other_numbers_of_ranks_and_all_options_at_once_do_too(config: DecoderConfig, world_size: int) -> None:
     options, texts = replace(OPTIONS, kv_nbytes=1 << 20), prompts(5, seed=2)
     results = run_ranks(serve_together, config, options, [requests(texts)], world_size=world_size)
@@ -365,7 +371,7 @@ def whole(gradient: Tensor | None) -> Tensor:
     return gradient.redistribute(placements=[Replicate()]).to_local() if isinstance(gradient, DTensor) else gradient
 
 
-@pytest.mark.parametrize("config", [TINY, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("config", [TINY, EVERYTHING, ALL_EXPERTS], ids=["plain", "everything", "experts"])
 def test_the_plan_that_cuts_served_weights_cuts_the_training_module_too(config: DecoderConfig) -> None:
     """The same logits and gradients as uncut, and the same parts as served ones.
 
@@ -432,7 +438,7 @@ def test_what_does_not_fit_says_what_would() -> None:
         (TINY, 4, "multiples of 4, found num_kv_heads 2"),
         (replace(TINY, num_heads=3, num_kv_heads=3, dim=36), 2, "found num_heads 3"),
         (replace(TINY, ffn_dim=63), 2, "found ffn_dim 63"),
-        (PRESETS["30b-a3b"], 2, "experts cannot be tensor parallel yet"),
+        (replace(EXPERTS, dense_ffn_dim=25), 2, "found dense_ffn_dim 25"),
     ],
 )
 def test_what_cannot_be_cut_evenly_is_refused(config: DecoderConfig, num_ranks: int, told: str) -> None:

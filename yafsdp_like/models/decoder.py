@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, D model, N heads, K kv heads, H head dim, V vocabular
 """
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -382,7 +383,7 @@ def _fill_normal_(param: Tensor, std: float, key: str) -> None:
     Rows are drawn in groups, each from its own generator, so that a rank draws little more than its own rows
     and never holds a full matrix. A row of three dimensions, one expert's matrix, is a group of its own.
     """
-    local, row_start, col_start = _local_rows(param)
+    local, (row_start, *starts) = _local_part(param)
     rows_per_draw = _ROWS_PER_DRAW if param.dim() == 2 else 1
     num_rows, *row_shape = param.shape
     row_end = row_start + local.shape[0]
@@ -392,13 +393,13 @@ def _fill_normal_(param: Tensor, std: float, key: str) -> None:
         draw = torch.empty(end - start, *row_shape, device=local.device, dtype=torch.float32)
         draw.normal_(std=std, generator=generator)
         low, high = max(start, row_start), min(end, row_end)
-        cols = slice(col_start, col_start + local.shape[1])
-        local[low - row_start : high - row_start].copy_(draw[low - start : high - start, cols])
+        own = (slice(first, first + size) for first, size in zip(starts, local.shape[1:], strict=True))
+        local[low - row_start : high - row_start].copy_(draw[(slice(low - start, high - start), *own)])
 
 
-def _local_rows(param: Tensor) -> tuple[Tensor, int, int]:
-    """The part of `param` (rows, cols, ...) in this rank's memory, and the row and column at which it starts."""
+def _local_part(param: Tensor) -> tuple[Tensor, Sequence[int]]:
+    """The part of `param` (rows, cols, ...) in this rank's memory, and the row, column and so on at which it starts."""
     if not isinstance(param, DTensor):
-        return param, 0, 0
+        return param, [0] * param.dim()
     _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    return param.to_local(), offset[0], offset[1]
+    return param.to_local(), offset
