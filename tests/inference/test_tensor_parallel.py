@@ -59,7 +59,9 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 CUT = [name for name in ARCHITECTURES if name != "multi-query"]
-EVERYTHING = replace(TINY, qk_norm=True, custom_head_dim=12, qkv_bias=True, tie_embeddings=True)
+EVERYTHING = replace(
+    TINY, qk_norm=True, custom_head_dim=12, qkv_bias=True, o_bias=True, ffn_bias=True, tie_embeddings=True
+)
 EXPERTS = replace(TINY, qk_norm=True, experts=ExpertsConfig(5, 2), dense_layers=(1,), dense_ffn_dim=24)
 ALL_EXPERTS = replace(EXPERTS, dense_layers=(), dense_ffn_dim=None)
 IN_THREE = replace(TINY, dim=36, num_heads=6, num_kv_heads=3, ffn_dim=48)
@@ -312,6 +314,9 @@ def differences(weights: Weights, module: Decoder) -> list[str]:
             gate_up=torch.cat([part_of(p.weight, 0) for p in (ffn.gate_proj, ffn.up_proj)]),
             down=part_of(ffn.down_proj.weight, 1),
             qkv_bias=torch.cat([part_of(p.bias, 0) for p in projections]) if module.config.qkv_bias else None,
+            gate_up_bias=torch.cat([part_of(p.bias, 0) for p in (ffn.gate_proj, ffn.up_proj)])
+            if module.config.ffn_bias
+            else None,
         )
         there = weights.layer(index)
         found += [
@@ -379,7 +384,7 @@ def test_the_plan_that_cuts_served_weights_cuts_the_training_module_too(config: 
     """
     shapes = {name: p.shape for name, p in Decoder(config).layers[0].named_parameters()}
     cuts = {name: (cut.dim, torch.Size(cut.part(shapes[name])).numel()) for name, cut in cuts_of(config, 2).items()}
-    assert len(cuts) == (10 if config.qkv_bias else 7)
+    assert len(cuts) == (12 if config.qkv_bias else 7)
     for logits, gradients, dims in run_ranks(train_both_ways, config):
         assert logits < 1e-4 and max(gradients.values()) < 1e-4
         assert dims == cuts

@@ -53,6 +53,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, tied, llama3 rope": ("Llama", {"tie_word_embeddings": True, "rope_theta": 500.0, "rope_scaling": LLAMA3}),
     "llama, linear rope": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
     "llama, yarn rope": ("Llama", {"rope_scaling": YARN, "rms_norm_eps": 1e-3}),
+    "llama, yarn rope, not truncated": ("Llama", {"rope_scaling": YARN | {"truncate": False, "attention_factor": 1.2}}),
+    "llama, dynamic rope": ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    "llama, biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama, multi-query, wide heads": ("Llama", {"num_key_value_heads": 1, "head_dim": 16}),
     "qwen2": ("Qwen2", {"rope_theta": 1000.0}),
     "qwen2, a window in later layers": (
@@ -60,6 +63,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3, biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
     "mistral": ("Mistral", {"sliding_window": 6}),
     "qwen3_moe": (
         "Qwen3Moe",
@@ -85,7 +89,13 @@ NUM_TOKENS = 24  # more than any window, and than the lengths that scaled positi
 
 @functools.cache
 def directory_of(family: str) -> Path:
-    """A directory that transformers wrote: a random model whose every weight matters."""
+    path = scratch() / str(len(list(scratch().rglob("config.json"))))
+    write_family(family, path)
+    return path
+
+
+def write_family(family: str, path: Path) -> None:
+    """Have transformers write a directory: a random model whose every weight matters."""
     name, changes = FAMILIES[family]
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**(SHAPE | changes)))
@@ -93,9 +103,7 @@ def directory_of(family: str) -> Path:
         for param_name, param in model.named_parameters():
             if param.dim() == 1:  # made of ones or zeros, which would hide a norm or bias that was not loaded
                 param.normal_(std=0.3).add_(0.0 if param_name.endswith("bias") else 1.0)
-    path = scratch() / name / str(len(list(scratch().rglob("config.json"))))
     model.save_pretrained(path)
-    return path
 
 
 @functools.cache
@@ -196,8 +204,10 @@ def test_yarn_scales_of_deepseek_become_one_amplitude() -> None:
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of llama, mistral, mixtral, qwen2"),
         ({"hidden_act": "gelu"}, "expected hidden_act 'silu', found 'gelu'"),
-        ({"attention_bias": True}, "expected attention_bias False, found True"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "unscaled or scaled by linear, llama3 or yarn"),
+        ({"model_type": "mistral", "attention_bias": True}, "expected attention_bias False, found True"),
+        ({"model_type": "qwen3", "mlp_bias": True}, "expected mlp_bias False, found True"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": 3}, "mlp_only_layers must be a list of layers, found 3"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "unscaled, or by linear, dynamic, llama3 or yarn"),
         ({"quantization_config": {"bits": 4}}, "expected quantization_config None"),
         ({"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads"),
         ({"hidden_size": None}, "lacks 'hidden_size'"),
@@ -253,6 +263,8 @@ def test_a_directory_that_is_none_of_theirs_is_refused(tmp_path: Path) -> None:
     [
         {"qkv_bias": True, "qk_norm": True},
         {"sliding_window": 4, "windowed_layers": (0,)},
+        {"o_bias": True},
+        {"ffn_bias": True, "qk_norm": True},
     ],
 )
 def test_a_model_without_an_equal_in_transformers_is_not_written(change: dict[str, Any], tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ class DecoderConfig:
     vocab_size: int
     custom_head_dim: int | None = None  # None: dim / num_heads
     qkv_bias: bool = False
+    o_bias: bool = False  # of attention's output
+    ffn_bias: bool = False  # of a feed-forward's three products; experts have none
     qk_norm: bool = False  # an RMSNorm over each head of queries and of keys, before they are turned
     sliding_window: int | None = None  # keys that a query sees, its own included; None: all before it
     windowed_layers: tuple[int, ...] | None = None  # where the window holds; None: in every layer
@@ -157,6 +159,8 @@ class DecoderConfig:
     def block_num_params(self) -> int:
         """Elements of one block: its matrices, its biases, and its two norms or four."""
         biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim if self.qkv_bias else 0
+        biases += self.dim if self.o_bias else 0
+        biases += self.dim + 2 * self.ffn_dim if self.ffn_bias and self.experts is None else 0
         head_norms = 2 * self.head_dim if self.qk_norm else 0
         return self.block_num_weights + biases + 2 * self.dim + head_norms
 
@@ -218,7 +222,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=config.o_bias)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -263,9 +267,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=config.ffn_bias)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=config.ffn_bias)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""

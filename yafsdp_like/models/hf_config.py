@@ -38,7 +38,12 @@ _COUNTS = (
     "sliding_window",
 )
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")  # null is as good as nothing
-_SWITCHES = ("tie_word_embeddings", "use_sliding_window", "norm_topk_prob", "attention_bias")
+_SWITCHES = ("tie_word_embeddings", "use_sliding_window", "norm_topk_prob", "attention_bias", "mlp_bias")
+_BIASED = (
+    "llama",
+    "qwen3",
+    "qwen3_moe",
+)  # families in which attention_bias means something
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -64,7 +69,9 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
         ffn_dim=ffn_dim,
         vocab_size=raw["vocab_size"],
         custom_head_dim=None if head_dim == raw["hidden_size"] / num_heads else head_dim,
-        qkv_bias=raw["model_type"] == "qwen2",
+        qkv_bias=raw["model_type"] == "qwen2" or raw.get("attention_bias", False),
+        o_bias=raw["model_type"] != "qwen2" and raw.get("attention_bias", False),
+        ffn_bias=raw.get("mlp_bias", False),
         qk_norm=raw["model_type"] in ("qwen3", "qwen3_moe"),
         sliding_window=window,
         windowed_layers=windowed_layers,
@@ -103,6 +110,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": config.qkv_bias,
+        "mlp_bias": config.ffn_bias,
         "bos_token_id": None,
         "eos_token_id": None,
         **_window_to_hf(config, model_type),
@@ -189,10 +197,12 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
         raise ValueError(f"model_type '{model_type}' is not one of {', '.join(_ARCHITECTURES)}")
-    expected = {"hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1.0}
+    expected: dict[str, Any] = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
     expected |= {"quantization_config": None, "compression_config": None}
-    if model_type != "qwen2":  # whose bias is not a matter of configuration
+    if model_type not in (*_BIASED, "qwen2"):
         expected["attention_bias"] = False
+    if model_type != "llama":
+        expected["mlp_bias"] = False
     for key, value in expected.items():
         if raw.get(key, value) != value:
             raise ValueError(f"expected {key} {value!r}, found {raw[key]!r}, which the decoder does not compute")
@@ -237,8 +247,13 @@ def _window_to_hf(config: DecoderConfig, model_type: str) -> dict[str, Any]:
 def model_type_of(config: DecoderConfig) -> str:
     """The family of transformers that has all that `config` has."""
     some_windowed = config.sliding_window is not None and config.windowed_layers is not None
-    if config.qkv_bias and (config.qk_norm or config.experts):
+    if config.qkv_bias and not config.o_bias and (config.qk_norm or config.experts):
         raise ValueError("no family of transformers has qkv_bias (with none in o_proj) beside qk_norm or experts")
+    if config.o_bias and not (config.qkv_bias and (config.qk_norm or not (config.experts or config.sliding_window))):
+        raise ValueError("no family of transformers has o_bias without qkv_bias, or beside experts or windows alone")
+    is_plain = not (config.qk_norm or config.experts or config.sliding_window or config.qkv_bias != config.o_bias)
+    if config.ffn_bias and not is_plain:
+        raise ValueError("no family of transformers has ffn_bias beside qk_norm, experts, windows, or qkv_bias alone")
     if some_windowed and (config.experts or not (config.qkv_bias or config.qk_norm)):
         raise ValueError("no family of transformers has windowed_layers without qkv_bias or qk_norm, or with experts")
     if config.experts and not (config.qk_norm or config.experts.normalize):
@@ -249,7 +264,7 @@ def model_type_of(config: DecoderConfig) -> str:
         return "qwen3_moe" if config.qk_norm else "mixtral"
     if config.qk_norm:
         return "qwen3"
-    if config.qkv_bias:
+    if config.qkv_bias and not config.o_bias:
         return "qwen2"
     return "llama" if config.sliding_window is None else "mistral"
 
@@ -261,7 +276,7 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"rotary positions for a part of each head are not supported, found {rope}")
-    if kind == "default":
+    if kind in ("default", "dynamic"):  # which stretches texts beyond max_position_embeddings, and none of those within
         return theta, None
     max_seq_len = raw["max_position_embeddings"]
     original = rope.get("original_max_position_embeddings") or max_seq_len
@@ -269,11 +284,12 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, LinearScaling(rope["factor"])
     if kind == "llama3":
         return theta, Llama3Scaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], original)
-    if kind == "yarn" and rope.get("truncate", True):
+    if kind == "yarn":
         factor = rope.get("factor") or max_seq_len / original
         slow, fast = rope.get("beta_slow") or 1.0, rope.get("beta_fast") or 32.0
-        return theta, YarnScaling(factor, original, slow, fast, _yarn_attention_factor(rope, factor))
-    raise ValueError(f"rotary positions are supported unscaled or scaled by linear, llama3 or yarn, found {rope}")
+        truncate = rope.get("truncate", True)
+        return theta, YarnScaling(factor, original, slow, fast, _yarn_attention_factor(rope, factor), truncate)
+    raise ValueError(f"rotary positions are supported unscaled, or by linear, dynamic, llama3 or yarn, found {rope}")
 
 
 def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float | None:
@@ -296,4 +312,5 @@ def _rope_to_hf(config: DecoderConfig) -> dict[str, Any] | None:
         turns = {"low_freq_factor": scaling.slow_turns, "high_freq_factor": scaling.fast_turns}
         return {"rope_type": "llama3", **raw, **turns}
     turns = {"beta_slow": scaling.slow_turns, "beta_fast": scaling.fast_turns}
-    return {"rope_type": "yarn", **raw, **turns, "attention_factor": scaling.attention_factor}
+    more = {"attention_factor": scaling.attention_factor, "truncate": scaling.truncate}
+    return {"rope_type": "yarn", **raw, **turns, **more}

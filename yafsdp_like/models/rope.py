@@ -67,7 +67,8 @@ class YarnScaling:
     """As `Llama3Scaling`, but blended linearly over the frequencies' indices, with larger cosines and sines.
 
     Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models", 2023, section 3.2; the index of
-    the frequency that turns `n` times over the original length L is H ln(L / 2 pi n) / (2 ln theta), rounded outwards.
+    the frequency that turns `n` times over the original length L is H ln(L / 2 pi n) / (2 ln theta), rounded outwards
+    if `truncate`.
     Scores are multiplied by (0.1 ln factor + 1)^2 (section 3.4), here by as much in each of query and key, unless
     `attention_factor` says otherwise.
     """
@@ -77,6 +78,7 @@ class YarnScaling:
     slow_turns: float = 1.0
     fast_turns: float = 32.0
     attention_factor: float | None = None
+    truncate: bool = True
 
     def __post_init__(self) -> None:
         _check_at_least_one("factor", self.factor)
@@ -92,8 +94,10 @@ class YarnScaling:
     def stretch(self, frequencies: Tensor, theta: float) -> Tensor:
         """Scale the frequencies (H / 2,) of base `theta`."""
         head_dim = 2 * len(frequencies)
-        first = max(math.floor(self._index(self.fast_turns, head_dim, theta)), 0)
-        last = min(math.ceil(self._index(self.slow_turns, head_dim, theta)), head_dim - 1)
+        first, last = (self._index(turns, head_dim, theta) for turns in (self.fast_turns, self.slow_turns))
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
         indices = torch.arange(len(frequencies), device=frequencies.device, dtype=frequencies.dtype)
         stretched = ((indices - first) / max(last - first, 1e-3)).clamp(0, 1)
         return stretched * frequencies / self.factor + (1 - stretched) * frequencies

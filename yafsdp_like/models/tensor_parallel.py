@@ -81,7 +81,8 @@ class _ExpertsParallel(ParallelStyle):
     """Rows of every expert's gate and up, and columns of its down; what is given and returned is whole."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, self._partition, self._to_all_ranks, self._sum)
+        hooks: Any = (self._partition, self._to_all_ranks, self._sum)  # typed as if they returned nothing
+        return distribute_module(module, device_mesh, *hooks)
 
     def _partition(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
         for own_name, param in list(module.named_parameters(recurse=False)):

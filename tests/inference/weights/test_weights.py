@@ -56,11 +56,8 @@ def decoder(config: DecoderConfig = CONFIG) -> Decoder:
 def expected(module: Decoder, index: int) -> LayerWeights:
     """What ``layer(index)`` must hold, by concatenation."""
     layer, attention, ffn = module.layers[index], module.layers[index].self_attn, module.layers[index].mlp
-    config = module.config.of_layer(index)
-    if config.experts is None:
-        feed = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight
-    else:
-        feed = ffn.experts.gate_proj, ffn.experts.up_proj, ffn.experts.down_proj
+    config, names = module.config.of_layer(index), ("gate_proj", "up_proj", "down_proj")
+    feed = [getattr(ffn, name).weight if config.experts is None else getattr(ffn.experts, name) for name in names]
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     return LayerWeights(
         layer.input_layernorm.weight,
@@ -73,6 +70,9 @@ def expected(module: Decoder, index: int) -> LayerWeights:
         attention.q_norm.weight if config.qk_norm else None,
         attention.k_norm.weight if config.qk_norm else None,
         None if config.experts is None else ffn.gate.weight,
+        attention.o_proj.bias,
+        torch.cat([ffn.gate_proj.bias, ffn.up_proj.bias]) if config.ffn_bias else None,
+        ffn.down_proj.bias if config.ffn_bias else None,
     )
 
 

@@ -190,6 +190,8 @@ class Forward:
         multiply(attended, layer.o, normed)
         self._adapt(index, "o", size, attended, normed)
         self._sum(normed)
+        if layer.o_bias is not None:
+            normed.add_(layer.o_bias)
 
     def _attend_pages(self, q: Tensor, cache: LayerPages, size: StepSize, out: Tensor) -> None:
         tables, seq_lens = self._inputs.page_tables[cache.group], self._inputs.seq_lens
@@ -221,11 +223,15 @@ class Forward:
         gate_up = self._activations.gate_up[: size.num_tokens]
         multiply(normed, layer.gate_up, gate_up)
         self._adapt(index, "gate_up", size, normed, gate_up)
+        if layer.gate_up_bias is not None:
+            gate_up.add_(layer.gate_up_bias)
         gate, up = gate_up.chunk(2, dim=1)
         swiglu(gate, up, gate)
         multiply(gate, layer.down, normed)
         self._adapt(index, "down", size, gate, normed)
         self._sum(normed)
+        if layer.down_bias is not None:
+            normed.add_(layer.down_bias)
 
     def _visit_experts(self, router: Tensor, layer: LayerWeights, size: StepSize, normed: Tensor) -> None:
         """Replace normed rows (T, D) by what the experts that they visit add to them."""

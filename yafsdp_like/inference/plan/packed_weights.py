@@ -161,6 +161,7 @@ def _layer_fields(layer: str, config: DecoderConfig, dtype: torch.dtype, cuts: M
     return (
         *fields,
         field("o", {"self_attn.o_proj.weight": (dim, rows["q"])}),
+        *([field("o_bias", {"self_attn.o_proj.bias": (dim,)})] if config.o_bias else []),
         field("post_norm", {"post_attention_layernorm.weight": (dim,)}),
         *_feed_forward(config, field),
     )
@@ -172,6 +173,9 @@ def _feed_forward(config: DecoderConfig, field: Callable[[str, dict[str, tuple[i
     if config.experts is None:
         yield field("gate_up", {f"mlp.{x}_proj.weight": (ffn_dim, dim) for x in ("gate", "up")})
         yield field("down", {"mlp.down_proj.weight": (dim, ffn_dim)})
+        if config.ffn_bias:
+            yield field("gate_up_bias", {f"mlp.{x}_proj.bias": (ffn_dim,) for x in ("gate", "up")})
+            yield field("down_bias", {"mlp.down_proj.bias": (dim,)})
         return
     num_experts = config.experts.num_experts
     yield field("router", {"mlp.gate.weight": (num_experts, dim)})

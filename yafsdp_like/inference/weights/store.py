@@ -72,6 +72,9 @@ class LayerWeights:
     q_norm: Tensor | None = None  # (H,)
     k_norm: Tensor | None = None  # (H,)
     router: Tensor | None = None  # (E, D), where there are experts
+    o_bias: Tensor | None = None  # (D,)
+    gate_up_bias: Tensor | None = None  # (2 F,)
+    down_bias: Tensor | None = None  # (D,)
 
 
 @dataclass(frozen=True)
