@@ -12,6 +12,7 @@ from yafsdp_like.inference.plan.buffers import ALWAYS, WORKSPACE
 from yafsdp_like.inference.plan.packed_weights import pack_units, uses_of
 from yafsdp_like.inference.plan.placement import MIN_GRANULES_PER_PART, Mode, Placement, placements
 from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serving
+from yafsdp_like.inference.plan.step_floors import read_nbytes
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.memory.plan import KINDS
 from yafsdp_like.models import PRESETS, DecoderConfig
@@ -74,6 +75,20 @@ def test_the_buffers_of_experts_are_planned_and_layers_without_have_their_own() 
     assert nbytes["gate_up"] == 2 * 32 * 2 * 6144
     assert plan_serving(config, options).buffers.buffers["gate_up"].nbytes == 0
     assert plan_serving(PRESETS["0.6b"], options).buffers.buffers["expert_parts"].nbytes == 0
+
+
+def test_decoding_reads_the_experts_that_are_visited() -> None:
+    """One token 8 of 128; 32 tokens 1 - (15 / 16)^32 = 0.873 of them, were all experts as likely."""
+    config = PRESETS["30b-a3b"]
+    plan = plan_serving(config, EngineOptions(memory_limit_nbytes=130 * GIB, max_seq_len=4096), H200)
+    rates = hardware.H200.rates
+    assert rates is not None
+    experts = 2 * 48 * 128 * 3 * 2048 * 768
+    others = read_nbytes(plan.placement) - experts
+    assert plan.decode_seconds(rates) == pytest.approx((others + experts / 16) / rates.memory_nbytes, rel=1e-6)
+    pages = 32 * plan.capacity.nbytes_of(4096)
+    many = others + (1 - (15 / 16) ** 32) * experts + pages
+    assert plan.decode_seconds(rates, 32) == pytest.approx(many / rates.memory_nbytes, rel=1e-6)
 
 
 # --- slots ---

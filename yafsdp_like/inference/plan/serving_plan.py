@@ -101,7 +101,9 @@ class ServingPlan:
     def decode_seconds(self, rates: Rates, num_sequences: int = 0) -> float:
         """Return the seconds that decoding a token of so many sequences of ``max_seq_len`` tokens takes at least."""
         pages_nbytes = num_sequences * self.capacity.nbytes_of(self.max_seq_len)
-        return decode_seconds(self.placement, rates, self.site.dtype.itemsize, num_sequences, pages_nbytes)
+        experts, itemsize = self.config.experts, self.site.dtype.itemsize
+        visited = 1.0 if experts is None else experts.experts_per_token / experts.num_experts
+        return decode_seconds(self.placement, rates, itemsize, num_sequences, pages_nbytes, visited)
 
     @cached_property
     def recordings_nbytes(self) -> int:

@@ -8,17 +8,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from yafsdp_like.hardware import Rates
+    from yafsdp_like.inference.plan.packed_weights import PackedUnit
     from yafsdp_like.inference.plan.placement import Placement
 
 
-def read_nbytes(placement: Placement) -> int:
+def read_nbytes(placement: Placement, visited: float = 1.0) -> int:
     """Return the bytes of weights that a step that decodes reads: all but an embedding's, of which it looks up rows.
 
-    Tensor parallel ranks have the whole head, but each computes the logits of its part of the vocabulary.
+    Of experts it reads the share ``visited``. Tensor parallel ranks have the whole head, but each computes the logits
+    of its part of the vocabulary.
     """
-    *layers, head = [placement.packed_units[unit].nbytes for unit in placement.uses[1:]]
-    return sum(layers) + (head // placement.num_ranks if placement.mode == "tensor_parallel" else head)
+    *layers, head = [placement.packed_units[unit] for unit in placement.uses[1:]]
+    num_parts = placement.num_ranks if placement.mode == "tensor_parallel" else 1
+    return _layers_nbytes(layers, visited) + head.nbytes // num_parts
+
+
+def _layers_nbytes(layers: Sequence[PackedUnit], visited: float) -> int:
+    """Return the bytes that are read of layers, of experts' matrices a share."""
+    experts = sum(
+        segment.nbytes
+        for unit in layers
+        for field, segment in zip(unit.fields, unit.layout.segments, strict=True)
+        if len(field.shape) > 2
+    )
+    return sum(unit.nbytes for unit in layers) - experts + int(visited * experts)
 
 
 def moving_seconds(placement: Placement, rates: Rates) -> tuple[float, float]:
@@ -29,12 +45,18 @@ def moving_seconds(placement: Placement, rates: Rates) -> tuple[float, float]:
 
 
 def decode_seconds(
-    placement: Placement, rates: Rates, itemsize: int, num_sequences: int = 0, pages_nbytes: int = 0
+    placement: Placement,
+    rates: Rates,
+    itemsize: int,
+    num_sequences: int = 0,
+    pages_nbytes: int = 0,
+    visited: float = 1.0,
 ) -> float:
     """Return the seconds of a step that decodes a token of each of ``num_sequences``, whose pages have so many bytes.
 
     It reads weights, of ``itemsize`` bytes each, and pages, and meanwhile moves the weights that are not on the device.
+    A token visits the share ``visited`` of experts, as if all were as likely.
     """
-    weights = read_nbytes(placement)
-    computing = 2 * num_sequences * weights / itemsize / rates.flops
+    weights = read_nbytes(placement, 1 - (1 - visited) ** max(num_sequences, 1))
+    computing = 2 * num_sequences * read_nbytes(placement, visited) / itemsize / rates.flops
     return max((weights + pages_nbytes) / rates.memory_nbytes, computing, moving_seconds(placement, rates)[0])
