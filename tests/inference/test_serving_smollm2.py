@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.inference.engine.test_engine import RECOMPUTING, SWAPPING
 from tests.models.test_smollm2 import ROOT
-from yafsdp_like.inference.engine.engine import Engine, Metrics
+from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request
 from yafsdp_like.inference.options import EngineOptions, PoolOptions
 from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from yafsdp_like.inference.engine.metrics import Metrics
     from yafsdp_like.inference.kv.eviction import Costs
 
 transformers = pytest.importorskip("transformers")

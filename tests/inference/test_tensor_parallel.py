@@ -36,7 +36,7 @@ from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.tp_group import world_tp_group
 from yafsdp_like.hardware import H200
 from yafsdp_like.inference.engine import engine as engine_module
-from yafsdp_like.inference.engine.engine import Engine, Metrics
+from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.forward import _range_of
 from yafsdp_like.inference.engine.request import FinishReason, Request, Token
 from yafsdp_like.inference.engine.runner import Runner
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from yafsdp_like.comm import TransportName
+    from yafsdp_like.inference.engine.metrics import Metrics
 
 CPU = torch.device("cpu")
 CUT = [name for name in ARCHITECTURES if name != "multi-query"]

@@ -18,7 +18,7 @@ from yafsdp_like.inference.text.codec import Transcript
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from yafsdp_like.inference.engine.engine import Metrics
+    from yafsdp_like.inference.engine.metrics import Metrics
 
 
 def test_rates_are_requests_a_second_or_shares_of_what_is_possible() -> None:

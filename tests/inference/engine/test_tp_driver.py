@@ -45,7 +45,7 @@ from tests.inference.text.test_codec import write_tokenizer
 from tests.ranks import PRELOADED, run_ranks
 from yafsdp_like.comm.tp_group import TPGroup, world_tp_group
 from yafsdp_like.inference.engine import tp_driver as together
-from yafsdp_like.inference.engine.engine import Engine, Metrics
+from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request
 from yafsdp_like.inference.engine.tp_driver import TPCommand, TPDriver, follow
 from yafsdp_like.inference.http.service import Service, ServiceState
@@ -56,6 +56,8 @@ from yafsdp_like.models.hf import save_hf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from yafsdp_like.inference.engine.metrics import Metrics
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[3]

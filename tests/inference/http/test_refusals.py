@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.inference.http.servers import CHATS, COMPLETIONS, GREEDY, JSON, MODEL, PROMPT, Running, make_engine, serving
-from yafsdp_like.inference.engine.engine import Metrics
+from yafsdp_like.inference.engine.metrics import Metrics
 from yafsdp_like.inference.http.bodies import MAX_STOP_STRINGS
 from yafsdp_like.inference.http.metrics import ENGINE_HELP
 from yafsdp_like.inference.text.codec import Codec

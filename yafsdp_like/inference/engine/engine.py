@@ -83,7 +83,7 @@ class Engine:
             self.tp_group.check_same("the options of engines", options)
         self._places = places = places or EnginePlaces.of(weights)
         self.adapters = Adapters.of(weights, places.adapter_slots, places.adapter_images)
-        self._runner = Runner(weights, places.buffers, weights.plan.groups, places.regions, self.adapters)
+        self._runner = Runner(weights, places, self.adapters)
         self.cache = self._kv_cache()
         self._runner.warm_up(options.graphs)
         self._times = None if options.tpot_ms is None else StepTimes(self._of_first_rank(self._runner.measure_steps()))

@@ -32,12 +32,11 @@ from yafsdp_like.kernels.sampling import SamplingRows, sample
 from yafsdp_like.memory.streams import Event, StepRecorder, StepRecording, Timer, streams_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from yafsdp_like.inference.engine.adapters import Adapters
     from yafsdp_like.inference.engine.batch import Batch, Run
-    from yafsdp_like.inference.kv.layer_groups import LayerGroup
-    from yafsdp_like.inference.plan.buffers import StepBuffers
+    from yafsdp_like.inference.engine.places import EnginePlaces
     from yafsdp_like.inference.weights.store import Weights
 
 _NUM_TIMED = 3  # repetitions of what is measured, of which the fastest counts
@@ -84,15 +83,8 @@ class Undrawn:
 class Runner:
     """Runs the batches of one engine. Once it is warmed up, nothing is allocated on the device."""
 
-    def __init__(
-        self,
-        weights: Weights,
-        buffers: StepBuffers,
-        groups: Sequence[LayerGroup],
-        regions: Mapping[Tier, Tensor],
-        adapters: Adapters,
-    ) -> None:
-        """``regions`` are the bytes (nbytes,) uint8 that pages lie in."""
+    def __init__(self, weights: Weights, places: EnginePlaces, adapters: Adapters) -> None:
+        buffers, groups, regions = places.buffers, weights.plan.groups, places.regions
         self._weights, self._buffers, self._regions = weights, buffers, regions
         self._adapters = adapters
         self._on_gpu = weights.device.type == "cuda"
