@@ -128,6 +128,8 @@ def decoder_config(options: ModelOptions) -> DecoderConfig:
     """The decoder's shape; ValueError for a preset, a directory or a field that does not exist."""
     if options.hf_dir is not None:
         config = load_hf_config(Path(options.hf_dir))
+        if config.vision is not None:
+            raise ValueError(f"{options.hf_dir} sees images, and is only served: train a decoder alone")
     elif options.preset in PRESETS:
         config = PRESETS[options.preset]
     else:

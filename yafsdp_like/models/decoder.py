@@ -22,6 +22,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from yafsdp_like.models.moe import ExpertsConfig, MixtureOfExperts
 from yafsdp_like.models.rope import Rope, RopeScaling, apply_rope
+from yafsdp_like.models.vision import VisionConfig
 from yafsdp_like.ops.loss import linear_cross_entropy
 
 _INIT_STD = 0.02
@@ -59,6 +60,7 @@ class DecoderConfig:
     dense_layers: tuple[int, ...] = ()  # that have one feed-forward where others have experts
     dense_ffn_dim: int | None = None  # of those
     loss_chunk_size: int = 2048  # tokens whose logits exist at once while the loss is computed
+    vision: VisionConfig | None = None  # what images in prompts are seen with, in serving
 
     def __post_init__(self) -> None:
         self._check_sizes()

@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from yafsdp_like.checkpoint.safetensors import StoredTensor, TensorSpec, TensorWriter, stored_tensors
+from yafsdp_like.checkpoint.safetensors import StoredTensor, TensorSpec, TensorWriter
 from yafsdp_like.models.decoder import Decoder, DecoderConfig
+from yafsdp_like.models.hf_clip import MODEL_TYPE, config_from_llava
+from yafsdp_like.models.hf_clip import decoder_tensors as stored_tensors
 from yafsdp_like.models.hf_config import config_from_hf, config_to_hf, model_type_of
 
 CONFIG_NAME, GENERATION_CONFIG_NAME = "config.json", "generation_config.json"
@@ -51,7 +53,9 @@ def load_hf_config(directory: Path) -> DecoderConfig:
     """
     path = directory / CONFIG_NAME
     try:
-        config = config_from_hf(json.loads(path.read_text(encoding="utf-8")))
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        is_llava = isinstance(raw, dict) and raw.get("model_type") == MODEL_TYPE
+        config = config_from_llava(raw) if is_llava else config_from_hf(raw)
     except FileNotFoundError:
         lack = f"has no {CONFIG_NAME}" if directory.is_dir() else "does not exist"
         raise ValueError(f"expected a Hugging Face directory, but {directory} {lack}") from None

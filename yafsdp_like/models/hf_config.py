@@ -91,6 +91,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
 
     Raises ValueError for a combination that none of the families has.
     """
+    if config.vision is not None:
+        raise ValueError("a decoder with a vision tower is only read: replace its vision by None to write it alone")
     model_type = model_type_of(config)
     rope = _rope_to_hf(config)
     return {
