@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from yafsdp_like.inference.engine.engine import Engine
+    from yafsdp_like.inference.engine.image_tokens import Image, place_images
     from yafsdp_like.inference.engine.metrics import Metrics
     from yafsdp_like.inference.engine.request import (
         Completion,
@@ -34,6 +35,7 @@ __all__ = [
     "EngineOptions",
     "FinishReason",
     "HostFullError",
+    "Image",
     "Metrics",
     "ModelPool",
     "ModelState",
@@ -47,6 +49,7 @@ __all__ = [
     "Token",
     "TokenLimits",
     "open_model",
+    "place_images",
     "plan_pool",
     "world_transport",
 ]
@@ -54,6 +57,7 @@ __all__ = [
 _MODULES = {
     "Engine": "inference.engine.engine",
     "Metrics": "inference.engine.metrics",
+    **dict.fromkeys(("Image", "place_images"), "inference.engine.image_tokens"),
     **dict.fromkeys(
         ("Completion", "RequestOutput", "FinishReason", "QueueFullError", "Request", "Token", "TokenLimits"),
         "inference.engine.request",

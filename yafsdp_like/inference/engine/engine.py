@@ -212,6 +212,7 @@ class Engine:
                 f"{name}: token {outside[0]} is outside of the vocabulary of {self.config.vocab_size} tokens"
             )
         check_some_token(request, self.config.vocab_size)
+        self._runner.check_images(request)
 
     # --- steps ---
 
@@ -398,7 +399,7 @@ class Engine:
             host_kv_nbytes_cached=host_cached,
             host_kv_nbytes=0 if host is None else host.grid.num_slabs * host.grid.slab_nbytes,
             num_adapters_woken=self.adapters.num_woken,
-            recordings_nbytes=self._runner.recordings_nbytes,
+            **self._runner.figures(),
             **vars(self.step_log.figures()),
         )
 

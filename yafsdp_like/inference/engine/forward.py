@@ -96,13 +96,18 @@ class Forward:
         self._max_seq_len, self._num_multiprocessors = len(buffers.tables.cos), num_multiprocessors
         self._queries_per_tile = queries_per_tile_of(weights)
 
-    def __call__(self, size: StepSize, scored: Iterable[slice] = ()) -> Tensor:
+    def __call__(
+        self, size: StepSize, scored: Iterable[slice] = (), images: Iterable[tuple[slice, Tensor]] = ()
+    ) -> Tensor:
         """Return logits (num_drawing, V) in the weights' dtype; keys and values go into pages.
 
         ``scored`` are rows whose logits are computed before, at the beginning of the same buffer, for whoever iterates:
-        those of one slice are there until the next one is asked for. A step whose rows all draw has none.
+        those of one slice are there until the next one is asked for. A step whose rows all draw has none. ``images``
+        are rows of images, and what is put in place of their tokens' embeddings, (rows, D).
         """
         self._embed(slice(0, size.num_tokens))
+        for rows, values in images:
+            self._activations.hidden[rows].copy_(values)
         for index in range(self._config.num_layers):
             self._layer(index, self._weights.layer(index), size)
             self._weights.release(index)

@@ -23,6 +23,8 @@ class Metrics(StepFigures):
     num_tokens_dropped: int  # drawn past an end
     num_chunks: int  # parts of prompts, less the last ones
     num_pages_evicted: int
+    num_images_encoded: int
+    num_images_found: int  # in pages, where they were encoded before, for this model or another
     kv_nbytes_used: int  # of pages that sequences hold, on the device
     kv_nbytes_cached: int  # of pages that nobody holds, and that are found by their content
     kv_nbytes: int

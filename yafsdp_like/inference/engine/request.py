@@ -11,6 +11,8 @@ from yafsdp_like.kernels.sampling_params import MAX_BIASES, MAX_LOGPROBS, Sampli
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from yafsdp_like.inference.engine.image_tokens import PlacedImage
+
 PLAIN = SamplingParams()
 
 
@@ -86,6 +88,7 @@ class Request:
     salt: str | None = None  # pages are shared only with requests of the same salt
     adapter: str | None = None  # the LoRA adapter that it is computed with; None: the model as it is
     limits: TokenLimits | None = None  # what may be drawn; None: everything
+    images: tuple[PlacedImage, ...] = ()  # in the prompt, as ``place_images`` returns both
     model: str = ""  # which one a `PoolDriver` gives it to; an engine has one model
 
     @property

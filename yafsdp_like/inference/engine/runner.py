@@ -20,6 +20,8 @@ from torch import Tensor
 
 from yafsdp_like.inference.engine.batch_inputs import Staging, host_like
 from yafsdp_like.inference.engine.forward import Forward, LayerPages, queries_per_tile_of
+from yafsdp_like.inference.engine.image_rows import ImageRows
+from yafsdp_like.inference.engine.image_tokens import check_images
 from yafsdp_like.inference.engine.limited_drawing import LimitedDrawing
 from yafsdp_like.inference.engine.prompt_scores import PromptScorer, ScoredStep, compute_logprobs
 from yafsdp_like.inference.engine.request import Token
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
 
     from yafsdp_like.inference.engine.adapters import Adapters
     from yafsdp_like.inference.engine.batch import Batch, Run
+    from yafsdp_like.inference.engine.image_rows import ImageRun
     from yafsdp_like.inference.engine.places import EnginePlaces
+    from yafsdp_like.inference.engine.request import Request
     from yafsdp_like.inference.weights.store import Weights
 
 _NUM_TIMED = 3  # repetitions of what is measured, of which the fastest counts
@@ -86,7 +90,7 @@ class Runner:
     def __init__(self, weights: Weights, places: EnginePlaces, adapters: Adapters) -> None:
         buffers, groups, regions = places.buffers, weights.plan.groups, places.regions
         self._weights, self._buffers, self._regions = weights, buffers, regions
-        self._adapters = adapters
+        self._adapters, self._images = adapters, ImageRows.of(weights, places)
         self._on_gpu = weights.device.type == "cuda"
         self._max_batch_size, self._max_batch_tokens = len(buffers.inputs.last_rows), len(buffers.inputs.positions)
         self._forward = Forward(
@@ -134,6 +138,8 @@ class Runner:
                 self._sample(self._buffers.logits.logits[:num_rows])
                 self._compute_logprobs(num_rows)
             self._limited.warm_up()
+            if self._images is not None:
+                self._images.warm_up()
             torch.cuda.synchronize(self._weights.device)
             if graphs:
                 plan = self._weights.plan
@@ -246,8 +252,11 @@ class Runner:
         slots = batch.adapter_slots if self._adapters.slots else None
         size = replace(size, adapted=True) if slots else size
         scored = None if size.draws_in_order else self._scorer.find(batch.runs)
-        # A recording cannot wait for one unit after the other, or score. Whether a step is recorded changes no bits.
-        recording = None if scored is not None or self._weights.is_arriving() else self._recordings.get(size)
+        seen = self._images.find(batch.runs) if self._images is not None else ()
+        # A recording cannot wait for one unit after the other, score, or see images; whether there is one changes no
+        # bits.
+        is_issued = scored is not None or seen or self._weights.is_arriving()
+        recording = None if is_issued else self._recordings.get(size)
         with launching_on(self._weights.device):
             self._staging.stage(batch.runs, drawing, size)
             began = self.timer.mark()
@@ -256,9 +265,9 @@ class Runner:
                 self._adapters.await_copies()
             if scored is not None:
                 self._scorer.stage(scored)
-                self._sample(self._forward(size, self._scorer.pieces(scored)))
+                self._sample(self._forward(size, self._scorer.pieces(scored), self._rows_of(seen)))
             elif recording is None:
-                self._sample(self._forward(size))
+                self._sample(self._forward(size, (), self._rows_of(seen)))
             else:
                 self._weights.reset_residency()
                 recording.replay()
@@ -266,6 +275,25 @@ class Runner:
                 self._adapters.launched(slots)
             step = Undrawn(drawing, size.num_drawing, began, scored)
             return step if any(run.sequence.request.limits is not None for run in drawing) else self._fetch(step)
+
+    def _rows_of(self, seen: Sequence[ImageRun]) -> Iterable[tuple[slice, Tensor]]:
+        return self._images.compute(seen) if self._images is not None and seen else ()
+
+    def check_images(self, request: Request) -> None:
+        """Raise ValueError for images that steps cannot show the model."""
+        if request.images:
+            vision = None if self._weights.tp_group is not None else self._weights.config.vision
+            check_images(f"request {request.id!r}", request.prompt, request.images, vision)
+
+    def figures(self) -> dict[str, int]:
+        """Return what steps took and did beside the arena and the scheduler, by the names of ``Metrics``."""
+        images = self._images
+        encoded, found = (0, 0) if images is None else (images.num_encoded, images.num_found)
+        return {
+            "recordings_nbytes": self.recordings_nbytes,
+            "num_images_encoded": encoded,
+            "num_images_found": found,
+        }
 
     @torch.inference_mode()
     def draw_limited(self, step: Undrawn) -> Launched:

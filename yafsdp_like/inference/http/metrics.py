@@ -35,6 +35,8 @@ ENGINE_HELP = {  # of the engine's figures by name, and so of the gauges ``yafsd
     "num_tokens_dropped": "Tokens drawn behind the end of their sequence, before the end was known",
     "num_chunks": "Parts of prompts computed without drawing a token",
     "num_pages_evicted": "Cached pages on the device that were given up for others",
+    "num_images_encoded": "Images that a vision tower has encoded",
+    "num_images_found": "Images whose features were found in pages, encoded before for this model or another",
     "kv_nbytes_used": "Bytes of pages on the device that sequences hold",
     "kv_nbytes_cached": "Bytes of pages on the device that no sequence holds, kept for prompts that begin alike",
     "kv_nbytes": "Bytes of all pages on the device",

@@ -65,4 +65,6 @@ def _of_slabs(nbytes: int, pages: PagePool, claims: Mapping[int, str]) -> Iterat
 
 
 def _words(shape: PageShape) -> str:
+    if shape.num_planes == 1:
+        return f"images, {shape.page_size} rows of {shape.head_dim}, {shape.dtype}"
     return f"{shape.num_layers} layers, {shape.num_kv_heads} heads of {shape.head_dim}, {shape.dtype}"

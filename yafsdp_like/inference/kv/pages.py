@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.kv.eviction import LRU, Ledger, PageUse, Policy, Tenant, Victims
+from yafsdp_like.inference.kv.prefix import Content
 from yafsdp_like.inference.kv.ranked import Rank, Ranked
 from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid, SlabPool, check
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping
 
-    from yafsdp_like.inference.kv.prefix import Content, Prefix
+    from yafsdp_like.inference.kv.prefix import ImageContent, Prefix
 
 
 @dataclass(slots=True)
@@ -29,7 +30,7 @@ class Page:
     tenant: str  # who is charged for it
     num_references: int = 1
     num_uses: int = 1
-    content: Content | None = None
+    content: Content | ImageContent | None = None
     cost: float = 0.0  # seconds to bring the content back
 
 
@@ -38,7 +39,7 @@ class Stock:
 
     def __init__(self, ledger: Ledger, shape: PageShape) -> None:
         self.pages: dict[int, Page] = {}
-        self.by_content: dict[Content, int] = {}
+        self.by_content: dict[Content | ImageContent, int] = {}
         self.victims = Victims(ledger, shape.nbytes)
         self.unheld: Ranked[int] = Ranked()  # slabs with victims and no referenced page, by their highest victim
 
@@ -88,11 +89,11 @@ class PagePool:
         others = sum(len(stock.unheld) for other, stock in self.stocks.items() if other != shape)
         return self.slabs.num_free(shape) + len(self.stocks[shape].victims) + others * per_slab
 
-    def content(self, shape: PageShape, page: int) -> Content | None:
+    def content(self, shape: PageShape, page: int) -> Content | ImageContent | None:
         """Return what a page that is not free holds; None if that was not published."""
         return self.stocks[shape].pages[page].content
 
-    def find(self, shape: PageShape, content: Content) -> int | None:
+    def find(self, shape: PageShape, content: Content | ImageContent) -> int | None:
         """Return the page that holds ``content``; None if there is none. Changes nothing."""
         return self.stocks[shape].by_content.get(content)
 
@@ -135,7 +136,7 @@ class PagePool:
             stock.victims.put(page, record.tenant, rank)
         self._note_unheld(shape, slab)
 
-    def publish(self, shape: PageShape, page: int, content: Content, cost: float) -> None:
+    def publish(self, shape: PageShape, page: int, content: Content | ImageContent, cost: float) -> None:
         """Record what is in a page, and the seconds that it costs to bring it back.
 
         The page holds just that from now on. Where another page holds the same, that one goes on being found, and this
@@ -173,7 +174,7 @@ class PagePool:
         for shape, stock in self.stocks.items():
             for page in list(stock.victims):
                 content = stock.pages[page].content
-                if prefixes is None or (content is not None and content.prefix in prefixes):
+                if prefixes is None or (isinstance(content, Content) and content.prefix in prefixes):
                     self._evict(shape, page)
 
     def _make_room(self, shape: PageShape, tenant: str) -> bool:

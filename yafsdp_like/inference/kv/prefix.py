@@ -37,6 +37,14 @@ class Content:
     prefix: Prefix
 
 
+@dataclass(frozen=True, slots=True)
+class ImageContent:
+    """What is in a page of an image: what the vision tower of this digest makes of the pixels of that one."""
+
+    tower: bytes
+    image: bytes
+
+
 class PrefixTree:
     """All prefixes of one model that are still of interest. Each operation is O(page size)."""
 
@@ -58,7 +66,7 @@ class PrefixTree:
     def child(self, parent: Prefix, tokens: tuple[int, ...]) -> Prefix:
         """Return ``parent`` and one page more.
 
-        Where a token stands for an image, it must be a number made of the image's content, outside of the vocabulary.
+        A token that stands for an image must be equal only to those of the same image, as ``ImageToken``.
         """
         return self._make((parent.number, tokens), parent)
 

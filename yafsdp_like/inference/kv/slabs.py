@@ -49,6 +49,7 @@ class PageShape:
     head_dim: int
     page_size: int  # tokens
     dtype: str = "bfloat16"  # as torch names it
+    num_planes: int = 2  # of a layer: keys and values; 1: a page holds features of an image (`image_pages.py`)
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -58,7 +59,7 @@ class PageShape:
         if self.dtype not in ITEMSIZES:
             raise ValueError(f"a page's dtype must be one of {', '.join(ITEMSIZES)}, found {self.dtype!r}")
         assert self.nbytes % ALIGNMENT_NBYTES == 0 and self.plane_nbytes % self.itemsize == 0
-        last = self.offset_nbytes(0, self.num_layers - 1, 1) + self.num_kv_heads * self.head_nbytes
+        last = self.offset_nbytes(0, self.num_layers - 1, self.num_planes - 1) + self.num_kv_heads * self.head_nbytes
         assert last <= self.nbytes, f"the last head of a page ends at {last}, the page at {self.nbytes}"
 
     @property
@@ -79,7 +80,7 @@ class PageShape:
     @cached_property
     def nbytes(self) -> int:
         """A whole page: what one copy to the host moves."""
-        return self.num_layers * 2 * self.plane_nbytes
+        return self.num_layers * self.num_planes * self.plane_nbytes
 
     @property
     def strides(self) -> tuple[int, int, int, int, int, int]:
@@ -90,7 +91,7 @@ class PageShape:
 
     def offset_nbytes(self, page: int, layer: int, kv: int) -> int:
         """Return where a page's keys (``kv`` 0) or values (1) of the shape's ``layer``-th layer begin in the region."""
-        return page * self.nbytes + (2 * layer + kv) * self.plane_nbytes
+        return page * self.nbytes + (self.num_planes * layer + kv) * self.plane_nbytes
 
 
 @dataclass(frozen=True)

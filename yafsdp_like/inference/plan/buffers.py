@@ -254,11 +254,12 @@ class PlacedBuffers:
     buffers: Mapping[str, Buffer]
     segments: Mapping[str, Segment]
     regions: tuple[Region, ...]
+    image_nbytes: int = 0  # what encoding one image takes of PyTorch's allocator, beside the regions
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all regions."""
-        return sum(region.nbytes for region in self.regions)
+        """Bytes of all regions, and of an image's activations beside them."""
+        return sum(region.nbytes for region in self.regions) + self.image_nbytes
 
     def slots(self) -> tuple[SlotPlace, ...]:
         """Return activations as a plan prints them, since they share bytes."""
@@ -304,4 +305,5 @@ def plan_buffers(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> 
         spots, nbytes = place([SlotRequest(b.name, b.nbytes, b.live) for b in found])
         segments |= {b.name: spot for b, spot in zip(found, spots, strict=True)}
         regions.append(Region(kind, kind, nbytes))
-    return PlacedBuffers(buffers, segments, tuple(regions))
+    image_nbytes = 0 if config.vision is None else config.vision.activation_nbytes(config.dim, dtype.itemsize)
+    return PlacedBuffers(buffers, segments, tuple(regions), image_nbytes)

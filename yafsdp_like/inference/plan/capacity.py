@@ -23,6 +23,7 @@ class Capacity:
 
     groups: tuple[LayerGroup, ...]
     chunk: int  # tokens that are written at a time, at most
+    beside: tuple[PageShape, ...] = ()  # of pages of images, which must lie in the same slabs
 
     @property
     def shapes(self) -> list[PageShape]:
@@ -33,6 +34,7 @@ class Capacity:
         """Cut at most ``nbytes`` into slabs, without a rest; None where they hold none."""
         most = max(shape.nbytes for shape in self.shapes)
         about = min(_SLAB_NBYTES, max(nbytes // _MIN_SLABS, 2 * most))
+        about = max(about, *(2 * shape.nbytes for shape in self.beside)) if self.beside else about
         try:
             grid = SlabGrid.fitting(nbytes, self.shapes, about)
         except ValueError:

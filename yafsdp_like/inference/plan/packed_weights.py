@@ -1,7 +1,7 @@
 """The layout of a served model's weights: each unit's parameters, packed into one run of bytes. No tensor is made here.
 
 A unit is what is moved to a device as a whole: the embedding, each layer, the head. A tied head is the embedding, which
-then holds the final norm too.
+then holds the final norm too. A vision tower and its projector are two more, behind all others, which always stay.
 
 [Note: one layout]
 A packed unit is its parameters back to back, in the order in which matrix products read them: the projections to
@@ -23,6 +23,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from yafsdp_like.memory.layout import FlatLayout, Segment, aligned
+from yafsdp_like.models.vision import PROJECTOR, TOWER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,13 +129,23 @@ def pack_units(
     configs = {f"layers.{i}": config.of_layer(i) for i in range(config.num_layers)}
     layers = [PackedUnit(name, _layer_fields(name, own, dtype, cuts or {})) for name, own in configs.items()]
     if config.tie_embeddings:
-        return PackedUnit(EMBEDDING, (embedding, norm)), *layers
-    return PackedUnit(EMBEDDING, (embedding,)), *layers, PackedUnit(HEAD, (head, norm))
+        return PackedUnit(EMBEDDING, (embedding, norm)), *layers, *_vision_units(config, dtype)
+    untied = PackedUnit(EMBEDDING, (embedding,)), *layers, PackedUnit(HEAD, (head, norm))
+    return *untied, *_vision_units(config, dtype)
+
+
+def _vision_units(config: DecoderConfig, dtype: torch.dtype) -> Iterator[PackedUnit]:
+    if config.vision is None:
+        return
+    parts = {TOWER: config.vision.tower_shapes(), PROJECTOR: config.vision.projector_shapes(config.dim)}
+    for unit, shapes in parts.items():
+        fields = (Field(name, (Parameter(f"{unit}.{name}", shape, dtype),)) for name, shape in shapes.items())
+        yield PackedUnit(unit, tuple(fields))
 
 
 def uses_of(packed_units: Sequence[PackedUnit], config: DecoderConfig) -> tuple[int, ...]:
     """Return the unit, by index, that each step of a forward reads: embedding, layers in order, head."""
-    return (*range(config.num_layers + 1), 0 if config.tie_embeddings else len(packed_units) - 1)
+    return (*range(config.num_layers + 1), 0 if config.tie_embeddings else config.num_layers + 1)
 
 
 def _vocabulary(unit: str, config: DecoderConfig, dtype: torch.dtype) -> Field:

@@ -184,7 +184,7 @@ def placements(
     layers = config.num_layers
     moved = [frozenset(_spread(num_moved, layers)) for num_moved in range(1, layers + 1)]
     if not config.tie_embeddings:
-        moved.append(moved[-1] | {len(packed_units) - 1})
+        moved.append(moved[-1] | {layers + 1})
     moved.append(moved[-1] | {0})
     for units in moved:
         yield Placement(mode, packed_units, uses, units, num_ranks if gathered else 1, maps_memory and gathered)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from yafsdp_like.inference.kv.image_pages import image_shapes
 from yafsdp_like.inference.kv.layer_groups import LayerGroup
 from yafsdp_like.inference.options import AnyMode, EngineOptions
 from yafsdp_like.inference.plan.adapter_layout import AdapterLayout
@@ -144,6 +145,8 @@ class ServingPlan:
         lines = [*self.reasons, str(self.memory)]
         if self.recordings_nbytes:
             lines.append(f"  beside the arena: {readable(self.recordings_nbytes)} for CUDA graphs of steps")
+        if self.buffers.image_nbytes:
+            lines.append(f"  beside the arena: {readable(self.buffers.image_nbytes)} to encode an image")
         return "\n".join([*lines, f"in host memory: {self.host}"] if self.host.regions else lines)
 
 
@@ -255,7 +258,7 @@ class _Draft:
         windows = [config.window_of(layer) for layer in range(config.num_layers)]
         dtype = options.kv_dtype or site.dtype_name
         groups = LayerGroup.of_windows(windows, share.num_kv_heads, share.head_dim, options.page_size, dtype)
-        capacity = Capacity(groups, options.max_batch_tokens)
+        capacity = Capacity(groups, options.max_batch_tokens, image_shapes(config.vision, site.dtype_name))
         longest = _longest(config, options, capacity)
         multiprocessors = site.hardware.num_multiprocessors if site.hardware else 1
         step = StepShape(

@@ -55,6 +55,8 @@ class PoolMetrics:
     num_tokens_cached: int
     num_tokens_drawn: int
     num_pages_evicted: int
+    num_images_encoded: int
+    num_images_found: int
     kv_nbytes_used: int
     kv_nbytes_cached: int
     kv_nbytes: int

@@ -191,7 +191,9 @@ def plan_pool(models: Mapping[str, PooledModel], options: PoolOptions, hardware:
     alone = {name: _alone(name, model, options, hardware) for name, model in models.items()}
     kinds = [max(_buffers_nbytes(plan, kind) for plan in alone.values()) for kind in (WORKSPACE, LOGITS)]
     buffers_nbytes = sum(kinds) + sum(_buffers_nbytes(plan, TABLES) for plan in alone.values())
-    shapes = Capacity(tuple(group for plan in alone.values() for group in plan.groups), chunk=1)
+    buffers_nbytes += max(plan.buffers.image_nbytes for plan in alone.values())
+    images = tuple(dict.fromkeys(shape for plan in alone.values() for shape in plan.capacity.beside))
+    shapes = Capacity(tuple(group for plan in alone.values() for group in plan.groups), chunk=1, beside=images)
     graphs_nbytes = sum(plan.recordings_nbytes for plan in alone.values())
     grid = shapes.grid(options.memory_limit_nbytes - buffers_nbytes - graphs_nbytes)
     if grid is None:

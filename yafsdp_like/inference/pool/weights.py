@@ -46,9 +46,10 @@ class PooledWeights(Weights):
 
     def read(self, image: Sequence[Place], source: Source) -> None:
         """Read all units from ``source`` into ``image``, in any thread: nothing else of this object is touched."""
+        watched = self.watched(source)
         for pieces in self._pieces(image):
             for piece in pieces:
-                fill(piece, source)
+                fill(piece, watched)
         self.finish_loading()
 
     def attach(self, image: Sequence[Place]) -> None:

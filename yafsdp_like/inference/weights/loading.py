@@ -24,6 +24,8 @@ from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serv
 from yafsdp_like.inference.weights.store import Store, Weights, reserve
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig, hf
 from yafsdp_like.models.decoder import fill_first_values
+from yafsdp_like.models.hf_clip import vision_tensors
+from yafsdp_like.models.vision_weights import VisionSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -74,7 +76,7 @@ def open_model(name: str, config: DecoderConfig | None = None) -> Model:
         return _preset(name)
     path = Path(name).expanduser()
     if (path / hf.CONFIG_NAME).is_file():
-        return _hf_directory(path)
+        return _with_vision(_hf_directory(path), path)
     checkpoint = path if steps.is_complete(path) else steps.find_latest(path)
     if checkpoint is None and (path / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{name!r} holds an adapter: merge it into the model that it was made for, and save that")
@@ -140,7 +142,7 @@ def load_planned(
     weights = reserve(plan, indexed(device), transport)
     error: BaseException | None = None
     try:
-        source = model.source(weights.device)
+        source = weights.watched(model.source(weights.device))
         for store in weights.stores():
             fill(store, source)
     except Exception as caught:
@@ -245,6 +247,14 @@ def _on_meta(config: DecoderConfig) -> Decoder:
             return Decoder(config)
     except (RuntimeError, OverflowError) as error:
         raise ValueError(f"no memory holds a model of such sizes: {config}") from error
+
+
+def _with_vision(model: Model, path: Path) -> Model:
+    """Return a model whose source has the values of its vision tower too, if it has one."""
+    if model.config.vision is None:
+        return model
+    stored, source_of = vision_tensors(path, model.config), model.source
+    return replace(model, source=lambda device: VisionSource(source_of(device), stored))
 
 
 # --- sources ---

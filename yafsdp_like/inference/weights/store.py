@@ -47,6 +47,8 @@ from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.pinned import pin_arena
 from yafsdp_like.memory.streams import COMPUTE, GATHER, Event, Streams, streams_of
+from yafsdp_like.models.vision import PROJECTOR, TOWER
+from yafsdp_like.models.vision_weights import TowerDigest, ValueReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,6 +126,8 @@ class Weights:
         self._views = [_views(packed, whole) for packed, whole in zip(plan.placement.packed_units, wholes, strict=True)]
         self._layers = [_layer(self._views[1 + index]) for index in range(self.config.num_layers)]
         self._head_unit = plan.placement.uses[-1]
+        vision = self.config.vision
+        self._tower = None if vision is None else TowerDigest(vision, self.dtype)
 
     # --- what a forward calls ---
 
@@ -151,6 +155,23 @@ class Weights:
         self._acquire(self._head_unit)
         views = self._views[self._head_unit]
         return views["norm"], views["weight"]
+
+    def vision(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Return the parameters of the vision tower and of its projector, by their names there; both always stay."""
+        found = {packed.name: unit for unit, packed in enumerate(self.plan.placement.packed_units)}
+        for name in (TOWER, PROJECTOR):
+            self._acquire(found[name])
+        return self._views[found[TOWER]], self._views[found[PROJECTOR]]
+
+    @property
+    def tower_digest(self) -> bytes:
+        """What the vision tower is known by, once it is loaded: models of one digest share features of images."""
+        assert self._tower is not None, "the model takes no images"
+        return self._tower.value
+
+    def watched(self, source: ValueReader) -> ValueReader:
+        """Return what all values must be read through, so that the tower's digest is known."""
+        return source if self._tower is None else self._tower.watch(source)
 
     def reset_residency(self) -> None:
         """Restore the residency that a recorded forward begins with, see [Note: same residency]."""
