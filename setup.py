@@ -27,6 +27,7 @@ TEST = [*TRAIN, *PARQUET, *HF, *SERVE, *STRUCTURED, "openai", "httpx", *TOOLS]
 ECOSYSTEM = ["transformers", "accelerate", "lightning", "trl", "peft", "datasets"]  # what examples/ecosystem runs
 DOCS = ["mkdocs", "mkdocstrings[python]", "ruff"]
 BENCH = ["deepspeed", "transformers", "matplotlib"]
+VISION = ["transformers", "pillow"]  # images in prompts; tests have pillow by matplotlib
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
@@ -58,6 +59,7 @@ setup(
         "serve": SERVE,
         "structured": STRUCTURED,
         "parquet": PARQUET,
+        "vision": VISION,
         "test": TEST,
         "bench": BENCH,
         "ecosystem": ECOSYSTEM,

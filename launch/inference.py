@@ -17,8 +17,10 @@ from launch.options import GenerateOptions, ServeOptions
 from launch.world import join, leave
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import PLAIN
+from yafsdp_like.inference.http.options import HttpOptions
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.text.directory import sampling_defaults
+from yafsdp_like.inference.text.image_reader import ImageReader
 from yafsdp_like.inference.weights.loading import Model, open_model, world_transport
 from yafsdp_like.kernels.sampling_params import SamplingParams
 
@@ -31,6 +33,7 @@ class LoadedModel:
     codec: Codec
     engine: Engine
     sampling: SamplingParams = PLAIN  # where a request says nothing
+    images: ImageReader | None = None  # of a model that sees images; None: it takes none
 
 
 @contextlib.contextmanager
@@ -56,7 +59,8 @@ def load_model(options: GenerateOptions | ServeOptions, say: Callable[[str], Non
             on_plan=lambda plan: say(str(plan)),
             adapters=options.adapters if isinstance(options, ServeOptions) else None,
         ) as engine:
-            yield LoadedModel(model, codec, engine, sampling)
+            images = load_images(model, options.http, say) if isinstance(options, ServeOptions) else None
+            yield LoadedModel(model, codec, engine, sampling, images)
     finally:
         leave()
 
@@ -68,6 +72,17 @@ def join_device(device_type: str) -> torch.device:
     if device_type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: there is no GPU here; say --device=cpu")
     return torch.device("cuda" if device_type != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_images(model: Model, options: HttpOptions, say: Callable[[str], None]) -> ImageReader | None:
+    """What reads a model's images; None where it sees none, or, after a warning, where they cannot be read."""
+    if model.config.vision is None or model.directory is None:
+        return None
+    try:
+        return ImageReader.load(model.directory, model.config.vision, options.max_image_pixels)
+    except (ImportError, ValueError) as error:
+        say(f"warning: images are refused: {error}")
+        return None
 
 
 def load_codec(model: Model, directory: str | None = None) -> Codec:

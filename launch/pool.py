@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from launch.console import LoadingBars
-from launch.inference import join_device, load_codec
+from launch.inference import join_device, load_codec, load_images
 from launch.options import ADMIN_KEY_VARIABLE, KEY_VARIABLE, PoolModelOptions, ServePoolOptions
 from yafsdp_like.hardware import Hardware
 from yafsdp_like.inference.engine.adapters import with_adapters
@@ -24,6 +24,7 @@ from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.text.directory import sampling_defaults
+from yafsdp_like.inference.text.image_reader import ImageReader
 from yafsdp_like.inference.weights.adapter_files import Adapter, open_adapter
 from yafsdp_like.inference.weights.loading import Model, open_model
 from yafsdp_like.kernels.sampling_params import SamplingParams
@@ -46,6 +47,7 @@ class _Opened:
     codec: Codec
     sampling: SamplingParams
     adapters: dict[str, Adapter]
+    images: ImageReader | None
 
 
 def load_pool(options: ServePoolOptions) -> LoadedPool:
@@ -109,7 +111,8 @@ def _open_all(options: ServePoolOptions) -> tuple[dict[str, _Opened], dict[str, 
             model = open_model(entry.path)
             defaults = sampling_defaults(model.directory if entry.generation_config == "model" else None)
             codec = load_codec(model, entry.tokenizer)
-            opened[name] = _Opened(model, codec, defaults, _open_adapters(model, entry))
+            images = load_images(model, options.http, lambda words: print(words, flush=True))
+            opened[name] = _Opened(model, codec, defaults, _open_adapters(model, entry), images)
         except (ValueError, OSError) as error:
             errors[name] = f"model {name!r} could not be opened: {error}"
             print(f"warning: {errors[name]}", flush=True)
@@ -151,6 +154,11 @@ def _parser(name: str, opened: _Opened, options: ServePoolOptions, max_seq_len: 
         timeout_s=options.http.timeout_s or None,
         max_choices=options.http.max_choices,
         max_body_nbytes=options.http.max_body_nbytes,
+        max_images=options.http.max_images,
+        max_image_nbytes=options.http.max_image_nbytes,
+        max_image_pixels=options.http.max_image_pixels,
+        image_hosts=options.http.image_hosts,
+        takes_images=opened.images is not None,
         strict=options.http.strict,
         priorities=options.http.priorities,
         model_name=name,
@@ -158,4 +166,4 @@ def _parser(name: str, opened: _Opened, options: ServePoolOptions, max_seq_len: 
         max_seq_len=max_seq_len,
         sampling=opened.sampling,
     )
-    return RequestParser(opened.codec, told)
+    return RequestParser(opened.codec, told, opened.images)

@@ -86,7 +86,7 @@ def serve(model: LoadedModel, options: ServeOptions, address: socket) -> None:
         poll_interval_s=None if leader is None else KEEP_ALIVE_S,
         stuck_after_s=options.stuck_after_s or None,
     )
-    catalog = Catalog([RequestParser(model.codec, server_options(model, options))])
+    catalog = Catalog([RequestParser(model.codec, server_options(model, options), model.images)])
     for name in options.adapters:
         catalog.add_adapter(name, next(iter(catalog.parsers)))
     app = create_catalog_app(service, catalog)
@@ -166,6 +166,11 @@ def server_options(model: LoadedModel, options: ServeOptions) -> ServerOptions:
         timeout_s=options.http.timeout_s or None,
         max_choices=options.http.max_choices,
         max_body_nbytes=options.http.max_body_nbytes,
+        max_images=options.http.max_images,
+        max_image_nbytes=options.http.max_image_nbytes,
+        max_image_pixels=options.http.max_image_pixels,
+        image_hosts=options.http.image_hosts,
+        takes_images=model.images is not None,
         has_grammars=model.engine.tp_group is None,
         strict=options.http.strict,
         priorities=options.http.priorities,

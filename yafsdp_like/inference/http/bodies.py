@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from yafsdp_like.inference.http.content_parts import IMAGE, as_content, for_template
 from yafsdp_like.inference.http.errors import UNSUPPORTED, invalid, shorten
 from yafsdp_like.kernels.sampling_params import MAX_BIASES, MAX_LOGPROBS, SamplingParams
 
@@ -99,21 +100,6 @@ def _as_format(value: Any) -> Any:
             return {"type": kind, "schema": described["schema"]}
         raise ValueError("expected an object `schema` in json_schema")
     raise ValueError(f"expected a type text, json_object or json_schema, found {shorten(kind)}")
-
-
-def _as_text(value: Any) -> str | None:
-    """A message's content: none, a string, or parts of which all are text."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, list) and value:
-        for part in value:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind != "text":
-                raise ValueError(f"only parts of type 'text' are understood, not {shorten(kind)[:40]}")
-            if not isinstance(part.get("text"), str):
-                raise ValueError('a part must be {"type": "text", "text": "..."}')
-        return "\n".join(part["text"] for part in value)
-    raise ValueError("expected a string, or a list of parts of type 'text'")
 
 
 # --- bodies ---
@@ -293,7 +279,7 @@ class ChatMessage(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_as_text)] = None
+    content: Annotated[str | list[dict[str, Any]] | None, BeforeValidator(as_content)] = None
     name: str | None = None  # of a tool; harmless elsewhere: templates do not show it
     tool_call_id: str | None = None
     # What assistants said, as clients send it back.
@@ -303,11 +289,20 @@ class ChatMessage(Body):
     audio: None = None
     function_call: None = None
 
-    def for_template(self) -> dict[str, Any]:
-        """Return what a template is given; templates know the older of two names of a role."""
+    @property
+    def images(self) -> list[str]:
+        """URLs of the images in it, in order."""
+        parts = self.content if isinstance(self.content, list) else []
+        return [part["url"] for part in parts if part["type"] == IMAGE]
+
+    def for_template(self, as_parts: bool = False) -> dict[str, Any]:
+        """Return what a template is given, texts as lists of parts if it wants these.
+
+        Templates know the older of two names of a role.
+        """
         message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
-            "content": self.content or "",
+            "content": for_template(self.content, as_parts),
         }
         if self.role == "tool":
             more = {"name": self.name, "tool_call_id": self.tool_call_id}
@@ -369,6 +364,11 @@ class ChatBody(AnyBody):
                 raise invalid(f"tools[{index}].function", "expected a name, and parameters as a schema")
         if self.tool_choice not in (None, "none", "auto") and not self.forced_tools:
             raise invalid("tool_choice", "names no function that is in tools")
+
+    @property
+    def images(self) -> list[str]:
+        """URLs of all images, in order."""
+        return [url for message in self.messages for url in message.images]
 
     @property
     def given_tools(self) -> list[dict[str, Any]]:

@@ -15,11 +15,15 @@ class HttpOptions:
     max_choices: int = 128  # choices of one request: prompts times n
     max_body_nbytes: int = 16 * 2**20  # of a request; the model's max_seq_len may lower it
     strict: bool = False  # refuse fields that are not known, instead of ignoring them with a warning header
+    max_images: int = 16  # of a request to a model that sees images
+    max_image_nbytes: int = 16 * 2**20  # of one image, as PNG or JPEG
+    max_image_pixels: int = 2**25  # of one image, before the model's preprocessing
+    image_hosts: tuple[str, ...] = ()  # from which images are fetched by http(s) URLs; may be repeated; none: no host
     priorities: bool = False  # requests may say how urgent they are, and preempt others (field priority, lower first)
 
     def __post_init__(self) -> None:
         check_seconds("timeout_s", self.timeout_s or 0)
-        for name in ("max_choices", "max_body_nbytes"):
+        for name in ("max_choices", "max_body_nbytes", "max_images", "max_image_nbytes", "max_image_pixels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
 

@@ -21,9 +21,11 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from yafsdp_like.inference.engine.image_tokens import Image, PlacedImage, place_images
 from yafsdp_like.inference.engine.request import PLAIN, Grammar, Request, TokenLimits
 from yafsdp_like.inference.http.bodies import AnyBody, ChatBody, ChatMessage, CompletionBody, StreamOptions
 from yafsdp_like.inference.http.body_limits import BodyLimits
+from yafsdp_like.inference.http.content_parts import image_bytes
 from yafsdp_like.inference.http.errors import (
     UNSUPPORTED,
     ApiError,
@@ -38,6 +40,7 @@ from yafsdp_like.inference.http.options import HttpOptions
 from yafsdp_like.inference.http.responses import ChatFormat, Choice, CompletionFormat, ParsedRequest, ResponseFormat
 from yafsdp_like.inference.text.chat import Conversation
 from yafsdp_like.inference.text.codec import Codec, Transcript, Wording
+from yafsdp_like.inference.text.image_reader import ImageReader
 from yafsdp_like.inference.text.tool_calls import OPENING, ToolCallParser, ToolFormat
 from yafsdp_like.kernels.sampling_params import SamplingParams
 
@@ -62,6 +65,7 @@ class ServerOptions(HttpOptions):
     sampling: SamplingParams = PLAIN  # where a request gives no value
     has_grammars: bool = True  # whether a text may be bound to one: tensor parallel ranks cannot share its state
     admin_key: str | None = None  # bearer token of those who load models and adapters; null: nobody may
+    takes_images: bool = False  # whether bodies may be as long as images make them
     adapter_of: str | None = None  # name of the model that this one is a LoRA adapter of; null: it is a model
 
     def __post_init__(self) -> None:
@@ -72,6 +76,8 @@ class ServerOptions(HttpOptions):
     @property
     def body_limit_nbytes(self) -> int:
         """A body may have this many bytes for each token that could be served in answer to it."""
+        if self.takes_images:
+            return self.max_body_nbytes
         return min(self.max_body_nbytes, max(MIN_BODY_NBYTES, TOKEN_NBYTES * self.max_choices * self.max_seq_len))
 
 
@@ -86,6 +92,7 @@ class EncodedPrompts:
     max_tokens: Sequence[int]
     num_logprobs: int | None
     num_prompt_logprobs: int | None
+    images: tuple[PlacedImage, ...] = ()  # of the only prompt
 
     def check(self, num_each: int) -> None:
         """Raises ApiError where an answer would be too long."""
@@ -127,15 +134,16 @@ def _parts(texts: Iterable[str]) -> Iterator[str]:
 class RequestParser:
     """Bodies to jobs, from any thread; a long text takes more time than an event loop has."""
 
-    def __init__(self, codec: Codec, options: ServerOptions) -> None:
-        self._codec, self._options = codec, options
+    def __init__(self, codec: Codec, options: ServerOptions, images: ImageReader | None = None) -> None:
+        """``images``: None where the model sees none."""
+        self._codec, self._options, self._images = codec, options, images
         max_characters = codec.max_characters(options.max_seq_len)
         self.limits = BodyLimits(options.max_seq_len, options.max_choices, max_characters)
 
     def of_adapter(self, name: str) -> RequestParser:
         """Return the parser of a LoRA adapter of this model."""
         told = replace(self._options, model_name=name, aliases=(), adapter_of=self._options.model_name)
-        return RequestParser(self._codec, told)
+        return RequestParser(self._codec, told, self._images)
 
     @property
     def codec(self) -> Codec:
@@ -192,17 +200,45 @@ class RequestParser:
         tool_format, conversation = self._tool_format(body), self._conversation(body)
         self._probe("messages", *conversation.texts)
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        prompt = self._cut(body, self._ids("messages", self._codec.encode_chat, conversation), asked or 1)
+        prompt, images = self._see(body, self._ids("messages", self._codec.encode_chat, conversation), asked or 1)
         max_tokens = self._max_tokens("messages", prompt, self._options.max_seq_len if asked is None else asked)
         has_prompt_logprobs = body.prompt_logprobs is not None
         format = ChatFormat(self._codec, bool(body.logprobs), bool(body.return_token_ids), has_prompt_logprobs)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        encoded = EncodedPrompts([prompt], [max_tokens], num_logprobs, body.prompt_logprobs)
+        encoded = EncodedPrompts([prompt], [max_tokens], num_logprobs, body.prompt_logprobs, images)
         parsed = self._parse(body, format, encoded, arrival)
         if tool_format is not None:
             for choice in parsed.choices:
                 choice.tools = ToolCallParser(tool_format)
         return parsed
+
+    def _see(
+        self, body: ChatBody, prompt: tuple[int, ...], max_tokens: int
+    ) -> tuple[tuple[int, ...], tuple[PlacedImage, ...]]:
+        """A chat's prompt with a token for each row of its images, and these, where it has any."""
+        urls = body.images
+        if not urls:
+            return self._cut(body, prompt, max_tokens), ()
+        if self._images is None:
+            raise invalid("messages", "the model takes no images; send text alone", UNSUPPORTED)
+        if body.truncate_prompt_tokens is not None:
+            raise invalid("truncate_prompt_tokens", "could cut an image; leave it out", UNSUPPORTED)
+        if len(urls) > (most := self._options.max_images):
+            raise invalid("messages", f"at most {most} images in all, found {len(urls)}")
+        num_tokens = len(prompt) + len(urls) * (self._images.config.num_rows - 1)
+        if num_tokens >= self._options.max_seq_len:  # before anything is decoded
+            raise too_long("messages", f"{num_tokens} tokens, and 1 to generate", self._options.max_seq_len)
+        images = [self._image(self._images, number, url) for number, url in enumerate(urls, 1)]
+        try:
+            return place_images(prompt, images, self._images.config)
+        except ValueError as error:
+            raise invalid("messages", f"the model's chat template has no place for each image: {error}") from error
+
+    def _image(self, reader: ImageReader, number: int, url: str) -> Image:
+        try:
+            return reader.read(image_bytes(url, self._options.max_image_nbytes, self._options.image_hosts))
+        except ValueError as error:
+            raise invalid("messages", f"image {number}: {error}") from error
 
     def _tool_format(self, body: AnyBody) -> ToolFormat | None:
         """How calls of tools are written in the answer; None where there are none."""
@@ -219,7 +255,7 @@ class RequestParser:
     def _conversation(self, body: ChatBody) -> Conversation:
         try:
             return Conversation(
-                [message.for_template() for message in body.messages],
+                [message.for_template(self._wants_parts) for message in body.messages],
                 tools=body.given_tools,
                 more=body.chat_template_kwargs or {},
                 ends_with_prompt=not body.continue_final_message and body.add_generation_prompt is not False,
@@ -227,6 +263,10 @@ class RequestParser:
             )
         except ValueError as error:
             raise invalid("chat_template_kwargs", str(error)) from error
+
+    @property
+    def _wants_parts(self) -> bool:
+        return self._images is not None and self._codec.wants_parts
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -382,6 +422,7 @@ class RequestParser:
                 num_logprobs=asked.num_logprobs,
                 num_prompt_logprobs=asked.num_prompt_logprobs,
                 limits=limits,
+                images=asked.images,
                 priority=-(body.priority or 0) if self._options.priorities else 0,
                 deadline=deadline,
                 salt=body.cache_salt,

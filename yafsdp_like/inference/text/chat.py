@@ -30,6 +30,7 @@ from typing import Any
 
 FIRST_PRIVATE, NUM_PRIVATE = 0xF0000, 0xFFFD  # characters of a plane for private use: hardly any text has them
 PROBE = "x"  # a content without anything particular
+PARTS = "text", "image"  # types of a content's parts
 
 Message = Mapping[str, Any]  # strings, and what JSON has of them
 Places = list[tuple[int, int]]  # from character, to character
@@ -81,7 +82,7 @@ class Conversation:
     def map(self, change: Callable[[str], str]) -> Conversation:
         """Return the same with other texts; roles stay."""
         messages = [
-            {name: value if name == "role" else _map(value, change) for name, value in message.items()}
+            {name: value if name == "role" else _map_content(value, change) for name, value in message.items()}
             for message in self.messages
         ]
         more = {name: _map(value, change) for name, value in self.more.items()}
@@ -107,6 +108,13 @@ def _map(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
         return {change(name): _map(each, change) for name, each in value.items()}
     return [_map(each, change) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _map_content(value: Any, change: Callable[[str], str]) -> Any:
+    """As ``_map``, but of a content's parts only the texts: their types are for the template to know."""
+    if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") in PARTS for part in value):
+        return [{**part, "text": change(part["text"])} if part["type"] == "text" else part for part in value]
+    return _map(value, change)
 
 
 def tokenize(model: Any, text: str, add_special_tokens: bool = False) -> list[int]:

@@ -30,6 +30,7 @@ from yafsdp_like.inference.text.tool_calls import ToolFormat, tool_format_of
 
 Decode = Callable[[Sequence[int]], str]
 
+_SEEN = "zqxjv"  # hardly a part of any template
 UNKNOWN = "\ufffd"  # what decoders write for bytes that are no character
 NUM_CONTEXT_TOKENS = 4  # of the prompt: some decoders drop a space before the first token that they see
 MAX_PENDING_TOKENS = 16  # a character has 4 bytes at most: what is still none then will never be one
@@ -88,6 +89,16 @@ class Codec:
     def has_chat_template(self) -> bool:
         """Return whether the tokenizer has a chat template."""
         return bool(self._tokenizer.chat_template)
+
+    @cached_property
+    def wants_parts(self) -> bool:
+        """Whether the chat template writes contents that are lists of parts, and leaves out those that are strings."""
+        if not self.has_chat_template:
+            return False
+        try:
+            return _SEEN not in self._chat_template.render(Conversation([{"role": "user", "content": _SEEN}]))
+        except ValueError:
+            return True
 
     @property
     def tool_format(self) -> ToolFormat | None:
