@@ -29,6 +29,7 @@ from launch.recipe import decoder_config
 from yafsdp_like.hardware import H200_RATES, Hardware, MachineRates, Rates, machine_rates
 from yafsdp_like.inference.options import AnyMode, EngineOptions
 from yafsdp_like.inference.plan.buffers import WORKSPACE, StepShape, plan_buffers
+from yafsdp_like.inference.plan.draft_plan import plan_with_draft
 from yafsdp_like.inference.plan.placement import Mode
 from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serving
 from yafsdp_like.inference.plan.serving_plan import least_nbytes as least_limit_nbytes
@@ -144,7 +145,7 @@ class ServingForecast:
         """Of the workspace, what steps of a phase use at most: prompts of all tokens, or one token of each sequence."""
         options, plan = self.options.engine, self.plan
         found = {}
-        for phase, tokens in (("prefill", options.max_batch_tokens), ("decode", options.max_batch_size)):
+        for phase, tokens in (("prefill", options.max_batch_tokens), ("decode", options.max_decode_rows)):
             step = StepShape(
                 options.max_batch_size,
                 tokens,
@@ -153,6 +154,7 @@ class ServingForecast:
                 len(plan.groups),
                 self.options.gpu_multiprocessors if self.options.on_gpu else 1,
                 plan.adapters.rank if plan.adapters else 0,
+                options.max_decode_rows,
             )
             buffers = plan_buffers(plan.rank_config, step, plan.site.dtype)
             found[phase] = next(region.nbytes for region in buffers.regions if region.kind == WORKSPACE)
@@ -190,7 +192,8 @@ class ServingForecast:
         found: dict[str, Any] = {}
         for mode in get_args(Mode):
             try:
-                plan = plan_serving(self.plan.config, self.plan.options, self.plan.site, mode)
+                draft = None if self.plan.draft is None else self.plan.draft.config
+                plan = plan_with_draft(self.plan.config, self.plan.options, self.plan.site, mode, draft)
             except ValueError as error:
                 found[mode] = {"refused": str(error)}
             else:
@@ -246,7 +249,9 @@ def forecast_serving(options: ServePlanOptions) -> ServingForecast:
     """
     config, rates = config_of(options.model), machine_rates()
     engine, site = engine_and_site(options, rates)
-    return ServingForecast(options, plan_serving(config, engine, site, options.load.mode), rates)
+    speculation = engine.speculation
+    draft = None if speculation is None or speculation.draft is None else config_of(speculation.draft)
+    return ServingForecast(options, plan_with_draft(config, engine, site, options.load.mode, draft), rates)
 
 
 def engine_and_site(options: ServePlanOptions, rates: MachineRates) -> tuple[EngineOptions, Site]:
@@ -293,6 +298,8 @@ def config_of(name: str) -> DecoderConfig:
 def fit_report(options: ServePlanOptions, device_nbytes: int) -> fit_serve.ServeFitReport:
     """Search what fits GPUs of ``device_nbytes``; see ``fit_serve.py``."""
     config, rates, engine = config_of(options.model), machine_rates(), options.engine
+    if engine.speculation is not None and engine.speculation.draft is not None:
+        raise ValueError("fit looks for room for one model: leave out speculate=draft, or say memory_limit_nbytes")
     dtype = options.load.dtype or "bfloat16"
 
     def asked(settings: ServeSettings, nbytes: int) -> tuple[DecoderConfig, EngineOptions, Site, AnyMode]:

@@ -144,6 +144,22 @@ def test_tokens_are_the_same_after_preemptions(name: str, costs: Costs, lookahea
     assert (metrics.num_swapped_out if costs is SWAPPING else metrics.num_recomputed) > 0
 
 
+def serve_drafted(config: DecoderConfig, options: EngineOptions, rounds: Sequence[list[Request]]) -> Served:
+    """On ranks of which only the first finds that rows of drafts cost nothing."""
+    times = {1: 1.0, 128: 1.0 if dist.get_rank() == 0 else 1e3}
+    with mock.patch.object(Runner, "measure_decoding", lambda self: times):
+        return serve_together(config, options, rounds)
+
+
+def test_ranks_draft_alike_by_the_first_ones_measurement() -> None:
+    options, texts = replace(OPTIONS, kv_nbytes=1 << 20, speculate="prompt-lookup"), [(5, 6, 7, 8) * 5, (1, 2) * 9]
+    results = run_ranks(serve_drafted, TINY, options, [requests(texts, max_tokens=24)])
+    wanted = {str(i): expected(TINY, text, 24) for i, text in enumerate(texts)}
+    assert [served.ids for served in results] == [wanted] * 2
+    assert results[0].metrics == results[1].metrics
+    assert results[0].metrics.num_tokens_drafted > 0
+
+
 def serve_with_other_times(config: DecoderConfig, options: EngineOptions, rounds: Sequence[list[Request]]) -> Served:
     """As measured by ranks of which the first is fast and the others are slow."""
     times = {128: 1e-4 if dist.get_rank() == 0 else 10.0}

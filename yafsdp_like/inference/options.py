@@ -14,6 +14,36 @@ from yafsdp_like.inference.kv.eviction import Costs, Tenant
 AnyMode = Literal["auto", "resident", "gathered", "streamed", "tensor_parallel"]
 PolicyName = Literal["lru", "gdsf"]
 
+PROMPT_LOOKUP, DRAFT_MODEL = "prompt-lookup", "draft"  # how tokens are drafted
+MAX_DRAFTED_ROWS = 128  # of a step with drafts: beyond about so many, GPUs are bound by arithmetic, and no row is free
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How tokens are drafted, of which one step verifies several. Raises ValueError for numbers out of range."""
+
+    num_tokens: int = 7  # of one sequence in one step, at most
+    draft: str | None = None  # the model that drafts, as `open_model` takes it; None: the sequence's own tokens
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_tokens <= 16:
+            raise ValueError(f"speculate must draft 1 to 16 tokens, found {self.num_tokens}")
+
+    @classmethod
+    def parse(cls, text: str) -> Speculation:
+        """Read ``prompt-lookup[:k]``, or ``draft:MODEL[:k]``, of k tokens. Raises ValueError for anything else."""
+        how, *rest = text.split(":")
+        count = int(rest.pop()) if rest and rest[-1].isdecimal() else None
+        draft = ":".join(rest)
+        if how not in (PROMPT_LOOKUP, DRAFT_MODEL) or bool(draft) != (how == DRAFT_MODEL):
+            raise ValueError(
+                f"speculate must be {PROMPT_LOOKUP}, or {DRAFT_MODEL}:MODEL, and then :k for k tokens or nothing, "
+                f"found {text!r}"
+            )
+        if draft:
+            return cls(3 if count is None else count, draft)
+        return cls() if count is None else cls(count)
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -42,6 +72,7 @@ class EngineOptions:
     adapter_slots: int | None = None  # LoRA adapters on the device at once; null: as many as are given, up to 8
     adapter_rank: int | None = None  # the largest rank of an adapter; null: of those that are given, or else 16
     host_adapters: int | None = None  # LoRA adapters in host memory at once; null: those given, or as many as slots
+    speculate: str | None = None  # prompt-lookup[:k] or draft:MODEL[:k]: draft up to k tokens where that pays
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -57,6 +88,21 @@ class EngineOptions:
             raise ValueError(f"tpot_ms must be above 0 and at most 1e9, found {self.tpot_ms}")
         if self.policy not in get_args(PolicyName):
             raise ValueError(f"policy must be one of {', '.join(get_args(PolicyName))}, found {self.policy!r}")
+        if self.speculate is not None:
+            Speculation.parse(self.speculate)
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """How tokens are drafted; None: not at all."""
+        return None if self.speculate is None else Speculation.parse(self.speculate)
+
+    @property
+    def max_decode_rows(self) -> int:
+        """Rows of a step that only decodes, at most: one for each sequence, and one for each token that is drafted."""
+        most, speculation = self.max_batch_size, self.speculation
+        if speculation is None or most >= MAX_DRAFTED_ROWS:
+            return most
+        return min(most * (1 + speculation.num_tokens), MAX_DRAFTED_ROWS, self.max_batch_tokens)
 
     @property
     def is_debugged(self) -> bool:

@@ -114,6 +114,15 @@ class Arena:
         self._spots[name] = _Spot(mapped.untyped_storage(), 0, mapped.numel())
         return self.place(name)
 
+    def part(self, prefix: str) -> Arena:
+        """Return the regions whose names begin with ``prefix``, named without it, on the same memory."""
+        found = Arena(self.device)
+        for name in self.regions:
+            if name.startswith(prefix):
+                found.regions[name.removeprefix(prefix)] = self.regions[name]
+                found._spots[name.removeprefix(prefix)] = self._spots[name]
+        return found
+
     def place(self, name: str) -> Place:
         """Return the place of a whole region, or range of aliases."""
         return Place(self, name, Segment(0, self._spots[name].nbytes))

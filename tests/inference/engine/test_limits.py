@@ -71,6 +71,11 @@ class OddAfterEven:
     def accept(self, tokens: Sequence[int]) -> None:
         self.seen += tokens
 
+    def allowed_after(self, tokens: Sequence[int]) -> Any:
+        after = OddAfterEven()
+        after.accept([*self.seen, *tokens])
+        return after.allowed()
+
     def allowed(self) -> Any:
         odd = bool(self.seen) and self.seen[-1] % 2 == 0
         return bits_of(range(int(odd), VOCAB_SIZE, 2), VOCAB_SIZE)

@@ -13,7 +13,7 @@ from yafsdp_like.inference.engine.request import Token
 from yafsdp_like.inference.kv.kv_cache import KVSequenceState
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Iterator
 
     from yafsdp_like.inference.engine.adapters import LoadedAdapter
     from yafsdp_like.inference.engine.request import Request
@@ -93,11 +93,13 @@ class Counts:
     num_tokens_cached: int = 0
     num_tokens_drawn: int = 0
     num_tokens_dropped: int = 0  # drawn past an end
+    num_tokens_drafted: int = 0  # and verified
+    num_tokens_accepted: int = 0  # of those
     num_chunks: int = 0  # parts of prompts that did not end with a token drawn
 
 
 @dataclass
-class Draft:
+class NextStep:
     """A step in the making: nothing is changed yet but reservations of pages."""
 
     num_tokens_left: int
@@ -122,11 +124,28 @@ class Run:
     num_tokens: int
     draws: bool  # whether the next token is drawn after them
     is_pending: bool  # whether the last of them is pending, so that only the device knows it
+    drafted: tuple[int, ...] = ()  # of a row that verifies: the tokens drafted up to its own, which is the last
 
     @property
     def end(self) -> int:
         """The position behind the last token."""
         return self.start + self.num_tokens
+
+    @property
+    def token(self) -> int:
+        """The token of a run of one, which is not pending."""
+        return self.drafted[-1] if self.drafted else self.sequence.tokens[self.start]
+
+    def verifying(self, drafted: tuple[int, ...]) -> Iterator[Run]:
+        """Yield the rows that verify what was drafted behind this run, one token each."""
+        for number in range(len(drafted)):
+            yield Run(self.sequence, self.end + number, 1, draws=True, is_pending=False, drafted=drafted[: number + 1])
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the sequence has become what was drafted; to be asked when all rows before this one were read."""
+        tokens = self.sequence.tokens
+        return len(tokens) == self.end and tokens[-1] == self.drafted[-1]
 
 
 @dataclass(frozen=True)
@@ -140,6 +159,11 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens of all runs."""
         return sum(run.num_tokens for run in self.runs)
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether some rows verify what was drafted; they come last."""
+        return bool(self.runs) and bool(self.runs[-1].drafted)
 
     @property
     def num_single(self) -> int:

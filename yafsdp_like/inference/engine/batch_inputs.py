@@ -27,7 +27,7 @@ from yafsdp_like.kernels.query_tiles import write_tiles
 from yafsdp_like.kernels.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Sequence
 
     from yafsdp_like.inference.plan.buffers import BatchInputs, StepBuffers
     from yafsdp_like.inference.plan.step_sizes import StepSize
@@ -78,7 +78,7 @@ class Staging:
     def __init__(self, buffers: StepBuffers, page_size: int, queries_per_tile: int, pinned: bool) -> None:
         self._history, self._page_size = buffers.tables.history, page_size
         self._queries_per_tile = queries_per_tile
-        self._max_batch_size = len(buffers.inputs.last_rows)
+        self._num_drawn = len(buffers.inputs.last_rows)  # tokens of the last step, at the start of ``token_pool``
         self._sides = [_Side(buffers.inputs, pinned) for _ in range(2)]
         self._turn = 0
         self._filled: list[_Filled | None] = [None] * len(buffers.inputs.seq_lens)  # page_tables on the device
@@ -99,14 +99,13 @@ class Staging:
         self._turn ^= 1
         num_single = sum(run.num_tokens == 1 for run in runs)
         singles, chunks = runs[:num_single], runs[num_single:]
-        rows = {run.sequence: row for row, run in enumerate(singles)}
-        rows |= {run.sequence: size.first_chunk + number for number, run in enumerate(chunks)}
+        rows = [*range(num_single), *range(size.first_chunk, size.first_chunk + len(chunks))]
         self._write_pages(runs, rows)
         self._write_seq_lens(runs, rows, size)
         self._write_singles(singles)
         first = num_single
-        for run in chunks:
-            self._write_chunk(run, rows[run.sequence], first)
+        for run, row in zip(chunks, rows[num_single:], strict=True):
+            self._write_chunk(run, row, first)
             first += run.num_tokens
         self._write_padding(slice(first, size.num_tokens))
         if size.adapted:
@@ -126,11 +125,9 @@ class Staging:
         count, inputs, page_size = len(runs), self._side.inputs, self._page_size
         starts = [run.start for run in runs]
         inputs.positions.array[:count] = starts
-        inputs.token_pool.array[self._max_batch_size :][:count] = [
-            0 if run.is_pending else run.sequence.tokens[run.start] for run in runs
-        ]
+        inputs.token_pool.array[self._num_drawn :][:count] = [0 if run.is_pending else run.token for run in runs]
         inputs.token_index.array[:count] = [
-            self._drawn[run.sequence] if run.is_pending else self._max_batch_size + row for row, run in enumerate(runs)
+            self._drawn[run.sequence] if run.is_pending else self._num_drawn + row for row, run in enumerate(runs)
         ]
         for group, slot_mapping in enumerate(inputs.slot_mapping.array):
             tables = [run.sequence.tables[group] for run in runs]
@@ -142,7 +139,7 @@ class Staging:
     def _write_chunk(self, run: Run, row: int, first: int) -> None:
         """Write one run of several known tokens to the rows from ``first`` on."""
         inputs, page_size = self._side.inputs, self._page_size
-        rows, first_token = slice(first, first + run.num_tokens), self._max_batch_size + first
+        rows, first_token = slice(first, first + run.num_tokens), self._num_drawn + first
         inputs.positions.array[rows] = np.arange(run.start, run.end)
         inputs.token_pool.array[first_token : first_token + run.num_tokens] = run.sequence.tokens[run.start : run.end]
         inputs.token_index.array[rows] = np.arange(first_token, first_token + run.num_tokens)
@@ -168,7 +165,7 @@ class Staging:
 
     def _upload_tokens(self, size: StepSize, num_tiles: int) -> None:
         inputs = self._side.inputs
-        inputs.token_pool.upload(self._max_batch_size, self._max_batch_size + size.num_tokens)
+        inputs.token_pool.upload(self._num_drawn, self._num_drawn + size.num_tokens)
         inputs.token_index.upload(0, size.num_tokens)
         inputs.positions.upload(0, size.num_tokens)
         for group in range(len(inputs.slot_mapping.array)):
@@ -179,9 +176,14 @@ class Staging:
 
     # --- sequences ---
 
-    def _write_pages(self, runs: Sequence[Run], rows: Mapping[ActiveRequest, int]) -> None:
+    def _write_pages(self, runs: Sequence[Run], rows: Sequence[int]) -> None:
         """Write the new entries of page tables, and upload the rows that changed."""
-        changed = [rows[run.sequence] for run in runs if self._write_row(run.sequence, rows[run.sequence])]
+        first_rows: dict[ActiveRequest, int] = {}
+        changed = [
+            row
+            for run, row in zip(runs, rows, strict=True)
+            if self._write_row(run.sequence, row, first_rows.setdefault(run.sequence, row))
+        ]
         if changed:
             page_tables = self._side.inputs.page_tables
             for group in range(len(page_tables.array)):
@@ -189,10 +191,11 @@ class Staging:
             for row in range(min(changed), max(changed) + 1):
                 self._filled[row] = self._side.filled[row]
 
-    def _write_row(self, sequence: ActiveRequest, row: int) -> bool:
+    def _write_row(self, sequence: ActiveRequest, row: int, first_row: int) -> bool:
         """Update a row on this side, and return whether the device's is out of date.
 
-        Pages that have left a window stay in the row, and are not read.
+        Pages that have left a window stay in the row, and are not read. Rows of the same sequence behind ``first_row``
+        are copies of it.
         """
         side, tables = self._side, sequence.tables
         filled, num_pages = side.filled[row], len(tables[0])
@@ -200,15 +203,15 @@ class Staging:
         first = filled.num_pages if filled is not None and holds else 0
         if filled is None or not holds or first != num_pages:
             for group, table in enumerate(tables):
-                side.inputs.page_tables.array[group, row, first:num_pages] = table[first:]
+                rows, new = side.inputs.page_tables.array[group], slice(first, num_pages)
+                rows[row, new] = table[first:] if row == first_row else rows[first_row, new]
             side.filled[row] = filled = _Filled(sequence, sequence.num_admitted, num_pages)
         return self._filled[row] != filled
 
-    def _write_seq_lens(self, runs: Iterable[Run], rows: Mapping[ActiveRequest, int], size: StepSize) -> None:
+    def _write_seq_lens(self, runs: Sequence[Run], rows: Sequence[int], size: StepSize) -> None:
         seq_lens = self._side.inputs.seq_lens.array
         seq_lens[: size.num_table_rows] = 0
-        for run in runs:
-            seq_lens[rows[run.sequence]] = run.end
+        seq_lens[rows] = [run.end for run in runs]
 
     def _write_tiles(self, chunks: Sequence[Run], first: int, size: StepSize) -> int:
         """Write which queries programs attend with, the chunks' rows being those from ``first`` on; return how many."""
@@ -262,7 +265,7 @@ class Staging:
         for sequence in gone:
             del self._history_rows[sequence]
         taken = {row for row, _ in self._history_rows.values()}
-        return next(row for row in range(self._max_batch_size) if row not in taken)
+        return next(row for row in range(len(self._history)) if row not in taken)
 
     def _write_history(self, sequence: ActiveRequest, row: int) -> None:
         """Fill a row as `kernels.sampling.remember` does; drawing then keeps it up to date on the device."""

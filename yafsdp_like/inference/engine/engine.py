@@ -29,12 +29,15 @@ from yafsdp_like.inference.engine.adapters import Adapters, with_adapters
 from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStatus
 from yafsdp_like.inference.engine.collector import collector_paused
 from yafsdp_like.inference.engine.debug import StepDebugger
+from yafsdp_like.inference.engine.draft_model import DraftModel
 from yafsdp_like.inference.engine.limits import check_some_token
 from yafsdp_like.inference.engine.metrics import Metrics
 from yafsdp_like.inference.engine.places import EnginePlaces, nobody_else
-from yafsdp_like.inference.engine.request import Completion, FinishReason, Request, RequestOutput
+from yafsdp_like.inference.engine.prompt_lookup import PromptLookup
+from yafsdp_like.inference.engine.request import Completion, FinishReason, Request, RequestOutput, joined
 from yafsdp_like.inference.engine.runner import Launched, Runner, Undrawn
 from yafsdp_like.inference.engine.scheduler import Scheduler
+from yafsdp_like.inference.engine.speculator import Drafter, Speculator
 from yafsdp_like.inference.engine.step_log import StepLog
 from yafsdp_like.inference.engine.step_times import StepTimes
 from yafsdp_like.inference.kv.eviction import Costs
@@ -43,7 +46,7 @@ from yafsdp_like.inference.kv.occupancy import Stretch, occupancy
 from yafsdp_like.inference.kv.prefix import PrefixTree
 from yafsdp_like.inference.plan.serving_plan import KV_SLABS
 from yafsdp_like.inference.weights.adapter_files import open_adapter
-from yafsdp_like.inference.weights.loading import load, open_model, with_memory_limit
+from yafsdp_like.inference.weights.loading import draft_of, load, load_draft, open_model, with_memory_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -72,7 +75,7 @@ class Engine:
     left other ranks in the middle of a step.
     """
 
-    def __init__(self, weights: Weights, places: EnginePlaces | None = None) -> None:
+    def __init__(self, weights: Weights, places: EnginePlaces | None = None, drafter: Drafter | None = None) -> None:
         self.config: DecoderConfig = weights.config
         self.plan: MemoryPlan = weights.plan.memory
         self.options = options = weights.plan.options
@@ -88,7 +91,8 @@ class Engine:
         self._runner.warm_up(options.graphs)
         self._times = None if options.tpot_ms is None else StepTimes(self._of_first_rank(self._runner.measure_steps()))
         make_room = nobody_else if places.make_room is nobody_else else self._make_room
-        self._scheduler = Scheduler(self.cache, options, self._times, make_room, self.adapters)
+        self._speculator = None if options.speculation is None else self._make_speculator(drafter or PromptLookup())
+        self._scheduler = Scheduler(self.cache, options, self._times, make_room, self.adapters, self._speculator)
         self._sequences: dict[str, ActiveRequest] = {}
         self._cancelled: list[ActiveRequest] = []
         self._unread: tuple[Batch, Launched] | None = None
@@ -110,6 +114,7 @@ class Engine:
         transport: Transport | None = None,
         on_plan: Callable[[ServingPlan], object] | None = None,
         adapters: Mapping[str, Path | str] | None = None,
+        draft: Model | None = None,
     ) -> Engine:
         """Plan memory for ``model`` within ``options``, load its weights, and make the engine that serves it.
 
@@ -117,15 +122,19 @@ class Engine:
         on a CPU unless ``dtype`` is given. Where ``options`` have no memory limit it is a GPU's free memory less 1 GiB,
         and where they say nothing of memory a CPU has 1 GiB of KV cache. ``on_plan`` is called with the plan before
         anything is allocated. Ranks that share weights pass their ``transport`` and call this together. ``adapters``
-        are directories of LoRA adapters by the names that requests call them; ``engine.adapters`` loads more. Raises
+        are directories of LoRA adapters by the names that requests call them; ``engine.adapters`` loads more.
+        ``draft`` is the model that drafts tokens, where it is another than ``options.speculate`` names. Raises
         ValueError for a model or an adapter that is not found, cannot be served, or does not fit.
         """
         model = open_model(model) if isinstance(model, str) else model
         opened = {name: open_adapter(directory, model.config) for name, directory in (adapters or {}).items()}
         options = with_adapters(with_memory_limit(options, device, transport), opened)
-        weights = load(model, options, device=device, dtype=dtype, mode=mode, transport=transport, on_plan=on_plan)
+        draft = draft_of(options, draft)
+        weights = load(
+            model, options, device=device, dtype=dtype, mode=mode, transport=transport, on_plan=on_plan, draft=draft
+        )
         try:
-            engine = cls(weights)
+            engine = cls(weights, drafter=None if draft is None else DraftModel(cls(load_draft(weights, draft))))
             for name, adapter in opened.items():
                 engine.adapters.load(name, adapter)
             return engine
@@ -150,6 +159,10 @@ class Engine:
         if costs is None:
             costs = self._of_first_rank(self._runner.measure()) if Tier.HOST in pools else _NO_LINK
         return KVCache(self._weights.plan.groups, costs, pools[Tier.DEVICE], pools.get(Tier.HOST))
+
+    def _make_speculator(self, drafter: Drafter) -> Speculator:
+        times = StepTimes(self._of_first_rank(self._runner.measure_decoding()))
+        return Speculator(drafter, self.options, times, learns=self.tp_group is None)
 
     def _of_first_rank(self, measured: _Measured) -> _Measured:
         """Return what was measured; of tensor parallel ranks, which must all decide alike, what the first one has."""
@@ -234,6 +247,8 @@ class Engine:
         """
         begin, self._waited_s = time.perf_counter(), 0.0
         outputs = self.end_requests()
+        if self._speculator is not None:
+            outputs += self._draft(self._speculator)
         batch = self._scheduler.schedule()
         if batch is None:
             outputs += self._read()
@@ -249,6 +264,17 @@ class Engine:
             self.step_log.add_cpu(time.perf_counter() - begin - self._waited_s, mixed=batch.runs[-1].num_tokens > 1)
         if not self.has_work:
             self.step_log.pause()
+        return outputs
+
+    def _draft(self, speculator: Speculator) -> list[RequestOutput]:
+        """Draft tokens for the next step where that pays, and return what had to be read for it."""
+        scheduler, unread, outputs = self._scheduler, self._unread, list[RequestOutput]()
+        if unread is not None and (
+            unread[0].has_drafts or (scheduler.only_decodes and speculator.is_promising(scheduler.running))
+        ):
+            outputs = self._read()
+        if self._unread is None and scheduler.only_decodes:
+            speculator.draft(scheduler.running)
         return outputs
 
     def _issue(self, batch: Batch) -> Launched | None:
@@ -364,18 +390,22 @@ class Engine:
         step_s = self.step_log.add_device(launched.began, launched.done, batch.num_prompt_tokens)
         if self._times is not None and self.tp_group is None:  # clocks of several ranks differ
             self._times.learn(batch.num_tokens, batch.num_single, step_s)
+        if self._speculator is not None:
+            self._speculator.learn(batch.runs, *self.step_log.last)
         if launched.scored is not None:
             launched.scored.store()
-        outputs = []
+        outputs: list[RequestOutput] = []
         for row, (run, token) in enumerate(zip(launched.drawing, self._runner.read(launched), strict=True)):
             if run.sequence.status is RequestStatus.ENDED:
                 self._scheduler.counts.num_tokens_dropped += 1
+                continue
+            if run.drafted and not self._scheduler.accept(run):
                 continue
             finish = self._scheduler.read(run, token.id)
             output = self._output(run.sequence, (token,), finish)
             wants_hidden = run.sequence.request.wants_hidden
             outputs.append(replace(output, hidden=launched.hidden_of(row)) if wants_hidden else output)
-        return outputs
+        return joined(outputs) if batch.has_drafts else outputs
 
     # --- how things stand ---
 

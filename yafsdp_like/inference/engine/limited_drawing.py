@@ -89,7 +89,7 @@ class LimitedDrawing:
                 continue
             if sequence not in self._known:
                 self._known[sequence] = LimitedSequence(sequence, limits, vocab_size)
-            self._known[sequence].write(sequence.tokens, bits[row])
+            self._known[sequence].write(sequence.tokens, bits[row], run.drafted)
             host.is_limited[row] = True
             host.floats[row] = _row(sampling.floats)
             host.ints[row] = _row(sampling.ints(run.end, history_row(sequence)))

@@ -34,17 +34,23 @@ class LimitedSequence:
         self._grammar: GrammarState | None = None if limits.grammar is None else limits.grammar.start()
         self._num_accepted = 0  # tokens that the grammar has seen
 
-    def write(self, tokens: Sequence[int], bits: Words) -> None:
-        """Write which tokens may follow ``tokens``, the prompt's among them; where none may, those that stop."""
-        drawn = tokens[len(self._request.prompt) :]
+    def write(self, tokens: Sequence[int], bits: Words, drafted: tuple[int, ...] = ()) -> None:
+        """Write which tokens may follow ``tokens``, the prompt's among them; where none may, those that stop.
+
+        What was ``drafted`` behind them counts for this call alone; what may not be drafted is never reached.
+        """
+        known = len(tokens) - len(self._request.prompt)
+        drawn = [*tokens[len(self._request.prompt) :], *drafted]
         bits[:] = self._always
         banned = [word[-1] for word in self._longer if tuple(drawn[1 - len(word) :]) == word[:-1]]
         if banned:
             bits &= ~bits_of(banned, self._vocab_size)
         if self._grammar is not None:
-            self._grammar.accept(drawn[self._num_accepted :])
-            self._num_accepted = len(drawn)
-            bits &= self._grammar.allowed()[: len(bits)]
+            self._grammar.accept(drawn[self._num_accepted : known])
+            self._num_accepted = known
+            allowed = self._grammar.allowed_after(drafted) if drafted else self._grammar.allowed()
+            if allowed is not None:
+                bits &= allowed[: len(bits)]
         if len(drawn) < self._limits.min_tokens:
             bits &= ~self._stops
         if not bits.any():

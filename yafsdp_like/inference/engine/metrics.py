@@ -21,6 +21,8 @@ class Metrics(StepFigures):
     num_tokens_cached: int  # of prompts, that were not computed
     num_tokens_drawn: int
     num_tokens_dropped: int  # drawn past an end
+    num_tokens_drafted: int  # and verified
+    num_tokens_accepted: int  # of those
     num_chunks: int  # parts of prompts, less the last ones
     num_pages_evicted: int
     num_images_encoded: int

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from yafsdp_like.kernels.sampling_params import MAX_BIASES, MAX_LOGPROBS, SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from yafsdp_like.inference.engine.image_tokens import PlacedImage
 
@@ -42,6 +42,9 @@ class GrammarState(Protocol):
 
     def allowed(self) -> Any:
         """Return the bits (W,) int32 of what may follow, as in kernels/token_bits.py; they hold until the next call."""
+
+    def allowed_after(self, tokens: Sequence[int]) -> Any:
+        """Return the same for a text that went on by ``tokens``, which this one does not; None if it may not."""
 
 
 class Grammar(Protocol):
@@ -129,6 +132,11 @@ class RequestOutput:
     prompt: tuple[Token, ...] = ()  # with the first tokens, if its log-probabilities are asked for; the first has none
     hidden: tuple[float, ...] = ()  # (D,): of the token before the last one here, normed, if it is asked for
 
+    def after(self, before: RequestOutput) -> RequestOutput:
+        """Return one output with the tokens of both, ``before`` being an earlier one of the same request."""
+        prompt, hidden = before.prompt or self.prompt, before.hidden or self.hidden
+        return replace(self, tokens=before.tokens + self.tokens, prompt=prompt, hidden=hidden)
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -157,3 +165,12 @@ class Completion:
             next((output.prompt for output in outputs if output.prompt), ()),
             next((output.hidden for output in outputs if output.hidden), ()),
         )
+
+
+def joined(outputs: Iterable[RequestOutput]) -> list[RequestOutput]:
+    """Join outputs of the same request, which come in order, so that each has one."""
+    found: dict[str, RequestOutput] = {}
+    for output in outputs:
+        before = found.get(output.request_id)
+        found[output.request_id] = output if before is None else output.after(before)
+    return list(found.values())

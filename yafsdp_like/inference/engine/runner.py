@@ -92,7 +92,7 @@ class Runner:
         self._weights, self._buffers, self._regions = weights, buffers, regions
         self._adapters, self._images = adapters, ImageRows.of(weights, places)
         self._on_gpu = weights.device.type == "cuda"
-        self._max_batch_size, self._max_batch_tokens = len(buffers.inputs.last_rows), len(buffers.inputs.positions)
+        self._max_batch_tokens = len(buffers.inputs.positions)
         self._forward = Forward(
             weights,
             buffers,
@@ -104,11 +104,11 @@ class Runner:
         self._staging = Staging(buffers, page_size, per_tile, self._on_gpu)
         self._limited, self._scorer = LimitedDrawing(buffers, self._on_gpu), PromptScorer(buffers, self._on_gpu)
         self._streams, self.timer = streams_of(weights.device), Timer(weights.device)
-        scores, ids = buffers.logits, buffers.inputs.token_pool[: self._max_batch_size]
+        scores, ids = buffers.logits, buffers.inputs.token_pool[: len(buffers.inputs.last_rows)]
         self._drawn = DrawnTokens(ids, scores.drawn_logprobs, scores.top_logits, scores.top_ids)
         self._results = [self._host_results() for _ in range(2)]  # see batch_inputs.py, [Note: two sides]
         self._hidden = [host_like(buffers.activations.last, self._on_gpu) for _ in range(2)]
-        self._buckets = StepBuckets(self._max_batch_size, self._max_batch_tokens)
+        self._buckets = StepBuckets.of(weights.plan.options)
         self._recordings: dict[StepSize, StepRecording] = {}
         self._logprobs: dict[int, StepRecording] = {}  # by the number of rows that draw
         self.recordings_nbytes = 0  # of the device's memory, beside the arena
@@ -213,6 +213,18 @@ class Runner:
         with launching_on(self._weights.device):
             sizes.sort(key=lambda size: size.num_tokens)
             return {size.num_tokens: self._seconds(partial(self._replay_idle, size)) for size in sizes}
+
+    @torch.inference_mode()
+    def measure_decoding(self) -> dict[int, float]:
+        """Measure the seconds of steps that only decode, by number of rows, less attention to earlier tokens."""
+        sizes = self._buckets.decode if self._on_gpu else [StepSize.decode(1 << power) for power in range(5)]
+        with launching_on(self._weights.device):
+            most = self._buckets.decode[-1].num_tokens
+            return {
+                size.num_tokens: self._seconds(partial(self._replay_idle, size))
+                for size in sizes
+                if size.num_tokens <= most
+            }
 
     def _replay_idle(self, size: StepSize) -> None:
         if size not in self._recordings:

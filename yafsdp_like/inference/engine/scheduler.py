@@ -24,7 +24,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.engine.adapters import Adapters
-from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, Counts, Draft, RequestStatus, Run
+from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, Counts, NextStep, RequestStatus, Run
 from yafsdp_like.inference.engine.deadlines import Deadlines
 from yafsdp_like.inference.engine.places import nobody_else
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
@@ -32,9 +32,10 @@ from yafsdp_like.inference.kv.kv_cache import NO_PAGE, KVCache, KVSequenceState,
 from yafsdp_like.inference.plan.step_sizes import StepBuckets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Sequence
+    from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 
     from yafsdp_like.inference.engine.request import Request
+    from yafsdp_like.inference.engine.speculator import Speculator
     from yafsdp_like.inference.engine.step_times import StepTimes
     from yafsdp_like.inference.kv.kv_cache import Copy, KVSequence
     from yafsdp_like.inference.options import EngineOptions
@@ -58,11 +59,12 @@ class Scheduler:
         times: StepTimes | None = None,
         make_room: Callable[[bool], bool] = nobody_else,
         adapters: Adapters | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         """``times`` are needed where the options have a ``tpot_ms``; ``make_room`` see ``EnginePlaces``."""
         assert (times is None) == (options.tpot_ms is None)
         self._make_room = make_room
-        self._adapters = adapters or Adapters()
+        self._adapters, self._speculator = adapters or Adapters(), speculator
         self.cache = cache
         self.options = options
         self._times = times
@@ -73,9 +75,7 @@ class Scheduler:
         self._copies: list[Copy] = []  # of the next step
         self.deadlines = Deadlines()
         self._num_added = 0
-        self._known_to_wait: tuple[ActiveRequest, list[int]] | None = (
-            None  # and the pages that it needs, for each group
-        )
+        self._known_to_wait: tuple[ActiveRequest, list[int]] | None = None  # and how many pages of each group it needs
 
     # --- who is there ---
 
@@ -105,6 +105,12 @@ class Scheduler:
         sequence.kv, sequence.status = None, RequestStatus.ENDED
 
     @property
+    def only_decodes(self) -> bool:
+        """Whether the next step has no part of a prompt, unless somebody must make room."""
+        may_admit = self.waiting and len(self.running) < self.options.max_batch_size
+        return not may_admit and all(sequence.num_left == 1 for sequence in self.running)
+
+    @property
     def num_swapped(self) -> int:
         """Waiting requests whose pages are on the host."""
         return sum(sequence.is_swapped for sequence in self.waiting)
@@ -117,13 +123,15 @@ class Scheduler:
         The caller launches it and then calls ``launched``.
         """
         nums_left = [sequence.num_left for sequence in self.running]
-        draft = Draft(self._budget(nums_left))
+        step = NextStep(self._budget(nums_left))
         try:
-            self._go_on(draft, nums_left)
-            self._admit(draft)
+            self._go_on(step, nums_left)
+            self._admit(step)
         except _UnreadError:
             return None
-        runs = [self._run(sequence, num_tokens) for sequence, num_tokens in draft.num_tokens.items()]
+        runs = [self._run(sequence, num_tokens) for sequence, num_tokens in step.num_tokens.items()]
+        if self._speculator is not None:
+            runs += self._drafted_runs(runs, self._speculator.take())
         if not runs:
             return Batch((), self.take_copies())
         copies = self.take_copies()
@@ -139,7 +147,7 @@ class Scheduler:
         """Preempt all running sequences, or those with pages in ``slabs``; their tokens must have been read."""
         for sequence in self.running[::-1]:
             if slabs is None or self._has_pages_in(sequence, slabs):
-                self._preempt(sequence, Draft(0))
+                self._preempt(sequence, NextStep(0))
 
     def _has_pages_in(self, sequence: ActiveRequest, slabs: Collection[int]) -> bool:
         grid = self.cache.pools[Tier.DEVICE].grid
@@ -154,6 +162,14 @@ class Scheduler:
         for run in batch.runs:
             if not run.is_pending:  # else all that is known was committed before
                 self._commit(run.sequence)
+
+    def accept(self, run: Run) -> bool:
+        """Return whether what a run verifies was drawn, as its own token is then to be read."""
+        is_accepted = run.is_accepted
+        self.counts.num_tokens_accepted += is_accepted
+        run.sequence.num_scheduled += is_accepted
+        run.sequence.num_pending += is_accepted
+        return is_accepted
 
     def read(self, run: Run, token: int) -> FinishReason | None:
         """Append the token that a run drew, and return why the sequence has ended, or None if it goes on."""
@@ -185,32 +201,32 @@ class Scheduler:
             chunk = max(chunk, first)
         return min(options.max_batch_tokens, self._buckets.padded(num_drawing + chunk))
 
-    def _go_on(self, draft: Draft, nums_left: Sequence[int]) -> None:
+    def _go_on(self, step: NextStep, nums_left: Sequence[int]) -> None:
         """Give tokens to running sequences in order of rank, and at least one to each that draws."""
         num_drawing = nums_left.count(1)
         for sequence, num_left in zip(list(self.running), nums_left, strict=True):
             num_drawing -= num_left == 1
             if sequence.status is not RequestStatus.RUNNING:  # it had to make room
                 continue
-            num_tokens = min(num_left, draft.num_tokens_left - num_drawing)
-            if num_tokens > 0 and self._secure(sequence, num_tokens, draft):
-                draft.put(sequence, num_tokens)
+            num_tokens = min(num_left, step.num_tokens_left - num_drawing)
+            if num_tokens > 0 and self._secure(sequence, num_tokens, step):
+                step.put(sequence, num_tokens)
 
-    def _admit(self, draft: Draft) -> None:
+    def _admit(self, step: NextStep) -> None:
         """Give tokens to waiting sequences in order of rank, while there is room."""
-        while self.waiting and draft.num_tokens_left > 0:
+        while self.waiting and step.num_tokens_left > 0:
             sequence = self._next_to_admit()
             if sequence is None:
                 return
             if len(self.running) == self.options.max_batch_size or not self._make_resident(sequence):
                 if not self._outranks_last(sequence):
                     return
-                self._preempt(self.running[-1], draft)
+                self._preempt(self.running[-1], step)
                 continue
-            num_tokens = min(sequence.num_left, draft.num_tokens_left)
-            if not self._secure(sequence, num_tokens, draft):
+            num_tokens = min(sequence.num_left, step.num_tokens_left)
+            if not self._secure(sequence, num_tokens, step):
                 return
-            draft.put(sequence, num_tokens)
+            step.put(sequence, num_tokens)
 
     def _next_to_admit(self) -> ActiveRequest | None:
         """Return who waits and ranks first; where running ones use all slots of adapters, of those without adapters."""
@@ -229,6 +245,18 @@ class Scheduler:
         self.counts.num_tokens_computed += num_tokens
         self.counts.num_chunks += not draws
         return run
+
+    def _drafted_runs(self, runs: Sequence[Run], drafts: Mapping[ActiveRequest, tuple[int, ...]]) -> list[Run]:
+        """Return the rows that verify drafts in a step that only decodes, as far as there are pages for them."""
+        found: list[Run] = []
+        for run in () if any(run.num_tokens > 1 for run in runs) else runs:
+            drafted, kv = drafts.get(run.sequence, ()), run.sequence.kv
+            assert kv is not None
+            if drafted and self.cache.reserve(kv, run.end + len(drafted) - kv.num_tokens) is None:
+                found += run.verifying(drafted)
+        self.counts.num_tokens_computed += len(found)
+        self.counts.num_tokens_drafted += len(found)
+        return found
 
     # --- pages ---
 
@@ -326,7 +354,7 @@ class Scheduler:
             sequence.num_cached = kv.num_tokens
             self.counts.num_tokens_cached += kv.num_tokens
 
-    def _secure(self, sequence: ActiveRequest, num_tokens: int, draft: Draft) -> bool:
+    def _secure(self, sequence: ActiveRequest, num_tokens: int, step: NextStep) -> bool:
         """Reserve pages for the next tokens of a running sequence, preempting those that rank last.
 
         Returns False if it was preempted itself.
@@ -342,7 +370,7 @@ class Scheduler:
             if self._make_room(False):
                 continue
             last = self.running[-1]
-            self._preempt(last, draft)
+            self._preempt(last, step)
             if last is sequence:
                 return False
         return True
@@ -371,12 +399,12 @@ class Scheduler:
         """Whether its priority is higher; an earlier arrival alone preempts nobody."""
         return bool(self.running) and self.running[-1].request.priority < sequence.request.priority
 
-    def _preempt(self, sequence: ActiveRequest, draft: Draft) -> None:
+    def _preempt(self, sequence: ActiveRequest, step: NextStep) -> None:
         """Take a sequence's pages, by swapping or by dropping them, whichever is cheaper to undo."""
         if sequence.num_pending:
             raise _UnreadError
         assert sequence.kv is not None
-        draft.drop(sequence)
+        step.drop(sequence)
         self._leave_slot(sequence)
         copies = self.cache.swap_out(sequence.kv) if self.cache.prefers_swap(sequence.kv) else None
         if copies is None or isinstance(copies, Shortage):

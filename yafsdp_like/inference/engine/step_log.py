@@ -62,6 +62,11 @@ class StepLog:
         self._device_s.append((busy_s, waiting_s))
         return busy_s + waiting_s
 
+    @property
+    def last(self) -> tuple[float, float]:
+        """The device's seconds of the last step that is done, and those that it waited before it."""
+        return self._device_s[-1]
+
     def add_cpu(self, seconds: float, mixed: bool) -> None:
         """Add the CPU's time of a step: all but waiting for the device. ``mixed``: it computes parts of prompts."""
         self._cpu_s[mixed].append(seconds)

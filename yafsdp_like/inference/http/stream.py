@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from yafsdp_like.inference.engine.request import RequestOutput
 
@@ -69,10 +68,7 @@ class Stream:
             del self._live[output.request_id]
         if not self._is_closed:
             if output.tokens and self._outputs and self._outputs[-1].request_id == output.request_id:
-                before = self._outputs.pop()
-                prompt = before.prompt or output.prompt
-                hidden = before.hidden or output.hidden
-                output = replace(output, tokens=before.tokens + output.tokens, prompt=prompt, hidden=hidden)
+                output = output.after(self._outputs.pop())
             self._outputs.append(output)
         self._news.set()
 

@@ -3,9 +3,9 @@
 Fields declare the shape, dtype and live range of each tensor, from which buffers are planned before anything is
 allocated; instances hold the tensors. Activations of one layer share bytes where they are not live together.
 
-Shapes: T tokens of a step, B sequences, A alignment of rows, D model, N heads, K kv heads, H head dim,
-F feed-forward, E experts, R visits of experts by the tokens of a step, V vocabulary, S positions of the longest
-sequence, G groups of layers that share page tables, L log-probabilities of a token at most.
+Shapes: T tokens of a step, B sequences, R rows that draw, A alignment of rows, D model, N heads, K kv heads,
+H head dim, F feed-forward, E experts, visits of experts by the tokens of a step, V vocabulary, S positions of the
+longest sequence, G groups of layers that share page tables, L log-probabilities of a token at most.
 """
 
 # ruff: noqa: RUF009 (`_tensor` returns a `dataclasses.field`)
@@ -58,6 +58,12 @@ class StepShape:
     num_groups: int
     num_multiprocessors: int = 1  # of the device; decides into how many pieces attention cuts keys
     adapter_rank: int = 0  # of slots of adapters; 0: there are none, and nothing for them
+    num_decode_rows: int = 0  # of a step that only decodes, where some sequences have more than one
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that draw, at most."""
+        return max(self.num_sequences, self.num_decode_rows)
 
     @property
     def max_pages(self) -> int:
@@ -75,13 +81,14 @@ def _tensor(*shape: str, dtype: torch.dtype | None = None, live: tuple[int, int]
 
 def _sizes(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> dict[str, int]:
     """Elements of each dimension, by what it is called in the declarations below."""
-    batch, head_dim = step.num_sequences, config.head_dim
+    batch, num_rows, head_dim = step.num_sequences, step.num_rows, config.head_dim
     per_tile = queries_per_tile(config.num_heads, config.num_kv_heads, head_dim, dtype.itemsize)
     return {
         "T": step.num_tokens,
         "B": batch,
-        "B + T": batch + step.num_tokens,
-        "2 B + A": 2 * batch + ROW_ALIGNMENT,  # B that decode, and B chunks from a multiple of A on
+        "R": num_rows,
+        "R + T": num_rows + step.num_tokens,
+        "2 B + A": max(2 * batch + ROW_ALIGNMENT, num_rows),  # B that decode, and B chunks from a multiple of A on
         "D": config.dim,
         "H": head_dim,
         "N H": config.num_heads * head_dim,
@@ -101,21 +108,21 @@ def _sizes(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> dict[s
         "floats": NUM_FLOATS,
         "ints": NUM_INTS,
         "words": num_words(config.vocab_size),
-        "biases": batch * MAX_BIASES,
+        "biases": num_rows * MAX_BIASES,
     }
 
 
 def _expert_sizes(config: DecoderConfig, step: StepShape) -> dict[str, int]:
     """Elements of what layers with experts need; 0 where there are none."""
     if config.experts is None:
-        return dict.fromkeys(("E", "E + 1", "R", "F of experts"), 0)
+        return dict.fromkeys(("E", "E + 1", "visits", "F of experts"), 0)
     num_experts, num_visits = config.experts.num_experts, step.num_tokens * config.experts.experts_per_token
-    return {"E": num_experts, "E + 1": num_experts + 1, "R": num_visits, "F of experts": config.ffn_dim}
+    return {"E": num_experts, "E + 1": num_experts + 1, "visits": num_visits, "F of experts": config.ffn_dim}
 
 
 def _num_pieces(config: DecoderConfig, step: StepShape) -> int:
     """Elements for the pieces of decode attention, whichever power of two sequences decode: at least one piece each."""
-    most, heads, head_dim = step.num_sequences, config.num_heads, config.head_dim
+    most, heads, head_dim = step.num_rows, config.num_heads, config.head_dim
 
     def numel(size: int) -> int:
         splits = choose_num_splits(size, config.num_kv_heads, step.max_seq_len, step.num_multiprocessors)
@@ -139,13 +146,13 @@ class Activations:
     attention: Tensor = _tensor("pieces", dtype=torch.float32, live=(ATTEND, ATTEND))  # of decode attention
     gate_up: Tensor = _tensor("T", "2 F", live=(FEED, FEED))
     router: Tensor = _tensor("T", "E", live=(FEED, FEED))  # its scores; see `kernels/routing.py` for what follows
-    visit_experts: Tensor = _tensor("R", dtype=torch.int32, live=(FEED, FEED))
-    visit_weights: Tensor = _tensor("R", dtype=torch.float32, live=(FEED, FEED))
-    visit_order: Tensor = _tensor("R", dtype=torch.int32, live=(FEED, FEED))
+    visit_experts: Tensor = _tensor("visits", dtype=torch.int32, live=(FEED, FEED))
+    visit_weights: Tensor = _tensor("visits", dtype=torch.float32, live=(FEED, FEED))
+    visit_order: Tensor = _tensor("visits", dtype=torch.int32, live=(FEED, FEED))
     visit_starts: Tensor = _tensor("E + 1", dtype=torch.int32, live=(FEED, FEED))
-    expert_hidden: Tensor = _tensor("R", "F of experts", live=(FEED, FEED))
-    expert_parts: Tensor = _tensor("R", "D", live=(FEED, FEED))  # what experts give for each visit
-    last: Tensor = _tensor("B", "D", live=(DRAW, DRAW))  # normed, of tokens that draw
+    expert_hidden: Tensor = _tensor("visits", "F of experts", live=(FEED, FEED))
+    expert_parts: Tensor = _tensor("visits", "D", live=(FEED, FEED))  # what experts give for each visit
+    last: Tensor = _tensor("R", "D", live=(DRAW, DRAW))  # normed, of tokens that draw
     adapted: Tensor = _tensor("adapted", dtype=torch.float32, live=(PROJECT, FEED))  # between adapters' two products
 
 
@@ -154,12 +161,12 @@ class Logits:
     """Scores of the next tokens, and log-probabilities where they are asked for."""
 
     kind: ClassVar = LOGITS
-    logits: Tensor = _tensor("B", "V")
-    logprobs: Tensor = _tensor("B", "V", dtype=torch.float32)
-    log_sums: Tensor = _tensor("B", dtype=torch.float32)
-    drawn_logprobs: Tensor = _tensor("B", dtype=torch.float32)
-    top_logits: Tensor = _tensor("B", "L", dtype=torch.float32)  # then their log-probabilities, in falling order
-    top_ids: Tensor = _tensor("B", "L", dtype=torch.int64)
+    logits: Tensor = _tensor("R", "V")
+    logprobs: Tensor = _tensor("R", "V", dtype=torch.float32)
+    log_sums: Tensor = _tensor("R", dtype=torch.float32)
+    drawn_logprobs: Tensor = _tensor("R", dtype=torch.float32)
+    top_logits: Tensor = _tensor("R", "L", dtype=torch.float32)  # then their log-probabilities, in falling order
+    top_ids: Tensor = _tensor("R", "L", dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -167,16 +174,16 @@ class BatchInputs(Generic[T]):
     """What a step reads of its batch, uploaded from host memory (``engine/batch_inputs.py``)."""
 
     kind: ClassVar = TABLES
-    token_pool: T = _tensor("B + T", dtype=torch.int64)  # drawn by the last step, then from the host
+    token_pool: T = _tensor("R + T", dtype=torch.int64)  # drawn by the last step, then from the host
     token_index: T = _tensor("T", dtype=torch.int64)  # where in ``token_pool`` each token is
     positions: T = _tensor("T", dtype=torch.int64)
     slot_mapping: T = _tensor("G", "T", dtype=torch.int32)  # where keys and values go; -1: nowhere
     page_tables: T = _tensor("G", "2 B + A", "pages", dtype=torch.int32)
     seq_lens: T = _tensor("2 B + A", dtype=torch.int32)
     tiles: T = _tensor("tiles", "tile", dtype=torch.int32)  # of chunks' queries, see ``kernels/query_tiles.py``
-    last_rows: T = _tensor("B", dtype=torch.int64)  # rows whose next token is drawn, unless all are, in order
-    sampling_floats: T = _tensor("B", "floats", dtype=torch.float32)
-    sampling_ints: T = _tensor("B", "ints", dtype=torch.int64)
+    last_rows: T = _tensor("R", dtype=torch.int64)  # rows whose next token is drawn, unless all are, in order
+    sampling_floats: T = _tensor("R", "floats", dtype=torch.float32)
+    sampling_ints: T = _tensor("R", "ints", dtype=torch.int64)
     adapter_slots: T = _tensor("adapted T", dtype=torch.int32)  # of each token: 0 for none, s + 1 for slot s
 
     def map(self, function: Callable[[T], U]) -> BatchInputs[U]:
@@ -201,13 +208,13 @@ class LimitTables(Generic[T]):
     """What drawing once more reads where tokens are limited or biased (``engine/limited_drawing.py``)."""
 
     kind: ClassVar = TABLES
-    bits: T = _tensor("B", "words", dtype=torch.int32)  # of tokens that may be drawn, see ``kernels/token_bits.py``
-    floats: T = _tensor("B", "floats", dtype=torch.float32)
-    ints: T = _tensor("B", "ints", dtype=torch.int64)
-    is_limited: T = _tensor("B", dtype=torch.bool)
+    bits: T = _tensor("R", "words", dtype=torch.int32)  # of tokens that may be drawn, see ``kernels/token_bits.py``
+    floats: T = _tensor("R", "floats", dtype=torch.float32)
+    ints: T = _tensor("R", "ints", dtype=torch.int64)
+    is_limited: T = _tensor("R", dtype=torch.bool)
     bias_index: T = _tensor("biases", dtype=torch.int64)  # in (B, V), flat
     biases: T = _tensor("biases", dtype=torch.float32)
-    drawn: T = _tensor("B", dtype=torch.int64)
+    drawn: T = _tensor("R", dtype=torch.int64)
 
     def map(self, function: Callable[[T], U]) -> LimitTables[U]:
         """Apply ``function`` to every table."""

@@ -40,9 +40,9 @@ def recordings_nbytes(config: DecoderConfig, options: EngineOptions, moves: bool
     """
     if not options.graphs:
         return 0
-    buckets = StepBuckets(options.max_batch_size, options.max_batch_tokens)
+    buckets = StepBuckets.of(options)
     num_steps = len(buckets.decode) + sum(size.num_tokens <= MAX_RECORDED_TOKENS for size in buckets.mixed)
-    many_rows = _MANY_ROWS_NBYTES if options.max_batch_size > _MANY_ROWS else 0
+    many_rows = _MANY_ROWS_NBYTES if options.max_decode_rows > _MANY_ROWS else 0
     layer_nbytes = _LAYER_NBYTES + (_MOVED_LAYER_NBYTES if moves else 0)
     driver_nbytes = num_steps * (_STEP_NBYTES + config.num_layers * layer_nbytes)
     if options.adapter_slots is not None:

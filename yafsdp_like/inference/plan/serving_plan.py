@@ -27,11 +27,11 @@ from yafsdp_like.inference.options import AnyMode, EngineOptions
 from yafsdp_like.inference.plan.adapter_layout import AdapterLayout
 from yafsdp_like.inference.plan.buffers import PlacedBuffers, StepShape, plan_buffers
 from yafsdp_like.inference.plan.capacity import Capacity
+from yafsdp_like.inference.plan.guards import guarded, most_guards_nbytes
 from yafsdp_like.inference.plan.packed_weights import pack_units
 from yafsdp_like.inference.plan.placement import Mode, Placement, placements
 from yafsdp_like.inference.plan.recordings import recordings_nbytes
 from yafsdp_like.inference.plan.step_floors import decode_seconds, moving_seconds
-from yafsdp_like.memory.layout import GUARD_NBYTES
 from yafsdp_like.memory.plan import MemoryPlan, Region, readable
 from yafsdp_like.models.tensor_parallel import cuts_of, share_of
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 _SUMS = "process group: sums"  # what moves bytes between ranks that compute together
 
 KV_SLABS, HOST_KV_SLABS = "kv slabs", "host kv slabs"  # kinds, and their regions' names
-GUARD = ", its end"  # of the name of a guard's region, behind that of the region before it
+DRAFT = "draft: "  # of names of regions of the model that drafts
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class ServingPlan:
     host_grid: SlabGrid | None  # of pages that are swapped out
     max_seq_len: int
     reasons: tuple[str, ...] = ()
+    draft: ServingPlan | None = None  # of the model that drafts tokens, see ``draft_plan.py``
 
     @property
     def mode(self) -> Mode:
@@ -129,7 +130,11 @@ class ServingPlan:
         transports = {"gathered": (self.site.transport,), "tensor_parallel": (_SUMS,)}.get(self.mode, ())
         clocks = (self.placement.clock, self.buffers.clock)
         plan = MemoryPlan(self.site.num_ranks, regions, slots, transports, clocks=clocks)
-        return _guarded(plan, _most_guards_nbytes(self.config)) if self.options.is_debugged else plan
+        plan = guarded(plan, most_guards_nbytes(self.config)) if self.options.is_debugged else plan
+        if self.draft is None:
+            return plan
+        drafts = (replace(region, name=DRAFT + region.name) for region in self.draft.memory.regions)
+        return replace(plan, regions=(*plan.regions, *drafts))
 
     @cached_property
     def host(self) -> MemoryPlan:
@@ -211,23 +216,6 @@ def _auto_modes(site: Site) -> Iterator[Mode]:
     yield "streamed"
 
 
-def _most_guards_nbytes(config: DecoderConfig) -> int:
-    """Return a bound on the bytes of guards: of weights by unit, of slots, pages, and buffers by kind."""
-    return GUARD_NBYTES * (config.num_layers + 16)
-
-
-def _guarded(plan: MemoryPlan, most_nbytes: int) -> MemoryPlan:
-    """Put a guard behind each region; what slots alias, or peers map, has none."""
-    regions: list[Region] = []
-    for region in plan.regions:
-        regions.append(region)
-        if not region.mapped and not region.granule_nbytes:
-            regions.append(Region(f"{region.name}{GUARD}", "workspace guards", GUARD_NBYTES))
-    nbytes = GUARD_NBYTES * (len(regions) - len(plan.regions))
-    assert nbytes <= most_nbytes, f"{nbytes} bytes of guards, of {most_nbytes} that are left for them"
-    return replace(plan, regions=tuple(regions), debug_nbytes=nbytes)
-
-
 # --- what fits ---
 
 
@@ -269,6 +257,7 @@ class _Draft:
             len(groups),
             multiprocessors,
             adapters.rank if adapters else 0,
+            options.max_decode_rows,
         )
         buffers = plan_buffers(share, step, site.dtype)
         least = options.max_seq_len or min(longest, options.max_batch_tokens)
@@ -304,7 +293,7 @@ class _Draft:
     @property
     def guards_nbytes(self) -> int:
         """What guards take in debug mode, at most."""
-        return _most_guards_nbytes(self.config) if self.options.is_debugged else 0
+        return most_guards_nbytes(self.config) if self.options.is_debugged else 0
 
     def _fits(self, weights_nbytes: int, num_tokens: int, mode: Mode) -> bool:
         room = self.room(weights_nbytes, mode)

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.plan.buffers import ROW_ALIGNMENT
+
+if TYPE_CHECKING:
+    from yafsdp_like.inference.options import EngineOptions
 
 # Up to which number of tokens padding is to a multiple of what. Measured on an H200 with the shape of Llama 3 8B in
 # bf16: sizes that are left out take as long as the next one, or longer (448 tokens 14.3 ms, 512 tokens 11.0 ms).
@@ -57,6 +61,12 @@ class StepBuckets:
 
     max_batch_size: int
     max_batch_tokens: int
+    max_decode_rows: int = 0  # where steps that only decode have more than one row of some sequences
+
+    @classmethod
+    def of(cls, options: EngineOptions) -> StepBuckets:
+        """Make the sizes of an engine's steps."""
+        return cls(options.max_batch_size, options.max_batch_tokens, options.max_decode_rows)
 
     @cached_property
     def decode(self) -> list[StepSize]:
@@ -64,7 +74,7 @@ class StepBuckets:
 
         Powers of two to 8, then multiples of 8, of 16 above 64, and the largest.
         """
-        most = self.max_batch_size
+        most = max(self.max_batch_size, self.max_decode_rows)
         sizes = [1, 2, 4, *range(8, 64, 8), *range(64, most, 16)]
         return [StepSize.decode(size) for size in (*(size for size in sizes if size < most), most)]
 

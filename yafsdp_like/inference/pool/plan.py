@@ -223,6 +223,8 @@ def _alone(name: str, model: PooledModel, options: PoolOptions, hardware: Hardwa
     own = model.options
     if (own.memory_limit_nbytes, own.kv_nbytes, own.host_kv_nbytes) != (None, None, 0):
         raise ValueError(f"model {name!r}: memory is the pool's; leave it out of the model's options, found {own}")
+    if own.speculation is not None and own.speculation.draft is not None:
+        raise ValueError(f"model {name!r}: models of a pool have no draft models; speculate=prompt-lookup needs none")
     within = replace(own, memory_limit_nbytes=options.memory_limit_nbytes)
     try:
         return plan_serving(model.config, within, Site(model.dtype, hardware=hardware), "resident")

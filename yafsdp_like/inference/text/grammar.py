@@ -40,6 +40,15 @@ class MatcherState:
             return np.zeros(1, dtype=np.int32)
         return np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
 
+    def allowed_after(self, tokens: Sequence[int]) -> Any:
+        """Return the same for a copy of the text that went on by ``tokens``; None if it may not."""
+        copy = MatcherState(self._matcher.deep_copy())
+        try:
+            copy.accept(tokens)
+        except RuntimeError:
+            return None
+        return copy.allowed()
+
 
 @dataclass(frozen=True)
 class TextGrammar:

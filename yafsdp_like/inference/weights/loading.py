@@ -20,8 +20,10 @@ from yafsdp_like.checkpoint import steps
 from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.consistency import all_gather_object
 from yafsdp_like.hardware import Hardware
-from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serving
+from yafsdp_like.inference.plan.draft_plan import plan_with_draft
+from yafsdp_like.inference.plan.serving_plan import DRAFT, ServingPlan, Site
 from yafsdp_like.inference.weights.store import Store, Weights, reserve
+from yafsdp_like.memory.streams import streams_of
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig, hf
 from yafsdp_like.models.decoder import fill_first_values
 from yafsdp_like.models.hf_clip import vision_tensors
@@ -104,15 +106,18 @@ def load(
     mode: AnyMode = "auto",
     transport: Transport | None = None,
     on_plan: Callable[[ServingPlan], object] | None = None,
+    draft: Model | None = None,
 ) -> Weights:
     """Plan memory within ``options``, allocate all of it, and read the weights of ``model``.
 
     Weights are bf16 on a GPU and float32 on a CPU unless ``dtype`` is given. ``on_plan`` is called with the plan before
-    anything is allocated. With a ``transport`` its ranks may share weights; all of them then call this together. Raises
-    what ``open_model``, ``plan_serving`` and ``reserve`` do.
+    anything is allocated. With a ``transport`` its ranks may share weights; all of them then call this together. The
+    plan has room for the weights of the ``draft`` model, which ``load_draft`` reads. Raises what ``open_model``,
+    ``plan_with_draft`` and ``reserve`` do.
     """
     model = open_model(model) if isinstance(model, str) else model
-    plan = plan_serving(model.config, options, site_of(device, dtype, transport), mode)
+    drafts = None if draft is None else draft.config
+    plan = plan_with_draft(model.config, options, site_of(device, dtype, transport), mode, drafts)
     if on_plan is not None:
         on_plan(plan)
     return load_planned(model, plan, device, transport)
@@ -149,6 +154,28 @@ def load_planned(
         error = caught
     weights.finish_loading(error)
     return weights
+
+
+def draft_of(options: EngineOptions, given: Model | None = None) -> Model | None:
+    """Return the model that drafts tokens, if the options ask for one: the one that is ``given``, or else opened."""
+    speculation = options.speculation
+    if speculation is not None and speculation.draft is not None:
+        return given or open_model(speculation.draft)
+    if given is not None:
+        raise ValueError(f"a draft model needs speculate='draft:{given.name}', found {options.speculate!r}")
+    return None
+
+
+def load_draft(weights: Weights, draft: Model) -> Weights:
+    """Read the weights of the model that drafts, as planned, in its part of the arena of ``weights``."""
+    plan = weights.plan.draft
+    assert plan is not None, "planned with the draft model"
+    arenas = weights.arena.part(DRAFT), weights.host.part(DRAFT)
+    found, source = Weights(plan, *arenas, None, streams_of(weights.device)), draft.source(weights.device)
+    for store in found.stores():
+        fill(store, source)
+    found.finish_loading()
+    return found
 
 
 def site_of(device: torch.device | str, dtype: torch.dtype | None = None, transport: Transport | None = None) -> Site:
