@@ -177,32 +177,68 @@ def test_a_model_that_is_unloaded_while_it_is_read_frees_its_bytes_once_nobody_w
     check_idle(pool)
 
 
-def test_a_load_ends_with_the_last_request_that_wanted_it_unless_somebody_asked_for_it_by_name() -> None:
+def leave(pool: ModelPool, key: str) -> None:
+    pool.cancel("windows", key)
+    assert [output.finish for _, output in pool.step()] == [FinishReason.CANCELLED]
+
+
+def test_a_load_goes_on_to_its_end_where_the_request_that_began_it_has_left() -> None:
+    disk, text = Disk(), prompts(1)[0]
+    pool = slow_pool(disk)
+    pool.add("windows", Request("a", text, GREEDY, max_tokens=12))
+    assert disk.has_come.wait(SECONDS)
+    leave(pool, "a")
+    assert pool.states()["windows"] is ModelState.LOADING and not pool.has_work
+    with pytest.raises(ValueError, match="are more than max_seq_len"):
+        pool.add("windows", Request("b", (1, 2), max_tokens=10_000))
+    assert pool.states()["windows"] is ModelState.LOADING, "another one's refusal has ended it"
+    disk.let()
+    step_until(pool, "windows", ModelState.ASLEEP)
+    num_read = disk.num_read
+    pool.add("windows", Request("c", text, GREEDY, max_tokens=12))
+    assert [token.id for _, output in drain(pool) for token in output.tokens] == expected(CONFIGS["windows"], text)
+    assert disk.num_read == num_read
+    check_idle(pool)
+
+
+@pytest.mark.parametrize("is_named", [False, True], ids=["requests alone", "an admin, too"])
+def test_a_load_that_nobody_wants_for_too_long_is_given_up(is_named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk()
     pool = slow_pool(disk)
+    monkeypatch.setattr(loads_module, "UNWANTED_LOAD_S", 0.0)
     for key in ("a", "b"):
         pool.add("windows", Request(key, (1, 2), GREEDY, max_tokens=2))
     assert disk.has_come.wait(SECONDS)
-    pool.cancel("windows", "a")
-    assert [output.finish for _, output in pool.step()] == [FinishReason.CANCELLED]
+    leave(pool, "a")
     assert pool.states()["windows"] is ModelState.LOADING
-    pool.cancel("windows", "b")
-    assert [output.finish for _, output in pool.step()] == [FinishReason.CANCELLED]
-    assert pool.states()["windows"] is ModelState.ABSENT and not pool.has_work
+    if is_named:
+        pool.start_loading("windows")
+    leave(pool, "b")
+    assert pool.states()["windows"] is (ModelState.LOADING if is_named else ModelState.ABSENT) and not pool.has_work
     disk.let()
     pool._loads.wait_for_cancelled()
-    pool.check_integrity()
-    assert pool.states()["windows"] is ModelState.ABSENT and held(pool) == []
+    if is_named:
+        step_until(pool, "windows", ModelState.ASLEEP)
+    assert held(pool) == (["windows"] if is_named else [])
+    check_idle(pool)
 
-    disk.may_go_on.clear()
-    disk.num_read = 0
-    pool.add("windows", Request("c", (1, 2), GREEDY, max_tokens=2))
-    pool.start_loading("windows")
-    pool.cancel("windows", "c")
-    assert [output.finish for _, output in pool.step()] == [FinishReason.CANCELLED]
+
+def test_a_load_that_nobody_wants_makes_room_for_one_that_somebody_does() -> None:
+    disk, text = Disk(), prompts(1)[0]
+    image_nbytes = max(plan.image_nbytes for plan in slow_pool(Disk()).plan.models.values())
+    pool = slow_pool(disk, host_weights_nbytes=image_nbytes)
+    pool.add("windows", Request("a", (1, 2), GREEDY, max_tokens=2))
+    assert disk.has_come.wait(SECONDS)
+    with pytest.raises(HostFullError):
+        pool.add("plain", Request("b", text, GREEDY, max_tokens=12))
+    assert pool.states()["windows"] is ModelState.LOADING
+    leave(pool, "a")
+    with pytest.raises(HostFullError, match="until its cancelled load ends"):
+        pool.add("plain", Request("b", text, GREEDY, max_tokens=12))
+    assert pool.states()["windows"] is ModelState.ABSENT
     disk.let()
-    step_until(pool, "windows", ModelState.ASLEEP)
-    assert held(pool) == ["windows"]
+    pool._loads.wait_for_cancelled()
+    assert tokens_of(pool, "plain", text) == expected(CONFIGS["plain"], text)
     check_idle(pool)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.01  # between two looks at a load that somebody waits for
 LAST_READ_S = 5.0  # for what is being read when a pool is closed
+UNWANTED_LOAD_S = 600.0  # for which a load goes on after the last request that wanted it has left
 
 
 class Loads:
@@ -31,28 +32,29 @@ class Loads:
         self._host_weights, self._device = host_weights, device
         self._cancelled: list[Loading] = []  # that may still be read
 
-    def start(self, member: Member, on_demand: bool, waits: bool = False) -> None:
-        """Begin to read a model, unless it is there or on its way; raises HostFullError.
+    def start(self, member: Member, others: Iterable[Member], on_demand: bool, waits: bool = False) -> bool:
+        """Begin to read a model, unless it is there or on its way; return whether it begins now.
 
-        ``on_demand``: for requests, and given up with the last of them unless somebody asks otherwise meanwhile.
-        ``waits``: where loads that were cancelled still hold the room that is missing, wait for them.
+        Raises HostFullError where there is no room, and then cancels the loads of ``others`` that nobody wants: their
+        bytes are free soon. ``on_demand``: for requests, unless somebody asks otherwise meanwhile. ``waits``: where
+        loads that are cancelled hold the room that is missing, wait for them.
         """
         if member.image is not None:
-            return
+            return False
         if member.loading is not None:
             member.loading.on_demand &= on_demand
-            return
+            return False
         try:
             image = self._host_weights.put(member.name, member.plan.image_nbytes)
         except HostFullError:
-            if not waits or not self._cancelled:
-                raise
-            self.wait_for_cancelled()
-            self.start(member, on_demand)
-            return
+            self.give_up(others)
+            if waits:
+                self.wait_for_cancelled()
+            image = self._host_weights.put(member.name, member.plan.image_nbytes)
         read = partial(member.weights.read, image.places)
         member.failure = None
         member.loading = Loading(image, partial(member.model.source, self._device), read, on_demand)
+        return True
 
     def wait(self, member: Member, watch: Callable[[], object]) -> None:
         """Wait until a model is no longer read.
@@ -102,17 +104,27 @@ class Loads:
     def give_up(self, members: Iterable[Member]) -> None:
         """Cancel loads that were wanted by requests alone, which have all left."""
         for member in members:
-            if member.loading is not None and member.loading.on_demand and not member.engine.has_work:
+            if member.is_unwanted:
                 self.cancel(member)
 
     def settle(self, members: Iterable[Member]) -> list[Member]:
-        """Take in which loads have ended since the last call, and return the models that have failed."""
+        """Take in which loads have ended since the last call, and return the models that have failed.
+
+        A load that nobody has wanted for ``UNWANTED_LOAD_S`` is cancelled: until then it goes on, so that clients that
+        soon give up still get the model in the end.
+        """
         for cancelled in [each for each in self._cancelled if each.is_over]:
             self._cancelled.remove(cancelled)
             self._host_weights.drop(cancelled.image)
         failed = []
         for member in members:
-            if (loading := member.loading) is None or not loading.is_over:
+            if (loading := member.loading) is None:
+                continue
+            if not loading.is_over:
+                if not member.is_unwanted:
+                    loading.wanted_at = time.monotonic()
+                elif time.monotonic() - loading.wanted_at >= UNWANTED_LOAD_S:
+                    self.cancel(member)
                 continue
             member.loading, member.failure = None, loading.error
             if loading.error is None:

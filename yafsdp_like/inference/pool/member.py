@@ -10,8 +10,9 @@
              absent
 
 ``load``, a wake or a request has an absent model loaded. It ends asleep, or failed with the reason, which it stays
-until it is loaded by name again. Unloading makes it absent from any state; so does the last of the requests that alone
-wanted it, leaving while it is loading. A model that finds all its bytes on the device is awake at once, and one that
+until it is loaded by name again. Unloading makes it absent from any state. A load goes on where the requests that alone
+wanted it have left, until another model needs its room in host memory, or for so long (``UNWANTED_LOAD_S``) that
+something must be wrong. A model that finds all its bytes on the device is awake at once, and one that
 is waking may be put to sleep.
 """
 
@@ -97,6 +98,11 @@ class Member:
         if self.loading is not None:
             return ModelState.LOADING
         return ModelState.ABSENT if self.failure is None else ModelState.FAILED
+
+    @property
+    def is_unwanted(self) -> bool:
+        """Whether it is being loaded for requests alone, which have all left."""
+        return self.loading is not None and self.loading.on_demand and not self.engine.has_work
 
     @property
     def failure_words(self) -> str | None:

@@ -160,7 +160,7 @@ class ModelPool:
         """
         member = self._find(name)
         self._settle()
-        self._loads.start(member, on_demand=False)
+        self._loads.start(member, self._members.values(), on_demand=False)
 
     def load(self, name: str, watch: Callable[[ModelFigures], object] = lambda figures: None) -> None:
         """Read a model's weights into host memory, unless they are there, and return once they are.
@@ -170,7 +170,7 @@ class ModelPool:
         """
         member = self._find(name)
         self._settle()
-        self._loads.start(member, on_demand=False, waits=True)
+        self._loads.start(member, self._members.values(), on_demand=False, waits=True)
         self._loads.wait(member, lambda: watch(member.figures))
         self._settle()
         watch(member.figures)
@@ -329,12 +329,13 @@ class ModelPool:
         if member.failure is not None:
             raise ModelUnavailableError(member.failure_words) from member.failure
         self.turns.check(name, request)
-        self._loads.start(member, on_demand=True)
+        begins = self._loads.start(member, self._members.values(), on_demand=True)
         had_work = member.engine.has_work
         try:
             member.engine.add(request if request.tenant else replace(request, tenant=name))
         except Exception:
-            self._loads.give_up((member,))
+            if begins:
+                self._loads.cancel(member)
             raise
         self.turns.take(name, request)
         if not had_work:
@@ -362,7 +363,6 @@ class ModelPool:
                 self._outputs += [(each.name, output) for output in each.engine.end_requests()]
                 if not each.engine.has_requests:
                     self._suspend(each)  # reads, and drops, what its last step drew beyond the ends of requests
-        self._loads.give_up(self._members.values())
         member = self._next()
         if member is not None:
             self.num_steps += 1
