@@ -152,18 +152,28 @@ def test_an_adapter_with_requests_is_not_unloaded(running: Running) -> None:
     assert text_of(running, "wide")
 
 
-def test_a_file_that_is_damaged_while_it_is_read_leaves_no_trace(
-    running: Running, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("the file is no longer whole"), 400), (OSError(5, "Input/output error"), 503)],
+    ids=["a damaged file", "a disk that is gone"],
+)
+def test_what_goes_wrong_while_values_are_read_is_said_and_leaves_no_trace(
+    running: Running, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
 ) -> None:
-    """Prevents: an image that stays reserved for an adapter that nobody finds."""
+    """Prevents: an image that stays reserved for an adapter that nobody finds; an error without words."""
 
     def fail(*_: object) -> None:
-        raise ValueError("the file is no longer whole")
+        raise error
 
     sent = {"lora_name": "x", "lora_path": str(directories["down"])}
     with monkeypatch.context() as context:
+        context.setattr("yafsdp_like.inference.weights.adapter_files.stored_in", fail)  # the header
+        assert str(error) in error_of(running.post(LOAD, sent, headers=ADMIN_KEY), 400)
+    with monkeypatch.context() as context:
         context.setattr("yafsdp_like.inference.engine.adapters.fill", fail)
-        assert "no longer whole" in error_of(running.post(LOAD, sent, headers=ADMIN_KEY), 400)
+        refused = running.post(LOAD, sent, headers=ADMIN_KEY)
+        assert str(error) in error_of(refused, status) and refused.json()["error"]["code"] == "adapter_not_loaded"
+        assert ("retry-after" in refused.headers) == (status == 503)
     assert running.post(LOAD, sent, headers=ADMIN_KEY).status_code == 200
     assert text_of(running, "x")
 

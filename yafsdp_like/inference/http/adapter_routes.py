@@ -21,7 +21,7 @@ from starlette.responses import PlainTextResponse
 from yafsdp_like.inference.engine.adapters import Adapters
 from yafsdp_like.inference.http.bodies import Body
 from yafsdp_like.inference.http.catalog import Catalog
-from yafsdp_like.inference.http.errors import ApiError, invalid, invalid_body, no_object, unavailable
+from yafsdp_like.inference.http.errors import ApiError, invalid, invalid_body, no_object, shorten, unavailable
 from yafsdp_like.inference.http.middleware import LOAD_ADAPTER, UNLOAD_ADAPTER
 from yafsdp_like.inference.http.model_routes import ADMIN_S, ask
 from yafsdp_like.inference.http.service import Service
@@ -65,6 +65,9 @@ def add_adapter_routes(app: FastAPI, service: Service[Any], catalog: Catalog) ->
             await finish(_load(service, catalog, parent, asked))
         except ValueError as error:
             raise ApiError(400, str(error), code="adapter_not_loaded") from error
+        except OSError as error:  # of the disk, or the network behind it: who asks may try again
+            message = f"adapter {shorten(asked.lora_name)} cannot be read: {type(error).__name__}: {error}"
+            raise unavailable(message, code="adapter_not_loaded") from error
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
     @app.post(UNLOAD_ADAPTER)

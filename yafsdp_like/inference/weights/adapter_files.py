@@ -104,7 +104,11 @@ def open_adapter(directory: Path | str, config: DecoderConfig) -> Adapter:
     wanted = set(_targets(directory, said, shapes))
     if not (directory / FILE_NAME).is_file():
         raise ValueError(f"expected {FILE_NAME} in {directory}, found none: save the adapter as safetensors")
-    stored = {_parameter_of(directory, name): tensor for name, tensor in stored_in(directory / FILE_NAME).items()}
+    try:
+        listed = stored_in(directory / FILE_NAME)
+    except OSError as error:
+        raise ValueError(f"{directory / FILE_NAME} cannot be read: {error}") from error
+    stored = {_parameter_of(directory, name): tensor for name, tensor in listed.items()}
     for name, tensor in stored.items():
         module, _, kind = name.rpartition(".")
         if module not in wanted:
