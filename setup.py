@@ -22,7 +22,7 @@ TOOLS = [
 ]
 TOKENIZERS = ["sentencepiece", "protobuf", "tiktoken"]  # to convert a directory's tokenizer.model
 STRUCTURED = ["llguidance"]  # answers that are JSON of a schema, or of a grammar
-SERVE = ["transformers", "jinja2", "fastapi", "uvicorn", "prometheus-client", *TOKENIZERS]
+SERVE = ["transformers", "jinja2", "fastapi", "uvicorn", "prometheus-client", "rich", *TOKENIZERS]
 TEST = [*TRAIN, *PARQUET, *HF, *SERVE, *STRUCTURED, "openai", "httpx", *TOOLS]
 ECOSYSTEM = ["transformers", "accelerate", "lightning", "trl", "peft", "datasets"]  # what examples/ecosystem runs
 DOCS = ["mkdocs", "mkdocstrings[python]", "ruff"]
@@ -48,6 +48,7 @@ setup(
         "console_scripts": [
             "yafsdp-train = launch.train:command",
             "yafsdp-generate = launch.generate:main",
+            "yafsdp-chat = launch.chat:main",
             "yafsdp-serve = launch.serve:main",
             "yafsdp-plan = launch.plan:main",
             "yafsdp-doctor = launch.doctor:main",

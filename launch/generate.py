@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 from launch.command_line import exit_status
@@ -48,8 +48,8 @@ def encode(codec: Codec, options: GenerateOptions) -> tuple[int, ...]:
     return ids
 
 
-def answer(model: LoadedModel, prompt: tuple[int, ...], options: GenerateOptions) -> Iterator[str]:
-    """Pieces of the text that follows the prompt, as they come."""
+def answer(model: LoadedModel, prompt: tuple[int, ...], options: GenerateOptions) -> Generator[str]:
+    """Pieces of the text that follows the prompt, as they come; whoever stops reading ends it."""
     from yafsdp_like.inference.engine.request import FinishReason, Request
     from yafsdp_like.inference.text.codec import Transcript, Wording
 
@@ -67,11 +67,16 @@ def answer(model: LoadedModel, prompt: tuple[int, ...], options: GenerateOptions
     )
     transcript = Transcript(model.codec, prompt, Wording(options.stop))
     model.engine.add(request)
-    while model.engine.has_work:
-        for output in model.engine.step():
-            yield transcript.push(output).text
-        if transcript.finish is FinishReason.STOP:  # by a stop string, perhaps, of which the engine knows nothing
-            model.engine.cancel(request.id)
+    try:
+        while model.engine.has_work:
+            for output in model.engine.step():
+                yield transcript.push(output).text
+            if transcript.finish is FinishReason.STOP:  # by a stop string, perhaps, of which the engine knows nothing
+                model.engine.cancel(request.id)
+    finally:
+        model.engine.cancel(request.id)
+        while model.engine.has_work:
+            model.engine.step()
 
 
 def run(options: GenerateOptions) -> None:

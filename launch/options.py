@@ -1,4 +1,4 @@
-"""Options of generating and serving: names, defaults and limits of every option. Imports no torch."""
+"""Options of generating, chatting and serving: names, defaults and limits of every option. Imports no torch."""
 
 from __future__ import annotations
 
@@ -55,6 +55,10 @@ class SamplingOverrides:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+def _one_at_a_time() -> EngineOptions:
+    return EngineOptions(max_batch_size=1, max_batch_tokens=512, max_waiting=1)
+
+
 @dataclass(frozen=True)
 class GenerateOptions:
     """One prompt, the model that continues it, and how its answer is drawn."""
@@ -68,9 +72,7 @@ class GenerateOptions:
     plan: bool = False  # print what is allocated, and why
     load: LoadOptions = field(default_factory=LoadOptions)
     sampling: SamplingOverrides = field(default_factory=SamplingOverrides)
-    engine: EngineOptions = field(
-        default_factory=lambda: EngineOptions(max_batch_size=1, max_batch_tokens=512, max_waiting=1)
-    )
+    engine: EngineOptions = field(default_factory=_one_at_a_time)
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -81,6 +83,41 @@ class GenerateOptions:
             raise ValueError("a stop string must have at least one character")
         if self.prompt == "" and not self.chat:
             raise ValueError("the prompt is empty")
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Whom a person talks to in a terminal: a server, or a model that is loaded here."""
+
+    model: str  # http://HOST:PORT of a server; else, to load it here, what launch.serve takes
+    name: str | None = None  # of the model at a server; null: the first that it lists
+    api_key: str | None = None  # bearer token for a server
+    system: str | None = None  # the system message before the conversation
+    max_tokens: int | None = None  # tokens of an answer; null: what fits
+    stop: tuple[str, ...] = ()  # ends an answer before this text; may be repeated
+    plan: bool = False  # print what is allocated here, and why
+    markdown: bool = True  # on a terminal, answers are set as Markdown; else shown letter by letter
+    load: LoadOptions = field(default_factory=LoadOptions)
+    sampling: SamplingOverrides = field(default_factory=SamplingOverrides)
+    engine: EngineOptions = field(default_factory=_one_at_a_time)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a server is meant."""
+        return self.model.startswith(("http://", "https://"))
+
+    @property
+    def local(self) -> GenerateOptions:
+        """How a model that is loaded here answers."""
+        most = self.max_tokens or 2**31  # of which as much is taken as fits
+        shared = {name: getattr(self, name) for name in ("model", "stop", "plan", "load", "sampling", "engine")}
+        return GenerateOptions(prompt="", chat=True, max_tokens=most, **shared)
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, found {self.max_tokens}")
+        if "" in self.stop:
+            raise ValueError("a stop string must have at least one character")
 
 
 @dataclass(frozen=True)
@@ -177,6 +214,15 @@ GENERATE = Command(
     GenerateOptions,
     NOTES,
     positionals=("model", "prompt"),
+    flat=True,
+    aliases=ALIASES,
+)
+CHAT = Command(
+    "usage: -m launch.chat MODEL|URL [--option=value ...]",
+    ChatOptions,
+    f"""{NOTES}Without --api-key, ${KEY_VARIABLE} is the key, if it is set.
+""",
+    positionals=("model",),
     flat=True,
     aliases=ALIASES,
 )
