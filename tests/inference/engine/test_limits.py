@@ -27,7 +27,14 @@ from tests.inference.engine.test_engine import (
     requests,
 )
 from yafsdp_like.inference.engine.limits import bits_of
-from yafsdp_like.inference.engine.request import Request, TokenLimits
+from yafsdp_like.inference.engine.request import (
+    Completion,
+    FinishReason,
+    GrammarError,
+    Request,
+    RequestOutput,
+    TokenLimits,
+)
 from yafsdp_like.kernels.blocks import INTERPRETED
 from yafsdp_like.kernels.sampling_params import MAX_BIASES
 from yafsdp_like.kernels.token_bits import forbid, forbid_reference, num_words
@@ -117,6 +124,49 @@ def test_limited_requests_draw_what_a_plain_loop_draws_beside_others_that_are_no
     recorder = record_steps(it, monkeypatch) if is_recorded else None
     assert ids(it.generate(asked)) == {str(index): each for index, each in enumerate(wanted)}
     assert recorder is None or {name for name, _ in recorder.replayed} == {"_step"}
+    check_idle(it)
+
+
+class TooComplex(OddAfterEven):
+    """A grammar that can be followed for a few tokens only."""
+
+    def __init__(self, fails_in: str) -> None:
+        super().__init__()
+        self.fails_in = fails_in
+
+    def start(self) -> TooComplex:
+        return TooComplex(self.fails_in)
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        super().accept(tokens)
+        self._fail("accept")
+
+    def allowed(self) -> Any:
+        self._fail("allowed")
+        return super().allowed()
+
+    def _fail(self, where: str) -> None:
+        if where == self.fails_in and len(self.seen) == 3:
+            raise GrammarError("it is too complex")
+
+
+@pytest.mark.parametrize("fails_in", ["accept", "allowed"])
+@pytest.mark.parametrize("lookahead", [True, False])
+def test_a_grammar_that_cannot_be_followed_ends_its_own_request_and_no_other(fails_in: str, lookahead: bool) -> None:
+    """Prevents: an engine that fails with all of its requests because of what one client wants a text to be."""
+    texts = prompts(3, seed=3)
+    told: list[RequestOutput] = []
+    it = engine(kv_nbytes=1 << 20, max_batch_size=3, lookahead=lookahead)
+    limits = [None, TokenLimits(grammar=TooComplex(fails_in)), TokenLimits(grammar=OddAfterEven())]
+    for request, each in zip(requests(texts), limits, strict=True):
+        it.add(replace(request, limits=each))
+    while it.has_work:
+        told += it.step()
+    found = {name: Completion.of([each for each in told if each.request_id == name]) for name in ("0", "1", "2")}
+    assert found["0"].ids == expected(TINY, texts[0])
+    assert (found["1"].finish, len(found["1"].ids)) == (FinishReason.GRAMMAR, 3)
+    assert [each.error for each in told if each.finish is FinishReason.GRAMMAR] == ["it is too complex"]
+    assert (found["2"].finish, len(found["2"].ids)) == (FinishReason.LENGTH, 12)
     check_idle(it)
 
 

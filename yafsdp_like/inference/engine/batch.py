@@ -44,6 +44,7 @@ class ActiveRequest:
     num_admitted: int = 0  # how often it was given pages anew, other ones perhaps
     adapter: LoadedAdapter | None = None
     adapter_slot: int = 0  # while it runs, the number of its adapter's slot; 0: it has none
+    failure: str | None = None  # why its last token means nothing, and is its end: by who draws
     prompt_scores: dict[int, Token] | None = None  # by position, of a prompt that is scored, until they are told
 
     def __post_init__(self) -> None:

@@ -376,7 +376,7 @@ class Engine:
         if finish is not None:
             del self._sequences[sequence.request.id]
         prompt = sequence.take_prompt() if tokens else ()
-        return RequestOutput(sequence.request.id, tokens, finish, sequence.num_cached or 0, prompt=prompt)
+        return RequestOutput(sequence.request.id, tokens, finish, sequence.num_cached or 0, sequence.failure, prompt)
 
     def _read(self) -> list[RequestOutput]:
         """Return what the step that is not read yet has drawn."""
@@ -402,7 +402,8 @@ class Engine:
             if run.drafted and not self._scheduler.accept(run):
                 continue
             finish = self._scheduler.read(run, token.id)
-            output = self._output(run.sequence, (token,), finish)
+            said = () if finish is FinishReason.GRAMMAR else (token,)
+            output = self._output(run.sequence, said, finish)
             wants_hidden = run.sequence.request.wants_hidden
             outputs.append(replace(output, hidden=launched.hidden_of(row)) if wants_hidden else output)
         return joined(outputs) if batch.has_drafts else outputs

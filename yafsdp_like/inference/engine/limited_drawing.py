@@ -21,6 +21,7 @@ import torch
 from yafsdp_like.inference.engine.batch import RequestStatus
 from yafsdp_like.inference.engine.batch_inputs import host_like
 from yafsdp_like.inference.engine.limits import LimitedSequence
+from yafsdp_like.inference.engine.request import GrammarError
 from yafsdp_like.kernels.sampling import SamplingRows, sample
 from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.kernels.token_bits import forbid
@@ -89,7 +90,10 @@ class LimitedDrawing:
                 continue
             if sequence not in self._known:
                 self._known[sequence] = LimitedSequence(sequence, limits, vocab_size)
-            self._known[sequence].write(sequence.tokens, bits[row], run.drafted)
+            try:
+                self._known[sequence].write(sequence.tokens, bits[row], run.drafted)
+            except GrammarError as error:  # what is drawn then is not said
+                sequence.failure, bits[row] = str(error), -1
             host.is_limited[row] = True
             host.floats[row] = _row(sampling.floats)
             host.ints[row] = _row(sampling.ints(run.end, history_row(sequence)))

@@ -37,7 +37,8 @@ class LimitedSequence:
     def write(self, tokens: Sequence[int], bits: Words, drafted: tuple[int, ...] = ()) -> None:
         """Write which tokens may follow ``tokens``, the prompt's among them; where none may, those that stop.
 
-        What was ``drafted`` behind them counts for this call alone; what may not be drafted is never reached.
+        What was ``drafted`` behind them counts for this call alone; what may not be drafted is never reached. Raises
+        GrammarError where that cannot be said.
         """
         known = len(tokens) - len(self._request.prompt)
         drawn = [*tokens[len(self._request.prompt) :], *drafted]

@@ -32,10 +32,15 @@ class FinishReason(Enum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     FAILED = "failed"  # its model could not be loaded
+    GRAMMAR = "grammar"  # what it must be cannot be followed any further
+
+
+class GrammarError(RuntimeError):
+    """A text cannot be followed in its grammar any further: where the grammar takes more work than a step may."""
 
 
 class GrammarState(Protocol):
-    """How far a text is in a grammar."""
+    """How far a text is in a grammar. Its calls raise ``GrammarError``, which ends the request."""
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Go on by tokens that were drawn."""
@@ -128,7 +133,7 @@ class RequestOutput:
     tokens: tuple[Token, ...]  # since the output before
     finish: FinishReason | None = None
     num_cached_tokens: int = 0  # of the prompt, that were not computed
-    error: str | None = None  # why it FAILED
+    error: str | None = None  # why it FAILED, or what is wrong with its GRAMMAR
     prompt: tuple[Token, ...] = ()  # with the first tokens, if its log-probabilities are asked for; the first has none
     hidden: tuple[float, ...] = ()  # (D,): of the token before the last one here, normed, if it is asked for
 

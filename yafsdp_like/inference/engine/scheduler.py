@@ -180,7 +180,9 @@ class Scheduler:
         self.counts.num_tokens_drawn += 1
         self._commit(sequence)
         finish = None
-        if token in request.stop_tokens:
+        if sequence.failure is not None:
+            finish = FinishReason.GRAMMAR
+        elif token in request.stop_tokens:
             finish = FinishReason.STOP
         elif len(sequence.tokens) - len(request.prompt) == request.max_tokens:
             finish = FinishReason.LENGTH

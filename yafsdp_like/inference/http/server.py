@@ -256,6 +256,8 @@ def _deadline_error() -> ApiError:
 def _check_finish(finish: FinishReason | None, error: str | None) -> None:
     if finish is FinishReason.FAILED:
         raise unavailable(error or "the request has failed", code="model_unavailable")
+    if finish is FinishReason.GRAMMAR:
+        raise ApiError(400, error or "what the text must be cannot be followed", code="grammar_too_complex")
     if finish is FinishReason.DEADLINE:
         raise _deadline_error()
     if finish is FinishReason.CANCELLED:

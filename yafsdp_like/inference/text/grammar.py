@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from yafsdp_like.inference.engine.request import GrammarError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 MAX_GRAMMAR_LENGTH = 2**16  # characters
 # A model that likes white space would never come to an end.
 JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"[ \t\r\n]{0,20}"}
+TOO_COMPLEX = "what the text must be is too complex to be followed"
 MISSING = "needs a package that is not here: pip install 'yafsdp_like[structured]' (no llguidance)"
 
 
@@ -29,16 +32,23 @@ class MatcherState:
         self._matcher = matcher
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """Go on by tokens that were drawn. Raises RuntimeError for one that was not allowed."""
+        """Go on by tokens that were drawn. Raises GrammarError for a text that cannot be followed."""
         for token in tokens:
             if not self._matcher.is_stopped() and not self._matcher.consume_token(token):
-                raise RuntimeError(f"token {token} was drawn, which the grammar does not allow")
+                raise self._error(f"token {token} is not in it")
 
     def allowed(self) -> Any:
         """Return the bits (W,) int32 of tokens that may follow; where the text is whole, of none."""
-        if self._matcher.is_stopped():
+        if self._matcher.is_stopped() and not self._matcher.is_error():
             return np.zeros(1, dtype=np.int32)
-        return np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+        if self._matcher.is_error():
+            raise self._error("it has no such text")
+        return bits
+
+    def _error(self, otherwise: str) -> GrammarError:
+        words = self._matcher.get_error().splitlines() or [otherwise]
+        return GrammarError(f"{TOO_COMPLEX}: {words[0][:300]}")
 
     def allowed_after(self, tokens: Sequence[int]) -> Any:
         """Return the same for a copy of the text that went on by ``tokens``; None if it may not."""
@@ -79,7 +89,7 @@ class Grammars:
 
     def of_choice(self, texts: Sequence[str]) -> TextGrammar:
         """One of some texts."""
-        lark = "start: " + " | ".join(json.dumps(text) for text in texts)
+        lark = "start: TEXT\nTEXT: " + " | ".join(json.dumps(text) for text in texts)  # one word: cheap for thousands
         return self._make(lambda it: it.LLMatcher.grammar_from_lark(lark), lark)
 
     def of_grammar(self, text: str) -> TextGrammar:
@@ -100,7 +110,8 @@ class Grammars:
         except ModuleNotFoundError:
             raise ValueError(MISSING) from None
         try:
-            matcher = llguidance.LLMatcher(self._tokens, grammar_of(llguidance), log_level=0)
+            limits = llguidance.LLParserLimits(verbose_errors=False)
+            matcher = llguidance.LLMatcher(self._tokens, grammar_of(llguidance), log_level=0, limits=limits)
             error = matcher.get_error()
         except Exception as caught:  # a grammar may be wrong in any way
             error = str(caught)
