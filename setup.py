@@ -25,6 +25,15 @@ STRUCTURED = ["llguidance"]  # answers that are JSON of a schema, or of a gramma
 SERVE = ["transformers", "jinja2", "fastapi", "uvicorn", "prometheus-client", "rich", *TOKENIZERS]
 TEST = [*TRAIN, *PARQUET, *HF, *SERVE, *STRUCTURED, "openai", "httpx", *TOOLS]
 ECOSYSTEM = ["transformers", "accelerate", "lightning", "trl", "peft", "datasets"]  # what examples/ecosystem runs
+# Whose tests are tests/inference/http/clients. In an environment of their own: some of them want older packages.
+CLIENTS = [
+    "litellm",
+    "langchain-openai",
+    "llama-index-llms-openai-like",
+    "instructor",
+    "pydantic-ai-slim[openai]",
+    "lm_eval[api]",
+]
 DOCS = ["mkdocs", "mkdocstrings[python]", "ruff"]
 BENCH = ["deepspeed", "transformers", "matplotlib"]
 VISION = ["transformers", "pillow"]  # images in prompts; tests have pillow by matplotlib
@@ -62,6 +71,7 @@ setup(
         "parquet": PARQUET,
         "vision": VISION,
         "test": TEST,
+        "clients": CLIENTS,
         "bench": BENCH,
         "ecosystem": ECOSYSTEM,
         "docs": DOCS,
