@@ -18,8 +18,9 @@ from yafsdp_like.inference.text import codec as codec_of
 from yafsdp_like.inference.text.grammar import Grammars
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from tests.inference.http.servers import Running
     from yafsdp_like.inference.text.codec import Codec
 
 SAID = [{"role": "user", "content": "Hi"}]
@@ -51,9 +52,15 @@ def watch(monkeypatch: pytest.MonkeyPatch, see: Callable[[], None]) -> None:
     monkeypatch.setattr(Grammars, "_make", seen(Grammars._make))
 
 
+@pytest.fixture(scope="module")
+def running(codec: Codec) -> Iterator[Running]:
+    with serving(make_engine(codec), codec) as running:
+        yield running
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_stream_goes_on_to_its_end_while_what_another_sent_is_being_read(
-    codec: Codec, name: str, monkeypatch: pytest.MonkeyPatch
+    running: Running, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prevents: a stream that stands still until somebody else's text is cut into tokens."""
     if name in ("a schema", "a regular expression"):
@@ -66,7 +73,7 @@ def test_a_stream_goes_on_to_its_end_while_what_another_sent_is_being_read(
         assert may_end.wait(SECONDS)
 
     path, fields = ATTACKS[name]
-    with serving(make_engine(codec), codec) as running, ThreadPoolExecutor(1) as attacker:
+    with ThreadPoolExecutor(1) as attacker:
         watch(monkeypatch, see)
         asked = attacker.submit(running.post, path, {"model": MODEL, **fields})
         try:
@@ -84,7 +91,7 @@ def test_a_stream_goes_on_to_its_end_while_what_another_sent_is_being_read(
 
 
 def test_as_many_long_bodies_as_may_wait_keep_no_short_one_waiting(
-    codec: Codec, monkeypatch: pytest.MonkeyPatch
+    running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prevents: attackers that fill the only queue."""
     began, may_end = threading.Event(), threading.Event()
@@ -94,7 +101,7 @@ def test_as_many_long_bodies_as_may_wait_keep_no_short_one_waiting(
             began.set()
             assert may_end.wait(SECONDS)
 
-    with serving(make_engine(codec), codec) as running, ThreadPoolExecutor(20) as attackers:
+    with ThreadPoolExecutor(20) as attackers:
         watch(monkeypatch, see)
         asked = [attackers.submit(running.post, COMPLETIONS, {"model": MODEL, **LONG}) for _ in range(20)]
         try:
