@@ -122,6 +122,7 @@ LEVELS = {  # a part imports from parts below it; parts of one level, as long as
     "optim": 2,
     "checkpoint": 2,
     "data": 2,
+    "migrate": 2,
     "inference": 3,
     "": 4,  # the package's own __init__, which re-exports
 }
