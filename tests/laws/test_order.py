@@ -418,6 +418,12 @@ def test_a_step_costs_one_collective_for_each_gather_and_each_reduction(
     assert_collectives({"all-gather": all_gathers, "reduce-scatter": 4}, train, model)
 
 
+@on_ranks()
+def test_no_mode_that_counts_collectives_sees_ranks_compare_their_plans() -> None:
+    """Prevents: more collectives than units in the first step, for who counts them by CommDebugMode."""
+    assert_collectives({"all-gather": 4 + 1, "reduce-scatter": 4}, chain)
+
+
 @pytest.mark.parametrize(("reshard_after_forward", "all_gathers"), [(True, 5), (False, 4)])
 @on_ranks()
 def test_a_skipped_block_costs_the_gather_that_was_ahead_and_no_more(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
+from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,9 +45,13 @@ def raise_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]
 
 
 def all_gather_object(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
-    """Return every rank's value, in order of rank; blocks the CPU."""
+    """Return every rank's value, in order of rank; blocks the CPU.
+
+    Out of sight of dispatch modes, such as ``CommDebugMode``: it is no part of the work that these look at.
+    """
     values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
+    with _disable_current_modes():
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
