@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from yafsdp_like.shard.runtime.extension import refuse_subclass
 from yafsdp_like.shard.runtime.unit_state import ownership_of
+from yafsdp_like.shard.spec.unit_spec import REDUCES_AS_GRAD
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -97,9 +98,9 @@ def check_grad_dtype(grad_dtype: torch.dtype | None, policy: MixedPrecisionPolic
 
     ``ValueError`` for the former, ``NotImplementedError`` for the latter.
     """
-    reduced = policy.reduce_dtype or policy.param_dtype
     if grad_dtype is None:
         return
+    reduced = policy.reduce_dtype or (grad_dtype if REDUCES_AS_GRAD else policy.param_dtype)
     if grad_dtype != reduced:
         raise ValueError(
             f"expected grad_dtype to be what gradients are reduced in, {reduced} by mp_policy, found {grad_dtype}: "

@@ -93,6 +93,9 @@ class ParamSpec:
         return 0 if self.shards.is_permuted or self.pieces else self.chunk_nbytes
 
 
+REDUCES_AS_GRAD = torch.__version__ >= "2.15"  # what reduce_dtype=None means: the dtype of `.grad`, or param_dtype
+
+
 def param_spec(
     name: str,
     shards: RowShards,
@@ -112,7 +115,8 @@ def param_spec(
     """
     asked = computed_in or policy.mp.param_dtype or dtype
     compute = asked if dtype.is_floating_point else dtype
-    reduce = (policy.mp.reduce_dtype if dtype.is_floating_point else None) or compute
+    by_default = policy.grad_dtype or dtype if REDUCES_AS_GRAD else compute
+    reduce = policy.mp.reduce_dtype or by_default if dtype.is_floating_point else compute
     is_split = policy.split_master and not pieces and (dtype, compute) == (torch.float32, torch.bfloat16)
     return ParamSpec(
         name,
