@@ -43,6 +43,8 @@ class MeshInfo(NamedTuple):
     """What says over which mesh, as FSDP2's ``FSDPMeshInfo`` does."""
 
     mesh: Any
+    shard_mesh_dim: int = 0
+    replicate_mesh_dim: int | None = None
 
 
 class Answer(NamedTuple):
@@ -217,8 +219,8 @@ def test_dimensions_that_cannot_be_sharded_are_refused_as_stock_refuses_them() -
             module.weight = nn.Parameter(torch.ones(shape))
             with pytest.raises(kind, match=message):
                 names.fully_shard(module, mesh=world_mesh(), shard_placement_fn=lambda _, a=answer: a)
-    other = Answer(Shard(1), MeshInfo(init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))))
-    with pytest.raises(NotImplementedError, match=r"for weight of Linear, and the parameters of a fully_shard call"):
+    other = Answer(Shard(1), MeshInfo(init_device_mesh("cpu", (1, 2), mesh_dim_names=("shard", "replicate")), 0, 1))
+    with pytest.raises(NotImplementedError, match=r"for weight of Linear, whose mesh is to be 1-D, or 2-D with the"):
         ours.fully_shard(nn.Linear(2, 2), mesh=world_mesh(), shard_placement_fn=lambda _: other)
     same = [Answer(Shard(1), MeshInfo(world_mesh())), Answer(None, MeshInfo(world_mesh()))]
     model: Any = ours.fully_shard(nn.Linear(2, 2), mesh=world_mesh(), shard_placement_fn=lambda p: same[2 - p.dim()])

@@ -12,6 +12,7 @@ import torch.distributed.fsdp as stock
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -217,22 +218,28 @@ class Experts(nn.Module):
         return DTensor.from_local(own, self.weight.device_mesh, [Partial()], run_check=False).full_tensor()
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-def test_experts_train_as_under_stock(dim: int) -> None:
-    run_ranks(train_experts, dim, world_size=4)
+@pytest.mark.parametrize(("dim", "calls"), [(0, 2), (1, 2), (0, 1)])
+def test_experts_train_as_under_stock(dim: int, calls: int) -> None:
+    """Prevents, where one call shards all of it: experts that are sharded over, or averaged with, the wrong ranks."""
+    run_ranks(train_experts, dim, calls, world_size=4)
 
 
-def train_experts(dim: int) -> None:
+def train_experts(dim: int, calls: int) -> None:
     found = []
     for names in (ours, stock):
         torch.manual_seed(0)
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
         everyone = mesh["dp", "ep"]._flatten("all")
         model: Any = nn.Sequential(nn.Linear(6, 6), Experts(mesh["ep"]), nn.Linear(6, 6))
-        names.fully_shard(model[1], mesh=mesh["dp"], shard_placement_fn=lambda _: Shard(dim))
-        model[1].set_gradient_divide_factor(4.0)
-        model[1].set_force_sum_reduction_for_comms(True)
-        names.fully_shard(model, mesh=everyone)
+        answer = ShardPlacementResult(Shard(dim), FSDPMeshInfo(mesh["dp"], shard_mesh_dim=0))
+        if calls == 2:
+            names.fully_shard(model[1], mesh=mesh["dp"], shard_placement_fn=lambda _: Shard(dim))
+            names.fully_shard(model, mesh=everyone)
+        else:  # one group of parameters a mesh
+            names.fully_shard(model, mesh=everyone, shard_placement_fn=lambda p, a=answer: a if p.dim() == 3 else None)
+        for module in (model, model[1])[:calls]:
+            module.set_gradient_divide_factor(4.0)
+            module.set_force_sum_reduction_for_comms(True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
         results: list[Any] = [p.placements for p in model.parameters()]
         for step in range(3):
@@ -245,6 +252,35 @@ def train_experts(dim: int) -> None:
         found.append(results)
     assert found[0][:5] == found[1][:5]
     assert_same(found[0][5:], found[1][5:])
+
+
+def test_one_call_may_shard_over_several_meshes() -> None:
+    run_ranks(shard_over_several, world_size=4)
+
+
+def shard_over_several() -> None:
+    """Blocks with a replicated bias and a weight over all ranks, as the methods of a module and its plan see them."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    over_all = ShardPlacementResult(None, FSDPMeshInfo(mesh["replicate", "shard"]._flatten("all"), shard_mesh_dim=0))
+    torch.manual_seed(0)
+    plain, model = (nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)) for _ in range(2))
+    model.load_state_dict(plain.state_dict())
+    for module in (*model, model):
+        ours.fully_shard(module, mesh=mesh, shard_placement_fn=lambda p: over_all if p.dim() == 2 else None)
+    first: Any = model[0]
+    assert [first.weight.placements, first.bias.placements] == [(Shard(0),), (Replicate(), Shard(0))]
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for m in (model, plain):
+        m(x).square().sum().backward()
+    for p, whole in zip(model.parameters(), plain.parameters(), strict=True):
+        dist.all_reduce(whole.grad, dist.ReduceOp.AVG)
+        torch.testing.assert_close(full(p.grad), whole.grad)
+    assert {slot.name for slot in first.memory_plan().slots} == {"0", "0 (mesh 2)", "1", "1 (mesh 2)"}
+    first.unshard()
+    assert not any(isinstance(p, DTensor) for p in first.parameters())
+    first.reshard()
+    assert all(isinstance(p, DTensor) for p in first.parameters())
+    assert model.state_dict().keys() == plain.state_dict().keys()
 
 
 # --- what is refused ---

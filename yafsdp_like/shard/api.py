@@ -34,7 +34,15 @@ from yafsdp_like.shard.requirements import (
     check_reshard,
 )
 from yafsdp_like.shard.spec.unit_spec import UnitPolicy
-from yafsdp_like.shard.wrapping import Owners, Placements, make_unit, params_below, placements_over, split_tied
+from yafsdp_like.shard.wrapping import (
+    Owners,
+    Placements,
+    Policies,
+    make_units,
+    params_below,
+    placements_over,
+    split_tied,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -92,7 +100,9 @@ def fully_shard(
             None: for all but the root, and without grad mode for the root too. A number, which divides that of the
             ranks: each group of so many keeps the parameters, and all-gathers them alone for backward.
         mp_policy: ``param_dtype`` to all-gather and compute in, ``reduce_dtype`` to reduce-scatter gradients in,
-            ``output_dtype``, and ``cast_forward_inputs``; the optimizer sees the original dtype.
+            ``output_dtype``, and ``cast_forward_inputs``; the optimizer sees the original dtype. Without a
+            ``reduce_dtype`` gradients are reduced as the installed torch does: up to 2.14 in ``param_dtype``, from
+            2.15 on in the dtype of ``.grad``.
         ignored_params: parameters that are left alone.
         transport: what moves bytes between ranks, which is not FSDP2's; ``comm/choice.py`` says what "auto" takes.
         split_master: keep fp32 parameters that are computed on in bfloat16 as that rounding, which is what is
@@ -101,7 +111,9 @@ def fully_shard(
         grad_dtype: of ``.grad``, to which sums over several backwards are rounded; None: the parameter's own.
         debug: see ``FSDPModule.set_debug_mode``; None: as ``YAFSDP_DEBUG`` says. Not FSDP2's.
         shard_placement_fn: returns ``Shard(dim)``, or None for ``Shard(0)``, for each parameter. Ranks must have equal
-            parts of other dimensions than the first; see [Note: layout staging] in ``runtime/layout_staging.py``.
+            parts of other dimensions than the first; see [Note: layout staging] in ``runtime/layout_staging.py``. It
+            may name another mesh too, by FSDP2's ``ShardPlacementResult``: the parameters of each mesh are then
+            all-gathered and reduce-scattered together, and averaged over that mesh alone.
         offload_policy: ``CPUOffloadPolicy()`` keeps parameters and gradients in host memory, and so the optimizer's
             states and update; rows are copied to the device for each all-gather, and gradients back, beside compute.
             ``pin_memory`` matters on a GPU only. See [Note: shards on the host] in ``runtime/host_shard.py``.
@@ -117,12 +129,17 @@ def fully_shard(
     offload = check_offload(offload_policy, transport, split_master)
     check_grad_dtype(grad_dtype, mp_policy)
     mesh, full = data_mesh(mesh if mesh is not None else _default_mesh(), dp_mesh_dims)
-    reshards, forward_ranks = check_reshard(reshard_after_forward, mesh)
+
+    def policy_over(mesh: DeviceMesh) -> UnitPolicy:
+        reshards, ranks = check_reshard(reshard_after_forward, mesh)
+        return UnitPolicy(mp_policy, reshards, split_master, grad_dtype, debug, offload, forward_ranks=ranks)
+
+    policies = {mesh: policy_over(mesh)}
     owners = params_below(modules, ignored_params or set())
     check_params(owners)
-    policy = UnitPolicy(mp_policy, reshards, split_master, grad_dtype, debug, offload, forward_ranks=forward_ranks)
-    placed = placements_over(mesh, owners, shard_placement_fn, policy, full)
-    return _shard(module, modules, split_tied(owners, modules), placed, mesh, policy, transport)
+    placed = placements_over(mesh, owners, shard_placement_fn, policies[mesh], full)
+    policies |= {p.data_mesh: policy_over(p.data_mesh) for p in placed.values() if p.data_mesh not in policies}
+    return _shard(module, modules, split_tied(owners, modules), placed, policies, transport)
 
 
 def _make_sharded(
@@ -130,14 +147,12 @@ def _make_sharded(
     modules: Sequence[nn.Module],
     owners: Owners,
     placements: Placements,
-    mesh: DeviceMesh,
-    policy: UnitPolicy,
+    policies: Policies,
     transport: TransportName,
 ) -> Any:
     _prepare_process()
-    unit = make_unit(modules, owners, placements, mesh, policy, transport)
     state = _shard.state(modules[0])
-    state.unit = unit
+    state.unit = make_units(modules, owners, placements, policies, transport)[0]
     for m in modules:
         _become_fsdp_module(m)
         show_state_to_torch(m, state)

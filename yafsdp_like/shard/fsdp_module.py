@@ -20,7 +20,7 @@ from yafsdp_like.shard.memory_report import ComparedMemory, MemoryReport, compar
 from yafsdp_like.shard.runtime.engine import ShardEngine, engine_for, engine_of
 from yafsdp_like.shard.runtime.rebuild import Report
 from yafsdp_like.shard.runtime.running import backward_task
-from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
+from yafsdp_like.shard.runtime.unit_state import Unit, units_of
 from yafsdp_like.shard.runtime.unit_tree import unit_tree_of
 
 if TYPE_CHECKING:
@@ -39,12 +39,13 @@ else:
 class UnshardHandle(torch.distributed.fsdp.UnshardHandle):
     """What ``unshard(async_op=True)`` returns."""
 
-    def __init__(self, engine: ShardEngine, unit: Unit) -> None:
-        self._engine, self._unit = engine, unit
+    def __init__(self, engine: ShardEngine, units: Sequence[Unit]) -> None:
+        self._engine, self._units = engine, units
 
     def wait(self) -> None:
         """Register the full parameters and make the current stream, not the CPU, wait for the all-gather."""
-        self._engine.params.unshard(self._unit.gather_slot, refresh=True)
+        for unit in self._units:
+            self._engine.params.unshard(unit.gather_slot, refresh=True)
 
 
 class GradientReductionHandle:
@@ -124,23 +125,26 @@ class FSDPModule(Base):
 
         With ``async_op`` the parameters are registered only by the returned handle's ``wait()``.
         """
-        engine, unit = self._engine(), self._unit()
+        engine, units = self._engine(), units_of(self)
         engine.rebuild.if_changed()
         engine.params.publish()
-        if blockers := engine.params.blockers(unit.gather_slot):
-            engine.params.isolate(unit, f"unshard() was called while {[b.unit.name for b in blockers]} is unsharded")
-        handle = UnshardHandle(engine, unit)
+        for unit in units:
+            if blockers := engine.params.blockers(unit.gather_slot):
+                found = [b.unit.name for b in blockers]
+                engine.params.isolate(unit, f"unshard() was called while {found} is unsharded")
+        handle = UnshardHandle(engine, units)
         if async_op:
-            engine.params.prefetch(unit, refresh=True)
+            for unit in units:
+                engine.params.prefetch(unit, refresh=True)
             return handle
         handle.wait()
         return None
 
     def reshard(self) -> None:
         """Release this module's own full parameters and register the sharded ones."""
-        unit = self._unit()
-        if (engine := engine_of(unit)) is not None:
-            engine.params.reshard(unit)
+        for unit in units_of(self):
+            if (engine := engine_of(unit)) is not None:
+                engine.params.reshard(unit)
 
     def mark_weights_changed(self) -> None:
         """Cast the sharded parameters again in the next forward.
@@ -255,25 +259,29 @@ class FSDPModule(Base):
 
     def set_unshard_in_backward(self, unshard_in_backward: bool) -> None:
         """Set whether this module's backward reads its parameters; that of an embedding, say, does not."""
-        self._unit().set_policy(unshard_in_backward=unshard_in_backward)
+        for unit in units_of(self):
+            unit.set_policy(unshard_in_backward=unshard_in_backward)
 
     def set_modules_to_forward_prefetch(self, modules: Sequence[FSDPModule]) -> None:
         """Prefetch ``modules`` when this one's forward starts, instead of the next. Set before the plan, it widens it.
 
         Raises ``ValueError`` for modules that are not sharded.
         """
-        self._unit().prefetch_in_forward(_units_to_prefetch(modules))
+        for unit in units_of(self):
+            unit.prefetch_in_forward(_units_to_prefetch(modules))
 
     def set_modules_to_backward_prefetch(self, modules: Sequence[FSDPModule]) -> None:
         """Prefetch ``modules`` when this one's backward starts, instead of the next. Set before the plan, it widens it.
 
         Raises ``ValueError`` for modules that are not sharded.
         """
-        self._unit().prefetch_in_backward(_units_to_prefetch(modules))
+        for unit in units_of(self):
+            unit.prefetch_in_backward(_units_to_prefetch(modules))
 
     def set_gradient_divide_factor(self, factor: float) -> None:
         """Divide this module's own gradients by ``factor`` instead of the number of ranks."""
-        self._unit().set_policy(gradient_divisor=factor)
+        for unit in units_of(self):
+            unit.set_policy(gradient_divisor=factor)
 
     def set_reduce_scatter_divide_factor(self, factor: float) -> None:
         """Do the same under FSDP2's former name of ``set_gradient_divide_factor``."""
@@ -281,7 +289,8 @@ class FSDPModule(Base):
 
     def set_force_sum_reduction_for_comms(self, enable: bool) -> None:
         """Set whether gradients are reduced with sums and divided separately, for backends without a mean."""
-        self._unit().set_policy(sum_only=enable)
+        for unit in units_of(self):
+            unit.set_policy(sum_only=enable)
 
     def set_post_optim_event(self, event: Event) -> None:
         """Make all-gathers of the next forward wait for ``event`` too (as for the current stream in any case)."""
@@ -295,11 +304,13 @@ class FSDPModule(Base):
         It is called once for each dtype, with flat buffers from its ``allocate``, which are in no plan. To be set
         before the first forward (``RuntimeError``), as the next two.
         """
-        self._unit().customize(all_gather=comm)
+        for unit in units_of(self):
+            unit.customize(all_gather=comm)
 
     def set_custom_reduce_scatter(self, comm: Any) -> None:
         """Reduce-scatter this module's own gradients by ``comm``, a ``ReduceScatter`` of FSDP2, in the same way."""
-        self._unit().customize(reduce_scatter=comm)
+        for unit in units_of(self):
+            unit.customize(reduce_scatter=comm)
 
     def set_all_reduce_hook(self, hook: Hook, *, stream: UserStream | None = None) -> None:
         """Call ``hook`` with this module's reduced gradients, to reduce them further in place, on ``stream`` if given.
@@ -307,9 +318,10 @@ class FSDPModule(Base):
         Once for each parameter, with a flat tensor in ``reduce_dtype``, before it is divided and added to ``.grad``: as
         FSDP2 does, but for its one buffer. On a 2-D mesh after replicas were averaged, where ``stream`` is an error.
         """
-        if stream is not None and self._unit().mesh.ndim == 2:
+        if stream is not None and any(unit.mesh.ndim == 2 for unit in units_of(self)):
             raise ValueError("stream cannot be set when using native HSDP")
-        self._unit().customize(hook=hook, stream=stream)
+        for unit in units_of(self):
+            unit.customize(hook=hook, stream=stream)
 
     def set_separate_reduce_scatter_group(self, enable: bool = True, *, recurse: bool = True) -> None:
         """Accept it: reductions always have a communicator of their own. Warns that False does nothing."""
@@ -364,7 +376,8 @@ class FSDPModule(Base):
         """Apply ``.to()``, ``.to_empty()`` and the like to the sharded parameters; put these back into the arena."""
         self.reshard()
         result = super()._apply(fn, recurse)
-        self._unit().materialize()
+        for unit in units_of(self):
+            unit.materialize()
         return result
 
     def _get_fsdp_state(self) -> ShardState:
@@ -374,13 +387,11 @@ class FSDPModule(Base):
         return state
 
     def _unit(self) -> Unit:
-        unit = unit_of(self)
-        assert unit is not None, "an FSDPModule without a unit"
-        return unit
+        return units_of(self)[0]
 
     def _units(self, recurse: bool) -> list[Unit]:
         modules = self.modules() if recurse else [self]
-        return list({unit: None for m in modules if (unit := unit_of(m)) is not None})
+        return list(dict.fromkeys(unit for m in modules for unit in units_of(m)))
 
     def _engine(self) -> ShardEngine:
         return engine_for(self._unit(), self)
@@ -390,4 +401,4 @@ def _units_to_prefetch(modules: Sequence[Any]) -> list[Unit]:
     for module in modules:
         if not isinstance(module, FSDPModule):
             raise ValueError(f"Expects FSDPModule but got {type(module)}: {module}")
-    return [module._unit() for module in modules]
+    return [unit for module in modules for unit in units_of(module)]

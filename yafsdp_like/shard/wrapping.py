@@ -6,6 +6,7 @@ assigns later. Does not change a module's class (``api.py`` does).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -37,7 +38,36 @@ Owners = dict[nn.Parameter, list[tuple[nn.Module, str]]]  # which modules regist
 Placements = dict[nn.Parameter, ParamPlacement]
 
 
-def make_unit(
+Policies = Mapping["DeviceMesh", "UnitPolicy"]  # of each mesh that parameters are sharded over, the call's own first
+
+
+def make_units(
+    modules: Sequence[nn.Module],
+    owners: Owners,
+    placements: Placements,
+    policies: Policies,
+    transport: TransportName,
+) -> list[Unit]:
+    """Shard the parameters ``owners`` as units, one for each mesh, run by the forward of each of ``modules``.
+
+    Registers the sharded parameters on their modules, moves buffers to the mesh's device and installs the units'
+    forward and state-dict hooks.
+    """
+    params: dict[DeviceMesh, Owners] = {mesh: {} for mesh in policies}
+    for param, places in owners.items():
+        params[placements[param].data_mesh][param] = places
+    units = [_make_unit(modules, params[mesh], placements, mesh, policies[mesh], transport) for mesh in policies]
+    for module in modules:
+        vars(module)["_yafsdp_units"] = units
+        for unit in reversed(units):  # whose hooks run before those that were installed earlier
+            install(unit, module)
+    for unit in units:
+        for owner in {owner: None for p in unit.params for owner, _ in p.owners}:
+            _keep_state_dict_sharded(unit, owner)
+    return units
+
+
+def _make_unit(
     modules: Sequence[nn.Module],
     owners: Owners,
     placements: Placements,
@@ -45,11 +75,6 @@ def make_unit(
     policy: UnitPolicy,
     transport: TransportName,
 ) -> Unit:
-    """Shard the parameters ``owners`` over ``mesh`` as one unit, run by the forward of each of ``modules``.
-
-    Registers the sharded parameters on their modules, moves buffers to the mesh's device and installs the unit's
-    forward and state-dict hooks.
-    """
     device = device_of(mesh)
     on_host = policy.offload is not None
     params = [
@@ -68,11 +93,6 @@ def make_unit(
         for owner, name in p.owners:
             _follow_assignments(unit, p, owner, name)
     _move_buffers(modules, device)
-    for module in modules:
-        vars(module)["_yafsdp_unit"] = unit
-        install(unit, module)
-    for module in {owner: None for p in params for owner, _ in p.owners}:
-        _keep_state_dict_sharded(unit, module)
     return unit
 
 

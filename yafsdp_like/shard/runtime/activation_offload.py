@@ -41,7 +41,7 @@ from yafsdp_like.memory.pinned import pin
 from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE, InOrder, Streams, Timer, streams_of
 from yafsdp_like.shard.runtime.nested import map_tensors
 from yafsdp_like.shard.runtime.running import backward_task
-from yafsdp_like.shard.runtime.unit_state import unit_of
+from yafsdp_like.shard.runtime.unit_state import units_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -416,7 +416,7 @@ class OffloadedActivations:
         """Return addresses of storages that are left where they are: parameters, buffers, inputs without a gradient."""
         kept: list[torch.Tensor] = [*block.parameters(), *block.buffers()]
         for module in block.modules():
-            if (unit := unit_of(module)) is not None:
+            for unit in units_of(module):
                 kept += [param for slot in unit.slots for param in slot.params]
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:

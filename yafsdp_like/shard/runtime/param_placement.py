@@ -16,6 +16,7 @@ them in a slot, and where a gradient is a part of a sum there (``Partial``), the
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,15 +47,15 @@ class ParamPlacement:
     rank: int  # among those that shard
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    data_mesh: DeviceMesh  # the dimensions of ``mesh`` that replicate, if any do, and the one that shards
     inner_mesh: DeviceMesh | None = None
     inner_placements: tuple[Placement, ...] = ()
     summed: tuple[int, ...] = ()
-    shard_mesh_dim: int = 0  # of ``mesh``
 
     @property
     def shard_mesh(self) -> DeviceMesh:
         """The dimension that shards."""
-        return self.mesh if self.mesh.ndim == 1 else self.mesh[(self.mesh.mesh_dim_names or ())[self.shard_mesh_dim]]
+        return self.data_mesh if self.data_mesh.ndim == 1 else self.data_mesh[(self.data_mesh.mesh_dim_names or ())[-1]]
 
     @property
     def words(self) -> str:
@@ -125,9 +126,13 @@ def placement_of(
 
     With ``data_dims`` it is a DTensor on a mesh of which these are the dimensions that ``mesh`` has too.
     Raises ``TypeError`` for an answer that is no ``Shard``, ``AssertionError`` for a dimension that there is not, and
-    ``NotImplementedError`` for one, other than the first, that ranks cannot have equal parts of, and another mesh.
+    ``NotImplementedError`` for one, other than the first, that ranks cannot have equal parts of, and for a mesh that
+    ``asked`` names with its answer (FSDP2's ``ShardPlacementResult``) whose dimensions come in another order.
     """
-    dim = _dim_of(param, name, None if asked is None else _on_this_mesh(asked(param), name, mesh))
+    answer: Any = None if asked is None else asked(param)
+    if hasattr(answer, "placement") and hasattr(answer, "mesh_info"):  # FSDP2's ShardPlacementResult
+        answer, mesh = answer.placement, _mesh_of(answer.mesh_info, name, mesh, data_dims)
+    dim = _dim_of(param, name, answer)
     num_shards, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
     whole = param._local_tensor if isinstance(param, DTensor) else param
     if dim and hasattr(whole, "fsdp_pre_all_gather"):
@@ -145,7 +150,7 @@ def placement_of(
     shards = RowShards(tuple(whole.shape), num_shards, dim)
     shape, stride = tuple(param.shape), param.stride()
     if not isinstance(param, DTensor):
-        return ParamPlacement(mesh, outer, shards, rank, shape, stride, shard_mesh_dim=mesh.ndim - 1)
+        return ParamPlacement(mesh, outer, shards, rank, shape, stride, mesh)
     shown_mesh, shown = param.device_mesh, tuple(param.placements)
     names = shown_mesh.mesh_dim_names or ()
     summed = tuple(i for i, one in enumerate(names) if one in data_dims)
@@ -157,32 +162,32 @@ def placement_of(
     if left:
         both = _both_meshes(mesh, shown_mesh if not summed else shown_mesh[tuple(names[i] for i in left)], name)
     placements = (*outer, *(shown[i] for i in left))
-    return ParamPlacement(
-        both, placements, shards, rank, shape, stride, shown_mesh, shown, summed, shard_mesh_dim=mesh.ndim - 1
-    )
+    return ParamPlacement(both, placements, shards, rank, shape, stride, mesh, shown_mesh, shown, summed)
 
 
 def _both_meshes(outer: DeviceMesh, inner: DeviceMesh, name: str) -> DeviceMesh:
     """Return the mesh of which the two are dimensions. Raises ``ValueError`` where there is none."""
     outer_names, inner_names, root = outer.mesh_dim_names or (), inner.mesh_dim_names or (), outer._get_root_mesh()
-    try:
-        # Not by the inner mesh's own root: torch takes meshes that are equal for one, whatever they are slices of.
-        found = root[inner_names] if len(outer_names) == outer.ndim else None
-    except (KeyError, RuntimeError):
-        found = None
-    if found != inner:
-        raise ValueError(
-            f"expected the mesh of fully_shard and that of {name}, which is a DTensor already, to be slices of one "
-            f"mesh with mesh_dim_names, found {outer} and {inner}: make one by init_device_mesh(..., mesh_dim_names="
-            '("dp", "tp")), pass mesh["tp"] to parallelize_module and mesh["dp"] to fully_shard'
-        )
+    both: DeviceMesh | None = None
     if set(outer_names) & set(inner_names):
         raise ValueError(
             f"expected {name}, which is a DTensor on {inner}, not to be distributed over the dimensions that "
             f"fully_shard shards or replicates, found {outer}: distribute it over the other dimensions alone"
         )
-    assert found is not None
-    return DeviceMesh._concatenate([outer, found])
+    if len(outer_names) == outer.ndim:
+        # By the outer mesh's root if possible: torch takes meshes that are equal for one, whatever they are slices of.
+        with contextlib.suppress(KeyError, RuntimeError):
+            found = root[inner_names]
+            inner = found if found == inner else inner
+        with contextlib.suppress(RuntimeError):  # they are parts of no one mesh
+            both = DeviceMesh._concatenate([outer, inner])
+    if both is None:
+        raise ValueError(
+            f"expected the mesh of fully_shard and that of {name}, which is a DTensor already, to be slices of one "
+            f"mesh with mesh_dim_names, found {outer} and {inner}: make one by init_device_mesh(..., mesh_dim_names="
+            '("dp", "tp")), pass mesh["tp"] to parallelize_module and mesh["dp"] to fully_shard'
+        )
+    return both
 
 
 def words_of(given: torch.Tensor) -> str:
@@ -190,17 +195,21 @@ def words_of(given: torch.Tensor) -> str:
     return f"{given.placements} on {given.device_mesh}" if isinstance(given, DTensor) else "a whole tensor"
 
 
-def _on_this_mesh(answer: Any, name: str, mesh: DeviceMesh) -> Any:
-    """Return the placement in FSDP2's ``ShardPlacementResult``, which names a mesh too, or the answer as it is."""
-    if not (hasattr(answer, "placement") and hasattr(answer, "mesh_info")):
-        return answer
-    if answer.mesh_info.mesh != mesh:
+def _mesh_of(info: Any, name: str, mesh: DeviceMesh, data_dims: Sequence[str]) -> DeviceMesh:
+    """Return the mesh to shard one parameter over, which FSDP2's ``FSDPMeshInfo`` or ``HSDPMeshInfo`` names."""
+    found: DeviceMesh = info.mesh
+    dims = (info.replicate_mesh_dim, info.shard_mesh_dim)
+    if dims != ((None, 0) if found.ndim == 1 else (0, 1)) or found.ndim > 2:
         raise NotImplementedError(
-            f"shard_placement_fn returned {answer.mesh_info.mesh} for {name}, and the parameters of a fully_shard call "
-            f"are sharded over one mesh, {mesh}: call fully_shard(..., mesh=...) with that mesh on the module that has "
-            "it (experts, say) first, which takes it out of this call"
+            f"shard_placement_fn returned {info} for {name}, whose mesh is to be 1-D, or 2-D with the dimension that "
+            "replicates first and the one that shards second: slice or reshape it"
         )
-    return answer.placement
+    if data_dims and found != mesh:
+        raise NotImplementedError(
+            f"shard_placement_fn returned {found} for {name}, and with dp_mesh_dims all parameters are sharded over "
+            f"the same dimensions, {mesh}: leave one of them out"
+        )
+    return found
 
 
 def _dim_of(param: nn.Parameter, name: str, answer: Any) -> int:

@@ -430,6 +430,14 @@ class Unit:
         return self._reduction
 
 
+def units_of(module: nn.Module) -> Sequence[Unit]:
+    """Return the units that ``fully_shard`` made of ``module``, alone or in a list: one for each mesh of parameters.
+
+    The first is that of the mesh which the call was given.
+    """
+    return vars(module).get("_yafsdp_units", ())
+
+
 def unit_of(module: nn.Module) -> Unit | None:
-    """Return the unit that ``fully_shard`` made of ``module``, alone or in a list."""
-    return vars(module).get("_yafsdp_unit")
+    """Return the first of ``units_of``; None for a module that is not sharded."""
+    return next(iter(units_of(module)), None)

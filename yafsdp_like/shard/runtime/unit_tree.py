@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
+from yafsdp_like.shard.runtime.unit_state import Unit, units_of
 from yafsdp_like.shard.spec.memory_layout import MemoryLayout, plan_memory
 from yafsdp_like.shard.spec.schedule import Residency, Schedule, schedule_of
 from yafsdp_like.shard.spec.unit_spec import RankSpec, UnitSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from torch import nn
 
@@ -33,7 +33,7 @@ class UnitTree:
     units: Sequence[Unit]
     names: Sequence[str]  # full names from the root, as those of each unit's parameters
     param_names: Sequence[Sequence[str]]
-    root_unit: Unit | None  # that of the root module itself
+    root_units: Collection[Unit]  # those of the root module itself
     schedule: Schedule
     next_in_forward: Mapping[Unit, Sequence[Unit]]
     after_in_backward: Mapping[Unit, Sequence[Unit]]
@@ -42,7 +42,7 @@ class UnitTree:
     def reshards_after_forward(self, unit: Unit) -> bool:
         """Return what the user said, or the default: the root stays unsharded, since its backward comes next."""
         asked = unit.policy.reshard_after_forward
-        return unit is not self.root_unit if asked is None else asked
+        return unit not in self.root_units if asked is None else asked
 
     def plan(self) -> MemoryLayout:
         """Plan the memory for the units as they are now. Changes nothing."""
@@ -86,20 +86,26 @@ def _ranks_of(unit: Unit, params: Sequence[ParamSpec]) -> RankSpec:
 
 def unit_tree_of(root: nn.Module) -> UnitTree:
     """Return all units below ``root``. Changes nothing, not even their names."""
-    units = list({found: None for module in root.modules() if (found := unit_of(module)) is not None})
+    units = list(dict.fromkeys(unit for module in root.modules() for unit in units_of(module)))
     full_names = {module: name for name, module in root.named_modules()}
     schedule = schedule_of(root, _units_of_modules(units), len(units))
     ticks = {unit: (schedule.backward_start(i), schedule.backward_end(i)) for i, unit in enumerate(units)}
     return UnitTree(
         units,
-        [", ".join(full_names[m] or "root" for m in unit.modules if m in full_names) for unit in units],
+        [_unit_name(unit, full_names) for unit in units],
         [[_full_name(p, full_names) for p in unit.params] for unit in units],
-        next((unit for unit in units if root in unit.modules), None),
+        units_of(root) or [unit for unit in units if root in unit.modules][:1],
         schedule,
         {unit: after[:1] for unit, after in _following(units, schedule.forward_order).items()},
         _following(units, schedule.backward_order),
         dict(sorted(ticks.items(), key=lambda item: item[1][1])),
     )
+
+
+def _unit_name(unit: Unit, names: Mapping[nn.Module, str]) -> str:
+    modules = [module for module in unit.modules if module in names]
+    beside = units_of(modules[0]).index(unit) if modules and unit in units_of(modules[0]) else 0
+    return ", ".join(names[m] or "root" for m in modules) + (f" (mesh {beside + 1})" if beside else "")
 
 
 def _full_name(p: ShardedParam, names: Mapping[nn.Module, str]) -> str:
