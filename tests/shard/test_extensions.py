@@ -77,6 +77,17 @@ class Rounded(Wrapped):
         return None
 
 
+class Shown(Rounded):
+    """The same, where what arrives is of the class again, with its attributes."""
+
+    def fsdp_post_all_gather(self, outputs: Any, metadata: Any, param_dtype: torch.dtype, *, out: Any = None) -> Any:
+        (data,) = outputs
+        if out is None:
+            return Shown(data), (data,)
+        assert out.values.data_ptr() == data.data_ptr()
+        return None
+
+
 class Padded(Rounded):
     """The same for ranks that have unequal parts, as stock wants it."""
 
@@ -163,7 +174,7 @@ def assert_same(actual: Any, expected: Any) -> None:
 
 
 @pytest.mark.slow(unless=lambda transport, options: transport == "process_group" and not options)
-@pytest.mark.parametrize("cls", [Rounded, Padded, Quantized])
+@pytest.mark.parametrize("cls", [Rounded, Shown, Padded, Quantized])
 @pytest.mark.parametrize("transport", ["process_group", "peer"])
 @pytest.mark.parametrize("options", [{}, {"reshard_after_forward": False}])
 def test_training_has_the_bits_of_stock(cls: Any, transport: str, options: Any) -> None:

@@ -47,6 +47,11 @@ def is_extended(local: torch.Tensor) -> bool:
     return hasattr(local, "fsdp_pre_all_gather") and hasattr(local, "fsdp_post_all_gather")
 
 
+def attributes_of(param: torch.Tensor) -> dict[str, Any]:
+    """Return what the user has set on a parameter; of such a class no tensors, which are the values before sharding."""
+    return {k: v for k, v in vars(param).items() if not (is_extended(param) and isinstance(v, torch.Tensor))}
+
+
 def refuse_subclass(param: torch.Tensor, name: str) -> None:
     """Raise ``NotImplementedError`` for a parameter whose class computes otherwise, which its shards would lose."""
     cls = type(param)
@@ -213,7 +218,8 @@ class ExtendedParam:
             if tuple(made.shape) != shape:
                 made = made.as_strided(shape, contiguous_stride(shape), 0)
         self.full = nn.Parameter(placement.full(made), requires_grad=p.trainable)
-        vars(self.full).update(vars(p.sharded))
+        for name, value in vars(p.sharded).items():
+            vars(self.full).setdefault(name, value)  # what the class keeps under a name of its own is of what was made
         if self.on_made is not None:
             self.on_made(self.full)
         return self.full

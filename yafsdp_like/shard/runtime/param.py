@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from yafsdp_like.kernels.split import split
 from yafsdp_like.memory.layout import contiguous_stride
 from yafsdp_like.ops.split_master import SplitTensor, SplitValues, values_of
-from yafsdp_like.shard.runtime.extension import Extension, is_extended, refuse_subclass
+from yafsdp_like.shard.runtime.extension import Extension, attributes_of, is_extended, refuse_subclass
 from yafsdp_like.shard.runtime.gradient_shard import GradientShard
 from yafsdp_like.shard.runtime.nested import layers_of
 from yafsdp_like.shard.runtime.param_placement import ParamPlacement, words_of
@@ -107,7 +107,7 @@ class ShardedParam:
         self._computed_in = computed_in  # by the user's wish, whatever the policy says otherwise
         self.on_host = on_host  # whether the main shard and the gradient are in host memory
         self.placement, self.rank, self.shards = placement, placement.rank, placement.shards
-        self.attributes = dict(vars(param))  # the user's own, which a cast or move of the module would lose
+        self.attributes = attributes_of(param)  # the user's own, which a cast or move of the module would lose
         self.extension: Extension | None = None  # of the parameter's class
         self.sharded = self._shard(param)
         self.registered: torch.Tensor = param  # what modules were last made to see: the sharded parameter or a full one
