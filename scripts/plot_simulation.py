@@ -46,7 +46,7 @@ def draw_shares(axes: Axes, report: dict[str, Any]) -> None:
         ylim=(0, 1.02),
     )
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="lower left")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

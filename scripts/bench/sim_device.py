@@ -10,7 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from yafsdp_like.inference.fleet.routing import DeviceView
+from yafsdp_like.inference.fleet.routing import ReplicaView
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,9 +51,10 @@ class SimWeights:
         self._loading: str | None = None
         self._since = 0.0
 
-    def holds(self, name: str) -> bool:
-        """Return whether a model's weights are there, or on their way."""
-        return name in self._present
+    def missing_s(self, name: str) -> float:
+        """Return the seconds of copying what a model lacks now; what is on its way counts as there."""
+        there = self._models[name].weights_nbytes if name == self._loading else self._present.get(name, 0.0)
+        return (self._models[name].weights_nbytes - there) / self._hardware.link
 
     def wake(self, name: str, now: float) -> float:
         """Make a model ready, and return the seconds that it takes."""
@@ -155,16 +156,27 @@ class Device:
         """Take a request that will draw ``num_tokens`` tokens, or say why not; what decodes stops after its step."""
         refusal = self.scheduler.arrived(job, now)
         if refusal is None:
-            self._left[job.id] = num_tokens
-            self._kv_nbytes += self._models[job.model].kv_nbytes * (job.num_prompt_tokens + num_tokens)
-            self._waits.setdefault(job.model, now)
-            self._load = None
-            run = self._run
-            if run is not None and run.num_steps > 1:
-                done = max(1, math.ceil((now - run.began) / run.step_s))
-                if done < run.num_steps:
-                    run.num_steps, run.ends = done, run.began + done * run.step_s
+            self._take(job, num_tokens, now)
         return refusal
+
+    def resume(self, job: Job, num_tokens: int, now: float, reader: Reader) -> None:
+        """Take a request whose prompt was computed elsewhere, ``reader`` its reader; it decodes from now on."""
+        self.scheduler.take(job, now)
+        queue = self.scheduler.queues[job.model]
+        queue.start(job.id)
+        queue.running[job.id].reader = reader
+        self._take(job, num_tokens, now)
+
+    def _take(self, job: Job, num_tokens: int, now: float) -> None:
+        self._left[job.id] = num_tokens
+        self._kv_nbytes += self._models[job.model].kv_nbytes * (job.num_prompt_tokens + num_tokens)
+        self._waits.setdefault(job.model, now)
+        self._load = None
+        run = self._run
+        if run is not None and run.num_steps > 1:
+            done = max(1, math.ceil((now - run.began) / run.step_s))
+            if done < run.num_steps:
+                run.num_steps, run.ends = done, run.began + done * run.step_s
 
     @property
     def next_event(self) -> float:
@@ -242,9 +254,9 @@ class Device:
 
     # --- routing ---
 
-    def view(self, model: str) -> DeviceView:
+    def view(self, model: str) -> ReplicaView:
         """Return what a router sees for requests of a model."""
         if self._load is None:
             self._load = sum(queue.load for queue in self.scheduler.queues.values() if queue.has_work)
-        queue = self.scheduler.queues[model]
-        return DeviceView(self._load, queue.has_work, self._weights.holds(model), len(self._left))
+        has_model = self.scheduler.queues[model].has_work
+        return ReplicaView(self._load, has_model, self._weights.missing_s(model), num_requests=len(self._left))

@@ -6,12 +6,13 @@ import heapq
 import itertools
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bench.sim_baselines import POLICIES
 from bench.sim_device import Device, SimHardware, SimModel
+from bench.sim_routing import ROUTERS
 from yafsdp_like.inference.fleet.queues import Job, ModelSpec
-from yafsdp_like.inference.fleet.routing import route
 from yafsdp_like.inference.fleet.schedule import ScheduleOptions
 
 if TYPE_CHECKING:
@@ -37,6 +38,15 @@ class Scenario:
     num_devices: int = 1
     num_retries: int = 0  # of a refused request, after the time that it was told
     max_batch: int = 64
+    routing: str = "ours"  # of ROUTERS
+    num_prefill: int = 0  # of the devices, that only compute prompts; the others only decode. 0: all do both
+    kv_link: float = 25e9  # bytes a second of keys and values between two devices, where these differ
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_prefill < self.num_devices:
+            raise ValueError(
+                f"expected fewer devices for prompts than there are, {self.num_devices}, found {self.num_prefill}"
+            )
 
 
 @dataclass
@@ -45,6 +55,7 @@ class _Outcome:
     reader: Reader | None = None  # of one that was admitted and has ended
     num_refused: int = 0
     told_s: float = 0.0  # to wait, the last time
+    prompt: Reader | None = None  # of one that has its first token, and waits for a device that decodes
 
     @property
     def share(self) -> float:
@@ -65,24 +76,32 @@ class Simulation:
         }
         policy = POLICIES[scenario.policy]
         self.devices = [
-            Device(policy(found, scenario.options), scenario.models, scenario.hardware, self._finish)
-            for _ in range(scenario.num_devices)
+            Device(policy(found, scenario.options), scenario.models, scenario.hardware, partial(self._finish, index))
+            for index in range(scenario.num_devices)
         ]
+        self._numbers = itertools.count()
+        self._arrivals: list[tuple[float, int, int]] = []  # when, and of which outcome
         self._ended_at = 0.0
 
-    def _finish(self, job: Job, reader: Reader) -> None:
-        self._outcomes[int(job.id)].reader = reader
+    def _finish(self, device_index: int, job: Job, reader: Reader) -> None:
+        outcome = self._outcomes[int(job.id)]
+        if device_index >= self._scenario.num_prefill or outcome.asked.num_tokens == 1:
+            outcome.reader = reader
+            return
+        outcome.prompt = reader  # its keys and values now go to a device that decodes
+        kv_nbytes = self._scenario.models[job.model].kv_nbytes * job.num_prompt_tokens
+        at = reader.last_at + kv_nbytes / self._scenario.kv_link
+        heapq.heappush(self._arrivals, (at, next(self._numbers), int(job.id)))
 
     def run(self) -> Simulation:
         """Serve all requests to the end."""
-        numbers = itertools.count()
-        arrivals = [(outcome.asked.at, next(numbers), index) for index, outcome in enumerate(self._outcomes)]
+        arrivals, numbers = self._arrivals, self._numbers
+        arrivals += [(outcome.asked.at, next(numbers), index) for index, outcome in enumerate(self._outcomes)]
         ends: list[tuple[float, int, int]] = []  # of what is under way on a device; those that are not true are skipped
         while arrivals or ends:
             if arrivals and (not ends or arrivals[0][0] <= ends[0][0]):
                 now, _, index = heapq.heappop(arrivals)
-                device_index = self._route(self._outcomes[index].asked.model)
-                retry_s = self._arrive(index, self.devices[device_index], now)
+                device_index, retry_s = self._arrive(index, now)
                 if retry_s is not None:
                     heapq.heappush(arrivals, (now + retry_s, next(numbers), index))
             else:
@@ -97,21 +116,25 @@ class Simulation:
             self._ended_at = max(self._ended_at, now)
         return self
 
-    def _route(self, model: str) -> int:
-        if len(self.devices) == 1:
-            return 0
-        return route([device.view(model) for device in self.devices])
-
-    def _arrive(self, index: int, device: Device, now: float) -> float | None:
-        """Give a request to a device; return when it comes again, if it does."""
-        outcome, asked = self._outcomes[index], self._outcomes[index].asked
+    def _arrive(self, index: int, now: float) -> tuple[int, float | None]:
+        """Give a request to a device, and return which; and when it comes again, if it does."""
+        outcome, asked, split = self._outcomes[index], self._outcomes[index].asked, self._scenario.num_prefill
         job = Job(str(index), asked.model, asked.num_prompt_tokens, MAX_TOKENS, asked.tenant)
-        refusal = device.arrive(job, asked.num_tokens, now)
-        if refusal is None:
-            return None
+        first = 0 if outcome.prompt is None else split
+        able = self.devices[first:split] if split and not first else self.devices[first:]
+        order = [first + place for place in ROUTERS[self._scenario.routing](able, job)] if len(able) > 1 else [first]
+        if outcome.prompt is not None:
+            self.devices[order[0]].resume(job, asked.num_tokens - 1, now, outcome.prompt)
+            return order[0], None
+        waits_s = []
+        for device_index in order:
+            refusal = self.devices[device_index].arrive(job, 1 if split else asked.num_tokens, now)
+            if refusal is None:
+                return device_index, None
+            waits_s.append(refusal.retry_after_s)
         outcome.num_refused += 1
-        outcome.told_s = refusal.retry_after_s
-        return refusal.retry_after_s if outcome.num_refused <= self._scenario.num_retries else None
+        outcome.told_s = min(waits_s)
+        return order[0], outcome.told_s if outcome.num_refused <= self._scenario.num_retries else None
 
     def figures(self) -> Figures:
         """Return what the readers of requests saw that arrived in the middle of the trace; refused ones saw nothing.

@@ -80,7 +80,7 @@ def test_a_prefetched_model_is_there_sooner_and_the_third_evicts_what_was_used_l
     assert weights.prefetch("b", "a", 1.0) == 2.0
     assert weights.wake("b", 1.75) == 0.25
     assert weights.wake("a", 3.0) == 0.0 and weights.wake("c", 3.0) == 1.0
-    assert [weights.holds(name) for name in models] == [True, False, True]
+    assert [weights.missing_s(name) for name in models] == [0.0, 1.0, 0.0]
     assert weights.wake("b", 5.0) == 1.0
     weights = SimWeights(SimHardware(2 * GIB, GIB, float(GIB), keeps_weights=False), models)
     assert [weights.wake("a", 0.0), weights.prefetch("b", "a", 1.0), weights.wake("b", 9.0)] == [1.0, 1.0, 1.0]

@@ -10,7 +10,6 @@ from tests.inference.fleet.test_schedule import TARGETS, Play, job, play, spec
 from yafsdp_like.inference.fleet.admission import MIN_WAIT_S
 from yafsdp_like.inference.fleet.queues import UNKNOWN_TOKENS
 from yafsdp_like.inference.fleet.reader import Targets
-from yafsdp_like.inference.fleet.routing import DeviceView, route
 from yafsdp_like.inference.fleet.schedule import ScheduleOptions, TokenScheduler
 from yafsdp_like.inference.fleet.times import StepLines
 
@@ -83,19 +82,6 @@ def test_whoever_is_admitted_is_served_in_time_and_others_are_told_when_to_come(
     played.drain()
     assert [reader.num_late for reader in played.readers.values()] == [0] * len(played.readers)
     assert played.readers
-
-
-def test_a_request_goes_where_its_model_is_at_work_then_where_it_is_awake_then_where_time_is() -> None:
-    idle, busy = DeviceView(0.1, False, False, 1), DeviceView(0.6, False, False, 9)
-    at_work, awake = DeviceView(0.9, True, True, 5), DeviceView(0.5, False, True, 4)
-    full = DeviceView(1.0, True, True, 5)
-    assert route([idle, busy, awake, at_work]) == 3
-    assert route([busy, idle, awake, full]) == 2
-    assert route([busy, idle, full]) == 1
-    assert route([DeviceView(1.2, False, True, 1), full]) == 1
-    assert route([idle, idle]) == 0
-    with pytest.raises(ValueError, match="at least one device"):
-        route([])
 
 
 def test_targets_differ_by_model() -> None:

@@ -12,6 +12,7 @@ from launch.options import PoolModelOptions
 from tests.inference.engine.test_engine import GREEDY, decoder, expected, prompts
 from tests.inference.pool.test_model_pool import CONFIGS, LARGE, buffers_nbytes, pooled
 from yafsdp_like.inference.engine.request import FinishReason, Request
+from yafsdp_like.inference.fleet.reader import Targets
 from yafsdp_like.inference.kv.eviction import Tenant
 from yafsdp_like.inference.options import PoolOptions
 from yafsdp_like.inference.pool.driver import PoolDriver
@@ -142,3 +143,25 @@ def test_a_time_in_host_memory_that_is_shorter_than_that_on_the_device_is_refuse
     with pytest.raises(ValueError, match="host_ttl_s=5 must be at least ttl_s=10"):
         PoolModelOptions("a", ttl_s=10, host_ttl_s=5)
     assert PoolModelOptions("a", ttl_s=None, host_ttl_s=5).host_ttl_s == 5
+
+
+def test_a_pool_says_how_it_stands_whether_it_has_targets_or_not() -> None:
+    for targets in (None, dict.fromkeys(CONFIGS, Targets(10.0, 1.0))):
+        plan = plan_pool(pooled(), PoolOptions(buffers_nbytes() + LARGE))
+        pool = ModelPool(plan, {name: model_of(decoder(CONFIGS[name])) for name in CONFIGS}, targets=targets)
+        driver = PoolDriver(pool)
+        absent = driver.standing()
+        driver.load_all()
+        asleep = driver.standing()
+        assert (absent.number, asleep.number, asleep.load, {*asleep.models}) == (1, 2, 0.0, {*CONFIGS})
+        driver.add(Request("a", (1, 2, 3), GREEDY, max_tokens=4, model="plain"))
+        driver.step()
+        standing = driver.standing()
+        found, other = standing.models["plain"], standing.models["windows"]
+        assert (found.num_requests, found.wake_s, other.num_requests) == (1, 0.0, 0) and other.wake_s > 0.0
+        assert 0.0 < standing.load < 1.0 and min(found.request_load, found.prompt_token_s) > 0.0
+        assert absent.models["windows"].wake_s > asleep.models["windows"].wake_s, "it is read before it wakes"
+        while driver.has_work:
+            driver.step()
+        assert driver.standing().load == 0.0
+        driver.close()

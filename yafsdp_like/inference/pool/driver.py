@@ -7,7 +7,7 @@ threads, text or HTTP.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.pool.host_weights import ModelUnavailableError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.engine.adapters import Adapters
     from yafsdp_like.inference.engine.metrics import Metrics
     from yafsdp_like.inference.engine.request import Request, RequestOutput
+    from yafsdp_like.inference.fleet.standing import Standing
     from yafsdp_like.inference.kv.occupancy import Stretch
     from yafsdp_like.inference.pool.member import ModelFigures
     from yafsdp_like.inference.pool.pool import ModelPool
@@ -100,6 +101,7 @@ class PoolDriver:
         self._ttls, self._host_ttls = dict(ttls or {}), dict(host_ttls or {})
         self._models: dict[str, str] = {}  # of requests that have not ended, by id
         self._idle_since = dict.fromkeys(pool.plan.models, clock())
+        self._num_standings = 0
 
     # --- as an engine ---
 
@@ -140,6 +142,11 @@ class PoolDriver:
     def occupancy(self) -> list[Stretch]:
         """Return who has which of the planned bytes on the device now, in the order of addresses."""
         return self._pool.occupancy()
+
+    def standing(self) -> Standing:
+        """Return how the pool stands, for those who route requests to one of many; O(models + requests under way)."""
+        self._num_standings += 1
+        return replace(self._pool.turns.standing(), number=self._num_standings)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless the pool's books are right; for when nothing is under way."""

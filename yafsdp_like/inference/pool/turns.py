@@ -11,12 +11,14 @@ kind replaces its guess (``fleet/times.py``).
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Protocol
 
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
 from yafsdp_like.inference.fleet.queues import Job, ModelSpec
 from yafsdp_like.inference.fleet.schedule import ScheduleOptions, TokenScheduler
+from yafsdp_like.inference.fleet.standing import ModelStanding, Standing
 from yafsdp_like.inference.fleet.times import StepLines
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 _MEMORY, _LINK = 2e12, 5e10  # bytes a second, see [Note: first guesses]
 _ROWS = 200
+_DISK = 2e9  # bytes a second that a model is taken to be read at into host memory
 
 
 class Turns(Protocol):
@@ -45,9 +48,18 @@ class Turns(Protocol):
     def stepped(self, name: str | None, outputs: Iterable[tuple[str, RequestOutput]]) -> None:
         """Take a step of a model, or none, and all outputs since the step before."""
 
+    def standing(self) -> Standing:
+        """Return how the pool stands, for those who route requests to one of many."""
+
 
 class CountedTurns:
-    """Of a pool without targets: it counts steps itself, and is told nothing."""
+    """Of a pool without targets: it counts steps itself, and is told nothing.
+
+    Its load is the share of rows that requests would fill, of each model's batch: at 1 some wait.
+    """
+
+    def __init__(self, members: Mapping[str, Member]) -> None:
+        self._members = members
 
     def check(self, name: str, request: Request) -> None:
         """Refuse no request."""
@@ -62,12 +74,21 @@ class CountedTurns:
     def stepped(self, name: str | None, outputs: Iterable[tuple[str, RequestOutput]]) -> None:
         """Learn nothing."""
 
+    def standing(self) -> Standing:
+        """Return how the pool stands, by first guesses."""
+        models = {}
+        for name, member in self._members.items():
+            token_s = _lines(member).prefill_row_s
+            num_requests, row = _num_requests(member), 1 / member.engine.options.max_batch_size
+            models[name] = ModelStanding(num_requests, _wake_s(member), token_s, row)
+        return Standing(sum(each.num_requests * each.request_load for each in models.values()), models)
+
 
 def turns_of(
     members: Mapping[str, Member], targets: Mapping[str, Targets] | None, admission_load: float | None
 ) -> Turns:
     """Return the turns of a pool: by slack where its models have targets."""
-    return CountedTurns() if targets is None else SlackTurns(members, targets, admission_load)
+    return CountedTurns(members) if targets is None else SlackTurns(members, targets, admission_load)
 
 
 class SlackTurns:
@@ -153,6 +174,17 @@ class SlackTurns:
                 drew_all = output.finish in (FinishReason.STOP, FinishReason.LENGTH)
                 self.scheduler.ended(model, output.request_id, was_cancelled=not drew_all)
 
+    def standing(self) -> Standing:
+        """Return how the pool stands, by the scheduler's numbers."""
+        models, load = {}, 0.0
+        for name, queue in self.scheduler.queues.items():
+            num_rows, tpot_s = len(queue.running) + len(queue.waiting), queue.targets.tpot_s
+            more_s = queue.times.decode_s(num_rows + 1) - (queue.times.decode_s(num_rows) if num_rows else 0.0)
+            token_s = queue.times.prefill_s(1024) / 1024
+            models[name] = ModelStanding(num_rows, _wake_s(self._members[name]), token_s, more_s / tpot_s)
+            load += queue.load
+        return Standing(load, models)
+
     def _new_steps(self, name: str) -> tuple[int, int]:
         """Return how many steps of a model were read since the last call, and tokens of prompts in them."""
         log = self._members[name].engine.step_log
@@ -173,6 +205,23 @@ def _job(name: str, request: Request) -> Job:
     return Job(request.id, name, len(request.prompt), request.max_tokens, request.tenant)
 
 
+def _num_requests(member: Member) -> int:
+    metrics = member.engine.metrics()
+    return metrics.num_running + metrics.num_waiting
+
+
+def _wake_s(member: Member) -> float:
+    """Return the seconds until a model's weights are on the device, if it were asked for now."""
+    if member.failure is not None:
+        return math.inf
+    if member.is_awake:
+        return 0.0
+    figures = member.figures
+    return (figures.weights_nbytes - figures.loaded_nbytes) / _DISK + member.residence.missing_nbytes() / _rates(
+        member
+    )[1]
+
+
 def _rates(member: Member) -> tuple[float, float]:
     """Return bytes a second of the device's memory and of its link to the host."""
     hardware = member.plan.serving.site.hardware
@@ -180,10 +229,14 @@ def _rates(member: Member) -> tuple[float, float]:
     return (_MEMORY, _LINK) if rates is None else (rates.memory_nbytes, rates.host_nbytes)
 
 
-def _spec(member: Member, targets: Targets) -> ModelSpec:
-    memory, link = _rates(member)
+def _lines(member: Member) -> StepLines:
+    """Return first guesses, see [Note: first guesses]."""
+    memory = _rates(member)[0]
     step_s = member.plan.image_nbytes / memory
     key_s = sum(group.shape.nbytes / group.shape.page_size for group in member.plan.serving.groups) / memory
-    lines = StepLines(step_s, step_s / _ROWS, key_s, 0.0, step_s / _ROWS)
+    return StepLines(step_s, step_s / _ROWS, key_s, 0.0, step_s / _ROWS)
+
+
+def _spec(member: Member, targets: Targets) -> ModelSpec:
     batch = member.engine.options.max_batch_size
-    return ModelSpec(targets, lines, member.plan.image_nbytes / link, batch)
+    return ModelSpec(targets, _lines(member), member.plan.image_nbytes / _rates(member)[1], batch)
