@@ -199,6 +199,38 @@ class ServePoolOptions:
         _check_server(self)
 
 
+@dataclass(frozen=True)
+class FleetOptions:
+    """Replicas of a pool, what each has, and when there are more or fewer of them."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    pool: str  # YAML file of `launch.serve --pool`, at the same place on every host
+    host: str = "127.0.0.1"  # address to listen on, on every host; 0.0.0.0: all
+    port: int = 8000
+    min_replicas: int = 1  # that are kept, whatever the load
+    max_replicas: int = 1
+    gpus: float = 1.0  # of each replica; 0: replicas on CPUs
+    cpus: float = 4.0  # of each replica that Ray reserves
+    ingresses: int = 1  # processes that read requests and choose replicas
+    aim_load: float = 0.6  # share of a replica's time that is to be in use after a change of their number
+    high_load: float = 0.8  # share above which there are to be more
+    up_after_s: float = 10.0  # for which more must be wanted
+    down_after_s: float = 300.0  # for which fewer must do
+    report_s: float = 0.5  # between two reports of a replica to those who route
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise ValueError(
+                f"expected 1 <= min_replicas <= max_replicas, found {self.min_replicas} and {self.max_replicas}"
+            )
+        if not 0 < self.aim_load < self.high_load:
+            raise ValueError(f"expected 0 < aim_load < high_load, found {self.aim_load} and {self.high_load}")
+        if self.ingresses < 1 or self.gpus < 0 or self.cpus < 0 or min(self.up_after_s, self.down_after_s) < 0:
+            raise ValueError(f"expected at least one ingress, and nothing below 0, found {self}")
+        if self.report_s <= 0 or not 0 < self.port <= 65535:
+            raise ValueError(f"expected a report_s above 0 and a port from 1 to 65535, found {self}")
+
+
 def _check_server(options: ServeOptions | ServePoolOptions) -> None:
     if not 0 <= options.port <= 65535:
         raise ValueError(f"port must be from 0 to 65535, found {options.port}")
@@ -245,6 +277,17 @@ The file is YAML with the sections below, see configs/serve_pool.yaml. Bytes tak
 """,
     flat=True,
     aliases={"pool.kv_nbytes": "kv-memory"},
+)
+
+FLEET = Command(
+    "usage: -m launch.fleet POOL_FILE [--option=value ...]",
+    FleetOptions,
+    """
+Joins the Ray cluster that RAY_ADDRESS names, or the one that runs here, or begins one. Keys of users and admins are
+those of the pool's file, or of the environment of the replicas.
+""",
+    positionals=("pool",),
+    flat=True,
 )
 
 

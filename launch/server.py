@@ -30,6 +30,7 @@ from yafsdp_like.inference.http.connections import limit_connections
 from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.http.server import create_catalog_app
 from yafsdp_like.inference.http.service import LAST_STEP_S, Service, ServiceState, SteppableEngine
+from yafsdp_like.inference.pool.driver import PoolDriver
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text takes one core: the engine needs the others
 STUCK_STATUS = 3
@@ -98,16 +99,21 @@ def serve(model: LoadedModel, options: ServeOptions, address: socket) -> None:
         leader.close()
 
 
-def serve_pool(pool: LoadedPool, options: ServePoolOptions, address: socket) -> None:
-    """Serve the models of a pool until a signal comes; raises RuntimeError if it has failed."""
+def pool_service(pool: LoadedPool, options: ServePoolOptions) -> Service[PoolDriver]:
+    """Return the service of a pool, not started yet."""
     device, entries = pool.device, options.models.values()
     polled = [ttl_s / 4 for entry in entries for ttl_s in (entry.ttl_s, entry.host_ttl_s) if ttl_s]
-    service = Service(
+    return Service(
         pool.driver,
         prepare=lambda _: _use(device),
         poll_interval_s=min([*polled, MAX_POLL_S]) if polled else None,
         stuck_after_s=options.stuck_after_s or None,
     )
+
+
+def serve_pool(pool: LoadedPool, options: ServePoolOptions, address: socket) -> None:
+    """Serve the models of a pool until a signal comes; raises RuntimeError if it has failed."""
+    service = pool_service(pool, options)
     run_server(service, create_catalog_app(service, pool.catalog), options, address, outlives_engine=True)
     pool.driver.close()
 

@@ -1,0 +1,364 @@
+"""Ray Serve's part of a fleet: replicas of a pool, ingresses that pass requests on to them, and whom these choose.
+
+    client -> Ray's HTTP proxy -> Ingress -> PoolRequestRouter -> PoolReplica -> application of `launch.serve --pool`
+
+Owns what crosses Ray, and everything that needs it. Which replica is best, and how many there should be, is decided by
+`inference/fleet/` from numbers. Ingresses and Ray's controller import no torch.
+
+[Note: a request's way]
+An ingress reads a body only as far as its model and prompt, for the choice of a replica, and passes it on as it came.
+The replica calls its application as an HTTP server would and gives back what that sends: a status with headers, then
+bytes. An answer of 429 or 503 is a replica's word that it has no time or no such model: the ingress asks the next one.
+What was begun is never asked again. When a replica dies, its open streams end with an error event, its other requests
+with 503, and Ray starts another one; what a client leaves is cancelled all the way.
+
+[Note: alpha]
+Of Ray's interfaces only the request router and the statistics that it reads are alpha as of Ray 2.60:
+`choose_replicas`, `on_request_routed`, `update_replicas`, `initialize_state`, `routing_stats`, the deadline for a
+queue's length, and `record_routing_stats`. Without them requests would be served as well, by replicas that Ray chooses
+at random.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import pickle
+import signal
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions, RequestRouterConfig
+from ray.serve.exceptions import RayServeException
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Message
+
+from launch.options import SERVE_POOL, FleetOptions
+from yafsdp_like.inference.fleet.router import BLOCK, MAX_BLOCKS, FleetRouter, blocks_of
+from yafsdp_like.inference.fleet.routing import wanted_replicas
+from yafsdp_like.inference.http.errors import ApiError, unavailable
+
+NAME = "yafsdp_like"  # of the application
+TRIES = 3  # replicas that a request is offered to
+MAX_REQUESTS = 65536  # that Ray lets a process have under way: pools say themselves what is too much
+LARGE = 2**16  # bytes of a body that are read in a thread
+ONE_REPLICAS = "/admin/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"  # what would reach one replica of many
+REPLICA_HEADER = "x-replica"  # of an answer: whose it is; of a request: who is asked first, as for its /status
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PassedRequest:
+    """A request on its way to a replica."""
+
+    scope: dict[str, Any]  # of ASGI
+    body: bytes
+    model: str  # that its body names; "": none
+    blocks: tuple[bytes, ...]  # of its prompt
+    replica: str | None = None  # that the client wants, by the header
+    tried: tuple[str, ...] = ()  # replicas that had no time for it
+
+
+@dataclass(frozen=True)
+class AnswerHead:
+    """What an answer begins with."""
+
+    replica: str
+    status: int
+    headers: list[tuple[bytes, bytes]]
+
+
+# --- the replica ---
+
+
+class PoolReplica:
+    """A pool of models in a process of its own, behind the HTTP application that a single server has."""
+
+    async def __init__(self, pool_file: str) -> None:  # type: ignore[misc]
+        """Load the pool; Ray waits for it."""
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from launch.pool import load_pool
+        from launch.server import pool_service, serving_switches
+        from yafsdp_like.inference.http.server import create_catalog_app
+        from yafsdp_like.inference.http.service import ServiceState
+
+        options = SERVE_POOL.load([pool_file])
+        self._pool, self._grace_s, self._failed = load_pool(options), options.grace_s, ServiceState.FAILED
+        self._service = pool_service(self._pool, options)
+        self._app = create_catalog_app(self._service, self._pool.catalog)
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._num_refused = 0  # since the last report
+        self._answering: set[asyncio.Task[None]] = set()
+        self._ends = contextlib.AsyncExitStack()
+        self._ends.enter_context(serving_switches())
+        await self._ends.enter_async_context(self._app.router.lifespan_context(self._app))
+
+    async def answer(self, asked: PassedRequest) -> AsyncIterator[AnswerHead | bytes]:
+        """Yield the head of the application's answer, then its bytes as they come; see [Note: a request's way]."""
+        sent: asyncio.Queue[Message | None] = asyncio.Queue()
+        received: list[Message] = [{"type": "http.request", "body": asked.body, "more_body": False}]
+        gone = asyncio.Event()
+
+        async def receive() -> Message:
+            if received:
+                return received.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        answering = asyncio.create_task(self._app(asked.scope, receive, sent.put))
+        self._answering.add(answering)
+        answering.add_done_callback(lambda _: sent.put_nowait(None))
+        answering.add_done_callback(self._answering.discard)
+        try:
+            while (message := await sent.get()) is not None:
+                if message["type"] == "http.response.start":
+                    self._num_refused += message["status"] == 429
+                    yield AnswerHead(self._name, message["status"], list(message["headers"]))
+                    continue
+                parts = [message.get("body", b"")]
+                while not sent.empty() and (more := sent.get_nowait()) is not None:
+                    parts.append(more.get("body", b""))
+                if content := b"".join(parts):
+                    yield content
+                if answering.done():
+                    break
+        finally:
+            gone.set()
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Tell routers how the pool stands; they alone can read it."""
+        standing = await self._service.call(lambda driver: driver.standing())
+        parsers = self._pool.catalog.parsers
+        aliases = {name: each.options.adapter_of for name, each in parsers.items() if each.options.adapter_of}
+        return {"number": standing.number, "standing": pickle.dumps(replace(standing, aliases=aliases))}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell Ray's controller what decides how many replicas there should be."""
+        standing = await self._service.call(lambda driver: driver.standing())
+        num_refused, self._num_refused = self._num_refused, 0
+        return {"load": standing.load, "num_refused": float(num_refused)}
+
+    def check_health(self) -> None:
+        """Raise RuntimeError once the engine has failed, or is stuck: Ray then starts another replica."""
+        if self._service.state is self._failed:
+            raise RuntimeError(self._service.unhealthy_reason)
+
+    async def __del__(self) -> None:
+        """End what runs, once Ray sends nothing any more."""
+        await self._service.drain(self._grace_s)
+        await self._ends.aclose()
+        if not self._service.is_stuck:
+            self._pool.driver.close()
+
+
+# --- the choice of a replica ---
+
+
+class PoolRequestRouter(RequestRouter):
+    """Offers a request to replicas in the order of ``FleetRouter``; lives beside each ingress's handle."""
+
+    # For a replica to say whether it takes one request more, before the next best is asked: not only that it is busy.
+    queue_len_response_deadline_s = max_queue_len_response_deadline_s = 2.0
+
+    def initialize_state(self, **_: Any) -> None:
+        """Begin to remember."""
+        self._fleet = FleetRouter()
+        self._numbers: dict[ReplicaID, int] = {}  # of the last report that was read
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Return all candidates, one of each rank, the best first; the one that the client names before all."""
+        for candidate in candidate_replicas:
+            stats = candidate.routing_stats or {}
+            if stats.get("number", 0) > self._numbers.get(candidate.replica_id, 0):
+                self._numbers[candidate.replica_id] = stats["number"]
+                self._fleet.heard(candidate.replica_id, pickle.loads(stats["standing"]))
+        asked = _asked(pending_request)
+        fresh = [each for each in candidate_replicas if each.replica_id.unique_id not in asked.tried]
+        found = fresh or candidate_replicas
+        order = self._fleet.order([each.replica_id for each in found], asked.model, asked.blocks)
+        order.sort(key=lambda index: found[index].replica_id.unique_id != asked.replica)
+        return [[found[index]] for index in order]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """Remember what was sent where."""
+        asked = _asked(pending_request)
+        if asked.model:
+            self._fleet.sent(replica_id, asked.model, asked.blocks)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Forget replicas that are no more."""
+        super().update_replicas(replicas)
+        kept = {each.replica_id for each in replicas}
+        self._fleet.keep(kept)
+        self._numbers = {replica: number for replica, number in self._numbers.items() if replica in kept}
+
+
+def _asked(pending: PendingRequest | None) -> Any:
+    """Return what an ingress passed on; not by its class, of which Ray's copy of the router has one of its own."""
+    return pending.args[0] if pending is not None and pending.args else PassedRequest({}, b"", "", ())
+
+
+class LoadPolicy:
+    """How many replicas Ray's controller keeps: `wanted_replicas` of what they report."""
+
+    def __init__(self, aim_load: float, high_load: float) -> None:
+        self._aim, self._high = aim_load, high_load
+
+    def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
+        """Return the number; Ray keeps it within bounds, and waits as long as its configuration says."""
+        reports = context.aggregated_metrics or {}
+        loads = [float(load) for load in reports.get("load", {}).values()]
+        there = context.current_num_replicas
+        loads = (loads + [0.0] * there)[:there]  # one that has not reported yet has nothing to do
+        has_refused = any(count > 0 for count in reports.get("num_refused", {}).values())
+        return wanted_replicas(loads, int(has_refused), self._aim, self._high), {}
+
+
+# --- the ingress ---
+
+
+class Ingress:
+    """Reads requests, and passes them on to replicas and their answers back; see [Note: a request's way]."""
+
+    def __init__(self, pool: Any, most_nbytes: int) -> None:
+        """``most_nbytes``: of a body."""
+        self._pool, self._most_nbytes = pool.options(method_name="answer", stream=True), most_nbytes
+
+    async def __call__(self, http: Request) -> Response:
+        """Return the answer of a replica, as a stream where it is one."""
+        try:
+            if http.url.path.startswith(ONE_REPLICAS):
+                raise ApiError(501, "this would change one replica of a fleet: change the pool's file, and deploy it")
+            return await self._pass_on(await self._read(http))
+        except ApiError as error:
+            return JSONResponse(error.body(), error.status_code, error.headers)
+
+    async def _read(self, http: Request) -> PassedRequest:
+        body = bytearray()
+        async for part in http.stream():
+            body += part
+            if len(body) > self._most_nbytes:
+                raise ApiError(413, f"a body may have {self._most_nbytes} bytes at most", code="body_too_large")
+        names = "type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client"
+        scope = {name: http.scope[name] for name in names if name in http.scope}
+        scope |= {"asgi": {"version": "3.0"}, "root_path": "", "headers": [tuple(pair) for pair in scope["headers"]]}
+        sent = bytes(body)
+        model, text = await asyncio.to_thread(model_and_prompt, sent) if len(sent) > LARGE else model_and_prompt(sent)
+        return PassedRequest(scope, sent, model, blocks_of(model, text), http.headers.get(REPLICA_HEADER))
+
+    async def _pass_on(self, asked: PassedRequest) -> Response:
+        for number in range(TRIES):
+            parts = self._pool.remote(asked)
+            try:
+                head = await anext(aiter(parts))
+                is_refused = head.status in (429, 503) and asked.model and number < TRIES - 1
+                if is_refused and head.replica not in asked.tried:
+                    parts.cancel()
+                    asked = replace(asked, tried=(*asked.tried, head.replica))
+                    continue
+                headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
+                headers[REPLICA_HEADER] = head.replica
+                if headers.get("content-type", "").startswith("text/event-stream"):
+                    return StreamingResponse(_events(parts), head.status, headers)
+                content = b"".join([part async for part in parts])
+            except (RayError, RayServeException, StopAsyncIteration) as error:
+                raise _lost(error) from error
+            return Response(content, head.status, headers)
+        raise AssertionError("the last try is not refused")
+
+
+async def _events(parts: Any) -> AsyncIterator[bytes]:
+    """Yield a stream's bytes; where its replica dies, an error event and the end."""
+    try:
+        async for part in parts:
+            yield part
+    except (RayError, RayServeException) as error:
+        yield b"data: " + json.dumps(_lost(error).body()).encode() + b"\n\ndata: [DONE]\n\n"
+    finally:
+        parts.cancel()
+
+
+def _lost(error: BaseException) -> ApiError:
+    logger.warning("a replica is lost", exc_info=error)
+    return unavailable(f"the replica that served this is lost: {type(error).__name__}", code="replica_lost")
+
+
+def model_and_prompt(body: bytes) -> tuple[str, bytes]:
+    """Return the model that a body names and the beginning of its prompt, as bytes; "" and b"" where it has none."""
+    try:
+        sent = json.loads(body)
+    except (ValueError, RecursionError):
+        return "", b""  # the replica says why
+    if not isinstance(sent, dict) or not isinstance(sent.get("model"), str):
+        return "", b""
+    parts = [sent.get(name) for name in ("tools", "messages", "prompt", "input") if sent.get(name)]
+    return sent["model"], "".join(map(json.dumps, parts)).encode()[: BLOCK * MAX_BLOCKS]
+
+
+# --- the application ---
+
+
+def application(options: FleetOptions) -> Any:
+    """Return the application of Ray Serve. Raises ValueError for a pool's file that cannot be."""
+    path = str(Path(options.pool).resolve())
+    pool_options = SERVE_POOL.load([path])
+    pool = serve.deployment(PoolReplica).options(
+        name="Pool",
+        max_ongoing_requests=MAX_REQUESTS,
+        ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
+        request_router_config=RequestRouterConfig(
+            request_router_class=PoolRequestRouter, request_routing_stats_period_s=options.report_s
+        ),
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=2 * pool_options.grace_s + 15,
+        **_scale(options),
+    )
+    ingress = serve.deployment(Ingress).options(
+        name="Ingress",
+        num_replicas=options.ingresses,
+        max_ongoing_requests=MAX_REQUESTS,
+        ray_actor_options={"num_cpus": 1 if options.cpus else 0},
+    )
+    return ingress.bind(pool.bind(path), pool_options.http.max_body_nbytes)
+
+
+def _scale(options: FleetOptions) -> dict[str, Any]:
+    if options.min_replicas == options.max_replicas:
+        return {"num_replicas": options.min_replicas}
+    kwargs = {"aim_load": options.aim_load, "high_load": options.high_load}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=options.min_replicas,
+            max_replicas=options.max_replicas,
+            upscale_delay_s=options.up_after_s,
+            downscale_delay_s=options.down_after_s,
+            policy=AutoscalingPolicy(policy_function=LoadPolicy, policy_kwargs=kwargs),
+        )
+    }
+
+
+def serve_fleet(options: FleetOptions) -> None:
+    """Deploy the application, and delete it when a signal comes."""
+    ends = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ends.set())
+    ray.init(ignore_reinit_error=True)
+    serve.start(http_options=HTTPOptions(host=options.host, port=options.port), proxy_location="EveryNode")
+    serve.run(application(options), name=NAME)
+    print(f"serving on http://{options.host}:{options.port}", flush=True)
+    ends.wait()
+    serve.delete(NAME)

@@ -1,0 +1,304 @@
+"""launch.fleet: its options, its document, and two replicas of a pool behind one address, of which one dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import yaml
+
+from launch import fleet
+from launch.options import FLEET, FleetOptions
+from tests.inference.text.test_codec import write_tokenizer
+from yafsdp_like.inference.text.codec import Codec
+from yafsdp_like.models import Decoder, DecoderConfig
+from yafsdp_like.models.hf import save_hf
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 240.0  # that nothing here should take, on the slowest machine
+MANY = 8192  # tokens, which take longer than a process takes to die
+FILE = """
+device: cpu
+grace_s: 2
+models:
+  one: {path: %(directory)s, engine: {max_batch_size: 4, max_batch_tokens: 64}}
+  two: {path: %(directory)s, engine: {max_batch_size: 4, max_batch_tokens: 64}}
+pool: {memory_limit_nbytes: 32MiB}
+"""
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--min-replicas=3"], "1 <= min_replicas <= max_replicas, found 3 and 1"),
+        (["--aim-load=0.9"], "0 < aim_load < high_load"),
+        (["--gpus=-1"], "nothing below 0"),
+        (["--port=0"], "a port from 1 to 65535"),
+        (["--replicas=3"], "unknown"),
+    ],
+)
+def test_mistakes_in_options_are_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fleet.main(["pool.yaml", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+
+
+def test_a_fleet_without_ray_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert fleet.main(["pool.yaml"]) != 0
+    assert "pip install 'yafsdp_like[fleet]'" in capsys.readouterr().err
+
+
+# --- two replicas ---
+
+
+class Fleet:
+    """A process of launch.fleet, the Ray that it began, and what it has said."""
+
+    def __init__(self, file: Path, *arguments: str) -> None:
+        self.home = tempfile.mkdtemp(prefix="fleet")  # short: Ray makes sockets in it
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "RAY_ADDRESS": "local",
+            "RAY_TMPDIR": self.home,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": "a" * 64,  # or Ray writes one into the home directory
+            "RAY_raylet_start_wait_time_s": f"{SECONDS:.0f}",
+            "PYTHONPATH": str(ROOT),
+        }
+        options = (f"--port={free_port()}", "--gpus=0", "--cpus=0", "--report=0.2", *arguments)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "launch.fleet", str(file), *options],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        said = []
+        for line in self.process.stdout:
+            said.append(line)
+            if line.startswith("serving on "):
+                break
+        if not said or not said[-1].startswith("serving on "):
+            self.end()
+            raise AssertionError("".join(said))
+        self.http = httpx.Client(base_url=said[-1].split()[-1], timeout=SECONDS)
+
+    def end(self) -> None:
+        """End everything that was begun here."""
+        self.process.kill()
+        for pid in self.pids(""):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def pids(self, title: str) -> list[int]:
+        """Processes of this fleet whose titles hold these words."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                is_own = f"RAY_TMPDIR={self.home}\0".encode() in (process / "environ").read_bytes()
+                if is_own and title in (process / "cmdline").read_text():
+                    found.append(int(process.name))
+        return found
+
+    def ask(self, model: str, **more: Any) -> httpx.Response:
+        """Ask for a few tokens."""
+        body = {"model": model, "prompt": "The quick brown fox", "max_tokens": 4, "temperature": 0, **more}
+        return self.http.post("/v1/completions", json=body)
+
+    @contextlib.contextmanager
+    def stream(self, model: str, max_tokens: int = MANY) -> Iterator[tuple[str, Iterator[dict[str, Any] | str]]]:
+        """Ask for many tokens, and yield whose answer it is, and its events."""
+        body = {"model": model, "prompt": "a", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+        with self.http.stream("POST", "/v1/completions", json=body) as answer:
+            assert answer.status_code == 200, answer.read()
+            yield answer.headers["x-replica"], events(answer)
+
+    def num_running(self, replica: str) -> int:
+        """Requests that a replica has under way."""
+        answer = self.http.get("/status.json", headers={"x-replica": replica})
+        assert answer.headers["x-replica"] == replica
+        figures = answer.json()["figures"]
+        return int(figures["num_running"] + figures["num_waiting"])
+
+
+def events(answer: httpx.Response) -> Iterator[dict[str, Any] | str]:
+    """Yield what the lines of a stream say."""
+    for line in answer.iter_lines():
+        if line:
+            said = line.removeprefix("data: ")
+            yield said if said == "[DONE]" else json.loads(said)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    import socket
+
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return int(made.getsockname()[1])
+
+
+def until(what: Any) -> None:
+    """Wait for it to be true."""
+    ends = time.monotonic() + SECONDS
+    while not what():
+        assert time.monotonic() < ends, "it has not come true"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("ray")
+    directory = tmp_path_factory.mktemp("fleet") / "base"
+    directory.mkdir()
+    codec = Codec.load(write_tokenizer(directory))
+    decoder = Decoder(DecoderConfig(32, 2, 4, 2, 64, vocab_size=codec.vocab_size, max_seq_len=2 * MANY))
+    decoder.init_weights(0)
+    save_hf(decoder, directory)
+    (directory.parent / "pool.yaml").write_text(FILE % {"directory": directory})
+    return directory.parent / "pool.yaml"
+
+
+@pytest.fixture
+def running(file: Path, request: pytest.FixtureRequest) -> Iterator[Fleet]:
+    made = Fleet(file, *getattr(request, "param", ("--min-replicas=2", "--max-replicas=2")))
+    try:
+        yield made
+    finally:
+        made.http.close()
+        made.end()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * SECONDS)
+def test_models_find_their_replicas_and_a_replica_that_dies_ends_its_streams_and_no_others(running: Fleet) -> None:
+    until(lambda: len(running.pids("ServeReplica:yafsdp_like:Pool")) == 2)
+    alone = running.ask("one")
+    assert alone.status_code == 200, alone.text
+    home = alone.headers["x-replica"]
+    assert [running.ask("one").headers["x-replica"] for _ in range(3)] == [home] * 3, "it is awake there"
+
+    with running.stream("one", 12) as (replica, said):
+        found = [each for each in said if isinstance(each, dict)]
+        assert replica == home and sum(bool(each["choices"][0]["text"]) for each in found) > 1, "it comes in parts"
+    assert running.ask("none").status_code == 404 and running.ask("one", n=0).status_code == 400
+    assert running.http.post("/admin/models/one/sleep").status_code == 501
+    assert {each["id"] for each in running.http.get("/v1/models").json()["data"]} == {"one", "two"}
+
+    with running.stream("one") as (replica, said):
+        assert replica == home and next(said)
+        other = running.ask("two").headers["x-replica"]
+        assert other != home, "it sleeps in both, and one has time"
+    until(lambda: running.num_running(home) == 0)  # what a client leaves is cancelled
+    assert running.ask("two").headers["x-replica"] == other
+
+    with running.stream("one") as (replica, said), running.stream("two") as (second, its):
+        assert (replica, second) == (home, other) and next(said) and next(its)
+        before = set(running.pids("ServeReplica:yafsdp_like:Pool"))
+        for pid in before:
+            if any(home in os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()):  # its log
+                os.kill(pid, signal.SIGKILL)
+        *_, lost, done = said
+        assert isinstance(lost, dict) and lost["error"]["code"] == "replica_lost" and done == "[DONE]"
+        assert isinstance(next(its), dict), "the other stream goes on"
+        again = running.ask("one")
+        assert again.status_code == 200 and again.headers["x-replica"] == other
+        assert again.json()["choices"] == alone.json()["choices"]
+    until(lambda: len(set(running.pids("ServeReplica:yafsdp_like:Pool")) - before) == 1)  # another is begun
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(SECONDS) == 0
+
+
+# --- how many ---
+
+
+def test_ray_is_told_how_many_replicas_their_reports_call_for(file: Path) -> None:
+    """``file`` skips this without Ray."""
+    from launch.ray_fleet import LoadPolicy
+
+    def wanted(there: int, refused: float = 0.0, **loads: float) -> int:
+        reports = {"load": loads, "num_refused": dict.fromkeys(loads, refused)}
+        return LoadPolicy(0.6, 0.8)(SimpleNamespace(aggregated_metrics=reports, current_num_replicas=there))[0]
+
+    assert wanted(1, a=0.9) == 2 and wanted(2, a=0.9) == 2, "one that has not reported yet has nothing to do"
+    assert wanted(2, a=0.2, b=0.2) == 1 and wanted(2, refused=0.5, a=0.2, b=0.2) == 3
+    assert LoadPolicy(0.6, 0.8)(SimpleNamespace(aggregated_metrics=None, current_num_replicas=1))[0] == 1
+
+
+# --- the document, and what is beside it ---
+
+MANIFESTS = ROOT / "configs" / "fleet"
+DOCUMENT = (ROOT / "docs" / "fleet.md").read_text()
+
+
+def pods(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the specifications of all pods of a manifest."""
+    if manifest["kind"] == "RayService":
+        cluster = manifest["spec"]["rayClusterConfig"]
+        return [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    return [item["spec"]["template"]["spec"] for item in manifest["items"] if item["kind"] == "Deployment"]
+
+
+@pytest.mark.parametrize("name", ["kubernetes.yaml", "rayservice.yaml"])
+def test_manifests_hold_pods_whose_volumes_ports_and_options_fit(name: str) -> None:
+    manifest = yaml.safe_load((MANIFESTS / name).read_text())
+    found = pods(manifest)
+    assert len(found) == 2
+    for pod in found:
+        (container,) = pod["containers"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        assert container["image"] == "IMAGE" and "YAFSDP_LIKE_API_KEY" in {each["name"] for each in container["env"]}
+    if manifest["kind"] == "RayService":
+        serving = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+        (application,) = serving["applications"]
+        module, _, function = application["import_path"].partition(":")
+        assert module == "launch.fleet" and callable(getattr(fleet, function))
+        assert FleetOptions(**application["args"]).max_replicas == 8
+        return
+    services = {item["metadata"]["name"]: item["spec"] for item in manifest["items"] if item["kind"] == "Service"}
+    assert services["fleet-head"]["ports"][0]["port"] == 6379 and services["fleet"]["ports"][0]["port"] == 8000
+    (script,) = found[0]["containers"][0]["args"]
+    begins, _, serves = script.partition("&&")
+    assert "--port=6379" in begins and FLEET.load(shlex.split(serves)[4:]).host == "0.0.0.0"
+    assert "--address=fleet-head:6379" in found[1]["containers"][0]["command"]
+
+
+def test_commands_of_the_document_and_of_the_script_are_ones_that_are_understood() -> None:
+    script = (MANIFESTS / "slurm.sh").read_text()
+    for text in (script, "\n".join(re.findall(r"```\n(.*?)```", DOCUMENT, re.DOTALL))):
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        commands = re.findall(r"python -m launch\.fleet (.+)", text.replace("$replicas", "16"))
+        options = [FLEET.load(shlex.split(each, comments=True)) for each in commands if "--help" not in each]
+        assert options and all(each.min_replicas >= 2 for each in options)
+    named = set(re.findall(r"`--([a-z-]+)`", DOCUMENT))
+    assert named and all(f"--{name}" in FLEET.help_text() for name in named)
