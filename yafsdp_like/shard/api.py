@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar, Unpack, overload
 
 import torch
@@ -97,26 +98,23 @@ def fully_shard(
         mesh: a 1-D mesh, or a 2-D one with ``mesh_dim_names`` (HSDP): its first dimension replicates and its second
             shards, and replicas must start from the same values. All ranks by default: torchrun's, or one alone.
         reshard_after_forward: whether to release full parameters after forward and all-gather them again for backward.
-            None: for all but the root, and without grad mode for the root too. A number, which divides that of the
-            ranks: each group of so many keeps the parameters, and all-gathers them alone for backward.
+            None: for all but the root, and without grad mode for the root too. A number that divides that of the ranks:
+            groups of so many keep them, and all-gather alone for backward.
         mp_policy: ``param_dtype`` to all-gather and compute in, ``reduce_dtype`` to reduce-scatter gradients in,
-            ``output_dtype``, and ``cast_forward_inputs``; the optimizer sees the original dtype. Without a
-            ``reduce_dtype`` gradients are reduced as the installed torch does: up to 2.14 in ``param_dtype``, from
-            2.15 on in the dtype of ``.grad``.
+            ``output_dtype``, and ``cast_forward_inputs``; the optimizer sees the original dtype. Without the second
+            one it is as in the installed torch: ``param_dtype`` up to 2.14, the dtype of ``.grad`` from 2.15 on.
         ignored_params: parameters that are left alone.
         transport: what moves bytes between ranks, which is not FSDP2's; ``comm/choice.py`` says what "auto" takes.
         split_master: keep fp32 parameters that are computed on in bfloat16 as that rounding, which is what is
-            all-gathered, and 16 bits of remainder: two bytes a value less, the same fp32 values for everybody who
-            reads or writes them. Not FSDP2's; see [Note: split master] in ``ops/split_master.py``.
+            all-gathered, and 16 bits of remainder: two bytes a value less, the same fp32 values for everybody.
+            Not FSDP2's; see [Note: split master] in ``ops/split_master.py``.
         grad_dtype: of ``.grad``, to which sums over several backwards are rounded; None: the parameter's own.
-        debug: see ``FSDPModule.set_debug_mode``; None: as ``YAFSDP_DEBUG`` says. Not FSDP2's.
-        shard_placement_fn: returns ``Shard(dim)``, or None for ``Shard(0)``, for each parameter. Ranks must have equal
-            parts of other dimensions than the first; see [Note: layout staging] in ``runtime/layout_staging.py``. It
-            may name another mesh too, by FSDP2's ``ShardPlacementResult``: the parameters of each mesh are then
-            all-gathered and reduce-scattered together, and averaged over that mesh alone.
-        offload_policy: ``CPUOffloadPolicy()`` keeps parameters and gradients in host memory, and so the optimizer's
-            states and update; rows are copied to the device for each all-gather, and gradients back, beside compute.
-            ``pin_memory`` matters on a GPU only. See [Note: shards on the host] in ``runtime/host_shard.py``.
+        debug: see ``FSDPModule.set_debug_mode``; None: as ``YAFSDP_DEBUG`` says.
+        shard_placement_fn: returns ``Shard(dim)``, or None for ``Shard(0)``, for each parameter; but for the first
+            dimension, ranks must have equal parts. FSDP2's ``ShardPlacementResult`` names another mesh, over which
+            alone these parameters are then all-gathered, reduce-scattered and averaged.
+        offload_policy: ``CPUOffloadPolicy()`` keeps parameters, gradients and the optimizer's states in host memory;
+            copies go beside compute. See [Note: shards on the host] in ``runtime/host_shard.py``.
         dp_mesh_dims: which dimensions of ``mesh``, on which parameters are DTensors then, shard and replicate.
 
     Returns:
@@ -129,17 +127,18 @@ def fully_shard(
     offload = check_offload(offload_policy, transport, split_master)
     check_grad_dtype(grad_dtype, mp_policy)
     mesh, full = data_mesh(mesh if mesh is not None else _default_mesh(), dp_mesh_dims)
-
-    def policy_over(mesh: DeviceMesh) -> UnitPolicy:
-        reshards, ranks = check_reshard(reshard_after_forward, mesh)
-        return UnitPolicy(mp_policy, reshards, split_master, grad_dtype, debug, offload, forward_ranks=ranks)
-
-    policies = {mesh: policy_over(mesh)}
-    owners = params_below(modules, ignored_params or set())
-    check_params(owners)
+    policy = UnitPolicy(mp_policy, True, split_master, grad_dtype, debug, offload)
+    policies = {mesh: _over(mesh, policy, reshard_after_forward)}
+    check_params(owners := params_below(modules, ignored_params or set()))
     placed = placements_over(mesh, owners, shard_placement_fn, policies[mesh], full)
-    policies |= {p.data_mesh: policy_over(p.data_mesh) for p in placed.values() if p.data_mesh not in policies}
+    policies |= {p.data_mesh: _over(p.data_mesh, policy, reshard_after_forward) for p in placed.values()}
     return _shard(module, modules, split_tied(owners, modules), placed, policies, transport)
+
+
+def _over(mesh: DeviceMesh, policy: UnitPolicy, reshard_after_forward: bool | int | None) -> UnitPolicy:
+    """Return ``policy`` for the parameters over one mesh, which says what a number of ranks means."""
+    reshards, ranks = check_reshard(reshard_after_forward, mesh)
+    return replace(policy, reshard_after_forward=reshards, forward_ranks=ranks)
 
 
 def _make_sharded(

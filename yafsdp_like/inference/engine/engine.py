@@ -402,8 +402,7 @@ class Engine:
             if run.drafted and not self._scheduler.accept(run):
                 continue
             finish = self._scheduler.read(run, token.id)
-            said = () if finish is FinishReason.GRAMMAR else (token,)
-            output = self._output(run.sequence, said, finish)
+            output = self._output(run.sequence, () if finish is FinishReason.GRAMMAR else (token,), finish)
             wants_hidden = run.sequence.request.wants_hidden
             outputs.append(replace(output, hidden=launched.hidden_of(row)) if wants_hidden else output)
         return joined(outputs) if batch.has_drafts else outputs

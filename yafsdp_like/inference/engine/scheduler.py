@@ -130,8 +130,7 @@ class Scheduler:
         except _UnreadError:
             return None
         runs = [self._run(sequence, num_tokens) for sequence, num_tokens in step.num_tokens.items()]
-        if self._speculator is not None:
-            runs += self._drafted_runs(runs, self._speculator.take())
+        runs += self._drafted_runs(runs, {} if self._speculator is None else self._speculator.take())
         if not runs:
             return Batch((), self.take_copies())
         copies = self.take_copies()
@@ -251,10 +250,9 @@ class Scheduler:
     def _drafted_runs(self, runs: Sequence[Run], drafts: Mapping[ActiveRequest, tuple[int, ...]]) -> list[Run]:
         """Return the rows that verify drafts in a step that only decodes, as far as there are pages for them."""
         found: list[Run] = []
-        for run in () if any(run.num_tokens > 1 for run in runs) else runs:
+        for run in () if not drafts or any(run.num_tokens > 1 for run in runs) else runs:
             drafted, kv = drafts.get(run.sequence, ()), run.sequence.kv
-            assert kv is not None
-            if drafted and self.cache.reserve(kv, run.end + len(drafted) - kv.num_tokens) is None:
+            if drafted and kv is not None and self.cache.reserve(kv, run.end + len(drafted) - kv.num_tokens) is None:
                 found += run.verifying(drafted)
         self.counts.num_tokens_computed += len(found)
         self.counts.num_tokens_drafted += len(found)

@@ -55,7 +55,7 @@ class Prospect:
 class Drafter(Protocol):
     """Where drafts come from."""
 
-    def expect(self, sequence: ActiveRequest, most: int) -> Prospect | None:
+    def prospect(self, sequence: ActiveRequest, most: int) -> Prospect | None:
         """Return what can be drafted behind the known tokens of a sequence, at most so many; None: nothing."""
 
     def draft(self, wanted: Mapping[ActiveRequest, int]) -> dict[ActiveRequest, tuple[int, ...]]:
@@ -79,7 +79,7 @@ class _Record:
                 break
         self.drafted = ()
 
-    def expect(self, prospect: Prospect, position: int) -> Iterator[float]:
+    def chances_of(self, prospect: Prospect, position: int) -> Iterator[float]:
         """Note what can be drafted, and yield the chance of each token that it is accepted."""
         self.kind, self.position, self.drafted = prospect.kind, position, prospect.tokens
         chance = self.chances.setdefault(prospect.kind, prospect.prior)
@@ -154,8 +154,8 @@ class Speculator:
         most = min(self._num_tokens, num_left - 1)
         if most < 1 or not _may_be_drafted(request):
             return iter(())
-        prospect = self._drafter.expect(sequence, most)
-        return iter(()) if prospect is None else record.expect(prospect, len(sequence.tokens))
+        prospect = self._drafter.prospect(sequence, most)
+        return iter(()) if prospect is None else record.chances_of(prospect, len(sequence.tokens))
 
 
 def _may_be_drafted(request: Request) -> bool:
