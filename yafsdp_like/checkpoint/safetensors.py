@@ -75,6 +75,11 @@ class StoredTensor:
         with _opened(self.path) as file:
             return file.get_slice(self.name)[start:stop]
 
+    def read(self) -> Tensor:
+        """Read all of it to the CPU, which may have no dimension. Raises ValueError if the file has become damaged."""
+        with _opened(self.path) as file:
+            return file.get_tensor(self.name)
+
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:

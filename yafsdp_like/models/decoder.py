@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from yafsdp_like.models.moe import ExpertsConfig, MixtureOfExperts
+from yafsdp_like.models.quantization import Quantization
 from yafsdp_like.models.rope import Rope, RopeScaling, apply_rope
 from yafsdp_like.models.vision import VisionConfig
 from yafsdp_like.ops.loss import linear_cross_entropy
@@ -59,6 +60,7 @@ class DecoderConfig:
     experts: ExpertsConfig | None = None  # instead of one feed-forward; ffn_dim is then each expert's
     dense_layers: tuple[int, ...] = ()  # that have one feed-forward where others have experts
     dense_ffn_dim: int | None = None  # of those
+    quantization: Quantization | None = None  # how layers' matrices are stored, and multiplied when they are served
     loss_chunk_size: int = 2048  # tokens whose logits exist at once while the loss is computed
     vision: VisionConfig | None = None  # what images in prompts are seen with, in serving
 
@@ -321,6 +323,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        if config.quantization is not None:
+            raise ValueError("quantized weights are served, not trained: load the checkpoint that they were made from")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config.of_layer(index)) for index in range(config.num_layers))

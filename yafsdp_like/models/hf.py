@@ -28,6 +28,8 @@ from yafsdp_like.models.decoder import Decoder, DecoderConfig
 from yafsdp_like.models.hf_clip import MODEL_TYPE, config_from_llava
 from yafsdp_like.models.hf_clip import decoder_tensors as stored_tensors
 from yafsdp_like.models.hf_config import config_from_hf, config_to_hf, model_type_of
+from yafsdp_like.models.hf_quantized import StoredMatrix, names_of, scale_dtype_of, stored_matrices
+from yafsdp_like.models.quantization import Quantization
 
 CONFIG_NAME, GENERATION_CONFIG_NAME = "config.json", "generation_config.json"
 MAX_FILE_NBYTES = 5_000_000_000
@@ -38,6 +40,7 @@ _MIXTRAL_NAMES = {
     ".experts.up_proj": ".experts.w3",
     ".experts.down_proj": ".experts.w2",
 }
+_PROJECTION = "_proj.weight"  # ends of names of what may be quantized
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _COMPARED_NUMEL = 1 << 22  # elements of each at a time
 _NAMES_IN_AN_ERROR = 8
@@ -65,17 +68,19 @@ def load_hf_config(directory: Path) -> DecoderConfig:
         raise ValueError(f"{path} lacks {error}") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if config.tie_embeddings and _has_own_head(directory):
-        return dataclasses.replace(config, tie_embeddings=False)
-    return config
-
-
-def _has_own_head(directory: Path) -> bool:
+    if not (config.tie_embeddings or config.quantization):
+        return config
     try:
         stored = stored_tensors(directory)
     except ValueError:  # which is said when weights are loaded, if they are
-        return False
-    return not _is_head_tied(stored)
+        return config
+    if config.tie_embeddings and not _is_head_tied(stored):
+        config = dataclasses.replace(config, tie_embeddings=False)
+    if config.quantization:
+        scale_dtype = scale_dtype_of(config.quantization, stored)
+        quantization = dataclasses.replace(config.quantization, scale_dtype=scale_dtype)
+        config = dataclasses.replace(config, quantization=quantization)
+    return config
 
 
 def load_hf_weights(model: Decoder, directory: Path) -> None:
@@ -97,15 +102,27 @@ def load_hf_weights(model: Decoder, directory: Path) -> None:
         weight.read_from(stored)
 
 
-def stored_weights(model: Decoder, directory: Path) -> dict[str, tuple[StoredTensor, ...]]:
-    """By the names of `model`'s parameters, where each lies in the safetensors files in `directory`.
+def stored_weights(
+    model: Decoder, directory: Path, quantization: Quantization | None = None
+) -> tuple[dict[str, tuple[StoredTensor, ...]], dict[str, StoredMatrix]]:
+    """Where each of `model`'s parameters lies in the safetensors files in `directory`, and each quantized matrix.
 
-    A parameter is one tensor there, or one for each expert, in order. Only headers are read, and `model` may be on the
-    meta device. Raises ValueError as `load_hf_weights` does.
+    Parameters go by their names, each one tensor there, or one for each expert, in order; quantized matrices by their
+    modules'. Headers are read, and small tensors of quantized matrices; `model` may be on the meta device. Raises
+    ValueError as `load_hf_weights` does.
     """
     weights, stored = _weights(model), stored_tensors(directory)
+    matrices: dict[str, StoredMatrix] = {}
+    if quantization is not None:
+        shapes = {weight.names[0]: weight.shape for weight in weights}
+        projections = {n.removesuffix(".weight"): (s[0], s[-1]) for n, s in shapes.items() if n.endswith(_PROJECTION)}
+        matrices = stored_matrices(directory, projections, quantization, stored)
+        taken = names_of(matrices.values(), stored)
+        weights = [weight for weight in weights if weight.names[0].removesuffix(".weight") not in matrices]
+        stored = {name: tensor for name, tensor in stored.items() if name not in taken}
     _check_fit(directory, weights, stored, tied=model.config.tie_embeddings)
-    return {weight.own_name: tuple(stored[name] for name in weight.names) for weight in weights}
+    found = {weight.own_name: tuple(stored[name] for name in weight.names) for weight in weights}
+    return found, {name.removeprefix("model."): matrix for name, matrix in matrices.items()}
 
 
 def save_hf(

@@ -9,6 +9,7 @@ from typing import Any
 
 from yafsdp_like.models.decoder import DecoderConfig
 from yafsdp_like.models.moe import ExpertsConfig
+from yafsdp_like.models.quantization import quantization_of
 from yafsdp_like.models.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
 _ARCHITECTURES = {
@@ -59,6 +60,9 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
     head_dim = raw.get("head_dim") or (128 if raw["model_type"] == "qwen3" else None)
     window, windowed_layers = _window(raw)
     theta, scaling = _rope(raw)
+    quantization = quantization_of(raw)
+    if quantization is not None and raw["model_type"] in ("mixtral", "qwen3_moe"):
+        raise ValueError(f"quantized experts are not served, found {quantization.layout} of {quantization.bits} bits")
     experts, dense_layers = _experts(raw)
     ffn_dim = raw["intermediate_size" if raw["model_type"] != "qwen3_moe" or not experts else "moe_intermediate_size"]
     return DecoderConfig(
@@ -83,6 +87,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
         experts=experts,
         dense_layers=dense_layers,
         dense_ffn_dim=raw["intermediate_size"] if dense_layers else None,
+        quantization=quantization,
     )
 
 
@@ -200,7 +205,6 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
     if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
         raise ValueError(f"model_type '{model_type}' is not one of {', '.join(_ARCHITECTURES)}")
     expected: dict[str, Any] = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
-    expected |= {"quantization_config": None, "compression_config": None}
     if model_type not in (*_BIASED, "qwen2"):
         expected["attention_bias"] = False
     if model_type != "llama":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from yafsdp_like.kernels.gemv import matmul
+from yafsdp_like.kernels.quantized import QuantizedMatrix, multiply_quantized
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,21 +30,28 @@ _Shape = tuple[torch.device, torch.dtype, int, int, int]
 _in_pieces: dict[_Shape, bool] = {}  # of this process, as measured
 
 
-def multiply(rows: Tensor, weight: Tensor, out: Tensor) -> None:
+def multiply(rows: Tensor, weight: Tensor | QuantizedMatrix, out: Tensor) -> None:
     """Write `rows @ weight.T` into `out` as `matmul` does, in pieces where `choose_pieces` found these to be faster."""
-    if len(rows) > PIECE and _in_pieces.get(_shape(rows, weight), False):
+    if isinstance(weight, QuantizedMatrix):
+        multiply_quantized(rows, weight, out)
+    elif len(rows) > PIECE and _in_pieces.get(_shape(rows, weight), False):
         _multiply_pieces(rows, weight, out)
     else:
         matmul(rows, weight, out)
 
 
 def choose_pieces(
-    rows: Tensor, weight: Tensor, out: Tensor, seconds: Callable[[Callable[[], None]], float] | None = None
+    rows: Tensor,
+    weight: Tensor | QuantizedMatrix,
+    out: Tensor,
+    seconds: Callable[[Callable[[], None]], float] | None = None,
 ) -> None:
     """Measure whether pieces are faster for products of this shape, unless this process has; `out` is overwritten.
 
     `seconds` of a call, which are measured on the device of `rows` unless it is given.
     """
+    if isinstance(weight, QuantizedMatrix):
+        return
     shape = _shape(rows, weight)
     if not PIECE < len(rows) <= _MAX_MEASURED or shape in _in_pieces:
         return

@@ -123,6 +123,8 @@ def pack_units(
     """Pack embedding, layers, and the head unless it is tied, in the order in which a forward reads them.
 
     Of parameters of layers that are in ``cuts``, by their names there, units hold one rank's part.
+
+    Matrices are in full precision, whatever ``config.quantization`` says: see ``stored_units``.
     """
     norm = Field("norm", (Parameter("norm.weight", (config.dim,), dtype),))
     embedding, head = (_vocabulary(name, config, dtype) for name in (EMBEDDING, HEAD))

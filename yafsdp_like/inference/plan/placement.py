@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from yafsdp_like.inference.plan.packed_weights import EMBEDDING, HEAD, PackedUnit, pack_units, uses_of
+from yafsdp_like.inference.plan.packed_weights import EMBEDDING, HEAD, PackedUnit, uses_of
+from yafsdp_like.inference.plan.quantized_fields import stored_units
 from yafsdp_like.memory import vmm
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment, aligned
 from yafsdp_like.memory.plan import Clock, LiveRange, Phase, Region, SlotPlace, SlotRequest, live_nbytes_peak, place
@@ -173,7 +174,7 @@ def placements(
     if mode == "tensor_parallel":
         yield _tensor_parallel(config, dtype, num_ranks)
         return
-    packed_units = pack_units(config, dtype)
+    packed_units = stored_units(config, dtype)
     uses = uses_of(packed_units, config)
     if mode == "resident":
         yield Placement(mode, packed_units, uses)
@@ -194,7 +195,7 @@ def _tensor_parallel(config: DecoderConfig, dtype: torch.dtype, num_ranks: int) 
     """Keep this rank's part of each layer, and all of the embedding and the head."""
     if num_ranks < 2:
         raise ValueError("tensor_parallel takes at least two ranks, found one; use resident, or more ranks")
-    packed_units = pack_units(config, dtype, cuts_of(config, num_ranks))
+    packed_units = stored_units(config, dtype, cuts_of(config, num_ranks))
     return Placement("tensor_parallel", packed_units, uses_of(packed_units, config), num_ranks=num_ranks)
 
 

@@ -30,6 +30,7 @@ from yafsdp_like.inference.plan.capacity import Capacity
 from yafsdp_like.inference.plan.guards import guarded, most_guards_nbytes
 from yafsdp_like.inference.plan.packed_weights import pack_units
 from yafsdp_like.inference.plan.placement import Mode, Placement, placements
+from yafsdp_like.inference.plan.quantized_fields import stored_units
 from yafsdp_like.inference.plan.recordings import recordings_nbytes
 from yafsdp_like.inference.plan.step_floors import decode_seconds, moving_seconds
 from yafsdp_like.memory.plan import MemoryPlan, Region, readable
@@ -115,7 +116,7 @@ class ServingPlan:
     @cached_property
     def adapters(self) -> AdapterLayout | None:
         """Where LoRA adapters lie; None where none is served."""
-        return AdapterLayout.of(self.placement.packed_units, self.options)
+        return _adapters(self.config, self.options, self.site, self.mode)
 
     @cached_property
     def memory(self) -> MemoryPlan:
@@ -190,10 +191,15 @@ def least_nbytes(config: DecoderConfig, options: EngineOptions, site: Site, mode
 
 def _drafted(config: DecoderConfig, options: EngineOptions, site: Site, mode: AnyMode) -> tuple[_Draft, Sequence[Mode]]:
     """Return what is common to the modes that are tried, and these."""
-    cuts = cuts_of(config, site.num_ranks) if mode == "tensor_parallel" else None
-    adapters = AdapterLayout.of(pack_units(config, site.dtype, cuts), options)
+    adapters = _adapters(config, options, site, mode)
     draft = _Draft.of(config, options, site, _rank_config(config, site, mode), adapters)
-    return draft, list(_auto_modes(site)) if mode == "auto" else [mode]
+    every: Sequence[Mode] = ("resident", "gathered", "streamed") if site.num_ranks > 1 else ("resident", "streamed")
+    return draft, every if mode == "auto" else [mode]
+
+
+def _adapters(config: DecoderConfig, options: EngineOptions, site: Site, mode: AnyMode) -> AdapterLayout | None:
+    cuts = cuts_of(config, site.num_ranks) if mode == "tensor_parallel" else None
+    return AdapterLayout.of(pack_units(config, site.dtype, cuts), options)
 
 
 @lru_cache(maxsize=16)  # whoever looks for what fits asks for the same ones again and again, and their slots are placed
@@ -417,7 +423,7 @@ def _why(plan: ServingPlan, draft: _Draft, asked: bool) -> str:
 
 def _why_tensor_parallel(plan: ServingPlan, kept_nbytes: int) -> str:
     config, share = plan.config, plan.rank_config
-    whole_nbytes = sum(packed.nbytes for packed in pack_units(config, plan.site.dtype))
+    whole_nbytes = sum(packed.nbytes for packed in stored_units(config, plan.site.dtype))
     return (
         f"tensor_parallel: {plan.site.num_ranks} ranks compute every step together, as asked for: each has "
         f"{share.num_heads} of {config.num_heads} heads, {share.num_kv_heads} of {config.num_kv_heads} of keys and "

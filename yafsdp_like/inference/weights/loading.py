@@ -21,7 +21,9 @@ from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.consistency import all_gather_object
 from yafsdp_like.hardware import Hardware
 from yafsdp_like.inference.plan.draft_plan import plan_with_draft
+from yafsdp_like.inference.plan.quantized_fields import rows_per_scale
 from yafsdp_like.inference.plan.serving_plan import DRAFT, ServingPlan, Site
+from yafsdp_like.inference.weights.quantized_source import QuantizedSource
 from yafsdp_like.inference.weights.store import Store, Weights, reserve
 from yafsdp_like.memory.streams import streams_of
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig, hf
@@ -247,8 +249,11 @@ def _preset(name: str) -> Model:
 
 def _hf_directory(path: Path) -> Model:
     config = hf.load_hf_config(path)
-    stored = hf.stored_weights(_on_meta(config), path)
-    return Model(str(path), config, path, lambda device: FileSource(stored))
+    stored, matrices = hf.stored_weights(_on_meta(replace(config, quantization=None)), path, config.quantization)
+    if config.quantization is None:
+        return Model(str(path), config, path, lambda device: FileSource(stored))
+    rows = rows_per_scale(config)
+    return Model(str(path), config, path, lambda device: QuantizedSource(matrices, rows, FileSource(stored).read_into))
 
 
 def _checkpoint(path: Path, config: DecoderConfig | None) -> Model:

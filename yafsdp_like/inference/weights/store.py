@@ -42,7 +42,10 @@ from torch import Tensor
 
 from yafsdp_like.comm.consistency import check_same_on_all_ranks
 from yafsdp_like.comm.tp_group import world_tp_group
+from yafsdp_like.inference.plan.adapter_layout import PRODUCTS
 from yafsdp_like.inference.plan.placement import WEIGHT_SLOTS
+from yafsdp_like.inference.plan.quantized_fields import ORDER, PARTS, SCALES, ZEROS, rows_per_scale
+from yafsdp_like.kernels.quantized import QuantizedMatrix
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.pinned import pin_arena
@@ -56,7 +59,9 @@ if TYPE_CHECKING:
     from yafsdp_like.comm.transport import Transport
     from yafsdp_like.inference.plan.packed_weights import PackedUnit
     from yafsdp_like.inference.plan.serving_plan import ServingPlan
+    from yafsdp_like.models.decoder import DecoderConfig
 
+Matrix = Tensor | QuantizedMatrix
 _SHARED = ("gathered", "tensor_parallel")  # modes in which ranks have parts of weights
 
 
@@ -65,11 +70,11 @@ class LayerWeights:
     """What one layer's forward reads, in the weights' dtype; N, K, F are this rank's (``ServingPlan.rank_config``)."""
 
     input_norm: Tensor  # (D,)
-    qkv: Tensor  # ((N + 2 K) H, D): rows of queries, keys, values
-    o: Tensor  # (D, N H)
+    qkv: Matrix  # ((N + 2 K) H, D): rows of queries, keys, values
+    o: Matrix  # (D, N H)
     post_norm: Tensor  # (D,)
-    gate_up: Tensor  # (2 F, D): rows of gate, up; of experts (2 E, F, D)
-    down: Tensor  # (D, F); of experts (E, D, F)
+    gate_up: Matrix  # (2 F, D): rows of gate, up; of experts (2 E, F, D)
+    down: Matrix  # (D, F); of experts (E, D, F)
     qkv_bias: Tensor | None = None  # ((N + 2 K) H,)
     q_norm: Tensor | None = None  # (H,)
     k_norm: Tensor | None = None  # (H,)
@@ -124,7 +129,7 @@ class Weights:
         self._slots = self._slots_of(wholes)
         self._following = {unit: [self._slots[u] for u in plan.placement.following(unit)] for unit in self._slots}
         self._views = [_views(packed, whole) for packed, whole in zip(plan.placement.packed_units, wholes, strict=True)]
-        self._layers = [_layer(self._views[1 + index]) for index in range(self.config.num_layers)]
+        self._layers = [_layer(self._views[1 + index], self.config) for index in range(self.config.num_layers)]
         self._head_unit = plan.placement.uses[-1]
         vision = self.config.vision
         self._tower = None if vision is None else TowerDigest(vision, self.dtype)
@@ -361,8 +366,18 @@ def _views(packed: PackedUnit, whole: Place) -> dict[str, Tensor]:
     return {f.name: whole.part(segments[f.name]).tensor(f.dtype, f.shape) for f in packed.fields}
 
 
-def _layer(views: Mapping[str, Tensor]) -> LayerWeights:
-    return LayerWeights(**views)
+def _layer(views: Mapping[str, Tensor], config: DecoderConfig) -> LayerWeights:
+    parts = {name: view for name, view in views.items() if not name.endswith(tuple(f"_{end}" for end in PARTS))}
+    matrices = {name: _quantized(name, views, config) for name in PRODUCTS if f"{name}_{SCALES}" in views}
+    return LayerWeights(**{**parts, **matrices})  # type: ignore[arg-type]
+
+
+def _quantized(name: str, views: Mapping[str, Tensor], config: DecoderConfig) -> QuantizedMatrix:
+    assert config.quantization is not None, "there are scales"
+    codes, scales = views[name], views[f"{name}_{SCALES}"]
+    columns = config.quantization.group_columns or codes.shape[1] * 8 // config.quantization.bits
+    zeros, order = views.get(f"{name}_{ZEROS}"), views.get(f"{name}_{ORDER}")
+    return QuantizedMatrix(codes, scales, rows_per_scale(config), columns, zeros, order)
 
 
 def _flat(whole: Place) -> Tensor:
