@@ -37,6 +37,7 @@ from yafsdp_like.inference.weights.loading import CPU_KV_NBYTES, LIBRARIES_NBYTE
 from yafsdp_like.memory.plan import MemoryPlan, readable
 from yafsdp_like.models import DecoderConfig
 from yafsdp_like.models.hf import CONFIG_NAME, load_hf_config
+from yafsdp_like.models.vision import PROJECTOR, TOWER
 
 PHASES = "load", "prefill", "decode"
 NOTES = """
@@ -214,7 +215,16 @@ class ServingForecast:
         lines = [f"{self.options.model} in {plan.site.dtype_name} on {where}", *plan.reasons]
         lines += [f"  {self.num_contexts:,} of the longest sequences fit at once", *_aligned(rows)]
         lines.append(f"of the workspace, steps use {used}")
+        if plan.buffers.image_nbytes:
+            lines.append(self._vision_line())
         return "\n".join([*lines, *self._mode_lines()])
+
+    def _vision_line(self) -> str:
+        found = {packed.name: packed.nbytes for packed in self.plan.placement.packed_units}
+        return (
+            f"of the weights, {readable(found[TOWER])} are the vision tower's and {readable(found[PROJECTOR])} its "
+            f"projector's; encoding an image takes {readable(self.plan.buffers.image_nbytes)} beside the plan"
+        )
 
     def _mode_lines(self) -> Iterator[str]:
         for mode, found in self.modes().items():

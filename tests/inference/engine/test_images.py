@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from launch.options import LoadOptions
+from launch.plan_serve import ServePlanOptions, forecast_serving
 from tests.llava import IMAGE_TOKEN, NUM_ROWS, greedy_of, logits_of, pixels_of, save_llava
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.image_tokens import Image, ImageToken, PlacedImage, place_images
@@ -21,6 +23,7 @@ from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool
 from yafsdp_like.inference.weights.loading import Model, open_model, random_model
 from yafsdp_like.kernels.sampling_params import SamplingParams
+from yafsdp_like.memory.plan import readable
 from yafsdp_like.models import DecoderConfig
 from yafsdp_like.models.vision import PROJECTOR, TOWER
 
@@ -79,6 +82,7 @@ ONE = (*BEFORE, IMAGE_TOKEN, *AFTER)
 TWO = (IMAGE_TOKEN, *BEFORE, IMAGE_TOKEN, *AFTER)
 
 
+@pytest.mark.slow(unless=lambda kind, options: kind == "clip" or options is OPTIONS)
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 @pytest.mark.parametrize(("tokens", "seeds"), [(ONE, (1,)), (TWO, (1, 2))], ids=["one image", "two images"])
 @pytest.mark.parametrize("options", [OPTIONS, CUT], ids=["whole", "cut"])
@@ -219,6 +223,8 @@ def test_the_plan_has_the_tower_the_projector_and_what_an_image_takes(llava: Lla
     assert plan.buffers.image_nbytes == config.vision.activation_nbytes(config.dim, 2) > 0 == text.buffers.image_nbytes
     it = llava.engine()
     assert it._weights.arena.nbytes == it.plan.nbytes
+    asked = ServePlanOptions(llava.model.name, load=LoadOptions(device="cpu", dtype="bfloat16"), engine=OPTIONS)
+    assert f"of the weights, {readable(regions[TOWER])} are the vision tower's" in str(forecast_serving(asked))
 
 
 def test_images_that_a_model_cannot_see_are_refused(llava: Llava) -> None:
