@@ -166,6 +166,23 @@ def test_images_are_evicted_as_prefixes_are_and_encoded_again(llava: Llava) -> N
     check_idle(it)
 
 
+def test_debug_mode_knows_pages_that_images_take_while_a_step_is_issued(llava: Llava) -> None:
+    """Prevents: a page that an image lost, poisoned then, being called written when another image has it."""
+    it = llava.engine(replace(OPTIONS, debug=True, prefix_cache=False))
+    for seed in (1, 2, 3):
+        first, second = llava.request(f"first {seed}", ONE, seed), llava.request(f"second {seed}", (*AFTER, *BEFORE))
+        done = it.generate([first]) | it.generate([second])
+        assert {name: each.ids for name, each in done.items()} == {r.id: llava.expected(r) for r in (first, second)}
+        kept = llava.request(f"kept {seed}", ONE, 7)  # so that the slab stays lent
+        assert it.generate([kept])[kept.id].ids == llava.expected(kept)
+        pool = it.cache.pools[Tier.DEVICE]
+        (shape,) = [shape for shape in pool.stocks if shape.num_planes == 1]
+        for page in list(pool.stocks[shape].victims)[:1]:
+            pool._evict(shape, page)
+        it.generate([replace(second, id=f"poisons {seed}")])
+    check_idle(it)
+
+
 def test_an_image_without_a_page_is_encoded_where_it_is_needed(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     it = llava.engine(CUT)
     monkeypatch.setattr(it._runner._images._pages, "put", lambda content, tenant: None)  # type: ignore[union-attr]

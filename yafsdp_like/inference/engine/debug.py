@@ -159,6 +159,7 @@ class StepDebugger:
                     "its page tables have a page that was freed, unless the model computes NaN",
                 )
         for pages in self._pools.values():
+            pages.take_note()  # of pages of images, which are taken while a step is issued
             pages.poison_freed()
         self._note_owners()
 
