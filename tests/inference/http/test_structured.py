@@ -10,9 +10,10 @@ import pytest
 
 from tests.inference.http.servers import CHATS, COMPLETIONS, GREEDY, MODEL, PROMPT, Served
 from tests.inference.http.test_fields import completion, parser_of
+from yafsdp_like.inference.engine.request import GrammarError
 from yafsdp_like.inference.http.errors import ApiError
 from yafsdp_like.inference.text.codec import Codec
-from yafsdp_like.inference.text.grammar import MAX_GRAMMAR_LENGTH
+from yafsdp_like.inference.text.grammar import MAX_GRAMMAR_LENGTH, MatcherState
 
 pytest.importorskip("llguidance")
 HELLO = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -136,6 +137,34 @@ def test_a_grammar_that_is_too_complex_is_an_error_of_its_request_and_no_failure
     (choice,) = small.running.post(COMPLETIONS, {**GREEDY, "prompt": "x", "guided_choice": texts}).json()["choices"]
     assert choice["text"] in texts
     small.running.check_idle()
+
+
+def test_a_draft_behind_which_a_grammar_is_too_complex_is_not_reached_and_fails_no_request() -> None:
+    class Broken:
+        """A matcher that has run out of what it may do."""
+
+        def deep_copy(self) -> Any:
+            return self
+
+        def is_stopped(self) -> bool:
+            return False
+
+        def consume_token(self, _: int) -> bool:
+            return True
+
+        def compute_bitmask(self) -> bytes:
+            return bytes(4)
+
+        def is_error(self) -> bool:
+            return True
+
+        def get_error(self) -> str:
+            return "too much\nand more"
+
+    state = MatcherState(Broken())
+    assert state.allowed_after([1]) is None
+    with pytest.raises(GrammarError, match=r"too much$"):
+        state.allowed()
 
 
 def test_what_a_chat_must_be_is_said_in_several_ways(small: Served) -> None:

@@ -55,9 +55,9 @@ class MatcherState:
         copy = MatcherState(self._matcher.deep_copy())
         try:
             copy.accept(tokens)
-        except RuntimeError:
+            return copy.allowed()
+        except GrammarError:  # if the text comes there in fact, it says so then
             return None
-        return copy.allowed()
 
 
 @dataclass(frozen=True)
