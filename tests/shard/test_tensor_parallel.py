@@ -320,6 +320,8 @@ def test_meshes_that_do_not_go_together_are_refused_by_name() -> None:
 
 # --- full SPMD meshes ---
 
+HAS_MESH_DIMS = pytest.mark.skipif(not hasattr(stock, "DataParallelMeshDims"), reason="this torch has no dp_mesh_dims")
+
 
 def on_full_mesh(names: Any, mesh: DeviceMesh, dims: Any, **options: Any) -> Any:
     """Two layers, the first of which is cut by columns over "tp", with DTensors on all of ``mesh``."""
@@ -336,6 +338,7 @@ def on_full_mesh(names: Any, mesh: DeviceMesh, dims: Any, **options: Any) -> Any
     return model
 
 
+@HAS_MESH_DIMS
 @pytest.mark.parametrize(
     ("names", "shape", "dims"),
     [
@@ -372,6 +375,7 @@ def train_on_full_mesh(dim_names: Any, shape: Any, dims: Any) -> None:
     assert_same([p.to_local() for p in mine.parameters()], [p.to_local() for p in theirs.parameters()])
 
 
+@HAS_MESH_DIMS
 @on_ranks()
 def test_dimensions_that_are_not_those_of_the_parameters_are_refused_by_name() -> None:
     mesh, dims = mesh_of(2, 1), stock.DataParallelMeshDims
