@@ -170,7 +170,7 @@ class PoolRequestRouter(RequestRouter):
     """Offers a request to replicas in the order of ``FleetRouter``; lives beside each ingress's handle."""
 
     # For a replica to say whether it takes one request more, before the next best is asked: not only that it is busy.
-    queue_len_response_deadline_s = max_queue_len_response_deadline_s = 2.0
+    queue_len_response_deadline_s = max_queue_len_response_deadline_s = 5.0
 
     def initialize_state(self, **_: Any) -> None:
         """Begin to remember."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -24,6 +26,7 @@ import yaml
 from launch import fleet
 from launch.options import FLEET, FleetOptions
 from tests.inference.text.test_codec import write_tokenizer
+from yafsdp_like.inference.fleet.standing import ModelStanding, Standing
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.models import Decoder, DecoderConfig
 from yafsdp_like.models.hf import save_hf
@@ -239,9 +242,41 @@ def test_models_find_their_replicas_and_a_replica_that_dies_ends_its_streams_and
     assert running.process.wait(SECONDS) == 0
 
 
-# --- how many ---
+# --- what Ray asks of us ---
 
 
+@pytest.mark.filterwarnings("ignore")  # of what Ray imports
+def test_ray_is_told_the_order_of_replicas_by_their_reports_and_by_what_was_sent_since(file: Path) -> None:
+    """``file`` skips this without Ray."""
+    from launch.ray_fleet import PassedRequest, PoolRequestRouter
+
+    router = PoolRequestRouter.__new__(PoolRequestRouter)  # Ray makes it with much else, which this does not need
+    router.initialize_state()
+    names = {name: type("Id", (str,), {"unique_id": name})(name) for name in "xy"}
+
+    def order(model: str, number: int, **more: Any) -> str:
+        """The order of x, where ``one`` is at work in every second report, and y, where nothing is."""
+        candidates = []
+        for name, count in (("x", number % 2), ("y", 0)):
+            models = {"one": ModelStanding(count, 0.5, 1e-3, 0.25), "two": ModelStanding(0, 0.5, 1e-3, 0.25)}
+            stats = {"number": number, "standing": pickle.dumps(Standing(count / 4, models, number=number))}
+            candidates.append(SimpleNamespace(replica_id=names[name], routing_stats=stats))
+        pending = SimpleNamespace(args=[PassedRequest({}, b"", model, (), **more)])
+        ranks = asyncio.run(router.choose_replicas(candidates, pending))
+        assert all(len(rank) == 1 for rank in ranks)
+        return "".join(rank[0].replica_id for rank in ranks)
+
+    assert (order("one", 1), order("two", 1)) == ("xy", "yx")
+    assert order("two", 1, replica="x") == "xy" and order("one", 1, tried=("x",)) == "y"
+    assert order("one", 1, tried=("x", "y")) == "xy", "there is no other"
+    router.on_request_routed(SimpleNamespace(args=[PassedRequest({}, b"", "two", ())]), names["y"], None)
+    assert (order("one", 2), order("two", 2)) == ("xy", "xy"), "a new report says all"
+    router.on_request_routed(SimpleNamespace(args=[PassedRequest({}, b"", "two", ())]), names["y"], None)
+    assert order("two", 2) == "yx", "the model is at work there by now"
+    assert asyncio.run(router.choose_replicas([], None)) == []
+
+
+@pytest.mark.filterwarnings("ignore")  # of what Ray imports
 def test_ray_is_told_how_many_replicas_their_reports_call_for(file: Path) -> None:
     """``file`` skips this without Ray."""
     from launch.ray_fleet import LoadPolicy
