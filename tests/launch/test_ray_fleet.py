@@ -1,0 +1,144 @@
+"""A request's way through a fleet, with doubles of what Ray carries: refusals, deaths, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import httpx
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of what Ray imports
+Script = list[Any]  # a status, then bytes and errors
+STREAM = [(b"content-type", b"text/event-stream")]
+
+
+class Parts:
+    """What a replica gives back."""
+
+    def __init__(self, replica: str, script: Script, headers: list[tuple[bytes, bytes]]) -> None:
+        self._replica, self._script, self._headers, self.was_cancelled = replica, [*script], headers, False
+        self._given = self._give()
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._given
+
+    async def _give(self) -> AsyncIterator[Any]:
+        from launch.ray_fleet import AnswerHead
+
+        for each in self._script:
+            if isinstance(each, Exception):
+                raise each
+            yield AnswerHead(self._replica, each, self._headers) if isinstance(each, int) else each
+
+    def cancel(self) -> None:
+        self.was_cancelled = True
+
+
+class Pool:
+    """A handle of replicas that answer by scripts, and what they were passed."""
+
+    def __init__(self, *scripts: Script, is_stream: bool = False) -> None:
+        headers = STREAM if is_stream else []
+        self.answers = [Parts(f"r{index}", script, headers) for index, script in enumerate(scripts)]
+        self.passed: list[Any] = []
+
+    def options(self, **_: Any) -> Pool:
+        return self
+
+    def remote(self, passed: Any) -> Parts:
+        self.passed.append(passed)
+        return self.answers[len(self.passed) - 1]
+
+
+def ask(pool: Pool, body: bytes = b'{"model": "one", "prompt": "x"}', path: str = "/v1/completions") -> httpx.Response:
+    """Ask an ingress."""
+    pytest.importorskip("ray")
+    from starlette.requests import Request
+
+    from launch.ray_fleet import Ingress
+
+    ingress = Ingress(pool, 1000)
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await (await ingress(Request(scope, receive)))(scope, receive, send)
+
+    async def post() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://fleet") as http:
+            return await http.post(path, content=body)
+
+    return asyncio.run(post())
+
+
+def died() -> Exception:
+    from ray.exceptions import ActorDiedError
+
+    return ActorDiedError()
+
+
+def test_who_refuses_is_not_asked_again_and_the_last_refusal_is_passed_on() -> None:
+    pool = Pool([429], [503], [200, b"ab", b"c"])
+    answer = ask(pool)
+    assert (answer.status_code, answer.content, answer.headers["x-replica"]) == (200, b"abc", "r2")
+    assert [passed.tried for passed in pool.passed] == [(), ("r0",), ("r0", "r1")]
+    assert all(parts.was_cancelled for parts in pool.answers[:2])
+    assert {(passed.model, passed.body) for passed in pool.passed} == {("one", b'{"model": "one", "prompt": "x"}')}
+    assert ask(Pool([429], [429], [429, b"later"])).content == b"later"
+
+
+@pytest.mark.parametrize("script", [[], [200], [200, b"half"]], ids=str)
+def test_a_replica_that_dies_before_its_answer_is_whole_is_503_and_no_other_is_asked(script: Script) -> None:
+    pytest.importorskip("ray")
+    pool = Pool([*script, died()])
+    answer = ask(pool)
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "replica_lost" and len(pool.passed) == 1
+
+
+def test_a_replica_that_dies_in_a_stream_ends_it_with_an_error() -> None:
+    pytest.importorskip("ray")
+    pool = Pool([200, b"data: 1\n\n", died()], is_stream=True)
+    answer = ask(pool)
+    first, lost, done = answer.text.strip().split("\n\n")
+    assert (answer.status_code, first, done) == (200, "data: 1", "data: [DONE]")
+    assert json.loads(lost.removeprefix("data: "))["error"]["code"] == "replica_lost" and pool.answers[0].was_cancelled
+
+
+def test_what_no_replica_may_be_asked_is_refused_and_what_is_no_json_is_theirs_to_refuse() -> None:
+    assert ask(Pool(), path="/admin/models/one/sleep").status_code == 501
+    assert ask(Pool(), body=b"x" * 1001).status_code == 413
+    pool = Pool([400, b"no"])
+    assert ask(pool, body=b"{").status_code == 400 and pool.passed[0].model == ""
+
+
+def test_a_client_that_leaves_disconnects_the_replica_s_application() -> None:
+    pytest.importorskip("ray")
+    from launch.ray_fleet import AnswerHead, PassedRequest, PoolReplica
+
+    seen: list[Any] = []
+
+    async def application(scope: Any, receive: Callable[[], Any], send: Callable[[Any], Any]) -> None:
+        seen.append(await receive())
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+        for part in (b"a", b"b"):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        seen.append(await receive())
+
+    async def leave() -> None:
+        replica = PoolReplica.__new__(PoolReplica)
+        replica._app, replica._name, replica._num_refused, replica._answering = application, "r", 0, set()
+        answer = replica.answer(PassedRequest({}, b"body", "one", ()))
+        assert await anext(answer) == AnswerHead("r", 200, STREAM)
+        assert await anext(answer) == b"ab", "what has come meanwhile goes as one"
+        assert len(seen) == 1
+        await answer.aclose()
+        await asyncio.gather(*replica._answering)
+        assert not replica._answering
+
+    with patch.object(PoolReplica, "__del__", lambda self: None):  # this one has nothing to end
+        asyncio.run(leave())
+    assert [each["type"] for each in seen] == ["http.request", "http.disconnect"] and seen[0]["body"] == b"body"
