@@ -66,7 +66,7 @@ class Oracle:
     def _behind(self, sequence: ActiveRequest) -> list[int]:
         return self._texts[sequence.request.id][len(sequence.tokens) - len(sequence.request.prompt) :]
 
-    def expect(self, sequence: ActiveRequest, most: int) -> Prospect | None:
+    def prospect_of(self, sequence: ActiveRequest, most: int) -> Prospect | None:
         count = min(most, len(self._behind(sequence)))
         return Prospect(count, 0, 0.5) if count else None
 
@@ -247,7 +247,7 @@ def probabilities() -> dict[tuple[int, ...], float]:
 class Stubborn:
     """Drafts the same tokens, whatever the text."""
 
-    def expect(self, sequence: ActiveRequest, most: int) -> Prospect | None:
+    def prospect_of(self, sequence: ActiveRequest, most: int) -> Prospect | None:
         return Prospect(most, 0, 0.5, (2, 1)[:most])
 
     def draft(self, wanted: Mapping[ActiveRequest, int]) -> dict[ActiveRequest, tuple[int, ...]]:
@@ -301,7 +301,7 @@ class Known:
     def __init__(self, chances: Mapping[str, float]) -> None:
         self.chances = chances
 
-    def expect(self, sequence: ActiveRequest, most: int) -> Prospect | None:
+    def prospect_of(self, sequence: ActiveRequest, most: int) -> Prospect | None:
         return Prospect(most, 0, self.chances[sequence.request.id], tuple(range(most)))
 
     def draft(self, wanted: Mapping[ActiveRequest, int]) -> dict[ActiveRequest, tuple[int, ...]]:

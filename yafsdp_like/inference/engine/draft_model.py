@@ -36,7 +36,7 @@ class DraftModel:
     def __init__(self, engine: Generating) -> None:
         self.engine = engine
 
-    def prospect(self, sequence: ActiveRequest, most: int) -> Prospect | None:
+    def prospect_of(self, sequence: ActiveRequest, most: int) -> Prospect | None:
         """Return how many tokens the model can draft: of a text that is longer than it takes, none."""
         count = min(most, self.engine.max_seq_len - sequence.length)
         return Prospect(count, kind=0, prior=_PRIOR) if count > 0 else None

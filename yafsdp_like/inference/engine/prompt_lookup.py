@@ -31,7 +31,7 @@ class PromptLookup:
     def __init__(self) -> None:
         self._texts: weakref.WeakKeyDictionary[ActiveRequest, _Text] = weakref.WeakKeyDictionary()
 
-    def prospect(self, sequence: ActiveRequest, most: int) -> Prospect | None:
+    def prospect_of(self, sequence: ActiveRequest, most: int) -> Prospect | None:
         """Return what stands behind the last place that looks like the end; None where there is none."""
         text = self._texts.setdefault(sequence, _Text())
         text.drafted, num_alike = look_up(text.grown_to(sequence.tokens), most)

@@ -55,7 +55,7 @@ class Prospect:
 class Drafter(Protocol):
     """Where drafts come from."""
 
-    def prospect(self, sequence: ActiveRequest, most: int) -> Prospect | None:
+    def prospect_of(self, sequence: ActiveRequest, most: int) -> Prospect | None:
         """Return what can be drafted behind the known tokens of a sequence, at most so many; None: nothing."""
 
     def draft(self, wanted: Mapping[ActiveRequest, int]) -> dict[ActiveRequest, tuple[int, ...]]:
@@ -154,7 +154,7 @@ class Speculator:
         most = min(self._num_tokens, num_left - 1)
         if most < 1 or not _may_be_drafted(request):
             return iter(())
-        prospect = self._drafter.prospect(sequence, most)
+        prospect = self._drafter.prospect_of(sequence, most)
         return iter(()) if prospect is None else record.chances_of(prospect, len(sequence.tokens))
 
 
