@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -151,6 +152,7 @@ def run(options: ChatOptions) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
     options = CHAT.answer(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
     return options if isinstance(options, int) else exit_status(run, options)
 
 

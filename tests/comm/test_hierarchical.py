@@ -72,7 +72,7 @@ def train_by_both(name: str, num_hosts: int, recipes: Sequence[Recipe]) -> list[
 
 @pytest.mark.parametrize(
     "name",
-    ["odd", "tied", *(pytest.param(n, marks=pytest.mark.slow) for n in ("decoder", "nested", "frozen", "reused"))],
+    ["odd", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tied", "decoder", "nested", "frozen", "reused"))],
 )
 def test_training_over_hosts_follows_the_process_group(name: str) -> None:
     """Sums of four numbers in two orders differ in their last bit."""
@@ -82,13 +82,14 @@ def test_training_over_hosts_follows_the_process_group(name: str) -> None:
     assert_close(*mixed, tolerance=1e-2)
 
 
-@pytest.mark.parametrize("sync_each", [True, False])
+@pytest.mark.parametrize("sync_each", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_accumulation_over_hosts_follows_the_process_group(sync_each: bool) -> None:
     recipe = Recipe(steps=3, micro_batches=3, sync_each=sync_each)
     for runs in run_ranks(train_by_both, "nested", 2, [recipe], world_size=4):
         assert_close(*runs[0], tolerance=1e-4)
 
 
+@pytest.mark.slow(unless=lambda num_hosts: num_hosts == 3)
 @pytest.mark.parametrize(("num_hosts", "world_size"), [(2, 4), (2, 6), (3, 6)])
 def test_any_number_of_hosts_follows_the_unsharded_model(num_hosts: int, world_size: int) -> None:
     """Some ranks have no rows of some parameters of the first specimen."""

@@ -44,7 +44,11 @@ def test_a_wait_for_a_rank_that_never_arrives_ends_the_process_with_a_message() 
     assert seconds < 45, "it was to end a second after it was armed, and not when the child's own sleep ends"
 
 
-@pytest.mark.parametrize("waits_s", [(0.2,), (0.7, 0.7)], ids=["one wait", "two that take longer together"])
+@pytest.mark.parametrize(
+    "waits_s",
+    [pytest.param((0.2,), marks=pytest.mark.slow), (0.7, 0.7)],
+    ids=["one wait", "two that take longer together"],
+)
 def test_waits_that_end_in_time_do_not_end_the_process(waits_s: tuple[float, ...]) -> None:
     """Prevents: a deadline that outlives its event, or is that of an earlier one."""
     ended, _ = child(1.0, *waits_s)

@@ -526,7 +526,7 @@ def save_pretrained_sharded(directory: Path, how: str, tied: bool) -> list[str]:
     return told
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_sharded_model_of_transformers_is_saved_whole_or_says_how(tied: bool, tmp_path: Path) -> None:
     """It died in safetensors with "invalid python storage", after it had made the directory."""
     for how in ("nothing", "parts"):

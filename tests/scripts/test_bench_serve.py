@@ -120,6 +120,7 @@ def assert_decode(rows: list[dict[str, Any]], rates: dict[str, Any]) -> None:
         assert row["floor_ms"] >= 1e3 * least_nbytes / rates["hbm"]["value"]
 
 
+@pytest.mark.slow
 def test_transformers_does_the_same_where_it_is_installed_and_its_failure_is_told() -> None:
     pytest.importorskip("transformers")
     _, report = run_bench(["--batch", "2", "--measure", "offline"])

@@ -251,6 +251,7 @@ def test_twenty_steps_follow_torch_and_are_the_same_over_both_transports() -> No
         assert_close(over_peers, by_torch, tolerance=1e-3)
 
 
+@pytest.mark.slow
 def test_in_mixed_precision_twenty_steps_follow_torch_too() -> None:
     precision = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     for by_torch, over_the_group, over_peers in run_ranks(train_all_ways, precision):

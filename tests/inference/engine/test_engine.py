@@ -62,6 +62,7 @@ OPTIONS = EngineOptions(
 )
 GREEDY = SamplingParams(temperature=0.0)
 MAX_STEPS = 3000
+FAULTS = {FinishReason.FAILED, FinishReason.GRAMMAR}  # which no sound request ends by
 
 
 @cache
@@ -548,7 +549,7 @@ def test_random_arrivals_leave_no_page_behind(policy: str, count: int) -> None:
                 finished[output.request_id] = output.finish
         if draw.random() < 0.02:
             it.check_integrity()
-    assert len(finished) == count and set(finished.values()) == set(FinishReason) - {FinishReason.FAILED}
+    assert len(finished) == count and set(finished.values()) == set(FinishReason) - FAULTS
     metrics = it.metrics()
     assert metrics.num_preempted > 0 and metrics.num_tokens_cached > 0 and metrics.num_tokens_dropped > 0
     check_idle(it)

@@ -142,6 +142,7 @@ def ask_all(running: Running, texts: list[Text]) -> None:
         list(pool.map(ask, range(len(texts))))
 
 
+@pytest.mark.slow
 def test_many_clients_get_what_one_rank_alone_says_while_others_leave(directory: str, texts: list[Text]) -> None:
     """With few pages, so that sequences are preempted; and in the end all ranks have done the same."""
     (_, first), (_, second) = run_ranks(with_server, directory, ask_all, texts, kv_nbytes=FEW_PAGES)
