@@ -14,6 +14,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests import llava
 from yafsdp_like.data import Tokenizer
 from yafsdp_like.inference.engine.request import FinishReason, RequestOutput, Token
 from yafsdp_like.inference.text.codec import Codec, Detokenizer, Piece, StopStrings, Transcript, Wording
@@ -158,6 +159,19 @@ def test_a_conversation_ends_where_the_model_is_to_answer(small: Codec) -> None:
     ids = small.encode_chat([{"role": "user", "content": "fox"}])
     assert small.decode(ids) == "user: fox\nassistant:"
     assert small.bytes_of(ids[0]) == b"<|startoftext|>"  # a special token, not its letters
+
+
+def test_a_template_that_writes_parts_alone_is_given_them_and_no_other_is(tmp_path: Path) -> None:
+    """Prevents: an answer to a question that Llava's template left out, and lists in texts of other templates."""
+    said = [{"role": "user", "content": "fox"}]
+    codec = Codec.load(write_tokenizer(tmp_path, llava.TEMPLATE))
+    assert codec.encode_chat(said) == codec.encode("user: fox assistant:")
+    upper = TEMPLATE.replace("m.content", "m.content | string | upper")  # which shows nothing as it was
+    for template in (upper, "{{ raise_exception('no user') if messages[0].role == 'user' }}" + TEMPLATE):
+        codec = Codec.load(write_tokenizer(tmp_path, template))
+        assert not codec._wants_parts
+    codec = Codec.load(write_tokenizer(tmp_path, upper))
+    assert codec.decode(codec.encode_chat(said)) == "user: FOX\nassistant:"
 
 
 def test_a_template_that_refuses_and_a_missing_one_are_errors(small: Codec, tmp_path: Path) -> None:

@@ -295,14 +295,11 @@ class ChatMessage(Body):
         parts = self.content if isinstance(self.content, list) else []
         return [part["url"] for part in parts if part["type"] == IMAGE]
 
-    def for_template(self, as_parts: bool = False) -> dict[str, Any]:
-        """Return what a template is given, texts as lists of parts if it wants these.
-
-        Templates know the older of two names of a role.
-        """
+    def for_template(self) -> dict[str, Any]:
+        """Return what a template is given, which knows the older of two names of a role."""
         message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
-            "content": for_template(self.content, as_parts),
+            "content": for_template(self.content),
         }
         if self.role == "tool":
             more = {"name": self.name, "tool_call_id": self.tool_call_id}

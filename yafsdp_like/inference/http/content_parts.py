@@ -57,11 +57,11 @@ def _part(part: Any) -> dict[str, Any]:
     return {"type": "text", "text": part["text"]}
 
 
-def for_template(content: str | list[dict[str, Any]] | None, as_parts: bool) -> str | list[dict[str, Any]]:
-    """What a chat template is given; with ``as_parts`` also a text alone is a list."""
+def for_template(content: str | list[dict[str, Any]] | None) -> str | list[dict[str, Any]]:
+    """What a chat template is given: of images only where they are."""
     if isinstance(content, list):
         return [part if part["type"] == "text" else {"type": "image"} for part in content]
-    return [{"type": "text", "text": content or ""}] if as_parts else content or ""
+    return content or ""
 
 
 def image_bytes(url: str, max_nbytes: int, hosts: Collection[str] = ()) -> bytes:

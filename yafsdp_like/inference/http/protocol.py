@@ -255,7 +255,7 @@ class RequestParser:
     def _conversation(self, body: ChatBody) -> Conversation:
         try:
             return Conversation(
-                [message.for_template(self._wants_parts) for message in body.messages],
+                [message.for_template() for message in body.messages],
                 tools=body.given_tools,
                 more=body.chat_template_kwargs or {},
                 ends_with_prompt=not body.continue_final_message and body.add_generation_prompt is not False,
@@ -263,10 +263,6 @@ class RequestParser:
             )
         except ValueError as error:
             raise invalid("chat_template_kwargs", str(error)) from error
-
-    @property
-    def _wants_parts(self) -> bool:
-        return self._images is not None and self._codec.wants_parts
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -79,6 +79,16 @@ class Conversation:
             yield from _texts([value for name, value in message.items() if name != "role"])
         yield from _texts([*self.tools, self.more])
 
+    def in_parts(self) -> Conversation:
+        """Return the same with a list of one part in place of each content that is a string."""
+        messages = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message.get("content"), str)
+            else message
+            for message in self.messages
+        ]
+        return replace(self, messages=messages)
+
     def map(self, change: Callable[[str], str]) -> Conversation:
         """Return the same with other texts; roles stay."""
         messages = [

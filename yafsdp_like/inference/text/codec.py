@@ -74,12 +74,14 @@ class Codec:
     def encode_chat(self, messages: Sequence[Message] | Conversation) -> tuple[int, ...]:
         """Ids of a conversation up to where the model answers; `messages` have `role` and `content`.
 
-        Control tokens are the template's own: their names in a content are text.
+        A content is a string, or a list of parts. Control tokens are the template's own: their names in a content are
+        text.
         Raises ValueError if there is no chat template, or it refuses the messages.
         """
         if not self.has_chat_template:
             raise ValueError("the model has no chat template: continue a text instead (/v1/completions, or no --chat)")
-        return self._chat_template.encode(messages if isinstance(messages, Conversation) else Conversation(messages))
+        conversation = messages if isinstance(messages, Conversation) else Conversation(messages)
+        return self._chat_template.encode(conversation.in_parts() if self._wants_parts else conversation)
 
     @cached_property
     def _chat_template(self) -> ChatTemplate:
@@ -91,14 +93,16 @@ class Codec:
         return bool(self._tokenizer.chat_template)
 
     @cached_property
-    def wants_parts(self) -> bool:
+    def _wants_parts(self) -> bool:
         """Whether the chat template writes contents that are lists of parts, and leaves out those that are strings."""
-        if not self.has_chat_template:
-            return False
+        said = Conversation([{"role": "user", "content": _SEEN}])
+        return not self._writes(said) and self._writes(said.in_parts())
+
+    def _writes(self, conversation: Conversation) -> bool:
         try:
-            return _SEEN not in self._chat_template.render(Conversation([{"role": "user", "content": _SEEN}]))
+            return _SEEN in self._chat_template.render(conversation)
         except ValueError:
-            return True
+            return False
 
     @property
     def tool_format(self) -> ToolFormat | None:
