@@ -279,6 +279,29 @@ def test_bytes_of_long_bodies_are_bounded_and_given_back(monkeypatch: pytest.Mon
     at_work.close()
 
 
+def test_bodies_with_images_keep_no_text_waiting_nor_hosts_those_that_show_theirs() -> None:
+    """Prevents: two requests with a host that does not answer, and no other completion is read."""
+    may_end = threading.Event()
+    shown = b'{"type": "image_url", "url": "data:' + b"x" * 2 * body_pool.SHORT_COST
+
+    async def main() -> None:
+        at_work = BodyReaderPool(takes_images=True)
+        fetched = [b'{"type": "image_url"}', b'{"type": "\\u0069mage\\u005Furl"}'] * 10
+        waiting = [asyncio.create_task(at_work.read(raw, lambda: may_end.wait(SECONDS))) for raw in fetched]
+        try:
+            async with asyncio.timeout(SECONDS):
+                await asyncio.sleep(0)
+                assert await at_work.read(b'{"prompt": "an \\"image_url\\""}', lambda: "short") == "short"
+                many = [at_work.read(shown, lambda: "shown") for _ in range(2 * body_pool.MAX_LONG_BODIES)]
+                assert set(await asyncio.gather(*many)) == {"shown"}
+        finally:
+            may_end.set()
+        assert all(await asyncio.gather(*waiting))
+        at_work.close()
+
+    asyncio.run(main())
+
+
 def test_a_lane_for_long_bodies_rests_as_long_as_it_works() -> None:
     async def main() -> None:
         at_work, raw = BodyReaderPool(), b" " * 2 * body_pool.SHORT_COST

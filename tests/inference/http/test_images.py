@@ -1,9 +1,12 @@
 """Images over HTTP: what transformers draws for them, however they come, and one clear error for what is none."""
 
 import base64
+import contextlib
 import io
+import socket
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -250,6 +253,33 @@ def test_images_of_a_host_that_is_named_are_fetched_without_redirects_and_within
         expected = chatting.expected("user: <image>What? assistant:", picture(6))
         assert ids(chatting, chat("What?", part(f"http://{host}/image.png")), running) == expected
         running.check_idle()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "head"),
+    [("http", b"HTTP/1.1 200 OK\r\nx: "), ("http", b"HTTP/1.1 200 OK\r\n\r\n"), ("https", b"\x16\x03\x03\x40\x00")],
+    ids=["headers", "image", "handshake"],
+)
+def test_a_host_that_sends_a_byte_now_and_then_is_left_at_the_deadline(scheme: str, head: bytes) -> None:
+    """Prevents: a thread that reads headers, each byte of which comes in time, for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        host = f"127.0.0.1:{listening.getsockname()[1]}"
+
+        def drip() -> None:
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(head)
+                for _ in range(1_000):  # of which 10 are enough
+                    connection.sendall(b"a")
+                    time.sleep(0.02)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        with pytest.raises(ValueError, match="has not come in time"):
+            image_bytes(f"{scheme}://{host}/a.png", 100_000, (host,), until=time.monotonic() + 0.2)
+        with pytest.raises(ValueError, match="has not come in time"):
+            image_bytes(f"{scheme}://{host}/b.png", 100_000, (host,), until=time.monotonic() - 1)
+        thread.join()
 
 
 def test_a_processor_that_makes_something_else_is_refused(tmp_path: Path) -> None:

@@ -1,15 +1,20 @@
 """A pool of threads that read request bodies off the event loop, with limits on how many wait and how large they are.
 
-[Note: two executors]
+[Note: executors]
 Short bodies have threads of their own, so that they never wait for long ones. Long bodies are read one at a time, and
 after each its thread sleeps as long as it has worked: while Python runs there, the engine and the event loop get the
-interpreter late. The number of bodies that wait for either executor is limited, and so are the bytes of long bodies,
+interpreter late. The number of bodies that wait for an executor is limited, and so are the bytes of long bodies,
 whether they wait or are still being received.
+
+Bodies with images have two of their own, by size: short ones wait for hosts that images are fetched from, long ones
+have images in them, whose decoding leaves the interpreter to others, so that nobody rests. So neither keeps texts
+waiting, nor does a host that does not answer keep those waiting who send what they show.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -21,8 +26,13 @@ T = TypeVar("T")
 SHORT_COST = 32 * 2**10  # of a body, in bytes
 CONTAINER_COST = 256  # of an object in it, a message say, in bytes of text that take as long
 MAX_SHORT_BODIES, MAX_LONG_BODIES = 1024, 16  # that wait
+MAX_IMAGE_BODIES = 128  # that wait, of either size
 MAX_RESERVED_NBYTES = 64 * 2**20  # of long bodies
+IMAGE_FACTOR = 4  # as many bytes where bodies may have images
 MAX_REST_S = 2.0
+# The type of a part with an image, and the same however its letters are escaped, which only short bodies are asked for.
+_IMAGE = b'"image_url"'
+_ESCAPED_IMAGE = re.compile(b'"' + b"".join(rb"(?:%c|\\u00%02x)" % (each, each) for each in _IMAGE[1:-1]) + b'"', re.I)
 
 
 class ReaderBusyError(RuntimeError):
@@ -85,18 +95,22 @@ class BodyReservation:
     def add(self, nbytes: int) -> None:
         """Raises ReaderBusyError where long bodies are too many; short ones are not counted."""
         more = max(0, self.nbytes + nbytes - SHORT_COST) - max(0, self.nbytes - SHORT_COST)
-        if more and self._pool.num_reserved_nbytes + more > MAX_RESERVED_NBYTES:
+        if more and self._pool.num_reserved_nbytes + more > self._pool.max_reserved_nbytes:
             raise ReaderBusyError("too many long bodies are being read; try again later")
         self.nbytes += nbytes
         self._pool.num_reserved_nbytes += more
 
 
 class BodyReaderPool:
-    """[Note: two executors] For one event loop."""
+    """[Note: executors] For one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, takes_images: bool = False) -> None:
         self._short = BoundedExecutor("short bodies", 2, MAX_SHORT_BODIES, rests=False)
         self._long = BoundedExecutor("long bodies", 1, MAX_LONG_BODIES, rests=True)
+        self._fetching = BoundedExecutor("bodies with URLs of images", 4, MAX_IMAGE_BODIES, rests=False)
+        self._decoding = BoundedExecutor("bodies with images", 2, MAX_IMAGE_BODIES, rests=False)
+        self.max_reserved_nbytes = MAX_RESERVED_NBYTES * (IMAGE_FACTOR if takes_images else 1)
+        self._takes_images = takes_images
         self.num_reserved_nbytes = 0  # of long bodies
 
     def reserve(self) -> BodyReservation:
@@ -106,9 +120,12 @@ class BodyReaderPool:
     async def read(self, raw: bytes, function: Callable[[], T]) -> T:
         """What `function()` gives or raises, which reads this body. Raises ReaderBusyError."""
         cost = len(raw) + CONTAINER_COST * raw.count(b"{")
-        return await (self._short if cost <= SHORT_COST else self._long).do(function)
+        is_short = cost <= SHORT_COST
+        if self._takes_images and (_IMAGE in raw or (is_short and b"\\u00" in raw and _ESCAPED_IMAGE.search(raw))):
+            return await (self._fetching if is_short else self._decoding).do(function)
+        return await (self._short if is_short else self._long).do(function)
 
     def close(self) -> None:
         """Cancel what has not begun."""
-        self._short.close()
-        self._long.close()
+        for executor in (self._short, self._long, self._fetching, self._decoding):
+            executor.close()

@@ -41,6 +41,11 @@ class Catalog:
         """The options that all models have in common, and the largest limit of bodies."""
         return max((parser.options for parser in self.parsers.values()), key=lambda each: each.body_limit_nbytes)
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether any of the models sees images."""
+        return any(parser.options.takes_images for parser in self.parsers.values())
+
     def read(
         self, kind: type[CompletionBody] | type[ChatBody], raw: bytes, arrival: float | None = None
     ) -> ParsedRequest:

@@ -5,16 +5,21 @@ the server's options name: whoever may send requests could otherwise have the se
 
 [Note: fetching]
 A host is compared as it is written, nothing is fetched from where it redirects to, and neither time nor size is the
-host's to choose.
+host's to choose: at the deadline of a request's images the connection is shut down, whatever it is doing, and whoever
+waits for its next bytes finds its end.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
+import socket
+import threading
 import time
 import urllib.request
-from http.client import HTTPException
+from functools import partial
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -23,9 +28,10 @@ from yafsdp_like.inference.http.errors import shorten
 if TYPE_CHECKING:
     from collections.abc import Collection
     from email.message import Message
+    from http.client import HTTPResponse
     from typing import IO
 
-FETCH_S, READ_S = 10.0, 5.0  # for a whole image, and for its next bytes
+FETCH_S, READ_S = 10.0, 5.0  # for all images of a request, and for the next bytes of one
 _READ_NBYTES = 1 << 16
 IMAGE = "image_url"
 
@@ -64,10 +70,11 @@ def for_template(content: str | list[dict[str, Any]] | None) -> str | list[dict[
     return content or ""
 
 
-def image_bytes(url: str, max_nbytes: int, hosts: Collection[str] = ()) -> bytes:
+def image_bytes(url: str, max_nbytes: int, hosts: Collection[str] = (), until: float | None = None) -> bytes:
     """The bytes of an image at a `data:` URL, or at one of ``hosts``, which are names, with ports if these are said.
 
-    Raises ValueError for any other URL, for more than ``max_nbytes``, and for what cannot be fetched.
+    Raises ValueError for any other URL, for more than ``max_nbytes``, and for what cannot be fetched ``until`` then, in
+    seconds of time.monotonic(); None: `FETCH_S` from now on.
     """
     scheme, _, rest = url.partition(":")
     if scheme.lower() == "data":
@@ -85,7 +92,7 @@ def image_bytes(url: str, max_nbytes: int, hosts: Collection[str] = ()) -> bytes
             f"images are taken {known}out of data: URLs only, found the host {shorten(host)}: send "
             "data:image/png;base64,..., or have the server started with --image-hosts"
         )
-    return _fetched(url, max_nbytes)
+    return _fetched(url, max_nbytes, time.monotonic() + FETCH_S if until is None else until)
 
 
 def _decoded(rest: str, max_nbytes: int) -> bytes:
@@ -107,19 +114,70 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         """Follow none: the status is then an error."""
 
 
-def _fetched(url: str, max_nbytes: int) -> bytes:
+class _Connection(HTTPConnection):
+    """One that is shut down at a time, unless ``end`` comes first."""
+
+    until: float
+    end: contextlib.ExitStack
+
+    def connect(self) -> None:
+        """Connect, with what is left of the time."""
+        super().connect()
+        watched = self.end.enter_context(self.sock.dup())  # also where the connection is encrypted later
+        timer = threading.Timer(max(0.0, self.until - time.monotonic()), _shut_down, [watched])
+        timer.daemon = True
+        timer.start()
+        self.end.callback(timer.join)
+        self.end.callback(timer.cancel)
+
+
+class _SecureConnection(HTTPSConnection, _Connection):
+    """The same, encrypted."""
+
+
+def _shut_down(watched: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has been by the host
+        watched.shutdown(socket.SHUT_RDWR)
+
+
+class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens the connections of one image; see [Note: fetching]."""
+
+    def __init__(self, until: float, end: contextlib.ExitStack) -> None:
+        super().__init__()
+        self._until, self._end = until, end
+
+    def http_open(self, req: urllib.request.Request) -> HTTPResponse:
+        """Open a URL."""
+        return self.do_open(partial(self._make, _Connection), req)
+
+    def https_open(self, req: urllib.request.Request) -> HTTPResponse:
+        """Open a URL; certificates are checked as always."""
+        return self.do_open(partial(self._make, _SecureConnection), req)
+
+    def _make(self, kind: type[_Connection], host: str, **more: Any) -> _Connection:
+        made = kind(host, **more)
+        made.until, made.end = self._until, self._end
+        return made
+
+
+def _fetched(url: str, max_nbytes: int, until: float) -> bytes:
     """See [Note: fetching]."""
-    until = time.monotonic() + FETCH_S
     found = bytearray()
+    late = f"{shorten(url)} has not come in time: a request's images may take {FETCH_S:.0f} s"
+    if (left_s := until - time.monotonic()) <= 0:
+        raise ValueError(late)
     try:
-        opener = urllib.request.build_opener(_NoRedirects)
-        with opener.open(url, timeout=READ_S) as answer:
+        with contextlib.ExitStack() as end:
+            opener = urllib.request.build_opener(_NoRedirects, _Handler(until, end))
+            answer = end.enter_context(opener.open(url, timeout=min(READ_S, left_s)))
             while part := answer.read1(_READ_NBYTES):
                 found += part
                 if len(found) > max_nbytes:
                     raise ValueError(f"an image may have {max_nbytes} bytes at most, {shorten(url)} has more")
-                if time.monotonic() > until:
-                    raise ValueError(f"{shorten(url)} has not come within {FETCH_S:.0f} s")
     except (OSError, HTTPException) as error:
-        raise ValueError(f"{shorten(url)} cannot be fetched: {error}") from error
+        why = late if time.monotonic() >= until else f"{shorten(url)} cannot be fetched: {error}"
+        raise ValueError(why) from error
+    if time.monotonic() >= until:
+        raise ValueError(late)
     return bytes(found)

@@ -25,7 +25,7 @@ from yafsdp_like.inference.engine.image_tokens import Image, PlacedImage, place_
 from yafsdp_like.inference.engine.request import PLAIN, Grammar, Request, TokenLimits
 from yafsdp_like.inference.http.bodies import AnyBody, ChatBody, ChatMessage, CompletionBody, StreamOptions
 from yafsdp_like.inference.http.body_limits import BodyLimits
-from yafsdp_like.inference.http.content_parts import image_bytes
+from yafsdp_like.inference.http.content_parts import FETCH_S, image_bytes
 from yafsdp_like.inference.http.errors import (
     UNSUPPORTED,
     ApiError,
@@ -228,15 +228,16 @@ class RequestParser:
         num_tokens = len(prompt) + len(urls) * (self._images.config.num_rows - 1)
         if num_tokens >= self._options.max_seq_len:  # before anything is decoded
             raise too_long("messages", f"{num_tokens} tokens, and 1 to generate", self._options.max_seq_len)
-        images = [self._image(self._images, number, url) for number, url in enumerate(urls, 1)]
+        until = time.monotonic() + FETCH_S
+        images = [self._image(self._images, number, url, until) for number, url in enumerate(urls, 1)]
         try:
             return place_images(prompt, images, self._images.config)
         except ValueError as error:
             raise invalid("messages", f"the model's chat template has no place for each image: {error}") from error
 
-    def _image(self, reader: ImageReader, number: int, url: str) -> Image:
+    def _image(self, reader: ImageReader, number: int, url: str, until: float) -> Image:
         try:
-            return reader.read(image_bytes(url, self._options.max_image_nbytes, self._options.image_hosts))
+            return reader.read(image_bytes(url, self._options.max_image_nbytes, self._options.image_hosts, until))
         except ValueError as error:
             raise invalid("messages", f"image {number}: {error}") from error
 

@@ -72,7 +72,7 @@ class OpenAIHandler:
 
     def __init__(self, service: Service[Any], catalog: Catalog) -> None:
         self.service, self.options = service, catalog.options
-        self.catalog, self.pool = catalog, BodyReaderPool()
+        self.catalog, self.pool = catalog, BodyReaderPool(catalog.takes_images)
         self.metrics, self.writer = ServerMetrics(), AnswerWriter()
 
     async def answer(self, kind: Kind, http: HttpRequest) -> Response:
