@@ -98,6 +98,19 @@ def test_what_a_configuration_leaves_out_is_llava_15s(tmp_path: Path) -> None:
     assert (config.vision.dim, config.vision.num_layers, config.vision.num_rows) == (1024, 23, 576)
 
 
+@pytest.mark.parametrize("place", ["top", "text_config"])
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model.", r"re:.*language_model\.model\."])
+def test_quantized_weights_of_a_decoder_behind_a_tower_are_known(place: str, prefix: str) -> None:
+    """Where transformers says so, and by the names that modules have in the whole model."""
+    kept = [f"{prefix}layers.0.mlp.down_proj", "vision_tower", "multi_modal_projector"]
+    said = {"quantization_config": {"quant_method": "fbgemm_fp8", "modules_to_not_convert": kept}}
+    raw = {"model_type": "llava", "image_token_index": 31_999}
+    found = config_from_llava(raw | said if place == "top" else {**raw, "text_config": said}).quantization
+    assert found is not None and found.layout == "fp8"
+    modules = [f"layers.{layer}.mlp.{name}" for layer in (0, 1) for name in ("up_proj", "down_proj")]
+    assert [found.covers(module) for module in modules] == [True, False, True, True]
+
+
 def test_a_directory_without_all_of_the_tower_is_refused(tmp_path: Path) -> None:
     save_llava(tmp_path)
     rename(tmp_path, {"vision_tower.encoder.layers.0.mlp.fc1.": "vision_tower.lost."})

@@ -54,6 +54,7 @@ _RENAMED = (  # the first that fits, to the names of a decoder alone, of `TOWER`
     (re.compile(r"^(?:model\.)?multi_modal_projector\."), f"{PROJECTOR}."),
 )
 _NAMES_IN_AN_ERROR = 8
+_QUANTIZED = "quantization_config", "compression_config"  # at the top, where transformers writes it, or of the text
 
 
 def config_from_llava(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -68,7 +69,8 @@ def config_from_llava(raw: Mapping[str, Any]) -> DecoderConfig:
     if text["model_type"] == "llama":
         text = {**_LLAMA, **text}
     is_tied = raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
-    config = config_from_hf({**text, "tie_word_embeddings": is_tied})
+    said = next((of[key] for of in (text, raw) for key in _QUANTIZED if of.get(key)), None)
+    config = config_from_hf({**text, "tie_word_embeddings": is_tied, "quantization_config": said})
     vision = _vision(raw)
     if vision.image_token >= config.vocab_size:
         raise ValueError(f"image_token_index {vision.image_token} is outside of {config.vocab_size} tokens")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 Layout = Literal["fp8", "awq", "gptq", "packed"]
+_PREFIXES = "", "model.", "language_model.model.", "model.language_model."  # of layers; the last two of Llava's
 _ANY = object()  # value of a key that changes nothing here
 
 
@@ -36,7 +37,7 @@ class Quantization:
 
     def covers(self, module: str) -> bool:
         """Return whether the module of that name, `layers.0.mlp.up_proj` for one, is quantized."""
-        names = (module, f"model.{module}")
+        names = [f"{prefix}{module}" for prefix in _PREFIXES]
         return not any(_is_named(name, kept) for kept in self.kept for name in names)
 
     def rows_that_share(self, sizes: Iterable[int]) -> int:
