@@ -9,6 +9,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,27 @@ def test_a_host_that_sends_a_byte_now_and_then_is_left_at_the_deadline(scheme: s
         with pytest.raises(ValueError, match="has not come in time"):
             image_bytes(f"{scheme}://{host}/b.png", 100_000, (host,), until=time.monotonic() - 1)
         thread.join()
+
+
+def test_images_whose_values_would_be_cut_off_are_refused_by_name(chatting: Chatting) -> None:
+    """Prevents: an answer about a white image, of a grey one with 16 bits."""
+    written = io.BytesIO()
+    Picture.new("I;16", (20, 20), 30_000).save(written, "PNG")
+    with pytest.raises(ValueError, match="must have 8 bits a channel, found pillow's mode 'I"):
+        chatting.reader.read(written.getvalue())
+    grey = io.BytesIO()
+    Picture.new("L", (20, 20), 30).save(grey, "PNG")
+    coloured = io.BytesIO()
+    Picture.new("RGB", (20, 20), (30, 30, 30)).save(coloured, "PNG")
+    assert chatting.reader.read(grey.getvalue()).digest == chatting.reader.read(coloured.getvalue()).digest
+
+
+def test_images_that_several_threads_read_are_those_that_one_reads(chatting: Chatting) -> None:
+    pictures = [picture(seed, 20 + seed % 7, 30) for seed in range(16)]
+    expected = [chatting.reader.read(raw).digest for raw in pictures]
+    with ThreadPoolExecutor(4) as threads:
+        assert [image.digest for image in threads.map(chatting.reader.read, pictures * 2)] == expected * 2
+    assert len(set(expected)) == 16
 
 
 def test_a_processor_that_makes_something_else_is_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from yafsdp_like.models.vision import VisionConfig
 
 FORMATS = "PNG", "JPEG"
+MODES = "1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"  # of 8 bits a channel, as pillow names them
 MAX_ASPECT = 100
 MAX_PIXELS = 2**25  # of one image, before it is made smaller: 100 MB of them
 
@@ -66,6 +67,8 @@ class ImageReader:
         try:
             with Picture.open(io.BytesIO(raw), formats=FORMATS) as opened:  # which reads sizes, and no pixel
                 self._check_size(*opened.size)
+                if opened.mode not in MODES:  # whose values would be cut off at 255
+                    raise ValueError(f"an image must have 8 bits a channel, found pillow's mode {opened.mode!r}")
                 picture = ImageOps.exif_transpose(opened).convert("RGB")
         except ValueError:
             raise
