@@ -59,7 +59,9 @@ def load_model(options: GenerateOptions | ServeOptions, say: Callable[[str], Non
             on_plan=lambda plan: say(str(plan)),
             adapters=options.adapters if isinstance(options, ServeOptions) else None,
         ) as engine:
-            images = load_images(model, options.http, say) if isinstance(options, ServeOptions) else None
+            images = None
+            if isinstance(options, ServeOptions):
+                images = load_images(model, options.http, say, is_shared=engine.tp_group is not None)
             yield LoadedModel(model, codec, engine, sampling, images)
     finally:
         leave()
@@ -74,9 +76,17 @@ def join_device(device_type: str) -> torch.device:
     return torch.device("cuda" if device_type != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load_images(model: Model, options: HttpOptions, say: Callable[[str], None]) -> ImageReader | None:
-    """What reads a model's images; None where it sees none, or, after a warning, where they cannot be read."""
+def load_images(
+    model: Model, options: HttpOptions, say: Callable[[str], None], is_shared: bool = False
+) -> ImageReader | None:
+    """What reads a model's images; None where it sees none, or, after a warning, where they cannot be read.
+
+    ``is_shared``: tensor parallel ranks share the model, and take no images.
+    """
     if model.config.vision is None or model.directory is None:
+        return None
+    if is_shared:
+        say("warning: images are refused: tensor parallel ranks take none")
         return None
     try:
         return ImageReader.load(model.directory, model.config.vision, options.max_image_pixels)

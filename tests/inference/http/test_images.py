@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 import torch
 
+from launch.inference import load_images
 from tests.inference.http.servers import CHATS, MODEL, Running, serving_app
 from tests.llava import NUM_ROWS, SIDE, greedy_of, save_chatting_llava
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.http.catalog import Catalog
 from yafsdp_like.inference.http.content_parts import image_bytes
+from yafsdp_like.inference.http.options import HttpOptions
 from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.http.server import create_catalog_app
 from yafsdp_like.inference.http.service import Service
@@ -302,6 +304,14 @@ def test_images_that_several_threads_read_are_those_that_one_reads(chatting: Cha
     with ThreadPoolExecutor(4) as threads:
         assert [image.digest for image in threads.map(chatting.reader.read, pictures * 2)] == expected * 2
     assert len(set(expected)) == 16
+
+
+def test_tensor_parallel_ranks_and_texts_read_no_image(chatting: Chatting) -> None:
+    """Prevents: images fetched, decoded and sent to all ranks, and refused then."""
+    said: list[str] = []
+    assert load_images(chatting.model, HttpOptions(), said.append, is_shared=True) is None
+    assert said == ["warning: images are refused: tensor parallel ranks take none"]
+    assert load_images(chatting.model, HttpOptions(), said.append) is not None and len(said) == 1
 
 
 def test_a_processor_that_makes_something_else_is_refused(tmp_path: Path) -> None:
