@@ -115,6 +115,18 @@ def test_an_image_is_encoded_once_and_its_prefix_found_with_the_same_image_only(
     check_idle(it)
 
 
+def test_features_of_an_image_are_found_with_the_same_salt_only(llava: Llava) -> None:
+    """Prevents: time to the first token telling whether somebody else has sent an image."""
+    it = llava.engine()
+    counts = []
+    for number, salt in enumerate(["mine", "yours", None, "mine"]):
+        request = llava.request(f"{number}", (number, *ONE), 1, max_tokens=1, salt=salt)
+        assert it.generate([request])[request.id].ids == llava.expected(request)
+        counts.append((it.metrics().num_images_encoded, it.metrics().num_images_found))
+    assert counts == [(1, 0), (2, 0), (3, 0), (3, 1)]
+    check_idle(it)
+
+
 def test_requests_with_images_and_without_share_steps(llava: Llava) -> None:
     it = llava.engine(replace(OPTIONS, max_batch_tokens=24))
     requests = [

@@ -32,6 +32,7 @@ class ImageRun(NamedTuple):
 
     placed: PlacedImage
     tenant: str
+    salt: str | None
     first: int  # of the image's rows
     rows: slice  # of the step
 
@@ -60,15 +61,16 @@ class ImageRows:
                 first, last = max(placed.start, run.start), min(placed.end, run.end)
                 if first < last:
                     rows = slice(row + first - run.start, row + last - run.start)
-                    found.append(ImageRun(placed, request.tenant, first - placed.start, rows))
+                    found.append(ImageRun(placed, request.tenant, request.salt, first - placed.start, rows))
             row += run.num_tokens
         return found
 
     def compute(self, runs: Sequence[ImageRun]) -> Iterator[tuple[slice, Tensor]]:
         """Yield rows of the step and what they are, (rows, D), one image at a time: issued when it is asked for."""
-        for placed, tenant, first, rows in runs:
+        for placed, tenant, salt, first, rows in runs:
             tower, projector = self._weights.vision()
-            features = self._features(placed.image, tenant, tower)
+            content = ImageContent(self._weights.tower_digest, placed.image.digest, salt)
+            features = self._features(content, placed.image, tenant, tower)
             whole = vision.project(self._config, projector, features)  # the same bits, however a prompt is cut
             yield rows, whole[first : first + rows.stop - rows.start]
 
@@ -78,8 +80,7 @@ class ImageRows:
         pixels = torch.zeros(3, self._config.image_size, self._config.image_size)
         vision.project(self._config, projector, vision.encode(self._config, tower, pixels))
 
-    def _features(self, image: Image, tenant: str, tower: vision.Weights) -> Tensor:
-        content = ImageContent(self._weights.tower_digest, image.digest)
+    def _features(self, content: ImageContent, image: Image, tenant: str, tower: vision.Weights) -> Tensor:
         page = self._pages.find(content)
         if page is not None:
             self.num_found += 1

@@ -93,7 +93,7 @@ class Request:
     tenant: str = ""  # whose pages they are
     priority: int = 0  # higher first
     deadline: float | None = None  # in seconds of time.monotonic()
-    salt: str | None = None  # pages are shared only with requests of the same salt
+    salt: str | None = None  # pages, of images too, are shared only with requests of the same salt
     adapter: str | None = None  # the LoRA adapter that it is computed with; None: the model as it is
     limits: TokenLimits | None = None  # what may be drawn; None: everything
     images: tuple[PlacedImage, ...] = ()  # in the prompt, as ``place_images`` returns both

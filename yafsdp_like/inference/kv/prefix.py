@@ -39,10 +39,14 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class ImageContent:
-    """What is in a page of an image: what the vision tower of this digest makes of the pixels of that one."""
+    """What is in a page of an image: what the vision tower of this digest makes of the pixels of that one.
+
+    Shared only among requests of the same ``salt``: how soon an answer begins would tell whether somebody sent it.
+    """
 
     tower: bytes
     image: bytes
+    salt: str | None = None
 
 
 class PrefixTree:
