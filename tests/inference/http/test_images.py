@@ -314,6 +314,11 @@ def test_tensor_parallel_ranks_and_texts_read_no_image(chatting: Chatting) -> No
     assert load_images(chatting.model, HttpOptions(), said.append) is not None and len(said) == 1
 
 
+def test_the_largest_image_fits_into_the_largest_body() -> None:
+    options = HttpOptions()
+    assert len(url(bytes(options.max_image_nbytes))) + 2**16 < options.max_body_nbytes
+
+
 def test_a_processor_that_makes_something_else_is_refused(tmp_path: Path) -> None:
     save_chatting_llava(tmp_path)
     vision = open_model(str(tmp_path)).config.vision
