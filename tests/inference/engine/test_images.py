@@ -18,6 +18,7 @@ from yafsdp_like.inference.engine.request import Request
 from yafsdp_like.inference.kv.eviction import Costs
 from yafsdp_like.inference.kv.kv_cache import Tier
 from yafsdp_like.inference.options import EngineOptions, PoolOptions
+from yafsdp_like.inference.plan.draft_plan import plan_with_draft
 from yafsdp_like.inference.plan.serving_plan import plan_serving
 from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool
@@ -254,6 +255,17 @@ def test_the_plan_has_the_tower_the_projector_and_what_an_image_takes(llava: Lla
     assert it._weights.arena.nbytes == it.plan.nbytes
     asked = ServePlanOptions(llava.model.name, load=LoadOptions(device="cpu", dtype="bfloat16"), engine=OPTIONS)
     assert f"of the weights, {readable(regions[TOWER])} are the vision tower's" in str(forecast_serving(asked))
+
+
+def test_a_draft_model_is_planned_without_its_tower(llava: Llava) -> None:
+    """Prevents: a tower loaded for drafts, which are shown no image, and bytes that no plan has."""
+    config, options = llava.model.config, replace(OPTIONS, speculate="draft:it")
+    drafts = plan_with_draft(config, options, draft=config).draft
+    assert drafts is not None and drafts.buffers.image_nbytes == 0
+    assert not {TOWER, PROJECTOR} & {region.name for region in drafts.memory.regions}
+    it = Engine.load(llava.model, options, draft=llava.model)
+    request = llava.request("a", ONE, 1)
+    assert it.generate([request])["a"].ids == llava.expected(request)
 
 
 def test_images_that_a_model_cannot_see_are_refused(llava: Llava) -> None:

@@ -87,7 +87,7 @@ def _plan_draft(draft: DecoderConfig, options: EngineOptions, site: Site, kv_nby
         adapter_rank=None,
         host_adapters=None,
     )
-    return plan_serving(draft, own, site, "resident")
+    return plan_serving(replace(draft, vision=None), own, site, "resident")  # which is shown no image
 
 
 def _token_nbytes(plan: ServingPlan) -> int:
