@@ -138,7 +138,7 @@ def test_instructor_gives_objects_in_each_of_its_modes(served: Served, url: str)
         }
         assert isinstance(client.chat.completions.create(response_model=Sum, **asked), Sum), mode
         partial = list(client.chat.completions.create_partial(response_model=Sum, **asked))
-        assert partial[-1].model_dump() == Sum(**partial[-1].model_dump()).model_dump(), mode
+        assert all(0 <= number <= 9 for number in (partial[-1].a, partial[-1].b)), mode
 
 
 def test_pydantic_ai_gives_objects_by_tools_and_by_schemas_and_streams(served: Served, url: str) -> None:
