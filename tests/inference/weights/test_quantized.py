@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request
 from yafsdp_like.inference.plan.quantized_fields import stored_units
 from yafsdp_like.inference.plan.serving_plan import plan_serving
+from yafsdp_like.inference.plan.step_sizes import StepSize
 from yafsdp_like.inference.weights.loading import load, open_model, world_transport
 from yafsdp_like.models import Decoder
 from yafsdp_like.models.hf import load_hf_config
@@ -132,6 +134,17 @@ def test_modules_that_are_kept_are_multiplied_in_full_precision(name: str, tmp_p
     model = publish(name, tmp_path, kept="down_proj")
     engine = Engine.load(str(tmp_path), OPTIONS, device="cpu", dtype=torch.float32)
     check_tokens(engine, model, 1)
+
+
+def test_a_layer_of_each_kind_is_warmed_up_where_whole_layers_are_kept(tmp_path: Path) -> None:
+    """Else the quantized product would be compiled when the first step of it comes, in a recording."""
+    publish("fp8, a scale a row", tmp_path, replace(CONFIG, num_layers=3), kept="layers.0")
+    engine = Engine.load(str(tmp_path), OPTIONS, device="cpu", dtype=torch.float32)
+    forward, size = engine._runner._forward, StepSize.decode(2)
+    engine._runner._staging.stage_idle(size)
+    with patch.object(forward, "_layer", wraps=forward._layer) as issued, torch.inference_mode():
+        forward.warm_up([size])
+    assert [call.args[0] for call in issued.call_args_list] == [0, 1]
 
 
 def test_projections_that_are_one_product_and_only_partly_quantized_are_refused(tmp_path: Path) -> None:

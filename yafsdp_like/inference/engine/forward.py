@@ -40,6 +40,7 @@ from yafsdp_like.kernels.lora import LowRank, add_low_rank
 from yafsdp_like.kernels.norm import rms_norm
 from yafsdp_like.kernels.paged_attention import AttentionBatch, KVPages
 from yafsdp_like.kernels.prefill_attention import prefill_attention
+from yafsdp_like.kernels.quantized import QuantizedMatrix
 from yafsdp_like.kernels.query_tiles import max_num_tiles, queries_per_tile
 from yafsdp_like.kernels.rotary import HeadNorms, rotate_and_store
 from yafsdp_like.kernels.routing import Visits, route
@@ -119,10 +120,10 @@ class Forward:
         Libraries load and choose kernels when a shape comes first, which must not happen in a recording.
         """
         self._embed(slice(0, 1))
-        kinds = set[tuple[int | None, bool]]()
+        kinds = set[tuple[object, ...]]()
         for index in range(self._config.num_layers):
             layer = self._weights.layer(index)
-            kind = self._cache[index].window, layer.router is None
+            kind = self._cache[index].window, *_kind_of(layer)
             if kind not in kinds:
                 kinds.add(kind)
                 for num_tokens in sorted({size.num_tokens for size in sizes}):
@@ -290,6 +291,12 @@ class Forward:
         matmul(last, head[rows], logits[:, rows])
         self._sum(logits)  # exact: of each logit all ranks but one have 0
         return logits
+
+
+def _kind_of(layer: LayerWeights) -> tuple[object, ...]:
+    """Return what decides which kernels a layer's products are: equal for layers that are warmed up as one."""
+    products = layer.qkv, layer.o, layer.gate_up, layer.down
+    return layer.router is None, *(isinstance(matrix, QuantizedMatrix) for matrix in products)
 
 
 def queries_per_tile_of(weights: Weights) -> int:
