@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,11 +25,14 @@ from tests.training import world_mesh
 from yafsdp_like import fully_shard
 from yafsdp_like.checkpoint.steps import StepCheckpoints
 from yafsdp_like.comm.choice import transport_of
-from yafsdp_like.inference.plan.packed_weights import pack_units
+from yafsdp_like.inference.plan.packed_weights import Parameter, pack_units
 from yafsdp_like.inference.plan.serving_plan import plan_serving
-from yafsdp_like.inference.weights.loading import RandomSource, load, open_model, site_of
+from yafsdp_like.inference.weights import loading
+from yafsdp_like.inference.weights.loading import RandomSource, _fill_part, load, open_model, site_of
 from yafsdp_like.models import PRESETS, Decoder
 from yafsdp_like.models.hf import save_hf
+from yafsdp_like.models.moe import ExpertsConfig
+from yafsdp_like.models.tensor_parallel import Cut
 
 
 @pytest.fixture(scope="module", params=["grouped-query", "multi-query, biases", "tied"])
@@ -46,6 +50,46 @@ def test_a_hugging_face_directory_is_loaded(hf_directory: Any, mode: Any, monkey
     model = open_model(str(directory))
     assert (model.config, model.directory) == (module.config, directory)
     assert differences(load(model, LIMITS, mode=mode), module) == []
+
+
+class Counting:
+    """0, 1, 2, ... for every parameter, and how many elements were asked for at a time."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
+        self.asked.append(len(out))
+        out.copy_(torch.arange(start, start + len(out)))
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_rank_reads_its_part_of_experts_with_room_for_the_matrix_of_one(dim: int) -> None:
+    """Prevents: three stacks of all experts of a layer beside an arena that has taken what is free."""
+    num_experts, cut = 4, Cut(dim, 2)
+    whole = torch.arange(num_experts * 6 * 8, dtype=torch.float32).view(num_experts, 6, 8)
+    part = Parameter("experts", cut.part(whole.shape), torch.float32, cut)
+    source = Counting()
+    for rank in range(2):
+        values = torch.empty(part.numel)
+        _fill_part(values, part, rank, source)
+        assert torch.equal(values.view(part.shape), whole.chunk(2, dim)[rank])
+    assert source.asked == [6 * 8] * num_experts * 2
+
+
+def test_random_experts_that_are_read_one_by_one_are_drawn_once() -> None:
+    name, config = "layers.0.mlp.experts.up_proj", replace(CONFIG, experts=ExpertsConfig(4, 2))
+    source, found, whole = (
+        RandomSource(config, CPU),
+        torch.empty(4, CONFIG.ffn_dim, CONFIG.dim),
+        torch.empty(4, CONFIG.ffn_dim, CONFIG.dim),
+    )
+    with patch.object(loading, "fill_first_values", wraps=loading.fill_first_values) as drawn:
+        for index, matrix in enumerate(found):
+            source.read_into(name, index * matrix.numel(), matrix.view(-1))
+    assert drawn.call_count == 1
+    source.read_into(name, 0, whole.view(-1))
+    assert torch.equal(found, whole)
 
 
 def gather_from_files(directory: Path) -> list[str]:

@@ -223,17 +223,21 @@ def fill(store: Store, source: Source) -> None:
 def _fill_part(values: Tensor, parameter: Parameter, rank: int, source: Source) -> None:
     """Read one rank's part (n,) of a parameter that is cut.
 
-    Parts of rows are copied out of the whole parameter, for which the device must have room while it is loaded: a
-    source gives rows only, and a rank needs some of each.
+    Parts of rows are copied out of the whole matrix, for which the device must have room while it is loaded: a source
+    gives rows only, and a rank needs some of each. Of experts that is one expert's matrix at a time: all of a layer's
+    together may take more than is free beside the arena.
     """
     cut = parameter.cut
     assert cut is not None and len(values) == parameter.numel, "what is cut is kept, not moved"
     if cut.dim == 0:
         source.read_into(parameter.name, rank * len(values), values)
         return
-    whole = torch.empty(cut.whole(parameter.shape), dtype=values.dtype, device=values.device)
-    source.read_into(parameter.name, 0, whole.flatten())
-    values.view(parameter.shape).copy_(whole.chunk(cut.num_ranks, cut.dim)[rank])
+    shape = cut.whole(parameter.shape)[-2:]
+    whole = torch.empty(shape, dtype=values.dtype, device=values.device)
+    kept = whole.chunk(cut.num_ranks, cut.dim - len(parameter.shape))[rank]
+    for index, matrix in enumerate(values.view(-1, *parameter.shape[-2:])):
+        source.read_into(parameter.name, index * whole.numel(), whole.view(-1))
+        matrix.copy_(kept)
 
 
 # --- models ---
@@ -309,15 +313,20 @@ class RandomSource:
     def __init__(self, config: DecoderConfig, device: torch.device, seed: int = 0) -> None:
         self._config, self._device, self._seed = config, device, seed
         self._parameters = {n: (i, p.shape) for i, (n, p) in enumerate(_on_meta(config).named_parameters())}
+        self._last: tuple[str, Tensor] | None = None  # experts' matrices, which are read one by one, on the host
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Draw the whole parameter, and keep what is asked for."""
+        """Draw the whole parameter, unless it was the last one, and keep what is asked for."""
         index, shape = self._parameters[name]
         is_whole = len(out) == shape.numel() and out.device == self._device
+        if not is_whole and self._last is not None and self._last[0] == name:
+            out.copy_(self._last[1].flatten()[start : start + len(out)])
+            return
         whole = out.view(shape) if is_whole else torch.empty(shape, dtype=out.dtype, device=self._device)
         fill_first_values(whole, name, self._config, f"{self._seed}.{index}")
         if not is_whole:
             out.copy_(whole.flatten()[start : start + len(out)])
+            self._last = (name, whole.cpu()) if len(shape) > 2 else None
 
 
 class FileSource:
@@ -354,9 +363,11 @@ class CheckpointSource:
 
     def __init__(self, path: Path, shapes: Mapping[str, list[int]]) -> None:
         self._path, self._shapes = path, shapes
+        self._last: tuple[str, Tensor] | None = None  # experts' matrices are read one by one
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Read the whole parameter, and keep what is asked for."""
-        whole = torch.empty(self._shapes[name], dtype=torch.float32)
-        steps.load_whole(self._path, {"model": {name: whole}})
-        out.copy_(whole.flatten()[start : start + len(out)])
+        """Read the whole parameter, unless it was the last one, and keep what is asked for."""
+        if self._last is None or self._last[0] != name:
+            self._last = name, torch.empty(self._shapes[name], dtype=torch.float32)
+            steps.load_whole(self._path, {"model": {name: self._last[1]}})
+        out.copy_(self._last[1].flatten()[start : start + len(out)])
