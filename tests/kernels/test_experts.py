@@ -29,7 +29,8 @@ def routed(
     num_tokens: int, num_experts: int, num_per_token: int, *, normalize: bool = True, num_padding: int = 0
 ) -> Visits:
     logits = 2 * random(num_tokens, num_experts, seed=5)
-    slots = int32([-1 if row >= num_tokens - num_padding else row for row in range(num_tokens)])
+    is_real = [row < num_tokens - num_padding for row in range(num_tokens)]
+    slots = int32([(-1, -2 if row % 2 else row)[real] for row, real in enumerate(is_real)])  # below -1: not stored
     visits = tables(num_tokens, num_experts, num_per_token)
     route(logits, num_per_token, normalize, slots, visits)
     return visits

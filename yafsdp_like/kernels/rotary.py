@@ -91,7 +91,7 @@ def rotate_and_store(
         tables: cosines and sines `(T, H)` of the tokens' positions, as `Rope.tables` makes them; their first halves
             are read.
         pages: where keys and values go.
-        slot_mapping: `(T,)` int32 or int64: page * page_size + offset of each token; -1 for one that is not stored.
+        slot_mapping: `(T,)` int32 or int64: page * page_size + offset of each token; below 0: it is not stored.
         norms: of the heads, if the model has them.
 
     Raises `ValueError` for shapes or strides that do not fit.

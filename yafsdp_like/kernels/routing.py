@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+PADDING = -1  # instead of a slot, see `route`
 _BLOCK_T = 4  # tokens of a program that chooses
 _BLOCK_R = 1024  # visits that a program which sorts looks at together
 _LEAST = tl and tl.constexpr(-3e38)  # below the scores of all experts
@@ -49,7 +50,7 @@ def route(logits: Tensor, num_per_token: int, normalize: bool, slots: Tensor, vi
         logits: `(T, E)`, rows dense.
         num_per_token: S.
         normalize: whether the weights of a token's experts add up to 1.
-        slots: `(T,)` int32, below 0 for tokens that are padding, which visit nobody.
+        slots: `(T,)` int32, `PADDING` for tokens that are padding, which visit nobody; other values do not matter.
         visits: of R visits; overwritten.
 
     Raises `ValueError` for shapes that do not fit.
@@ -80,7 +81,7 @@ def route_reference(logits: Tensor, num_per_token: int, normalize: bool, slots: 
     weights, experts = (found[:, :num_per_token] for found in probs.sort(dim=-1, descending=True, stable=True))
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
-    is_padding = (slots < 0)[:, None]
+    is_padding = (slots == PADDING)[:, None]
     visits.experts.copy_(experts.masked_fill(is_padding, visits.num_experts).flatten())
     visits.weights.copy_(weights.masked_fill(is_padding, 0.0).flatten())
     visits.order.copy_(visits.experts.argsort(stable=True))
@@ -158,7 +159,7 @@ def _choose_kernel(
     if NORMALIZE:
         values = values / tl.sum(values, 1)[:, None]
     values = tl.where(total == total, values, total)  # NaN, which a maximum may pass over
-    is_real = (tl.load(slots + t, mask=inside, other=-1) >= 0)[:, None]
+    is_real = (tl.load(slots + t, mask=inside, other=-1) != -1)[:, None]  # PADDING
     places = t[:, None] * S + s[None, :]
     stored = inside[:, None] & (s < S)[None, :]
     tl.store(experts + places, tl.where(is_real, chosen, E), mask=stored)

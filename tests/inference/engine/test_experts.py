@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.inference.engine.test_engine import GREEDY, OPTIONS, check_idle, prompts
+from tests.inference.engine.test_engine import GREEDY, OPTIONS, TINY, check_idle, engine, prompts
 from tests.models.test_hf import theirs, write_family
+from yafsdp_like.inference.engine import forward
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Completion, Request
 from yafsdp_like.inference.options import PoolOptions
 from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool
 from yafsdp_like.inference.weights.loading import load, open_model
+from yafsdp_like.kernels.routing import Visits, route
+from yafsdp_like.models.moe import ExpertsConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,6 +70,28 @@ def test_served_experts_give_the_tokens_and_log_probabilities_of_transformers(
     it = Engine(load(str(directories[family]), OPTIONS, dtype=torch.float32, mode=mode))
     check(directories[family], it.generate(asked()))
     check_idle(it)
+
+
+def test_the_rows_of_measured_steps_visit_experts_and_store_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents: times without the experts, which are most of the bytes that a step reads."""
+    it = engine(replace(TINY, experts=ExpertsConfig(8, 2)))
+    for pages in it._places.regions.values():
+        pages.fill_(7)
+    steps: list[tuple[int, int, int]] = []
+
+    def recording(scores: torch.Tensor, count: int, normalize: bool, slots: torch.Tensor, visits: Visits) -> None:
+        route(scores, count, normalize, slots, visits)
+        starts = visits.starts.tolist()
+        steps.append((len(scores), starts[-1], len(set(starts)) - 1))  # rows, visits, experts that are visited
+
+    monkeypatch.setattr(forward, "route", recording)
+    assert set(it._runner.measure_decoding()) | set(it._runner.measure_steps()) == {1, 2, 4, 8, 16}
+    it._runner.measure()
+    assert {rows for rows, _, _ in steps} == {1, 2, 4, 8, 16}
+    assert all(visits == 2 * rows for rows, visits, _ in steps)
+    assert max(experts for rows, _, experts in steps if rows == 1) == 2
+    assert max(experts for rows, _, experts in steps if rows == 16) > 4
+    assert all((pages == 7).all() for pages in it._places.regions.values())
 
 
 def test_a_pool_serves_models_with_experts_beside_each_other(directories: dict[str, Path]) -> None:

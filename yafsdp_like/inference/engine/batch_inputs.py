@@ -9,7 +9,7 @@ staged, so what is written is no longer read.
 ``token_pool`` holds the tokens that the last step drew, then tokens that the host gives. A step finds its tokens by
 index there, so it can be launched before the CPU knows what the last one drew.
 
-Shapes: T tokens of a step, B sequences, V vocabulary, G groups of layers.
+Shapes: T tokens of a step, B sequences, R rows that draw, V vocabulary, G groups of layers.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.plan.step_sizes import StepSize
 
 _GREEDY = SamplingParams(temperature=0.0)  # of rows that only fill up a recording's batch
+_UNSTORED = -2  # the slot of a token that is no padding, and whose keys and values are not stored
+_STRIDE = 7919  # of the tokens of measured steps: a prime, so that these are spread over the vocabulary
 _NOWHERE = -1
 
 Array = npt.NDArray[Any]
@@ -117,6 +119,20 @@ class Staging:
     def stage_idle(self, size: StepSize) -> None:
         """Write and upload a step of ``size`` that is all padding."""
         self.stage((), (), size)
+
+    def stage_measured(self, size: StepSize) -> None:
+        """Write and upload a step of ``size`` that reads and writes no pages, but whose rows visit experts.
+
+        Rows have tokens of their own, since equal ones would all visit the same experts. ``Staging.stage`` of any other
+        step overwrites these tables.
+        """
+        self.stage_idle(size)
+        inputs, rows, vocab_size = self._side.inputs, slice(0, size.num_tokens), self._history.shape[1]
+        tokens = np.arange(self._num_drawn, self._num_drawn + size.num_tokens)
+        inputs.token_index.array[rows] = tokens
+        inputs.token_pool.array[tokens] = np.arange(size.num_tokens) * _STRIDE % vocab_size
+        inputs.slot_mapping.array[:, rows] = _UNSTORED
+        self._upload_tokens(size, 0)
 
     # --- tokens ---
 

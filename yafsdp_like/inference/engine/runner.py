@@ -229,7 +229,7 @@ class Runner:
     def _replay_idle(self, size: StepSize) -> None:
         if size not in self._recordings:
             return self._idle(size)
-        self._staging.stage_idle(size)
+        self._staging.stage_measured(size)
         self._weights.reset_residency()
         self._recordings[size].replay()
 
@@ -246,8 +246,8 @@ class Runner:
         return max(time.perf_counter() - start, 1e-9)
 
     def _idle(self, size: StepSize) -> None:
-        """Run a step whose rows read and write nothing."""
-        self._staging.stage_idle(size)
+        """Run a step whose rows read and write no pages."""
+        self._staging.stage_measured(size)
         self._sample(self._forward(size))
 
     # --- a step ---
