@@ -7,11 +7,13 @@ from collections import Counter
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
+from tests.inference.engine.test_adapters import write_adapter
 from tests.inference.engine.test_engine import (
     ARCHITECTURES,
     GREEDY,
@@ -31,6 +33,7 @@ from tests.inference.engine.test_engine import (
     requests,
 )
 from tests.inference.engine.test_limits import OddAfterEven
+from tests.models.published import publish
 from yafsdp_like.inference.engine.batch import ActiveRequest
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.prompt_lookup import PromptLookup, look_up
@@ -42,11 +45,14 @@ from yafsdp_like.inference.plan.draft_plan import plan_with_draft
 from yafsdp_like.inference.plan.serving_plan import Site, least_nbytes
 from yafsdp_like.inference.weights.loading import model_of
 from yafsdp_like.kernels.sampling_params import SamplingParams
+from yafsdp_like.models.moe import ExpertsConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from yafsdp_like.inference.kv.eviction import Costs
+    from yafsdp_like.inference.options import AnyMode
 
 FREE = {1: 1.0, MAX_DRAFTED_ROWS: 1.0}  # seconds of steps by rows, of a device to which rows cost nothing
 NUM_TOKENS = 12
@@ -150,6 +156,29 @@ def test_sampled_tokens_are_those_without_drafts() -> None:
     check_drafted(it)
 
 
+def made(kind: str, directory: Path, **more: Any) -> Engine:
+    """An engine of one kind of model, whose weights are the same each time."""
+    options = replace(OPTIONS, kv_nbytes=1 << 20, **more)
+    model: Any = model_of(decoder(replace(TINY, experts=ExpertsConfig(4, 2)) if kind == "experts" else TINY))
+    if kind == "quantized":
+        if not any(directory.iterdir()):
+            publish("awq", directory)
+        model = str(directory)
+    adapters = {"it": write_adapter(directory, TINY, "wide")} if kind == "adapters" else {}
+    mode: AnyMode = "streamed" if kind == "streamed" else "auto"
+    return Engine.load(model, options, device="cpu", dtype=torch.float32, mode=mode, adapters=adapters)
+
+
+@pytest.mark.parametrize("kind", ["adapters", "experts", "quantized", "streamed"])
+def test_tokens_are_those_without_drafts_whatever_layers_compute(kind: str, tmp_path: Path) -> None:
+    adapters = ("it", None) if kind == "adapters" else (None, None)
+    asked = [replace(it, adapter=adapters[i % 2]) for i, it in enumerate(requests(prompts(4), max_tokens=8))]
+    answers = ids(made(kind, tmp_path).generate(asked))
+    it = always(made(kind, tmp_path, speculate="prompt-lookup:3"), Oracle(answers))
+    assert ids(it.generate(asked)) == answers
+    check_drafted(it)
+
+
 def test_stop_tokens_and_the_most_tokens_end_answers_in_the_middle_of_a_draft() -> None:
     texts = prompts(6)
     answers = {str(i): expected(TINY, text, 20) for i, text in enumerate(texts)}
@@ -206,9 +235,12 @@ def test_requests_that_cannot_be_drafted_draw_the_same_beside_others_that_are(mo
     texts = prompts(4)
     asked = [replace(request, **more) if i % 2 else request for i, request in enumerate(requests(texts))]
     answers = ids(engine(kv_nbytes=1 << 20).generate(asked))
-    only = {name: answer for name, answer in answers.items() if int(name) % 2 == 0}
-    it = speculating({**answers, **only})
-    assert ids(it.generate(asked)) == answers
+    it = speculating(answers)
+    assert it._speculator is not None
+    with patch.object(it._speculator._drafter, "draft", wraps=it._speculator._drafter.draft) as drafted:
+        assert ids(it.generate(asked)) == answers
+    wanted = {sequence.request.id for call in drafted.call_args_list for sequence in call.args[0]}
+    assert wanted == {request.id for request in asked[::2]}
     check_drafted(it)
     alone = speculating(answers)
     alone.generate(asked[1::2])
