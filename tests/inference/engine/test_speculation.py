@@ -179,6 +179,17 @@ def test_tokens_are_those_without_drafts_whatever_layers_compute(kind: str, tmp_
     check_drafted(it)
 
 
+def test_drafts_obey_a_budget_that_is_set_while_the_engine_runs() -> None:
+    texts = prompts(4)
+    answers = {str(i): expected(TINY, text) for i, text in enumerate(texts)}
+    it = speculating(answers)
+    it.set_budget(6)
+    with patch.object(it._runner, "launch", wraps=it._runner.launch) as launched:
+        assert ids(it.generate(requests(texts))) == answers
+    assert max(sum(run.num_tokens for run in call.args[0].runs) for call in launched.call_args_list) == 6
+    check_drafted(it)
+
+
 def test_stop_tokens_and_the_most_tokens_end_answers_in_the_middle_of_a_draft() -> None:
     texts = prompts(6)
     answers = {str(i): expected(TINY, text, 20) for i, text in enumerate(texts)}

@@ -32,7 +32,7 @@ from yafsdp_like.inference.kv.kv_cache import NO_PAGE, KVCache, KVSequenceState,
 from yafsdp_like.inference.plan.step_sizes import StepBuckets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Hashable, Sequence
 
     from yafsdp_like.inference.engine.request import Request
     from yafsdp_like.inference.engine.speculator import Speculator
@@ -130,7 +130,7 @@ class Scheduler:
         except _UnreadError:
             return None
         runs = [self._run(sequence, num_tokens) for sequence, num_tokens in step.num_tokens.items()]
-        runs += self._drafted_runs(runs, {} if self._speculator is None else self._speculator.take())
+        runs += self._drafted_runs(runs, step.num_tokens_left)
         if not runs:
             return Batch((), self.take_copies())
         copies = self.take_copies()
@@ -247,11 +247,11 @@ class Scheduler:
         self.counts.num_chunks += not draws
         return run
 
-    def _drafted_runs(self, runs: Sequence[Run], drafts: Mapping[ActiveRequest, tuple[int, ...]]) -> list[Run]:
-        """Return the rows that verify drafts in a step that only decodes, as far as there are pages for them."""
-        found: list[Run] = []
+    def _drafted_runs(self, runs: Sequence[Run], most: int) -> list[Run]:
+        """Return ``most`` rows at most that verify drafts in a step that only decodes, as far as pages go."""
+        found, drafts = list[Run](), {} if self._speculator is None else self._speculator.take()
         for run in () if not drafts or any(run.num_tokens > 1 for run in runs) else runs:
-            drafted, kv = drafts.get(run.sequence, ()), run.sequence.kv
+            drafted, kv = drafts.get(run.sequence, ())[: most - len(found)], run.sequence.kv
             if drafted and kv is not None and self.cache.reserve(kv, run.end + len(drafted) - kv.num_tokens) is None:
                 found += run.verifying(drafted)
         self.counts.num_tokens_computed += len(found)
