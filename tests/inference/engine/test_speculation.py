@@ -375,6 +375,12 @@ def test_rows_are_added_as_long_as_they_raise_the_tokens_a_second() -> None:
     assert chosen({"a": 0.5}, FREE, waits_s=1.0) == [0]
 
 
+def test_no_text_is_looked_through_where_not_even_accepted_drafts_would_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen({"a": 1.0}, {1: 1.0, 2: 2.1, 4: 3.9}) == [3], "one row would not pay, three do"
+    monkeypatch.setattr(Known, "prospect_of", lambda *_: pytest.fail("looked"))
+    assert chosen({"a": 1.0}, {1: 1.0, 2: 2.1, 4: 4.2}) == [0]
+
+
 def test_drafts_have_no_more_rows_than_are_planned_and_end_with_the_answer() -> None:
     assert sum(chosen(dict.fromkeys("abcd", 0.9), FREE, most=16)) == OPTIONS.max_batch_tokens - 4
     assert chosen({"a": 0.9}, FREE, most=16) == [9]

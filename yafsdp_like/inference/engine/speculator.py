@@ -6,9 +6,10 @@ its own, so attention, recordings and drawing know nothing of it. Keys and value
 reads them. Each row draws what the target draws behind the tokens drafted so far, with the noise of its own position
 (``kernels/sampling.py``), and what rows draw counts up to the first that differs from what was drafted there. So
 requests get the tokens that they get without drafts, whatever is drafted and however they are drawn: a draft decides
-only how many of them one step gives. Where a draft does not depend on that noise, this is rejection sampling: token x
-is accepted with its probability p(x), and what replaces it has the distribution of p without x. Keys and values of
-rejected tokens lie in places that are reserved, and are overwritten.
+only how many of them one step gives. (A GPU's products round otherwise for another number of rows, which may decide
+between tokens whose scores are nearly equal.) Where a draft does not depend on that noise, this is rejection sampling:
+token x is accepted with its probability p(x), and what replaces it has the distribution of p without x. Keys and values
+of rejected tokens lie in places that are reserved, and are overwritten.
 
 [Note: what pays]
 Rows are added, the most promising first, as long as that raises the tokens a second that are expected. A draft counts
@@ -130,7 +131,7 @@ class Speculator:
     def _choose(self, sequences: Sequence[ActiveRequest]) -> dict[ActiveRequest, int]:
         """Return how many tokens to draft for whom."""
         num_rows, gained = len(sequences), 0.0
-        if not 0 < num_rows < self._max_rows:
+        if not 0 < num_rows < self._max_rows or not self._may_pay(num_rows):
             return {}
         chances = [(-chance, index) for index, it in enumerate(sequences) for chance in self._chances(it)]
         chances.sort()
@@ -141,6 +142,12 @@ class Speculator:
             if rate > best:
                 best, count = rate, number
         return {sequences[index]: n for index, n in Counter(index for _, index in chances[:count]).items()}
+
+    def _may_pay(self, num_rows: int) -> bool:
+        """Whether drafts would pay if all were accepted; where not, no text needs to be looked through."""
+        most = min(self._max_rows, num_rows * (1 + self._num_tokens))
+        undrafted = num_rows / self._seconds(num_rows, False)
+        return any(rows / self._seconds(rows, True) > undrafted for rows in self._times.ends(num_rows, most))
 
     def _seconds(self, num_rows: int, is_drafted: bool) -> float:
         return self._times.seconds(num_rows, num_rows) + self._waits[is_drafted]

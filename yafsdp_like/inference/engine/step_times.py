@@ -10,7 +10,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 MIN_CHUNK = 64  # tokens of prompts that a step has room for, whatever the target, so that every prompt moves
 _WEIGHT = 0.1  # of the last step in what is learned
@@ -21,9 +21,9 @@ class StepTimes:
     """Seconds of a step by its rows: measured ones, corrected by those of the steps that are made.
 
     A step takes ``scale * table[rows] + num_decoding * decoding_s``. The table holds what was measured with rows that
-    read no keys; a step of other sizes takes as long as the next larger one, to which it is padded. What the keys of
-    decoding rows add is learned from steps that only decode, and the scale, which chunks behind long contexts raise,
-    from the others.
+    read no keys, but visit experts; a step of other sizes takes as long as the next larger one, to which it is padded.
+    What the keys of decoding rows add is learned from steps that only decode, and the scale, which chunks behind long
+    contexts raise, from the others.
     """
 
     def __init__(self, table: Mapping[int, float]) -> None:
@@ -37,6 +37,12 @@ class StepTimes:
     def seconds(self, num_rows: int, num_decoding: int = 0) -> float:
         """Return the seconds of a step of ``num_rows``, ``num_decoding`` of which decode."""
         return self._scale * self._table_s(num_rows) + num_decoding * self._decoding_s
+
+    def ends(self, least: int, most: int) -> Iterator[int]:
+        """Yield the numbers of rows above ``least``, up to ``most``, behind which a step has more padding."""
+        yield from (size for size in self._sizes if least < size < most)
+        if most > least:
+            yield most
 
     def max_rows(self, target_s: float, num_decoding: int) -> int:
         """Return the most rows of a step within ``target_s``, but at least ``num_decoding + MIN_CHUNK``."""
