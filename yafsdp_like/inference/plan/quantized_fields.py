@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from yafsdp_like.models.tensor_parallel import Cut
 
 CODES, SCALES, ZEROS, ORDER = "weight", "scales", "zeros", "order"  # ends of parameters' names
-PARTS = (SCALES, ZEROS, ORDER)  # ends of names of the fields beside a product's codes
+BESIDE_CODES = (SCALES, ZEROS, ORDER)  # ends of names of the fields beside a product's codes
 
 
 def stored_units(

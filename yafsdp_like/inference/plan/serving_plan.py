@@ -171,12 +171,12 @@ def plan_serving(
     if options.memory_limit_nbytes is None and options.kv_nbytes is None:
         raise ValueError("expected memory_limit_nbytes or kv_nbytes, in bytes, found neither")
     site = site or Site()
-    draft, tried = _drafted(config, options, site, mode)
+    frame, tried = _framed(config, options, site, mode)
     for candidate in tried:
-        placement = draft.choose(candidate)
+        placement = frame.choose(candidate)
         if placement is not None:
-            return draft.plan(placement, asked=mode != "auto")
-    raise ValueError(draft.refusal(tried))
+            return frame.plan(placement, asked=mode != "auto")
+    raise ValueError(frame.refusal(tried))
 
 
 def least_nbytes(config: DecoderConfig, options: EngineOptions, site: Site, mode: AnyMode = "auto") -> int:
@@ -185,16 +185,16 @@ def least_nbytes(config: DecoderConfig, options: EngineOptions, site: Site, mode
     Raises ValueError for what cannot be.
     """
     unlimited = replace(options, memory_limit_nbytes=1 << 60)
-    draft, tried = _drafted(config, unlimited, site, mode)
-    return draft.needed_nbytes(tried)[0]
+    frame, tried = _framed(config, unlimited, site, mode)
+    return frame.needed_nbytes(tried)[0]
 
 
-def _drafted(config: DecoderConfig, options: EngineOptions, site: Site, mode: AnyMode) -> tuple[_Draft, Sequence[Mode]]:
+def _framed(config: DecoderConfig, options: EngineOptions, site: Site, mode: AnyMode) -> tuple[_Frame, Sequence[Mode]]:
     """Return what is common to the modes that are tried, and these."""
     adapters = _adapters(config, options, site, mode)
-    draft = _Draft.of(config, options, site, _rank_config(config, site, mode), adapters)
+    frame = _Frame.of(config, options, site, _rank_config(config, site, mode), adapters)
     every: Sequence[Mode] = ("resident", "gathered", "streamed") if site.num_ranks > 1 else ("resident", "streamed")
-    return draft, every if mode == "auto" else [mode]
+    return frame, every if mode == "auto" else [mode]
 
 
 def _adapters(config: DecoderConfig, options: EngineOptions, site: Site, mode: AnyMode) -> AdapterLayout | None:
@@ -215,18 +215,11 @@ def _recordings_nbytes(share: DecoderConfig, options: EngineOptions, site: Site,
     return recordings_nbytes(share, options, moves=mode != "resident") if site.hardware else 0
 
 
-def _auto_modes(site: Site) -> Iterator[Mode]:
-    yield "resident"
-    if site.num_ranks > 1:
-        yield "gathered"
-    yield "streamed"
-
-
 # --- what fits ---
 
 
 @dataclass(frozen=True)
-class _Draft:
+class _Frame:
     """What all modes that are tried have in common."""
 
     config: DecoderConfig
@@ -247,7 +240,7 @@ class _Draft:
         site: Site,
         share: DecoderConfig,
         adapters: AdapterLayout | None,
-    ) -> _Draft:
+    ) -> _Frame:
         """Make what all modes have in common; ``share`` is what one rank computes of ``config``."""
         windows = [config.window_of(layer) for layer in range(config.num_layers)]
         dtype = options.kv_dtype or site.dtype_name
@@ -392,8 +385,8 @@ def _longest(config: DecoderConfig, options: EngineOptions, capacity: Capacity) 
 # --- in words ---
 
 
-def _reasons(plan: ServingPlan, draft: _Draft, asked: bool) -> Iterator[str]:
-    yield _why(plan, draft, asked)
+def _reasons(plan: ServingPlan, frame: _Frame, asked: bool) -> Iterator[str]:
+    yield _why(plan, frame, asked)
     yield _context(plan)
     if plan.site.hardware and plan.site.hardware.rates:
         yield from _floors(plan, plan.site.hardware.rates)
@@ -403,7 +396,7 @@ def _reasons(plan: ServingPlan, draft: _Draft, asked: bool) -> Iterator[str]:
         yield "  all ranks serve the same requests in the same steps; what goes by the clock, the first one decides"
 
 
-def _why(plan: ServingPlan, draft: _Draft, asked: bool) -> str:
+def _why(plan: ServingPlan, frame: _Frame, asked: bool) -> str:
     placement = plan.placement
     total = sum(packed.nbytes for packed in placement.packed_units)
     if plan.mode == "resident":
@@ -412,12 +405,12 @@ def _why(plan: ServingPlan, draft: _Draft, asked: bool) -> str:
         return _why_tensor_parallel(plan, total)
     moved, all_units = len(placement.non_resident), len(placement.packed_units)
     source = f"the shards of {plan.site.num_ranks} ranks" if plan.mode == "gathered" else "host memory"
-    room = draft.room(total, "resident")
+    room = frame.room(total, "resident")
     because = "as asked for"
     if not asked:
         assert room is not None
         because = f"since all {total:,} bytes of weights would leave {max(room, 0):,} for keys and values"
-        because += ", fewer than kv_nbytes" if plan.options.kv_nbytes else f", too few for {draft.least:,} tokens"
+        because += ", fewer than kv_nbytes" if plan.options.kv_nbytes else f", too few for {frame.least:,} tokens"
     return f"{plan.mode}: {moved} of {all_units} units come out of {source} in every forward, {because}"
 
 

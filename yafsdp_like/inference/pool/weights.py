@@ -13,18 +13,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from yafsdp_like.inference.pool.plan import SLABS, ModelPlan
 from yafsdp_like.inference.weights.loading import Source, fill
-from yafsdp_like.inference.weights.store import Store, Weights
+from yafsdp_like.inference.weights.store import Store, Weights, flat_bytes
 from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.streams import COMPUTE, HOST_TO_DEVICE, Event, Streams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch import Tensor
 
     from yafsdp_like.memory.arena import Arena, Place
 
@@ -39,7 +35,7 @@ class PooledWeights(Weights):
         self._last_copy: Event | None = None
         self._image: list[list[Store]] = []  # pieces of each unit, on the host
         super().__init__(plan.serving, arena, host, None, streams)
-        self._places = [_flat(self._home.part(unit)) for unit in self._units]
+        self._places = [flat_bytes(self._home.part(unit)) for unit in self._units]
 
     def _whole(self, unit: int) -> Place:
         return self._home.part(self._units[unit])
@@ -65,7 +61,7 @@ class PooledWeights(Weights):
             for pieces, unit, packed in zip(found, self._units, self.plan.placement.packed_units, strict=True):
                 first, last = max(begin, unit.offset_nbytes), min(end, unit.end_nbytes)
                 if first < last:
-                    values = _flat(place.part(Segment(first - begin, last - first)))
+                    values = flat_bytes(place.part(Segment(first - begin, last - first)))
                     pieces.append(Store(packed, first - unit.offset_nbytes, values))
             begin = end
         return found
@@ -108,7 +104,3 @@ class PooledWeights(Weights):
         event = self._arriving.pop(unit, None)
         if event is not None:
             self._streams.wait(COMPUTE, event)
-
-
-def _flat(place: Place) -> Tensor:
-    return place.flat(torch.uint8, place.segment.nbytes)

@@ -44,7 +44,7 @@ from yafsdp_like.comm.consistency import check_same_on_all_ranks
 from yafsdp_like.comm.tp_group import world_tp_group
 from yafsdp_like.inference.plan.adapter_layout import PRODUCTS
 from yafsdp_like.inference.plan.placement import WEIGHT_SLOTS
-from yafsdp_like.inference.plan.quantized_fields import ORDER, PARTS, SCALES, ZEROS, rows_per_scale
+from yafsdp_like.inference.plan.quantized_fields import BESIDE_CODES, ORDER, SCALES, ZEROS, rows_per_scale
 from yafsdp_like.kernels.quantized import QuantizedMatrix
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import Segment
@@ -269,11 +269,11 @@ class Weights:
 
     def _copy_into_slot(self, unit: int, whole: Place) -> Callable[[], None]:
         placement = self.plan.placement
-        name, values = placement.packed_units[unit].name, _flat(whole)
+        name, values = placement.packed_units[unit].name, flat_bytes(whole)
         if self.plan.mode == "streamed":
-            return partial(_copy, values, _flat(self.host.place(name)))
+            return partial(_copy, values, flat_bytes(self.host.place(name)))
         assert self._transport is not None, "a gathered plan is of a transport"
-        shard = _flat(self.arena.place(f"{name}.shard"))
+        shard = flat_bytes(self.arena.place(f"{name}.shard"))
         return self._transport.all_gather([values], [shard], in_place={0} if placement.granule_nbytes else ())
 
     def stores(self) -> Iterator[Store]:
@@ -282,12 +282,12 @@ class Weights:
         for unit, packed in enumerate(placement.packed_units):
             if unit not in placement.non_resident:
                 rank = 0 if self.tp_group is None else self.tp_group.rank
-                yield Store(packed, 0, _flat(self.arena.place(packed.name)), rank)
+                yield Store(packed, 0, flat_bytes(self.arena.place(packed.name)), rank)
             elif self.plan.mode == "streamed":
-                yield Store(packed, 0, _flat(self.host.place(packed.name)))
+                yield Store(packed, 0, flat_bytes(self.host.place(packed.name)))
             else:
                 assert self._transport is not None
-                values = _flat(self.arena.place(f"{packed.name}.shard"))
+                values = flat_bytes(self.arena.place(f"{packed.name}.shard"))
                 yield Store(packed, self._transport.rank * len(values), values)
 
     # --- before the first forward, and after the last ---
@@ -367,7 +367,7 @@ def _views(packed: PackedUnit, whole: Place) -> dict[str, Tensor]:
 
 
 def _layer(views: Mapping[str, Tensor], config: DecoderConfig) -> LayerWeights:
-    parts = {name: view for name, view in views.items() if not name.endswith(tuple(f"_{end}" for end in PARTS))}
+    parts = {name: view for name, view in views.items() if not name.endswith(tuple(f"_{end}" for end in BESIDE_CODES))}
     matrices = {name: _quantized(name, views, config) for name in PRODUCTS if f"{name}_{SCALES}" in views}
     return LayerWeights(**{**parts, **matrices})  # type: ignore[arg-type]
 
@@ -380,9 +380,9 @@ def _quantized(name: str, views: Mapping[str, Tensor], config: DecoderConfig) ->
     return QuantizedMatrix(codes, scales, rows_per_scale(config), columns, zeros, order)
 
 
-def _flat(whole: Place) -> Tensor:
+def flat_bytes(place: Place) -> Tensor:
     """Return all bytes of a place, (nbytes,) uint8."""
-    return whole.tensor(torch.uint8, (whole.segment.nbytes,))
+    return place.tensor(torch.uint8, (place.segment.nbytes,))
 
 
 def _copy(destination: Tensor, source: Tensor) -> None:
