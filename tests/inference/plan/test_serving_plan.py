@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from yafsdp_like.inference.plan.buffers import ALWAYS, WORKSPACE
 from yafsdp_like.inference.plan.packed_weights import pack_units, uses_of
 from yafsdp_like.inference.plan.placement import MIN_GRANULES_PER_PART, Mode, Placement, placements
 from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serving
-from yafsdp_like.inference.plan.step_floors import read_nbytes
+from yafsdp_like.inference.plan.step_floors import decode_seconds, read_nbytes, read_numel
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.memory.plan import KINDS
 from yafsdp_like.models import PRESETS, DecoderConfig
+from yafsdp_like.models.quantization import Quantization
 
 GIB = 1 << 30
 H200 = Site(hardware=hardware.H200)
@@ -89,6 +91,20 @@ def test_decoding_reads_the_experts_that_are_visited() -> None:
     pages = 32 * plan.capacity.nbytes_of(4096)
     many = others + (1 - (15 / 16) ** 32) * experts + pages
     assert plan.decode_seconds(rates, 32) == pytest.approx(many / rates.memory_nbytes, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "quantization", [Quantization("awq", 4, group_columns=128, has_zeros=True), Quantization("fp8", 8)], ids=["4", "8"]
+)
+def test_a_row_is_multiplied_with_as_many_weights_in_however_few_bits_they_are_stored(quantization: Any) -> None:
+    config, rates = PRESETS["8b"], hardware.H200.rates
+    assert rates is not None
+    options = EngineOptions(memory_limit_nbytes=130 * GIB, max_seq_len=4096)
+    full, stored = (plan_serving(it, options, H200) for it in (config, replace(config, quantization=quantization)))
+    assert read_numel(stored.placement) == read_numel(full.placement) == read_nbytes(full.placement) // 2
+    assert read_nbytes(stored.placement) < 0.65 * read_nbytes(full.placement)
+    times = [decode_seconds(plan.placement, rates, 4096) for plan in (full, stored)]
+    assert times == [2 * 4096 * read_numel(full.placement) / rates.flops] * 2
 
 
 # --- slots ---

@@ -32,7 +32,7 @@ from yafsdp_like.inference.plan.packed_weights import pack_units
 from yafsdp_like.inference.plan.placement import Mode, Placement, placements
 from yafsdp_like.inference.plan.quantized_fields import stored_units
 from yafsdp_like.inference.plan.recordings import recordings_nbytes
-from yafsdp_like.inference.plan.step_floors import decode_seconds, moving_seconds
+from yafsdp_like.inference.plan.step_floors import decode_seconds, moving_seconds, read_nbytes, read_numel
 from yafsdp_like.memory.plan import MemoryPlan, Region, readable
 from yafsdp_like.models.tensor_parallel import cuts_of, share_of
 
@@ -104,9 +104,9 @@ class ServingPlan:
     def decode_seconds(self, rates: Rates, num_sequences: int = 0) -> float:
         """Return the seconds that decoding a token of so many sequences of ``max_seq_len`` tokens takes at least."""
         pages_nbytes = num_sequences * self.capacity.nbytes_of(self.max_seq_len)
-        experts, itemsize = self.config.experts, self.site.dtype.itemsize
+        experts = self.config.experts
         visited = 1.0 if experts is None else experts.experts_per_token / experts.num_experts
-        return decode_seconds(self.placement, rates, itemsize, num_sequences, pages_nbytes, visited)
+        return decode_seconds(self.placement, rates, num_sequences, pages_nbytes, visited)
 
     @cached_property
     def recordings_nbytes(self) -> int:
@@ -435,5 +435,6 @@ def _floors(plan: ServingPlan, rates: Rates) -> Iterator[str]:
     floor, (seconds, per_byte) = plan.decode_seconds(rates), moving_seconds(plan.placement, rates)
     yield f"  a step that decodes takes {1e3 * floor:.1f} ms at least: {1 / floor:,.0f} tokens/s for each sequence"
     if seconds:
-        tokens = rates.flops * plan.site.dtype.itemsize / 2 * per_byte
+        nbytes_each = read_nbytes(plan.placement) / read_numel(plan.placement)
+        tokens = rates.flops * nbytes_each / 2 * per_byte
         yield f"  moving takes {1e3 * seconds:.1f} ms a forward, and a layer's hides in steps of {tokens:,.0f} tokens"
