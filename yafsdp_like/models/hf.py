@@ -25,10 +25,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from yafsdp_like.checkpoint.safetensors import StoredTensor, TensorSpec, TensorWriter
 from yafsdp_like.models.decoder import Decoder, DecoderConfig
-from yafsdp_like.models.hf_clip import MODEL_TYPE, config_from_llava
-from yafsdp_like.models.hf_clip import decoder_tensors as stored_tensors
+from yafsdp_like.models.hf_clip import MODEL_TYPE, config_from_llava, decoder_tensors
 from yafsdp_like.models.hf_config import config_from_hf, config_to_hf, model_type_of
-from yafsdp_like.models.hf_quantized import StoredMatrix, names_of, scale_dtype_of, stored_matrices
+from yafsdp_like.models.hf_quantized import StoredMatrix, names_of, scale_dtype_of, stored_matrices, zero_biases
 from yafsdp_like.models.quantization import Quantization
 
 CONFIG_NAME, GENERATION_CONFIG_NAME = "config.json", "generation_config.json"
@@ -71,7 +70,7 @@ def load_hf_config(directory: Path) -> DecoderConfig:
     if not (config.tie_embeddings or config.quantization):
         return config
     try:
-        stored = stored_tensors(directory)
+        stored = decoder_tensors(directory)
     except ValueError:  # which is said when weights are loaded, if they are
         return config
     if config.tie_embeddings and not _is_head_tied(stored):
@@ -92,7 +91,7 @@ def load_hf_weights(model: Decoder, directory: Path) -> None:
     """
     model.tie_head()
     weights = _weights(model)
-    stored = stored_tensors(directory)
+    stored = decoder_tensors(directory)
     _check_fit(directory, weights, stored, tied=model.config.tie_embeddings)
     for weight in weights:
         if weight.param.is_meta:
@@ -111,13 +110,14 @@ def stored_weights(
     modules'. Headers are read, and small tensors of quantized matrices; `model` may be on the meta device. Raises
     ValueError as `load_hf_weights` does.
     """
-    weights, stored = _weights(model), stored_tensors(directory)
+    weights, stored = _weights(model), decoder_tensors(directory)
     matrices: dict[str, StoredMatrix] = {}
     if quantization is not None:
         shapes = {weight.names[0]: weight.shape for weight in weights}
         projections = {n.removesuffix(".weight"): (s[0], s[-1]) for n, s in shapes.items() if n.endswith(_PROJECTION)}
+        biases = {name for name in shapes if name.endswith(".bias")}
         matrices = stored_matrices(directory, projections, quantization, stored)
-        taken = names_of(matrices.values(), stored)
+        taken = names_of(matrices.values(), stored) | (zero_biases(matrices.values(), stored) - biases)
         weights = [weight for weight in weights if weight.names[0].removesuffix(".weight") not in matrices]
         stored = {name: tensor for name, tensor in stored.items() if name not in taken}
     _check_fit(directory, weights, stored, tied=model.config.tie_embeddings)

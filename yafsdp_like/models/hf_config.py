@@ -40,11 +40,7 @@ _COUNTS = (
 )
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")  # null is as good as nothing
 _SWITCHES = ("tie_word_embeddings", "use_sliding_window", "norm_topk_prob", "attention_bias", "mlp_bias")
-_BIASED = (
-    "llama",
-    "qwen3",
-    "qwen3_moe",
-)  # families in which attention_bias means something
+_BIASED = "llama", "qwen3", "qwen3_moe"  # families in which attention_bias means something
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:

@@ -12,7 +12,7 @@ Of a module of N rows and K columns, with G groups of columns; words are int32, 
     gptq     qweight (K / 8, N), qzeros (G, N / 8), scales (G, N), g_idx (K): the group of each column
     packed   weight_packed (N, K / 8), weight_scale (N, G), weight_zero_point (N / 8, G), weight_shape
 
-GPTQ's zeros are stored less 1 (``Quantization.zero_offset``).
+GPTQ's zeros are stored less 1 (``Quantization.zero_offset``). Its modules may have a bias of zeros, which is left out.
 
 [Note: act-order]
 With act-order g_idx is not sorted. Columns are then stored here in the order of their groups, and the product takes the
@@ -239,6 +239,15 @@ def names_of(matrices: Iterable[StoredMatrix], stored: Iterable[str]) -> set[str
     """The names in files of all tensors of quantized modules, and of scales of pages, whose values are not used."""
     of_modules = {tensor.name for matrix in matrices for tensor in matrix.tensors.values()}
     return of_modules | {name for name in stored if _OF_PAGES.fullmatch(name)}
+
+
+def zero_biases(matrices: Iterable[StoredMatrix], stored: Mapping[str, StoredTensor]) -> set[str]:
+    """The names in files of biases of modules in GPTQ's layout that are all 0, which its tools write for every module.
+
+    They are read, to be sure of it.
+    """
+    names = [f"{matrix.module}.bias" for matrix in matrices if matrix.quantization.layout == "gptq"]
+    return {name for name in names if name in stored and not torch.any(_all(stored[name]))}
 
 
 def scale_dtype_of(quantization: Quantization, stored: Mapping[str, StoredTensor]) -> torch.dtype:

@@ -159,6 +159,14 @@ def test_a_quantized_model_is_not_trained(tmp_path: Path) -> None:
         Decoder(load_hf_config(tmp_path))
 
 
+def test_biases_of_zeros_that_gptqs_tools_write_may_be_there(tmp_path: Path) -> None:
+    publish("gptq", tmp_path)
+    before = open_model(str(tmp_path))
+    biases = {f"{module}.bias": torch.zeros(64).half() for module in (Q, Q.replace("q_proj", "o_proj"))}
+    changed(tmp_path, lambda tensors: tensors.update(biases))
+    assert open_model(str(tmp_path)).config == before.config
+
+
 def test_scales_of_keys_and_values_that_pages_do_not_use_may_be_there(tmp_path: Path) -> None:
     publish("fp8, a scale a row", tmp_path)
     more = {f"model.layers.0.self_attn.{name}": torch.ones(1) for name in ("k_scale", "v_scale", "k_proj.k_scale")}
@@ -236,6 +244,11 @@ DAMAGED: dict[str, tuple[str, Any, str]] = {
     "scales of another shape": ("awq", lambda t: t.update({f"{Q}.scales": torch.ones(3, 64).half()}), r"of \(3, 64\)"),
     "scales of two dtypes": ("awq", lambda t: t.update({f"{Q}.scales": torch.ones(2, 64)}), "float32, expected"),
     "a bias of a projection": ("awq", lambda t: t.update({f"{Q}.bias": torch.ones(64)}), f"unexpected: {Q}.bias"),
+    "a bias of GPTQ's that is not 0": (
+        "gptq",
+        lambda t: t.update({f"{Q}.bias": torch.eye(64)[0], f"{K}.bias": torch.zeros(32)}),
+        f"unexpected: {Q}.bias$",
+    ),
     "two orders": (
         "gptq, act-order",
         lambda t: t.update({f"{K}.g_idx": t[f"{K}.g_idx"].flip(0)}),
