@@ -70,9 +70,9 @@ _NO_LINK = Costs(link_nbytes_per_s=1.0, prefill_tokens_per_s=1e4)  # without a h
 class Engine:
     """One model, its pages, and the requests that it serves.
 
-    Everything is allocated when it is made, on the arenas of ``weights``, which were planned within its options, or on
-    the ``places`` that it shares with others. As a context manager it is closed in the end, but not after an error that
-    left other ranks in the middle of a step.
+    All but what encodes an image is allocated when it is made, on the arenas of ``weights``, which were planned within
+    its options, or on the ``places`` that it shares with others. As a context manager it is closed in the end, but not
+    after an error that left other ranks in the middle of a step.
     """
 
     def __init__(self, weights: Weights, places: EnginePlaces | None = None, drafter: Drafter | None = None) -> None:

@@ -2,7 +2,7 @@
 
 Owns what the device is given to do. Which sequence is served when is the scheduler's.
 
-Shapes: B sequences, V vocabulary.
+Shapes: R rows that draw, D model, L log-probabilities of a row.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ _TIMED_TOKENS_ON_CPU = 16
 class DrawnTokens:
     """What the rows of a step drew, on the device or on the host; log-probabilities only where they are asked for."""
 
-    ids: Tensor  # (B,) int64
-    logprobs: Tensor  # (B,) float32
-    top_logprobs: Tensor  # (B, L) float32, in falling order
-    top_ids: Tensor  # (B, L) int64
+    ids: Tensor  # (R,) int64
+    logprobs: Tensor  # (R,) float32
+    top_logprobs: Tensor  # (R, L) float32, in falling order
+    top_ids: Tensor  # (R, L) int64
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Launched:
     began: Event  # its first work on the device, of ``Runner.timer`` as ``done`` is
     done: Event
     scored: ScoredStep | None  # prompts
-    hidden: Tensor | None  # (B, D) of the weights' dtype: what rows are drawn from, if it is asked for
+    hidden: Tensor | None  # (R, D) of the weights' dtype: what rows are drawn from, if it is asked for
 
     def hidden_of(self, row: int) -> tuple[float, ...]:
         """Return a row of ``hidden``."""
@@ -85,7 +85,7 @@ class Undrawn:
 
 
 class Runner:
-    """Runs the batches of one engine. Once it is warmed up, nothing is allocated on the device."""
+    """Runs the batches of one engine. Once it is warmed up, only encoding an image allocates on the device."""
 
     def __init__(self, weights: Weights, places: EnginePlaces, adapters: Adapters) -> None:
         buffers, groups, regions = places.buffers, weights.plan.groups, places.regions

@@ -88,7 +88,7 @@ def _sizes(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> dict[s
         "B": batch,
         "R": num_rows,
         "R + T": num_rows + step.num_tokens,
-        "2 B + A": max(2 * batch + ROW_ALIGNMENT, num_rows),  # B that decode, and B chunks from a multiple of A on
+        "table rows": max(2 * batch + ROW_ALIGNMENT, num_rows),  # R, or B, and B chunks from a multiple of A on
         "D": config.dim,
         "H": head_dim,
         "N H": config.num_heads * head_dim,
@@ -177,9 +177,9 @@ class BatchInputs(Generic[T]):
     token_pool: T = _tensor("R + T", dtype=torch.int64)  # drawn by the last step, then from the host
     token_index: T = _tensor("T", dtype=torch.int64)  # where in ``token_pool`` each token is
     positions: T = _tensor("T", dtype=torch.int64)
-    slot_mapping: T = _tensor("G", "T", dtype=torch.int32)  # where keys and values go; -1: nowhere
-    page_tables: T = _tensor("G", "2 B + A", "pages", dtype=torch.int32)
-    seq_lens: T = _tensor("2 B + A", dtype=torch.int32)
+    slot_mapping: T = _tensor("G", "T", dtype=torch.int32)  # where keys and values go; -1: nowhere, -2: no padding
+    page_tables: T = _tensor("G", "table rows", "pages", dtype=torch.int32)
+    seq_lens: T = _tensor("table rows", dtype=torch.int32)
     tiles: T = _tensor("tiles", "tile", dtype=torch.int32)  # of chunks' queries, see ``kernels/query_tiles.py``
     last_rows: T = _tensor("R", dtype=torch.int64)  # rows whose next token is drawn, unless all are, in order
     sampling_floats: T = _tensor("R", "floats", dtype=torch.float32)
@@ -212,7 +212,7 @@ class LimitTables(Generic[T]):
     floats: T = _tensor("R", "floats", dtype=torch.float32)
     ints: T = _tensor("R", "ints", dtype=torch.int64)
     is_limited: T = _tensor("R", dtype=torch.bool)
-    bias_index: T = _tensor("biases", dtype=torch.int64)  # in (B, V), flat
+    bias_index: T = _tensor("biases", dtype=torch.int64)  # in (R, V), flat
     biases: T = _tensor("biases", dtype=torch.float32)
     drawn: T = _tensor("R", dtype=torch.int64)
 
