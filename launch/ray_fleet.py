@@ -8,9 +8,11 @@ Owns what crosses Ray, and everything that needs it. Which replica is best, and 
 [Note: a request's way]
 An ingress reads a body only as far as its model and prompt, for the choice of a replica, and passes it on as it came.
 The replica calls its application as an HTTP server would and gives back what that sends: a status with headers, then
-bytes. An answer of 429 or 503 is a replica's word that it has no time or no such model: the ingress asks the next one.
-What was begun is never asked again. When a replica dies, its open streams end with an error event, its other requests
-with 503, and Ray starts another one; what a client leaves is cancelled all the way.
+bytes. An answer of 429, or of 503 with the header `NOT_BEGUN`, is a refusal before any work: the ingress asks the next
+one. Any other 503 is final, since the request may be what made the engine fail. A replica that is offered a request
+again says so at once, and the client gets the refusal that came before. When a replica dies, its open streams end with
+an error event, its other requests with 503, and Ray starts another one. When a client leaves, the engine cancels its
+requests.
 
 [Note: alpha]
 Of Ray's interfaces only the request router and the statistics that it reads are alpha as of Ray 2.60:
@@ -47,10 +49,11 @@ from starlette.types import Message
 from launch.options import SERVE_POOL, FleetOptions
 from yafsdp_like.inference.fleet.router import BLOCK, MAX_BLOCKS, FleetRouter, blocks_of
 from yafsdp_like.inference.fleet.routing import wanted_replicas
-from yafsdp_like.inference.http.errors import ApiError, unavailable
+from yafsdp_like.inference.http.errors import NOT_BEGUN, ApiError, unavailable
 
 NAME = "yafsdp_like"  # of the application
 TRIES = 3  # replicas that a request is offered to
+ASKED_AGAIN = 0  # in place of a status: of a replica that has refused the request before
 MAX_REQUESTS = 65536  # that Ray lets a process have under way: pools say themselves what is too much
 LARGE = 2**16  # bytes of a body that are read in a thread
 ONE_REPLICAS = "/admin/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"  # what would reach one replica of many
@@ -68,7 +71,13 @@ class PassedRequest:
     model: str  # that its body names; "": none
     blocks: tuple[bytes, ...]  # of its prompt
     replica: str | None = None  # that the client wants, by the header
-    tried: tuple[str, ...] = ()  # replicas that had no time for it
+    tried: tuple[str, ...] = ()  # replicas that have refused it
+    was_full: bool = False  # one of them for want of time, with 429
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is offered to no other replica after this one."""
+        return not self.model or len(self.tried) >= TRIES - 1
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class PoolReplica:
         self._service = pool_service(self._pool, options)
         self._app = create_catalog_app(self._service, self._pool.catalog)
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._num_refused = 0  # since the last report
+        self._num_refused = 0  # requests that all refused to whom they were offered, since the last report
         self._answering: set[asyncio.Task[None]] = set()
         self._ends = contextlib.AsyncExitStack()
         self._ends.enter_context(serving_switches())
@@ -107,6 +116,10 @@ class PoolReplica:
 
     async def answer(self, asked: PassedRequest) -> AsyncIterator[AnswerHead | bytes]:
         """Yield the head of the application's answer, then its bytes as they come; see [Note: a request's way]."""
+        if self._name in asked.tried:  # there is no replica that has not refused it
+            self._num_refused += asked.was_full
+            yield AnswerHead(self._name, ASKED_AGAIN, [])
+            return
         sent: asyncio.Queue[Message | None] = asyncio.Queue()
         received: list[Message] = [{"type": "http.request", "body": asked.body, "more_body": False}]
         gone = asyncio.Event()
@@ -124,7 +137,7 @@ class PoolReplica:
         try:
             while (message := await sent.get()) is not None:
                 if message["type"] == "http.response.start":
-                    self._num_refused += message["status"] == 429
+                    self._num_refused += message["status"] == 429 and asked.is_last
                     yield AnswerHead(self._name, message["status"], list(message["headers"]))
                     continue
                 parts = [message.get("body", b"")]
@@ -241,7 +254,7 @@ class Ingress:
     async def __call__(self, http: Request) -> Response:
         """Return the answer of a replica, as a stream where it is one."""
         try:
-            if http.url.path.startswith(ONE_REPLICAS):
+            if http.scope["path"].startswith(ONE_REPLICAS):
                 raise ApiError(501, "this would change one replica of a fleet: change the pool's file, and deploy it")
             return await self._pass_on(await self._read(http))
         except ApiError as error:
@@ -261,15 +274,13 @@ class Ingress:
         return PassedRequest(scope, sent, model, blocks_of(model, text), http.headers.get(REPLICA_HEADER))
 
     async def _pass_on(self, asked: PassedRequest) -> Response:
-        for number in range(TRIES):
+        refusal: Response | None = None
+        while True:
             parts = self._pool.remote(asked)
             try:
                 head = await anext(aiter(parts))
-                is_refused = head.status in (429, 503) and asked.model and number < TRIES - 1
-                if is_refused and head.replica not in asked.tried:
-                    parts.cancel()
-                    asked = replace(asked, tried=(*asked.tried, head.replica))
-                    continue
+                if head.status == ASKED_AGAIN and refusal is not None:
+                    return refusal
                 headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
                 headers[REPLICA_HEADER] = head.replica
                 if headers.get("content-type", "").startswith("text/event-stream"):
@@ -277,8 +288,12 @@ class Ingress:
                 content = b"".join([part async for part in parts])
             except (RayError, RayServeException, StopAsyncIteration) as error:
                 raise _lost(error) from error
-            return Response(content, head.status, headers)
-        raise AssertionError("the last try is not refused")
+            answer = Response(content, head.status, headers)
+            is_refused = head.status == 429 or (head.status == 503 and NOT_BEGUN in headers)
+            if asked.is_last or not is_refused:
+                return answer
+            was_full = asked.was_full or head.status == 429
+            refusal, asked = answer, replace(asked, tried=(*asked.tried, head.replica), was_full=was_full)
 
 
 async def _events(parts: Any) -> AsyncIterator[bytes]:

@@ -268,7 +268,7 @@ def test_ray_is_told_the_order_of_replicas_by_their_reports_and_by_what_was_sent
 
     assert (order("one", 1), order("two", 1)) == ("xy", "yx")
     assert order("two", 1, replica="x") == "xy" and order("one", 1, tried=("x",)) == "y"
-    assert order("one", 1, tried=("x", "y")) == "xy", "there is no other"
+    assert order("one", 1, tried=("x", "y")) == "xy", "they say that they have refused it"
     router.on_request_routed(SimpleNamespace(args=[PassedRequest({}, b"", "two", ())]), names["y"], None)
     assert (order("one", 2), order("two", 2)) == ("xy", "xy"), "a new report says all"
     router.on_request_routed(SimpleNamespace(args=[PassedRequest({}, b"", "two", ())]), names["y"], None)

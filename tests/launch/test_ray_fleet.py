@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import httpx
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what Ray imports
 Script = list[Any]  # a status, then bytes and errors
@@ -43,9 +42,8 @@ class Parts:
 class Pool:
     """A handle of replicas that answer by scripts, and what they were passed."""
 
-    def __init__(self, *scripts: Script, is_stream: bool = False) -> None:
-        headers = STREAM if is_stream else []
-        self.answers = [Parts(f"r{index}", script, headers) for index, script in enumerate(scripts)]
+    def __init__(self, *scripts: Script, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        self.answers = [Parts(f"r{index}", script, [*headers]) for index, script in enumerate(scripts)]
         self.passed: list[Any] = []
 
     def options(self, **_: Any) -> Pool:
@@ -75,20 +73,75 @@ def ask(pool: Pool, body: bytes = b'{"model": "one", "prompt": "x"}', path: str 
     return asyncio.run(post())
 
 
+def a_replica(application: Any = None) -> Any:
+    """Make a replica of nothing but an application, which has nothing to end."""
+    from launch.ray_fleet import PoolReplica
+
+    cls = type("Bare", (PoolReplica,), {"__del__": lambda self: None})
+    replica: Any = cls.__new__(cls)
+    replica._app, replica._name, replica._num_refused, replica._answering = application, "r", 0, set()
+    return replica
+
+
 def died() -> Exception:
     from ray.exceptions import ActorDiedError
 
     return ActorDiedError()
 
 
+REFUSED = [(b"x-not-begun", b"true")]
+
+
 def test_who_refuses_is_not_asked_again_and_the_last_refusal_is_passed_on() -> None:
-    pool = Pool([429], [503], [200, b"ab", b"c"])
+    pool = Pool([429], [503], [200, b"ab", b"c"], headers=REFUSED)
     answer = ask(pool)
     assert (answer.status_code, answer.content, answer.headers["x-replica"]) == (200, b"abc", "r2")
     assert [passed.tried for passed in pool.passed] == [(), ("r0",), ("r0", "r1")]
-    assert all(parts.was_cancelled for parts in pool.answers[:2])
     assert {(passed.model, passed.body) for passed in pool.passed} == {("one", b'{"model": "one", "prompt": "x"}')}
+    assert [(passed.was_full, passed.is_last) for passed in pool.passed] == [
+        (False, False),
+        (True, False),
+        (True, True),
+    ]
     assert ask(Pool([429], [429], [429, b"later"])).content == b"later"
+
+
+def test_a_request_that_may_have_stopped_an_engine_is_given_to_no_other() -> None:
+    """What was begun ends with a 503, too, without the header of a refusal."""
+    pool = Pool([503, b"the engine has failed"], [200])
+    answer = ask(pool)
+    assert (answer.status_code, answer.content, len(pool.passed)) == (503, b"the engine has failed", 1)
+
+
+def test_a_replica_that_is_offered_a_request_again_leaves_the_refusal_as_it_was() -> None:
+    pool = Pool([429, b"full"], [0])
+    answer = ask(pool)
+    assert (answer.status_code, answer.content, answer.headers["x-replica"]) == (429, b"full", "r0")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_refusal_counts_when_all_have_refused_and_costs_no_work_the_second_time() -> None:
+    pytest.importorskip("ray")
+    from launch.ray_fleet import AnswerHead, PassedRequest
+
+    async def full(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 429, "headers": []})
+
+    def num_counted(**passed: Any) -> tuple[int, int]:
+        """How the replica answers, and how many refusals it has counted."""
+
+        async def first() -> int:
+            async for head in replica.answer(PassedRequest({}, b"", "one", (), **passed)):
+                assert isinstance(head, AnswerHead)
+                return head.status
+            raise AssertionError
+
+        replica = a_replica(full)
+        return asyncio.run(first()), replica._num_refused
+
+    assert num_counted() == (429, 0), "the next one may have time"
+    assert num_counted(tried=("x", "y"), was_full=True) == (429, 1)
+    assert num_counted(tried=("r",), was_full=True) == (0, 1) and num_counted(tried=("r",)) == (0, 0)
 
 
 @pytest.mark.parametrize("script", [[], [200], [200, b"half"]], ids=str)
@@ -101,7 +154,7 @@ def test_a_replica_that_dies_before_its_answer_is_whole_is_503_and_no_other_is_a
 
 def test_a_replica_that_dies_in_a_stream_ends_it_with_an_error() -> None:
     pytest.importorskip("ray")
-    pool = Pool([200, b"data: 1\n\n", died()], is_stream=True)
+    pool = Pool([200, b"data: 1\n\n", died()], headers=STREAM)
     answer = ask(pool)
     first, lost, done = answer.text.strip().split("\n\n")
     assert (answer.status_code, first, done) == (200, "data: 1", "data: [DONE]")
@@ -117,7 +170,7 @@ def test_what_no_replica_may_be_asked_is_refused_and_what_is_no_json_is_theirs_t
 
 def test_a_client_that_leaves_disconnects_the_replica_s_application() -> None:
     pytest.importorskip("ray")
-    from launch.ray_fleet import AnswerHead, PassedRequest, PoolReplica
+    from launch.ray_fleet import AnswerHead, PassedRequest
 
     seen: list[Any] = []
 
@@ -128,9 +181,9 @@ def test_a_client_that_leaves_disconnects_the_replica_s_application() -> None:
             await send({"type": "http.response.body", "body": part, "more_body": True})
         seen.append(await receive())
 
+    replica = a_replica(application)
+
     async def leave() -> None:
-        replica = PoolReplica.__new__(PoolReplica)
-        replica._app, replica._name, replica._num_refused, replica._answering = application, "r", 0, set()
         answer = replica.answer(PassedRequest({}, b"body", "one", ()))
         assert await anext(answer) == AnswerHead("r", 200, STREAM)
         assert await anext(answer) == b"ab", "what has come meanwhile goes as one"
@@ -139,6 +192,5 @@ def test_a_client_that_leaves_disconnects_the_replica_s_application() -> None:
         await asyncio.gather(*replica._answering)
         assert not replica._answering
 
-    with patch.object(PoolReplica, "__del__", lambda self: None):  # this one has nothing to end
-        asyncio.run(leave())
+    asyncio.run(leave())
     assert [each["type"] for each in seen] == ["http.request", "http.disconnect"] and seen[0]["body"] == b"body"

@@ -334,6 +334,7 @@ def test_a_request_whose_model_fails_while_it_waits_is_refused_with_the_reason(c
         answer = waiting.result(SECONDS)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_unavailable")
         assert "OSError: the disk is gone" in answer.text and "retry-after" in answer.headers
+        assert "x-not-begun" not in answer.headers, "it was taken"
         assert states(running)["deep"] == "failed"
 
 
@@ -346,7 +347,7 @@ def test_a_model_that_fails_is_reported_and_refused_and_others_serve(codec: Code
         for name, words in (("deep", "OSError: the disk is gone"), ("lost", "no such directory")):
             answer = running.post(COMPLETIONS, {**BODY, "model": name})
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_unavailable")
-            assert words in answer.text and "retry-after" in answer.headers
+            assert words in answer.text and "retry-after" in answer.headers and "x-not-begun" in answer.headers
             again = running.post(f"/admin/models/{name}/load", headers=ADMIN_KEY)
             assert again.status_code == 503 and words in again.text
         assert running.post(COMPLETIONS, {**BODY, "model": "plain"}).status_code == 200

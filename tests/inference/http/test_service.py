@@ -185,7 +185,8 @@ def test_an_end_is_not_waited_for_longer_than_its_bound(codec: Codec, hurried: N
 def test_whatever_ends_the_engines_thread_is_a_failure_that_is_told(codec: Codec, error: BaseException) -> None:
     with serving(Hanging(make_engine(codec), error=error), codec) as running:
         answer = running.post(COMPLETIONS, BODY)
-        assert answer.status_code == 503
+        assert answer.status_code == 503 and "x-not-begun" not in answer.headers
+        assert "x-not-begun" in running.post(COMPLETIONS, BODY).headers
         assert f"the engine has failed: {type(error).__name__}" in answer.json()["error"]["message"]
         health = running.get("/health")
         assert (health.status_code, health.json()["status"]) == (503, "failed")

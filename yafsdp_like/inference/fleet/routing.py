@@ -16,7 +16,7 @@ may still refuse what it is sent; the request then goes to the next one in the o
 
 [Note: number of replicas]
 Load is the share of its time that a replica needs to keep the pace of all its readers. Replicas are added where the
-mean is above ``high``, so many that it becomes ``aim``, and one where any has refused a request; they are taken away
+mean is above ``high``, so many that it becomes ``aim``, and one where a request was refused by all replicas that it was offered to; they are taken away
 where the mean over those left would still be at most ``aim``. As ``aim < high``, what is added for load is not taken
 away at the same load, nor the other way round.
 """
@@ -60,7 +60,7 @@ def ranked(replicas: Sequence[ReplicaView], max_load: float = 1.0) -> list[int]:
 def wanted_replicas(loads: Sequence[float], num_refused: int = 0, aim: float = 0.6, high: float = 0.8) -> int:
     """Return how many replicas there should be for the ``loads`` of those there are, at least one.
 
-    ``num_refused``: requests that all of them have refused of late. Raises ValueError unless ``0 < aim < high``. See
+    ``num_refused``: requests that all replicas refused to which they were offered, of late. Raises ValueError unless ``0 < aim < high``. See
     [Note: number of replicas].
     """
     if not 0 < aim < high:

@@ -10,7 +10,7 @@ from typing import Any
 
 from yafsdp_like.inference.http.bodies import ChatBody, CompletionBody
 from yafsdp_like.inference.http.body_limits import BodyLimits
-from yafsdp_like.inference.http.errors import ApiError, shorten, unavailable
+from yafsdp_like.inference.http.errors import ApiError, not_begun, shorten
 from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.http.responses import ParsedRequest
 
@@ -102,7 +102,7 @@ class Catalog:
     def find(self, name: str) -> RequestParser:
         """Return the parser of a model. Raises ApiError, 404 for one that is unknown, 503 for one that has failed."""
         if name in self.errors:
-            raise unavailable(self.errors[name], code="model_unavailable")
+            raise not_begun(self.errors[name], code="model_unavailable")
         if name not in self._by_name:
             known = ", ".join(repr(known) for known in (*self.parsers, *self.errors))
             message = f"model: there is no {shorten(name)} here, only {known}"

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 UNSUPPORTED = "unsupported_parameter"
 RETRY_AFTER_S = 1
+NOT_BEGUN = "x-not-begun"  # header of a 503 that came before any work
 SHORT = reprlib.Repr()
 SHORT.maxlevel = 3
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 80
@@ -68,6 +69,13 @@ def too_many_choices(count: int, most: int) -> ApiError:
 def unavailable(message: str, code: str = "unavailable") -> ApiError:
     """Return the error of what cannot be served now: status 503, and when to come again."""
     return ApiError(503, message, code=code, headers={"retry-after": str(RETRY_AFTER_S)})
+
+
+def not_begun(message: str, code: str = "unavailable") -> ApiError:
+    """Return the error of a request that was not begun: status 503, and a header that lets others be asked for it."""
+    error = unavailable(message, code)
+    error.headers = {**(error.headers or {}), NOT_BEGUN: "true"}
+    return error
 
 
 def no_object() -> ApiError:

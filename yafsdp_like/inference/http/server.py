@@ -38,7 +38,14 @@ from yafsdp_like.inference.http.adapter_routes import add_adapter_routes
 from yafsdp_like.inference.http.bodies import ChatBody, CompletionBody
 from yafsdp_like.inference.http.body_pool import BodyReaderPool, ReaderBusyError
 from yafsdp_like.inference.http.catalog import Catalog
-from yafsdp_like.inference.http.errors import RETRY_AFTER_S, ApiError, no_object, too_many_choices, unavailable
+from yafsdp_like.inference.http.errors import (
+    RETRY_AFTER_S,
+    ApiError,
+    no_object,
+    not_begun,
+    too_many_choices,
+    unavailable,
+)
 from yafsdp_like.inference.http.foreign_fields import header_of
 from yafsdp_like.inference.http.long_answers import AnswerWriter, num_values, written
 from yafsdp_like.inference.http.metrics import LatencyTracker, ServerMetrics
@@ -149,9 +156,9 @@ class OpenAIHandler:
                 raise too_many_choices(len(parsed.choices), most) from error
             raise _full(str(error), error.retry_after_s) from error
         except ModelUnavailableError as error:
-            raise unavailable(str(error), code="model_unavailable") from error
+            raise not_begun(str(error), code="model_unavailable") from error
         except UnavailableError as error:
-            raise unavailable(str(error)) from error
+            raise not_begun(str(error)) from error
 
     async def _pieces(self, parsed: ParsedRequest, stream: Stream) -> AsyncIterator[tuple[Choice, Piece]]:
         """Pieces of all choices as they come; ends early if the stream is closed. Raises ApiError."""
