@@ -81,8 +81,9 @@ class ServedModel:
     def _open(self, path: str, body: Any = None, timeout_s: float | None = None) -> Iterator[Any]:
         """The answer to a request. Raises OSError with what the server says against it."""
         sent = None if body is None else json.dumps(body).encode()
-        key = {} if self._key is None else {"authorization": f"Bearer {self._key}"}
-        request = urllib.request.Request(self._url + path, sent, {"content-type": "application/json", **key})
+        request = urllib.request.Request(self._url + path, sent, {"content-type": "application/json"})
+        if self._key is not None:  # which is for this server only
+            request.add_unredirected_header("authorization", f"Bearer {self._key}")
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as response:
                 yield response
@@ -90,6 +91,8 @@ class ServedModel:
             raise OSError(f"the server says {error.code}: {_words_of(error)}") from None
         except urllib.error.URLError as error:
             raise OSError(f"there is no server at {self._url}: {error.reason}") from None
+        except http.client.HTTPException as error:
+            raise OSError(f"there is no HTTP server at {self._url}: {error!r}") from None
 
 
 def _text_of(event: Any) -> str:
@@ -99,8 +102,10 @@ def _text_of(event: Any) -> str:
     if "error" in event:
         error = event["error"]
         raise OSError(f"the server says: {error.get('message', error) if isinstance(error, dict) else error}")
-    choices = event.get("choices") or [{}]
-    return str((choices[0].get("delta") or {}).get("content") or "")
+    try:
+        return str(((event.get("choices") or [{}])[0].get("delta") or {}).get("content") or "")
+    except (AttributeError, LookupError, TypeError) as error:
+        raise OSError(f"the server says {event!r}") from error
 
 
 def _words_of(error: urllib.error.HTTPError) -> str:

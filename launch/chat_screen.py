@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 import sys
 from collections.abc import Callable, Generator, Iterator
 
@@ -22,7 +23,7 @@ QUOTES = '"""'
 CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 PROMPT, MORE = "> ", ". "
 HINT = "Ctrl-D or /quit leaves"
-FENCES = "```", "~~~"
+FENCE = re.compile(r"\s*(`{3,}(?=[^`]*$)|~{3,})(.*)")
 REFRESHES_S = 12
 
 
@@ -138,12 +139,18 @@ def markdown(text: str) -> Markdown:
 
 
 def end_of_blocks(text: str, start: int) -> int:
-    """Return behind which empty line, outside of fenced code, nothing written later changes what is before it."""
-    end, at, is_fenced = start, start, False
+    """Return behind which empty line, outside of fenced code, nothing written later changes what is before it.
+
+    Links whose address stands in a block further down stay as they were written.
+    """
+    end, at, fence = start, start, ""
     for line in text[start:].splitlines(keepends=True):
         at += len(line)
-        if line.lstrip().startswith(FENCES):
-            is_fenced = not is_fenced
-        elif line.endswith("\n") and not line.strip() and not is_fenced:
+        found = FENCE.match(line)
+        if fence:  # is ended by as many of the same characters, or more, and nothing else
+            fence = "" if found and found[1].startswith(fence) and not found[2].strip() else fence
+        elif found:
+            fence = found[1]
+        elif line.endswith("\n") and not line.strip():
             end = at
     return end

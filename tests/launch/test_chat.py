@@ -10,6 +10,7 @@ import os
 import pty
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import termios
 import threading
 import time
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ class Scripted:
     goes_on: bool = False  # the answer has no end, until the client leaves
     refusal: tuple[int, str] | None = None
     bodies: list[Any] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)  # of whoever asks for models
     has_left: threading.Event = field(default_factory=threading.Event)
     url: str = ""
 
@@ -88,6 +90,7 @@ def scripted() -> Iterator[Scripted]:
             self.end_headers()
 
         def do_GET(self) -> None:
+            script.keys.append(self.headers["authorization"])
             self._begin(200, "application/json")
             self.wfile.write(json.dumps({"data": [{"id": "one"}, {"id": "other"}]}).encode())
 
@@ -275,6 +278,51 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> Codec:
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
+@pytest.mark.parametrize("choices", [["x"], {"a": 1}, [{"delta": "x"}], 1], ids=str)
+def test_an_event_of_another_protocol_is_an_error_in_words(scripted: Scripted, choices: Any) -> None:
+    scripted.stream = lambda write: write({"choices": choices})  # type: ignore[method-assign]
+    with pytest.raises(OSError, match=r"the server says \{'choices'"):
+        "".join(ServedModel(ChatOptions(scripted.url)).answer(MESSAGES))
+
+
+def test_what_speaks_no_http_is_an_error_in_words() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            with server.accept()[0] as connection:
+                connection.recv(4096)
+                connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        with pytest.raises(OSError, match=r"there is no HTTP server at .*BadStatusLine"):
+            ServedModel(ChatOptions(f"http://127.0.0.1:{server.getsockname()[1]}"))
+        thread.join(SECONDS)
+    with pytest.raises(OSError, match="InvalidURL"):
+        ServedModel(ChatOptions("http://localhost:80 80"))
+
+
+def test_a_key_goes_to_the_server_that_is_named_and_not_where_that_one_points(scripted: Scripted) -> None:
+    keys: list[str | None] = []
+
+    class Redirecting(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            keys.append(self.headers["authorization"])
+            self.send_response(302)
+            self.send_header("location", scripted.url + self.path)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Redirecting) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        assert ServedModel(ChatOptions(f"http://127.0.0.1:{server.server_port}", api_key="secret")).name == "one"
+        thread.join(SECONDS)
+    assert keys == ["Bearer secret"] and scripted.keys == [None]
+
+
 def test_a_server_of_ours_answers_as_its_engine_does(codec: Codec) -> None:
     with served_with(codec) as served:
         model = ServedModel(CHAT.load([served.running.url + "/v1/", "--max-tokens=12", "--temperature=0"]))
@@ -341,6 +389,16 @@ def test_a_mistake_is_one_line(
 ) -> None:
     assert chat.main(arguments) == status
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inner", ["~~~", "```", "````python"])
+def test_code_is_ended_by_the_fence_that_began_it(inner: str) -> None:
+    from launch.chat_screen import end_of_blocks
+
+    begun = f"````text\nuse\n{inner}\n\n"
+    assert end_of_blocks(begun, 0) == 0
+    assert end_of_blocks(begun + "````\n\n", 0) == len(begun) + 6
+    assert end_of_blocks("```not` a fence\n\n", 0) == 17
 
 
 def test_blocks_are_printed_once_nothing_can_change_them_and_all_of_a_text_is_shown() -> None:
