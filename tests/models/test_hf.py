@@ -564,9 +564,38 @@ def saved_by_another_signature() -> None:
         model.save_pretrained("here", chosen=["a"])
 
 
+class Third(torch.nn.Linear):
+    """As transformers' models: weights are the third argument."""
+
+    def save_pretrained(self, directory: str, is_main: bool = True, state_dict: Any = None, push: int = 0) -> Any:
+        return directory, is_main, sorted(state_dict), push
+
+
+class Stateless(torch.nn.Linear):
+    """Saves what it has itself."""
+
+    def save_pretrained(self, directory: str) -> None:
+        raise AssertionError("what it has are parts")
+
+
+def saved_alone_by_position() -> None:
+    model: Any = fully_shard(Third(2, 2))
+    expected = ("here", False, ["bias", "weight"], 0)
+    assert model.save_pretrained("here", False) == expected
+    assert model.save_pretrained("here", False, None) == expected
+    assert model.save_pretrained("here", False, None, 1) == (*expected[:3], 1)
+    assert model.save_pretrained(push=1, directory="here") == ("here", True, ["bias", "weight"], 1)
+    other: Any = fully_shard(Adapted(2, 2))
+    assert sorted(other.save_pretrained("here", False, ["a"], push=1)[3]) == ["push", "state_dict"]
+    stateless: Any = fully_shard(Stateless(2, 2))
+    with pytest.raises(RuntimeError, match="takes no state_dict"):
+        stateless.save_pretrained("here")
+
+
 def test_a_model_of_peft_is_saved_by_its_own_signature() -> None:
     """Prevents: weights that arrived as its third argument, the names of adapters to save."""
     run_ranks(saved_by_another_signature)
+    run_ranks(saved_alone_by_position, world_size=1)
 
 
 def test_a_module_that_has_no_save_pretrained_gets_none() -> None:

@@ -30,20 +30,27 @@ def overrides_of(cls: type[nn.Module]) -> dict[str, Any]:
         return {}
 
     signature = inspect.signature(own)
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    others = next((name for name, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD), None)
 
     def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call the method of the unsharded class, whatever its arguments are: peft's are not those of transformers.
 
         Raises ``RuntimeError`` unless its `state_dict` holds full weights; on one rank it may be left out.
         """
-        state_dict = signature.bind(self, *args, **kwargs).arguments.get(STATE, kwargs.get(STATE))
+        if STATE not in kinds and others is None:
+            words = "takes no state_dict: write what get_model_state_dict with full_state_dict=True gives"
+            raise RuntimeError(f"save_pretrained() of a sharded {cls.__name__} {words}")
+        bound = signature.bind(self, *args, **kwargs)
+        place = bound.arguments if STATE in kinds else bound.arguments.setdefault(others, {})
+        state_dict = place.get(STATE)
         if state_dict is None and dist.get_world_size() == 1:
-            state_dict = kwargs[STATE] = {name: _full(value) for name, value in self.state_dict().items()}
+            state_dict = place[STATE] = {name: _full(value) for name, value in self.state_dict().items()}
         if state_dict is None:
             raise RuntimeError(f"save_pretrained() of a sharded {cls.__name__} got no state_dict; {HOW}")
         if parts := [name for name, value in state_dict.items() if isinstance(value, DTensor)]:
             raise RuntimeError(f"save_pretrained() got a part of {parts[0]!r} ({len(parts)} such); {HOW}")
-        return own(self, *args, **kwargs)
+        return own(*bound.args, **bound.kwargs)
 
     return {METHOD: save_pretrained}
 

@@ -37,7 +37,17 @@ def test_without_a_reduce_dtype_gradients_are_reduced_as_the_installed_torch_doe
     assert integers.reduce_dtype == torch.int64
 
 
-def test_the_meaning_changes_with_torch_2_15() -> None:
-    """Literal: by the version of the torch that is installed."""
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    assert ((major, minor) >= (2, 15)) == unit_spec.REDUCES_AS_GRAD
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("2.11.0+cu128", False),
+        ("2.14.1", False),
+        ("2.15.0a0+git1", True),
+        ("2.15.0.dev20260901", True),
+        ("2.15.0", True),
+        ("3.0.0", True),
+    ],
+)
+def test_the_meaning_changes_with_torch_2_15_and_its_nightlies(version: str, expected: bool) -> None:
+    """Prevents: torch's own comparison, by which a nightly of 2.15 comes before 2.15."""
+    assert unit_spec.reduces_as_grad(version) == expected

@@ -93,7 +93,16 @@ class ParamSpec:
         return 0 if self.shards.is_permuted or self.pieces else self.chunk_nbytes
 
 
-REDUCES_AS_GRAD = torch.__version__ >= "2.15"  # what reduce_dtype=None means: the dtype of `.grad`, or param_dtype
+def reduces_as_grad(version: str) -> bool:
+    """Return what ``reduce_dtype=None`` means to a version of torch: the dtype of `.grad`, or ``param_dtype``.
+
+    Nightlies and builds of 2.15 are 2.15, though they are sorted before its release.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return (major, minor) >= (2, 15)
+
+
+REDUCES_AS_GRAD = reduces_as_grad(torch.__version__)
 
 
 def param_spec(
