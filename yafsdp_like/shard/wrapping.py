@@ -61,6 +61,7 @@ def make_units(
         vars(module)["_yafsdp_units"] = units
         for unit in reversed(units):  # whose hooks run before those that were installed earlier
             install(unit, module)
+    _move_buffers(modules, units[0].device)
     for unit in units:
         for owner in {owner: None for p in unit.params for owner, _ in p.owners}:
             _keep_state_dict_sharded(unit, owner)
@@ -92,7 +93,6 @@ def _make_unit(
         register([p], [p.sharded])
         for owner, name in p.owners:
             _follow_assignments(unit, p, owner, name)
-    _move_buffers(modules, device)
     return unit
 
 

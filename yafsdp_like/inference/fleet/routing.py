@@ -16,9 +16,9 @@ may still refuse what it is sent; the request then goes to the next one in the o
 
 [Note: number of replicas]
 Load is the share of its time that a replica needs to keep the pace of all its readers. Replicas are added where the
-mean is above ``high``, so many that it becomes ``aim``, and one where a request was refused by all replicas that it was offered to; they are taken away
-where the mean over those left would still be at most ``aim``. As ``aim < high``, what is added for load is not taken
-away at the same load, nor the other way round.
+mean is above ``high``, so many that it becomes ``aim``, and one where all replicas that a request was offered to have
+refused it; they are taken away where the mean over those left would still be at most ``aim``. As ``aim < high``, what
+is added for load is not taken away at the same load, nor the other way round.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def ranked(replicas: Sequence[ReplicaView], max_load: float = 1.0) -> list[int]:
 def wanted_replicas(loads: Sequence[float], num_refused: int = 0, aim: float = 0.6, high: float = 0.8) -> int:
     """Return how many replicas there should be for the ``loads`` of those there are, at least one.
 
-    ``num_refused``: requests that all replicas refused to which they were offered, of late. Raises ValueError unless ``0 < aim < high``. See
-    [Note: number of replicas].
+    ``num_refused``: requests, of late, that were refused by all replicas that they were offered to. Raises ValueError
+    unless ``0 < aim < high``. See [Note: number of replicas].
     """
     if not 0 < aim < high:
         raise ValueError(f"expected 0 < aim < high, found aim={aim} and high={high}")
