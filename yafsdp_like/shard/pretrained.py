@@ -31,14 +31,14 @@ def overrides_of(cls: type[nn.Module]) -> dict[str, Any]:
 
     signature = inspect.signature(own)
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
-    others = next((name for name, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD), None)
+    others = next((name for name, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD), "")
 
     def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call the method of the unsharded class, whatever its arguments are: peft's are not those of transformers.
 
         Raises ``RuntimeError`` unless its `state_dict` holds full weights; on one rank it may be left out.
         """
-        if STATE not in kinds and others is None:
+        if STATE not in kinds and not others:
             words = "takes no state_dict: write what get_model_state_dict with full_state_dict=True gives"
             raise RuntimeError(f"save_pretrained() of a sharded {cls.__name__} {words}")
         bound = signature.bind(self, *args, **kwargs)
