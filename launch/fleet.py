@@ -3,9 +3,9 @@
     python -m launch.fleet configs/serve_pool.yaml --max-replicas=8            # on a running Ray cluster, or alone
     serve run launch.fleet:build pool=configs/serve_pool.yaml max_replicas=8   # by Ray's own command
 
-Owns the options, and the order of things. The pool's file is read by every replica, and so must be where each finds it;
-of its server's options those of connections, port and access log are Ray's here. docs/fleet.md says how to run it on
-Kubernetes and SLURM. Needs Ray (`pip install 'yafsdp_like[fleet]'`), imported once options are right.
+Owns the options, and checks them before Ray is imported. The pool's file is read by every replica, and so must be where
+each finds it; of its server's options those of connections, port and access log are Ray's here. docs/fleet.md says how
+to run it on Kubernetes and SLURM. Needs Ray, and what a server needs (`pip install 'yafsdp_like[serve,fleet]'`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def build(arguments: Mapping[str, Any]) -> Any:
 def check_packages() -> None:
     """Raise ImportError where Ray Serve is not installed."""
     if importlib.util.find_spec("ray") is None:
-        raise ImportError("a fleet needs a package that is not here: pip install 'yafsdp_like[fleet]' (no ray)")
+        raise ImportError("a fleet needs a package that is not here: pip install 'yafsdp_like[serve,fleet]' (no ray)")
 
 
 def run(options: FleetOptions) -> None:

@@ -284,7 +284,7 @@ FLEET = Command(
     FleetOptions,
     """
 Joins the Ray cluster that RAY_ADDRESS names, or the one that runs here, or begins one. Keys of users and admins are
-those of the pool's file, or of the environment of the replicas.
+those of the pool's file, or of the environment of the replicas and ingresses.
 """,
     positionals=("pool",),
     flat=True,

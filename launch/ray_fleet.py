@@ -15,16 +15,18 @@ an error event, its other requests with 503, and Ray starts another one. When a 
 requests.
 
 [Note: alpha]
-Of Ray's interfaces only the request router and the statistics that it reads are alpha as of Ray 2.60:
-`choose_replicas`, `on_request_routed`, `update_replicas`, `initialize_state`, `routing_stats`, the deadline for a
-queue's length, and `record_routing_stats`. Without them requests would be served as well, by replicas that Ray chooses
-at random.
+Two of Ray's interfaces that are used here are alpha as of Ray 2.60, and may change. The request router and its
+statistics: `RequestRouterConfig`, `RequestRouter` with `choose_replicas`, `on_request_routed`, `update_replicas`,
+`initialize_state`, `routing_stats`, the deadline for a queue's length, and `record_routing_stats`. And the policy that
+decides how many replicas there are: `AutoscalingPolicy`, the `AutoscalingContext` that it is called with, and
+`record_autoscaling_stats`. A Ray without one of these names cannot import this file.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import json
 import logging
 import os
@@ -46,7 +48,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message
 
-from launch.options import SERVE_POOL, FleetOptions
+from launch.options import KEY_VARIABLE, SERVE_POOL, FleetOptions
 from yafsdp_like.inference.fleet.router import BLOCK, MAX_BLOCKS, FleetRouter, blocks_of
 from yafsdp_like.inference.fleet.routing import wanted_replicas
 from yafsdp_like.inference.http.errors import NOT_BEGUN, ApiError, unavailable
@@ -57,6 +59,7 @@ ASKED_AGAIN = 0  # in place of a status: of a replica that has refused the reque
 MAX_REQUESTS = 65536  # that Ray lets a process have under way: pools say themselves what is too much
 LARGE = 2**16  # bytes of a body that are read in a thread
 ONE_REPLICAS = "/admin/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"  # what would reach one replica of many
+KEYED = "/v1/", "/tokenize", "/detokenize"  # what needs the key, where there is one
 REPLICA_HEADER = "x-replica"  # of an answer: whose it is; of a request: who is asked first, as for its /status
 
 logger = logging.getLogger(__name__)
@@ -247,25 +250,41 @@ class LoadPolicy:
 class Ingress:
     """Reads requests, and passes them on to replicas and their answers back; see [Note: a request's way]."""
 
-    def __init__(self, pool: Any, most_nbytes: int) -> None:
-        """``most_nbytes``: of a body."""
+    def __init__(self, pool: Any, most_nbytes: int, api_key: str | None = None) -> None:
+        """``most_nbytes``: of a body. ``api_key``: of the pool's file, else that of this process's environment."""
         self._pool, self._most_nbytes = pool.options(method_name="answer", stream=True), most_nbytes
+        self._key = api_key or os.environ.get(KEY_VARIABLE)
 
     async def __call__(self, http: Request) -> Response:
         """Return the answer of a replica, as a stream where it is one."""
         try:
             if http.scope["path"].startswith(ONE_REPLICAS):
                 raise ApiError(501, "this would change one replica of a fleet: change the pool's file, and deploy it")
+            self._check_head(http)
             return await self._pass_on(await self._read(http))
         except ApiError as error:
             return JSONResponse(error.body(), error.status_code, error.headers)
+
+    def _check_head(self, http: Request) -> None:
+        """Raise ApiError before a body is read that a replica would refuse by its headers, which it checks again."""
+        if self._key is not None and http.scope["path"].startswith(KEYED):
+            found, expected = http.headers.get("authorization", ""), f"Bearer {self._key}"
+            if not hmac.compare_digest(found.encode("latin-1"), expected.encode()):
+                message = "expected the header 'authorization: Bearer KEY' with this server's key"
+                raise ApiError(401, message, code="invalid_api_key")
+        length = http.headers.get("content-length", "")
+        if length.isdecimal() and (len(length) > len(str(self._most_nbytes)) or int(length) > self._most_nbytes):
+            raise self._too_large()
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"a body may have {self._most_nbytes} bytes at most", code="body_too_large")
 
     async def _read(self, http: Request) -> PassedRequest:
         body = bytearray()
         async for part in http.stream():
             body += part
             if len(body) > self._most_nbytes:
-                raise ApiError(413, f"a body may have {self._most_nbytes} bytes at most", code="body_too_large")
+                raise self._too_large()
         names = "type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client"
         scope = {name: http.scope[name] for name in names if name in http.scope}
         scope |= {"asgi": {"version": "3.0"}, "root_path": "", "headers": [tuple(pair) for pair in scope["headers"]]}
@@ -348,7 +367,7 @@ def application(options: FleetOptions) -> Any:
         max_ongoing_requests=MAX_REQUESTS,
         ray_actor_options={"num_cpus": 1 if options.cpus else 0},
     )
-    return ingress.bind(pool.bind(path), pool_options.http.max_body_nbytes)
+    return ingress.bind(pool.bind(path), pool_options.http.max_body_nbytes, pool_options.http.api_key)
 
 
 def _scale(options: FleetOptions) -> dict[str, Any]:

@@ -71,7 +71,23 @@ def test_a_fleet_without_ray_says_what_to_install(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert fleet.main(["pool.yaml"]) != 0
-    assert "pip install 'yafsdp_like[fleet]'" in capsys.readouterr().err
+    assert "pip install 'yafsdp_like[serve,fleet]'" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")  # of what Ray imports
+def test_options_of_a_deployed_file_are_values_or_text_and_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray_fleet = pytest.importorskip("launch.ray_fleet", exc_type=ImportError)
+    monkeypatch.setattr(ray_fleet, "application", lambda options: options)
+    text = {"pool": "pool.yaml", "max_replicas": "8", "gpus": "0.5"}
+    assert fleet.build(text) == fleet.build({"pool": "pool.yaml", "max_replicas": 8, "gpus": 0.5})
+    assert fleet.build(text) == FleetOptions("pool.yaml", max_replicas=8, gpus=0.5)
+    for wrong, words in (
+        ({"replicas": 8}, "replicas"),
+        ({"max_replicas": "many"}, "max_replicas"),
+        ({"min_replicas": 3}, "found 3 and 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fleet.build({"pool": "pool.yaml", **wrong})
 
 
 # --- two replicas ---

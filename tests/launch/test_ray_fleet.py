@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -166,6 +168,53 @@ def test_what_no_replica_may_be_asked_is_refused_and_what_is_no_json_is_theirs_t
     assert ask(Pool(), body=b"x" * 1001).status_code == 413
     pool = Pool([400, b"no"])
     assert ask(pool, body=b"{").status_code == 400 and pool.passed[0].model == ""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_who_has_no_key_or_says_that_a_body_is_too_large_is_refused_before_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("ray")
+    from starlette.requests import Request
+
+    from launch.options import KEY_VARIABLE
+    from launch.ray_fleet import Ingress
+
+    async def receive() -> Any:
+        raise AssertionError("the body is read")
+
+    def status(path: str = "/v1/completions", key: str | None = "own", **headers: str) -> int:
+        sent = [(name.replace("_", "-").encode(), value.encode("latin-1")) for name, value in headers.items()]
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": sent}
+        return asyncio.run(Ingress(Pool(), 1000, key)(Request(scope, receive))).status_code
+
+    monkeypatch.setenv(KEY_VARIABLE, "of the environment")
+    for wrong in ("", "Bearer of the environment", "Bearer \xfcber"):
+        assert status(authorization=wrong) == status("/tokenize", authorization=wrong) == 401
+    assert status(key=None, authorization="Bearer own") == 401
+    too_large = {"content_length": "1001"}
+    assert status(authorization="Bearer own", **too_large) == status("/health", **too_large) == 413
+    assert status(key=None, authorization="Bearer of the environment", **too_large) == 413
+    assert status("/health", content_length="9" * 5000) == 413
+    with pytest.raises(AssertionError, match="the body is read"):
+        status(authorization="Bearer own", content_length="1000")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_replica_whose_engine_has_failed_tells_ray_that_it_is_not_well() -> None:
+    pytest.importorskip("ray")
+    from yafsdp_like.inference.http.service import ServiceState
+
+    replica = a_replica()
+    replica._failed = ServiceState.FAILED
+    for state in ServiceState:
+        replica._service = SimpleNamespace(state=state, unhealthy_reason="the engine has failed: ValueError")
+        with (
+            pytest.raises(RuntimeError, match="the engine has failed")
+            if state is ServiceState.FAILED
+            else nullcontext()
+        ):
+            replica.check_health()
 
 
 def test_a_client_that_leaves_disconnects_the_replica_s_application() -> None:
