@@ -187,6 +187,37 @@ def test_nothing_in_the_files_is_run(tmp_path: Path) -> None:
     assert not (tmp_path / "harm").exists()
 
 
+class Script(nn.Module):
+    """As TorchScript it writes a file when it is loaded."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, value: int) -> int:
+        return value
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.path = state[0]
+        self.training = state[1]
+        torch.save(torch.ones(1), self.path)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.(jit|load).*")
+def test_torchscript_under_the_name_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    script = torch.jit.script(Script(str(tmp_path / "harm")))
+    torch.jit.save(script, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    (tmp_path / "mp_rank_00_model_states.pt").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="it is a TorchScript archive"):
+        ZeroCheckpoint(tmp_path)
+    assert not (tmp_path / "harm").exists()
+
+
 def go_on(directory: Path, with_moments: bool) -> list[float]:
     """This rank's losses of the steps after the checkpoint."""
     model = write_with_deepspeed.make_model()

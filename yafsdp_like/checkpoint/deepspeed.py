@@ -220,6 +220,9 @@ def _of_all_ranks(path: Path, pattern: str) -> list[Path]:
 
 def _load(file: Path) -> Any:
     try:
+        # torch.load hands archives with this record to torch.jit.load, which runs the code that they bring.
+        if "constants.pkl" in torch._C.PyTorchFileReader(str(file)).get_all_records():
+            raise ValueError("it is a TorchScript archive, which would be run")
         return torch.load(
             str(file),
             map_location="cpu",
