@@ -164,6 +164,26 @@ def test_what_is_missing_or_of_another_shape_is_named(tmp_path: Path) -> None:
         ZeroCheckpoint(tmp_path, "step42")
 
 
+@pytest.mark.parametrize(
+    "name", ["layer_0_expert_0_mp_rank_00_model_states.pt", "expp_rank_0_mp_rank_00_optim_states.pt"]
+)
+def test_files_of_experts_are_refused(name: str, tmp_path: Path) -> None:
+    write_zero(tmp_path / "step41", stage=2, world=2)
+    torch.save({}, tmp_path / "step41" / name)
+    with pytest.raises(ValueError, match=f"{name} is of model or expert parallel ranks"):
+        ZeroCheckpoint(tmp_path)
+
+
+def test_groups_that_are_cut_for_other_numbers_of_ranks_are_refused(tmp_path: Path) -> None:
+    write_zero(tmp_path / "step41", stage=2, world=2)
+    for file in (tmp_path / "step41").glob("*optim_states.pt"):
+        content = torch.load(file)
+        content["optimizer_state_dict"]["partition_count"] = [2, 1]
+        torch.save(content, file)
+    with pytest.raises(ValueError, match=r"are cut for \[2, 1\] ranks"):
+        ZeroCheckpoint(tmp_path)
+
+
 class Calls:
     """Pickled, it makes a file when it is read; so does an object of a class that is not there."""
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
 OPTIMIZER, MODEL = "*_optim_states.pt", "*model_states.pt"
+DATA_PARALLEL = re.compile(r"(?:[a-z]+\d+_)?(?:zero_pp_rank_\d+_)?mp_rank_0+_(?:model|optim)_states\.pt")
 STATE = "optimizer_state_dict"  # a key of a rank's file, and with stage 3 again of what is below it
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 
@@ -90,16 +91,19 @@ class ZeroCheckpoint:
         stage = self._ranks[0].get("zero_stage")
         self.stage = int(stage.args[0] if isinstance(stage, Inert) else stage or 0)
         count = self._ranks[0].get("partition_count")
-        self._check(max(count) if isinstance(count, list) else count)
+        self._check(count if isinstance(count, list) else [count])
         self.global_steps = int(self._models[0].get("global_steps", 0))
         self.shared: dict[str, str] = dict(self._models[0].get("shared_params") or {})  # name -> whose values it has
         self._frozen: Mapping[str, Any] = self._models[0].get("frozen_param_shapes") or {}
         self._places = self._place(self._models[0]["param_shapes"])
         self._vectors = {WEIGHT: self._weights()} | {kind: self._moments(kind) for kind in MOMENTS}
 
-    def _check(self, count: int | None) -> None:
+    def _check(self, counts: Sequence[int | None]) -> None:
         if self.stage not in (1, 2, 3) or not isinstance(self._models[0].get("param_shapes"), list):
             raise ValueError(f"{self.path}: expected a ZeRO checkpoint of stage 1, 2 or 3, found stage {self.stage}")
+        if len(set(counts)) != 1:
+            raise ValueError(f"{self.path}: its parameter groups are cut for {counts} ranks, as those of experts are")
+        count = counts[0]
         if count != len(self._ranks):
             raise ValueError(f"{self.path}: expected {count} files {OPTIMIZER}, found {len(self._ranks)}")
         if self.stage == 3 and len(self._models) != len(self._ranks):
@@ -213,7 +217,7 @@ def _of_all_ranks(path: Path, pattern: str) -> list[Path]:
     files = sorted(path.glob(pattern), key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)])
     if not files:
         raise ValueError(f"{path} is no DeepSpeed checkpoint: it has no {pattern}")
-    if others := [file.name for file in files if not re.search(r"mp_rank_0+_", file.name)]:
+    if others := [file.name for file in files if not DATA_PARALLEL.fullmatch(file.name)]:
         raise ValueError(f"{path}: {others[0]} is of model or expert parallel ranks, which are not supported")
     return files
 
