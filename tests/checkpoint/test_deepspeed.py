@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -21,6 +22,7 @@ from tests.checkpoint import write_with_deepspeed
 from tests.ranks import run_ranks
 from yafsdp_like import fully_shard
 from yafsdp_like.checkpoint.deepspeed import ZeroCheckpoint, load_deepspeed
+from yafsdp_like.comm.consistency import AgreedError
 from yafsdp_like.optim import AdamW
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -155,13 +157,41 @@ def test_what_is_missing_or_of_another_shape_is_named(tmp_path: Path) -> None:
         load_deepspeed(nn.Sequential(*make_model(), nn.Linear(3, 3)), None, tmp_path)
     other = make_model()
     other[2] = nn.Linear(11, 6)
+    before = other[0].weight.clone()
     with pytest.raises(ValueError, match=r"'2\.weight' has shape \(6, 11\), and \(5, 11\)"):
         load_deepspeed(other, None, tmp_path)
+    assert torch.equal(other[0].weight, before), "a model that does not fit is changed"
+    other = make_model()
+    other[1].register_buffer("running_mean", torch.zeros(3, 11))
+    with pytest.raises(ValueError, match=r"'1\.running_mean' has shape \(3, 11\), and \(11,\)"):
+        load_deepspeed(other, None, tmp_path)
+    thawed = make_model().requires_grad_()
+    with pytest.raises(ValueError, match=r"no moments of '3\.bias', which was frozen"):
+        load_deepspeed(thawed, torch.optim.AdamW(thawed.parameters()), tmp_path)
     (tmp_path / "step41" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(ValueError, match=r"expected 2 files \*_optim_states.pt, found 1"):
         ZeroCheckpoint(tmp_path)
     with pytest.raises(ValueError, match="no directory"):
         ZeroCheckpoint(tmp_path, "step42")
+
+
+def error_of_load(directories: list[Path]) -> tuple[str, bool]:
+    """What this rank is told, and whether its model is as it was."""
+    model = make_model()
+    before = model[0].weight.clone()
+    with pytest.raises(AgreedError) as raised:
+        load_deepspeed(model, None, directories[dist.get_rank()])
+    return str(raised.value), torch.equal(model[0].weight, before)
+
+
+def test_a_file_that_one_rank_lacks_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    """Prevents: ranks that wait in a collective for one that has raised, where hosts have disks of their own."""
+    directories = [tmp_path / "a", tmp_path / "b"]
+    for directory in directories:
+        write_zero(directory / "step41", stage=2, world=2)
+    (directories[1] / "step41" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    for words, unchanged in run_ranks(error_of_load, directories):
+        assert "expected 2 files *_optim_states.pt, found 1 (rank 1)" in words and unchanged
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,19 @@ import collections
 import math
 import pickle
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from yafsdp_like.comm.consistency import raise_on_all_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -132,23 +136,33 @@ class ZeroCheckpoint:
 
         Raises ``KeyError`` for a name that is not there, and for moments of a frozen parameter.
         """
+        shape = self.shape(name)
+        return torch.cat(self.pieces(name, kind))[: shape.numel()].view(shape).float()
+
+    def shape(self, name: str) -> torch.Size:
+        """Return a parameter's shape. Raises ``KeyError`` for a name that is not there."""
+        name = self.shared.get(name, name)
+        return torch.Size(self._frozen[name]) if name in self._frozen else self._places[name].shape
+
+    def has_moments(self, name: str) -> bool:
+        """Whether a parameter was trained."""
+        return self.shared.get(name, name) in self._places
+
+    def pieces(self, name: str, kind: str = WEIGHT) -> list[Tensor]:
+        """Return flat views of the files that make a parameter's values, one behind the other, with padding at the end.
+
+        Raises ``KeyError`` as ``read`` does, and ``ValueError`` where values are missing. Nothing is read.
+        """
         name = self.shared.get(name, name)
         if name in self._frozen and kind == WEIGHT:
-            return self._read_frozen(name)
+            parts = [model["frozen_param_fragments"][name].flatten() for model in self._models]
+            return _cut(parts if self.stage == 3 else parts[:1], 0, self.shape(name).numel())
         place = self._places[name]
         numel, vectors = place.shape.numel(), self._vectors[kind]
         if self.stage == 3:
             each = math.ceil(numel / len(self._ranks))
-            pieces = [_cut(rank, place.offset, each) for rank in vectors]
-        else:
-            pieces = [_cut(vectors[place.group], place.offset, numel)]
-        return torch.cat(pieces)[:numel].view(place.shape).float()
-
-    def _read_frozen(self, name: str) -> Tensor:
-        shape = torch.Size(self._frozen[name])
-        parts = [model["frozen_param_fragments"][name].flatten() for model in self._models]
-        whole = torch.cat(parts) if self.stage == 3 else parts[0]
-        return whole[: shape.numel()].view(shape).float()
+            return [piece for rank in vectors for piece in _cut(rank, place.offset, each)]
+        return _cut(vectors[place.group] if place.group < len(vectors) else [], place.offset, numel)
 
     def _place(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, FlatPlace]:
         places: dict[str, FlatPlace] = {}
@@ -188,8 +202,8 @@ def _by_group(ranks: Iterable[Sequence[Tensor]]) -> list[list[Tensor]]:
     return [list(pieces) for pieces in zip(*ranks, strict=True)]
 
 
-def _cut(pieces: Sequence[Tensor], start: int, numel: int) -> Tensor:
-    """Values `start` to `start + numel` of the pieces one behind the other. ValueError where there are not so many."""
+def _cut(pieces: Sequence[Tensor], start: int, numel: int) -> list[Tensor]:
+    """Views of values `start` to `start + numel` of pieces in a row. ValueError where there are not so many."""
     found = []
     wanted = numel
     for piece in pieces:
@@ -199,7 +213,7 @@ def _cut(pieces: Sequence[Tensor], start: int, numel: int) -> Tensor:
         start = max(0, start - len(piece))
     if wanted:
         raise ValueError(f"the checkpoint has {numel - wanted} of the {numel} values of a parameter")
-    return torch.cat(found)
+    return found
 
 
 def _tagged(directory: Path, tag: str | None) -> Path:
@@ -258,19 +272,16 @@ def load_deepspeed(
 
     Raises:
         ValueError: for files that are no such checkpoint, and parameters whose names or shapes differ.
+        AgreedError: the same on every rank of a process group, if one of them finds this.
+
+    The model and the optimizer are as they were then.
     """
-    checkpoint = ZeroCheckpoint(directory, tag)
+    with raise_on_all_ranks() if dist.is_initialized() else nullcontext():
+        checkpoint = ZeroCheckpoint(directory, tag)
+        _check_fits(checkpoint, model, optimizer)
     params = dict(model.named_parameters(remove_duplicate=True))
-    known = set(checkpoint.names)
-    if missing := [name for name in params if name not in known]:
-        raise ValueError(
-            f"{checkpoint.path} has no {missing[0]!r} ({len(missing)} missing); it has {checkpoint.names[:3]}"
-        )
     for name, param in params.items():
-        value = checkpoint.read(name)
-        if value.shape != param.shape:
-            raise ValueError(f"{name!r} has shape {tuple(param.shape)}, and {tuple(value.shape)} in {checkpoint.path}")
-        param.copy_(_placed_as(param, value))
+        param.copy_(_placed_as(param, checkpoint.read(name)))
     for name, buffer in model.named_buffers():
         saved = checkpoint.buffers.get(name)
         if saved is not None:
@@ -283,6 +294,31 @@ def load_deepspeed(
                 values[kind] = _placed_as(params[name], checkpoint.read(name, kind))
         set_optimizer_state_dict(model, optimizer, state)
     return checkpoint.global_steps
+
+
+def _check_fits(checkpoint: ZeroCheckpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise ValueError unless the checkpoint has all values that the model and the optimizer take, in their shapes."""
+    path, params = checkpoint.path, dict(model.named_parameters(remove_duplicate=True))
+    known = set(checkpoint.names)
+    if missing := [name for name in params if name not in known]:
+        raise ValueError(f"{path} has no {missing[0]!r} ({len(missing)} missing); it has {checkpoint.names[:3]}")
+    buffers = checkpoint.buffers
+    taken = {**params, **{name: buffer for name, buffer in model.named_buffers() if name in buffers}}
+    for name, value in taken.items():
+        saved = checkpoint.shape(name) if name in params else buffers[name].shape
+        if saved != value.shape:
+            raise ValueError(f"{name!r} has shape {tuple(value.shape)}, and {tuple(saved)} in {path}")
+    updated = {id(param) for group in optimizer.param_groups for param in group["params"]} if optimizer else set()
+    for name, param in params.items():
+        checkpoint.pieces(name)
+        if id(param) not in updated or not param.requires_grad:
+            continue
+        if not checkpoint.has_moments(name):
+            raise ValueError(
+                f"{path} has no moments of {name!r}, which was frozen: load the weights without an optimizer"
+            )
+        for kind in MOMENTS:
+            checkpoint.pieces(name, kind)
 
 
 def _placed_as(param: Tensor, value: Tensor) -> Tensor:
