@@ -140,6 +140,22 @@ def test_a_secondary_partition_of_a_node_is_a_number_of_ranks_that_keep_paramete
     assert settings.reshard_after_forward == 8
 
 
+@pytest.mark.parametrize(
+    ("keys", "micro", "accumulated"),
+    [
+        ({"gradient_accumulation_steps": 2}, 4, 2),
+        ({"train_micro_batch_size_per_gpu": 2}, 2, 4),
+        ({"train_micro_batch_size_per_gpu": "4", "gradient_accumulation_steps": 2.0}, 4, 2),
+        ({}, None, 1),
+    ],
+)
+def test_batch_sizes_that_are_not_said_follow_from_the_others(
+    keys: dict[str, Any], micro: int | None, accumulated: int
+) -> None:
+    settings = read_deepspeed({"train_batch_size": 64, **keys}, world_size=8)
+    assert (settings.run.get("micro_batch_size"), settings.num_accumulated) == (micro, accumulated)
+
+
 def test_what_is_left_open_is_not_decided_here() -> None:
     """Prevents: a run in fp32 without clipping, because the file left both to Hugging Face's arguments."""
     settings = read_deepspeed({"bf16": {"enabled": "auto"}, "gradient_clipping": "auto", "zero_optimization": {}})
@@ -174,6 +190,15 @@ def test_float16_comes_with_the_arguments_of_a_scaler() -> None:
         ({"scheduler__params__warmup_max_lr": 1.0}, "contradicts optimizer.params.lr"),
         ({"optimizer__params__betas": 0.9}, "betas must be two numbers"),
         ({"train_micro_batch_size_per_gpu": 0}, "are at least 1"),
+        ({"train_batch_size": 68, "train_micro_batch_size_per_gpu": None}, "train_batch_size=68 is not"),
+        (
+            {"train_batch_size": 8, "train_micro_batch_size_per_gpu": None},
+            "gradient_accumulation_steps=2 x ranks=8 = 16",
+        ),
+        ({"train_batch_size": 64.5}, "train_batch_size must be a whole number, found 64.5"),
+        ({"gradient_accumulation_steps": 2.5}, "gradient_accumulation_steps must be a whole number"),
+        ({"train_batch_size": "nan"}, "train_batch_size must be a number of at least 0, found 'nan'"),
+        ({"optimizer__params__lr": "-1"}, "lr must be a number of at least 0"),
         ({"gradient_clipping": -1.0}, "must be a number of at least 0"),
         ({"amp__enabled": True, "amp__opt_level": "O1"}, "Apex is not supported"),
         ({"zero_optimization__zero_quantized_weights": True}, "values travel as they are"),

@@ -79,8 +79,8 @@ def read_accelerate(config: str | Path | Mapping[str, Any]) -> ForeignSettings:
 
 
 def _ranks(keys: Keys) -> tuple[tuple[str, ...], int]:
-    total = int(keys.number("num_processes", "torchrun --nproc-per-node (times --nnodes)", default=1))
-    hosts = int(keys.number("num_machines", "torchrun --nnodes", default=1))
+    total = keys.integer("num_processes", "torchrun --nproc-per-node (times --nnodes)", default=1)
+    hosts = keys.integer("num_machines", "torchrun --nnodes", default=1)
     if hosts < 1 or total % hosts:
         keys.problem(f"num_processes={total} does not divide by num_machines={hosts}")
         hosts = 1
@@ -167,7 +167,7 @@ def _reshard(keys: Keys, version: float, world_size: int) -> dict[str, Any]:
 
 def _mesh(keys: Keys, world_size: int) -> dict[str, Any]:
     sizes = {
-        name: int(keys.number(f"{PARALLEL}.{PARALLEL}_{name}_size", becomes, default=1))
+        name: keys.integer(f"{PARALLEL}.{PARALLEL}_{name}_size", becomes, default=1)
         for name, becomes in (
             ("dp_replicate", "fully_shard(mesh=<replicas x ranks>)"),
             ("dp_shard", "fully_shard(mesh=...)"),

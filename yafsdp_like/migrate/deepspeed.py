@@ -5,6 +5,7 @@ Owns what each key of DeepSpeed means here. Keys follow DeepSpeed's documentatio
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from yafsdp_like.migrate.settings import ForeignSettings, Keys, load_mapping
@@ -160,13 +161,13 @@ def _zero(keys: Keys, run: dict[str, Any]) -> dict[str, Any]:
     found["pin_memory"] = keys.flag(
         f"{ZERO}.offload_param.pin_memory", "CPUOffloadPolicy(pin_memory=...)", default=True
     )
-    node = keys.number(
+    node = keys.integer(
         f"{ZERO}.zero_hpz_partition_size", "reshard_after_forward=<ranks that keep parameters>", default=1
     )
     if node > 1:
         if stage != 3:
             keys.problem(f"{ZERO}.zero_hpz_partition_size is of stage 3, and {ZERO}.stage is {stage}")
-        found["reshard_after_forward"] = int(node)
+        found["reshard_after_forward"] = node
     for name in (
         "stage3_gather_16bit_weights_on_model_save",
         "gather_16bit_weights_on_model_save",
@@ -202,41 +203,39 @@ def _precision(keys: Keys, run: dict[str, Any]) -> dict[str, Any]:
 
 def _scaler(keys: Keys) -> dict[str, Any]:
     fixed = keys.number("fp16.loss_scale", "GradScaler(init_scale=...); 0: dynamic", default=0)
-    power = keys.number("fp16.initial_scale_power", "GradScaler(init_scale=2**...)", default=16)
-    window = keys.number("fp16.loss_scale_window", "GradScaler(growth_interval=...)", default=1000)
+    power = keys.integer("fp16.initial_scale_power", "GradScaler(init_scale=2**...)", default=16)
+    window = keys.integer("fp16.loss_scale_window", "GradScaler(growth_interval=...)", default=1000)
     if fixed:
         return {"init_scale": float(fixed), "growth_interval": 2**31 - 1}
-    return {"init_scale": 2.0 ** int(power), "growth_interval": int(window)}
+    return {"init_scale": 2.0**power, "growth_interval": window}
 
 
 def _batches(keys: Keys, run: dict[str, Any], world_size: int | None) -> int:
-    total = keys.number("train_batch_size", "global_batch_size")
-    micro = keys.number("train_micro_batch_size_per_gpu", "micro_batch_size")
-    accumulated = keys.number(
+    total = keys.integer("train_batch_size", "global_batch_size")
+    micro = keys.integer("train_micro_batch_size_per_gpu", "micro_batch_size")
+    accumulated = keys.integer(
         "gradient_accumulation_steps",
         "global_batch_size / (micro_batch_size x ranks)",
         "or set_requires_gradient_sync(False) before all backwards of an update but the last",
     )
-    if 0 in (total, micro, accumulated):
-        keys.problem("train_batch_size, train_micro_batch_size_per_gpu and gradient_accumulation_steps are at least 1")
-    elif total is not None and micro is not None:
-        ranks = world_size if accumulated is None or world_size else None
-        implied = micro * (accumulated or 1) * (ranks or 1)
-        if ranks and accumulated and total != implied:
-            keys.problem(
-                f"train_batch_size={total} is not train_micro_batch_size_per_gpu={micro} x gradient_accumulation_steps="
-                f"{accumulated} x {world_size} ranks = {implied}"
-            )
-        elif total % (micro * (accumulated or 1) * (world_size or 1)):
-            keys.problem(f"train_batch_size={total} is no multiple of what the other batch sizes make: {implied}")
-        elif accumulated is None and world_size:
-            accumulated = total // (micro * world_size)
+    sizes = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulated, "ranks": world_size}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if 0 in (total, *given.values()):
+        keys.problem("train_batch_size and what makes it, sizes of forwards, accumulation and ranks, are at least 1")
+        return 1
+    implied = math.prod(given.values())
+    if total is not None and (total % implied or (len(given) == len(sizes) and total != implied)):
+        words = " x ".join(f"{name}={size}" for name, size in given.items())
+        keys.problem(
+            f"train_batch_size={total} is not {words} = {implied}, or, with what is not said, a multiple of it"
+        )
+    elif total is not None and world_size:
+        accumulated = accumulated if micro is None else total // (micro * world_size)
+        micro = micro if accumulated is None else total // (accumulated * world_size)
     elif micro is not None and world_size:
-        total = micro * (accumulated or 1) * world_size
-    elif total is not None and accumulated and world_size:
-        micro = total // (accumulated * world_size)
-    run |= {name: int(size) for name, size in (("global_batch_size", total), ("micro_batch_size", micro)) if size}
-    return int(accumulated or 1)
+        total = implied
+    run |= {name: size for name, size in (("global_batch_size", total), ("micro_batch_size", micro)) if size}
+    return accumulated or 1
 
 
 def _optimizer(keys: Keys, run: dict[str, Any]) -> dict[str, Any]:
@@ -277,8 +276,8 @@ def _scheduler(keys: Keys, run: dict[str, Any]) -> None:
     known = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
     if kind is not None and kind not in known:
         keys.problem(f"scheduler.type {kind!r} is not supported: use one of {', '.join(known)}, or torch's schedulers")
-    steps = keys.number("scheduler.params.warmup_num_steps", "optimizer.num_warmup_steps")
-    total = keys.number("scheduler.params.total_num_steps", "num_steps")
+    steps = keys.integer("scheduler.params.warmup_num_steps", "optimizer.num_warmup_steps")
+    total = keys.integer("scheduler.params.total_num_steps", "num_steps")
     highest = keys.number("scheduler.params.warmup_max_lr", "optimizer.lr")
     last = keys.number("scheduler.params.cos_min_ratio", "optimizer.final_lr_ratio", default=0.0001)
     keys.ignore(
@@ -292,7 +291,7 @@ def _scheduler(keys: Keys, run: dict[str, Any]) -> None:
     if kind in known:
         run["optimizer.final_lr_ratio"] = {"WarmupLR": 1.0, "WarmupDecayLR": 0.0}.get(str(kind), last)
     for name, value in (("optimizer.num_warmup_steps", steps), ("num_steps", total)):
-        run |= {} if value is None else {name: int(value)}
+        run |= {} if value is None else {name: value}
     if highest is not None:
         run.setdefault("optimizer.lr", highest)
         if run["optimizer.lr"] != highest:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,16 +121,20 @@ class Keys:
 
     def number(self, name: str, becomes: str, note: str = "", default: Any = None) -> Any:
         """As `take`, for a number (texts such as "1e-3" are some)."""
-        value = self.take(name, becomes, note, default)
-        if isinstance(value, str):
-            try:
-                return float(value)
-            except ValueError:
-                pass
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
-            self.problem(f"{name} must be a number of at least 0, found {value!r}")
+        given = self.take(name, becomes, note, default)
+        value = as_number(given)
+        if given is not None and (value is None or not value >= 0):
+            self.problem(f"{name} must be a number of at least 0, found {given!r}")
             return default
         return value
+
+    def integer(self, name: str, becomes: str, note: str = "", default: int | None = None) -> Any:
+        """As `number`, for a whole one."""
+        value = self.number(name, becomes, note, default)
+        if value is not None and (math.isinf(value) or value != int(value)):
+            self.problem(f"{name} must be a whole number, found {value!r}")
+            return default
+        return None if value is None else int(value)
 
     def flag(self, name: str, becomes: str, note: str = "", default: bool = False) -> bool:
         """As `take`, for what is on or off."""
@@ -187,6 +192,16 @@ class Keys:
         if self._problems:
             raise ValueError(f"{self._source}: " + "; ".join(self._problems))
         return tuple(self._read[name] for name in self._values)
+
+
+def as_number(value: Any) -> Any:
+    """Return an int or float as it is, and that of a text; None for what is no number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
