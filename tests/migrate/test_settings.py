@@ -202,12 +202,30 @@ def test_float16_comes_with_the_arguments_of_a_scaler() -> None:
         ({"gradient_clipping": -1.0}, "must be a number of at least 0"),
         ({"amp__enabled": True, "amp__opt_level": "O1"}, "Apex is not supported"),
         ({"zero_optimization__zero_quantized_weights": True}, "values travel as they are"),
+        ({"zero_optimization__zeropp_loco_param": {"err_beta": 0.8}}, "gradients travel in reduce_dtype"),
+        ({"zero_optimization__mics_shard_size": 4}, "pass fully_shard a mesh of (replicas, 4 ranks)"),
+        ({"sparse_gradients": 1}, "gradients are dense"),
+        ({"compression_training__head_pruning__shared_parameters__enabled": True}, "not supported"),
     ],
 )
 def test_what_contradicts_or_is_unknown_in_a_deepspeed_file_is_one_error(keys: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match="configuration: ") as raised:
         read_deepspeed(changed(DEEPSPEED, **keys), world_size=8)
     assert words in str(raised.value)
+
+
+def test_what_is_refused_may_stand_in_a_file_that_switches_it_off() -> None:
+    off = {"enabled": False, "schedule_offset": 50}
+    zero = {"mics_shard_size": -1, "zeropp_loco_param": None, "stage3_partition_stream_chunk_size": 0}
+    settings = read_deepspeed(
+        {
+            "zero_optimization": zero,
+            "compression_training": {"head_pruning": {"shared_parameters": off}, "layer_reduction": {"enabled": False}},
+            "data_efficiency": {"enabled": False, "data_sampling": {"enabled": True}},
+            "sparse_gradients": False,
+        }
+    )
+    assert [key.note for key in settings.keys[3:]] == ["it is off"] * 6
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:

@@ -30,6 +30,7 @@ IGNORED = {
             *("offload_optimizer.buffer_count", "offload_optimizer.pipeline_read", "offload_optimizer.pipeline_write"),
             *("offload_optimizer.fast_init", "offload_optimizer.pin_memory", "stage3_module_granularity_threshold"),
             *("module_granularity_threshold", "parameter_alignment"),
+            *("partition_stream_chunk_size", "stage3_partition_stream_chunk_size"),
         )
     },
     **{
@@ -46,6 +47,7 @@ IGNORED = {
             *("log_trace_cache_warnings", "enable_sanity_checks", "pipeline_loading_checkpoint"),
             *("stage3_allgather_sequential", "use_all_reduce_for_fetch_params", "leaf_module."),
             *("stage3_use_all_reduce_for_fetch_params", "save_muon_momentum_buffer_in_memory"),
+            "mics_hierarchical_params_gather",
         )
     },
     **dict.fromkeys(("wandb.", "comet.", "csv_monitor.", "tensorboard.output_path", "tensorboard.job_name"), OTHERS),
@@ -89,6 +91,9 @@ REFUSED = {
     "bf16.bf16_optimizer_states": "use AdamW(moments='bf16'), which rounds stochastically",
     "fp16.fp16_master_weights_and_grads": "master weights are fp32",
     f"{ZERO}.zenflow": "not supported",
+    f"{ZERO}.zenflow.": "not supported",
+    f"{ZERO}.zeropp_loco_param": "gradients travel in reduce_dtype",
+    f"{ZERO}.zeropp_loco_param.": "gradients travel in reduce_dtype",
     f"{ZERO}.zero_quantized_weights": "values travel as they are, unless their tensor class says otherwise",
     f"{ZERO}.zero_quantized_nontrainable_weights": "values travel as they are",
     f"{ZERO}.zero_quantized_gradients": "gradients travel in reduce_dtype",
@@ -168,6 +173,11 @@ def _zero(keys: Keys, run: dict[str, Any]) -> dict[str, Any]:
         if stage != 3:
             keys.problem(f"{ZERO}.zero_hpz_partition_size is of stage 3, and {ZERO}.stage is {stage}")
         found["reshard_after_forward"] = node
+    mics = keys.take(f"{ZERO}.mics_shard_size", "fully_shard(mesh=...)", default=-1)
+    if mics != -1:
+        keys.problem(
+            f"{ZERO}.mics_shard_size={mics}: pass fully_shard a mesh of (replicas, {mics} ranks), and leave it out"
+        )
     for name in (
         "stage3_gather_16bit_weights_on_model_save",
         "gather_16bit_weights_on_model_save",

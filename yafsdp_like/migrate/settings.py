@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 AUTO = "auto"  # in a DeepSpeed file: whoever starts the run sets it
 DTYPES = {"bf16": "bfloat16", "bfp16": "bfloat16", "bfloat16": "bfloat16"}
 DTYPES |= {"fp16": "float16", "float16": "float16", "half": "float16", "fp32": "float32", "float32": "float32"}
+OFF = (None, False, 0, "none")
 NUM_COLUMNS = 3
 
 
@@ -164,15 +165,21 @@ class Keys:
     def refuse(self, reasons: Mapping[str, str]) -> None:
         """Take no part in what these keys switch on; off, or as they are by default, they are ignored."""
         for name, value in list(self._values.items()):
-            reason = reasons.get(name) or reasons.get(name.split(".")[0] + ".")
-            if reason is None or name in self._read:
+            sections = (known for known in reasons if known.endswith(".") and name.startswith(known))
+            known = name if name in reasons else next(sections, None)
+            if known is None or name in self._read:
                 continue
-            on = self.get(name.split(".")[0] + ".enabled", True) if "." in name and name not in reasons else value
-            if on in (None, False, 0, 1.0, "none", AUTO) and on is not True:
-                self._read[name] = Key(name, value, "", "it is off")
-            else:
-                self.problem(f"{name}={value!r}: {reason}")
-                self._read[name] = Key(name, value, "", reason)
+            if self._is_on(known):
+                self.problem(f"{name}={value!r}: {reasons[known]}")
+            self._read[name] = Key(name, value, "", "it is off")
+
+    def _is_on(self, name: str) -> bool:
+        """Whether a key is, or a section: by its own `enabled`, or by those of its parts where it has none."""
+        if not name.endswith("."):
+            return self.get(name) not in OFF
+        inside = [key for key in self._values if key.startswith(name) and key.endswith(".enabled")]
+        switches = [f"{name}enabled"] if f"{name}enabled" in inside else inside
+        return not switches or any(self.get(key) not in OFF for key in switches)
 
     def problem(self, words: str) -> None:
         """Note what is wrong, for the one error at the end."""
