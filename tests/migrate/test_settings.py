@@ -140,6 +140,43 @@ def test_a_secondary_partition_of_a_node_is_a_number_of_ranks_that_keep_paramete
     assert settings.reshard_after_forward == 8
 
 
+def test_what_a_file_does_not_say_of_the_optimizer_is_as_deepspeed_has_it() -> None:
+    """Prevents: decay, betas, warm-up and cosine of this package's defaults in a run that had none of them."""
+    settings = read_deepspeed({"optimizer": {"type": "AdamW", "params": {"eps": 1e-6}}})
+    assert settings.adamw == {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0}
+    rate = {key: settings.run[f"optimizer.{key}"] for key in ("betas", "num_warmup_steps", "final_lr_ratio")}
+    assert rate == {"betas": [0.9, 0.999], "num_warmup_steps": 0, "final_lr_ratio": 1.0}
+    by_torch = read_deepspeed({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}})
+    assert by_torch.adamw["weight_decay"] == 0.01
+
+
+def test_what_is_left_open_of_the_optimizer_gets_no_default() -> None:
+    settings = read_deepspeed({"optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}}})
+    assert settings.adamw == {"betas": (0.9, 0.999), "eps": 1e-8}
+    assert "optimizer.num_warmup_steps" not in settings.run and not read_deepspeed({}).adamw
+
+
+@pytest.mark.parametrize(("kind", "lr"), [("WarmupLR", 2e-4), ("WarmupDecayLR", 1e-3), ("WarmupCosineLR", 2e-4)])
+def test_what_a_file_does_not_say_of_the_schedule_is_as_deepspeed_has_it(kind: str, lr: float) -> None:
+    scheduler = {"type": kind, "params": {"total_num_steps": 5000}}
+    settings = read_deepspeed({"optimizer": {"type": "Adam", "params": {"lr": lr}}, "scheduler": scheduler})
+    assert (settings.run["optimizer.num_warmup_steps"], settings.run["optimizer.lr"]) == (1000, lr)
+    scheduler["params"] = {"warmup_num_steps": "auto", "warmup_max_lr": "auto"}
+    assert "optimizer.num_warmup_steps" not in read_deepspeed({"scheduler": scheduler}).run
+
+
+def test_adam_with_coupled_decay_is_refused_and_without_decay_is_the_same() -> None:
+    params: dict[str, Any] = {"adam_w_mode": False, "betas": [0, "0.99"]}
+    adam = read_deepspeed({"optimizer": {"type": "Adam", "params": params}}).adamw
+    assert (adam["weight_decay"], adam["betas"]) == (0.0, (0.0, 0.99))
+    params["weight_decay"] = 0.1
+    decoupled = read_deepspeed({"optimizer": {"type": "AdamW", "params": params}})
+    assert decoupled.adamw["weight_decay"] == 0.1
+    assert {key.name: key.note for key in decoupled.keys}["optimizer.params.weight_decay"].endswith("matrices only")
+    with pytest.raises(ValueError, match="make it yourself"):
+        read_deepspeed({"optimizer": {"type": "Adam", "params": params}})
+
+
 @pytest.mark.parametrize(
     ("keys", "micro", "accumulated"),
     [
@@ -188,6 +225,7 @@ def test_float16_comes_with_the_arguments_of_a_scaler() -> None:
         ({"bf16__enabled": "yes"}, "must be true or false"),
         ({"scheduler__type": "OneCycle"}, "'OneCycle' is not supported"),
         ({"scheduler__params__warmup_max_lr": 1.0}, "contradicts optimizer.params.lr"),
+        ({"scheduler__type": "WarmupDecayLR"}, "(0.001 unless said) contradicts optimizer.params.lr=0.0002"),
         ({"optimizer__params__betas": 0.9}, "betas must be two numbers"),
         ({"train_micro_batch_size_per_gpu": 0}, "are at least 1"),
         ({"train_batch_size": 68, "train_micro_batch_size_per_gpu": None}, "train_batch_size=68 is not"),

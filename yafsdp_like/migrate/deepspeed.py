@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from yafsdp_like.migrate.settings import ForeignSettings, Keys, load_mapping
+from yafsdp_like.migrate.settings import ForeignSettings, Keys, as_number, load_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -109,6 +109,9 @@ KNOWN = (  # beside those of both tables
     *("scheduler.params.warmup_num_steps", "tensorboard.enabled", "data_types.grad_accum_dtype", "gradient_clipping"),
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print"),
 )
+# What DeepSpeed takes for what a file does not say; its fused Adam and that of the CPU take the same.
+DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+WARMUP_STEPS, DECAY_LR = 1000, 1e-3
 ADAMS = ("adam", "adamw", "fusedadam", "cpuadam", "deepspeedcpuadam")
 
 
@@ -254,20 +257,26 @@ def _optimizer(keys: Keys, run: dict[str, Any]) -> dict[str, Any]:
         keys.problem(
             f"optimizer.type {kind!r} is not supported: use AdamW, or make an optimizer of torch.optim yourself"
         )
-    coupled = keys.get("optimizer.params.adam_w_mode") is False and keys.get("optimizer.params.weight_decay", 0)
-    if coupled:
-        keys.problem("optimizer.params.adam_w_mode=false with weight_decay is torch.optim.Adam: make it yourself")
-    if keys.get("optimizer.params.bias_correction") is False:
-        keys.problem("optimizer.params.bias_correction=false is not supported")
+    params = "optimizer.params"
+    is_coupled = str(kind).lower() != "adamw" and keys.get(f"{params}.adam_w_mode") is False
+    if is_coupled and keys.get(f"{params}.weight_decay", 0):
+        keys.problem(f"{params}.adam_w_mode=false with weight_decay is torch.optim.Adam: make it yourself")
+    if keys.get(f"{params}.bias_correction") is False:
+        keys.problem(f"{params}.bias_correction=false is not supported")
     found: dict[str, Any] = {}
-    for name in ("lr", "eps", "weight_decay"):
-        value = keys.number(f"optimizer.params.{name}", f"optimizer.{name}")
+    for name, note in (("lr", ""), ("eps", ""), ("weight_decay", "launch.train decays matrices only")):
+        value = keys.number(f"{params}.{name}", f"optimizer.{name}", note)
         found |= {} if value is None else {name: value}
-    betas = keys.take("optimizer.params.betas", "optimizer.betas")
-    if isinstance(betas, list) and [type(beta) for beta in betas] == [float, float]:
-        found["betas"] = tuple(betas)
-    elif betas is not None:
-        keys.problem(f"optimizer.params.betas must be two numbers, found {betas!r}")
+    given = keys.take(f"{params}.betas", "optimizer.betas")
+    betas = tuple(map(as_number, given)) if isinstance(given, list) else ()
+    if len(betas) == 2 and None not in betas:
+        found["betas"] = tuple(map(float, betas))
+    elif given is not None:
+        keys.problem(f"{params}.betas must be two numbers, found {given!r}")
+    if kind is not None:
+        torch_decays = keys.get(f"{params}.torch_adam") is True and not is_coupled
+        defaults = DEFAULTS | ({"weight_decay": 0.01} if torch_decays else {})
+        found = {name: value for name, value in defaults.items() if not keys.is_open(f"{params}.{name}")} | found
     run |= {f"optimizer.{name}": list(value) if name == "betas" else value for name, value in found.items()}
     if run.get("optimizer.offload_moments"):
         found["offload_moments"] = True
@@ -298,7 +307,13 @@ def _scheduler(keys: Keys, run: dict[str, Any]) -> None:
             "scheduler.params.last_batch_iteration": "a checkpoint holds the step",
         }
     )
+    if kind is None and keys.get("optimizer.type") is not None and not keys.leaves_open:
+        run |= {"optimizer.num_warmup_steps": 0, "optimizer.final_lr_ratio": 1.0}
     if kind in known:
+        if steps is None and not keys.is_open("scheduler.params.warmup_num_steps"):
+            steps = WARMUP_STEPS
+        if highest is None and kind == "WarmupDecayLR" and not keys.is_open("scheduler.params.warmup_max_lr"):
+            highest = DECAY_LR
         run["optimizer.final_lr_ratio"] = {"WarmupLR": 1.0, "WarmupDecayLR": 0.0}.get(str(kind), last)
     for name, value in (("optimizer.num_warmup_steps", steps), ("num_steps", total)):
         run |= {} if value is None else {name: value}
@@ -306,7 +321,8 @@ def _scheduler(keys: Keys, run: dict[str, Any]) -> None:
         run.setdefault("optimizer.lr", highest)
         if run["optimizer.lr"] != highest:
             keys.problem(
-                f"scheduler.params.warmup_max_lr={highest} contradicts optimizer.params.lr={run['optimizer.lr']}"
+                f"scheduler.params.warmup_max_lr={highest} (0.001 unless said) contradicts optimizer.params.lr="
+                f"{run['optimizer.lr']}"
             )
 
 

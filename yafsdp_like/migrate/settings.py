@@ -109,6 +109,11 @@ class Keys:
         """Whether the file leaves a value to whoever starts the run."""
         return bool(self._values.get(name) == AUTO)
 
+    @property
+    def leaves_open(self) -> bool:
+        """Whether the file leaves anything to whoever starts the run, as those for Hugging Face's Trainer do."""
+        return AUTO in self._values.values()
+
     def take(self, name: str, becomes: str, note: str = "", default: Any = None) -> Any:
         """Return a value that becomes something here; `default` where it is not given."""
         if name not in self._values:
