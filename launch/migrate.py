@@ -23,6 +23,10 @@ from yafsdp_like.migrate.accelerate import read_accelerate
 from yafsdp_like.migrate.deepspeed import read_deepspeed
 from yafsdp_like.migrate.settings import ForeignSettings, load_mapping
 
+RESHARDS = (
+    "launch.train reshards blocks after forward, which the file does not ask for: the same numbers in less memory, "
+    "with one more all-gather of each block"
+)
 OF_ACCELERATE = {"distributed_type", "fsdp_config", "compute_environment"}  # keys that only its files have
 
 
@@ -34,6 +38,7 @@ def read_settings(path: str | Path, world_size: int | None = None) -> ForeignSet
 
 def as_run(settings: ForeignSettings) -> str:
     """Return the YAML file of a run. Raises ValueError for what ``launch.train`` does not do."""
+    _check_sharding(settings)
     COMMAND.load(
         [
             f"--{key}={yaml.safe_dump(value, default_flow_style=True)[:-1].removesuffix(chr(10) + '...')}"
@@ -50,8 +55,23 @@ def as_run(settings: ForeignSettings) -> str:
         place[leaf] = value
     start = ["torchrun", *(settings.torchrun or ("--nproc-per-node", "N")), "-m launch.train run.yaml"]
     comments = [*str(settings).splitlines(), "", " ".join(start)]
+    if settings.reshard_after_forward is False:
+        comments.insert(-2, RESHARDS)
     head = "\n".join(f"# {line}".rstrip() for line in comments)
     return f"{head}\n{yaml.safe_dump(nested, sort_keys=False)}"
+
+
+def _check_sharding(settings: ForeignSettings) -> None:
+    asked = {
+        "parameters in host memory (CPUOffloadPolicy)": settings.cpu_offload,
+        f"a mesh of {settings.mesh_shape}": settings.mesh_shape is not None,
+        f"reshard_after_forward={settings.reshard_after_forward}": type(settings.reshard_after_forward) is int,
+    }
+    if wanted := [words for words, is_asked in asked.items() if is_asked]:
+        raise ValueError(
+            f"{settings.source} asks for {' and '.join(wanted)}, which launch.train does not do: call fully_shard "
+            "yourself with the fully_shard_options() of launch.migrate.read_settings, or leave it out of the file"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

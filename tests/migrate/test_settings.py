@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-from launch.migrate import main, read_settings
+from launch.migrate import RESHARDS, as_run, main, read_settings
 from yafsdp_like.migrate.accelerate import read_accelerate
 from yafsdp_like.migrate.deepspeed import read_deepspeed
 
@@ -345,3 +345,26 @@ def test_the_command_prints_a_run_that_the_launcher_reads(tmp_path: Path, capsys
     assert read_settings(tmp_path / "acc.yaml").torchrun[1] == "8"
     (tmp_path / "broken.json").write_text("{")
     assert main([str(tmp_path / "broken.json")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("zero", "words"),
+    [
+        ({"offload_param": {"device": "cpu"}}, "parameters in host memory"),
+        ({"zero_hpz_partition_size": 8}, "reshard_after_forward=8"),
+    ],
+)
+def test_a_run_that_would_do_less_than_a_deepspeed_file_asks_is_an_error(zero: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"configuration asks for {words}.*, which launch.train does not do"):
+        as_run(read_deepspeed({"zero_optimization": {"stage": 3, **zero}}))
+
+
+def test_a_run_that_would_do_less_than_an_accelerate_file_asks_is_an_error() -> None:
+    sharding = {"fsdp_version": 1, "fsdp_sharding_strategy": "HYBRID_SHARD", "fsdp_offload_params": True}
+    with pytest.raises(ValueError, match=r"in host memory .* and a mesh of \(2, 8\)"):
+        as_run(read_accelerate({**ACCELERATE, "fsdp_config": sharding}))
+
+
+def test_a_run_says_that_it_reshards_where_a_file_does_not_ask_for_it() -> None:
+    said = [RESHARDS in as_run(read_deepspeed({"zero_optimization": {"stage": stage}})) for stage in (2, 3)]
+    assert said == [True, False]
