@@ -325,9 +325,24 @@ def test_what_contradicts_or_is_unknown_in_an_accelerate_file_is_one_error(keys:
 
 def test_an_accelerate_file_that_names_a_deepspeed_file_is_read_with_it(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(DEEPSPEED))
-    config = {"distributed_type": "DEEPSPEED", "num_processes": 8}
-    settings = read_accelerate({**config, "deepspeed_config": {"deepspeed_config_file": str(tmp_path / "ds.json")}})
+    config: dict[str, Any] = {"distributed_type": "DEEPSPEED", "num_processes": 8, "mixed_precision": "fp16"}
+    config["deepspeed_config"] = {"deepspeed_config_file": str(tmp_path / "ds.json"), "zero_stage": 3}
+    settings = read_accelerate(config)
     assert settings.num_accumulated == 2
+    assert settings.torchrun == ("--nproc-per-node", "8")
+    assert [key.name for key in settings.keys[:5]] == [
+        *("distributed_type", "num_processes", "mixed_precision"),
+        "deepspeed_config.deepspeed_config_file",
+        "deepspeed_config.zero_stage",
+    ]
+    assert settings.keys[5:] == read_deepspeed(tmp_path / "ds.json", 8).keys
+    assert settings.param_dtype == "bfloat16" and settings.keys[2].note == "the DeepSpeed file says it"
+    with pytest.raises(ValueError, match="unknown key 'nonsense'"):
+        read_accelerate({**config, "nonsense": 1})
+    (tmp_path / "ds.json").write_text('{"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}')
+    opened = read_accelerate(config)
+    assert (opened.param_dtype, opened.output_dtype, opened.grad_scaler) == ("float16", None, {})
+    assert opened.run["precision.param_dtype"] == "float16"
 
 
 def test_the_command_prints_a_run_that_the_launcher_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ Owns what each key of Accelerate means here. Accelerate itself is not imported.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from yafsdp_like.migrate.deepspeed import read_deepspeed
@@ -68,7 +69,7 @@ def read_accelerate(config: str | Path | Mapping[str, Any]) -> ForeignSettings:
     torchrun, world_size = _ranks(keys)
     kind = keys.take("distributed_type", "fully_shard")
     if kind == "DEEPSPEED" and (file := keys.get("deepspeed_config.deepspeed_config_file")):
-        return read_deepspeed(file, world_size)
+        return _with_deepspeed(keys, read_deepspeed(file, world_size), torchrun)
     if kind != "FSDP":
         keys.problem(f"distributed_type must be FSDP, or DEEPSPEED with a deepspeed_config_file, found {kind!r}")
     run: dict[str, Any] = {}
@@ -76,6 +77,25 @@ def read_accelerate(config: str | Path | Mapping[str, Any]) -> ForeignSettings:
     keys.ignore(IGNORED)
     keys.refuse(REFUSED)
     return ForeignSettings(source, keys.finish([*IGNORED, *REFUSED]), run=run, torchrun=torchrun, **found)
+
+
+def _with_deepspeed(keys: Keys, found: ForeignSettings, torchrun: tuple[str, ...]) -> ForeignSettings:
+    """Return what the DeepSpeed file says, with Accelerate's precision where it says none, and the keys of both."""
+    run: dict[str, Any] = {}
+    precision: dict[str, Any] = {}
+    if "precision.param_dtype" not in found.run:
+        precision = _precision(keys, run)
+        precision.pop("output_dtype", None)  # DeepSpeed leaves it as computed
+    keys.ignore({"mixed_precision": "the DeepSpeed file says it"})
+    keys.ignore({**IGNORED, "deepspeed_config.": "the DeepSpeed file says it", f"{FSDP}.": "it is of FSDP"})
+    keys.refuse(REFUSED)
+    return replace(
+        found,
+        keys=(*keys.finish([*IGNORED, *REFUSED]), *found.keys),
+        run={**found.run, **run},
+        torchrun=torchrun,
+        **precision,
+    )
 
 
 def _ranks(keys: Keys) -> tuple[tuple[str, ...], int]:
