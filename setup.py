@@ -23,7 +23,7 @@ TOOLS = [
 TOKENIZERS = ["sentencepiece", "protobuf", "tiktoken"]  # to convert a directory's tokenizer.model
 STRUCTURED = ["llguidance"]  # answers that are JSON of a schema, or of a grammar
 SERVE = ["transformers", "jinja2", "fastapi", "uvicorn", "prometheus-client", "rich", *TOKENIZERS]
-FLEET = ["ray[serve]>=2.60"]  # 70 MiB; not among the tests' packages
+FLEET = [*SERVE, "ray[serve]>=2.60"]  # Ray: 70 MiB; not among the tests' packages
 TEST = [*TRAIN, *PARQUET, *HF, *SERVE, *STRUCTURED, "openai", "httpx", *TOOLS]
 ECOSYSTEM = ["transformers", "accelerate", "lightning", "trl", "peft", "datasets"]  # what examples/ecosystem runs
 # Whose tests are tests/inference/http/clients. In an environment of their own: some of them want older packages.

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -88,6 +89,12 @@ def test_options_of_a_deployed_file_are_values_or_text_and_mistakes_are_named(mo
     ):
         with pytest.raises(ValueError, match=words):
             fleet.build({"pool": "pool.yaml", **wrong})
+
+
+def test_what_is_installed_for_a_fleet_is_enough_for_its_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    assert set(setup["SERVE"]) < set(setup["FLEET"])
 
 
 # --- two replicas ---
