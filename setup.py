@@ -62,6 +62,7 @@ setup(
             "yafsdp-serve = launch.serve:main",
             "yafsdp-fleet = launch.fleet:main",
             "yafsdp-plan = launch.plan:main",
+            "yafsdp-migrate = launch.migrate:main",
             "yafsdp-doctor = launch.doctor:main",
         ]
     },

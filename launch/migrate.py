@@ -79,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m launch.migrate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, help="a DeepSpeed configuration (JSON), or Accelerate's (YAML)")
     parser.add_argument("--world-size", type=int, help="ranks, for batch sizes of a DeepSpeed configuration")
-    given = parser.parse_args(arguments)
+    try:
+        given = parser.parse_args(arguments)
+    except SystemExit as end:  # after --help, or a mistake
+        return int(end.code or 0)
     try:
         print(as_run(read_settings(given.file, given.world_size)), end="")
     except ValueError as error:

@@ -89,7 +89,7 @@ def test_names_that_stand_twice_are_the_same() -> None:
 def test_installed_commands_are_those_that_python_runs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert {"yafsdp-generate", "yafsdp-plan", "yafsdp-serve", "yafsdp-train"} <= set(SCRIPTS)
+    assert {"yafsdp-generate", "yafsdp-migrate", "yafsdp-plan", "yafsdp-serve", "yafsdp-train"} <= set(SCRIPTS)
     for name, target in SCRIPTS.items():
         module, function = target.split(":")
         monkeypatch.setattr("sys.argv", [name, "--help"])
