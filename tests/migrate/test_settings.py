@@ -311,6 +311,7 @@ def test_strategies_of_fsdp_1_say_what_is_released_and_the_mesh(
         ({"fsdp_config__fsdp_version": 3}, "must be 1 or 2"),
         ({"fsdp_config__fsdp_autowrap_policy": "NO_WRAP"}, "did you mean 'fsdp_config.fsdp_auto_wrap_policy'"),
         ({"num_processes": 15}, "does not divide by num_machines=2"),
+        ({"num_machines": "two", "fsdp_config__fsdp_version": 1}, "num_machines must be a number"),
         ({"distributed_type": "MULTI_GPU"}, "must be FSDP"),
         ({"mixed_precision": "fp8"}, "must be no, fp16 or bf16"),
         ({"parallelism_config__parallelism_config_tp_size": 2}, "only data parallel meshes"),

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from yafsdp_like.migrate.deepspeed import read_deepspeed
-from yafsdp_like.migrate.settings import DTYPES, ForeignSettings, Keys, load_mapping
+from yafsdp_like.migrate.settings import DTYPES, ForeignSettings, Keys, as_number, load_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -179,7 +179,7 @@ def _reshard(keys: Keys, version: float, world_size: int) -> dict[str, Any]:
     if name == "NO_SHARD":
         keys.problem(f"{FSDP}.fsdp_sharding_strategy NO_SHARD is DistributedDataParallel: nothing would be sharded")
     found: dict[str, Any] = {"reshard_after_forward": name in ("FULL_SHARD", "HYBRID_SHARD")}
-    hosts = int(keys.get("num_machines", 1))
+    hosts = int(as_number(keys.get("num_machines")) or 1)
     if name.startswith("HYBRID") and hosts > 1:
         found["mesh_shape"] = (hosts, world_size // hosts)
     return found
