@@ -147,3 +147,34 @@ def test_a_call_that_must_be_made_is_made(caller: Served, choice: Any) -> None:
     assert call["function"]["name"] == "add"
     assert 0 <= json.loads(call["function"]["arguments"])["a"] <= 9
     assert found["message"]["content"] is None
+
+
+SELF = {"anyOf": [{"$ref": "#"}, {"type": "null"}]}
+KIN = {"type": "object", "properties": {"kid": SELF}, "required": ["kid"], "additionalProperties": False}
+DRAFT_04 = "http://json-schema.org/draft-04/schema#"
+
+
+def defining(kind: str, **more: str) -> dict[str, Any]:
+    properties = {"a": {"$ref": "#/$defs/A"}, "b": {"$ref": "#/properties/a"}}
+    schema = {"type": "object", "properties": properties, "$defs": {"A": {"type": kind}}, "required": ["a", "b"]}
+    return {**schema, "additionalProperties": False, **more}
+
+
+def is_call_of(schemas: list[dict[str, Any]], codec: Codec, text: str) -> bool:
+    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": each}} for i, each in enumerate(schemas)]
+    (choice,) = chat(parser_of(codec), [USER], tools=tools, tool_choice="required").choices
+    grammar: Any = choice.request.limits.grammar
+    tokens = [*codec.encode(text, add_special_tokens=False), min(codec.stop_tokens)]
+    return bool(grammar.first.deep_copy().validate_tokens(tokens) == len(tokens))
+
+
+def test_a_reference_in_a_tools_schema_is_to_that_schema_and_not_to_the_call(with_tools: Codec) -> None:
+    pytest.importorskip("llguidance")
+    inner = '{"name":"f0","arguments":{"kid":null}}'
+    assert is_call_of([KIN], with_tools, '{"name":"f0","arguments":{"kid":{"kid":null}}}')
+    assert not is_call_of([KIN], with_tools, f'{{"name":"f0","arguments":{{"kid":{inner}}}}}')
+    for more in ({}, {"$schema": DRAFT_04}, {"$id": "urn:same"}):
+        schemas = [defining("integer", **more), defining("boolean", **more)]
+        for name, value, fits in (("f0", 1, True), ("f0", "true", False), ("f1", 1, False), ("f1", "true", True)):
+            text = f'{{"name":"{name}","arguments":{{"a":{value},"b":{value}}}}}'
+            assert is_call_of(schemas, with_tools, text) == fits, (more, text)

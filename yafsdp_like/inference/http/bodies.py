@@ -118,8 +118,14 @@ class StreamOptions(Body):
     include_obfuscation: Any = None  # harmless: there is none
 
 
-def _call_schema(function: dict[str, Any]) -> dict[str, Any]:
-    properties = {"name": {"const": function["name"]}, "arguments": function.get("parameters", {"type": "object"})}
+def _call_schema(index: int, function: dict[str, Any]) -> dict[str, Any]:
+    """A call of a function. Its schema gets an id of its own, so that `#` in a `$ref` is still that schema.
+
+    The draft that it names is left out: all are read alike, but the oldest has another name for ids.
+    """
+    arguments = {**function.get("parameters", {"type": "object"}), "$id": f"urn:tool:{index}"}
+    arguments.pop("$schema", None)
+    properties = {"name": {"const": function["name"]}, "arguments": arguments}
     return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
 
 
@@ -211,7 +217,7 @@ class AnyBody(Body):
             as_schema = {"type": "object"} if kind == "json_object" else value
             found.append(("structured_outputs", "json" if kind == "json_object" else kind, as_schema))
         if forced := self.forced_tools:
-            found.append(("tool_choice", "json", {"anyOf": [_call_schema(function) for function in forced]}))
+            found.append(("tool_choice", "json", {"anyOf": [_call_schema(*each) for each in enumerate(forced)]}))
         if len(found) > 1:
             raise invalid(found[1][0], f"and {found[0][0]} both say what the text must be: set one")
         return found[0] if found else None
