@@ -43,6 +43,11 @@ _SWITCHES = ("tie_word_embeddings", "use_sliding_window", "norm_topk_prob", "att
 _BIASED = "llama", "qwen3", "qwen3_moe"  # families in which attention_bias means something
 
 
+_ROPE_AT_LEAST = {"factor": 1, "original_max_position_embeddings": 1, "mscale": 0, "mscale_all_dim": 0}
+_ROPE_ABOVE_0 = ("rope_theta", "attention_factor", "beta_slow", "beta_fast", "low_freq_factor", "high_freq_factor")
+_TINY = math.ulp(0.0)  # the least number above 0
+
+
 def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
     """The decoder that computes what transformers does for `raw`, the content of a `config.json`.
 
@@ -161,7 +166,7 @@ def _check_kinds(raw: Mapping[str, Any]) -> None:
         if name in raw and not (value is None and name in _OPTIONAL) and not _is_number(value, 1, most, int):
             raise ValueError(f"{name} must be a whole number from 1 to {most}, found {value!r}")
     for name in ("rms_norm_eps", "rope_theta"):
-        if raw.get(name) is not None and not _is_number(raw[name], 0, math.inf):
+        if raw.get(name) is not None and not _is_number(raw[name], _TINY):
             raise ValueError(f"{name} must be a number above 0, found {raw[name]!r}")
     for name in _SWITCHES:
         if not isinstance(raw.get(name, False), bool):
@@ -184,10 +189,18 @@ def _check_rope(name: str, rope: object) -> None:
     if rope is not None and not isinstance(rope, Mapping):
         raise ValueError(f"{name} must be an object, found {rope!r}")
     for key, value in (rope or {}).items():
-        is_name = key in ("rope_type", "type")
-        if value is None or isinstance(value, bool) or (isinstance(value, str) if is_name else _is_number(value)):
+        if value is None:
             continue
-        raise ValueError(f"{name}.{key} must be a {'name' if is_name else 'number'}, found {value!r}")
+        if key in ("rope_type", "type"):
+            expected, fits = "a name", isinstance(value, str)
+        elif key in _ROPE_ABOVE_0:
+            expected, fits = "a number above 0", _is_number(value, _TINY)
+        elif key in _ROPE_AT_LEAST:
+            expected, fits = f"a number of at least {_ROPE_AT_LEAST[key]}", _is_number(value, _ROPE_AT_LEAST[key])
+        else:
+            expected, fits = "a number", isinstance(value, bool) or _is_number(value)
+        if not fits:
+            raise ValueError(f"{name}.{key} must be {expected}, found {value!r}")
 
 
 def _is_number(value: object, least: float = -math.inf, most: float = math.inf, kind: type = float) -> bool:

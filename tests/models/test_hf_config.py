@@ -1,0 +1,57 @@
+"""What may stand in a `config.json`: values that mean nothing are refused by their names when it is read."""
+
+from typing import Any
+
+import pytest
+
+from yafsdp_like.models.hf_config import config_from_hf
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def refusal(**change: Any) -> str:
+    with pytest.raises((ValueError, KeyError)) as caught:
+        config_from_hf({"model_type": "llama", **SHAPE, **change})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "yarn", "factor": 0}, "factor must be a number of at least 1, found 0"),
+        ({"rope_type": "dynamic", "factor": 0.5}, "factor must be a number of at least 1, found 0.5"),
+        ({"rope_type": "linear", "factor": True}, "factor must be a number of at least 1, found True"),
+        ({"rope_type": "linear", "factor": float("inf")}, "factor must be a number of at least 1, found inf"),
+        ({"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 0}, "of at least 1, found 0"),
+        ({"rope_type": "yarn", "factor": 2, "beta_slow": 0}, "beta_slow must be a number above 0, found 0"),
+        (
+            {"rope_type": "yarn", "factor": 2, "beta_fast": float("nan")},
+            "beta_fast must be a number above 0, found nan",
+        ),
+        ({"rope_type": "yarn", "factor": 2, "attention_factor": -1}, "attention_factor must be a number above 0"),
+        (
+            {"rope_type": "yarn", "factor": 2, "mscale": -1, "mscale_all_dim": 1},
+            "mscale must be a number of at least 0",
+        ),
+        ({**LLAMA3, "low_freq_factor": 0}, "low_freq_factor must be a number above 0, found 0"),
+        ({"rope_theta": 0}, "rope_theta must be a number above 0, found 0"),
+    ],
+)
+def test_positions_that_no_rotation_has_are_refused_by_name(key: str, rope: dict[str, Any], message: str) -> None:
+    found = refusal(**{key: rope})
+    assert found.startswith(f"{key}.") and message in found
+
+
+def test_a_rotation_without_turns_is_refused() -> None:
+    assert refusal(rope_theta=0) == "rope_theta must be a number above 0, found 0"
