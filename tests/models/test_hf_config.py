@@ -55,3 +55,36 @@ def test_positions_that_no_rotation_has_are_refused_by_name(key: str, rope: dict
 
 def test_a_rotation_without_turns_is_refused() -> None:
     assert refusal(rope_theta=0) == "rope_theta must be a number above 0, found 0"
+
+
+FP8 = {"quant_method": "fp8"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "zzz"}, "dtype must be a type that torch has, such as bfloat16, found 'zzz'"),
+        ({"torch_dtype": "nn"}, "torch_dtype must be a type that torch has"),
+        ({"layer_types": ["x", "x"]}, "layer_types must be a list of full_attention or sliding_attention, found ['x'"),
+        ({"layer_types": [["x"]]}, "layer_types must be a list of"),
+        ({"layer_types": ["full_attention"]}, "layer_types must name num_hidden_layers 2 layers, found 1"),
+        ({"eos_token_id": "x"}, "eos_token_id must be a token below vocab_size 64, or several, found 'x'"),
+        ({"eos_token_id": [1, 10**9]}, "eos_token_id must be a token below vocab_size 64"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [5]}, "mlp_only_layers must be a list of layers from 0 to 1"),
+        ({"quantization_config": []}, "quantization_config must be an object, found []"),
+        ({"quantization_config": {}}, "quantized weights are served with quant_method fp8, "),
+        ({"quantization_config": {**FP8, "weight_block_size": [10**30] * 2}}, "weight_block_size is served as [rows"),
+        (
+            {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32 * 10**30}},
+            "group_size is served",
+        ),
+    ],
+)
+def test_a_value_that_fits_no_model_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    assert message in refusal(**change)
+
+
+def test_stop_tokens_types_and_layers_that_are_common_are_taken() -> None:
+    kinds = ["full_attention", "sliding_attention"]
+    more = {"dtype": "float16", "eos_token_id": [0, 63], "layer_types": kinds, "quantization_config": None}
+    assert config_from_hf({"model_type": "llama", **SHAPE, **more}).num_layers == 2

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from yafsdp_like.models.decoder import DecoderConfig
 from yafsdp_like.models.moe import ExpertsConfig
 from yafsdp_like.models.quantization import quantization_of
@@ -40,6 +42,7 @@ _COUNTS = (
 )
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")  # null is as good as nothing
 _SWITCHES = ("tie_word_embeddings", "use_sliding_window", "norm_topk_prob", "attention_bias", "mlp_bias")
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 _BIASED = "llama", "qwen3", "qwen3_moe"  # families in which attention_bias means something
 
 
@@ -171,11 +174,14 @@ def _check_kinds(raw: Mapping[str, Any]) -> None:
     for name in _SWITCHES:
         if not isinstance(raw.get(name, False), bool):
             raise ValueError(f"{name} must be true or false, found {raw[name]!r}")
-    if not isinstance(raw.get("layer_types") or [], list):
-        raise ValueError(f"layer_types must be a list of names, found {raw['layer_types']!r}")
-    dense_layers = raw.get("mlp_only_layers") or []
-    if not isinstance(dense_layers, list) or not all(_is_number(index, kind=int) for index in dense_layers):
-        raise ValueError(f"mlp_only_layers must be a list of layers, found {raw['mlp_only_layers']!r}")
+    _check_layers(raw)
+    for name in ("dtype", "torch_dtype"):
+        dtype = raw.get(name)
+        if dtype is not None and not (isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)):
+            raise ValueError(f"{name} must be a type that torch has, such as bfloat16, found {dtype!r}")
+    stops, vocab_size = raw.get("eos_token_id"), raw.get("vocab_size", _MAX_SIZE)
+    if stops is not None and not _are_indices(stops if isinstance(stops, list) else [stops], vocab_size):
+        raise ValueError(f"eos_token_id must be a token below vocab_size {vocab_size}, or several, found {stops!r}")
     if not _is_number(raw.get("max_window_layers", 0), 0, _MAX_MODULES, int):
         raise ValueError(f"max_window_layers must be a number of layers, found {raw['max_window_layers']!r}")
     for name in ("rope_scaling", "rope_parameters"):
@@ -183,6 +189,22 @@ def _check_kinds(raw: Mapping[str, Any]) -> None:
     older, newer = raw.get("rope_scaling"), raw.get("rope_parameters")
     if older and newer and {**newer, **older} != dict(newer):  # of which versions of transformers take the one or other
         raise ValueError(f"rope_scaling and rope_parameters differ, remove one: found {older!r} and {newer!r}")
+
+
+def _check_layers(raw: Mapping[str, Any]) -> None:
+    kinds, dense = raw.get("layer_types"), raw.get("mlp_only_layers")
+    num_layers = raw.get("num_hidden_layers", len(kinds) if isinstance(kinds, list) else _MAX_MODULES)
+    if kinds is not None:
+        if not isinstance(kinds, list) or any(kind not in _LAYER_TYPES for kind in kinds):
+            raise ValueError(f"layer_types must be a list of {' or '.join(_LAYER_TYPES)}, found {kinds!r}")
+        if len(kinds) != num_layers:
+            raise ValueError(f"layer_types must name num_hidden_layers {num_layers} layers, found {len(kinds)}")
+    if dense is not None and not _are_indices(dense, num_layers):
+        raise ValueError(f"mlp_only_layers must be a list of layers from 0 to {num_layers - 1}, found {dense!r}")
+
+
+def _are_indices(value: object, most: int) -> bool:
+    return isinstance(value, list) and all(_is_number(index, 0, most - 1, int) for index in value)
 
 
 def _check_rope(name: str, rope: object) -> None:

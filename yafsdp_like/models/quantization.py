@@ -14,6 +14,7 @@ import torch
 
 Layout = Literal["fp8", "awq", "gptq", "packed"]
 _PREFIXES = "", "model.", "language_model.model.", "model.language_model."  # of layers; the last two of Llava's
+_MAX_GROUP = 1 << 20  # rows or columns
 _ANY = object()  # value of a key that changes nothing here
 
 
@@ -56,7 +57,9 @@ def quantization_of(raw: Mapping[str, Any]) -> Quantization | None:
 
     Raises ValueError for what is not served, by its name.
     """
-    said = raw.get("quantization_config") or raw.get("compression_config")
+    said = raw.get("quantization_config")
+    if said is None:
+        said = raw.get("compression_config")
     if said is None:
         return None
     if not isinstance(said, Mapping):
@@ -75,7 +78,7 @@ def _fp8(said: Mapping[str, Any]) -> Quantization:
     _check(said, fmt=("e4m3", "float8_e4m3fn"), is_checkpoint_fp8_serialized=(True,))
     kept = _kept(said, "modules_to_not_convert", "ignored_layers")
     block = said.get("weight_block_size")
-    rows, columns = (1, None) if block is None else _block(block)
+    rows, columns = (1, None) if block is None else _block("weight_block_size", block)
     return Quantization("fp8", 8, rows, columns, kept=kept)
 
 
@@ -127,7 +130,7 @@ def _compressed(said: Mapping[str, Any]) -> Quantization:
     if kind in (("float-quantized", "float", 8), ("naive-quantized", "float", 8)):
         if strategy not in ("tensor", "channel", "block"):
             raise ValueError(f"quantization_config.strategy {strategy!r} is not served for float-quantized weights")
-        rows, columns = _block(weights.get("block_structure")) if strategy == "block" else (1, None)
+        rows, columns = _block("block_structure", weights.get("block_structure")) if strategy == "block" else (1, None)
         return Quantization("fp8", 8, rows, columns, kept=kept)
     if kind == ("pack-quantized", "int", 4) and strategy in ("group", "channel"):
         return _packed(weights, kept)
@@ -183,14 +186,14 @@ def _group(size: object) -> int | None:
     """None for -1: all of a row."""
     if size == -1:
         return None
-    if not isinstance(size, int) or size < 1 or size % 32:
+    if not isinstance(size, int) or not 0 < size <= _MAX_GROUP or size % 32:
         raise ValueError(f"quantization_config.group_size is served as -1 or a multiple of 32, found {size!r}")
     return size
 
 
-def _block(block: object) -> tuple[int, int]:
-    if isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block):
+def _block(key: str, block: object) -> tuple[int, int]:
+    if isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n <= _MAX_GROUP for n in block):
         rows, columns = block
         if columns % 16 == 0:
             return rows, columns
-    raise ValueError(f"blocks of weights are served as [rows, a multiple of 16 columns], found {block!r}")
+    raise ValueError(f"quantization_config.{key} is served as [rows, a multiple of 16 columns], found {block!r}")

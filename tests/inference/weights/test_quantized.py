@@ -210,7 +210,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "GEMV": ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "quantization_config.version 'gemv'"),
     "no zeros": ({"quant_method": "awq", "bits": 4, "zero_point": False}, "quantization_config.zero_point False"),
     "other floats": (FP8 | {"fmt": "e5m2"}, "quantization_config.fmt 'e5m2'"),
-    "narrow blocks": (FP8 | {"weight_block_size": [128, 8]}, r"blocks of weights .*, found \[128, 8\]"),
+    "narrow blocks": (FP8 | {"weight_block_size": [128, 8]}, r"weight_block_size is served as .*, found \[128, 8\]"),
     "two groups": (compressed({}, "float-quantized") | {"config_groups": {"a": {}, "b": {}}}, "with one group"),
     "int8": (
         compressed({"num_bits": 8, "type": "int", "strategy": "channel"}, "int-quantized"),
