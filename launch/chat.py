@@ -81,13 +81,13 @@ class Chat:
                 case "quit" | "exit":
                     return False
                 case "help":
-                    self.screen.say(HELP)
+                    self.screen.tell(HELP)
                 case "reset":
                     self.turns.clear()
-                    self.screen.say("the conversation is empty")
+                    self.screen.tell("the conversation is empty")
                 case "system":
                     self.system = argument or self.system
-                    self.screen.say("no system message" if self.system is None else f"system: {self.system}")
+                    self.screen.tell("no system message" if self.system is None else f"system: {self.system}")
                 case "model":
                     self._choose(argument)
                 case "save":
@@ -101,10 +101,10 @@ class Chat:
     def _choose(self, name: str) -> None:
         names = self.model.names()
         if not name:
-            self.screen.say("\n".join(f"{'*' if each == self.model.name else ' '} {each}" for each in names))
+            self.screen.tell("\n".join(f"{'*' if each == self.model.name else ' '} {each}" for each in names))
         elif name in names:
             self.model.name = name
-            self.screen.say(f"model: {name}")
+            self.screen.tell(f"model: {name}")
         else:
             self.screen.complain(f"there is no model {name}, only {', '.join(names)}")
 
@@ -112,7 +112,7 @@ class Chat:
         with open(path, "x", encoding="utf-8") as file:  # what is there is kept
             json.dump({"model": self.model.name, "messages": self.messages}, file, indent=2, ensure_ascii=False)
             file.write("\n")
-        self.screen.say(f"saved {len(self.messages)} messages in {path}")
+        self.screen.tell(f"saved {len(self.messages)} messages in {path}")
 
 
 @contextlib.contextmanager
@@ -123,7 +123,10 @@ def chat_model(options: ChatOptions) -> Iterator[ChatModel]:
     if options.is_remote:
         yield chat_models.ServedModel(options)
         return
-    check_model(options.model)
+    try:
+        check_model(options.model)
+    except ValueError as error:
+        raise ValueError(f"{error}; a server's address begins with http://") from None
     from launch.inference import load_model
 
     with load_model(options.local, lambda plan: print(plan, file=sys.stderr) if options.plan else None) as model:

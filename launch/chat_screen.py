@@ -92,6 +92,13 @@ class Screen:
         if self._is_typed:
             self._console.print(Text(_shown(text)), style="dim")
 
+    def tell(self, text: str) -> None:
+        """Say what a command was asked for: without a terminal too, but beside the answers."""
+        if self._is_typed:
+            self.say(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
     def complain(self, text: str) -> None:
         """Say what went wrong."""
         if self._is_typed:

@@ -366,23 +366,25 @@ def test_an_interrupt_ends_a_loaded_models_answer_between_two_steps_and_leaves_t
 def test_lines_of_a_pipe_are_answered_in_plain_text(
     scripted: Scripted, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\n/nothing\ntwo"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\n/nothing\n/help\n/system Be brief\ntwo"))
     scripted.pieces = ["*a*"]
     assert chat.main([scripted.url]) == 0
     captured = capsys.readouterr()
     assert captured.out == "*a*\n*a*\n"
-    assert captured.err == "error: there is no command /nothing; /help lists them\n"
-    assert [content for _, content in scripted.said] == ["one", "*a*", "two"]
+    refused = "error: there is no command /nothing; /help lists them\n"
+    assert captured.err == f"{refused}{chat.HELP}\nsystem: Be brief\n"
+    assert [content for _, content in scripted.said] == ["Be brief", "one", "*a*", "two"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
         (["/nowhere/at/all"], 1, "there is no such directory"),
+        (["localhost:8000"], 1, "a server's address begins with http://"),
         (["http://127.0.0.1:9", "--name=x"], 1, "there is no server at http://127.0.0.1:9"),
         (["x", "--max-tokens=0"], 2, "max_tokens must be at least 1"),
     ],
-    ids=["no directory", "no server", "no tokens"],
+    ids=["no directory", "no scheme", "no server", "no tokens"],
 )
 def test_a_mistake_is_one_line(
     arguments: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str]
