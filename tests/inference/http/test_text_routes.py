@@ -51,6 +51,7 @@ def test_texts_become_tokens_and_tokens_texts(small: Served, named: bool) -> Non
         ("/detokenize", {"tokens": [10**6]}, 400, "tokens"),
         ("/detokenize", {"model": "other", "tokens": [1]}, 404, "model"),
         ("/tokenize", {"prompt": ["x", "y"]}, 400, "prompt"),
+        ("/tokenize", {"prompt": "x", "messages": [USER]}, 400, "prompt"),
         ("/v1/embeddings", {"model": MODEL}, 400, "input"),
         ("/v1/embeddings", {"model": MODEL, "input": []}, 400, "input"),
         ("/v1/embeddings", {"model": MODEL, "input": "fox " * 300}, 400, "input"),

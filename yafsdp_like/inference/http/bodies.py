@@ -69,6 +69,8 @@ def _as_stops(value: Any) -> list[str]:
         and len(strings) <= MAX_STOP_STRINGS
         and all(isinstance(string, str) and 0 < len(string) <= MAX_STOP_STRING_LENGTH for string in strings)
     ):
+        if any("\ud800" <= character <= "\udfff" for string in strings for character in string):
+            raise ValueError("must be Unicode, found half a surrogate pair")
         return strings
     raise ValueError(
         f"expected a string or at most {MAX_STOP_STRINGS} strings, of 1 to {MAX_STOP_STRING_LENGTH} characters each"

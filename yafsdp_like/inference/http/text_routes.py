@@ -84,6 +84,8 @@ def _with_model(catalog: Catalog, sent: Any) -> dict[str, Any]:
 def _tokenize(catalog: Catalog, raw: bytes) -> dict[str, Any]:
     sent = _with_model(catalog, catalog.parse(raw))
     names_tokens = bool(sent.pop("return_token_strs", False))
+    if sent.get("prompt") is not None and sent.get("messages") is not None:
+        raise invalid("prompt", "and messages both say what to cut into tokens: send one")
     kind = ChatBody if "messages" in sent else CompletionBody
     parser = catalog.parser_of(sent)
     choices = parser.read_sent(kind, sent).choices

@@ -89,6 +89,8 @@ class Grammars:
 
     def of_choice(self, texts: Sequence[str]) -> TextGrammar:
         """One of some texts."""
+        if not texts:
+            raise ValueError("expected at least one text, found none")
         lark = "start: TEXT\nTEXT: " + " | ".join(json.dumps(text) for text in texts)  # one word: cheap for thousands
         return self._make(lambda it: it.LLMatcher.grammar_from_lark(lark), lark)
 
