@@ -209,7 +209,7 @@ def test_yarn_scales_of_deepseek_become_one_amplitude() -> None:
         ({"model_type": "qwen3_moe", "mlp_only_layers": 3}, "mlp_only_layers must be a list of layers .*, found 3"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "unscaled, or by linear, dynamic, llama3 or yarn"),
         ({"quantization_config": {"bits": 4}}, "quantized weights are served with quant_method fp8, "),
-        ({"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads"),
+        ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value"),
         ({"hidden_size": None}, "lacks 'hidden_size'"),
         ({"hidden_size": "32"}, "hidden_size must be a whole number from 1 to .*, found '32'"),
         ({"hidden_size": 32.0}, "hidden_size must be a whole number"),

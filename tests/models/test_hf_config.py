@@ -88,3 +88,19 @@ def test_stop_tokens_types_and_layers_that_are_common_are_taken() -> None:
     kinds = ["full_attention", "sliding_attention"]
     more = {"dtype": "float16", "eos_token_id": [0, 63], "layer_types": kinds, "quantization_config": None}
     assert config_from_hf({"model_type": "llama", **SHAPE, **more}).num_layers == 2
+
+
+def test_an_error_says_the_names_that_stand_in_the_file() -> None:
+    assert refusal(head_dim=7).startswith("head_dim must be even")
+    assert refusal(num_attention_heads=3, head_dim=8) == (
+        "num_attention_heads must be a multiple of num_key_value_heads, got 3 and 2"
+    )
+    assert refusal(hidden_size=30).startswith("hidden_size must be a multiple of 2 * num_attention_heads")
+    experts = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 9}
+    assert refusal(**experts) == "num_experts_per_tok must be between 1 and num_local_experts 8, got 9"
+    assert refusal(rope_scaling={**LLAMA3, "low_freq_factor": 5}).startswith("expected 0 < low_freq_factor < high_freq")
+    yarn = {"rope_type": "yarn", "factor": 2, "beta_slow": 40}
+    assert refusal(rope_scaling=yarn) == "expected 0 < beta_slow < beta_fast, got 40 and 32.0"
+    assert refusal(model_type=None).startswith("model_type None is not one of llama")
+    with pytest.raises(ValueError, match="expected an object in JSON, found null"):
+        config_from_hf(None)  # type: ignore[arg-type]

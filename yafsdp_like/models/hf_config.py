@@ -4,6 +4,7 @@ Owns the keys, what may stand in them, and the families that `Decoder` is an equ
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,15 @@ _COUNTS = (
 )
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")  # null is as good as nothing
 _SWITCHES = ("tie_word_embeddings", "use_sliding_window", "norm_topk_prob", "attention_bias", "mlp_bias")
+_KEYS = {  # of a decoder's fields that refuse values
+    "dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "custom_head_dim": "head_dim",
+    "experts_per_token": "num_experts_per_tok",
+    "original_seq_len": "original_max_position_embeddings",
+}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _BIASED = "llama", "qwen3", "qwen3_moe"  # families in which attention_bias means something
 
@@ -59,6 +69,25 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
     """
     _check_kinds(raw)
     _check_supported(raw)
+    try:
+        return _decoder_of(raw)
+    except ValueError as error:
+        raise ValueError(_in_keys(str(error), raw)) from error
+
+
+def _in_keys(words: str, raw: Mapping[str, Any]) -> str:
+    """What a decoder says of its fields, with the names that they have in `raw`."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    is_llama3, has_local = "low_freq_factor" in rope, "num_experts" not in raw
+    names = _KEYS | {
+        "slow_turns": "low_freq_factor" if is_llama3 else "beta_slow",
+        "fast_turns": "high_freq_factor" if is_llama3 else "beta_fast",
+        "num_experts": "num_local_experts" if has_local else "num_experts",
+    }
+    return re.sub(r"\b\w+\b", lambda found: names.get(found[0], found[0]), words)
+
+
+def _decoder_of(raw: Mapping[str, Any]) -> DecoderConfig:
     num_heads = raw["num_attention_heads"]
     num_kv_heads = raw.get("num_key_value_heads") if raw["model_type"] == "llama" else raw["num_key_value_heads"]
     head_dim = raw.get("head_dim") or (128 if raw["model_type"] == "qwen3" else None)
@@ -163,7 +192,7 @@ def _experts_to_hf(config: DecoderConfig, model_type: str) -> dict[str, Any]:
 def _check_kinds(raw: Mapping[str, Any]) -> None:
     """Raises ValueError where a key has a value of the wrong kind."""
     if not isinstance(raw, Mapping):
-        raise ValueError(f"expected an object in JSON, found {type(raw).__name__}")
+        raise ValueError(f"expected an object in JSON, found {'null' if raw is None else type(raw).__name__}")
     for name in _COUNTS:
         value, most = raw.get(name), _MAX_MODULES if name in _MODULES else _MAX_SIZE
         if name in raw and not (value is None and name in _OPTIONAL) and not _is_number(value, 1, most, int):
@@ -234,7 +263,7 @@ def _is_number(value: object, least: float = -math.inf, most: float = math.inf, 
 def _check_supported(raw: Mapping[str, Any]) -> None:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
-        raise ValueError(f"model_type '{model_type}' is not one of {', '.join(_ARCHITECTURES)}")
+        raise ValueError(f"model_type {model_type!r} is not one of {', '.join(_ARCHITECTURES)}")
     expected: dict[str, Any] = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
     if model_type not in (*_BIASED, "qwen2"):
         expected["attention_bias"] = False

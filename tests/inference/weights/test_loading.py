@@ -173,10 +173,15 @@ def test_what_is_no_model_is_refused(name: str, told: str) -> None:
         open_model(name)
 
 
+def test_a_directory_of_nothing_says_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected a Hugging Face directory, .*: it has no config\.json$"):
+        open_model(str(tmp_path))
+
+
 def test_a_directory_that_lacks_a_weight_is_refused_before_anything_is_read(hf_directory: Any, tmp_path: Path) -> None:
     _, directory = hf_directory
     raw = json.loads((directory / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 6}))
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 6, "layer_types": None}))
     for path in directory.glob("model*"):
         (tmp_path / path.name).symlink_to(path)
     with pytest.raises(ValueError, match=r"missing: model\.layers\.5"):

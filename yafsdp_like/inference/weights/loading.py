@@ -85,7 +85,9 @@ def open_model(name: str, config: DecoderConfig | None = None) -> Model:
     if checkpoint is None and (path / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{name!r} holds an adapter: merge it into the model that it was made for, and save that")
     if checkpoint is None:
-        raise ValueError(f"expected a Hugging Face directory, a checkpoint (step-N) or {PRESET}NAME, found {name!r}")
+        lack = f": it has no {hf.CONFIG_NAME}" if path.is_dir() else ""
+        known = f"a Hugging Face directory, a checkpoint (step-N) or {PRESET}NAME"
+        raise ValueError(f"expected {known}, found {name!r}{lack}")
     return _checkpoint(checkpoint, config)
 
 
