@@ -46,6 +46,7 @@ def test_results_come_rank_by_rank(world_size: int) -> None:
     assert run_ranks(sum_of_ranks, 1.0, world_size=world_size) == [expected] * world_size
 
 
+@pytest.mark.slow
 def test_a_job_starts_no_process() -> None:
     run_ranks(sum_of_ranks, 0.0)
     seconds = []

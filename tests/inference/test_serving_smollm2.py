@@ -109,6 +109,7 @@ def most_probable(reference: nn.Module, prompt: Prompt, ids: Sequence[int]) -> l
     return logits[0, len(prompt) - 1 :].argmax(-1).tolist()
 
 
+@pytest.mark.slow
 def test_greedy_tokens_of_a_few_prompts_are_those_of_transformers(
     base: Path,
     reference: nn.Module,

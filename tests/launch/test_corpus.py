@@ -55,6 +55,7 @@ def test_what_is_said_of_the_tokenizer_holds(said: DataConfig) -> None:
         assert text_of(Config(model=model, data=said), 512) == said
 
 
+@pytest.mark.slow
 def test_an_empty_configuration_trains_on_the_carried_text(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(f"output_dir: {tmp_path / 'run'}\n")
     fewer = ["--num_steps=2", "--evaluation.num_batches=1", "--sample.num_tokens=2", f"--data.cache={tmp_path}"]

@@ -291,6 +291,7 @@ def loaded(directory: str) -> nn.Module:
     return LlamaForCausalLM.from_pretrained(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "extra"),
     [

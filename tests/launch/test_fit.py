@@ -60,6 +60,7 @@ def test_what_a_run_cannot_have_is_not_tried(overrides: list[str], left_out: str
         assert "{" not in launch_fit.in_words(name, True) and launch_fit.in_words(name, True).startswith("--")
 
 
+@pytest.mark.slow
 def test_a_rank_that_has_run_out_is_told_changes_that_take_less() -> None:
     options = load(TINY)
     words = launch_fit.changes_that_fit(options, 2, torch.device("cpu"))

@@ -424,6 +424,7 @@ def test_a_server_says_its_plan_first_and_ends_what_runs_when_told_to_end(saved:
         assert running.process.wait(SECONDS) == 0
 
 
+@pytest.mark.slow
 def test_a_server_without_grace_cancels_what_runs_and_says_so(saved: Saved) -> None:
     with command(saved.directory, "--grace=0") as running, running.client() as client:
         body = {"model": str(saved.directory), "prompt": [PROMPT] * 8, "max_tokens": 240}

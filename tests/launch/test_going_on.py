@@ -218,6 +218,7 @@ def test_torchrun_and_the_sender_of_a_signal_are_not_two(statuses: list[int], mo
 ENDLESS = ["--num_steps=1000000", "--checkpoint.every=0", "--evaluation.every=0", "--log.every=1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_ranks", "number"),
     [

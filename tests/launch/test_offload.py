@@ -23,6 +23,7 @@ OFFLOADED = "--optimizer.offload_moments=true"
 GIB = 1 << 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", [pytest.param("bf16", marks=pytest.mark.slow), "int8"])
 def test_losses_are_those_of_moments_on_the_device_also_after_changing_places(file: Path, moments: str) -> None:
     whole = losses(train(file, *STEADY, kept_in(moments)))

@@ -14,6 +14,7 @@ OFFLOADED = "--model.offload_activations=true"
 LONG = ("--seq_len=512", "--global_batch_size=32", "--num_steps=2", "--micro_batch_size=16")  # more than a MiB each
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_activations_on_the_device_and_the_cost_is_said(file: Path) -> None:
     whole = losses(train(file, *LONG))
     assert losses(train(file, *LONG, OFFLOADED, output="other")) == whole

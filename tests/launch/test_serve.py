@@ -207,6 +207,7 @@ def read_to_the_end(connection: socket.socket) -> bytes:
     return answer
 
 
+@pytest.mark.slow
 def test_a_server_knows_all_names_and_has_patience_with_nobody(directory: Path) -> None:
     """In one process, since each takes seconds to start: names, methods, slow headers, many connections, the end."""
     adapter = f"--adapters.tuned={write_adapter(directory.parent, load_hf_config(directory), 'attention')}"

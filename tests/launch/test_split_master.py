@@ -19,6 +19,7 @@ def test_resuming_is_exact(file: Path) -> None:
     assert len(whole) == 8
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_halves_and_back_on_another_number_of_ranks(file: Path) -> None:
     whole = train(file, *STEADY)
     for arguments, world_size, step in (((SPLIT,), 1, 2), ((), 2, 4)):

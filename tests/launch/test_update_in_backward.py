@@ -15,6 +15,8 @@ from tests.launch.test_train import file, losses, refusal, text, train, world_he
 from tests.ranks import run_ranks
 from yafsdp_like.checkpoint import steps
 
+pytestmark = pytest.mark.slow
+
 WITHOUT_NORM = "--optimizer.max_grad_norm=null"
 IN_BACKWARD = ("--optimizer.update_in_backward=true", WITHOUT_NORM)
 
@@ -31,6 +33,7 @@ def test_losses_are_those_of_steps_after_the_backward_also_with_micro_batches(
     assert all(record["grad_norm"] > 0 for record in whole)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_updates_in_backward_and_without(file: Path) -> None:
     options = [*STEADY, kept_in("bf16")]
     whole = losses(train(file, *options, WITHOUT_NORM))

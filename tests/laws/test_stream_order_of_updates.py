@@ -10,6 +10,8 @@ from tests.laws.test_stream_order import ALL_WAITS, MODELS, train
 from tests.ranks import run_ranks
 from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE
 
+pytestmark = pytest.mark.slow
+
 OFFLOAD_WAITS = {(HOST_TO_DEVICE, DEVICE_TO_HOST), (COMPUTE, HOST_TO_DEVICE), (DEVICE_TO_HOST, COMPUTE)}
 
 

@@ -7,6 +7,8 @@ from tests.ranks import run_ranks
 from yafsdp_like import CPUOffloadPolicy
 from yafsdp_like.memory.streams import GATHER, REDUCE
 
+pytestmark = pytest.mark.slow
+
 OFFLOADED = CPUOffloadPolicy(pin_memory=False)
 
 

@@ -477,6 +477,7 @@ def save_sharded(directory: Path) -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_on_rank_0_leaves_no_rank_in_a_gather(tmp_path: Path) -> None:
     """The failing rank gathers to the end before it raises; the others wait at the barrier that the test put there."""
     (tmp_path / "model.safetensors").touch()

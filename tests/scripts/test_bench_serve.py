@@ -38,6 +38,8 @@ from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serving
 from yafsdp_like.models import PRESETS
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path

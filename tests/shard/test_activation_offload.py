@@ -26,6 +26,8 @@ from yafsdp_like import MixedPrecisionPolicy, fully_shard, offload_activations
 from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE
 from yafsdp_like.shard.runtime import activation_offload
 
+pytestmark = pytest.mark.slow
+
 B, D = 8, 16
 NBYTES = 4 * B * D  # of one activation
 

@@ -14,6 +14,8 @@ from yafsdp_like import GraphedStep
 from yafsdp_like.shard import graph
 from yafsdp_like.shard.runtime.unit_state import unit_of
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (16, 32)
 
 

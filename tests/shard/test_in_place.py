@@ -23,6 +23,8 @@ from yafsdp_like import MixedPrecisionPolicy, fully_shard
 from yafsdp_like.shard.runtime import gradients as gradients_module
 from yafsdp_like.shard.runtime.slots import GradientSlot
 
+pytestmark = pytest.mark.slow
+
 BF16 = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
 ALL_BF16 = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.bfloat16}
 

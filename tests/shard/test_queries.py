@@ -140,6 +140,7 @@ print(sorted(changed))
 """
 
 
+@pytest.mark.slow
 def test_importing_the_package_hooks_nothing_before_the_first_fully_shard() -> None:
     """Prevents: other models' optimizers, clipping and modules being slower or different for an import."""
     run = subprocess.run([sys.executable, "-c", UNTOUCHED], capture_output=True, text=True, timeout=120, check=False)

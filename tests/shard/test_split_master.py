@@ -83,6 +83,7 @@ def follow_fp32(transport: str) -> None:
     assert_halves_agree(models[1])
 
 
+@pytest.mark.slow
 @transports
 @on_ranks()
 def test_training_with_a_split_master_follows_fp32(transport: str) -> None:
@@ -266,6 +267,7 @@ def test_a_model_that_changes_is_built_again_with_its_values(transport: str) -> 
     assert_halves_agree(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reuses", [False, True])
 def test_an_asynchronous_checkpoint_has_the_values_of_when_it_began(tmp_path: Path, reuses: bool) -> None:
     """Prevents: memory that nobody has written, saved for weights."""

@@ -19,6 +19,8 @@ from yafsdp_like.shard.runtime import gradients
 from yafsdp_like.shard.runtime.gradient_shard import GradientShard
 from yafsdp_like.shard.runtime.unit_state import unit_of
 
+pytestmark = pytest.mark.slow
+
 TRANSPORTS = ("process_group", "peer")
 BF16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 MODELS = ("decoder", "nested", "reused", "skipped", "tied", "frozen", "group", "recomputed")

@@ -368,6 +368,7 @@ def data_of(answer: httpx.Response) -> Iterator[str]:
     return (line.removeprefix("data: ") for line in answer.iter_lines() if line)
 
 
+@pytest.mark.slow
 def test_the_command_serves_and_a_signal_to_all_ranks_ends_them_after_what_runs(
     directory: str, texts: list[Text], tmp_path: Path
 ) -> None:
