@@ -410,6 +410,7 @@ def command(*arguments: object) -> Iterator[Command]:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_server_says_its_plan_first_and_ends_what_runs_when_told_to_end(saved: Saved) -> None:
     with command(saved.directory, "--name=tiny", "--grace=30") as running, running.client() as client:
         assert "memory plan" in "".join(running.said)

@@ -88,7 +88,7 @@ def compare_with_others(precision: Mapping[str, Any]) -> None:
         assert_equal(found, train("decoder", sharded("decoder", None, precision=precision), syncs))
 
 
-@pytest.mark.slow(unless=lambda name: name in ("tied", "group", "recomputed"))
+@pytest.mark.slow(unless=lambda name: name == "group")
 @pytest.mark.parametrize("name", ["tied", "frozen", "nested", "group", "recomputed", "odd", "convnet", "waster"])
 def test_other_models_train_with_the_bits_of_shards_on_the_device(name: str) -> None:
     run_ranks(compare_with_device, name)

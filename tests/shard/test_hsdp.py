@@ -59,7 +59,7 @@ PRECISIONS = [
     pytest.param(MIXED, id="mixed"),
     pytest.param(BF16, id="bf16", marks=SLOW),
 ]
-QUICK = ("decoder", "frozen")
+QUICK = ("frozen",)
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 

@@ -245,6 +245,7 @@ def train_all_ways(precision: dict[str, torch.dtype]) -> list[Run]:
     return [train("decoder", "ours", recipe) for recipe in recipes]
 
 
+@pytest.mark.slow
 def test_twenty_steps_follow_torch_and_are_the_same_over_both_transports() -> None:
     for by_torch, over_the_group, over_peers in run_ranks(train_all_ways, {}):
         assert_same_bits(over_peers, over_the_group)

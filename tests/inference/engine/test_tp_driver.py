@@ -163,6 +163,7 @@ def ask_what_cannot_be(running: Running) -> list[int]:
     return [running.post(COMPLETIONS, **one).status_code for one in sent]
 
 
+@pytest.mark.slow
 def test_a_body_that_is_no_request_is_an_error_and_the_next_is_answered(directory: str) -> None:
     (statuses, first), (_, second) = run_ranks(with_server, directory, ask_what_cannot_be)
     assert statuses == [400, 400, 400, 400, 200]
