@@ -17,15 +17,15 @@ import torch.distributed.fsdp
 import yafsdp_like
 from bench import zero3
 from bench.options import DTYPES, Options
-from bench.trainee import Graphed, Implementation, PlainGraph, Trainee, materialized, meta_model
+from bench.subjects import Model
+from bench.trainee import Graphed, Implementation, PlainGraph, Trainee, materialized, new_model
 from launch.world import World
-from yafsdp_like.models import Decoder
 from yafsdp_like.optim import AdamW
 
 
 def build_unsharded(options: Options, world: World) -> Trainee:
     """The floor: no communication, no optimizer."""
-    model = meta_model(options).to(torch.bfloat16)
+    model = new_model(options, world).to(torch.bfloat16)
     return Trainee(materialized(model, world), optimizer=None)
 
 
@@ -66,10 +66,10 @@ def build_fsdp2(options: Options, world: World) -> Trainee:
     return Trainee(model, torch_adamw(model, options))
 
 
-def fully_sharded(runtime: Any, options: Options, world: World, **keywords: Any) -> Decoder:
+def fully_sharded(runtime: Any, options: Options, world: World, **keywords: Any) -> Model:
     """Shard each block, then the root, with the `fully_shard` of a module that has FSDP2's names."""
     policy = runtime.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=DTYPES[options.reduce_dtype])
-    model = meta_model(options)
+    model = new_model(options, world)
     for module in (*model.layers, model):
         runtime.fully_shard(module, mesh=world.mesh, mp_policy=policy, **keywords)
     return materialized(model, world)

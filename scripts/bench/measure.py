@@ -45,11 +45,10 @@ def measure(trainee: Trainee, options: Options, world: World, batch: tuple[Tenso
 
 
 def make_batch(options: Options, world: World, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Return tokens and targets (B, T), a function of the sequence length and the rank."""
+    """Return inputs and targets, tokens (B, T) for most, a function of the sequence length and the rank."""
     generator = torch.Generator().manual_seed(1_000_003 * shape.seq_len + world.rank)
-    sizes = (shape.batch_size, shape.seq_len + 1)
-    tokens = torch.randint(options.config.vocab_size, sizes, generator=generator).to(world.device)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    inputs, targets = options.subject.batch(shape.batch_size, shape.seq_len, generator)
+    return inputs.to(world.device), targets.to(world.device)
 
 
 def over_ranks(metrics: Metrics, world: World) -> Metrics:

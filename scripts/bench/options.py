@@ -1,15 +1,14 @@
 """The command line of the benchmark."""
 
 import argparse
-import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from bench import subjects
 from bench.help import Help
-from yafsdp_like.models import PRESETS, DecoderConfig
 
 FIRST_COUNTED_STEP = 2  # from here on an allocator that has settled asks the device for nothing
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -59,10 +58,10 @@ class Options:
     out: Path | None
 
     @property
-    def config(self) -> DecoderConfig:
-        """The preset's shape, with `num_layers` blocks where that is given."""
-        config = PRESETS[self.model]
-        return config if self.num_layers is None else dataclasses.replace(config, num_layers=self.num_layers)
+    def subject(self) -> subjects.Subject:
+        """What is trained, with `num_layers` blocks where that is given."""
+        subject = subjects.new_subject(self.model)
+        return subject if self.num_layers is None else subject.with_num_layers(self.num_layers)
 
     @property
     def shapes(self) -> list[Shape]:
@@ -103,7 +102,7 @@ def numbers(text: str) -> tuple[int, ...]:
 def add_subject(parser: argparse.ArgumentParser, implementations: Collection[str]) -> None:
     """Add what is compared."""
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--model", choices=PRESETS, default="8b", help="its shape; weights are random")
+    parser.add_argument("--model", choices=subjects.NAMES, default="8b", help="its shape; weights are random")
     parser.add_argument("--num-layers", type=int, help="fewer blocks than the model has")
     parser.add_argument(
         "--impl",
@@ -183,6 +182,8 @@ def complaint_about(options: Options, implementations: Collection[str]) -> str |
         return f"--warmup must be at least {FIRST_COUNTED_STEP}, --steps, --rounds and --cycle at least 1"
     if options.optimizer == "fused" and not any(name.startswith("ours") for name in options.impls):
         return f"--optimizer fused is ours alone, and --impl names {', '.join(options.impls)}"
+    if complaint := complaint_about_model(options):
+        return complaint
     if any("=" not in setting for setting in options.zero3):
         return f"--zero3 takes KEY=VALUE, got {' '.join(options.zero3)}"
     if sum([options.losses > 0, options.varying > 0, options.limit_gib is not None]) > 1:
@@ -191,4 +192,18 @@ def complaint_about(options: Options, implementations: Collection[str]) -> str |
         return f"--losses compares with {REFERENCE}: name it in --impl"
     if options.losses and options.batch_sizes[0] < 2:
         return "--losses needs --batch-size of at least 2: with one sequence a rank there is one order of summation"
+    return None
+
+
+def complaint_about_model(options: Options) -> str | None:
+    """Return what is wrong with the options for a model of `transformers`, or None."""
+    subject = options.subject
+    if isinstance(subject, subjects.DecoderSubject):
+        return None
+    if others := [name for name in options.impls if name.startswith("deepspeed")]:
+        return f"--impl: {', '.join(others)} trains this package's decoders alone, --model is {options.model}"
+    if options.losses:
+        return f"--losses are those of a decoder on text, --model is {options.model}"
+    if subject.sees_pictures and options.seq_lens != (subjects.NUM_PATCHES,):
+        return f"--seq-len: a picture is a sequence of {subjects.NUM_PATCHES}, got {options.seq_lens}"
     return None

@@ -96,21 +96,24 @@ def make_row(case: BenchCase, rounds: Sequence[Measurement | None], options: Opt
 
 
 def speed(row: Row, shape: Shape, options: Options, machine: Machine, update_nbytes: int) -> Row:
-    """Return what follows from a row's times; None where it has no whole step, or no peak is known.
+    """Return what follows from a row's times; None where it has no whole step, or no peak or operations are known.
 
     MFU is `DecoderConfig.train_flops`, in which nothing counts that is computed twice, over the time of a whole step
     and the GPU's peak (`yafsdp_like.hardware.PEAK_TFLOPS`): model FLOPs utilization as in Chowdhery et al., "PaLM",
     2022, section 4.1. `copy_ms` is the least time of an update: its bytes at the rate of a copy.
     """
-    flops = options.config.train_flops(shape.batch_size, shape.seq_len)
+    flops = options.subject.train_flops(shape.batch_size, shape.seq_len)
     copy_ms = update_nbytes / machine.copy_rate * 1e3
-    found: Row = dict.fromkeys(("tokens_per_second_per_rank", "mfu", "ratio_to_copy", "ratio_to_floor"))
-    found |= {"tflops": flops / row["forward_backward_ms"]["median"] / 1e9, "copy_ms": copy_ms}
+    found: Row = dict.fromkeys(("tflops", "tokens_per_second_per_rank", "mfu", "ratio_to_copy", "ratio_to_floor"))
+    found["copy_ms"] = copy_ms
+    if flops is not None:
+        found["tflops"] = flops / row["forward_backward_ms"]["median"] / 1e9
     if row["step_ms"] is not None:
         seconds = row["step_ms"]["median"] / 1e3
         found["tokens_per_second_per_rank"] = shape.batch_size * shape.seq_len / seconds
         found["ratio_to_copy"] = row["optimizer_ms"]["median"] / copy_ms
-        found["mfu"] = None if machine.peak_tflops is None else flops / seconds / 1e12 / machine.peak_tflops
+        if flops is not None and machine.peak_tflops is not None:
+            found["mfu"] = flops / seconds / 1e12 / machine.peak_tflops
     return found
 
 
@@ -188,7 +191,7 @@ def describe_run(options: Options, world: World, machine: Machine, arguments: Se
         "hardware": hardware(world),
         "machine": dataclasses.asdict(machine),
         "versions": versions(world),
-        "model": {**dataclasses.asdict(options.config), "num_params": options.config.num_params},
+        "model": options.subject.description,
         "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
     }
 

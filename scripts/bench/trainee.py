@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from bench.options import Options
+from bench.subjects import Model
 from launch.host_cost import apply_and_clear
 from launch.world import World
 from yafsdp_like.models import Decoder
@@ -119,10 +120,9 @@ class Implementation:
     expandable: bool = False  # how PyTorch's allocator grows while it is there
 
 
-def meta_model(options: Options) -> Decoder:
-    """The decoder without bytes, its blocks compiled or their activations recomputed where that was asked for."""
-    with torch.device("meta"):
-        model = Decoder(options.config)
+def new_model(options: Options, world: World) -> Model:
+    """The model, a decoder without bytes, its blocks compiled or recomputed where that is asked for."""
+    model = options.subject.model(world.device)
     if options.compile:
         for layer in model.layers:
             layer.compile(dynamic=False)
@@ -131,14 +131,15 @@ def meta_model(options: Options) -> Decoder:
     return model
 
 
-def recompute_blocks(model: Decoder) -> None:
+def recompute_blocks(model: Model) -> None:
     """Keep each block's input alone for backward; nothing in a block is random, so no generator's state is kept."""
     for index, layer in enumerate(model.layers):
         model.layers[index] = checkpoint_wrapper(layer, preserve_rng_state=False)
 
 
-def materialized(model: Decoder, world: World) -> Decoder:
+def materialized(model: Model, world: World) -> Model:
     """The same model with memory and initial values, which are the same under any sharding."""
-    model.to_empty(device=world.device)
-    model.init_weights()
+    if isinstance(model, Decoder):
+        model.to_empty(device=world.device)
+        model.init_weights()
     return model

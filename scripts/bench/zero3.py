@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.options import Options
+from bench.subjects import DecoderSubject
 from bench.trainee import Trainee, recompute_blocks
 from launch.world import World
 from yafsdp_like.models import Decoder
@@ -105,9 +106,11 @@ def build(options: Options, world: World, whole_blocks: bool = False) -> Trainee
     """
     deepspeed = imported(world)
     settings = engine_settings(options)
+    subject = options.subject
+    assert isinstance(subject, DecoderSubject)  # the command line refuses others
     try:
         with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.bfloat16):
-            model = Decoder(options.config)
+            model = Decoder(subject.config)
         if options.recomputes:
             recompute_blocks(model)
         fill_bf16(model, deepspeed)

@@ -20,6 +20,7 @@ from bench.implementations import build_unsharded
 from bench.losses import dealt
 from bench.options import Options, parse_options
 from bench.profile import Work, describe, gaps_of, works_of
+from bench.subjects import NUM_PATCHES, OF_TRANSFORMERS, TransformersSubject
 from bench.trainee import Implementation, Trainee
 from launch.world import World
 from tests.ranks import run_ranks
@@ -111,6 +112,29 @@ def test_every_way_of_checkpointing_and_batch_size_is_a_row(tmp_path: Path) -> N
     for row in report["rows"]:
         flops = PRESETS["tiny"].train_flops(row["batch_size"], row["seq_len"])
         assert row["mfu"] == pytest.approx(flops / (row["step_ms"]["median"] / 1e3) / 1e9)
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def bench_small(name: str, arguments: list[str], out: Path) -> str:
+    subject = OF_TRANSFORMERS[name]
+    fields = SMALL if subject.sees_pictures else {**SMALL, "vocab_size": 64, "num_key_value_heads": 2}
+    with mock.patch.dict(OF_TRANSFORMERS, {name: TransformersSubject(subject.kind, fields)}):
+        return bench_here(["--model", name, *arguments], out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(OF_TRANSFORMERS))
+def test_models_of_transformers_are_compared_too(name: str, tmp_path: Path) -> None:
+    ways = ["--impl", "ours:split_master=True,fsdp2", "--optimizer", "fused", "--checkpointing", "none,block"]
+    effort = ["--rounds", "1", "--warmup", "2", "--steps", "1", "--reduce-dtype", "bf16"]
+    run_ranks(bench_small, name, [*ways, *effort, "--seq-len", str(NUM_PATCHES)], tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["status"] for row in rows] == ["ok"] * 4
+    assert all(row["mfu"] is None and row["step_ms"]["median"] > 0 for row in rows)
+    losses = [row["loss"] for row in rows]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-3)
 
 
 def test_varying_lengths_are_a_row_each_cycle(tmp_path: Path) -> None:
@@ -222,6 +246,8 @@ def test_rows_are_dealt_anew_at_every_step_and_none_is_lost() -> None:
         (["--zero3", "reduce_bucket_size"], "--zero3 takes KEY=VALUE"),
         (["--checkpointing", "all"], "--checkpointing: unknown ['all']"),
         (["--varying", "3", "--limit-gib", "80"], "are runs of their own: name one"),
+        (["--model", "vit-l"], "a picture is a sequence of 197"),
+        (["--model", "moe-7b", "--impl", "deepspeed"], "deepspeed trains this package's decoders alone"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(
