@@ -96,7 +96,7 @@ def test_the_first_layers_are_computed_while_the_last_are_on_their_way() -> None
     assert not weights.is_arriving(), "a forward has waited for all units, one after the other"
     drawn = [token.id for _ in range(20) if pool.has_work for _, output in pool.step() for token in output.tokens]
     assert drawn == first and pool.states()["large"] is ModelState.AWAKE and num_units == 10
-    assert pool.switches[-1].nbytes == pool.plan.models["large"].image_nbytes
+    assert pool.switches[-1].nbytes > 0.8 * pool.plan.models["large"].image_nbytes  # what still fitted had stayed
     pool.check_integrity()
 
 
