@@ -13,6 +13,7 @@ Shapes: T tokens, R visits, D model, F feed-forward, E experts.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from yafsdp_like.kernels.blocks import dot, jit, launching_on, rounded, runs_on,
 from yafsdp_like.kernels.routing import Visits, visits_of_experts
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _BLOCK_SUM = 1024  # columns of a program that adds up visits
@@ -89,10 +91,9 @@ def feed_experts_reference(
 def _launch(rows: Tensor, weights: ExpertWeights, visits: Visits, hidden: Tensor, parts: Tensor, out: Tensor) -> None:
     (num_tokens, dim), num_experts, ffn_dim = rows.shape, visits.num_experts, hidden.shape[1]
     num_per_token = len(visits.order) // num_tokens
-    tile = _Tile.of(len(visits.order), num_experts)
-    shared = {"E": num_experts, "BLOCK_T": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
-    launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    _gate_up_kernel[(-(-ffn_dim // tile.columns), num_experts, tile.num_shares)](
+    up, down = _tiles(len(visits.order), num_experts)
+    shapes = {"D": dim, "F": ffn_dim, "E": num_experts}
+    _gate_up_kernel[(-(-ffn_dim // up.columns), num_experts, up.num_shares)](
         hidden,
         rows,
         weights.gate_up,
@@ -100,13 +101,11 @@ def _launch(rows: Tensor, weights: ExpertWeights, visits: Visits, hidden: Tensor
         visits.starts,
         rows.stride(0),
         S=num_per_token,
-        D=dim,
-        F=ffn_dim,
-        **shared,
-        **launch,
+        **shapes,
+        **up.launch(rows.dtype),
     )
-    _down_kernel[(-(-dim // tile.columns), num_experts, tile.num_shares)](
-        parts, hidden, weights.down, visits.order, visits.starts, visits.weights, D=dim, F=ffn_dim, **shared, **launch
+    _down_kernel[(-(-dim // down.columns), num_experts, down.num_shares)](
+        parts, hidden, weights.down, visits.order, visits.starts, visits.weights, **shapes, **down.launch(rows.dtype)
     )
     _sum_kernel[(num_tokens, -(-dim // _BLOCK_SUM))](
         out, parts, visits.experts, out.stride(0), S=num_per_token, D=dim, E=num_experts, BLOCK=_BLOCK_SUM
@@ -124,15 +123,28 @@ class _Tile:
     num_warps: int
     num_stages: int
 
-    @classmethod
-    def of(cls, num_visits: int, num_experts: int) -> _Tile:
-        """Choose by visits of an expert, were they even; few visits read weights at the rate of memory."""
-        even = -(-num_visits // num_experts)
-        if even <= 16:
-            return cls(16, 32, 128, 1, 4, 4)
-        if even <= 64:
-            return cls(32, 64, 64, 2, 4, 4)
-        return cls(64, 128, 64, min(4, -(-even // 64)), 8, 3)
+    def launch(self, dtype: torch.dtype) -> dict[str, int]:
+        """Return it as keywords of a kernel; in float32, half as deep and with fewer stages, for shared memory."""
+        wide = dtype.itemsize > 2
+        blocks = {"BLOCK_T": self.rows, "BLOCK_N": self.columns, "BLOCK_K": self.depth // 2 if wide else self.depth}
+        return {**blocks, "num_warps": self.num_warps, "num_stages": 2 if wide else self.num_stages}
+
+
+# Of gate and up together, and of down, for at most so many visits of an expert, were they even. Measured on an H200
+# at the shapes of Mixtral-8x7B and Qwen3-30B-A3B, 1 to 2,048 tokens (scripts/results/LOG.md). Rows are mostly twice the
+# visits: an expert with more of them than that reads its weights twice.
+_TILES = (
+    (1, _Tile(16, 32, 128, 1, 2, 4), _Tile(16, 32, 128, 1, 2, 4)),
+    (8, _Tile(16, 64, 128, 1, 4, 3), _Tile(16, 64, 128, 1, 4, 3)),
+    (64, _Tile(64, 64, 64, 1, 4, 4), _Tile(64, 128, 64, 1, 8, 3)),
+    (sys.maxsize, _Tile(128, 128, 64, 2, 8, 4), _Tile(128, 256, 64, 2, 8, 3)),
+)
+
+
+def _tiles(num_visits: int, num_experts: int) -> tuple[_Tile, _Tile]:
+    """Return what programs of the two products compute at a time."""
+    even = -(-num_visits // num_experts)
+    return next((up, down) for most, up, down in _TILES if even <= most)
 
 
 @jit()
