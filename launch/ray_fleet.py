@@ -27,12 +27,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import itertools
 import json
 import logging
 import os
 import pickle
 import signal
 import threading
+import uuid
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,6 +76,8 @@ class PassedRequest:
     body: bytes
     model: str  # that its body names; "": none
     blocks: tuple[bytes, ...]  # of its prompt
+    ingress: str = ""  # that passes it on
+    number: int = 0  # of the times that this ingress has offered a request to a replica
     replica: str | None = None  # that the client wants, by the header
     tried: tuple[str, ...] = ()  # replicas that have refused it
     was_full: bool = False  # one of them for want of time, with 429
@@ -112,13 +117,15 @@ class PoolReplica:
         self._app = create_catalog_app(self._service, self._pool.catalog)
         self._name = serve.get_replica_context().replica_id.unique_id
         self._num_refused = 0  # requests that all refused to whom they were offered, since the last report
-        self._answering: set[asyncio.Task[None]] = set()
+        self._arrived: dict[str, int] = {}  # the number of the last request of each ingress
+        self._answering: dict[asyncio.Task[None], str] = {}  # the model of each request that the application is at
         self._ends = contextlib.AsyncExitStack()
         self._ends.enter_context(serving_switches())
         await self._ends.enter_async_context(self._app.router.lifespan_context(self._app))
 
     async def answer(self, asked: PassedRequest) -> AsyncIterator[AnswerHead | bytes]:
         """Yield the head of the application's answer, then its bytes as they come; see [Note: a request's way]."""
+        self._arrived[asked.ingress] = max(asked.number, self._arrived.get(asked.ingress, 0))
         if self._name in asked.tried:  # there is no replica that has not refused it
             self._num_refused += asked.was_full
             yield AnswerHead(self._name, ASKED_AGAIN, [])
@@ -134,9 +141,9 @@ class PoolReplica:
             return {"type": "http.disconnect"}
 
         answering = asyncio.create_task(self._app(asked.scope, receive, sent.put))
-        self._answering.add(answering)
+        self._answering[answering] = asked.model
         answering.add_done_callback(lambda _: sent.put_nowait(None))
-        answering.add_done_callback(self._answering.discard)
+        answering.add_done_callback(self._answering.pop)
         try:
             while (message := await sent.get()) is not None:
                 if message["type"] == "http.response.start":
@@ -155,10 +162,12 @@ class PoolReplica:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Tell routers how the pool stands; they alone can read it."""
+        arrived, under_way = dict(self._arrived), Counter(self._answering.values())  # before the pool is asked
         standing = await self._service.call(lambda driver: driver.standing())
         parsers = self._pool.catalog.parsers
         aliases = {name: each.options.adapter_of for name, each in parsers.items() if each.options.adapter_of}
-        return {"number": standing.number, "standing": pickle.dumps(replace(standing, aliases=aliases))}
+        standing = replace(standing, aliases=aliases, arrived=arrived).with_at_least(under_way)
+        return {"number": standing.number, "standing": pickle.dumps(standing)}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Tell Ray's controller what decides how many replicas there should be."""
@@ -213,7 +222,7 @@ class PoolRequestRouter(RequestRouter):
         """Remember what was sent where."""
         asked = _asked(pending_request)
         if asked.model:
-            self._fleet.sent(replica_id, asked.model, asked.blocks)
+            self._fleet.sent(replica_id, asked.model, asked.blocks, asked.ingress, asked.number)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Forget replicas that are no more."""
@@ -254,6 +263,7 @@ class Ingress:
         """``most_nbytes``: of a body. ``api_key``: of the pool's file, else that of this process's environment."""
         self._pool, self._most_nbytes = pool.options(method_name="answer", stream=True), most_nbytes
         self._key = api_key or os.environ.get(KEY_VARIABLE)
+        self._name, self._numbers = uuid.uuid4().hex, itertools.count(1)
 
     async def __call__(self, http: Request) -> Response:
         """Return the answer of a replica, as a stream where it is one."""
@@ -290,12 +300,13 @@ class Ingress:
         scope |= {"asgi": {"version": "3.0"}, "root_path": "", "headers": [tuple(pair) for pair in scope["headers"]]}
         sent = bytes(body)
         model, text = await asyncio.to_thread(model_and_prompt, sent) if len(sent) > LARGE else model_and_prompt(sent)
-        return PassedRequest(scope, sent, model, blocks_of(model, text), http.headers.get(REPLICA_HEADER))
+        blocks, replica = blocks_of(model, text), http.headers.get(REPLICA_HEADER)
+        return PassedRequest(scope, sent, model, blocks, self._name, replica=replica)
 
     async def _pass_on(self, asked: PassedRequest) -> Response:
         refusal: Response | None = None
         while True:
-            parts = self._pool.remote(asked)
+            parts = self._pool.remote(replace(asked, number=next(self._numbers)))
             try:
                 head = await anext(aiter(parts))
                 if head.status == ASKED_AGAIN and refusal is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,8 @@ def a_replica(application: Any = None) -> Any:
 
     cls = type("Bare", (PoolReplica,), {"__del__": lambda self: None})
     replica: Any = cls.__new__(cls)
-    replica._app, replica._name, replica._num_refused, replica._answering = application, "r", 0, set()
+    replica._app, replica._name, replica._num_refused = application, "r", 0
+    replica._arrived, replica._answering = {}, {}
     return replica
 
 
@@ -100,6 +102,7 @@ def test_who_refuses_is_not_asked_again_and_the_last_refusal_is_passed_on() -> N
     assert (answer.status_code, answer.content, answer.headers["x-replica"]) == (200, b"abc", "r2")
     assert [passed.tried for passed in pool.passed] == [(), ("r0",), ("r0", "r1")]
     assert {(passed.model, passed.body) for passed in pool.passed} == {("one", b'{"model": "one", "prompt": "x"}')}
+    assert [passed.number for passed in pool.passed] == [1, 2, 3] and len({each.ingress for each in pool.passed}) == 1
     assert [(passed.was_full, passed.is_last) for passed in pool.passed] == [
         (False, False),
         (True, False),
@@ -215,6 +218,52 @@ def test_a_replica_whose_engine_has_failed_tells_ray_that_it_is_not_well() -> No
             else nullcontext()
         ):
             replica.check_health()
+
+
+def test_a_report_counts_a_request_from_its_arrival_on_and_says_so() -> None:
+    """Before the pool has it, too: its prompt may be read yet."""
+    pytest.importorskip("ray")
+    from launch.ray_fleet import PassedRequest
+    from yafsdp_like.inference.fleet.standing import ModelStanding, Standing
+
+    class Service:
+        """Of a pool that has no request."""
+
+        async def call(self, _: Any) -> Standing:
+            return Standing(0.0, {"one": ModelStanding(0, 0.5, 1e-3, 0.25)}, number=1)
+
+    async def application(scope: Any, receive: Callable[[], Any], send: Callable[[Any], Any]) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+        await receive()
+        await receive()
+
+    replica = a_replica(application)
+    replica._service = Service()
+    parsers = {name: SimpleNamespace(options=SimpleNamespace(adapter_of=of)) for name, of in (("tuned", "one"),)}
+    replica._pool = SimpleNamespace(catalog=SimpleNamespace(parsers=parsers))
+
+    async def report() -> Standing:
+        stats = await replica.record_routing_stats()
+        found = pickle.loads(stats["standing"])
+        assert isinstance(found, Standing) and stats["number"] == found.number
+        return found
+
+    async def ask() -> None:
+        assert (await report()).arrived == {}
+        answer = replica.answer(PassedRequest({}, b"", "tuned", (), "me", 7))
+        await anext(answer)
+        found = await report()
+        assert found.arrived == {"me": 7} and found.load == 0.25 and found.models["one"].num_requests == 1
+        late = replica.answer(PassedRequest({}, b"", "one", (), "me", 6))
+        await anext(late)
+        assert (await report()).arrived == {"me": 7} and (await report()).models["one"].num_requests == 2
+        for each in (answer, late):
+            await each.aclose()
+        await asyncio.gather(*replica._answering)
+        found = await report()
+        assert found.arrived == {"me": 7} and found.load == 0.0 and found.models["one"].num_requests == 0
+
+    asyncio.run(ask())
 
 
 def test_a_client_that_leaves_disconnects_the_replica_s_application() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yafsdp_like.inference.fleet.router import BLOCK, MAX_BLOCKS, FleetRouter, blocks_of
+from yafsdp_like.inference.fleet.router import BLOCK, LOST_AFTER, MAX_BLOCKS, FleetRouter, blocks_of
 from yafsdp_like.inference.fleet.routing import GATHER, ReplicaView, ranked, wanted_replicas
 from yafsdp_like.inference.fleet.standing import ModelStanding, Standing
 
@@ -94,26 +96,108 @@ def test_replicas_follow_the_load() -> None:
 # --- what a router remembers ---
 
 
-def standing(number: int, load: float = 0.0, **num_requests: int) -> Standing:
+def standing(number: int, load: float = 0.0, arrived: int = 0, **num_requests: int) -> Standing:
     models = {name: ModelStanding(count, 0.0 if count else 0.5, 1e-3, 0.25) for name, count in num_requests.items()}
-    return Standing(load, models, {"alias": "a"}, number)
+    return Standing(load, models, {"alias": "a"}, number, {"me": arrived})
 
 
-def test_what_was_sent_since_a_report_counts_until_the_next_one() -> None:
+def test_what_was_sent_counts_until_a_report_counts_it() -> None:
     router = FleetRouter()
     for replica in ("x", "y"):
         router.heard(replica, standing(1, a=0, b=0))
     assert router.order(["x", "y"], "a", ()) == [0, 1]
-    router.sent("y", "alias", ())
+    router.sent("y", "alias", (), "me", 7)
     assert router.order(["x", "y"], "a", ()) == [1, 0], "the model is at work there from now on"
     assert router.view("y", "a", ()) == ReplicaView(0.25, True, 0.5, 0.0, 1)
-    router.heard("y", standing(1, a=0, b=0))
-    assert router.view("y", "a", ()).has_model, "the same report says nothing new"
-    router.heard("y", standing(2, a=0, b=0))
+    router.heard("y", standing(2, a=0, b=0, arrived=6))
+    assert router.view("y", "a", ()).has_model, "it was made before the request arrived"
+    router.heard("y", standing(3, 0.25, a=1, b=0, arrived=7))
+    assert router.view("y", "a", ()) == ReplicaView(0.25, True, 0.0, 0.0, 1), "it counts once"
+    router.heard("y", standing(4, a=0, b=0, arrived=7))
     assert not router.view("y", "a", ()).has_model
-    for _ in range(7):
-        router.sent("y", "a", ())
+    for number in range(8, 15):
+        router.sent("y", "a", (), "me", number)
     assert router.order(["x", "y"], "a", ()) == [0, 1], "requests that are on their way fill it"
+
+
+def test_a_report_that_was_made_before_a_request_arrived_does_not_send_another_model_after_it() -> None:
+    """Two models sleep in two replicas. It did: the first model's request no longer counted once the report came."""
+    router = FleetRouter()
+    for replica in ("x", "y"):
+        router.heard(replica, standing(1, a=0, b=0))
+    router.sent("x", "a", (), "me", 1)
+    router.heard("x", standing(2, a=0, b=0))
+    assert router.order(["x", "y"], "b", ()) == [1, 0]
+
+
+def test_a_request_that_is_counted_before_its_way_is_noted_counts_once() -> None:
+    router = FleetRouter()
+    router.heard("x", standing(1, 0.25, a=1, arrived=3))
+    router.sent("x", "a", (), "me", 3)
+    assert router.view("x", "a", ()).num_requests == 1
+
+
+def test_requests_that_never_arrive_are_passed_by_the_next_one_or_by_time() -> None:
+    """Of two senders: what one sends says nothing of the other's."""
+    router = FleetRouter()
+    router.heard("x", standing(5, a=0))
+    router.sent("x", "a", (), "me", 1)
+    router.sent("x", "a", (), "other", 9)
+    assert router.view("x", "a", ()).num_requests == 2
+    router.heard("x", standing(6, a=0, arrived=2))  # it arrived after 1, which does not come
+    assert router.view("x", "a", ()).num_requests == 1
+    router.heard("x", standing(5 + LOST_AFTER, a=0, arrived=2))
+    assert router.view("x", "a", ()).num_requests == 1, "reports in between may be lost"
+    router.heard("x", standing(6 + LOST_AFTER, a=0, arrived=2))
+    assert router.view("x", "a", ()) == ReplicaView(0.0, False, 0.5, 0.0, 0)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["send", "arrive", "lose", "report", "hear"]), st.integers(0, 2)), max_size=LOST_AFTER
+    )
+)
+def test_a_router_counts_what_is_on_its_way_and_nothing_twice_and_nothing_for_good(
+    events: list[tuple[str, int]],
+) -> None:
+    """Requests of three senders reach a replica in the order of each, or not at all; reports reach the router, or not.
+
+    Arrived requests never end here, so that a view that misses one, or has one twice, is seen.
+    """
+    router, sent, num_here = FleetRouter(), [deque[int]() for _ in range(3)], 0
+    arrived, numbers = dict[str, int](), [count(1) for _ in range(3)]
+    reports = [Standing(0.0, {"a": ModelStanding(0, 0.5, 1e-3, 0.25)}, number=1)]
+    router.heard("x", reports[-1])
+    for event, index in [*events, ("report", 0), ("hear", 0)]:
+        name = str(index)
+        if event == "send":
+            sent[index].append(next(numbers[index]))
+            router.sent("x", "a", (), name, sent[index][-1])
+        elif event in ("arrive", "lose") and sent[index]:
+            number = sent[index].popleft()
+            if event == "arrive":
+                arrived[name] = number
+                num_here += 1
+        elif event == "report":
+            models = {"a": ModelStanding(num_here, 0.5, 1e-3, 0.25)}
+            reports.append(Standing(num_here / 4, models, number=len(reports) + 1, arrived=dict(arrived)))
+        elif event == "hear":
+            router.heard("x", reports[-1])
+            on_their_way = sum(map(len, sent))
+            assert router.view("x", "a", ()).num_requests >= reports[-1].models["a"].num_requests + on_their_way
+    for index, own in enumerate(numbers):  # each sender's next request arrives
+        arrived[str(index)] = next(own)
+        router.sent("x", "a", (), str(index), arrived[str(index)])
+    models = {"a": ModelStanding(num_here + 3, 0.5, 1e-3, 0.25)}
+    router.heard("x", Standing(0.0, models, number=len(reports) + 1, arrived=dict(arrived)))
+    assert router.view("x", "a", ()).num_requests == num_here + 3
+
+
+def test_a_standing_counts_requests_that_are_not_in_the_queues_yet() -> None:
+    found = standing(1, 0.25, a=1, b=0).with_at_least({"alias": 1, "a": 1, "b": 1, "unknown": 5})
+    assert found.load == 0.75 and {name: each.num_requests for name, each in found.models.items()} == {"a": 2, "b": 1}
+    assert standing(1, 1.0, a=4).with_at_least({"a": 1}) == standing(1, 1.0, a=4), "one may be several in the queues"
 
 
 def test_a_model_that_no_replica_is_known_to_have_goes_where_time_is() -> None:
@@ -130,7 +214,7 @@ def test_a_prompt_goes_where_its_beginning_went_unless_another_replica_is_much_n
     router, text = FleetRouter(), bytes(range(256)) * 8
     for replica in ("x", "y"):
         router.heard(replica, standing(1, a=1, b=0))
-    router.sent("y", "a", blocks_of("a", text))
+    router.sent("y", "a", blocks_of("a", text), "me", 1)
     other = text[: 4 * BLOCK] + b"another end" * 200
     assert router.order(["x", "y"], "a", blocks_of("a", other)) == [1, 0]
     assert router.view("y", "a", blocks_of("a", other)).saved_s == pytest.approx(4 * BLOCK / 4 * 1e-3)
@@ -142,8 +226,8 @@ def test_a_router_forgets_the_beginnings_that_were_sent_longest_ago() -> None:
     router = FleetRouter(most_blocks=4)
     router.heard("x", standing(1, a=1))
     texts = [blocks_of("a", bytes([index]) * 2 * BLOCK) for index in range(3)]
-    for blocks in texts:
-        router.sent("x", "a", blocks)
+    for number, blocks in enumerate(texts, 1):
+        router.sent("x", "a", blocks, "me", number)
     assert [router.view("x", "a", blocks).saved_s > 0 for blocks in texts] == [False, True, True]
     assert len(blocks_of("a", b"." * BLOCK * (MAX_BLOCKS + 5))) == MAX_BLOCKS
     assert blocks_of("a", b"." * (BLOCK - 1)) == ()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,3 +28,21 @@ class Standing:
     models: Mapping[str, ModelStanding]
     aliases: Mapping[str, str] = field(default_factory=dict)  # other names of models, and adapters
     number: int = 0  # of the report: a later one has a higher number
+    arrived: Mapping[str, int] = field(
+        default_factory=dict
+    )  # the number of the last request of each sender that it counts
+
+    def with_at_least(self, num_requests: Mapping[str, int]) -> Standing:
+        """Return this with at least ``num_requests`` of each model under way, by any of the model's names.
+
+        A request that has arrived is read and tokenized before it is in the queues that a standing is made from.
+        """
+        counts = Counter[str]()
+        for name, count in num_requests.items():
+            counts[self.aliases.get(name, name)] += count
+        models, load = dict(self.models), self.load
+        for name, count in counts.items():
+            if name in models and (num_more := count - models[name].num_requests) > 0:
+                load += num_more * models[name].request_load
+                models[name] = replace(models[name], num_requests=count)
+        return replace(self, load=load, models=models)
