@@ -397,13 +397,14 @@ def _scale(options: FleetOptions) -> dict[str, Any]:
 
 
 def serve_fleet(options: FleetOptions) -> None:
-    """Deploy the application, and delete it when a signal comes."""
-    ends = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ends.set())
+    """Deploy the application, and delete it when SIGTERM or SIGINT comes, be it while replicas load."""
     ray.init(ignore_reinit_error=True)
-    serve.start(http_options=HTTPOptions(host=options.host, port=options.port), proxy_location="EveryNode")
-    serve.run(application(options), name=NAME)
-    print(f"serving on http://{options.host}:{options.port}", flush=True)
-    ends.wait()
-    serve.delete(NAME)
+    for number in (signal.SIGTERM, signal.SIGINT):  # now: Ray has a handler of its own for SIGTERM, which aborts
+        signal.signal(number, signal.default_int_handler)
+    try:
+        serve.start(http_options=HTTPOptions(host=options.host, port=options.port), proxy_location="EveryNode")
+        serve.run(application(options), name=NAME)
+        print(f"serving on http://{options.host}:{options.port}", flush=True)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        serve.delete(NAME)
