@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.optimizer_step import update_in_backward
     from yafsdp_like.shard.runtime.activation_offload import offload_activations
     from yafsdp_like.shard.runtime.allocated_memory import SpillWarning
+    from yafsdp_like.shard.runtime.shared_slots import SharedSlots
+    from yafsdp_like.shard.sharing import share_slots
     from yafsdp_like.shard.stand_in import in_place_of_fsdp2
 else:
     _HOMES = {
@@ -35,6 +37,7 @@ else:
         "MemoryPlan": "yafsdp_like.memory.plan",
         "MixedPrecisionPolicy": "torch.distributed.fsdp",
         "OffloadPolicy": "torch.distributed.fsdp",
+        "SharedSlots": "yafsdp_like.shard.runtime.shared_slots",
         "SpillWarning": "yafsdp_like.shard.runtime.allocated_memory",
         "TrainingForecast": "yafsdp_like.shard.forecast.quantities",
         "UnshardHandle": "yafsdp_like.shard.fsdp_module",
@@ -44,6 +47,7 @@ else:
         "offload_activations": "yafsdp_like.shard.runtime.activation_offload",
         "register_fsdp_forward_method": "yafsdp_like.shard.drop_in",
         "share_comm_ctx": "yafsdp_like.shard.drop_in",
+        "share_slots": "yafsdp_like.shard.sharing",
         "update_in_backward": "yafsdp_like.shard.optimizer_step",
     }
 
@@ -69,6 +73,7 @@ __all__ = [
     "MemoryPlan",
     "MixedPrecisionPolicy",
     "OffloadPolicy",
+    "SharedSlots",
     "SpillWarning",
     "TrainingForecast",
     "UnshardHandle",
@@ -78,5 +83,6 @@ __all__ = [
     "offload_activations",
     "register_fsdp_forward_method",
     "share_comm_ctx",
+    "share_slots",
     "update_in_backward",
 ]

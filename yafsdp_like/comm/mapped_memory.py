@@ -68,12 +68,13 @@ class MappedMemory:
         return column_nbytes(self.num_hosts, chunks_nbytes)
 
     def connect(self, blocks: Sequence[MemoryBlock]) -> None:
-        """Make the ranks' blocks readable by each other.
+        """Make the ranks' blocks readable by each other, those that are not yet.
 
         Called by all ranks with blocks of the same sizes, in the same order; blocks the CPU.
         """
         for block in blocks:
-            self._ranges[block] = map_all_ranks(block.physical, self._group)
+            if block not in self._ranges:
+                self._ranges[block] = map_all_ranks(block.physical, self._group)
 
     def of_all_ranks(self, mine: torch.Tensor) -> list[torch.Tensor]:
         """Find the place of ``mine``, contiguous, in every rank's memory; by rank, of its shape and dtype."""

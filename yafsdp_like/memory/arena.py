@@ -114,6 +114,13 @@ class Arena:
         self._spots[name] = _Spot(mapped.untyped_storage(), 0, mapped.numel())
         return self.place(name)
 
+    def include(self, other: Arena) -> None:
+        """Find ``other``'s regions here too, on the same memory, which both keep; ``nbytes`` of both counts them."""
+        assert not other.regions.keys() & self._spots.keys(), "a region of that name is reserved already"
+        self.regions |= other.regions
+        self._spots |= {name: other._spots[name] for name in other.regions}
+        self.blocks += other.blocks
+
     def part(self, prefix: str) -> Arena:
         """Return the regions whose names begin with ``prefix``, named without it, on the same memory."""
         found = Arena(self.device)
@@ -163,8 +170,9 @@ class Place:
         )
 
     def overlaps(self, other: Place) -> bool:
-        """Return whether the two have a byte of one region in common."""
-        return self.arena is other.arena and self.region == other.region and self.segment.overlaps(other.segment)
+        """Return whether the two have a byte of one region in common, whichever arenas find that."""
+        spot, others = self.arena._spots[self.region], other.arena._spots[other.region]
+        return spot is others and self.segment.overlaps(other.segment)
 
     def flat(self, dtype: torch.dtype, numel: int) -> torch.Tensor:
         """Return a tensor of ``numel`` elements, ``(numel,)``, for collectives and kernels.

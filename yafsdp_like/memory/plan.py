@@ -270,6 +270,7 @@ class MemoryPlan:
     keeps_gradients: bool = False  # whether recorded steps add to gradients
     clocks: tuple[Clock, ...] = ()  # of the slots, by kind
     debug_nbytes: int = 0  # of all regions, that are there in debug mode only
+    shared_by: tuple[str, ...] = ()  # the models whose slots and staging are in the same regions
 
     @property
     def nbytes(self) -> int:
@@ -303,6 +304,8 @@ class MemoryPlan:
         if self.host_nbytes:
             lines[0] += f", and {readable(self.host_nbytes)} in host memory"
         lines += [f"  over {transport}" for transport in self.transports]
+        if self.shared_by:
+            lines.append(f"  slots and staging shared by {', '.join(self.shared_by)}")
         if self.debug_nbytes:
             lines.append(
                 f"  {readable(self.debug_nbytes)} of them for debug mode: guard bytes, and slots of units' own"

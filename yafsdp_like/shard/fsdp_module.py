@@ -88,9 +88,11 @@ class FSDPModule(Base):
         ``(tokens, targets)``, say, or an ``ExampleBatch``, a step is traced without memory (``TrainingForecast``).
         """
         engine = engine_of(self._unit())
+        tree = unit_tree_of(self) if engine is None else engine.tree
         if batch is not None:
-            return forecast_training(self, read_off(engine.tree if engine else unit_tree_of(self)), batch, options)
-        return unit_tree_of(self).plan().plan if engine is None else engine.memory.plan()
+            layout = tree.plan() if engine is None else engine.memory.next_layout()
+            return forecast_training(self, read_off(tree, layout), batch, options)
+        return tree.plan().plan if engine is None else engine.memory.plan()
 
     def memory_report(
         self,

@@ -100,7 +100,7 @@ class GraphedStep:
     memory beside the pool, for good.
 
     Raises ``ValueError`` for a model that is not sharded, and ``RuntimeError`` when called after
-    ``update_in_backward``, or with parameters on the host (``CPUOffloadPolicy``).
+    ``update_in_backward``, or with parameters on the host (``CPUOffloadPolicy``), or slots that are shared.
     """
 
     def __init__(self, function: Callable[..., Any], model: nn.Module) -> None:
@@ -132,6 +132,11 @@ class GraphedStep:
             raise RuntimeError(
                 "GraphedStep cannot record a step whose gradients the CPU waits for: leave offload_policy out of "
                 "fully_shard, or run the step as it is"
+            )
+        if engine.memory.shared is not None:
+            raise RuntimeError(
+                "GraphedStep cannot record a step in slots that other models use between its replays (share_slots): "
+                "leave this model out of share_slots, or run the step as it is"
             )
         extended = [p.name for unit in engine.units for p in unit.params if p.extension is not None]
         if extended:

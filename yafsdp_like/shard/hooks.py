@@ -63,8 +63,10 @@ def _before_forward(unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs
     if iteration is not None and iteration in unit.running.calls and not _still_runs(iteration):
         abandon(engine)  # the last forward was ended by what is no Exception, as Ctrl-C is
     task = backward_task()
-    if task is None and engine.running.iteration is None and engine.running.backwards:
-        abandon(engine)  # the last backward raised; done before this call is noted, since it forgets calls
+    if task is None and engine.running.iteration is None:
+        for one in (engine, *engine.beside):
+            if one.running.backwards and one.running.iteration is None:
+                abandon(one)  # its last backward raised; done before this call is noted, since it forgets calls
     call = Call(module, sys.exc_info()[1], recomputes=_in_own_backward(unit, task))
     unit.running.calls.append(call)
     if task is None and engine.running.iteration is None:

@@ -121,8 +121,8 @@ class PlannedModel:
     cluster: Cluster
 
 
-def read_off(tree: UnitTree) -> PlannedModel:
-    """Return the units of a sharded model as they are now.
+def read_off(tree: UnitTree, layout: MemoryLayout) -> PlannedModel:
+    """Return the units of a sharded model as they are now, with the ``layout`` of their memory.
 
     Raises ``NotImplementedError`` for parameters that are DTensors without being sharded.
     """
@@ -136,17 +136,16 @@ def read_off(tree: UnitTree) -> PlannedModel:
             f"{name} is a DTensor on {p.placement.inner_mesh} wherever modules compute on it, and such a step cannot "
             "be traced yet: memory_plan() without a batch returns the runtime's regions"
         )
-    layout = tree.plan()
     units = [
         TracedUnit(
-            name,
+            spec.name,
             tuple(unit.modules),
             spec.params,
             tuple(tuple(p.owners) for p in unit.params),
             unit.policy,
             _early(spec.params, tree.schedule, index),
         )
-        for index, (unit, name, spec) in enumerate(zip(tree.units, tree.names, layout.units, strict=True))
+        for index, (unit, spec) in enumerate(zip(tree.units, layout.units, strict=True))
     ]
     ranks = layout.units[0].ranks
     transport: TransportName = "process_group"

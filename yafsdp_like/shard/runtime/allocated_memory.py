@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from yafsdp_like.memory.plan import MemoryPlan
     from yafsdp_like.shard.runtime.collective_log import CollectiveLog
     from yafsdp_like.shard.runtime.debug import Debugger
+    from yafsdp_like.shard.runtime.shared_slots import SharedSlots
     from yafsdp_like.shard.runtime.unit_state import Unit
     from yafsdp_like.shard.runtime.unit_tree import UnitTree
     from yafsdp_like.shard.spec.unit_spec import UnitLayout
@@ -68,6 +69,8 @@ class AllocatedMemory:
         self.num_layouts = 0  # how often slots were given places
         self.spills: list[Spill] = []
         self.debugger: Debugger | None = None  # what checks it, in debug mode
+        self.shared: SharedSlots | None = None  # the slots of this and other models, see [Note: shared slots]
+        self.shared_arena: Arena | None = None  # of those, whose regions are in ``arena`` too, once built
         self._tree, self._collective_log = tree, collective_log
         self._layout: MemoryLayout | None = None
         self._built_for: tuple[object, ...] = ()  # the units' signatures then
@@ -76,14 +79,23 @@ class AllocatedMemory:
     @property
     def is_built(self) -> bool:
         """Whether there are shards and slots for the units as they are now."""
-        return self._built_for == self._signatures()
+        is_moved = self.shared is not None and self.shared.arena is not self.shared_arena
+        return self._built_for == self._signatures() and not is_moved
 
     def _signatures(self) -> tuple[object, ...]:
         return tuple(unit.signature for unit in self._tree.units)
 
+    def use_shared(self, shared: SharedSlots) -> None:
+        """Have slots among those of other models from the next build on; gradients' are planned from the start."""
+        self.shared = shared
+
+    def next_layout(self) -> MemoryLayout:
+        """Plan what would be built now. Changes nothing."""
+        return self._tree.plan() if self.shared is None else self.shared.layout_of(self)
+
     def plan(self) -> MemoryPlan:
         """Return what is built, or else what would be, and whether gradients stay in place. Allocates nothing."""
-        plan = self._layout.plan if self._layout is not None and self.is_built else self._tree.plan().plan
+        plan = self._layout.plan if self._layout is not None and self.is_built else self.next_layout().plan
         on_device = (p.grad_shard for unit in self._tree.units if not unit.is_on_host for p in unit.params)
         return replace(plan, keeps_gradients=any(shard is not None and shard.is_pinned for shard in on_device))
 
@@ -95,12 +107,22 @@ class AllocatedMemory:
 
     def build(self) -> None:
         """Give every unit its shards and slots, on an arena of their own. Units must have their main shards."""
-        self._layout = self._tree.plan()
-        self.arena = build(self._tree.units, self._layout)
+        self._layout = self.next_layout()
+        if self.shared is not None:
+            self.shared_arena = self.shared.take(self, self._layout.plan, self._tree.units[0].device)
+        self.arena = build(self._tree.units, self._layout, self.shared_arena)
+        if self.shared is not None:
+            self.shared.add(self._tree.units)
         if self.debugger is not None:
-            self.debugger.watch(self._layout, self.arena)
+            self.debugger.watch(self._layout, self.arena, self._debuggers_beside)
         self._built_for = self._signatures()
         self.num_layouts += 1
+
+    def _debuggers_beside(self) -> list[Debugger]:
+        """Return what checks the models that share slots with this one."""
+        engines = {} if self.shared is None else self.shared.engines
+        found = (engine.memory.debugger for engine in engines.values())
+        return [debugger for debugger in found if debugger is not None and debugger is not self.debugger]
 
     def check_same_on_all_ranks(self, error: Exception | None) -> None:
         """Let peers map what was built, if all ranks have built the same.
@@ -116,32 +138,38 @@ class AllocatedMemory:
                     transport.mapped.connect(self.arena.blocks)
         except BaseException:
             self.leave()  # so that every rank builds again, once the model is mended
+            if self.shared is not None:
+                self.shared.leave()  # which may not be there on every rank
             raise
 
     def _fingerprint(self) -> list[str]:
         """Say what must be the same on every rank: a line for each parameter, and one for each unit's policy."""
-        return [
-            f"{p.name} {list(p.shards.shape)}{p.placement.words} of unit {unit.name!r}, {p.main_dtype} computed in "
-            f"{p.compute_dtype} and "
-            f"reduced in {p.reduce_dtype} to {p.grad_dtype}, {'trainable' if p.trainable else 'frozen'}"
-            + (f", all-gathered as {p.extension.pieces}" if p.extension is not None else "")
-            + ("" if unit.needs.trains else ", without room for gradients")
-            + (", in debug mode" if unit.needs.guards else "")
-            for unit in self._tree.units
-            for p in unit.params
-        ] + [
-            f"unit {unit.name!r} with reshard_after_forward="
-            f"{unit.policy.forward_ranks or self._tree.reshards_after_forward(unit)}, "
-            f"reshard_after_backward={unit.policy.reshard_after_backward}, {unit.reduction()}, prefetching "
-            f"{[u.name for u in unit.forward_prefetch]} and {[u.name for u in unit.backward_prefetch]}"
-            for unit in self._tree.units
-        ]
+        return (
+            [
+                f"{p.name} {list(p.shards.shape)}{p.placement.words} of unit {unit.name!r}, {p.main_dtype} computed in "
+                f"{p.compute_dtype} and "
+                f"reduced in {p.reduce_dtype} to {p.grad_dtype}, {'trainable' if p.trainable else 'frozen'}"
+                + (f", all-gathered as {p.extension.pieces}" if p.extension is not None else "")
+                + ("" if unit.needs.trains else ", without room for gradients")
+                + (", in debug mode" if unit.needs.guards else "")
+                for unit in self._tree.units
+                for p in unit.params
+            ]
+            + [
+                f"unit {unit.name!r} with reshard_after_forward="
+                f"{unit.policy.forward_ranks or self._tree.reshards_after_forward(unit)}, "
+                f"reshard_after_backward={unit.policy.reshard_after_backward}, {unit.reduction()}, prefetching "
+                f"{[u.name for u in unit.forward_prefetch]} and {[u.name for u in unit.backward_prefetch]}"
+                for unit in self._tree.units
+            ]
+            + ([] if self.shared_arena is None else [f"slots shared in {list(self.shared_arena.regions.values())}"])
+        )
 
     def follow_grad_mode(self) -> None:
         """Give a model that begins without grad mode room for gradients once a forward may lead to a backward."""
         if not self._trains and torch.is_grad_enabled():
             self.make_trainable()
-        elif self.num_layouts == 0 and not torch.is_grad_enabled():
+        elif self.num_layouts == 0 and not torch.is_grad_enabled() and self.shared is None:
             self._trains = any(p.sharded.grad is not None for unit in self._tree.units for p in unit.params)
             for unit in self._tree.units:
                 unit.need(trains=self._trains)
@@ -159,7 +187,7 @@ class AllocatedMemory:
 
     def leave(self) -> None:
         """Free the memory as soon as nothing else, autograd say, refers to it."""
-        self.arena = self._layout = None
+        self.arena = self.shared_arena = self._layout = None
         self._built_for = ()
         for unit in self._tree.units:
             unit.forget_slots()
@@ -199,10 +227,15 @@ class AllocatedMemory:
         return self.arena.place(region.name), layout
 
 
-def build(units: Sequence[Unit], memory_layout: MemoryLayout) -> Arena:
-    """Allocate everything but main shards, which units hold already, and give every unit its shards and slots."""
+def build(units: Sequence[Unit], memory_layout: MemoryLayout, shared: Arena | None = None) -> Arena:
+    """Allocate everything but main shards, which units hold already, and give every unit its shards and slots.
+
+    Regions that ``shared`` has are used as they are there.
+    """
     arena = Arena(units[0].device)
-    arena.reserve([r for r in memory_layout.plan.regions if r.kind not in OF_UNITS])
+    if shared is not None:
+        arena.include(shared)
+    arena.reserve([r for r in memory_layout.plan.regions if r.kind not in OF_UNITS and r.name not in arena.regions])
     for i, (unit, layout) in enumerate(zip(units, memory_layout.layouts, strict=True)):
         unit.take_dtypes(memory_layout.units[i].params)
         _place_shards(unit, layout, arena)

@@ -130,6 +130,11 @@ class _Watch:
         self.held = ""  # by what, in words
         self.is_poisoned = False  # and was not taken since
         self.last_check = debugger.count
+        sharing = debugger.sharing(self)
+        if any(other.held for other in sharing):
+            return  # by another model
+        for other in sharing:
+            other.forget_poison()
         for flat in values:
             poison(flat)
 
@@ -141,7 +146,7 @@ class _Watch:
     def take(self, does: str) -> None:
         """Note that the unit is about to write the bytes, of which nobody may hold any."""
         note = self._debugger.note(f"{self.name!r} {does} its {self.what.split()[1]} slot")
-        sharing = [watch for watch in self._debugger.watches if watch is not self and watch.shares(self)]
+        sharing = self._debugger.sharing(self)
         for other in sharing:
             if other.held:
                 self._debugger.fail(
@@ -153,8 +158,7 @@ class _Watch:
                 )
         self._debugger.wait()
         for watch in (self, *sharing):
-            watch.check_released()
-            watch.is_poisoned = False
+            watch.forget_poison()
         self._borders.write()
         self.held, self.last_check = note, self._debugger.count
 
@@ -189,6 +193,11 @@ class _Watch:
             self.check_guards()
         else:
             self.check_released()
+
+    def forget_poison(self) -> None:
+        """Check the slot for the last time before somebody else writes its bytes."""
+        self.check_released()
+        self.is_poisoned = False
 
     def check_guards(self) -> None:
         """Raise unless the guard bytes are intact."""
@@ -228,6 +237,7 @@ class Debugger:
         self._ran: deque[str] = deque(maxlen=1000)
         self.count = 0  # of what ran
         self.watches: list[_Watch] = []
+        self._beside: Callable[[], Sequence[Debugger]] = tuple
         self._shards: list[_Checked] = []
 
     def close(self) -> None:
@@ -237,9 +247,15 @@ class Debugger:
 
     # --- what is watched
 
-    def watch(self, memory: MemoryLayout, arena: Arena) -> None:
-        """Watch what was just built, and nothing else from now on."""
+    def sharing(self, watch: _Watch) -> list[_Watch]:
+        """Return the watches of other slots, other models' among them, that have a byte in common with it."""
+        debuggers = (self, *self._beside())
+        return [o for debugger in debuggers for o in debugger.watches if o is not watch and o.shares(watch)]
+
+    def watch(self, memory: MemoryLayout, arena: Arena, beside: Callable[[], Sequence[Debugger]] | None = None) -> None:
+        """Watch what was just built, and nothing else from now on; others are ``beside`` it in the same slots."""
         self.close()
+        self._beside = beside or tuple
         for unit, layout in zip(self._units, memory.layouts, strict=True):
             self.watch_gather_slot(unit.gather_slot, layout)
             self.watch_gradient_slot(unit.gradient_slot, layout)

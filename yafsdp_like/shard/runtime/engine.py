@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from yafsdp_like.shard.runtime.running import Call, ForwardUse
+    from yafsdp_like.shard.runtime.shared_slots import SharedSlots
     from yafsdp_like.shard.runtime.unit_state import Unit
 
 
@@ -59,6 +60,18 @@ class ShardEngine:
         for unit in self.units:
             unit.run_by(self, self.gradients)
 
+    def join(self, name: str, shared: SharedSlots) -> None:
+        """Have slots among those of other models, for which this one's name goes before its units'."""
+        for unit, of_unit, params in zip(self.tree.units, self.tree.names, self.tree.param_names, strict=True):
+            unit.rename(f"{name}.{of_unit}", params)
+        self.memory.use_shared(shared)
+
+    @property
+    def beside(self) -> Sequence[ShardEngine]:
+        """Those of other models that share the slots."""
+        others = () if self.memory.shared is None else self.memory.shared.beside(self)
+        return [engine for engine in others if isinstance(engine, ShardEngine)]
+
     def __del__(self) -> None:
         """Break what keeps units, slots and linear layers alive, once the root module is gone, and every graph of it.
 
@@ -82,10 +95,19 @@ def engine_of(unit: Unit) -> ShardEngine | None:
 def engine_for(unit: Unit, module: nn.Module) -> ShardEngine:
     """Return the engine that runs ``unit``. The first module to run becomes the root of all units below it.
 
-    When a module above runs later, it becomes the root, and takes its units over with a plan of its own.
+    When a module above runs later, it becomes the root, and takes its units over with a plan of its own. Raises
+    ``RuntimeError`` where those share slots with other models.
     """
     engine = engine_of(unit)
     if engine is None:
+        for below in module.modules():
+            former: ShardEngine | None = vars(below).get("_yafsdp_engine")
+            if former is not None and former.memory.shared is not None:
+                raise RuntimeError(
+                    f"expected a model that shares its slots to be a root, found {type(below).__name__} inside of "
+                    f"{type(module).__name__}, which is sharded and runs too (rank {unit.transport.rank}): give "
+                    "share_slots the outermost sharded modules"
+                )
         engine = ShardEngine(unit_tree_of(module))
         for below in module.modules():
             vars(below).pop("_yafsdp_engine", None)  # of a root that is no longer one

@@ -99,6 +99,8 @@ class Rebuild:
         """Break what circles ``units`` and their slots form: the root module is gone, and every graph of it."""
         if self._memory.arena is not None:
             self._context.wait_for_side_streams()
+        if self._memory.shared is not None:
+            self._memory.shared.part_with(units)
         for unit in units:
             if not unit.has_slots:
                 continue

@@ -103,6 +103,10 @@ class _Slot:
         """Break the circle that the slot and its neighbours form."""
         self.neighbours.clear()
 
+    def part_with(self, units: Collection[SlotUnit]) -> None:
+        """Forget neighbours of these units."""
+        self.neighbours = [other for other in self.neighbours if other.unit not in units]
+
     def hold(self) -> None:
         """Note that running work reads or writes the bytes."""
         self.state = SlotState.HELD
@@ -137,6 +141,15 @@ def find_neighbours(slots: Sequence[Slot]) -> None:
     """Set each slot's ``neighbours``: the others that share bytes with it."""
     for slot in slots:
         slot.neighbours = [other for other in slots if other is not slot and _share_bytes(slot, other)]
+
+
+def introduce(slots: Sequence[Slot], others: Sequence[Slot]) -> None:
+    """Make each of ``slots`` a neighbour of those ``others``, of other models, that share bytes with it."""
+    for slot in slots:
+        for other in others:
+            if _share_bytes(slot, other):
+                slot.neighbours.append(other)
+                other.neighbours.append(slot)
 
 
 def _share_bytes(slot: _Slot, other: _Slot) -> bool:

@@ -46,6 +46,10 @@ class UnitTree:
 
     def plan(self) -> MemoryLayout:
         """Plan the memory for the units as they are now. Changes nothing."""
+        return plan_memory(self.specs(), self.schedule)
+
+    def specs(self, prefix: str = "") -> list[UnitSpec]:
+        """Return what a plan needs to know of the units as they are now, with ``prefix`` before their names."""
         index = {unit: i for i, unit in enumerate(self.units)}
         specs = []
         for unit, name, param_names in zip(self.units, self.names, self.param_names, strict=True):
@@ -57,11 +61,11 @@ class UnitTree:
             policy = unit.policy
             specs.append(
                 UnitSpec(
-                    *(name, params, ranks, unit.needs, residency, forward, backward, unit.is_on_host),
+                    *(prefix + name, params, ranks, unit.needs, residency, forward, backward, unit.is_on_host),
                     *(policy.forward_ranks, policy.reductions_in_flight),
                 )
             )
-        return plan_memory(specs, self.schedule)
+        return specs
 
 
 def _ranks_of(unit: Unit, params: Sequence[ParamSpec]) -> RankSpec:

@@ -25,6 +25,7 @@ FORWARD_SHARD = "forward shards"  # a kind, of one region a unit
 STAGING, COLUMN = "staging", "gather staging"
 UPLOAD, DOWNLOAD = "upload staging", "download staging"
 GATHERED, REDUCED = "staging of gathered chunks", "staging of reduced chunks"
+GRANULE_END = "granule end"
 MAX_UPLOAD_NBYTES = 64 << 20  # larger parameters are cast in parts
 MAX_STAGING_NBYTES = 256 << 20
 MAX_GRANULE_NBYTES = 16 << 20  # slots end at a granule
@@ -45,10 +46,10 @@ class MemoryLayout:
         return replace(self, plan=replace(self.plan, regions=(*self.plan.regions, region)))
 
 
-def plan_memory(units: Sequence[UnitSpec], schedule: Schedule) -> MemoryLayout:
-    """Plan the memory of ``units``, numbered as in ``schedule``."""
+def plan_memory(units: Sequence[UnitSpec], schedule: Schedule, beside: Sequence[UnitSpec] = ()) -> MemoryLayout:
+    """Plan the memory of ``units``, numbered as in ``schedule``; those ``beside`` have slots on the same granules."""
     guard_nbytes = max(unit.needs.guard_nbytes for unit in units)
-    granule_nbytes = 0 if guard_nbytes else _granule_nbytes(units)
+    granule_nbytes = 0 if guard_nbytes else _granule_nbytes([*units, *beside])
     layouts = [unit.layout(granule_nbytes) for unit in units]
     pairs = list(zip(units, layouts, strict=True))
     gather_live = _gather_ranges(units, schedule)
@@ -70,16 +71,21 @@ def plan_memory(units: Sequence[UnitSpec], schedule: Schedule) -> MemoryLayout:
     scratch = _staging(units, layouts) + _host_staging(units, layouts) + _layout_staging(units)
     regions += [replace(region, nbytes=region.nbytes + 2 * guard_nbytes) for region in scratch]
     regions += [region for unit, layout in pairs for region in own_slot_regions(unit, layout)]
-    regions += _granule_end(regions)
+    regions += granule_end(GRANULE_END, regions)
     slots = [SlotPlace(units[i].name, GATHER_SLOTS, part, gather_live[i]) for i, part in gather_places.items()]
     slots += [SlotPlace(units[i].name, GRADIENT_SLOTS, part, gradient_live[i]) for i, part in gradient_places.items()]
     transports = tuple(dict.fromkeys(u.ranks.transport for u in units))
     clock = Clock((GATHER_SLOTS, GRADIENT_SLOTS), schedule.phases)
     plan = MemoryPlan(units[0].ranks.num_ranks, tuple(regions), tuple(slots), transports, clocks=(clock,))
     if guard_nbytes:
-        plain = [replace(u, needs=replace(u.needs, guards=False, own_gather_slot=False)) for u in units]
-        plan = replace(plan, debug_nbytes=plan.nbytes - plan_memory(plain, schedule).plan.nbytes)
+        plain = plan_memory(without_debug(units), schedule).plan
+        plan = replace(plan, debug_nbytes=plan.nbytes - plain.nbytes)
     return MemoryLayout(plan, tuple(units), tuple(layouts), gather_places, gradient_places)
+
+
+def without_debug(units: Sequence[UnitSpec]) -> list[UnitSpec]:
+    """Return the units as they would be planned without debug mode."""
+    return [replace(u, needs=replace(u.needs, guards=False, own_gather_slot=False)) for u in units]
 
 
 def _granule_nbytes(units: Sequence[UnitSpec]) -> int:
@@ -145,11 +151,11 @@ def _layout_staging(units: Sequence[UnitSpec]) -> list[Region]:
     return [Region(name, "layout staging", size) for name, size in ((GATHERED, gathered), (REDUCED, reduced)) if size]
 
 
-def _granule_end(regions: Sequence[Region]) -> list[Region]:
-    """Return the unused end of the last granule of the block that peers map."""
+def granule_end(name: str, regions: Sequence[Region]) -> list[Region]:
+    """Return, as a region, the unused end of the last granule of the block that peers map of ``regions``."""
     in_block = sum(region.nbytes for region in regions if region.mapped and not region.granule_nbytes)
     left = aligned(in_block, vmm.GRANULE_NBYTES) - in_block
-    return [Region("granule end", "granule end", left, mapped=True)] if left else []
+    return [Region(name, GRANULE_END, left, mapped=True)] if left else []
 
 
 def own_slot_regions(unit: UnitSpec, layout: UnitLayout) -> list[Region]:

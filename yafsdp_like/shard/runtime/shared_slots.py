@@ -1,0 +1,152 @@
+"""One arena for the slots of several models, which run one after the other: the policy, reference and critic, say.
+
+Owns that arena, and which models have slots in it. Each model has an engine, shards and a plan of its own; what its
+slots do to another's is what neighbours in one model do to each other (``slots.py``, ``params.py``).
+
+[Note: shared slots]
+Every model places its slots from the start of the same regions, so that these are as large as the largest model's, and
+almost every slot has neighbours of other models. All models of a device issue their work to the same streams, and a
+writer waits for what was last done in a neighbour. So the order of models is free:
+
+* Between one model's forward and its backward another may run. What the first has left in its slots is overwritten, and
+  its backward all-gathers again; the root too, which would have stayed.
+* A model that runs inside another's forward, or while a unit is unsharded by hand, finds bytes that are HELD: its units
+  that need these get slots of their own, see [Note: spills]. So do units with gradients at their end only (none of
+  their inputs needs one, as a root's) while another model awaits its backward.
+
+[Note: a model's second place]
+What autograd has saved keeps the old slots when a model's memory is built again. So a model takes places in an arena
+once: when it is built again, by whatever change of its parameters, there is a new arena, and the others move there with
+their next forward. All ranks decide that alike, and the old arena goes when its last model has moved.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Protocol
+
+from yafsdp_like.memory.arena import Arena
+from yafsdp_like.shard.runtime.slots import Slot, introduce
+from yafsdp_like.shard.spec.shared_layout import plan_of_all, plan_together, shared_regions
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    import torch
+
+    from yafsdp_like.memory.plan import MemoryPlan
+    from yafsdp_like.shard.runtime.debug import Debugger
+    from yafsdp_like.shard.runtime.slots import GatherSlot, GradientSlot
+    from yafsdp_like.shard.runtime.unit_state import Unit
+    from yafsdp_like.shard.runtime.unit_tree import UnitTree
+    from yafsdp_like.shard.spec.memory_layout import MemoryLayout
+
+
+class SharingMemory(Protocol):
+    """What is asked of the memory of a model that shares slots."""
+
+    shared_arena: Arena | None  # where they are, once built
+    debugger: Debugger | None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes held on the device now."""
+
+    def plan(self) -> MemoryPlan:
+        """Return what is built, or else what would be."""
+
+
+class SharingModel(Protocol):
+    """What is asked of such a model's engine."""
+
+    @property
+    def tree(self) -> UnitTree:
+        """Its units."""
+
+    @property
+    def memory(self) -> SharingMemory:
+        """Their memory."""
+
+
+class SharedSlots:
+    """What ``share_slots`` returns: the slots of several models in one arena, as long as one of the models lives."""
+
+    def __init__(self, engines: Mapping[str, SharingModel]) -> None:
+        self.arena: Arena | None = None  # where models that are built from now on have their slots
+        self._engines = {name: weakref.ref(engine) for name, engine in engines.items()}  # see [Note: who owns whom]
+        self._taken: weakref.WeakSet[SharingMemory] = weakref.WeakSet()  # models with places in the arena
+        self._gather_slots: list[weakref.ref[GatherSlot]] = []  # in it
+        self._gradient_slots: list[weakref.ref[GradientSlot]] = []
+
+    # --- what users ask for
+
+    def memory_plan(self) -> MemoryPlan:
+        """Return every region of all these models on this rank, in bytes; what they share is in it once.
+
+        Changes nothing; models may still be on the meta device. Names begin with the model's.
+        """
+        return plan_of_all({name: engine.memory.plan() for name, engine in self.engines.items()})
+
+    @property
+    def arena_nbytes(self) -> int:
+        """Bytes that arenas hold on the device now for all these models: the plan's, once each has run."""
+        memories = [engine.memory for engine in self.engines.values()]
+        shared = {memory.shared_arena: None for memory in memories if memory.shared_arena is not None}
+        own = sum(memory.nbytes - (memory.shared_arena.nbytes if memory.shared_arena else 0) for memory in memories)
+        return own + sum(arena.nbytes for arena in shared)
+
+    # --- what engines ask for
+
+    @property
+    def engines(self) -> dict[str, SharingModel]:
+        """The models that are still there, by name."""
+        return {name: engine for name, ref in self._engines.items() if (engine := ref()) is not None}
+
+    def beside(self, engine: object) -> list[SharingModel]:
+        """Return the other models."""
+        return [other for other in self.engines.values() if other is not engine]
+
+    def layout_of(self, memory: SharingMemory) -> MemoryLayout:
+        """Plan one model's memory as it would be built now. Changes nothing."""
+        models = {name: (engine.tree.specs(f"{name}."), engine.tree.schedule) for name, engine in self.engines.items()}
+        held = self.arena.regions.values() if self.arena is not None and memory not in self._taken else ()
+        layouts = plan_together(models, list(held))
+        return next(layouts[name] for name, engine in self.engines.items() if engine.memory is memory)
+
+    def take(self, memory: SharingMemory, plan: MemoryPlan, device: torch.device) -> Arena:
+        """Return the arena in which a model with this ``plan`` has its slots: see [Note: a model's second place].
+
+        Raises as ``Arena.reserve``.
+        """
+        regions = shared_regions(plan)
+        if self.arena is None or memory in self._taken or list(self.arena.regions.values()) != regions:
+            arena = Arena(device)
+            arena.reserve(regions)
+            self.leave()
+            self.arena = arena
+        self._taken.add(memory)
+        return self.arena
+
+    def leave(self) -> None:
+        """Have every model take places in another arena with its next forward."""
+        self.arena = None
+        self._taken.clear()
+        self._gather_slots.clear()
+        self._gradient_slots.clear()
+
+    def add(self, units: Sequence[Unit]) -> None:
+        """Make the slots of a model's ``units`` neighbours of those that other models have on the same bytes."""
+        gather, gradient = [unit.gather_slot for unit in units], [unit.gradient_slot for unit in units]
+        introduce(gather, _alive(self._gather_slots))
+        introduce(gradient, _alive(self._gradient_slots))
+        self._gather_slots += map(weakref.ref, gather)
+        self._gradient_slots += map(weakref.ref, gradient)
+
+    def part_with(self, units: Collection[Unit]) -> None:
+        """Let no slot know of those of ``units``, whose model is gone."""
+        for slot in (*_alive(self._gather_slots), *_alive(self._gradient_slots)):
+            slot.part_with(units)
+
+
+def _alive(slots: Sequence[weakref.ref[Slot]]) -> list[Slot]:
+    return [slot for ref in slots if (slot := ref()) is not None]
