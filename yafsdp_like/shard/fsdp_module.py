@@ -170,9 +170,11 @@ class FSDPModule(Base):
         Slow, since it waits for the GPU all the time, and large: each unit has an all-gather slot of its own, unless
         ``own_slots`` is False, which leaves places as planned and finds errors of the schedule. To be called on
         the root, between steps, on all ranks. The environment variable ``YAFSDP_DEBUG=1`` sets it for all models, and
-        ``YAFSDP_DEBUG=planned`` without slots of their own.
+        ``YAFSDP_DEBUG=planned`` without slots of their own. It is set for all models that share slots.
         """
-        self._engine().params.set_debug(debug, own_slots)
+        engine = self._engine()
+        for one in (engine, *engine.beside):
+            one.params.set_debug(debug, own_slots)
 
     def reset_iter_state(self) -> None:
         """Forget a forward or backward that raised, as the next forward does too, and drop unsynchronized gradients."""

@@ -200,7 +200,7 @@ class AllocatedMemory:
         watch_gradients(unit, unit.gather_slot)
         if self.debugger is not None:
             self.debugger.watch_gather_slot(unit.gather_slot, layout)
-        _warn_of(self.spills[-1])
+        self._warn()
 
     def add_gradient_slot(self, unit: Unit, reason: str) -> None:
         """Give ``unit`` a gradient slot of its own from here on, beyond the plan."""
@@ -209,7 +209,19 @@ class AllocatedMemory:
         unit.use_gradient_slot(GradientSlot(unit, place, layout.gradient_slot))
         if self.debugger is not None:
             self.debugger.watch_gradient_slot(unit.gradient_slot, layout)
-        _warn_of(self.spills[-1])
+        self._warn()
+
+    def _warn(self) -> None:
+        """Warn of the last spill."""
+        spill = self.spills[-1]
+        more = "" if self.shared is None else ". Of models that share slots, end one's backward before another begins"
+        warnings.warn(
+            f"{spill.region} takes {spill.nbytes:,} bytes beyond the memory plan: {spill.reason}. Numbers are right, "
+            "and later iterations reuse the slot. To plan for it, register modules in the order in which they run, and "
+            f"set reshard_after_forward=False on a unit whose forward runs another that is not its submodule{more}",
+            SpillWarning,
+            stacklevel=2,
+        )
 
     def _spill(self, unit: Unit, which: int, reason: str) -> tuple[Place, UnitLayout]:
         assert self._layout is not None and self.arena is not None
@@ -251,16 +263,6 @@ def build(units: Sequence[Unit], memory_layout: MemoryLayout, shared: Arena | No
     find_neighbours([unit.gather_slot for unit in units])
     find_neighbours([unit.gradient_slot for unit in units])
     return arena
-
-
-def _warn_of(spill: Spill) -> None:
-    warnings.warn(
-        f"{spill.region} takes {spill.nbytes:,} bytes beyond the memory plan: {spill.reason}. Numbers are right, and "
-        "later iterations reuse the slot. To plan for it, register modules in the order in which they run, and set "
-        "reshard_after_forward=False on a unit whose forward runs another that is not its submodule",
-        SpillWarning,
-        stacklevel=2,
-    )
 
 
 def _scratch(arena: Arena, region: str, guard_nbytes: int) -> torch.Tensor:
