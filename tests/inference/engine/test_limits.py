@@ -26,7 +26,9 @@ from tests.inference.engine.test_engine import (
     record_steps,
     requests,
 )
-from yafsdp_like.inference.engine.limits import bits_of
+from yafsdp_like.inference.engine import limits as limits_of
+from yafsdp_like.inference.engine.batch import ActiveRequest
+from yafsdp_like.inference.engine.limits import LimitedSequence, all_bits, bits_of
 from yafsdp_like.inference.engine.request import (
     Completion,
     FinishReason,
@@ -40,7 +42,7 @@ from yafsdp_like.kernels.sampling_params import MAX_BIASES
 from yafsdp_like.kernels.token_bits import forbid, forbid_reference, num_words
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -198,6 +200,56 @@ def test_no_stop_token_is_drawn_before_there_are_enough() -> None:
     assert stop not in found[:5]
     assert len(found) >= 5
     assert engine().generate([replace(asked, limits=TokenLimits())])["a"].ids == [stop]
+
+
+class Counted(list[int]):
+    """Tokens that count how many of them are read."""
+
+    num_read = 0
+
+    def __iter__(self) -> Iterator[int]:
+        raise AssertionError("all tokens are read")
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        self.num_read += len(found) if isinstance(index, slice) else 1
+        return found
+
+
+def test_what_may_be_drawn_next_takes_the_same_work_however_long_the_text_is() -> None:
+    """Prevents: a token of a limited request that takes the longer, the more were drawn before."""
+    words = ((5, 6, 7), (7, 8))
+    request = Request("a", (5, 6), max_tokens=1000, limits=TokenLimits(bad_words=words, grammar=OddAfterEven()))
+    tokens, bits = Counted(request.prompt), np.empty(num_words(VOCAB_SIZE), dtype=np.int32)
+    assert request.limits is not None
+    limited = LimitedSequence(ActiveRequest(request, 0, None, tokens), request.limits, VOCAB_SIZE)
+    for token in range(500):
+        limited.write(tokens, bits)
+        tokens.append(token % VOCAB_SIZE)
+        assert tokens.num_read <= 3  # the last one, and those that may begin a word
+        tokens.num_read = 0
+
+
+def test_nothing_is_done_for_each_token_of_the_vocabulary_when_a_limited_request_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prevents: ten milliseconds in which no stream goes on, for each such request."""
+    tokens = list[int]()
+
+    def counted(chosen: Iterable[int], vocab_size: int) -> Any:
+        chosen = list(chosen)
+        tokens.extend(chosen)
+        return bits_of(chosen, vocab_size)
+
+    monkeypatch.setattr(limits_of, "bits_of", counted)
+    request = Request("a", (1,), stop_tokens=frozenset({3}), limits=TokenLimits(bad_words=((4,), (5, 6))))
+    assert request.limits is not None
+    bits = np.empty(num_words(1 << 17), dtype=np.int32)
+    limited = LimitedSequence(ActiveRequest(request, 0, None, [1]), request.limits, 1 << 17)
+    limited.write([1], bits)
+    assert sorted(tokens) == [3, 4]
+    assert (bits == ~bits_of([4], 1 << 17)).all()
+    assert (all_bits(99) == bits_of(range(99), 99)).all()
 
 
 def test_log_probabilities_are_those_before_limits() -> None:

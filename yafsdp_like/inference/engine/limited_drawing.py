@@ -29,12 +29,11 @@ from yafsdp_like.kernels.token_bits import forbid
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor
-
     from yafsdp_like.inference.engine.batch import ActiveRequest, Run
     from yafsdp_like.inference.plan.buffers import StepBuffers
 
-_GREEDY = SamplingParams(temperature=0.0)
+_GREEDY = SamplingParams(temperature=0.0)  # of rows whose draw nobody reads
+_NEVER = _GREEDY.ints(0)
 
 
 class LimitedDrawing:
@@ -79,14 +78,12 @@ class LimitedDrawing:
         """Write the rows of all tables, and return how many biases there are."""
         host, vocab_size = self._on_host, self._logits.logits.shape[1]
         bits, num_biases = host.bits.numpy(), 0
-        host.is_limited.zero_()
+        is_limited, floats, ints = [False] * len(drawing), [_GREEDY.floats] * len(drawing), [_NEVER] * len(drawing)
         for row, run in enumerate(drawing):
             sequence = run.sequence
             limits, sampling = sequence.request.limits, sequence.request.sampling
             if limits is None or sequence.status is RequestStatus.ENDED:
                 bits[row] = -1
-                host.floats[row] = _row(_GREEDY.floats)
-                host.ints[row] = _row(_GREEDY.ints(0))
                 continue
             if sequence not in self._known:
                 self._known[sequence] = LimitedSequence(sequence, limits, vocab_size)
@@ -94,15 +91,12 @@ class LimitedDrawing:
                 self._known[sequence].write(sequence.tokens, bits[row], run.drafted)
             except GrammarError as error:  # what is drawn then is not said
                 sequence.failure, bits[row] = str(error), -1
-            host.is_limited[row] = True
-            host.floats[row] = _row(sampling.floats)
-            host.ints[row] = _row(sampling.ints(run.end, history_row(sequence)))
+            is_limited[row], floats[row] = True, sampling.floats
+            ints[row] = sampling.ints(run.end, history_row(sequence))
             end = num_biases + len(limits.biases)
             for index, (token, bias) in enumerate(limits.biases, num_biases):
                 host.bias_index[index], host.biases[index] = row * vocab_size + token, bias
             num_biases = end
+        rows = slice(0, len(drawing))
+        host.is_limited.numpy()[rows], host.floats.numpy()[rows], host.ints.numpy()[rows] = is_limited, floats, ints
         return num_biases
-
-
-def _row(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values)

@@ -5,6 +5,7 @@ Owns what is remembered of a sequence for that. Knows nothing of the device; bit
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,14 +23,15 @@ Words = npt.NDArray[np.int32]  # (W,)
 
 
 class LimitedSequence:
-    """What one sequence may draw, as it grows; O(W + words that are not to be said) a token."""
+    """What one sequence may draw, as it grows; O(W + words that are not to be said) a token, however long it is."""
 
     def __init__(self, sequence: ActiveRequest, limits: TokenLimits, vocab_size: int) -> None:
         self._request, self._limits, self._vocab_size = sequence.request, limits, vocab_size
-        allowed = range(vocab_size) if limits.allowed is None else limits.allowed
+        allowed = all_bits(vocab_size) if limits.allowed is None else bits_of(limits.allowed, vocab_size)
         singles = [word[0] for word in limits.bad_words if len(word) == 1]
-        self._always = bits_of(allowed, vocab_size) & ~bits_of(singles, vocab_size)
+        self._always = allowed & ~bits_of(singles, vocab_size) if singles else allowed
         self._longer = [word for word in limits.bad_words if len(word) > 1]
+        self._num_read = max((len(word) - 1 for word in self._longer), default=0)  # last tokens that decide on words
         self._stops = bits_of(sequence.request.stop_tokens, vocab_size)
         self._grammar: GrammarState | None = None if limits.grammar is None else limits.grammar.start()
         self._num_accepted = 0  # tokens that the grammar has seen
@@ -40,19 +42,20 @@ class LimitedSequence:
         What was ``drafted`` behind them counts for this call alone; what may not be drafted is never reached. Raises
         GrammarError where that cannot be said.
         """
-        known = len(tokens) - len(self._request.prompt)
-        drawn = [*tokens[len(self._request.prompt) :], *drafted]
+        num_prompt = len(self._request.prompt)
         bits[:] = self._always
-        banned = [word[-1] for word in self._longer if tuple(drawn[1 - len(word) :]) == word[:-1]]
-        if banned:
-            bits &= ~bits_of(banned, self._vocab_size)
+        if self._longer:
+            last = (*tokens[max(num_prompt, len(tokens) - self._num_read) :], *drafted)
+            banned = [word[-1] for word in self._longer if last[1 - len(word) :] == word[:-1]]
+            if banned:
+                bits &= ~bits_of(banned, self._vocab_size)
         if self._grammar is not None:
-            self._grammar.accept(drawn[self._num_accepted : known])
-            self._num_accepted = known
+            self._grammar.accept(tokens[num_prompt + self._num_accepted :])
+            self._num_accepted = len(tokens) - num_prompt
             allowed = self._grammar.allowed_after(drafted) if drafted else self._grammar.allowed()
             if allowed is not None:
                 bits &= allowed[: len(bits)]
-        if len(drawn) < self._limits.min_tokens:
+        if len(tokens) - num_prompt + len(drafted) < self._limits.min_tokens:
             bits &= ~self._stops
         if not bits.any():
             bits[:] = self._stops if self._stops.any() else self._always
@@ -69,6 +72,14 @@ def check_some_token(request: Request, vocab_size: int) -> None:
         raise ValueError(
             f"request {request.id!r}: all tokens that are allowed are bad words, and none stops: nothing may be drawn"
         )
+
+
+@cache
+def all_bits(vocab_size: int) -> Words:
+    """Return words in which every token has its bit; they are shared and cannot be written."""
+    words = np.packbits(np.arange(num_words(vocab_size) * 32) < vocab_size, bitorder="little").view(np.int32)
+    words.flags.writeable = False
+    return words
 
 
 def bits_of(tokens: Iterable[int], vocab_size: int) -> Words:
