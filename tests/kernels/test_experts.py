@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tests.kernels.inference import BF16, F32, TOLERANCES, int32, random
 from tests.kernels.test_kernels import DEVICE, RUNS
+from tests.kernels.test_quantized import Shape
 from yafsdp_like.kernels import experts as experts_module
 from yafsdp_like.kernels import routing
+from yafsdp_like.kernels.blocks import INTERPRETED
 from yafsdp_like.kernels.experts import ExpertWeights, feed_experts
 from yafsdp_like.kernels.routing import Visits, route
+
+if TYPE_CHECKING:
+    from yafsdp_like.kernels.quantized import Matrix
 
 NOWHERE = -7  # what tables hold before
 
@@ -107,20 +116,89 @@ def test_rows_are_fed_to_their_own_experts(
     visits = routed(num_tokens, num_experts, num_per_token, num_padding=num_padding)
     gate_up = random(2 * num_experts, ffn_dim, dim, seed=1, dtype=dtype) / dim**0.5
     down = random(num_experts, dim, ffn_dim, seed=2, dtype=dtype) / ffn_dim**0.5
-    rows = random(num_tokens, dim, seed=3, dtype=dtype)
+    check_fed(random(num_tokens, dim, seed=3, dtype=dtype), ExpertWeights(gate_up, down), visits)
+
+
+def check_fed(rows: Tensor, weights: ExpertWeights, visits: Visits) -> None:
+    """In place, an expert after the other as in float64."""
+    (num_tokens, dim), dtype, num_experts, ffn_dim = rows.shape, rows.dtype, visits.num_experts, weights.down.shape[2]
     expected = torch.zeros(num_tokens, dim, dtype=torch.float64, device=DEVICE)
     for visit, expert in enumerate(visits.experts.tolist()):
         if expert < num_experts:
-            token = visit // num_per_token
-            x, gate, up = (t.double() for t in (rows[token], gate_up[expert], gate_up[num_experts + expert]))
-            fed = down[expert].double() @ (F.silu(gate @ x) * (up @ x))
+            token = visit // (len(visits.order) // num_tokens)
+            gate, up, down = map(
+                double, (*(weights.gate_up[i] for i in (expert, num_experts + expert)), weights.down[expert])
+            )
+            x = rows[token].double()
+            fed = down @ (F.silu(gate @ x) * (up @ x))
             expected[token] += visits.weights[visit].double() * fed
     hidden, parts = (
         torch.full((len(visits.order), n), float("nan"), dtype=dtype, device=DEVICE) for n in (ffn_dim, dim)
     )
-    feed_experts(rows, ExpertWeights(gate_up, down), visits, hidden, parts, rows)
+    feed_experts(rows, weights, visits, hidden, parts, rows)
     tolerance = 2 * TOLERANCES[dtype]  # rounded three times
     torch.testing.assert_close(rows.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def double(matrix: Matrix) -> Tensor:
+    return (matrix if isinstance(matrix, Tensor) else matrix.dequantized()).double()
+
+
+QUANTIZED = {  # groups of rows and columns, bits, zeros, an order of columns
+    "fp8, a scale a row": Shape(0, 0),
+    "fp8, blocks that end early": Shape(0, 0, 32, 128),
+    "4 bits, groups": Shape(0, 0, 1, 32, 4),
+    "4 bits, groups, zeros, an order for each": Shape(0, 0, 1, 32, 4, zeros=True, ordered=True),
+    "4 bits, a scale a row": Shape(0, 0, 1, None, 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_tokens", "dtype"),
+    [*((name, 5, F32) for name in QUANTIZED), ("fp8, blocks that end early", 35, BF16)],
+)
+def test_quantized_experts_feed_what_their_dequantized_matrices_do(
+    name: str, num_tokens: int, dtype: torch.dtype
+) -> None:
+    dim, ffn_dim, num_experts = 160, 96, 3
+    gate_up = replace(QUANTIZED[name], num_rows=ffn_dim, num_columns=dim).stack(2 * num_experts)
+    down = replace(QUANTIZED[name], num_rows=dim, num_columns=ffn_dim).stack(num_experts)
+    gate_up.scales.mul_(0.02)
+    down.scales.mul_(0.02)
+    visits = routed(num_tokens, num_experts, 2, num_padding=2)
+    check_fed(random(num_tokens, dim, seed=3, dtype=dtype), ExpertWeights(gate_up, down), visits)
+
+
+def test_experts_may_be_quantized_in_one_of_their_two_stacks() -> None:
+    gate_up = replace(QUANTIZED["4 bits, groups"], num_rows=40, num_columns=64).stack(4)
+    gate_up.scales.mul_(0.02)
+    weights = ExpertWeights(gate_up, random(2, 64, 40) / 6)
+    check_fed(random(3, 64), weights, routed(3, 2, 1))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("form", [None, (16, 1, 128, 4, True, True)])
+def test_products_of_experts_compile_for_tensor_cores(form: tuple[object, ...] | None) -> None:
+    """Prevents: what the interpreter takes and the compiler does not. Needs no GPU."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = experts_module._down_kernel
+    constants = {"D": 2048, "F": 2048, "E": 8, "FORMAT": form, "WHOLE": True}
+    constants |= {"BLOCK_T": 32, "BLOCK_N": 64, "BLOCK_K": 64 if form is None else 128}
+    types = dict.fromkeys(("order", "starts", "columns"), "*i32") | {"weights": "*fp32", "parts": "*bf16"}
+    types |= {"hidden": "*bf16", "down": "*u8" if form else "*bf16", "scales": "*fp16", "zeros": "*u8"}
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else types[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants},
+    )
+    options = {"num_warps": 4, "num_stages": 4, "enable_fp_fusion": True}
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    assert "mma" in ptx
 
 
 def test_a_step_of_no_tokens_writes_nothing() -> None:

@@ -30,25 +30,36 @@ class Shape:
     zeros: bool = False
     ordered: bool = False
 
-    def matrix(self) -> QuantizedMatrix:
+    def matrix(self, seed: int = 7) -> QuantizedMatrix:
         columns = self.group_columns or self.num_columns
         groups = -(-self.num_rows // self.group_rows), -(-self.num_columns // columns)
-        generator = torch.Generator().manual_seed(7)
+        generator = torch.Generator().manual_seed(seed)
 
         def below(most: int, *shape: int) -> Tensor:
             return torch.randint(0, most, shape, generator=generator, dtype=torch.uint8)
 
-        codes = random(self.num_rows, self.num_columns).cpu().to(F8)
+        codes = random(self.num_rows, self.num_columns, seed=seed).cpu().to(F8)
         if self.bits == 4:
             codes = packed_codes(below(16, self.num_rows, self.num_columns), run_of(columns))
         return QuantizedMatrix(
             codes.to(DEVICE),
-            random(*groups, seed=3),
+            random(*groups, seed=seed + 1),
             self.group_rows,
             columns,
             below(17, *groups).to(DEVICE) if self.zeros else None,
             torch.randperm(self.num_columns, generator=generator).int().to(DEVICE) if self.ordered else None,
         )
+
+    def stack(self, count: int) -> QuantizedMatrix:
+        matrices = [self.matrix(seed) for seed in range(count)]
+
+        def stacked(name: str) -> Tensor | None:
+            found = [getattr(matrix, name) for matrix in matrices]
+            return None if found[0] is None else torch.stack(found)
+
+        codes, scales, zeros, order = (stacked(name) for name in ("codes", "scales", "zeros", "order"))
+        assert codes is not None and scales is not None
+        return QuantizedMatrix(codes, scales, self.group_rows, matrices[0].group_columns, zeros, order)
 
 
 SHAPES = {

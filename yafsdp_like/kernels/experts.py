@@ -6,7 +6,8 @@ Three launches: gate, up and SwiGLU of all visits in order of experts; down, tim
 a token's visits, in their order. A program has a tile of one expert's columns, and goes over this expert's visits, a
 tile of rows at a time. Where visits begin and end it reads on the device (`routing.py`), so the grids depend on shapes
 alone, and programs of experts that nobody visits end at once: their weights are not read. Sums are float32; what is
-between the launches is rounded to the weights' dtype.
+between the launches is rounded to the rows' dtype. Quantized matrices are multiplied as they are stored
+(`quantized.py`).
 
 Shapes: T tokens, R visits, D model, F feed-forward, E experts.
 """
@@ -15,26 +16,30 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from yafsdp_like.kernels.blocks import dot, jit, launching_on, rounded, runs_on, tl
+from yafsdp_like.kernels.quantized import product
 from yafsdp_like.kernels.routing import Visits, visits_of_experts
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+
+    from yafsdp_like.kernels.quantized import Matrix
 
 _BLOCK_SUM = 1024  # columns of a program that adds up visits
+_SHARED_NBYTES = 200 << 10  # of a multiprocessor's memory, that the tiles of a product may take
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """All experts' matrices, dense and of one dtype."""
+    """All experts' matrices: dense in memory and of the dtype of rows, or quantized, each stack on its own."""
 
-    gate_up: Tensor  # (2 E, F, D): every expert's gate, then every expert's up
-    down: Tensor  # (E, D, F)
+    gate_up: Matrix  # (2 E, F, D): every expert's gate, then every expert's up
+    down: Matrix  # (E, D, F)
 
 
 def feed_experts(
@@ -44,7 +49,7 @@ def feed_experts(
 
     Args:
         rows: `(T, D)`, rows dense.
-        weights: of all experts, in the dtype of `rows`.
+        weights: of all experts.
         visits: of R = T S visits, token after token, as `route` writes them.
         hidden: `(R, F)`, dense; overwritten.
         parts: `(R, D)`, dense; overwritten.
@@ -79,33 +84,44 @@ def feed_experts_reference(
     first = 0
     for expert, numbers in visits_of_experts(visits):
         chosen = rows[numbers // num_per_token].float()
-        gate, up = (F.linear(chosen, weights.gate_up[i].float()) for i in (expert, visits.num_experts + expert))
+        gate, up = (F.linear(chosen, _float32(weights.gate_up[i])) for i in (expert, visits.num_experts + expert))
         mine = hidden[first : first + len(numbers)]
         mine.copy_(F.silu(gate) * up)
-        fed = F.linear(mine.float(), weights.down[expert].float())
+        fed = F.linear(mine.float(), _float32(weights.down[expert]))
         parts[numbers] = (fed * visits.weights[numbers, None]).to(parts.dtype)
         first += len(numbers)
     out.copy_(parts.unflatten(0, (len(rows), -1)).float().sum(1))
+
+
+def _float32(matrix: Matrix) -> Tensor:
+    return matrix.float() if isinstance(matrix, Tensor) else matrix.dequantized()
 
 
 def _launch(rows: Tensor, weights: ExpertWeights, visits: Visits, hidden: Tensor, parts: Tensor, out: Tensor) -> None:
     (num_tokens, dim), num_experts, ffn_dim = rows.shape, visits.num_experts, hidden.shape[1]
     num_per_token = len(visits.order) // num_tokens
     up, down = _tiles(len(visits.order), num_experts)
-    shapes = {"D": dim, "F": ffn_dim, "E": num_experts}
+    shared = {"E": num_experts, "D": dim, "F": ffn_dim, "enable_fp_fusion": True}
     _gate_up_kernel[(-(-ffn_dim // up.columns), num_experts, up.num_shares)](
         hidden,
         rows,
-        weights.gate_up,
+        *_tensors(weights.gate_up),
         visits.order,
         visits.starts,
         rows.stride(0),
         S=num_per_token,
-        **shapes,
-        **up.launch(rows.dtype),
+        **shared,
+        **_constants(weights.gate_up, up, 2 * up.columns, rows.dtype),
     )
     _down_kernel[(-(-dim // down.columns), num_experts, down.num_shares)](
-        parts, hidden, weights.down, visits.order, visits.starts, visits.weights, **shapes, **down.launch(rows.dtype)
+        parts,
+        hidden,
+        *_tensors(weights.down),
+        visits.order,
+        visits.starts,
+        visits.weights,
+        **shared,
+        **_constants(weights.down, down, down.columns, rows.dtype),
     )
     _sum_kernel[(num_tokens, -(-dim // _BLOCK_SUM))](
         out, parts, visits.experts, out.stride(0), S=num_per_token, D=dim, E=num_experts, BLOCK=_BLOCK_SUM
@@ -122,12 +138,6 @@ class _Tile:
     num_shares: int  # programs that share the visits of one expert
     num_warps: int
     num_stages: int
-
-    def launch(self, dtype: torch.dtype) -> dict[str, int]:
-        """Return it as keywords of a kernel; in float32, half as deep and with fewer stages, for shared memory."""
-        wide = dtype.itemsize > 2
-        blocks = {"BLOCK_T": self.rows, "BLOCK_N": self.columns, "BLOCK_K": self.depth // 2 if wide else self.depth}
-        return {**blocks, "num_warps": self.num_warps, "num_stages": 2 if wide else self.num_stages}
 
 
 # Of gate and up together, and of down, for at most so many visits of an expert, were they even. Measured on an H200
@@ -147,24 +157,76 @@ def _tiles(num_visits: int, num_experts: int) -> tuple[_Tile, _Tile]:
     return next((up, down) for most, up, down in _TILES if even <= most)
 
 
+def _tensors(stack: Matrix) -> tuple[Tensor, ...]:
+    """What kernels take of a stack of matrices: `QuantizedMatrix.tensors`; four times the same, where it is dense."""
+    return (stack,) * 4 if isinstance(stack, Tensor) else stack.tensors
+
+
+def _constants(stack: Matrix, tile: _Tile, width: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What kernels that multiply a stack of matrices (n, N, K) are compiled with.
+
+    ``width`` is how many of its rows a program reads at a time: there are as many stages as fit shared memory.
+    """
+    _, num_rows, num_columns = stack.shape
+    form, depth = (None, tile.depth) if isinstance(stack, Tensor) else (stack.format, stack.tile_columns)
+    is_whole = num_rows % tile.columns == 0 and num_columns % depth == 0
+    num_stages = min(tile.num_stages, max(1, _SHARED_NBYTES // ((tile.rows + width) * depth * dtype.itemsize)))
+    blocks = {"BLOCK_T": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": depth}
+    return {"FORMAT": form, "WHOLE": is_whole, **blocks, "num_warps": tile.num_warps, "num_stages": num_stages}
+
+
 @jit()
-def _product(
-    x: tl.tensor,  # pointers to rows, (BLOCK_T, 1)
-    weight: tl.tensor,  # pointers to rows of the weight, (1, BLOCK_N)
-    t_inside: tl.tensor,  # (BLOCK_T, 1)
-    n_inside: tl.tensor,  # (1, BLOCK_N)
+def _dense_product(
+    x: tl.tensor,  # pointers to rows, (BLOCK_T,)
+    inside: tl.tensor,  # (BLOCK_T,)
+    weight: tl.tensor,  # (N, K)
+    n: tl.tensor,  # (BLOCK_N,) rows of the weight
+    N: tl.constexpr,
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
-    """The product of a tile of rows with a tile of a weight's rows, float32."""
+    """The product of a tile of rows with a tile of a weight's rows, (BLOCK_T, BLOCK_N) float32."""
     sums = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        values = tl.load(x + k[None, :], mask=t_inside & (k < K)[None, :], other=0.0)
-        w = tl.load(weight + k[:, None], mask=n_inside & (k < K)[:, None], other=0.0)
+        values = tl.load(x[:, None] + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
+        w = tl.load(weight + n[None, :] * K + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
         sums += dot(values, w)
+    return sums
+
+
+@jit()
+def _product(
+    x: tl.tensor,  # pointers to rows, (BLOCK_T,)
+    inside: tl.tensor,  # (BLOCK_T,)
+    stack: tl.tensor,  # pointers to codes, scales, zeros and order of matrices (N, K), see `_tensors`
+    index: tl.tensor,  # of one of them, int64
+    n: tl.tensor,  # (BLOCK_N,) of its rows
+    DTYPE: tl.constexpr,  # of x
+    N: tl.constexpr,
+    K: tl.constexpr,
+    FORMAT: tl.constexpr,  # `QuantizedMatrix.format`, or None
+    WHOLE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """The product of a tile of rows with a tile of one matrix's rows, (BLOCK_T, BLOCK_N) float32."""
+    codes, scales, zeros, order = stack
+    if FORMAT is None:
+        sums = _dense_product(x, inside, codes + index * (N * K), n, N, K, BLOCK_T, BLOCK_N, BLOCK_K)
+    else:
+        NUM_SCALES: tl.constexpr = (N + FORMAT[1] - 1) // FORMAT[1] * FORMAT[0]
+        matrix = (
+            codes + index * (N * K * FORMAT[3] // 8),
+            scales + index * NUM_SCALES,
+            zeros + index * NUM_SCALES,
+            order + index * K,
+        )
+        sums = product(x, inside, matrix, n, N, DTYPE, K, FORMAT, WHOLE, BLOCK_T, BLOCK_N, BLOCK_K)
+        sums = tl.trans(sums)
     return sums
 
 
@@ -172,7 +234,10 @@ def _product(
 def _gate_up_kernel(
     hidden: tl.tensor,  # (R, F), in order of experts
     x: tl.tensor,  # (T, D)
-    gate_up: tl.tensor,  # (2 E, F, D)
+    gate_up: tl.tensor,  # (2 E, F, D), or codes
+    scales: tl.tensor,  # as `_tensors` has them
+    zeros: tl.tensor,
+    columns: tl.tensor,
     order: tl.tensor,  # (R,) int32
     starts: tl.tensor,  # (E + 1,) int32
     x_row: tl.tensor,  # stride
@@ -180,55 +245,61 @@ def _gate_up_kernel(
     D: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
+    FORMAT: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
     n, expert = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
     first, last = tl.load(starts + expert), tl.load(starts + expert + 1)
-    gate = gate_up + (expert.to(tl.int64) * F + n)[None, :] * D
-    up = gate_up + ((expert + E).to(tl.int64) * F + n)[None, :] * D
-    n_inside = (n < F)[None, :]
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    gate, up, stack = expert.to(tl.int64), expert.to(tl.int64) + E, (gate_up, scales, zeros, columns)
     for begin in range(first + tl.program_id(2) * BLOCK_T, last, tl.num_programs(2) * BLOCK_T):
         place = begin + tl.arange(0, BLOCK_T)
         inside = place < last
         token = tl.load(order + place, mask=inside, other=0) // S
-        row = x + token.to(tl.int64)[:, None] * x_row
-        gates = _product(row, gate, inside[:, None], n_inside, D, BLOCK_T, BLOCK_N, BLOCK_K)
-        ups = _product(row, up, inside[:, None], n_inside, D, BLOCK_T, BLOCK_N, BLOCK_K)
+        row = x + token.to(tl.int64) * x_row
+        gates = _product(row, inside, stack, gate, n, DTYPE, F, D, FORMAT, WHOLE, BLOCK_T, BLOCK_N, BLOCK_K)
+        ups = _product(row, inside, stack, up, n, DTYPE, F, D, FORMAT, WHOLE, BLOCK_T, BLOCK_N, BLOCK_K)
         result = rounded(gates / (1.0 + tl.exp(-gates)) * ups, hidden.dtype.element_ty)
         pointers = hidden + place.to(tl.int64)[:, None] * F + n[None, :]
-        tl.store(pointers, result, mask=inside[:, None] & n_inside)
+        tl.store(pointers, result, mask=inside[:, None] & (n < F)[None, :])
 
 
 @jit()
 def _down_kernel(
     parts: tl.tensor,  # (R, D), token after token
     hidden: tl.tensor,  # (R, F), in order of experts
-    down: tl.tensor,  # (E, D, F)
+    down: tl.tensor,  # (E, D, F), or codes
+    scales: tl.tensor,  # as `_tensors` has them
+    zeros: tl.tensor,
+    columns: tl.tensor,
     order: tl.tensor,  # (R,) int32
     starts: tl.tensor,  # (E + 1,) int32
     weights: tl.tensor,  # (R,) float32
     D: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
+    FORMAT: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
     n, expert = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
     first, last = tl.load(starts + expert), tl.load(starts + expert + 1)
-    weight = down + (expert.to(tl.int64) * D + n)[None, :] * F
-    n_inside = (n < D)[None, :]
+    DTYPE: tl.constexpr = hidden.dtype.element_ty
+    index, stack = expert.to(tl.int64), (down, scales, zeros, columns)
     for begin in range(first + tl.program_id(2) * BLOCK_T, last, tl.num_programs(2) * BLOCK_T):
         place = begin + tl.arange(0, BLOCK_T)
         inside = place < last
-        row = hidden + place.to(tl.int64)[:, None] * F
-        sums = _product(row, weight, inside[:, None], n_inside, F, BLOCK_T, BLOCK_N, BLOCK_K)
+        row = hidden + place.to(tl.int64) * F
+        sums = _product(row, inside, stack, index, n, DTYPE, D, F, FORMAT, WHOLE, BLOCK_T, BLOCK_N, BLOCK_K)
         visit = tl.load(order + place, mask=inside, other=0)
         sums *= tl.load(weights + visit, mask=inside, other=0.0)[:, None]
         pointers = parts + visit.to(tl.int64)[:, None] * D + n[None, :]
-        tl.store(pointers, rounded(sums, parts.dtype.element_ty), mask=inside[:, None] & n_inside)
+        tl.store(pointers, rounded(sums, parts.dtype.element_ty), mask=inside[:, None] & (n < D)[None, :])
 
 
 @jit()
