@@ -14,9 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from yafsdp_like.models import Decoder, DecoderConfig
-from yafsdp_like.models.hf import save_hf
+from yafsdp_like.models.hf import save_hf, stored_names
+from yafsdp_like.models.moe import ExpertsConfig
 
 CONFIG = DecoderConfig(64, 2, 4, 2, 96, vocab_size=97, max_seq_len=128, rope_theta=1e4)
+MIXTRAL = replace(CONFIG, experts=ExpertsConfig(4, 2))
+QWEN3_MOE = replace(  # whose first layer has no experts
+    CONFIG,
+    qk_norm=True,
+    experts=ExpertsConfig(5, 3, normalize=False),
+    dense_layers=(0,),
+    dense_ffn_dim=160,
+)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # columns of the codes in a word, from the low bits on
 Stored = tuple[dict[str, Tensor], Tensor]  # tensors by the ends of their names, and the matrix (N, K) they stand for
 
@@ -135,13 +144,16 @@ def publish(name: str, directory: Path, config: DecoderConfig = CONFIG, kept: st
     tensors = load_file(path)
     with torch.no_grad():
         for parameter, weight in model.named_parameters():
-            module = f"model.{parameter.removesuffix('.weight')}"
-            if not parameter.endswith("_proj.weight") or kept in parameter:
+            if not parameter.endswith(("_proj.weight", "_proj")):
                 continue
-            stored, dense = quantize(*weight.shape, draw)
-            weight.copy_(dense)
-            del tensors[f"{module}.weight"]
-            tensors |= {f"{module}.{end}": tensor.contiguous() for end, tensor in stored.items()}
+            names = stored_names(parameter, config)
+            for name, matrix in zip(names, weight if len(names) > 1 else [weight], strict=True):
+                if kept not in name:
+                    stored, dense = quantize(*matrix.shape, draw)
+                    matrix.copy_(dense)
+                    del tensors[name]
+                    module = name.removesuffix(".weight")
+                    tensors |= {f"{module}.{end}": tensor.contiguous() for end, tensor in stored.items()}
     path.unlink()
     save_file(tensors, path, {"format": "pt"})
     raw = json.loads((directory / "config.json").read_text())

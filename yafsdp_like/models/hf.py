@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ _MIXTRAL_NAMES = {
     ".experts.up_proj": ".experts.w3",
     ".experts.down_proj": ".experts.w2",
 }
-_PROJECTION = "_proj.weight"  # ends of names of what may be quantized
+_PROJECTIONS = "_proj.weight", "_proj"  # ends of names of what may be quantized; the latter of experts'
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _COMPARED_NUMEL = 1 << 22  # elements of each at a time
 _NAMES_IN_AN_ERROR = 8
@@ -103,26 +103,29 @@ def load_hf_weights(model: Decoder, directory: Path) -> None:
 
 def stored_weights(
     model: Decoder, directory: Path, quantization: Quantization | None = None
-) -> tuple[dict[str, tuple[StoredTensor, ...]], dict[str, StoredMatrix]]:
+) -> tuple[dict[str, tuple[StoredTensor, ...]], dict[str, tuple[StoredMatrix, ...]]]:
     """Where each of `model`'s parameters lies in the safetensors files in `directory`, and each quantized matrix.
 
-    Parameters go by their names, each one tensor there, or one for each expert, in order; quantized matrices by their
-    modules'. Headers are read, and small tensors of quantized matrices; `model` may be on the meta device. Raises
-    ValueError as `load_hf_weights` does.
+    Parameters go by their names, each one tensor there, or one for each expert, in order; quantized matrices likewise
+    by the names of parameters without `.weight`. Headers are read, and small tensors of quantized matrices; `model` may
+    be on the meta device. Raises ValueError as `load_hf_weights` does, and where some experts of a layer are quantized.
     """
     weights, stored = _weights(model), decoder_tensors(directory)
-    matrices: dict[str, StoredMatrix] = {}
+    matrices: dict[str, tuple[StoredMatrix, ...]] = {}
     if quantization is not None:
-        shapes = {weight.names[0]: weight.shape for weight in weights}
-        projections = {n.removesuffix(".weight"): (s[0], s[-1]) for n, s in shapes.items() if n.endswith(_PROJECTION)}
-        biases = {name for name in shapes if name.endswith(".bias")}
-        matrices = stored_matrices(directory, projections, quantization, stored)
-        taken = names_of(matrices.values(), stored) | (zero_biases(matrices.values(), stored) - biases)
-        weights = [weight for weight in weights if weight.names[0].removesuffix(".weight") not in matrices]
+        projections = [weight for weight in weights if weight.own_name.endswith(_PROJECTIONS)]
+        quantized = [weight for weight in projections if quantization.covers_all(modules_of(weight.names))]
+        shapes = {name.removesuffix(".weight"): weight.shape for weight in quantized for name in weight.names}
+        found = stored_matrices(directory, shapes, quantization, stored)
+        biases = {name for weight in weights for name in weight.names if name.endswith(".bias")}
+        taken = names_of(found.values(), stored) | (zero_biases(found.values(), stored) - biases)
+        for weight in quantized:
+            own = tuple(found[name.removesuffix(".weight")] for name in weight.names)
+            matrices[weight.own_name.removesuffix(".weight")] = own
+        weights = [weight for weight in weights if weight.own_name.removesuffix(".weight") not in matrices]
         stored = {name: tensor for name, tensor in stored.items() if name not in taken}
     _check_fit(directory, weights, stored, tied=model.config.tie_embeddings)
-    found = {weight.own_name: tuple(stored[name] for name in weight.names) for weight in weights}
-    return found, {name.removeprefix("model."): matrix for name, matrix in matrices.items()}
+    return {weight.own_name: tuple(stored[name] for name in weight.names) for weight in weights}, matrices
 
 
 def save_hf(
@@ -202,17 +205,26 @@ def _weights(model: Decoder) -> list[Weight]:
 
 
 def _weight(name: str, param: Tensor, config: DecoderConfig) -> Weight:
+    return Weight(param, name, stored_names(name, config), stacked=".experts." in name)
+
+
+def stored_names(name: str, config: DecoderConfig) -> tuple[str, ...]:
+    """What a parameter of the decoder is called in files: one name, or one for each expert, in order."""
     stored_name = name if name.startswith("lm_head.") else f"model.{name}"
     if config.experts is None:
-        return Weight(param, name, (stored_name,), stacked=False)
+        return (stored_name,)
     if model_type_of(config) == "mixtral":
         for ours, theirs in _MIXTRAL_NAMES.items():
             stored_name = stored_name.replace(ours, theirs)
     block, is_expert, matrix = stored_name.partition(".experts.")
     if not is_expert:
-        return Weight(param, name, (stored_name,), stacked=False)
-    names = tuple(f"{block}.experts.{index}.{matrix}.weight" for index in range(config.experts.num_experts))
-    return Weight(param, name, names, stacked=True)
+        return (stored_name,)
+    return tuple(f"{block}.experts.{index}.{matrix}.weight" for index in range(config.experts.num_experts))
+
+
+def modules_of(names: Sequence[str]) -> list[str]:
+    """What the modules of weights with these `stored_names` are called where a configuration says what is quantized."""
+    return [name.removeprefix("model.").removesuffix(".weight") for name in names]
 
 
 def _check_fit(directory: Path, weights: list[Weight], stored: Mapping[str, StoredTensor], *, tied: bool) -> None:

@@ -93,9 +93,6 @@ def _decoder_of(raw: Mapping[str, Any]) -> DecoderConfig:
     head_dim = raw.get("head_dim") or (128 if raw["model_type"] == "qwen3" else None)
     window, windowed_layers = _window(raw)
     theta, scaling = _rope(raw)
-    quantization = quantization_of(raw)
-    if quantization is not None and raw["model_type"] in ("mixtral", "qwen3_moe"):
-        raise ValueError(f"quantized experts are not served, found {quantization.layout} of {quantization.bits} bits")
     experts, dense_layers = _experts(raw)
     ffn_dim = raw["intermediate_size" if raw["model_type"] != "qwen3_moe" or not experts else "moe_intermediate_size"]
     return DecoderConfig(
@@ -120,7 +117,7 @@ def _decoder_of(raw: Mapping[str, Any]) -> DecoderConfig:
         experts=experts,
         dense_layers=dense_layers,
         dense_ffn_dim=raw["intermediate_size"] if dense_layers else None,
-        quantization=quantization,
+        quantization=quantization_of(raw),
     )
 
 

@@ -17,7 +17,7 @@ GPTQ's zeros are stored less 1 (``Quantization.zero_offset``). Its modules may h
 [Note: act-order]
 With act-order g_idx is not sorted. Columns are then stored here in the order of their groups, and the product takes the
 rows' columns in that order. Each group must have as many columns as the others, and projections that are one matrix
-must have one order, as those have that were quantized with the same inputs.
+must have one order, as those have that were quantized with the same inputs. Every matrix of experts has its own.
 """
 
 import re
@@ -210,21 +210,20 @@ def _unpacked(words: Tensor, places: tuple[int, ...]) -> Tensor:
 
 def stored_matrices(
     directory: Path,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
     quantization: Quantization,
     stored: Mapping[str, StoredTensor],
 ) -> dict[str, StoredMatrix]:
-    """Find the tensors of each quantized module, by its name in files; ``shapes`` are those of all modules.
+    """Find the tensors of each quantized module, by its name in files; ``shapes`` are those of their matrices.
 
     Raises ValueError, with names, for tensors that are missing or not as the layout has them.
     """
     found: dict[str, StoredMatrix] = {}
-    for module, shape in shapes.items():
-        if quantization.covers(module.removeprefix("model.")):
-            ends = (*_UNUSED, "g_idx", _CODES[quantization.layout], *_SCALES.get(quantization.layout, ("scales",)))
-            ends = (*ends, *((_ZEROS[quantization.layout],) if quantization.layout in _ZEROS else ()))
-            tensors = {end: stored[f"{module}.{end}"] for end in ends if f"{module}.{end}" in stored}
-            found[module] = StoredMatrix(module, shape, quantization, tensors)
+    ends = (*_UNUSED, "g_idx", _CODES[quantization.layout], *_SCALES.get(quantization.layout, ("scales",)))
+    ends = (*ends, *((_ZEROS[quantization.layout],) if quantization.layout in _ZEROS else ()))
+    for module, (rows, columns) in shapes.items():
+        tensors = {end: stored[f"{module}.{end}"] for end in ends if f"{module}.{end}" in stored}
+        found[module] = StoredMatrix(module, (rows, columns), quantization, tensors)
     problems = [problem for matrix in found.values() for problem in matrix.problems()]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
@@ -264,7 +263,8 @@ def _check_orders(matrices: Mapping[str, StoredMatrix]) -> None:
     for module, matrix in matrices.items():
         parent, _, name = module.rpartition(".")
         first = _FIRST_OF_ONE.get(name)
-        if not matrix.quantization.ordered or first is None or f"{parent}.{first}" not in matrices:
+        is_alone = first is None or ".experts." in module or f"{parent}.{first}" not in matrices
+        if not matrix.quantization.ordered or is_alone:
             continue
         order, other = matrix.order(), matrices[f"{parent}.{first}"].order()
         assert order is not None and other is not None, "columns are ordered"

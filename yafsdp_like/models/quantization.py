@@ -6,7 +6,7 @@ by its name, when the configuration is read. The tensors themselves are hf_quant
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +40,20 @@ class Quantization:
         """Return whether the module of that name, `layers.0.mlp.up_proj` for one, is quantized."""
         names = [f"{prefix}{module}" for prefix in _PREFIXES]
         return not any(_is_named(name, kept) for kept in self.kept for name in names)
+
+    def covers_all(self, modules: Sequence[str]) -> bool:
+        """Return whether modules that are one product, or one stack of experts, are quantized.
+
+        Raises ValueError where only some are.
+        """
+        covered = [self.covers(module) for module in modules]
+        if any(covered) and not all(covered):
+            one, other = modules[covered.index(True)], modules[covered.index(False)]
+            raise ValueError(
+                f"{one}, which is quantized, and {other}, which is not, are one product: all of them must be "
+                "quantized, or none"
+            )
+        return all(covered)
 
     def rows_that_share(self, sizes: Iterable[int]) -> int:
         """Return how many rows share a scale where matrices of so many rows each are one: a divisor of all."""

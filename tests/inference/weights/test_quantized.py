@@ -43,6 +43,7 @@ def check_tokens(engine: Engine, model: Decoder, count: int = 3) -> None:
             scores = scores_of(model, tokens)
             assert token.id == int(scores.argmax())
             check_logprobs(token, scores, 3)
+            assert [value for _, value in token.top] == pytest.approx(scores.topk(3).values.tolist(), rel=1e-6, abs=0)
             tokens.append(token.id)
     check_idle(engine)
 

@@ -249,9 +249,7 @@ class Forward:
         matmul(normed, router, scores)
         slots = self._inputs.slot_mapping[0, rows]  # of padding -1, in every group
         route(scores, config.experts_per_token, config.normalize, slots, visited)
-        gate_up, down = layer.gate_up, layer.down
-        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor), "quantized experts are refused"
-        weights = ExpertWeights(gate_up, down)
+        weights = ExpertWeights(layer.gate_up, layer.down)
         feed_experts(normed, weights, visited, to.expert_hidden[visits], to.expert_parts[visits], normed)
         self._sum(normed)
 

@@ -1,7 +1,8 @@
 """What a quantized matrix is in a packed unit: fields of codes, scales, zeros and order, instead of one. Integers only.
 
 A per-tensor scale is stored as a scale a row, since projections that are one matrix each have their own. Where blocks
-of rows share a scale they are cut so that none lies in two projections (``rows_per_scale``).
+of rows share a scale they are cut so that none lies in two projections (``rows_per_scale``). Of experts the fields are
+stacks of what each expert's matrix has.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from yafsdp_like.inference.plan.adapter_layout import PRODUCTS
 from yafsdp_like.inference.plan.packed_weights import Field, PackedUnit, Parameter, pack_units
 from yafsdp_like.kernels.quantized import run_of
+from yafsdp_like.models.hf import modules_of, stored_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -46,7 +48,7 @@ def rows_per_scale(config: DecoderConfig) -> int:
     """Return how many rows of a matrix share a scale, in every matrix of the layers."""
     assert config.quantization is not None, "only rows of quantized matrices have scales"
     heads = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim)
-    return config.quantization.rows_that_share((*heads, config.dim, config.ffn_dim))
+    return config.quantization.rows_that_share((*heads, config.dim, config.ffn_dim, config.dense_ffn_dim or 0))
 
 
 def _stored(field: Field, config: DecoderConfig) -> Iterator[Field]:
@@ -56,47 +58,50 @@ def _stored(field: Field, config: DecoderConfig) -> Iterator[Field]:
         yield field
         return
     modules = [parameter.name.removesuffix(f".{CODES}") for parameter in field.parameters]
-    covered = [quantization.covers(module) for module in modules]
-    if not any(covered):
+    if not quantization.covers_all(modules_of([n for p in field.parameters for n in stored_names(p.name, config)])):
         yield field
         return
-    if not all(covered):
-        raise ValueError(f"{', '.join(modules)} are one product: all of them must be quantized, or none")
     rows = rows_per_scale(config)
     for parameter in field.parameters:
         _check_cut(parameter, quantization, rows)
 
-    def each(end: str, shapes: list[tuple[int, int]], dtype: torch.dtype) -> tuple[Parameter, ...]:
+    def each(end: str, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> tuple[Parameter, ...]:
         whole = end != CODES and quantization.group_columns is None  # ranks that cut columns have all scales of rows
         found = []
         for parameter, module, shape in zip(field.parameters, modules, shapes, strict=True):
-            cut = None if whole and parameter.cut is not None and parameter.cut.dim == 1 else parameter.cut
+            cut = None if whole and _cuts_columns(parameter) else parameter.cut
             found.append(Parameter(f"{module}.{end}", shape, dtype, cut))
         return tuple(found)
 
-    parts = [(parameter.shape[0], parameter.shape[1]) for parameter in field.parameters]
+    parts = [parameter.shape for parameter in field.parameters]
     columns = quantization.group_columns
-    groups = [(-(-n // rows), 1 if columns is None else -(-k // columns)) for n, k in parts]
+    groups = [(*stack, -(-n // rows), 1 if columns is None else -(-k // columns)) for *stack, n, k in parts]
     dtype = torch.float8_e4m3fn if quantization.bits == 8 else torch.uint8
-    yield Field(field.name, each(CODES, [(n, k * quantization.bits // 8) for n, k in parts], dtype))
+    yield Field(field.name, each(CODES, [(*stack, n, k * quantization.bits // 8) for *stack, n, k in parts], dtype))
     yield Field(f"{field.name}_{SCALES}", each(SCALES, groups, quantization.scale_dtype))
     if quantization.has_zeros:
         yield Field(f"{field.name}_{ZEROS}", each(ZEROS, groups, torch.uint8))
     if quantization.ordered:  # see hf_quantized.py, [Note: act-order]
-        yield Field(f"{field.name}_{ORDER}", (Parameter(f"{modules[0]}.{ORDER}", (parts[0][1],), torch.int32),))
+        orders = [Parameter(f"{m}.{ORDER}", (*p[:-2], p[-1]), torch.int32) for m, p in zip(modules, parts, strict=True)]
+        yield Field(f"{field.name}_{ORDER}", tuple(orders if len(parts[0]) > 2 else orders[:1]))
+
+
+def _cuts_columns(parameter: Parameter) -> bool:
+    return parameter.cut is not None and parameter.cut.dim == len(parameter.shape) - 1
 
 
 def _check_cut(parameter: Parameter, quantization: Quantization, rows: int) -> None:
     cut = parameter.cut
     if cut is None:
         return
-    whole, columns = cut.whole(parameter.shape)[1], quantization.group_columns
-    fits = parameter.shape[0] % rows == 0
-    if cut.dim == 1:
-        fits = columns is None or parameter.shape[1] % columns == 0
+    whole, columns = cut.whole(parameter.shape)[-1], quantization.group_columns
+    *_, num_rows, num_columns = parameter.shape
+    fits = num_rows % rows == 0
+    if _cuts_columns(parameter):
+        fits = columns is None or num_columns % columns == 0
         fits = fits and not quantization.ordered
         if quantization.bits == 4 and columns is None:
-            fits = parameter.shape[1] % 32 == 0 and run_of(parameter.shape[1]) == run_of(whole)
+            fits = num_columns % 32 == 0 and run_of(num_columns) == run_of(whole)
     if not fits:
         raise ValueError(
             f"tensor_parallel over {cut.num_ranks} ranks would cut groups of {rows} rows or {columns} columns of "

@@ -23,7 +23,7 @@ from yafsdp_like.hardware import Hardware
 from yafsdp_like.inference.plan.draft_plan import plan_with_draft
 from yafsdp_like.inference.plan.quantized_fields import rows_per_scale
 from yafsdp_like.inference.plan.serving_plan import DRAFT, ServingPlan, Site
-from yafsdp_like.inference.weights.quantized_source import QuantizedSource
+from yafsdp_like.inference.weights.quantized_source import QuantizedSource, parts_of_each
 from yafsdp_like.inference.weights.store import Store, Weights, reserve
 from yafsdp_like.memory.streams import streams_of
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig, hf
@@ -341,11 +341,8 @@ class FileSource:
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Read the rows that hold the elements, about 64 MiB at a time."""
         tensors = self._stored[name]
-        numel = torch.Size(tensors[0].spec.shape).numel()
-        stop = start + len(out)
-        for index in range(start // numel, -(-stop // numel)):
-            first, last = max(start, index * numel), min(stop, (index + 1) * numel)
-            _read_rows(tensors[index], first - index * numel, out[first - start : last - start])
+        for index, first, part in parts_of_each(start, out, torch.Size(tensors[0].spec.shape).numel()):
+            _read_rows(tensors[index], first, part)
 
 
 def _read_rows(stored: StoredTensor, start: int, out: Tensor) -> None:

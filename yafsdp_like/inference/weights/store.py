@@ -45,7 +45,7 @@ from yafsdp_like.comm.tp_group import world_tp_group
 from yafsdp_like.inference.plan.adapter_layout import PRODUCTS
 from yafsdp_like.inference.plan.placement import WEIGHT_SLOTS
 from yafsdp_like.inference.plan.quantized_fields import BESIDE_CODES, ORDER, SCALES, ZEROS, rows_per_scale
-from yafsdp_like.kernels.quantized import QuantizedMatrix
+from yafsdp_like.kernels.quantized import Matrix, QuantizedMatrix
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.pinned import pin_arena
@@ -61,7 +61,6 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.plan.serving_plan import ServingPlan
     from yafsdp_like.models.decoder import DecoderConfig
 
-Matrix = Tensor | QuantizedMatrix
 _SHARED = ("gathered", "tensor_parallel")  # modes in which ranks have parts of weights
 
 
@@ -375,7 +374,7 @@ def _layer(views: Mapping[str, Tensor], config: DecoderConfig) -> LayerWeights:
 def _quantized(name: str, views: Mapping[str, Tensor], config: DecoderConfig) -> QuantizedMatrix:
     assert config.quantization is not None, "there are scales"
     codes, scales = views[name], views[f"{name}_{SCALES}"]
-    columns = config.quantization.group_columns or codes.shape[1] * 8 // config.quantization.bits
+    columns = config.quantization.group_columns or codes.shape[-1] * 8 // config.quantization.bits
     zeros, order = views.get(f"{name}_{ZEROS}"), views.get(f"{name}_{ORDER}")
     return QuantizedMatrix(codes, scales, rows_per_scale(config), columns, zeros, order)
 
