@@ -311,6 +311,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "failures": (),
     "figures": (),
     "generate": ({"plain": []},),
+    "has_news": (),
     "has_work": (),
     "is_awake": ("plain",),
     "is_loaded": ("plain",),

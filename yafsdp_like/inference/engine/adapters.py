@@ -91,10 +91,9 @@ class Adapters:
             return cls()
         assert slots is not None and images is not None, "a plan with adapters has places for them"
         issued, dtype = streams.record(COMPUTE), layout.dtype
-        rank = 0 if weights.tp_group is None else weights.tp_group.rank
         whole = [_Slot(each, issued) for each in slots.view(dtype).split(layout.slot_nbytes // dtype.itemsize)]
         filled = list(images.view(dtype).split(len(whole[0].values)))
-        return cls(weights.config, layout, streams, whole, filled, rank)
+        return cls(weights.config, layout, streams, whole, filled, weights.rank)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.kv.slabs import SlabGrid
     from yafsdp_like.models.decoder import DecoderConfig
 
-_SUMS = "process group: sums"  # what moves bytes between ranks that compute together
+SUMS = "process group: sums"  # what moves bytes between ranks that compute together
 
 KV_SLABS, HOST_KV_SLABS = "kv slabs", "host kv slabs"  # kinds, and their regions' names
 DRAFT = "draft: "  # of names of regions of the model that drafts
@@ -128,7 +128,7 @@ class ServingPlan:
             *(() if self.adapters is None else (self.adapters.region(),)),
         )
         slots = (*self.placement.slot_places(), *self.buffers.slots())
-        transports = {"gathered": (self.site.transport,), "tensor_parallel": (_SUMS,)}.get(self.mode, ())
+        transports = {"gathered": (self.site.transport,), "tensor_parallel": (SUMS,)}.get(self.mode, ())
         clocks = (self.placement.clock, self.buffers.clock)
         plan = MemoryPlan(self.site.num_ranks, regions, slots, transports, clocks=clocks)
         plan = guarded(plan, most_guards_nbytes(self.config)) if self.options.is_debugged else plan

@@ -12,7 +12,6 @@ thread, so that a file system that stands still holds up no other load; it does 
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class Loading:
         ``on_demand``: wanted by requests only.
         """
         self.image, self.on_demand = image, on_demand
-        self.wanted_at = time.monotonic()  # by the pool, which looks at it now and then
+        self.wanted_at: float | None = None  # by the pool, which looks at it now and then
         self.nbytes_read = 0
         self.error: BaseException | None = None  # once it is over
         self._open_source, self._read = open_source, read

@@ -13,12 +13,13 @@ from yafsdp_like.inference.pool.host_weights import HostFullError
 from yafsdp_like.inference.pool.loading import Loading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
 
     from yafsdp_like.inference.pool.host_weights import HostWeights
     from yafsdp_like.inference.pool.member import Member
+    from yafsdp_like.inference.pool.ranks import PoolRanks
 
 LOOK_S = 0.01  # between two looks at a load that somebody waits for
 LAST_READ_S = 5.0  # for what is being read when a pool is closed
@@ -28,8 +29,8 @@ UNWANTED_LOAD_S = 600.0  # for which a load goes on after the last request that 
 class Loads:
     """Loads of a pool's models. Not safe for threads: those that read touch none of this."""
 
-    def __init__(self, host_weights: HostWeights, device: torch.device) -> None:
-        self._host_weights, self._device = host_weights, device
+    def __init__(self, host_weights: HostWeights, device: torch.device, ranks: PoolRanks) -> None:
+        self._host_weights, self._device, self._ranks = host_weights, device, ranks
         self._cancelled: list[Loading] = []  # that may still be read
 
     def start(self, member: Member, others: Iterable[Member], on_demand: bool, waits: bool = False) -> bool:
@@ -62,7 +63,7 @@ class Loads:
         If anything is raised meanwhile only requests may want it yet: without any the load is cancelled.
         """
         try:
-            while member.loading is not None and not member.loading.wait(LOOK_S):
+            while member.loading is not None and not self._ranks.all_say(member.loading.wait(LOOK_S)):
                 watch()
         except BaseException:
             if member.loading is not None:
@@ -113,27 +114,41 @@ class Loads:
         A load that nobody has wanted for ``UNWANTED_LOAD_S`` is cancelled: until then it goes on, so that clients that
         soon give up still get the model in the end.
         """
-        for cancelled in [each for each in self._cancelled if each.is_over]:
+        loading = {member.loading: member for member in members if member.loading is not None}
+        if not (loading or self._cancelled):
+            return []
+        ended = self._ranks.ended([*self._cancelled, *loading])
+        for cancelled in [each for each in self._cancelled if each in ended]:
             self._cancelled.remove(cancelled)
             self._host_weights.drop(cancelled.image)
         failed = []
-        for member in members:
-            if (loading := member.loading) is None:
+        for each, member in loading.items():
+            if each not in ended:
                 continue
-            if not loading.is_over:
-                if not member.is_unwanted:
-                    loading.wanted_at = time.monotonic()
-                elif time.monotonic() - loading.wanted_at >= UNWANTED_LOAD_S:
-                    self.cancel(member)
-                continue
-            member.loading, member.failure = None, loading.error
-            if loading.error is None:
-                member.image = loading.image
-                member.weights.attach(loading.image.places)
+            member.loading, member.failure = None, ended[each]
+            if member.failure is None:
+                member.image = each.image
+                member.weights.attach(each.image.places)
             else:
-                self._host_weights.drop(loading.image)
+                self._host_weights.drop(each.image)
                 failed.append(member)
+        self._cancel_late([member for each, member in loading.items() if each not in ended])
         return failed
+
+    def _cancel_late(self, members: Sequence[Member]) -> None:
+        """Cancel loads under way that nobody has wanted for ``UNWANTED_LOAD_S``."""
+        now = self._ranks.clock() if members else 0.0
+        for member in members:
+            assert member.loading is not None
+            if not member.is_unwanted or member.loading.wanted_at is None:
+                member.loading.wanted_at = now
+            elif now - member.loading.wanted_at >= UNWANTED_LOAD_S:
+                self.cancel(member)
+
+    def has_ended(self, members: Iterable[Member]) -> bool:
+        """Return whether ``settle`` may have anything to take in: any load is over on this rank."""
+        under_way = [*self._cancelled, *(member.loading for member in members if member.loading is not None)]
+        return any(loading.is_over for loading in under_way)
 
     def drop(self, member: Member) -> None:
         """Free the bytes of a model that is on the host alone."""

@@ -24,7 +24,7 @@ from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.adapter_layout import ADAPTER_IMAGES
 from yafsdp_like.inference.plan.buffers import ALWAYS, LOGITS, TABLES, WORKSPACE
 from yafsdp_like.inference.plan.capacity import Capacity
-from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS, ServingPlan, Site, plan_serving
+from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS, SUMS, ServingPlan, Site, plan_serving
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment
 from yafsdp_like.memory.plan import MemoryPlan, Region, SlotPlace, readable
 
@@ -116,7 +116,7 @@ class PoolPlan:
         regions += [Region(kind, kind, _largest(plans, kind)) for kind in (WORKSPACE, LOGITS)]
         regions += [Region(plan.tables_region, TABLES, _buffers_nbytes(plan.serving, TABLES)) for plan in plans]
         homes = tuple(SlotPlace(plan.name, SLABS, self._bytes_of(plan), ALWAYS) for plan in plans)
-        return MemoryPlan(1, tuple(regions), homes)
+        return MemoryPlan(self.num_ranks, tuple(regions), homes, (SUMS,) if self.num_ranks > 1 else ())
 
     @cached_property
     def host(self) -> MemoryPlan:
@@ -127,7 +127,12 @@ class PoolPlan:
         for plan in self.models.values():
             if plan.serving.adapters is not None:
                 regions.append(replace(plan.serving.adapters.host_region(), name=plan.images_region))
-        return MemoryPlan(1, tuple(regions))
+        return MemoryPlan(self.num_ranks, tuple(regions))
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that compute every step together, each with such arenas of its own."""
+        return next(iter(self.models.values())).serving.site.num_ranks
 
     @cached_property
     def host_weights_nbytes(self) -> int:
@@ -164,6 +169,8 @@ class PoolPlan:
 
     def __str__(self) -> str:
         lines = [*self._lines(), str(self.memory)]
+        if self.num_ranks > 1:
+            lines.insert(0, f"{self.num_ranks} ranks compute every step together, each with its part of every model:")
         if self.recordings_nbytes:
             lines.append(f"  beside the arena: {readable(self.recordings_nbytes)} for CUDA graphs of all models' steps")
         missing = self.all_weights_nbytes - self.host_weights_nbytes
@@ -181,14 +188,21 @@ class PoolPlan:
             )
 
 
-def plan_pool(models: Mapping[str, PooledModel], options: PoolOptions, hardware: Hardware | None = None) -> PoolPlan:
+def plan_pool(
+    models: Mapping[str, PooledModel], options: PoolOptions, hardware: Hardware | None = None, num_ranks: int = 1
+) -> PoolPlan:
     """Plan to serve ``models``, by name, within ``options``; ``hardware`` is a CPU by default.
 
-    Raises ValueError for models that cannot be served, or do not fit one by one: which, and how many bytes are missing.
+    With several ranks models are tensor parallel over all of them: the plan is of one rank, and so are the options'
+    bytes. Raises ValueError for models that cannot be served, or do not fit one by one: which, and how many bytes are
+    missing.
     """
     if not models:
         raise ValueError("expected at least one model, found none")
-    alone = {name: _alone(name, model, options, hardware) for name, model in models.items()}
+    alone = {
+        name: _alone(name, model, options, Site(model.dtype, num_ranks, hardware=hardware))
+        for name, model in models.items()
+    }
     kinds = [max(_buffers_nbytes(plan, kind) for plan in alone.values()) for kind in (WORKSPACE, LOGITS)]
     buffers_nbytes = sum(kinds) + sum(_buffers_nbytes(plan, TABLES) for plan in alone.values())
     buffers_nbytes += max(plan.buffers.image_nbytes for plan in alone.values())
@@ -218,7 +232,7 @@ def plan_pool(models: Mapping[str, PooledModel], options: PoolOptions, hardware:
     return found
 
 
-def _alone(name: str, model: PooledModel, options: PoolOptions, hardware: Hardware | None) -> ServingPlan:
+def _alone(name: str, model: PooledModel, options: PoolOptions, site: Site) -> ServingPlan:
     """Plan a model as if it had all memory: what its buffers take, and whether it fits at all."""
     own = model.options
     if (own.memory_limit_nbytes, own.kv_nbytes, own.host_kv_nbytes) != (None, None, 0):
@@ -227,7 +241,7 @@ def _alone(name: str, model: PooledModel, options: PoolOptions, hardware: Hardwa
         raise ValueError(f"model {name!r}: models of a pool have no draft models; speculate=prompt-lookup needs none")
     within = replace(own, memory_limit_nbytes=options.memory_limit_nbytes)
     try:
-        return plan_serving(model.config, within, Site(model.dtype, hardware=hardware), "resident")
+        return plan_serving(model.config, within, site, "resident" if site.num_ranks == 1 else "tensor_parallel")
     except ValueError as error:
         raise ValueError(f"model {name!r}: {error}") from error
 

@@ -14,6 +14,9 @@ bytes of their weights or of pages in its home, waits for ``max_turn_steps`` of 
 meanwhile, into slabs that hold no page in use. Idle models lose their memory as soon as another needs it, those that
 have been idle for longest first. Models with targets have turns by the slack of their readers instead (`fleet/`).
 
+Of a pool over several ranks each rank has one, and all make the same calls, but for those that only look
+(``ranks.py``, [Note: ranks of a pool]).
+
 Not safe for threads: one thread calls everything. After ``close`` every call raises RuntimeError.
 """
 
@@ -26,26 +29,19 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.engine.collector import collector_paused
-from yafsdp_like.inference.engine.engine import Engine
-from yafsdp_like.inference.engine.places import POLICIES, EnginePlaces, bytes_of
 from yafsdp_like.inference.engine.request import FinishReason
 from yafsdp_like.inference.kv.kv_cache import Tier, check_integrity
 from yafsdp_like.inference.kv.occupancy import Stretch, occupancy
-from yafsdp_like.inference.kv.pages import PagePool
 from yafsdp_like.inference.kv.slabs import check
-from yafsdp_like.inference.plan.buffers import TABLES
-from yafsdp_like.inference.plan.serving_plan import HOST_KV_SLABS
 from yafsdp_like.inference.pool.completions import complete
 from yafsdp_like.inference.pool.host_weights import HostWeights, ModelUnavailableError
 from yafsdp_like.inference.pool.loads import Loads
 from yafsdp_like.inference.pool.member import Member, ModelFigures, ModelState, Switch
-from yafsdp_like.inference.pool.plan import HOST_WEIGHTS, SLABS, ModelPlan, PoolPlan
-from yafsdp_like.inference.pool.residence import Residence
+from yafsdp_like.inference.pool.memory import PoolMemory
+from yafsdp_like.inference.pool.plan import HOST_WEIGHTS, SLABS, PoolPlan
+from yafsdp_like.inference.pool.ranks import PoolRanks
 from yafsdp_like.inference.pool.turns import turns_of
-from yafsdp_like.inference.pool.weights import PooledWeights
 from yafsdp_like.inference.weights.loading import indexed
-from yafsdp_like.memory.arena import Arena
-from yafsdp_like.memory.pinned import pin_arena
 from yafsdp_like.memory.streams import streams_of
 
 if TYPE_CHECKING:
@@ -53,10 +49,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from yafsdp_like.inference.engine.engine import Engine
     from yafsdp_like.inference.engine.request import Completion, Request, RequestOutput
     from yafsdp_like.inference.fleet.reader import Targets
     from yafsdp_like.inference.weights.loading import Model
-    from yafsdp_like.memory.arena import Place
 
 _PREFETCHED_AT_ONCE = 3  # units on their way, for which steps must wait if their slabs are taken back
 
@@ -81,45 +77,28 @@ class ModelPool:
         for name, model in models.items():
             if model.config != (planned := plan.models[name].serving.config):
                 raise ValueError(f"{name}: expected the model that was planned, {planned}, found {model.config}")
-        self.plan, self.device = plan, indexed(device)
-        self.arena, self.host = Arena(self.device), Arena(indexed("cpu"))
-        self.arena.reserve(plan.memory.regions)
-        self.host.reserve(plan.host.regions)
-        if self.device.type == "cuda":
-            pin_arena(self.host, self.device)
+        self._ranks = PoolRanks.of(plan.num_ranks)
+        self._ranks.check_same("the plans of pools", (str(plan), plan.options, targets))
+        self.plan, self.device, self.tp_group = plan, indexed(device), self._ranks.tp_group
+        memory = PoolMemory.reserve(plan, self.device, self._ranks)
+        self.arena, self.host, self._regions, self._pools = memory.arena, memory.host, memory.regions, memory.pools
         self.switches: deque[Switch] = deque(maxlen=1024)
         self.num_steps = 0
-        self._loads = Loads(HostWeights(self.host.place(HOST_WEIGHTS)), self.device)
-        self._regions = {Tier.DEVICE: bytes_of(self.arena, SLABS)}
-        policy = POLICIES[plan.options.policy]
-        self._pools = {Tier.DEVICE: PagePool(plan.grid, policy(), plan.options.tenants, plan.lend_late)}
-        if plan.host_grid is not None:
-            self._regions[Tier.HOST] = bytes_of(self.host, HOST_KV_SLABS)
-            self._pools[Tier.HOST] = PagePool(plan.host_grid, policy())
-        self._members = {name: self._member(plan.models[name], model) for name, model in models.items()}
+        self._loads = Loads(HostWeights(self.host.place(HOST_WEIGHTS)), self.device, self._ranks)
+        streams = streams_of(self.device)
+        self._members = {
+            name: memory.member(each, models[name], streams, partial(self._make_room, name))
+            for name, each in plan.models.items()
+        }
         self._outputs: list[tuple[str, RequestOutput]] = []  # of models that were suspended, or could not be loaded
         self._may_prefetch, self._is_closed = True, False
-        self.turns = turns_of(self._members, targets, plan.options.admission_load)
-
-    def _member(self, plan: ModelPlan, model: Model) -> Member:
-        def place_of(kind: str) -> Place:
-            return self.arena.place(plan.tables_region if kind == TABLES else kind)
-
-        weights = PooledWeights(plan, self.arena, self.host, streams_of(self.device))
-        buffers = plan.serving.buffers.tensors(place_of)
-        places = EnginePlaces(buffers, self._regions, self._pools, partial(self._make_room, plan.name))
-        if plan.slots_nbytes:
-            slots = self._regions[Tier.DEVICE][plan.slots.offset_nbytes : plan.slots.end_nbytes]
-            places = replace(places, adapter_slots=slots, adapter_images=bytes_of(self.host, plan.images_region))
-        engine = Engine(weights, places)
-        residence = Residence(plan, self._pools[Tier.DEVICE], weights, engine.adapters)
-        return Member(plan, model, weights, residence, engine)
+        self.turns = turns_of(self._members, targets, plan.options.admission_load, self._ranks.clock)
 
     # --- where weights are ---
 
     def states(self) -> dict[str, ModelState]:
         """Return where the weights of each model are."""
-        self._settle()
+        self._look()
         return {name: member.state for name, member in self._members.items()}
 
     def is_awake(self, name: str) -> bool:
@@ -132,12 +111,12 @@ class ModelPool:
 
     def failures(self) -> dict[str, str]:
         """Return why models have failed to load, by name."""
-        self._settle()
+        self._look()
         return {name: words for name, member in self._members.items() if (words := member.failure_words)}
 
     def figures(self) -> dict[str, ModelFigures]:
         """Return how much of each model is loaded, and what its switches took."""
-        self._settle()
+        self._look()
         for member in self._members.values():
             member.note_arrival()
         return {name: member.figures for name, member in self._members.items()}
@@ -209,11 +188,24 @@ class ModelPool:
         self._settle()
 
     def _settle(self) -> None:
-        """Take in which loads have ended; requests of models that have failed end, too."""
+        """Take in which copies and loads have ended; requests of models that have failed end, too."""
         self._check_open()
+        self._ranks.note_arrivals(member.weights for member in self._members.values())
         for failed in self._loads.settle(self._members.values()):
             for output in failed.engine.end_all(FinishReason.FAILED):
                 self._outputs.append((failed.name, replace(output, error=failed.failure_words)))
+
+    def _look(self) -> None:
+        """Take in what has ended where no other rank is to be asked, for calls that ranks make on their own."""
+        if self._ranks.is_alone:
+            self._settle()
+        self._check_open()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a load is over that the next ``step`` may take in, with all ranks."""
+        self._check_open()
+        return self._loads.has_ended(self._members.values())
 
     def wake_up(self, name: str) -> Switch:
         """Wake a model, which is loaded first if it is not; those that are in its way sleep from then on.
@@ -257,6 +249,10 @@ class ModelPool:
         Some units at a time: every ``step`` copies more of the model that was prefetched last.
         """
         member = self._find(name)
+        self._settle()
+        return self._prefetch(member)
+
+    def _prefetch(self, member: Member) -> int:
         if member.image is None or member.is_awake or any(o.plan.meets(member.plan) for o in self._awake()):
             return 0
         return member.residence.copy_in(_PREFETCHED_AT_ONCE)
@@ -348,7 +344,7 @@ class ModelPool:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do, or to return."""
-        self._settle()
+        self._look()
         return bool(self._outputs) or any(member.engine.has_work for member in self._members.values())
 
     def step(self) -> list[tuple[str, RequestOutput]]:
@@ -376,7 +372,9 @@ class ModelPool:
 
     def _next(self) -> Member | None:
         """Return the model that steps now; see [Note: turns]."""
-        found = self.turns.next(self.wake_up, self.prefetch if self._may_prefetch else lambda name: 0)
+        found = self.turns.next(
+            self.wake_up, lambda name: self._prefetch(self._members[name]) if self._may_prefetch else 0
+        )
         if found is not None:
             return found
         waiting = [m for m in self._members.values() if m.engine.has_work and m.image is not None and not m.is_awake]
@@ -398,14 +396,17 @@ class ModelPool:
         if not working or has_waited or is_beside:
             self.wake_up(member.name)
         elif self._may_prefetch:
-            self.prefetch(member.name)
+            self._prefetch(member)
 
     def generate(self, requests: Mapping[str, Iterable[Request]]) -> dict[str, dict[str, Completion]]:
         """Serve all ``requests`` of each model to the end, and return their completions by model and id.
 
         Models are loaded first. Raises what ``load`` and ``Engine.add`` do, and RuntimeError while other requests are
-        under way.
+        under way, or where ranks have other requests.
         """
+        requests = {name: list(found) for name, found in requests.items()}
+        timeless = {name: [replace(request, deadline=None) for request in found] for name, found in requests.items()}
+        self._ranks.check_same("requests", timeless)  # but for deadlines, which are the first rank's
         if self.has_work:
             raise RuntimeError("generate() returns all outputs, and requests of others are under way: call step()")
         for name in requests:

@@ -85,10 +85,13 @@ class CountedTurns:
 
 
 def turns_of(
-    members: Mapping[str, Member], targets: Mapping[str, Targets] | None, admission_load: float | None
+    members: Mapping[str, Member],
+    targets: Mapping[str, Targets] | None,
+    admission_load: float | None,
+    clock: Callable[[], float],
 ) -> Turns:
-    """Return the turns of a pool: by slack where its models have targets."""
-    return CountedTurns(members) if targets is None else SlackTurns(members, targets, admission_load)
+    """Return the turns of a pool: by slack where its models have targets. ``clock`` is that of all its ranks."""
+    return CountedTurns(members) if targets is None else SlackTurns(members, targets, admission_load, clock)
 
 
 class SlackTurns:

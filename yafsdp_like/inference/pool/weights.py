@@ -6,11 +6,13 @@ Owns the copies from the host and their order. Which slabs a model has, and when
 Units are copied in the order in which a forward reads them, on a stream of copies of their own: behind all that was
 issued to ``COMPUTE`` before, which may read or write these bytes. A forward waits for each unit where it first reads
 it, so that it computes with the first ones while the last are on their way. A recording of a step cannot: as long as
-units are on their way steps are issued kernel by kernel, which changes no bits, and recordings hold no such wait.
+units are on their way steps are issued kernel by kernel, which changes no bits, and recordings hold no such wait. Units
+have arrived when the pool says so, to all ranks that compute together (``ranks.py``).
 """
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.pool.plan import SLABS, ModelPlan
@@ -62,7 +64,7 @@ class PooledWeights(Weights):
                 first, last = max(begin, unit.offset_nbytes), min(end, unit.end_nbytes)
                 if first < last:
                     values = flat_bytes(place.part(Segment(first - begin, last - first)))
-                    pieces.append(Store(packed, first - unit.offset_nbytes, values))
+                    pieces.append(Store(packed, first - unit.offset_nbytes, values, self.rank))
             begin = end
         return found
 
@@ -84,15 +86,21 @@ class PooledWeights(Weights):
 
     def num_arriving(self) -> int:
         """Return how many units no forward has waited for, and are not known to be there."""
-        for unit, event in list(self._arriving.items()):
-            if not self._streams.is_complete(event):
-                break
-            del self._arriving[unit]
         return len(self._arriving)
 
     def is_arriving(self) -> bool:
         """Return whether a step must be issued kernel by kernel, so that it waits for each unit."""
-        return bool(self._arriving) and self.num_arriving() > 0
+        return bool(self._arriving)
+
+    def count_arriving(self) -> int:
+        """Return how many of these units have not arrived on this rank by now."""
+        num_complete = sum(1 for _ in takewhile(self._streams.is_complete, self._arriving.values()))
+        return len(self._arriving) - num_complete
+
+    def note_arrivals(self, num_arriving: int) -> None:
+        """Take in that all units but the last ``num_arriving`` are there."""
+        for unit in [*self._arriving][: len(self._arriving) - num_arriving]:
+            del self._arriving[unit]
 
     def let_go(self) -> None:
         """Have all that is issued from now on come behind the copies that are under way, into bytes now others'."""

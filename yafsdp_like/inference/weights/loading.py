@@ -216,30 +216,37 @@ def fill(store: Store, source: Source) -> None:
         if first >= last:
             continue
         values = store.values[first:last].view(parameter.dtype)
+        start = (first - offset) // parameter.dtype.itemsize
         if parameter.cut is not None:
-            _fill_part(values, parameter, store.rank, source)
+            _fill_part(values, start, parameter, store.rank, source)
         else:
-            source.read_into(parameter.name, (first - offset) // parameter.dtype.itemsize, values)
+            source.read_into(parameter.name, start, values)
 
 
-def _fill_part(values: Tensor, parameter: Parameter, rank: int, source: Source) -> None:
-    """Read one rank's part (n,) of a parameter that is cut.
+def _fill_part(values: Tensor, start: int, parameter: Parameter, rank: int, source: Source) -> None:
+    """Read elements (n,) of one rank's part of a parameter that is cut, from the part's element ``start`` on.
 
     Parts of rows are copied out of the whole matrix, for which the device must have room while it is loaded: a source
     gives rows only, and a rank needs some of each. Of experts that is one expert's matrix at a time: all of a layer's
     together may take more than is free beside the arena.
     """
     cut = parameter.cut
-    assert cut is not None and len(values) == parameter.numel, "what is cut is kept, not moved"
+    assert cut is not None
     if cut.dim == 0:
-        source.read_into(parameter.name, rank * len(values), values)
+        source.read_into(parameter.name, rank * parameter.numel + start, values)
         return
-    shape = cut.whole(parameter.shape)[-2:]
+    shape, stop = cut.whole(parameter.shape)[-2:], start + len(values)
     whole = torch.empty(shape, dtype=values.dtype, device=values.device)
     kept = whole.chunk(cut.num_ranks, cut.dim - len(parameter.shape))[rank]
-    for index, matrix in enumerate(values.view(-1, *parameter.shape[-2:])):
+    for index in range(start // kept.numel(), -(-stop // kept.numel())):
+        begin, end = index * kept.numel(), (index + 1) * kept.numel()  # of this matrix's part
+        first, last = max(start, begin), min(stop, end)
         source.read_into(parameter.name, index * whole.numel(), whole.view(-1))
-        matrix.copy_(kept)
+        matrix = values[first - start : last - start]
+        if last - first == kept.numel():
+            matrix.view(kept.shape).copy_(kept)
+        else:
+            matrix.copy_(kept.flatten()[first - begin : last - begin])
 
 
 # --- models ---

@@ -120,6 +120,7 @@ class Weights:
         self.plan, self.arena, self.host = plan, arena, host
         # See [Note: tensor parallel] and [Note: own pace or lockstep]; None: each rank makes its own forwards.
         self.tp_group = world_tp_group() if plan.mode == "tensor_parallel" else None
+        self.rank = 0 if self.tp_group is None else self.tp_group.rank  # whose parts of parameters that are cut
         self.lockstep = self.tp_group is not None or (plan.mode == "gathered" and not plan.site.maps_memory)
         # See [Note: same residency]; gathering ranks in lockstep replay or skip, each on its own: they cannot record.
         self.graphable = self.tp_group is not None or not self.lockstep
@@ -280,8 +281,7 @@ class Weights:
         placement = self.plan.placement
         for unit, packed in enumerate(placement.packed_units):
             if unit not in placement.non_resident:
-                rank = 0 if self.tp_group is None else self.tp_group.rank
-                yield Store(packed, 0, flat_bytes(self.arena.place(packed.name)), rank)
+                yield Store(packed, 0, flat_bytes(self.arena.place(packed.name)), self.rank)
             elif self.plan.mode == "streamed":
                 yield Store(packed, 0, flat_bytes(self.host.place(packed.name)))
             else:

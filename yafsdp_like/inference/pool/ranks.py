@@ -1,0 +1,108 @@
+"""What ranks that share a pool see at different times, and take in alike: ends of copies and of loads, and the time.
+
+Owns these exchanges; they block the CPU. Knows nothing of turns, pages or requests.
+
+[Note: ranks of a pool]
+Models of a pool over several ranks are tensor parallel (``store.py``, [Note: tensor parallel]). Each rank has a pool of
+its own, with its parts of all weights in host memory of its own, so that a model arrives over all links at once. All
+make the same calls in the same order, and what a call does follows from the calls before it, so that slabs, pages and
+turns are the same everywhere. Three things do not follow from calls. Ranks exchange them in calls that change
+something, and only while there is something under way, which all know alike:
+
+* a unit has arrived once it has on all ranks, since a step is a recording on all of them or on none;
+* a load is over once it is on all ranks, and has failed if it has on any;
+* the time is the first rank's.
+
+Calls that only look at a pool of several ranks, such as ``states``, exchange nothing: they see what was taken in last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+import torch.distributed as dist
+
+from yafsdp_like.comm.consistency import AgreedError, message_of, raise_on_all_ranks
+from yafsdp_like.comm.tp_group import TPGroup, world_tp_group
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from contextlib import AbstractContextManager
+
+    from yafsdp_like.inference.pool.loading import Loading
+    from yafsdp_like.inference.pool.weights import PooledWeights
+
+Value = TypeVar("Value")
+
+
+class PoolRanks:
+    """The ranks of one pool, see [Note: ranks of a pool]; without a ``tp_group`` there is one."""
+
+    def __init__(self, tp_group: TPGroup | None = None) -> None:
+        self.tp_group = tp_group
+
+    @classmethod
+    def of(cls, num_ranks: int) -> PoolRanks:
+        """Return this process's ranks. Raises ValueError where a plan of ``num_ranks`` needs others."""
+        if num_ranks == 1:
+            return cls()
+        found = dist.get_world_size() if dist.is_initialized() else 1
+        if found != num_ranks:
+            raise ValueError(
+                f"the pool is planned for {num_ranks} ranks, found {found}: start as many processes, or plan with "
+                f"num_ranks={found}"
+            )
+        return cls(world_tp_group())
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is one rank."""
+        return self.tp_group is None
+
+    def raising_together(self) -> AbstractContextManager[None]:
+        """Raise on all ranks where the body, which does not communicate, raises on any."""
+        return contextlib.nullcontext() if self.is_alone else raise_on_all_ranks()
+
+    def check_same(self, what: str, value: object) -> None:
+        """Raise RuntimeError on all ranks unless they pass equal values."""
+        if self.tp_group is not None:
+            self.tp_group.check_same(what, value)
+
+    def clock(self) -> float:
+        """Return ``time.monotonic()`` of the first rank."""
+        now = time.monotonic()
+        return now if self.tp_group is None else self.tp_group.broadcast(now)
+
+    def all_say(self, is_so: bool) -> bool:
+        """Return whether all ranks say so."""
+        return all(self._gathered(is_so))
+
+    def note_arrivals(self, models: Iterable[PooledWeights]) -> None:
+        """Take in which units have arrived by now."""
+        arriving = [weights for weights in models if weights.is_arriving()]
+        if arriving:
+            counts = self._gathered([weights.count_arriving() for weights in arriving])
+            for weights, found in zip(arriving, zip(*counts, strict=True), strict=True):
+                weights.note_arrivals(max(found))
+
+    def ended(self, loadings: Sequence[Loading]) -> dict[Loading, BaseException | None]:
+        """Return those of ``loadings`` that are over by now, and why they have failed."""
+        reports = self._gathered([_report(loading) for loading in loadings])
+        ended: dict[Loading, BaseException | None] = {}
+        for loading, found in zip(loadings, zip(*reports, strict=True), strict=True):
+            if all(is_over for is_over, _ in found):
+                failed = [f"{words} (rank {rank})" for rank, (_, words) in enumerate(found) if words is not None]
+                ended[loading] = loading.error or (AgreedError(failed[0]) if failed else None)
+        return ended
+
+    def _gathered(self, value: Value) -> list[Value]:
+        return [value] if self.tp_group is None else self.tp_group.gather(value)
+
+
+def _report(loading: Loading) -> tuple[bool, str | None]:
+    """Return whether a load is over on this rank, and why it has failed."""
+    if not loading.is_over:
+        return False, None
+    return True, None if loading.error is None else message_of(loading.error)
