@@ -1,21 +1,25 @@
 """From the options of a pool to models that can be asked over HTTP; what cannot be opened or loaded is left out.
 
-Owns the order of things: configurations are read, everything is planned and printed, allocated, and then loaded.
+Owns the order of things: configurations are read, everything is planned and printed, allocated, and then loaded. With
+torchrun all ranks do so, and leave out the same.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 
 from launch.console import LoadingBars
 from launch.inference import join_device, load_codec, load_images
 from launch.options import ADMIN_KEY_VARIABLE, KEY_VARIABLE, PoolModelOptions, ServePoolOptions
+from yafsdp_like.comm.consistency import all_gather_object
 from yafsdp_like.hardware import Hardware
 from yafsdp_like.inference.engine.adapters import with_adapters
+from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.fleet.reader import Targets
 from yafsdp_like.inference.http.catalog import Catalog
 from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
@@ -36,7 +40,8 @@ TTFT_MS, TPOT_MS = 10_000.0, 100.0  # targets of models that have none, beside s
 class LoadedPool:
     """Models that are ready to be asked, and those that are not, with why."""
 
-    driver: PoolDriver
+    pool: ModelPool  # this rank's
+    driver: PoolDriver  # for the first rank alone; others follow it
     catalog: Catalog
     device: torch.device
 
@@ -53,7 +58,9 @@ class _Opened:
 def load_pool(options: ServePoolOptions) -> LoadedPool:
     """Load all models of a pool that can be; prints the plan before anything is allocated, and who failed.
 
-    Raises ValueError for what cannot be: a model that does not fit, or none that can be opened.
+    Ranks that torchrun has started call this together; their models are tensor parallel, and the first rank then has
+    them all loaded, so that others must follow it. Raises ValueError for what cannot be: a model that does not fit, or
+    cannot be cut among the ranks, or none that can be opened.
     """
     device = join_device(options.device)
     opened, errors = _open_all(options)
@@ -71,20 +78,41 @@ def load_pool(options: ServePoolOptions) -> LoadedPool:
         },
         options.pool,
         Hardware.of(device),
+        _num_ranks(),
     )
-    print(plan, flush=True)
+    _say(plan)
     entries = {name: options.models[name] for name in opened}
     pool = ModelPool(plan, {name: each.model for name, each in opened.items()}, device, targets_of(entries))
     ttls = {name: entry.ttl_s for name, entry in entries.items() if entry.ttl_s}
     host_ttls = {name: entry.host_ttl_s for name, entry in entries.items() if entry.host_ttl_s}
-    driver = PoolDriver(pool, ttls, host_ttls)
-    for error in _load_all(driver).values():
-        print(f"warning: {error}", flush=True)
-    parsers = [_parser(name, each, options, pool.engine(name).max_seq_len) for name, each in opened.items()]
+    parsers = [_parser(name, each, options, pool.engine(name)) for name, each in opened.items()]
     catalog = Catalog(parsers, errors, is_pool=True)
     _load_adapters(pool, opened, catalog)
-    print(f"requests call the models {', '.join(map(repr, catalog.parsers))}", flush=True)
-    return LoadedPool(driver, catalog, device)
+    driver = PoolDriver(pool, ttls, host_ttls)
+    if _is_first():
+        for error in _load_all(driver).values():
+            _say(f"warning: {error}")
+    _say(f"requests call the models {', '.join(map(repr, catalog.parsers))}")
+    return LoadedPool(pool, driver, catalog, device)
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _say(what: object) -> None:
+    if _is_first():
+        print(what, flush=True)
+
+
+def _of_all_ranks(errors: dict[str, str]) -> dict[str, str]:
+    """Return what has failed on any rank, and why; one may have read what another cannot."""
+    found = all_gather_object(errors) if _num_ranks() > 1 else [errors]
+    return {name: words for each in reversed(found) for name, words in each.items()}
 
 
 def targets_of(entries: Mapping[str, PoolModelOptions]) -> dict[str, Targets] | None:
@@ -111,43 +139,60 @@ def _open_all(options: ServePoolOptions) -> tuple[dict[str, _Opened], dict[str, 
             model = open_model(entry.path)
             defaults = sampling_defaults(model.directory if entry.generation_config == "model" else None)
             codec = load_codec(model, entry.tokenizer)
-            images = load_images(model, options.http, lambda words: print(words, flush=True))
-            opened[name] = _Opened(model, codec, defaults, _open_adapters(model, entry), images)
+            images = load_images(model, options.http, _say, is_shared=_num_ranks() > 1)
+            opened[name] = _Opened(model, codec, defaults, {}, images)
         except (ValueError, OSError) as error:
             errors[name] = f"model {name!r} could not be opened: {error}"
-            print(f"warning: {errors[name]}", flush=True)
-    return opened, errors
+    errors = _of_all_ranks(errors)
+    for words in errors.values():
+        _say(f"warning: {words}")
+    return {
+        name: replace(each, adapters=_open_adapters(each.model, options.models[name]))
+        for name, each in opened.items()
+        if name not in errors
+    }, errors
 
 
 def _open_adapters(model: Model, entry: PoolModelOptions) -> dict[str, Adapter]:
     """Read what adapters say of themselves; those that are not served are left out."""
-    opened = {}
+    opened: dict[str, Adapter] = {}
+    errors: dict[str, str] = {}
     for name, directory in entry.adapters.items():
         try:
             opened[name] = open_adapter(directory, model.config)
         except (ValueError, OSError) as error:
-            print(f"warning: adapter {name!r} could not be opened: {error}", flush=True)
-    return opened
+            errors[name] = f"adapter {name!r} could not be opened: {error}"
+    errors = _of_all_ranks(errors)
+    for words in errors.values():
+        _say(f"warning: {words}")
+    return {name: adapter for name, adapter in opened.items() if name not in errors}
 
 
 def _load_adapters(pool: ModelPool, opened: Mapping[str, _Opened], catalog: Catalog) -> None:
     """Load all adapters; those that cannot be are left out."""
     for model, each in opened.items():
         for name, adapter in each.adapters.items():
+            errors: dict[str, str] = {}
             try:
                 catalog.claim(name)
                 pool.engine(model).adapters.load(name, adapter)
-                catalog.add_adapter(name, model)
             except (ValueError, OSError) as error:
-                catalog.give_up(name)
-                print(f"warning: adapter {name!r} could not be loaded: {error}", flush=True)
+                errors[name] = str(error)
+            failed = _of_all_ranks(errors)
+            if not failed:
+                catalog.add_adapter(name, model)
+                continue
+            if not errors:
+                pool.engine(model).adapters.unload(name)
+            catalog.give_up(name)
+            _say(f"warning: adapter {name!r} could not be loaded: {failed[name]}")
 
 
 def _dtype(entry: PoolModelOptions, default: torch.dtype) -> torch.dtype:
     return default if entry.dtype is None else {"float32": torch.float32, "bfloat16": torch.bfloat16}[entry.dtype]
 
 
-def _parser(name: str, opened: _Opened, options: ServePoolOptions, max_seq_len: int) -> RequestParser:
+def _parser(name: str, opened: _Opened, options: ServePoolOptions, engine: Engine) -> RequestParser:
     told = ServerOptions(
         api_key=options.http.api_key or os.environ.get(KEY_VARIABLE),
         admin_key=options.admin_key or os.environ.get(ADMIN_KEY_VARIABLE) or None,
@@ -159,11 +204,12 @@ def _parser(name: str, opened: _Opened, options: ServePoolOptions, max_seq_len: 
         max_image_pixels=options.http.max_image_pixels,
         image_hosts=options.http.image_hosts,
         takes_images=opened.images is not None,
+        has_grammars=engine.tp_group is None,
         strict=options.http.strict,
         priorities=options.http.priorities,
         model_name=name,
         vocab_size=opened.model.config.vocab_size,
-        max_seq_len=max_seq_len,
+        max_seq_len=engine.max_seq_len,
         sampling=opened.sampling,
     )
     return RequestParser(opened.codec, told, opened.images)

@@ -2,6 +2,7 @@
 
     python -m launch.serve runs/smollm2/base --port 8000
     python -m launch.serve --pool configs/serve_pool.yaml                 # several models, which take turns
+    torchrun --nproc-per-node 2 -m launch.serve --pool configs/serve_pool.yaml     # each cut in two: rank 0 listens
     torchrun --nproc-per-node 2 -m launch.serve MODEL --mode gathered     # rank r listens on port 8000 + r
     torchrun --nproc-per-node 2 -m launch.serve MODEL --mode tensor_parallel     # rank 0 listens, for all
 
@@ -83,13 +84,19 @@ def run(options: ServeOptions) -> None:
 
 def run_pool(options: ServePoolOptions) -> None:
     """Take the port, load the models of a pool, and serve them until a signal comes."""
-    if "RANK" in os.environ:
-        raise ValueError("a pool of models is served by one process: start it without torchrun")
+    is_follower = os.environ.get("RANK", "0") != "0"  # needs no port
     check_packages()
-    with bind(options.host, options.port) as address:
-        from launch import pool, server
+    with contextlib.ExitStack() as stack:
+        if not is_follower:
+            address = stack.enter_context(bind(options.host, options.port))
+        from launch import pool, server, world
 
-        server.serve_pool(pool.load_pool(options), options, address)
+        stack.callback(world.leave)
+        loaded = pool.load_pool(options)
+        if is_follower:
+            server.follow_first_pool(loaded)
+        else:
+            server.serve_pool(loaded, options, address)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -31,6 +31,7 @@ from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.http.server import create_catalog_app
 from yafsdp_like.inference.http.service import LAST_STEP_S, Service, ServiceState, SteppableEngine
 from yafsdp_like.inference.pool.driver import PoolDriver
+from yafsdp_like.inference.pool.leading import follow_pool
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text takes one core: the engine needs the others
 STUCK_STATUS = 3
@@ -103,6 +104,7 @@ def pool_service(pool: LoadedPool, options: ServePoolOptions) -> Service[PoolDri
     """Return the service of a pool, not started yet."""
     device, entries = pool.device, options.models.values()
     polled = [ttl_s / 4 for entry in entries for ttl_s in (entry.ttl_s, entry.host_ttl_s) if ttl_s]
+    polled += [] if pool.pool.tp_group is None else [KEEP_ALIVE_S]
     return Service(
         pool.driver,
         prepare=lambda _: _use(device),
@@ -112,9 +114,12 @@ def pool_service(pool: LoadedPool, options: ServePoolOptions) -> Service[PoolDri
 
 
 def serve_pool(pool: LoadedPool, options: ServePoolOptions, address: socket) -> None:
-    """Serve the models of a pool until a signal comes; raises RuntimeError if it has failed."""
-    service = pool_service(pool, options)
-    run_server(service, create_catalog_app(service, pool.catalog), options, address, outlives_engine=True)
+    """Serve the models of a pool until a signal comes, on one rank or the first of several.
+
+    Raises RuntimeError if it has failed.
+    """
+    service, is_alone = pool_service(pool, options), pool.pool.tp_group is None
+    run_server(service, create_catalog_app(service, pool.catalog), options, address, outlives_engine=is_alone)
     pool.driver.close()
 
 
@@ -194,9 +199,19 @@ def follow_first_rank(model: LoadedModel) -> None:
     Raises RuntimeError if it has failed.
     """
     assert model.engine.tp_group is not None
+    _leave_signals_to_first_rank()
+    follow(model.engine, model.engine.tp_group)
+
+
+def follow_first_pool(pool: LoadedPool) -> None:
+    """Follow the first rank of a pool until it ends, as ``follow_first_rank`` does."""
+    _leave_signals_to_first_rank()
+    follow_pool(pool.pool)
+
+
+def _leave_signals_to_first_rank() -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    follow(model.engine, model.engine.tp_group)
 
 
 def end_stuck(what: str) -> NoReturn:

@@ -329,12 +329,17 @@ def plant_failure() -> None:
     Engine.step = failing_step  # type: ignore[method-assign]
 
 
+def commands(
+    directory: str, logs: Path, *arguments: str, failing: int | None = None
+) -> contextlib.AbstractContextManager[Commands]:
+    return rank_commands([directory, "--name=tiny", "--mode=tensor_parallel", *SMALL, *arguments], logs, failing)
+
+
 @contextlib.contextmanager
-def commands(directory: str, logs: Path, *arguments: str, failing: int | None = None) -> Iterator[Commands]:
+def rank_commands(told: list[str], logs: Path, failing: int | None = None) -> Iterator[Commands]:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    told = [directory, "--name=tiny", "--mode=tensor_parallel", *SMALL, *arguments]
     paths = [logs / f"rank{rank}.log" for rank in range(2)]
     processes = [
         context.Process(target=serve_rank, args=(rank, store.port, str(paths[rank]), told, failing), daemon=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,20 +10,26 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.inference.engine.test_engine import GREEDY, decoder, expected, prompts, requests
-from tests.inference.pool.test_model_pool import CONFIGS, LARGE, ONE, alone, check_idle, pooled, tokens
+from tests.inference.engine.test_engine import GREEDY, TINY, decoder, prompts, requests
+from tests.inference.pool.test_model_pool import CONFIGS, LARGE, alone, check_idle, pooled, tokens
 from tests.ranks import RankError, run_ranks
 from yafsdp_like.inference.engine.request import FinishReason, Request
 from yafsdp_like.inference.fleet.reader import Targets
 from yafsdp_like.inference.options import PoolOptions
+from yafsdp_like.inference.plan.quantized_fields import stored_units
 from yafsdp_like.inference.pool import pool as pool_module
+from yafsdp_like.inference.pool.driver import PoolDriver
+from yafsdp_like.inference.pool.leading import follow_pool
 from yafsdp_like.inference.pool.member import ModelState
 from yafsdp_like.inference.pool.plan import PoolPlan, plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool
 from yafsdp_like.inference.pool.weights import PooledWeights
-from yafsdp_like.inference.weights.loading import Model, model_of
+from yafsdp_like.inference.weights.loading import Model, ModuleSource, fill, model_of
+from yafsdp_like.inference.weights.store import Store
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES
 from yafsdp_like.memory.streams import Event, InOrder
+from yafsdp_like.models.moe import ExpertsConfig
+from yafsdp_like.models.tensor_parallel import cuts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +62,9 @@ def facts(pool: ModelPool) -> tuple[Any, ...]:
     """What must be the same on all ranks once nothing is under way."""
     check_idle(pool)
     slabs = [sorted(member.residence.owned) for member in pool._members.values()]
-    steps = [(member.engine.metrics().num_steps, member.engine.metrics().num_preempted) for member in pool._members.values()]
+    steps = [
+        (member.engine.metrics().num_steps, member.engine.metrics().num_preempted) for member in pool._members.values()
+    ]
     return [*pool.switches], slabs, steps, pool.states(), pool.num_steps
 
 
@@ -82,7 +88,7 @@ def test_a_model_that_cannot_be_cut_is_refused_by_name() -> None:
 
 
 def test_a_plan_for_other_ranks_is_refused() -> None:
-    with pytest.raises(ValueError, match="planned for 2 ranks, found 1: .*num_ranks=1"):
+    with pytest.raises(ValueError, match=r"planned for 2 ranks, found 1: .*num_ranks=1"):
         ModelPool(plan_of(), models_of())
 
 
@@ -97,8 +103,241 @@ def serve_turns(texts: dict[str, list[tuple[int, ...]]], **more: Any) -> tuple[d
 
 def test_models_over_two_ranks_asked_at_once_answer_as_they_do_alone() -> None:
     """With turns of a few steps, in the middle of which sequences are preempted, where only one or two models fit."""
-    texts = {name: prompts(4, longest=30, seed=i) for i, name in enumerate(CONFIGS)}
+    texts = {name: prompts(3, longest=30, seed=i) for i, name in enumerate(CONFIGS)}
     (first, did), (second, also) = run_ranks(serve_turns, texts)
     assert first == second == {name: alone(name, found) for name, found in texts.items()}
     assert did == also
     assert len(did[0]) > 6 and max(preempted for _, preempted in did[2]) > 0
+
+
+def draw_alone_and_together(pool: ModelPool, seed: int) -> None:
+    texts = {name: prompts(2, longest=12, seed=seed) for name in CONFIGS}
+    done = pool.generate({name: requests(found) for name, found in texts.items()})
+    assert tokens(done) == {name: alone(name, found) for name, found in texts.items()}
+
+
+# --- what ranks see at different times ---
+
+
+class LateStreams(InOrder):
+    """Streams whose copies are seen to have arrived after so many looks."""
+
+    def __init__(self, num_looks: int) -> None:
+        self.num_looks = num_looks
+
+    def is_complete(self, event: Event) -> bool:
+        self.num_looks -= 1
+        return self.num_looks < 0
+
+
+def serve_with_late_copies() -> tuple[list[bool], list[int], Any]:
+    """Of ranks that see copies arrive at other times: whether units arrive, asked again and again; and bytes."""
+    seen: list[bool] = []
+    moved: list[int] = []
+    is_arriving = PooledWeights.is_arriving
+
+    def noting(weights: PooledWeights) -> bool:
+        seen.append(is_arriving(weights))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool_module, "streams_of", lambda device: LateStreams(30 * dist.get_rank()))
+        patch.setattr(PooledWeights, "is_arriving", noting)
+        pool = rank_pool(LARGE, max_turn_steps=10_000)
+        pool.load_all()
+        pool.add("plain", Request("a", prompts(1)[0], GREEDY, max_tokens=20))
+        while pool.has_work:
+            pool.step()
+            moved.append(pool.prefetch("windows"))
+        assert pool.wake_up("windows").nbytes == 0
+        draw_alone_and_together(pool, seed=1)
+        return seen, moved, facts(pool)
+
+
+def test_a_unit_has_arrived_once_it_has_on_all_ranks() -> None:
+    """Prevents: a step that one rank replays and another issues, and prefetches that differ."""
+    first, second = run_ranks(serve_with_late_copies)
+    assert first == second
+    seen, moved, _ = first
+    assert {*seen} == {True, False}
+    assert moved.count(0) > 3 and sum(moved) > 0
+
+
+def on_last_rank(model: Model, act: Callable[[], None]) -> Model:
+    """Whose values the last rank gets behind ``act``."""
+
+    def source(device: torch.device) -> Source:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            act()
+        return model.source(device)
+
+    return replace(model, source=source)
+
+
+def load_late() -> tuple[int, Any]:
+    models = models_of()
+    models["plain"] = on_last_rank(models["plain"], lambda: time.sleep(0.2))
+    pool = rank_pool(models=models)
+    pool.start_loading("plain")
+    num_steps, had_news = 0, False
+    while pool.states()["plain"] is ModelState.LOADING:
+        had_news |= pool.has_news
+        pool.step()
+        num_steps += 1
+    assert had_news or dist.get_rank() == 1, "the first rank waits for the other"
+    pool.load("windows")
+    draw_alone_and_together(pool, seed=0)
+    return num_steps, facts(pool)
+
+
+@pytest.mark.slow
+def test_a_model_is_loaded_once_it_is_on_all_ranks() -> None:
+    first, second = run_ranks(load_late)
+    assert first == second
+
+
+def fail_on_one_rank() -> tuple[str, list[str], Any]:
+    def fail() -> None:
+        raise OSError("the disk is gone")
+
+    models = models_of()
+    models["plain"] = on_last_rank(models["plain"], fail)
+    pool = rank_pool(models=models)
+    pool.add("plain", Request("a", (1, 2, 3), GREEDY, max_tokens=4))
+    ((name, output),) = [told for _ in range(10**4) if pool.has_work for told in pool.step()]
+    assert (name, output.finish, pool.states()["plain"]) == ("plain", FinishReason.FAILED, ModelState.FAILED)
+    with pytest.raises((OSError, RuntimeError), match="the disk is gone"):
+        pool.load("plain")
+    pool.load("windows")
+    held = [image.name for image in pool._loads._host_weights._images]
+    return str(output.error), held, facts(pool)
+
+
+def test_a_load_that_fails_on_one_rank_has_failed_on_all_and_frees_its_bytes() -> None:
+    (words, *first), (own, *second) = run_ranks(fail_on_one_rank)
+    assert words == "model 'plain' could not be loaded: AgreedError: the disk is gone (rank 1)"
+    assert own == "model 'plain' could not be loaded: OSError: the disk is gone"
+    assert first == second and first[0] == ["windows"]
+
+
+def serve_by_targets() -> Any:
+    """On ranks of which the second has another clock, and takes its time."""
+    names, step = [*CONFIGS], ModelPool.step
+    texts = {name: prompts(3, longest=20, seed=i) for i, name in enumerate(names)}
+
+    def slow_step(pool: ModelPool) -> Any:
+        time.sleep(0.002 * dist.get_rank())
+        return step(pool)
+
+    with pytest.MonkeyPatch.context() as patch:
+        clock = time.monotonic
+        patch.setattr(time, "monotonic", lambda: clock() * (1 + 3 * dist.get_rank()))
+        patch.setattr(ModelPool, "step", slow_step)
+        targets = dict.fromkeys(names, Targets(0.2, 0.01))
+        pool = ModelPool(plan_of(admission_load=None), models_of(), targets=targets)
+        done = pool.generate({name: requests(found) for name, found in texts.items()})
+    assert tokens(done) == {name: alone(name, found) for name, found in texts.items()}
+    return facts(pool)
+
+
+@pytest.mark.slow
+def test_turns_by_targets_go_by_the_first_ranks_clock() -> None:
+    first, second = run_ranks(serve_by_targets)
+    assert first == second and len(first[0]) > 3
+
+
+# --- what must be the same ---
+
+
+def differ(what: str) -> None:
+    rank = dist.get_rank()
+    pool = rank_pool(max_turn_steps=5 + rank if what == "plans" else 5)
+    pool.generate({"plain": [Request("a", (1, 2, 3 + rank), GREEDY)]})
+
+
+@pytest.mark.slow(unless=lambda what: what == "plans")
+@pytest.mark.parametrize("what", ["plans", "requests"])
+def test_ranks_that_differ_all_say_so(what: str) -> None:
+    with pytest.raises(RankError) as failed:
+        run_ranks(differ, what)
+    assert len(failed.value.errors) == 2
+    for kind, message in failed.value.errors.values():
+        assert kind == "RuntimeError" and what in message and "those of [1] differ" in message
+
+
+# --- one rank is asked ---
+
+
+def lead(ttl_s: float) -> tuple[list[str], list[str], Any]:
+    """What the first rank's driver answers and refuses, and what was done on this rank."""
+    pool, refused, told = rank_pool(), list[str](), list[str]()
+    if dist.get_rank():
+        follow_pool(pool)
+        return refused, told, [*pool.switches]
+    now = 100.0
+    driver = PoolDriver(pool, {"plain": ttl_s}, clock=lambda: now)
+    assert driver.load_all() == {}
+
+    def ask(name: str) -> None:
+        driver.add(Request(f"{len(told)}", (1, 2, 3), GREEDY, max_tokens=12, model=name))
+        found = [o for _ in range(10**4) if driver.has_work for o in driver.step()]
+        assert [token.id for o in found for token in o.tokens] == alone(name, [(1, 2, 3)])["0"]
+        told.append(pool.states()[name].value)
+
+    def refuse(act: Callable[[], object]) -> None:
+        with pytest.raises(ValueError, match=r".") as error:
+            act()
+        refused.append(str(error.value))
+
+    ask("plain")
+    refuse(lambda: driver.add(Request("b", (10**6,), GREEDY, model="plain")))
+    refuse(lambda: driver.adapters_of("plain"))
+    driver.add(Request("c", (1, 2), GREEDY, max_tokens=50, model="plain"))
+    refuse(lambda: driver.unload("plain"))
+    driver.cancel("c")
+    driver.cancel("nobody")
+    assert [o.finish for _ in range(100) if driver.has_work for o in driver.step()] == [FinishReason.CANCELLED]
+    now += ttl_s + 1
+    while driver.has_work:
+        driver.step()
+    told.append(pool.states()["plain"].value)
+    driver.unload("plain")
+    driver.load("plain")
+    ask("plain")
+    driver.wake_up("windows")
+    driver.sleep("windows")
+    driver.check_integrity()
+    driver.close()
+    return refused, told, [*pool.switches]
+
+
+def test_what_is_asked_of_the_first_rank_is_done_on_all_and_refused_where_it_was_asked() -> None:
+    (refused, told, first), (*_, second) = run_ranks(lead, 10.0)
+    assert first == second and [switch.model for switch in first] == ["plain", "plain", "windows"]
+    assert told == ["awake", "asleep", "awake"]
+    assert [words.split(":")[-1][:24] for words in refused] == [
+        " token 1000000 is outsid",
+        " name them there",
+        " cancel them, or wait fo"[:24],
+    ]
+
+
+# --- parts of parameters in pieces of host memory ---
+
+
+@pytest.mark.parametrize("experts", [None, ExpertsConfig(5, 2)], ids=["dense", "experts"])
+def test_a_part_that_is_read_in_pieces_is_the_part_that_is_read_at_once(experts: ExpertsConfig | None) -> None:
+    """Of every unit, wherever an image is cut: in the middle of a matrix of which ranks have columns, too."""
+    config = replace(TINY, experts=experts, qkv_bias=True)
+    source = ModuleSource(decoder(config))
+    for unit in stored_units(config, torch.float32, cuts_of(config, 2)):
+        for rank in range(2):
+            whole = torch.empty(unit.nbytes, dtype=torch.uint8)
+            fill(Store(unit, 0, whole, rank), source)
+            for step in (ALIGNMENT_NBYTES, 7 * ALIGNMENT_NBYTES):
+                pieces = torch.zeros_like(whole)
+                for start in range(0, unit.nbytes, step):
+                    fill(Store(unit, start, pieces[start : start + step], rank), source)
+                for parameter, segment in unit.parameters():
+                    part = slice(segment.offset_nbytes, segment.end_nbytes)
+                    assert torch.equal(pieces[part], whole[part]), (parameter.name, rank, step)

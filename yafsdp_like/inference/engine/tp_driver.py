@@ -1,6 +1,7 @@
 """Tensor parallel ranks of which one takes requests: it broadcasts each call of its engine, and all make the same.
 
-Owns what is broadcast between the engines' steps. Knows nothing of threads, text or HTTP.
+Owns what is broadcast between the engines' steps, and that it is often enough (`Leader`); a pool of models has messages
+of its own (`pool/leading.py`). Knows nothing of threads, text or HTTP.
 
 [Note: one rank is asked]
 Ranks that compute together must make the same calls of their engines in the same order (``store.py``, [Note:
@@ -27,6 +28,8 @@ from typing import TYPE_CHECKING
 from yafsdp_like.inference.engine.request import QueueFullError, Request, RequestOutput
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from yafsdp_like.comm.tp_group import TPGroup
     from yafsdp_like.inference.engine.adapters import Adapters
     from yafsdp_like.inference.engine.engine import Engine
@@ -51,7 +54,35 @@ class Cancel:
     request_id: str
 
 
-Message = Request | Cancel | TPCommand  # a request is to be added
+class Leader:
+    """The first rank's voice: broadcasts messages, and notes when, since silence must not last."""
+
+    def __init__(self, tp_group: TPGroup) -> None:
+        self._tp_group = tp_group
+        self._last_s = time.monotonic()  # of the last broadcast; -inf: it may have failed
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the others must hear something now, or would have had to: a broadcast has failed."""
+        return time.monotonic() - self._last_s >= KEEP_ALIVE_S
+
+    def tell(self, message: object) -> None:
+        """Broadcast a message. Raises RuntimeError if a rank has failed, as every later one then does."""
+        assert self._tp_group.rank == 0, f"the first rank leads, this is {self._tp_group.rank}"
+        self._last_s = -math.inf  # if this fails there is work: a step, which fails again where a service notices it
+        self._tp_group.broadcast(message)
+        self._last_s = time.monotonic()
+
+
+def heard(tp_group: TPGroup) -> Iterator[object]:
+    """Yield on another rank what the first one tells, until that is ``TPCommand.END``.
+
+    Blocks the CPU. Raises RuntimeError if the first rank has ended otherwise, or was silent for longer than the timeout
+    of the group.
+    """
+    listening: object = TPCommand.LISTEN
+    while (message := tp_group.broadcast(listening)) is not TPCommand.END:
+        yield message
 
 
 class TPDriver:
@@ -62,37 +93,35 @@ class TPDriver:
     """
 
     def __init__(self, engine: Engine, tp_group: TPGroup) -> None:
-        assert tp_group.rank == 0, f"the first rank leads, this is {tp_group.rank}"
         self.config, self.options = engine.config, engine.options
-        self._engine, self._tp_group = engine, tp_group
-        self._last_broadcast_s = time.monotonic()  # of the last broadcast; -inf: it may have failed
+        self._engine, self._leader = engine, Leader(tp_group)
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to return, a sign of life for the other ranks included."""
-        return self._engine.has_work or time.monotonic() - self._last_broadcast_s >= KEEP_ALIVE_S
+        return self._engine.has_work or self._leader.is_due
 
     def add(self, request: Request) -> None:
         """Add a request on all ranks. Raises what `Engine.add` does."""
-        self._broadcast(request)
+        self._leader.tell(request)
         self._engine.add(request)
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request on all ranks."""
-        self._broadcast(Cancel(request_id))
+        self._leader.tell(Cancel(request_id))
         self._engine.cancel(request_id)
 
     def step(self) -> list[RequestOutput]:
         """Run one step on all ranks, and return its outputs; or keep the others listening if there is nothing to do."""
         if not self._engine.has_work:
-            self._broadcast(TPCommand.LISTEN)
+            self._leader.tell(TPCommand.LISTEN)
             return []
-        self._broadcast(TPCommand.STEP)
+        self._leader.tell(TPCommand.STEP)
         return self._engine.step()
 
     def close(self) -> None:
         """End `follow` on the other ranks. Not after an error: they may not be listening."""
-        self._broadcast(TPCommand.END)
+        self._leader.tell(TPCommand.END)
 
     @property
     def adapters(self) -> Adapters:
@@ -111,26 +140,17 @@ class TPDriver:
         """Check this rank's pages; see `Engine.check_integrity`."""
         self._engine.check_integrity()
 
-    def _broadcast(self, message: Message) -> None:
-        self._last_broadcast_s = (
-            -math.inf
-        )  # if this fails there is work: a step, which fails again where a service notices it
-        self._tp_group.broadcast(message)
-        self._last_broadcast_s = time.monotonic()
-
 
 def follow(engine: Engine, tp_group: TPGroup) -> None:
     """Make the calls on this rank's engine that the first rank makes, until it closes its `TPDriver`.
 
-    Blocks the CPU while there is nothing to do. Raises what a step raises, and RuntimeError if the first rank has ended
-    otherwise or was silent for longer than the timeout of the group.
+    Blocks the CPU while there is nothing to do. Raises what a step and ``heard`` raise.
     """
-    listening: Message = TPCommand.LISTEN
-    while (message := tp_group.broadcast(listening)) is not TPCommand.END:
+    for message in heard(tp_group):
         _apply(engine, message)
 
 
-def _apply(engine: Engine, message: Message) -> None:
+def _apply(engine: Engine, message: object) -> None:
     match message:
         case Request():
             with contextlib.suppress(ValueError, QueueFullError):  # the first rank raises it, too, and answers

@@ -1,7 +1,7 @@
 """A pool of models as one engine: what a service needs of an engine, for requests that say which model they are for.
 
-Owns which requests are under way and whose they are, and how long idle models stay on the device. Knows nothing of
-threads, text or HTTP.
+Owns which requests are under way and whose they are, and how long idle models stay on the device. Of a pool over
+several ranks it is the first one's, and the others follow (``leading.py``). Knows nothing of threads, text or HTTP.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.pool.host_weights import ModelUnavailableError
+from yafsdp_like.inference.pool.leading import LeadingPool
 from yafsdp_like.inference.pool.member import ModelState
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class PoolDriver:
         """
         self.options = WaitingLimit(max(pool.engine(name).options.max_waiting for name in pool.plan.models))
         self._pool, self._clock = pool, clock
+        self._calls = pool if pool.tp_group is None else LeadingPool(pool)  # that change the pool
         self._ttls, self._host_ttls = dict(ttls or {}), dict(host_ttls or {})
         self._models: dict[str, str] = {}  # of requests that have not ended, by id
         self._idle_since = dict.fromkeys(pool.plan.models, clock())
@@ -108,28 +110,28 @@ class PoolDriver:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do or to return, or an idle model is to leave the device or the host."""
-        has_work = self._pool.has_work
+        has_work = self._calls.has_work
         self._note_loads()
         return has_work or any(self._to_sleep()) or any(self._to_unload())
 
     def add(self, request: Request) -> None:
         """Queue a request of a model, as ``ModelPool.add`` does, and raise what it raises."""
-        self._pool.add(request.model, request)
+        self._calls.add(request.model, request)
         self._models[request.id] = request.model
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request, wherever its model is; its last output comes from ``step``. Harmless once it has ended."""
         if request_id in self._models:
-            self._pool.cancel(self._models[request_id], request_id)
+            self._calls.cancel(self._models[request_id], request_id)
 
     def step(self) -> list[RequestOutput]:
         """Let models go whose time is over, make one step of one model, and return outputs."""
         self._note_loads()
         for name in list(self._to_unload()):
-            self._pool.unload(name)
+            self._calls.unload(name)
         for name in list(self._to_sleep()):
-            self._pool.sleep(name)
-        outputs = [output for _, output in self._pool.step()]
+            self._calls.sleep(name)
+        outputs = [output for _, output in self._calls.step()]
         for output in outputs:
             if output.finish is not None:
                 self._idle_since[self._models.pop(output.request_id)] = self._clock()
@@ -154,7 +156,7 @@ class PoolDriver:
 
     def close(self) -> None:
         """Give up loads and wait for all that is under way; every other call raises RuntimeError from then on."""
-        self._pool.close()
+        self._calls.close()
 
     def _to_sleep(self) -> Iterator[str]:
         """Yield models that are awake and have had no request for as long as they may."""
@@ -176,7 +178,12 @@ class PoolDriver:
     # --- models ---
 
     def adapters_of(self, name: str) -> Adapters:
-        """Return the LoRA adapters of a model, which stay its own while it sleeps, or is not loaded."""
+        """Return the LoRA adapters of a model, which stay its own while it sleeps, or is not loaded.
+
+        Raises ValueError where ranks share the pool: loading is no call that they make together yet.
+        """
+        if self._pool.tp_group is not None:
+            raise ValueError("tensor parallel ranks load LoRA adapters only when the server starts: name them there")
         return self._pool.engine(name).adapters
 
     def models(self) -> dict[str, ModelStatus]:
@@ -197,7 +204,7 @@ class PoolDriver:
         The others can be asked. One without room in host memory has not failed: its requests are refused until another
         is unloaded.
         """
-        errors = {name: str(error) for name, error in self._pool.load_all(watch).items()}
+        errors = {name: str(error) for name, error in self._calls.load_all(watch).items()}
         return errors | self._pool.failures()
 
     def load(self, name: str) -> None:
@@ -205,15 +212,15 @@ class PoolDriver:
 
         How it goes is in ``models``. Raises HostFullError, with the numbers, where there is no room.
         """
-        self._pool.start_loading(name)
+        self._calls.start_loading(name)
 
     def unload(self, name: str) -> None:
         """Take a model from device and host, or load it no further. Raises ValueError while it has requests."""
-        self._pool.unload(name)
+        self._calls.unload(name)
 
     def sleep(self, name: str) -> None:
         """Let a model sleep; one with requests wakes again in its turn."""
-        self._pool.sleep(name)
+        self._calls.sleep(name)
 
     def wake_up(self, name: str) -> None:
         """Wake a model; those in its way sleep. Raises ModelUnavailableError while it is not loaded."""
@@ -221,4 +228,4 @@ class PoolDriver:
         if state in (ModelState.ABSENT, ModelState.LOADING, ModelState.FAILED):
             raise ModelUnavailableError(f"model {name!r} is {state.value}: it can be woken once it is loaded")
         self._idle_since[name] = self._clock()
-        self._pool.wake_up(name)
+        self._calls.wake_up(name)
