@@ -31,7 +31,7 @@ from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.http.server import create_catalog_app
 from yafsdp_like.inference.http.service import LAST_STEP_S, Service, ServiceState, SteppableEngine
 from yafsdp_like.inference.pool.driver import PoolDriver
-from yafsdp_like.inference.pool.leading import follow_pool
+from yafsdp_like.inference.pool.tp_pool import follow_pool
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text takes one core: the engine needs the others
 STUCK_STATUS = 3

@@ -40,13 +40,13 @@ class TPGroup:
         dist.broadcast_object_list(box, group=self._group, group_src=0)
         return box[0]
 
-    def gather(self, value: Value) -> list[Value]:
+    def all_gather(self, value: Value) -> list[Value]:
         """Return every rank's ``value``, in order of rank. Blocks the CPU."""
         return all_gather_object(value, self._group)
 
     def check_same(self, what: str, value: object) -> None:
         """Raise RuntimeError on all ranks unless they pass equal values. Blocks the CPU."""
-        values = self.gather(value)
+        values = self.all_gather(value)
         others = [rank for rank, other in enumerate(values) if other != values[0]]
         if others:
             raise RuntimeError(f"{what} must be the same on all ranks that compute together; those of {others} differ")

@@ -19,10 +19,10 @@ from yafsdp_like.inference.options import PoolOptions
 from yafsdp_like.inference.plan.quantized_fields import stored_units
 from yafsdp_like.inference.pool import pool as pool_module
 from yafsdp_like.inference.pool.driver import PoolDriver
-from yafsdp_like.inference.pool.leading import follow_pool
 from yafsdp_like.inference.pool.member import ModelState
 from yafsdp_like.inference.pool.plan import PoolPlan, plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool
+from yafsdp_like.inference.pool.tp_pool import follow_pool
 from yafsdp_like.inference.pool.weights import PooledWeights
 from yafsdp_like.inference.weights.loading import Model, ModuleSource, fill, model_of
 from yafsdp_like.inference.weights.store import Store

@@ -1,7 +1,7 @@
 """Tensor parallel ranks of which one takes requests: it broadcasts each call of its engine, and all make the same.
 
-Owns what is broadcast between the engines' steps, and that it is often enough (`Leader`); a pool of models has messages
-of its own (`pool/leading.py`). Knows nothing of threads, text or HTTP.
+Owns what is broadcast between the engines' steps, and that it is often enough (`TPBroadcaster`); a pool of models has
+messages of its own (`pool/tp_pool.py`). Knows nothing of threads, text or HTTP.
 
 [Note: one rank is asked]
 Ranks that compute together must make the same calls of their engines in the same order (``store.py``, [Note:
@@ -54,8 +54,8 @@ class Cancel:
     request_id: str
 
 
-class Leader:
-    """The first rank's voice: broadcasts messages, and notes when, since silence must not last."""
+class TPBroadcaster:
+    """Broadcasts what the first rank tells the others, and notes when: it must not be silent for long."""
 
     def __init__(self, tp_group: TPGroup) -> None:
         self._tp_group = tp_group
@@ -74,7 +74,7 @@ class Leader:
         self._last_s = time.monotonic()
 
 
-def heard(tp_group: TPGroup) -> Iterator[object]:
+def received(tp_group: TPGroup) -> Iterator[object]:
     """Yield on another rank what the first one tells, until that is ``TPCommand.END``.
 
     Blocks the CPU. Raises RuntimeError if the first rank has ended otherwise, or was silent for longer than the timeout
@@ -94,34 +94,34 @@ class TPDriver:
 
     def __init__(self, engine: Engine, tp_group: TPGroup) -> None:
         self.config, self.options = engine.config, engine.options
-        self._engine, self._leader = engine, Leader(tp_group)
+        self._engine, self._broadcaster = engine, TPBroadcaster(tp_group)
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to return, a sign of life for the other ranks included."""
-        return self._engine.has_work or self._leader.is_due
+        return self._engine.has_work or self._broadcaster.is_due
 
     def add(self, request: Request) -> None:
         """Add a request on all ranks. Raises what `Engine.add` does."""
-        self._leader.tell(request)
+        self._broadcaster.tell(request)
         self._engine.add(request)
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request on all ranks."""
-        self._leader.tell(Cancel(request_id))
+        self._broadcaster.tell(Cancel(request_id))
         self._engine.cancel(request_id)
 
     def step(self) -> list[RequestOutput]:
         """Run one step on all ranks, and return its outputs; or keep the others listening if there is nothing to do."""
         if not self._engine.has_work:
-            self._leader.tell(TPCommand.LISTEN)
+            self._broadcaster.tell(TPCommand.LISTEN)
             return []
-        self._leader.tell(TPCommand.STEP)
+        self._broadcaster.tell(TPCommand.STEP)
         return self._engine.step()
 
     def close(self) -> None:
         """End `follow` on the other ranks. Not after an error: they may not be listening."""
-        self._leader.tell(TPCommand.END)
+        self._broadcaster.tell(TPCommand.END)
 
     @property
     def adapters(self) -> Adapters:
@@ -144,9 +144,9 @@ class TPDriver:
 def follow(engine: Engine, tp_group: TPGroup) -> None:
     """Make the calls on this rank's engine that the first rank makes, until it closes its `TPDriver`.
 
-    Blocks the CPU while there is nothing to do. Raises what a step and ``heard`` raise.
+    Blocks the CPU while there is nothing to do. Raises what a step and ``received`` raise.
     """
-    for message in heard(tp_group):
+    for message in received(tp_group):
         _apply(engine, message)
 
 

@@ -1,7 +1,7 @@
 """A pool of models as one engine: what a service needs of an engine, for requests that say which model they are for.
 
 Owns which requests are under way and whose they are, and how long idle models stay on the device. Of a pool over
-several ranks it is the first one's, and the others follow (``leading.py``). Knows nothing of threads, text or HTTP.
+several ranks it is the first one's, and the others follow (``tp_pool.py``). Knows nothing of threads, text or HTTP.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.pool.host_weights import ModelUnavailableError
-from yafsdp_like.inference.pool.leading import LeadingPool
 from yafsdp_like.inference.pool.member import ModelState
+from yafsdp_like.inference.pool.tp_pool import TPPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -99,7 +99,7 @@ class PoolDriver:
         """
         self.options = WaitingLimit(max(pool.engine(name).options.max_waiting for name in pool.plan.models))
         self._pool, self._clock = pool, clock
-        self._calls = pool if pool.tp_group is None else LeadingPool(pool)  # that change the pool
+        self._calls = pool if pool.tp_group is None else TPPool(pool)  # that change the pool
         self._ttls, self._host_ttls = dict(ttls or {}), dict(host_ttls or {})
         self._models: dict[str, str] = {}  # of requests that have not ended, by id
         self._idle_since = dict.fromkeys(pool.plan.models, clock())

@@ -98,7 +98,7 @@ class PoolRanks:
         return ended
 
     def _gathered(self, value: Value) -> list[Value]:
-        return [value] if self.tp_group is None else self.tp_group.gather(value)
+        return [value] if self.tp_group is None else self.tp_group.all_gather(value)
 
 
 def _report(loading: Loading) -> tuple[bool, str | None]:

@@ -1,7 +1,7 @@
 """A pool over several ranks, of which one takes requests: it broadcasts each call that changes its pool.
 
 Owns which calls these are. Ranks that make the same calls have the same pools (``ranks.py``, [Note: ranks of a pool]);
-how the first one is heard, and what a rank's end means for the others, is `engine/tp_driver.py`'s.
+how its messages are received, and what a rank's end means for the others, is `engine/tp_driver.py`'s.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from yafsdp_like.inference.engine.request import QueueFullError
-from yafsdp_like.inference.engine.tp_driver import Leader, TPCommand, heard
+from yafsdp_like.inference.engine.tp_driver import TPBroadcaster, TPCommand, received
 from yafsdp_like.inference.pool.host_weights import ModelUnavailableError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class PoolCall:
     arguments: tuple[Any, ...] = ()
 
 
-class LeadingPool:
+class TPPool:
     """The first rank's pool with the others' behind it: a call is made on all, and raises what it does on this one.
 
     Not safe for threads. If a rank has failed, RuntimeError is raised here and by every ``step`` from then on.
@@ -38,69 +38,69 @@ class LeadingPool:
 
     def __init__(self, pool: ModelPool) -> None:
         assert pool.tp_group is not None, "one rank has nobody to lead"
-        self._pool, self._leader = pool, Leader(pool.tp_group)
+        self._pool, self._broadcaster = pool, TPBroadcaster(pool.tp_group)
 
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do or to return, a sign of life for the other ranks included."""
-        return self._pool.has_work or self._pool.has_news or self._leader.is_due
+        return self._pool.has_work or self._pool.has_news or self._broadcaster.is_due
 
     def step(self) -> list[tuple[str, RequestOutput]]:
         """Make a step on all ranks, or keep the others listening if there is nothing to do; see ``ModelPool.step``."""
         if not (self._pool.has_work or self._pool.has_news):
-            self._leader.tell(TPCommand.LISTEN)
+            self._broadcaster.tell(TPCommand.LISTEN)
             return []
-        self._leader.tell(PoolCall("step"))
+        self._broadcaster.tell(PoolCall("step"))
         return self._pool.step()
 
     def add(self, name: str, request: Request) -> None:
         """Take a request on all ranks; see ``ModelPool.add``."""
-        self._leader.tell(PoolCall("add", (name, request)))
+        self._broadcaster.tell(PoolCall("add", (name, request)))
         self._pool.add(name, request)
 
     def cancel(self, name: str, request_id: str) -> None:
         """Cancel a request on all ranks."""
-        self._leader.tell(PoolCall("cancel", (name, request_id)))
+        self._broadcaster.tell(PoolCall("cancel", (name, request_id)))
         self._pool.cancel(name, request_id)
 
     def load_all(self, watch: Callable[[str, ModelFigures], object]) -> dict[str, Exception]:
         """Load all models on all ranks; see ``ModelPool.load_all``."""
-        self._leader.tell(PoolCall("load_all"))
+        self._broadcaster.tell(PoolCall("load_all"))
         return self._pool.load_all(watch)
 
     def start_loading(self, name: str) -> None:
         """Begin to read a model on all ranks; see ``ModelPool.start_loading``."""
-        self._leader.tell(PoolCall("start_loading", (name,)))
+        self._broadcaster.tell(PoolCall("start_loading", (name,)))
         self._pool.start_loading(name)
 
     def unload(self, name: str) -> None:
         """Take a model from the devices and hosts of all ranks; see ``ModelPool.unload``."""
-        self._leader.tell(PoolCall("unload", (name,)))
+        self._broadcaster.tell(PoolCall("unload", (name,)))
         self._pool.unload(name)
 
     def sleep(self, name: str) -> None:
         """Let a model sleep on all ranks."""
-        self._leader.tell(PoolCall("sleep", (name,)))
+        self._broadcaster.tell(PoolCall("sleep", (name,)))
         self._pool.sleep(name)
 
     def wake_up(self, name: str) -> object:
         """Wake a model on all ranks; see ``ModelPool.wake_up``."""
-        self._leader.tell(PoolCall("wake_up", (name,)))
+        self._broadcaster.tell(PoolCall("wake_up", (name,)))
         return self._pool.wake_up(name)
 
     def close(self) -> None:
         """End ``follow_pool`` on the other ranks, and close. Not after an error: they may not be listening."""
-        self._leader.tell(TPCommand.END)
+        self._broadcaster.tell(TPCommand.END)
         self._pool.close()
 
 
 def follow_pool(pool: ModelPool) -> None:
     """Make the calls on this rank's pool that the first rank makes, until it closes its own; then close this one.
 
-    Blocks the CPU while there is nothing to do. Raises what a step and ``heard`` raise.
+    Blocks the CPU while there is nothing to do. Raises what a step and ``received`` raise.
     """
     assert pool.tp_group is not None, "one rank has nobody to follow"
-    for message in heard(pool.tp_group):
+    for message in received(pool.tp_group):
         if isinstance(message, PoolCall):
             # The first rank raises it, too, and answers.
             with contextlib.suppress(ValueError, QueueFullError, ModelUnavailableError):
