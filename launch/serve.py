@@ -2,7 +2,7 @@
 
     python -m launch.serve runs/smollm2/base --port 8000
     python -m launch.serve --pool configs/serve_pool.yaml                 # several models, which take turns
-    torchrun --nproc-per-node 2 -m launch.serve --pool configs/serve_pool.yaml     # each cut in two: rank 0 listens
+    torchrun --nproc-per-node 2 -m launch.serve --pool pool.yaml         # each cut in two; rank 0 listens, for all
     torchrun --nproc-per-node 2 -m launch.serve MODEL --mode gathered     # rank r listens on port 8000 + r
     torchrun --nproc-per-node 2 -m launch.serve MODEL --mode tensor_parallel     # rank 0 listens, for all
 

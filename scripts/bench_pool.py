@@ -3,6 +3,7 @@
     python scripts/bench_pool.py --models 8b,3b,1b --limit-gib 22 --out scripts/results/<date>-<device>-pool.json
     python scripts/bench_pool.py --models 0.6b,135m --limit-gib 2 --measure many --switches 1000
     python scripts/bench_pool.py --models 3b,8b,1b,3b --limit-gib 24 --measure popular --requests 96 --rate 2
+    torchrun --nproc-per-node 2 scripts/bench_pool.py --models 8b,3b,1b --limit-gib 12     # on each of two GPUs
 
 Run it with PYTHONPATH=. in a checkout. Models are presets with random weights; a limit in which not all fit together
 makes them take turns. What it does is in `bench/pool_run.py`: this is the command.
@@ -11,7 +12,9 @@ Method. `link` is the best of five copies of 1 GiB (or as much as there is) from
 
 `switch`: every pair of models that cannot be awake together, there and back, `--rounds` times: seconds from the call of
 `wake_up`, with nothing under way, until the last byte has arrived, beside the bytes at the rate of `link`; and the
-seconds after which the call returned.
+seconds after which the call returned. Of several ranks, which have parts of every model, seconds are those of the last
+one, bytes and `share_of_link` one rank's; `share_of_links` is of the whole model, each byte counted once, at the rate
+of all links together, which are measured one at a time.
 
 `cold`: seconds to the first token of a prompt of `--prompt-tokens` for a model that sleeps and finds no byte again, and
 for one that is awake, than which nothing can be faster; beside them the bytes at the rate of the link.

@@ -18,17 +18,18 @@ import torch
 from bench import pool_popular
 from bench.allocator import allocator_counts, used_nbytes
 from bench.options import DTYPES
-from bench.ranks import say
+from bench.ranks import gathered, say
 from bench.report import Row, hardware, versions, write
 from launch import world as ranks
 from launch.world import World
 from yafsdp_like.hardware import Hardware
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request
-from yafsdp_like.inference.options import EngineOptions, PoolOptions
+from yafsdp_like.inference.options import AnyMode, EngineOptions, PoolOptions
+from yafsdp_like.inference.plan.quantized_fields import stored_units
 from yafsdp_like.inference.pool.plan import HOST_WEIGHTS, SLABS, PooledModel, plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool
-from yafsdp_like.inference.weights.loading import random_model
+from yafsdp_like.inference.weights.loading import random_model, world_transport
 from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.models import PRESETS
 
@@ -45,7 +46,7 @@ class PoolBench:
     options: argparse.Namespace
     world: World
     pool: ModelPool
-    link: float = 0.0  # bytes a second
+    link: float = 0.0  # bytes a second from host memory to this rank's device
     num_made: int = 0
 
     @property
@@ -54,8 +55,13 @@ class PoolBench:
         return [*self.pool.plan.models]
 
     def nbytes(self, name: str) -> int:
-        """Return the bytes of a model's weights."""
+        """Return the bytes of a model's weights on this rank."""
         return self.pool.plan.models[name].image_nbytes
+
+    def whole_nbytes(self, name: str) -> int:
+        """Return the bytes of a model's weights, which ranks have parts of, all counted once."""
+        serving = self.pool.plan.models[name].serving
+        return sum(unit.nbytes for unit in stored_units(serving.config, serving.site.dtype))
 
     def pairs(self, meeting: bool) -> list[tuple[str, str]]:
         """Return ordered pairs of models that cannot, or can, be awake together."""
@@ -76,13 +82,15 @@ class PoolBench:
             self.pool.step()
 
     def seconds(self, work: Callable[[], object]) -> tuple[float, float]:
-        """Return the seconds after which ``work`` returned, and after which the device had done it, from rest."""
+        """Return the seconds after which ``work`` returned, and after which all devices had done it, from rest."""
         self.world.synchronize()
+        gathered(None, self.world)
         begin = time.perf_counter()
         work()
         returned = time.perf_counter() - begin
         self.world.synchronize()
-        return returned, time.perf_counter() - begin
+        found = gathered((returned, time.perf_counter() - begin), self.world)
+        return max(first for first, _ in found), max(last for _, last in found)
 
     def first_token_s(self, name: str) -> float:
         """Return the seconds from a request's arrival to its first token."""
@@ -103,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
     world = ranks.join(options.device)
+    assert world.size == 1 or "popular" not in options.measure, "popular starts its own processes: leave out torchrun"
     report: Row = {"command": f"python scripts/bench_pool.py {shlex.join(arguments)}"}
     try:
         report |= {"hardware": hardware(world), "versions": versions(world)}
@@ -115,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 report[name] = result
                 say(world, _described(name, result))
             bench.pool.check_integrity()
-        if options.out is not None:
+        if options.out is not None and world.is_first:
             write(report, options.out)
     finally:
         ranks.leave()
@@ -181,7 +190,7 @@ def _pool(options: argparse.Namespace, world: World) -> PoolBench:
     own, dtype = _engine_options(options), DTYPES[options.dtype]
     pooled = {name: PooledModel(PRESETS[preset], dtype, own) for name, preset in zip(names, presets, strict=True)}
     limits = pool_popular.pool_options(options)
-    plan = plan_pool(pooled, limits, Hardware.of(world.device))
+    plan = plan_pool(pooled, limits, Hardware.of(world.device), world.size)
     say(world, str(plan))
     models = {name: random_model(name, model.config) for name, model in pooled.items()}
     begin = time.perf_counter()
@@ -197,12 +206,20 @@ def _pool(options: argparse.Namespace, world: World) -> PoolBench:
 
 
 def _link(bench: PoolBench) -> float:
-    """Return bytes a second from host memory to the device; to be called before anything lies there."""
+    """Return bytes a second from host memory to a device; to be called before anything lies there.
+
+    Of several ranks the mean, each alone on its link and on the host's memory.
+    """
     pool = bench.pool
     device, host = pool.arena.place(SLABS), pool.host.place(HOST_WEIGHTS)
     nbytes = min(_LINK_NBYTES, device.segment.nbytes, host.segment.nbytes)
     to, source = (place.tensor(torch.uint8, (nbytes,)) for place in (device, host))
-    return nbytes / min(bench.seconds(lambda: to.copy_(source, non_blocking=True))[1] for _ in range(5))
+    found = []
+    for rank in range(bench.world.size):
+        copies = nbytes if rank == bench.world.rank else 0
+        copy = partial(to[:copies].copy_, source[:copies], non_blocking=True)
+        found.append(nbytes / min(bench.seconds(copy)[1] for _ in range(5)))
+    return statistics.mean(found)
 
 
 def _measured(bench: PoolBench) -> Iterator[tuple[str, Row | list[Row]]]:
@@ -229,7 +246,11 @@ def _switches(bench: PoolBench) -> list[Row]:
             found.append((*bench.seconds(partial(bench.pool.wake_up, woken)), bench.pool.switches[-1].nbytes))
         returned, done, nbytes = statistics.median_low(found)
         row = {"from": left, "to": woken, "gib": nbytes / 2**30, "ms": 1e3 * done, "cpu_ms": 1e3 * returned}
-        rows.append(row | {"gb_per_s": nbytes / done / 1e9, "share_of_link": nbytes / done / bench.link})
+        row |= {"gb_per_s": nbytes / done / 1e9, "share_of_link": nbytes / done / bench.link}
+        if bench.world.size > 1:
+            whole = bench.whole_nbytes(woken) * nbytes / bench.nbytes(woken)
+            row["share_of_links"] = whole / done / (bench.world.size * bench.link)
+        rows.append(row)
     return rows
 
 
@@ -299,7 +320,16 @@ def _awake(bench: PoolBench) -> list[Row]:
         serving = bench.pool.plan.models[name].serving
         model = random_model(name, serving.config)
         own = replace(_engine_options(bench.options), kv_nbytes=serving.grid.region_nbytes)
-        with Engine.load(model, own, device=bench.world.device, dtype=DTYPES[bench.options.dtype]) as engine:
+        transport = world_transport(bench.world.device)
+        mode: AnyMode = "auto" if transport is None else "tensor_parallel"
+        with Engine.load(
+            model,
+            own,
+            device=bench.world.device,
+            dtype=DTYPES[bench.options.dtype],
+            mode=mode,
+            transport=transport,
+        ) as engine:
             for request in requests:
                 engine.add(request)
             alone = _step_s(engine)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -102,3 +105,18 @@ def test_processes_are_started_and_ended_for_models_on_demand(tmp_path: Path) ->
 def test_what_is_not_served_in_time_is_given_up_and_has_waited_as_long(tmp_path: Path) -> None:
     rows = popular("--limit-gib", "0.0016", "--directory", str(tmp_path), "--ways", "disk", "--most-s", "0")
     assert rows["disk"]["ended"] == 0 and rows["disk"]["first_tokens_s"] == [0.0] * 12
+
+
+@pytest.mark.slow
+def test_two_ranks_switch_together_and_the_share_is_of_both_links(tmp_path: Path) -> None:
+    path = tmp_path / "pool.json"
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += ["scripts/bench_pool.py", *ARGUMENTS, "--limit-gib", "0.0011", "--out", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
+    subprocess.run([*words, "--measure", "switch,cold,prefetch,awake"], cwd=ROOT, env=environment, check=True)
+    found = json.loads(path.read_text())
+    assert "memory plan of one rank of 2" in "\n".join(found["plan"])
+    assert found["switch"] and len(found["cold"]) == len(found["awake"]) == 3
+    for row in found["switch"]:
+        assert 0 < row["gib"] * 2**30 < 632_064
+        assert row["share_of_link"] / 2 < row["share_of_links"] < row["share_of_link"], "all have all of the vocabulary"

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.inference.engine.test_engine import GREEDY, TINY, decoder, prompts, requests
-from tests.inference.pool.test_model_pool import CONFIGS, LARGE, alone, check_idle, pooled, tokens
+from tests.inference.engine.test_engine import GREEDY, TINY, allocations, decoder, prompts, requests
+from tests.inference.pool.test_model_pool import CONFIGS, LARGE, ONE, alone, check_idle, pooled, tokens
 from tests.ranks import RankError, run_ranks
+from yafsdp_like.hardware import Hardware
 from yafsdp_like.inference.engine.request import FinishReason, Request
 from yafsdp_like.inference.fleet.reader import Targets
 from yafsdp_like.inference.options import PoolOptions
@@ -341,3 +342,29 @@ def test_a_part_that_is_read_in_pieces_is_the_part_that_is_read_at_once(experts:
                 for parameter, segment in unit.parameters():
                     part = slice(segment.offset_nbytes, segment.end_nbytes)
                     assert torch.equal(pieces[part], whole[part]), (parameter.name, rank, step)
+
+
+# --- on GPUs ---
+
+
+def serve_on_gpus() -> tuple[Any, int]:
+    """Models that take turns on two GPUs, and how many steps are recorded; nothing is allocated while they switch."""
+    hardware = Hardware.of(torch.device("cuda"))
+    models = pooled(replace(ONE, costs=None))
+    wide = plan_pool(models, PoolOptions(64 << 30), hardware, 2)
+    limit = wide.memory.nbytes - wide.grid.region_nbytes + wide.recordings_nbytes + SMALL
+    plan = plan_pool(models, PoolOptions(limit, host_kv_nbytes=64 << 20, max_turn_steps=4), hardware, 2)
+    pool = ModelPool(plan, models_of(), "cuda")
+    draw_alone_and_together(pool, seed=0)
+    before = allocations()
+    for _ in range(10):
+        draw_alone_and_together(pool, seed=0)
+    assert allocations() == before
+    return facts(pool), sum(len(member.engine._runner._recordings) for member in pool._members.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*CUDA graphs do not fit")
+def test_models_take_turns_on_two_gpus_and_answer_as_they_do_alone() -> None:
+    (first, num_recorded), (second, _) = run_ranks(serve_on_gpus, device="cuda", timeout=120)
+    assert first == second and len(first[0]) > 20 and num_recorded > 0

@@ -9,17 +9,18 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from yafsdp_like.inference.pool.host_weights import HostFullError
 from yafsdp_like.inference.pool.loading import Loading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    import torch
-
     from yafsdp_like.inference.pool.host_weights import HostWeights
     from yafsdp_like.inference.pool.member import Member
     from yafsdp_like.inference.pool.ranks import PoolRanks
+    from yafsdp_like.inference.weights.loading import Model, Source
 
 LOOK_S = 0.01  # between two looks at a load that somebody waits for
 LAST_READ_S = 5.0  # for what is being read when a pool is closed
@@ -54,7 +55,7 @@ class Loads:
             image = self._host_weights.put(member.name, member.plan.image_nbytes)
         read = partial(member.weights.read, image.places)
         member.failure = None
-        member.loading = Loading(image, partial(member.model.source, self._device), read, on_demand)
+        member.loading = Loading(image, partial(_open, member.model, self._device), read, on_demand)
         return True
 
     def wait(self, member: Member, watch: Callable[[], object]) -> None:
@@ -156,3 +157,10 @@ class Loads:
             member.weights.unload()
             self._host_weights.drop(member.image)
             member.image = None
+
+
+def _open(model: Model, device: torch.device) -> Source:
+    """Open where the values come from, in the thread of a load: each thread has a current GPU of its own."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return model.source(device)
