@@ -1,1 +1,1 @@
-"""Many models on one device or cut among several: asleep in host memory, awake on slabs that weights and pages share."""
+"""Many models on one device or cut among several: asleep on the host, awake on slabs that weights and pages share."""
