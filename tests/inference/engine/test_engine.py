@@ -269,11 +269,11 @@ def test_rows_that_fill_up_a_recorded_batch_change_nothing(monkeypatch: pytest.M
 def test_recordings_beyond_the_plan_are_left_out_and_their_steps_issued(monkeypatch: pytest.MonkeyPatch) -> None:
     it, texts = engine(kv_nbytes=1 << 20, max_batch_size=6), prompts(9)
     with pytest.warns(UserWarning, match="CUDA graphs do not fit the .* bytes planned for them"):
-        recorder = record_steps(it, monkeypatch, recording_nbytes=5 << 20)
+        recorder = record_steps(it, monkeypatch, recording_nbytes=7 << 20)
     steps = [size for name, size in recorder.recorded if name == "_step"]
     assert steps == [StepSize.decode(6), StepSize.decode(4)]
     taken = it.metrics().recordings_nbytes
-    assert taken == len(recorder.recorded) * (5 << 20) <= 1.05 * it._weights.plan.recordings_nbytes
+    assert taken == len(recorder.recorded) * (7 << 20) <= 1.05 * it._weights.plan.recordings_nbytes
     assert ids(it.generate(requests(texts))) == {str(i): expected(TINY, text) for i, text in enumerate(texts)}
     assert {size for name, size in recorder.replayed if name == "_step"} == {*steps}
 

@@ -63,14 +63,28 @@ def test_what_recordings_take_is_left_of_the_limit_and_told() -> None:
 def test_the_planned_bytes_are_what_was_measured(num_layers: int, batch_size: int, tokens: int, measured: int) -> None:
     config, options = replace(CONFIG, num_layers=num_layers), replace(OPTIONS, max_batch_size=batch_size)
     planned = recordings_nbytes(config, replace(options, max_batch_tokens=tokens)) / MIB
-    assert measured - 2 <= planned <= 1.05 * measured + 2
+    assert measured - 2 <= planned <= 1.05 * measured + 12  # of which 10 for code that those had loaded before
 
 
 def test_recordings_of_steps_that_bring_weights_are_planned_larger() -> None:
     streamed = plan_serving(CONFIG, replace(OPTIONS, memory_limit_nbytes=3 << 30, host_kv_nbytes=0), H200, "streamed")
-    assert streamed.recordings_nbytes == recordings_nbytes(CONFIG, OPTIONS, moves=True)
+    assert streamed.recordings_nbytes == recordings_nbytes(CONFIG, OPTIONS, "streamed")
     assert streamed.recordings_nbytes > plan_serving(CONFIG, OPTIONS, H200).recordings_nbytes
     assert (3 << 30) - streamed.memory.nbytes - streamed.recordings_nbytes >= 0
+
+
+def test_a_recording_that_brings_the_workspace_does_not_speak_for_the_others() -> None:
+    """Engines of a pool served most steps without their graphs: the fourth recording brings 32 MiB, others nothing."""
+    taken = iter([2, 2, 2, *[34] * 7])
+    free = 100
+    budget = RecordingBudget(36 * MIB, lambda: free * MIB)
+
+    def record() -> None:
+        nonlocal free
+        free = 100 - next(taken)
+
+    assert [budget.record(record) for _ in range(10)] == [True] * 10
+    assert budget.taken_nbytes == 34 * MIB
 
 
 def test_on_a_cpu_nothing_is_recorded() -> None:

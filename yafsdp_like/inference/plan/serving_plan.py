@@ -212,7 +212,7 @@ def _rank_config(config: DecoderConfig, site: Site, mode: AnyMode) -> DecoderCon
 
 
 def _recordings_nbytes(share: DecoderConfig, options: EngineOptions, site: Site, mode: Mode) -> int:
-    return recordings_nbytes(share, options, moves=mode != "resident") if site.hardware else 0
+    return recordings_nbytes(share, options, mode) if site.hardware else 0
 
 
 # --- what fits ---
