@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions, RequestRouterConfig
@@ -51,6 +52,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message
 
+from launch.fleet_figures import ReplicaAnswer, merged_metrics, merged_status
 from launch.options import KEY_VARIABLE, SERVE_POOL, FleetOptions
 from yafsdp_like.inference.fleet.router import BLOCK, MAX_BLOCKS, FleetRouter, blocks_of
 from yafsdp_like.inference.fleet.routing import wanted_replicas
@@ -62,6 +64,10 @@ ASKED_AGAIN = 0  # in place of a status: of a replica that has refused the reque
 MAX_REQUESTS = 65536  # that Ray lets a process have under way: pools say themselves what is too much
 LARGE = 2**16  # bytes of a body that are read in a thread
 ONE_REPLICAS = "/admin/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"  # what would reach one replica of many
+OF_ALL = {  # paths that all replicas answer together, unless one is named: by what, and the type of that
+    "/metrics": (merged_metrics, CONTENT_TYPE_LATEST),
+    "/status.json": (merged_status, "application/json"),
+}
 KEYED = "/v1/", "/tokenize", "/detokenize"  # what needs the key, where there is one
 REPLICA_HEADER = "x-replica"  # of an answer: whose it is; of a request: who is asked first, as for its /status
 
@@ -271,7 +277,9 @@ class Ingress:
             if http.scope["path"].startswith(ONE_REPLICAS):
                 raise ApiError(501, "this would change one replica of a fleet: change the pool's file, and deploy it")
             self._check_head(http)
-            return await self._pass_on(await self._read(http))
+            asked = await self._read(http)
+            is_of_all = asked.replica is None and http.scope["path"] in OF_ALL
+            return await (self._ask_all(asked) if is_of_all else self._pass_on(asked))
         except ApiError as error:
             return JSONResponse(error.body(), error.status_code, error.headers)
 
@@ -306,24 +314,44 @@ class Ingress:
     async def _pass_on(self, asked: PassedRequest) -> Response:
         refusal: Response | None = None
         while True:
-            parts = self._pool.remote(replace(asked, number=next(self._numbers)))
-            try:
-                head = await anext(aiter(parts))
-                if head.status == ASKED_AGAIN and refusal is not None:
-                    return refusal
-                headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
-                headers[REPLICA_HEADER] = head.replica
-                if headers.get("content-type", "").startswith("text/event-stream"):
-                    return StreamingResponse(_events(parts), head.status, headers)
-                content = b"".join([part async for part in parts])
-            except (RayError, RayServeException, StopAsyncIteration) as error:
-                raise _lost(error) from error
-            answer = Response(content, head.status, headers)
+            head, parts = await self._offer(asked)
+            if head.status == ASKED_AGAIN and refusal is not None:
+                return refusal
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
+            headers[REPLICA_HEADER] = head.replica
+            if headers.get("content-type", "").startswith("text/event-stream"):
+                return StreamingResponse(_events(parts), head.status, headers)
+            answer = Response(await _whole(parts), head.status, headers)
             is_refused = head.status == 429 or (head.status == 503 and NOT_BEGUN in headers)
             if asked.is_last or not is_refused:
                 return answer
             was_full = asked.was_full or head.status == 429
             refusal, asked = answer, replace(asked, tried=(*asked.tried, head.replica), was_full=was_full)
+
+    async def _ask_all(self, asked: PassedRequest) -> Response:
+        """Ask one replica after the other, until one has been asked before: there is no other then."""
+        merge, media_type = OF_ALL[asked.scope["path"]]
+        answers: dict[str, ReplicaAnswer] = {}
+        while True:
+            head, parts = await self._offer(replace(asked, tried=tuple(answers)))
+            if head.status == ASKED_AGAIN:
+                return Response(merge(answers), media_type=media_type)
+            answers[head.replica] = ReplicaAnswer(head.status, await _whole(parts))
+
+    async def _offer(self, asked: PassedRequest) -> tuple[AnswerHead, Any]:
+        """Return the head of a replica's answer, and the parts that follow."""
+        parts = self._pool.remote(replace(asked, number=next(self._numbers)))
+        try:
+            return await anext(aiter(parts)), parts
+        except (RayError, RayServeException, StopAsyncIteration) as error:
+            raise _lost(error) from error
+
+
+async def _whole(parts: Any) -> bytes:
+    try:
+        return b"".join([part async for part in parts])
+    except (RayError, RayServeException) as error:
+        raise _lost(error) from error
 
 
 async def _events(parts: Any) -> AsyncIterator[bytes]:

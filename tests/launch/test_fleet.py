@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,13 +38,14 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240.0  # that nothing here should take, on the slowest machine
+POOL = "ServeReplica:yafsdp_like:Pool"  # in the title of a replica's process
 MANY = 8192  # tokens, which take longer than a process takes to die
 FILE = """
 device: cpu
 grace_s: 2
 models:
-  one: {path: %(directory)s, engine: {max_batch_size: 4, max_batch_tokens: 64}}
-  two: {path: %(directory)s, engine: {max_batch_size: 4, max_batch_tokens: 64}}
+  one: {path: %(directory)s, %(targets)s engine: {max_batch_size: 4, max_batch_tokens: 64}}
+  two: {path: %(directory)s, %(targets)s engine: {max_batch_size: 4, max_batch_tokens: 64}}
 pool: {memory_limit_nbytes: 32MiB}
 """
 
@@ -118,25 +120,23 @@ class Fleet:
             "PYTHONPATH": str(ROOT),
         }
         options = (f"--port={free_port()}", "--gpus=0", "--cpus=0", "--report=0.2", *arguments)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "launch.fleet", str(file), *options],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        assert self.process.stdout is not None
-        said = []
-        for line in self.process.stdout:
-            said.append(line)
-            if line.startswith("serving on "):
-                break
-        if not said or not said[-1].startswith("serving on "):
+        self.said = Path(self.home) / "said"  # not a pipe, which Ray's log would fill
+        with self.said.open("w") as said:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "launch.fleet", str(file), *options],
+                cwd=ROOT,
+                env=environment,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        until(lambda: "serving on " in self.said.read_text() or self.process.poll() is not None)
+        serves = re.search(r"^serving on (\S+)", self.said.read_text(), re.MULTILINE)
+        if serves is None:
+            text = self.said.read_text()
             self.end()
-            raise AssertionError("".join(said))
-        self.http = httpx.Client(base_url=said[-1].split()[-1], timeout=SECONDS)
+            raise AssertionError(text)
+        self.http = httpx.Client(base_url=serves[1], timeout=SECONDS)
 
     def end(self) -> None:
         """End everything that was begun here."""
@@ -144,7 +144,7 @@ class Fleet:
         for pid in self.pids(""):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.communicate()
+        self.process.wait()
         shutil.rmtree(self.home, ignore_errors=True)
 
     def pids(self, title: str) -> list[int]:
@@ -157,10 +157,10 @@ class Fleet:
                     found.append(int(process.name))
         return found
 
-    def ask(self, model: str, **more: Any) -> httpx.Response:
+    def ask(self, model: str, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
         """Ask for a few tokens."""
         body = {"model": model, "prompt": "The quick brown fox", "max_tokens": 4, "temperature": 0, **more}
-        return self.http.post("/v1/completions", json=body)
+        return self.http.post("/v1/completions", json=body, headers=headers)
 
     @contextlib.contextmanager
     def stream(self, model: str, max_tokens: int = MANY) -> Iterator[tuple[str, Iterator[dict[str, Any] | str]]]:
@@ -169,6 +169,12 @@ class Fleet:
         with self.http.stream("POST", "/v1/completions", json=body) as answer:
             assert answer.status_code == 200, answer.read()
             yield answer.headers["x-replica"], events(answer)
+
+    def replicas(self) -> set[str]:
+        """The replicas that say how they stand."""
+        found = self.http.get("/status.json").json()["replicas"]
+        assert f'yafsdp_like_replica_up{{replica="{min(found)}"}} 1.0' in self.http.get("/metrics").text
+        return set(found)
 
     def num_running(self, replica: str) -> int:
         """Requests that a replica has under way."""
@@ -212,13 +218,15 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     decoder = Decoder(DecoderConfig(32, 2, 4, 2, 64, vocab_size=codec.vocab_size, max_seq_len=2 * MANY))
     decoder.init_weights(0)
     save_hf(decoder, directory)
-    (directory.parent / "pool.yaml").write_text(FILE % {"directory": directory})
+    for name, targets in (("pool", ""), ("targets", "tpot_ms: 0.2,")):  # which one stream alone misses
+        (directory.parent / f"{name}.yaml").write_text(FILE % {"directory": directory, "targets": targets})
     return directory.parent / "pool.yaml"
 
 
 @pytest.fixture
 def running(file: Path, request: pytest.FixtureRequest) -> Iterator[Fleet]:
-    made = Fleet(file, *getattr(request, "param", ("--min-replicas=2", "--max-replicas=2")))
+    name, *arguments = request.param
+    made = Fleet(file.with_name(name), *arguments)
     try:
         yield made
     finally:
@@ -228,8 +236,9 @@ def running(file: Path, request: pytest.FixtureRequest) -> Iterator[Fleet]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * SECONDS)
+@pytest.mark.parametrize("running", [("pool.yaml", "--min-replicas=2", "--max-replicas=2")], indirect=True, ids=[""])
 def test_models_find_their_replicas_and_a_replica_that_dies_ends_its_streams_and_no_others(running: Fleet) -> None:
-    until(lambda: len(running.pids("ServeReplica:yafsdp_like:Pool")) == 2)
+    until(lambda: len(running.replicas()) == 2)
     alone = running.ask("one")
     assert alone.status_code == 200, alone.text
     home = alone.headers["x-replica"]
@@ -251,7 +260,7 @@ def test_models_find_their_replicas_and_a_replica_that_dies_ends_its_streams_and
 
     with running.stream("one") as (replica, said), running.stream("two") as (second, its):
         assert (replica, second) == (home, other) and next(said) and next(its)
-        before = set(running.pids("ServeReplica:yafsdp_like:Pool"))
+        before = set(running.pids(POOL))
         for pid in before:
             if any(home in os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()):  # its log
                 os.kill(pid, signal.SIGKILL)
@@ -261,9 +270,49 @@ def test_models_find_their_replicas_and_a_replica_that_dies_ends_its_streams_and
         again = running.ask("one")
         assert again.status_code == 200 and again.headers["x-replica"] == other
         assert again.json()["choices"] == alone.json()["choices"]
-    until(lambda: len(set(running.pids("ServeReplica:yafsdp_like:Pool")) - before) == 1)  # another is begun
+    until(lambda: len(set(running.pids(POOL)) - before) == 1)  # another is begun
+    with running.stream("two") as (replica, said):
+        assert replica == other and next(said)
+        until(lambda: len(running.replicas()) == 2)
+        (fresh,) = running.replicas() - {other}
+        served = running.ask("one", headers={"x-replica": fresh})
+        assert served.headers["x-replica"] == fresh and served.json()["choices"] == alone.json()["choices"]
     running.process.send_signal(signal.SIGTERM)
-    assert running.process.wait(SECONDS) == 0
+    assert running.process.wait(SECONDS) == 0, running.said.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * SECONDS)
+@pytest.mark.parametrize(
+    "running",
+    [("targets.yaml", "--min-replicas=1", "--max-replicas=2", "--up-after=1", "--down-after=1")],
+    indirect=True,
+    ids=[""],
+)
+def test_a_replica_is_added_while_another_has_no_time_and_taken_away_when_it_has(running: Fleet) -> None:
+    ended = threading.Event()
+
+    def read() -> None:
+        """Keep a model at work."""
+        while not ended.is_set():
+            with contextlib.suppress(AssertionError), running.stream("one") as (_, said):  # unless it is refused
+                for _ in said:
+                    if ended.is_set():
+                        return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        until(lambda: running.ask("two").status_code == 429)
+        refused = running.ask("two")
+        assert refused.status_code == 200 or float(refused.headers["retry-after"]) >= 1
+        until(lambda: len(running.pids(POOL)) == 2)
+        until(lambda: running.ask("two").status_code == 200)
+    finally:
+        ended.set()
+        reader.join()
+    until(lambda: len(running.pids(POOL)) == 1)
+    assert running.ask("one").status_code == 200 and running.ask("two").status_code == 200
 
 
 # --- what Ray asks of us ---

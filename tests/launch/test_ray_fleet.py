@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -57,7 +58,12 @@ class Pool:
         return self.answers[len(self.passed) - 1]
 
 
-def ask(pool: Pool, body: bytes = b'{"model": "one", "prompt": "x"}', path: str = "/v1/completions") -> httpx.Response:
+def ask(
+    pool: Pool,
+    body: bytes = b'{"model": "one", "prompt": "x"}',
+    path: str = "/v1/completions",
+    headers: dict[str, str] | None = None,
+) -> httpx.Response:
     """Ask an ingress."""
     pytest.importorskip("ray")
     from starlette.requests import Request
@@ -71,7 +77,7 @@ def ask(pool: Pool, body: bytes = b'{"model": "one", "prompt": "x"}', path: str 
 
     async def post() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://fleet") as http:
-            return await http.post(path, content=body)
+            return await http.post(path, content=body, headers=headers)
 
     return asyncio.run(post())
 
@@ -164,6 +170,36 @@ def test_a_replica_that_dies_in_a_stream_ends_it_with_an_error() -> None:
     first, lost, done = answer.text.strip().split("\n\n")
     assert (answer.status_code, first, done) == (200, "data: 1", "data: [DONE]")
     assert json.loads(lost.removeprefix("data: "))["error"]["code"] == "replica_lost" and pool.answers[0].was_cancelled
+
+
+METRICS = b"""# HELP x_total Answers
+# TYPE x_total counter
+x_total{route="a"} %d.0
+"""
+
+
+def test_metrics_of_a_fleet_are_those_of_all_replicas_by_name_and_say_which_have_none() -> None:
+    pytest.importorskip("ray")
+    pool = Pool([200, METRICS % 1], [503, b"stuck"], [200, METRICS % 2], [0])
+    answer = ask(pool, b"", "/metrics")
+    assert [passed.tried for passed in pool.passed] == [(), ("r0",), ("r0", "r1"), ("r0", "r1", "r2")]
+    assert answer.headers["content-type"].startswith("text/plain") and "x-replica" not in answer.headers
+    up, x = text_string_to_metric_families(answer.text)
+    assert {each.labels["replica"]: each.value for each in up.samples} == {"r0": 1.0, "r1": 0.0, "r2": 1.0}
+    assert [each.name for each in (up, x)] == ["yafsdp_like_replica_up", "x"] and x.type == "counter"
+    assert {(each.labels["replica"], each.labels["route"], each.value) for each in x.samples} == {
+        ("r0", "a", 1.0),
+        ("r2", "a", 2.0),
+    }
+
+
+def test_the_status_of_a_fleet_is_that_of_all_replicas_by_name_unless_one_is_asked() -> None:
+    pytest.importorskip("ray")
+    answer = ask(Pool([200, b'{"state": "serving"}'], [503, b"stuck"], [0]), b"", "/status.json")
+    assert answer.json() == {"replicas": {"r0": {"state": "serving"}, "r1": {"problem": "status 503: stuck"}}}
+    pool = Pool([200, b"its own"])
+    assert ask(pool, b"", "/status.json", {"x-replica": "r0"}).content == b"its own" and pool.passed[0].replica == "r0"
+    assert ask(Pool([200, b"{}"], [died()]), b"", "/status.json").json()["error"]["code"] == "replica_lost"
 
 
 def test_what_no_replica_may_be_asked_is_refused_and_what_is_no_json_is_theirs_to_refuse() -> None:
