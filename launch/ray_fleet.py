@@ -244,19 +244,25 @@ def _asked(pending: PendingRequest | None) -> Any:
 
 
 class LoadPolicy:
-    """How many replicas Ray's controller keeps: `wanted_replicas` of what they report."""
+    """How many replicas Ray's controller keeps: `wanted_replicas` of what they report.
+
+    A refusal counts against the replicas that were there when it was made, once: Ray shows it for half a minute.
+    """
 
     def __init__(self, aim_load: float, high_load: float) -> None:
         self._aim, self._high = aim_load, high_load
+        self._there, self._since = 0, 0.0  # so many replicas are there, since that time
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         """Return the number; Ray keeps it within bounds, and waits as long as its configuration says."""
-        reports = context.aggregated_metrics or {}
-        loads = [float(load) for load in reports.get("load", {}).values()]
         there = context.current_num_replicas
+        if there != self._there:
+            self._there, self._since = there, context.current_time
+        loads = [float(load) for load in (context.aggregated_metrics or {}).get("load", {}).values()]
         loads = (loads + [0.0] * there)[:there]  # one that has not reported yet has nothing to do
-        has_refused = any(count > 0 for count in reports.get("num_refused", {}).values())
-        return wanted_replicas(loads, int(has_refused), self._aim, self._high), {}
+        reports = (context.raw_metrics or {}).get("num_refused", {}).values()
+        num_refused = sum(each.value for report in reports for each in report if each.timestamp > self._since)
+        return wanted_replicas(loads, int(num_refused), self._aim, self._high), {}
 
 
 # --- the ingress ---

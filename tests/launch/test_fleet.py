@@ -358,13 +358,21 @@ def test_ray_is_told_how_many_replicas_their_reports_call_for(file: Path) -> Non
     """``file`` skips this without Ray."""
     from launch.ray_fleet import LoadPolicy
 
-    def wanted(there: int, refused: float = 0.0, **loads: float) -> int:
-        reports = {"load": loads, "num_refused": dict.fromkeys(loads, refused)}
-        return LoadPolicy(0.6, 0.8)(SimpleNamespace(aggregated_metrics=reports, current_num_replicas=there))[0]
+    policy = LoadPolicy(0.6, 0.8)
+
+    def wanted(there: int, refused_at: float | None = None, now: float = 0.0, **loads: float) -> int:
+        points = [SimpleNamespace(value=1.0, timestamp=at) for at in (refused_at,) if at is not None]
+        raw = {"num_refused": {"a": [SimpleNamespace(value=0.0, timestamp=now), *points]}}
+        reports = {"aggregated_metrics": {"load": loads}, "raw_metrics": raw, "current_time": now}
+        return policy(SimpleNamespace(**reports, current_num_replicas=there))[0]
 
     assert wanted(1, a=0.9) == 2 and wanted(2, a=0.9) == 2, "one that has not reported yet has nothing to do"
-    assert wanted(2, a=0.2, b=0.2) == 1 and wanted(2, refused=0.5, a=0.2, b=0.2) == 3
-    assert LoadPolicy(0.6, 0.8)(SimpleNamespace(aggregated_metrics=None, current_num_replicas=1))[0] == 1
+    assert wanted(2, a=0.2, b=0.2) == 1
+    assert wanted(2, refused_at=5, now=6, a=0.2, b=0.2) == wanted(2, refused_at=5, now=7, a=0.2, b=0.2) == 3
+    assert wanted(3, refused_at=5, now=8, a=0.2, b=0.2, c=0.2) == 1, "a refusal that there is another replica for"
+    assert wanted(3, refused_at=9, now=10, a=0.2, b=0.2, c=0.2) == 4
+    nothing = SimpleNamespace(aggregated_metrics=None, raw_metrics=None, current_num_replicas=1, current_time=0.0)
+    assert LoadPolicy(0.6, 0.8)(nothing)[0] == 1
 
 
 # --- the document, and what is beside it ---
