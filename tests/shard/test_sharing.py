@@ -17,7 +17,7 @@ from tests.laws.test_stream_order import watch_arenas, watch_gradients, watch_ke
 from tests.ranks import on_ranks, run_ranks
 from tests.training import IMPLEMENTATIONS, assert_tensors_equal, full, full_parameters, world_mesh
 from tests.twins import rows, spilling
-from tests.zoo import FEATURES, Block, Chain
+from tests.zoo import FEATURES, Chain
 from yafsdp_like import GraphedStep, MixedPrecisionPolicy, SharedSlots, fully_shard, share_slots
 from yafsdp_like.optim import AdamW
 from yafsdp_like.shard.runtime import engine as engine_module
@@ -27,26 +27,27 @@ from yafsdp_like.shard.runtime.unit_state import Unit, unit_of
 
 TRANSPORTS = ["process_group", "peer"]
 transports = pytest.mark.parametrize("transport", TRANSPORTS)
+mainly_peers = pytest.mark.parametrize("transport", ["peer", pytest.param("process_group", marks=pytest.mark.slow)])
 BF16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
 
 class Headed(Chain):
-    """Blocks between parameters of the root's own, which stay from its forward to its backward."""
+    """Layers between parameters of the root's own, which stay from its forward to its backward."""
 
-    def __init__(self, num_blocks: int, outputs: int = FEATURES, hidden: int = 64) -> None:
-        super().__init__([Block(hidden=hidden) for _ in range(num_blocks)])
-        self.entry = nn.Linear(FEATURES, FEATURES)
-        self.head = nn.Linear(FEATURES, outputs)
+    def __init__(self, num_layers: int, outputs: int = FEATURES, width: int = 20) -> None:
+        super().__init__([nn.Linear(width, width) for _ in range(num_layers)])
+        self.entry = nn.Linear(FEATURES, width)
+        self.head = nn.Linear(width, outputs, bias=False)
         self.inner: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = super().forward(self.entry(x))
-        return self.head(x if self.inner is None else x + self.inner(x))
+        return self.head(x if self.inner is None else x + self.inner(x[:, :FEATURES]).mean())
 
 
-def sharded(num_blocks: int, outputs: int = FEATURES, impl: str = "ours", **options: Any) -> Any:
-    torch.manual_seed(num_blocks)
-    model, names = Headed(num_blocks, outputs), IMPLEMENTATIONS[impl]
+def sharded(num_layers: int, outputs: int = FEATURES, impl: str = "ours", **options: Any) -> Any:
+    torch.manual_seed(num_layers)
+    model, names = Headed(num_layers, outputs), IMPLEMENTATIONS[impl]
     for unit in (*model.layers, model):
         names.fully_shard(unit, mesh=world_mesh(), **options)
     return model
@@ -54,7 +55,7 @@ def sharded(num_blocks: int, outputs: int = FEATURES, impl: str = "ours", **opti
 
 def three(shares: bool = True, **options: Any) -> tuple[dict[str, Any], SharedSlots | None]:
     """A policy, a reference that is frozen and longer, and a critic."""
-    models = {"policy": sharded(3, **options), "reference": sharded(4, **options), "critic": sharded(2, 1, **options)}
+    models = {"policy": sharded(2, **options), "reference": sharded(3, **options), "critic": sharded(2, 1, **options)}
     models["reference"].requires_grad_(False)
     return models, share_slots(**models) if shares else None
 
@@ -67,7 +68,7 @@ def adam(model: nn.Module, own: bool) -> torch.optim.Optimizer:
     return (AdamW if own else torch.optim.AdamW)(model.parameters(), lr=0.02)
 
 
-def tune(models: dict[str, Any], steps: int = 3, own_optimizer: bool = False) -> list[float]:
+def tune(models: dict[str, Any], steps: int = 2, own_optimizer: bool = False) -> list[float]:
     """A loop as of reinforcement learning: the reference runs between the policy's forward and its backward."""
     policy, reference, critic = models.values()
     optimizers = [adam(policy, own_optimizer), adam(critic, own_optimizer)]
@@ -115,6 +116,7 @@ def test_losses_and_parameters_are_those_of_models_that_share_nothing_and_of_fsd
     assert all(model.memory_report().spills == () for model in together.values())
 
 
+@pytest.mark.slow
 @transports
 @on_ranks()
 def test_our_optimizer_and_bf16_give_the_same_bits_with_slots_shared(transport: Any) -> None:
@@ -128,7 +130,7 @@ def test_our_optimizer_and_bf16_give_the_same_bits_with_slots_shared(transport: 
 # --- bytes ---
 
 
-@transports
+@mainly_peers
 @on_ranks()
 def test_slots_take_the_largest_models_bytes_and_everything_else_the_sum(transport: Any) -> None:
     alone, _ = three(shares=False, transport=transport)
@@ -149,7 +151,7 @@ def test_slots_take_the_largest_models_bytes_and_everything_else_the_sum(transpo
     ]
 
 
-@transports
+@mainly_peers
 @on_ranks()
 def test_each_models_arenas_hold_its_plan_shared_regions_included(transport: Any) -> None:
     models, slots = three(transport=transport)
@@ -247,31 +249,39 @@ def test_a_model_that_is_trained_inside_anothers_forward_spills_and_is_right() -
     assert policy.memory_report().spills == ()
 
 
+def both_at_once(policy: Any, critic: Any) -> list[torch.Tensor]:
+    losses = [policy(rows()).square().mean(), critic(rows(1)).square().mean()]
+    (losses[0] + losses[1]).backward()
+    return losses
+
+
+def one_by_one(policy: Any, critic: Any) -> list[torch.Tensor]:
+    losses = [policy(rows()).square().mean(), critic(rows(1)).square().mean()]
+    for loss in losses:
+        loss.backward()
+    return losses
+
+
+def critic_of_policy(policy: Any, critic: Any) -> list[torch.Tensor]:
+    loss = critic(policy(rows())).square().mean()
+    loss.backward()
+    return [loss]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [both_at_once, *(pytest.param(run, marks=pytest.mark.slow) for run in (one_by_one, critic_of_policy))],
+)
 @spilling
 @on_ranks()
-def test_losses_of_two_models_may_go_backward_together_in_either_order() -> None:
-    """Prevents: the slot of a root, whose backward ends last, being taken by the other model's blocks."""
-
-    def both(policy: Any, critic: Any) -> list[torch.Tensor]:
-        losses = [policy(rows()).square().mean(), critic(rows(1)).square().mean()]
-        (losses[0] + losses[1]).backward()
-        return losses
-
-    def one_by_one(policy: Any, critic: Any) -> list[torch.Tensor]:
-        losses = [policy(rows()).square().mean(), critic(rows(1)).square().mean()]
-        losses[0].backward()
-        losses[1].backward()
-        return losses
-
-    def critic_of_policy(policy: Any, critic: Any) -> list[torch.Tensor]:
-        loss = critic(policy(rows())).square().mean()
-        loss.backward()
-        return [loss]
-
-    for run in (both, one_by_one, critic_of_policy):
-        same_as_alone(run)
+def test_backwards_of_two_models_may_be_one_or_follow_each_other(
+    run: Callable[[Any, Any], list[torch.Tensor]],
+) -> None:
+    """Prevents: the slot of a root, whose backward ends last, being taken by the other model's layers."""
+    same_as_alone(run)
 
 
+@pytest.mark.slow
 @spilling
 @on_ranks()
 def test_a_model_that_is_unsharded_by_hand_keeps_its_values_while_others_run() -> None:
@@ -311,7 +321,7 @@ def test_a_slot_that_a_prefetch_would_take_is_left_to_who_holds_it() -> None:
 # --- changes and failures ---
 
 
-@pytest.mark.parametrize("changed", ["policy", "critic"])
+@pytest.mark.parametrize("changed", ["critic", pytest.param("policy", marks=pytest.mark.slow)])
 @spilling
 @on_ranks()
 def test_a_plan_that_is_made_anew_leaves_what_others_have_saved_in_the_old_arena(changed: str) -> None:
@@ -320,8 +330,6 @@ def test_a_plan_that_is_made_anew_leaves_what_others_have_saved_in_the_old_arena
     def run(policy: Any, critic: Any) -> list[torch.Tensor]:
         models = {"policy": policy, "critic": critic}
         models[changed].layers[0].requires_grad_(False)
-        for model in models.values():
-            model(rows()).sum().backward()
         losses = [policy(rows()).square().mean(), critic(rows(1)).square().mean()]
         models[changed].layers[0].requires_grad_(True)
         losses.append(models[changed](rows(2)).square().mean())  # builds again
@@ -331,9 +339,7 @@ def test_a_plan_that_is_made_anew_leaves_what_others_have_saved_in_the_old_arena
         return losses
 
     models = same_as_alone(run)
-    for model in models:
-        model(rows()).sum().backward()
-        model(rows()).sum().backward()
+    models[1](rows())
     arenas = {unit_of(model).engine.memory.shared_arena for model in models}  # type: ignore[union-attr]
     assert len(arenas) == 1
     shared = unit_of(models[0]).engine.memory.shared  # type: ignore[union-attr]
@@ -342,6 +348,7 @@ def test_a_plan_that_is_made_anew_leaves_what_others_have_saved_in_the_old_arena
     assert held["gather slots"] == max(model.memory_plan().nbytes_of("gather slots") for model in models)
 
 
+@pytest.mark.slow
 @on_ranks()
 def test_gradients_that_are_not_synchronized_get_room_of_their_own_and_others_move() -> None:
     def run(policy: Any, critic: Any) -> list[torch.Tensor]:
@@ -383,7 +390,7 @@ def test_a_backward_that_failed_holds_no_slot_of_the_model_that_runs_next() -> N
     assert critic.memory_report().spills == ()
 
 
-@transports
+@mainly_peers
 @on_ranks()
 def test_a_model_that_is_deleted_frees_its_shards_while_the_others_go_on(transport: Any) -> None:
     gc.collect()
@@ -408,15 +415,15 @@ def test_a_model_that_is_deleted_frees_its_shards_while_the_others_go_on(transpo
 # --- who watches ---
 
 
-@transports
-@pytest.mark.parametrize("own_slots", [True, False])
+@mainly_peers
+@pytest.mark.parametrize("own_slots", [False, pytest.param(True, marks=pytest.mark.slow)])
 @on_ranks()
 def test_debug_mode_of_one_model_checks_all_and_finds_nothing_wrong(own_slots: bool, transport: Any) -> None:
     models, slots = three(transport=transport)
     assert slots is not None
     models["critic"].set_debug_mode(True, own_slots=own_slots)
     expected, _ = three(shares=False, transport=transport)
-    assert tune(models, steps=2) == tune(expected, steps=2)
+    assert tune(models, steps=1) == tune(expected, steps=1)
     assert slots.arena_nbytes == slots.memory_plan().nbytes
     checked = [unit_of(model).engine.params.debug for model in models.values()]  # type: ignore[union-attr]
     assert all(checked)
@@ -469,16 +476,17 @@ def races(transport: str, planted: bool) -> list[str]:
             model.reshard()
             watch_arenas(model, detector)
         with detector:
-            tune(models, steps=2, own_optimizer=transport == "peer")
+            tune(models, steps=1, own_optimizer=transport == "peer")
     assert len(detector.accesses) > 50, "the detector saw nothing"
     return detector.races
 
 
-@transports
+@pytest.mark.parametrize("transport", ["process_group", pytest.param("peer", marks=pytest.mark.slow)])
 def test_each_access_to_another_models_bytes_is_ordered_by_an_event(transport: str) -> None:
     assert run_ranks(races, transport, planted=False) == [[], []]
 
 
+@pytest.mark.slow
 def test_a_model_that_waits_for_no_reader_of_another_is_found_as_a_race() -> None:
     for found in run_ranks(races, "process_group", planted=True):
         assert any("gather does not wait for" in race for race in found)
@@ -534,10 +542,10 @@ def test_a_step_of_a_model_that_shares_slots_is_not_recorded() -> None:
 
 
 def differ_in_the_critic() -> None:
-    policy, critic = sharded(3), Headed(2, hidden=64 + dist.get_rank())
+    policy, critic = sharded(3), Headed(2, width=20 + 20 * dist.get_rank())
     fully_shard(critic, mesh=world_mesh())
     share_slots(policy=policy, critic=critic)
-    with pytest.raises(RuntimeError, match="slots shared in"):
+    with pytest.raises(RuntimeError, match=r"slots of policy, critic in one arena: gather slots of .* bytes"):
         policy(rows())
 
 

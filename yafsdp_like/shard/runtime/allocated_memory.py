@@ -114,15 +114,9 @@ class AllocatedMemory:
         if self.shared is not None:
             self.shared.add(self._tree.units)
         if self.debugger is not None:
-            self.debugger.watch(self._layout, self.arena, self._debuggers_beside)
+            self.debugger.watch(self._layout, self.arena, self.shared)
         self._built_for = self._signatures()
         self.num_layouts += 1
-
-    def _debuggers_beside(self) -> list[Debugger]:
-        """Return what checks the models that share slots with this one."""
-        engines = {} if self.shared is None else self.shared.engines
-        found = (engine.memory.debugger for engine in engines.values())
-        return [debugger for debugger in found if debugger is not None and debugger is not self.debugger]
 
     def check_same_on_all_ranks(self, error: Exception | None) -> None:
         """Let peers map what was built, if all ranks have built the same.
@@ -143,27 +137,28 @@ class AllocatedMemory:
             raise
 
     def _fingerprint(self) -> list[str]:
-        """Say what must be the same on every rank: a line for each parameter, and one for each unit's policy."""
-        return (
-            [
-                f"{p.name} {list(p.shards.shape)}{p.placement.words} of unit {unit.name!r}, {p.main_dtype} computed in "
-                f"{p.compute_dtype} and "
-                f"reduced in {p.reduce_dtype} to {p.grad_dtype}, {'trainable' if p.trainable else 'frozen'}"
-                + (f", all-gathered as {p.extension.pieces}" if p.extension is not None else "")
-                + ("" if unit.needs.trains else ", without room for gradients")
-                + (", in debug mode" if unit.needs.guards else "")
-                for unit in self._tree.units
-                for p in unit.params
-            ]
-            + [
-                f"unit {unit.name!r} with reshard_after_forward="
-                f"{unit.policy.forward_ranks or self._tree.reshards_after_forward(unit)}, "
-                f"reshard_after_backward={unit.policy.reshard_after_backward}, {unit.reduction()}, prefetching "
-                f"{[u.name for u in unit.forward_prefetch]} and {[u.name for u in unit.backward_prefetch]}"
-                for unit in self._tree.units
-            ]
-            + ([] if self.shared_arena is None else [f"slots shared in {list(self.shared_arena.regions.values())}"])
-        )
+        """Say what must be the same on every rank: a line for each parameter, each unit's policy, and shared slots."""
+        lines = [
+            f"{p.name} {list(p.shards.shape)}{p.placement.words} of unit {unit.name!r}, {p.main_dtype} computed in "
+            f"{p.compute_dtype} and "
+            f"reduced in {p.reduce_dtype} to {p.grad_dtype}, {'trainable' if p.trainable else 'frozen'}"
+            + (f", all-gathered as {p.extension.pieces}" if p.extension is not None else "")
+            + ("" if unit.needs.trains else ", without room for gradients")
+            + (", in debug mode" if unit.needs.guards else "")
+            for unit in self._tree.units
+            for p in unit.params
+        ] + [
+            f"unit {unit.name!r} with reshard_after_forward="
+            f"{unit.policy.forward_ranks or self._tree.reshards_after_forward(unit)}, "
+            f"reshard_after_backward={unit.policy.reshard_after_backward}, {unit.reduction()}, prefetching "
+            f"{[u.name for u in unit.forward_prefetch]} and {[u.name for u in unit.backward_prefetch]}"
+            for unit in self._tree.units
+        ]
+        if self.shared is not None and self.shared_arena is not None:
+            regions = self.shared_arena.regions.values()
+            sizes = ", ".join(f"{region.name} of {region.nbytes:,} bytes" for region in regions)
+            lines.append(f"slots of {', '.join(self.shared.engines)} in one arena: {sizes}")
+        return lines
 
     def follow_grad_mode(self) -> None:
         """Give a model that begins without grad mode room for gradients once a forward may lead to a backward."""

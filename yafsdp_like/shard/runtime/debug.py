@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from yafsdp_like.comm.transport import AllGather
     from yafsdp_like.memory.arena import Arena
     from yafsdp_like.memory.streams import Event
+    from yafsdp_like.shard.runtime.shared_slots import SharedSlots
     from yafsdp_like.shard.runtime.unit_state import Unit
     from yafsdp_like.shard.spec.memory_layout import MemoryLayout
     from yafsdp_like.shard.spec.unit_spec import UnitLayout
@@ -237,7 +238,7 @@ class Debugger:
         self._ran: deque[str] = deque(maxlen=1000)
         self.count = 0  # of what ran
         self.watches: list[_Watch] = []
-        self._beside: Callable[[], Sequence[Debugger]] = tuple
+        self._shared: SharedSlots | None = None
         self._shards: list[_Checked] = []
 
     def close(self) -> None:
@@ -249,13 +250,13 @@ class Debugger:
 
     def sharing(self, watch: _Watch) -> list[_Watch]:
         """Return the watches of other slots, other models' among them, that have a byte in common with it."""
-        debuggers = (self, *self._beside())
+        debuggers = [self] if self._shared is None else self._shared.debuggers()
         return [o for debugger in debuggers for o in debugger.watches if o is not watch and o.shares(watch)]
 
-    def watch(self, memory: MemoryLayout, arena: Arena, beside: Callable[[], Sequence[Debugger]] | None = None) -> None:
-        """Watch what was just built, and nothing else from now on; others are ``beside`` it in the same slots."""
+    def watch(self, memory: MemoryLayout, arena: Arena, shared: SharedSlots | None = None) -> None:
+        """Watch what was just built, and nothing else from now on; its slots may be ``shared`` with other models."""
         self.close()
-        self._beside = beside or tuple
+        self._shared = shared
         for unit, layout in zip(self._units, memory.layouts, strict=True):
             self.watch_gather_slot(unit.gather_slot, layout)
             self.watch_gradient_slot(unit.gradient_slot, layout)

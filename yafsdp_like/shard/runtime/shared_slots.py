@@ -23,7 +23,7 @@ their next forward. All ranks decide that alike, and the old arena goes when its
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from yafsdp_like.memory.arena import Arena
 from yafsdp_like.shard.runtime.slots import Slot, introduce
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     import torch
 
     from yafsdp_like.memory.plan import MemoryPlan
-    from yafsdp_like.shard.runtime.debug import Debugger
     from yafsdp_like.shard.runtime.slots import GatherSlot, GradientSlot
     from yafsdp_like.shard.runtime.unit_state import Unit
     from yafsdp_like.shard.runtime.unit_tree import UnitTree
@@ -46,7 +45,7 @@ class SharingMemory(Protocol):
     """What is asked of the memory of a model that shares slots."""
 
     shared_arena: Arena | None  # where they are, once built
-    debugger: Debugger | None
+    debugger: Any  # ``Debugger``, or None
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +71,7 @@ class SharedSlots:
     """What ``share_slots`` returns: the slots of several models in one arena, as long as one of the models lives."""
 
     def __init__(self, engines: Mapping[str, SharingModel]) -> None:
-        self.arena: Arena | None = None  # where models that are built from now on have their slots
+        self._arena: weakref.ref[Arena] | None = None  # see the property
         self._engines = {name: weakref.ref(engine) for name, engine in engines.items()}  # see [Note: who owns whom]
         self._taken: weakref.WeakSet[SharingMemory] = weakref.WeakSet()  # models with places in the arena
         self._gather_slots: list[weakref.ref[GatherSlot]] = []  # in it
@@ -98,6 +97,11 @@ class SharedSlots:
     # --- what engines ask for
 
     @property
+    def arena(self) -> Arena | None:
+        """Where models that are built from now on have their slots, as long as a model has."""
+        return None if self._arena is None else self._arena()
+
+    @property
     def engines(self) -> dict[str, SharingModel]:
         """The models that are still there, by name."""
         return {name: engine for name, ref in self._engines.items() if (engine := ref()) is not None}
@@ -106,11 +110,17 @@ class SharedSlots:
         """Return the other models."""
         return [other for other in self.engines.values() if other is not engine]
 
+    def debuggers(self) -> list[Any]:
+        """Return the checks of all models in debug mode."""
+        found = (engine.memory.debugger for engine in self.engines.values())
+        return [debugger for debugger in found if debugger is not None]
+
     def layout_of(self, memory: SharingMemory) -> MemoryLayout:
         """Plan one model's memory as it would be built now. Changes nothing."""
         models = {name: (engine.tree.specs(f"{name}."), engine.tree.schedule) for name, engine in self.engines.items()}
-        held = self.arena.regions.values() if self.arena is not None and memory not in self._taken else ()
-        layouts = plan_together(models, list(held))
+        arena = self.arena
+        held = list(arena.regions.values()) if arena is not None and memory not in self._taken else []
+        layouts = plan_together(models, held)
         return next(layouts[name] for name, engine in self.engines.items() if engine.memory is memory)
 
     def take(self, memory: SharingMemory, plan: MemoryPlan, device: torch.device) -> Arena:
@@ -118,18 +128,18 @@ class SharedSlots:
 
         Raises as ``Arena.reserve``.
         """
-        regions = shared_regions(plan)
-        if self.arena is None or memory in self._taken or list(self.arena.regions.values()) != regions:
+        arena, regions = self.arena, shared_regions(plan)
+        if arena is None or memory in self._taken or list(arena.regions.values()) != regions:
             arena = Arena(device)
             arena.reserve(regions)
             self.leave()
-            self.arena = arena
+            self._arena = weakref.ref(arena)
         self._taken.add(memory)
-        return self.arena
+        return arena
 
     def leave(self) -> None:
         """Have every model take places in another arena with its next forward."""
-        self.arena = None
+        self._arena = None
         self._taken.clear()
         self._gather_slots.clear()
         self._gradient_slots.clear()
