@@ -224,6 +224,8 @@ def test_what_may_be_drawn_next_takes_the_same_work_however_long_the_text_is() -
     assert request.limits is not None
     limited = LimitedSequence(ActiveRequest(request, 0, None, tokens), request.limits, VOCAB_SIZE)
     for token in range(500):
+        assert limited.text is not None
+        limited.text.follow(tokens, [()])
         limited.write(tokens, bits)
         tokens.append(token % VOCAB_SIZE)
         assert tokens.num_read <= 3  # the last one, and those that may begin a word

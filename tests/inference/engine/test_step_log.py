@@ -27,6 +27,17 @@ def test_a_device_waits_from_the_end_of_a_step_to_the_beginning_of_the_next() ->
     assert figures.device_waiting_share == pytest.approx(0.5 / 6.5)
 
 
+def test_a_step_has_to_spare_what_the_device_computes_beside_the_cpu_and_a_seventh_of_itself_in_any_case() -> None:
+    it = log()
+    assert it.spare_s == 0.0
+    it.add_device(10.0, 12.0)
+    it.add_cpu(0.5, mixed=False)
+    assert it.spare_s == pytest.approx(0.9 * 2.0 - 0.5)
+    it.add_device(12.5, 14.0)
+    it.add_cpu(1.9, mixed=True)
+    assert it.spare_s == pytest.approx(0.15 * 2.0)
+
+
 def test_the_share_is_of_the_last_steps_and_sums_are_of_all() -> None:
     it = log()
     it.add_device(0.0, 1.0)

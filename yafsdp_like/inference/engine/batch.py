@@ -79,6 +79,11 @@ class ActiveRequest:
         return self.kv.tables
 
     @property
+    def has_grammar(self) -> bool:
+        """Whether a grammar says what it draws, so that a draw may be late."""
+        return self.request.limits is not None and self.request.limits.grammar is not None
+
+    @property
     def is_swapped(self) -> bool:
         """Whether its pages are on the host."""
         return self.kv is not None and self.kv.state is KVSequenceState.SWAPPED
@@ -96,6 +101,7 @@ class Counts:
     num_tokens_dropped: int = 0  # drawn past an end
     num_tokens_drafted: int = 0  # and verified
     num_tokens_accepted: int = 0  # of those
+    num_draws_late: int = 0  # put off by a step, since what a grammar allows was not known yet
     num_chunks: int = 0  # parts of prompts that did not end with a token drawn
 
 

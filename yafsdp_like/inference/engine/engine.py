@@ -30,7 +30,7 @@ from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStat
 from yafsdp_like.inference.engine.collector import collector_paused
 from yafsdp_like.inference.engine.debug import StepDebugger
 from yafsdp_like.inference.engine.draft_model import DraftModel
-from yafsdp_like.inference.engine.limits import check_some_token
+from yafsdp_like.inference.engine.limits import check_tokens
 from yafsdp_like.inference.engine.metrics import Metrics
 from yafsdp_like.inference.engine.places import EnginePlaces, nobody_else
 from yafsdp_like.inference.engine.prompt_lookup import PromptLookup
@@ -219,12 +219,7 @@ class Engine:
                 f"{name}: keys and values of {num_tokens} tokens do not fit {self._weights.plan.grid.region_nbytes} "
                 "bytes for pages"
             )
-        outside = [token for token in request.named_tokens if not 0 <= token < self.config.vocab_size]
-        if outside:
-            raise ValueError(
-                f"{name}: token {outside[0]} is outside of the vocabulary of {self.config.vocab_size} tokens"
-            )
-        check_some_token(request, self.config.vocab_size)
+        check_tokens(request, self.config.vocab_size)
         self._runner.check_images(request)
 
     # --- steps ---
@@ -287,8 +282,11 @@ class Engine:
         self._scheduler.launched(batch)
         self._num_steps += 1
         if isinstance(launched, Undrawn):  # what may be drawn depends on what was
-            self._read_early = self._read()
-            launched = self._runner.draw_limited(launched)
+            self._read_early, begin = self._read(), time.perf_counter()
+            late = self._runner.find_late(launched, self.step_log.spare_s if self.tp_group is None else None)
+            self._waited_s += time.perf_counter() - begin
+            self._scheduler.put_off(late)
+            launched = self._runner.draw_limited(launched, late)
         return launched
 
     def suspend(self, slabs: Collection[int] | None = None) -> list[RequestOutput]:
@@ -396,6 +394,8 @@ class Engine:
             launched.scored.store()
         outputs: list[RequestOutput] = []
         for row, (run, token) in enumerate(zip(launched.drawing, self._runner.read(launched), strict=True)):
+            if run.sequence in launched.late:
+                continue
             if run.sequence.status is RequestStatus.ENDED:
                 self._scheduler.counts.num_tokens_dropped += 1
                 continue

@@ -20,6 +20,7 @@ import torch
 
 from yafsdp_like.inference.engine.batch import RequestStatus
 from yafsdp_like.inference.engine.batch_inputs import host_like
+from yafsdp_like.inference.engine.grammar_masks import AskedMasks, MaskLanes
 from yafsdp_like.inference.engine.limits import LimitedSequence
 from yafsdp_like.inference.engine.request import GrammarError
 from yafsdp_like.kernels.sampling import SamplingRows, sample
@@ -27,7 +28,7 @@ from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.kernels.token_bits import forbid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from yafsdp_like.inference.engine.batch import ActiveRequest, Run
     from yafsdp_like.inference.plan.buffers import StepBuffers
@@ -43,11 +44,17 @@ class LimitedDrawing:
         self._on_device, self._logits = buffers.limits, buffers.logits
         self._history, self._ids = buffers.tables.history, buffers.inputs.token_pool
         self._on_host = self._on_device.map(lambda tensor: host_like(tensor, pinned))
+        self._lanes = MaskLanes()
         self._known: weakref.WeakKeyDictionary[ActiveRequest, LimitedSequence] = weakref.WeakKeyDictionary()
 
-    def __call__(self, drawing: Sequence[Run], history_row: Callable[[ActiveRequest], int]) -> None:
-        """Replace what limited rows have drawn. Tokens of the step before must have been read."""
-        num_biases = self._write(drawing, history_row)
+    def __call__(
+        self,
+        drawing: Sequence[Run],
+        late: Collection[ActiveRequest],
+        history_row: Callable[[ActiveRequest], int],
+    ) -> None:
+        """Replace what limited rows have drawn, but for those of ``late`` sequences, which ``find_late`` has found."""
+        num_biases = self._write(drawing, late, history_row)
         host, device, rows = self._on_host, self._on_device, slice(0, len(drawing))
         for name in ("bits", "floats", "ints", "is_limited"):
             getattr(device, name)[rows].copy_(getattr(host, name)[rows], non_blocking=True)
@@ -55,6 +62,17 @@ class LimitedDrawing:
             for name in ("bias_index", "biases"):
                 getattr(device, name)[:num_biases].copy_(getattr(host, name)[:num_biases], non_blocking=True)
         self._draw(rows, num_biases)
+
+    def find_late(self, drawing: Sequence[Run], spare_s: float | None, *, alone: bool) -> set[ActiveRequest]:
+        """Return whose masks are late; see ``MaskLanes.find_late``. Tokens of the step before must have been read."""
+        asked: dict[ActiveRequest, AskedMasks] = {}
+        for run in drawing:
+            limited = self._limited(run.sequence)
+            if limited is not None and limited.text is not None:
+                asked.setdefault(run.sequence, AskedMasks(run.sequence, limited.text)).drafts.append(run.drafted)
+            else:
+                alone = alone and run.sequence.status is RequestStatus.ENDED
+        return self._lanes.find_late(asked.values(), spare_s, alone=alone) if asked else set()
 
     def warm_up(self) -> None:
         """Compile what drawing needs."""
@@ -74,21 +92,33 @@ class LimitedDrawing:
         sample(scores, SamplingRows(device.floats[rows], device.ints[rows], self._history), drawn)
         torch.where(device.is_limited[rows], drawn, ids, out=ids)
 
-    def _write(self, drawing: Sequence[Run], history_row: Callable[[ActiveRequest], int]) -> int:
+    def _limited(self, sequence: ActiveRequest) -> LimitedSequence | None:
+        """Return what a sequence may draw; None where nothing limits it, or it has ended."""
+        limits = sequence.request.limits
+        if limits is None or sequence.status is RequestStatus.ENDED:
+            return None
+        if sequence not in self._known:
+            self._known[sequence] = LimitedSequence(sequence, limits, self._logits.logits.shape[1])
+        return self._known[sequence]
+
+    def _write(
+        self,
+        drawing: Sequence[Run],
+        late: Collection[ActiveRequest],
+        history_row: Callable[[ActiveRequest], int],
+    ) -> int:
         """Write the rows of all tables, and return how many biases there are."""
         host, vocab_size = self._on_host, self._logits.logits.shape[1]
         bits, num_biases = host.bits.numpy(), 0
         is_limited, floats, ints = [False] * len(drawing), [_GREEDY.floats] * len(drawing), [_NEVER] * len(drawing)
         for row, run in enumerate(drawing):
             sequence = run.sequence
-            limits, sampling = sequence.request.limits, sequence.request.sampling
-            if limits is None or sequence.status is RequestStatus.ENDED:
+            limits, sampling, limited = sequence.request.limits, sequence.request.sampling, self._limited(sequence)
+            if limits is None or limited is None or sequence in late:
                 bits[row] = -1
                 continue
-            if sequence not in self._known:
-                self._known[sequence] = LimitedSequence(sequence, limits, vocab_size)
             try:
-                self._known[sequence].write(sequence.tokens, bits[row], run.drafted)
+                limited.write(sequence.tokens, bits[row], run.drafted)
             except GrammarError as error:  # what is drawn then is not said
                 sequence.failure, bits[row] = str(error), -1
             is_limited[row], floats[row] = True, sampling.floats

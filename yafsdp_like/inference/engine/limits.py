@@ -1,6 +1,7 @@
 """Which tokens a request may draw next, as bits on the host: fixed sets, first tokens, words, and a grammar.
 
-Owns what is remembered of a sequence for that. Knows nothing of the device; bits are those of kernels/token_bits.py.
+Owns what is remembered of a sequence for that, but for the grammar's masks (``grammar_masks.py``). Knows nothing of the
+device; bits are those of kernels/token_bits.py.
 """
 
 from __future__ import annotations
@@ -9,23 +10,22 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from yafsdp_like.inference.engine.grammar_masks import GrammarText, Words
 from yafsdp_like.kernels.token_bits import num_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from yafsdp_like.inference.engine.batch import ActiveRequest
-    from yafsdp_like.inference.engine.request import GrammarState, Request, TokenLimits
-
-Words = npt.NDArray[np.int32]  # (W,)
+    from yafsdp_like.inference.engine.request import Request, TokenLimits
 
 
 class LimitedSequence:
     """What one sequence may draw, as it grows; O(W + words that are not to be said) a token, however long it is."""
 
     def __init__(self, sequence: ActiveRequest, limits: TokenLimits, vocab_size: int) -> None:
+        self.text = None if limits.grammar is None else GrammarText(limits.grammar, len(sequence.request.prompt))
         self._request, self._limits, self._vocab_size = sequence.request, limits, vocab_size
         allowed = all_bits(vocab_size) if limits.allowed is None else bits_of(limits.allowed, vocab_size)
         singles = [word[0] for word in limits.bad_words if len(word) == 1]
@@ -33,14 +33,12 @@ class LimitedSequence:
         self._longer = [word for word in limits.bad_words if len(word) > 1]
         self._num_read = max((len(word) - 1 for word in self._longer), default=0)  # last tokens that decide on words
         self._stops = bits_of(sequence.request.stop_tokens, vocab_size)
-        self._grammar: GrammarState | None = None if limits.grammar is None else limits.grammar.start()
-        self._num_accepted = 0  # tokens that the grammar has seen
 
     def write(self, tokens: Sequence[int], bits: Words, drafted: tuple[int, ...] = ()) -> None:
         """Write which tokens may follow ``tokens``, the prompt's among them; where none may, those that stop.
 
-        What was ``drafted`` behind them counts for this call alone; what may not be drafted is never reached. Raises
-        GrammarError where that cannot be said.
+        What was ``drafted`` behind them counts for this call alone; what may not be drafted is never reached. The mask
+        of a grammar must not be late. Raises GrammarError where there is none.
         """
         num_prompt = len(self._request.prompt)
         bits[:] = self._always
@@ -49,10 +47,10 @@ class LimitedSequence:
             banned = [word[-1] for word in self._longer if last[1 - len(word) :] == word[:-1]]
             if banned:
                 bits &= ~bits_of(banned, self._vocab_size)
-        if self._grammar is not None:
-            self._grammar.accept(tokens[num_prompt + self._num_accepted :])
-            self._num_accepted = len(tokens) - num_prompt
-            allowed = self._grammar.allowed_after(drafted) if drafted else self._grammar.allowed()
+        if self.text is not None:
+            if self.text.error is not None:
+                raise self.text.error
+            allowed = self.text.masks[drafted]
             if allowed is not None:
                 bits &= allowed[: len(bits)]
         if len(tokens) - num_prompt + len(drafted) < self._limits.min_tokens:
@@ -61,8 +59,13 @@ class LimitedSequence:
             bits[:] = self._stops if self._stops.any() else self._always
 
 
-def check_some_token(request: Request, vocab_size: int) -> None:
-    """Raise ValueError where no token may be drawn at all, nor a stop token end the text in its place."""
+def check_tokens(request: Request, vocab_size: int) -> None:
+    """Raise ValueError for tokens outside of the vocabulary, and where none may be drawn, nor one stop in its place."""
+    outside = [token for token in request.named_tokens if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(
+            f"request {request.id!r}: token {outside[0]} is outside of the vocabulary of {vocab_size} tokens"
+        )
     limits = request.limits
     if limits is None or any(0 <= token < vocab_size for token in request.stop_tokens):
         return

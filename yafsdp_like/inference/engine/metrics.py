@@ -23,6 +23,7 @@ class Metrics(StepFigures):
     num_tokens_dropped: int  # drawn past an end
     num_tokens_drafted: int  # and verified
     num_tokens_accepted: int  # of those
+    num_draws_late: int  # put off by a step, since what a grammar allows was not known yet
     num_chunks: int  # parts of prompts, less the last ones
     num_pages_evicted: int
     num_images_encoded: int

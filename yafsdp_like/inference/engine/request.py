@@ -40,13 +40,13 @@ class GrammarError(RuntimeError):
 
 
 class GrammarState(Protocol):
-    """How far a text is in a grammar. Its calls raise ``GrammarError``, which ends the request."""
+    """How far a text is in a grammar; called by one thread at a time. ``GrammarError`` of a call ends the request."""
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Go on by tokens that were drawn."""
 
     def allowed(self) -> Any:
-        """Return the bits (W,) int32 of what may follow, as in kernels/token_bits.py; they hold until the next call."""
+        """Return the bits (W,) int32 of what may follow, as in kernels/token_bits.py, changed by nobody later."""
 
     def allowed_after(self, tokens: Sequence[int]) -> Any:
         """Return the same for a text that went on by ``tokens``, which this one does not; None if it may not."""

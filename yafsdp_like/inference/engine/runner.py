@@ -34,10 +34,10 @@ from yafsdp_like.kernels.sampling import SamplingRows, sample
 from yafsdp_like.memory.streams import Event, StepRecorder, StepRecording, Timer, streams_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from yafsdp_like.inference.engine.adapters import Adapters
-    from yafsdp_like.inference.engine.batch import Batch, Run
+    from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, Run
     from yafsdp_like.inference.engine.image_rows import ImageRun
     from yafsdp_like.inference.engine.places import EnginePlaces
     from yafsdp_like.inference.engine.request import Request
@@ -68,6 +68,7 @@ class Launched:
     done: Event
     scored: ScoredStep | None  # prompts
     hidden: Tensor | None  # (R, D) of the weights' dtype: what rows are drawn from, if it is asked for
+    late: Collection[ActiveRequest] = ()  # whose rows have drawn nothing
 
     def hidden_of(self, row: int) -> tuple[float, ...]:
         """Return a row of ``hidden``."""
@@ -82,6 +83,7 @@ class Undrawn:
     num_rows: int  # that draw, padding included
     began: Event
     scored: ScoredStep | None
+    is_all: bool  # whether it has no other rows, which draw nothing
 
 
 class Runner:
@@ -285,7 +287,7 @@ class Runner:
                 recording.replay()
             if slots:
                 self._adapters.launched(slots)
-            step = Undrawn(drawing, size.num_drawing, began, scored)
+            step = Undrawn(drawing, size.num_drawing, began, scored, len(drawing) == len(batch.runs))
             return step if any(run.sequence.request.limits is not None for run in drawing) else self._fetch(step)
 
     def _rows_of(self, seen: Sequence[ImageRun]) -> Iterable[tuple[slice, Tensor]]:
@@ -308,11 +310,15 @@ class Runner:
         }
 
     @torch.inference_mode()
-    def draw_limited(self, step: Undrawn) -> Launched:
-        """Draw again for limited rows, once the tokens of the step before have been read, and end the step."""
+    def draw_limited(self, step: Undrawn, late: Collection[ActiveRequest]) -> Launched:
+        """Draw again for limited rows but those of ``late`` sequences, which ``find_late`` has found; end the step."""
         with launching_on(self._weights.device):
-            self._limited(step.drawing, self._staging.history_row)
-            return self._fetch(step)
+            self._limited(step.drawing, late, self._staging.history_row)
+            return replace(self._fetch(step), late=late)
+
+    def find_late(self, step: Undrawn, spare_s: float | None) -> set[ActiveRequest]:
+        """Return whose masks are late; see ``MaskLanes.find_late``. Tokens of the step before must have been read."""
+        return self._limited.find_late(step.drawing, spare_s, alone=step.is_all)
 
     @torch.inference_mode()
     def copy_pages(self, copies: Sequence[Copy]) -> None:

@@ -19,7 +19,6 @@ so the first one moves in every step.
 
 from __future__ import annotations
 
-import bisect
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,7 @@ from yafsdp_like.inference.engine.adapters import Adapters
 from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, Counts, NextStep, RequestStatus, Run
 from yafsdp_like.inference.engine.deadlines import Deadlines
 from yafsdp_like.inference.engine.places import nobody_else
+from yafsdp_like.inference.engine.ranks import insert_by_rank, remove_by_rank
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
 from yafsdp_like.inference.kv.kv_cache import NO_PAGE, KVCache, KVSequenceState, Shortage, Tier
 from yafsdp_like.inference.plan.step_sizes import StepBuckets
@@ -90,7 +90,7 @@ class Scheduler:
         if request.adapter is not None:
             sequence.adapter = self._adapters.find(request.adapter)
             sequence.adapter.num_requests += 1
-        _insert(self.waiting, sequence)
+        insert_by_rank(self.waiting, sequence)
         self.deadlines.add(sequence, num_open=len(self.running) + len(self.waiting))
         return sequence
 
@@ -99,7 +99,7 @@ class Scheduler:
         if sequence.adapter is not None:
             self._leave_slot(sequence)
             sequence.adapter.num_requests -= 1
-        _remove(self.running if sequence.status is RequestStatus.RUNNING else self.waiting, sequence)
+        remove_by_rank(self.running if sequence.status is RequestStatus.RUNNING else self.waiting, sequence)
         if sequence.kv is not None:
             self.cache.close(sequence.kv)
         sequence.kv, sequence.status = None, RequestStatus.ENDED
@@ -169,6 +169,13 @@ class Scheduler:
         run.sequence.num_scheduled += is_accepted
         run.sequence.num_pending += is_accepted
         return is_accepted
+
+    def put_off(self, late: Collection[ActiveRequest]) -> None:
+        """Have sequences compute their last token once more, since nothing was drawn behind it in this step."""
+        self.counts.num_draws_late += len(late)
+        for sequence in late:
+            sequence.num_scheduled -= 1
+            sequence.num_pending -= 1
 
     def read(self, run: Run, token: int) -> FinishReason | None:
         """Append the token that a run drew, and return why the sequence has ended, or None if it goes on."""
@@ -261,9 +268,10 @@ class Scheduler:
     # --- pages ---
 
     def _commit(self, sequence: ActiveRequest) -> None:
-        """Commit to the cache the tokens that are both known and scheduled."""
+        """Commit to the cache the tokens that are both known and scheduled, and will not be computed once more."""
         assert sequence.kv is not None
-        first, known = sequence.kv.num_tokens, min(sequence.num_scheduled, len(sequence.tokens))
+        settled = sequence.num_scheduled - (sequence.has_grammar and sequence.num_pending > 0)
+        first, known = sequence.kv.num_tokens, min(settled, len(sequence.tokens))
         if known > first:
             self.cache.commit(sequence.kv, sequence.tokens[first:known])
 
@@ -344,7 +352,7 @@ class Scheduler:
 
     def _start(self, sequence: ActiveRequest, kv: KVSequence) -> None:
         self.waiting.remove(sequence)
-        _insert(self.running, sequence)
+        insert_by_rank(self.running, sequence)
         sequence.status = RequestStatus.RUNNING
         sequence.num_scheduled = kv.num_tokens
         sequence.num_admitted += 1
@@ -413,9 +421,9 @@ class Scheduler:
         else:
             self._copies += copies
             self.counts.num_swapped_out += 1
-        _remove(self.running, sequence)
+        remove_by_rank(self.running, sequence)
         sequence.status = RequestStatus.WAITING
-        _insert(self.waiting, sequence)
+        insert_by_rank(self.waiting, sequence)
 
     def _close(self, sequence: ActiveRequest) -> None:
         assert sequence.kv is not None
@@ -438,13 +446,3 @@ class Scheduler:
             if sequence.kv is None or sequence.kv.state is not KVSequenceState.RESIDENT:
                 raise RuntimeError(f"request {sequence.request.id!r} runs without pages on the device")
         self._adapters.check_integrity(Counter(run.adapter for run in self.running if run.adapter is not None))
-
-
-def _insert(sequences: list[ActiveRequest], sequence: ActiveRequest) -> None:
-    bisect.insort(sequences, sequence, key=lambda other: other.rank)
-
-
-def _remove(sequences: list[ActiveRequest], sequence: ActiveRequest) -> None:
-    index = bisect.bisect_left(sequences, sequence.rank, key=lambda other: other.rank)
-    assert sequences[index] is sequence
-    del sequences[index]

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from yafsdp_like.memory.streams import Event, Timer
 
 NUM_KEPT = 1024  # steps that quantiles and shares are of
+_LEAST_SPARE = 0.15  # of a step, which is in it from then on: 1 / (1 - 0.15) is below 1.2
+_MOST_BUSY = 0.9  # of a step, that the CPU may work and wait in it without holding up the device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class StepLog:
         self.num_steps = self.num_prompt_tokens = 0  # of steps that are done, since the start
         self._last_done: Event | None = None  # of the step before, if there was work since
         self._device_s: deque[tuple[float, float]] = deque(maxlen=NUM_KEPT)  # busy, and waiting before it
+        self._last_cpu_s = 0.0
         self._cpu_s: dict[bool, deque[float]] = {mixed: deque(maxlen=NUM_KEPT) for mixed in (False, True)}
 
     def add_device(self, began: Event, done: Event, num_prompt_tokens: int = 0) -> float:
@@ -68,8 +71,18 @@ class StepLog:
         return self._device_s[-1]
 
     def add_cpu(self, seconds: float, mixed: bool) -> None:
-        """Add the CPU's time of a step: all but waiting for the device. ``mixed``: it computes parts of prompts."""
+        """Add the CPU's time of a step: all but waiting. ``mixed``: it computes parts of prompts."""
         self._cpu_s[mixed].append(seconds)
+        self._last_cpu_s = seconds
+
+    @property
+    def spare_s(self) -> float:
+        """For how many seconds a step may wait for something beside the device: as long as the last one had spare.
+
+        But at least so long that a step of others takes 1.2 times as long, however often it happens.
+        """
+        step_s = sum(self._device_s[-1]) if self._device_s else 0.0
+        return max(_LEAST_SPARE * step_s, _MOST_BUSY * step_s - self._last_cpu_s)
 
     def pause(self) -> None:
         """There is nothing to do, for which the device waits without fault."""

@@ -35,6 +35,7 @@ ENGINE_HELP = {  # of the engine's figures by name, and so of the gauges ``yafsd
     "num_tokens_dropped": "Tokens drawn behind the end of their sequence, before the end was known",
     "num_tokens_drafted": "Tokens drafted and verified (speculative decoding)",
     "num_tokens_accepted": "Drafted tokens that were what the model drew",
+    "num_draws_late": "Draws put off by a step, since what a grammar allows was not known yet",
     "num_chunks": "Parts of prompts computed without drawing a token",
     "num_pages_evicted": "Cached pages on the device that were given up for others",
     "num_images_encoded": "Images that a vision tower has encoded",

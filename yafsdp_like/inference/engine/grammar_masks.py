@@ -1,0 +1,133 @@
+"""Which tokens grammars allow, computed in threads beside the engine's, which waits for them only as long as it can.
+
+Owns those threads and each text's place in its grammar. Knows nothing of the device, or of what else limits a row.
+
+[Note: late masks]
+What a grammar allows may take any time to find out, and other rows of the step would wait for it. So masks are computed
+in threads (llguidance lets go of the interpreter meanwhile), from when the last token was read, and the step waits for
+them as long as ``StepLog.spare_s`` says. A row whose mask is late draws nothing: the next step computes its last token
+once more, and draws if the mask is there by then. A text whose mask took long has the next one computed in the slow
+lane, for which no step waits until one is quick again; so it makes others wait about once. Where all rows are late,
+nobody is held up, and the step waits for the first of them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from yafsdp_like.inference.engine.batch import RequestStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    from yafsdp_like.inference.engine.batch import ActiveRequest
+    from yafsdp_like.inference.engine.request import Grammar, GrammarState
+
+SLOW_S = 2e-3  # CPU time of a mask from which on a text is slow
+_ALONE_S = 0.02  # that a step waits where nobody is held up, until requests may come and go
+
+Words = npt.NDArray[np.int32]  # (W,): bits, as in kernels/token_bits.py
+Drafted = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class GrammarText:
+    """One text's place in its grammar. While it is busy it belongs to a lane, else to the engine's thread."""
+
+    grammar: Grammar
+    num_followed: int  # tokens of the sequence behind which ``masks`` are; at first, the prompt's
+    masks: dict[Drafted, Words | None] = field(
+        default_factory=dict
+    )  # of what may follow the text, and drafts behind it
+    error: BaseException | None = None  # why it cannot be followed any further
+    is_busy: bool = False  # since it was given to a lane; the lane's last word
+    is_slow: bool = False
+    is_awaited: bool = False  # by steps, until it is late once
+    job: Future[None] | None = None  # which it was given with, perhaps with others
+    _state: GrammarState | None = None
+
+    def follow(self, tokens: Sequence[int], drafts: Collection[Drafted]) -> None:
+        """Follow the sequence's ``tokens`` to the last one, and find out what may be drawn behind it and each draft."""
+        began = time.thread_time()
+        try:
+            self._find(tokens, drafts)
+        except BaseException as error:  # the engine's thread raises it
+            self.error = error
+        self.is_slow = time.thread_time() - began > SLOW_S * len(drafts)
+
+    def _find(self, tokens: Sequence[int], drafts: Collection[Drafted]) -> None:
+        if self._state is None:
+            self._state = self.grammar.start()
+        if self.num_followed < len(tokens):
+            self.masks.clear()
+            self._state.accept(tokens[self.num_followed :])
+            self.num_followed = len(tokens)
+        for drafted in drafts:
+            self.masks[drafted] = self._state.allowed_after(drafted) if drafted else self._state.allowed()
+
+
+@dataclass(frozen=True)
+class AskedMasks:
+    """What one sequence asks for, all of whose tokens are known: what may follow it, and each of its drafts."""
+
+    sequence: ActiveRequest
+    text: GrammarText
+    drafts: list[Drafted] = field(default_factory=list)  # () for the sequence itself
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the text has it all, or never will."""
+        if self.text.is_busy or self.text.error is not None:
+            return not self.text.is_busy
+        is_here = self.text.num_followed == len(self.sequence.tokens)
+        return is_here and all(drafted in self.text.masks for drafted in self.drafts)
+
+
+class MaskLanes:
+    """The threads of one engine, which are started when the first grammar comes. See [Note: late masks]."""
+
+    def __init__(self) -> None:
+        self._quick = ThreadPoolExecutor(1, thread_name_prefix="quick grammars")
+        self._slow = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4), thread_name_prefix="slow grammars")
+
+    def find_late(self, asked: Collection[AskedMasks], spare_s: float | None, *, alone: bool) -> set[ActiveRequest]:
+        """Have masks computed, and return the sequences that do not have theirs.
+
+        ``spare_s`` is how long the step may wait, None: until all have. ``alone``: the step has no other rows.
+        """
+        self._begin([each for each in asked if not each.text.is_busy and not each.is_answered])
+        wait(_jobs(each.text for each in asked if each.text.is_awaited or spare_s is None), spare_s)
+        if alone and all(each.text.is_busy for each in asked):
+            wait(_jobs(each.text for each in asked), _ALONE_S, FIRST_COMPLETED)
+        late = [each for each in asked if not each.is_answered]
+        for each in late:
+            each.text.is_awaited = False
+        return {each.sequence for each in late}
+
+    def _begin(self, asked: Sequence[AskedMasks]) -> None:
+        for each in asked:
+            each.text.is_busy, each.text.is_awaited = True, not each.text.is_slow
+        quick = [each for each in asked if not each.text.is_slow]
+        jobs = [(self._quick, quick)] if quick else []
+        for lane, together in (*jobs, *((self._slow, [each]) for each in asked if each.text.is_slow)):
+            job = lane.submit(_answer, together)
+            for each in together:
+                each.text.job = job
+
+
+def _answer(asked: Sequence[AskedMasks]) -> None:
+    for each in asked:
+        if each.sequence.status is not RequestStatus.ENDED:
+            each.text.follow(each.sequence.tokens, each.drafts)
+        each.text.is_busy = False
+
+
+def _jobs(texts: Iterable[GrammarText]) -> set[Future[None]]:
+    return {text.job for text in texts if text.job is not None and text.is_busy}
