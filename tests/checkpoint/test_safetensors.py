@@ -2,13 +2,16 @@
 
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from yafsdp_like.checkpoint import safetensors as safetensors_module
 from yafsdp_like.checkpoint.safetensors import TensorSpec, TensorWriter, stored_tensors
 from yafsdp_like.models import PRESETS, Decoder
 from yafsdp_like.models.hf import load_hf_weights, save_hf
@@ -25,6 +28,27 @@ def test_the_package_safetensors_reads_what_is_written(tmp_path: Path) -> None:
         assert torch.equal(read[name], tensor)
         stored = stored_tensors(tmp_path)[name]
         assert torch.equal(stored.read_rows(1, 3), tensor[1:])
+
+
+def test_a_file_of_many_tensors_is_opened_once_and_again_where_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents: a header of thousands of experts' tensors that is read for each of them; values of a file that was."""
+    opened: list[Path] = []
+
+    def counting(path: Path, **how: Any) -> Any:
+        opened.append(path)
+        return safe_open(path, **how)
+
+    monkeypatch.setattr(safetensors_module, "safe_open", counting)
+    path = tmp_path / "model.safetensors"
+    for value in (1.0, 2.0):
+        save_file({f"t{index}": torch.full((2,), value) for index in range(5)}, path)
+        with ThreadPoolExecutor(2) as threads:
+            read = list(threads.map(lambda tensor: tensor.read_rows(0, 1).item(), stored_tensors(tmp_path).values()))
+        assert read == [value] * 5
+        path.unlink()
+    assert opened == [path, path]
 
 
 def test_tensors_out_of_order_and_missing_tensors_are_refused(tmp_path: Path) -> None:

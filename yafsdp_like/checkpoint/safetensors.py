@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -24,6 +25,7 @@ INDEX_NAME = "model.safetensors.index.json"
 FILE_NAME = "model.safetensors"
 
 _ADAPTER, _MISTRALS = "adapter_model", "consolidated"
+_MAX_OPEN = 8  # files at a time
 _OF_OTHERS = (_ADAPTER, _MISTRALS)  # prefixes of other files that may be beside a model's
 
 _DTYPES = {
@@ -81,12 +83,21 @@ class StoredTensor:
             return file.get_tensor(self.name)
 
 
+@lru_cache(maxsize=_MAX_OPEN)
+def _file(path: Path, *state: int) -> Any:
+    """Open a file, unless it is open: of thousands of tensors the header takes longer to read than one of them does.
+
+    ``state`` is what changes if the file does, which is then opened anew.
+    """
+    return safe_open(path, framework="pt")
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """Open a file by the library, which checks its header and size; ValueError in one line if they are wrong."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        state = path.stat()
+        yield _file(path, state.st_ino, state.st_size, state.st_mtime_ns)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
 
