@@ -129,6 +129,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[..., Stored]]] = {
     "gptq, zeros": (GPTQ | {"sym": False}, _gptq(sym=False)),
     "gptq_v2, zeros": (GPTQ | {"sym": False, "checkpoint_format": "gptq_v2"}, _gptq(sym=False, less=0)),
     "gptq, act-order": (GPTQ | {"desc_act": True}, _gptq(act=True)),
+    "gptq, a router left out": (GPTQ | {"dynamic": {r"-:.*\.mlp\.gate$": {}}}, _gptq()),
     "int4": (compressed(INT4 | {"symmetric": True}, "pack-quantized"), _packed(zeros=False)),
     "int4, zeros": (compressed(INT4 | {"symmetric": False}, "pack-quantized"), _packed(zeros=True)),
 }

@@ -113,7 +113,6 @@ def _gptq(said: Mapping[str, Any]) -> Quantization:
         bits=(4,),
         checkpoint_format=("gptq", "gptq_v2"),
         is_marlin_format=(False,),
-        dynamic=({},),
         modules_in_block_to_quantize=(),
         pack_dtype=("int32",),
     )
@@ -126,7 +125,16 @@ def _gptq(said: Mapping[str, Any]) -> Quantization:
         ordered=_flag(said, "desc_act", False) and columns is not None,
         zero_offset=0 if said.get("checkpoint_format") == "gptq_v2" else 1,
         scale_dtype=torch.float16,
+        kept=_left_out(said),
     )
+
+
+def _left_out(said: Mapping[str, Any]) -> tuple[str, ...]:
+    """What GPTQModel's ``dynamic`` leaves out: names that match a pattern behind "-:"; others would have other bits."""
+    dynamic = said.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping) or not all(pattern.startswith("-:") for pattern in dynamic):
+        raise ValueError(f"quantization_config.dynamic {dynamic!r} is not served, only patterns that begin with '-:'")
+    return _checked_patterns(f"re:{pattern[2:]}" for pattern in dynamic)
 
 
 def _compressed(said: Mapping[str, Any]) -> Quantization:
@@ -187,13 +195,19 @@ def _kept(said: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
         if not isinstance(found, list) or not all(isinstance(name, str) and name for name in found):
             raise ValueError(f"quantization_config.{key} must be a list of names, found {found!r}")
         names += found
-    for name in names:
+    return _checked_patterns(names)
+
+
+def _checked_patterns(names: Iterable[str]) -> tuple[str, ...]:
+    """Return names, some of which are patterns behind "re:"; raises ValueError for one that is none."""
+    found = tuple(names)
+    for name in found:
         if name.startswith("re:"):
             try:
                 re.compile(name[3:])
             except re.error as error:
                 raise ValueError(f"quantization_config: {name!r} is no pattern: {error}") from error
-    return tuple(names)
+    return found
 
 
 def _group(size: object) -> int | None:

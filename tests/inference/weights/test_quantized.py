@@ -198,7 +198,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "another method": ({"quant_method": "bitsandbytes"}, "quant_method fp8, .*, found 'bitsandbytes'"),
     "no method": ({"bits": 4}, "found None"),
     "no object": ("awq", "must be an object, found 'awq'"),
-    "mixed bits": (GPTQ | {"dynamic": {"+:.*": {"bits": 8}}}, "quantization_config.dynamic"),
+    "mixed bits": (GPTQ | {"dynamic": {"-:.*gate": {}, "+:.*": {"bits": 8}}}, "quantization_config.dynamic"),
+    "no pattern of what is left out": (GPTQ | {"dynamic": {"-:(": {}}}, r"'re:\(' is no pattern"),
     "8 bits": (GPTQ | {"bits": 8}, "quantization_config.bits 8 is not served"),
     "another format of GPTQ": (
         GPTQ | {"checkpoint_format": "marlin"},
