@@ -24,13 +24,14 @@ from yafsdp_like.inference.fleet.reader import Targets
 from yafsdp_like.inference.http.catalog import Catalog
 from yafsdp_like.inference.http.protocol import RequestParser, ServerOptions
 from yafsdp_like.inference.pool.driver import PoolDriver
+from yafsdp_like.inference.pool.memory import maps_slabs
 from yafsdp_like.inference.pool.plan import PooledModel, plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.text.directory import sampling_defaults
 from yafsdp_like.inference.text.image_reader import ImageReader
 from yafsdp_like.inference.weights.adapter_files import Adapter, open_adapter
-from yafsdp_like.inference.weights.loading import Model, open_model
+from yafsdp_like.inference.weights.loading import Model, open_model, world_transport
 from yafsdp_like.kernels.sampling_params import SamplingParams
 
 TTFT_MS, TPOT_MS = 10_000.0, 100.0  # targets of models that have none, beside some that have
@@ -63,6 +64,7 @@ def load_pool(options: ServePoolOptions) -> LoadedPool:
     cannot be cut among the ranks, or none that can be opened.
     """
     device = join_device(options.device)
+    transport = world_transport(device)
     opened, errors = _open_all(options)
     if not opened:
         raise ValueError(f"no model of the pool can be opened: {'; '.join(errors.values())}")
@@ -79,10 +81,11 @@ def load_pool(options: ServePoolOptions) -> LoadedPool:
         options.pool,
         Hardware.of(device),
         _num_ranks(),
+        maps_memory=maps_slabs(transport),
     )
     _say(plan)
     entries = {name: options.models[name] for name in opened}
-    pool = ModelPool(plan, {name: each.model for name, each in opened.items()}, device, targets_of(entries))
+    pool = ModelPool(plan, {name: each.model for name, each in opened.items()}, device, targets_of(entries), transport)
     ttls = {name: entry.ttl_s for name, entry in entries.items() if entry.ttl_s}
     host_ttls = {name: entry.host_ttl_s for name, entry in entries.items() if entry.host_ttl_s}
     parsers = [_parser(name, each, options, pool.engine(name)) for name, each in opened.items()]

@@ -27,6 +27,7 @@ from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request
 from yafsdp_like.inference.options import AnyMode, EngineOptions, PoolOptions
 from yafsdp_like.inference.plan.quantized_fields import stored_units
+from yafsdp_like.inference.pool.memory import maps_slabs
 from yafsdp_like.inference.pool.plan import HOST_WEIGHTS, SLABS, PooledModel, plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool
 from yafsdp_like.inference.weights.loading import random_model, world_transport
@@ -190,11 +191,12 @@ def _pool(options: argparse.Namespace, world: World) -> PoolBench:
     own, dtype = _engine_options(options), DTYPES[options.dtype]
     pooled = {name: PooledModel(PRESETS[preset], dtype, own) for name, preset in zip(names, presets, strict=True)}
     limits = pool_popular.pool_options(options)
-    plan = plan_pool(pooled, limits, Hardware.of(world.device), world.size)
+    transport = world_transport(world.device)
+    plan = plan_pool(pooled, limits, Hardware.of(world.device), world.size, maps_slabs(transport))
     say(world, str(plan))
     models = {name: random_model(name, model.config) for name, model in pooled.items()}
     begin = time.perf_counter()
-    pool = ModelPool(plan, models, world.device)
+    pool = ModelPool(plan, models, world.device, transport=transport)
     made = time.perf_counter()
     bench = PoolBench(options, world, pool)
     bench.link = _link(bench)

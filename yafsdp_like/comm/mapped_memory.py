@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import copy
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING
 
 from yafsdp_like.comm.descriptors import map_all_ranks
 from yafsdp_like.comm.signals import Barrier, Flags
 from yafsdp_like.memory.layout import aligned
+from yafsdp_like.memory.streams import Recording
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
     import torch.distributed as dist
@@ -86,6 +88,17 @@ class MappedMemory:
                 return [mine if rank == self._group.rank() else part for rank, part in enumerate(parts)]
         raise AssertionError(f"a tensor of shape {tuple(mine.shape)} lies outside the memory that peers map")
 
+    def all_gather_in_place(self, whole: torch.Tensor) -> Callable[[], None]:
+        """Prepare to pull every other rank's chunk of ``whole``, ``(ranks * n,)``, out of the same place in its memory.
+
+        This rank's own chunk is there already. Calling what is returned issues copies to the current stream, the next
+        rank's first, so that no rank is read by all at once; the caller orders them behind the writing of all chunks.
+        """
+        rank, size = self._group.rank(), self._group.size()
+        here, theirs = whole.view(size, -1), [each.view(size, -1) for each in self.of_all_ranks(whole)]
+        others = [(rank + step) % size for step in range(1, size)]
+        return Recording(whole.device, [partial(copy_all, [(here[other], theirs[other][other]) for other in others])])
+
     def stream_barrier(self, stream: str) -> None:
         """Order what ranks issue to ``stream``, the current one, from here on after all that any has issued to it."""
         self._barrier.stream_barrier(stream)
@@ -96,3 +109,9 @@ class MappedMemory:
         Stream barriers have no timeout of their own on GPUs; collectives have.
         """
         self._barrier.arm_watchdog(event)
+
+
+def copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Issue copies of the second of each pair into the first, on the current stream."""
+    for destination, source in pairs:
+        destination.copy_(source, non_blocking=True)

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from yafsdp_like.comm.consistency import all_gather_object
-from yafsdp_like.comm.mapped_memory import MappedMemory
+from yafsdp_like.comm.mapped_memory import MappedMemory, copy_all
 from yafsdp_like.kernels.reduce import ReduceTable
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, aligned
 from yafsdp_like.memory.streams import REDUCE, Recording
@@ -76,7 +76,7 @@ class PeerTransport:
         others = [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
         pulls = [(chunks[rank], by_rank[rank]) for rank in others for chunks, by_rank, _ in pieces]
         own = [(chunks[self.rank], by_rank[self.rank]) for chunks, by_rank, is_there in pieces if not is_there]
-        branches = [partial(_copy_all, copies) for copies in (pulls, own) if copies]
+        branches = [partial(copy_all, copies) for copies in (pulls, own) if copies]
         return Recording(self._device, branches) if branches else lambda: None
 
     def reduce_scatter(
@@ -108,7 +108,7 @@ class PeerTransport:
     def _run_rounds(self, rounds: Sequence[_Round], scale: float, accumulate: bool) -> None:
         self.mapped.stream_barrier(REDUCE)
         for number, r in enumerate(rounds, 1):
-            _copy_all(r.pulls)
+            copy_all(r.pulls)
             if number == len(rounds):
                 self.mapped.stream_barrier(REDUCE)
             for dtype, table in r.tables:
@@ -184,11 +184,6 @@ class _Round:
         """Note where gradient shards are now."""
         for _, table in self.tables:
             table.find_outputs()
-
-
-def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    for destination, source in pairs:
-        destination.copy_(source, non_blocking=True)
 
 
 def obstacle(group: dist.ProcessGroup, device: torch.device) -> str | None:

@@ -38,7 +38,7 @@ from yafsdp_like.inference.weights.loading import Model, ModuleSource, load, mod
 from yafsdp_like.memory.streams import COMPUTE, HOST_TO_DEVICE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from yafsdp_like.inference.engine.request import Completion
 
@@ -207,12 +207,12 @@ def test_a_request_that_is_cancelled_while_its_model_sleeps_ends_without_waking_
 # --- the order of streams ---
 
 
-def races(forgets: Sequence[tuple[str, str]] = ()) -> list[str]:
+def races(forgets: Sequence[tuple[str, str]] = (), make_pool: Callable[[], ModelPool] = model_pool) -> list[str]:
     """Of forwards of models that take turns on the same bytes, and of pages that are written there between."""
     clocks = VectorClocks(forgets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool_module, "streams_of", lambda device: clocks)
-        pool = model_pool(SMALL)
+        pool = make_pool()
     pool.load_all()
     region, pages = pool._regions[Tier.DEVICE], pool._pools[Tier.DEVICE]
     shape = pool.plan.models["plain"].serving.groups[0].shape

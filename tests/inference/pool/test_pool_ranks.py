@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.inference.engine.test_engine import GREEDY, TINY, allocations, decoder, prompts, requests
-from tests.inference.pool.test_model_pool import CONFIGS, LARGE, ONE, alone, check_idle, pooled, tokens
+from tests.inference.pool.test_model_pool import CONFIGS, LARGE, ONE, alone, check_idle, pooled, races, tokens
 from tests.ranks import RankError, run_ranks
 from yafsdp_like.hardware import Hardware
 from yafsdp_like.inference.engine.request import FinishReason, Request
@@ -21,40 +22,49 @@ from yafsdp_like.inference.plan.quantized_fields import stored_units
 from yafsdp_like.inference.pool import pool as pool_module
 from yafsdp_like.inference.pool.driver import PoolDriver
 from yafsdp_like.inference.pool.member import ModelState
+from yafsdp_like.inference.pool.memory import maps_slabs
 from yafsdp_like.inference.pool.plan import PoolPlan, plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool
 from yafsdp_like.inference.pool.tp_pool import follow_pool
 from yafsdp_like.inference.pool.weights import PooledWeights
-from yafsdp_like.inference.weights.loading import Model, ModuleSource, fill, model_of
+from yafsdp_like.inference.weights.loading import Model, ModuleSource, fill, model_of, world_transport
 from yafsdp_like.inference.weights.store import Store
 from yafsdp_like.memory.layout import ALIGNMENT_NBYTES
-from yafsdp_like.memory.streams import Event, InOrder
+from yafsdp_like.memory.streams import COMPUTE, GATHER, HOST_TO_DEVICE, Event, InOrder
 from yafsdp_like.models.moe import ExpertsConfig
 from yafsdp_like.models.tensor_parallel import cuts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from yafsdp_like.comm import TransportName
     from yafsdp_like.inference.weights.loading import Source
 
 SMALL = 140 << 10  # bytes of slabs on each rank, for the parts of one model
 SECONDS = 30.0  # that nothing here should take, on the slowest machine
 
 
-def plan_of(slabs_nbytes: int = SMALL, num_ranks: int = 2, **more: Any) -> PoolPlan:
-    wide = plan_pool(pooled(), PoolOptions(1 << 30), num_ranks=num_ranks)
+def plan_of(slabs_nbytes: int = SMALL, num_ranks: int = 2, maps_memory: bool = False, **more: Any) -> PoolPlan:
+    ranks = {"num_ranks": num_ranks, "maps_memory": maps_memory}
+    wide = plan_pool(pooled(), PoolOptions(1 << 30), **ranks)
     limit = wide.memory.nbytes - wide.grid.region_nbytes + slabs_nbytes
-    return plan_pool(pooled(), PoolOptions(limit, **{"host_kv_nbytes": 256 << 10, **more}), num_ranks=num_ranks)
+    return plan_pool(pooled(), PoolOptions(limit, **{"host_kv_nbytes": 256 << 10, **more}), **ranks)
 
 
 def models_of(wrap: Callable[[Model], Model] = lambda model: model) -> dict[str, Model]:
     return {name: wrap(model_of(decoder(config))) for name, config in CONFIGS.items()}
 
 
-def rank_pool(slabs_nbytes: int = SMALL, models: dict[str, Model] | None = None, **more: Any) -> ModelPool:
+def rank_pool(
+    slabs_nbytes: int = SMALL,
+    models: dict[str, Model] | None = None,
+    asked: TransportName = "process_group",
+    **more: Any,
+) -> ModelPool:
     """This rank's of a pool over all of them."""
-    plan = plan_of(slabs_nbytes, **more)
-    pool = ModelPool(plan, models_of() if models is None else models)
+    transport = world_transport("cpu", asked)
+    plan = plan_of(slabs_nbytes, maps_memory=maps_slabs(transport), **more)
+    pool = ModelPool(plan, models_of() if models is None else models, transport=transport)
     assert (pool.arena.nbytes, pool.host.nbytes) == (plan.memory.nbytes, plan.host.nbytes)
     return pool
 
@@ -82,6 +92,21 @@ def test_a_plan_over_two_ranks_is_of_one_of_them_and_says_so() -> None:
     assert "memory plan of one rank of 2" in str(half) and "over process group: sums" in str(half)
 
 
+def test_ranks_that_map_memory_bring_each_byte_of_a_model_once() -> None:
+    """But for norms, biases and the like, which lie in layers and are whole on all."""
+    both, plan = plan_of(LARGE), plan_of(LARGE, maps_memory=True)
+    for name, model in plan.models.items():
+        packed = model.serving.placement.packed_units
+        whole = [unit for unit in range(len(packed)) if unit == 0 or packed[unit].name == "lm_head"]
+        assert [unit for unit in range(len(packed)) if model.is_pulled(unit)] == whole
+        saved = sum(both.models[name].parts[unit].nbytes - model.parts[unit].nbytes for unit in whole)
+        assert model.image_nbytes == both.models[name].image_nbytes - saved
+        assert all(2 * model.parts[unit].nbytes == model.units[unit].nbytes >= packed[unit].nbytes for unit in whole)
+        assert model.home_nbytes <= both.models[name].home_nbytes + ALIGNMENT_NBYTES * len(whole)
+    assert plan.host.nbytes < both.host.nbytes and "over peer: the parts of embeddings and heads" in str(plan)
+    assert str(plan_of(LARGE, num_ranks=1, maps_memory=True)) == str(plan_of(LARGE, num_ranks=1))
+
+
 def test_a_model_that_cannot_be_cut_is_refused_by_name() -> None:
     models = {"odd": replace(pooled()["plain"], config=replace(CONFIGS["plain"], num_kv_heads=1))}
     with pytest.raises(ValueError, match=r"model 'odd': .*num_kv_heads 1; use fewer ranks"):
@@ -96,16 +121,18 @@ def test_a_plan_for_other_ranks_is_refused() -> None:
 # --- tokens ---
 
 
-def serve_turns(texts: dict[str, list[tuple[int, ...]]], **more: Any) -> tuple[dict[str, dict[str, list[int]]], Any]:
-    pool = rank_pool(max_turn_steps=5, **more)
+def serve_turns(texts: dict[str, list[tuple[int, ...]]], asked: TransportName) -> tuple[Any, Any]:
+    pool = rank_pool(max_turn_steps=5, asked=asked)
+    assert pool.plan.maps_memory is (asked == "peer")
     done = pool.generate({name: requests(found) for name, found in texts.items()})
     return tokens(done), facts(pool)
 
 
-def test_models_over_two_ranks_asked_at_once_answer_as_they_do_alone() -> None:
+@pytest.mark.parametrize("asked", ["process_group", "peer"])
+def test_models_over_two_ranks_asked_at_once_answer_as_they_do_alone(asked: TransportName) -> None:
     """With turns of a few steps, in the middle of which sequences are preempted, where only one or two models fit."""
     texts = {name: prompts(3, longest=30, seed=i) for i, name in enumerate(CONFIGS)}
-    (first, did), (second, also) = run_ranks(serve_turns, texts)
+    (first, did), (second, also) = run_ranks(serve_turns, texts, asked)
     assert first == second == {name: alone(name, found) for name, found in texts.items()}
     assert did == also
     assert len(did[0]) > 6 and max(preempted for _, preempted in did[2]) > 0
@@ -245,6 +272,48 @@ def serve_by_targets() -> Any:
 def test_turns_by_targets_go_by_the_first_ranks_clock() -> None:
     first, second = run_ranks(serve_by_targets)
     assert first == second and len(first[0]) > 3
+
+
+# --- parts that are pulled ---
+
+
+def switch_late() -> list[bool]:
+    """Whether the embedding and the head are the decoder's after each switch, of ranks of which one is always late."""
+    pool, found = rank_pool(asked="peer"), []
+    pool.load_all()
+    for number in range(6):
+        name = [*CONFIGS][number % len(CONFIGS)]
+        weights, module = pool._members[name].weights, decoder(CONFIGS[name])
+        copy_in, pulls = weights.copy_in, dict(weights._pulls)
+
+        def late(act: Callable[..., None], *arguments: Any, on: int = number % 2) -> None:
+            time.sleep(0.02 * (dist.get_rank() == on))
+            act(*arguments)
+
+        weights.copy_in = partial(late, copy_in)  # type: ignore[method-assign]
+        weights._pulls = {unit: partial(late, pull) for unit, pull in pulls.items()}
+        assert pool.wake_up(name).nbytes > 0
+        weights.copy_in, weights._pulls = copy_in, pulls  # type: ignore[method-assign]
+        for unit in range(len(weights._units)):
+            weights._acquire(unit)
+        found += [torch.equal(weights.embedding(), module.embed_tokens.weight)]
+        found += [torch.equal(weights.head()[1], module.lm_head.weight)]
+    return found
+
+
+def test_a_rank_pulls_what_others_have_copied_and_overwrites_what_they_have_pulled() -> None:
+    assert run_ranks(switch_late) == [[True] * 12] * 2
+
+
+def races_of_ranks(forgets: list[tuple[str, str]]) -> int:
+    return len(races(forgets, partial(rank_pool, asked="peer")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forgotten", [None, (GATHER, HOST_TO_DEVICE), (COMPUTE, GATHER), (HOST_TO_DEVICE, COMPUTE)])
+def test_pulls_are_ordered_by_events_on_each_rank(forgotten: tuple[str, str] | None) -> None:
+    found = run_ranks(races_of_ranks, [] if forgotten is None else [forgotten])
+    assert all(found) if forgotten else found == [0, 0]
 
 
 # --- what must be the same ---

@@ -7,6 +7,12 @@ have them. Models whose homes do not meet are awake together. Homes are given ou
 it meets the fewest others; those that cannot be apart lie on each other, which leaves room for the rest. Some slabs are
 nobody's home, so that there are pages whoever is awake; more are had by letting idle models sleep.
 
+[Note: whole on all ranks]
+Ranks that compute together have parts of layers' matrices, but all of the embedding and the head. Where they map each
+other's memory, the host of each has 1/N of such a unit, as many bytes as any other's; a rank copies these to their
+place in its home, and pulls the rest out of the others' homes. So the link to the host carries each byte of a model
+once, whichever rank's link it is.
+
 A step's workspace and logits have the size of the largest model's, and are any model's in turn, since all steps follow
 each other on one stream; tables are each model's own, for they keep what a model's last step has left.
 """
@@ -29,13 +35,15 @@ from yafsdp_like.memory.layout import ALIGNMENT_NBYTES, Segment
 from yafsdp_like.memory.plan import MemoryPlan, Region, SlotPlace, readable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from yafsdp_like.hardware import Hardware
     from yafsdp_like.inference.options import PoolOptions
+    from yafsdp_like.inference.plan.packed_weights import PackedUnit
     from yafsdp_like.models.decoder import DecoderConfig
 
 SLABS, HOST_WEIGHTS = "slabs", "host weights"  # kinds, and their regions' names
+_PULLS = "peer: the parts of embeddings and heads"  # what moves bytes between ranks that map memory
 
 
 @dataclass(frozen=True)
@@ -54,12 +62,22 @@ class ModelPlan:
     name: str
     serving: ServingPlan  # when it is awake alone: its grid are the slabs that are left for pages then
     home: range  # slabs
-    units: tuple[Segment, ...]  # each packed unit's bytes, from the start of the home, or of the image on the host
+    units: tuple[Segment, ...]  # each packed unit's bytes, from the start of the home
+    parts: tuple[Segment, ...]  # those of them that this rank's host has, from the start of the image there
 
     @property
     def image_nbytes(self) -> int:
-        """Bytes of all units."""
+        """Bytes of weights on this rank's host."""
+        return self.parts[-1].end_nbytes
+
+    @property
+    def home_nbytes(self) -> int:
+        """Bytes of weights on the device."""
         return self.units[-1].end_nbytes
+
+    def is_pulled(self, unit: int) -> bool:
+        """Return whether a unit is brought in parts by all ranks; see [Note: whole on all ranks]."""
+        return self.parts[unit].nbytes < self.units[unit].nbytes
 
     @property
     def slots_nbytes(self) -> int:
@@ -69,7 +87,7 @@ class ModelPlan:
     @property
     def slots(self) -> Segment:
         """Where these slots lie in the slabs' region."""
-        return Segment(self.home.start * self.serving.grid.slab_nbytes + self.image_nbytes, self.slots_nbytes)
+        return Segment(self.home.start * self.serving.grid.slab_nbytes + self.home_nbytes, self.slots_nbytes)
 
     @property
     def images_region(self) -> str:
@@ -92,7 +110,7 @@ class ModelPlan:
     @property
     def slabs_of_slots(self) -> range:
         """The slabs that slots of adapters lie in."""
-        return self._slabs_of(Segment(self.image_nbytes, self.slots_nbytes)) if self.slots_nbytes else range(0)
+        return self._slabs_of(Segment(self.home_nbytes, self.slots_nbytes)) if self.slots_nbytes else range(0)
 
     def _slabs_of(self, segment: Segment) -> range:
         slab_nbytes, first = self.serving.grid.slab_nbytes, self.home.start
@@ -112,11 +130,12 @@ class PoolPlan:
     def memory(self) -> MemoryPlan:
         """Of the arena. Not in it: graphs of all models, CUDA's context, and what kernels are compiled to."""
         plans = [*self.models.values()]
-        regions = [Region(SLABS, SLABS, self.grid.region_nbytes)]
+        regions = [Region(SLABS, SLABS, self.grid.region_nbytes, self.maps_memory)]
         regions += [Region(kind, kind, _largest(plans, kind)) for kind in (WORKSPACE, LOGITS)]
         regions += [Region(plan.tables_region, TABLES, _buffers_nbytes(plan.serving, TABLES)) for plan in plans]
         homes = tuple(SlotPlace(plan.name, SLABS, self._bytes_of(plan), ALWAYS) for plan in plans)
-        return MemoryPlan(self.num_ranks, tuple(regions), homes, (SUMS,) if self.num_ranks > 1 else ())
+        transports = ((SUMS,) if self.num_ranks > 1 else ()) + ((_PULLS,) if self.maps_memory else ())
+        return MemoryPlan(self.num_ranks, tuple(regions), homes, transports)
 
     @cached_property
     def host(self) -> MemoryPlan:
@@ -132,7 +151,16 @@ class PoolPlan:
     @property
     def num_ranks(self) -> int:
         """Ranks that compute every step together, each with such arenas of its own."""
-        return next(iter(self.models.values())).serving.site.num_ranks
+        return self._site.num_ranks
+
+    @property
+    def maps_memory(self) -> bool:
+        """Whether these ranks read each other's slabs; see [Note: whole on all ranks]."""
+        return self._site.maps_memory
+
+    @property
+    def _site(self) -> Site:
+        return next(iter(self.models.values())).serving.site
 
     @cached_property
     def host_weights_nbytes(self) -> int:
@@ -165,7 +193,7 @@ class PoolPlan:
         return serving.capacity.num_slabs(serving.grid, serving.max_seq_len)
 
     def _bytes_of(self, plan: ModelPlan) -> Segment:
-        return Segment(plan.home.start * self.grid.slab_nbytes, plan.image_nbytes + plan.slots_nbytes)
+        return Segment(plan.home.start * self.grid.slab_nbytes, plan.home_nbytes + plan.slots_nbytes)
 
     def __str__(self) -> str:
         lines = [*self._lines(), str(self.memory)]
@@ -182,27 +210,29 @@ class PoolPlan:
             apart = [other.name for other in self.models.values() if other is not plan and plan.meets(other)]
             serving = plan.serving
             yield (
-                f"{name}: {readable(plan.image_nbytes)} of weights, {len(serving.placement.packed_units)} units in "
+                f"{name}: {readable(plan.home_nbytes)} of weights, {len(serving.placement.packed_units)} units in "
                 f"{str(serving.site.dtype).removeprefix('torch.')}; sequences of at most {serving.max_seq_len:,} "
                 f"tokens; awake " + (f"in turn with {', '.join(apart)}" if apart else "beside all others")
             )
 
 
 def plan_pool(
-    models: Mapping[str, PooledModel], options: PoolOptions, hardware: Hardware | None = None, num_ranks: int = 1
+    models: Mapping[str, PooledModel],
+    options: PoolOptions,
+    hardware: Hardware | None = None,
+    num_ranks: int = 1,
+    maps_memory: bool = False,
 ) -> PoolPlan:
     """Plan to serve ``models``, by name, within ``options``; ``hardware`` is a CPU by default.
 
     With several ranks models are tensor parallel over all of them: the plan is of one rank, and so are the options'
-    bytes. Raises ValueError for models that cannot be served, or do not fit one by one: which, and how many bytes are
-    missing.
+    bytes; ``maps_memory`` says whether they read each other's memory. Raises ValueError for models that cannot be
+    served, or do not fit one by one: which, and how many bytes are missing.
     """
     if not models:
         raise ValueError("expected at least one model, found none")
-    alone = {
-        name: _alone(name, model, options, Site(model.dtype, num_ranks, hardware=hardware))
-        for name, model in models.items()
-    }
+    site = Site(num_ranks=num_ranks, maps_memory=maps_memory and num_ranks > 1, hardware=hardware)
+    alone = {name: _alone(name, model, options, replace(site, dtype=model.dtype)) for name, model in models.items()}
     kinds = [max(_buffers_nbytes(plan, kind) for plan in alone.values()) for kind in (WORKSPACE, LOGITS)]
     buffers_nbytes = sum(kinds) + sum(_buffers_nbytes(plan, TABLES) for plan in alone.values())
     buffers_nbytes += max(plan.buffers.image_nbytes for plan in alone.values())
@@ -216,6 +246,7 @@ def plan_pool(
             f"{buffers_nbytes:,} bytes for the buffers of steps and {graphs_nbytes:,} for CUDA graphs"
         )
     units = {name: tuple(_units(plan)) for name, plan in alone.items()}
+    parts = {name: tuple(_parts(plan)) for name, plan in alone.items()}
     slots = {name: plan.adapters.region().nbytes if plan.adapters else 0 for name, plan in alone.items()}
     sizes = [ceil_div(units[name][-1].end_nbytes + slots[name], grid.slab_nbytes) for name in alone]
     for (name, plan), size in zip(alone.items(), sizes, strict=True):
@@ -224,7 +255,7 @@ def plan_pool(
     homes = _place(sizes, max(min(sum(sizes), grid.num_slabs - wanted), max(sizes)))
     host_grid = _host_grid(shapes, options)
     plans = {
-        name: ModelPlan(name, _awake_alone(plan, grid, home, host_grid), home, units[name])
+        name: ModelPlan(name, _awake_alone(plan, grid, home, host_grid), home, units[name], parts[name])
         for (name, plan), home in zip(alone.items(), homes, strict=True)
     }
     found = PoolPlan(options, grid, host_grid, plans)
@@ -247,10 +278,27 @@ def _alone(name: str, model: PooledModel, options: PoolOptions, site: Site) -> S
 
 
 def _units(plan: ServingPlan) -> Iterator[Segment]:
+    """Yield where units lie in the home: one that comes in parts has room for as many bytes of each rank."""
+    sites = [(_part_nbytes(plan, packed), packed) for packed in plan.placement.packed_units]
+    return _in_a_row(packed.nbytes if part is None else part * plan.site.num_ranks for part, packed in sites)
+
+
+def _parts(plan: ServingPlan) -> Iterator[Segment]:
+    """Yield what one rank's host has of each unit, and where it lies in the image."""
+    return _in_a_row(_part_nbytes(plan, packed) or packed.nbytes for packed in plan.placement.packed_units)
+
+
+def _part_nbytes(plan: ServingPlan, packed: PackedUnit) -> int | None:
+    """Return the bytes that each rank brings of a unit that is whole on all; None where each brings all of its own."""
+    is_cut = any(parameter.cut is not None for parameter, _ in packed.parameters())
+    return None if is_cut or not plan.site.maps_memory else packed.part_nbytes(plan.site.num_ranks)
+
+
+def _in_a_row(sizes: Iterable[int]) -> Iterator[Segment]:
     offset = 0
-    for packed in plan.placement.packed_units:
-        yield Segment(offset, packed.nbytes)
-        offset += packed.nbytes
+    for nbytes in sizes:
+        yield Segment(offset, nbytes)
+        offset += nbytes
 
 
 def _least_tokens(plan: ServingPlan) -> int:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from yafsdp_like.comm.transport import Transport
     from yafsdp_like.inference.engine.engine import Engine
     from yafsdp_like.inference.engine.request import Completion, Request, RequestOutput
     from yafsdp_like.inference.fleet.reader import Targets
@@ -66,11 +67,13 @@ class ModelPool:
         models: Mapping[str, Model],
         device: torch.device | str = "cpu",
         targets: Mapping[str, Targets] | None = None,
+        transport: Transport | None = None,
     ) -> None:
         """Allocate all that ``plan`` says; ``models`` are where values come from, by the names of the plan.
 
-        ``targets`` of all models, or none: turns are then counted in steps. No value is read before ``load``. Raises
-        ValueError where the plan has other models, and what ``Arena.reserve`` does where there is no room.
+        ``targets`` of all models, or none: turns are then counted in steps. ``transport`` is that of ranks which the
+        plan says map each other's memory. No value is read before ``load``. Raises ValueError where the plan has other
+        models or ranks, and what ``Arena.reserve`` does where there is no room.
         """
         if models.keys() != plan.models.keys():
             raise ValueError(f"expected the plan's models, {[*plan.models]}, found {[*models]}")
@@ -80,7 +83,7 @@ class ModelPool:
         self._ranks = PoolRanks.of(plan.num_ranks)
         self._ranks.check_same("the plans of pools", (str(plan), plan.options, targets))
         self.plan, self.device, self.tp_group = plan, indexed(device), self._ranks.tp_group
-        memory = PoolMemory.reserve(plan, self.device, self._ranks)
+        memory = PoolMemory.reserve(plan, self.device, self._ranks, transport)
         self.arena, self.host, self._regions, self._pools = memory.arena, memory.host, memory.regions, memory.pools
         self.switches: deque[Switch] = deque(maxlen=1024)
         self.num_steps = 0
@@ -197,9 +200,7 @@ class ModelPool:
 
     def _look(self) -> None:
         """Take in what has ended where no other rank is to be asked, for calls that ranks make on their own."""
-        if self._ranks.is_alone:
-            self._settle()
-        self._check_open()
+        self._settle() if self._ranks.is_alone else self._check_open()
 
     @property
     def has_news(self) -> bool:

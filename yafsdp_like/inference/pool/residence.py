@@ -33,9 +33,9 @@ class Residence:
         return [slab for slab in self._plan.home if slab not in self.owned and not self._pages.may_claim(slab)]
 
     def missing_nbytes(self) -> int:
-        """Return the bytes of units that are neither there, as far as its slabs are its own, nor on their way."""
+        """Return the bytes to copy of units that are neither there, as far as slabs are its own, nor on their way."""
         units = self._present if self.owned else ()
-        return sum(unit.nbytes for index, unit in enumerate(self._plan.units) if index not in units)
+        return sum(part.nbytes for index, part in enumerate(self._plan.parts) if index not in units)
 
     def copy_in(self, most_on_their_way: int | None = None) -> int:
         """Claim slabs, and copy each unit that is absent as soon as it has all of its own; return the bytes copied.
@@ -52,7 +52,7 @@ class Residence:
                 continue
             self._weights.copy_in(unit)
             self._present.add(unit)
-            nbytes += self._plan.units[unit].nbytes
+            nbytes += self._plan.parts[unit].nbytes
             room -= 1
         if room > 0 or most_on_their_way is None:
             self._claim(self._plan.slabs_of_slots)  # filled when requests need them

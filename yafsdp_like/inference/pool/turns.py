@@ -235,7 +235,7 @@ def _rates(member: Member) -> tuple[float, float]:
 def _lines(member: Member) -> StepLines:
     """Return first guesses, see [Note: first guesses]."""
     memory = _rates(member)[0]
-    step_s = member.plan.image_nbytes / memory
+    step_s = member.plan.home_nbytes / memory
     key_s = sum(group.shape.nbytes / group.shape.page_size for group in member.plan.serving.groups) / memory
     return StepLines(step_s, step_s / _ROWS, key_s, 0.0, step_s / _ROWS)
 

@@ -8,6 +8,11 @@ issued to ``COMPUTE`` before, which may read or write these bytes. A forward wai
 it, so that it computes with the first ones while the last are on their way. A recording of a step cannot: as long as
 units are on their way steps are issued kernel by kernel, which changes no bits, and recordings hold no such wait. Units
 have arrived when the pool says so, to all ranks that compute together (``ranks.py``).
+
+[Note: pulls]
+Of a unit that comes in parts (``plan.py``, [Note: whole on all ranks]) a rank's copy is followed by a pull, on a stream
+of its own and between two stream barriers: behind the first all ranks' parts are there, behind the second all have
+pulled, so that whatever is written there next, by any rank, is behind the pulls of all.
 """
 
 from __future__ import annotations
@@ -19,25 +24,36 @@ from yafsdp_like.inference.pool.plan import SLABS, ModelPlan
 from yafsdp_like.inference.weights.loading import Source, fill
 from yafsdp_like.inference.weights.store import Store, Weights, flat_bytes
 from yafsdp_like.memory.layout import Segment
-from yafsdp_like.memory.streams import COMPUTE, HOST_TO_DEVICE, Event, Streams
+from yafsdp_like.memory.streams import COMPUTE, GATHER, HOST_TO_DEVICE, Event, Streams
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from yafsdp_like.comm.mapped_memory import MappedMemory
     from yafsdp_like.memory.arena import Arena, Place
 
 
 class PooledWeights(Weights):
     """Weights at their home on ``arena``, see [Note: units on their way]; what is there is for others to know."""
 
-    def __init__(self, plan: ModelPlan, arena: Arena, host: Arena, streams: Streams) -> None:
+    def __init__(
+        self, plan: ModelPlan, arena: Arena, host: Arena, streams: Streams, mapped: MappedMemory | None = None
+    ) -> None:
+        """``mapped`` is the memory of ranks whose units come in parts, the arena's slabs among it."""
         first_nbytes = plan.home.start * plan.serving.grid.slab_nbytes
-        self._home, self._units = arena.place(SLABS).part(Segment(first_nbytes, plan.image_nbytes)), plan.units
+        self._home, self._units = arena.place(SLABS).part(Segment(first_nbytes, plan.home_nbytes)), plan.units
+        self._parts = plan.parts
         self._arriving: dict[int, Event] = {}  # units on their way, in order
         self._last_copy: Event | None = None
         self._image: list[list[Store]] = []  # pieces of each unit, on the host
         super().__init__(plan.serving, arena, host, None, streams)
         self._places = [flat_bytes(self._home.part(unit)) for unit in self._units]
+        self._mapped = mapped
+        self._pulls: dict[int, Callable[[], None]] = {}  # of units that come in parts
+        for unit, place in enumerate(self._places):
+            if mapped is not None and plan.is_pulled(unit):
+                self._pulls[unit] = mapped.all_gather_in_place(place)
+                self._pulls[unit]()  # nothing yet; what is recorded is recorded now
 
     def _whole(self, unit: int) -> Place:
         return self._home.part(self._units[unit])
@@ -57,14 +73,17 @@ class PooledWeights(Weights):
     def _pieces(self, image: Sequence[Place]) -> list[list[Store]]:
         """Return each unit's pieces of the places of an image, which hold all units' bytes back to back."""
         found: list[list[Store]] = [[] for _ in self._units]
+        starts = [self.rank * part.nbytes if unit in self._pulls else 0 for unit, part in enumerate(self._parts)]
         begin = 0  # of a place, in the image
         for place in image:
             end = begin + place.segment.nbytes
-            for pieces, unit, packed in zip(found, self._units, self.plan.placement.packed_units, strict=True):
-                first, last = max(begin, unit.offset_nbytes), min(end, unit.end_nbytes)
+            for pieces, part, start, packed in zip(
+                found, self._parts, starts, self.plan.placement.packed_units, strict=True
+            ):
+                first, last = max(begin, part.offset_nbytes), min(end, part.end_nbytes)
                 if first < last:
                     values = flat_bytes(place.part(Segment(first - begin, last - first)))
-                    pieces.append(Store(packed, first - unit.offset_nbytes, values, self.rank))
+                    pieces.append(Store(packed, start + first - part.offset_nbytes, values, self.rank))
             begin = end
         return found
 
@@ -77,12 +96,26 @@ class PooledWeights(Weights):
     # --- on their way ---
 
     def copy_in(self, unit: int) -> None:
-        """Issue the copy of a unit behind all that was issued before."""
+        """Issue the copy of a unit, and the pull of its other parts, behind all that was issued before."""
         self._streams.wait(HOST_TO_DEVICE, self._streams.record(COMPUTE))
         with self._streams.on(HOST_TO_DEVICE):
             for piece in self._image[unit]:
                 self._places[unit][piece.start_nbytes :][: len(piece.values)].copy_(piece.values, non_blocking=True)
         self._arriving[unit] = self._last_copy = self._streams.record(HOST_TO_DEVICE)
+        if unit in self._pulls:
+            self._arriving[unit] = self._pull(unit)
+
+    def _pull(self, unit: int) -> Event:
+        """See [Note: pulls]."""
+        assert self._mapped is not None, "ranks that pull map each other's memory"
+        self._streams.wait(GATHER, self._arriving[unit])
+        with self._streams.on(GATHER):
+            self._mapped.stream_barrier(GATHER)
+            self._pulls[unit]()
+            self._mapped.stream_barrier(GATHER)
+        pulled = self._streams.record(GATHER)
+        self._mapped.arm_watchdog(pulled)
+        return pulled
 
     def num_arriving(self) -> int:
         """Return how many units no forward has waited for, and are not known to be there."""
