@@ -3,6 +3,8 @@
     python scripts/bench_pool.py --models 8b,3b,1b --limit-gib 22 --out scripts/results/<date>-<device>-pool.json
     python scripts/bench_pool.py --models 0.6b,135m --limit-gib 2 --measure many --switches 1000
     python scripts/bench_pool.py --models 3b,8b,1b,3b --limit-gib 24 --measure popular --requests 96 --rate 2
+    python scripts/bench_pool.py --models 8b,3b,1b,8b,3b,1b --limit-gib 38 --kv-gib 10 --measure targets --batch 64 \
+        --max-batch-tokens 2048 --new-tokens 128 --rates 4,16,32,64 --overload 3
     torchrun --nproc-per-node 2 scripts/bench_pool.py --models 8b,3b,1b --limit-gib 12     # on each of two GPUs
 
 Run it with PYTHONPATH=. in a checkout. Models are presets with random weights; a limit in which not all fit together
@@ -36,6 +38,14 @@ memory of the largest of them, each in a process that starts when it is asked, r
 processes are forked from one that has imported everything; what CUDA itself takes in each process is not counted. All
 three favour `apart` and `disk` over what they would be in production. Seconds to first tokens count from arrivals; a
 request without one by the end (`--most-s`) has waited as long as it has.
+
+`targets`: requests of `--prompt-tokens` and `--new-tokens` arrive at random, as for `popular`, at rising `--rates`, until
+less than 90 % of the readers' time is within targets (`--ttft-s`, `--tpot-s`; a refused request counts as no time at
+all): of a pool that knows the targets, of the simulator of `simulate_pool.py`, which plays the same requests with step
+times and a link that were measured just before, and then of one process per model (`apart`, see `popular`) at
+`--apart-rates`. Requests in the middle 70 % count; what is left `--most-s` after the last arrival is late. `--overload 3`
+adds three times the pool's rate at 90 %, for `--overload-s`: refused requests are told when to come again, and no page is
+in use at the end.
 
 Prompts are random tokens, other ones each time but in `many`, which turns the prefix cache off: the same steps then
 compute the same rows. The last line of output is one JSON object.

@@ -79,14 +79,17 @@ class Popular:
 def measure(options: argparse.Namespace, device: torch.device, own: EngineOptions) -> Iterator[Row]:
     """Yield the rows of each way; the device must be free."""
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        popular = _prepare(options, device, own, Path(directory))
+        popular = prepare(options, device, own, Path(directory))
         for way in options.ways:
             yield from _rows(way, popular, own)
 
 
-def _prepare(options: argparse.Namespace, device: torch.device, own: EngineOptions, directory: Path) -> Popular:
+def prepare(
+    options: argparse.Namespace, device: torch.device, own: EngineOptions, directory: Path, writes: bool = True
+) -> Popular:
+    """Plan the pool, and write the models' files, which processes of their own read."""
     presets = options.models.split(",")
-    for preset in dict.fromkeys(presets):
+    for preset in dict.fromkeys(presets) if writes else ():
         with torch.device(device):
             decoder = Decoder(PRESETS[preset])
         save_hf(decoder, directory / preset, dtype=DTYPES[options.dtype])
@@ -104,7 +107,11 @@ def _prepare(options: argparse.Namespace, device: torch.device, own: EngineOptio
 
 def pool_options(options: argparse.Namespace) -> PoolOptions:
     """Return what the command line says of a pool."""
-    return PoolOptions(int(options.limit_gib * 2**30), max_turn_steps=options.max_turn_steps)
+    return PoolOptions(
+        int(options.limit_gib * 2**30),
+        kv_nbytes=None if options.kv_gib is None else int(options.kv_gib * 2**30),
+        max_turn_steps=options.max_turn_steps,
+    )
 
 
 def names_of(presets: Sequence[str]) -> list[str]:
@@ -187,7 +194,7 @@ def play(fleet: Fleet, traffic: Sequence[TimedRequest], most_s: float) -> float:
 def _rows(way: str, popular: Popular, own: EngineOptions) -> Iterator[Row]:
     """Yield a row for all requests of a way, and one for those of each model."""
     begin, traffic = time.monotonic(), popular.traffic()
-    fleet = fleet_of(way, popular, own, _context(popular.options.workers))
+    fleet = fleet_of(way, popular, own, processes(popular.options.workers))
     ready_s = time.monotonic() - begin
     try:
         seconds = play(fleet, traffic, popular.options.most_s)
@@ -215,7 +222,7 @@ def _waits(traffic: Sequence[TimedRequest], seconds: float) -> list[float]:
     return sorted(end - asked.at for end, asked in zip(ends, traffic, strict=True))
 
 
-def _context(workers: str) -> Any:
+def processes(workers: str) -> Any:
     """Return what makes processes: forked from one that has imported everything and used no GPU, or threads."""
     if workers == "threads":
         return multiprocessing.dummy

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench import pool_popular
+from bench import pool_popular, pool_targets
 from bench.allocator import allocator_counts, used_nbytes
 from bench.options import DTYPES
 from bench.ranks import gathered, say
@@ -34,7 +34,8 @@ from yafsdp_like.inference.weights.loading import random_model, world_transport
 from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.models import PRESETS
 
-MEASURES = ("switch", "cold", "prefetch", "awake", "many", "popular")
+ALONE = ("popular", "targets")  # each has the device to itself
+MEASURES = ("switch", "cold", "prefetch", "awake", "many", *ALONE)
 _LINK_NBYTES = 1 << 30
 _NUM_DECODED = 128  # tokens of a request whose steps are timed
 _GREEDY = SamplingParams(temperature=0.0)
@@ -112,12 +113,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
     world = ranks.join(options.device)
-    assert world.size == 1 or "popular" not in options.measure, "popular starts its own processes: leave out torchrun"
+    alone = next((name for name in ALONE if name in options.measure), None)
+    assert world.size == 1 or alone is None, f"{alone} starts its own processes: leave out torchrun"
     report: Row = {"command": f"python scripts/bench_pool.py {shlex.join(arguments)}"}
     try:
         report |= {"hardware": hardware(world), "versions": versions(world)}
-        if "popular" in options.measure:
-            report["popular"] = _popular(options, world)
+        if alone is not None:
+            report[alone] = _rows_of(alone, options, world)
         else:
             bench = _pool(options, world)
             report["plan"] = str(bench.pool.plan).splitlines()
@@ -132,11 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say(world, json.dumps(report))
 
 
-def _popular(options: argparse.Namespace, world: World) -> list[Row]:
-    rows = []
-    for row in pool_popular.measure(options, world.device, _engine_options(options)):
+def _rows_of(name: str, options: argparse.Namespace, world: World) -> list[Row]:
+    rows, measure = [], {"popular": pool_popular.measure, "targets": pool_targets.measure}[name]
+    for row in measure(options, world.device, _engine_options(options)):
         rows.append(row)
-        say(world, _described("popular", {name: value for name, value in row.items() if name != "first_tokens_s"}))
+        say(world, _described(name, {name: value for name, value in row.items() if name != "first_tokens_s"}))
     return rows
 
 
@@ -152,16 +154,18 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="sequences of one step")
     parser.add_argument("--max-batch-tokens", type=int, default=512)
     parser.add_argument("--max-seq-len", type=int, default=1024)
+    parser.add_argument("--kv-gib", type=float, help="of pages that no weights displace")
     parser.add_argument("--max-turn-steps", type=int, default=PoolOptions.max_turn_steps)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--out", type=Path)
     _add_popular(parser)
+    _add_targets(parser)
     options = parser.parse_args(arguments)
     options.measure = [name for name in MEASURES if name in options.measure.split(",")]
     options.ways = [way for way in pool_popular.WAYS if way in options.ways.split(",")]
-    if "popular" in options.measure and len(options.measure) > 1:
-        parser.error("popular has the device to itself: measure it alone")
+    if len(options.measure) > 1 and (alone := [name for name in ALONE if name in options.measure]):
+        parser.error(f"{alone[0]} has the device to itself: measure it alone")
     return options
 
 
@@ -174,6 +178,21 @@ def _add_popular(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--most-s", type=float, default=60.0, help="seconds of a way, after which it is given up")
     group.add_argument("--directory", type=Path, help="for the models' files; default: the system's for temporary ones")
     group.add_argument("--workers", choices=("processes", "threads"), default="processes", help="threads are for tests")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _add_targets(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("targets, with --ways, --zipf, --most-s, --directory and --workers of popular")
+    group.add_argument("--rates", type=_numbers, default="4,16,32,64", help="requests a second of the pool, ascending")
+    group.add_argument("--apart-rates", type=_numbers, default="0.25,1,4", help="of one process per model")
+    group.add_argument("--seconds", type=float, default=15.0, help="of arrivals for a rate")
+    group.add_argument("--ttft-s", type=float, default=4.0, help="seconds to a first token that readers are promised")
+    group.add_argument("--tpot-s", type=float, default=0.05, help="and from one token to the next")
+    group.add_argument("--overload", type=float, default=0.0, help="times the pool's rate within targets; 0: none")
+    group.add_argument("--overload-s", type=float, default=60.0, help="seconds of overload")
 
 
 def _engine_options(options: argparse.Namespace) -> EngineOptions:

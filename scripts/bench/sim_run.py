@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from bench.sim_traces import TraceRequest
     from yafsdp_like.inference.fleet.reader import Reader, Targets
 
-MAX_TOKENS = 2048  # that requests ask for; what they draw is known to nobody before
 MARGIN = 0.15  # of the trace at either end: what arrives there is served and not counted
 Figures = dict[str, Any]
 
@@ -40,6 +39,7 @@ class Scenario:
     max_batch: int = 64
     routing: str = "ours"  # of ROUTERS
     num_prefill: int = 0  # of the devices, that only compute prompts; the others only decode. 0: all do both
+    max_tokens: int = 2048  # that requests ask for; what they draw is known to nobody before
     kv_link: float = 25e9  # bytes a second of keys and values between two devices, where these differ
 
     def __post_init__(self) -> None:
@@ -50,7 +50,9 @@ class Scenario:
 
 
 @dataclass
-class _Outcome:
+class Outcome:
+    """What became of one request."""
+
     asked: TraceRequest
     reader: Reader | None = None  # of one that was admitted and has ended
     num_refused: int = 0
@@ -59,6 +61,7 @@ class _Outcome:
 
     @property
     def share(self) -> float:
+        """The share of the reader's time within targets; 0 of a request that was refused."""
         return 0.0 if self.reader is None else self.reader.share_in_time
 
 
@@ -67,8 +70,7 @@ class Simulation:
 
     def __init__(self, scenario: Scenario, asked: Sequence[TraceRequest]) -> None:
         self._scenario = scenario
-        self._outcomes = [_Outcome(each) for each in asked]
-        self._seconds = max((each.at for each in asked), default=0.0)
+        self._outcomes = [Outcome(each) for each in asked]
         link, more_s = scenario.hardware.link, scenario.hardware.switch_s
         found = {
             name: ModelSpec(scenario.targets, model.lines, model.weights_nbytes / link + more_s, scenario.max_batch)
@@ -119,7 +121,7 @@ class Simulation:
     def _arrive(self, index: int, now: float) -> tuple[int, float | None]:
         """Give a request to a device, and return which; and when it comes again, if it does."""
         outcome, asked, split = self._outcomes[index], self._outcomes[index].asked, self._scenario.num_prefill
-        job = Job(str(index), asked.model, asked.num_prompt_tokens, MAX_TOKENS, asked.tenant)
+        job = Job(str(index), asked.model, asked.num_prompt_tokens, self._scenario.max_tokens, asked.tenant)
         first = 0 if outcome.prompt is None else split
         able = self.devices[first:split] if split and not first else self.devices[first:]
         order = [first + place for place in ROUTERS[self._scenario.routing](able, job)] if len(able) > 1 else [first]
@@ -137,36 +139,11 @@ class Simulation:
         return order[0], outcome.told_s if outcome.num_refused <= self._scenario.num_retries else None
 
     def figures(self) -> Figures:
-        """Return what the readers of requests saw that arrived in the middle of the trace; refused ones saw nothing.
-
-        Raises ValueError where there are none.
-        """
-        low, high = MARGIN * self._seconds, (1 - MARGIN) * self._seconds
-        counted = [outcome for outcome in self._outcomes if low <= outcome.asked.at <= high]
-        if not counted:
-            raise ValueError(
-                f"expected requests in the middle of the trace, from {low:.1f} to {high:.1f} s, found none: give more "
-                "seconds, models, or requests a second"
-            )
-        served = [outcome for outcome in counted if outcome.reader is not None]
-        refused = [outcome for outcome in counted if outcome.reader is None]
-        readers = [outcome.reader for outcome in served if outcome.reader is not None]
+        """Return what readers saw, as ``readers_saw`` does, and what the devices did."""
         counts = [device.counts for device in self.devices]
         total_s = self._ended_at * len(self.devices) or 1.0
         return {
-            "num_requests": len(counted),
-            "num_refused": len(refused),
-            "share_of_time": _mean([outcome.share for outcome in counted]),
-            "share_of_time_admitted": _mean([outcome.share for outcome in served]),
-            "share_of_requests": _mean(
-                [outcome.reader is not None and not outcome.reader.num_late for outcome in counted]
-            ),
-            "share_of_requests_admitted": _mean([not reader.num_late for reader in readers]),
-            "first_token_s": _percentiles([reader.first_at - reader.arrived for reader in readers if reader.first_at]),
-            "per_token_s": _percentiles(
-                [(r.last_at - r.first_at) / (r.num_tokens - 1) for r in readers if r.first_at and r.num_tokens > 1]
-            ),
-            "retry_after_s": _percentiles([outcome.told_s for outcome in refused]),
+            **readers_saw(self._outcomes),
             "switches_per_s": round(sum(count.num_switches for count in counts) / total_s, 4),
             "utilization": {
                 name: round(sum(getattr(count, f"{name}_s") for count in counts) / total_s, 4)
@@ -176,6 +153,37 @@ class Simulation:
             "longest_wait_for_a_turn_s": round(max(count.longest_wait_s for count in counts), 3),
             "seconds": round(self._ended_at, 3),
         }
+
+
+def readers_saw(outcomes: Sequence[Outcome]) -> Figures:
+    """Return what the readers of requests saw that arrived in the middle of a trace; refused ones saw nothing.
+
+    Raises ValueError where there are none.
+    """
+    seconds = max((outcome.asked.at for outcome in outcomes), default=0.0)
+    low, high = MARGIN * seconds, (1 - MARGIN) * seconds
+    counted = [outcome for outcome in outcomes if low <= outcome.asked.at <= high]
+    if not counted:
+        raise ValueError(
+            f"expected requests in the middle of the trace, from {low:.1f} to {high:.1f} s, found none: give more "
+            "seconds, models, or requests a second"
+        )
+    served = [outcome for outcome in counted if outcome.reader is not None]
+    refused = [outcome for outcome in counted if outcome.reader is None]
+    readers = [outcome.reader for outcome in served if outcome.reader is not None]
+    return {
+        "num_requests": len(counted),
+        "num_refused": len(refused),
+        "share_of_time": _mean([outcome.share for outcome in counted]),
+        "share_of_time_admitted": _mean([outcome.share for outcome in served]),
+        "share_of_requests": _mean([outcome.reader is not None and not outcome.reader.num_late for outcome in counted]),
+        "share_of_requests_admitted": _mean([not reader.num_late for reader in readers]),
+        "first_token_s": _percentiles([reader.first_at - reader.arrived for reader in readers if reader.first_at]),
+        "per_token_s": _percentiles(
+            [(r.last_at - r.first_at) / (r.num_tokens - 1) for r in readers if r.first_at and r.num_tokens > 1]
+        ),
+        "retry_after_s": _percentiles([outcome.told_s for outcome in refused]),
+    }
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench import pool_run
+from bench import pool_run, pool_targets
 
 ROOT = Path(__file__).parents[2]
 SIZES = ["--prompt-tokens", "6", "--new-tokens", "8", "--max-seq-len", "16", "--batch", "2", "--max-batch-tokens", "8"]
@@ -51,6 +51,28 @@ def test_many_switches_are_compared_with_the_first_tokens() -> None:
     assert isinstance(many, dict)
     assert many["switches"] >= 20 and many["gib_moved"] > 0
     assert many["requests_equal"] == many["requests_compared"] > 6
+
+
+def test_the_rates_within_targets_are_found_and_predicted() -> None:
+    effort = ["--seconds", "0.5", "--most-s", "5", "--overload", "3", "--overload-s", "0.5", "--workers", "threads"]
+    rates = ["--measure", "targets", "--rates", "20,40", "--apart-rates", "20", "--zipf", "0", *effort]
+    rows = reported("--limit-gib", "0.0024", *rates)["targets"]
+    assert isinstance(rows, list)
+    *played, within = rows
+    ways = [row["way"] for row in played]
+    assert ways[:2] == ["pool", "simulated"] and ways[-2:] == ["overload", "apart"]
+    for row in played:
+        assert 0 <= row["share_of_time"] <= 1 and row["num_requests"] > 0
+        if row["way"] != "simulated":
+            assert row["ended"] + row["num_refused"] >= row["num_requests"]
+    assert set(within) == {"way", "pool", "apart", "simulated"}
+
+
+def test_a_rate_within_targets_lies_between_rates_that_were_played() -> None:
+    rows = [{"way": "pool", "rate": rate, "share_of_time": share} for rate, share in ((1, 1.0), (2, 0.95), (4, 0.85))]
+    assert pool_targets.rate_within(rows, "pool") == pytest.approx(3.0)
+    assert pool_targets.rate_within(rows[:2], "pool") is None
+    assert pool_targets.rate_within(rows, "apart") is None
 
 
 POPULAR = ["--measure", "popular", "--requests", "12", "--rate", "100", "--workers", "threads"]
