@@ -39,13 +39,13 @@ processes are forked from one that has imported everything; what CUDA itself tak
 three favour `apart` and `disk` over what they would be in production. Seconds to first tokens count from arrivals; a
 request without one by the end (`--most-s`) has waited as long as it has.
 
-`targets`: requests of `--prompt-tokens` and `--new-tokens` arrive at random, as for `popular`, at rising `--rates`, until
-less than 90 % of the readers' time is within targets (`--ttft-s`, `--tpot-s`; a refused request counts as no time at
-all): of a pool that knows the targets, of the simulator of `simulate_pool.py`, which plays the same requests with step
-times and a link that were measured just before, and then of one process per model (`apart`, see `popular`) at
-`--apart-rates`. Requests in the middle 70 % count; what is left `--most-s` after the last arrival is late. `--overload 3`
-adds three times the pool's rate at 90 %, for `--overload-s`: refused requests are told when to come again, and no page is
-in use at the end.
+`targets`: requests of `--prompt-tokens` and `--new-tokens` arrive at random, as for `popular`, at rising `--rates`,
+until less than 90 % of the readers' time is within targets (`--ttft-s`, `--tpot-s`; a refused request counts as no time
+at all): of a pool that knows the targets, of the simulator of `simulate_pool.py`, which plays the same requests with
+step times and a link that were measured just before, and then of one process per model (`apart`, see `popular`) at
+`--apart-rates`. Requests in the middle 70 % count; what is left `--most-s` after the last arrival is late.
+`--overload 3` adds three times the pool's rate at 90 %, for `--overload-s`: refused requests are told when to come
+again, and no page is in use at the end.
 
 Prompts are random tokens, other ones each time but in `many`, which turns the prefix cache off: the same steps then
 compute the same rows. The last line of output is one JSON object.
