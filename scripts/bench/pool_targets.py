@@ -24,7 +24,9 @@ from bench.sim_device import SimHardware, SimModel
 from bench.sim_run import Outcome, Scenario, Simulation, readers_saw
 from bench.sim_traces import TraceRequest, popularity, trace
 from yafsdp_like.inference.engine.request import QueueFullError, Request
+from yafsdp_like.inference.engine.scheduler import CHUNK
 from yafsdp_like.inference.fleet.reader import Reader, Targets
+from yafsdp_like.inference.fleet.schedule import ScheduleOptions
 from yafsdp_like.inference.fleet.times import StepLines
 from yafsdp_like.inference.pool.driver import PoolDriver
 from yafsdp_like.inference.pool.pool import ModelPool
@@ -246,7 +248,8 @@ def _calibrated(popular: Popular, pool: ModelPool, driver: PoolDriver) -> tuple[
     homes = max(each.home.stop for each in popular.plan.models.values()) * grid.slab_nbytes
     room = max(homes, max(each.image_nbytes for each in popular.plan.models.values()))
     link = statistics.median(nbytes / seconds for nbytes, seconds in copies)
-    return models, SimHardware(room, max(grid.region_nbytes - room, 1), link)
+    mixed_tokens = min(CHUNK, popular.options.max_batch_tokens)
+    return models, SimHardware(room, max(grid.region_nbytes - room, 1), link, mixed_tokens=mixed_tokens)
 
 
 def _timed(popular: Popular, driver: PoolDriver, name: str, count: int) -> tuple[int, float, float]:
@@ -296,7 +299,14 @@ def _kv_nbytes(model: ModelPlan) -> int:
 def _simulate(popular: Popular, simulated: tuple[dict[str, SimModel], SimHardware], rate: float, seconds: float) -> Row:
     models, hardware = simulated
     options = popular.options
-    scenario = Scenario(models, hardware, targets_of(options), max_batch=options.batch, max_tokens=options.new_tokens)
+    scenario = Scenario(
+        models,
+        hardware,
+        targets_of(options),
+        options=ScheduleOptions(memory_nbytes=hardware.kv_nbytes),
+        max_batch=options.batch,
+        max_tokens=options.new_tokens,
+    )
     return Simulation(scenario, traffic(popular, rate, seconds)).run().figures()
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from yafsdp_like.inference.fleet.admission import Refusal
-    from yafsdp_like.inference.fleet.queues import Job
+    from yafsdp_like.inference.fleet.queues import Job, ModelQueue
     from yafsdp_like.inference.fleet.reader import Reader
     from yafsdp_like.inference.fleet.schedule import TokenScheduler, Turn
     from yafsdp_like.inference.fleet.times import StepLines
@@ -40,6 +40,7 @@ class SimHardware:
     link: float  # bytes a second from the host
     keeps_weights: bool = True  # models that fit beside each other stay, and the next one is prefetched
     switch_s: float = 0.0  # of each switch, beside the copy
+    mixed_tokens: int = 0  # of prompts in a step that decodes, too, as in an engine; 0: prompts have steps of their own
 
 
 class SimWeights:
@@ -116,6 +117,8 @@ class _Run:
     step_s: float
     num_steps: int  # 0: prompts
     ends: float
+    drawing: tuple[str, ...] = ()  # requests that draw a token with a mixed step
+    num_prompt_tokens: int = 0  # of a mixed step
 
 
 @dataclass
@@ -146,6 +149,7 @@ class Device:
         self._last: str | None = None  # the model that computed last
         self._run: _Run | None = None
         self._left: dict[str, int] = {}  # tokens that each request is yet to draw
+        self._prompts: dict[str, int] = {}  # tokens of prompts that mixed steps have begun and not ended
         self._waits: dict[str, float] = {}
         self._kv_nbytes = 0.0
         self._load: float | None = None
@@ -211,6 +215,9 @@ class Device:
             ready_at = self._weights.prefetch(turn.prefetch, turn.model, now)
             if ready_at > now:
                 self.scheduler.copying(turn.prefetch, ready_at)
+        if turn.prefill and self._hardware.mixed_tokens:
+            self._run = self._mixed(turn, queue, now)
+            return
         if turn.prefill:
             tokens = sum(queue.waiting[each].job.num_prompt_tokens for each in turn.prefill)
             self._run = _Run(turn, now, 0.0, 0, now + lines.prefill_s(tokens))
@@ -220,6 +227,23 @@ class Device:
         step_s = lines.decode_s(len(queue.running), keys)
         self._run = _Run(turn, now, step_s, steps, now + steps * step_s)
 
+    def _mixed(self, turn: Turn, queue: ModelQueue, now: float) -> _Run:
+        """Return a step that decodes, and computes tokens of the prompts of a turn, the oldest first."""
+        room, drawing = self._hardware.mixed_tokens, [*queue.running]
+        for each in turn.prefill:
+            left = self._prompts.pop(each, queue.waiting[each].job.num_prompt_tokens)
+            taken = min(room, left)
+            room -= taken
+            if taken < left:
+                self._prompts[each] = left - taken
+                break
+            drawing.append(each)
+        lines, num_tokens = self._models[turn.model].lines, self._hardware.mixed_tokens - room
+        num_keys = sum(request.num_keys for request in queue.running.values())
+        rows_s = lines.decode_s(len(queue.running), num_keys) - lines.decode_base_s
+        ends = now + lines.prefill_s(num_tokens) + rows_s
+        return _Run(turn, now, 0.0, 0, ends, tuple(drawing), num_tokens)
+
     def _end(self, run: _Run) -> None:
         name, self._load = run.turn.model, None
         queue = self.scheduler.queues[name]
@@ -227,6 +251,11 @@ class Device:
             served, count = list(queue.running), run.num_steps
             self.scheduler.decoded(name, count, run.began, run.ends)
             self.counts.decode_s += run.ends - run.began
+        elif run.num_prompt_tokens:
+            served, count = list(run.drawing), 1
+            self.scheduler.drew(name, served, run.began, run.ends, run.num_prompt_tokens)
+            self.scheduler.spent(name)
+            self.counts.prefill_s += run.ends - run.began
         else:
             served, count = list(run.turn.prefill), 1
             self.scheduler.prefilled(name, run.turn.prefill, run.began, run.ends)

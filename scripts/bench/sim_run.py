@@ -60,7 +60,7 @@ class Outcome:
     prompt: Reader | None = None  # of one that has its first token, and waits for a device that decodes
 
     @property
-    def share(self) -> float:
+    def share_in_time(self) -> float:
         """The share of the reader's time within targets; 0 of a request that was refused."""
         return 0.0 if self.reader is None else self.reader.share_in_time
 
@@ -73,7 +73,13 @@ class Simulation:
         self._outcomes = [Outcome(each) for each in asked]
         link, more_s = scenario.hardware.link, scenario.hardware.switch_s
         found = {
-            name: ModelSpec(scenario.targets, model.lines, model.weights_nbytes / link + more_s, scenario.max_batch)
+            name: ModelSpec(
+                scenario.targets,
+                model.lines,
+                model.weights_nbytes / link + more_s,
+                scenario.max_batch,
+                kv_nbytes=model.kv_nbytes,
+            )
             for name, model in scenario.models.items()
         }
         policy = POLICIES[scenario.policy]
@@ -174,8 +180,8 @@ def readers_saw(outcomes: Sequence[Outcome]) -> Figures:
     return {
         "num_requests": len(counted),
         "num_refused": len(refused),
-        "share_of_time": _mean([outcome.share for outcome in counted]),
-        "share_of_time_admitted": _mean([outcome.share for outcome in served]),
+        "share_of_time": _mean([outcome.share_in_time for outcome in counted]),
+        "share_of_time_admitted": _mean([outcome.share_in_time for outcome in served]),
         "share_of_requests": _mean([outcome.reader is not None and not outcome.reader.num_late for outcome in counted]),
         "share_of_requests_admitted": _mean([not reader.num_late for reader in readers]),
         "first_token_s": _percentiles([reader.first_at - reader.arrived for reader in readers if reader.first_at]),

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from contextlib import redirect_stdout
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -71,6 +72,20 @@ def test_a_request_of_a_model_that_decodes_joins_after_a_step() -> None:
     reader = simulation._outcomes[1].reader
     steps = math.ceil((1.5 - 1.03) / 0.011)
     assert reader is not None and reader.first_at == pytest.approx(1.03 + steps * 0.011 + 0.03)
+
+
+def test_mixed_steps_decode_while_prompts_are_computed_in_parts() -> None:
+    """As an engine: 100 tokens in steps of 40, beside one that decodes."""
+    models = {"m0": MODEL}
+    options = ScheduleOptions(admission_load=None)
+    hardware = replace(SLOW_LINK, mixed_tokens=40)
+    asked = [TraceRequest(0.0, "m0", 40, 101), TraceRequest(1.5, "m0", 100, 1)]
+    simulation = Simulation(Scenario(models, hardware, Targets(10.0, 0.1), options=options), asked).run()
+    prompt_s, step_s = 0.02 + 40 * 1e-4, 0.01 + 0.001
+    counts = simulation.devices[0].counts
+    assert counts.num_decoded == 102
+    assert counts.prefill_s == pytest.approx(prompt_s + 2 * (prompt_s + 0.001) + 0.02 + 20 * 1e-4 + 0.001)
+    assert counts.decode_s == pytest.approx((100 - 3) * step_s)
 
 
 def test_a_prefetched_model_is_there_sooner_and_the_third_evicts_what_was_used_longest_ago() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,6 +57,19 @@ def test_a_step_that_is_longer_than_the_pace_is_refused() -> None:
     scheduler = TokenScheduler({"m0": spec(lines=StepLines(0.06, 0.02), max_batch=64)}, LIMITED)
     admitted = [scheduler.arrived(job(number, "m0"), 0.0) is None for number in range(4)]
     assert admitted == [True, True, False, False]
+
+
+def test_keys_and_values_that_have_no_room_beside_the_models_under_way_are_refused() -> None:
+    """A token has 10 bytes; a request ends with 100 + 256 tokens, as nobody knows better yet, of which two fit."""
+    homes = {"m0": range(1000), "m1": range(500, 1500)}
+    specs = {name: replace(spec(), kv_nbytes=10.0, home=home) for name, home in homes.items()}
+    scheduler = TokenScheduler(specs, replace(LIMITED, memory_nbytes=1500 + 2 * 3560 + 100))
+    assert scheduler.arrived(job(0, "m0"), 0.0) is None and scheduler.arrived(job(1, "m1"), 0.0) is None
+    refusal = scheduler.arrived(job(2, "m1"), 0.0)
+    assert refusal is not None and "would take 11.89 KiB of 8.52 KiB" in refusal.reason
+    assert refusal.retry_after_s == pytest.approx(UNKNOWN_TOKENS * TARGETS.tpot_s)
+    scheduler.ended("m0", "0")
+    assert scheduler.arrived(job(3, "m1"), 0.0) is None
 
 
 def test_a_tenant_with_more_than_its_share_is_refused_first() -> None:

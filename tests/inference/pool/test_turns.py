@@ -65,8 +65,7 @@ def slack_pool(
     models = {name: model_of(decoder(config)) for name, config in CONFIGS.items()}
     pool = ModelPool(plan, models, targets=targets or TARGETS)
     assert isinstance(pool.turns, SlackTurns)
-    load = plan.options.admission_load
-    pool.turns = SlackTurns(pool.turns._members, targets or TARGETS, load, Ticks(tick_s))
+    pool.turns = SlackTurns(pool.turns._members, targets or TARGETS, plan.options, Ticks(tick_s))
     for name in CONFIGS:
         pool.load(name)
     return pool
@@ -330,4 +329,4 @@ def test_a_model_is_unloaded_whose_last_step_beyond_the_end_of_its_requests_is_n
 def test_targets_of_other_models_are_refused() -> None:
     pool = slack_pool()
     with pytest.raises(ValueError, match="expected targets of the models"):
-        SlackTurns(pool.turns._members, {"plain": Targets(1.0, 1.0)}, None)
+        SlackTurns(pool.turns._members, {"plain": Targets(1.0, 1.0)}, pool.plan.options)

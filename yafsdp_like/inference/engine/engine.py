@@ -191,7 +191,7 @@ class Engine:
         Raises ValueError for one that can never be served, or whose id is in use, and QueueFullError where too many
         wait. Tensor parallel ranks must all be given it before the same step.
         """
-        self._check_request(request)
+        self.check(request)
         if self.tp_group is not None and request.deadline is not None:
             request = replace(request, deadline=self.tp_group.broadcast(request.deadline))
         is_shared = self.options.prefix_cache and request.num_prompt_logprobs is None
@@ -204,7 +204,8 @@ class Engine:
         if sequence is not None:
             self._cancelled.append(sequence)
 
-    def _check_request(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raise ValueError for a request that can never be served, or whose id is in use."""
         name, num_tokens = f"request {request.id!r}", len(request.prompt) + request.max_tokens
         self.adapters.salt_of(request.adapter, None)
         if request.id in self._sequences:
@@ -214,11 +215,10 @@ class Engine:
                 f"{name}: {len(request.prompt)} tokens of prompt and max_tokens {request.max_tokens} are more than "
                 f"max_seq_len {self.max_seq_len}"
             )
-        if not self._weights.plan.capacity.fits(self._weights.plan.grid, num_tokens):
-            raise ValueError(
-                f"{name}: keys and values of {num_tokens} tokens do not fit {self._weights.plan.grid.region_nbytes} "
-                "bytes for pages"
-            )
+        plan = self._weights.plan
+        if not plan.capacity.fits(plan.grid, num_tokens):
+            words = f"keys and values of {num_tokens} tokens do not fit {plan.grid.region_nbytes} bytes for pages"
+            raise ValueError(f"{name}: {words}")
         check_tokens(request, self.config.vocab_size)
         self._runner.check_images(request)
 
@@ -333,7 +333,7 @@ class Engine:
         told: dict[str, list[RequestOutput]] = {}
         left = requests[::-1]
         for request in left:
-            self._check_request(request)
+            self.check(request)
         if len({request.id for request in left}) < len(left):
             raise ValueError("expected requests of different ids, found one twice")
         with collector_paused():

@@ -4,15 +4,19 @@
 A request is admitted if, with it, all models' requests can decode at the pace of their readers and still be switched
 between: the sum of ``step / tpot`` over models with work, and of their switches over a round of the shortest ``ttft``,
 is at most the limit; if the prompts that wait, switches to them included, leave it time for its own before its first
-token is due; and if its model's steps stay shorter than its ``tpot``. Where nothing is under way it is admitted in any
-case: it would not be served sooner if it came again. A refused one should come again when, with what is under way
-ending as expected, there will be room.
+token is due; if its model's steps stay shorter than its ``tpot``; and if all keys and values have room beside the homes
+of the models with work, since a sequence that loses its pages is computed again, and late. Where nothing is under way
+it is admitted in any case: it would not be served sooner if it came again. A refused one should come again when, with
+what is under way ending as expected, there will be room.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from yafsdp_like.memory.plan import readable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,14 +35,21 @@ class Refusal:
     retry_after_s: float
 
 
-def refusal(job: Job, working: Sequence[ModelQueue], queue: ModelQueue, limit: float) -> Refusal | None:
+def refusal(
+    job: Job, working: Sequence[ModelQueue], queue: ModelQueue, limit: float, memory_nbytes: float = math.inf
+) -> Refusal | None:
     """Return why ``job`` for ``queue`` cannot be admitted beside ``working``, or None; see [Note: admission].
 
-    ``limit`` is the share of the device that may be in use.
+    ``limit`` is the share of the device that may be in use; ``memory_nbytes`` is what it has for weights and pages.
     """
     if not working:
         return None
     others = [other for other in working if other is not queue]
+    kv_nbytes = sum(other.kv_nbytes for other in working) + queue.kv_nbytes_of(job)
+    needed = _union_nbytes([other.spec.home for other in (*others, queue)]) + kv_nbytes
+    if needed > memory_nbytes:
+        words = f"weights of models under way, keys and values would take {readable(math.ceil(needed))}"
+        return Refusal(f"{words} of {readable(int(memory_nbytes))}", min(map(_first_end, working)))
     num_rows = min(len(queue.running) + len(queue.waiting) + 1, queue.spec.max_batch)
     num_keys = sum(request.num_keys for request in queue.requests()) + job.num_prompt_tokens
     step_s = queue.times.decode_s(num_rows, num_keys)
@@ -65,6 +76,15 @@ def refusal(job: Job, working: Sequence[ModelQueue], queue: ModelQueue, limit: f
             f"prompts that wait take {prefill_s:.1f} s, and its own {own_s:.1f} s", max(MIN_WAIT_S, prefill_s)
         )
     return None
+
+
+def _union_nbytes(homes: Sequence[range]) -> int:
+    """Return the bytes that lie in any home."""
+    nbytes = end = 0
+    for home in sorted(homes, key=lambda each: each.start):
+        nbytes += max(0, home.stop - max(home.start, end))
+        end = max(end, home.stop)
+    return nbytes
 
 
 def _ends_in_s(queue: ModelQueue) -> float:

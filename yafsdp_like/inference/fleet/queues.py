@@ -28,6 +28,8 @@ class ModelSpec:
     lines: StepLines
     switch_s: float = 0.0  # that waking it takes, not hidden behind steps of others; corrected by real switches
     max_batch: int = 64  # requests of one step
+    kv_nbytes: float = 0.0  # of one token's keys and values
+    home: range = range(0)  # bytes of the device that its weights fill when it is awake
 
     def __post_init__(self) -> None:
         if self.switch_s < 0 or self.max_batch < 1:
@@ -129,6 +131,17 @@ class ModelQueue:
         """Return the tokens that a request is expected to draw yet, at least one."""
         expected = self.times.num_drawn or UNKNOWN_TOKENS
         return max(1, round(min(expected, request.job.max_tokens)) - request.reader.num_tokens)
+
+    @property
+    def kv_nbytes(self) -> float:
+        """The bytes of keys and values that all its requests are expected to have at their ends."""
+        num_tokens = sum(request.num_keys + self.num_left(request) for request in self.requests())
+        return num_tokens * self.spec.kv_nbytes
+
+    def kv_nbytes_of(self, job: Job) -> float:
+        """Return the bytes that a request is expected to have at its end."""
+        expected = min(self.times.num_drawn or UNKNOWN_TOKENS, job.max_tokens)
+        return (job.num_prompt_tokens + expected) * self.spec.kv_nbytes
 
     def note_switch(self, seconds: float) -> None:
         """Correct what waking it is expected to take."""

@@ -28,7 +28,8 @@ A model that has waited ``patience`` times its ``ttft`` for a turn comes first, 
 others. With ``N`` models and turns of at most ``T`` seconds every model has a turn within ``patience * ttft + N * T``,
 and the oldest waiting request is in its first group if the batch has room. A turn takes at most a switch, one group,
 its quota of at most ``R`` (or one step), one more group, since prompts that come during it are taken off its steps, and
-what is left of the copy of the next model's weights, for which the device would be idle otherwise.
+what is left of the copy of the next model's weights, for which the device would be idle otherwise. Where steps decode
+and compute prompts at once, each counts as one of the quota, however long it takes: a turn is longer by its prompts.
 
 [Note: one turn ahead]
 What is prefetched runs next, unless another model is overdue or the one that runs should go on: a choice made again at
@@ -67,6 +68,7 @@ class ScheduleOptions:
     max_round: float = 0.4  # of the shortest ttft: slack that a turn buys at most, unless switches are slow
     patience: float = 3.0  # times its ttft, after which a model's turn comes first
     admission_load: float | None = 1.0  # of a device, above which requests are refused; None: none is
+    memory_nbytes: float = math.inf  # of a device, for weights of models with requests, and their keys and values
     tenant_weights: Mapping[str, float] = field(default_factory=dict)  # 1 where none is given
 
     def __post_init__(self) -> None:
@@ -121,7 +123,8 @@ class TokenScheduler:
         """Return why a request would be refused now, and when to come again; None if it would not."""
         if self.options.admission_load is None:
             return None
-        return refusal(job, self._working(), self.queues[job.model], self._limit(job.tenant))
+        limit, memory_nbytes = self._limit(job.tenant), self.options.memory_nbytes
+        return refusal(job, self._working(), self.queues[job.model], limit, memory_nbytes)
 
     def take(self, job: Job, now: float) -> None:
         """Take a request, whatever becomes of targets."""

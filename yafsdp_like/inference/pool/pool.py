@@ -95,7 +95,7 @@ class ModelPool:
         }
         self._outputs: list[tuple[str, RequestOutput]] = []  # of models that were suspended, or could not be loaded
         self._may_prefetch, self._is_closed = True, False
-        self.turns = turns_of(self._members, targets, plan.options.admission_load, self._ranks.clock)
+        self.turns = turns_of(self._members, targets, plan.options, self._ranks.clock)
 
     # --- where weights are ---
 
@@ -325,6 +325,7 @@ class ModelPool:
         self._settle()
         if member.failure is not None:
             raise ModelUnavailableError(member.failure_words) from member.failure
+        member.engine.check(request)
         self.turns.check(name, request)
         begins = self._loads.start(member, self._members.values(), on_demand=True)
         had_work = member.engine.has_work

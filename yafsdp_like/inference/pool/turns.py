@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from yafsdp_like.inference.engine.request import Request, RequestOutput
     from yafsdp_like.inference.fleet.reader import Targets
+    from yafsdp_like.inference.options import PoolOptions
     from yafsdp_like.inference.pool.member import Member
 
 _MEMORY, _LINK = 2e12, 5e10  # bytes a second, see [Note: first guesses]
@@ -87,11 +88,11 @@ class CountedTurns:
 def turns_of(
     members: Mapping[str, Member],
     targets: Mapping[str, Targets] | None,
-    admission_load: float | None,
+    limits: PoolOptions,
     clock: Callable[[], float],
 ) -> Turns:
     """Return the turns of a pool: by slack where its models have targets. ``clock`` is that of all its ranks."""
-    return CountedTurns(members) if targets is None else SlackTurns(members, targets, admission_load, clock)
+    return CountedTurns(members) if targets is None else SlackTurns(members, targets, limits, clock)
 
 
 class SlackTurns:
@@ -101,14 +102,17 @@ class SlackTurns:
         self,
         members: Mapping[str, Member],
         targets: Mapping[str, Targets],
-        admission_load: float | None,
+        limits: PoolOptions,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``targets`` of every model. Raises ValueError where a model has none."""
         if members.keys() != targets.keys():
             raise ValueError(f"expected targets of the models {[*members]}, found those of {[*targets]}")
         specs = {name: _spec(member, targets[name]) for name, member in members.items()}
-        self.scheduler = TokenScheduler(specs, ScheduleOptions(admission_load=admission_load))
+        device_nbytes = min(member.plan.serving.grid.region_nbytes for member in members.values())
+        memory_nbytes = device_nbytes + limits.host_kv_nbytes  # of sequences that wait, pages may lie on the host
+        options = ScheduleOptions(admission_load=limits.admission_load, memory_nbytes=memory_nbytes)
+        self.scheduler = TokenScheduler(specs, options)
         self._members, self._clock = members, clock
         self._open: dict[str, dict[str, None]] = {name: {} for name in members}  # ids of requests that have not ended
         self._began = clock()  # the step that is under way
@@ -236,10 +240,23 @@ def _lines(member: Member) -> StepLines:
     """Return first guesses, see [Note: first guesses]."""
     memory = _rates(member)[0]
     step_s = member.plan.home_nbytes / memory
-    key_s = sum(group.shape.nbytes / group.shape.page_size for group in member.plan.serving.groups) / memory
+    key_s = _kv_nbytes(member) / memory
     return StepLines(step_s, step_s / _ROWS, key_s, 0.0, step_s / _ROWS)
 
 
 def _spec(member: Member, targets: Targets) -> ModelSpec:
     batch = member.engine.options.max_batch_size
-    return ModelSpec(targets, _lines(member), member.plan.image_nbytes / _rates(member)[1], batch)
+    home, slab_nbytes = member.plan.home, member.plan.serving.grid.slab_nbytes
+    return ModelSpec(
+        targets,
+        _lines(member),
+        switch_s=member.plan.image_nbytes / _rates(member)[1],
+        max_batch=batch,
+        kv_nbytes=_kv_nbytes(member),
+        home=range(home.start * slab_nbytes, home.stop * slab_nbytes),
+    )
+
+
+def _kv_nbytes(member: Member) -> float:
+    """Return the bytes of one token's keys and values."""
+    return sum(group.shape.nbytes / group.shape.page_size for group in member.plan.serving.groups)
