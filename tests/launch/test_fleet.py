@@ -130,12 +130,13 @@ class Fleet:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        until(lambda: "serving on " in self.said.read_text() or self.process.poll() is not None)
-        serves = re.search(r"^serving on (\S+)", self.said.read_text(), re.MULTILINE)
-        if serves is None:
-            text = self.said.read_text()
+        try:
+            until(lambda: "serving on " in self.said.read_text() or self.process.poll() is not None)
+            serves = re.search(r"^serving on (\S+)", self.said.read_text(), re.MULTILINE)
+            assert serves is not None, self.said.read_text()
+        except BaseException:
             self.end()
-            raise AssertionError(text)
+            raise
         self.http = httpx.Client(base_url=serves[1], timeout=SECONDS)
 
     def end(self) -> None:
