@@ -390,6 +390,11 @@ def pods(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return [item["spec"]["template"]["spec"] for item in manifest["items"] if item["kind"] == "Deployment"]
 
 
+def ports(container: dict[str, Any]) -> set[int]:
+    """Return the ports that a container says it listens on."""
+    return {each["containerPort"] for each in container["ports"]}
+
+
 @pytest.mark.parametrize("name", ["kubernetes.yaml", "rayservice.yaml"])
 def test_manifests_hold_pods_whose_volumes_ports_and_options_fit(name: str) -> None:
     manifest = yaml.safe_load((MANIFESTS / name).read_text())
@@ -408,10 +413,41 @@ def test_manifests_hold_pods_whose_volumes_ports_and_options_fit(name: str) -> N
         return
     services = {item["metadata"]["name"]: item["spec"] for item in manifest["items"] if item["kind"] == "Service"}
     assert services["fleet-head"]["ports"][0]["port"] == 6379 and services["fleet"]["ports"][0]["port"] == 8000
+    deployments = [item["spec"] for item in manifest["items"] if item["kind"] == "Deployment"]
+    for deployment in deployments:
+        assert deployment["selector"]["matchLabels"] == deployment["template"]["metadata"]["labels"]
+    for service in services.values():
+        chosen = [
+            each["template"]["spec"]["containers"][0]
+            for each in deployments
+            if service["selector"].items() <= each["template"]["metadata"]["labels"].items()
+        ]
+        assert chosen and {each["port"] for each in service["ports"]} <= set.intersection(*map(ports, chosen))
+    assert all(
+        pod["containers"][0]["readinessProbe"]["httpGet"]["port"] in ports(pod["containers"][0]) for pod in found
+    )
     (script,) = found[0]["containers"][0]["args"]
     begins, _, serves = script.partition("&&")
     assert "--port=6379" in begins and FLEET.load(shlex.split(serves)[4:]).host == "0.0.0.0"
     assert "--address=fleet-head:6379" in found[1]["containers"][0]["command"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of what Ray imports
+def test_ray_s_commands_have_the_options_that_they_are_given() -> None:
+    scripts = pytest.importorskip("ray.scripts.scripts")
+    texts = [(MANIFESTS / name).read_text() for name in ("kubernetes.yaml", "slurm.sh")]
+    found = []
+    for line in "\n".join([*texts, DOCUMENT]).splitlines():
+        words = re.findall(r"[\w.-]+", line.partition(" -- ")[0].partition("&&")[0])
+        name = words[words.index("ray") + 1] if "ray" in words[:-1] else ""
+        if name in scripts.cli.commands:
+            given = {word for word in words if word.startswith("--")}
+            assert given <= {flag for each in scripts.cli.commands[name].params for flag in each.opts}, line
+            found.append(name)
+    assert set(found) == {"start", "symmetric-run", "get-auth-token"}
+    cluster = yaml.safe_load((MANIFESTS / "rayservice.yaml").read_text())["spec"]["rayClusterConfig"]
+    given = {f"--{name}" for name in cluster["headGroupSpec"]["rayStartParams"]}
+    assert given <= {flag for each in scripts.start.params for flag in each.opts}
 
 
 def test_commands_of_the_document_and_of_the_script_are_ones_that_are_understood() -> None:
