@@ -15,6 +15,7 @@ PRINTS = {  # a pattern that the output must have
     "evaluate_and_generate.py": r"continued: \[3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13\]",
     "plan_without_gpu.py": r"memory plan of one rank of 64: ",
     "checkpoint_and_resume.py": r"resumed at step 5: ",
+    "share_slots.py": r"step 40: reward 0\.9",
     "serve_from_python.py": r"request c, step by step: \[\d+(, \d+){3}\]",
 }
 

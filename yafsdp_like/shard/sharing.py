@@ -5,7 +5,7 @@ Owns the checks of what is given. How models live with each other is said in ``r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from yafsdp_like.shard.fsdp_module import FSDPModule
 from yafsdp_like.shard.runtime.engine import engine_for, engine_of
@@ -15,11 +15,13 @@ from yafsdp_like.shard.runtime.unit_state import units_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from torch import nn
+
     from yafsdp_like.shard.runtime.engine import ShardEngine
     from yafsdp_like.shard.runtime.unit_state import Unit
 
 
-def share_slots(**models: FSDPModule) -> SharedSlots:
+def share_slots(**models: nn.Module) -> SharedSlots:
     """Let models that run one after the other have their slots in one arena, as large as the largest of them needs.
 
         fully_shard(policy), fully_shard(reference), fully_shard(critic)
@@ -49,7 +51,7 @@ def share_slots(**models: FSDPModule) -> SharedSlots:
     return shared
 
 
-def _check(models: Mapping[str, Any]) -> None:
+def _check(models: Mapping[str, nn.Module]) -> None:
     if len(models) < 2:
         raise ValueError(f"share_slots expects at least two models by name, found {list(models)}")
     has: dict[Unit, str] = {}
@@ -71,7 +73,7 @@ def _check(models: Mapping[str, Any]) -> None:
         raise ValueError(f"share_slots expects models on one device, found {devices}")
 
 
-def _check_is_new_root(name: str, model: Any, units: Sequence[Unit]) -> None:
+def _check_is_new_root(name: str, model: nn.Module, units: Sequence[Unit]) -> None:
     engines, rank = [engine for unit in units if (engine := engine_of(unit)) is not None], units[0].transport.rank
     if any(engine.memory.shared for engine in engines):
         raise ValueError(f"{name!r}, or a module in it, shares slots already (rank {rank}): call share_slots once")
