@@ -25,6 +25,8 @@ def test_a_tensor_in_a_connected_block_is_found_in_every_ranks_memory() -> None:
     assert [tensor.unique().tolist() for tensor in found] == [[1.0], [2.0]]
     assert found[rank] is mine and found[1 - rank].shape == (2, 32)
     mapped.stream_barrier("gather")
+    mapped.connect([block])  # of another model: what was found stays where it is
+    assert [tensor.data_ptr() for tensor in mapped.of_all_ranks(mine)] == [tensor.data_ptr() for tensor in found]
     with pytest.raises(AssertionError, match="outside the memory that peers map"):
         mapped.of_all_ranks(torch.zeros(4))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.tensor import Shard
 
 from tests.clocks import RaceDetector, VectorClocks
 from tests.laws.test_stream_order import watch_arenas, watch_gradients, watch_kernels, watch_transports
@@ -18,7 +19,7 @@ from tests.ranks import on_ranks, run_ranks
 from tests.training import IMPLEMENTATIONS, assert_tensors_equal, full, full_parameters, world_mesh
 from tests.twins import rows, spilling
 from tests.zoo import FEATURES, Chain
-from yafsdp_like import GraphedStep, MixedPrecisionPolicy, SharedSlots, fully_shard, share_slots
+from yafsdp_like import CPUOffloadPolicy, GraphedStep, MixedPrecisionPolicy, SharedSlots, fully_shard, share_slots
 from yafsdp_like.optim import AdamW
 from yafsdp_like.shard.runtime import engine as engine_module
 from yafsdp_like.shard.runtime import shared_slots
@@ -51,6 +52,10 @@ def sharded(num_layers: int, outputs: int = FEATURES, impl: str = "ours", **opti
     for unit in (*model.layers, model):
         names.fully_shard(unit, mesh=world_mesh(), **options)
     return model
+
+
+def on_the_last_dimension(param: nn.Parameter) -> Shard:
+    return Shard(param.ndim - 1 if param.shape[-1] % 2 == 0 else 0)
 
 
 def three(shares: bool = True, **options: Any) -> tuple[dict[str, Any], SharedSlots | None]:
@@ -125,6 +130,32 @@ def test_our_optimizer_and_bf16_give_the_same_bits_with_slots_shared(transport: 
     (alone, _), (together, _) = three(shares=False, **options), three(**options)
     assert tune(together, own_optimizer=True) == tune(alone, own_optimizer=True)
     assert_tensors_equal(all_parameters(together), all_parameters(alone))
+
+
+def same_with_options(**options: Any) -> None:
+    (alone, _), (together, slots) = three(shares=False, **options), three(**options)
+    assert tune(together, steps=1) == tune(alone, steps=1)
+    assert_tensors_equal(all_parameters(together), all_parameters(alone))
+    assert slots is not None and slots.arena_nbytes == slots.memory_plan().nbytes
+
+
+def test_on_one_rank_only_gradient_slots_are_shared_and_numbers_are_the_same() -> None:
+    run_ranks(same_with_options, world_size=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"offload_policy": CPUOffloadPolicy()},
+        {"reshard_after_forward": False},
+        {"shard_placement_fn": on_the_last_dimension, "reshard_after_forward": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_slots_are_shared_wherever_parameters_lie_and_however_long_they_stay(options: Any) -> None:
+    """With scratch of the host's, with layout staging, and with slots that wait for their backward."""
+    run_ranks(same_with_options, **options)
 
 
 # --- bytes ---
@@ -407,7 +438,10 @@ def test_a_model_that_is_deleted_frees_its_shards_while_the_others_go_on(transpo
         assert slots.arena_nbytes <= before - freed
         models["policy"](rows()).sum().backward()
         assert slots.arena_nbytes == slots.memory_plan().nbytes
-        del models, slots
+        models.clear()
+        assert slots.arena is None and slots.arena_nbytes == 0
+        with pytest.raises(RuntimeError, match="all were deleted"):
+            slots.memory_plan()
     finally:
         gc.enable()
 

@@ -82,8 +82,11 @@ class SharedSlots:
     def memory_plan(self) -> MemoryPlan:
         """Return every region of all these models on this rank, in bytes; what they share is in it once.
 
-        Changes nothing; models may still be on the meta device. Names begin with the model's.
+        Changes nothing; models may still be on the meta device. Names of units begin with the model's. Raises
+        ``RuntimeError`` where all models are gone.
         """
+        if not self.engines:
+            raise RuntimeError(f"expected a model of {list(self._engines)} to be there, found that all were deleted")
         return plan_of_all({name: engine.memory.plan() for name, engine in self.engines.items()})
 
     @property

@@ -222,8 +222,8 @@ class Unit:
         """Change fields of ``custom``, before an engine runs the unit."""
         if self.engine is not None:
             raise RuntimeError(
-                f"unit {self.name!r} has run already (rank {self.transport.rank}), and how its bytes move is fixed: "
-                f"set {', '.join(changes)} between fully_shard and the first forward"
+                f"unit {self.name!r} has run or shares slots already (rank {self.transport.rank}), and how its bytes "
+                f"move is fixed: set {', '.join(changes)} between fully_shard and share_slots, or the first forward"
             )
         self.custom = replace(self.custom, **changes)
         self.transport = customized(self.transport, self.mesh.get_group(self.mesh.ndim - 1), self.custom)
