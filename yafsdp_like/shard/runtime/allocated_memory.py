@@ -157,7 +157,7 @@ class AllocatedMemory:
         if self.shared is not None and self.shared_arena is not None:
             regions = self.shared_arena.regions.values()
             sizes = ", ".join(f"{region.name} of {region.nbytes:,} bytes" for region in regions)
-            lines.append(f"slots of {', '.join(self.shared.engines)} in one arena: {sizes}")
+            lines.append(f"slots of {', '.join(self.shared.names)} in one arena: {sizes}")
         return lines
 
     def follow_grad_mode(self) -> None:

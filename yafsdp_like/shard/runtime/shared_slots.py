@@ -86,7 +86,7 @@ class SharedSlots:
         ``RuntimeError`` where all models are gone.
         """
         if not self.engines:
-            raise RuntimeError(f"expected a model of {list(self._engines)} to be there, found that all were deleted")
+            raise RuntimeError(f"expected a model of {self.names} to be there, found that all were deleted")
         return plan_of_all({name: engine.memory.plan() for name, engine in self.engines.items()})
 
     @property
@@ -103,6 +103,11 @@ class SharedSlots:
     def arena(self) -> Arena | None:
         """Where models that are built from now on have their slots, as long as a model has."""
         return None if self._arena is None else self._arena()
+
+    @property
+    def names(self) -> list[str]:
+        """Of all models, also of those that are gone."""
+        return list(self._engines)
 
     @property
     def engines(self) -> dict[str, SharingModel]:
