@@ -139,6 +139,7 @@ def same_with_options(**options: Any) -> None:
     assert slots is not None and slots.arena_nbytes == slots.memory_plan().nbytes
 
 
+@pytest.mark.slow  # another pool of workers
 def test_on_one_rank_only_gradient_slots_are_shared_and_numbers_are_the_same() -> None:
     run_ranks(same_with_options, world_size=1)
 
@@ -324,9 +325,15 @@ def test_a_model_that_is_unsharded_by_hand_keeps_its_values_while_others_run() -
         loss.backward()
         assert torch.equal(policy.head.weight, kept)
         policy.reshard()
-        return [loss, policy(rows(1)).square().mean()]
+        last = critic(rows(1)).square().mean()
+        policy.unshard()  # the critic needs these bytes for its backward
+        last.backward()
+        policy.reshard()
+        return [loss, last]
 
-    same_as_alone(run)
+    policy, _ = same_as_alone(run)
+    reasons = [spill.reason for spill in policy.memory_report().spills]
+    assert reasons and re.search(r"unshard\(\) was called while \[.*critic.*\] awaits its backward", reasons[-1])
 
 
 @on_ranks()

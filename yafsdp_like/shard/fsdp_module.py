@@ -134,6 +134,8 @@ class FSDPModule(Base):
             if blockers := engine.params.blockers(unit.gather_slot):
                 found = [b.unit.name for b in blockers]
                 engine.params.isolate(unit, f"unshard() was called while {found} is unsharded")
+            elif waiting := engine.params.others_awaiting_backward(unit.gather_slot):
+                engine.params.isolate(unit, f"unshard() was called while {waiting} awaits its backward")
         handle = UnshardHandle(engine, units)
         if async_op:
             for unit in units:

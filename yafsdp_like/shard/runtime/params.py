@@ -204,6 +204,11 @@ class ParamLifecycle:
             return []
         return [other for other in slot.neighbours if other.state is HELD]
 
+    def others_awaiting_backward(self, slot: GatherSlot) -> list[str]:
+        """Return the names of other models' units that will need ``slot``'s bytes for a backward."""
+        others = (other.unit for other in slot.neighbours if other.unit not in self._units)
+        return [unit.name for unit in others if unit.awaits_backward]
+
     def _make_room(self, slot: GatherSlot) -> None:
         for other in slot.neighbours:
             if other.state is EMPTY:

@@ -11,8 +11,8 @@ writer waits for what was last done in a neighbour. So the order of models is fr
 * Between one model's forward and its backward another may run. What the first has left in its slots is overwritten, and
   its backward all-gathers again; the root too, which would have stayed.
 * A model that runs inside another's forward, or while a unit is unsharded by hand, finds bytes that are HELD: its units
-  that need these get slots of their own, see [Note: spills]. So do units with gradients at their end only (none of
-  their inputs needs one, as a root's) while another model awaits its backward.
+  that need these get slots of their own, see [Note: spills]. So do, while another model awaits its backward, units
+  that are unsharded by hand, and those with gradients at their end only (none of their inputs needs one, as a root's).
 
 [Note: a model's second place]
 What autograd has saved keeps the old slots when a model's memory is built again. So a model takes places in an arena
