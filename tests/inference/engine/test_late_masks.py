@@ -16,6 +16,7 @@ from tests.inference.engine.test_engine import (
     RECOMPUTING,
     SWAPPING,
     TINY,
+    VOCAB_SIZE,
     check_idle,
     engine,
     expected,
@@ -27,11 +28,12 @@ from tests.inference.engine.test_engine import (
 from tests.inference.engine.test_limits import OddAfterEven
 from tests.inference.engine.test_speculation import check_drafted, speculating
 from yafsdp_like.inference.engine import grammar_masks
-from yafsdp_like.inference.engine.grammar_masks import SLOW_S, MaskLanes
+from yafsdp_like.inference.engine.grammar_masks import MAX_HELD_S, SLOW_S, MaskLanes
+from yafsdp_like.inference.engine.limits import check_limits
 from yafsdp_like.inference.engine.request import Completion, FinishReason, TokenLimits
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
     from yafsdp_like.inference.engine.batch import ActiveRequest
     from yafsdp_like.inference.engine.grammar_masks import AskedMasks
@@ -90,8 +92,9 @@ def make_late(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None:
     """Have every third mask be late, by no clock."""
     draw, find_late = random.Random(seed), MaskLanes.find_late
 
-    def find_some_late(self: MaskLanes, asked: Collection[AskedMasks], _: Any, *, alone: bool) -> set[ActiveRequest]:
-        assert not find_late(self, asked, None, alone=alone)
+    def find_some_late(self: MaskLanes, asked: Collection[AskedMasks], *_: Any, **__: Any) -> set[ActiveRequest]:
+        while find_late(self, asked, SECONDS, alone=True):
+            pass
         return {each.sequence for each in asked if draw.random() < 1 / 3}
 
     monkeypatch.setattr(MaskLanes, "find_late", find_some_late)
@@ -176,6 +179,42 @@ def test_no_step_waits_for_a_text_that_has_been_slow_until_it_is_quick_again(mon
     assert awaited[1:4] == [False] * 3
     assert not it.metrics().num_draws_late  # since nobody else runs
     check_idle(it)
+
+
+def test_a_text_that_keeps_the_interpreter_too_long_ends_and_its_lane_rests_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prevents: a tenth of a second in which no thread goes on, for each token of an ambiguous grammar."""
+    clock, rests = dict[int, float](), list[float]()
+
+    class Ambiguous(OddAfterEven):
+        def start(self) -> Ambiguous:
+            return Ambiguous()
+
+        def accept(self, tokens: Sequence[int]) -> None:
+            super().accept(tokens)
+            thread = threading.get_ident()
+            clock[thread] = clock.get(thread, 0.0) + len(self.seen) * MAX_HELD_S / 3
+
+    monkeypatch.setattr(time, "thread_time", lambda: clock.get(threading.get_ident(), 0.0))
+    monkeypatch.setattr(time, "sleep", rests.append)
+    monkeypatch.setattr(grammar_masks, "_ALONE_S", SECONDS)
+    it = engine(kv_nbytes=1 << 20)
+    (request,) = requests(prompts(1))
+    it.add(replace(request, limits=TokenLimits(grammar=Ambiguous())))
+    told: list[RequestOutput] = []
+    while it.has_work:
+        told += it.step()
+    assert (told[-1].finish, sum(len(each.tokens) for each in told)) == (FinishReason.GRAMMAR, 4)
+    assert told[-1].error is not None and "its last token took 7 ms, at most 5 are allowed" in told[-1].error
+    assert rests[1:4] == pytest.approx([20 * number * MAX_HELD_S / 3 for number in (1, 2, 3)])
+    check_idle(it)
+
+
+def test_ranks_whose_clocks_differ_follow_no_grammar() -> None:
+    (request,) = requests(prompts(1))
+    with pytest.raises(ValueError, match="tensor parallel ranks follow no grammars"):
+        check_limits(replace(request, limits=ALTERNATING), VOCAB_SIZE, may_follow=False)
 
 
 def test_what_goes_wrong_in_a_lane_is_an_error_of_the_step() -> None:

@@ -133,7 +133,7 @@ def test_a_grammar_that_is_too_complex_is_an_error_of_its_request_and_no_failure
     answer = small.running.post(COMPLETIONS, {**body, "guided_grammar": rules})
     assert answer.status_code == (200 if stream else 400)
     error = json.loads(answer.text.split("data: ")[-2] if stream else answer.text)["error"]
-    assert error["code"] == "grammar_too_complex" and "max is 2000" in error["message"]
+    assert error["code"] == "grammar_too_complex" and "max is 1000" in error["message"]
     (choice,) = small.running.post(COMPLETIONS, {**GREEDY, "prompt": "x", "guided_choice": texts}).json()["choices"]
     assert choice["text"] in texts
     small.running.check_idle()

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from tests.inference.text.test_codec import write_tokenizer
+from yafsdp_like.inference.engine.request import GrammarError
 from yafsdp_like.inference.text.codec import Codec
+from yafsdp_like.inference.text.grammar import LIMITS, TOO_COMPLEX
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,3 +29,42 @@ def test_what_is_drafted_in_a_grammar_leaves_its_text_where_it_was(tmp_path: Pat
     assert (np.array(state.allowed()) == before).all() and (before != after).any()
     state.accept([b])
     assert (np.array(state.allowed()) == after).all()
+
+
+@pytest.mark.parametrize(
+    ("hostile", "words"),
+    [
+        ("start: s\ns: s s s | s s | /./", "max is 100"),
+        ("start: X\nX: /(.*[0-9].{10}){1,30}/ & /(.*[a-z].{12}){1,30}/ & ~/(.*foo.*)/", "too many expressions"),
+    ],
+    ids=["ambiguous", "expressions"],
+)
+def test_a_grammar_made_to_cost_time_ends_with_an_error_that_says_so(
+    hostile: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents: a third of a second of a thread for each token."""
+    monkeypatch.setitem(LIMITS, "max_items_in_row", 100)  # which is reached sooner in a vocabulary of this size
+    codec = Codec.load(write_tokenizer(tmp_path))
+    state = codec.grammars(codec.vocab_size).of_grammar(hostile).start()
+    with pytest.raises(GrammarError, match=f"{TOO_COMPLEX}: .*{words}"):
+        for _ in range(100):
+            state.allowed()
+            state.accept(codec.encode("a", add_special_tokens=False))
+
+
+def test_large_schemas_stay_within_the_limits(tmp_path: Path) -> None:
+    codec = Codec.load(write_tokenizer(tmp_path))
+    kinds = {"kind": {"enum": [f"kind {number}" for number in range(30)]}, "name": {"type": "string"}}
+    inner = {"type": "object", "properties": kinds, "required": ["name"]}
+    fields = {f"field_{number}": inner for number in range(60)}
+    variants = [
+        {"type": "object", "properties": {f"f{number}": inner}, "required": [f"f{number}"]} for number in range(60)
+    ]
+    for schema, text in (
+        ({"type": "object", "properties": fields}, '{"field_0":{"kind":"kind 3","name":"x"},"field_59":{"name":"y"}}'),
+        ({"type": "array", "items": {"anyOf": variants}}, '[{"f7":{"name":"x"}},{"f59":{"kind":"kind 9","name":"y"}}]'),
+    ):
+        state = codec.grammars(codec.vocab_size).of_schema(schema).start()
+        for token in codec.encode(text, add_special_tokens=False):
+            assert state.allowed().any()
+            state.accept([token])

@@ -79,11 +79,6 @@ class ActiveRequest:
         return self.kv.tables
 
     @property
-    def has_grammar(self) -> bool:
-        """Whether a grammar says what it draws, so that a draw may be late."""
-        return self.request.limits is not None and self.request.limits.grammar is not None
-
-    @property
     def is_swapped(self) -> bool:
         """Whether its pages are on the host."""
         return self.kv is not None and self.kv.state is KVSequenceState.SWAPPED

@@ -30,7 +30,7 @@ from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStat
 from yafsdp_like.inference.engine.collector import collector_paused
 from yafsdp_like.inference.engine.debug import StepDebugger
 from yafsdp_like.inference.engine.draft_model import DraftModel
-from yafsdp_like.inference.engine.limits import check_tokens
+from yafsdp_like.inference.engine.limits import check_limits
 from yafsdp_like.inference.engine.metrics import Metrics
 from yafsdp_like.inference.engine.places import EnginePlaces, nobody_else
 from yafsdp_like.inference.engine.prompt_lookup import PromptLookup
@@ -219,7 +219,7 @@ class Engine:
         if not plan.capacity.fits(plan.grid, num_tokens):
             words = f"keys and values of {num_tokens} tokens do not fit {plan.grid.region_nbytes} bytes for pages"
             raise ValueError(f"{name}: {words}")
-        check_tokens(request, self.config.vocab_size)
+        check_limits(request, self.config.vocab_size, may_follow=self.tp_group is None)
         self._runner.check_images(request)
 
     # --- steps ---
@@ -283,7 +283,7 @@ class Engine:
         self._num_steps += 1
         if isinstance(launched, Undrawn):  # what may be drawn depends on what was
             self._read_early, begin = self._read(), time.perf_counter()
-            late = self._runner.find_late(launched, self.step_log.spare_s if self.tp_group is None else None)
+            late = self._runner.find_late(launched, self.step_log.spare_s)
             self._waited_s += time.perf_counter() - begin
             self._scheduler.put_off(late)
             launched = self._runner.draw_limited(launched, late)

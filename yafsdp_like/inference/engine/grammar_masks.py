@@ -9,6 +9,10 @@ them as long as ``StepLog.spare_s`` says. A row whose mask is late draws nothing
 once more, and draws if the mask is there by then. A text whose mask took long has the next one computed in the slow
 lane, for which no step waits until one is quick again; so it makes others wait about once. Where all rows are late,
 nobody is held up, and the step waits for the first of them.
+
+While llguidance accepts a token it keeps the interpreter, which an ambiguous grammar can make last longer with each
+token. So a lane rests after a slow text, long enough to have the interpreter for a small share of the time, and a text
+that keeps it for ``MAX_HELD_S`` ends with an error. Clocks of tensor parallel ranks differ: these follow no grammars.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from yafsdp_like.inference.engine.batch import RequestStatus
+from yafsdp_like.inference.engine.request import GrammarError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.engine.request import Grammar, GrammarState
 
 SLOW_S = 2e-3  # CPU time of a mask from which on a text is slow
+MAX_HELD_S = 5e-3  # CPU time of accepting tokens at which a text ends
+_REST = 20  # times as long as a slow text has kept the interpreter
 _ALONE_S = 0.02  # that a step waits where nobody is held up, until requests may come and go
 
 Words = npt.NDArray[np.int32]  # (W,): bits, as in kernels/token_bits.py
@@ -51,6 +58,7 @@ class GrammarText:
     is_slow: bool = False
     is_awaited: bool = False  # by steps, until it is late once
     job: Future[None] | None = None  # which it was given with, perhaps with others
+    held_s: float = 0.0  # for which the interpreter was kept for the last token
     _state: GrammarState | None = None
 
     def follow(self, tokens: Sequence[int], drafts: Collection[Drafted]) -> None:
@@ -60,15 +68,22 @@ class GrammarText:
             self._find(tokens, drafts)
         except BaseException as error:  # the engine's thread raises it
             self.error = error
-        self.is_slow = time.thread_time() - began > SLOW_S * len(drafts)
+        self.is_slow = time.thread_time() - began > SLOW_S * len(drafts) or self.held_s > SLOW_S / 4
 
     def _find(self, tokens: Sequence[int], drafts: Collection[Drafted]) -> None:
         if self._state is None:
             self._state = self.grammar.start()
         if self.num_followed < len(tokens):
+            began = time.thread_time()
             self.masks.clear()
             self._state.accept(tokens[self.num_followed :])
             self.num_followed = len(tokens)
+            self.held_s = time.thread_time() - began
+            if self.held_s > MAX_HELD_S:
+                raise GrammarError(
+                    f"what the text must be is too ambiguous to be followed: its last token took "
+                    f"{self.held_s * 1e3:.0f} ms, at most {MAX_HELD_S * 1e3:.0f} are allowed"
+                )
         for drafted in drafts:
             self.masks[drafted] = self._state.allowed_after(drafted) if drafted else self._state.allowed()
 
@@ -97,13 +112,13 @@ class MaskLanes:
         self._quick = ThreadPoolExecutor(1, thread_name_prefix="quick grammars")
         self._slow = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4), thread_name_prefix="slow grammars")
 
-    def find_late(self, asked: Collection[AskedMasks], spare_s: float | None, *, alone: bool) -> set[ActiveRequest]:
+    def find_late(self, asked: Collection[AskedMasks], spare_s: float, *, alone: bool) -> set[ActiveRequest]:
         """Have masks computed, and return the sequences that do not have theirs.
 
-        ``spare_s`` is how long the step may wait, None: until all have. ``alone``: the step has no other rows.
+        ``spare_s`` is how long the step may wait. ``alone``: the step has no other rows.
         """
         self._begin([each for each in asked if not each.text.is_busy and not each.is_answered])
-        wait(_jobs(each.text for each in asked if each.text.is_awaited or spare_s is None), spare_s)
+        wait(_jobs(each.text for each in asked if each.text.is_awaited), spare_s)
         if alone and all(each.text.is_busy for each in asked):
             wait(_jobs(each.text for each in asked), _ALONE_S, FIRST_COMPLETED)
         late = [each for each in asked if not each.is_answered]
@@ -126,7 +141,9 @@ def _answer(asked: Sequence[AskedMasks]) -> None:
     for each in asked:
         if each.sequence.status is not RequestStatus.ENDED:
             each.text.follow(each.sequence.tokens, each.drafts)
+        rest_s = _REST * each.text.held_s if each.text.is_slow else 0.0
         each.text.is_busy = False
+        time.sleep(rest_s)
 
 
 def _jobs(texts: Iterable[GrammarText]) -> set[Future[None]]:

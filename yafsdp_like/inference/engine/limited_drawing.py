@@ -63,7 +63,7 @@ class LimitedDrawing:
                 getattr(device, name)[:num_biases].copy_(getattr(host, name)[:num_biases], non_blocking=True)
         self._draw(rows, num_biases)
 
-    def find_late(self, drawing: Sequence[Run], spare_s: float | None, *, alone: bool) -> set[ActiveRequest]:
+    def find_late(self, drawing: Sequence[Run], spare_s: float, *, alone: bool) -> set[ActiveRequest]:
         """Return whose masks are late; see ``MaskLanes.find_late``. Tokens of the step before must have been read."""
         asked: dict[ActiveRequest, AskedMasks] = {}
         for run in drawing:

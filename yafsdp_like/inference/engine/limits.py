@@ -59,8 +59,16 @@ class LimitedSequence:
             bits[:] = self._stops if self._stops.any() else self._always
 
 
-def check_tokens(request: Request, vocab_size: int) -> None:
-    """Raise ValueError for tokens outside of the vocabulary, and where none may be drawn, nor one stop in its place."""
+def check_limits(request: Request, vocab_size: int, *, may_follow: bool = True) -> None:
+    """Raise ValueError for tokens outside of the vocabulary, and where none may be drawn, nor one stop in its place.
+
+    ``may_follow`` says whether grammars are served.
+    """
+    if request.has_grammar and not may_follow:
+        raise ValueError(
+            f"request {request.id!r}: tensor parallel ranks follow no grammars, since their clocks differ; serve it in "
+            "another mode"
+        )
     outside = [token for token in request.named_tokens if not 0 <= token < vocab_size]
     if outside:
         raise ValueError(

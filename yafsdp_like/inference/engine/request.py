@@ -100,6 +100,11 @@ class Request:
     model: str = ""  # which one a `PoolDriver` gives it to; an engine has one model
 
     @property
+    def has_grammar(self) -> bool:
+        """Whether a grammar says what it draws, so that a draw may be late."""
+        return self.limits is not None and self.limits.grammar is not None
+
+    @property
     def named_tokens(self) -> tuple[int, ...]:
         """All tokens that the vocabulary must have."""
         limits = self.limits

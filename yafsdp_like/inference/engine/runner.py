@@ -316,7 +316,7 @@ class Runner:
             self._limited(step.drawing, late, self._staging.history_row)
             return replace(self._fetch(step), late=late)
 
-    def find_late(self, step: Undrawn, spare_s: float | None) -> set[ActiveRequest]:
+    def find_late(self, step: Undrawn, spare_s: float) -> set[ActiveRequest]:
         """Return whose masks are late; see ``MaskLanes.find_late``. Tokens of the step before must have been read."""
         return self._limited.find_late(step.drawing, spare_s, alone=step.is_all)
 

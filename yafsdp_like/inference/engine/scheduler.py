@@ -270,7 +270,7 @@ class Scheduler:
     def _commit(self, sequence: ActiveRequest) -> None:
         """Commit to the cache the tokens that are both known and scheduled, and will not be computed once more."""
         assert sequence.kv is not None
-        settled = sequence.num_scheduled - (sequence.has_grammar and sequence.num_pending > 0)
+        settled = sequence.num_scheduled - (sequence.request.has_grammar and sequence.num_pending > 0)
         first, known = sequence.kv.num_tokens, min(settled, len(sequence.tokens))
         if known > first:
             self.cache.commit(sequence.kv, sequence.tokens[first:known])
