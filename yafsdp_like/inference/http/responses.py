@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 from yafsdp_like.inference.engine.request import FinishReason, Request, Token
 from yafsdp_like.inference.text.codec import Codec, Piece, PlacedToken, Transcript
-from yafsdp_like.inference.text.tool_calls import ParsedCall, ToolCallParser
+from yafsdp_like.inference.text.tool_calls import CallPart, ParsedCall, ToolCallParser, calls_of
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity
 FINISH = {None: None, FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
@@ -199,9 +199,9 @@ class ChatFormat(ChoiceFormat):
         assert choice.transcript.finish is not None
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
         if choice.tools is not None:
-            content, calls = choice.tools.push(choice.text, is_last=True)
+            content, parts = choice.tools.push(choice.text, is_last=True)
             message["content"] = content or None
-            message |= {"tool_calls": [_call(call) for call in calls]} if calls else {}
+            message |= {"tool_calls": [_call(call) for call in calls_of(parts)]} if parts else {}
         return {
             "index": choice.index,
             "message": message,
@@ -214,13 +214,12 @@ class ChatFormat(ChoiceFormat):
 
     def part(self, choice: Choice, piece: Piece) -> dict[str, Any]:
         """Return a choice of a chunk that holds one piece."""
-        text, calls, first = piece.text, list[ParsedCall](), 0
+        text, parts = piece.text, list[CallPart]()
         if choice.tools is not None:
-            text, calls = choice.tools.push(text, piece.finish is not None)
-            first = choice.tools.num_calls - len(calls)
-        delta: dict[str, Any] = {"content": text} if text or (piece.finish is None and not calls) else {}
-        if calls:
-            delta["tool_calls"] = [{"index": index, **_call(call)} for index, call in enumerate(calls, first)]
+            text, parts = choice.tools.push(text, piece.finish is not None)
+        delta: dict[str, Any] = {"content": text} if text or (piece.finish is None and not parts) else {}
+        if parts:
+            delta["tool_calls"] = [_call_part(part) for part in parts]
         logprobs = self._logprobs(piece.tokens) if piece.tokens else None
         finish = _finish(choice, piece.finish)
         part = {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -249,6 +248,14 @@ class ChatFormat(ChoiceFormat):
 
 def _call(call: ParsedCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _call_part(part: CallPart) -> dict[str, Any]:
+    """Return the delta of one call; what it is named is said once."""
+    function = {"arguments": part.arguments}
+    if part.name is None:
+        return {"index": part.index, "function": function}
+    return {"index": part.index, "id": part.id, "type": "function", "function": {"name": part.name, **function}}
 
 
 def _finish(choice: Choice, finish: FinishReason | None) -> str | None:

@@ -23,7 +23,12 @@ MAX_GRAMMAR_LENGTH = 2**16  # characters
 JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"[ \t\r\n]{0,20}"}
 # Of one mask: a fifth of what the package allows, and far above what schemas of 60 objects or 150 properties take. What
 # needs more ends with an error after some 10 ms of a thread, and not, as with the package's own limits, after 350 ms.
-LIMITS = {"step_max_items": 10_000, "step_lexer_fuel": 50_000, "max_items_in_row": 1_000, "verbose_errors": False}
+LIMITS: dict[str, Any] = {
+    "step_max_items": 10_000,
+    "step_lexer_fuel": 50_000,
+    "max_items_in_row": 1_000,
+    "verbose_errors": False,
+}
 TOO_COMPLEX = "what the text must be is too complex to be followed"
 MISSING = "needs a package that is not here: pip install 'yafsdp_like[structured]' (no llguidance)"
 
