@@ -61,6 +61,7 @@ class DecoderConfig:
     dense_layers: tuple[int, ...] = ()  # that have one feed-forward where others have experts
     dense_ffn_dim: int | None = None  # of those
     quantization: Quantization | None = None  # how layers' matrices are stored, and multiplied when they are served
+    kv_scales: tuple[tuple[float, float], ...] | None = None  # of each layer's keys, and values, in pages of float8
     loss_chunk_size: int = 2048  # tokens whose logits exist at once while the loss is computed
     vision: VisionConfig | None = None  # what images in prompts are seen with, in serving
 
@@ -82,6 +83,8 @@ class DecoderConfig:
             )
         self._check_windowed_layers()
         self._check_dense_layers()
+        if self.kv_scales is not None and len(self.kv_scales) < self.num_layers:
+            raise ValueError(f"kv_scales must be of {self.num_layers} layers, found those of {len(self.kv_scales)}")
 
     def _check_sizes(self) -> None:
         """Every number is there for a positive amount of something."""

@@ -27,6 +27,7 @@ from yafsdp_like.checkpoint.safetensors import StoredTensor, TensorSpec, TensorW
 from yafsdp_like.models.decoder import Decoder, DecoderConfig
 from yafsdp_like.models.hf_clip import MODEL_TYPE, config_from_llava, decoder_tensors
 from yafsdp_like.models.hf_config import config_from_hf, config_to_hf, model_type_of
+from yafsdp_like.models.hf_kv_scales import kv_scales_of, without_kv_scales
 from yafsdp_like.models.hf_quantized import StoredMatrix, names_of, scale_dtype_of, stored_matrices, zero_biases
 from yafsdp_like.models.quantization import Quantization
 
@@ -49,9 +50,10 @@ _NAMES_IN_AN_ERROR = 8
 
 
 def load_hf_config(directory: Path) -> DecoderConfig:
-    """The configuration in `directory`; raises ValueError for one that `Decoder` is no equal of.
+    """The configuration in `directory`, with the scales of keys and values that are stored beside weights.
 
-    A head that is tied there, and stored with other values than the embedding's, is not: [Note: tied in name only].
+    Raises ValueError for one that `Decoder` is no equal of. A head that is tied there, and stored with other values
+    than the embedding's, is not: [Note: tied in name only].
     """
     path = directory / CONFIG_NAME
     try:
@@ -67,8 +69,6 @@ def load_hf_config(directory: Path) -> DecoderConfig:
         raise ValueError(f"{path} lacks {error}") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if not (config.tie_embeddings or config.quantization):
-        return config
     try:
         stored = decoder_tensors(directory)
     except ValueError:  # which is said when weights are loaded, if they are
@@ -79,7 +79,7 @@ def load_hf_config(directory: Path) -> DecoderConfig:
         scale_dtype = scale_dtype_of(config.quantization, stored)
         quantization = dataclasses.replace(config.quantization, scale_dtype=scale_dtype)
         config = dataclasses.replace(config, quantization=quantization)
-    return config
+    return dataclasses.replace(config, kv_scales=kv_scales_of(stored, config.num_layers))
 
 
 def load_hf_weights(model: Decoder, directory: Path) -> None:
@@ -110,7 +110,7 @@ def stored_weights(
     by the names of parameters without `.weight`. Headers are read, and small tensors of quantized matrices; `model` may
     be on the meta device. Raises ValueError as `load_hf_weights` does, and where some experts of a layer are quantized.
     """
-    weights, stored = _weights(model), decoder_tensors(directory)
+    weights, stored = _weights(model), without_kv_scales(decoder_tensors(directory))
     matrices: dict[str, tuple[StoredMatrix, ...]] = {}
     if quantization is not None:
         projections = [weight for weight in weights if weight.own_name.endswith(_PROJECTIONS)]
@@ -118,7 +118,7 @@ def stored_weights(
         shapes = {name.removesuffix(".weight"): weight.shape for weight in quantized for name in weight.names}
         found = stored_matrices(directory, shapes, quantization, stored)
         biases = {name for weight in weights for name in weight.names if name.endswith(".bias")}
-        taken = names_of(found.values(), stored) | (zero_biases(found.values(), stored) - biases)
+        taken = names_of(found.values()) | (zero_biases(found.values(), stored) - biases)
         for weight in quantized:
             own = tuple(found[name.removesuffix(".weight")] for name in weight.names)
             matrices[weight.own_name.removesuffix(".weight")] = own

@@ -20,7 +20,6 @@ rows' columns in that order. Each group must have as many columns as the others,
 must have one order, as those have that were quantized with the same inputs. Every matrix of experts has its own.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,6 @@ _SCALES = {"fp8": ("weight_scale", "weight_scale_inv"), "packed": ("weight_scale
 _ZEROS = {"awq": "qzeros", "gptq": "qzeros", "packed": "weight_zero_point"}
 _UNUSED = ("input_scale", "input_scale_ub", "activation_scale", "weight_shape", "input_zero_point")
 _FIRST_OF_ONE = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # of projections that are one matrix
-_OF_PAGES = re.compile(r"model\.layers\.\d+\.self_attn\.(?:[kqv]_proj\.|attn\.)?(?:[kqv]|kv|prob|output)_scale")
 _CHUNK_NUMEL = 1 << 24  # codes that are unpacked at a time
 
 
@@ -234,10 +232,9 @@ def stored_matrices(
     return found
 
 
-def names_of(matrices: Iterable[StoredMatrix], stored: Iterable[str]) -> set[str]:
-    """The names in files of all tensors of quantized modules, and of scales of pages, whose values are not used."""
-    of_modules = {tensor.name for matrix in matrices for tensor in matrix.tensors.values()}
-    return of_modules | {name for name in stored if _OF_PAGES.fullmatch(name)}
+def names_of(matrices: Iterable[StoredMatrix]) -> set[str]:
+    """The names in files of all tensors of quantized modules."""
+    return {tensor.name for matrix in matrices for tensor in matrix.tensors.values()}
 
 
 def zero_biases(matrices: Iterable[StoredMatrix], stored: Mapping[str, StoredTensor]) -> set[str]:

@@ -81,6 +81,7 @@ def quantization_of(raw: Mapping[str, Any]) -> Quantization | None:
     method = said.get("quant_method")
     if not isinstance(method, str) or method not in _READERS:
         raise ValueError(f"quantized weights are served with quant_method {', '.join(_READERS)}, found {method!r}")
+    _check_pages(said.get("kv_cache_scheme"))
     quantization = _READERS[method](said)
     if said.get("lm_head"):
         raise ValueError(f"quantization_config.lm_head {said['lm_head']!r} is not served: only layers are quantized")
@@ -137,10 +138,21 @@ def _left_out(said: Mapping[str, Any]) -> tuple[str, ...]:
     return _checked_patterns(f"re:{pattern[2:]}" for pattern in dynamic)
 
 
-def _compressed(said: Mapping[str, Any]) -> Quantization:
-    """compressed-tensors' own formats, of one group of all layers."""
+def _check_pages(scheme: object) -> None:
+    """Raise ValueError for keys and values that are not kept as fp8 with one scale; AutoFP8 says "static" of those."""
+    if scheme is None or scheme == "static":
+        return
+    served = {"type": "float", "num_bits": 8, "strategy": "tensor", "symmetric": True}
+    if not isinstance(scheme, Mapping) or any(scheme.get(key) not in (None, value) for key, value in served.items()):
+        raise ValueError(f"quantization_config.kv_cache_scheme {scheme!r} is not served, only {served}")
+
+
+def _compressed(said: Mapping[str, Any]) -> Quantization | None:
+    """compressed-tensors' own formats, of one group of all layers; None where keys and values alone are quantized."""
     _check(said, quantization_status=("compressed", "frozen"), sparsity_config=({}, {"format": "dense"}))
     groups = said.get("config_groups")
+    if groups == {} and said.get("kv_cache_scheme"):
+        return None
     if not isinstance(groups, Mapping) or len(groups) != 1:
         raise ValueError(f"quantization_config.config_groups is served with one group, found {groups!r}")
     (group,) = groups.values()

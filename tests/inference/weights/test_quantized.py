@@ -168,13 +168,6 @@ def test_biases_of_zeros_that_gptqs_tools_write_may_be_there(tmp_path: Path) -> 
     assert open_model(str(tmp_path)).config == before.config
 
 
-def test_scales_of_keys_and_values_that_pages_do_not_use_may_be_there(tmp_path: Path) -> None:
-    publish("fp8, a scale a row", tmp_path)
-    more = {f"model.layers.0.self_attn.{name}": torch.ones(1) for name in ("k_scale", "v_scale", "k_proj.k_scale")}
-    changed(tmp_path, lambda tensors: tensors.update(more))
-    open_model(str(tmp_path))
-
-
 @pytest.mark.parametrize(
     ("kept", "module", "is_quantized"),
     [

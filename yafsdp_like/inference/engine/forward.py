@@ -63,8 +63,13 @@ class LayerPages:
     window: int | None
 
     @classmethod
-    def of(cls, groups: Sequence[LayerGroup], region: Tensor) -> list[LayerPages]:
-        """Make the pages of all layers from the bytes (nbytes,) uint8 of one region."""
+    def of(
+        cls, groups: Sequence[LayerGroup], region: Tensor, scales: Sequence[tuple[float, float]] | None = None
+    ) -> list[LayerPages]:
+        """Make the pages of all layers from the bytes (nbytes,) uint8 of one region.
+
+        ``scales`` are those of each layer's keys and values, which pages of float8 have, and no others.
+        """
         found: dict[int, LayerPages] = {}
         for index, group in enumerate(groups):
             shape = group.shape
@@ -74,7 +79,8 @@ class LayerPages:
             dims = (num_pages, shape.num_layers, 2, shape.num_kv_heads, shape.page_size, shape.head_dim)
             pages = flat.as_strided(dims, shape.strides).transpose(3, 4)  # (P, layers, 2, page_size, K, H)
             for position, layer in enumerate(group.layers):
-                found[layer] = cls(KVPages(pages[:, position, 0], pages[:, position, 1]), index, group.window)
+                own = scales[layer] if scales is not None and dtype == torch.float8_e4m3fn else (1.0, 1.0)
+                found[layer] = cls(KVPages(pages[:, position, 0], pages[:, position, 1], *own), index, group.window)
         return [found[layer] for layer in range(len(found))]
 
 

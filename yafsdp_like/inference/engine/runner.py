@@ -98,7 +98,7 @@ class Runner:
         self._forward = Forward(
             weights,
             buffers,
-            LayerPages.of(groups, regions[Tier.DEVICE]),
+            LayerPages.of(groups, regions[Tier.DEVICE], weights.config.kv_scales),
             _num_multiprocessors(weights.device),
             adapters.by_layer(),
         )
