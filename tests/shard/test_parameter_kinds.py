@@ -1,5 +1,6 @@
 """Parameters that are more than rows of real numbers: with hooks, complex, of their own class, written in forward."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,6 +108,40 @@ def test_a_removed_hook_runs_no_more_and_one_on_a_full_parameter_sees_the_full_g
     model(inputs()).sum().backward()
     assert shapes == [(5, 4)]
     assert torch.equal(full(weight.grad), torch.full((5, 4), 9.0))
+
+
+# --- dtypes that are stored only ---
+
+
+class Quantized(nn.Linear):
+    """A frozen weight of eight bits, and what it is multiplied with."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(4, 5)
+        self.frozen = nn.Parameter(torch.randn(5, 4).to(dtype), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.frozen.float() * self.weight, self.bias)
+
+
+@both_transports
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_frozen_parameters_of_eight_bits_are_gathered_beside_trainable_ones(transport: str, dtype: torch.dtype) -> None:
+    """Prevents: gathers that end in "Invalid scalar type", since gloo cannot send float8."""
+    run_ranks(train_beside_eight_bits, transport, dtype)
+
+
+def train_beside_eight_bits(transport: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    alone = Quantized(dtype)
+    sharded: Any = copy.deepcopy(alone)
+    ours.fully_shard(sharded, mesh=world_mesh(), transport=transport)
+    alone(torch.ones(3, 4)).square().sum().backward()
+    sharded(torch.ones(3, 4)).square().sum().backward()
+    assert sharded.frozen.dtype == dtype
+    assert sharded.frozen.grad is None
+    assert alone.weight.grad is not None
+    torch.testing.assert_close(full(sharded.weight.grad), alone.weight.grad)
 
 
 # --- complex numbers ---

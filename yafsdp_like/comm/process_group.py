@@ -56,8 +56,11 @@ class ProcessGroupTransport:
         scratch: torch.Tensor | None = None,
     ) -> AllGather:
         """See ``Transport``."""
-        pieces = by_dtype(outputs, inputs) if self.world_size > 1 else []
-        return partial(self._all_gather, pieces)
+        if self.world_size == 1:
+            return partial(self._all_gather, [])
+        if outputs and outputs[0].is_cpu:  # as bytes: gloo does not know every dtype, float8 for one
+            outputs, inputs = [o.view(torch.uint8) for o in outputs], [i.view(torch.uint8) for i in inputs]
+        return partial(self._all_gather, by_dtype(outputs, inputs))
 
     def _all_gather(self, pieces: Pieces) -> None:
         options = AllgatherOptions()
