@@ -505,7 +505,8 @@ refusals = [
         run_on_meta,
         RuntimeError,
         "FSDP parameters should be materialized from meta device before training, but the following were "
-        "still on meta device: ['layers.0.norm.weight', 'layers.0.norm.bias',",
+        "still on meta device: ['layers.0.norm.weight', 'layers.0.norm.bias', 'layers.0.rise.weight', "
+        "'layers.0.rise.bias', 'layers.0.fall.weight'], and 10 of other units",
     ),
 ]
 

@@ -74,11 +74,12 @@ class Rebuild:
         for unit in self._units:
             self._params.reshard(unit)
             unit.materialize()
-        on_meta = [name for unit in self._units for name in unit.meta_params()]
-        if on_meta:
+        if on_meta := [names for unit in self._units if (names := unit.meta_params())]:
+            others = sum(map(len, on_meta[1:]))
             raise RuntimeError(
                 "FSDP parameters should be materialized from meta device before training, but the following were still "
-                f"on meta device: {on_meta}\nCall model.to_empty(device=...), then initialize or load the parameters"
+                f"on meta device: {on_meta[0]}{f', and {others} of other units' if others else ''}\n"
+                "Call model.to_empty(device=...), then initialize or load the parameters"
             )
         if misplaced := [found for unit in self._units for found in unit.misplaced_params()]:
             raise RuntimeError(
