@@ -1,5 +1,6 @@
 """Code written for FSDP2, libraries' and torch's own: it runs, or an error names the method that is not supported."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,37 @@ def test_names_are_where_torch_has_them() -> None:
     for name in dir(stock):
         if name in ("CPUOffloadPolicy", "DataParallelMeshDims", "register_fsdp_forward_method", "share_comm_ctx"):
             assert hasattr(ours, name)
+
+
+@on_ranks(1)
+def test_fsdp2s_log_has_each_phase_of_each_unit() -> None:
+    """Prevents: TORCH_LOGS="+fsdp" that shows nothing of what runs."""
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for module in (*model, model):
+        ours.fully_shard(module, mesh=world_mesh())
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("torch.distributed.fsdp")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        model(torch.ones(1, 2)).sum().backward()
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+    assert lines[0] == "FSDP::root_pre_forward" and lines[-1] == "FSDP::root_post_backward"
+    assert [line for line in lines if line.endswith(("(0)", "(1)"))] == [
+        "FSDP::pre_forward (0)",
+        "FSDP::post_forward (0)",
+        "FSDP::pre_forward (1)",
+        "FSDP::post_forward (1)",
+        "FSDP::pre_backward (1)",
+        "FSDP::post_backward (1)",
+        "FSDP::pre_backward (0)",
+        "FSDP::post_backward (0)",
+    ]
 
 
 @on_ranks(1)

@@ -15,6 +15,7 @@ checkpointing), and since one that failed never runs its final callback.
 
 from __future__ import annotations
 
+import logging
 import sys
 from functools import partial
 from itertools import islice
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from yafsdp_like.shard.runtime.unit_state import Unit
+
+_log = logging.getLogger("torch.distributed.fsdp.fully_shard")  # FSDP2's, which TORCH_LOGS="+fsdp" shows
 
 
 def install(unit: Unit, module: nn.Module) -> None:
@@ -86,6 +89,7 @@ def _in_own_backward(unit: Unit, task: int | None) -> bool:
 
 
 def _begin_iteration(engine: ShardEngine, call: Call) -> None:
+    _log.debug("FSDP::root_pre_forward")
     engine.rebuild.if_changed()
     engine.params.begin()
     engine.gradients.release_unused()
@@ -97,6 +101,7 @@ def _enter(engine: ShardEngine, unit: Unit, call: Call, inputs: Any, tensors: li
 
     ``tensors`` are those in ``inputs``.
     """
+    _log.debug("FSDP::pre_forward (%s)", unit.name)
     unit.running.begin_pass(unit.modules)
     builds_graph = torch.is_grad_enabled()
     tensors = differentiable(tensors) if builds_graph else []
@@ -198,6 +203,7 @@ def _leave(engine: ShardEngine, unit: Unit) -> None:
     unit.running.to_run.clear()
     if unit.running.calls or unit.registered is None:
         return
+    _log.debug("FSDP::post_forward (%s)", unit.name)
     for p in unit.given:
         p.put_given_back()
     # By default the root stays unsharded for its backward. Where none will come, modules must show the sharded
@@ -272,6 +278,7 @@ def _start_backward(engine: ShardEngine, unit: Unit, use: ForwardUse, refuses_se
 
 
 def _gather_for_backward(engine: ShardEngine, unit: Unit, use: ForwardUse) -> None:
+    _log.debug("FSDP::pre_backward (%s)", unit.name)
     if engine.gradients.filled:
         engine.gradients.reduce_unused(engine.tree.backward_ticks[unit][0])
     if unit.policy.unshard_in_backward:
@@ -306,6 +313,7 @@ def _end_backward(engine: ShardEngine, unit: Unit, use: ForwardUse) -> None:
 
 
 def _finish_use(engine: ShardEngine, unit: Unit, use: ForwardUse) -> None:
+    _log.debug("FSDP::post_backward (%s)", unit.name)
     use.task = None
     use.slot.end_backward(use)
     if not use.slot.is_in_backward and use.slot.state is SlotState.HELD:
@@ -336,6 +344,7 @@ def _end_task(engine: ShardEngine, task: int) -> None:
     if engine.gradients.is_last_backward and not engine.gradients.is_finalized_by_user:
         engine.gradients.wait_for_reductions()
     if is_outermost:
+        _log.debug("FSDP::root_post_backward")
         engine.collective_log.ends_backward()
 
 
