@@ -264,14 +264,18 @@ def test_a_cancellation_that_raises_once_loses_its_own_request_only(codec: Codec
 def test_a_bug_in_an_answer_is_an_error_and_the_end_of_its_request_only(
     codec: Codec, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    push, troubles = Transcript.push, iter([ZeroDivisionError("planted")])
+    troubles = iter([ZeroDivisionError("planted")])
 
-    def failing_push(transcript: Transcript, output: RequestOutput) -> Any:
-        if (unhealthy_reason := next(troubles, None)) is not None:
-            raise unhealthy_reason
-        return push(transcript, output)
+    def failing(push: Callable[..., Any]) -> Callable[..., Any]:
+        def failing_push(*arguments: Any) -> Any:
+            if (unhealthy_reason := next(troubles, None)) is not None:
+                raise unhealthy_reason
+            return push(*arguments)
 
-    monkeypatch.setattr(Transcript, "push", failing_push)
+        return failing_push
+
+    for name in ("push", "push_text"):
+        monkeypatch.setattr(Transcript, name, failing(getattr(Transcript, name)))
     with serving(make_engine(codec), codec) as running:
         answer = running.post(COMPLETIONS, {**BODY, "stream": stream})
         assert answer.status_code == (200 if stream else 500)

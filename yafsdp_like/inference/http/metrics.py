@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from yafsdp_like.inference.engine.request import FinishReason
 from yafsdp_like.inference.pool.driver import ModelStatus
@@ -71,25 +76,61 @@ MODEL_HELP = {  # of figures of each model of a pool, and so of the gauges ``yaf
 }
 
 
+class LoopCounter(Collector):
+    """A counter of the event loop's alone, which needs no lock: of what happens with every token."""
+
+    def __init__(self, name: str, help: str, registry: CollectorRegistry) -> None:
+        self._name, self._help, self._value = name, help, 0
+        registry.register(self)
+
+    def inc(self, count: int) -> None:
+        """Add a number."""
+        self._value += count
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield what Prometheus reads."""
+        yield CounterMetricFamily(self._name, self._help, self._value)
+
+
+class LoopHistogram(Collector):
+    """A histogram of the event loop's alone, as ``LoopCounter``."""
+
+    def __init__(self, name: str, help: str, registry: CollectorRegistry, buckets: Sequence[float]) -> None:
+        self._name, self._help, self._bounds = name, help, tuple(buckets)
+        self._counts, self._sum = [0] * (len(buckets) + 1), 0.0
+        registry.register(self)
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Add so many equal values."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += count * value
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield what Prometheus reads."""
+        names = (*(str(float(bound)) for bound in self._bounds), "+Inf")
+        pairs = list(zip(names, map(float, accumulate(self._counts)), strict=True))
+        yield HistogramMetricFamily(self._name, self._help, buckets=pairs, sum_value=self._sum)
+
+
 class ServerMetrics:
     """What /metrics says, in a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry)
-        histogram = partial(Histogram, registry=self.registry)
-        seconds = partial(histogram, buckets=BUCKETS_S)
+        seconds = partial(Histogram, registry=self.registry, buckets=BUCKETS_S)
         self.responses = counter("yafsdp_like_http_responses", "Answers by route and status", ["route", "status"])
         self.finished = counter("yafsdp_like_finished", "Choices that ended, by reason", ["reason"])
         self.prompt_tokens = counter("yafsdp_like_prompt_tokens", "Tokens of accepted prompts")
-        self.generated_tokens = counter("yafsdp_like_generated_tokens", "Tokens generated")
+        self.generated_tokens = LoopCounter("yafsdp_like_generated_tokens", "Tokens generated", self.registry)
         self.first_token = seconds(
             "yafsdp_like_time_to_first_token_seconds", "From a body's arrival to a choice's first token"
         )
-        self.between_tokens = histogram(
+        self.between_tokens = LoopHistogram(
             "yafsdp_like_time_between_tokens_seconds",
             "Between tokens of a choice, by when its outputs arrive",
-            buckets=STEP_BUCKETS_S,
+            self.registry,
+            STEP_BUCKETS_S,
         )
         self.whole = seconds("yafsdp_like_request_seconds", "From a body's arrival to a choice's end")
         self._gauges: dict[str, Gauge] = {}
@@ -149,8 +190,7 @@ class LatencyTracker:
         if num_tokens:
             self.metrics.generated_tokens.inc(num_tokens)
             if index in self.last:
-                for _ in range(num_tokens):
-                    self.metrics.between_tokens.observe((now - self.last[index]) / num_tokens)
+                self.metrics.between_tokens.observe((now - self.last[index]) / num_tokens, num_tokens)
             else:
                 self.metrics.first_token.observe(now - self.arrival)
             self.last[index] = now

@@ -72,6 +72,9 @@ class ResponseFormat(Protocol):
     def part_events(self, parsed: ParsedRequest, choice: Choice, piece: Piece) -> Iterator[dict[str, Any]]:
         """What a piece adds; `piece.finish` makes it the choice's last."""
 
+    def says_text_alone(self, choice: Choice) -> bool:
+        """Whether `part_events` of pieces in the middle differ by their text and by nothing else."""
+
     def closing_events(self, parsed: ParsedRequest) -> Iterator[dict[str, Any]]:
         """What a stream ends with."""
 
@@ -81,6 +84,8 @@ class ChoiceFormat(ABC):
 
     whole_object: ClassVar[str]  # what `object` says of an answer in one piece
     part_object: ClassVar[str]  # and of a chunk
+    has_logprobs: bool
+    has_ids: bool
 
     @abstractmethod
     def whole(self, choice: Choice) -> dict[str, Any]:
@@ -108,6 +113,10 @@ class ChoiceFormat(ABC):
     def part_events(self, parsed: ParsedRequest, choice: Choice, piece: Piece) -> Iterator[dict[str, Any]]:
         """Yield the chunk of a piece."""
         yield self._chunk(parsed, self.part(choice, piece))
+
+    def says_text_alone(self, choice: Choice) -> bool:
+        """Return whether chunks say neither ids nor log-probabilities, and no calls are looked for in the text."""
+        return not (self.has_logprobs or self.has_ids) and choice.tools is None
 
     def closing_events(self, parsed: ParsedRequest) -> Iterator[dict[str, Any]]:
         """Yield the chunk that counts tokens, if it is wanted."""

@@ -148,6 +148,10 @@ class ResponsesFormat:
         yield self._event("response.output_item.added", output_index=0, item=item)
         yield self._of_part(parsed, "response.content_part.added", part=_text_part(""))
 
+    def says_text_alone(self, choice: Choice) -> bool:
+        """Return False: events are numbered."""
+        return False
+
     def part_events(self, parsed: ParsedRequest, choice: Choice, piece: Piece) -> Iterator[dict[str, Any]]:
         """Yield a piece of text."""
         choice.add(piece)

@@ -38,6 +38,7 @@ from yafsdp_like.inference.http.adapter_routes import add_adapter_routes
 from yafsdp_like.inference.http.bodies import ChatBody, CompletionBody
 from yafsdp_like.inference.http.body_pool import BodyReaderPool, ReaderBusyError
 from yafsdp_like.inference.http.catalog import Catalog
+from yafsdp_like.inference.http.direct import SCOPE_KEY, ChunkWriter, DirectLines
 from yafsdp_like.inference.http.errors import (
     RETRY_AFTER_S,
     ApiError,
@@ -91,7 +92,8 @@ class OpenAIHandler:
         parsed = await self.read(http, function)
         if parsed.wants_stream:
             stream = await self._open(parsed)
-            return EventStreamResponse(self._lines(parsed, stream), stream, header_of(parsed.ignored))
+            lines = self._lines(parsed, stream, http.scope.get(SCOPE_KEY))
+            return EventStreamResponse(lines, stream, header_of(parsed.ignored))
         if not await self.collect(parsed, http):
             return Response(status_code=499)  # nobody reads it
         return await self.write(parsed, lambda: parsed.format.body(parsed))
@@ -160,10 +162,17 @@ class OpenAIHandler:
         except UnavailableError as error:
             raise not_begun(str(error)) from error
 
-    async def _pieces(self, parsed: ParsedRequest, stream: Stream) -> AsyncIterator[tuple[Choice, Piece]]:
-        """Pieces of all choices as they come; ends early if the stream is closed. Raises ApiError."""
+    async def _pieces(
+        self, parsed: ParsedRequest, stream: Stream, writer: ChunkWriter | None = None
+    ) -> AsyncIterator[tuple[Choice, Piece]]:
+        """Pieces of all choices as they come, but for those whose lines go straight to ``writer``.
+
+        Ends early if the stream is closed. Raises ApiError.
+        """
         choices = {choice.request.id: choice for choice in parsed.choices}
         latency, timer = LatencyTracker(self.metrics, parsed.arrival), None
+        if writer is not None:
+            stream.sink = DirectLines(parsed, writer, latency, _line).take
         if parsed.deadline is not None:
             delay = parsed.deadline + LATE_S - time.monotonic()
             timer = asyncio.get_running_loop().call_later(delay, stream.fail, _deadline_error())
@@ -190,12 +199,12 @@ class OpenAIHandler:
             num_abandoned = sum(choice.transcript.finish is None for choice in parsed.choices)
             self.metrics.finished.labels("abandoned").inc(num_abandoned)
 
-    async def _lines(self, parsed: ParsedRequest, stream: Stream) -> AsyncIterator[bytes]:
-        """The answer as server-sent events."""
+    async def _lines(self, parsed: ParsedRequest, stream: Stream, writer: ChunkWriter | None) -> AsyncIterator[bytes]:
+        """The answer as server-sent events, but for those that go straight to ``writer``."""
         try:
             for event in parsed.format.opening_events(parsed):
                 yield _line(event)
-            async for choice, piece in self._pieces(parsed, stream):
+            async for choice, piece in self._pieces(parsed, stream, writer):
                 has_news = piece.text or piece.tokens or piece.prompt or (piece.ids and parsed.format.has_ids)
                 if has_news or piece.finish is not None:
                     count, events = num_values(choice.request, piece), parsed.format.part_events(parsed, choice, piece)
@@ -335,6 +344,15 @@ class EventStreamResponse(StreamingResponse):
 # --- the application ---
 
 
+class _Application(FastAPI):
+    """Notes what a server's own ``send`` writes to, before middleware wraps it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (writer := ChunkWriter.of(scope, send)) is not None:
+            scope[SCOPE_KEY] = writer
+        await super().__call__(scope, receive, send)
+
+
 def create_app(service: Service[Any], codec: Codec, options: ServerOptions) -> FastAPI:
     """The application of one model; it starts the service, and closes it at the end."""
     return create_catalog_app(service, Catalog([RequestParser(codec, options)]))
@@ -355,7 +373,7 @@ def create_catalog_app(service: Service[Any], catalog: Catalog) -> FastAPI:
             await service.close()
 
     # No pages of documentation: they would load scripts from elsewhere. /openapi.json is there.
-    app = FastAPI(title="yafsdp_like", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = _Application(title="yafsdp_like", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(AuthMiddleware, options=catalog.options, metrics=handler.metrics)
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_routes(app, handler)

@@ -317,7 +317,8 @@ class Service(Generic[EngineT]):
     def _deliver(self, output: RequestOutput) -> None:
         if output.request_id in self._streams:  # else it was not opened in the end
             stream, request_id = self._streams[output.request_id]
-            stream.put(replace(output, request_id=request_id))
+            if not stream.pass_on(request_id, output):
+                stream.put(replace(output, request_id=request_id))
 
     def _lose(self, name: str, error: Exception) -> None:
         """Ends what a request is part of, whose outputs could not be delivered, or which could not be cancelled."""

@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse
 from yafsdp_like.inference.http.model_routes import ask
 
 if TYPE_CHECKING:
-    from prometheus_client import Histogram
+    from prometheus_client.registry import Collector
 
     from yafsdp_like.inference.http.catalog import Catalog
     from yafsdp_like.inference.http.metrics import ServerMetrics
@@ -93,7 +93,7 @@ def _model(name: str, status: ModelStatus) -> dict[str, Any]:
     }
 
 
-def _buckets(histogram: Histogram) -> list[tuple[float | None, float]]:
+def _buckets(histogram: Collector) -> list[tuple[float | None, float]]:
     """Return upper bounds in seconds, and how many were below each since the start; the last bound is None."""
     buckets = [s for s in next(iter(histogram.collect())).samples if s.name.endswith("_bucket")]
     return [(None if (bound := bucket.labels["le"]) == "+Inf" else float(bound), bucket.value) for bucket in buckets]

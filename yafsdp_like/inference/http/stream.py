@@ -27,6 +27,8 @@ class Stream:
         self._news = asyncio.Event()
         self._error: Exception | None = None
         self._is_closed = False
+        self._is_awaited = False  # by a reader that has dealt with all outputs before
+        self.sink: Callable[[str, RequestOutput], bool] | None = None
 
     def __aiter__(self) -> Stream:
         return self
@@ -41,7 +43,11 @@ class Stream:
             if not self._live:
                 break
             self._news.clear()
-            await self._news.wait()
+            self._is_awaited = True
+            try:
+                await self._news.wait()
+            finally:
+                self._is_awaited = False
         raise StopAsyncIteration
 
     def cancel(self, request_id: str) -> None:
@@ -57,7 +63,20 @@ class Stream:
         self._outputs.clear()
         for name in self._live.values():
             self._cancel(name)
-        self._news.set()
+        self._wake()
+
+    def pass_on(self, request_id: str, output: RequestOutput) -> bool:
+        """For the service: give an output to ``sink`` if the reader waits, and return whether that took it.
+
+        The reader never sees what was taken. ``output`` bears the engine's name of the request.
+        """
+        if not self._is_awaited or self.sink is None:
+            return False
+        try:
+            return self.sink(request_id, output)
+        except Exception as error:  # the reader knows what to say of it
+            self.fail(error)
+            return True
 
     def put(self, output: RequestOutput) -> None:
         """For the service: an output of one of the requests.
@@ -70,9 +89,13 @@ class Stream:
             if output.tokens and self._outputs and self._outputs[-1].request_id == output.request_id:
                 output = output.after(self._outputs.pop())
             self._outputs.append(output)
-        self._news.set()
+        self._wake()
 
     def fail(self, error: Exception) -> None:
         """For the service: no output will come any more."""
         self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        self._is_awaited = False
         self._news.set()

@@ -220,8 +220,12 @@ class Detokenizer:
 
     def push(self, token: int) -> list[str]:
         """What each token says of those that have said nothing before: none while bytes may go on in the next."""
+        text = self._decode([*self._context, *self._pending, token])[len(self._context_text) :]
+        if not self._pending and text and not text.isspace() and not text.endswith(UNKNOWN):  # what most tokens are
+            self._set_context([token])
+            return [text]
         self._pending.append(token)
-        self._guesses.append(self._decode(self._context + self._pending)[len(self._context_text) :])
+        self._guesses.append(text)
         if self._guesses[-1].endswith(UNKNOWN) and len(self._pending) < MAX_PENDING_TOKENS:
             return []
         return self.flush()
@@ -357,6 +361,7 @@ class Transcript:
         self._num_shown = 0
         self.num_tokens = 0  # generated, the one that stopped it included
         self.finish: FinishReason | None = None
+        self.is_plain = not (wording.stop_strings or wording.is_silent)  # all that is drawn is said
 
     def push(self, output: RequestOutput) -> Piece:
         """What an output adds. Once `finish` is set, by a stop string even before the engine has ended it, nothing."""
@@ -376,6 +381,22 @@ class Transcript:
             shown += self._end(output.finish)
         self._num_shown += len(shown)
         return Piece(shown, self._take_tokens(), self.finish, tuple(ids), output.prompt)
+
+    def push_text(self, tokens: Sequence[Token]) -> str:
+        """What tokens in the middle of an answer add to its text, where it ``is_plain`` and nothing else is asked for.
+
+        ``push`` may follow, but its pieces do not have these tokens.
+        """
+        text = ""
+        for token in tokens:
+            self._unsaid.append(token)
+            for portion in self._detokenizer.push(token.id):
+                self._unsaid.popleft()
+                text += portion
+        self.num_tokens += len(tokens)
+        self._num_characters += len(text)
+        self._num_shown += len(text)
+        return text
 
     def _add(self, token: Token) -> str:
         self._unsaid.append(token)
