@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from yafsdp_like.inference.engine.request import Token
 from yafsdp_like.inference.kv.kv_cache import KVSequenceState
@@ -46,8 +46,14 @@ class ActiveRequest:
     adapter_slot: int = 0  # while it runs, the number of its adapter's slot; 0: it has none
     failure: str | None = None  # why its last token means nothing, and is its end: by who draws
     prompt_scores: dict[int, Token] | None = None  # by position, of a prompt that is scored, until they are told
+    is_plain: bool = field(init=False)  # whether its steps give nothing but tokens, any of which may be drawn
+    needs_history: bool = field(init=False)  # whether what it draws depends on how often it has drawn it
 
     def __post_init__(self) -> None:
+        request = self.request
+        has_logprobs = request.num_logprobs is not None or request.num_prompt_logprobs is not None
+        self.is_plain = not (request.limits or has_logprobs or request.wants_hidden or request.images)
+        self.needs_history = request.sampling.needs_history
         if self.request.num_prompt_logprobs is not None:
             self.prompt_scores = {0: Token(self.request.prompt[0])}
 
@@ -117,8 +123,7 @@ class NextStep:
         self.num_tokens_left += self.num_tokens.pop(sequence, 0)
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """What a step does for one sequence: ``num_tokens`` tokens from position ``start`` on."""
 
     sequence: ActiveRequest

@@ -14,7 +14,7 @@ Shapes: T tokens of a step, B sequences, R rows that draw, V vocabulary, G group
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from yafsdp_like.inference.engine.batch import ActiveRequest, RequestStatus, Run
 from yafsdp_like.kernels.query_tiles import write_tiles
-from yafsdp_like.kernels.sampling_params import SamplingParams
+from yafsdp_like.kernels.sampling_params import SamplingInts, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +36,8 @@ _GREEDY = SamplingParams(temperature=0.0)  # of rows that only fill up a recordi
 _UNSTORED = -2  # the slot of a token that is no padding, and whose keys and values are not stored
 _STRIDE = 7919  # of the tokens of measured steps: a prime, so that these are spread over the vocabulary
 _NOWHERE = -1
+_POSITION, _HISTORY_ROW = map(SamplingInts._fields.index, ("position", "history_row"))
+_MAX_PARTS = 256  # of a table that are kept; sizes of steps are few
 
 Array = npt.NDArray[Any]
 
@@ -56,10 +58,16 @@ class _HostTable:
     array: Array
     source: Tensor  # the same elements
     destination: Tensor
+    parts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)  # by what was uploaded before
 
     def upload(self, first: int, last: int, *index: int) -> None:
         """Upload elements (or rows) ``[first, last)`` of the table, or of its part at ``index``."""
-        self.destination[index][first:last].copy_(self.source[index][first:last], non_blocking=True)
+        part = self.parts.get((first, last, *index))
+        if part is None:
+            part = self.destination[index][first:last], self.source[index][first:last]
+            if len(self.parts) < _MAX_PARTS:
+                self.parts[first, last, *index] = part
+        part[0].copy_(part[1], non_blocking=True)
 
 
 class _Side:
@@ -72,6 +80,8 @@ class _Side:
 
         self.inputs = inputs.map(host_table)
         self.filled: list[_Filled | None] = [None] * len(inputs.seq_lens)  # rows of page_tables
+        self.drawn: list[ActiveRequest] = []  # whose parameters of sampling are written
+        self.num_drawn = 0  # rows of them, padding included
 
 
 class Staging:
@@ -82,24 +92,22 @@ class Staging:
         self._queries_per_tile = queries_per_tile
         self._num_drawn = len(buffers.inputs.last_rows)  # tokens of the last step, at the start of ``token_pool``
         self._sides = [_Side(buffers.inputs, pinned) for _ in range(2)]
-        self._turn = 0
+        self._side = self._sides[0]
+        self._drawing: tuple[list[ActiveRequest], int] = [], 0  # whose floats the device has, as ``_Side.drawn``
         self._filled: list[_Filled | None] = [None] * len(buffers.inputs.seq_lens)  # page_tables on the device
         # Rows of the last step that drew, which is where ``token_pool`` has its tokens.
         self._drawn: dict[ActiveRequest, int] = {}
         self._histories = host_like(self._history, pinned)
         self._history_rows: dict[ActiveRequest, tuple[int, int]] = {}  # row, and the admission that it was made for
 
-    @property
-    def _side(self) -> _Side:
-        return self._sides[self._turn]
-
     def stage(self, runs: Sequence[Run], drawing: Sequence[Run], size: StepSize) -> None:
         """Write and upload all that a step of ``size`` reads; ``drawing`` are those of ``runs`` that draw.
 
         ``runs`` are sorted: those of one token come first. ``size`` may have more rows of everything than they need.
         """
-        self._turn ^= 1
-        num_single = sum(run.num_tokens == 1 for run in runs)
+        self._sides.reverse()
+        self._side = self._sides[0]
+        num_single = len(runs) - sum([run.num_tokens > 1 for run in runs])
         singles, chunks = runs[:num_single], runs[num_single:]
         rows = [*range(num_single), *range(size.first_chunk, size.first_chunk + len(chunks))]
         self._write_pages(runs, rows)
@@ -139,14 +147,14 @@ class Staging:
     def _write_singles(self, runs: Sequence[Run]) -> None:
         """Write rows of one token each, as lists: a large batch costs more elements, not more calls."""
         count, inputs, page_size = len(runs), self._side.inputs, self._page_size
-        starts = [run.start for run in runs]
+        starts, kvs = [run.start for run in runs], [run.sequence.kv for run in runs]
         inputs.positions.array[:count] = starts
         inputs.token_pool.array[self._num_drawn :][:count] = [0 if run.is_pending else run.token for run in runs]
         inputs.token_index.array[:count] = [
             self._drawn[run.sequence] if run.is_pending else self._num_drawn + row for row, run in enumerate(runs)
         ]
         for group, slot_mapping in enumerate(inputs.slot_mapping.array):
-            tables = [run.sequence.tables[group] for run in runs]
+            tables = [kv.tables[group] for kv in kvs if kv is not None]
             slot_mapping[:count] = [
                 table[start // page_size] * page_size + start % page_size
                 for table, start in zip(tables, starts, strict=True)
@@ -195,11 +203,20 @@ class Staging:
     def _write_pages(self, runs: Sequence[Run], rows: Sequence[int]) -> None:
         """Write the new entries of page tables, and upload the rows that changed."""
         first_rows: dict[ActiveRequest, int] = {}
-        changed = [
-            row
-            for run, row in zip(runs, rows, strict=True)
-            if self._write_row(run.sequence, row, first_rows.setdefault(run.sequence, row))
-        ]
+        side_filled, changed = self._side.filled, []
+        for run, row in zip(runs, rows, strict=True):
+            sequence, filled = run.sequence, side_filled[row]
+            first_row = first_rows.setdefault(sequence, row)
+            # Most rows have not changed since, on either side.
+            if (
+                filled is None
+                or filled is not self._filled[row]
+                or filled.sequence is not sequence
+                or filled.num_admitted != sequence.num_admitted
+                or sequence.kv is None
+                or filled.num_pages != len(sequence.kv.tables[0])
+            ) and self._write_row(sequence, row, first_row):
+                changed.append(row)
         if changed:
             page_tables = self._side.inputs.page_tables
             for group in range(len(page_tables.array)):
@@ -222,12 +239,15 @@ class Staging:
                 rows, new = side.inputs.page_tables.array[group], slice(first, num_pages)
                 rows[row, new] = table[first:] if row == first_row else rows[first_row, new]
             side.filled[row] = filled = _Filled(sequence, sequence.num_admitted, num_pages)
-        return self._filled[row] != filled
+        if self._filled[row] != filled:
+            return True
+        side.filled[row] = self._filled[row]
+        return False
 
     def _write_seq_lens(self, runs: Sequence[Run], rows: Sequence[int], size: StepSize) -> None:
         seq_lens = self._side.inputs.seq_lens.array
         seq_lens[: size.num_table_rows] = 0
-        seq_lens[rows] = [run.end for run in runs]
+        seq_lens[rows] = [run.start + run.num_tokens for run in runs]
 
     def _write_tiles(self, chunks: Sequence[Run], first: int, size: StepSize) -> int:
         """Write which queries programs attend with, the chunks' rows being those from ``first`` on; return how many."""
@@ -241,29 +261,36 @@ class Staging:
     # --- drawing ---
 
     def _stage_drawing(self, runs: Sequence[Run], drawing: Sequence[Run], size: StepSize) -> None:
-        inputs, count = self._side.inputs, len(drawing)
-        sequences = [run.sequence for run in drawing]
+        side, count = self._side, len(drawing)
+        inputs, sequences = side.inputs, [run.sequence for run in drawing]
         self._drawn = {sequence: row for row, sequence in enumerate(sequences)}
         if not size.num_drawing:
             return
-        floats = [sequence.request.sampling.floats for sequence in sequences]
-        # What limited rows draw here is replaced, and leaves no trace: see limited_drawing.py, [Note: drawn twice].
-        ints = [
-            run.sequence.request.sampling.ints(
-                run.end, _NOWHERE if run.sequence.request.limits else self.history_row(run.sequence)
-            )
-            for run in drawing
-        ]
-        padding = size.num_drawing - count
-        inputs.sampling_floats.array[: size.num_drawing] = floats + [_GREEDY.floats] * padding
-        inputs.sampling_ints.array[: size.num_drawing] = ints + [_GREEDY.ints(0)] * padding
-        inputs.sampling_floats.upload(0, size.num_drawing)
+        if side.num_drawn != size.num_drawing or side.drawn != sequences:
+            self._write_sampling(sequences, size)
+        ints = inputs.sampling_ints.array
+        ints[:count, _POSITION] = [run.start + run.num_tokens for run in drawing]
+        for row, sequence in enumerate(sequences):
+            # What limited rows draw here is replaced, and leaves no trace: see limited_drawing.py, [Note: drawn twice].
+            if sequence.needs_history and not sequence.request.limits:
+                ints[row, _HISTORY_ROW] = self.history_row(sequence)
+        if self._drawing != (sequences, size.num_drawing):
+            self._drawing = sequences, size.num_drawing
+            inputs.sampling_floats.upload(0, size.num_drawing)
         inputs.sampling_ints.upload(0, size.num_drawing)
         if not size.draws_in_order:
             ends = np.cumsum([run.num_tokens for run in runs])
             inputs.last_rows.array[:count] = [end - 1 for end, run in zip(ends, runs, strict=True) if run.draws]
             inputs.last_rows.array[count : size.num_drawing] = 0
             inputs.last_rows.upload(0, size.num_drawing)
+
+    def _write_sampling(self, sequences: list[ActiveRequest], size: StepSize) -> None:
+        """Write the parameters of all rows that draw; of integers, those that stay the same."""
+        side, padding = self._side, size.num_drawing - len(sequences)
+        all_params = [sequence.request.sampling for sequence in sequences] + [_GREEDY] * padding
+        side.inputs.sampling_floats.array[: size.num_drawing] = [params.floats for params in all_params]
+        side.inputs.sampling_ints.array[: size.num_drawing] = [params.ints(0) for params in all_params]
+        side.drawn, side.num_drawn = sequences, size.num_drawing
 
     def history_row(self, sequence: ActiveRequest) -> int:
         """Return the row of ``history`` that counts the sequence's tokens; -1 if its sampling needs none."""

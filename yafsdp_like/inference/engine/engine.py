@@ -373,7 +373,7 @@ class Engine:
     def _output(self, sequence: ActiveRequest, tokens: tuple[Token, ...], finish: FinishReason | None) -> RequestOutput:
         if finish is not None:
             del self._sequences[sequence.request.id]
-        prompt = sequence.take_prompt() if tokens else ()
+        prompt = sequence.take_prompt() if tokens and not sequence.is_plain else ()
         return RequestOutput(sequence.request.id, tokens, finish, sequence.num_cached or 0, sequence.failure, prompt)
 
     def _read(self) -> list[RequestOutput]:

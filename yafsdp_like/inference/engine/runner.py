@@ -265,8 +265,9 @@ class Runner:
             size = self._buckets.fit(size)
         slots = batch.adapter_slots if self._adapters.slots else None
         size = replace(size, adapted=True) if slots else size
-        scored = None if size.draws_in_order else self._scorer.find(batch.runs)
-        seen = self._images.find(batch.runs) if self._images is not None else ()
+        others = [run for run in batch.runs if not run.sequence.is_plain]  # without them nothing is looked for
+        scored = None if size.draws_in_order or not others else self._scorer.find(batch.runs)
+        seen = self._images.find(batch.runs) if others and self._images is not None else ()
         # A recording cannot wait for one unit after the other, score, or see images; whether there is one changes no
         # bits.
         is_issued = scored is not None or seen or self._weights.is_arriving()
@@ -288,7 +289,8 @@ class Runner:
             if slots:
                 self._adapters.launched(slots)
             step = Undrawn(drawing, size.num_drawing, began, scored, len(drawing) == len(batch.runs))
-            return step if any(run.sequence.request.limits is not None for run in drawing) else self._fetch(step)
+            is_limited = any(run.draws and run.sequence.request.limits is not None for run in others)
+            return step if is_limited else self._fetch(step)
 
     def _rows_of(self, seen: Sequence[ImageRun]) -> Iterable[tuple[slice, Tensor]]:
         return self._images.compute(seen) if self._images is not None and seen else ()
@@ -335,7 +337,10 @@ class Runner:
         """Return what each of ``launched.drawing`` drew in a step that is done."""
         tokens = launched.results.ids[: len(launched.drawing)].tolist()
         drawn = zip(launched.drawing, tokens, strict=True)
-        return [_token(run, token, launched.results, row) for row, (run, token) in enumerate(drawn)]
+        return [
+            Token(token) if run.sequence.is_plain else _token(run, token, launched.results, row)
+            for row, (run, token) in enumerate(drawn)
+        ]
 
     def skip(self) -> None:
         """Run a step of no tokens, for ranks that must step together."""
@@ -358,7 +363,8 @@ class Runner:
 
     def _fetch(self, step: Undrawn) -> Launched:
         drawing, num_rows = step.drawing, step.num_rows
-        with_logprobs = any(run.sequence.request.num_logprobs is not None for run in drawing)
+        others = [run.sequence.request for run in drawing if not run.sequence.is_plain]
+        with_logprobs = any(request.num_logprobs is not None for request in others)
         if with_logprobs:
             recorded = min((found for found in self._logprobs if found >= num_rows), default=None)
             if recorded is None:
@@ -371,7 +377,7 @@ class Runner:
         for result, drawn in islice(pairs, None if with_logprobs else 1):
             result[rows].copy_(drawn[rows], non_blocking=True)
         hidden = None
-        if any(run.sequence.request.wants_hidden for run in drawing):
+        if any(request.wants_hidden for request in others):
             self._hidden.reverse()
             hidden = self._hidden[0]
             hidden[rows].copy_(self._buffers.activations.last[rows], non_blocking=True)
@@ -388,8 +394,11 @@ class Runner:
 
 def _size_of(runs: Sequence[Run]) -> StepSize:
     """Count the rows of ``runs``, of which those of one token come first."""
-    num_chunks = sum(run.num_tokens > 1 for run in runs)
-    num_tokens, num_drawing = sum(run.num_tokens for run in runs), sum(run.draws for run in runs)
+    num_chunks = num_tokens = num_drawing = 0
+    for run in runs:
+        num_tokens += run.num_tokens
+        num_chunks += run.num_tokens > 1
+        num_drawing += run.draws
     return StepSize(num_tokens, len(runs) - num_chunks, num_chunks, num_drawing)
 
 

@@ -214,10 +214,11 @@ class Scheduler:
         num_drawing = nums_left.count(1)
         for sequence, num_left in zip(list(self.running), nums_left, strict=True):
             num_drawing -= num_left == 1
-            if sequence.status is not RequestStatus.RUNNING:  # it had to make room
+            if (kv := sequence.kv) is None or sequence.status is not RequestStatus.RUNNING:  # it had to make room
                 continue
             num_tokens = min(num_left, step.num_tokens_left - num_drawing)
-            if num_tokens > 0 and self._secure(sequence, num_tokens, step):
+            has_places = sequence.num_scheduled + num_tokens - kv.num_tokens <= kv.num_reserved  # as for most tokens
+            if num_tokens > 0 and (has_places or self._secure(sequence, num_tokens, step)):
                 step.put(sequence, num_tokens)
 
     def _admit(self, step: NextStep) -> None:
@@ -247,8 +248,9 @@ class Scheduler:
         """Schedule tokens, which count as computed from here on."""
         start = sequence.num_scheduled
         sequence.num_scheduled += num_tokens
-        draws = sequence.num_scheduled == sequence.length
-        run = Run(sequence, start, num_tokens, draws, is_pending=sequence.num_scheduled > len(sequence.tokens))
+        num_known = len(sequence.tokens)
+        draws = sequence.num_scheduled == num_known + sequence.num_pending
+        run = Run(sequence, start, num_tokens, draws, sequence.num_scheduled > num_known)
         sequence.num_pending += draws
         self.counts.num_tokens_computed += num_tokens
         self.counts.num_chunks += not draws
@@ -369,8 +371,6 @@ class Scheduler:
         """
         assert sequence.kv is not None
         wanted = sequence.num_scheduled + num_tokens - sequence.kv.num_tokens
-        if wanted <= sequence.kv.num_reserved:  # as for most tokens
-            return True
         while self.cache.reserve(sequence.kv, wanted) is not None:
             if len(self.running) == 1:
                 self._reserve_alone(sequence.kv, wanted)

@@ -150,7 +150,10 @@ class Victims:
 
     def put(self, page: int, tenant: str, rank: Rank) -> None:
         """Add a page of ``tenant`` as a victim."""
-        self._pages.setdefault(tenant, Ranked()).put(page, rank)
+        pages = self._pages.get(tenant)
+        if pages is None:
+            pages = self._pages[tenant] = Ranked()
+        pages.put(page, rank)
         self._count += 1
         self.refresh(tenant)
 
@@ -173,6 +176,8 @@ class Victims:
 
     def refresh(self, tenant: str) -> None:
         """Update the order after the tenant's charge has changed."""
+        if tenant not in self._pages and tenant not in self._open:  # as while nothing is cached
+            return
         first = self._first_of(tenant)
         if first is None or self._ledger.surplus_nbytes(tenant) < self._page_nbytes:
             self._open.discard(tenant)

@@ -187,7 +187,8 @@ class KVCache:
         while len(tail) >= self.page_size:
             self._publish_next(sequence, tuple(tail[: self.page_size]))
             del tail[: self.page_size]
-        self._drop_outside_windows(sequence)
+        if self._windowed:
+            self._drop_outside_windows(sequence)
 
     def close(self, sequence: KVSequence) -> None:
         """Drop all pages of a sequence, the last first, so that the end of a text is evicted before its beginning.
