@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -176,29 +178,53 @@ def test_experts_may_be_quantized_in_one_of_their_two_stacks() -> None:
     check_fed(random(3, 64), weights, routed(3, 2, 1))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
-@pytest.mark.parametrize("form", [None, (16, 1, 128, 4, True, True)])
-def test_products_of_experts_compile_for_tensor_cores(form: tuple[object, ...] | None) -> None:
-    """Prevents: what the interpreter takes and the compiler does not. Needs no GPU."""
+def compiled(kernel: Any, form: tuple[object, ...] | None, tile: Any) -> Any:
+    """One of the products for an H200, of 128 experts of 2,048 by 2,048."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = experts_module._down_kernel
-    constants = {"D": 2048, "F": 2048, "E": 8, "FORMAT": form, "WHOLE": True}
-    constants |= {"BLOCK_T": 32, "BLOCK_N": 64, "BLOCK_K": 64 if form is None else 128}
-    types = dict.fromkeys(("order", "starts", "columns"), "*i32") | {"weights": "*fp32", "parts": "*bf16"}
-    types |= {"hidden": "*bf16", "down": "*u8" if form else "*bf16", "scales": "*fp16", "zeros": "*u8"}
+    constants = {"D": 2048, "F": 2048, "E": 128, "S": 8, "FORMAT": form, "WHOLE": True}
+    constants |= {"BLOCK_T": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": 128 if form else tile.depth}
+    matrices = "*bf16" if form is None else "*u8" if form[3] == 4 else "*fp8e4nv"
+    types = dict.fromkeys(("order", "starts", "columns"), "*i32") | dict.fromkeys(("hidden", "parts", "x"), "*bf16")
+    types |= {"weights": "*fp32", "scales": "*fp16", "zeros": "*u8", "x_row": "i32"}
+    types |= dict.fromkeys(("gate_up", "down"), matrices)
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in constants else types[name] for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
+        constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants},
     )
-    options = {"num_warps": 4, "num_stages": 4, "enable_fp_fusion": True}
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    assert "mma" in ptx
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+FORMS = {"dense": None, "4 bits": (16, 1, 128, 4, True, True), "blocks of fp8": (16, 128, 128, 8, False, False)}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("name", ["dense", "4 bits"])
+def test_products_of_experts_compile_for_tensor_cores(name: str) -> None:
+    """Prevents: what the interpreter takes and the compiler does not. Needs no GPU."""
+    tile = experts_module._Tile(16, 64, 128, 1, 4, 3)
+    assert "mma" in compiled(experts_module._down_kernel, FORMS[name], tile).asm["ptx"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("name", ["4 bits", "blocks of fp8"])
+def test_the_largest_tiles_of_quantized_products_stay_in_registers(name: str, tmp_path: Path) -> None:
+    """Prevents: tiles that fit where matrices are dense, and spill where each group's sum is apart. Needs no GPU."""
+    stack = Shape(32, 32, bits=4).stack(1)
+    tiles = experts_module._tiles(1 << 20, ExpertWeights(stack, stack))
+    tool = Path(pytest.importorskip("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
+    for kernel, tile in zip((experts_module._gate_up_kernel, experts_module._down_kernel), tiles, strict=True):
+        assert tile.rows == 128
+        (tmp_path / "kernel").write_bytes(compiled(kernel, FORMS[name], tile).asm["cubin"])
+        told = subprocess.check_output([tool, "--dump-resource-usage", tmp_path / "kernel"], text=True)
+        assert "STACK:0 " in told, told
 
 
 def test_a_step_of_no_tokens_writes_nothing() -> None:

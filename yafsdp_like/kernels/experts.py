@@ -15,7 +15,7 @@ Shapes: T tokens, R visits, D model, F feed-forward, E experts.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from yafsdp_like.kernels.quantized import Matrix
 
 _BLOCK_SUM = 1024  # columns of a program that adds up visits
+_MANY_ROWS = 128  # of a tile
 _SHARED_NBYTES = 200 << 10  # of a multiprocessor's memory, that the tiles of a product may take
 
 
@@ -100,7 +101,7 @@ def _float32(matrix: Matrix) -> Tensor:
 def _launch(rows: Tensor, weights: ExpertWeights, visits: Visits, hidden: Tensor, parts: Tensor, out: Tensor) -> None:
     (num_tokens, dim), num_experts, ffn_dim = rows.shape, visits.num_experts, hidden.shape[1]
     num_per_token = len(visits.order) // num_tokens
-    up, down = _tiles(len(visits.order), num_experts)
+    up, down = _tiles(len(visits.order), weights)
     shared = {"E": num_experts, "D": dim, "F": ffn_dim, "enable_fp_fusion": True}
     _gate_up_kernel[(-(-ffn_dim // up.columns), num_experts, up.num_shares)](
         hidden,
@@ -151,10 +152,19 @@ _TILES = (
 )
 
 
-def _tiles(num_visits: int, num_experts: int) -> tuple[_Tile, _Tile]:
-    """Return what programs of the two products compute at a time."""
-    even = -(-num_visits // num_experts)
-    return next((up, down) for most, up, down in _TILES if even <= most)
+def _tiles(num_visits: int, weights: ExpertWeights) -> tuple[_Tile, _Tile]:
+    """Return what programs of the two products compute at a time.
+
+    A tile of many rows has half as many columns where the matrix is quantized: the sum of a group is apart from that of
+    all until it is scaled, and both together have no room in registers.
+    """
+    even = -(-num_visits // len(weights.down))
+    found = next((up, down) for most, up, down in _TILES if even <= most)
+    up, down = (
+        tile if isinstance(stack, Tensor) or tile.rows < _MANY_ROWS else replace(tile, columns=tile.columns // 2)
+        for tile, stack in zip(found, (weights.gate_up, weights.down), strict=True)
+    )
+    return up, down
 
 
 def _tensors(stack: Matrix) -> tuple[Tensor, ...]:
