@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import replace
 from functools import partial
@@ -278,31 +279,37 @@ def test_turns_by_targets_go_by_the_first_ranks_clock() -> None:
 
 
 def switch_late() -> list[bool]:
-    """Whether the embedding and the head are the decoder's after each switch, of ranks of which one is always late."""
-    pool, found = rank_pool(asked="peer"), []
+    """Whether the embedding and the head are the decoder's after each switch.
+
+    One rank copies late, then pulls late: from a tied model, whose bytes the other rank is about to overwrite.
+    """
+    modules, found = {name: copy.deepcopy(decoder(config)) for name, config in CONFIGS.items()}, []
+    for number, module in enumerate(modules.values(), 1):
+        module.embed_tokens.weight.data.mul_(number)  # they begin with the same values, like all first values
+    pool = rank_pool(models={name: model_of(module) for name, module in modules.items()}, asked="peer")
     pool.load_all()
-    for number in range(6):
-        name = [*CONFIGS][number % len(CONFIGS)]
-        weights, module = pool._members[name].weights, decoder(CONFIGS[name])
-        copy_in, pulls = weights.copy_in, dict(weights._pulls)
+    is_late = dist.get_rank() == 1
 
-        def late(act: Callable[..., None], *arguments: Any, on: int = number % 2) -> None:
-            time.sleep(0.02 * (dist.get_rank() == on))
-            act(*arguments)
+    def late(seconds: float, act: Callable[..., None], *arguments: Any) -> None:
+        time.sleep(seconds * is_late)
+        act(*arguments)
 
-        weights.copy_in = partial(late, copy_in)  # type: ignore[method-assign]
-        weights._pulls = {unit: partial(late, pull) for unit, pull in pulls.items()}
-        assert pool.wake_up(name).nbytes > 0
-        weights.copy_in, weights._pulls = copy_in, pulls  # type: ignore[method-assign]
+    for name, copy_s, pull_s in (("plain", 0.03, 0), ("wide, tied", 0, 0.2), ("windows", 0.03, 0)):
+        weights = pool._members[name].weights
+        copy_in, pulls = weights.copy_in, weights._pulls
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(weights, "copy_in", partial(late, copy_s, copy_in))
+            patch.setattr(weights, "_pulls", {unit: partial(late, pull_s, pull) for unit, pull in pulls.items()})
+            assert pool.wake_up(name).nbytes > 0
         for unit in range(len(weights._units)):
             weights._acquire(unit)
-        found += [torch.equal(weights.embedding(), module.embed_tokens.weight)]
-        found += [torch.equal(weights.head()[1], module.lm_head.weight)]
+        found += [torch.equal(weights.embedding(), modules[name].embed_tokens.weight)]
+        found += [torch.equal(weights.head()[1], modules[name].lm_head.weight)]
     return found
 
 
 def test_a_rank_pulls_what_others_have_copied_and_overwrites_what_they_have_pulled() -> None:
-    assert run_ranks(switch_late) == [[True] * 12] * 2
+    assert run_ranks(switch_late) == [[True] * 6] * 2
 
 
 def races_of_ranks(forgets: list[tuple[str, str]]) -> int:
