@@ -423,14 +423,17 @@ def test_a_part_that_is_read_in_pieces_is_the_part_that_is_read_at_once(experts:
 # --- on GPUs ---
 
 
-def serve_on_gpus() -> tuple[Any, int]:
+def serve_on_gpus(asked: TransportName) -> tuple[Any, int]:
     """Models that take turns on two GPUs, and how many steps are recorded; nothing is allocated while they switch."""
     hardware = Hardware.of(torch.device("cuda"))
     models = pooled(replace(ONE, costs=None))
-    wide = plan_pool(models, PoolOptions(64 << 30), hardware, 2)
+    transport = world_transport("cuda", asked)
+    ranks = {"num_ranks": 2, "maps_memory": maps_slabs(transport)}
+    wide = plan_pool(models, PoolOptions(64 << 30), hardware, **ranks)
     limit = wide.memory.nbytes - wide.grid.region_nbytes + wide.recordings_nbytes + SMALL
-    plan = plan_pool(models, PoolOptions(limit, host_kv_nbytes=64 << 20, max_turn_steps=4), hardware, 2)
-    pool = ModelPool(plan, models_of(), "cuda")
+    plan = plan_pool(models, PoolOptions(limit, host_kv_nbytes=64 << 20, max_turn_steps=4), hardware, **ranks)
+    pool = ModelPool(plan, models_of(), "cuda", transport=transport)
+    assert plan.maps_memory is (asked == "peer")
     draw_alone_and_together(pool, seed=0)
     before = allocations()
     for _ in range(10):
@@ -441,6 +444,7 @@ def serve_on_gpus() -> tuple[Any, int]:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:.*CUDA graphs do not fit")
-def test_models_take_turns_on_two_gpus_and_answer_as_they_do_alone() -> None:
-    (first, num_recorded), (second, _) = run_ranks(serve_on_gpus, device="cuda", timeout=120)
+@pytest.mark.parametrize("asked", ["process_group", "peer"])
+def test_models_take_turns_on_two_gpus_and_answer_as_they_do_alone(asked: TransportName) -> None:
+    (first, num_recorded), (second, _) = run_ranks(serve_on_gpus, asked, device="cuda", timeout=120)
     assert first == second and len(first[0]) > 20 and num_recorded > 0
