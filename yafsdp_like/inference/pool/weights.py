@@ -50,10 +50,13 @@ class PooledWeights(Weights):
         self._places = [flat_bytes(self._home.part(unit)) for unit in self._units]
         self._mapped = mapped
         self._pulls: dict[int, Callable[[], None]] = {}  # of units that come in parts
-        for unit, place in enumerate(self._places):
-            if mapped is not None and plan.is_pulled(unit):
-                self._pulls[unit] = mapped.all_gather_in_place(place)
-                self._pulls[unit]()  # nothing yet; what is recorded is recorded now
+        if mapped is not None:
+            places = enumerate(self._places)
+            self._pulls = {u: mapped.all_gather_in_place(place) for u, place in places if plan.is_pulled(u)}
+        with streams.on(GATHER):
+            for pull in self._pulls.values():
+                pull()  # of nothing yet; what is recorded is recorded now
+        streams.wait(COMPUTE, streams.record(GATHER))
 
     def _whole(self, unit: int) -> Place:
         return self._home.part(self._units[unit])
