@@ -88,7 +88,7 @@ class MappedMemory:
                 return [mine if rank == self._group.rank() else part for rank, part in enumerate(parts)]
         raise AssertionError(f"a tensor of shape {tuple(mine.shape)} lies outside the memory that peers map")
 
-    def all_gather_in_place(self, whole: torch.Tensor) -> Callable[[], None]:
+    def pull_chunks(self, whole: torch.Tensor) -> Callable[[], None]:
         """Prepare to pull every other rank's chunk of ``whole``, ``(ranks * n,)``, out of the same place in its memory.
 
         This rank's own chunk is there already. Calling what is returned issues copies to the current stream, the next

@@ -52,7 +52,7 @@ class PooledWeights(Weights):
         self._pulls: dict[int, Callable[[], None]] = {}  # of units that come in parts
         if mapped is not None:
             places = enumerate(self._places)
-            self._pulls = {u: mapped.all_gather_in_place(place) for u, place in places if plan.is_pulled(u)}
+            self._pulls = {u: mapped.pull_chunks(place) for u, place in places if plan.is_pulled(u)}
         with streams.on(GATHER):
             for pull in self._pulls.values():
                 pull()  # of nothing yet; what is recorded is recorded now
