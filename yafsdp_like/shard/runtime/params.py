@@ -206,6 +206,8 @@ class ParamLifecycle:
 
     def others_awaiting_backward(self, slot: GatherSlot) -> list[str]:
         """Return the names of other models' units that will need ``slot``'s bytes for a backward."""
+        if self._context.memory.shared is None:
+            return []
         others = (other.unit for other in slot.neighbours if other.unit not in self._units)
         return [unit.name for unit in others if unit.awaits_backward]
 
