@@ -223,7 +223,7 @@ class Unit:
         if self.engine is not None:
             raise RuntimeError(
                 f"unit {self.name!r} has run or shares slots already (rank {self.transport.rank}), and how its bytes "
-                f"move is fixed: set {', '.join(changes)} between fully_shard and share_slots, or the first forward"
+                f"move is fixed: set {', '.join(changes)} between fully_shard and the first forward, or share_slots"
             )
         self.custom = replace(self.custom, **changes)
         self.transport = customized(self.transport, self.mesh.get_group(self.mesh.ndim - 1), self.custom)
