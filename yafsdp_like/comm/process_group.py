@@ -56,18 +56,16 @@ class ProcessGroupTransport:
         scratch: torch.Tensor | None = None,
     ) -> AllGather:
         """See ``Transport``."""
-        if self.world_size == 1:
-            return partial(self._all_gather, [])
-        if outputs and outputs[0].is_cpu:  # as bytes: gloo does not know every dtype, float8 for one
-            outputs, inputs = [o.view(torch.uint8) for o in outputs], [i.view(torch.uint8) for i in inputs]
-        return partial(self._all_gather, by_dtype(outputs, inputs))
+        pieces = by_dtype(outputs, inputs) if self.world_size > 1 else []
+        return partial(self._all_gather, pieces)
 
     def _all_gather(self, pieces: Pieces) -> None:
         options = AllgatherOptions()
         options.asyncOp = False  # on the current stream, not on one of the group's own
         for out, inp in pieces:
-            if out[0].is_cpu:  # see [Note: gloo gathers piece by piece]
-                works = [self._gather_group._allgather_base(o, i, options) for o, i in zip(out, inp, strict=True)]
+            if out[0].is_cpu:  # see [Note: gloo gathers piece by piece]; as bytes, since gloo lacks float8
+                both = [(o.view(torch.uint8), i.view(torch.uint8)) for o, i in zip(out, inp, strict=True)]
+                works = [self._gather_group._allgather_base(o, i, options) for o, i in both]
             else:
                 works = [getattr(self._gather_group, _GATHER)(out, inp, options)]
             for work in works:
