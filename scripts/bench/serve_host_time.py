@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -67,7 +67,7 @@ class Traffic:
 
     def __init__(self, num_rows: int) -> None:
         options = EngineOptions(kv_nbytes=64 << 20, max_batch_size=128, max_batch_tokens=2048)
-        self._engine: Any = Engine.load(model_of(Decoder(CONFIG)), options, device="cpu", dtype=torch.float32)
+        self._engine = cast("Any", Engine.load(model_of(Decoder(CONFIG)), options, device="cpu", dtype=torch.float32))
         self._engine._runner._recordings, self._engine._runner._on_gpu = _NoWork(), True
         self._between, self._draw = NEW_TOKENS / num_rows, random.Random("traffic")
         self._num_steps = self._num_added = 0

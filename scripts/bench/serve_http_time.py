@@ -75,17 +75,18 @@ class PacedEngine:
 
     def _await_rest(self) -> float:
         """Wait until the event loop has done all that it had to do, and return the CPU's seconds of its thread."""
-        assert self._loop is not None
+        loop = self._loop
+        assert loop is not None
         has_rested, found = threading.Event(), list[float]()
 
         def turn(left: int) -> None:
             if left:
-                self._loop.call_soon(turn, left - 1)
+                loop.call_soon(turn, left - 1)
             else:
                 found.append(time.thread_time())
                 has_rested.set()
 
-        self._loop.call_soon_threadsafe(turn, NUM_TURNS)
+        loop.call_soon_threadsafe(turn, NUM_TURNS)
         has_rested.wait()
         return found[0]
 
