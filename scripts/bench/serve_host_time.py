@@ -62,7 +62,7 @@ class _NoWork:
         pass
 
 
-class Traffic:
+class SteadyTraffic:
     """Steps of an engine that leaves out what a GPU would do, whose requests arrive so that ``num_rows`` decode."""
 
     def __init__(self, num_rows: int) -> None:
@@ -117,7 +117,7 @@ class Traffic:
         return self._engine._unread is not None and self._engine._unread[0].runs[-1].num_tokens > 1
 
 
-def mean_counts(traffic: Traffic, mixed: bool) -> StepCosts:
+def mean_counts(traffic: SteadyTraffic, mixed: bool) -> StepCosts:
     """Return the mean counts of the steps of one kind among the next ones; times are left out."""
     steps = [step for step in (traffic.counted_step() for _ in range(NUM_COUNTED)) if step.mixed is mixed]
     means = {
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--functions", type=int, default=0, help="print so many lines of a profile too")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    traffic = Traffic(options.rows)
+    traffic = SteadyTraffic(options.rows)
     steps = [traffic.step() for _ in range(options.steps)]
     for mixed in (False, True):
         us = [step.us for step in steps if step.mixed is mixed]

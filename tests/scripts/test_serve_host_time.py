@@ -1,6 +1,6 @@
 """What a step of serving costs the CPU: counts of calls, which are the same in every run, have bounds."""
 
-from bench.serve_host_time import Traffic, mean_counts
+from bench.serve_host_time import SteadyTraffic, mean_counts
 
 # With 32 rows that decode, and where a step mixes a prompt of 512 tokens beside them. Rows that use none of what a
 # request may ask for beside tokens are to pay nothing for it. Lower the bounds when the counts fall.
@@ -8,7 +8,7 @@ BOUNDS = {False: {"package_calls": 545, "c_calls": 690}, True: {"package_calls":
 
 
 def test_a_step_costs_no_more_calls_than_it_did() -> None:
-    traffic = Traffic(num_rows=32)
+    traffic = SteadyTraffic(num_rows=32)
     for mixed, bounds in BOUNDS.items():
         costs = mean_counts(traffic, mixed)
         more = {name: (getattr(costs, name), most) for name, most in bounds.items() if getattr(costs, name) > most}
