@@ -235,7 +235,7 @@ def _product(
             zeros + index * NUM_SCALES,
             order + index * K,
         )
-        sums = product(x, inside, matrix, n, N, DTYPE, K, FORMAT, WHOLE, BLOCK_T, BLOCK_N, BLOCK_K)
+        sums = product(x, inside, matrix, n, N, 0, K, DTYPE, K, FORMAT, WHOLE, BLOCK_T, BLOCK_N, BLOCK_K)
         sums = tl.trans(sums)
     return sums
 

@@ -1,205 +1,155 @@
-"""Products with matrices of 8 or 4 bits an element, which are multiplied as they are stored: nothing else is written.
+"""Products with matrices of 8 or 4 bits an element, which are multiplied as they are stored, but for many rows.
 
-Owns what a quantized matrix consists of, its value in plain torch, and one kernel for any number of rows: programs turn
-tiles of codes into numbers in registers. A code is exact in bfloat16, and sums are scaled in float32, so that a product
-is rounded once; in plain torch a value is ``(code - zero) * scale`` in float32. Stacks of matrices are multiplied in
-`experts.py`, by the same ``product`` of tiles.
+Owns how many rows are multiplied in which way, and the kernel for more rows than a few: programs turn tiles of codes
+into numbers in registers. A code is exact in bfloat16, and sums are scaled in float32, so that a product is rounded
+once. For many rows the matrix is written as values first, since a library multiplies them faster by far. Stacks of
+matrices are multiplied in `experts.py`, by the same ``product`` of tiles.
 
-[Note: two codes a byte]
-Codes of 4 bits lie in pairs that are a run of columns apart: of each 2 R columns, byte ``j`` of R holds column ``j`` in
-its low half and column ``R + j`` in its high half. So both halves of a tile of bytes are tiles of columns side by side,
-and meet their columns of the rows without being shuffled. A group of columns is whole runs.
-
-Shapes: T rows, K columns of them, N rows of the matrix, R columns of a run, E matrices of a stack.
+Shapes: T rows, K columns of them, N rows of the matrix, R columns of a run, see `quantized_matrix.py`.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from yafsdp_like.kernels.blocks import INTERPRETED, dot, jit, launching_on, rounded, runs_on, tl
+from yafsdp_like.kernels import quantized_few
+from yafsdp_like.kernels.blocks import dot, jit, launching_on, rounded, runs_on, tl
+from yafsdp_like.kernels.codes import SYMMETRIC_ZERO, numbers_of_eight_bits, numbers_of_four_bits
+from yafsdp_like.kernels.dequantize import dequantize
+from yafsdp_like.kernels.quantized_matrix import MAX_COLUMNS, QuantizedMatrix, packed_codes, run_of, unpacked_codes
 
-SYMMETRIC_ZERO = 8  # the code of 0 where a matrix of 4 bits has no zeros of its own
-_MOST_COLUMNS = 128  # of a tile
-_LEAST_RUN = 16  # columns that a product of tiles takes at least
+__all__ = ["Matrix", "QuantizedMatrix", "multiply_quantized", "packed_codes", "product", "run_of", "unpacked_codes"]
+
+_MATRIX_ROWS = 64  # of a tile
+_MAX_DIRECT_ROWS = 128  # of which more are multiplied with a matrix that is dequantized before
+_MAX_NUMEL = 1 << 25  # of what is dequantized at once
 if tl is not None:
-    _INTERPRETED, _ZERO = tl.constexpr(INTERPRETED), tl.constexpr(SYMMETRIC_ZERO)
+    _ZERO = tl.constexpr(SYMMETRIC_ZERO)
 
 
-def run_of(group_columns: int) -> int:
-    """Return R for groups of so many columns, see [Note: two codes a byte].
-
-    Raises ValueError for groups that no runs of 16 columns or more make up.
-    """
-    run = math.gcd(_MOST_COLUMNS, group_columns) // 2
-    if run < _LEAST_RUN:
-        raise ValueError(f"groups of 4 bits have a multiple of {2 * _LEAST_RUN} columns, found {group_columns}")
-    return run
-
-
-def packed_codes(codes: Tensor, run: int) -> Tensor:
-    """Return codes below 16 of any integers, (N, K), as (N, K / 2) uint8, see [Note: two codes a byte]."""
-    low, high = codes.to(torch.uint8).unflatten(1, (-1, 2, run)).unbind(2)  # (N, K / 2 R, R) each
-    return (low | high << 4).flatten(1)
+def workspace_nbytes(num_rows: int, shape: tuple[int, ...], itemsize: int) -> int:
+    """Return the bytes that `multiply_quantized` needs for up to T rows of so many bytes an element, and (N, K)."""
+    num_matrix_rows, num_columns = shape
+    nbytes = 0
+    for count in (min(num_rows, 32), min(num_rows, _MAX_DIRECT_ROWS)):
+        num_pieces = _num_pieces(count, shape)
+        if num_pieces > 1:
+            nbytes = max(nbytes, num_pieces * count * num_matrix_rows * torch.float32.itemsize)
+    if num_rows > _MAX_DIRECT_ROWS:
+        nbytes = max(nbytes, _rows_at_once(num_matrix_rows, num_columns) * num_columns * itemsize)
+    return nbytes
 
 
-def unpacked_codes(packed: Tensor, run: int) -> Tensor:
-    """Return what ``packed_codes`` was given, as (N, K) uint8."""
-    halves = packed.unflatten(1, (-1, run))  # (N, K / 2 R, R)
-    return torch.stack((halves & 15, halves >> 4), dim=2).flatten(1)
-
-
-@dataclass(frozen=True)
-class QuantizedMatrix:
-    """A matrix (N, K) of codes, with a scale for each group of ``group_rows`` by ``group_columns`` of them.
-
-    Or a stack of E such matrices: all tensors, and ``shape``, have E before the sizes that are named here.
-    """
-
-    codes: Tensor  # (N, K) float8_e4m3fn, or (N, K / 2) uint8
-    scales: Tensor  # (ceil(N / group_rows), ceil(K / group_columns)) of any floating point
-    group_rows: int
-    group_columns: int
-    zeros: Tensor | None = None  # as many uint8: the codes of 0; of 4 bits only
-    order: Tensor | None = None  # (K,) int32: the column of rows that each column is multiplied with
-
-    def __post_init__(self) -> None:
-        *stacked, num_rows, num_columns = self.shape
-        groups = (*stacked, -(-num_rows // self.group_rows), -(-num_columns // self.group_columns))
-        assert self.scales.shape == groups, f"scales {tuple(self.scales.shape)}, expected {groups}"
-        assert self.zeros is None or self.zeros.shape == groups, f"zeros {self.zeros}, expected {groups}"
-
-    @property
-    def bits(self) -> int:
-        """Of a code."""
-        return 4 if self.codes.dtype == torch.uint8 else 8
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """N and K."""
-        return *self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.bits
-
-    def __len__(self) -> int:
-        """Return N, or E of a stack."""
-        return len(self.codes)
-
-    def __getitem__(self, index: int) -> QuantizedMatrix:
-        """Return one matrix of a stack."""
-        tensors = (None if tensor is None else tensor[index] for tensor in (self.zeros, self.order))
-        return QuantizedMatrix(self.codes[index], self.scales[index], self.group_rows, self.group_columns, *tensors)
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Codes, scales, zeros and order, as kernels take them: scales stand for those that there are not."""
-        return (
-            self.codes,
-            self.scales,
-            self.scales if self.zeros is None else self.zeros,
-            self.scales if self.order is None else self.order,
-        )
-
-    @property
-    def format(self) -> tuple[int, int, int, int, bool, bool]:
-        """What every kernel that multiplies it is compiled with: groups of a row, their sizes, bits, zeros, order."""
-        num_groups, has_zeros, is_ordered = self.scales.shape[-1], self.zeros is not None, self.order is not None
-        return num_groups, self.group_rows, self.group_columns, self.bits, has_zeros, is_ordered
-
-    @property
-    def tile_columns(self) -> int:
-        """Columns of a tile, which are of one group, so that each row has one scale; if rows have one, any number."""
-        if self.bits == 8 and self.scales.shape[-1] == 1:
-            return _MOST_COLUMNS
-        return math.gcd(_MOST_COLUMNS, self.group_columns)
-
-    def dequantized(self) -> Tensor:
-        """Return one matrix (N, K) in float32, columns in the order of those that they are multiplied with."""
-        num_rows, num_columns = self.shape
-        rows, columns = (
-            torch.arange(size, device=self.codes.device) // group
-            for size, group in ((num_rows, self.group_rows), (num_columns, self.group_columns))
-        )
-        values = self.codes if self.bits == 8 else unpacked_codes(self.codes, run_of(self.group_columns))
-        values = values.float()
-        if self.bits == 4:
-            values -= SYMMETRIC_ZERO if self.zeros is None else self.zeros.float()[rows][:, columns]
-        values *= self.scales.float()[rows][:, columns]
-        if self.order is None:
-            return values
-        return torch.empty_like(values).index_copy_(1, self.order.long(), values)
-
-
-def multiply_quantized(rows: Tensor, matrix: QuantizedMatrix, out: Tensor) -> None:
+def multiply_quantized(rows: Tensor, matrix: QuantizedMatrix, out: Tensor, workspace: Tensor) -> None:
     """Write `rows @ matrix.T` into `out` on the current stream, summed in float32 and rounded once.
+
+    Where kernels run, more than 128 rows are multiplied with values of the matrix that are rounded to their dtype.
 
     Args:
         rows: `(T, K)`, dense in the last dim.
         matrix: `(N, K)`.
         out: `(T, N)` of the dtype of rows, dense in the last dim.
+        workspace: flat uint8, `workspace_nbytes` or more; overwritten.
 
-    Raises `RuntimeError` for shapes that do not fit.
+    Raises `RuntimeError` for shapes that do not fit, and a workspace that is too small.
     """
     if rows.shape[1:] != matrix.shape[1:] or out.shape != (len(rows), len(matrix)):
         raise RuntimeError(
             f"rows {tuple(rows.shape)} and a matrix {matrix.shape} cannot be multiplied into {tuple(out.shape)}"
         )
+    needed = workspace_nbytes(len(rows), matrix.shape, rows.itemsize)
+    if len(workspace) < needed:
+        raise RuntimeError(f"expected a workspace of {needed} bytes, found {len(workspace)}")
     if not len(rows):
         return
-    if runs_on(rows.device):
-        with launching_on(rows.device):
-            _launch(rows, matrix, out, blocks_for(len(rows), matrix))
-    else:
+    if not runs_on(rows.device):
         out.copy_(rows.float() @ matrix.dequantized().T)
+    elif len(rows) > _MAX_DIRECT_ROWS:
+        _multiply_dequantized(rows, matrix, out, workspace)
+    else:
+        with launching_on(rows.device):
+            if len(rows) <= quantized_few.MAX_ROWS:
+                quantized_few.launch(rows, matrix, out)
+            else:
+                _launch(rows, matrix, out, workspace)
+
+
+def _rows_at_once(num_rows: int, num_columns: int) -> int:
+    """Return how many rows of a matrix are dequantized before they are multiplied: so many stay in a GPU's cache."""
+    return min(num_rows, 4096, 1 << max(7, (_MAX_NUMEL // num_columns).bit_length() - 1))
+
+
+def _multiply_dequantized(rows: Tensor, matrix: QuantizedMatrix, out: Tensor, workspace: Tensor) -> None:
+    num_rows, num_columns = matrix.shape
+    at_once = _rows_at_once(num_rows, num_columns)
+    values = workspace[: at_once * num_columns * rows.itemsize].view(rows.dtype).view(at_once, num_columns)
+    for first in range(0, num_rows, at_once):
+        weight = values[: num_rows - first]
+        dequantize(matrix, first, weight)
+        torch.mm(rows, weight.t(), out=out[:, first : first + at_once])
 
 
 Matrix = Tensor | QuantizedMatrix  # or a stack of such
 
 
 class Blocks(NamedTuple):
-    """What one program computes, and by how many warps; see ``_product_kernel``."""
+    """What one program computes, of how many pieces of K; see ``_product_kernel``."""
 
     rows: int  # of T
-    matrix_rows: int  # of N
-    num_warps: int
+    num_pieces: int
     num_stages: int
 
 
 def blocks_for(num_rows: int, matrix: QuantizedMatrix) -> Blocks:
-    """Return the blocks of a product: few rows have many small programs, so that enough bytes are on their way."""
-    if num_rows <= 16:
-        return Blocks(16, 16 if len(matrix) <= 8192 else 32, 4, 5)
+    """Return the blocks of a product of more than a few rows, as measured on an H200."""
+    num_pieces = _num_pieces(num_rows, matrix.shape)
     if num_rows <= 32:
-        return Blocks(32, 32, 4, 4)
-    if num_rows <= 64:
-        return Blocks(64, 64, 4, 4)
-    return Blocks(128, 128, 8, 3)
+        return Blocks(32, num_pieces, 4)
+    return Blocks(64 if num_rows <= 64 else 128, num_pieces, 3)
 
 
-def _launch(rows: Tensor, matrix: QuantizedMatrix, out: Tensor, blocks: Blocks) -> None:
-    num_rows, num_columns = matrix.shape
-    grid = (-(-len(rows) // blocks.rows), -(-num_rows // blocks.matrix_rows))
+def _num_pieces(num_rows: int, shape: tuple[int, ...]) -> int:
+    """Return into how many pieces K is cut, so that there are programs enough where the matrix has few rows."""
+    if num_rows <= quantized_few.MAX_ROWS:
+        return 1
+    num_matrix_rows, num_columns = shape
+    wanted = (512 if num_rows <= 32 else 256) * _MATRIX_ROWS // num_matrix_rows
+    return min(8, 1 << max(wanted, 1).bit_length() - 1, -(-num_columns // MAX_COLUMNS))
+
+
+def _launch(rows: Tensor, matrix: QuantizedMatrix, out: Tensor, workspace: Tensor) -> None:
+    (num_rows, num_columns), blocks = matrix.shape, blocks_for(len(rows), matrix)
+    piece_columns = -(-num_columns // (blocks.num_pieces * MAX_COLUMNS)) * MAX_COLUMNS
+    num_pieces = -(-num_columns // piece_columns)
+    parts = out if num_pieces == 1 else workspace[: num_pieces * len(rows) * num_rows * 4].view(torch.float32)
+    grid = (-(-len(rows) // blocks.rows), -(-num_rows // _MATRIX_ROWS), num_pieces)
     _product_kernel[grid](
-        out,
+        parts,
         rows,
         *matrix.tensors,
         len(rows),
         num_rows,
         rows.stride(0),
-        out.stride(0),
+        out.stride(0) if num_pieces == 1 else num_rows,
         NUM_COLS=num_columns,
         FORMAT=matrix.format,
-        WHOLE=num_rows % blocks.matrix_rows == 0 and num_columns % matrix.tile_columns == 0,
+        WHOLE=num_rows % _MATRIX_ROWS == 0 and num_columns % matrix.tile_columns == 0,
+        PIECE_COLS=piece_columns,
         BLOCK_T=blocks.rows,
-        BLOCK_N=blocks.matrix_rows,
+        BLOCK_N=_MATRIX_ROWS,
         BLOCK_K=matrix.tile_columns,
-        num_warps=blocks.num_warps,
+        num_warps=4,
         num_stages=blocks.num_stages,
         enable_fp_fusion=True,
     )
+    if num_pieces > 1:
+        block = 512
+        _add_pieces_kernel[(len(rows), -(-num_rows // block))](
+            out, parts, len(rows), num_rows, out.stride(0), PIECES=num_pieces, BLOCK=block
+        )
 
 
 @jit()
@@ -219,18 +169,14 @@ def _columns_of(
 
 
 @jit()
-def _numbers(values: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """Codes as numbers in the dtype of rows, which holds them exactly; products of the interpreter are in float32."""
-    return values.to(tl.float32 if _INTERPRETED else DTYPE)
-
-
-@jit()
 def product(
     rows: tl.tensor,  # pointers to rows, (BLOCK_T,)
     inside: tl.tensor,  # (BLOCK_T,): which rows are there
     matrix: tl.tensor,  # pointers to codes, scales, zeros and order, as in ``QuantizedMatrix.tensors``
     n: tl.tensor,  # (BLOCK_N,) rows of the matrix
     num_rows: tl.tensor,  # N
+    first: tl.tensor,  # of the columns that are multiplied, a tile's first
+    last: tl.tensor,
     DTYPE: tl.constexpr,  # of rows
     NUM_COLS: tl.constexpr,  # K
     FORMAT: tl.constexpr,  # ``QuantizedMatrix.format``
@@ -251,7 +197,7 @@ def product(
     groups = n // GROUP_ROWS * NUM_GROUPS
     known = n < num_rows
     sums = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    for start in range(0, NUM_COLS, BLOCK_K):
+    for start in range(first, last, BLOCK_K):
         group = start // GROUP_COLS
         if BITS == 8:
             k = start + tl.arange(0, BLOCK_K)
@@ -261,19 +207,19 @@ def product(
             else:
                 tile = tl.load(pointers, mask=known[:, None] & (k < NUM_COLS)[None, :], other=0.0)
             x = _columns_of(rows, inside, order, k, NUM_COLS, ORDERED)
-            part = dot(_numbers(tile, DTYPE), x)
+            part = dot(numbers_of_eight_bits(tile, DTYPE), x)
         else:
             j = tl.arange(0, RUN)
             pointers = codes + n.to(tl.int64)[:, None] * (NUM_COLS // 2) + (start // 2 + j)[None, :]
             tile = tl.load(pointers) if WHOLE else tl.load(pointers, mask=known[:, None], other=0)
-            zero = tl.full((BLOCK_N,), _ZERO, tl.int16)
+            zero = tl.full((BLOCK_N,), _ZERO, tl.uint8)
             if HAS_ZEROS:
-                zero = tl.load(zeros + groups + group, mask=known, other=0).to(tl.int16)
-            low, high = (tile & 15).to(tl.int16) - zero[:, None], (tile >> 4).to(tl.int16) - zero[:, None]
+                zero = tl.load(zeros + groups + group, mask=known, other=0)
+            low, high = numbers_of_four_bits(tile, zero[:, None], DTYPE)
             x = _columns_of(rows, inside, order, start + j, NUM_COLS, ORDERED)
-            part = dot(_numbers(low, DTYPE), x)
+            part = dot(low, x)
             x = _columns_of(rows, inside, order, start + RUN + j, NUM_COLS, ORDERED)
-            part += dot(_numbers(high, DTYPE), x)
+            part += dot(high, x)
         if NUM_GROUPS > 1:
             part *= tl.load(scales + groups + group, mask=known, other=0.0).to(tl.float32)[:, None]
         sums += part
@@ -284,7 +230,7 @@ def product(
 
 @jit("num_tokens", "num_rows")
 def _product_kernel(
-    out: tl.tensor,  # (T, N)
+    out: tl.tensor,  # (T, N), or (pieces, T, N) float32
     rows: tl.tensor,  # (T, K)
     codes: tl.tensor,  # (N, K) float8, or (N, K / 2) uint8
     scales: tl.tensor,  # (groups of rows, groups of columns)
@@ -294,9 +240,10 @@ def _product_kernel(
     num_rows: tl.tensor,  # N
     rows_row: tl.tensor,  # strides
     out_row: tl.tensor,
-    NUM_COLS: tl.constexpr,  # and all others as ``product`` takes them
+    NUM_COLS: tl.constexpr,  # K, and all others as ``product`` takes them
     FORMAT: tl.constexpr,
     WHOLE: tl.constexpr,
+    PIECE_COLS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -304,8 +251,29 @@ def _product_kernel(
     DTYPE: tl.constexpr = rows.dtype.element_ty
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    piece = tl.program_id(2)
+    first, last = piece * PIECE_COLS, tl.minimum(NUM_COLS, (piece + 1) * PIECE_COLS)
     inside = t < num_tokens
     x, matrix = rows + t.to(tl.int64) * rows_row, (codes, scales, zeros, order)
-    sums = product(x, inside, matrix, n, num_rows, DTYPE, NUM_COLS, FORMAT, WHOLE, BLOCK_T, BLOCK_N, BLOCK_K)
-    pointers = out + t.to(tl.int64)[None, :] * out_row + n[:, None]
+    sums = product(
+        x, inside, matrix, n, num_rows, first, last, DTYPE, NUM_COLS, FORMAT, WHOLE, BLOCK_T, BLOCK_N, BLOCK_K
+    )
+    pointers = out + (piece * num_tokens + t).to(tl.int64)[None, :] * out_row + n[:, None]
     tl.store(pointers, rounded(sums, out.dtype.element_ty), mask=(n < num_rows)[:, None] & inside[None, :])
+
+
+@jit("num_tokens", "num_rows")
+def _add_pieces_kernel(
+    out: tl.tensor,  # (T, N)
+    parts: tl.tensor,  # (pieces, T, N) float32
+    num_tokens: tl.tensor,  # T
+    num_rows: tl.tensor,  # N
+    out_row: tl.tensor,  # stride
+    PIECES: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    t, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for piece in tl.static_range(PIECES):
+        total += tl.load(parts + (piece * num_tokens + t) * num_rows + n, mask=n < num_rows, other=0.0)
+    tl.store(out + t * out_row + n, rounded(total, out.dtype.element_ty), mask=n < num_rows)

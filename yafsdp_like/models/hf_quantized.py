@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from yafsdp_like.checkpoint.safetensors import StoredTensor
-from yafsdp_like.kernels.quantized import SYMMETRIC_ZERO, packed_codes, run_of
+from yafsdp_like.kernels.codes import SYMMETRIC_ZERO
+from yafsdp_like.kernels.quantized import packed_codes, run_of
 from yafsdp_like.models.quantization import Quantization
 
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of columns in a word

@@ -14,6 +14,8 @@ from yafsdp_like.inference.engine.products import PIECE, choose_pieces, multiply
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+NOTHING = torch.empty(0, dtype=torch.uint8)
+
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -53,7 +55,7 @@ def test_pieces_are_taken_where_they_gain_more_than_noise(
     choose_pieces(rows, weight, out, seconds(whole, pieces))
     assert calls == [2148, 1024, 1024, 100]
     calls.clear()
-    multiply(rows, weight, out.fill_(torch.nan))
+    multiply(rows, weight, out.fill_(torch.nan), NOTHING)
     assert calls == expected
     torch.testing.assert_close(out, rows @ weight.T)
 
@@ -65,5 +67,5 @@ def test_a_shape_is_measured_once_and_others_are_not_changed_by_it(calls: list[i
         choose_pieces(*operands(num_rows), seconds())
     calls.clear()
     for num_rows in (2048, 2049, PIECE):
-        multiply(*operands(num_rows))
+        multiply(*operands(num_rows), NOTHING)
     assert calls == [1024, 1024, 2049, PIECE]

@@ -238,7 +238,7 @@ def test_activations_that_may_share_bytes_are_these() -> None:
     apart = {(a.name, b.name) for a in buffers for b in buffers if a.name < b.name and not a.live.overlaps(b.live)}
     attending, visits = ("attended", "attention", "qkv"), ("experts", "weights", "order", "starts")
     feeding = ("gate_up", "router", *(f"visit_{table}" for table in visits), "expert_hidden", "expert_parts")
-    before_drawing = (*attending, *feeding, "step_cos", "step_sin", "adapted")
+    before_drawing = (*attending, *feeding, "step_cos", "step_sin", "adapted", "products")
     pairs = [*((a, b) for a in attending for b in feeding), *((a, "last") for a in before_drawing)]
     assert apart == {(min(pair), max(pair)) for pair in pairs}
 

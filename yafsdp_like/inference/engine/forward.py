@@ -186,7 +186,7 @@ class Forward:
         """Replace normed rows (T, D) by what attention adds to them."""
         config, to, rows = self._config, self._activations, slice(0, size.num_tokens)
         qkv, attended = to.qkv[rows], to.attended[rows]
-        multiply(normed, layer.qkv, qkv)
+        multiply(normed, layer.qkv, qkv, to.products)
         self._adapt(index, "qkv", size, normed, qkv)
         if layer.qkv_bias is not None:
             qkv.add_(layer.qkv_bias)
@@ -199,7 +199,7 @@ class Forward:
             norms = HeadNorms(layer.q_norm, layer.k_norm, config.norm_eps)
         rotate_and_store(q, k, v, tables, cache.pages, self._inputs.slot_mapping[cache.group, rows], norms)
         self._attend_pages(q, cache, size, attended.unflatten(1, (-1, config.head_dim)))
-        multiply(attended, layer.o, normed)
+        multiply(attended, layer.o, normed, to.products)
         self._adapt(index, "o", size, attended, normed)
         self._sum(normed)
         if layer.o_bias is not None:
@@ -232,14 +232,14 @@ class Forward:
         if layer.router is not None:
             self._visit_experts(layer.router, layer, size, normed)
             return
-        gate_up = self._activations.gate_up[: size.num_tokens]
-        multiply(normed, layer.gate_up, gate_up)
+        gate_up, workspace = self._activations.gate_up[: size.num_tokens], self._activations.products
+        multiply(normed, layer.gate_up, gate_up, workspace)
         self._adapt(index, "gate_up", size, normed, gate_up)
         if layer.gate_up_bias is not None:
             gate_up.add_(layer.gate_up_bias)
         gate, up = gate_up.chunk(2, dim=1)
         swiglu(gate, up, gate)
-        multiply(gate, layer.down, normed)
+        multiply(gate, layer.down, normed, workspace)
         self._adapt(index, "down", size, gate, normed)
         self._sum(normed)
         if layer.down_bias is not None:

@@ -30,10 +30,13 @@ _Shape = tuple[torch.device, torch.dtype, int, int, int]
 _in_pieces: dict[_Shape, bool] = {}  # of this process, as measured
 
 
-def multiply(rows: Tensor, weight: Tensor | QuantizedMatrix, out: Tensor) -> None:
-    """Write `rows @ weight.T` into `out` as `matmul` does, in pieces where `choose_pieces` found these to be faster."""
+def multiply(rows: Tensor, weight: Tensor | QuantizedMatrix, out: Tensor, workspace: Tensor) -> None:
+    """Write `rows @ weight.T` into `out` as `matmul` does, in pieces where `choose_pieces` found these to be faster.
+
+    A quantized weight needs a workspace, see `multiply_quantized`.
+    """
     if isinstance(weight, QuantizedMatrix):
-        multiply_quantized(rows, weight, out)
+        multiply_quantized(rows, weight, out, workspace)
     elif len(rows) > PIECE and _in_pieces.get(_shape(rows, weight), False):
         _multiply_pieces(rows, weight, out)
     else:

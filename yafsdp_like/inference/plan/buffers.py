@@ -22,6 +22,7 @@ from torch import Tensor
 from yafsdp_like.kernels.decode_attention import choose_num_splits, workspace_numel
 from yafsdp_like.kernels.lora import MAX_PROJECTIONS
 from yafsdp_like.kernels.lora import workspace_numel as low_rank_numel
+from yafsdp_like.kernels.quantized import workspace_nbytes as products_nbytes
 from yafsdp_like.kernels.query_tiles import TILE_COLS, max_num_tiles, queries_per_tile
 from yafsdp_like.kernels.sampling import NUM_FLOATS, NUM_INTS
 from yafsdp_like.kernels.sampling_params import MAX_BIASES, MAX_LOGPROBS
@@ -103,6 +104,7 @@ def _sizes(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> dict[s
         "tile": TILE_COLS,
         "pieces": _num_pieces(config, step),
         **_expert_sizes(config, step),
+        "products": _products_nbytes(config, step, dtype),
         "adapted": low_rank_numel(step.num_tokens, MAX_PROJECTIONS * step.adapter_rank),
         "adapted T": step.num_tokens if step.adapter_rank else 0,
         "floats": NUM_FLOATS,
@@ -118,6 +120,18 @@ def _expert_sizes(config: DecoderConfig, step: StepShape) -> dict[str, int]:
         return dict.fromkeys(("E", "E + 1", "visits", "F of experts"), 0)
     num_experts, num_visits = config.experts.num_experts, step.num_tokens * config.experts.experts_per_token
     return {"E": num_experts, "E + 1": num_experts + 1, "visits": num_visits, "F of experts": config.ffn_dim}
+
+
+def _products_nbytes(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> int:
+    """Bytes for any product of a layer with a quantized matrix, of up to as many rows as a step has."""
+    if config.quantization is None:
+        return 0
+    dim, attended = config.dim, config.num_heads * config.head_dim
+    ffn_dim = config.ffn_dim if config.experts is None else config.dense_ffn_dim or 0
+    shapes = [((config.num_heads + 2 * config.num_kv_heads) * config.head_dim, dim), (dim, attended)]
+    if ffn_dim:
+        shapes += [(2 * ffn_dim, dim), (dim, ffn_dim)]
+    return max(products_nbytes(step.num_tokens, shape, dtype.itemsize) for shape in shapes)
 
 
 def _num_pieces(config: DecoderConfig, step: StepShape) -> int:
@@ -153,6 +167,7 @@ class Activations:
     expert_hidden: Tensor = _tensor("visits", "F of experts", live=(FEED, FEED))
     expert_parts: Tensor = _tensor("visits", "D", live=(FEED, FEED))  # what experts give for each visit
     last: Tensor = _tensor("R", "D", live=(DRAW, DRAW))  # normed, of tokens that draw
+    products: Tensor = _tensor("products", dtype=torch.uint8, live=(PROJECT, FEED))  # of quantized matrices
     adapted: Tensor = _tensor("adapted", dtype=torch.float32, live=(PROJECT, FEED))  # between adapters' two products
 
 
