@@ -212,9 +212,7 @@ def test_an_engine_without_adapters_has_the_plan_and_the_bits_of_before(written:
         region.kind for region in plain._weights.plan.host.regions
     }
     assert not kinds & {"adapter slots", "adapter images"}
-    assert (
-        plain._runner._buffers.activations.adapted.numel() == plain._runner._buffers.inputs.adapter_slots.numel() == 0
-    )
+    assert plain._runner._buffers.activations.adapted.numel() == plain._runner._buffers.inputs.adapter_rows.numel() == 0
 
 
 def test_slots_and_images_are_planned_to_the_byte(written: dict[str, Path]) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from yafsdp_like.inference.engine.batch import ActiveRequest, RequestStatus, Run
+from yafsdp_like.kernels.lora import tiles_of
 from yafsdp_like.kernels.query_tiles import write_tiles
 from yafsdp_like.kernels.sampling_params import SamplingInts, SamplingParams
 
@@ -87,7 +88,10 @@ class _Side:
 class Staging:
     """Writes the inputs of steps. See [Note: two sides] and [Note: token pool]."""
 
-    def __init__(self, buffers: StepBuffers, page_size: int, queries_per_tile: int, pinned: bool) -> None:
+    def __init__(
+        self, buffers: StepBuffers, page_size: int, queries_per_tile: int, pinned: bool, num_adapter_slots: int
+    ) -> None:
+        self._num_adapter_slots = num_adapter_slots
         self._history, self._page_size = buffers.tables.history, page_size
         self._queries_per_tile = queries_per_tile
         self._num_drawn = len(buffers.inputs.last_rows)  # tokens of the last step, at the start of ``token_pool``
@@ -180,12 +184,14 @@ class Staging:
         inputs.slot_mapping.array[:, rows] = _NOWHERE
 
     def _write_adapters(self, runs: Sequence[Run], size: StepSize) -> None:
-        """Write and upload which adapter each row has, those of ``runs`` coming in their order."""
-        slots = self._side.inputs.adapter_slots
+        """Write and upload which rows have which adapter, those of ``runs`` coming in their order."""
+        inputs, slots = self._side.inputs, np.zeros(size.num_tokens, np.int32)
         found = np.repeat([run.sequence.adapter_slot for run in runs], [run.num_tokens for run in runs])
-        slots.array[: len(found)] = found
-        slots.array[len(found) : size.num_tokens] = 0
-        slots.upload(0, size.num_tokens)
+        slots[: len(found)] = found
+        order, tiles = tiles_of(slots, self._num_adapter_slots)
+        inputs.adapter_rows.array[: len(order)], inputs.adapter_tiles.array[: len(tiles)] = order, tiles
+        inputs.adapter_rows.upload(0, len(order))
+        inputs.adapter_tiles.upload(0, len(tiles))
 
     def _upload_tokens(self, size: StepSize, num_tiles: int) -> None:
         inputs = self._side.inputs

@@ -36,7 +36,7 @@ from yafsdp_like.kernels.activation import swiglu
 from yafsdp_like.kernels.decode_attention import choose_num_splits, decode_attention, workspace_numel
 from yafsdp_like.kernels.experts import ExpertWeights, feed_experts
 from yafsdp_like.kernels.gemv import matmul
-from yafsdp_like.kernels.lora import LowRank, add_low_rank
+from yafsdp_like.kernels.lora import AdapterRows, LowRank, add_low_rank, num_lines
 from yafsdp_like.kernels.norm import rms_norm
 from yafsdp_like.kernels.paged_attention import AttentionBatch, KVPages
 from yafsdp_like.kernels.prefill_attention import prefill_attention
@@ -262,8 +262,10 @@ class Forward:
     def _adapt(self, index: int, product: str, size: StepSize, rows: Tensor, out: Tensor) -> None:
         """Add to a product of ``rows`` what the adapter of each row adds."""
         if size.adapted:
-            slots, workspace = self._inputs.adapter_slots[: size.num_tokens], self._activations.adapted
-            add_low_rank(rows, self._adapters[index][product], slots, workspace, out)
+            low_rank, inputs, num_tokens = self._adapters[index][product], self._inputs, size.num_tokens
+            tiles = inputs.adapter_tiles[: num_lines(num_tokens, len(low_rank.b))]
+            adapted = AdapterRows(inputs.adapter_rows[:num_tokens], tiles)
+            add_low_rank(rows, low_rank, adapted, self._activations.adapted, out)
 
     def _sum(self, part: Tensor) -> None:
         """Sum ``part`` over tensor parallel ranks, in place."""

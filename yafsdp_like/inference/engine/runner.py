@@ -103,7 +103,7 @@ class Runner:
             adapters.by_layer(),
         )
         page_size, per_tile = groups[0].shape.page_size, queries_per_tile_of(weights)
-        self._staging = Staging(buffers, page_size, per_tile, self._on_gpu)
+        self._staging = Staging(buffers, page_size, per_tile, self._on_gpu, len(adapters.slots))
         self._limited, self._scorer = LimitedDrawing(buffers, self._on_gpu), PromptScorer(buffers, self._on_gpu)
         self._streams, self.timer = streams_of(weights.device), Timer(weights.device)
         scores, ids = buffers.logits, buffers.inputs.token_pool[: len(buffers.inputs.last_rows)]

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from yafsdp_like.kernels.decode_attention import choose_num_splits, workspace_numel
 from yafsdp_like.kernels.lora import MAX_PROJECTIONS
+from yafsdp_like.kernels.lora import TILE_COLUMNS as ADAPTER_TILE_COLUMNS
+from yafsdp_like.kernels.lora import max_num_tiles as max_num_adapter_tiles
 from yafsdp_like.kernels.lora import workspace_numel as low_rank_numel
 from yafsdp_like.kernels.quantized import workspace_nbytes as products_nbytes
 from yafsdp_like.kernels.query_tiles import TILE_COLS, max_num_tiles, queries_per_tile
@@ -59,6 +61,7 @@ class StepShape:
     num_groups: int
     num_multiprocessors: int = 1  # of the device; decides into how many pieces attention cuts keys
     adapter_rank: int = 0  # of slots of adapters; 0: there are none, and nothing for them
+    num_adapter_slots: int = 0
     num_decode_rows: int = 0  # of a step that only decodes, where some sequences have more than one
 
     @property
@@ -107,6 +110,8 @@ def _sizes(config: DecoderConfig, step: StepShape, dtype: torch.dtype) -> dict[s
         "products": _products_nbytes(config, step, dtype),
         "adapted": low_rank_numel(step.num_tokens, MAX_PROJECTIONS * step.adapter_rank),
         "adapted T": step.num_tokens if step.adapter_rank else 0,
+        "adapted tiles": max_num_adapter_tiles(step.num_tokens, step.num_adapter_slots) if step.adapter_rank else 0,
+        "adapted tile": ADAPTER_TILE_COLUMNS,
         "floats": NUM_FLOATS,
         "ints": NUM_INTS,
         "words": num_words(config.vocab_size),
@@ -199,7 +204,8 @@ class BatchInputs(Generic[T]):
     last_rows: T = _tensor("R", dtype=torch.int64)  # rows whose next token is drawn, unless all are, in order
     sampling_floats: T = _tensor("R", "floats", dtype=torch.float32)
     sampling_ints: T = _tensor("R", "ints", dtype=torch.int64)
-    adapter_slots: T = _tensor("adapted T", dtype=torch.int32)  # of each token: 0 for none, s + 1 for slot s
+    adapter_rows: T = _tensor("adapted T", dtype=torch.int32)  # tokens by adapters, see ``kernels/lora.py``
+    adapter_tiles: T = _tensor("adapted tiles", "adapted tile", dtype=torch.int32)
 
     def map(self, function: Callable[[T], U]) -> BatchInputs[U]:
         """Apply ``function`` to every table."""

@@ -256,6 +256,7 @@ class _Frame:
             len(groups),
             multiprocessors,
             adapters.rank if adapters else 0,
+            adapters.num_slots if adapters else 0,
             options.max_decode_rows,
         )
         buffers = plan_buffers(share, step, site.dtype)
