@@ -38,6 +38,20 @@ last 1,024 steps. `--beside` prints another engine's figures of the same rates a
 weights of the same shape: by `generate` (static cache, compiled on a GPU) with few requests, and with the most by
 `generate_batch` (on a GPU), each warmed up before.
 
+Three more are measured only where `--measure` names them:
+
+`speculation`: greedy requests of `--prompt-tokens` that draw `--new-tokens`, by engines that draft (prompt lookup, and
+a model of the shape of `--draft`) and by one that does not, of the model's shape but with a head by which the next
+token is known: that of a text that repeats itself, or of one that does not. Each load runs twice and the second time
+counts, from the step on in which all had drawn. Three engines are made, one after another, beside the one of all else.
+
+`limits`: the steps of `decode` with all answers bound by one JSON schema, with a bias, and free, before and after. The
+tokenizer is learned from the text that the repository carries, which gives fewer tokens than large models have. What
+was drawn is then read by the schema's grammar. Needs llguidance and transformers.
+
+`adapters`: the steps of `decode` of an engine without slots for LoRA adapters, and, beside it, of one that holds eight
+of rank 16: by requests that name none, all the same one, or all eight in turn.
+
 `modes`: steps that decode, and chunks of prompts, on all ranks at once. The slowest rank's time counts; beside it the
 larger of the floors of computing and of gathering.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,8 @@ from yafsdp_like.inference.weights.loading import Model, load, open_model, rando
 from yafsdp_like.kernels.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from bench.measure import Metrics
     from bench.serve_options import ServeBenchOptions
@@ -64,12 +66,14 @@ class Requests:
     vocab_size: int
     random: random.Random = field(default_factory=lambda: random.Random(0))
     num_made: int = 0
+    adapters: Sequence[str] = ()  # that they name in turn
 
     def one(self, num_prompt: int, num_new: int, sampling: SamplingParams = GREEDY) -> Request:
         """Return a request of `num_prompt` random tokens that draws `num_new`."""
         self.num_made += 1
         prompt = tuple(self.random.choices(range(self.vocab_size), k=num_prompt))
-        return Request(str(self.num_made), prompt, sampling, max_tokens=num_new)
+        adapter = self.adapters[self.num_made % len(self.adapters)] if self.adapters else None
+        return Request(str(self.num_made), prompt, sampling, max_tokens=num_new, adapter=adapter)
 
     def many(self, count: int, num_prompt: int, num_new: int) -> list[Request]:
         """Return `count` such requests."""
@@ -104,6 +108,35 @@ def serve(options: ServeBenchOptions, world: World) -> Served:
     gc.freeze()  # as the server does: a collection would take 0.15 s between two steps
     world.synchronize()
     return Served(engine, weights, before, memory_reading(world))
+
+
+@contextlib.contextmanager
+def further_engine(
+    bench: Bench,
+    model: Model,
+    *,
+    adapters: Mapping[str, Path] | None = None,
+    draft: Model | None = None,
+    speculate: str | None = None,
+) -> Iterator[Engine]:
+    """Another engine beside the one that is measured, with the same options but these; closed in the end.
+
+    Its memory is taken beside the other's. Whoever keeps no reference to it has that memory back behind it.
+    """
+    options, device = bench.options, bench.world.device
+    wanted = replace(engine_options(options, model.config), speculate=speculate)
+    dtype, mode = DTYPES[options.dtype], options.mode
+    engine = Engine.load(model, wanted, device=device, dtype=dtype, mode=mode, adapters=adapters, draft=draft)
+    gc.collect()
+    gc.freeze()
+    try:
+        yield engine
+    finally:
+        engine.close()
+        del engine
+        gc.unfreeze()
+        release_cached_memory(bench.world)
+        gc.freeze()
 
 
 def model_of(options: ServeBenchOptions) -> Model:

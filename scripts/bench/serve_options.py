@@ -16,6 +16,11 @@ from yafsdp_like.inference.options import AnyMode
 DESCRIPTION = "Measure a served model; the method is at the top of bench_serve.py."
 BATCHES = {False: "1,2,4,8,16,32,64,128", True: "128,256,512"}  # by whether there are several ranks
 MODES: dict[bool, tuple[AnyMode, ...]] = {False: ("resident", "streamed"), True: ("gathered", "tensor_parallel")}
+ON_REQUEST = (
+    "speculation",
+    "limits",
+    "adapters",
+)  # not measured unless asked for: they take room for more engines, or packages
 NUM_HELD = 8  # steps that are timed while the device is held busy, see bench_serve.py
 RANDOM_PROMPT, RANDOM_NEW = 64, 16  # tokens of a random request, at most
 MIXED_PROMPT, MIXED_NEW = (64, 1024), (32, 256)  # tokens of a request of mixed, at least and at most
@@ -56,6 +61,7 @@ class ServeBenchOptions:
     hbm_rate: float | None
     matmul_rate: float | None
     peer_rate: float | None
+    draft: str
     graphs: bool
     out: Path | None
 
@@ -80,7 +86,7 @@ class ServeBenchOptions:
     @property
     def decodes(self) -> bool:
         """Whether batches that decode are measured, for which there must be room."""
-        return bool({"decode", "modes"} & set(self.measures))
+        return bool({"decode", "modes", "limits", "adapters"} & set(self.measures))
 
     @property
     def budgets(self) -> list[tuple[int, float | None]]:
@@ -128,7 +134,8 @@ def parse_options(arguments: Sequence[str], measures: Mapping[str, bool], num_ra
     add_rates(parser)
     values = vars(parser.parse_args(arguments))
     possible = [name for name, of_ranks in measures.items() if of_ranks == (num_ranks > 1)]
-    asked = values["measures"].split(",") if values["measures"] else possible
+    unasked = [name for name in possible if name not in ON_REQUEST]
+    asked = values["measures"].split(",") if values["measures"] else unasked
     if refused := sorted(set(asked) - set(possible)):
         parser.error(f"--measure: {refused} cannot be measured on {num_ranks} ranks, expected some of {possible}")
     values["measures"] = tuple(name for name in possible if name in asked)
@@ -172,7 +179,10 @@ def add_subject(parser: argparse.ArgumentParser, measures: Sequence[str]) -> Non
     parser.add_argument(
         "--measure",
         dest="measures",
-        help="some of " + ", ".join(measures) + "; default: all of one rank, or of several",
+        help="some of "
+        + ", ".join(measures)
+        + "; default: all of one rank, or of several, but for "
+        + ", ".join(ON_REQUEST),
     )
     parser.add_argument("--max-batch-tokens", type=int, default=2048, help="of one step, so also of a prompt's chunk")
     parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="no CUDA graphs")
@@ -192,7 +202,7 @@ def add_loads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=int, default=8, help="steps of each batch before them")
     parser.add_argument("--prefill-tokens", type=int, default=8192, help="of the prompt that prefill is measured on")
     parser.add_argument("--rounds", type=int, default=6, help="of prefill; a third as many of offline")
-    parser.add_argument("--prompt-tokens", type=int, default=512, help="of each request of offline and poisson")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="of a request of offline, poisson, speculation")
     parser.add_argument("--new-tokens", type=int, default=128, help="that each of them draws")
     parser.add_argument(
         "--num-requests",
@@ -217,6 +227,11 @@ def add_loads(parser: argparse.ArgumentParser) -> None:
         "--beside", type=Path, metavar="FILE", help="another engine's report, to print its poisson beside"
     )
     parser.add_argument("--mixed-requests", type=int, default=1000, metavar="N", help="of mixed, all at once")
+    parser.add_argument(
+        "--draft",
+        default="preset:1b",
+        help="whose shape the model that drafts has in speculation, but for the vocabulary",
+    )
     parser.add_argument("--random-requests", type=int, default=10_000, metavar="N", help="short ones, of memory")
 
 

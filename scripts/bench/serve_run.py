@@ -9,7 +9,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bench import serve_decode, serve_memory, serve_modes, serve_offline, serve_peers, serve_poisson, serve_prefill
+from bench import (
+    serve_adapters,
+    serve_decode,
+    serve_limits,
+    serve_memory,
+    serve_modes,
+    serve_offline,
+    serve_peers,
+    serve_poisson,
+    serve_prefill,
+    serve_speculation,
+)
 from bench.ranks import say
 from bench.report import Row, write
 from bench.serve_engine import Bench, Requests, serve
@@ -49,6 +60,9 @@ MEASURES = {  # in this order, whatever the order asked for
     "connections": Measure(lambda bench, rates: list(serve_poisson.measure_connections(bench))),
     "mixed": Measure(lambda bench, rates: list(serve_offline.measure_mixed(bench))),
     "offline": Measure(measure_offline),
+    "speculation": Measure(lambda bench, rates: list(serve_speculation.measure(bench))),
+    "limits": Measure(lambda bench, rates: list(serve_limits.measure(bench))),
+    "adapters": Measure(lambda bench, rates: list(serve_adapters.measure(bench))),
     "modes": Measure(lambda bench, rates: list(serve_modes.measure(bench, rates)), of_ranks=True),
 }
 
