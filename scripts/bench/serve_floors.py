@@ -9,10 +9,12 @@ from bench.options import DTYPES
 from bench.serve_options import ServeBenchOptions
 from launch import probes
 from yafsdp_like.hardware import Hardware
+from yafsdp_like.inference.plan.quantized_fields import BESIDE_CODES
 from yafsdp_like.inference.plan.serving_plan import ServingPlan
 from yafsdp_like.models.decoder import DecoderConfig
 
 COPIES = 20
+BESIDE = tuple(f"_{end}" for end in BESIDE_CODES)  # ends of names of fields that belong to a quantized matrix
 
 
 @dataclass(frozen=True)
@@ -112,25 +114,48 @@ def decode_floor_s(plan: ServingPlan, batch: int, context: float, rates: Measure
     """Return the least time of a step that decodes, in seconds.
 
     Each product takes at least the larger of reading its weights and of computing, and so does attention, of reading
-    all contexts; each needs the one before it. Of the embedding some rows are looked up.
+    all contexts; each needs the one before it. Of the embedding some rows are looked up. Of experts those are read that
+    some token visits, as many as even random choices come to.
     """
-    itemsize = plan.site.dtype.itemsize
-    products = sum(
-        max(numel * itemsize / rates.hbm.value, 2 * batch * numel / rates.matmul.value) for numel in _read_numels(plan)
-    )
+    experts = plan.config.experts
+    visited = 1.0 if experts is None else experts.experts_per_token / experts.num_experts  # by one token
+
+    def seconds(product: Product) -> float:
+        share = visited if product.is_experts else 1.0
+        reading = product.nbytes * (1 - (1 - share) ** batch) / rates.hbm.value
+        return max(reading, 2 * batch * product.numel * share / rates.matmul.value)
+
+    products = sum(map(seconds, products_of(plan)))
     reading = batch * kv_nbytes(plan, context) / rates.hbm.value
     computing = batch * attention_flops(plan.config, int(context), 1) / num_sharers(plan) / rates.matmul.value
     return products + max(reading, computing)
 
 
-def _read_numels(plan: ServingPlan) -> Iterator[int]:
-    """Yield the elements of each matrix that one rank multiplies by.
+@dataclass(frozen=True)
+class Product:
+    """What one rank reads to multiply by a matrix, or by those of all experts."""
+
+    nbytes: int  # as stored: of a quantized matrix its codes, and what lies beside them
+    numel: int  # weights
+    is_experts: bool = False
+
+
+def products_of(plan: ServingPlan) -> Iterator[Product]:
+    """Yield all products of a forward.
 
     The head is whole on tensor parallel ranks, and each multiplies by its part of the vocabulary.
     """
     *layers, head = [plan.placement.packed_units[unit] for unit in plan.placement.uses[1:]]
-    yield from (field.numel for packed in layers for field in packed.fields if len(field.shape) == 2)
-    yield head.fields[0].numel // num_sharers(plan)
+    for unit in layers:
+        for matrix in (field for field in unit.fields if len(field.shape) > 1 and not field.name.endswith(BESIDE)):
+            names = {matrix.name, *(matrix.name + end for end in BESIDE)}
+            nbytes = sum(
+                parameter.nbytes for field in unit.fields if field.name in names for parameter in field.parameters
+            )
+            num_codes = 2 if matrix.dtype == torch.uint8 else 1  # of 4 bits in a byte
+            yield Product(nbytes, matrix.numel * num_codes, len(matrix.shape) > 2)
+    matrix, num_parts = head.fields[0], num_sharers(plan)
+    yield Product(matrix.numel * matrix.dtype.itemsize // num_parts, matrix.numel // num_parts)
 
 
 def num_sharers(plan: ServingPlan) -> int:

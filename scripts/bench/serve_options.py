@@ -16,11 +16,7 @@ from yafsdp_like.inference.options import AnyMode
 DESCRIPTION = "Measure a served model; the method is at the top of bench_serve.py."
 BATCHES = {False: "1,2,4,8,16,32,64,128", True: "128,256,512"}  # by whether there are several ranks
 MODES: dict[bool, tuple[AnyMode, ...]] = {False: ("resident", "streamed"), True: ("gathered", "tensor_parallel")}
-ON_REQUEST = (
-    "speculation",
-    "limits",
-    "adapters",
-)  # not measured unless asked for: they take room for more engines, or packages
+ON_REQUEST = ("speculation", "limits", "adapters")  # not by default: they take further engines, or packages
 NUM_HELD = 8  # steps that are timed while the device is held busy, see bench_serve.py
 RANDOM_PROMPT, RANDOM_NEW = 64, 16  # tokens of a random request, at most
 MIXED_PROMPT, MIXED_NEW = (64, 1024), (32, 256)  # tokens of a request of mixed, at least and at most
@@ -179,10 +175,7 @@ def add_subject(parser: argparse.ArgumentParser, measures: Sequence[str]) -> Non
     parser.add_argument(
         "--measure",
         dest="measures",
-        help="some of "
-        + ", ".join(measures)
-        + "; default: all of one rank, or of several, but for "
-        + ", ".join(ON_REQUEST),
+        help=f"some of {', '.join(measures)}; default: all of one rank but {', '.join(ON_REQUEST)}; or of several",
     )
     parser.add_argument("--max-batch-tokens", type=int, default=2048, help="of one step, so also of a prompt's chunk")
     parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="no CUDA graphs")

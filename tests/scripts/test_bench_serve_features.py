@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from contextlib import redirect_stdout
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,20 +13,25 @@ import torch
 
 from bench import serve_adapters, serve_run
 from bench.serve_engine import Requests
+from bench.serve_floors import MeasuredRates, Rate, decode_floor_s, forward_flops, products_of
 from bench.serve_limits import opening
 from bench.serve_options import ON_REQUEST, parse_options
 from bench.serve_speculation import EMBEDDING, HEAD, PERIOD, before, known_model
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request
 from yafsdp_like.inference.options import EngineOptions
+from yafsdp_like.inference.plan.serving_plan import Site, plan_serving
 from yafsdp_like.inference.weights.adapter_files import AdapterSource, open_adapter
 from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.models import PRESETS
+from yafsdp_like.models.moe import ExpertsConfig
+from yafsdp_like.models.quantization import Quantization
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 TINY = PRESETS["tiny"]
+SLOW, FAST = (1.0, "given"), (1e18, "given")
 ARGUMENTS = ["--model", "preset:tiny", "--device", "cpu", "--context", "40", "--steps", "3", "--warmup", "1"]
 ARGUMENTS += ["--max-batch-tokens", "32", "--prefill-tokens", "70", "--prompt-tokens", "80", "--new-tokens", "12"]
 ARGUMENTS += ["--matmul-seconds", "0.05", "--batch", "2", "--draft", "preset:tiny"]
@@ -90,6 +96,29 @@ def test_requests_name_adapters_in_turn() -> None:
 def test_an_opening_ends_within_a_document() -> None:
     assert list(opening(["abc", "def", "ghi"], 5)) == ["abc", "de"]
     assert list(opening(["abc", "def"], 3)) == ["abc"]
+
+
+def test_the_floor_of_decoding_a_mixture_reads_the_experts_that_tokens_visit() -> None:
+    config = replace(TINY, experts=ExpertsConfig(8, 2))
+    plan = plan_serving(config, EngineOptions(kv_nbytes=1 << 24), Site(torch.float32))
+    experts = 3 * 8 * config.ffn_dim * config.dim * config.num_layers
+    others = config.num_params - experts - config.vocab_size * config.dim - 5 * config.dim  # nor norms
+    reading, computing = (MeasuredRates(Rate(*a), Rate(*b)) for a, b in ((SLOW, FAST), (FAST, SLOW)))
+    for batch, share in ((1, 1 / 4), (2, 7 / 16)):
+        assert decode_floor_s(plan, batch, 0, reading) == pytest.approx(4 * (others + share * experts))
+    assert decode_floor_s(plan, 2, 0, computing) == pytest.approx(2 * forward_flops(config, 0, 1, 1))
+
+
+def test_a_quantized_matrix_is_read_as_codes_with_scales_and_zeros_and_computed_with_all_weights() -> None:
+    """4 bits a weight, and a scale of 16 and a zero of 8 bits for each 32 of a row."""
+    quantization = Quantization("awq", 4, group_columns=32, has_zeros=True, scale_dtype=torch.float16)
+    config = replace(TINY, ffn_dim=192)
+    options, site = EngineOptions(kv_nbytes=1 << 24), Site(torch.float32)
+    plain, found = (plan_serving(c, options, site) for c in (config, replace(config, quantization=quantization)))
+    *matrices, head = products_of(found)
+    assert [product.numel for product in (*matrices, head)] == [product.numel for product in products_of(plain)]
+    assert [product.nbytes for product in matrices] == [m.numel // 2 + m.numel // 32 * 3 for m in matrices]
+    assert head.nbytes == 4 * config.vocab_size * config.dim
 
 
 @pytest.mark.slow
