@@ -18,7 +18,9 @@ counters before and after random requests, some of which are cancelled.
 `Engine.step`, which has then read tokens. The median counts. So that the device's own time is known too, a few more
 steps are issued while it is held busy: between two events around such a step it has all its work, and never waits for
 the CPU. The floor is the time to read all weights (an embedding is looked up, not read) and all keys and values of the
-contexts at the rate of the copy, or to compute a product at the rate of the long one where that takes longer.
+contexts at the rate of the copy, or to compute a product at the rate of the long one where that takes longer. Of
+experts those are read that even random choices of the batch's tokens visit. With `--quantize` the layers' matrices have
+random codes in a published layout, and what is stored is read.
 
 `prefill`: one long prompt, whose chunks fill a step each; its operations (matrix products and causal attention) a
 second, beside the long product's.

@@ -12,6 +12,7 @@ import torch
 
 from bench.allocator import allocator_counts, release_cached_memory
 from bench.options import DTYPES
+from bench.serve_quantized import quantized_model
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request, RequestOutput
 from yafsdp_like.inference.kv.layer_groups import LayerGroup
@@ -140,13 +141,14 @@ def further_engine(
 
 
 def model_of(options: ServeBenchOptions) -> Model:
-    """Random values instead where it is to have another number of layers."""
+    """Random values instead where it is to have another number of layers, or to be quantized."""
     model = open_model(options.model)
-    if options.num_layers is None:
-        return model
-    return random_model(
-        f"{model.name}, {options.num_layers} layers", replace(model.config, num_layers=options.num_layers)
-    )
+    name, config = model.name, model.config
+    if options.num_layers is not None:
+        name, config = f"{name}, {options.num_layers} layers", replace(config, num_layers=options.num_layers)
+    if options.quantize is not None:
+        return quantized_model(name, config, options.quantize)
+    return model if config == model.config else random_model(name, config)
 
 
 def engine_options(options: ServeBenchOptions, config: DecoderConfig) -> EngineOptions:

@@ -10,6 +10,7 @@ import torch
 
 from bench.help import Help
 from bench.options import DTYPES
+from bench.serve_quantized import LAYOUTS
 from yafsdp_like.inference.engine.scheduler import CHUNK, PROMPTS_PER_CHUNK
 from yafsdp_like.inference.options import AnyMode
 
@@ -28,6 +29,7 @@ class ServeBenchOptions:
 
     model: str
     num_layers: int | None
+    quantize: str | None
     mode: AnyMode
     device: str
     dtype: str
@@ -163,6 +165,7 @@ def add_subject(parser: argparse.ArgumentParser, measures: Sequence[str]) -> Non
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--model", default="preset:8b", help="what launch.serve takes; preset:NAME has random weights")
     parser.add_argument("--num-layers", type=int, help="of random values, instead of the model's own number of layers")
+    parser.add_argument("--quantize", choices=LAYOUTS, help="random codes in this layout, instead of values")
     parser.add_argument(
         "--mode",
         choices=[*MODES[False], *MODES[True]],

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from bench.report import Row, hardware, versions
 from bench.serve_engine import Bench
 from bench.serve_floors import MeasuredRates
+from bench.serve_options import ServeBenchOptions
+from yafsdp_like.models.decoder import DecoderConfig
 
 WAITS = {
     "device_waiting_share": ("device waits", ".1%"),
@@ -132,11 +134,17 @@ def describe_run(bench: Bench, rates: MeasuredRates, arguments: Sequence[str]) -
         "command": f"{command} scripts/bench_serve.py {shlex.join(arguments)}".rstrip(),
         "hardware": hardware(world),
         "versions": found,
-        "model": {**dataclasses.asdict(plan.config), "num_params": plan.config.num_params},
+        "model": {**in_json(plan.config), "num_params": plan.config.num_params},
         "mode": plan.mode,
-        "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
+        "options": in_json(options),
         "rates": dataclasses.asdict(rates),
     }
+
+
+def in_json(options: ServeBenchOptions | DecoderConfig) -> Row:
+    """Return their fields, with text for what JSON has no value for: paths and dtypes."""
+    found: Row = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    return found
 
 
 def describe(name: str, result: Row | list[Row]) -> str:

@@ -30,7 +30,7 @@ TEXTS = ("repetitive", "new")
 
 
 @dataclass(frozen=True)
-class Run:
+class SpeculationRun:
     """What became of some requests, from the step on in which all had drawn."""
 
     tokens: list[list[int]]  # of each request, all
@@ -74,8 +74,8 @@ def before(tokens: Tensor, vocab_size: int) -> Tensor:
 
 
 def known_model(name: str, config: DecoderConfig, is_draft: bool = False) -> Model:
-    """A model of that shape with a head of its own."""
-    untied = replace(config, tie_embeddings=False)
+    """A model of that shape, not quantized, with a head of its own."""
+    untied = replace(config, tie_embeddings=False, quantization=None)
     return Model(name, untied, None, lambda device: KnownNextToken(untied, RandomSource(untied, device), is_draft))
 
 
@@ -103,7 +103,7 @@ def measure(bench: Bench) -> Iterator[Row]:
 
 def runs(
     bench: Bench, model: Model, speculate: str | None = None, draft: Model | None = None
-) -> dict[tuple[str, int], Run]:
+) -> dict[tuple[str, int], SpeculationRun]:
     """Of each kind of text and batch, with an engine of its own; each load runs twice, and the second time counts."""
     found = {}
     with further_engine(bench, model, draft=draft, speculate=speculate) as engine:
@@ -129,7 +129,7 @@ def requests(bench: Bench, name: str, text: str, batch: int) -> list[Request]:
     return found
 
 
-def run_of(engine: Engine, asked: Sequence[Request]) -> Run:
+def run_of(engine: Engine, asked: Sequence[Request]) -> SpeculationRun:
     """Serve requests to their ends."""
     tokens: dict[str, list[int]] = {request.id: [] for request in asked}
     for request in asked:
@@ -141,7 +141,7 @@ def run_of(engine: Engine, asked: Sequence[Request]) -> Run:
         step(engine, tokens)
         num_steps += 1
     seconds, drawn = time.perf_counter() - begin, sum(map(len, tokens.values())) - first
-    return Run([*tokens.values()], drawn / seconds, drawn / len(asked) / max(1, num_steps))
+    return SpeculationRun([*tokens.values()], drawn / seconds, drawn / len(asked) / max(1, num_steps))
 
 
 def step(engine: Engine, tokens: dict[str, list[int]]) -> None:

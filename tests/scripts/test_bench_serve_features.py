@@ -16,6 +16,7 @@ from bench.serve_engine import Requests
 from bench.serve_floors import MeasuredRates, Rate, decode_floor_s, forward_flops, products_of
 from bench.serve_limits import opening
 from bench.serve_options import ON_REQUEST, parse_options
+from bench.serve_quantized import LAYOUTS, STD, quantized_model
 from bench.serve_speculation import EMBEDDING, HEAD, PERIOD, before, known_model
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request
@@ -37,12 +38,12 @@ ARGUMENTS += ["--max-batch-tokens", "32", "--prefill-tokens", "70", "--prompt-to
 ARGUMENTS += ["--matmul-seconds", "0.05", "--batch", "2", "--draft", "preset:tiny"]
 
 
-def rows_of(measure: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def rows_of(measure: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> list[dict[str, Any]]:
     """Run the command on the CPU; the rows of its report."""
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     with redirect_stdout(io.StringIO()) as printed:
-        serve_run.main([*ARGUMENTS, "--measure", measure])
+        serve_run.main([*ARGUMENTS, "--measure", measure, *more])
     (rows,) = json.loads(printed.getvalue().splitlines()[-1])["results"].values()
     assert isinstance(rows, list)
     return rows
@@ -119,6 +120,28 @@ def test_a_quantized_matrix_is_read_as_codes_with_scales_and_zeros_and_computed_
     assert [product.numel for product in (*matrices, head)] == [product.numel for product in products_of(plain)]
     assert [product.nbytes for product in matrices] == [m.numel // 2 + m.numel // 32 * 3 for m in matrices]
     assert head.nbytes == 4 * config.vocab_size * config.dim
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_random_codes_stand_for_values_of_about_the_same_deviation(layout: str) -> None:
+    source = quantized_model("m", TINY, layout).source(torch.device("cpu"))
+    bits = LAYOUTS[layout].bits
+    codes = torch.empty(10_000, dtype=torch.uint8 if bits == 4 else torch.float8_e4m3fn)
+    scales = torch.empty(1)
+    source.read_into("layers.0.self_attn.q_proj.weight", 0, codes)
+    source.read_into("layers.0.self_attn.q_proj.scales", 0, scales)
+    values = torch.cat([codes & 15, codes >> 4]).float() if bits == 4 else codes.float()
+    assert (values * scales).std() == pytest.approx(STD, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fp8-block", "awq"])
+def test_a_quantized_mixture_is_measured_beside_its_floor(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes of which groups of 128 columns are a part."""
+    sizes = {"dim": 128, "ffn_dim": 128, "num_heads": 4, "num_kv_heads": 2, "custom_head_dim": 32}
+    monkeypatch.setitem(PRESETS, "tiny", replace(TINY, **sizes, experts=ExpertsConfig(4, 2)))
+    (row,) = rows_of("decode", monkeypatch, "--quantize", layout)
+    assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["step_ms"]["median"])
 
 
 @pytest.mark.slow
