@@ -80,9 +80,8 @@ def forward_flops(config: DecoderConfig, start: int, num_tokens: int, num_drawn:
 
     They are 2 per weight and token, and 4 per head, element of it, and pair of a query and a key that it sees.
     """
-    products = (
-        config.num_layers * config.block_num_active_weights * num_tokens + config.vocab_size * config.dim * num_drawn
-    )
+    active = sum(config.of_layer(index).block_num_active_weights for index in range(config.num_layers))
+    products = active * num_tokens + config.vocab_size * config.dim * num_drawn
     return 2 * products + attention_flops(config, start, num_tokens)
 
 
