@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from bench import serve_decode
 from bench.report import Row
-from bench.serve_engine import Bench, Requests, further_engine, model_of
+from bench.serve_engine import Bench, Requests, model_of, use_further_engine
+from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.plan.adapter_layout import A, B, adapted_fields
 from yafsdp_like.inference.plan.packed_weights import pack_units
 from yafsdp_like.inference.weights.adapter_files import CONFIG_NAME, FILE_NAME
@@ -28,11 +29,11 @@ def measure(bench: Bench) -> Iterator[Row]:
     for batch in bench.options.batches:
         row = without[batch] = serve_decode.measured(bench, batch)
         yield {"slots": 0, "adapters": 0, **row, "of_no_slots": 1.0}
-    for row in list(with_slots(bench)):
+    for row in with_slots(bench):
         yield {**row, "of_no_slots": row["tokens_per_second"] / without[row["batch"]]["tokens_per_second"]}
 
 
-def with_slots(bench: Bench) -> Iterator[Row]:
+def with_slots(bench: Bench) -> list[Row]:
     """The same of an engine whose slots hold all adapters.
 
     They are one on disk: each has a slot of its own, and it is slots that steps read.
@@ -40,13 +41,18 @@ def with_slots(bench: Bench) -> Iterator[Row]:
     model = model_of(bench.options)
     with tempfile.TemporaryDirectory() as directory:
         write_adapter(Path(directory), model.config, RANK)
-        with further_engine(bench, model, adapters=dict.fromkeys(NAMES, Path(directory))) as engine:
-            served = replace(bench.served, engine=engine)
-            for batch in bench.options.batches:
-                for count in sorted({min(count, batch) for count in COUNTS}):
-                    requests = Requests(model.config.vocab_size, adapters=NAMES[:count])
-                    row = serve_decode.measured(replace(bench, served=served, requests=requests), batch)
-                    yield {"slots": len(NAMES), "adapters": count, **row}
+        adapters = dict.fromkeys(NAMES, Path(directory))
+        return use_further_engine(bench, model, lambda engine: list(rows_of(bench, engine)), adapters=adapters)
+
+
+def rows_of(bench: Bench, engine: Engine) -> Iterator[Row]:
+    """A row per batch and number of adapters."""
+    served, vocab_size = replace(bench.served, engine=engine), bench.requests.vocab_size
+    for batch in bench.options.batches:
+        for count in sorted({min(count, batch) for count in COUNTS}):
+            requests = Requests(vocab_size, adapters=NAMES[:count])
+            row = serve_decode.measured(replace(bench, served=served, requests=requests), batch)
+            yield {"slots": len(NAMES), "adapters": count, **row}
 
 
 def write_adapter(directory: Path, config: DecoderConfig, rank: int) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import random
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -22,7 +21,7 @@ from yafsdp_like.inference.weights.loading import Model, load, open_model, rando
 from yafsdp_like.kernels.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from bench.measure import Metrics
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.weights.store import Weights
     from yafsdp_like.models.decoder import DecoderConfig
 
+Result = TypeVar("Result")
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -111,27 +111,27 @@ def serve(options: ServeBenchOptions, world: World) -> Served:
     return Served(engine, weights, before, memory_reading(world))
 
 
-@contextlib.contextmanager
-def further_engine(
+def use_further_engine(
     bench: Bench,
     model: Model,
+    use: Callable[[Engine], Result],
     *,
     adapters: Mapping[str, Path] | None = None,
     draft: Model | None = None,
     speculate: str | None = None,
-) -> Iterator[Engine]:
-    """Another engine beside the one that is measured, with the same options but these; closed in the end.
+) -> Result:
+    """Return what `use` does with another engine beside the one that is measured, of the same options but these.
 
-    Its memory is taken beside the other's. Whoever keeps no reference to it has that memory back behind it.
+    Its memory is taken beside the other's, and given back behind it, so that `use` must not keep it.
     """
     options, device = bench.options, bench.world.device
     wanted = replace(engine_options(options, model.config), speculate=speculate)
     dtype, mode = DTYPES[options.dtype], options.mode
     engine = Engine.load(model, wanted, device=device, dtype=dtype, mode=mode, adapters=adapters, draft=draft)
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # as `serve` does
     try:
-        yield engine
+        return use(engine)
     finally:
         engine.close()
         del engine

@@ -10,12 +10,13 @@ there is nothing to look up. The model that drafts never draws every fifth token
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bench.report import Row
-from bench.serve_engine import GREEDY, Bench, further_engine, model_of
+from bench.serve_engine import GREEDY, Bench, model_of, use_further_engine
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request
 from yafsdp_like.inference.weights.loading import Model, RandomSource, open_model
@@ -85,9 +86,10 @@ def measure(bench: Bench) -> Iterator[Row]:
     model = known_model("known", shape)
     draft_shape = replace(open_model(bench.options.draft).config, vocab_size=shape.vocab_size)
     draft = known_model("known-draft", draft_shape, is_draft=True)
-    without = runs(bench, model)
+    use = partial(runs, bench)
+    without = use_further_engine(bench, model, use)
     for speculate, drafter in (("prompt-lookup", None), (f"draft:{draft.name}", draft)):
-        for (text, batch), run in runs(bench, model, speculate, drafter).items():
+        for (text, batch), run in use_further_engine(bench, model, use, draft=drafter, speculate=speculate).items():
             plain = without[text, batch]
             yield {
                 "speculate": speculate,
@@ -101,16 +103,13 @@ def measure(bench: Bench) -> Iterator[Row]:
             }
 
 
-def runs(
-    bench: Bench, model: Model, speculate: str | None = None, draft: Model | None = None
-) -> dict[tuple[str, int], SpeculationRun]:
-    """Of each kind of text and batch, with an engine of its own; each load runs twice, and the second time counts."""
+def runs(bench: Bench, engine: Engine) -> dict[tuple[str, int], SpeculationRun]:
+    """Of each kind of text and batch; each load runs twice, and the second time counts."""
     found = {}
-    with further_engine(bench, model, draft=draft, speculate=speculate) as engine:
-        for text in TEXTS:
-            for batch in bench.options.batches:
-                for name in ("warmup", "timed"):
-                    found[text, batch] = run_of(engine, requests(bench, name, text, batch))
+    for text in TEXTS:
+        for batch in bench.options.batches:
+            for name in ("warmup", "timed"):
+                found[text, batch] = run_of(engine, requests(bench, name, text, batch))
     return found
 
 
