@@ -110,6 +110,13 @@ def test_the_floor_of_decoding_a_mixture_reads_the_experts_that_tokens_visit() -
     assert decode_floor_s(plan, 2, 0, computing) == pytest.approx(2 * forward_flops(config, 0, 1, 1))
 
 
+def test_layers_without_experts_compute_with_their_own_feed_forward() -> None:
+    mixture = replace(TINY, experts=ExpertsConfig(8, 2))
+    first_dense = replace(mixture, dense_layers=(0,), dense_ffn_dim=100)
+    fewer = 3 * TINY.dim * (2 * TINY.ffn_dim - 100) + 8 * TINY.dim  # two experts, and a router
+    assert forward_flops(mixture, 0, 5, 1) - forward_flops(first_dense, 0, 5, 1) == 2 * 5 * fewer
+
+
 def test_a_quantized_matrix_is_read_as_codes_with_scales_and_zeros_and_computed_with_all_weights() -> None:
     """4 bits a weight, and a scale of 16 and a zero of 8 bits for each 32 of a row."""
     quantization = Quantization("awq", 4, group_columns=32, has_zeros=True, scale_dtype=torch.float16)
