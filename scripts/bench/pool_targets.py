@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from bench.pool_popular import Popular
     from bench.report import Row
     from yafsdp_like.inference.options import EngineOptions
-    from yafsdp_like.inference.pool.plan import ModelPlan
 
 WITHIN = 0.9  # share of the readers' time within targets, for which the rate is looked for
 _GREEDY = SamplingParams(temperature=0.0)
@@ -158,8 +157,10 @@ class _Play:
 
     def row(self, way: str, rate: float) -> Row:
         """Return what readers saw."""
-        ended = len(self.outcomes) - self.num_left - sum(outcome.num_refused for outcome in self.outcomes)
-        row = {"way": way, "rate": rate, "requests": len(self.outcomes), "ended": ended, **readers_saw(self.outcomes)}
+        num_refused = sum(outcome.num_refused for outcome in self.outcomes)
+        ended = len(self.outcomes) - self.num_left - num_refused
+        row = {"way": way, "rate": rate, "requests": len(self.outcomes), "ended": ended}
+        row |= {"num_refused_in_all": num_refused, **readers_saw(self.outcomes)}
         return row | {"seconds": self.now, "tokens_per_s": self.num_tokens / self.now}
 
 
@@ -241,7 +242,7 @@ def _calibrated(popular: Popular, pool: ModelPool, driver: PoolDriver) -> tuple[
         lines[config] = _lines(few, many, popular.options.prompt_tokens)
     scheduler.options = kept
     models = {
-        name: SimModel(each.image_nbytes, _kv_nbytes(each), lines[each.serving.config])
+        name: SimModel(each.image_nbytes, int(each.token_nbytes), lines[each.serving.config])
         for name, each in popular.plan.models.items()
     }
     grid = popular.plan.grid
@@ -289,11 +290,6 @@ def _lines(few: tuple[int, float, float], many: tuple[int, float, float], num_pr
         prefill_base_s=max(low_first_s - low * num_prompt_tokens * token_s, 0.0),
         prefill_row_s=token_s,
     )
-
-
-def _kv_nbytes(model: ModelPlan) -> int:
-    """Return the bytes of one token's keys and values."""
-    return int(sum(group.shape.nbytes / group.shape.page_size for group in model.serving.groups))
 
 
 def _simulate(popular: Popular, simulated: tuple[dict[str, SimModel], SimHardware], rate: float, seconds: float) -> Row:

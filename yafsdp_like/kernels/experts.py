@@ -142,8 +142,8 @@ class _Tile:
 
 
 # Of gate and up together, and of down, for at most so many visits of an expert, were they even. Measured on an H200
-# at the shapes of Mixtral-8x7B and Qwen3-30B-A3B, 1 to 2,048 tokens (scripts/results/LOG.md). Rows are mostly twice the
-# visits: an expert with more of them than that reads its weights twice.
+# at the shapes of Mixtral-8x7B and Qwen3-30B-A3B, 1 to 2,048 tokens (scripts/results/LOG.md). Rows have room for
+# more visits than even ones: an expert with more of them than a tile has rows reads its weights twice.
 _TILES = (
     (1, _Tile(16, 32, 128, 1, 2, 4), _Tile(16, 32, 128, 1, 2, 4)),
     (8, _Tile(16, 64, 128, 1, 4, 3), _Tile(16, 64, 128, 1, 4, 3)),

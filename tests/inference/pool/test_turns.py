@@ -146,6 +146,22 @@ def test_all_are_admitted_where_no_load_is_said() -> None:
     assert len(list(served(pool))) == 9
 
 
+def test_requests_are_taken_until_their_pages_fill_what_the_home_of_their_model_leaves() -> None:
+    """Targets that nobody could miss: memory alone decides, and then nobody loses pages."""
+    wide = replace(ONE, max_batch_size=64, max_batch_tokens=64)
+    pool = slack_pool(SMALL, wide, dict.fromkeys(CONFIGS, Targets(1e6, 1e3)), host_kv_nbytes=0)
+    engine, plan = pool.engine("plain"), pool.plan.models["plain"]
+    room = pool.plan.grid.region_nbytes - len(plan.home) * pool.plan.grid.slab_nbytes
+    taken = 0
+    with pytest.raises(QueueFullError, match="keys and values would take"):
+        for number in range(64):
+            pool.add("plain", Request(str(number), (1, 2, 3), max_tokens=29))
+            taken += 1
+    assert taken == int(room // (32 * plan.token_nbytes)) > 1
+    assert len(list(served(pool))) == taken
+    assert engine.metrics().num_preempted == 0
+
+
 def test_what_an_engine_refuses_is_in_no_book() -> None:
     pool = slack_pool()
     pool.add("plain", Request("0", (1, 2, 3), max_tokens=4))

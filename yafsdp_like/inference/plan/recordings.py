@@ -3,8 +3,8 @@
 A recording allocates next to nothing itself, since all that a step writes is planned; what PyTorch's allocator holds
 for all of them is cuBLAS's workspace of their stream, and what choosing the most probable tokens of many rows takes.
 Code that a step is the first to call is loaded while it is recorded, and a sum over ranks keeps buffers of NCCL's.
-The driver says nothing of its own bytes before it has taken them. They are planned by what was measured, and more than
-`SLACK` beyond that is never taken (`RecordingBudget`).
+The driver says nothing of its own bytes before it has taken them. They are planned by what was measured, and recording
+ends once `SLACK` beyond that is taken, so that a recording larger than the others may exceed it (`RecordingBudget`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def recordings_nbytes(config: DecoderConfig, options: EngineOptions, mode: Mode 
 
 
 class RecordingBudget:
-    """Counts what recordings take of the free memory, so that they take no more than is planned, and the slack."""
+    """Counts what recordings take of the free memory, and ends them once the plan and the slack are taken."""
 
     def __init__(self, planned_nbytes: int, free_nbytes: Callable[[], int]) -> None:
         """``free_nbytes`` tells the device's free memory, of which nobody else takes any meanwhile."""

@@ -71,6 +71,11 @@ class ModelPlan:
         return self.parts[-1].end_nbytes
 
     @property
+    def token_nbytes(self) -> float:
+        """Bytes of one token's keys and values, in all layers."""
+        return sum(group.shape.nbytes / group.shape.page_size for group in self.serving.groups)
+
+    @property
     def home_nbytes(self) -> int:
         """Bytes of weights on the device."""
         return self.units[-1].end_nbytes

@@ -109,8 +109,9 @@ class SlackTurns:
         if members.keys() != targets.keys():
             raise ValueError(f"expected targets of the models {[*members]}, found those of {[*targets]}")
         specs = {name: _spec(member, targets[name]) for name, member in members.items()}
-        device_nbytes = min(member.plan.serving.grid.region_nbytes for member in members.values())
-        memory_nbytes = device_nbytes + limits.host_kv_nbytes  # of sequences that wait, pages may lie on the host
+        plan = next(iter(members.values())).plan  # each has a home in the same slabs, and the others for pages
+        slabs_nbytes = plan.serving.grid.region_nbytes + len(plan.home) * plan.serving.grid.slab_nbytes
+        memory_nbytes = slabs_nbytes + limits.host_kv_nbytes  # of sequences that wait, pages may lie on the host
         options = ScheduleOptions(admission_load=limits.admission_load, memory_nbytes=memory_nbytes)
         self.scheduler = TokenScheduler(specs, options)
         self._members, self._clock = members, clock
@@ -240,7 +241,7 @@ def _lines(member: Member) -> StepLines:
     """Return first guesses, see [Note: first guesses]."""
     memory = _rates(member)[0]
     step_s = member.plan.home_nbytes / memory
-    key_s = _kv_nbytes(member) / memory
+    key_s = member.plan.token_nbytes / memory
     return StepLines(step_s, step_s / _ROWS, key_s, 0.0, step_s / _ROWS)
 
 
@@ -252,11 +253,6 @@ def _spec(member: Member, targets: Targets) -> ModelSpec:
         _lines(member),
         switch_s=member.plan.image_nbytes / _rates(member)[1],
         max_batch=batch,
-        kv_nbytes=_kv_nbytes(member),
+        kv_nbytes=member.plan.token_nbytes,
         home=range(home.start * slab_nbytes, home.stop * slab_nbytes),
     )
-
-
-def _kv_nbytes(member: Member) -> float:
-    """Return the bytes of one token's keys and values."""
-    return sum(group.shape.nbytes / group.shape.page_size for group in member.plan.serving.groups)
