@@ -119,9 +119,7 @@ class SteadyTraffic:
 
 def mean_counts(traffic: SteadyTraffic, mixed: bool) -> StepCosts:
     """Return the mean counts of the steps of one kind among the next ones; times are left out."""
-    steps: list[StepCosts] = []
-    while len(steps) < NUM_COUNTED // 4:  # a prompt comes every few steps
-        steps += [step for step in [traffic.counted_step()] if step.mixed is mixed]
+    steps = [step for step in (traffic.counted_step() for _ in range(NUM_COUNTED)) if step.mixed is mixed]
     means = {
         name: round(sum(getattr(step, name) for step in steps) / len(steps))
         for name in ("package_calls", "python_calls", "c_calls")
