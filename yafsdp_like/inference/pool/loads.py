@@ -133,10 +133,10 @@ class Loads:
             else:
                 self._host_weights.drop(each.image)
                 failed.append(member)
-        self._cancel_late([member for each, member in loading.items() if each not in ended])
+        self._cancel_unwanted([member for each, member in loading.items() if each not in ended])
         return failed
 
-    def _cancel_late(self, members: Sequence[Member]) -> None:
+    def _cancel_unwanted(self, members: Sequence[Member]) -> None:
         """Cancel loads under way that nobody has wanted for ``UNWANTED_LOAD_S``."""
         now = self._ranks.clock() if members else 0.0
         for member in members:
