@@ -26,7 +26,7 @@ from yafsdp_like.inference.pool.member import ModelState
 from yafsdp_like.inference.pool.memory import maps_slabs
 from yafsdp_like.inference.pool.plan import PoolPlan, plan_pool
 from yafsdp_like.inference.pool.pool import ModelPool
-from yafsdp_like.inference.pool.tp_pool import follow_pool
+from yafsdp_like.inference.pool.tp_pool import TPPool, follow_pool
 from yafsdp_like.inference.pool.weights import PooledWeights
 from yafsdp_like.inference.weights.loading import Model, ModuleSource, fill, model_of, world_transport
 from yafsdp_like.inference.weights.store import Store
@@ -397,6 +397,36 @@ def test_what_is_asked_of_the_first_rank_is_done_on_all_and_refused_where_it_was
         " name them there",
         " cancel them, or wait fo"[:24],
     ]
+
+
+def fail_on_the_one_that_follows() -> int:
+    """How many of the calls that no rank refuses fail on the second rank; the first one makes nothing of them."""
+
+    def fail(*_: object) -> list[object]:
+        if dist.get_rank():
+            raise ValueError("a fault of this rank")
+        return []
+
+    pool, num_failed = rank_pool(), 0
+    with pytest.MonkeyPatch.context() as patch:
+        for method in ("step", "load_all"):
+            patch.setattr(ModelPool, method, fail)
+        if dist.get_rank():
+            for _ in range(2):
+                with pytest.raises(ValueError, match="a fault of this rank"):
+                    follow_pool(pool)
+                num_failed += 1
+        else:
+            leader = TPPool(pool)
+            leader.add("plain", Request("a", (1, 2, 3), GREEDY, max_tokens=4))
+            leader.step()
+            leader.load_all(lambda name, figures: None)
+    return num_failed
+
+
+def test_what_fails_in_a_step_or_a_load_of_a_rank_that_follows_ends_it() -> None:
+    """Prevents: a rank that goes back to listening while the first one waits for it in a collective."""
+    assert run_ranks(fail_on_the_one_that_follows) == [0, 2]
 
 
 # --- parts of parameters in pieces of host memory ---

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.pool.member import ModelFigures
     from yafsdp_like.inference.pool.pool import ModelPool
 
+_REFUSED = ValueError, QueueFullError, ModelUnavailableError
+
 
 @dataclass(frozen=True)
 class PoolCall:
@@ -97,12 +99,13 @@ class TPPool:
 def follow_pool(pool: ModelPool) -> None:
     """Make the calls on this rank's pool that the first rank makes, until it closes its own; then close this one.
 
-    Blocks the CPU while there is nothing to do. Raises what a step and ``received`` raise.
+    Blocks the CPU while there is nothing to do. Raises what ``received``, a step and ``load_all`` raise: their errors
+    may be this rank's alone. What other calls refuse all ranks refuse, and the first one answers.
     """
     assert pool.tp_group is not None, "one rank has nobody to follow"
     for message in received(pool.tp_group):
         if isinstance(message, PoolCall):
-            # The first rank raises it, too, and answers.
-            with contextlib.suppress(ValueError, QueueFullError, ModelUnavailableError):
+            refused = () if message.method in ("step", "load_all") else _REFUSED
+            with contextlib.suppress(*refused):
                 getattr(pool, message.method)(*message.arguments)
     pool.close()
