@@ -42,7 +42,7 @@ class LoadedPool:
     """Models that are ready to be asked, and those that are not, with why."""
 
     pool: ModelPool  # this rank's
-    driver: PoolDriver  # for the first rank alone; others follow it
+    driver: PoolDriver | None  # None on ranks that follow the first one
     catalog: Catalog
     device: torch.device
 
@@ -91,8 +91,8 @@ def load_pool(options: ServePoolOptions) -> LoadedPool:
     parsers = [_parser(name, each, options, pool.engine(name)) for name, each in opened.items()]
     catalog = Catalog(parsers, errors, is_pool=True)
     _load_adapters(pool, opened, catalog)
-    driver = PoolDriver(pool, ttls, host_ttls)
-    if _is_first():
+    driver = PoolDriver(pool, ttls, host_ttls) if _is_first() else None
+    if driver is not None:
         for error in _load_all(driver).values():
             _say(f"warning: {error}")
     _say(f"requests call the models {', '.join(map(repr, catalog.parsers))}")

@@ -191,6 +191,7 @@ class PoolReplica:
         await self._service.drain(self._grace_s)
         await self._ends.aclose()
         if not self._service.is_stuck:
+            assert self._pool.driver is not None, "a replica is one rank"
             self._pool.driver.close()
 
 

@@ -102,6 +102,7 @@ def serve(model: LoadedModel, options: ServeOptions, address: socket) -> None:
 
 def pool_service(pool: LoadedPool, options: ServePoolOptions) -> Service[PoolDriver]:
     """Return the service of a pool, not started yet."""
+    assert pool.driver is not None, "the first rank serves, others follow it"
     device, entries = pool.device, options.models.values()
     polled = [ttl_s / 4 for entry in entries for ttl_s in (entry.ttl_s, entry.host_ttl_s) if ttl_s]
     polled += [] if pool.pool.tp_group is None else [KEEP_ALIVE_S]
@@ -118,6 +119,7 @@ def serve_pool(pool: LoadedPool, options: ServePoolOptions, address: socket) -> 
 
     Raises RuntimeError if it has failed.
     """
+    assert pool.driver is not None, "the first rank serves, others follow it"
     service, is_alone = pool_service(pool, options), pool.pool.tp_group is None
     run_server(service, create_catalog_app(service, pool.catalog), options, address, outlives_engine=is_alone)
     pool.driver.close()

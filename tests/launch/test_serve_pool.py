@@ -116,6 +116,7 @@ def test_adapters_belong_to_a_model_of_the_pool(file: Path, capsys: pytest.Captu
     pool = load_pool(SERVE_POOL.load([f"--config={file}", "--admin-key=admins"]))
     assert "warning: adapter 'lost' could not be opened" in (said := capsys.readouterr().out)
     assert "requests call the models 'one', 'two', 'sql'" in said
+    assert pool.driver is not None
     service = Service(pool.driver)
     users, admins = ({"authorization": f"Bearer {key}"} for key in ("users", "admins"))
     with serving_app(service, pool.driver, create_catalog_app(service, pool.catalog)) as running:
@@ -163,7 +164,7 @@ def test_adapters_that_cannot_be_loaded_are_left_out(
     assert "warning: adapter 'cut' could not be loaded" in said
     assert "warning: adapter 'two' could not be loaded: the name 'two' is taken" in said
     assert "requests call the models 'one', 'two', 'sql'" in said
-    assert [*pool.driver.adapters_of("one").names] == ["sql"]
+    assert pool.driver is not None and [*pool.driver.adapters_of("one").names] == ["sql"]
     pool.driver.close()
 
 
