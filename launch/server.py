@@ -94,9 +94,7 @@ def serve(model: LoadedModel, options: ServeOptions, address: socket) -> None:
     app = create_catalog_app(service, catalog)
     run_server(service, app, options, address, outlives_engine=leader is None)
     if leader is not None:
-        assert service.state is ServiceState.CLOSED, (
-            f"the service is {service.state.value}, and may still use the engine"
-        )
+        _check_closed(service)
         leader.close()
 
 
@@ -122,7 +120,12 @@ def serve_pool(pool: LoadedPool, options: ServePoolOptions, address: socket) -> 
     assert pool.driver is not None, "the first rank serves, others follow it"
     service, is_alone = pool_service(pool, options), pool.pool.tp_group is None
     run_server(service, create_catalog_app(service, pool.catalog), options, address, outlives_engine=is_alone)
+    _check_closed(service)
     pool.driver.close()
+
+
+def _check_closed(service: Service[Any]) -> None:
+    assert service.state is ServiceState.CLOSED, f"the service is {service.state.value}, and may still use the engine"
 
 
 def run_server(

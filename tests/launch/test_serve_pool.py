@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import httpx
 import pytest
 
 from launch import pool as pool_module
-from launch import serve
+from launch import serve, server
 from launch.options import SERVE_POOL, PoolModelOptions
 from launch.pool import load_pool, targets_of
 from tests.inference.engine.test_adapters import write_adapter
@@ -166,6 +167,18 @@ def test_adapters_that_cannot_be_loaded_are_left_out(
     assert "requests call the models 'one', 'two', 'sql'" in said
     assert pool.driver is not None and [*pool.driver.adapters_of("one").names] == ["sql"]
     pool.driver.close()
+
+
+def test_a_pool_is_not_closed_beside_a_service_that_may_be_in_a_step(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = SERVE_POOL.load([f"--config={file}"])
+    pool = load_pool(options)
+    monkeypatch.setattr(server, "run_server", lambda *_, **__: None)
+    with socket.socket() as address, pytest.raises(AssertionError, match="the service is new, and may still use"):
+        server.serve_pool(pool, options, address)
+    assert pool.pool.is_loaded("one")
+    pool.pool.close()
 
 
 @pytest.mark.parametrize(
