@@ -249,6 +249,52 @@ def test_a_load_that_fails_on_one_rank_has_failed_on_all_and_frees_its_bytes() -
     assert first == second and first[0] == ["windows"]
 
 
+def load_watched() -> tuple[list[str], Any]:
+    """Why models could not be loaded where the first rank fails to show how they are; then they are asked."""
+
+    def show(name: str, figures: object) -> None:
+        if name == "plain" and dist.get_rank() == 0:
+            raise BrokenPipeError("nobody looks")
+
+    def read_late(device: torch.device) -> Source:
+        time.sleep(0.05)
+        return plain.source(device)
+
+    models = models_of()
+    plain = models["plain"]
+    pool = rank_pool(models={**models, "plain": replace(plain, source=read_late)})
+    failed = pool.load_all(show)
+    states = [state.value for state in pool.states().values()]
+    draw_alone_and_together(pool, seed=0)
+    found = facts(pool)
+    pool.close()
+    return [f"{name}: {type(error).__name__}: {error}" for name, error in failed.items()], (states, found)
+
+
+def test_where_who_watches_a_load_fails_all_ranks_leave_it_and_load_the_others() -> None:
+    """Prevents: ranks of which one waits for a load on, and others do what comes next."""
+    (own, first), (words, second) = run_ranks(load_watched)
+    assert own == ["plain: BrokenPipeError: nobody looks"]
+    assert words == ["plain: AgreedError: nobody looks (rank 0)"]
+    assert first == second and first[0] == ["absent", "asleep", "asleep"]
+
+
+def call_otherwise() -> str:
+    pool = rank_pool()
+    with pytest.raises(RuntimeError, match=r"exchange different things") as error:
+        if dist.get_rank():
+            pool.load("plain")
+        else:
+            pool.start_loading("plain")
+            pool.step()
+    return str(error.value)
+
+
+def test_ranks_that_make_different_calls_all_say_so() -> None:
+    first, second = run_ranks(call_otherwise)
+    assert first == second and "rank 0 the ends of loads, rank 1 the wait for a load" in first
+
+
 def serve_by_targets() -> Any:
     """On ranks of which the second has another clock, and takes its time."""
     names, step = [*CONFIGS], ModelPool.step

@@ -59,13 +59,17 @@ class Loads:
         return True
 
     def wait(self, member: Member, watch: Callable[[], object]) -> None:
-        """Wait until a model is no longer read.
+        """Wait until a model is no longer read, and call ``watch`` now and then; what it raises ends this on all ranks.
 
         If anything is raised meanwhile only requests may want it yet: without any the load is cancelled.
         """
         try:
-            while member.loading is not None and not self._ranks.all_say(member.loading.wait(LOOK_S)):
-                watch()
+            while member.loading is not None:
+                is_over, error = member.loading.wait(LOOK_S), None
+                if not is_over:
+                    error = _error_of(watch)
+                if self._ranks.all_over(is_over, error):
+                    return
         except BaseException:
             if member.loading is not None:
                 member.loading.on_demand = True
@@ -157,6 +161,14 @@ class Loads:
             member.weights.unload()
             self._host_weights.drop(member.image)
             member.image = None
+
+
+def _error_of(act: Callable[[], object]) -> Exception | None:
+    try:
+        act()
+    except Exception as error:
+        return error
+    return None
 
 
 def _open(model: Model, device: torch.device) -> Source:

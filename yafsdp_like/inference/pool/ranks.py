@@ -13,6 +13,8 @@ something, and only while there is something under way, which all know alike:
 * a load is over once it is on all ranks, and has failed if it has on any;
 * the time is the first rank's.
 
+Exchanges have names: where ranks have not made the same calls, and one is in another exchange, all raise.
+
 Calls that only look at a pool of several ranks, such as ``states``, exchange nothing: they see what was taken in last.
 """
 
@@ -75,30 +77,55 @@ class PoolRanks:
         now = time.monotonic()
         return now if self.tp_group is None else self.tp_group.broadcast(now)
 
-    def all_say(self, is_so: bool) -> bool:
-        """Return whether all ranks say so."""
-        return all(self._gathered(is_so))
+    def all_over(self, is_over: bool, error: Exception | None) -> bool:
+        """Return whether what all wait for is over on all ranks.
+
+        Where any has an ``error`` instead, all raise: that rank its own, others AgreedError with its message.
+        """
+        words = None if error is None else message_of(error)
+        found = self._gathered("the wait for a load", (is_over, words))
+        if error is not None:
+            raise error
+        failed = _failed([words for _, words in found])
+        if failed is not None:
+            raise failed
+        return all(is_over for is_over, _ in found)
 
     def note_arrivals(self, models: Iterable[PooledWeights]) -> None:
         """Take in which units have arrived by now."""
         arriving = [weights for weights in models if weights.is_arriving()]
         if arriving:
-            counts = self._gathered([weights.count_arriving() for weights in arriving])
+            counts = self._gathered("arrivals", [weights.count_arriving() for weights in arriving])
             for weights, found in zip(arriving, zip(*counts, strict=True), strict=True):
                 weights.note_arrivals(max(found))
 
     def ended(self, loadings: Sequence[Loading]) -> dict[Loading, BaseException | None]:
         """Return those of ``loadings`` that are over by now, and why they have failed."""
-        reports = self._gathered([_report(loading) for loading in loadings])
+        reports = self._gathered("the ends of loads", [_report(loading) for loading in loadings])
         ended: dict[Loading, BaseException | None] = {}
         for loading, found in zip(loadings, zip(*reports, strict=True), strict=True):
             if all(is_over for is_over, _ in found):
-                failed = [f"{words} (rank {rank})" for rank, (_, words) in enumerate(found) if words is not None]
-                ended[loading] = loading.error or (AgreedError(failed[0]) if failed else None)
+                ended[loading] = loading.error or _failed([words for _, words in found])
         return ended
 
-    def _gathered(self, value: Value) -> list[Value]:
-        return [value] if self.tp_group is None else self.tp_group.all_gather(value)
+    def _gathered(self, what: str, value: Value) -> list[Value]:
+        """Return all ranks' values. Raises RuntimeError on all ranks where one exchanges something else."""
+        if self.tp_group is None:
+            return [value]
+        found = self.tp_group.all_gather((what, value))
+        names = [name for name, _ in found]
+        if len({*names}) > 1:
+            exchanged = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(names))
+            raise RuntimeError(
+                f"ranks of a pool exchange different things: {exchanged}; make the same calls in the same order on all"
+            )
+        return [value for _, value in found]
+
+
+def _failed(words: Sequence[str | None]) -> AgreedError | None:
+    """Return the error of the first rank that has one; ``words`` are all ranks'."""
+    found = [f"{each} (rank {rank})" for rank, each in enumerate(words) if each is not None]
+    return AgreedError(found[0]) if found else None
 
 
 def _report(loading: Loading) -> tuple[bool, str | None]:
