@@ -22,6 +22,7 @@ from yafsdp_like.inference.options import PoolOptions
 from yafsdp_like.inference.plan.quantized_fields import stored_units
 from yafsdp_like.inference.pool import pool as pool_module
 from yafsdp_like.inference.pool.driver import PoolDriver
+from yafsdp_like.inference.pool.loads import LOOK_S
 from yafsdp_like.inference.pool.member import ModelState
 from yafsdp_like.inference.pool.memory import maps_slabs
 from yafsdp_like.inference.pool.plan import PoolPlan, plan_pool
@@ -473,6 +474,32 @@ def fail_on_the_one_that_follows() -> int:
 def test_what_fails_in_a_step_or_a_load_of_a_rank_that_follows_ends_it() -> None:
     """Prevents: a rank that goes back to listening while the first one waits for it in a collective."""
     assert run_ranks(fail_on_the_one_that_follows) == [0, 2]
+
+
+def wait_for_the_other_rank() -> tuple[int, float]:
+    """How many steps the first rank makes, and for how long, while its load is over and the other's is not."""
+    models = models_of()
+    models["plain"] = on_last_rank(models["plain"], lambda: time.sleep(0.15))
+    pool = rank_pool(models=models)
+    if dist.get_rank():
+        follow_pool(pool)
+        return 0, 0.0
+    driver, num_steps = PoolDriver(pool), 0
+    driver.load("plain")
+    began = time.perf_counter()
+    while pool.states()["plain"] is ModelState.LOADING:
+        if driver.has_work:
+            driver.step()
+            num_steps += 1
+    seconds = time.perf_counter() - began
+    driver.close()
+    return num_steps, seconds
+
+
+def test_a_load_that_is_over_on_the_first_rank_alone_is_looked_at_now_and_then() -> None:
+    """Prevents: steps without a pause, each an exchange of all ranks."""
+    (num_steps, seconds), _ = run_ranks(wait_for_the_other_rank)
+    assert 1 < num_steps <= seconds / LOOK_S + 1
 
 
 # --- parts of parameters in pieces of host memory ---

@@ -15,7 +15,7 @@ from yafsdp_like.inference.pool.host_weights import HostFullError
 from yafsdp_like.inference.pool.loading import Loading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from yafsdp_like.inference.pool.host_weights import HostWeights
     from yafsdp_like.inference.pool.member import Member
@@ -76,12 +76,13 @@ class Loads:
             self.give_up((member,))
             raise
 
-    def wait_a_little(self, members: Iterable[Member]) -> None:
-        """Wait for the first load that requests wait for, if there is any, until the next look at it."""
-        for member in members:
-            if member.loading is not None and member.engine.has_work:
-                member.loading.wait(LOOK_S)
-                return
+    def wait_a_little(self, members: Collection[Member]) -> None:
+        """Wait until the next look at loads that requests wait for, or that are over here, but not on another rank."""
+        wanted = [each.loading for each in members if each.loading is not None and each.engine.has_work]
+        if wanted and not wanted[0].is_over:
+            wanted[0].wait(LOOK_S)
+        elif wanted or self.has_ended(members):
+            time.sleep(LOOK_S)
 
     def wait_for_cancelled(self) -> None:
         """Wait until no load that was cancelled holds room."""

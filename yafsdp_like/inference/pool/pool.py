@@ -352,7 +352,7 @@ class ModelPool:
     def step(self) -> list[tuple[str, RequestOutput]]:
         """Make one step of one model, waking it in its turn, and return outputs with their models' names.
 
-        Where there are only requests of models that are being loaded, wait for them a little.
+        Where there are only models that are being loaded, for requests or on other ranks, wait for them a little.
         """
         self._settle()
         for each in self._members.values():
