@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tests.inference.engine.test_engine import GREEDY, TINY, allocations, decoder, prompts, requests
 from tests.inference.pool.test_model_pool import CONFIGS, LARGE, ONE, alone, check_idle, pooled, races, tokens
 from tests.ranks import RankError, run_ranks
+from yafsdp_like.comm.tp_group import TPGroup
 from yafsdp_like.hardware import Hardware
 from yafsdp_like.inference.engine.request import FinishReason, Request
 from yafsdp_like.inference.fleet.reader import Targets
@@ -282,6 +283,14 @@ def test_where_who_watches_a_load_fails_all_ranks_leave_it_and_load_the_others()
 
 def call_otherwise() -> str:
     pool = rank_pool()
+    if dist.get_rank():
+        with pytest.raises(RuntimeError, match=r"expected the time from the first rank"):
+            pool.ranks.clock()
+        with pytest.raises(RuntimeError, match=r"expected a call of the first rank's pool"):
+            follow_pool(pool)
+    else:
+        TPPool(pool).cancel("plain", "nobody")
+        pool.ranks.clock()
     with pytest.raises(RuntimeError, match=r"exchange different things") as error:
         if dist.get_rank():
             pool.load("plain")
@@ -320,6 +329,45 @@ def serve_by_targets() -> Any:
 def test_turns_by_targets_go_by_the_first_ranks_clock() -> None:
     first, second = run_ranks(serve_by_targets)
     assert first == second and len(first[0]) > 3
+
+
+def lead_by_targets() -> tuple[Any, list[int]]:
+    """Of ranks with clocks of their own, of which one is asked: switches and what was learned; broadcasts of each step.
+
+    Those of steps in which nothing was loaded.
+    """
+    names, told, broadcast = [*CONFIGS], list[object](), TPGroup.broadcast
+
+    def noting(group: TPGroup, value: Any) -> Any:
+        told.append(value)
+        return broadcast(group, value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        clock = time.monotonic
+        patch.setattr(time, "monotonic", lambda: clock() * (1 + 3 * dist.get_rank()))
+        patch.setattr(TPGroup, "broadcast", noting)
+        pool = ModelPool(plan_of(admission_load=None), models_of(), targets=dict.fromkeys(names, Targets(0.2, 0.01)))
+        nums: list[int] = []
+        if dist.get_rank():
+            follow_pool(pool)
+        else:
+            driver = PoolDriver(pool)
+            driver.load_all()
+            for name in names:
+                driver.add(Request(name, prompts(1)[0], GREEDY, max_tokens=12, model=name))
+            while driver.has_work:
+                told.clear()
+                driver.step()
+                nums.append(len(told))
+            driver.close()
+    queues = pool.turns.scheduler.queues.values()
+    return ([*pool.switches], [(queue.step_s, queue.times.prefill_s(8)) for queue in queues]), nums
+
+
+def test_a_step_by_targets_broadcasts_its_call_with_the_time_and_its_end() -> None:
+    (first, nums), (second, _) = run_ranks(lead_by_targets)
+    assert first == second and len(first[0]) >= len(CONFIGS)
+    assert len(nums) > 12 and {*nums} == {2}
 
 
 # --- parts that are pulled ---

@@ -143,7 +143,7 @@ class Loads:
 
     def _cancel_unwanted(self, members: Sequence[Member]) -> None:
         """Cancel loads under way that nobody has wanted for ``UNWANTED_LOAD_S``."""
-        now = self._ranks.clock() if members else 0.0
+        now = self._ranks.called_at() if members else 0.0
         for member in members:
             assert member.loading is not None
             if not member.is_unwanted or member.loading.wanted_at is None:

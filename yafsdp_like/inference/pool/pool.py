@@ -80,14 +80,14 @@ class ModelPool:
         for name, model in models.items():
             if model.config != (planned := plan.models[name].serving.config):
                 raise ValueError(f"{name}: expected the model that was planned, {planned}, found {model.config}")
-        self._ranks = PoolRanks.of(plan.num_ranks)
-        self._ranks.check_same("the plans of pools", (str(plan), plan.options, targets))
-        self.plan, self.device, self.tp_group = plan, indexed(device), self._ranks.tp_group
-        memory = PoolMemory.reserve(plan, self.device, self._ranks, transport)
+        self.ranks = PoolRanks.of(plan.num_ranks)
+        self.ranks.check_same("the plans of pools", (str(plan), plan.options, targets))
+        self.plan, self.device, self.tp_group = plan, indexed(device), self.ranks.tp_group
+        memory = PoolMemory.reserve(plan, self.device, self.ranks, transport)
         self.arena, self.host, self._regions, self._pools = memory.arena, memory.host, memory.regions, memory.pools
         self.switches: deque[Switch] = deque(maxlen=1024)
         self.num_steps = 0
-        self._loads = Loads(HostWeights(self.host.place(HOST_WEIGHTS)), self.device, self._ranks)
+        self._loads = Loads(HostWeights(self.host.place(HOST_WEIGHTS)), self.device, self.ranks)
         streams = streams_of(self.device)
         self._members = {
             name: memory.member(each, models[name], streams, partial(self._make_room, name))
@@ -95,7 +95,7 @@ class ModelPool:
         }
         self._outputs: list[tuple[str, RequestOutput]] = []  # of models that were suspended, or could not be loaded
         self._may_prefetch, self._is_closed = True, False
-        self.turns = turns_of(self._members, targets, plan.options, self._ranks.clock)
+        self.turns = turns_of(self._members, targets, plan.options, self.ranks)
 
     # --- where weights are ---
 
@@ -193,14 +193,14 @@ class ModelPool:
     def _settle(self) -> None:
         """Take in which copies and loads have ended; requests of models that have failed end, too."""
         self._check_open()
-        self._ranks.note_arrivals(member.weights for member in self._members.values())
+        self.ranks.note_arrivals(member.weights for member in self._members.values())
         for failed in self._loads.settle(self._members.values()):
             for output in failed.engine.end_all(FinishReason.FAILED):
                 self._outputs.append((failed.name, replace(output, error=failed.failure_words)))
 
     def _look(self) -> None:
         """Take in what has ended where no other rank is to be asked, for calls that ranks make on their own."""
-        self._settle() if self._ranks.is_alone else self._check_open()
+        self._settle() if self.ranks.is_alone else self._check_open()
 
     @property
     def has_news(self) -> bool:
@@ -408,7 +408,7 @@ class ModelPool:
         """
         requests = {name: list(found) for name, found in requests.items()}
         timeless = {name: [replace(request, deadline=None) for request in found] for name, found in requests.items()}
-        self._ranks.check_same("requests", timeless)  # but for deadlines, which are the first rank's
+        self.ranks.check_same("requests", timeless)  # but for deadlines, which are the first rank's
         if self.has_work:
             raise RuntimeError("generate() returns all outputs, and requests of others are under way: call step()")
         for name in requests:

@@ -11,7 +11,8 @@ something, and only while there is something under way, which all know alike:
 
 * a unit has arrived once it has on all ranks, since a step is a recording on all of them or on none;
 * a load is over once it is on all ranks, and has failed if it has on any;
-* the time is the first rank's.
+* the time is the first rank's. That of a call comes with the call where one rank is asked (``tp_pool.py``), so that a
+  step exchanges one more, its end.
 
 Exchanges have names: where ranks have not made the same calls, and one is in another exchange, all raise.
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
@@ -38,12 +40,20 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+_SAME_CALLS = "make the same calls in the same order on all ranks"
+
+
+@dataclass(frozen=True)
+class _Time:
+    seconds: float
+
 
 class PoolRanks:
     """The ranks of one pool, see [Note: ranks of a pool]; without a ``tp_group`` there is one."""
 
     def __init__(self, tp_group: TPGroup | None = None) -> None:
         self.tp_group = tp_group
+        self.told_at: float | None = None  # when the call that is being made was made, where the first rank has told it
 
     @classmethod
     def of(cls, num_ranks: int) -> PoolRanks:
@@ -73,9 +83,18 @@ class PoolRanks:
             self.tp_group.check_same(what, value)
 
     def clock(self) -> float:
-        """Return ``time.monotonic()`` of the first rank."""
+        """Return ``time.monotonic()`` of the first rank, which broadcasts it."""
         now = time.monotonic()
-        return now if self.tp_group is None else self.tp_group.broadcast(now)
+        if self.tp_group is None:
+            return now
+        found = self.tp_group.broadcast(_Time(now))
+        if not isinstance(found, _Time):
+            raise RuntimeError(f"expected the time from the first rank of a pool, found {found}: {_SAME_CALLS}")
+        return found.seconds
+
+    def called_at(self) -> float:
+        """Return when the first rank has made this call, in seconds of ``clock``; it asks that where none was told."""
+        return self.clock() if self.told_at is None else self.told_at
 
     def all_over(self, is_over: bool, error: Exception | None) -> bool:
         """Return whether what all wait for is over on all ranks.
@@ -116,9 +135,7 @@ class PoolRanks:
         names = [name for name, _ in found]
         if len({*names}) > 1:
             exchanged = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(names))
-            raise RuntimeError(
-                f"ranks of a pool exchange different things: {exchanged}; make the same calls in the same order on all"
-            )
+            raise RuntimeError(f"ranks of a pool exchange different things, {exchanged}: {_SAME_CALLS}")
         return [value for _, value in found]
 
 

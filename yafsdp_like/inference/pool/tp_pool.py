@@ -7,8 +7,9 @@ how its messages are received, and what a rank's end means for the others, is `e
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from yafsdp_like.inference.engine.request import QueueFullError
 from yafsdp_like.inference.engine.tp_driver import TPBroadcaster, TPCommand, received
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.pool.member import ModelFigures
     from yafsdp_like.inference.pool.pool import ModelPool
 
+Method: TypeAlias = Literal["add", "cancel", "step", "load_all", "start_loading", "unload", "sleep", "wake_up"]
 _REFUSED = ValueError, QueueFullError, ModelUnavailableError
 
 
@@ -28,7 +30,8 @@ _REFUSED = ValueError, QueueFullError, ModelUnavailableError
 class PoolCall:
     """A call of a pool that all ranks make."""
 
-    method: Literal["add", "cancel", "step", "load_all", "start_loading", "unload", "sleep", "wake_up"]
+    method: Method
+    made_at: float  # in seconds of time.monotonic() of the first rank
     arguments: tuple[Any, ...] = ()
 
 
@@ -52,43 +55,49 @@ class TPPool:
         if not (self._pool.has_work or self._pool.has_news):
             self._broadcaster.tell(TPCommand.LISTEN)
             return []
-        self._broadcaster.tell(PoolCall("step"))
+        self._tell("step")
         return self._pool.step()
 
     def add(self, name: str, request: Request) -> None:
         """Take a request on all ranks; see ``ModelPool.add``."""
-        self._broadcaster.tell(PoolCall("add", (name, request)))
+        self._tell("add", name, request)
         self._pool.add(name, request)
 
     def cancel(self, name: str, request_id: str) -> None:
         """Cancel a request on all ranks."""
-        self._broadcaster.tell(PoolCall("cancel", (name, request_id)))
+        self._tell("cancel", name, request_id)
         self._pool.cancel(name, request_id)
 
     def load_all(self, watch: Callable[[str, ModelFigures], object]) -> dict[str, Exception]:
         """Load all models on all ranks; see ``ModelPool.load_all``."""
-        self._broadcaster.tell(PoolCall("load_all"))
+        self._tell("load_all")
         return self._pool.load_all(watch)
 
     def start_loading(self, name: str) -> None:
         """Begin to read a model on all ranks; see ``ModelPool.start_loading``."""
-        self._broadcaster.tell(PoolCall("start_loading", (name,)))
+        self._tell("start_loading", name)
         self._pool.start_loading(name)
 
     def unload(self, name: str) -> None:
         """Take a model from the devices and hosts of all ranks; see ``ModelPool.unload``."""
-        self._broadcaster.tell(PoolCall("unload", (name,)))
+        self._tell("unload", name)
         self._pool.unload(name)
 
     def sleep(self, name: str) -> None:
         """Let a model sleep on all ranks."""
-        self._broadcaster.tell(PoolCall("sleep", (name,)))
+        self._tell("sleep", name)
         self._pool.sleep(name)
 
     def wake_up(self, name: str) -> object:
         """Wake a model on all ranks; see ``ModelPool.wake_up``."""
-        self._broadcaster.tell(PoolCall("wake_up", (name,)))
+        self._tell("wake_up", name)
         return self._pool.wake_up(name)
+
+    def _tell(self, method: Method, *arguments: Any) -> None:
+        """Have the others make a call; this rank then makes it, at the same time."""
+        call = PoolCall(method, time.monotonic(), arguments)
+        self._broadcaster.tell(call)
+        self._pool.ranks.told_at = call.made_at
 
     def close(self) -> None:
         """End ``follow_pool`` on the other ranks, and close. Not after an error: they may not be listening."""
@@ -105,7 +114,10 @@ def follow_pool(pool: ModelPool) -> None:
     assert pool.tp_group is not None, "one rank has nobody to follow"
     for message in received(pool.tp_group):
         if isinstance(message, PoolCall):
+            pool.ranks.told_at = message.made_at
             refused = () if message.method in ("step", "load_all") else _REFUSED
             with contextlib.suppress(*refused):
                 getattr(pool, message.method)(*message.arguments)
+        elif message is not TPCommand.LISTEN:
+            raise RuntimeError(f"expected a call of the first rank's pool, found {message}: make all by one TPPool")
     pool.close()

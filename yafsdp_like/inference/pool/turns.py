@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from yafsdp_like.inference.fleet.reader import Targets
     from yafsdp_like.inference.options import PoolOptions
     from yafsdp_like.inference.pool.member import Member
+    from yafsdp_like.inference.pool.ranks import PoolRanks
 
 _MEMORY, _LINK = 2e12, 5e10  # bytes a second, see [Note: first guesses]
 _ROWS = 200
@@ -89,10 +90,12 @@ def turns_of(
     members: Mapping[str, Member],
     targets: Mapping[str, Targets] | None,
     limits: PoolOptions,
-    clock: Callable[[], float],
+    ranks: PoolRanks,
 ) -> Turns:
-    """Return the turns of a pool: by slack where its models have targets. ``clock`` is that of all its ranks."""
-    return CountedTurns(members) if targets is None else SlackTurns(members, targets, limits, clock)
+    """Return the turns of a pool: by slack where its models have targets, and by the time of its ``ranks``."""
+    if targets is None:
+        return CountedTurns(members)
+    return SlackTurns(members, targets, limits, ranks.clock, ranks.called_at)
 
 
 class SlackTurns:
@@ -104,8 +107,12 @@ class SlackTurns:
         targets: Mapping[str, Targets],
         limits: PoolOptions,
         clock: Callable[[], float] = time.monotonic,
+        called_at: Callable[[], float] | None = None,
     ) -> None:
-        """``targets`` of every model. Raises ValueError where a model has none."""
+        """``targets`` of every model. Raises ValueError where a model has none.
+
+        ``called_at``: when the call that is being made was made; it may cost less than ``clock``, which it is if None.
+        """
         if members.keys() != targets.keys():
             raise ValueError(f"expected targets of the models {[*members]}, found those of {[*targets]}")
         specs = {name: _spec(member, targets[name]) for name, member in members.items()}
@@ -114,7 +121,7 @@ class SlackTurns:
         memory_nbytes = slabs_nbytes + limits.host_kv_nbytes  # of sequences that wait, pages may lie on the host
         options = ScheduleOptions(admission_load=limits.admission_load, memory_nbytes=memory_nbytes)
         self.scheduler = TokenScheduler(specs, options)
-        self._members, self._clock = members, clock
+        self._members, self._clock, self._called_at = members, clock, called_at or clock
         self._open: dict[str, dict[str, None]] = {name: {} for name in members}  # ids of requests that have not ended
         self._began = clock()  # the step that is under way
         self._woken: dict[
@@ -131,25 +138,25 @@ class SlackTurns:
 
     def take(self, name: str, request: Request) -> None:
         """Take a request that the model's engine has taken."""
-        self.scheduler.take(_job(name, request), self._clock())
+        self.scheduler.take(_job(name, request), self._called_at())
         self._open[name][request.id] = None
 
     def next(self, wake_up: Callable[[str], object], prefetch: Callable[[str], int]) -> Member | None:
         """Wake and return the model whose turn it is, of those that are on the host, and prefetch the one after it."""
-        members = self._members.items()
+        members, now = self._members.items(), self._called_at()
         able = {name for name, member in members if member.image is not None and member.engine.has_requests}
-        turn = self.scheduler.next(self._clock(), able)
+        turn = self.scheduler.next(now, able)
         if turn is None:
             return None
         member = self._members[turn.model]
         if not member.is_awake:
-            self._woken[member.name] = self._clock()
+            self._woken[member.name] = now
             self._new_steps(member.name)
             wake_up(member.name)
         if turn.prefetch is not None and prefetch(turn.prefetch):
             left = self._members[turn.prefetch].residence.missing_nbytes()
-            self.scheduler.copying(turn.prefetch, self._clock() + left / _rates(member)[1])
-        self._began = self._clock()
+            self.scheduler.copying(turn.prefetch, now + left / _rates(member)[1])
+        self._began = now
         return member
 
     def stepped(self, name: str | None, outputs: Iterable[tuple[str, RequestOutput]]) -> None:
