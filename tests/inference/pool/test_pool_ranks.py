@@ -332,10 +332,7 @@ def test_turns_by_targets_go_by_the_first_ranks_clock() -> None:
 
 
 def lead_by_targets() -> tuple[Any, list[int]]:
-    """Of ranks with clocks of their own, of which one is asked: switches and what was learned; broadcasts of each step.
-
-    Those of steps in which nothing was loaded.
-    """
+    """Of ranks with their own clocks, of which one is asked: switches and what was learned; broadcasts of each step."""
     names, told, broadcast = [*CONFIGS], list[object](), TPGroup.broadcast
 
     def noting(group: TPGroup, value: Any) -> Any:
