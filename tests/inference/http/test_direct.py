@@ -6,10 +6,27 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from fastapi import Request, Response
+from starlette.middleware.base import RequestResponseEndpoint
 
-from tests.inference.http.servers import CHATS, COMPLETIONS, GREEDY, PROMPT, Running, Slow, make_engine, serving
+from tests.inference.http.servers import (
+    CHATS,
+    COMPLETIONS,
+    GREEDY,
+    MAX_SEQ_LEN,
+    MODEL,
+    PROMPT,
+    Running,
+    Slow,
+    make_engine,
+    serving,
+    serving_app,
+)
 from yafsdp_like.inference.engine.request import FinishReason, RequestOutput, Token
 from yafsdp_like.inference.http.direct import ChunkWriter
+from yafsdp_like.inference.http.protocol import ServerOptions
+from yafsdp_like.inference.http.server import create_app
+from yafsdp_like.inference.http.service import Service
 from yafsdp_like.inference.http.stream import Stream
 from yafsdp_like.inference.text.codec import Codec, Transcript, Wording
 
@@ -58,6 +75,30 @@ def test_events_are_those_of_the_long_way(running: Running, monkeypatch: pytest.
     num_written = len(written)
     assert answer(running, path, body) == direct
     assert len(written) == num_written
+
+
+def test_middleware_of_others_gets_every_line(running: Running, monkeypatch: pytest.MonkeyPatch, codec: Codec) -> None:
+    """Prevents: tokens that are on the wire before the status, which such a layer still keeps."""
+
+    def text(running: Running) -> str:  # in as many pieces as there may be
+        return "".join(event["choices"][0]["text"] for event in answer(running, *BODIES["completion"]))
+
+    wanted = text(running)
+    monkeypatch.setattr(ChunkWriter, "write", lambda *_: pytest.fail("a line has gone past the middleware"))
+    engine = Slow(make_engine(codec))
+    service: Service[Any] = Service(engine)
+    options = ServerOptions(model_name=MODEL, vocab_size=engine.config.vocab_size, max_seq_len=MAX_SEQ_LEN)
+    app = create_app(service, codec, options)
+
+    @app.middleware("http")
+    async def keep_for_a_while(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        response = await call_next(request)
+        await asyncio.sleep(0.1)  # five steps
+        return response
+
+    with serving_app(service, engine, app) as other:
+        assert text(other) == wanted
+        other.check_idle()
 
 
 class Transport:

@@ -8,7 +8,8 @@ Through ASGI a token takes a switch of tasks, a coroutine of each layer of middl
 while the engine's thread waits for the interpreter. So while the reader of a stream waits, all that it had being
 written, the service's callback of a step makes the line of a token and writes it to the transport. It does so only
 where a line is a prepared beginning, a text and a prepared end, and where the client takes what it is sent: whatever
-else comes wakes the reader, which goes on the long way from there.
+else comes wakes the reader, which goes on the long way from there. An application with middleware of others has no
+writer, since such a layer may not have passed on yet what the reader has sent.
 """
 
 from __future__ import annotations

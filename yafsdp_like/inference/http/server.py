@@ -345,10 +345,14 @@ class EventStreamResponse(StreamingResponse):
 
 
 class _Application(FastAPI):
-    """Notes what a server's own ``send`` writes to, before middleware wraps it."""
+    """Notes what a server's own ``send`` writes to, before middleware wraps it.
+
+    Not where there is middleware of others: it may keep what it is sent for a while, or change it.
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (writer := ChunkWriter.of(scope, send)) is not None:
+        is_bare = len(self.user_middleware) == 1  # AuthMiddleware, which passes on what it is sent at once
+        if is_bare and scope["type"] == "http" and (writer := ChunkWriter.of(scope, send)) is not None:
             scope[SCOPE_KEY] = writer
         await super().__call__(scope, receive, send)
 
