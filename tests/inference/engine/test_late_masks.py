@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -28,16 +29,15 @@ from tests.inference.engine.test_engine import (
 from tests.inference.engine.test_limits import OddAfterEven
 from tests.inference.engine.test_speculation import check_drafted, speculating
 from yafsdp_like.inference.engine import grammar_masks
-from yafsdp_like.inference.engine.grammar_masks import MAX_HELD_S, SLOW_S, MaskLanes
+from yafsdp_like.inference.engine.batch import ActiveRequest, RequestStatus
+from yafsdp_like.inference.engine.grammar_masks import MAX_HELD_S, SLOW_S, AskedMasks, GrammarText, MaskLanes
 from yafsdp_like.inference.engine.limits import check_limits
-from yafsdp_like.inference.engine.request import Completion, FinishReason, TokenLimits
+from yafsdp_like.inference.engine.request import Completion, FinishReason, Request, TokenLimits
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from yafsdp_like.inference.engine.batch import ActiveRequest
-    from yafsdp_like.inference.engine.grammar_masks import AskedMasks
-    from yafsdp_like.inference.engine.request import Request, RequestOutput
+    from yafsdp_like.inference.engine.request import RequestOutput
     from yafsdp_like.inference.kv.eviction import Costs
 
 SECONDS = 30.0  # that nothing here should take, on the slowest machine
@@ -57,6 +57,10 @@ class Gated(OddAfterEven):
     def allowed(self) -> Any:
         assert self._gate.wait(SECONDS)
         return super().allowed()
+
+
+def some_sequence(number: int) -> ActiveRequest:
+    return ActiveRequest(Request(str(number), (1, 2, 3)), number, "", [1, 2, 3])
 
 
 def bound(asked: list[Request], limits: TokenLimits = ALTERNATING) -> list[Request]:
@@ -207,8 +211,97 @@ def test_a_text_that_keeps_the_interpreter_too_long_ends_and_its_lane_rests_befo
         told += it.step()
     assert (told[-1].finish, sum(len(each.tokens) for each in told)) == (FinishReason.GRAMMAR, 4)
     assert told[-1].error is not None and "its last token took 7 ms, at most 5 are allowed" in told[-1].error
-    assert rests[1:4] == pytest.approx([20 * number * MAX_HELD_S / 3 for number in (1, 2, 3)])
+    assert rests == pytest.approx([20 * number * MAX_HELD_S / 3 for number in (1, 2, 3)])  # none for its end
     check_idle(it)
+
+
+class Ambiguous(OddAfterEven):
+    """A grammar that keeps the interpreter for 4 ms a token, by a clock that is not a real one."""
+
+    def __init__(self, clock: dict[int, float]) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def start(self) -> Ambiguous:
+        return Ambiguous(self._clock)
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        super().accept(tokens)
+        thread = threading.get_ident()
+        self._clock[thread] = self._clock.get(thread, 0.0) + 4e-3
+
+
+def test_other_grammars_go_on_to_their_end_while_the_lane_of_one_that_keeps_the_interpreter_rests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prevents: one request every tenth of a second that stops the grammars of all others."""
+    texts, gate, clock, rests = prompts(4, seed=3), threading.Event(), dict[int, float](), list[tuple[str, float]]()
+
+    def sleep(seconds: float) -> None:
+        lane = threading.current_thread().name.split()[0]
+        rests.append((lane, seconds))
+        assert lane == "quick" or gate.wait(SECONDS)
+
+    monkeypatch.setattr(time, "thread_time", lambda: clock.get(threading.get_ident(), 0.0))
+    monkeypatch.setattr(time, "sleep", sleep)
+    it = engine(kv_nbytes=1 << 20)
+    quick, ambiguous = (
+        bound(requests(texts), ALTERNATING),
+        bound(requests(texts), TokenLimits(grammar=Ambiguous(clock))),
+    )
+    asked = [ambiguous[3], *quick[:3]]
+    for request in asked:
+        it.add(request)
+    told: list[RequestOutput] = []
+    try:
+        while {each.request_id for each in told if each.finish is not None} != {"0", "1", "2"}:
+            told += it.step()
+        assert rests == [("slow", pytest.approx(20 * 4e-3))]
+    finally:
+        gate.set()
+    while it.has_work:
+        told += it.step()
+    found = {name: Completion.of([each for each in told if each.request_id == name]).ids for name in "0123"}
+    assert found == ids(engine(kv_nbytes=1 << 20).generate(quick))
+    check_idle(it)
+
+
+def test_a_text_that_ends_while_its_lane_is_busy_has_no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences, gate, rests = [some_sequence(number) for number in range(2)], threading.Event(), list[float]()
+    gated, ended = GrammarText(Gated(gate), 3, is_slow=True), GrammarText(OddAfterEven(), 3, is_slow=True, held_s=4e-3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one thread
+    monkeypatch.setattr(time, "sleep", rests.append)
+    lanes = MaskLanes()
+    asked = [AskedMasks(sequence, text, [()]) for sequence, text in zip(sequences, (gated, ended), strict=True)]
+    assert lanes.find_late(asked, 0.0, alone=False) == set(sequences)
+    sequences[1].status = RequestStatus.ENDED
+    gate.set()
+    for text in (gated, ended):
+        assert text.job is not None
+        text.job.result(SECONDS)
+    assert rests == [0.0] and gated.masks and not ended.masks
+
+
+def test_no_step_waits_for_more_than_the_masks_that_it_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two texts that one step gives to the quick lane: the first is there while the second is not."""
+    sequences, is_waiting, gate = [some_sequence(number) for number in range(2)], threading.Event(), threading.Event()
+    wait = grammar_masks.wait
+
+    def see(jobs: Any, seconds: float, *first: Any) -> Any:
+        if first:
+            is_waiting.set()
+        return wait(jobs, seconds, *first)
+
+    monkeypatch.setattr(grammar_masks, "wait", see)
+    monkeypatch.setattr(grammar_masks, "_ALONE_S", SECONDS)
+    texts = [GrammarText(Gated(event), 3) for event in (is_waiting, gate)]
+    asked = [AskedMasks(sequence, text, [()]) for sequence, text in zip(sequences, texts, strict=True)]
+    began = time.monotonic()
+    try:
+        assert MaskLanes().find_late(asked, 0.0, alone=True) == {sequences[1]}
+        assert time.monotonic() - began < SECONDS / 2
+    finally:
+        gate.set()
 
 
 def test_ranks_whose_clocks_differ_follow_no_grammar() -> None:

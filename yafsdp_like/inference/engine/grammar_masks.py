@@ -7,12 +7,14 @@ What a grammar allows may take any time to find out, and other rows of the step 
 in threads (llguidance lets go of the interpreter meanwhile), from when the last token was read, and the step waits for
 them as long as ``StepLog.spare_s`` says. A row whose mask is late draws nothing: the next step computes its last token
 once more, and draws if the mask is there by then. A text whose mask took long has the next one computed in the slow
-lane, for which no step waits until one is quick again; so it makes others wait about once. Where all rows are late,
-nobody is held up, and the step waits for the first of them.
+lane, for which no step waits until one is quick again; so steps wait once for a text that stays slow, and for the quick
+ones behind it. Where all rows are late, nobody is held up, and the step waits for the first of them.
 
-While llguidance accepts a token it keeps the interpreter, which an ambiguous grammar can make last longer with each
-token. So a lane rests after a slow text, long enough to have the interpreter for a small share of the time, and a text
-that keeps it for ``MAX_HELD_S`` ends with an error. Clocks of tensor parallel ranks differ: these follow no grammars.
+While llguidance accepts a token it keeps the interpreter, and nothing else goes on; an ambiguous grammar can make that
+last longer with each token. So a text that keeps it for more than ``MAX_HELD_S`` ends with an error, and before a slow
+text goes on, the slow lane rests for ``_REST`` times as long as its last token kept it: a thread of that lane has the
+interpreter for a small share of the time. The quick lane never rests, since the first masks of all texts are in it.
+Clocks of tensor parallel ranks differ: these follow no grammars.
 """
 
 from __future__ import annotations
@@ -54,12 +56,16 @@ class GrammarText:
         default_factory=dict
     )  # of what may follow the text, and drafts behind it
     error: BaseException | None = None  # why it cannot be followed any further
-    is_busy: bool = False  # since it was given to a lane; the lane's last word
     is_slow: bool = False
     is_awaited: bool = False  # by steps, until it is late once
-    job: Future[None] | None = None  # which it was given with, perhaps with others
-    held_s: float = 0.0  # for which the interpreter was kept for the last token
+    job: Future[None] | None = None  # the last that a lane was given
+    held_s: float = 0.0  # for which its last token kept the interpreter, until a lane has rested for that
     _state: GrammarState | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a lane has it, which has not answered yet."""
+        return self.job is not None and not self.job.done()
 
     def follow(self, tokens: Sequence[int], drafts: Collection[Drafted]) -> None:
         """Follow the sequence's ``tokens`` to the last one, and find out what may be drawn behind it and each draft."""
@@ -99,10 +105,10 @@ class AskedMasks:
     @property
     def is_answered(self) -> bool:
         """Whether the text has it all, or never will."""
-        if self.text.is_busy or self.text.error is not None:
-            return not self.text.is_busy
+        if self.text.is_busy:
+            return False
         is_here = self.text.num_followed == len(self.sequence.tokens)
-        return is_here and all(drafted in self.text.masks for drafted in self.drafts)
+        return self.text.error is not None or (is_here and all(each in self.text.masks for each in self.drafts))
 
 
 class MaskLanes:
@@ -128,22 +134,18 @@ class MaskLanes:
 
     def _begin(self, asked: Sequence[AskedMasks]) -> None:
         for each in asked:
-            each.text.is_busy, each.text.is_awaited = True, not each.text.is_slow
-        quick = [each for each in asked if not each.text.is_slow]
-        jobs = [(self._quick, quick)] if quick else []
-        for lane, together in (*jobs, *((self._slow, [each]) for each in asked if each.text.is_slow)):
-            job = lane.submit(_answer, together)
-            for each in together:
-                each.text.job = job
+            lane = self._slow if each.text.is_slow else self._quick
+            each.text.is_awaited = not each.text.is_slow
+            each.text.job = lane.submit(_answer, each)
 
 
-def _answer(asked: Sequence[AskedMasks]) -> None:
-    for each in asked:
-        if each.sequence.status is not RequestStatus.ENDED:
-            each.text.follow(each.sequence.tokens, each.drafts)
-        rest_s = _REST * each.text.held_s if each.text.is_slow else 0.0
-        each.text.is_busy = False
-        time.sleep(rest_s)
+def _answer(asked: AskedMasks) -> None:
+    sequence, text = asked.sequence, asked.text
+    if text.is_slow and sequence.status is not RequestStatus.ENDED:
+        time.sleep(_REST * text.held_s)
+        text.held_s = 0.0
+    if sequence.status is not RequestStatus.ENDED:
+        text.follow(sequence.tokens, asked.drafts)
 
 
 def _jobs(texts: Iterable[GrammarText]) -> set[Future[None]]:
