@@ -63,8 +63,8 @@ class ActiveRequest:
         return () if scores is None else tuple(scores[position] for position in range(len(self.request.prompt)))
 
     @property
-    def rank(self) -> tuple[int, int]:
-        """Lower goes first."""
+    def order(self) -> tuple[int, int]:
+        """Lower goes first: by priority, then by arrival."""
         return -self.request.priority, self.number
 
     @property

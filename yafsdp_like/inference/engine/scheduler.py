@@ -1,8 +1,8 @@
 """Who runs next, and how many tokens of whom: continuous batching in integers.
 
 A step takes one token of every sequence that draws, and chunks of prompts while its budget of tokens lasts. What is
-missing in pages is taken from whoever ranks last: rank is priority, then arrival. No tensor is touched here; pages are
-those of ``KVCache``, and copies of pages are handed on in the order in which it hands them out.
+missing in pages is taken from whoever comes last in the order of priority, then arrival. No tensor is touched here;
+pages are those of ``KVCache``, and copies of pages are handed on in the order in which it hands them out.
 
 [Note: budget of a step]
 Sequences that decode wait for the chunks of prompts beside them, so a step has no more of these than pays. From about
@@ -13,8 +13,8 @@ Where nobody decodes, the first prompt may have the whole step. Rows that a step
 used. So budgets depend on requests alone, not on clocks, and the same calls make the same steps.
 
 A target (``EngineOptions.tpot_ms``) replaces the rule by times: beside rows that decode, a step has as many rows as
-take so long (``StepTimes``), and ``MIN_CHUNK`` tokens of prompts in any case. Prompts are computed in order of rank,
-so the first one moves in every step.
+take so long (``StepTimes``), and ``MIN_CHUNK`` tokens of prompts in any case. Prompts are computed in order, so
+the first one moves in every step.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 from yafsdp_like.inference.engine.adapters import Adapters
 from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, Counts, NextStep, RequestStatus, Run
 from yafsdp_like.inference.engine.deadlines import Deadlines
+from yafsdp_like.inference.engine.order import insert_in_order, remove_in_order
 from yafsdp_like.inference.engine.places import nobody_else
-from yafsdp_like.inference.engine.ranks import insert_by_rank, remove_by_rank
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
 from yafsdp_like.inference.kv.kv_cache import NO_PAGE, KVCache, KVSequenceState, Shortage, Tier
 from yafsdp_like.inference.plan.step_sizes import StepBuckets
@@ -70,7 +70,7 @@ class Scheduler:
         self._times = times
         self._buckets = StepBuckets(options.max_batch_size, options.max_batch_tokens)
         self.counts = Counts()
-        self.running: list[ActiveRequest] = []  # by rank, as the next
+        self.running: list[ActiveRequest] = []  # in order, as the next
         self.waiting: list[ActiveRequest] = []
         self._copies: list[Copy] = []  # of the next step
         self.deadlines = Deadlines()
@@ -90,7 +90,7 @@ class Scheduler:
         if request.adapter is not None:
             sequence.adapter = self._adapters.find(request.adapter)
             sequence.adapter.num_requests += 1
-        insert_by_rank(self.waiting, sequence)
+        insert_in_order(self.waiting, sequence)
         self.deadlines.add(sequence, num_open=len(self.running) + len(self.waiting))
         return sequence
 
@@ -99,7 +99,7 @@ class Scheduler:
         if sequence.adapter is not None:
             self._leave_slot(sequence)
             sequence.adapter.num_requests -= 1
-        remove_by_rank(self.running if sequence.status is RequestStatus.RUNNING else self.waiting, sequence)
+        remove_in_order(self.running if sequence.status is RequestStatus.RUNNING else self.waiting, sequence)
         if sequence.kv is not None:
             self.cache.close(sequence.kv)
         sequence.kv, sequence.status = None, RequestStatus.ENDED
@@ -210,7 +210,7 @@ class Scheduler:
         return min(options.max_batch_tokens, self._buckets.padded(num_drawing + chunk))
 
     def _go_on(self, step: NextStep, nums_left: Sequence[int]) -> None:
-        """Give tokens to running sequences in order of rank, and at least one to each that draws."""
+        """Give tokens to running sequences in order, and at least one to each that draws."""
         num_drawing = nums_left.count(1)
         for sequence, num_left in zip(list(self.running), nums_left, strict=True):
             num_drawing -= num_left == 1
@@ -222,13 +222,13 @@ class Scheduler:
                 step.put(sequence, num_tokens)
 
     def _admit(self, step: NextStep) -> None:
-        """Give tokens to waiting sequences in order of rank, while there is room."""
+        """Give tokens to waiting sequences in order, while there is room."""
         while self.waiting and step.num_tokens_left > 0:
             sequence = self._next_to_admit()
             if sequence is None:
                 return
             if len(self.running) == self.options.max_batch_size or not self._make_resident(sequence):
-                if not self._outranks_last(sequence):
+                if not self._goes_before_last(sequence):
                     return
                 self._preempt(self.running[-1], step)
                 continue
@@ -238,7 +238,7 @@ class Scheduler:
             step.put(sequence, num_tokens)
 
     def _next_to_admit(self) -> ActiveRequest | None:
-        """Return who waits and ranks first; where running ones use all slots of adapters, of those without adapters."""
+        """Return who waits and comes first; where running ones use all slots of adapters, of those without adapters."""
         first = self.waiting[0]
         if first.adapter is None or self._adapters.may_run(first.adapter):
             return first
@@ -354,7 +354,7 @@ class Scheduler:
 
     def _start(self, sequence: ActiveRequest, kv: KVSequence) -> None:
         self.waiting.remove(sequence)
-        insert_by_rank(self.running, sequence)
+        insert_in_order(self.running, sequence)
         sequence.status = RequestStatus.RUNNING
         sequence.num_scheduled = kv.num_tokens
         sequence.num_admitted += 1
@@ -365,7 +365,7 @@ class Scheduler:
             self.counts.num_tokens_cached += kv.num_tokens
 
     def _secure(self, sequence: ActiveRequest, num_tokens: int, step: NextStep) -> bool:
-        """Reserve pages for the next tokens of a running sequence, preempting those that rank last.
+        """Reserve pages for the next tokens of a running sequence, preempting those that come last.
 
         Returns False if it was preempted itself.
         """
@@ -403,7 +403,7 @@ class Scheduler:
         pool.clear()
         return pool.num_evicted > num_evicted or self._make_room(True)
 
-    def _outranks_last(self, sequence: ActiveRequest) -> bool:
+    def _goes_before_last(self, sequence: ActiveRequest) -> bool:
         """Whether its priority is higher; an earlier arrival alone preempts nobody."""
         return bool(self.running) and self.running[-1].request.priority < sequence.request.priority
 
@@ -421,9 +421,9 @@ class Scheduler:
         else:
             self._copies += copies
             self.counts.num_swapped_out += 1
-        remove_by_rank(self.running, sequence)
+        remove_in_order(self.running, sequence)
         sequence.status = RequestStatus.WAITING
-        insert_by_rank(self.waiting, sequence)
+        insert_in_order(self.waiting, sequence)
 
     def _close(self, sequence: ActiveRequest) -> None:
         assert sequence.kv is not None
