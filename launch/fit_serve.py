@@ -102,6 +102,7 @@ class ServeSearch:
     device_nbytes: int
     rates: Rates
     longest: int  # tokens that the model takes
+    has_narrow: bool = True  # keys and values may be kept as `NARROW`
     _known: dict[ServeSettings, ServingPlan | None] = field(default_factory=dict, repr=False, compare=False)
 
     def planned(self, settings: ServeSettings) -> ServingPlan | None:
@@ -157,7 +158,7 @@ def what_fits(search: ServeSearch, base: ServeSettings) -> list[ServeFitting]:
     """
     found = []
     for mode in _modes(base):
-        for kv_dtype in _kv_dtypes(base):
+        for kv_dtype in _kv_dtypes(search, base):
             settings = replace(base, mode=mode, kv_dtype=kv_dtype, max_seq_len=base.max_seq_len or search.longest)
             best = _most_sequences(search, settings)
             if best is None and base.max_seq_len is None:
@@ -176,8 +177,9 @@ def _modes(base: ServeSettings) -> Sequence[AnyMode]:
     return ("resident", "gathered", "streamed") if base.num_ranks > 1 else ("resident", "streamed")
 
 
-def _kv_dtypes(base: ServeSettings) -> Sequence[str]:
-    return (base.kv_dtype, NARROW) if ITEMSIZES[base.kv_dtype] > 1 else (base.kv_dtype,)
+def _kv_dtypes(search: ServeSearch, base: ServeSettings) -> Sequence[str]:
+    is_tried = search.has_narrow and ITEMSIZES[base.kv_dtype] > 1
+    return (base.kv_dtype, NARROW) if is_tried else (base.kv_dtype,)
 
 
 def _most_sequences(search: ServeSearch, settings: ServeSettings) -> ServeSettings | None:
@@ -214,7 +216,7 @@ def _savings(search: ServeSearch, base: ServeSettings, like: ServeSettings | Non
     """Return what may be changed, each to the value that takes least; of ``like``, only what it changes."""
     savings: dict[str, Any] = {
         "mode": "auto",
-        "kv_dtype": _kv_dtypes(base)[-1],
+        "kv_dtype": _kv_dtypes(search, base)[-1],
         "max_batch_size": 1,
         "max_batch_tokens": min(base.max_batch_tokens, max(base.max_batch_size, MIN_BATCH_TOKENS)),
         "max_seq_len": min(base.max_seq_len, TOKENS_STEP) if base.max_seq_len else None,

@@ -337,6 +337,7 @@ def fit_report(options: ServePlanOptions, device_nbytes: int) -> fit_serve.Serve
         device_nbytes,
         _serving_rates(rates) or H200_RATES,
         config.max_seq_len,
+        has_narrow=not config.kv_scales_problem,
     )
     return fit_serve.report(search, base)
 

@@ -13,6 +13,8 @@ from launch.fit_serve import ServeFitReport, in_words
 from launch.plan_serve import COMMAND, fit_report, forecast_serving
 from yafsdp_like.hardware import MACHINE_VARIABLE
 from yafsdp_like.inference.plan.serving_plan import ServingPlan
+from yafsdp_like.models import PRESETS
+from yafsdp_like.models.hf_config import config_to_hf
 
 GIB = 1 << 30
 
@@ -65,6 +67,17 @@ def test_one_sequence_more_than_a_choice_has_is_not_held() -> None:
         more = [*words_of(one.changes), f"--max-batch-size={one.num_sequences + 1}", f"--mode={one.mode}"]
         plan = planned(arguments, 24, more)
         assert plan.num_context_tokens // plan.max_seq_len <= one.num_sequences
+
+
+def test_pages_of_float8_are_no_choice_where_the_checkpoint_s_scales_are_not_served(tmp_path: Path) -> None:
+    """Even where nothing fits, and the least is said."""
+    said = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": {"strategy": "attn_head"}}
+    raw = config_to_hf(PRESETS["3b"]) | {"quantization_config": said}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    found = search([str(tmp_path), "--max-seq-len=8192"], 24)
+    assert found.fits and {one.settings.kv_dtype for one in found.found} == {"bfloat16"}
+    text = search([str(tmp_path)], 0.1).text
+    assert "the least is" in text and "float8" not in text
 
 
 def test_a_choice_costs_time_or_holds_less_or_halves_the_cache() -> None:

@@ -62,6 +62,7 @@ class DecoderConfig:
     dense_ffn_dim: int | None = None  # of those
     quantization: Quantization | None = None  # how layers' matrices are stored, and multiplied when they are served
     kv_scales: tuple[tuple[float, float], ...] | None = None  # of each layer's keys, and values, in pages of float8
+    kv_scales_problem: str = ""  # why a checkpoint's keys and values cannot be kept in pages of float8; "": they can
     loss_chunk_size: int = 2048  # tokens whose logits exist at once while the loss is computed
     vision: VisionConfig | None = None  # what images in prompts are seen with, in serving
 

@@ -52,6 +52,8 @@ _NAMES_IN_AN_ERROR = 8
 def load_hf_config(directory: Path) -> DecoderConfig:
     """The configuration in `directory`, with the scales of keys and values that are stored beside weights.
 
+    Scales that pages of float8 cannot have are no error, since other pages have none: `kv_scales_problem` says why.
+
     Raises ValueError for one that `Decoder` is no equal of. A head that is tied there, and stored with other values
     than the embedding's, is not: [Note: tied in name only].
     """
@@ -69,6 +71,8 @@ def load_hf_config(directory: Path) -> DecoderConfig:
         raise ValueError(f"{path} lacks {error}") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
+    if config.kv_scales_problem:
+        config = dataclasses.replace(config, kv_scales_problem=f"{path}: {config.kv_scales_problem}")
     try:
         stored = decoder_tensors(directory)
     except ValueError:  # which is said when weights are loaded, if they are
@@ -79,7 +83,12 @@ def load_hf_config(directory: Path) -> DecoderConfig:
         scale_dtype = scale_dtype_of(config.quantization, stored)
         quantization = dataclasses.replace(config.quantization, scale_dtype=scale_dtype)
         config = dataclasses.replace(config, quantization=quantization)
-    return dataclasses.replace(config, kv_scales=kv_scales_of(stored, config.num_layers))
+    if config.kv_scales_problem:
+        return config
+    try:
+        return dataclasses.replace(config, kv_scales=kv_scales_of(stored, config.num_layers))
+    except ValueError as error:
+        return dataclasses.replace(config, kv_scales_problem=f"{directory}: {error}")
 
 
 def load_hf_weights(model: Decoder, directory: Path) -> None:

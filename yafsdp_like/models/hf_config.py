@@ -12,7 +12,7 @@ import torch
 
 from yafsdp_like.models.decoder import DecoderConfig
 from yafsdp_like.models.moe import ExpertsConfig
-from yafsdp_like.models.quantization import quantization_of
+from yafsdp_like.models.quantization import kv_scales_problem, quantization_of
 from yafsdp_like.models.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
 _ARCHITECTURES = {
@@ -118,6 +118,7 @@ def _decoder_of(raw: Mapping[str, Any]) -> DecoderConfig:
         dense_layers=dense_layers,
         dense_ffn_dim=raw["intermediate_size"] if dense_layers else None,
         quantization=quantization_of(raw),
+        kv_scales_problem=kv_scales_problem(raw),
     )
 
 

@@ -71,9 +71,7 @@ def quantization_of(raw: Mapping[str, Any]) -> Quantization | None:
 
     Raises ValueError for what is not served, by its name.
     """
-    said = raw.get("quantization_config")
-    if said is None:
-        said = raw.get("compression_config")
+    said = _said(raw)
     if said is None:
         return None
     if not isinstance(said, Mapping):
@@ -81,11 +79,30 @@ def quantization_of(raw: Mapping[str, Any]) -> Quantization | None:
     method = said.get("quant_method")
     if not isinstance(method, str) or method not in _READERS:
         raise ValueError(f"quantized weights are served with quant_method {', '.join(_READERS)}, found {method!r}")
-    _check_pages(said.get("kv_cache_scheme"))
     quantization = _READERS[method](said)
     if said.get("lm_head"):
         raise ValueError(f"quantization_config.lm_head {said['lm_head']!r} is not served: only layers are quantized")
     return quantization
+
+
+def kv_scales_problem(raw: Mapping[str, Any]) -> str:
+    """What keeps the keys and values of a `config.json` out of pages of float8; "" where nothing does.
+
+    They must be fp8 with one scale, if anything is said of them; AutoFP8 says "static" of those.
+    """
+    said = _said(raw)
+    scheme = said.get("kv_cache_scheme") if isinstance(said, Mapping) else None
+    if scheme is None or scheme == "static":
+        return ""
+    served = {"type": "float", "num_bits": 8, "strategy": "tensor", "symmetric": True}
+    if isinstance(scheme, Mapping) and all(scheme.get(key) in (None, value) for key, value in served.items()):
+        return ""
+    return f"quantization_config.kv_cache_scheme {scheme!r} is not served, only {served}"
+
+
+def _said(raw: Mapping[str, Any]) -> Any:
+    said = raw.get("quantization_config")
+    return raw.get("compression_config") if said is None else said
 
 
 def _fp8(said: Mapping[str, Any]) -> Quantization:
@@ -136,15 +153,6 @@ def _left_out(said: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(dynamic, Mapping) or not all(pattern.startswith("-:") for pattern in dynamic):
         raise ValueError(f"quantization_config.dynamic {dynamic!r} is not served, only patterns that begin with '-:'")
     return _checked_patterns(f"re:{pattern[2:]}" for pattern in dynamic)
-
-
-def _check_pages(scheme: object) -> None:
-    """Raise ValueError for keys and values that are not kept as fp8 with one scale; AutoFP8 says "static" of those."""
-    if scheme is None or scheme == "static":
-        return
-    served = {"type": "float", "num_bits": 8, "strategy": "tensor", "symmetric": True}
-    if not isinstance(scheme, Mapping) or any(scheme.get(key) not in (None, value) for key, value in served.items()):
-        raise ValueError(f"quantization_config.kv_cache_scheme {scheme!r} is not served, only {served}")
 
 
 def _compressed(said: Mapping[str, Any]) -> Quantization | None:

@@ -1,6 +1,7 @@
 """Published scales of keys and values: pages of float8 hold keys and values over them, other pages the plain ones."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.inference.weights.test_quantized import changed, scores_of
 from tests.models.published import CONFIG, FP8, compressed, publish
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request
+from yafsdp_like.inference.plan.serving_plan import Site, least_nbytes, plan_serving
 from yafsdp_like.inference.weights.loading import open_model
 from yafsdp_like.models import Decoder, DecoderConfig
 from yafsdp_like.models.decoder import Attention
@@ -128,6 +130,16 @@ def test_without_scales_there_are_none(tmp_path: Path) -> None:
     assert load_hf_config(tmp_path).kv_scales is None
 
 
+def check_refused_for_float8(directory: Path, told: str) -> None:
+    """Other pages have no scale, so the model is served in these; the error says where the scales are."""
+    config = load_hf_config(directory)
+    assert config.kv_scales is None
+    least_nbytes(config, OPTIONS, Site())
+    for plan in (plan_serving, least_nbytes):
+        with pytest.raises(ValueError, match=f"kv_dtype float8_e4m3fn: {re.escape(str(directory))}.*{told}"):
+            plan(config, replace(OPTIONS, kv_dtype="float8_e4m3fn"), Site())
+
+
 K0 = "model.layers.0.self_attn.k_scale"
 WRONG: dict[str, tuple[Any, str]] = {
     "a layer without": (lambda t: t.pop(K0), f"missing {K0}, while other scales"),
@@ -139,19 +151,17 @@ WRONG: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_scales_that_pages_cannot_have_are_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_scales_that_pages_of_float8_cannot_have_are_refused_for_these_alone(name: str, tmp_path: Path) -> None:
     change, told = WRONG[name]
     publish("awq", tmp_path)
     with_scales(tmp_path)
     changed(tmp_path, change)
-    with pytest.raises(ValueError, match=told):
-        load_hf_config(tmp_path)
+    check_refused_for_float8(tmp_path, told)
 
 
 @pytest.mark.parametrize(
     "scheme", [ON_PAGES | {"num_bits": 4}, ON_PAGES | {"type": "int"}, ON_PAGES | {"strategy": "attn_head"}, "int8"]
 )
-def test_other_schemes_of_keys_and_values_are_refused_by_name(scheme: object, tmp_path: Path) -> None:
+def test_other_schemes_of_keys_and_values_are_refused_for_pages_of_float8_alone(scheme: object, tmp_path: Path) -> None:
     save_with(FP8 | {"kv_cache_scheme": scheme}, tmp_path)
-    with pytest.raises(ValueError, match=r"quantization_config\.kv_cache_scheme .* is not served"):
-        load_hf_config(tmp_path)
+    check_refused_for_float8(tmp_path, r"quantization_config\.kv_cache_scheme .* is not served")

@@ -244,6 +244,11 @@ class _Frame:
         """Make what all modes have in common; ``share`` is what one rank computes of ``config``."""
         windows = [config.window_of(layer) for layer in range(config.num_layers)]
         dtype = options.kv_dtype or site.dtype_name
+        if dtype.startswith("float8") and config.kv_scales_problem:
+            raise ValueError(
+                f"keys and values cannot be kept as kv_dtype {dtype}: {config.kv_scales_problem}; leave kv_dtype out "
+                "to keep them in the weights' dtype, which needs no scales"
+            )
         groups = LayerGroup.of_windows(windows, share.num_kv_heads, share.head_dim, options.page_size, dtype)
         capacity = Capacity(groups, options.max_batch_tokens, image_shapes(config.vision, site.dtype_name))
         longest = _longest(config, options, capacity)
