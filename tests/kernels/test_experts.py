@@ -22,7 +22,7 @@ from yafsdp_like.kernels.experts import ExpertWeights, feed_experts
 from yafsdp_like.kernels.routing import Visits, route
 
 if TYPE_CHECKING:
-    from yafsdp_like.kernels.quantized import Matrix
+    from yafsdp_like.kernels.quantized_matrix import Matrix
 
 NOWHERE = -7  # what tables hold before
 

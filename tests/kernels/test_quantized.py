@@ -10,14 +10,8 @@ from tests.kernels.inference import BF16, F8, F32, random
 from tests.kernels.test_kernels import DEVICE, RUNS, needs_kernels
 from yafsdp_like.kernels import quantized, quantized_few
 from yafsdp_like.kernels.dequantize import dequantize
-from yafsdp_like.kernels.quantized import (
-    QuantizedMatrix,
-    multiply_quantized,
-    packed_codes,
-    run_of,
-    unpacked_codes,
-    workspace_nbytes,
-)
+from yafsdp_like.kernels.quantized import multiply_quantized, workspace_nbytes
+from yafsdp_like.kernels.quantized_matrix import QuantizedMatrix, packed_codes, run_of, unpacked_codes
 
 NOTHING = torch.empty(0, dtype=torch.uint8, device=DEVICE)
 

@@ -28,7 +28,7 @@ from yafsdp_like.kernels.routing import Visits, visits_of_experts
 if TYPE_CHECKING:
     import torch
 
-    from yafsdp_like.kernels.quantized import Matrix
+    from yafsdp_like.kernels.quantized_matrix import Matrix
 
 _BLOCK_SUM = 1024  # columns of a program that adds up visits
 _MANY_ROWS = 128  # of a tile

@@ -19,9 +19,7 @@ from yafsdp_like.kernels import quantized_few
 from yafsdp_like.kernels.blocks import dot, jit, launching_on, rounded, runs_on, tl
 from yafsdp_like.kernels.codes import SYMMETRIC_ZERO, numbers_of_eight_bits, numbers_of_four_bits
 from yafsdp_like.kernels.dequantize import dequantize
-from yafsdp_like.kernels.quantized_matrix import MAX_COLUMNS, QuantizedMatrix, packed_codes, run_of, unpacked_codes
-
-__all__ = ["Matrix", "QuantizedMatrix", "multiply_quantized", "packed_codes", "product", "run_of", "unpacked_codes"]
+from yafsdp_like.kernels.quantized_matrix import MAX_COLUMNS, QuantizedMatrix
 
 _MATRIX_ROWS = 64  # of a tile
 _MAX_DIRECT_ROWS = 128  # of which more are multiplied with a matrix that is dequantized before
@@ -90,9 +88,6 @@ def _multiply_dequantized(rows: Tensor, matrix: QuantizedMatrix, out: Tensor, wo
         weight = values[: num_rows - first]
         dequantize(matrix, first, weight)
         torch.mm(rows, weight.t(), out=out[:, first : first + at_once])
-
-
-Matrix = Tensor | QuantizedMatrix  # or a stack of such
 
 
 class Blocks(NamedTuple):

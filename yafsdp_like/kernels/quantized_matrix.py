@@ -124,3 +124,6 @@ class QuantizedMatrix:
         if self.order is None:
             return values
         return torch.empty_like(values).index_copy_(1, self.order.long(), values)
+
+
+Matrix = Tensor | QuantizedMatrix  # or a stack of such

@@ -1,7 +1,7 @@
 """Quantized matrices in the safetensors files of Hugging Face directories: their tensors, and what these mean.
 
 Owns the names and the order of codes of each published layout. What a configuration says is quantization.py's; how
-matrices lie in memory and are multiplied, kernels/quantized.py's.
+matrices lie in memory and are multiplied, kernels/quantized_matrix.py's and kernels/quantized.py's.
 
 [Note: published layouts]
 Of a module of N rows and K columns, with G groups of columns; words are int32, of 8 codes, the first in the low bits:
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from yafsdp_like.checkpoint.safetensors import StoredTensor
 from yafsdp_like.kernels.codes import SYMMETRIC_ZERO
-from yafsdp_like.kernels.quantized import packed_codes, run_of
+from yafsdp_like.kernels.quantized_matrix import packed_codes, run_of
 from yafsdp_like.models.quantization import Quantization
 
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of columns in a word

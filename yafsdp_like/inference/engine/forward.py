@@ -40,7 +40,7 @@ from yafsdp_like.kernels.lora import AdapterRows, LowRank, add_low_rank, num_lin
 from yafsdp_like.kernels.norm import rms_norm
 from yafsdp_like.kernels.paged_attention import AttentionBatch, KVPages
 from yafsdp_like.kernels.prefill_attention import prefill_attention
-from yafsdp_like.kernels.quantized import QuantizedMatrix
+from yafsdp_like.kernels.quantized_matrix import QuantizedMatrix
 from yafsdp_like.kernels.query_tiles import max_num_tiles, queries_per_tile
 from yafsdp_like.kernels.rotary import HeadNorms, rotate_and_store
 from yafsdp_like.kernels.routing import Visits, route

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from yafsdp_like.kernels.gemv import matmul
-from yafsdp_like.kernels.quantized import QuantizedMatrix, multiply_quantized
+from yafsdp_like.kernels.quantized import multiply_quantized
+from yafsdp_like.kernels.quantized_matrix import QuantizedMatrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable

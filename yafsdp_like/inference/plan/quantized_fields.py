@@ -13,7 +13,7 @@ import torch
 
 from yafsdp_like.inference.plan.adapter_layout import PRODUCTS
 from yafsdp_like.inference.plan.packed_weights import Field, PackedUnit, Parameter, pack_units
-from yafsdp_like.kernels.quantized import run_of
+from yafsdp_like.kernels.quantized_matrix import run_of
 from yafsdp_like.models.hf import modules_of, stored_names
 
 if TYPE_CHECKING:

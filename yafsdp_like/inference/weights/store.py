@@ -45,7 +45,7 @@ from yafsdp_like.comm.tp_group import world_tp_group
 from yafsdp_like.inference.plan.adapter_layout import PRODUCTS
 from yafsdp_like.inference.plan.placement import WEIGHT_SLOTS
 from yafsdp_like.inference.plan.quantized_fields import BESIDE_CODES, ORDER, SCALES, ZEROS, rows_per_scale
-from yafsdp_like.kernels.quantized import Matrix, QuantizedMatrix
+from yafsdp_like.kernels.quantized_matrix import Matrix, QuantizedMatrix
 from yafsdp_like.memory.arena import Arena, Place
 from yafsdp_like.memory.layout import Segment
 from yafsdp_like.memory.pinned import pin_arena
