@@ -52,9 +52,8 @@ class GrammarText:
 
     grammar: Grammar
     num_followed: int  # tokens of the sequence behind which ``masks`` are; at first, the prompt's
-    masks: dict[Drafted, Words | None] = field(
-        default_factory=dict
-    )  # of what may follow the text, and drafts behind it
+    # Of what may follow the text, and drafts behind it.
+    masks: dict[Drafted, Words | None] = field(default_factory=dict)
     error: BaseException | None = None  # why it cannot be followed any further
     is_slow: bool = False
     is_awaited: bool = False  # by steps, until it is late once

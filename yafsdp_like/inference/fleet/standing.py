@@ -28,9 +28,8 @@ class Standing:
     models: Mapping[str, ModelStanding]
     aliases: Mapping[str, str] = field(default_factory=dict)  # other names of models, and adapters
     number: int = 0  # of the report: a later one has a higher number
-    arrived: Mapping[str, int] = field(
-        default_factory=dict
-    )  # the number of the last request of each sender that it counts
+    # The number of the last request of each sender that it counts.
+    arrived: Mapping[str, int] = field(default_factory=dict)
 
     def with_at_least(self, num_requests: Mapping[str, int]) -> Standing:
         """Return this with at least ``num_requests`` of each model under way, by any of the model's names.

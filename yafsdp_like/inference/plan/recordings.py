@@ -27,9 +27,8 @@ MAX_RECORDED_TOKENS = 2048  # of a step; larger ones take a GPU longer than issu
 _STEP_NBYTES, _LAYER_NBYTES = 125 << 10, 30 << 10  # of one recording, and more of it for each layer
 _MOVED_LAYER_NBYTES = 16 << 10  # more of it where layers are brought: not measured
 _SUMMED_LAYER_NBYTES = 2 * 160 << 10  # more of it where ranks sum over NCCL, twice
-_ADAPTED_LAYER_NBYTES = (
-    22 << 10
-)  # more of it in steps with adapters, which are recorded beside the others: not measured
+# More of it in steps with adapters, which are recorded beside the others: not measured.
+_ADAPTED_LAYER_NBYTES = 22 << 10
 _WORKSPACE_NBYTES = 32 << 20  # of cuBLAS
 _CODE_NBYTES = 10 << 20  # at most, which processes that had called less before took
 _MANY_ROWS, _MANY_ROWS_NBYTES = 128, 20 << 20  # above which, choosing the most probable tokens takes so much

@@ -124,9 +124,8 @@ class SlackTurns:
         self._members, self._clock, self._called_at = members, clock, called_at or clock
         self._open: dict[str, dict[str, None]] = {name: {} for name in members}  # ids of requests that have not ended
         self._began = clock()  # the step that is under way
-        self._woken: dict[
-            str, float
-        ] = {}  # when models that have drawn nothing since were woken, and their steps' time
+        # When models that have drawn nothing since were woken, and their steps' time.
+        self._woken: dict[str, float] = {}
         self._seen = dict.fromkeys(members, (0, 0))  # steps of each, and tokens of prompts in them
 
     def check(self, name: str, request: Request) -> None:
