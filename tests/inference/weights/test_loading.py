@@ -72,7 +72,7 @@ def test_a_rank_reads_its_part_of_experts_with_room_for_the_matrix_of_one(dim: i
     source = Counting()
     for rank in range(2):
         values = torch.empty(part.numel)
-        _fill_part(values, part, rank, source)
+        _fill_part(values, 0, part, rank, source)
         assert torch.equal(values.view(part.shape), whole.chunk(2, dim)[rank])
     assert source.asked == [6 * 8] * num_experts * 2
 
