@@ -23,6 +23,9 @@ class ReplicaAnswer(NamedTuple):
     content: bytes
 
 
+NO_ANSWER = ReplicaAnswer(503, b"the replica is lost, or takes too long to answer")  # in place of one
+
+
 class _Families:
     """What a registry collects."""
 

@@ -52,7 +52,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message
 
-from launch.fleet_figures import ReplicaAnswer, merged_metrics, merged_status
+from launch.fleet_figures import NO_ANSWER, ReplicaAnswer, merged_metrics, merged_status
 from launch.options import KEY_VARIABLE, SERVE_POOL, FleetOptions
 from yafsdp_like.inference.fleet.router import BLOCK, MAX_BLOCKS, FleetRouter, blocks_of
 from yafsdp_like.inference.fleet.routing import wanted_replicas
@@ -64,6 +64,7 @@ ASKED_AGAIN = 0  # in place of a status: of a replica that has refused the reque
 MAX_REQUESTS = 65536  # that Ray lets a process have under way: pools say themselves what is too much
 LARGE = 2**16  # bytes of a body that are read in a thread
 ONE_REPLICAS = "/admin/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"  # what would reach one replica of many
+FIGURES_S = 4.0  # that a replica has for its part of what all answer together; Prometheus waits 10 s for the whole
 OF_ALL = {  # paths that all replicas answer together, unless one is named: by what, and the type of that
     "/metrics": (merged_metrics, CONTENT_TYPE_LATEST),
     "/status.json": (merged_status, "application/json"),
@@ -87,6 +88,7 @@ class PassedRequest:
     replica: str | None = None  # that the client wants, by the header
     tried: tuple[str, ...] = ()  # replicas that have refused it
     was_full: bool = False  # one of them for want of time, with 429
+    there: list[str] | None = None  # where it is a list, the router puts the names of all replicas into it
 
     @property
     def is_last(self) -> bool:
@@ -219,6 +221,8 @@ class PoolRequestRouter(RequestRouter):
                 self._numbers[candidate.replica_id] = stats["number"]
                 self._fleet.heard(candidate.replica_id, pickle.loads(stats["standing"]))
         asked = _asked(pending_request)
+        if asked.there is not None:
+            asked.there[:] = [each.replica_id.unique_id for each in candidate_replicas]
         fresh = [each for each in candidate_replicas if each.replica_id.unique_id not in asked.tried]
         found = fresh or candidate_replicas
         order = self._fleet.order([each.replica_id for each in found], asked.model, asked.blocks)
@@ -336,14 +340,28 @@ class Ingress:
             refusal, asked = answer, replace(asked, tried=(*asked.tried, head.replica), was_full=was_full)
 
     async def _ask_all(self, asked: PassedRequest) -> Response:
-        """Ask one replica after the other, until one has been asked before: there is no other then."""
+        """Ask any replica, by which it is known who else is there, then all others together; say which gave nothing."""
         merge, media_type = OF_ALL[asked.scope["path"]]
-        answers: dict[str, ReplicaAnswer] = {}
-        while True:
-            head, parts = await self._offer(replace(asked, tried=tuple(answers)))
-            if head.status == ASKED_AGAIN:
-                return Response(merge(answers), media_type=media_type)
-            answers[head.replica] = ReplicaAnswer(head.status, await _whole(parts))
+        there: list[str] = []
+        first = await self._figures(replace(asked, there=there))
+        answers = dict([first] if first is not None else [])
+        others = [name for name in there if name not in answers]
+        found = await asyncio.gather(*(self._figures(replace(asked, replica=name)) for name in others))
+        for name, answer in zip(others, found, strict=True):  # another replica answers for one that is there no more
+            answers[name] = answer[1] if answer is not None and answer[0] == name else NO_ANSWER
+        if not answers:
+            raise unavailable("no replica answers", code="replica_lost")
+        merged = await asyncio.to_thread(merge, answers)  # streams go on meanwhile
+        return Response(merged, media_type=media_type)
+
+    async def _figures(self, asked: PassedRequest) -> tuple[str, ReplicaAnswer] | None:
+        """Return which replica has answered, and what; None where it was lost, or takes too long."""
+        try:
+            async with asyncio.timeout(FIGURES_S):
+                head, parts = await self._offer(asked)
+                return head.replica, ReplicaAnswer(head.status, await _whole(parts))
+        except (ApiError, TimeoutError):
+            return None
 
     async def _offer(self, asked: PassedRequest) -> tuple[AnswerHead, Any]:
         """Return the head of a replica's answer, and the parts that follow."""

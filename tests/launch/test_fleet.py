@@ -265,6 +265,7 @@ def test_models_find_their_replicas_and_a_replica_that_dies_ends_its_streams_and
         for pid in before:
             if any(home in os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()):  # its log
                 os.kill(pid, signal.SIGKILL)
+        until(lambda: home not in running.replicas())  # whose figures go on, of the other one
         *_, lost, done = said
         assert isinstance(lost, dict) and lost["error"]["code"] == "replica_lost" and done == "[DONE]"
         assert isinstance(next(its), dict), "the other stream goes on"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what Ray imports
 Script = list[Any]  # a status, then bytes and errors
@@ -37,6 +38,9 @@ class Parts:
         for each in self._script:
             if isinstance(each, Exception):
                 raise each
+            if callable(each):
+                await each()
+                continue
             yield AnswerHead(self._replica, each, self._headers) if isinstance(each, int) else each
 
     def cancel(self) -> None:
@@ -56,6 +60,22 @@ class Pool:
     def remote(self, passed: Any) -> Parts:
         self.passed.append(passed)
         return self.answers[len(self.passed) - 1]
+
+
+class NamedPool(Pool):
+    """Replicas that are asked by name; one of those that are ``gone`` is still known, but the first answers for it."""
+
+    def __init__(self, *scripts: Script, gone: Collection[str] = ()) -> None:
+        super().__init__(*scripts)
+        self._scripts, self._gone = scripts, gone
+
+    def remote(self, passed: Any) -> Parts:
+        self.passed.append(passed)
+        names = [f"r{index}" for index in range(len(self._scripts))]
+        if passed.there is not None:
+            passed.there[:] = names
+        index = 0 if passed.replica is None or passed.replica in self._gone else names.index(passed.replica)
+        return Parts(names[index], self._scripts[index], [])
 
 
 def ask(
@@ -178,14 +198,20 @@ x_total{route="a"} %d.0
 """
 
 
+def ups(text: str) -> dict[str, float]:
+    """By replica."""
+    (up,) = (each for each in text_string_to_metric_families(text) if each.name == "yafsdp_like_replica_up")
+    return {each.labels["replica"]: each.value for each in up.samples}
+
+
 def test_metrics_of_a_fleet_are_those_of_all_replicas_by_name_and_say_which_have_none() -> None:
     pytest.importorskip("ray")
-    pool = Pool([200, METRICS % 1], [503, b"stuck"], [200, METRICS % 2], [0])
+    pool = NamedPool([200, METRICS % 1], [503, b"stuck"], [200, METRICS % 2], [died()], [200, b"half", died()])
     answer = ask(pool, b"", "/metrics")
-    assert [passed.tried for passed in pool.passed] == [(), ("r0",), ("r0", "r1"), ("r0", "r1", "r2")]
+    assert [passed.replica for passed in pool.passed] == [None, "r1", "r2", "r3", "r4"]
     assert answer.headers["content-type"].startswith("text/plain") and "x-replica" not in answer.headers
+    assert ups(answer.text) == {"r0": 1.0, "r1": 0.0, "r2": 1.0, "r3": 0.0, "r4": 0.0}
     up, x = text_string_to_metric_families(answer.text)
-    assert {each.labels["replica"]: each.value for each in up.samples} == {"r0": 1.0, "r1": 0.0, "r2": 1.0}
     assert [each.name for each in (up, x)] == ["yafsdp_like_replica_up", "x"] and x.type == "counter"
     assert {(each.labels["replica"], each.labels["route"], each.value) for each in x.samples} == {
         ("r0", "a", 1.0),
@@ -193,13 +219,64 @@ def test_metrics_of_a_fleet_are_those_of_all_replicas_by_name_and_say_which_have
     }
 
 
+def test_metrics_go_on_where_the_first_that_is_asked_dies_and_where_another_answers_for_one_that_is_gone() -> None:
+    pytest.importorskip("ray")
+    answer = ask(NamedPool([died()], [200, METRICS % 1]), b"", "/metrics")
+    assert answer.status_code == 200 and ups(answer.text) == {"r0": 0.0, "r1": 1.0}
+    answer = ask(NamedPool([200, METRICS % 1], [200, METRICS % 2], gone={"r1"}), b"", "/metrics")
+    assert ups(answer.text) == {"r0": 1.0, "r1": 0.0}
+    nobody = ask(Pool([died()]), b"", "/metrics")
+    assert nobody.status_code == 503 and nobody.json()["error"]["code"] == "replica_lost"
+
+
+def test_replicas_are_asked_together_and_one_that_does_not_answer_counts_as_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("ray")
+    from launch import ray_fleet
+
+    monkeypatch.setattr(ray_fleet, "FIGURES_S", 0.3)
+    meet = asyncio.Barrier(2)  # of which none passes alone
+    stuck = asyncio.Event()
+    both = [meet.wait, 200, METRICS % 1]
+    answer = ask(NamedPool([200, METRICS % 1], both, [stuck.wait], both), b"", "/metrics")
+    assert ups(answer.text) == {"r0": 1.0, "r1": 1.0, "r2": 0.0, "r3": 1.0}
+
+
+def test_answers_are_merged_beside_the_thread_that_passes_streams_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    from launch import ray_fleet
+
+    merge = (lambda _: str(threading.get_ident()).encode(), "text/plain")
+    monkeypatch.setitem(ray_fleet.OF_ALL, "/metrics", merge)
+    assert int(ask(NamedPool([200, b""]), b"", "/metrics").text) != threading.get_ident()
+
+
 def test_the_status_of_a_fleet_is_that_of_all_replicas_by_name_unless_one_is_asked() -> None:
     pytest.importorskip("ray")
-    answer = ask(Pool([200, b'{"state": "serving"}'], [503, b"stuck"], [0]), b"", "/status.json")
-    assert answer.json() == {"replicas": {"r0": {"state": "serving"}, "r1": {"problem": "status 503: stuck"}}}
+    answer = ask(NamedPool([200, b'{"state": "serving"}'], [503, b"stuck"], [died()]), b"", "/status.json")
+    lost = {"problem": "status 503: the replica is lost, or takes too long to answer"}
+    stuck = {"problem": "status 503: stuck"}
+    assert answer.json() == {"replicas": {"r0": {"state": "serving"}, "r1": stuck, "r2": lost}}
     pool = Pool([200, b"its own"])
     assert ask(pool, b"", "/status.json", {"x-replica": "r0"}).content == b"its own" and pool.passed[0].replica == "r0"
-    assert ask(Pool([200, b"{}"], [died()]), b"", "/status.json").json()["error"]["code"] == "replica_lost"
+
+
+def test_the_router_says_who_is_there_to_who_asks_for_it() -> None:
+    pytest.importorskip("ray")
+    from ray.serve._private.common import DeploymentID
+    from ray.serve.request_router import ReplicaID
+
+    from launch.ray_fleet import PassedRequest, PoolRequestRouter
+
+    cls = type("Bare", (PoolRequestRouter,), {"__init__": lambda self: None})
+    router: Any = cls()
+    router.initialize_state()
+    ids = [ReplicaID(name, DeploymentID("Pool")) for name in "ab"]
+    candidates = [SimpleNamespace(replica_id=each, routing_stats={}) for each in ids]
+    asked = PassedRequest({}, b"", "", (), tried=("a",), there=[])
+    ranked = asyncio.run(router.choose_replicas(candidates, SimpleNamespace(args=[asked])))
+    assert asked.there == ["a", "b"] and ranked == [[candidates[1]]]
 
 
 def test_what_no_replica_may_be_asked_is_refused_and_what_is_no_json_is_theirs_to_refuse() -> None:
