@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.optimizer_step import update_in_backward
     from yafsdp_like.shard.runtime.activation_offload import offload_activations
     from yafsdp_like.shard.runtime.allocated_memory import SpillWarning
-    from yafsdp_like.shard.runtime.shared_slots import SharedSlots
-    from yafsdp_like.shard.sharing import share_slots
+    from yafsdp_like.shard.sharing import SharedSlots, share_slots
     from yafsdp_like.shard.stand_in import in_place_of_fsdp2
 else:
     _HOMES = {
@@ -37,7 +36,7 @@ else:
         "MemoryPlan": "yafsdp_like.memory.plan",
         "MixedPrecisionPolicy": "torch.distributed.fsdp",
         "OffloadPolicy": "torch.distributed.fsdp",
-        "SharedSlots": "yafsdp_like.shard.runtime.shared_slots",
+        "SharedSlots": "yafsdp_like.shard.sharing",
         "SpillWarning": "yafsdp_like.shard.runtime.allocated_memory",
         "TrainingForecast": "yafsdp_like.shard.forecast.quantities",
         "UnshardHandle": "yafsdp_like.shard.fsdp_module",

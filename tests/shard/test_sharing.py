@@ -380,8 +380,8 @@ def test_a_plan_that_is_made_anew_leaves_what_others_have_saved_in_the_old_arena
     models[1](rows())
     arenas = {unit_of(model).engine.memory.shared_arena for model in models}  # type: ignore[union-attr]
     assert len(arenas) == 1
-    shared = unit_of(models[0]).engine.memory.shared  # type: ignore[union-attr]
-    assert shared.arena_nbytes == shared.memory_plan().nbytes
+    slots = SharedSlots(unit_of(models[0]).engine.memory.shared)  # type: ignore[union-attr, arg-type]
+    assert slots.arena_nbytes == slots.memory_plan().nbytes
     held = {region.name: region.nbytes for region in next(iter(arenas)).regions.values()}
     assert held["gather slots"] == max(model.memory_plan().nbytes_of("gather slots") for model in models)
 
@@ -401,8 +401,8 @@ def test_gradients_that_are_not_synchronized_get_room_of_their_own_and_others_mo
 
     policy, critic = same_as_alone(run)
     assert policy.memory_report().spills == critic.memory_report().spills == ()
-    shared = unit_of(policy).engine.memory.shared  # type: ignore[union-attr]
-    assert shared.arena_nbytes == shared.memory_plan().nbytes
+    slots = SharedSlots(unit_of(policy).engine.memory.shared)  # type: ignore[union-attr, arg-type]
+    assert slots.arena_nbytes == slots.memory_plan().nbytes
 
 
 class Fails(torch.autograd.Function):
@@ -446,7 +446,7 @@ def test_a_model_that_is_deleted_frees_its_shards_while_the_others_go_on(transpo
         models["policy"](rows()).sum().backward()
         assert slots.arena_nbytes == slots.memory_plan().nbytes
         models.clear()
-        assert slots.arena is None and slots.arena_nbytes == 0
+        assert slots._sharing.arena is None and slots.arena_nbytes == 0
         with pytest.raises(RuntimeError, match="all were deleted"):
             slots.memory_plan()
     finally:

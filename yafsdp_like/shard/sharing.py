@@ -1,6 +1,7 @@
 """``share_slots``: several sharded models whose all-gathered units and full gradients take one model's memory.
 
-Owns the checks of what is given. How models live with each other is said in ``runtime/shared_slots.py``.
+Owns the checks of what is given, and what users may ask of it. How models live with each other is said in
+``runtime/shared_slots.py``.
 """
 
 from __future__ import annotations
@@ -9,16 +10,43 @@ from typing import TYPE_CHECKING
 
 from yafsdp_like.shard.fsdp_module import FSDPModule
 from yafsdp_like.shard.runtime.engine import engine_for, engine_of
-from yafsdp_like.shard.runtime.shared_slots import SharedSlots
+from yafsdp_like.shard.runtime.shared_slots import SlotSharing
 from yafsdp_like.shard.runtime.unit_state import units_of
+from yafsdp_like.shard.spec.shared_layout import plan_of_all
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import nn
 
+    from yafsdp_like.memory.plan import MemoryPlan
     from yafsdp_like.shard.runtime.engine import ShardEngine
     from yafsdp_like.shard.runtime.unit_state import Unit
+
+
+class SharedSlots:
+    """What ``share_slots`` returns: what the models' memory is, together."""
+
+    def __init__(self, sharing: SlotSharing) -> None:
+        self._sharing = sharing
+
+    def memory_plan(self) -> MemoryPlan:
+        """Return every region of all these models on this rank, in bytes; what they share is in it once.
+
+        Changes nothing; models may still be on the meta device. Names of units begin with the model's. Raises
+        ``RuntimeError`` where all models are gone.
+        """
+        if not self._sharing.engines:
+            raise RuntimeError(f"expected a model of {self._sharing.names} to be there, found that all were deleted")
+        return plan_of_all({name: engine.memory.plan() for name, engine in self._sharing.engines.items()})
+
+    @property
+    def arena_nbytes(self) -> int:
+        """Bytes that arenas hold on the device now for all these models: the plan's, once each has run."""
+        memories = [engine.memory for engine in self._sharing.engines.values()]
+        shared = {memory.shared_arena: None for memory in memories if memory.shared_arena is not None}
+        own = sum(memory.nbytes - (memory.shared_arena.nbytes if memory.shared_arena else 0) for memory in memories)
+        return own + sum(arena.nbytes for arena in shared)
 
 
 def share_slots(**models: nn.Module) -> SharedSlots:
@@ -45,10 +73,10 @@ def share_slots(**models: nn.Module) -> SharedSlots:
     _check(models)
     engines = {name: engine_for(units_of(model)[0], model) for name, model in models.items()}
     _set_debug_mode_alike(engines)
-    shared = SharedSlots(engines)
+    sharing = SlotSharing(engines)
     for name, engine in engines.items():
-        engine.join(name, shared)
-    return shared
+        engine.join(name, sharing)
+    return SharedSlots(sharing)
 
 
 def _check(models: Mapping[str, nn.Module]) -> None:

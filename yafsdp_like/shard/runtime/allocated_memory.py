@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from yafsdp_like.memory.plan import MemoryPlan
     from yafsdp_like.shard.runtime.collective_log import CollectiveLog
     from yafsdp_like.shard.runtime.debug import Debugger
-    from yafsdp_like.shard.runtime.shared_slots import SharedSlots
+    from yafsdp_like.shard.runtime.shared_slots import SlotSharing
     from yafsdp_like.shard.runtime.unit_state import Unit
     from yafsdp_like.shard.runtime.unit_tree import UnitTree
     from yafsdp_like.shard.spec.unit_spec import UnitLayout
@@ -69,7 +69,7 @@ class AllocatedMemory:
         self.num_layouts = 0  # how often slots were given places
         self.spills: list[Spill] = []
         self.debugger: Debugger | None = None  # what checks it, in debug mode
-        self.shared: SharedSlots | None = None  # the slots of this and other models, see [Note: shared slots]
+        self.shared: SlotSharing | None = None  # the slots of this and other models, see [Note: shared slots]
         self.shared_arena: Arena | None = None  # of those, whose regions are in ``arena`` too, once built
         self._tree, self._collective_log = tree, collective_log
         self._layout: MemoryLayout | None = None
@@ -85,7 +85,7 @@ class AllocatedMemory:
     def _signatures(self) -> tuple[object, ...]:
         return tuple(unit.signature for unit in self._tree.units)
 
-    def use_shared(self, shared: SharedSlots) -> None:
+    def use_shared(self, shared: SlotSharing) -> None:
         """Have slots among those of other models from the next build on; gradients' are planned from the start."""
         self.shared = shared
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from yafsdp_like.comm.transport import AllGather
     from yafsdp_like.memory.arena import Arena
     from yafsdp_like.memory.streams import Event
-    from yafsdp_like.shard.runtime.shared_slots import SharedSlots
+    from yafsdp_like.shard.runtime.shared_slots import SlotSharing
     from yafsdp_like.shard.runtime.unit_state import Unit
     from yafsdp_like.shard.spec.memory_layout import MemoryLayout
     from yafsdp_like.shard.spec.unit_spec import UnitLayout
@@ -238,7 +238,7 @@ class Debugger:
         self._ran: deque[str] = deque(maxlen=1000)
         self.count = 0  # of what ran
         self.watches: list[_Watch] = []
-        self._shared: SharedSlots | None = None
+        self._shared: SlotSharing | None = None
         self._shards: list[_Checked] = []
 
     def close(self) -> None:
@@ -253,7 +253,7 @@ class Debugger:
         debuggers = [self] if self._shared is None else self._shared.debuggers()
         return [o for debugger in debuggers for o in debugger.watches if o is not watch and o.shares(watch)]
 
-    def watch(self, memory: MemoryLayout, arena: Arena, shared: SharedSlots | None = None) -> None:
+    def watch(self, memory: MemoryLayout, arena: Arena, shared: SlotSharing | None = None) -> None:
         """Watch what was just built, and nothing else from now on; its slots may be ``shared`` with other models."""
         self.close()
         self._shared = shared

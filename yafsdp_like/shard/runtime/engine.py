@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from yafsdp_like.memory.streams import streams_of
 from yafsdp_like.ops import linear
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from yafsdp_like.shard.runtime.running import Call, ForwardUse
-    from yafsdp_like.shard.runtime.shared_slots import SharedSlots
+    from yafsdp_like.shard.runtime.shared_slots import SlotSharing
     from yafsdp_like.shard.runtime.unit_state import Unit
 
 
@@ -60,7 +60,7 @@ class ShardEngine:
         for unit in self.units:
             unit.run_by(self, self.gradients)
 
-    def join(self, name: str, shared: SharedSlots) -> None:
+    def join(self, name: str, shared: SlotSharing) -> None:
         """Have slots among those of other models, for which this one's name goes before its units'."""
         for unit, of_unit, params in zip(self.tree.units, self.tree.names, self.tree.param_names, strict=True):
             unit.rename(f"{name}.{of_unit}", params)
@@ -70,7 +70,7 @@ class ShardEngine:
     def beside(self) -> Sequence[ShardEngine]:
         """Those of other models that share the slots."""
         others = () if self.memory.shared is None else self.memory.shared.beside(self)
-        return [engine for engine in others if isinstance(engine, ShardEngine)]
+        return cast("Sequence[ShardEngine]", others)
 
     def __del__(self) -> None:
         """Break what keeps units, slots and linear layers alive, once the root module is gone, and every graph of it.

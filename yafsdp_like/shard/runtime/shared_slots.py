@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from yafsdp_like.memory.arena import Arena
 from yafsdp_like.shard.runtime.slots import Slot, introduce
-from yafsdp_like.shard.spec.shared_layout import plan_of_all, plan_together, shared_regions
+from yafsdp_like.shard.spec.shared_layout import plan_together, shared_regions
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -67,8 +67,8 @@ class SharingModel(Protocol):
         """Their memory."""
 
 
-class SharedSlots:
-    """What ``share_slots`` returns: the slots of several models in one arena, as long as one of the models lives."""
+class SlotSharing:
+    """The slots of several models in one arena, as long as one of the models lives: what their engines ask for."""
 
     def __init__(self, engines: Mapping[str, SharingModel]) -> None:
         self._arena: weakref.ref[Arena] | None = None  # see the property
@@ -76,28 +76,6 @@ class SharedSlots:
         self._taken: weakref.WeakSet[SharingMemory] = weakref.WeakSet()  # models with places in the arena
         self._gather_slots: list[weakref.ref[GatherSlot]] = []  # in it
         self._gradient_slots: list[weakref.ref[GradientSlot]] = []
-
-    # --- what users ask for
-
-    def memory_plan(self) -> MemoryPlan:
-        """Return every region of all these models on this rank, in bytes; what they share is in it once.
-
-        Changes nothing; models may still be on the meta device. Names of units begin with the model's. Raises
-        ``RuntimeError`` where all models are gone.
-        """
-        if not self.engines:
-            raise RuntimeError(f"expected a model of {self.names} to be there, found that all were deleted")
-        return plan_of_all({name: engine.memory.plan() for name, engine in self.engines.items()})
-
-    @property
-    def arena_nbytes(self) -> int:
-        """Bytes that arenas hold on the device now for all these models: the plan's, once each has run."""
-        memories = [engine.memory for engine in self.engines.values()]
-        shared = {memory.shared_arena: None for memory in memories if memory.shared_arena is not None}
-        own = sum(memory.nbytes - (memory.shared_arena.nbytes if memory.shared_arena else 0) for memory in memories)
-        return own + sum(arena.nbytes for arena in shared)
-
-    # --- what engines ask for
 
     @property
     def arena(self) -> Arena | None:
