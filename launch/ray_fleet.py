@@ -54,7 +54,7 @@ from starlette.types import Message
 
 from launch.fleet_figures import NO_ANSWER, ReplicaAnswer, merged_metrics, merged_status
 from launch.options import KEY_VARIABLE, SERVE_POOL, FleetOptions
-from yafsdp_like.inference.fleet.router import BLOCK, MAX_BLOCKS, FleetRouter, blocks_of
+from yafsdp_like.inference.fleet.router import FleetRouter, blocks_of, model_and_prompt
 from yafsdp_like.inference.fleet.routing import wanted_replicas
 from yafsdp_like.inference.http.errors import NOT_BEGUN, ApiError, unavailable
 
@@ -393,18 +393,6 @@ async def _events(parts: Any) -> AsyncIterator[bytes]:
 def _lost(error: BaseException) -> ApiError:
     logger.warning("a replica is lost", exc_info=error)
     return unavailable(f"the replica that served this is lost: {type(error).__name__}", code="replica_lost")
-
-
-def model_and_prompt(body: bytes) -> tuple[str, bytes]:
-    """Return the model that a body names and the beginning of its prompt, as bytes; "" and b"" where it has none."""
-    try:
-        sent = json.loads(body)
-    except (ValueError, RecursionError):
-        return "", b""  # the replica says why
-    if not isinstance(sent, dict) or not isinstance(sent.get("model"), str):
-        return "", b""
-    parts = [sent.get(name) for name in ("tools", "messages", "prompt", "input") if sent.get(name)]
-    return sent["model"], "".join(map(json.dumps, parts)).encode()[: BLOCK * MAX_BLOCKS]
 
 
 # --- the application ---

@@ -19,6 +19,7 @@ the sender's next one to the same replica, and once the replica has made ``LOST_
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,6 +35,18 @@ BLOCK = 256  # bytes of text
 MAX_BLOCKS = 64  # of a prompt that are looked at: beginnings that differ later differ little
 BYTES_PER_TOKEN = 4  # of English text, about
 LOST_AFTER = 20  # reports of its replica a request that none of them counts is not waited for
+
+
+def model_and_prompt(body: bytes) -> tuple[str, bytes]:
+    """Return the model that a body names and the beginning of its prompt, as bytes; "" and b"" where it has none."""
+    try:
+        sent = json.loads(body)
+    except (ValueError, RecursionError):
+        return "", b""  # the replica says why
+    if not isinstance(sent, dict) or not isinstance(sent.get("model"), str):
+        return "", b""
+    parts = [sent.get(name) for name in ("tools", "messages", "prompt", "input") if sent.get(name)]
+    return sent["model"], "".join(map(json.dumps, parts)).encode()[: BLOCK * MAX_BLOCKS]
 
 
 def blocks_of(model: str, text: bytes) -> tuple[bytes, ...]:
