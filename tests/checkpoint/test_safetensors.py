@@ -1,6 +1,7 @@
 """Safetensors files: what is written is read, by us and by the library, and damaged files are refused by name."""
 
 import json
+import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from yafsdp_like.checkpoint import safetensors as safetensors_module
-from yafsdp_like.checkpoint.safetensors import TensorSpec, TensorWriter, stored_tensors
+from yafsdp_like.checkpoint.safetensors import TensorSpec, TensorWriter, hold_files, stored_tensors
 from yafsdp_like.models import PRESETS, Decoder
 from yafsdp_like.models.hf import load_hf_weights, save_hf
 
@@ -42,13 +43,33 @@ def test_a_file_of_many_tensors_is_opened_once_and_again_where_it_has_changed(
 
     monkeypatch.setattr(safetensors_module, "safe_open", counting)
     path = tmp_path / "model.safetensors"
-    for value in (1.0, 2.0):
-        save_file({f"t{index}": torch.full((2,), value) for index in range(5)}, path)
-        with ThreadPoolExecutor(2) as threads:
-            read = list(threads.map(lambda tensor: tensor.read_rows(0, 1).item(), stored_tensors(tmp_path).values()))
-        assert read == [value] * 5
-        path.unlink()
+    with hold_files():
+        for value in (1.0, 2.0):
+            save_file({f"t{index}": torch.full((2,), value) for index in range(5)}, path)
+            assert [it.read_rows(0, 1).item() for it in stored_tensors(tmp_path).values()] == [value] * 5
+            path.unlink()
     assert opened == [path, path]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_files_are_open_and_mapped_while_they_are_held_and_no_longer(tmp_path: Path) -> None:
+    """Prevents: the bytes of a deleted checkpoint that stay on the disk, and one handle that loads in threads share."""
+    path = tmp_path / "model.safetensors"
+
+    def is_open() -> bool:
+        links = (os.path.realpath(each) for each in Path("/proc/self/fd").iterdir())
+        return str(path) in links or str(path) in Path("/proc/self/maps").read_text()
+
+    save_file({"t": torch.ones(1 << 16)}, path)
+    (stored,) = stored_tensors(tmp_path).values()
+    values = stored.read_rows(0, 1).clone()  # what is read is of the mapping itself, which lasts as long
+    assert torch.equal(values, torch.ones(1)) and not is_open()
+    with ThreadPoolExecutor(1) as thread:
+        with hold_files():
+            stored.read_rows(0, 1)
+            assert is_open()
+            assert thread.submit(safetensors_module._opener.get).result() is safetensors_module._file
+        assert not is_open()
 
 
 def test_tensors_out_of_order_and_missing_tensors_are_refused(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import contextlib
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -83,13 +84,26 @@ class StoredTensor:
             return file.get_tensor(self.name)
 
 
-@lru_cache(maxsize=_MAX_OPEN)
 def _file(path: Path, *state: int) -> Any:
-    """Open a file, unless it is open: of thousands of tensors the header takes longer to read than one of them does.
-
-    ``state`` is what changes if the file does, which is then opened anew.
-    """
+    """Open a file. ``state`` is what changes if the file does: where files are held, it is then opened anew."""
     return safe_open(path, framework="pt")
+
+
+_opener: ContextVar[Callable[..., Any]] = ContextVar("_opener", default=_file)
+
+
+@contextlib.contextmanager
+def hold_files() -> Iterator[None]:
+    """Keep files open that this thread reads, up to 8 of them, until this is left.
+
+    For reading many tensors: of thousands, a file's header takes longer to read than one of them does. Without this a
+    file is open while one tensor is read.
+    """
+    outer = _opener.set(lru_cache(maxsize=_MAX_OPEN)(_file))
+    try:
+        yield
+    finally:
+        _opener.reset(outer)
 
 
 @contextlib.contextmanager
@@ -97,7 +111,7 @@ def _opened(path: Path) -> Iterator[Any]:
     """Open a file by the library, which checks its header and size; ValueError in one line if they are wrong."""
     try:
         state = path.stat()
-        yield _file(path, state.st_ino, state.st_size, state.st_mtime_ns)
+        yield _opener.get()(path, state.st_ino, state.st_size, state.st_mtime_ns)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from yafsdp_like.checkpoint.safetensors import StoredTensor, TensorSpec, TensorWriter
+from yafsdp_like.checkpoint.safetensors import StoredTensor, TensorSpec, TensorWriter, hold_files
 from yafsdp_like.models.decoder import Decoder, DecoderConfig
 from yafsdp_like.models.hf_clip import MODEL_TYPE, config_from_llava, decoder_tensors
 from yafsdp_like.models.hf_config import config_from_hf, config_to_hf, model_type_of
@@ -49,6 +49,7 @@ _NAMES_IN_AN_ERROR = 8
 # --- whole directories ---
 
 
+@hold_files()
 def load_hf_config(directory: Path) -> DecoderConfig:
     """The configuration in `directory`, with the scales of keys and values that are stored beside weights.
 
@@ -91,6 +92,7 @@ def load_hf_config(directory: Path) -> DecoderConfig:
         return dataclasses.replace(config, kv_scales_problem=f"{directory}: {error}")
 
 
+@hold_files()
 def load_hf_weights(model: Decoder, directory: Path) -> None:
     """Fill every parameter of `model`, sharded or not, from the safetensors files in `directory`.
 
@@ -110,6 +112,7 @@ def load_hf_weights(model: Decoder, directory: Path) -> None:
         weight.read_from(stored)
 
 
+@hold_files()
 def stored_weights(
     model: Decoder, directory: Path, quantization: Quantization | None = None
 ) -> tuple[dict[str, tuple[StoredTensor, ...]], dict[str, tuple[StoredMatrix, ...]]]:

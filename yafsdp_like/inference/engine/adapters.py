@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from yafsdp_like.checkpoint.safetensors import hold_files
 from yafsdp_like.inference.plan.adapter_layout import DEFAULT_RANK, PRODUCTS, AdapterLayout
 from yafsdp_like.inference.weights.adapter_files import Adapter, AdapterSource, open_adapter
 from yafsdp_like.inference.weights.loading import fill
@@ -173,6 +174,7 @@ class Adapters:
         self._loading[name] = LoadedAdapter(name, next(self._numbers), image)
         return self._loading[name]
 
+    @hold_files()
     def fill(self, reserved: LoadedAdapter, adapter: Adapter) -> None:
         """Read values into the image that was reserved; any thread may do this. Raises what reading does."""
         assert self.layout is not None

@@ -20,6 +20,7 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
+from yafsdp_like.checkpoint.safetensors import hold_files
 from yafsdp_like.inference.pool.plan import SLABS, ModelPlan
 from yafsdp_like.inference.weights.loading import Source, fill
 from yafsdp_like.inference.weights.store import Store, Weights, flat_bytes
@@ -61,6 +62,7 @@ class PooledWeights(Weights):
     def _whole(self, unit: int) -> Place:
         return self._home.part(self._units[unit])
 
+    @hold_files()
     def read(self, image: Sequence[Place], source: Source) -> None:
         """Read all units from ``source`` into ``image``, in any thread: nothing else of this object is touched."""
         watched = self.watched(source)

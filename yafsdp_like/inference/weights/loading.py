@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from yafsdp_like.checkpoint import steps
+from yafsdp_like.checkpoint.safetensors import hold_files
 from yafsdp_like.comm.choice import transport_of
 from yafsdp_like.comm.consistency import all_gather_object
 from yafsdp_like.hardware import Hardware
@@ -144,6 +145,7 @@ def with_memory_limit(
     return options
 
 
+@hold_files()
 def load_planned(
     model: Model, plan: ServingPlan, device: torch.device | str, transport: Transport | None = None
 ) -> Weights:
@@ -170,6 +172,7 @@ def draft_of(options: EngineOptions, given: Model | None = None) -> Model | None
     return None
 
 
+@hold_files()
 def load_draft(weights: Weights, draft: Model) -> Weights:
     """Read the weights of the model that drafts, as planned, in its part of the arena of ``weights``."""
     plan = weights.plan.draft
