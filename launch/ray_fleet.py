@@ -351,8 +351,7 @@ class Ingress:
             answers[name] = answer[1] if answer is not None and answer[0] == name else NO_ANSWER
         if not answers:
             raise unavailable("no replica answers", code="replica_lost")
-        merged = await asyncio.to_thread(merge, answers)  # streams go on meanwhile
-        return Response(merged, media_type=media_type)
+        return Response(await asyncio.to_thread(merge, answers), media_type=media_type)  # streams go on meanwhile
 
     async def _figures(self, asked: PassedRequest) -> tuple[str, ReplicaAnswer] | None:
         """Return which replica has answered, and what; None where it was lost, or takes too long."""
