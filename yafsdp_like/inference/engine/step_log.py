@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from yafsdp_like.memory.streams import Event, Timer
 
 NUM_KEPT = 1024  # steps that quantiles and shares are of
-_LEAST_SPARE = 0.15  # of a step, which is in it from then on: 1 / (1 - 0.15) is below 1.2
+_LEAST_SPARE = 0.15  # of a step, waits included, that it may wait in any case: 1 / (1 - 0.15) is below 1.2
 _MOST_BUSY = 0.9  # of a step, that the CPU may work and wait in it without holding up the device
 
 
@@ -77,9 +77,10 @@ class StepLog:
 
     @property
     def spare_s(self) -> float:
-        """For how many seconds a step may wait for something beside the device: as long as the last one had spare.
+        """For how many seconds a step may wait for something beside the device: what the last one had left.
 
-        But at least so long that a step of others takes 1.2 times as long, however often it happens.
+        That is its time less the CPU's, or ``_LEAST_SPARE`` of it where that is more: steps that use all of the latter
+        each time take less than 1.2 times as long.
         """
         step_s = sum(self._device_s[-1]) if self._device_s else 0.0
         return max(_LEAST_SPARE * step_s, _MOST_BUSY * step_s - self._last_cpu_s)
