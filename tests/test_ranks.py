@@ -1,14 +1,17 @@
 """The harness itself: a suite that hides failures or hangs proves nothing."""
 
 import os
+import signal
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import RankError, run_ranks
+from tests import ranks
+from tests.ranks import CrashWarning, RankError, run_ranks
 
 
 def sum_of_ranks(start: float) -> float:
@@ -34,6 +37,14 @@ def sleep_on_rank_one() -> None:
 
 def leave() -> None:
     os._exit(3)
+
+
+def crash_once(noted: Path) -> str:
+    """Crash on rank 1, unless a file says that it has crashed before."""
+    if dist.get_rank() == 1 and not noted.exists():
+        noted.touch()
+        os.kill(os.getpid(), signal.SIGABRT)
+    return "survived"
 
 
 def warn() -> None:
@@ -81,6 +92,14 @@ def test_a_hang_is_killed_and_shows_where_it_hung() -> None:
 def test_a_dead_worker_is_reported_with_its_exit_code() -> None:
     with pytest.raises(RankError, match="exit code 3"):
         run_ranks(leave)
+
+
+def test_after_one_crash_a_function_is_run_again_and_after_another_it_fails(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(CrashWarning, match="crash_once"):
+        patch.setattr(ranks, "_crashes", [])
+        assert run_ranks(crash_once, tmp_path / "first") == ["survived", "survived"]
+        with pytest.raises(RankError, match=f"exit code -{signal.SIGABRT:d}"):
+            run_ranks(crash_once, tmp_path / "second")
 
 
 def test_warnings_are_errors_in_workers_where_they_are_errors_here() -> None:
