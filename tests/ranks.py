@@ -326,22 +326,23 @@ def _join(seat: Seat) -> None:
     if seat.device == "cuda":
         torch.cuda.set_device(seat.rank)
         torch.backends.cudnn.deterministic = True  # tests compare bits
-    _give_gloo_one_thread()
+    _spare_gloo_threads()
     store = dist.TCPStore("127.0.0.1", seat.store_port, is_master=False)
     dist.init_process_group(BACKENDS[seat.device], store=store, rank=seat.rank, world_size=seat.world_size)
     gc.freeze()  # what was imported so far is left out of the collection after each job
 
 
-def _give_gloo_one_thread() -> None:
-    """Have each gloo group work with one thread, not two, which corrupt the heap once in some 100,000 collectives.
+def _spare_gloo_threads() -> None:
+    """Have all gloo groups share the thread that polls sockets, and each work with one thread instead of two.
 
-    See [Note: gloo gathers piece by piece] for one way; a rank dies of it in a test that has no part in it.
+    Groups that tests leave behind would each go on polling, a third of a worker's time in the end. Two threads of one
+    group corrupt the heap now and then (one way: [Note: gloo gathers piece by piece]), and a later test's rank dies.
     """
-    made = dist.ProcessGroupGloo.__init__
+    made, device = dist.ProcessGroupGloo.__init__, dist.ProcessGroupGloo.create_default_device()
 
     def init(self: dist.ProcessGroupGloo, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         options = dist.ProcessGroupGloo._Options()
-        options._devices, options._threads, options._timeout = [self.create_default_device()], 1, timeout
+        options._devices, options._threads, options._timeout = [device], 1, timeout
         made(self, store, rank, size, options)
 
     dist.ProcessGroupGloo.__init__ = init  # type: ignore[method-assign]
