@@ -47,7 +47,7 @@ def test_every_example_is_run() -> None:
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(PRINTS)
 
 
-@pytest.mark.slow(unless=lambda name: name not in ("checkpoint_and_resume.py", "evaluate_and_generate.py", "train.py"))
+@pytest.mark.slow(unless=lambda name: name in ("plan_without_gpu.py", "serve_from_python.py"))
 @pytest.mark.parametrize("name", PRINTS)
 def test_an_example_runs_as_it_says(name: str) -> None:
     shown = commands(ROOT / "examples" / name)

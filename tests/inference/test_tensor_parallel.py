@@ -128,6 +128,7 @@ def test_other_numbers_of_ranks_and_all_options_at_once_do_too(config: DecoderCo
     assert [served.ids for served in results] == [wanted] * world_size
 
 
+@pytest.mark.slow(unless=lambda name, lookahead: lookahead or name == "grouped queries")
 @pytest.mark.parametrize("name", ["grouped queries", "windows in one layer of three"])
 @pytest.mark.parametrize("costs", [SWAPPING, RECOMPUTING], ids=["swap", "recompute"])
 @pytest.mark.parametrize("lookahead", [True, False], ids=["ahead", "in step"])

@@ -64,6 +64,7 @@ def test_the_plan_of_equal_blocks_is_an_equation() -> None:
     assert plan.transient_nbytes == 4 * main
 
 
+@pytest.mark.slow(unless=lambda world_size: world_size == 2)
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", list(SPECIMENS))
 def test_arenas_hold_what_the_plan_says_before_and_after_training(name: str, world_size: int) -> None:

@@ -171,6 +171,7 @@ def _aliased(unit: Unit) -> list[bool]:
     return found
 
 
+@pytest.mark.slow(unless=lambda world_size, own_optimizer: world_size == 2 or own_optimizer)
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("own_optimizer", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])

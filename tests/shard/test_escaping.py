@@ -118,6 +118,7 @@ class Holder(Queries):
         return self.holder(self.q)
 
 
+@pytest.mark.slow(unless=lambda kind, transport: transport == "peer" or kind == "object")
 @transports
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("kind", sorted(HOLDERS))
@@ -178,6 +179,7 @@ def using(kind: str, recomputes: str = "") -> Specimen:
     return Specimen(lambda: Uses(kind, recomputes), batch, lambda model: [model.first, *model.layers])
 
 
+@pytest.mark.slow(unless=lambda kind, transport: transport == "peer" or kind in ("itself", "slice"))
 @transports
 @pytest.mark.parametrize("kind", sorted(views(nn.Parameter(torch.zeros(2, 2)))))
 @on_ranks()

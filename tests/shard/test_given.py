@@ -32,7 +32,9 @@ def fives(kind: str, model: Any) -> torch.Tensor:
     return nn.Parameter(full) if kind == "parameter" else full
 
 
-@pytest.mark.slow(unless=lambda kind, grad: grad or kind == "plain")
+@pytest.mark.slow(
+    unless=lambda kind, grad, transport: (grad or kind == "plain") and (transport == "peer" or kind == "sharded")
+)
 @transports
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "parameter", "sharded"])

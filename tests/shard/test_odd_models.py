@@ -77,7 +77,7 @@ def shared_units_of(model: Any) -> list[nn.Module | list[nn.Module]]:
     return [model.layers[0].nest["shared"], *model.layers]
 
 
-@pytest.mark.slow(unless=lambda build, transport: transport == "peer" or build is sharing_with_the_root)
+@pytest.mark.slow(unless=lambda build, transport: transport == "peer" and build is not sharing_twice)
 @both_transports
 @pytest.mark.parametrize("units", [layers_of, shared_units_of])
 @pytest.mark.parametrize("build", [sharing_twice, sharing_with_others_between, sharing_with_the_root])
@@ -110,7 +110,7 @@ def empties_and_others() -> nn.Module:
     return Chain([Empty(True), Empty(False), Empty(True)])
 
 
-@pytest.mark.slow(unless=lambda world_size, build: world_size == 2 or build is empties_only)
+@pytest.mark.slow(unless=lambda world_size: world_size == 2)
 @both_transports
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("build", [empties_only, empties_and_others])

@@ -161,6 +161,7 @@ class Spectral(nn.Module):
         return self.head((mixed * mixed.conj()).real.to(self.head.weight.dtype))
 
 
+@pytest.mark.slow(unless=lambda world_size: world_size == 2)
 @both_transports
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize(

@@ -137,6 +137,7 @@ def _step_of_torch(params: list[Any]) -> None:
     optimizer.zero_grad()
 
 
+@pytest.mark.slow(unless=lambda write, transport: transport == "peer" or write in ("in place", "a list"))
 @transports
 @pytest.mark.parametrize("write", WRITES)
 @on_ranks()

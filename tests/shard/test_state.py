@@ -183,6 +183,7 @@ class Tied(Decoder):
         super().__init__(tied=True)
 
 
+@pytest.mark.slow(unless=lambda world_size, reshard_after_forward: world_size == 2 or reshard_after_forward is True)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("reshard_after_forward", [True, False, None])
 @pytest.mark.parametrize("parts", [("embedding", "head"), ("embedding",), ("head",)])
