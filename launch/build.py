@@ -15,7 +15,14 @@ from torch.distributed._composable.checkpoint_activation import checkpoint
 from launch.config import Config, ModelOptions, OptimizerOptions
 from launch.recipe import Recipe
 from launch.world import World
-from yafsdp_like import MixedPrecisionPolicy, fully_shard, offload_activations, update_in_backward
+from yafsdp_like import (
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    RemainderOffloadPolicy,
+    fully_shard,
+    offload_activations,
+    update_in_backward,
+)
 from yafsdp_like.hardware import Hardware
 from yafsdp_like.memory.plan import readable
 from yafsdp_like.models import DecoderConfig
@@ -38,6 +45,7 @@ def build_model(recipe: Recipe, config: Config, world: World) -> Any:
         mp_policy=policy,
         transport=config.model.transport,
         split_master=config.precision.split_master,
+        offload_policy=RemainderOffloadPolicy() if _offloads_remainder(config.optimizer) else OffloadPolicy(),
         grad_dtype=None if config.precision.grad_dtype == "float32" else torch.bfloat16,
     )
     model, blocks = recipe.make()
@@ -49,6 +57,10 @@ def build_model(recipe: Recipe, config: Config, world: World) -> Any:
     if config.model.offload_activations:
         offload_activations(blocks)
     return shard(model)
+
+
+def _offloads_remainder(options: OptimizerOptions) -> bool:
+    return options.offload_moments == "and_remainder"
 
 
 def checkpoint_blocks(blocks: Sequence[torch.nn.Module], options: ModelOptions) -> None:
@@ -78,7 +90,7 @@ def build_optimizer(model: torch.nn.Module, config: Config, world: World) -> tor
         eps=options.eps,
         moments=options.moments,
         seed=config.seed,
-        offload_moments=options.offload_moments,
+        offload_moments=bool(options.offload_moments),
     )
     if options.update_in_backward:
         update_in_backward(optimizer)
@@ -90,10 +102,12 @@ def moments_nbytes(model: torch.nn.Module, world: World, moments: MomentsFormat,
     return sum(optim_moments.moments_nbytes(*rows, moments, saved) for rows in _trained_rows(model, world))
 
 
-def buffers_nbytes(model: torch.nn.Module, world: World, options: OptimizerOptions) -> int:
-    """Of AdamW on the device, on the rank that has most: what offloaded moments go through; 0 for others."""
-    each = buffer_nbytes(_trained_rows(model, world), options.moments) if options.offload_moments else 0
-    return NUM_BUFFERS * each
+def buffers_nbytes(model: Any, world: World, options: OptimizerOptions) -> int:
+    """Of AdamW on the device, on the rank that has most: what offloaded states go through; 0 for others."""
+    if not options.offload_moments:
+        return 0
+    remainders = model.memory_plan().nbytes_of("remainder")
+    return NUM_BUFFERS * buffer_nbytes(_trained_rows(model, world), options.moments, remainders)
 
 
 def _trained_rows(model: torch.nn.Module, world: World) -> list[tuple[torch.Size, torch.dtype]]:
@@ -104,15 +118,16 @@ def _trained_rows(model: torch.nn.Module, world: World) -> list[tuple[torch.Size
 
 def describe_plan(model: Any, world: World, options: OptimizerOptions) -> str:
     """The memory plan, AdamW's moments beside it, and what every update pays for them if they are offloaded."""
-    nbytes, plan = moments_nbytes(model, world, options.moments), str(model.memory_plan())
+    nbytes, regions = moments_nbytes(model, world, options.moments), model.memory_plan()
+    plan, remainders = str(regions), regions.nbytes_of("remainder")
     if options.update_in_backward:
         plan += "\n  updates in backward: gradients of one unit or two have memory at a time"
     if not options.offload_moments:
         return f"{plan}\n  AdamW's moments, {readable(nbytes)}, and activations come on top"
     return (
         f"{plan}\n  AdamW's moments, {readable(nbytes)}, are in host memory; each update copies them in and back, "
-        f"{_cost(nbytes, world)}\n  buffers for them, {readable(buffers_nbytes(model, world, options))}, "
-        "and activations come on top"
+        f"{'with the remainders, ' if remainders else ''}{_cost(nbytes + remainders, world)}\n"
+        f"  buffers for them, {readable(buffers_nbytes(model, world, options))}, and activations come on top"
     )
 
 

@@ -369,6 +369,8 @@ def _read_value(hint: Any, raw: str, earlier: list[str]) -> Any:
         return list(earlier)
     if raw in ("null", "~") and type(None) in parts:
         return None
+    if bool in parts and raw in ("true", "false"):
+        return raw == "true"
     if tuple not in origins and (str in parts or typing.Literal in origins):
         return raw
     earlier.clear()

@@ -69,7 +69,7 @@ class OptimizerOptions:
     weight_decay: float = 0.1  # of matrices; norms and biases have none
     max_grad_norm: float | None = 1.0  # gradients are scaled down to this norm; null: never
     moments: Literal["fp32", "bf16", "int8"] = "fp32"  # what they are kept in; int8: by blocks that share an exponent
-    offload_moments: bool = False  # keep them in host memory, copied to the GPU and back beside every update
+    offload_moments: bool | Literal["and_remainder"] = False  # in host memory; the latter: split_master's halves, too
     update_in_backward: bool = False  # update each unit in backward and drop its gradients; needs max_grad_norm null
     nonfinite: Literal["stop", "skip"] = "stop"  # at gradients that are not finite; "skip" waits for each step's norm
 
@@ -206,6 +206,11 @@ class Config:
                 raise ValueError(f"{key} must say a path, got {text!r}")
         if [self.model.preset, self.model.hf_dir, self.model.factory].count(None) != 2:
             raise ValueError("give exactly one of model.preset, model.hf_dir and model.factory; set the others to null")
+        if self.optimizer.offload_moments == "and_remainder" and not self.precision.split_master:
+            raise ValueError(
+                "optimizer.offload_moments and_remainder keeps the lower halves in host memory that "
+                "precision.split_master makes: set that to true, or offload_moments to true for moments alone"
+            )
         if self.model.graph and self.optimizer.update_in_backward:
             raise ValueError(
                 "model.graph replays forward and backward only, and optimizer.update_in_backward updates in it: "

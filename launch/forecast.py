@@ -76,7 +76,8 @@ def policy_of(options: Config) -> UnitPolicy:
         param_dtype=getattr(torch, precision.param_dtype), reduce_dtype=getattr(torch, precision.reduce_dtype)
     )
     grad_dtype = None if precision.grad_dtype == "float32" else torch.bfloat16
-    return UnitPolicy(mixed, None, precision.split_master, grad_dtype)
+    on_host = options.optimizer.offload_moments == "and_remainder"
+    return UnitPolicy(mixed, None, precision.split_master, grad_dtype, offload_remainder=on_host)
 
 
 def batch_of(shape: TrainingStepShape) -> ExampleBatch:
@@ -88,7 +89,8 @@ def batch_of(shape: TrainingStepShape) -> ExampleBatch:
 def choices_of(options: Config, shape: TrainingStepShape) -> ForecastOptions:
     """Return what else of a run its memory depends on."""
     of_optimizer, of_checkpoint = options.optimizer, options.checkpoint
-    optimizer = OptimizerMemory(of_optimizer.moments, of_optimizer.offload_moments, of_optimizer.update_in_backward)
+    on_host = bool(of_optimizer.offload_moments)
+    optimizer = OptimizerMemory(of_optimizer.moments, on_host, of_optimizer.update_in_backward)
     copies = of_checkpoint.asynchronous and 0 < of_checkpoint.every < options.num_steps
     return ForecastOptions(optimizer, shape.num_accumulated > 1, copies, is_recorded=options.model.graph)
 

@@ -29,6 +29,7 @@ SHARDED = ("main_shard", "compute_shard")  # kinds of the plan's regions that mo
 MARGIN = 20  # of what is free, one part in so many is left to what no sum knows
 COPY = "a checkpoint's copy on its way to the disk"
 MOMENTS, FLOATS = "AdamW's moments", "moments as a checkpoint has them"
+REMAINDERS = "remainders of split masters"
 BUFFERS = "buffers for offloaded moments"
 
 
@@ -78,8 +79,10 @@ def _demands(model: Any, options: Config, world: World) -> list[MemoryDemand]:
         states.append(Allocation(FLOATS, saved, saved))  # made for a save, and given back
     copies = []
     if options.checkpoint.asynchronous and 0 < options.checkpoint.every < options.num_steps:
-        copied = plan.nbytes_of("main_shard") + saved
+        copied = plan.nbytes_of("main_shard") + plan.nbytes_of("remainder") + saved
         copies = [Allocation(COPY, copied, copied)]
+    if plan.host_nbytes:
+        copies.append(Allocation(REMAINDERS, plan.host_nbytes, plan.host_nbytes))
     if optimizer.offload_moments:
         copies += states
         parts.append(Allocation(BUFFERS, build.buffers_nbytes(model, world, optimizer)))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.runtime.activation_offload import offload_activations
     from yafsdp_like.shard.runtime.allocated_memory import SpillWarning
     from yafsdp_like.shard.sharing import SharedSlots, share_slots
+    from yafsdp_like.shard.spec.unit_spec import RemainderOffloadPolicy
     from yafsdp_like.shard.stand_in import in_place_of_fsdp2
 else:
     _HOMES = {
@@ -36,6 +37,7 @@ else:
         "MemoryPlan": "yafsdp_like.memory.plan",
         "MixedPrecisionPolicy": "torch.distributed.fsdp",
         "OffloadPolicy": "torch.distributed.fsdp",
+        "RemainderOffloadPolicy": "yafsdp_like.shard.spec.unit_spec",
         "SharedSlots": "yafsdp_like.shard.sharing",
         "SpillWarning": "yafsdp_like.shard.runtime.allocated_memory",
         "TrainingForecast": "yafsdp_like.shard.forecast.quantities",
@@ -72,6 +74,7 @@ __all__ = [
     "MemoryPlan",
     "MixedPrecisionPolicy",
     "OffloadPolicy",
+    "RemainderOffloadPolicy",
     "SharedSlots",
     "SpillWarning",
     "TrainingForecast",

@@ -74,14 +74,25 @@ class AdamWTensors(NamedTuple):
     start: int = 0  # the index of its first element here in the whole parameter: what random bits depend on
     remainder: torch.Tensor | None = None
 
-    def with_moments(self, elements: slice | None, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> AdamWTensors:
-        """Return the same with other moments, of some elements of the flat parameter, or of all for None."""
+    def with_states(
+        self,
+        elements: slice | None,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        remainder: torch.Tensor | None = None,
+    ) -> AdamWTensors:
+        """Return the same with other moments, of some elements of the flat parameter, or of all for None.
+
+        And with another ``remainder`` of these elements, if one is given.
+        """
         if elements is None:
-            return self._replace(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-        main, grad, compute, remainder = (
+            kept = self.remainder if remainder is None else remainder
+            return self._replace(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, remainder=kept)
+        main, grad, compute, kept = (
             None if tensor is None else tensor.view(-1)[elements]
             for tensor in (self.main, self.grad, self.compute, self.remainder)
         )
+        remainder = kept if remainder is None else remainder
         assert main is not None and grad is not None
         start = self.start + elements.start
         return AdamWTensors(main, grad, exp_avg, exp_avg_sq, compute, self.rate_index, self.number, start, remainder)

@@ -217,6 +217,7 @@ class Clock:
 _UNTIL_ZERO_GRAD = "from backward to zero_grad"
 KINDS = {
     "main_shard": "what the optimizer updates; lower halves, where it is split",
+    "remainder": "lower halves of what the optimizer updates, which copies them to the device and back",
     "compute_shard": "the same in param_dtype: what is all-gathered",
     "grad_shard": f"reduced gradients, {_UNTIL_ZERO_GRAD}",
     "forward shards": "what few ranks keep together of full parameters, from forward to backward",

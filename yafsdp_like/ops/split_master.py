@@ -9,16 +9,26 @@ value in every step, the optimizer's kernel, reads and writes the halves themsel
 Other ranks may be reading the upper half, the compute shard, while the user writes to a parameter. So a write in place
 goes to fp32 values beside the halves, which all views see from then on, until ``settle`` splits them: when the
 compute shard may be written, so that what is written during a forward is computed on in the next.
+
+[Note: remainders on the host]
+Nothing computes on the lower half but the update, which an optimizer that streams its states can bring to the device
+with them. So it may be in host memory, pinned for a GPU, whose owner is who owns the half on the device otherwise; the
+upper half never is. Whoever else reads or writes values is rare, and the CPU waits for it: until the last update's
+copies are on the host (``written_by``), and for its own copy between host and device. So a read is complete when it
+returns, a write too, and copies of a later update need no event to be behind them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from yafsdp_like.kernels.split import join, split
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CHUNK = 1 << 24  # elements that are split at a time: of temporary memory, which may be a side stream's for good
 
@@ -29,18 +39,21 @@ class SplitValues:
     Args:
         high: ``(numel,)`` bfloat16, contiguous.
         low: ``(numel,)`` int16, contiguous.
+        is_offloaded: whether ``low`` is in host memory. See [Note: remainders on the host].
     """
 
-    def __init__(self, high: torch.Tensor, low: torch.Tensor) -> None:
+    def __init__(self, high: torch.Tensor, low: torch.Tensor, is_offloaded: bool = False) -> None:
         assert high.dtype == torch.bfloat16 and low.dtype == torch.int16, f"{high.dtype} and {low.dtype}"
         assert high.shape == low.shape == (high.numel(),), f"{high.shape} and {low.shape}"
-        self.high, self.low = high, low
+        self.high, self.low, self.is_offloaded = high, low, is_offloaded
+        self._wait_for_low: Callable[[], None] | None = None  # for copies of the last update, if offloaded
         self.written: torch.Tensor | None = None  # (numel,) fp32, instead of the halves, from a write until settled
 
     def settle(self) -> bool:
         """Split what was written, on the current stream; return whether anything was."""
         if self.written is None:
             return False
+        self._wait()
         for written, *halves in zip(*(t.split(CHUNK) for t in (self.written, self.high, self.low)), strict=True):
             for half, values in zip(halves, split(written), strict=True):
                 half.copy_(values)
@@ -55,8 +68,37 @@ class SplitValues:
     def to_write(self) -> torch.Tensor:
         """Return the fp32 values that a write is to change."""
         if self.written is None:
-            self.written = join(self.high, self.low)
+            self.written = join(self.high, self.beside_high(self.low))
         return self.written
+
+    def beside_high(self, low: torch.Tensor) -> torch.Tensor:
+        """Return ``low``, some of the lower half, where the upper one is: a copy, made when this returns, if offloaded.
+
+        Raises ``RuntimeError`` while a CUDA graph is recorded, which could not wait for the host.
+        """
+        if not self.is_offloaded:
+            return low
+        if self.high.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step that is recorded reads fp32 values whose remainders are in host memory: read them outside of "
+                "GraphedStep, or leave RemainderOffloadPolicy out"
+            )
+        self._wait()
+        return low.to(self.high.device)
+
+    def written_by(self, wait: Callable[[], None]) -> None:
+        """Note that copies to an offloaded lower half are under way, until ``wait`` returns."""
+        self._wait_for_low = wait
+
+    def _wait(self) -> None:
+        if self._wait_for_low is not None:
+            self._wait_for_low()
+            self._wait_for_low = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied, by asynchronous checkpoints say: nothing is under way."""
+        self._wait()
+        return vars(self).copy()
 
 
 class SplitTensor(torch.Tensor):
@@ -88,10 +130,13 @@ class SplitTensor(torch.Tensor):
         values = self.split_values
         if values.written is not None:
             return self._of(values.written)
-        return join(self._of(values.high), self._of(values.low))
+        return join(self._of(values.high), values.beside_high(self._of(values.low)))
 
     def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return upper and lower half, bfloat16 and int16, to read and write; what was written is settled first."""
+        """Return upper and lower half, bfloat16 and int16, to read and write; what was written is settled first.
+
+        An offloaded lower half is where it is, and copies of the last update to it may be under way.
+        """
         self.split_values.settle()
         return self._of(self.split_values.high), self._of(self.split_values.low)
 
@@ -126,7 +171,8 @@ class SplitTensor(torch.Tensor):
         if tuple(shape) != self.shape or options.keys() - {"device"}:
             return super().new_empty(*size, **options)
         halves = SplitValues(
-            *(torch.empty_like(half, **options) for half in (self.split_values.high, self.split_values.low))
+            *(torch.empty_like(half, **options) for half in (self.split_values.high, self.split_values.low)),
+            self.split_values.is_offloaded,
         )
         return SplitTensor(halves, self.shape, self.stride(), int(self.storage_offset()))
 

@@ -94,6 +94,7 @@ class AdamW(torch.optim.AdamW):
     ``offload_moments`` keeps both in host memory, pinned for a GPU, and copies them to the device and back in each
     step, see [Note: offloaded moments]; the same bits come out. States and state dicts then have tensors of the host:
     ``state_dict`` waits for the last step's, whoever reads ``state`` itself must ``torch.cuda.synchronize`` before.
+    Remainders of split masters that ``RemainderOffloadPolicy`` keeps in host memory are copied with them.
 
     Raises ``ValueError`` for what is not supported: ``amsgrad``, ``maximize``, ``capturable``, ``differentiable``, in
     the constructor, in a group, or in a loaded state, and other ``moments``; and in ``step`` for tensors that are not
@@ -268,7 +269,7 @@ class AdamW(torch.optim.AdamW):
             return
         for pieces in self._offloaded.pieces(batch_index):
             found = [(piece, *updates[piece.param]) for piece in pieces if piece.param in updates]
-            yield [(tensors.with_moments(*piece[1:]), step) for piece, tensors, step in found]
+            yield [(tensors.with_states(*piece[1:]), step) for piece, tensors, step in found]
 
     def _advance(self, param: nn.Parameter, group_index: int) -> AdamWStep:
         group, count = self.param_groups[group_index], self.state[param]["step"]

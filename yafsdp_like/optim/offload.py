@@ -1,7 +1,7 @@
 """AdamW's moments in host memory, copied to the device and back, chunk by chunk, beside the updates that use them.
 
-Owns the host's memory, buffers on the device, and the order of copies and updates. Knows tensors and formats of
-moments, nothing of gradients, rates or units.
+Owns the host's memory of moments, buffers on the device, and the order of copies and updates. Knows tensors and formats
+of moments, nothing of gradients, rates or units.
 
 [Note: offloaded moments]
 Each batch of parameters has one block of host memory, pinned for a GPU, with both moments of each parameter behind each
@@ -16,11 +16,16 @@ So both directions of the link are busy all the time, the third buffer covering 
 device does not grow with the model. Events order the three streams, and the CPU waits for none of them in a step. It
 waits before it reads or writes a block, in ``wait``. Chunks and buffers are those of the last step, and nothing is
 allocated, as long as batches have the same parameters.
+
+Remainders of split masters that are in host memory ([Note: remainders on the host], ``ops/split_master.py``) are copied
+with the moments of their elements, from where they lie and back there. Nobody else writes them while an event of these
+copies is pending: whoever reads or writes values has the CPU wait for the one that ``SplitValues`` is told of here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +37,7 @@ from yafsdp_like.memory.arena import refuse_what_the_host_cannot_hold
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.memory.pinned import pin
 from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE, InOrder, Streams, streams_of
+from yafsdp_like.ops.split_master import SplitTensor, SplitValues
 from yafsdp_like.optim.moments import MOMENTS, MomentsFormat, local, moments_dtype, moments_nbytes
 
 if TYPE_CHECKING:
@@ -43,9 +49,15 @@ CHUNK_NBYTES = 64 << 20  # long enough for the link's full rate: 1.3 ms at 50 GB
 NUM_BUFFERS = 3
 
 
-def buffer_nbytes(shapes: Iterable[tuple[torch.Size, torch.dtype]], kept_as: MomentsFormat) -> int:
-    """Return the bytes of each buffer for parameters of which a rank has rows of these shapes, in these dtypes."""
-    return min(CHUNK_NBYTES, sum(2 * aligned(moments_nbytes(*rows, kept_as) // 2) for rows in shapes))
+def buffer_nbytes(
+    shapes: Iterable[tuple[torch.Size, torch.dtype]], kept_as: MomentsFormat, remainders_nbytes: int = 0
+) -> int:
+    """Return the bytes of each buffer for parameters of which a rank has rows of these shapes, in these dtypes.
+
+    ``remainders_nbytes`` are those of their remainders in host memory, each aligned.
+    """
+    moments = sum(2 * aligned(moments_nbytes(*rows, kept_as) // 2) for rows in shapes)
+    return min(CHUNK_NBYTES, moments + remainders_nbytes)
 
 
 class LoadedMoments(NamedTuple):
@@ -55,6 +67,7 @@ class LoadedMoments(NamedTuple):
     elements: slice | None  # of this rank's, flat; None: all
     exp_avg: torch.Tensor  # of the shape of the parameter's rows here, or flat where elements are named or in 8 bit
     exp_avg_sq: torch.Tensor
+    remainder: torch.Tensor | None = None  # if it is offloaded; of the parameter's shape, or flat where elements are
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +79,17 @@ class _Part:
     offsets_nbytes: tuple[int, int]  # where each moment of the whole parameter begins
     ranges: tuple[tuple[int, int], ...]  # of bytes of a whole moment, which lie behind each other on the device
     elements: slice | None = None
+    remainder: torch.Tensor | None = None  # of these elements, flat int16 in host memory, if it is offloaded
 
     @property
     def nbytes(self) -> int:
         """Bytes of each moment of these elements."""
         return sum(stop - start for start, stop in self.ranges)
+
+    @property
+    def buffer_nbytes(self) -> int:
+        """Bytes that these elements take in a buffer."""
+        return 2 * aligned(self.nbytes) + (0 if self.remainder is None else aligned(self.remainder.nbytes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +112,7 @@ class _Chunk:
     def __init__(self, block: torch.Tensor, parts: Sequence[_Part]) -> None:
         self._parts = parts
         self._pieces: dict[int, list[LoadedMoments]] = {}  # by the buffer that they are in
-        self._places: list[list[int]] = []  # of both moments of each part, in a buffer
+        self._places: list[list[int]] = []  # of both moments of each part, in a buffer, and of its remainder
         spans: list[tuple[int, int, int]] = []  # first and last byte in the block, first byte in a buffer
         end = 0
         for part in parts:
@@ -105,6 +124,11 @@ class _Chunk:
                     spans.append((offset + start, offset + stop, place))
                     place += stop - start
         self.spans = [(block[start:stop], place) for start, stop, place in _joined(spans)]
+        for part, places in zip(parts, self._places, strict=True):
+            if part.remainder is not None:
+                self.spans.append((part.remainder.view(torch.uint8), end))
+                places.append(end)
+                end += aligned(part.remainder.nbytes)
         self.params = [part.param for part in parts]
 
     def pieces(self, index: int, buffer: torch.Tensor) -> list[LoadedMoments]:
@@ -112,8 +136,10 @@ class _Chunk:
         if index not in self._pieces:
             found = []
             for part, places in zip(self._parts, self._places, strict=True):
-                flat = [buffer[place : place + part.nbytes].view(part.dtype) for place in places]
-                views = [_shaped(moment, part.param) for moment in flat] if part.elements is None else flat
+                flat = [buffer[place : place + part.nbytes].view(part.dtype) for place in places[:2]]
+                if part.remainder is not None:
+                    flat.append(buffer[places[2] : places[2] + part.remainder.nbytes].view(torch.int16))
+                views = [_shaped(state, part.param) for state in flat] if part.elements is None else flat
                 found.append(LoadedMoments(part.param, part.elements, *views))
             self._pieces[index] = found
         return self._pieces[index]
@@ -129,7 +155,7 @@ class OffloadedMoments:
     def __init__(self, kept_as: MomentsFormat) -> None:
         self._kept_as = kept_as
         self._streams: Streams = InOrder()  # until the first step says of which device
-        self._layout: list[list[tuple[int, torch.device]]] = []  # of each batch's parameters: their ids, and where
+        self._layout: list[list[tuple[Any, ...]]] = []  # of each batch's parameters: their ids, and where they are
         self._chunks: list[list[_Chunk]] = []  # of each batch
         self._blocks: list[_Block] = []
         self._places: dict[nn.Parameter, dict[str, torch.Tensor]] = {}  # each one's moments in its block
@@ -151,7 +177,7 @@ class OffloadedMoments:
         States are made for parameters that have none. The first chunk is on its way when this returns.
         """
         kept = [[p for p in batch if p.requires_grad or p in states] for batch in batches]
-        layout = [[(id(p), local(p).device) for p in batch] for batch in kept]
+        layout = [[_whereabouts(p) for p in batch] for batch in kept]
         if layout != self._layout:
             self._lay_out(kept)
             self._layout = layout
@@ -193,7 +219,9 @@ class OffloadedMoments:
         with self._streams.on(DEVICE_TO_HOST):
             for host, device in self._spans(k):
                 host.copy_(device, non_blocking=True)
-        self._freed[k % NUM_BUFFERS] = self._streams.record(DEVICE_TO_HOST)
+        self._freed[k % NUM_BUFFERS] = back = self._streams.record(DEVICE_TO_HOST)
+        for values in filter(None, map(_offloaded_values, self._due[k].params)):
+            values.written_by(partial(self._streams.synchronize, back))
 
     def _spans(self, k: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield ranges of a block with their places in the chunk's buffer."""
@@ -218,7 +246,8 @@ class OffloadedMoments:
             self._streams = streams_of(device)
             shapes = [(local(p).shape, p.dtype) for p in params]
             refuse_what_the_host_cannot_hold(sum(moments_nbytes(*rows, self._kept_as) for rows in shapes))
-            nbytes = buffer_nbytes(shapes, self._kept_as)
+            remainders = [values.low for values in map(_offloaded_values, params) if values is not None]
+            nbytes = buffer_nbytes(shapes, self._kept_as, sum(aligned(low.nbytes) for low in remainders))
             with self._streams.on(DEVICE_TO_HOST):  # the last to use them: the allocator may give them to it alone
                 self.buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)]
             self._freed = [self._streams.record(DEVICE_TO_HOST)] * NUM_BUFFERS
@@ -231,7 +260,9 @@ class OffloadedMoments:
             shape = local(param).shape
             each = moments_nbytes(shape, param.dtype, self._kept_as) // 2
             offsets = nbytes, nbytes + aligned(each)
-            parts.append(_Part(param, moments_dtype(shape, param.dtype, self._kept_as), offsets, ((0, each),)))
+            dtype, values = moments_dtype(shape, param.dtype, self._kept_as), _offloaded_values(param)
+            remainder = None if values is None else values.low
+            parts.append(_Part(param, dtype, offsets, ((0, each),), remainder=remainder))
             nbytes += 2 * aligned(each)
         block = _Block(torch.zeros(nbytes, dtype=torch.uint8))
         if device.type == "cuda":
@@ -269,6 +300,20 @@ class OffloadedMoments:
         self._unused.discard(param)
 
 
+def _offloaded_values(param: nn.Parameter) -> SplitValues | None:
+    """Return the values of a split master whose remainder is in host memory; None for any other parameter."""
+    rows = local(param)
+    return rows.split_values if isinstance(rows, SplitTensor) and rows.split_values.is_offloaded else None
+
+
+def _whereabouts(param: nn.Parameter) -> tuple[Any, ...]:
+    """Return what a layout depends on, after settling what was written to an offloaded remainder's values."""
+    values = _offloaded_values(param)
+    if values is not None:
+        values.settle()
+    return id(param), local(param).device, None if values is None else values.low.data_ptr()
+
+
 def _has_gradient(chunk: _Chunk) -> bool:
     return any(param.grad is not None for param in chunk.params)
 
@@ -303,7 +348,7 @@ def _chunks_of(whole: Sequence[_Part]) -> Iterator[list[_Part]]:
     chunk: list[_Part] = []
     nbytes = 0
     for part in whole:
-        size = 2 * aligned(part.nbytes)
+        size = part.buffer_nbytes
         if chunk and nbytes + size > CHUNK_NBYTES:
             yield chunk
             chunk, nbytes = [], 0
@@ -318,10 +363,8 @@ def _chunks_of(whole: Sequence[_Part]) -> Iterator[list[_Part]]:
 
 def _cut(part: _Part) -> Iterator[_Part]:
     """Yield a parameter's elements in parts of one chunk each; 8 bit by blocks keeps codes apart from exponents."""
-    numel, most_nbytes = local(part.param).numel(), CHUNK_NBYTES // 2
-    in_blocks = part.dtype == torch.uint8
-    most = most_nbytes // part.dtype.itemsize if not in_blocks else most_nbytes * BLOCK_NUMEL // (BLOCK_NUMEL + 1)
-    most -= most % BLOCK_NUMEL
+    numel, in_blocks = local(part.param).numel(), part.dtype == torch.uint8
+    most = _most_elements(part.dtype, part.remainder is not None)
     for start in range(0, numel, most):
         elements = slice(start, min(start + most, numel))
         if in_blocks:
@@ -329,4 +372,19 @@ def _cut(part: _Part) -> Iterator[_Part]:
             ranges: tuple[tuple[int, int], ...] = (elements.start, elements.stop), (first, last)
         else:
             ranges = ((elements.start * part.dtype.itemsize, elements.stop * part.dtype.itemsize),)
-        yield replace(part, ranges=ranges, elements=elements)
+        remainder = None if part.remainder is None else part.remainder[elements]
+        yield replace(part, ranges=ranges, elements=elements, remainder=remainder)
+
+
+def _most_elements(dtype: torch.dtype, has_remainder: bool) -> int:
+    """Return how many elements, in whole blocks, fit into one chunk."""
+
+    def nbytes(numel: int) -> int:
+        moment = numel + numel // BLOCK_NUMEL if dtype == torch.uint8 else numel * dtype.itemsize
+        return 2 * aligned(moment) + has_remainder * aligned(numel * torch.int16.itemsize)
+
+    per_block = 2 * (BLOCK_NUMEL + 1 if dtype == torch.uint8 else BLOCK_NUMEL * dtype.itemsize)
+    most = CHUNK_NBYTES // (per_block + has_remainder * BLOCK_NUMEL * torch.int16.itemsize) * BLOCK_NUMEL
+    while nbytes(most) > CHUNK_NBYTES:  # for alignment, by a few blocks
+        most -= BLOCK_NUMEL
+    return most

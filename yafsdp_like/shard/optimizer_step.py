@@ -82,7 +82,7 @@ def update_in_backward(optimizer: AdamW, enabled: bool = True) -> None:
     after the backward.
 
     Raises ``ValueError`` for other optimizers than this package's ``AdamW`` with moments on the device and without
-    ``max_norm``, for one without sharded parameters, and for such on the host.
+    ``max_norm``, for one without sharded parameters, and for such on the host, or with their remainders there.
     """
     if not isinstance(optimizer, AdamW) or optimizer.offload_moments or optimizer.max_norm is not None:
         has = ""
@@ -99,6 +99,11 @@ def update_in_backward(optimizer: AdamW, enabled: bool = True) -> None:
         raise ValueError(
             "update_in_backward expects parameters on the device, found such in host memory (CPUOffloadPolicy), whose "
             "gradients take no memory of the device after their reduction: leave one of them out"
+        )
+    if any(_has_remainder_on_host(unit, params) for unit, params in owned.items()):
+        raise ValueError(
+            "update_in_backward expects split masters on the device, found their remainders in host memory "
+            "(RemainderOffloadPolicy), which step() copies with the moments: leave one of them out"
         )
     optimizer.passes = Passes(compute_of=_compute_of)
     updater = _in_backward.setdefault(optimizer, _InBackward(optimizer))
@@ -187,6 +192,13 @@ def _pass_by_units(optimizer: AdamW, owned: Owned) -> None:
         )
     units = _in_order_of_forward(owned)
     _refuse_late_gradients(owned)
+    on_host = [] if optimizer.offload_moments else [u for u in owned if _has_remainder_on_host(u, owned[u])]
+    if on_host:
+        raise ValueError(
+            f"AdamW with moments on the device cannot update {on_host[0].name!r}, whose remainders are in host memory "
+            f"(RemainderOffloadPolicy, rank {on_host[0].transport.rank}): use AdamW(offload_moments=True), which copies "
+            "both, or leave the policy out of fully_shard"
+        )
     whole = [_is_updated_whole(unit, owned[unit]) for unit in units]
     optimizer.passes = Passes(
         batches=[[p.sharded for p in owned[unit]] for unit in units],
@@ -198,6 +210,10 @@ def _pass_by_units(optimizer: AdamW, owned: Owned) -> None:
         engine.params.before_update()
     for unit in units:
         unit.settle()
+
+
+def _has_remainder_on_host(unit: Unit, owned: Sequence[ShardedParam]) -> bool:
+    return unit.policy.offload_remainder and any(p.offloads_remainder for p in owned)
 
 
 def _refuse_late_gradients(owned: Owned) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from yafsdp_like.shard.runtime.extension import refuse_subclass
 from yafsdp_like.shard.runtime.unit_state import ownership_of
-from yafsdp_like.shard.spec.unit_spec import REDUCES_AS_GRAD
+from yafsdp_like.shard.spec.unit_spec import REDUCES_AS_GRAD, RemainderOffloadPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -116,10 +116,16 @@ def check_grad_dtype(grad_dtype: torch.dtype | None, policy: MixedPrecisionPolic
 def check_offload(policy: OffloadPolicy | None, transport: str, split_master: bool) -> CPUOffloadPolicy | None:
     """Return the policy if main shards and gradients go to host memory, else None.
 
-    Raises ``TypeError`` for what is no policy, ``NotImplementedError`` for options that need them on the device.
+    Raises ``TypeError`` for what is no policy, ``ValueError`` for remainders of masters that are not split, and
+    ``NotImplementedError`` for options that need main shards on the device.
     """
     if policy is not None and not isinstance(policy, OffloadPolicy):
         raise TypeError(f"expected offload_policy to be CPUOffloadPolicy(...) or OffloadPolicy(), found {policy!r}")
+    if isinstance(policy, RemainderOffloadPolicy) and not split_master:
+        raise ValueError(
+            "RemainderOffloadPolicy keeps lower halves of split masters in host memory, and split_master is False: use "
+            "fully_shard(..., split_master=True), or CPUOffloadPolicy() for whole parameters"
+        )
     if not isinstance(policy, CPUOffloadPolicy):
         return None
     if transport not in ("auto", "process_group"):

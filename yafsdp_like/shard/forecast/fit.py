@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from yafsdp_like.memory.plan import readable
 from yafsdp_like.shard.forecast.step_time import StepKind, step_time
@@ -40,7 +40,7 @@ class Settings:
     reshard_after_forward: bool | None = None  # None: all but the root
     checkpointing: bool = False  # of every block
     offload_activations: bool = False
-    offload_moments: bool = False
+    offload_moments: bool | Literal["and_remainder"] = False  # the latter: of split masters, RemainderOffloadPolicy
     offload_parameters: bool = False  # parameters, gradients, moments and the update on the host: CPUOffloadPolicy
 
     @property
@@ -63,6 +63,7 @@ class Settings:
             self.num_accumulated < 1
             or (self.update_in_backward and (self.offload_moments or on_host))
             or (self.checkpointing and self.offload_activations)
+            or (self.offload_moments == "and_remainder" and not self.split_master)
             or (on_host and (self.split_master or self.offload_moments or self.moments != "fp32"))
         )
 
@@ -74,7 +75,7 @@ CHANGES: Mapping[str, tuple[Any, ...]] = {  # values that are tried, beside what
     "reshard_after_forward": (None,),
     "checkpointing": (True,),
     "offload_activations": (True,),
-    "offload_moments": (True,),
+    "offload_moments": (True, "and_remainder"),
     "offload_parameters": (True,),
 }
 

@@ -38,6 +38,7 @@ CATEGORIES = {
 }
 OF_KIND = {  # categories by the kind of a plan's region
     "main_shard": "main shards",
+    "remainder": "main shards",
     "compute_shard": "compute shards",
     "grad_shard": "gradient shards",
     "forward shards": "gather slots",
@@ -78,9 +79,9 @@ class ModuleCost:
 class Transfer:
     """Bytes that one rank receives over one link in one step, for one operation of a unit.
 
-    ``operation`` is "all-gather", "reduce-scatter", "average over replicas", "moments in", "moments out",
-    "activations in", "activations out", "parameters in" or "gradients out". Peers are the GPUs of one host; a host link
-    is one GPU's to its own memory.
+    ``operation`` is "all-gather", "reduce-scatter", "average over replicas", or "... in" or "... out" with moments,
+    remainders, activations, parameters (in) or gradients (out). Peers are the GPUs of one host; a host link is one
+    GPU's to its own memory.
     """
 
     unit: str

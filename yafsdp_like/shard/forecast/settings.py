@@ -75,7 +75,7 @@ class SettingsForecaster:
         return least_nbytes(model, self._plan(settings), self._options(settings))
 
     def _options(self, settings: Settings) -> ForecastOptions:
-        moments = OptimizerMemory(settings.moments, settings.offload_moments, settings.update_in_backward)
+        moments = OptimizerMemory(settings.moments, bool(settings.offload_moments), settings.update_in_backward)
         return replace(self.options, optimizer=moments, accumulates=settings.num_accumulated > 1)
 
     def root_tail(self, settings: Settings) -> float:
@@ -109,6 +109,7 @@ class SettingsForecaster:
                 reshard_after_forward=settings.reshard_after_forward,
                 split_master=settings.split_master,
                 offload=CPUOffloadPolicy() if settings.offload_parameters else None,
+                offload_remainder=settings.offload_moments == "and_remainder",
             )
             cluster = replace(self.cluster, num_ranks=settings.num_ranks)
             self._planned[key] = cut(model, blocks, policy, cluster)
@@ -124,6 +125,7 @@ def plan_key(settings: Settings) -> tuple[Any, ...]:
         settings.reshard_after_forward,
         settings.split_master,
         settings.offload_parameters,
+        settings.offload_moments == "and_remainder",
     )
 
 

@@ -185,7 +185,7 @@ class _Times:
     def update(self) -> float:
         """Seconds of AdamW over this rank's shards, and of what comes from and goes to the host meanwhile."""
         plan = self.forecast.plan
-        main, compute = plan.nbytes_of("main_shard"), plan.nbytes_of("compute_shard")
+        main, compute = plan.nbytes_of("main_shard") + plan.nbytes_of("remainder"), plan.nbytes_of("compute_shard")
         grads = plan.nbytes_of("grad_shard")
         moments = max(phase.nbytes.get("optimizer states", 0) for phase in self.forecast.phases)
         is_split = 0 < main <= compute

@@ -148,7 +148,8 @@ class _Held:
             return {}
         if options.offload_moments:
             rows = [(_rows(p), p.main_dtype) for p in self._trained]
-            return {"optimizer states": NUM_BUFFERS * buffer_nbytes(rows, options.moments)}
+            each = buffer_nbytes(rows, options.moments, sum(map(aligned, self._remainders())))
+            return {"optimizer states": NUM_BUFFERS * each}
         return {"optimizer states": self._moments}
 
     def phases(self, trace: Trace) -> Iterable[PhaseMemory]:
@@ -212,10 +213,16 @@ class _Held:
         return floats + max(split, default=0)
 
     def moments_transfers(self) -> Iterable[Transfer]:
-        """Yield what an update copies of offloaded moments."""
+        """Yield what an update copies of offloaded moments, and of remainders with them."""
         if self._options.optimizer.offload_moments:
-            for operation in ("moments in", "moments out"):
-                yield Transfer("", "update", operation, "host", self._moments)
+            for what, nbytes in (("moments", self._moments), ("remainders", sum(self._remainders()))):
+                for way in ("in", "out") if nbytes else ():
+                    yield Transfer("", "update", f"{what} {way}", "host", nbytes)
+
+    def _remainders(self) -> list[int]:
+        """Return the bytes of each parameter's remainder that is in host memory, on the rank that has most."""
+        dtypes = [(p, p.remainder_dtype) for p in self._trained]
+        return [_rows(p).numel() * dtype.itemsize for p, dtype in dtypes if dtype is not None]
 
     def _host(self) -> Nbytes:
         offloaded = self._moments if self._options.optimizer.offload_moments else 0

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.spec.unit_spec import UnitLayout
 
 
-OF_UNITS = ("main_shard", "grad_shard")  # kinds of regions that units hold themselves
+OF_UNITS = ("main_shard", "remainder", "grad_shard")  # kinds of regions that units hold themselves
 
 
 class SpillWarning(UserWarning):

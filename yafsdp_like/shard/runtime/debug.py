@@ -289,6 +289,9 @@ class Debugger:
         self._watch_borders(
             Borders(f"the main shard {of_unit}", unit.arena.place("main_shard"), layout.main_shard, names)
         )
+        if layout.remainder.nbytes:
+            place = unit.remainder_arena.place("remainder")
+            self._watch_borders(Borders(f"the remainder {of_unit}", place, layout.remainder, names))
         if layout.compute_shard.nbytes:
             place = arena.place(f"{unit.name}.compute_shard")
             self._watch_borders(Borders(f"the compute shard {of_unit}", place, layout.compute_shard, names))

@@ -114,6 +114,7 @@ class ShardedParam:
         self._stands: list[_Stand] = []  # of given tensors, while full parameters are registered
         self.compute_dtype = self.gradient_dtype = self.reduce_dtype = self.grad_dtype = param.dtype
         self.is_split = False  # see [Note: split master]
+        self.offloads_remainder = False  # see [Note: remainders on the host]
         self.is_cast = True  # compute shards are main shards in another dtype, if they are other memory
         self.placed: torch.Tensor | None = None  # ``local`` as Unit.materialize left it; None: not in the arena
         self._address = 0  # and its address
@@ -180,6 +181,7 @@ class ShardedParam:
         """Compute and reduce in the dtypes of ``spec`` from now on."""
         self.compute_dtype, self.gradient_dtype = spec.compute_dtype, spec.gradient_dtype
         self.reduce_dtype, self.grad_dtype, self.is_split = spec.reduce_dtype, spec.grad_dtype, spec.is_split
+        self.offloads_remainder = spec.offloads_remainder
         self.is_cast = not self.is_split and self.extension is None
 
     @property
@@ -295,9 +297,8 @@ class ShardedParam:
         """Return this rank's rows with their lower halves in ``main``; the upper ones await a compute shard."""
         high, low = split(values_of(self.local).flatten())
         main[: low.numel()].copy_(low)
-        return SplitTensor(
-            SplitValues(high, main[: low.numel()]), self.local_shape, contiguous_stride(self.local_shape)
-        )
+        values = SplitValues(high, main[: low.numel()], self.offloads_remainder)
+        return SplitTensor(values, self.local_shape, contiguous_stride(self.local_shape))
 
     def make_grad(self, device: torch.device, place: Place | None = None, guard_nbytes: int = 0) -> None:
         """Make the gradient shard, without memory yet or in ``place``, unless there is one of this kind."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from yafsdp_like.comm.custom import CustomComm, customized
 from yafsdp_like.memory.arena import Arena
@@ -125,7 +126,8 @@ class Unit:
         self.host_staging: HostStaging | None = None  # then, once built
         self.grad_arena: Arena | None = None  # then, once it trains
         self.arena = Arena(device)  # of the main shard, which is needed before the root is known
-        self._main_layout: FlatLayout | None = None  # None until materialized
+        self.remainder_arena = Arena(torch.device("cpu"))  # see [Note: remainders on the host]
+        self._main_layouts: tuple[FlatLayout, FlatLayout] | None = None  # of both; None until materialized
         self.split: tuple[ShardedParam, ...] = ()  # the parameters whose masters are split
         self.extended: tuple[ShardedParam, ...] = ()  # those whose class says what is all-gathered
         self.freshness = Freshness(self.params)
@@ -284,7 +286,8 @@ class Unit:
     @property
     def host_nbytes(self) -> int:
         """Bytes that its arenas hold in host memory."""
-        return sum(arena.nbytes for arena in (self.arena, self.grad_arena) if arena and self.is_on_host)
+        shards = sum(arena.nbytes for arena in (self.arena, self.grad_arena) if arena and self.is_on_host)
+        return shards + self.remainder_arena.nbytes
 
     def unsynced(self) -> GradientSlot | None:
         """Return the gradient slot, if gradients that no backward has reduced yet are in it."""
@@ -349,18 +352,22 @@ class Unit:
             p.look(self.policy.mp)
         specs = self.param_specs()
         self.take_dtypes(specs)
-        layout = chunks(specs, [spec.main_shard_dtype for spec in specs], self.needs.guard_nbytes)
-        if layout != self._main_layout or self._changed_dtype():
-            region = Region("main_shard", "main_shard", layout.nbytes)
-            self.arena = shard_arena(region, self.device, self.policy.offload)
+        main, rest = (
+            chunks(specs, dtypes, self.needs.guard_nbytes)
+            for dtypes in ([spec.main_shard_dtype for spec in specs], [spec.remainder_dtype for spec in specs])
+        )
+        if (main, rest) != self._main_layouts or self._changed_dtype():
+            self.arena = shard_arena(Region("main_shard", "main_shard", main.nbytes), self.device, self.policy.offload)
+            region = Region("remainder", "remainder", rest.nbytes)
+            self.remainder_arena = shard_arena(region, self.device, CPUOffloadPolicy())
             for p in self.params:
                 p.leave_place()
-        self._main_layout = layout
-        for p, segment in zip(self.params, layout.segments, strict=True):
+        self._main_layouts = main, rest
+        for p, on_device, on_host in zip(self.params, main.segments, rest.segments, strict=True):
             if not p.is_placed:
                 self.freshness.main_shard_moved()
-                place = self.arena.place("main_shard").part(segment)
-                p.place_main(place)
+                place = self.remainder_arena.place("remainder").part(on_host)
+                p.place_main(place if p.offloads_remainder else self.arena.place("main_shard").part(on_device))
 
     def mark(self, param: torch.Tensor, p: ShardedParam) -> None:
         """Note on ``param`` that it is ``p`` of this unit, or what ``p`` was made of, for ``ownership_of``."""

@@ -97,10 +97,11 @@ def _granule_nbytes(units: Sequence[UnitSpec]) -> int:
 
 def _shards(unit: UnitSpec, layout: UnitLayout, granule_nbytes: int) -> list[Region]:
     aliased, mapped, on_host = layout.aliased_shard.nbytes, unit.ranks.is_mapped, unit.on_host
-    kept = layout.forward_shard.nbytes
+    kept, rest = layout.forward_shard.nbytes, layout.remainder.nbytes
     return [
         *([Region(f"{unit.name}.aliased_shard", "compute_shard", aliased, True, granule_nbytes)] if aliased else []),
         Region(f"{unit.name}.main_shard", "main_shard", layout.main_shard.nbytes, on_host=on_host),
+        *([Region(f"{unit.name}.remainder", "remainder", rest, on_host=True)] if rest else []),
         Region(f"{unit.name}.compute_shard", "compute_shard", layout.compute_shard.nbytes, mapped),
         Region(
             f"{unit.name}.grad_shard", "grad_shard", layout.grad_shard.nbytes, transient=not on_host, on_host=on_host

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.fsdp import OffloadPolicy
 
 from yafsdp_like.comm.transport import Reduction
 from yafsdp_like.memory.layout import GUARD_NBYTES, FlatLayout
@@ -57,12 +58,20 @@ class ParamSpec:
     grad_dtype: torch.dtype  # in which they are kept, as `.grad`
     has_gradient: bool  # it is trainable, and forwards may lead to a backward
     is_split: bool = False  # the compute shard is the upper half of the main shard's values, which has the lower one
+    offloads_remainder: bool = False  # and the lower one is in host memory, and no main shard on the device
     pieces: tuple[GatheredPiece, ...] = ()  # all-gathered in its place; see [Note: all-gather extensions]
 
     @property
     def main_shard_dtype(self) -> torch.dtype | None:
-        """What the main shard holds; None where the parameter's class does."""
-        return None if self.pieces else torch.int16 if self.is_split else self.main_dtype
+        """What the main shard holds; None where the parameter's class does, or the remainder all that it would."""
+        if self.pieces or self.offloads_remainder:
+            return None
+        return torch.int16 if self.is_split else self.main_dtype
+
+    @property
+    def remainder_dtype(self) -> torch.dtype | None:
+        """What host memory holds of a split master; None where that is on the device."""
+        return torch.int16 if self.offloads_remainder else None
 
     @property
     def chunk_nbytes(self) -> int:
@@ -127,6 +136,7 @@ def param_spec(
     by_default = policy.grad_dtype or dtype if REDUCES_AS_GRAD else compute
     reduce = policy.mp.reduce_dtype or by_default if dtype.is_floating_point else compute
     is_split = policy.split_master and not pieces and (dtype, compute) == (torch.float32, torch.bfloat16)
+    is_split = is_split and shards.chunk_numel > 0
     return ParamSpec(
         name,
         shards,
@@ -136,7 +146,8 @@ def param_spec(
         reduce,
         reduce if reduce == policy.grad_dtype else dtype,
         has_gradient=has_gradient,
-        is_split=is_split and shards.chunk_numel > 0,
+        is_split=is_split,
+        offloads_remainder=is_split and policy.offload_remainder,
         pieces=pieces,
     )
 
@@ -146,6 +157,7 @@ class UnitLayout:
     """The flat layouts of a unit; a parameter that a layout does not hold has an empty segment in it."""
 
     main_shard: FlatLayout
+    remainder: FlatLayout  # lower halves of main shards that are in host memory
     compute_shard: FlatLayout  # parameters whose main shard is not what is all-gathered
     aliased_shard: FlatLayout  # the rest of the compute shard: whole granules that the gather slot aliases
     grad_shard: FlatLayout  # only parameters with gradients, as in the gradient slot
@@ -185,6 +197,7 @@ class UnitLayout:
         full = [(p.shards.padded_numel * p.gradient_dtype.itemsize if p.has_gradient else 0) for p in params]
         return cls(
             main_shard=shard([p.main_shard_dtype for p in params]),
+            remainder=shard([p.remainder_dtype for p in params]),
             compute_shard=packed(
                 [p.chunk_nbytes if has_shard[k] and k not in aliased else 0 for k, p in enumerate(params)]
             ),
@@ -222,6 +235,15 @@ class UnitNeeds:
     def guard_nbytes(self) -> int:
         """Bytes before and behind each parameter's."""
         return GUARD_NBYTES if self.guards else 0
+
+
+@dataclass
+class RemainderOffloadPolicy(OffloadPolicy):
+    """For ``fully_shard(..., split_master=True, offload_policy=...)``: keep lower halves of masters in host memory.
+
+    ``AdamW(offload_moments=True)`` copies them to the device and back in every update, beside the moments. See
+    [Note: remainders on the host] in ``ops/split_master.py``.
+    """
 
 
 DEBUG = "YAFSDP_DEBUG"  # an environment variable: 1 for debug mode, "planned" for one that leaves slots shared
@@ -286,6 +308,7 @@ class UnitPolicy:
     grad_dtype: torch.dtype | None = None  # of `.grad`, where gradients are reduced in it; None: the parameter's own
     debug: bool | None = None  # None: as the environment says, see ``shard/runtime/debug.py``
     offload: CPUOffloadPolicy | None = None  # see [Note: shards on the host]
+    offload_remainder: bool = False  # see [Note: remainders on the host]
     forward_ranks: int = 0  # that share the parameters from forward to backward; 0: all, as at other times
     reshard_after_backward: bool = True
     requires_gradient_sync: bool = True
