@@ -20,6 +20,7 @@ from yafsdp_like.hardware import H200
 from yafsdp_like.optim.offload import CHUNK_NBYTES, NUM_BUFFERS
 
 OFFLOADED = "--optimizer.offload_moments=true"
+BOTH = ("--precision.split_master=true", "--optimizer.offload_moments=and_remainder")
 GIB = 1 << 30
 
 
@@ -41,6 +42,27 @@ def test_resuming_is_exact_in_fp32_too(file: Path) -> None:
     forget_after(file.parent / "run", 4)
     again = train(file, *STEADY, OFFLOADED, "--resume=auto", world_size=1)
     assert losses(again) == losses(whole) and len(whole) == 8
+
+
+@pytest.mark.slow
+def test_remainders_on_the_host_change_no_loss_and_go_back_to_the_device(file: Path) -> None:
+    on_device = BOTH[0], OFFLOADED
+    whole = losses(train(file, *STEADY, *on_device, output="other"))
+    assert losses(train(file, *STEADY, *BOTH)) == whole and len(whole) == 8
+    for arguments, step in ((BOTH, 4), (on_device, 2)):
+        forget_after(file.parent / "run", step)
+        assert losses(train(file, *STEADY, *arguments, "--resume=auto")) == whole
+
+
+def test_remainders_are_those_of_split_masters() -> None:
+    for value, expected in (("true", True), ("false", False), ("and_remainder", "and_remainder")):
+        assert config.load([BOTH[0], f"--optimizer.offload_moments={value}"]).optimizer.offload_moments == expected
+    with pytest.raises(ValueError, match=r"and_remainder keeps .* precision\.split_master makes: set that to true"):
+        config.load([BOTH[1]])
+    with pytest.raises(
+        ValueError, match=r"offload_moments in the command line: expected bool\|and_remainder, found yes"
+    ):
+        config.load(["--optimizer.offload_moments=yes"])
 
 
 def test_the_first_words_say_what_an_update_copies(file: Path) -> None:
@@ -70,6 +92,17 @@ def test_buffers_are_counted_beside_moments(tmp_path: Path) -> None:
     assert names[memory_check.MOMENTS] == run_ranks(demands, steps, world_size=1)[0][0][memory_check.MOMENTS]
     seconds = names[memory_check.MOMENTS] / H200.rates.host_nbytes
     assert f"at least {seconds * 1e3:.0f} ms at 52.7 GB/s" in words and "192.00 MiB" in words
+
+
+def test_remainders_are_counted_on_the_host_and_not_on_the_device(tmp_path: Path) -> None:
+    steps = ["--model.preset=0.6b", f"--output_dir={tmp_path / 'run'}", "--checkpoint.every=0"]
+    (there, words), (here, _) = (
+        run_ranks(demands, [*steps, BOTH[0], offload], world_size=1)[0] for offload in (BOTH[1], OFFLOADED)
+    )
+    nbytes = there[memory_check.REMAINDERS]
+    assert here["memory plan"] - there["memory plan"] == nbytes and memory_check.REMAINDERS not in here
+    seconds = (there[memory_check.MOMENTS] + nbytes) / H200.rates.host_nbytes
+    assert f"back, with the remainders, at least {seconds * 1e3:.0f} ms at 52.7 GB/s" in words
 
 
 @pytest.mark.parametrize("free", [30 * GIB, 40 * GIB])

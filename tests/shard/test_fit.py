@@ -30,8 +30,9 @@ class Model:
         tokens = s.seq_len * s.micro_batch_size
         each = {"fp32": 8, "bf16": 4, "int8": 2}[s.moments]
         on_host = s.offload_moments or s.offload_parameters
+        main = 2 if s.offload_moments == "and_remainder" else 4 if s.split_master else 6
         nbytes = {
-            "main shards": 0 if s.offload_parameters else (4 if s.split_master else 6) * NUMEL // s.num_ranks,
+            "main shards": 0 if s.offload_parameters else main * NUMEL // s.num_ranks,
             "optimizer states": GIB // 4 if on_host else each * NUMEL // s.num_ranks,
             "gradient shards": 0 if s.update_in_backward or s.offload_parameters else 4 * NUMEL // s.num_ranks,
             "gather slots": 2 * NUMEL if s.reshard_after_forward is False else NUMEL // 4,
@@ -215,6 +216,9 @@ def test_bisection_finds_the_last_value_that_fits(threshold: int) -> None:
         ({"micro_batch_size": 3}, False),
         ({"update_in_backward": True, "offload_moments": True}, False),
         ({"offload_moments": True, "moments": "int8"}, True),
+        ({"offload_moments": "and_remainder", "moments": "int8"}, False),
+        ({"offload_moments": "and_remainder", "split_master": True, "moments": "int8"}, True),
+        ({"offload_moments": "and_remainder", "split_master": True, "update_in_backward": True}, False),
         ({"checkpointing": True, "offload_activations": True}, False),
         ({"offload_parameters": True, "split_master": True}, False),
     ],

@@ -170,10 +170,9 @@ class SplitTensor(torch.Tensor):
         shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
         if tuple(shape) != self.shape or options.keys() - {"device"}:
             return super().new_empty(*size, **options)
-        halves = SplitValues(
-            *(torch.empty_like(half, **options) for half in (self.split_values.high, self.split_values.low)),
-            self.split_values.is_offloaded,
-        )
+        values = self.split_values
+        high, low = (torch.empty_like(half, **options) for half in (values.high, values.low))
+        halves = SplitValues(high, low, values.is_offloaded)
         return SplitTensor(halves, self.shape, self.stride(), int(self.storage_offset()))
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -34,7 +34,7 @@ from yafsdp_like.shard.requirements import (
     check_params,
     check_reshard,
 )
-from yafsdp_like.shard.spec.unit_spec import RemainderOffloadPolicy, UnitPolicy
+from yafsdp_like.shard.spec.unit_spec import UnitPolicy
 from yafsdp_like.shard.wrapping import (
     Owners,
     Placements,
@@ -113,9 +113,8 @@ def fully_shard(
         shard_placement_fn: returns ``Shard(dim)``, or None for ``Shard(0)``, for each parameter; but for the first
             dimension, ranks must have equal parts. FSDP2's ``ShardPlacementResult`` names another mesh, over which
             alone these parameters are then all-gathered, reduce-scattered and averaged.
-        offload_policy: ``CPUOffloadPolicy()`` keeps parameters, gradients and the optimizer's states in host memory;
-            copies go beside compute. See [Note: shards on the host] in ``runtime/host_shard.py``.
-            ``RemainderOffloadPolicy()``, which is not FSDP2's, keeps the remainders of split masters there.
+        offload_policy: ``CPUOffloadPolicy()`` keeps parameters, gradients and the optimizer's states in host memory (see
+            ``runtime/host_shard.py``); ``RemainderOffloadPolicy()``, which is not FSDP2's, remainders of split masters.
         dp_mesh_dims: which dimensions of ``mesh``, on which parameters are DTensors then, shard and replicate.
 
     Returns:
@@ -125,11 +124,10 @@ def fully_shard(
         ValueError, AssertionError, NotImplementedError: for meshes, containers and parameters that cannot be sharded.
     """
     modules = check_modules(module)
-    offload = check_offload(offload_policy, transport, split_master)
+    offloads = check_offload(offload_policy, transport, split_master)
     check_grad_dtype(grad_dtype, mp_policy)
     mesh, full = data_mesh(mesh if mesh is not None else _default_mesh(), dp_mesh_dims)
-    on_host = isinstance(offload_policy, RemainderOffloadPolicy)
-    policy = UnitPolicy(mp_policy, True, split_master, grad_dtype, debug, offload, offload_remainder=on_host)
+    policy = UnitPolicy(mp_policy, True, split_master, grad_dtype, debug, *offloads)
     policies = {mesh: _over(mesh, policy, reshard_after_forward)}
     check_params(owners := params_below(modules, ignored_params or set()))
     placed = placements_over(mesh, owners, shard_placement_fn, policies[mesh], full)

@@ -196,8 +196,8 @@ def _pass_by_units(optimizer: AdamW, owned: Owned) -> None:
     if on_host:
         raise ValueError(
             f"AdamW with moments on the device cannot update {on_host[0].name!r}, whose remainders are in host memory "
-            f"(RemainderOffloadPolicy, rank {on_host[0].transport.rank}): use AdamW(offload_moments=True), which copies "
-            "both, or leave the policy out of fully_shard"
+            f"(RemainderOffloadPolicy, rank {on_host[0].transport.rank}): use AdamW(offload_moments=True), which "
+            "copies both, or leave the policy out of fully_shard"
         )
     whole = [_is_updated_whole(unit, owned[unit]) for unit in units]
     optimizer.passes = Passes(

@@ -113,8 +113,10 @@ def check_grad_dtype(grad_dtype: torch.dtype | None, policy: MixedPrecisionPolic
         )
 
 
-def check_offload(policy: OffloadPolicy | None, transport: str, split_master: bool) -> CPUOffloadPolicy | None:
-    """Return the policy if main shards and gradients go to host memory, else None.
+def check_offload(
+    policy: OffloadPolicy | None, transport: str, split_master: bool
+) -> tuple[CPUOffloadPolicy | None, bool]:
+    """Return the policy if main shards and gradients go to host memory, else None; and whether remainders do.
 
     Raises ``TypeError`` for what is no policy, ``ValueError`` for remainders of masters that are not split, and
     ``NotImplementedError`` for options that need main shards on the device.
@@ -127,7 +129,7 @@ def check_offload(policy: OffloadPolicy | None, transport: str, split_master: bo
             "fully_shard(..., split_master=True), or CPUOffloadPolicy() for whole parameters"
         )
     if not isinstance(policy, CPUOffloadPolicy):
-        return None
+        return None, isinstance(policy, RemainderOffloadPolicy)
     if transport not in ("auto", "process_group"):
         raise NotImplementedError(
             f"transport={transport!r} reads other ranks' shards on the device, and CPUOffloadPolicy keeps them in host "
@@ -138,7 +140,7 @@ def check_offload(policy: OffloadPolicy | None, transport: str, split_master: bo
             "split_master keeps half of each value on the device for all-gathers, and CPUOffloadPolicy keeps values in "
             "host memory: leave one of them out"
         )
-    return policy
+    return policy, False
 
 
 def check_reshard(reshard_after_forward: Any, mesh: DeviceMesh) -> tuple[bool | None, int]:

@@ -35,6 +35,7 @@ def forecaster() -> SettingsForecaster:
     [
         {"moments": "int8"},
         {"offload_moments": True},
+        {"offload_moments": "and_remainder", "split_master": True},
         {"split_master": True},
         {"checkpointing": True},
         {"offload_activations": True, "seq_len": 4096},
@@ -80,6 +81,7 @@ def test_more_ranks_trace_nothing_where_they_move_bytes_the_same_way(monkeypatch
         {},
         {"moments": "int8"},
         {"offload_moments": True},
+        {"offload_moments": "and_remainder", "split_master": True},
         {"update_in_backward": True},
         {"offload_parameters": True},
         {"split_master": True, "checkpointing": True},
@@ -127,6 +129,20 @@ def test_offloaded_activations_leave_the_device_and_cross_the_link_in_both_direc
         len({t.nbytes for t in moved}) == 1 and sum(t.phase == "backward" for t in moved) == 3
     )  # the last one is there
     assert sum(t.nbytes for t in moved if t.phase == "forward") == on_host["forward"]
+
+
+def test_offloaded_remainders_leave_the_device_and_cross_the_link_with_the_moments() -> None:
+    used = forecaster()
+    kept = used(replace(BASE, split_master=True, offload_moments=True))
+    offloaded = used(replace(BASE, split_master=True, offload_moments="and_remainder"))
+    nbytes = kept.plan.nbytes_of("main_shard")
+    assert kept.plan.nbytes - offloaded.plan.nbytes == nbytes == offloaded.plan.host_nbytes > 0
+    for before, after in zip(kept.phases, offloaded.phases, strict=True):
+        assert after.nbytes.get("main shards", 0) == 0 and before.nbytes["main shards"] == nbytes
+        assert after.host_nbytes["shards and gradients"] == nbytes
+    moved = {t.operation: t.nbytes for t in offloaded.transfers if t.link == "host"}
+    assert moved["moments in"] == moved["moments out"] >= 4 * moved["remainders in"]  # each tensor of theirs is aligned
+    assert moved["remainders in"] == moved["remainders out"] == 2 * PRESETS["tiny"].num_params // BASE.num_ranks
 
 
 def test_a_search_over_a_real_model_finds_what_fits() -> None:
