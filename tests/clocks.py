@@ -253,10 +253,14 @@ def _is_view(func: Any) -> bool:
 
 
 def _parts(tensor: torch.Tensor, writes: bool) -> list[torch.Tensor]:
-    """Return the tensor; of a split one the halves, which are read, and not written before they are settled."""
+    """Return the tensor; of a split one the halves, which are read, and not written before they are settled.
+
+    One that is offloaded is read within the operation, once the CPU has waited.
+    """
     if not isinstance(tensor, SplitTensor):
         return [tensor]
-    return [] if writes else [tensor.split_values.high, tensor.split_values.low]
+    values = tensor.split_values
+    return [] if writes else [values.high] if values.is_offloaded else [values.high, values.low]
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int] | None:

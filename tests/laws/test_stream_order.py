@@ -216,7 +216,7 @@ def watch_arenas(model: Any, detector: RaceDetector) -> None:
     units = {unit for module in model.modules() if (unit := unit_of(module)) is not None}
     for unit in units:
         for p in unit.params:
-            detector.watch(p.main, on_host=unit.is_on_host)
+            detector.watch(p.main, on_host=unit.is_on_host or p.offloads_remainder)
             if p.compute is not p.main:
                 detector.watch(p.compute)
         if unit.host_staging is not None:

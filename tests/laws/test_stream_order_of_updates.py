@@ -8,6 +8,7 @@ import pytest
 from tests.clocks import Omission
 from tests.laws.test_stream_order import ALL_WAITS, MODELS, train
 from tests.ranks import run_ranks
+from yafsdp_like import RemainderOffloadPolicy
 from yafsdp_like.memory.streams import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE
 
 pytestmark = pytest.mark.slow
@@ -27,6 +28,15 @@ def test_copies_of_offloaded_moments_are_ordered_beside_everything_else(transpor
 @pytest.mark.parametrize("forgotten", sorted(OFFLOAD_WAITS))
 def test_each_wait_of_an_offloaded_update_is_needed(forgotten: tuple[str, str]) -> None:
     assert run_ranks(train, "decoder", [forgotten], own_optimizer=True, offload_moments=True)[0].races
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_copies_of_offloaded_remainders_are_ordered_beside_everything_else(updates: int) -> None:
+    """Also of values that users wrote, which the CPU settles; over peers it does so on a stream that is not watched."""
+    options = {"split_master": True, "offload_policy": RemainderOffloadPolicy(), "transport": "process_group"}
+    for found in run_ranks(train, "nested", own_optimizer=True, offload_moments=True, updates=updates, **options):
+        assert found.races == []
+        assert set(found.waits) >= OFFLOAD_WAITS
 
 
 @pytest.mark.parametrize("updates", [1, 2])

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.laws.test_memory import storage_nbytes
 from tests.ranks import alone_among, run_ranks
-from yafsdp_like import MixedPrecisionPolicy, fully_shard
+from yafsdp_like import MixedPrecisionPolicy, RemainderOffloadPolicy, fully_shard
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.memory.plan import SlotRequest, live_nbytes_peak
 from yafsdp_like.models import PRESETS, Decoder
@@ -129,6 +129,7 @@ class Case:
     transport: str
     reshards: bool | None
     split_master: bool
+    offloads_remainder: bool  # if the master is split
 
 
 def layers(width: int) -> st.SearchStrategy[tuple[Layer, ...]]:
@@ -146,6 +147,7 @@ cases = st.builds(
     dtypes,
     st.sampled_from(["process_group", "peer"]),
     st.sampled_from([None, True, False]),
+    st.booleans(),
     st.booleans(),
 ).filter(lambda case: not case.split_master or (case.dtype, case.param_dtype) == (torch.float32, torch.bfloat16))
 
@@ -182,6 +184,8 @@ def hold_what_is_planned(case: Case) -> None:
     policy = MixedPrecisionPolicy(param_dtype=case.param_dtype, reduce_dtype=case.reduce_dtype)
     options: dict[str, Any] = {"mp_policy": policy, "transport": case.transport, "split_master": case.split_master}
     options["reshard_after_forward"] = case.reshards
+    if case.split_master and case.offloads_remainder:
+        options["offload_policy"] = RemainderOffloadPolicy()
     for layer, module in zip(case.layers, model, strict=False):
         if layer.has_child:
             fully_shard(module[-1], **options)
@@ -194,6 +198,7 @@ def hold_what_is_planned(case: Case) -> None:
         report = model.memory_report()
         assert model.memory_plan() == planned
         assert report.arena_nbytes == planned.nbytes == storage_nbytes(model)
+        assert report.host_nbytes == planned.host_nbytes
         assert report.spills == ()
         assert gradient_nbytes(model) == planned.transient_nbytes
         model.zero_grad()

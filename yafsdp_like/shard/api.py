@@ -113,8 +113,8 @@ def fully_shard(
         shard_placement_fn: returns ``Shard(dim)``, or None for ``Shard(0)``, for each parameter; but for the first
             dimension, ranks must have equal parts. FSDP2's ``ShardPlacementResult`` names another mesh, over which
             alone these parameters are then all-gathered, reduce-scattered and averaged.
-        offload_policy: ``CPUOffloadPolicy()`` keeps parameters, gradients and the optimizer's states in host memory (see
-            ``runtime/host_shard.py``); ``RemainderOffloadPolicy()``, which is not FSDP2's, remainders of split masters.
+        offload_policy: ``CPUOffloadPolicy()`` keeps parameters, gradients and the optimizer's states in host memory
+            (``runtime/host_shard.py``); ``RemainderOffloadPolicy()``, not FSDP2's, the remainders of split masters.
         dp_mesh_dims: which dimensions of ``mesh``, on which parameters are DTensors then, shard and replicate.
 
     Returns:
