@@ -164,6 +164,7 @@ WRITES: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @on_two_ranks
 def test_what_users_write_between_updates_is_what_they_have_written() -> None:
     for write in WRITES.values():
@@ -188,6 +189,7 @@ def test_state_dicts_are_in_fp32_and_load_into_any_choice() -> None:
             train(other, optimizer, range(1))
 
 
+@pytest.mark.slow
 def test_checkpoints_go_from_any_choice_to_any_other(tmp_path: Path) -> None:
     run_ranks(through_files, tmp_path)
 
@@ -285,6 +287,7 @@ def test_every_access_to_remainders_is_ordered() -> None:
     assert races == [] and waits == set(WAITS)
 
 
+@pytest.mark.slow(unless=lambda forgotten: forgotten is None)
 @pytest.mark.parametrize("forgotten", [*WAITS, None])
 def test_each_wait_is_needed_that_of_the_cpu_too(forgotten: tuple[str, str] | None) -> None:
     with pytest.MonkeyPatch.context() as patch:
