@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.autograd import Variable
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from yafsdp_like.shard.runtime.debug import holds_nan, output_error
 from yafsdp_like.shard.runtime.engine import ShardEngine, engine_for, engine_of
@@ -90,6 +91,12 @@ def _in_own_backward(unit: Unit, task: int | None) -> bool:
 
 def _begin_iteration(engine: ShardEngine, call: Call) -> None:
     _log.debug("FSDP::root_pre_forward")
+    if get_proxy_mode() is not None:
+        raise RuntimeError(
+            f"a forward of {type(call.module).__name__} is traced (torch.func.linearize, make_fx, torch.export), and "
+            "the graph would read its parameters where others lie by the time that it runs "
+            f"(rank {engine.units[0].transport.rank}): trace the model before fully_shard, or use torch.func.jvp"
+        )
     engine.rebuild.if_changed()
     engine.params.begin()
     engine.gradients.release_unused()

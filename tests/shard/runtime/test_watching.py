@@ -260,3 +260,15 @@ def test_gradients_of_a_transforms_gradients_are_refused_by_the_units_name() -> 
     with pytest.raises(RuntimeError, match=r"gradients of gradients of sharded parameters are not supported.*'root'"):
         torch.func.jacrev(torch.func.jacrev(summed(model)))(rows())
     model(rows()).sum().backward()
+
+
+@pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
+@on_ranks()
+def test_tracing_a_forward_is_refused(trains: bool) -> None:
+    """Prevents: a graph that takes a unit's bytes for its weights; of a frozen model it ran, on another unit's."""
+    model = sharded_layers("process_group").requires_grad_(trains)
+    x, ones = rows().detach(), torch.ones_like(rows())
+    with pytest.raises(RuntimeError, match=r"a forward of FSDPSequential is traced .*rank [01].*trace the model"):
+        torch.func.linearize(model, x)
+    expected = torch.func.jvp(layers(), (x,), (ones,))
+    torch.testing.assert_close(torch.func.jvp(model, (x,), (ones,)), expected, rtol=1e-5, atol=1e-6)
