@@ -262,6 +262,7 @@ def test_gradients_of_a_transforms_gradients_are_refused_by_the_units_name() -> 
     model(rows()).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use
 @pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
 @on_ranks()
 def test_tracing_a_forward_is_refused(trains: bool) -> None:
