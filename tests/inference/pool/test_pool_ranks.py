@@ -102,9 +102,11 @@ def test_ranks_that_map_memory_bring_each_byte_of_a_model_once() -> None:
         packed = model.serving.placement.packed_units
         whole = [unit for unit in range(len(packed)) if unit == 0 or packed[unit].name == "lm_head"]
         assert [unit for unit in range(len(packed)) if model.is_pulled(unit)] == whole
-        saved = sum(both.models[name].parts[unit].nbytes - model.parts[unit].nbytes for unit in whole)
+        saved = sum(both.models[name].host_units[unit].nbytes - model.host_units[unit].nbytes for unit in whole)
         assert model.image_nbytes == both.models[name].image_nbytes - saved
-        assert all(2 * model.parts[unit].nbytes == model.units[unit].nbytes >= packed[unit].nbytes for unit in whole)
+        assert all(
+            2 * model.host_units[unit].nbytes == model.units[unit].nbytes >= packed[unit].nbytes for unit in whole
+        )
         assert model.home_nbytes <= both.models[name].home_nbytes + ALIGNMENT_NBYTES * len(whole)
     assert plan.host.nbytes < both.host.nbytes and "over peer: the parts of embeddings and heads" in str(plan)
     assert str(plan_of(LARGE, num_ranks=1, maps_memory=True)) == str(plan_of(LARGE, num_ranks=1))

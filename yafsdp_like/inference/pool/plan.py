@@ -63,12 +63,12 @@ class ModelPlan:
     serving: ServingPlan  # when it is awake alone: its grid are the slabs that are left for pages then
     home: range  # slabs
     units: tuple[Segment, ...]  # each packed unit's bytes, from the start of the home
-    parts: tuple[Segment, ...]  # those of them that this rank's host has, from the start of the image there
+    host_units: tuple[Segment, ...]  # those of them that this rank's host has, from the start of the image there
 
     @property
     def image_nbytes(self) -> int:
         """Bytes of weights on this rank's host."""
-        return self.parts[-1].end_nbytes
+        return self.host_units[-1].end_nbytes
 
     @property
     def token_nbytes(self) -> float:
@@ -82,7 +82,7 @@ class ModelPlan:
 
     def is_pulled(self, unit: int) -> bool:
         """Return whether a unit is brought in parts by all ranks; see [Note: whole on all ranks]."""
-        return self.parts[unit].nbytes < self.units[unit].nbytes
+        return self.host_units[unit].nbytes < self.units[unit].nbytes
 
     @property
     def slots_nbytes(self) -> int:
@@ -251,7 +251,7 @@ def plan_pool(
             f"{buffers_nbytes:,} bytes for the buffers of steps and {graphs_nbytes:,} for CUDA graphs"
         )
     units = {name: tuple(_units(plan)) for name, plan in alone.items()}
-    parts = {name: tuple(_parts(plan)) for name, plan in alone.items()}
+    host_units = {name: tuple(_host_units(plan)) for name, plan in alone.items()}
     slots = {name: plan.adapters.region().nbytes if plan.adapters else 0 for name, plan in alone.items()}
     sizes = [ceil_div(units[name][-1].end_nbytes + slots[name], grid.slab_nbytes) for name in alone]
     for (name, plan), size in zip(alone.items(), sizes, strict=True):
@@ -260,7 +260,7 @@ def plan_pool(
     homes = _place(sizes, max(min(sum(sizes), grid.num_slabs - wanted), max(sizes)))
     host_grid = _host_grid(shapes, options)
     plans = {
-        name: ModelPlan(name, _awake_alone(plan, grid, home, host_grid), home, units[name], parts[name])
+        name: ModelPlan(name, _awake_alone(plan, grid, home, host_grid), home, units[name], host_units[name])
         for (name, plan), home in zip(alone.items(), homes, strict=True)
     }
     found = PoolPlan(options, grid, host_grid, plans)
@@ -288,7 +288,7 @@ def _units(plan: ServingPlan) -> Iterator[Segment]:
     return _in_a_row(packed.nbytes if part is None else part * plan.site.num_ranks for part, packed in sites)
 
 
-def _parts(plan: ServingPlan) -> Iterator[Segment]:
+def _host_units(plan: ServingPlan) -> Iterator[Segment]:
     """Yield what one rank's host has of each unit, and where it lies in the image."""
     return _in_a_row(_part_nbytes(plan, packed) or packed.nbytes for packed in plan.placement.packed_units)
 

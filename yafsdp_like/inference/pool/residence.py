@@ -35,7 +35,7 @@ class Residence:
     def missing_nbytes(self) -> int:
         """Return the bytes to copy of units that are neither there, as far as slabs are its own, nor on their way."""
         units = self._present if self.owned else ()
-        return sum(part.nbytes for index, part in enumerate(self._plan.parts) if index not in units)
+        return sum(part.nbytes for index, part in enumerate(self._plan.host_units) if index not in units)
 
     def copy_in(self, most_on_their_way: int | None = None) -> int:
         """Claim slabs, and copy each unit that is absent as soon as it has all of its own; return the bytes copied.
@@ -52,7 +52,7 @@ class Residence:
                 continue
             self._weights.copy_in(unit)
             self._present.add(unit)
-            nbytes += self._plan.parts[unit].nbytes
+            nbytes += self._plan.host_units[unit].nbytes
             room -= 1
         if room > 0 or most_on_their_way is None:
             self._claim(self._plan.slabs_of_slots)  # filled when requests need them

@@ -43,7 +43,7 @@ class PooledWeights(Weights):
         """``mapped`` is the memory of ranks whose units come in parts, the arena's slabs among it."""
         first_nbytes = plan.home.start * plan.serving.grid.slab_nbytes
         self._home, self._units = arena.place(SLABS).part(Segment(first_nbytes, plan.home_nbytes)), plan.units
-        self._parts = plan.parts
+        self._host_units = plan.host_units
         self._arriving: dict[int, Event] = {}  # units on their way, in order
         self._last_copy: Event | None = None
         self._image: list[list[Store]] = []  # pieces of each unit, on the host
@@ -78,12 +78,12 @@ class PooledWeights(Weights):
     def _pieces(self, image: Sequence[Place]) -> list[list[Store]]:
         """Return each unit's pieces of the places of an image, which hold all units' bytes back to back."""
         found: list[list[Store]] = [[] for _ in self._units]
-        starts = [self.rank * part.nbytes if unit in self._pulls else 0 for unit, part in enumerate(self._parts)]
+        starts = [self.rank * part.nbytes if unit in self._pulls else 0 for unit, part in enumerate(self._host_units)]
         begin = 0  # of a place, in the image
         for place in image:
             end = begin + place.segment.nbytes
             for pieces, part, start, packed in zip(
-                found, self._parts, starts, self.plan.placement.packed_units, strict=True
+                found, self._host_units, starts, self.plan.placement.packed_units, strict=True
             ):
                 first, last = max(begin, part.offset_nbytes), min(end, part.end_nbytes)
                 if first < last:
