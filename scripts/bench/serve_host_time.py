@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import math
 import pstats
 import random
 import sys
@@ -32,6 +33,7 @@ from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.models.decoder import Decoder, DecoderConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import CodeType, FrameType
 
 PACKAGE = str(Path(yafsdp_like.__file__).parent)
@@ -62,6 +64,11 @@ class _NoWork:
         pass
 
 
+def steps_between(num_rows: int) -> int:
+    """Return the number of steps of which at least one has a prompt, where about so many rows decode."""
+    return math.ceil(NEW_TOKENS / num_rows)
+
+
 class SteadyTraffic:
     """Steps of an engine that leaves out what a GPU would do, whose requests arrive so that ``num_rows`` decode."""
 
@@ -70,6 +77,7 @@ class SteadyTraffic:
         self._engine = cast("Any", Engine.load(model_of(Decoder(CONFIG)), options, device="cpu", dtype=torch.float32))
         self._engine._runner._recordings, self._engine._runner._on_gpu = _NoWork(), True
         self._between, self._draw = NEW_TOKENS / num_rows, random.Random("traffic")
+        self.num_rows = num_rows
         self._num_steps = self._num_added = 0
         for _ in range(2 * NEW_TOKENS):
             self.step()
@@ -119,7 +127,8 @@ class SteadyTraffic:
 
 def mean_counts(traffic: SteadyTraffic, mixed: bool) -> StepCosts:
     """Return the mean counts of the steps of one kind among the next ones; times are left out."""
-    steps = [step for step in (traffic.counted_step() for _ in range(NUM_COUNTED)) if step.mixed is mixed]
+    num_counted = max(NUM_COUNTED, steps_between(traffic.num_rows))
+    steps = [step for step in (traffic.counted_step() for _ in range(num_counted)) if step.mixed is mixed]
     means = {
         name: round(sum(getattr(step, name) for step in steps) / len(steps))
         for name in ("package_calls", "python_calls", "c_calls")
@@ -127,13 +136,19 @@ def mean_counts(traffic: SteadyTraffic, mixed: bool) -> StepCosts:
     return replace(steps[0], us=0.0, **means)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the costs of steps."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=32, help="that decode, about (default: 32)")
+    parser.add_argument("--steps", type=int, default=400, help="that are timed (default: 400)")
     parser.add_argument("--functions", type=int, default=0, help="print so many lines of a profile too")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if not 1 <= options.rows <= NEW_TOKENS // 2:
+        parser.error(f"--rows must be from 1 to {NEW_TOKENS // 2}, above which each step has a prompt: {options.rows}")
+    if options.steps < steps_between(options.rows):
+        parser.error(
+            f"--steps must be at least {steps_between(options.rows)}, of which one has a prompt: {options.steps}"
+        )
     torch.set_num_threads(1)
     traffic = SteadyTraffic(options.rows)
     steps = [traffic.step() for _ in range(options.steps)]
