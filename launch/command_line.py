@@ -48,7 +48,8 @@ class Command(Generic[OptionsT]):
 
     In a YAML file sections are mappings. On the command line an option is its dotted key (``--section.key=value``); a
     ``flat`` command drops the section and the unit and writes dashes (``--memory-limit`` for
-    ``engine.memory_limit_nbytes``), and its boolean options take no value (``--chat``, ``--no-graphs``).
+    ``engine.memory_limit_nbytes``; ``--memory-limit-nbytes`` is understood, too), and its boolean options take no value
+    (``--chat``, ``--no-graphs``).
     """
 
     usage: str
@@ -137,6 +138,11 @@ class Command(Generic[OptionsT]):
         leaves = [key for key, hint in self._hints.items() if not _is_section(hint)]
         return {self.aliases.get(key, _flag(key)): key for key in (*leaves, CONFIG)}
 
+    @cached_property
+    def _flags_by_leaf(self) -> dict[str, str]:
+        """Flags of a flat command by the names of their keys, unit included: errors and files have these."""
+        return {_leaf(key).replace("_", "-"): flag for flag, key in self.flags.items()}
+
     def _pairs(self, arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Keys and raw values, in the order of the command line."""
         words, waiting, are_all_positional = iter(arguments), [*self.positionals], False
@@ -171,6 +177,7 @@ class Command(Generic[OptionsT]):
         if inner and _is_dict(self._hints.get(key := self.flags.get(name.replace("_", "-"), ""))):
             return f"{key}.{inner}", False
         flag = flag.replace("_", "-")
+        flag = self._flags_by_leaf.get(flag, flag)
         if flag in self.flags:
             return self.flags[flag], False
         positive = self.flags.get(flag.removeprefix("no-"), "")

@@ -17,8 +17,9 @@ ADMIN_KEY_VARIABLE = "YAFSDP_LIKE_ADMIN_KEY"
 NOTES = """
 Options and arguments come in any order; what follows -- is no option. Bytes take units, such as 40GiB. An option that
 is on by default is switched off by --no-NAME. --config=FILE reads a YAML file with the sections below (an option of
-the section engine, say, is `engine: {max_batch_size: 8}` there); --print-config prints such a file. Without
-a limit, the plan takes the free memory of a GPU less 1GiB for libraries, and on a CPU 1GiB of KV cache.
+the section engine, say, is `engine: {max_batch_size: 8}` there); --print-config prints such a file, whose keys, such as
+memory_limit_nbytes, are names of options, too. Without a limit, the plan takes the free memory of a GPU less 1GiB for
+libraries, and on a CPU 1GiB of KV cache.
 """
 
 

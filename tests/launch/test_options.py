@@ -9,7 +9,7 @@ import pytest
 
 from launch.command_line import Command, known_keys
 from launch.config import load
-from launch.options import GENERATE, SERVE, GenerateOptions, SamplingOverrides, ServeOptions
+from launch.options import CHAT, GENERATE, SERVE, SERVE_POOL, GenerateOptions, SamplingOverrides, ServeOptions
 from launch.run_state import describe_changes
 from yafsdp_like.inference.engine.places import POLICIES
 from yafsdp_like.inference.kv.eviction import Costs, Tenant
@@ -36,6 +36,18 @@ def test_flags_are_options_of_the_sections() -> None:
     options = SERVE.load(["MODEL", *flags, "--api-key=null"])
     assert options.engine == EngineOptions(4096, 1_500_000_000, graphs=False, policy="gdsf")
     assert (options.http.timeout_s, options.http.api_key) == (3.0, None)
+
+
+def test_the_names_of_keys_in_a_file_are_flags_too() -> None:
+    """Errors say them: "max_body_nbytes must be at least 1"."""
+    flags = ["--kv_nbytes=1MiB", "--memory-limit-nbytes", "2MiB", "--max_image_nbytes=7", "--grace-s=3"]
+    options = SERVE.load(["MODEL", *flags])
+    assert options.engine == EngineOptions(2 << 20, 1 << 20)
+    assert (options.http.max_image_nbytes, options.grace_s) == (7, 3.0)
+
+
+def test_help_says_nothing_of_exceptions() -> None:
+    assert not any("Raises" in command.help_text() for command in (GENERATE, CHAT, SERVE, SERVE_POOL))
 
 
 def test_a_key_of_a_dictionary_is_a_flag_too() -> None:

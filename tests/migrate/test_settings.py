@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from launch.migrate import RESHARDS, as_run, main, read_settings
 from yafsdp_like.migrate.accelerate import read_accelerate
 from yafsdp_like.migrate.deepspeed import read_deepspeed
+from yafsdp_like.migrate.settings import load_mapping
 
 DEEPSPEED: dict[str, Any] = {
     "bf16": {"enabled": True},
@@ -322,6 +323,13 @@ def test_what_contradicts_or_is_unknown_in_an_accelerate_file_is_one_error(keys:
     with pytest.raises(ValueError, match="configuration: ") as raised:
         read_accelerate(changed(ACCELERATE, **keys))
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.json", "JSON"), ("a.yml", "YAML"), ("README.md", "YAML")])
+def test_a_file_of_another_kind_is_one_line(name: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("a: b: [")
+    with pytest.raises(ValueError, match=rf"{name} is not {kind}: [^\n]+$"):
+        load_mapping(tmp_path / name)
 
 
 def test_an_accelerate_file_that_names_a_deepspeed_file_is_read_with_it(tmp_path: Path) -> None:

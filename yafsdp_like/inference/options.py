@@ -112,7 +112,10 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class PoolOptions:
-    """Memory that the models of a pool share, and their turns. Raises ValueError for values out of range."""
+    """Memory that the models of a pool share, and their turns.
+
+    Raises ValueError for values out of range.
+    """
 
     memory_limit_nbytes: int  # everything planned on one device
     kv_nbytes: int | None = None  # pages that no weights displace; null: as many as any model's longest sequence needs

@@ -238,7 +238,8 @@ def load_mapping(config: str | Path | Mapping[str, Any]) -> tuple[str, dict[str,
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not {path.suffix[1:].upper() or 'YAML'}: {' '.join(str(error).split())}") from None
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise ValueError(f"{path} is not {kind}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected keys and values, found a {type(values).__name__}")
     return str(path), values
