@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from launch.metrics import Record
+from yafsdp_like.memory.plan import readable
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -97,4 +98,4 @@ class LoadingBars:
             self._progress.update(self._tasks[name], completed=loaded_nbytes)
         elif loaded_nbytes == nbytes:
             seconds = time.monotonic() - begun
-            print(f"loaded {name!r}: {nbytes / 2**30:.2f} GiB in {seconds:.1f} s", flush=True)
+            print(f"loaded {name!r}: {readable(nbytes)} in {seconds:.1f} s", flush=True)

@@ -28,7 +28,7 @@ from launch.command_line import Command, check_directory
 
 USAGE = "usage: [torchrun --nproc-per-node N] -m launch.doctor [--json=FILE] [--out=FILE]"
 NOTES = "Exit status: 0 all is well, 1 a problem was found, 2 nothing could be measured.\n"
-FINE, PROBLEM, UNMEASURED = 0, 1, 2  # exit status
+FINE, PROBLEM, UNMEASURED, INTERRUPTED = 0, 1, 2, 130  # exit status
 SECONDS = 24.0  # after which no probe is begun any more
 ESSENTIAL = ("memory_nbytes", "product_flops")  # without which nothing can be predicted
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
@@ -199,6 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options
     try:
         return run(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except Exception as error:
         print(f"error: nothing could be measured: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return UNMEASURED

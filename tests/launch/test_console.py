@@ -14,15 +14,21 @@ from launch.console import LoadingBars
 if TYPE_CHECKING:
     import pytest
 
-SIZES = (("one", 0, 3 << 30), ("one", 1 << 30, 3 << 30), ("one", 3 << 30, 3 << 30), ("two", 0, 1 << 30))
+SIZES = (
+    ("small", 3 << 20, 3 << 20),
+    ("one", 0, 3 << 30),
+    ("one", 1 << 30, 3 << 30),
+    ("one", 3 << 30, 3 << 30),
+    ("two", 0, 1 << 30),
+)
 
 
 def test_elsewhere_there_is_a_line_for_each_model_that_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     with LoadingBars() as bars:
         for name, loaded, nbytes in SIZES:
             bars.show(name, loaded, nbytes)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("loaded 'one': 3.00 GiB in ")
+    small, one = capsys.readouterr().out.splitlines()
+    assert small.startswith("loaded 'small': 3.00 MiB in ") and one.startswith("loaded 'one': 3.00 GiB in ")
 
 
 def test_on_a_terminal_there_is_a_bar_for_each_model(monkeypatch: pytest.MonkeyPatch) -> None:

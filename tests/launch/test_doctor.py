@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from launch import doctor, doctor_words, findings, host_cost, probes, surroundings
-from launch.doctor import FINE, PROBLEM, UNMEASURED
+from launch.doctor import FINE, INTERRUPTED, PROBLEM, UNMEASURED
 from launch.surroundings import Gpu, Surroundings
 from launch.world import World
 from tests.ranks import run_ranks
@@ -102,6 +102,15 @@ def test_what_stops_the_doctor_altogether_is_one_line(
     monkeypatch.setattr("launch.world.join", broken)
     assert doctor.main([]) == UNMEASURED
     assert capsys.readouterr().err == "error: nothing could be measured: RuntimeError: this probe is broken\n"
+
+
+def test_an_interrupt_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: Any) -> World:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.world.join", interrupt)
+    assert doctor.main([]) == INTERRUPTED
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,11 @@ How long others wait is measured by a slow test of test_bodies.py; here no clock
 
 from __future__ import annotations
 
+import logging
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from logging.handlers import BufferingHandler
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -112,3 +115,20 @@ def test_as_many_long_bodies_as_may_wait_keep_no_short_one_waiting(
             may_end.set()
         assert {each.result(SECONDS).status_code for each in asked} <= {200, 429}
         running.check_idle()
+
+
+def test_a_body_that_breaks_http_is_refused_without_a_traceback_in_the_log(running: Running) -> None:
+    """Prevents: a hundred lines in the log for each such request, since the route's answer comes after uvicorn's."""
+    host, port = running.url.removeprefix("http://").split(":")
+    records = BufferingHandler(capacity=100)
+    log = logging.getLogger("uvicorn.error")
+    log.addHandler(records)
+    try:
+        with socket.create_connection((host, int(port)), timeout=SECONDS) as client:
+            client.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
+            with client.makefile("rb") as answer:
+                assert answer.read().startswith(b"HTTP/1.1 400 ")
+        assert running.get("/health").status_code == 200
+    finally:
+        log.removeHandler(records)
+    assert not [record for record in records.buffer if record.exc_info]

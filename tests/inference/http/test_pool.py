@@ -204,7 +204,11 @@ def test_admins_move_models_and_users_do_not(codec: Codec) -> None:
         assert admin("deep", "unload") == (200, "absent")
         assert admin("deep", "load") == (200, "asleep")
         assert admin("gpt-9", "load")[0] == 404
-        assert admin("deep", "explode")[0] == 422
+        refused = running.post("/admin/models/deep/explode", headers=ADMIN_KEY)
+        assert refused.status_code == 404
+        assert refused.json()["error"]["message"] == (
+            "action: expected one of load, unload, sleep, wake_up, found 'explode'"
+        )
 
 
 def test_a_model_with_requests_is_not_unloaded(codec: Codec) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 
+from h11 import LocalProtocolError
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -40,7 +42,8 @@ class AuthMiddleware:
                 status = message["status"]
             elif is_head:
                 message = {**message, "body": b""}
-            await send(message)
+            with contextlib.suppress(LocalProtocolError):  # the body breaks HTTP: uvicorn has answered, and closes
+                await send(message)
 
         try:
             await self._enter(scope, receive, counting_send)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 
@@ -20,7 +20,7 @@ from yafsdp_like.inference.pool.host_weights import ModelUnavailableError
 from yafsdp_like.inference.pool.member import ModelState
 
 T = TypeVar("T")
-Action = Literal["load", "unload", "sleep", "wake_up"]
+ACTIONS = "load", "unload", "sleep", "wake_up"
 
 STATES_S = 5.0  # that the engine has to say how its models stand
 ADMIN_S = 600.0  # that it has to do what an admin wants, between two steps
@@ -80,7 +80,9 @@ def add_model_routes(app: FastAPI, service: Service[Any], catalog: Catalog) -> N
     if catalog.is_pool and catalog.options.admin_key is not None:
 
         @app.post("/admin/models/{name:path}/{action}")
-        async def administer(name: str, action: Action) -> dict[str, Any]:
+        async def administer(name: str, action: str) -> dict[str, Any]:
+            if action not in ACTIONS:
+                raise ApiError(404, f"action: expected one of {', '.join(ACTIONS)}, found {action!r}")
             options = catalog.find(name).options
             known = options.adapter_of or options.model_name
             if action in ("load", "wake_up"):
@@ -101,7 +103,7 @@ async def _load(service: Service[Any], name: str) -> None:
         raise ApiError(409, f"model {name!r} was unloaded while it was being loaded", code="model_busy")
 
 
-def _administer(pool: PoolDriver, name: str, action: Action) -> ModelStatus:
+def _administer(pool: PoolDriver, name: str, action: str) -> ModelStatus:
     """Do it in the engine's thread, and return how the model stands then. Raises ApiError."""
     try:
         getattr(pool, action)(name)
