@@ -39,6 +39,7 @@ UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, 
 CONFIG = "config"  # the key of the YAML file
 HELP, PRINT_CONFIG = {"-h", "--help"}, {"--print_config", "--print-config"}
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed? ?out|remote process exited")
 COLUMN, WIDTH = 52, 118  # of the help: where comments start, and where lines end
 
 
@@ -435,6 +436,11 @@ def exit_status(run: Callable[[OptionsT], int | None], options: OptionsT) -> int
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 1
     except (MemoryError, RuntimeError) as error:
+        cause = error.__cause__ or error  # of a server, what its engine has failed with
+        if "RANK" in os.environ and LOST_PEER.search(str(cause)):
+            words = f"rank {os.environ['RANK']} lost another rank, which has ended or cannot be reached"
+            print(f"error: {words}: {str(cause).splitlines()[0]}", file=sys.stderr, flush=True)
+            return 1
         if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
             raise
         first = (str(error) or type(error).__name__).splitlines()[0]

@@ -8,7 +8,6 @@ that know as much the first one speaks.
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import time
 import traceback
@@ -17,10 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from launch.command_line import GRACE_SECONDS, NO_MEMORY
+from launch.command_line import GRACE_SECONDS, LOST_PEER, NO_MEMORY
 from yafsdp_like.comm.consistency import ABOUT_INPUT, AgreedError
 
-LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed? ?out|remote process exited")
 NOTE = "a rank ran out of memory"  # a key of the store
 TOLD_SECONDS, LOST_SECONDS = 0.5, 2.5  # what ranks that know less wait before they speak
 

@@ -228,3 +228,17 @@ def test_a_section_whose_keys_are_all_comments_has_its_defaults(tmp_path: Path) 
     file.write_text("optimizer:\n  # lr: 1\ndata:\n")
     assert config.load([str(file)]) == Config()
     assert config.load([str(file), "--optimizer.lr=0.5"]).optimizer.lr == 0.5
+
+
+def test_a_rank_that_has_lost_another_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lose(_: Config) -> None:
+        raise RuntimeError("the engine has failed") from RuntimeError("[pair.cc:537] Connection reset by peer.\nMore.")
+
+    with pytest.raises(RuntimeError, match="the engine has failed"):  # alone there is no rank to lose
+        command_line.exit_status(lose, Config())
+    monkeypatch.setenv("RANK", "0")
+    assert command_line.exit_status(lose, Config()) == 1
+    said = "rank 0 lost another rank, which has ended or cannot be reached: [pair.cc:537] Connection reset by peer."
+    assert capsys.readouterr().err == f"error: {said}\n"
