@@ -7,13 +7,14 @@ Needs matplotlib (extra `bench`).
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+
+from bench.help import report_file
 
 WAYS = {  # name, color
     "pool": ("yafsdp_like's pool", "#1b7f5c"),
@@ -107,12 +108,12 @@ def put_legend(axes: Axes) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plot the reports that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reports", nargs="+", type=Path, help="of bench_pool.py")
+    parser.add_argument("reports", nargs="+", type=report_file, help="of bench_pool.py")
     parser.add_argument("out", type=Path, help="the picture")
     options = parser.parse_args(arguments)
     merged: Report = {}
-    for path in options.reports:
-        merged |= json.loads(path.read_text())
+    for report in options.reports:
+        merged |= report
     draw(merged, options.out)
 
 

@@ -7,7 +7,6 @@ Needs matplotlib (extra `bench`).
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator, ScalarFormatter
+
+from bench.help import report_file
 
 NAMES = {"ours": "yafsdp_like"}
 COLORS = {"ours": "#1b7f5c", "transformers generate": "#8aa4d6", "transformers generate_batch": "#3b5fa8"}
@@ -108,12 +109,11 @@ def title_of(report: Report) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plot the reports that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reports", nargs="+", type=Path, help="of bench_serve.py")
+    parser.add_argument("reports", nargs="+", type=report_file, help="of bench_serve.py")
     parser.add_argument("out", type=Path, help="the picture")
     options = parser.parse_args(arguments)
-    reports = [json.loads(path.read_text()) for path in options.reports]
-    results = {name: rows for report in reports for name, rows in report["results"].items()}
-    draw({**reports[0], "results": results}, options.out)
+    results = {name: rows for report in options.reports for name, rows in report["results"].items()}
+    draw({**options.reports[0], "results": results}, options.out)
 
 
 if __name__ == "__main__":

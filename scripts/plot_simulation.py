@@ -6,13 +6,14 @@ A panel for each report. Needs matplotlib (extra `bench`).
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+
+from bench.help import report_file
 
 COLORS = {"ours": "#1b7f5c", "round robin": "#3b5fa8", "published quotas": "#c2571a", "first come": "#8aa4d6"}
 GOAL = 0.9
@@ -52,10 +53,10 @@ def draw_shares(axes: Axes, report: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plot the reports that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reports", nargs="+", type=Path, help="of simulate_pool.py")
+    parser.add_argument("reports", nargs="+", type=report_file, help="of simulate_pool.py")
     parser.add_argument("out", type=Path, help="the picture")
     options = parser.parse_args(arguments)
-    draw([json.loads(path.read_text()) for path in options.reports], options.out)
+    draw(options.reports, options.out)
 
 
 if __name__ == "__main__":

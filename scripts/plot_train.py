@@ -8,7 +8,6 @@ matplotlib (extra `bench`).
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator, ScalarFormatter
+
+from bench.help import report_file
 
 FLOOR = "unsharded"
 NAMES = {
@@ -144,11 +145,10 @@ def title_of(reports: Sequence[Report]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plot the reports that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reports", type=Path, nargs="+", metavar="REPORT", help="of bench_train.py")
+    parser.add_argument("reports", type=report_file, nargs="+", metavar="REPORT", help="of bench_train.py")
     parser.add_argument("out", type=Path, help="the picture")
     options = parser.parse_args(arguments)
-    reports = [json.loads(path.read_text()) for path in options.reports]
-    draw(merged(reports), title_of(reports), options.out)
+    draw(merged(options.reports), title_of(options.reports), options.out)
 
 
 if __name__ == "__main__":

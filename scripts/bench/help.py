@@ -1,8 +1,11 @@
-"""Help of the scripts' command lines."""
+"""Help of the scripts' command lines, and a kind of argument that several of them take."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
+from typing import Any
 
 NUMBERS: dict[object, str] = {int: "int", float: "float"}
 
@@ -21,3 +24,16 @@ class Help(argparse.HelpFormatter):
 
 class HelpAsWritten(Help, argparse.RawDescriptionHelpFormatter):
     """The same below a description that keeps its lines."""
+
+
+def report_file(path: str) -> dict[str, Any]:
+    """Return the report in a file: the type of an argument that names one. Raises ArgumentTypeError."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"expected a report in {path}, found a {type(found).__name__}")
+    return found

@@ -162,6 +162,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_popular(parser)
     _add_targets(parser)
     options = parser.parse_args(arguments)
+    if unknown := set(options.measure.split(",")) - set(MEASURES):
+        parser.error(f"--measure: expected some of {','.join(MEASURES)}, found {', '.join(sorted(unknown))}")
     options.measure = [name for name in MEASURES if name in options.measure.split(",")]
     options.ways = [way for way in pool_popular.WAYS if way in options.ways.split(",")]
     if len(options.measure) > 1 and (alone := [name for name in ALONE if name in options.measure]):
@@ -213,6 +215,9 @@ def _pool(options: argparse.Namespace, world: World) -> PoolBench:
     transport = world_transport(world.device)
     plan = plan_pool(pooled, limits, Hardware.of(world.device), world.size, maps_slabs(transport))
     say(world, str(plan))
+    homes = plan.models.values()
+    if "many" in options.measure and not any(one.meets(other) for one, other in itertools.combinations(homes, 2)):
+        raise SystemExit(f"error: many: in --limit-gib {options.limit_gib:g} all models are awake at once; give less")
     models = {name: random_model(name, model.config) for name, model in pooled.items()}
     begin = time.perf_counter()
     pool = ModelPool(plan, models, world.device, transport=transport)
@@ -400,7 +405,9 @@ def _tokens(bench: PoolBench) -> dict[tuple[str, int], list[int]]:
 
 
 def _described(name: str, result: Row | list[Row]) -> str:
-    """One line a row, numbers with four digits."""
+    """One line a row, numbers with four digits; of no rows a line that says so."""
+    if not result:
+        return f"{name}\n  of none: it takes models that meet on the device, or for prefetch such that do not"
     rows = result if isinstance(result, list) else [result]
     lines = ["  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()) for row in rows]
     return "\n".join([name, *(f"  {line}" for line in lines)])

@@ -13,14 +13,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench import train, zero3
 from bench.implementations import build_unsharded
 from bench.losses import dealt
 from bench.options import Options, parse_options
 from bench.profile import Work, describe, gaps_of, works_of
-from bench.subjects import NUM_PATCHES, OF_TRANSFORMERS, TransformersSubject
+from bench.subjects import NUM_PATCHES, OF_TRANSFORMERS, TransformersModel, TransformersSubject
 from bench.trainee import Implementation, Trainee
 from launch.world import World
 from tests.ranks import run_ranks
@@ -361,6 +361,13 @@ def report_with(impls: dict[str, float], compiled: bool) -> dict[str, Any]:
         "versions": {"torch": "2.13"},
         "options": {"compile": compiled, "reduce_dtype": "bf16"},
     }
+
+
+def test_the_blocks_of_a_model_are_its_outermost_list_of_modules() -> None:
+    """Prevents: a block's list of experts, which is longer than the list of blocks, taken for the model's blocks."""
+    blocks = nn.ModuleList(nn.ModuleList(nn.Linear(2, 2) for _ in range(8)) for _ in range(4))
+    model = nn.ModuleDict({"embedding": nn.Embedding(3, 2), "layers": blocks})
+    assert TransformersModel(model).layers is blocks
 
 
 def test_a_plot_merges_files_and_tells_compiled_from_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from bench import pool_run, pool_targets
+from bench.help import report_file
 
 ROOT = Path(__file__).parents[2]
 SIZES = ["--prompt-tokens", "6", "--new-tokens", "8", "--max-seq-len", "16", "--batch", "2", "--max-batch-tokens", "8"]
@@ -51,6 +53,29 @@ def test_many_switches_are_compared_with_the_first_tokens() -> None:
     assert isinstance(many, dict)
     assert many["switches"] >= 20 and many["gib_moved"] > 0
     assert many["requests_equal"] == many["requests_compared"] > 6
+
+
+def test_what_cannot_be_measured_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prevents: switches that are counted for ever where no model displaces another, and a name that is ignored."""
+    with pytest.raises(
+        SystemExit, match=r"^error: many: in --limit-gib 0\.01 all models are awake at once; give less$"
+    ):
+        pool_run.main([*ARGUMENTS, "--limit-gib", "0.01", "--measure", "many"])
+    with pytest.raises(SystemExit):
+        pool_run.main([*ARGUMENTS, "--limit-gib", "0.01", "--measure", "swich,cold"])
+    assert "--measure: expected some of switch,cold,prefetch,awake,many,popular,targets, found swich" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "cannot be read: No such file"), ("{", "is not JSON"), ("[]", "a list")]
+)
+def test_a_report_that_is_none_is_one_error(content: str | None, words: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    with pytest.raises(argparse.ArgumentTypeError, match=words):
+        report_file(str(tmp_path / "a.json"))
 
 
 def test_the_rates_within_targets_are_found_and_predicted() -> None:
