@@ -36,12 +36,14 @@ from yafsdp_like.kernels.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from bench.pool_fleet import Fleet
     from bench.pool_popular import Popular
     from bench.report import Row
     from yafsdp_like.inference.options import EngineOptions
+    from yafsdp_like.inference.pool.plan import PoolPlan
+    from yafsdp_like.models import DecoderConfig
 
 WITHIN = 0.9  # share of the readers' time within targets, for which the rate is looked for
 _GREEDY = SamplingParams(temperature=0.0)
@@ -49,7 +51,7 @@ _NUM_TIMED = 32  # tokens of a request whose steps are timed
 
 
 def measure(options: argparse.Namespace, device: torch.device, own: EngineOptions) -> Iterator[Row]:
-    """Yield rows of the pool and of the simulator for each rate, one of overload, and those of one process per model.
+    """Yield rows: of measured times, of the pool and the simulator at each rate, of overload, of a process per model.
 
     The last row has the rates at which `WITHIN` of the readers' time was within targets. The device must be free.
     """
@@ -181,6 +183,7 @@ def _pool_rows(popular: Popular) -> Iterator[Row]:
         failed = driver.load_all()
         assert not failed, failed
         simulated = _calibrated(popular, pool, driver)
+        yield {"way": "times", "link": simulated[1].link} | {n: vars(m.lines) for n, m in simulated[0].items()}
         found: list[Row] = []
         for rate in options.rates:
             found.append(_play_pool(popular, driver, rate, options.seconds))
@@ -241,16 +244,20 @@ def _calibrated(popular: Popular, pool: ModelPool, driver: PoolDriver) -> tuple[
         few, many = (_timed(popular, driver, name, count) for count in (1, popular.options.batch))
         lines[config] = _lines(few, many, popular.options.prompt_tokens)
     scheduler.options = kept
-    models = {
-        name: SimModel(each.image_nbytes, int(each.token_nbytes), lines[each.serving.config])
-        for name, each in popular.plan.models.items()
-    }
-    grid = popular.plan.grid
-    homes = max(each.home.stop for each in popular.plan.models.values()) * grid.slab_nbytes
-    room = max(homes, max(each.image_nbytes for each in popular.plan.models.values()))
     link = statistics.median(nbytes / seconds for nbytes, seconds in copies)
-    mixed_tokens = min(CHUNK, popular.options.max_batch_tokens)
-    return models, SimHardware(room, max(grid.region_nbytes - room, 1), link, mixed_tokens=mixed_tokens)
+    return simulated_pool(popular.plan, lines, link, min(CHUNK, popular.options.max_batch_tokens))
+
+
+def simulated_pool(
+    plan: PoolPlan, lines: Mapping[DecoderConfig, StepLines], link: float, mixed_tokens: int
+) -> tuple[dict[str, SimModel], SimHardware]:
+    """Return a pool's models, each in its home, and what the device has: all slabs, of which homes leave pages some."""
+    slab_nbytes, models = plan.grid.slab_nbytes, dict[str, SimModel]()
+    for name, each in plan.models.items():
+        home = range(each.home.start * slab_nbytes, each.home.stop * slab_nbytes)
+        models[name] = SimModel(each.image_nbytes, int(each.token_nbytes), lines[each.serving.config], home)
+    room = max(model.home.stop for model in models.values())
+    return models, SimHardware(room, max(plan.grid.region_nbytes - room, 1), link, mixed_tokens=mixed_tokens)
 
 
 def _timed(popular: Popular, driver: PoolDriver, name: str, count: int) -> tuple[int, float, float]:
@@ -299,7 +306,7 @@ def _simulate(popular: Popular, simulated: tuple[dict[str, SimModel], SimHardwar
         models,
         hardware,
         targets_of(options),
-        options=ScheduleOptions(memory_nbytes=hardware.kv_nbytes),
+        options=ScheduleOptions(memory_nbytes=hardware.weights_nbytes + hardware.kv_nbytes),
         max_batch=options.batch,
         max_tokens=options.new_tokens,
     )

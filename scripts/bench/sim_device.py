@@ -29,6 +29,7 @@ class SimModel:
     weights_nbytes: int
     kv_nbytes: int  # for each token
     lines: StepLines
+    home: range = range(0)  # bytes of the device where its weights lie whenever they are there; empty: anywhere
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class SimWeights:
         """Return the seconds of copying what a model lacks now; what is on its way counts as there."""
         there = self._models[name].weights_nbytes if name == self._loading else self._present.get(name, 0.0)
         return (self._models[name].weights_nbytes - there) / self._hardware.link
+
+    def is_awake(self, name: str) -> bool:
+        """Whether a turn of the model is no switch: never, where its weights may have given way meanwhile."""
+        return False
 
     def wake(self, name: str, now: float) -> float:
         """Make a model ready, and return the seconds that it takes."""
@@ -110,6 +115,51 @@ class SimWeights:
                     self._loading = None
 
 
+class HomeWeights:
+    """Which weights are on the device where each model has a home, as in a pool (``inference/pool/plan.py``).
+
+    A model that is woken stays awake until one whose home meets its own is, and nothing is prefetched into the home of
+    one that is awake. Homes that meet are taken to be overwritten whole.
+    """
+
+    def __init__(self, hardware: SimHardware, models: dict[str, SimModel]) -> None:
+        self._link, self._models = hardware.link, models
+        self._awake: set[str] = set()
+        self._ready: tuple[str, float] | None = None  # what is prefetched, and when it is there
+
+    def missing_s(self, name: str) -> float:
+        """Return the seconds of copying what a model lacks now; what is on its way counts as there."""
+        is_there = name in self._awake or (self._ready is not None and self._ready[0] == name)
+        return 0.0 if is_there else self._models[name].weights_nbytes / self._link
+
+    def is_awake(self, name: str) -> bool:
+        """Whether a turn of the model is no switch."""
+        return name in self._awake
+
+    def wake(self, name: str, now: float) -> float:
+        """Make a model ready, and return the seconds that it takes; those in its way sleep from then on."""
+        if name in self._awake:
+            return 0.0
+        seconds = self.missing_s(name)
+        if self._ready is not None and self._ready[0] == name:
+            seconds = max(0.0, self._ready[1] - now)
+        self._ready = None  # what was prefetched for another turn is let go
+        self._awake = {name, *(each for each in self._awake if not self._meet(each, name))}
+        return seconds
+
+    def prefetch(self, name: str, current: str, now: float) -> float:
+        """Copy what a model lacks, unless another is awake in its home; return when it will be there."""
+        if name in self._awake or any(self._meet(each, name) for each in self._awake):
+            return now
+        if self._ready is None or self._ready[0] != name:
+            self._ready = name, now + self.missing_s(name)
+        return self._ready[1]
+
+    def _meet(self, one: str, other: str) -> bool:
+        homes = self._models[one].home, self._models[other].home
+        return max(home.start for home in homes) < min(home.stop for home in homes)
+
+
 @dataclass
 class _Run:
     turn: Turn
@@ -145,7 +195,8 @@ class Device:
     ) -> None:
         self.scheduler, self.counts = scheduler, DeviceCounts()
         self._models, self._hardware, self._finish = models, hardware, finish
-        self._weights = SimWeights(hardware, models)
+        has_homes = all(model.home for model in models.values())
+        self._weights: SimWeights | HomeWeights = (HomeWeights if has_homes else SimWeights)(hardware, models)
         self._last: str | None = None  # the model that computed last
         self._run: _Run | None = None
         self._left: dict[str, int] = {}  # tokens that each request is yet to draw
@@ -201,8 +252,11 @@ class Device:
     def _begin(self, turn: Turn, now: float) -> None:
         queue, lines = self.scheduler.queues[turn.model], self._models[turn.model].lines
         if turn.model != self._last:
-            switch_s = self._weights.wake(turn.model, now) + self._swap_s(turn.model) + self._hardware.switch_s
-            self.scheduler.switched(turn.model, switch_s)
+            was_awake = self._weights.is_awake(turn.model)
+            switch_s = self._weights.wake(turn.model, now) + self._swap_s(turn.model)
+            if not was_awake:
+                switch_s += self._hardware.switch_s
+                self.scheduler.switched(turn.model, switch_s)
             self.counts.num_switches += 1
             self.counts.switching_s += switch_s
             now += switch_s

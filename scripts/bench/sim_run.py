@@ -79,6 +79,7 @@ class Simulation:
                 model.weights_nbytes / link + more_s,
                 scenario.max_batch,
                 kv_nbytes=model.kv_nbytes,
+                home=model.home,
             )
             for name, model in scenario.models.items()
         }

@@ -83,7 +83,9 @@ def test_the_rates_within_targets_are_found_and_predicted() -> None:
     rates = ["--measure", "targets", "--rates", "20,40", "--apart-rates", "20", "--zipf", "0", *effort]
     rows = reported("--limit-gib", "0.0024", *rates)["targets"]
     assert isinstance(rows, list)
-    *played, within = rows
+    times, *played, within = rows
+    assert times["way"] == "times" and times["link"] > 0
+    assert all(times[f"tiny.{index}"]["decode_base_s"] > 0 for index in range(3))
     ways = [row["way"] for row in played]
     assert ways[:2] == ["pool", "simulated"] and ways[-2:] == ["overload", "apart"]
     for row in played:
