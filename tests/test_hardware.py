@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from yafsdp_like import hardware
-from yafsdp_like.hardware import H200_MACHINE, MACHINE_VARIABLE, MachineRates, machine_rates, published_rates
+from yafsdp_like.hardware import (
+    H200_MACHINE,
+    MACHINE_VARIABLE,
+    MachineRates,
+    ProductRate,
+    machine_rates,
+    published_rates,
+)
 
 H200 = "NVIDIA H200"
 
@@ -28,7 +35,11 @@ def test_what_is_saved_is_read_back(cache: Path) -> None:
 
 
 def test_a_machine_that_nobody_has_measured_has_published_rates_and_says_so(cache: Path) -> None:
-    assert machine_rates(H200) is H200_MACHINE
+    assert machine_rates(H200, 2) is H200_MACHINE
+    alone = machine_rates(H200)
+    assert alone.num_ranks == 1 and (alone.unit_s or 0.0) < (H200_MACHINE.unit_s or 0.0), (
+        "no other rank's memory is read"
+    )
     other = machine_rates("NVIDIA A100-SXM4-80GB")
     assert other.product_flops == pytest.approx(312 / 989.4 * H200_MACHINE.product_flops)
     assert "only the peak of matrix products is known of NVIDIA A100" in other.source
@@ -84,3 +95,13 @@ def test_a_saved_file_is_json_that_people_can_read(cache: Path) -> None:
     path = hardware.machine_path(H200)
     published_rates(H200).save(path)
     assert json.loads(path.read_text())["collectives"][0]["name"] == "all_gather"
+
+
+def test_small_products_take_longer_for_what_they_compute() -> None:
+    published = dataclasses.replace(H200_MACHINE, product_flops=500e12, product_s=1e-5)
+    assert published.product_seconds(500e12, 1000) == pytest.approx(1.01)
+    rows = ProductRate(1024, 1024, 1024, 100e12), ProductRate(8192, 8192, 8192, 800e12)
+    measured = dataclasses.replace(published, products=rows, kernel_s=1e-6)
+    assert measured.product_seconds(2e12, 1000) == pytest.approx(0.02 + 1e-3), "2e9 each: the smaller one"
+    assert measured.product_seconds(1e15, 1000) == pytest.approx(2.0 + 1e-3), "no faster than is sustained"
+    assert MachineRates("x", "measured").product_seconds(1e12, 1) is None

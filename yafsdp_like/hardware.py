@@ -105,6 +105,7 @@ class MachineRates:
     source: str  # "measured ..." or "published ...": what predictions say that they rest on
     num_ranks: int = 1  # that were measured together
     product_flops: float | None = None  # of large bf16 matrix products, sustained
+    product_s: float | None = None  # what each takes beyond that, to fill and empty the device; see ``product_seconds``
     attention_flops: float | None = None  # of causal attention in bf16, counting what is not masked
     memory_nbytes: float | None = None  # copied inside the device: read and written
     to_device_nbytes: float | None = None  # from pinned host memory
@@ -144,18 +145,24 @@ class MachineRates:
             found[name] = tuple(min(row, key=lambda one: getattr(one, rate)) for row in rows)
         return dataclasses.replace(self, **found)
 
-    def product_rate(self, num_operations: float) -> float | None:
-        """Return the rate of products of so many operations each: of the measured one nearest in size, if sustained.
+    def product_seconds(self, num_operations: float, num_products: int) -> float | None:
+        """Return the seconds of so many matrix products of so many operations together; None where no rate is known.
 
-        A product is measured for a few milliseconds, in which clocks may be higher than ``product_flops`` sustains.
+        By the rate of the measured product nearest in size, if sustained: a product is measured for a few milliseconds,
+        in which clocks may be higher than ``product_flops`` sustains. Where no sizes were measured, by that rate and
+        ``product_s``.
         """
+        each = num_operations / max(1, num_products)
         nearest = min(
             self.products,
-            key=lambda p: max(p.num_operations, num_operations) / max(1.0, min(p.num_operations, num_operations)),
+            key=lambda p: max(p.num_operations, each) / max(1.0, min(p.num_operations, each)),
             default=None,
         )
-        rates = [rate for rate in (self.product_flops, nearest and nearest.flops) if rate]
-        return min(rates, default=None)
+        flops = min((rate for rate in (self.product_flops, nearest and nearest.flops) if rate), default=None)
+        if flops is None:
+            return None
+        beyond = self.product_s if nearest is None else self.kernel_s
+        return num_operations / flops + num_products * (beyond or 0.0)
 
     def collective_nbytes(self, name: str, nbytes: int) -> float | None:
         """Return the bus rate of a collective of ``nbytes``, from the size measured that is nearest; None without."""
@@ -217,7 +224,7 @@ def machine_rates(device: str | None = None, num_ranks: int = 1) -> MachineRates
     measurements, and for one that ``YAFSDP_MACHINE`` names and that is not there.
     """
     name = device or (torch.cuda.get_device_name(0) if torch.cuda.is_available() else H200_MACHINE.device)
-    published = published_rates(name)
+    published = published_rates(name, num_ranks)
     path = machine_path(name, num_ranks)
     if not path.exists() and os.environ.get(MACHINE_VARIABLE):
         raise ValueError(f"{MACHINE_VARIABLE} names {path}, and there is no such file: run python -m launch.doctor")
@@ -226,31 +233,35 @@ def machine_rates(device: str | None = None, num_ranks: int = 1) -> MachineRates
     return published if found is None else MachineRates.load(found).or_else(published)
 
 
-def published_rates(device: str) -> MachineRates:
+def published_rates(device: str, num_ranks: int = 1) -> MachineRates:
     """Return what is known of a device by its name: an H200's figures, with its own data sheet's product rate.
 
     Other devices' products are taken to reach the same share of their data sheet's peak as an H200's; everything else
     is an H200's, which ``source`` says.
     """
+    base = H200_ALONE if num_ranks == 1 else H200_MACHINE
     if "H200" in device:
-        return H200_MACHINE
+        return base
     peak = next((peak for part, peak in PEAK_TFLOPS.items() if part in device), None)
     scale = 1.0 if peak is None else peak / PEAK_TFLOPS["H200"]
     known = "nothing is known" if peak is None else "only the peak of matrix products is known"
-    assert H200_MACHINE.product_flops is not None and H200_MACHINE.attention_flops is not None
+    assert base.product_flops is not None and base.attention_flops is not None
     return dataclasses.replace(
-        H200_MACHINE,
-        source=f"{H200_MACHINE.source}, since {known} of {device}",
-        product_flops=scale * H200_MACHINE.product_flops,
-        attention_flops=scale * H200_MACHINE.attention_flops,
+        base,
+        source=f"{base.source}, since {known} of {device}",
+        product_flops=scale * base.product_flops,
+        attention_flops=scale * base.attention_flops,
     )
 
 
+# Rates of products, and the CPU's times of an operation and of a unit, are fitted to measured steps and were checked on
+# others (scripts/results/2026-11-30-forecasts.json). One rank's units read no other rank's memory.
 H200_MACHINE = MachineRates(
     device="NVIDIA H200",
     source="published figures of two NVIDIA H200",
     num_ranks=2,
-    product_flops=605e12,
+    product_flops=644e12,
+    product_s=9.8e-6,
     attention_flops=500e12,
     memory_nbytes=H200_RATES.memory_nbytes,
     to_device_nbytes=H200_RATES.host_nbytes,
@@ -259,8 +270,8 @@ H200_MACHINE = MachineRates(
     pinning_nbytes=1.6e9,
     kernel_s=2e-6,
     launch_s=5e-6,
-    operation_s=15e-6,
-    unit_s=2.8e-3,
+    operation_s=27e-6,
+    unit_s=1.6e-3,
     context_nbytes=552468480,
     collectives=tuple(
         CollectiveRate(name, mib << 20, rate * 1e9)
@@ -270,4 +281,7 @@ H200_MACHINE = MachineRates(
         )
         for mib, rate in sizes
     ),
+)
+H200_ALONE = dataclasses.replace(
+    H200_MACHINE, source="published figures of one NVIDIA H200", num_ranks=1, unit_s=0.4e-3
 )

@@ -16,7 +16,7 @@ from yafsdp_like.models import PRESETS, Decoder, DecoderConfig
 from yafsdp_like.shard.forecast.fit import Settings
 from yafsdp_like.shard.forecast.quantities import ModuleCost, PhaseMemory, TrainingForecast, Transfer
 from yafsdp_like.shard.forecast.settings import SettingsForecaster, token_batch
-from yafsdp_like.shard.forecast.step_time import StepKind, StepTime, step_time
+from yafsdp_like.shard.forecast.step_time import BOTH_WAYS, StepKind, StepTime, step_time
 from yafsdp_like.shard.forecast.traced_units import Cluster
 from yafsdp_like.shard.spec.unit_spec import UnitPolicy
 
@@ -158,7 +158,9 @@ def test_offloaded_moments_take_the_link_to_the_host_and_narrow_ones_less_memory
     nbytes = 8 * PRESETS["3b"].num_params
     moved = tuple(Transfer("", "update", f"moments {way}", "host", nbytes) for way in ("in", "out"))
     offloaded = step_time(dataclasses.replace(forecast, transfers=moved), H200_MACHINE, OF_ROOT)
-    assert offloaded.update == pytest.approx(nbytes / H200_MACHINE.to_host_nbytes)
+    assert offloaded.update == pytest.approx(nbytes / (BOTH_WAYS * H200_MACHINE.to_host_nbytes))
+    one_way = step_time(dataclasses.replace(forecast, transfers=moved[1:]), H200_MACHINE, OF_ROOT)
+    assert one_way.update == pytest.approx(nbytes / H200_MACHINE.to_host_nbytes)
     wide, narrow = (forecast_of(PRESETS["3b"], 4096, 1, moments_nbytes=size) for size in (8, 4))
     updates = [step_time(f, H200_MACHINE, OF_ROOT).update for f in (narrow, wide, wide)]
     assert updates[0] != updates[1] == updates[2]

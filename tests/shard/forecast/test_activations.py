@@ -218,6 +218,18 @@ def test_experts_are_balanced() -> None:
     assert peak(found, "forward") == pytest.approx(peak(real, "forward"), rel=0.01)
 
 
+def test_products_of_groups_of_rows_are_counted_as_products() -> None:
+    rows, gradients = (torch.empty(64, width, dtype=torch.bfloat16, device="meta") for width in (32, 48))
+    weights = torch.empty(4, 48, 32, dtype=torch.bfloat16, device="meta").mT
+    ends = torch.empty(4, dtype=torch.int32, device="meta")
+    with StorageMode() as mode:
+        torch.ops.aten._grouped_mm(rows, weights, ends)
+        torch.ops.aten._grouped_mm(rows.T, gradients, ends)  # of the weights
+    (work,) = mode.work.values()
+    assert next(iter(mode.work))[2] == "matrix products" and work.num_kernels == 2
+    assert work.flops == 2 * (2 * 64 * 32 * 48)
+
+
 def test_transformers_llama_is_traced_to_the_byte() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 UPDATE_OVER_COPY = 1.1  # AdamW's kernel over a copy of as many bytes: measured, 8B on two H200, with fp32 moments
 NARROW_OVER_COPY = 1.45  # the same with moments in bf16 or int8, rounded stochastically; 3B on one H200, 8B on two
+BOTH_WAYS = 0.887  # of a host link's rate one way, that each way has while moments come and go; 3B on one H200
 RECOMPUTING = 1.5  # of a unit's forward on the CPU: the same hooks again, and checkpointing's own
 ACTIVATIONS = "activations out", "activations in"  # operations
 REDUCED_BESIDE = 0.29  # of a collective's time that it takes from compute; measured over NCCL on two H200, T 4096
@@ -194,17 +195,18 @@ class _Times:
         on_device = moved / rate * (NARROW_OVER_COPY if 0 < moments < 1.5 * grads else UPDATE_OVER_COPY)
         copies = [t for t in self.forecast.transfers if t.phase == "update"]
         ways = [sum((self._of(t).host for t in copies if t.operation.endswith(way)), 0.0) for way in (" in", " out")]
-        return max(on_device, *ways)
+        return max(on_device, *ways, min(ways) and max(ways) / BOTH_WAYS)
 
 
 def seconds_of(cost: ModuleCost, rates: MachineRates) -> float:
-    """Return how long the device takes for one kind of operations: by operations, or by bytes where there are none."""
+    """Return the device's seconds for one kind of operations: of computing, or of their bytes where that is longer."""
     kernels = cost.num_kernels * _known(rates, "kernel_s")
+    moving = (cost.read_nbytes + cost.written_nbytes) / _known(rates, "memory_nbytes") + kernels
     if cost.kind == "matrix products":
-        return cost.flops / (rates.product_rate(cost.flops / max(1, cost.num_kernels)) or 1.0) + kernels
+        return max(moving, rates.product_seconds(cost.flops, cost.num_kernels) or 0.0)
     if cost.kind == "attention":
         return cost.flops / _known(rates, "attention_flops") + kernels
-    return (cost.read_nbytes + cost.written_nbytes) / _known(rates, "memory_nbytes") + kernels
+    return moving
 
 
 def _known(rates: MachineRates, name: str) -> float:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 BLOCK_NBYTES = 512  # PyTorch's CUDA allocator hands out multiples of this (kMinBlockSize)
 _ADD = torch.ops.aten.add.Tensor
+# Products of groups of rows with a matrix each, as experts have them: how many such products one operation is.
+_GROUPED = {"_grouped_mm": 1, "grouped_mm_fallback": 1, "grouped_mm_fallback_backward": 2}  # transformers' own
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,9 @@ class StorageMode(TorchDispatchMode):
         if formula is not None:
             kind = "attention" if "attention" in func._overloadpacket.__name__ else "matrix products"
             flops = formula(*args, **kwargs, out_val=out)
+        elif num_products := _GROUPED.get(func._overloadpacket.__name__.split("::")[-1], 0):
+            rows, weights = args[:2]  # (T, K) by (E, K, N), or by (T, N) for the gradient of weights
+            kind, flops = "matrix products", 2 * num_products * rows.numel() * weights.shape[-1]
         operands = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
         self.add_work(kind, flops, sum(map(_nbytes, operands)), sum(map(_nbytes, results)))  # type: ignore[arg-type]
 
