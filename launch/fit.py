@@ -87,7 +87,6 @@ def search_of(options: Config, cluster: Cluster, device_nbytes: int, rates: Mach
         may_change(options),
         clips=options.optimizer.max_grad_norm is not None,
         is_graph=options.model.graph,
-        root_tail=forecaster.root_tail(settings_of(options, cluster.num_ranks)),
         least_nbytes=forecaster.least_nbytes,
         max_seq_len=config.max_seq_len if isinstance(config, DecoderConfig) else 1 << 21,
     )

@@ -156,7 +156,7 @@ class Forecasts:
         """Return what is planned beside what was measured: GiB and ms, as `{"planned": ..., "measured": ...}`."""
         forecaster = replace(self._forecaster(run), options=ForecastOptions(is_recorded=run.is_graph))
         forecast = forecaster(run.settings)
-        figures = {**memory_of(run, forecast), **times_of(run, forecast, forecaster.root_tail(run.settings))}
+        figures = {**memory_of(run, forecast), **times_of(run, forecast)}
         settings = run.settings
         return {
             "report": run.report,
@@ -225,14 +225,14 @@ def _engine(run: MeasuredRun, phases: Sequence[PhaseMemory]) -> dict[str, float]
     return _pair(planned / GIB, sum(measured[name] for name in names))
 
 
-def times_of(run: MeasuredRun, forecast: TrainingForecast, root_tail: float) -> dict[str, dict[str, float]]:
+def times_of(run: MeasuredRun, forecast: TrainingForecast) -> dict[str, dict[str, float]]:
     """Return a step's time and its parts. One that clips before its update is compared without that."""
     row = run.row
     if "forward_backward_ms" not in row:
         return {}
     medians = {name: (row[f"{name}_ms"] or {"median": 0.0})["median"] for name in ("clip", "optimizer", "step")}
     clips = row["clip_ms"] is not None and medians["clip"] < 1.0  # in the update
-    predicted = step_time(forecast, run.rates, StepKind(clips, run.is_graph, root_tail=root_tail))
+    predicted = step_time(forecast, run.rates, StepKind(clips, run.is_graph))
     found = {"step": _pair(predicted.seconds * 1e3, medians["step"] - medians["clip"])}
     if not run.settings.update_in_backward:
         before = (predicted.seconds - predicted.update) * 1e3

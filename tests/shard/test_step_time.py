@@ -110,7 +110,7 @@ def test_what_is_predicted_from_a_trace_of_8b_is_within_a_tenth_too(row: dict[st
     checkpointing = row["checkpointing"] == "block"
     settings = Settings(2, row["seq_len"], num_ranks=2, split_master=True, checkpointing=checkpointing)
     forecast = forecast_of_8b()
-    kind = StepKind(is_graph="graph" in row["impl"], root_tail=forecast.root_tail(settings))
+    kind = StepKind(is_graph="graph" in row["impl"])
     predicted = step_time(forecast(settings), H200_MACHINE, kind)
     assert predicted.seconds * 1e3 == pytest.approx(row["step_ms"]["median"], rel=0.1), predicted
 

@@ -14,9 +14,12 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from yafsdp_like.hardware import published_rates
 from yafsdp_like.models import PRESETS, Decoder
 from yafsdp_like.shard.forecast.activations import ExampleBatch
+from yafsdp_like.shard.forecast.fit import Search, Settings, largest_seq_len
 from yafsdp_like.shard.forecast.quantities import TrainingForecast
+from yafsdp_like.shard.forecast.settings import SettingsForecaster, token_batch
 from yafsdp_like.shard.forecast.traced_units import Cluster, cut
 from yafsdp_like.shard.forecast.training_forecast import ForecastOptions, forecast_training
 from yafsdp_like.shard.spec.unit_spec import UnitPolicy
@@ -91,3 +94,20 @@ def test_a_recorded_step_fills_the_device_as_far_as_it_did(seq_len: int) -> None
     assert found.peak.total_nbytes / GIB == pytest.approx(row["device_used_gib"], rel=0.02)
     (update,) = (phase for phase in found.phases if phase.phase == "update")
     assert update.total_nbytes == found.peak.total_nbytes, "the pool stays"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", json.loads((RESULTS / "2026-11-29-h200-3b-largest.json").read_text())["rows"][:2])
+def test_the_longest_sequence_that_is_promised_trains_and_a_tenth_more_does_not(row: dict[str, Any]) -> None:
+    def make() -> tuple[Decoder, list[Any]]:
+        with torch.device("meta"):
+            model = Decoder(PRESETS["3b"])
+        return model, list(model.layers)
+
+    moments = "bf16" if "moments=bf16" in row["impl"] else "fp32"
+    settings = Settings(seq_len=8192, split_master=True, moments=moments)  # type: ignore[arg-type]
+    policy = UnitPolicy(MixedPrecisionPolicy(torch.bfloat16, torch.float32), None)
+    forecast = SettingsForecaster(make, token_batch, policy, Cluster())
+    search = Search(forecast, int(row["limit_gib"] * GIB), published_rates("NVIDIA H200"))
+    promised = largest_seq_len(search, settings)
+    assert promised is not None and promised <= row["largest_seq_len"] < 1.1 * promised

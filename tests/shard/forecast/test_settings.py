@@ -105,10 +105,10 @@ def test_checkpointing_keeps_less_and_computes_more() -> None:
 
 def test_the_tail_of_a_roots_reduction_is_its_embedding() -> None:
     small = forecaster()
-    assert small.root_tail(BASE) == 1.0  # nothing is reduced early
+    assert small(BASE).root_tail == 1.0  # nothing is reduced early
     with torch.device("meta"):
         wide = Decoder(replace(PRESETS["tiny"], vocab_size=1 << 17, dim=128))
-    found = SettingsForecaster(lambda: (wide, list(wide.layers)), token_batch, POLICY, Cluster(2)).root_tail(BASE)
+    found = SettingsForecaster(lambda: (wide, list(wide.layers)), token_batch, POLICY, Cluster(2))(BASE).root_tail
     assert found == pytest.approx(0.5, abs=0.01)
 
 

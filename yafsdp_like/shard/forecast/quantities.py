@@ -125,6 +125,7 @@ class TrainingForecast:
     costs: tuple[ModuleCost, ...] = ()
     transfers: tuple[Transfer, ...] = ()
     notes: tuple[str, ...] = ()  # what was assumed
+    root_tail: float = 0.5  # of the root's reduction that is left at the end; a head of its own goes beside backward
 
     @property
     def peak(self) -> PhaseMemory:

@@ -78,17 +78,6 @@ class SettingsForecaster:
         moments = OptimizerMemory(settings.moments, bool(settings.offload_moments), settings.update_in_backward)
         return replace(self.options, optimizer=moments, accumulates=settings.num_accumulated > 1)
 
-    def root_tail(self, settings: Settings) -> float:
-        """Return the share of the root's reduction that is left at the end of backward.
-
-        Of several large parameters the last to be complete is an embedding; a head's is reduced beside backward.
-        """
-        root = next((unit for unit in self._plan(settings).units if unit.name == "root"), None)
-        if root is None or len(root.early) < 2:
-            return 1.0
-        sizes = [p.shards.padded_numel for p in root.params]
-        return max(sizes[k] for k in root.early) / sum(sizes)
-
     def _model(self, settings: Settings) -> tuple[nn.Module, list[nn.Module]]:
         key = settings.checkpointing, settings.offload_activations
         if key not in self._models:

@@ -109,7 +109,6 @@ class StepKind:
     is_graph: bool = False  # forward and backward are replayed, and the CPU issues nothing
     num_accumulated: int = 1  # forwards and backwards of a step
     root: str = "root"  # the root unit's name in the plan
-    root_tail: float = 0.5  # of the root's reduction that is left at the end; a head of its own goes beside backward
 
 
 class _Times:
@@ -229,7 +228,7 @@ def step_time(forecast: TrainingForecast, rates: MachineRates, kind: StepKind = 
     update = times.update()
     start = _start(times, update)
     of_root = times.traffic("backward", True, True)
-    end, early = of_root.times(kind.root_tail), of_root.times(1 - kind.root_tail)
+    end, early = of_root.times(forecast.root_tail), of_root.times(1 - forecast.root_tail)
     computes: list[float] = []
     ends: list[float] = []
     bounds: list[str] = []

@@ -27,12 +27,12 @@ from yafsdp_like.shard.forecast.storages import BLOCK_NBYTES, StepPlace
 from yafsdp_like.shard.forecast.transfers import transfers_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import nn
 
     from yafsdp_like.memory.plan import MemoryPlan
-    from yafsdp_like.shard.forecast.traced_units import PlannedModel
+    from yafsdp_like.shard.forecast.traced_units import PlannedModel, TracedUnit
     from yafsdp_like.shard.spec.unit_spec import ParamSpec
 
 Nbytes = dict[str, int]  # by category
@@ -108,7 +108,20 @@ def forecast_training(
         tuple(costs),
         (*transfers_of(planned), *held.moments_transfers(), *_activations_transfers(trace)),
         trace.notes,
+        _root_tail(planned.units),
     )
+
+
+def _root_tail(units: Sequence[TracedUnit]) -> float:
+    """Return the share of the root's reduction that is left at the end of backward.
+
+    Of several large parameters the last to be complete is an embedding; a head's is reduced beside backward.
+    """
+    root = next((unit for unit in units if unit.name == "root"), None)
+    if root is None or len(root.early) < 2:
+        return 1.0
+    sizes = [p.shards.padded_numel for p in root.params]
+    return max(sizes[k] for k in root.early) / sum(sizes)
 
 
 def least_nbytes(model: nn.Module, planned: PlannedModel, options: ForecastOptions) -> int:
