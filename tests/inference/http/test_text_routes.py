@@ -68,6 +68,8 @@ def test_texts_become_tokens_and_tokens_texts(small: Served, named: bool) -> Non
         ("/v1/responses", {"model": "other", "input": "x"}, 404, "model"),
         ("/v1/responses", {"model": MODEL, "input": "x", "n": 2}, 400, "n"),
         ("/v1/responses", {"model": MODEL, "input": "x", "max_tokens": 2}, 400, "max_tokens"),
+        ("/v1/responses", {"model": MODEL, "input": "x", "max_output_tokens": -2}, 400, "max_output_tokens"),
+        ("/v1/responses", {"model": MODEL, "input": "a b " * 500}, 400, "input"),
         ("/v1/responses", {"model": MODEL, "input": "x", "return_token_ids": True}, 400, "return_token_ids"),
         ("/v1/responses", {"model": MODEL, "input": "x", "user": "\ud800"}, 400, "user"),
         ("/v1/responses", {"model": MODEL, "input": "x", "user": 5}, 400, "user"),

@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 from yafsdp_like.inference.engine.request import FinishReason
 from yafsdp_like.inference.http.bodies import ChatBody
 from yafsdp_like.inference.http.catalog import Catalog
-from yafsdp_like.inference.http.errors import UNSUPPORTED, invalid, no_object, shorten
+from yafsdp_like.inference.http.errors import UNSUPPORTED, ApiError, invalid, no_object, shorten
 from yafsdp_like.inference.http.responses import Choice, ParsedRequest
 from yafsdp_like.inference.text.codec import Codec, Piece
 
 TEXTS = "input_text", "output_text", "text"
 NOT_STORED = "nothing is stored here; send the whole conversation as input"
 RENAMED = {"max_output_tokens": "max_completion_tokens"}
+OWN_NAMES = {"messages": "input", "response_format": "text.format", **{chat: own for own, chat in RENAMED.items()}}
 # What a chat has not: with these values nothing is asked for.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (None, False),
@@ -56,7 +57,11 @@ def read_response(catalog: Catalog, raw: bytes, arrival: float) -> ParsedRequest
     if not isinstance(sent, dict):
         raise no_object()
     _check_told(sent)
-    parsed = catalog.parser_of(sent).read_sent(ChatBody, _as_chat(sent), arrival)
+    parser, chat = catalog.parser_of(sent), _as_chat(sent)
+    try:
+        parsed = parser.read_sent(ChatBody, chat, arrival)
+    except ApiError as error:
+        raise _in_own_words(error) from error
     told = {name: sent.get(name) for name in TOLD}
     format = ResponsesFormat(parsed.format.codec, {**told, "metadata": sent.get("metadata") or {}})
     return replace(parsed, id=f"resp_{parsed.id.removeprefix('chatcmpl-')}", format=format)
@@ -75,6 +80,15 @@ def _check_told(sent: dict[str, Any]) -> None:
             json.dumps(sent.get(name), ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise invalid(name, "must be Unicode, found half a surrogate pair") from None
+
+
+def _in_own_words(error: ApiError) -> ApiError:
+    """The error of a chat's field, with the name that the field has here."""
+    name = OWN_NAMES.get(error.param or "")
+    if name is None:
+        return error
+    words = error.detail.removeprefix(f"{error.param}: ")
+    return ApiError(error.status_code, f"{name}: {words}", param=name, code=error.code, headers=error.headers)
 
 
 def _as_chat(sent: dict[str, Any]) -> dict[str, Any]:
