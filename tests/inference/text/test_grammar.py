@@ -9,6 +9,7 @@ import pytest
 
 from tests.inference.text.test_codec import write_tokenizer
 from yafsdp_like.inference.engine.request import GrammarError
+from yafsdp_like.inference.text import grammar
 from yafsdp_like.inference.text.codec import Codec
 from yafsdp_like.inference.text.grammar import LIMITS, TOO_COMPLEX
 
@@ -50,6 +51,28 @@ def test_a_grammar_made_to_cost_time_ends_with_an_error_that_says_so(
         for _ in range(100):
             state.allowed()
             state.accept(codec.encode("a", add_special_tokens=False))
+
+
+def test_tokens_that_are_allowed_at_once_are_those_that_would_be_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In strings that may go on for any length up to the longest slice, and in one without an end."""
+    codec = Codec.load(write_tokenizer(tmp_path))
+    fields = [{"type": "string", "maxLength": length} for length in (1, 5, 12, 25, 40)] + [{"type": "string"}]
+    schema = {"type": "array", "prefixItems": fields, "minItems": len(fields), "items": False}
+    text = codec.encode('["a","the a","the quick\\n","a, b","\u00e9\u2603 x y z","x', add_special_tokens=False)
+
+    def masks() -> list[np.ndarray]:
+        state, found = codec.grammars(codec.vocab_size).of_schema(schema).start(), []
+        for token in text:
+            found.append(np.array(state.allowed()))
+            state.accept([token])
+        return found
+
+    sliced = masks()
+    codec = Codec.load(tmp_path)
+    monkeypatch.setattr(grammar, "SLICES", ())
+    assert len(sliced) > 20 and all((ours == theirs).all() for ours, theirs in zip(sliced, masks(), strict=True))
 
 
 def test_large_schemas_stay_within_the_limits(tmp_path: Path) -> None:

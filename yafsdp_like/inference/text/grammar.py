@@ -29,6 +29,15 @@ LIMITS: dict[str, Any] = {
     "max_items_in_row": 1_000,
     "verbose_errors": False,
 }
+# Tokens that stand wholly inside of a JSON string, by their length: where a text may go on for that long, they are all
+# allowed without a look at each. The package's own steps are 10, 30 and any length; a string with a `maxLength` comes
+# below 10 soon, and each of its masks then takes 2 to 4 times as long.
+_INSIDE = r'[^"\\\x00-\x1F\x7F]'
+SLICES = (
+    r"[\x20\x0A\x0D\x09]+",
+    *(f"{_INSIDE}{{1,{length}}}" for length in (2, 4, 6, 8, 10, 14, 20, 30)),
+    f"{_INSIDE}+",
+)
 TOO_COMPLEX = "what the text must be is too complex to be followed"
 MISSING = "needs a package that is not here: pip install 'yafsdp_like[structured]' (no llguidance)"
 
@@ -110,7 +119,9 @@ class Grammars:
     def _tokens(self) -> Any:
         from llguidance.hf import from_tokenizer
 
-        return from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._stop_tokens or None)
+        return from_tokenizer(
+            self._tokenizer, n_vocab=self._vocab_size, eos_token=self._stop_tokens or None, slices=list(SLICES)
+        )
 
     def _make(self, grammar_of: Callable[[Any], Any], text: str) -> TextGrammar:
         if len(text) > MAX_GRAMMAR_LENGTH:
