@@ -237,14 +237,41 @@ def test_limited_tokens_are_those_without_drafts(limits: TokenLimits) -> None:
     check_drafted(it)
 
 
+@pytest.mark.parametrize("lookahead", [True, False], ids=["ahead", "in step"])
 @pytest.mark.parametrize(
-    "more",
-    [{"sampling": PENALIZED}, {"wants_hidden": True}],
-    ids=["penalties", "hidden states"],
+    "limits",
+    [None, TokenLimits(biases=((3, 4.0), (11, -50.0))), TokenLimits(grammar=OddAfterEven())],
+    ids=["free", "biases", "a grammar"],
 )
-def test_requests_that_cannot_be_drafted_draw_the_same_beside_others_that_are(more: dict[str, Any]) -> None:
+def test_penalties_count_what_they_count_without_drafts(limits: TokenLimits | None, lookahead: bool) -> None:
+    """Of tokens that are accepted, and none that are rejected; half of the requests have no penalties."""
+    repeats = replace(PENALIZED, repetition_penalty=0.7, frequency_penalty=-0.2)  # which draws tokens again and again
+    asked = [
+        replace(request, sampling=(PENALIZED, SAMPLED, repeats, GREEDY)[i % 4])
+        for i, request in enumerate(requests(prompts(8), max_tokens=20, limits=limits))
+    ]
+    answers = ids(engine(kv_nbytes=1 << 20).generate(asked))
+    it = speculating(answers, lookahead=lookahead)
+    assert it._speculator is not None
+    with patch.object(it._speculator._drafter, "draft", wraps=it._speculator._drafter.draft) as drafted:
+        assert ids(it.generate(asked)) == answers
+    assert {sequence.request.id for call in drafted.call_args_list for sequence in call.args[0]} == set(answers)
+    check_drafted(it)
+
+
+@pytest.mark.parametrize("costs", [SWAPPING, RECOMPUTING], ids=["swap", "recompute"])
+def test_penalties_are_the_same_after_preemptions(costs: Costs) -> None:
+    asked = requests(prompts(8, 30), PENALIZED, max_tokens=20)
+    answers = ids(engine(kv_nbytes=1 << 20).generate(asked))
+    it = speculating(answers, kv_nbytes=pages_nbytes(TINY, 26), costs=costs, debug=True)
+    assert ids(it.generate(asked)) == answers
+    assert it.metrics().num_preempted > 0
+    check_drafted(it)
+
+
+def test_requests_that_cannot_be_drafted_draw_the_same_beside_others_that_are() -> None:
     texts = prompts(4)
-    asked = [replace(request, **more) if i % 2 else request for i, request in enumerate(requests(texts))]
+    asked = [replace(request, wants_hidden=True) if i % 2 else request for i, request in enumerate(requests(texts))]
     answers = ids(engine(kv_nbytes=1 << 20).generate(asked))
     it = speculating(answers)
     assert it._speculator is not None

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from yafsdp_like.inference.engine.batch import ActiveRequest, RequestStatus, Run
+from yafsdp_like.inference.engine.histories import Histories
 from yafsdp_like.kernels.lora import tiles_of
 from yafsdp_like.kernels.query_tiles import write_tiles
 from yafsdp_like.kernels.sampling_params import SamplingInts, SamplingParams
@@ -30,6 +30,7 @@ from yafsdp_like.kernels.sampling_params import SamplingInts, SamplingParams
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from yafsdp_like.inference.engine.batch import ActiveRequest, Run
     from yafsdp_like.inference.plan.buffers import BatchInputs, StepBuffers
     from yafsdp_like.inference.plan.step_sizes import StepSize
 
@@ -92,7 +93,8 @@ class Staging:
         self, buffers: StepBuffers, page_size: int, queries_per_tile: int, pinned: bool, num_adapter_slots: int
     ) -> None:
         self._num_adapter_slots = num_adapter_slots
-        self._history, self._page_size = buffers.tables.history, page_size
+        self.histories, self._page_size = Histories(buffers.tables.history, pinned), page_size
+        self._vocab_size = buffers.tables.history.shape[1]
         self._queries_per_tile = queries_per_tile
         self._num_drawn = len(buffers.inputs.last_rows)  # tokens of the last step, at the start of ``token_pool``
         self._sides = [_Side(buffers.inputs, pinned) for _ in range(2)]
@@ -101,8 +103,6 @@ class Staging:
         self._filled: list[_Filled | None] = [None] * len(buffers.inputs.seq_lens)  # page_tables on the device
         # Rows of the last step that drew, which is where ``token_pool`` has its tokens.
         self._drawn: dict[ActiveRequest, int] = {}
-        self._histories = host_like(self._history, pinned)
-        self._history_rows: dict[ActiveRequest, tuple[int, int]] = {}  # row, and the admission that it was made for
 
     def stage(self, runs: Sequence[Run], drawing: Sequence[Run], size: StepSize) -> None:
         """Write and upload all that a step of ``size`` reads; ``drawing`` are those of ``runs`` that draw.
@@ -139,7 +139,7 @@ class Staging:
         step overwrites these tables.
         """
         self.stage_idle(size)
-        inputs, rows, vocab_size = self._side.inputs, slice(0, size.num_tokens), self._history.shape[1]
+        inputs, rows, vocab_size = self._side.inputs, slice(0, size.num_tokens), self._vocab_size
         tokens = np.arange(self._num_drawn, self._num_drawn + size.num_tokens)
         inputs.token_index.array[rows] = tokens
         inputs.token_pool.array[tokens] = np.arange(size.num_tokens) * _STRIDE % vocab_size
@@ -276,10 +276,10 @@ class Staging:
             self._write_sampling(sequences, size)
         ints = inputs.sampling_ints.array
         ints[:count, _POSITION] = [run.start + run.num_tokens for run in drawing]
-        for row, sequence in enumerate(sequences):
+        for row, run in enumerate(drawing):
             # What limited rows draw here is replaced, and leaves no trace: see limited_drawing.py, [Note: drawn twice].
-            if sequence.needs_history and not sequence.request.limits:
-                ints[row, _HISTORY_ROW] = self.history_row(sequence)
+            if run.sequence.needs_history and not run.sequence.request.limits:
+                ints[row, _HISTORY_ROW] = self.histories.row_of(run)
         if self._drawing != (sequences, size.num_drawing):
             self._drawing = sequences, size.num_drawing
             inputs.sampling_floats.upload(0, size.num_drawing)
@@ -297,32 +297,6 @@ class Staging:
         side.inputs.sampling_floats.array[: size.num_drawing] = [params.floats for params in all_params]
         side.inputs.sampling_ints.array[: size.num_drawing] = [params.ints(0) for params in all_params]
         side.drawn, side.num_drawn = sequences, size.num_drawing
-
-    def history_row(self, sequence: ActiveRequest) -> int:
-        """Return the row of ``history`` that counts the sequence's tokens; -1 if its sampling needs none."""
-        if not sequence.request.sampling.needs_history:
-            return _NOWHERE
-        row, num_admitted = self._history_rows.get(sequence, (_NOWHERE, 0))
-        if num_admitted != sequence.num_admitted:
-            row = self._free_history_row() if row == _NOWHERE else row
-            self._history_rows[sequence] = row, sequence.num_admitted
-            self._write_history(sequence, row)
-        return row
-
-    def _free_history_row(self) -> int:
-        gone = [sequence for sequence in self._history_rows if sequence.status is not RequestStatus.RUNNING]
-        for sequence in gone:
-            del self._history_rows[sequence]
-        taken = {row for row, _ in self._history_rows.values()}
-        return next(row for row in range(len(self._history)) if row not in taken)
-
-    def _write_history(self, sequence: ActiveRequest, row: int) -> None:
-        """Fill a row as `kernels.sampling.remember` does; drawing then keeps it up to date on the device."""
-        history, num_prompt = self._histories[row].numpy(), len(sequence.request.prompt)
-        history[:] = 0
-        history[sequence.tokens[:num_prompt]] = 1
-        np.add.at(history, sequence.tokens[num_prompt:], 2)
-        self._history[row].copy_(self._histories[row], non_blocking=True)
 
 
 def host_like(tensor: Tensor, pinned: bool) -> Tensor:

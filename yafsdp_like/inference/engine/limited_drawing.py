@@ -51,7 +51,7 @@ class LimitedDrawing:
         self,
         drawing: Sequence[Run],
         late: Collection[ActiveRequest],
-        history_row: Callable[[ActiveRequest], int],
+        history_row: Callable[[Run], int],
     ) -> None:
         """Replace what limited rows have drawn, but for those of ``late`` sequences, which ``find_late`` has found."""
         num_biases = self._write(drawing, late, history_row)
@@ -105,7 +105,7 @@ class LimitedDrawing:
         self,
         drawing: Sequence[Run],
         late: Collection[ActiveRequest],
-        history_row: Callable[[ActiveRequest], int],
+        history_row: Callable[[Run], int],
     ) -> int:
         """Write the rows of all tables, and return how many biases there are."""
         host, vocab_size = self._on_host, self._logits.logits.shape[1]
@@ -122,7 +122,7 @@ class LimitedDrawing:
             except GrammarError as error:  # what is drawn then is not said
                 sequence.failure, bits[row] = str(error), -1
             is_limited[row], floats[row] = True, sampling.floats
-            ints[row] = sampling.ints(run.end, history_row(sequence))
+            ints[row] = sampling.ints(run.end, history_row(run))
             end = num_biases + len(limits.biases)
             for index, (token, bias) in enumerate(limits.biases, num_biases):
                 host.bias_index[index], host.biases[index] = row * vocab_size + token, bias

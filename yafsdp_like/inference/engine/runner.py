@@ -315,7 +315,7 @@ class Runner:
     def draw_limited(self, step: Undrawn, late: Collection[ActiveRequest]) -> Launched:
         """Draw again for limited rows but those of ``late`` sequences, which ``find_late`` has found; end the step."""
         with launching_on(self._weights.device):
-            self._limited(step.drawing, late, self._staging.history_row)
+            self._limited(step.drawing, late, self._staging.histories.row_of)
             return replace(self._fetch(step), late=late)
 
     def find_late(self, step: Undrawn, spare_s: float) -> set[ActiveRequest]:

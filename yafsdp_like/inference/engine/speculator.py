@@ -18,8 +18,8 @@ seconds that steps of so many rows take, measured when the engine starts and cor
 device waits before it: a draft needs the last token, so such a step is not launched ahead. Where nothing pays, steps
 are. Tensor parallel ranks decide by the first one's table, uncorrected, so that all decide alike.
 
-Steps with parts of prompts have no drafts: there a row costs as much as a prompt's. Requests have none whose penalties
-count tokens on the device, or which want hidden states.
+Steps with parts of prompts have no drafts: there a row costs as much as a prompt's. Requests that want hidden states
+have none. Penalties of a row count what was drafted before it, too (``histories.py``, [Note: history of drafts]).
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from yafsdp_like.inference.engine.batch import ActiveRequest, Run
-    from yafsdp_like.inference.engine.request import Request
     from yafsdp_like.inference.engine.step_times import StepTimes
     from yafsdp_like.inference.options import EngineOptions
 
@@ -159,11 +158,7 @@ class Speculator:
         record.learn(sequence.tokens)
         num_left = len(request.prompt) + request.max_tokens - sequence.length  # of which the step draws one itself
         most = min(self._num_tokens, num_left - 1)
-        if most < 1 or not _may_be_drafted(request):
+        if most < 1 or request.wants_hidden:
             return iter(())
         prospect = self._drafter.prospect_of(sequence, most)
         return iter(()) if prospect is None else record.chances_of(prospect, len(sequence.tokens))
-
-
-def _may_be_drafted(request: Request) -> bool:
-    return not (request.wants_hidden or request.sampling.needs_history)

@@ -219,7 +219,7 @@ class DeviceTables:
     kind: ClassVar = TABLES
     token_ids: Tensor = _tensor("T", dtype=torch.int64)  # picked from ``token_pool``
     targets: Tensor = _tensor("T", dtype=torch.int64)  # what follows tokens of prompts that are scored
-    history: Tensor = _tensor("B", "V", dtype=torch.int32)  # see ``kernels/sampling.py``
+    history: Tensor = _tensor("R", "V", dtype=torch.int32)  # see ``kernels/sampling.py``, ``engine/histories.py``
     cos: Tensor = _tensor("S", "H")  # of all positions
     sin: Tensor = _tensor("S", "H")
 
