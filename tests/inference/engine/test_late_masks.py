@@ -282,6 +282,24 @@ def test_a_text_that_ends_while_its_lane_is_busy_has_no_rest(monkeypatch: pytest
     assert rests == [0.0] and gated.masks and not ended.masks
 
 
+def test_masks_of_several_texts_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents: steps that wait for as many masks, one after the other, as they have bound rows."""
+
+    class Together(OddAfterEven):
+        def start(self) -> Together:
+            return Together()
+
+        def allowed(self) -> Any:
+            together.wait(SECONDS)
+            return super().allowed()
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    sequences, together = [some_sequence(number) for number in range(3)], threading.Barrier(3)
+    asked = [AskedMasks(sequence, GrammarText(Together(), 3), [()]) for sequence in sequences]
+    assert not MaskLanes().find_late(asked, SECONDS, alone=False)
+    assert all(each.text.error is None for each in asked)
+
+
 def test_no_step_waits_for_more_than_the_masks_that_it_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two texts that one step gives to the quick lane: the first is there while the second is not."""
     sequences, is_waiting, gate = [some_sequence(number) for number in range(2)], threading.Event(), threading.Event()

@@ -32,6 +32,18 @@ def test_what_is_drafted_in_a_grammar_leaves_its_text_where_it_was(tmp_path: Pat
     assert (np.array(state.allowed()) == after).all()
 
 
+def test_each_text_has_a_matcher_of_its_own_and_the_first_the_one_that_is_there(tmp_path: Path) -> None:
+    """Prevents: threads that wait, with the interpreter, for the lexer that copies of a matcher share."""
+    codec = Codec.load(write_tokenizer(tmp_path))
+    found = codec.grammars(codec.vocab_size).of_regex("ab[cd]")
+    (there,) = found._unused
+    states = [found.start() for _ in range(3)]
+    assert states[0]._matcher is there and len({id(state._matcher) for state in states}) == 3
+    states[0].accept([codec.encode("a")[0]])
+    first, second, third = (np.array(state.allowed()) for state in states)
+    assert (second == third).all() and (first != second).any()
+
+
 @pytest.mark.parametrize(
     ("hostile", "words"),
     [

@@ -4,11 +4,12 @@ Owns those threads and each text's place in its grammar. Knows nothing of the de
 
 [Note: late masks]
 What a grammar allows may take any time to find out, and other rows of the step would wait for it. So masks are computed
-in threads (llguidance lets go of the interpreter meanwhile), from when the last token was read, and the step waits for
-them as long as ``StepLog.spare_s`` says. A row whose mask is late draws nothing: the next step computes its last token
-once more, and draws if the mask is there by then. A text whose mask took long has the next one computed in the slow
-lane, for which no step waits until one is quick again; so steps wait once for a text that stays slow, and for the quick
-ones behind it. Where all rows are late, nobody is held up, and the step waits for the first of them.
+in threads, several at once (llguidance lets go of the interpreter meanwhile), from when the last token was read, while
+the step's forward runs, and the step waits for them as long as ``StepLog.spare_s`` says. A row whose mask is late draws
+nothing: the next step computes its last token once more, and draws if the mask is there by then. A text whose mask took
+long has the next one computed in the slow lane, for which no step waits until one is quick again; so steps wait once
+for a text that stays slow, and for the quick ones behind it. Where all rows are late, nobody is held up, and the step
+waits for the first of them.
 
 While llguidance accepts a token it keeps the interpreter, and nothing else goes on; an ambiguous grammar can make that
 last longer with each token. So a text that keeps it for more than ``MAX_HELD_S`` ends with an error, and before a slow
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 SLOW_S = 2e-3  # CPU time of a mask from which on a text is slow
 MAX_HELD_S = 5e-3  # CPU time of accepting tokens at which a text ends
 _REST = 20  # times as long as a slow text has kept the interpreter
+_MAX_QUICK = 8  # threads of the quick lane, and at most half of the host's cores
 _ALONE_S = 0.02  # that a step waits where nobody is held up, until requests may come and go
 
 Words = npt.NDArray[np.int32]  # (W,): bits, as in kernels/token_bits.py
@@ -114,8 +116,9 @@ class MaskLanes:
     """The threads of one engine, which are started when the first grammar comes. See [Note: late masks]."""
 
     def __init__(self) -> None:
-        self._quick = ThreadPoolExecutor(1, thread_name_prefix="quick grammars")
-        self._slow = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4), thread_name_prefix="slow grammars")
+        cores = os.cpu_count() or 1
+        self._quick = ThreadPoolExecutor(max(1, min(_MAX_QUICK, cores // 2)), thread_name_prefix="quick grammars")
+        self._slow = ThreadPoolExecutor(max(1, cores // 4), thread_name_prefix="slow grammars")
 
     def find_late(self, asked: Collection[AskedMasks], spare_s: float, *, alone: bool) -> set[ActiveRequest]:
         """Have masks computed, and return the sequences that do not have theirs.

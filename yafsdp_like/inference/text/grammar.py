@@ -7,7 +7,6 @@ Owns the way from what is asked for to `llguidance`, which says which tokens may
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -77,15 +76,28 @@ class MatcherState:
             return None
 
 
-@dataclass(frozen=True)
 class TextGrammar:
-    """A grammar that was understood; texts begin with copies of its first state."""
+    """A grammar that was understood.
 
-    first: Any
+    Each text has a matcher of its own. Copies of one share its lexer behind a lock, so threads that compute their masks
+    would wait for each other, and one that accepts a token would keep the interpreter while it waits.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        """``make`` returns a matcher, or one in an error, from any thread."""
+        self._make, self._unused = make, [make()]
+
+    @property
+    def error(self) -> str:
+        """Why it was not understood; empty if it was."""
+        return str(self._unused[0].get_error())
 
     def start(self) -> MatcherState:
-        """Begin a text."""
-        return MatcherState(self.first.deep_copy())
+        """Begin a text; the first has the matcher that is there, and each other one takes as long to make."""
+        try:
+            return MatcherState(self._unused.pop())
+        except IndexError:
+            return MatcherState(self._make())
 
 
 class Grammars:
@@ -132,10 +144,11 @@ class Grammars:
             raise ValueError(MISSING) from None
         try:
             limits = llguidance.LLParserLimits(**LIMITS)
-            matcher = llguidance.LLMatcher(self._tokens, grammar_of(llguidance), log_level=0, limits=limits)
-            error = matcher.get_error()
+            rules = grammar_of(llguidance)
+            grammar = TextGrammar(lambda: llguidance.LLMatcher(self._tokens, rules, log_level=0, limits=limits))
+            error = grammar.error
         except Exception as caught:  # a grammar may be wrong in any way
             error = str(caught)
         if error:
             raise ValueError(f"it is not understood: {error[:400]}")
-        return TextGrammar(matcher)
+        return grammar
