@@ -74,6 +74,7 @@ COSTLY: dict[str, tuple[str, Callable[[], dict[str, Any]], str | None]] = {
     "a long message": (CHATS, lambda: chat([said(text(900_000))]), "messages"),
     "long messages": (CHATS, lambda: chat([said(text(9_000))] * 100), "messages"),
     "many messages": (CHATS, lambda: chat([said("x")] * 10_000), "messages"),
+    "more messages than tokens fit": (CHATS, lambda: chat([said("x")] * 1_500), "messages"),
     "many parts": (CHATS, lambda: chat([said([{"type": "text", "text": "x"}] * 10_000)]), "messages"),
     "a long part": (CHATS, lambda: chat([said([{"type": "text", "text": text(900_000)}])]), "messages"),
     "a very long prompt": (COMPLETIONS, lambda: {"prompt": text(6_000_000)}, None),

@@ -107,6 +107,8 @@ class BodyLimits:
             return
         if len(messages) > MAX_MESSAGES:
             raise invalid("messages", f"at most {MAX_MESSAGES}, found {len(messages)}")
+        if len(messages) > self.max_seq_len:  # before they are validated, rendered and cut into tokens
+            raise too_long("messages", f"{len(messages)} messages, of a token each at least", self.max_seq_len)
         num_parts = num_characters = 0
         for index, message in enumerate(messages):
             if not isinstance(message, dict):
