@@ -191,7 +191,7 @@ def test_debug_mode_knows_pages_that_images_take_while_a_step_is_issued(llava: L
         pool = it.cache.pools[Tier.DEVICE]
         (shape,) = [shape for shape in pool.stocks if shape.num_planes == 1]
         for page in list(pool.stocks[shape].victims)[:1]:
-            pool._evict(shape, page)
+            pool._evict(shape, [page])
         it.generate([replace(second, id=f"poisons {seed}")])
     check_idle(it)
 

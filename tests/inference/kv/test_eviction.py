@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +20,7 @@ from yafsdp_like.inference.kv.kv_cache import (
 )
 from yafsdp_like.inference.kv.layer_groups import LayerGroup
 from yafsdp_like.inference.kv.pages import PagePool
-from yafsdp_like.inference.kv.prefix import Content
+from yafsdp_like.inference.kv.prefix import Content, PrefixTree
 from yafsdp_like.inference.kv.ranked import Ranked
 from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid
 
@@ -121,6 +123,50 @@ def test_a_slab_of_another_shape_is_taken_when_all_of_it_is_older() -> None:
     assert cached_after([small, wide, more]) == (0, 4)
     assert cached_after([wide, small, more]) == (4, 2)  # its own page is older than any of that slab
     assert cached_after([small, wide, more], Tenant("a", floor_nbytes=2048)) == (4, 2)
+
+
+def books(pool: PagePool) -> tuple[object, ...]:
+    """What is cached, in the order in which it goes, and whose it is."""
+    contents = [
+        [(stock.pages[page].tenant, stock.pages[page].content) for page in stock.victims]
+        for stock in pool.stocks.values()
+    ]
+    return contents, pool.ledger.charges, pool.num_evicted, pool.used_and_cached_nbytes
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_many_pages_at_once_are_as_one_after_the_other(seed: int) -> None:
+    """Prevents: evictions of many that go past what comes first, or past another tenant's floor."""
+    tenants = [Tenant("a", floor_nbytes=4 * 512), Tenant("b", priority=seed % 2), Tenant("c", floor_nbytes=2 * 512)]
+    together, apart = (
+        PagePool(SlabGrid(6 * 2048, 2048), GDSF() if seed < 4 else None, tenants, {1: 2}) for _ in range(2)
+    )
+    for shape, pool in itertools.product((SMALL, WIDE), (together, apart)):
+        pool.admit(shape)
+    draw, held = random.Random(seed), list[tuple[PageShape, list[int], list[int]]]()
+    for number in range(200):
+        if held and draw.random() < 0.5:
+            shape, mine, others = held.pop(draw.randrange(len(held)))
+            together.drop_all(shape, mine)
+            for page in others:
+                apart.drop(shape, page)
+        else:
+            shape, tenant, count = draw.choice((SMALL, WIDE)), draw.choice("abc"), draw.randrange(1, 9)
+            mine = together.take_all(shape, count, tenant)
+            others = [page for _ in range(count) if (page := apart.take(shape, tenant)) is not None]
+            assert len(mine) == len(others)
+            tree, cost = PrefixTree(), draw.random()
+            named = [Content(0, prefix) for prefix in tree.extend(tree.root(), [(number, i) for i in range(count)])]
+            num_full = draw.randrange(len(mine) + 1)
+            for pool, pages in ((together, mine), (apart, others)):
+                pool.publish_all(shape, pages[:num_full], named[:num_full], [cost] * num_full)
+            held.append((shape, mine, others))
+        assert books(together) == books(apart)
+    for shape, mine, _ in held:
+        together.drop_all(shape, mine)
+    together.check_integrity({})
+    together.clear()
+    assert together.slabs.num_idle == together.grid.num_slabs and together.num_evicted > 50
 
 
 def test_clear_evicts_all_that_nobody_refers_to() -> None:

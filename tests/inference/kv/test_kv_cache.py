@@ -14,15 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from yafsdp_like.inference.kv.eviction import GDSF, LRU, Costs, Policy, Tenant
-from yafsdp_like.inference.kv.kv_cache import (
-    NO_PAGE,
-    Copy,
-    KVCache,
-    KVSequence,
-    Shortage,
-    Tier,
-    check_integrity,
-)
+from yafsdp_like.inference.kv.kv_cache import Copy, KVCache, Shortage, Tier, check_integrity
+from yafsdp_like.inference.kv.kv_sequence import NO_PAGE, KVSequence
 from yafsdp_like.inference.kv.layer_groups import LayerGroup
 from yafsdp_like.inference.kv.pages import PagePool
 from yafsdp_like.inference.kv.prefix import Content, PrefixTree
@@ -207,7 +200,7 @@ def test_a_page_is_found_again_once_its_evicted_parent_was_computed_anew() -> No
     e.close(first)
     page = pool.find(e.cache.groups[0].shape, content)
     assert page is not None
-    pool._evict(e.cache.groups[0].shape, page)
+    pool._evict(e.cache.groups[0].shape, [page])
     assert e.open(text(0, 9)).num_tokens == 0
     e.close(e.run(text(0, 5)))
     assert e.open(text(0, 9)).num_tokens == 8
@@ -218,7 +211,7 @@ def test_prefixes_that_nobody_needs_are_forgotten_and_a_long_chain_goes_without_
     tree = PrefixTree()
     node = tree.root()
     for token in range(20_000):
-        node = tree.child(node, (token,))
+        (node,) = tree.extend(node, [(token,)])
     assert len(tree) == 20_001 and node.num_pages == 20_000
     del node
     assert len(tree) == 0
@@ -259,7 +252,7 @@ def test_a_prefix_counts_only_where_the_window_behind_it_is_cached_too() -> None
     for index in (3, 0):  # the next token after 20 reads pages 3 and 4, after 16 pages 2 and 3, after 12 pages 1 and 2
         page = pool.find(windowed.shape, contents[index])
         assert page is not None
-        pool._evict(windowed.shape, page)
+        pool._evict(windowed.shape, [page])
     assert full.shape == windowed.shape
     again = e.open(text(0, 21))
     assert again.num_tokens == 12 and again.tables[1][0] == NO_PAGE

@@ -102,13 +102,12 @@ def test_a_slab_returns_with_its_last_page_and_goes_to_another_shape() -> None:
     slabs = SlabPool(SlabGrid(2 * 6 * 512, 6 * 512))
     slabs.admit(SMALL)
     slabs.admit(wide)
-    small = [slabs.take(SMALL) for _ in range(12)]
-    assert sorted(page for page in small if page is not None) == list(range(12))
-    assert slabs.take(SMALL) is None and slabs.take(wide) is None
+    assert sorted(slabs.take_all(SMALL, 13)) == list(range(12))
+    assert slabs.take_all(SMALL, 1) == slabs.take_all(wide, 1) == []
     for page in range(6, 12):
-        assert slabs.take(wide) is None
-        slabs.put(SMALL, page)
-    assert slabs.take(wide) == 2  # 2 * 1536 bytes: where page 6 of the small shape was
+        assert slabs.take_all(wide, 1) == []
+        slabs.put_all(SMALL, [page])
+    assert slabs.take_all(wide, 1) == [2]  # 2 * 1536 bytes: where page 6 of the small shape was
     slabs.check_integrity({SMALL: set(range(6)), wide: {2}})
     with pytest.raises(RuntimeError, match="are lent"):
         slabs.check_integrity({SMALL: set(range(5)), wide: {2}})
@@ -119,10 +118,9 @@ def test_pages_come_last_from_slabs_that_are_lent_late_and_never_from_claimed_on
     slabs = SlabPool(SlabGrid(4 * 1024, 1024), lend_late={0: 2, 1: 1})  # of two pages each
     slabs.admit(SMALL)
     slabs.claim(2)
-    assert [slabs.take(SMALL) for _ in range(7)] == [6, 7, 2, 3, 0, 1, None]
+    assert slabs.take_all(SMALL, 7) == [6, 7, 2, 3, 0, 1]
     slabs.check_integrity({SMALL: {7, 6, 3, 2, 1, 0}})
-    for page in (7, 2):
-        slabs.put(SMALL, page)
+    slabs.put_all(SMALL, [7, 2])
     slabs.returned(2)
-    assert [slabs.take(SMALL) for _ in range(4)] == [7, 2, 4, 5]
+    assert slabs.take_all(SMALL, 4) == [7, 2, 4, 5]
     assert slabs.num_written == [1, 1, 2, 1]

@@ -17,21 +17,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 
-@dataclass(frozen=True)
-class PageUse:
-    """What a policy may know of a page whose last reference went."""
-
-    tick: int  # when, counted in pages let go
-    num_uses: int  # how often it was taken or found again
-    nbytes: int
-    cost: float  # seconds to bring the content back
-
-
 class Policy(Protocol):
     """Ranks pages when they become victims; lowest goes first, the longest-known of equals before others."""
 
-    def rank(self, use: PageUse) -> float:
-        """Return the rank of a page that has become a victim."""
+    def rank(self, tick: int, num_uses: int, nbytes: int, cost: float) -> float:
+        """Return the rank of a page that has become a victim.
+
+        ``tick`` says when, counted in pages let go, ``num_uses`` how often it was taken or found again, and ``cost``
+        how many seconds it takes to bring the content back.
+        """
 
     def evicted(self, rank: float) -> None:
         """Note that a page of this rank was evicted."""
@@ -40,9 +34,9 @@ class Policy(Protocol):
 class LRU:
     """The page whose last reference went first."""
 
-    def rank(self, use: PageUse) -> float:
+    def rank(self, tick: int, num_uses: int, nbytes: int, cost: float) -> float:
         """Return when the last reference went."""
-        return use.tick
+        return tick
 
     def evicted(self, rank: float) -> None:
         """Do nothing: ranks do not depend on it."""
@@ -58,9 +52,9 @@ class GDSF:
     def __init__(self) -> None:
         self.clock = 0.0
 
-    def rank(self, use: PageUse) -> float:
+    def rank(self, tick: int, num_uses: int, nbytes: int, cost: float) -> float:
         """Return the clock plus what the page is worth per byte."""
-        return self.clock + use.num_uses * use.cost / use.nbytes
+        return self.clock + num_uses * cost / nbytes
 
     def evicted(self, rank: float) -> None:
         """Advance the clock to this rank."""
@@ -148,48 +142,61 @@ class Victims:
     def __iter__(self) -> Iterator[int]:
         return (page for pages in self._pages.values() for page in pages)
 
-    def put(self, page: int, tenant: str, rank: Rank) -> None:
-        """Add a page of ``tenant`` as a victim."""
+    def put_all(self, ranked: Sequence[tuple[int, Rank]], tenant: str) -> None:
+        """Add pages of ``tenant`` as victims."""
         pages = self._pages.get(tenant)
         if pages is None:
             pages = self._pages[tenant] = Ranked()
-        pages.put(page, rank)
-        self._count += 1
+        pages.put_all(ranked)
+        self._count += len(ranked)
         self.refresh(tenant)
-
-    def remove(self, page: int, tenant: str) -> Rank:
-        """Remove a victim, and return its rank."""
-        (rank,) = self.remove_all([page], tenant)
-        return rank
 
     def remove_all(self, removed: Sequence[int], tenant: str) -> list[Rank]:
         """Remove victims of one tenant, and return their ranks."""
         pages = self._pages[tenant]
         ranks = [pages.rank(page) for page in removed]
-        for page in removed:
-            pages.discard(page)
-        if not pages:
-            del self._pages[tenant]
-        self._count -= len(removed)
-        self.refresh(tenant)
+        pages.remove_all(removed)
+        self._removed(tenant, len(removed))
         return ranks
+
+    def pop_all(self, tenant: str, count: int, bound: Rank | None) -> tuple[str, list[tuple[int, Rank]]]:
+        """Remove up to ``count`` victims that pages of ``tenant`` evict first, all of one tenant: who, and which.
+
+        Ranks are below ``bound``, if there is one. There are none only if none may go; others may follow of the same or
+        of another tenant.
+        """
+        own, other = self._first_rank(tenant), self._open.first()
+        if other is not None and other != tenant and (own is None or self._open.rank(other) < own):
+            owner, count = other, min(count, self._ledger.surplus_nbytes(other) // self._page_nbytes)
+        else:
+            owner, own = tenant, None
+        if owner not in self._pages:
+            return owner, []
+        self._open.discard(owner)
+        rival = self._open.first()
+        bounds = [rank for rank in (bound, own, None if rival is None else self._open.rank(rival)) if rank is not None]
+        popped = self._pages[owner].pop_below(min(bounds, default=None), count)
+        self._removed(owner, len(popped))
+        return owner, popped
+
+    def _removed(self, tenant: str, count: int) -> None:
+        if not self._pages[tenant]:
+            del self._pages[tenant]
+        self._count -= count
+        self.refresh(tenant)
 
     def refresh(self, tenant: str) -> None:
         """Update the order after the tenant's charge has changed."""
         if tenant not in self._pages and tenant not in self._open:  # as while nothing is cached
             return
-        first = self._first_of(tenant)
+        first = self._first_rank(tenant)
         if first is None or self._ledger.surplus_nbytes(tenant) < self._page_nbytes:
             self._open.discard(tenant)
         else:
-            self._open.put(tenant, first[0])
+            self._open.put(tenant, first)
 
-    def first(self, tenant: str) -> tuple[Rank, int] | None:
-        """Return rank and number of the page that a page of ``tenant`` evicts first; None if none may go."""
-        candidates = (self._first_of(name) for name in (tenant, self._open.first()))
-        return min((first for first in candidates if first is not None), default=None)
-
-    def _first_of(self, tenant: str | None) -> tuple[Rank, int] | None:
-        pages = None if tenant is None else self._pages.get(tenant)
+    def _first_rank(self, tenant: str) -> Rank | None:
+        """Return the rank of the tenant's first victim."""
+        pages = self._pages.get(tenant)
         page = None if pages is None else pages.first()
-        return None if pages is None or page is None else (pages.rank(page), page)
+        return None if pages is None or page is None else pages.rank(page)

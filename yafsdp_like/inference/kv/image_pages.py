@@ -42,7 +42,7 @@ class ImagePages:
         """Return the page of an image, which counts as used; None if there is none."""
         page = self._pool.find(self._shape, content)
         if page is not None:
-            self._pool.add_reference(self._shape, page)
+            self._pool.add_references(self._shape, [page])
             self._pool.drop(self._shape, page)
         return page
 
@@ -50,6 +50,6 @@ class ImagePages:
         """Return a page for an image that has none, to be written by what is issued next; None if none can be had."""
         page = self._pool.take(self._shape, tenant)
         if page is not None:
-            self._pool.publish(self._shape, page, content, self._shape.page_size / ENCODED_ROWS_PER_S)
+            self._pool.publish_all(self._shape, [page], [content], [self._shape.page_size / ENCODED_ROWS_PER_S])
             self._pool.drop(self._shape, page)
         return page

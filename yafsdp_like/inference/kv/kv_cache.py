@@ -17,22 +17,23 @@ of ``n`` tokens is cached if each group still has its pages from that one on.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from itertools import accumulate, groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, NamedTuple
 
+from yafsdp_like.inference.kv.kv_sequence import NO_PAGE, KVSequence, KVSequenceState
 from yafsdp_like.inference.kv.prefix import Content, Prefix, PrefixTree
 from yafsdp_like.inference.kv.slabs import ceil_div, check
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Sequence
 
     from yafsdp_like.inference.kv.eviction import Costs
     from yafsdp_like.inference.kv.layer_groups import LayerGroup
     from yafsdp_like.inference.kv.pages import PagePool
     from yafsdp_like.inference.kv.slabs import PageShape
-
-NO_PAGE = -1
 
 
 class Tier(Enum):
@@ -40,14 +41,6 @@ class Tier(Enum):
 
     DEVICE = auto()
     HOST = auto()
-
-
-class KVSequenceState(Enum):
-    """Where the pages of a sequence are."""
-
-    RESIDENT = auto()  # pages on the device
-    SWAPPED = auto()  # pages on the host
-    CLOSED = auto()
 
 
 @dataclass(frozen=True)
@@ -70,43 +63,11 @@ class Shortage:
     num_wanted: int
 
 
-@dataclass(frozen=True)
-class WantedPage:
-    """A place in a table that wants a page, what should be in it, and the page of the other tier that has it."""
+class WantedPage(NamedTuple):
+    """What should be in a page that a table wants, if it is full, and the page of the other tier that has it."""
 
-    group: int
-    index: int
     content: Content | None
     source: int
-
-
-@dataclass(eq=False)
-class KVSequence:
-    """Tokens whose keys and values are in pages, and the tables that say in which. Changed by ``KVCache`` only."""
-
-    tenant: str
-    root: Prefix
-    tables: tuple[list[int], ...]  # per group: the page of tokens [i page_size, (i + 1) page_size), or NO_PAGE
-    firsts: list[int]  # per group: the first page that is still there
-    state: KVSequenceState = KVSequenceState.RESIDENT
-    prefixes: list[Prefix] = field(default_factory=list)  # one per full page
-    tail: list[int] = field(default_factory=list)  # tokens of the page that is not full
-    num_tokens: int = 0
-    num_reserved: int = 0  # tokens behind them that have places of this sequence's own
-
-    @property
-    def num_pages(self) -> int:
-        """Pages that ``num_tokens`` take in a group that keeps all."""
-        return len(self.prefixes) + bool(self.tail)
-
-    def place(self, pages: Mapping[WantedPage, int]) -> None:
-        """Enter acquired pages in the tables."""
-        for want, page in pages.items():
-            self.tables[want.group][want.index] = page
-
-    def content(self, group: int, index: int) -> Content | None:
-        """Return what the ``index``-th page of a group holds; None if it is not full."""
-        return Content(group, self.prefixes[index]) if index < len(self.prefixes) else None
 
 
 class KVCache:
@@ -170,25 +131,30 @@ class KVCache:
         return None
 
     def commit(self, sequence: KVSequence, tokens: Sequence[int]) -> None:
-        """Record that keys and values of ``tokens`` are written, or will be before anything scheduled from now on.
+        """Commit tokens of one sequence as ``commit_all`` does."""
+        self.commit_all([(sequence, tokens)])
+
+    def commit_all(self, written: Iterable[tuple[KVSequence, Sequence[int]]]) -> None:
+        """Record that keys and values of each one's tokens are written, or will be before what is scheduled later.
 
         Full pages can be found from now on; pages that left a window are dropped.
         """
-        self._require(sequence, KVSequenceState.RESIDENT)
-        count, tail = len(tokens), sequence.tail
-        if count > sequence.num_reserved:
-            raise RuntimeError(
-                f"commit of {count} tokens behind {sequence.num_tokens}: {sequence.num_reserved} places are "
-                "reserved; call reserve() before the forward that writes them"
-            )
-        sequence.num_reserved -= count
-        sequence.num_tokens += count
-        tail += tokens
-        while len(tail) >= self.page_size:
-            self._publish_next(sequence, tuple(tail[: self.page_size]))
-            del tail[: self.page_size]
-        if self._windowed:
-            self._drop_outside_windows(sequence)
+        for sequence, tokens in written:
+            if sequence.state is not KVSequenceState.RESIDENT:
+                self._require(sequence, KVSequenceState.RESIDENT)
+            count, tail = len(tokens), sequence.tail
+            if count > sequence.num_reserved:
+                raise RuntimeError(
+                    f"commit of {count} tokens behind {sequence.num_tokens}: {sequence.num_reserved} places are "
+                    "reserved; call reserve() before the forward that writes them"
+                )
+            sequence.num_reserved -= count
+            sequence.num_tokens += count
+            tail += tokens
+            if len(tail) >= self.page_size:
+                self._publish_tail(sequence)
+            if self._windowed:
+                self._drop_outside_windows(sequence)
 
     def close(self, sequence: KVSequence) -> None:
         """Drop all pages of a sequence, the last first, so that the end of a text is evicted before its beginning.
@@ -236,10 +202,10 @@ class KVCache:
         if Tier.HOST not in self.pools:
             return False
         back = out = 0
-        for group, index, _ in self._written(sequence):
+        for group, wanted in enumerate(self._written(sequence)):
             nbytes = self.groups[group].shape.nbytes
-            back += nbytes
-            out += nbytes if self._find(Tier.HOST, group, sequence.content(group, index)) is None else 0
+            back += nbytes * len(wanted)
+            out += nbytes * self._find(Tier.HOST, group, [want.content for want in wanted]).count(None)
         return self.costs.copy_s(out + back) < self.costs.recompute_s(sequence.num_tokens)
 
     # --- pages of a sequence ---
@@ -256,19 +222,32 @@ class KVCache:
             for index in range(sequence.firsts[group], len(table)):
                 yield group, index, table[index]
 
-    def _written(self, sequence: KVSequence) -> list[tuple[int, int, int]]:
-        """Return the same without pages that are only reserved."""
-        return [(group, index, page) for group, index, page in self._pages(sequence) if index < sequence.num_pages]
+    def _written(self, sequence: KVSequence) -> list[list[WantedPage]]:
+        """Return, per group, the pages that hold tokens and what is in them, as the other tier may want them."""
+        return [
+            [
+                WantedPage(sequence.content(group, index), table[index])
+                for index in range(sequence.firsts[group], sequence.num_pages)
+            ]
+            for group, table in enumerate(sequence.tables)
+        ]
 
     def _drop_pages(self, sequence: KVSequence) -> None:
-        pool = self._pool(sequence)
-        for group, _, page in sorted(self._pages(sequence), key=lambda found: -found[1]):
-            pool.drop(self.groups[group].shape, page)
+        """Drop all that the tables hold, the last pages of all groups first."""
+        pool, firsts = self._pool(sequence), sequence.firsts
+        held = [
+            (-index, group, page, self.groups[group].shape)
+            for group, table in enumerate(sequence.tables)
+            for index, page in enumerate(table[firsts[group] :], firsts[group])
+        ]
+        for shape, found in groupby(sorted(held), itemgetter(3)):
+            pool.drop_all(shape, [page for _, _, page, _ in found])
 
-    def _find(self, tier: Tier, group: int, content: Content | None) -> int | None:
-        if content is None or tier not in self.pools:
-            return None
-        return self.pools[tier].find(self.groups[group].shape, content)
+    def _find(self, tier: Tier, group: int, contents: Sequence[Content | None]) -> list[int | None]:
+        """Return which page of a tier holds what, if any does."""
+        if tier not in self.pools:
+            return [None] * len(contents)
+        return self.pools[tier].find_all(self.groups[group].shape, contents)
 
     def _take(self, tier: Tier, tenant: str, counts: Sequence[int]) -> list[list[int]] | Shortage:
         """Take so many pages for each group, all or none; what is plainly too much evicts nothing."""
@@ -278,54 +257,63 @@ class KVCache:
             if not count:
                 continue
             shape = self.groups[group].shape
-            page: int | None = NO_PAGE if count <= pool.num_available(shape) else None
-            while page is not None and len(taken[group]) < count:
-                page = pool.take(shape, tenant)
-                if page is not None:
-                    taken[group].append(page)
+            if count <= pool.num_available(shape):
+                taken[group] = pool.take_all(shape, count, tenant)
             if len(taken[group]) < count:
-                for other, pages in enumerate(taken):
-                    for page in pages:
-                        pool.drop(self.groups[other].shape, page)
+                for other, pages in zip(self.groups, taken, strict=True):
+                    pool.drop_all(other.shape, pages)
                 return Shortage(tier, shape, count)
         return taken
 
-    def _publish_next(self, sequence: KVSequence, tokens: tuple[int, ...]) -> None:
-        """Publish the next page of a sequence, which is full of ``tokens``."""
-        sequence.prefixes.append(self.tree.child(sequence.prefixes[-1] if sequence.prefixes else sequence.root, tokens))
-        index = len(sequence.prefixes) - 1
+    def _publish_tail(self, sequence: KVSequence) -> None:
+        """Publish the pages that the tail of a sequence fills; the rest of it remains."""
+        size, tail, first = self.page_size, sequence.tail, len(sequence.prefixes)
+        num_full = len(tail) // size * size
+        texts = [tuple(tail[start : start + size]) for start in range(0, num_full, size)]
+        del tail[:num_full]
+        prefixes = self.tree.extend(sequence.prefixes[-1] if first else sequence.root, texts)
+        sequence.prefixes += prefixes
         for group, table in enumerate(sequence.tables):
-            self._publish(Tier.DEVICE, group, table[index], Content(group, sequence.prefixes[index]))
+            contents = [Content(group, prefix) for prefix in prefixes]
+            self._publish(Tier.DEVICE, group, table[first : first + len(contents)], contents)
 
-    def _publish(self, tier: Tier, group: int, page: int, content: Content) -> None:
-        """Publish a page; content that the host has too costs a copy, if that is less than computing it."""
-        shape = self.groups[group].shape
-        cost = self.costs.recompute_s(self.page_size)
-        if tier is Tier.DEVICE and self._find(Tier.HOST, group, content) is not None:
-            cost = min(cost, self.costs.copy_s(shape.nbytes))
-        self.pools[tier].publish(shape, page, content, cost)
+    def _publish(self, tier: Tier, group: int, pages: Sequence[int], contents: Sequence[Content]) -> None:
+        """Publish pages; content that the host has too costs a copy, if that is less than computing it."""
+        shape, cost = self.groups[group].shape, self.costs.recompute_s(self.page_size)
+        costs = [cost] * len(pages)
+        if tier is Tier.DEVICE and Tier.HOST in self.pools:
+            copied = min(cost, self.costs.copy_s(shape.nbytes))
+            costs = [cost if page is None else copied for page in self._find(Tier.HOST, group, contents)]
+        self.pools[tier].publish_all(shape, pages, contents, costs)
 
     def _drop_outside_windows(self, sequence: KVSequence) -> None:
         for group, layers in self._windowed:
             first = layers.first_page(sequence.num_tokens)
-            for index in range(sequence.firsts[group], first):
-                self.pools[Tier.DEVICE].drop(layers.shape, sequence.tables[group][index])
-                sequence.tables[group][index] = NO_PAGE
-            sequence.firsts[group] = max(first, sequence.firsts[group])
+            before, table = sequence.firsts[group], sequence.tables[group]
+            if first > before:
+                self.pools[Tier.DEVICE].drop_all(layers.shape, table[before:first])
+                table[before:first] = [NO_PAGE] * (first - before)
+                sequence.firsts[group] = first
 
     # --- content from where it is to where it is wanted ---
 
     def _num_cached(self, prefixes: Sequence[Prefix], tiers: Sequence[Tier]) -> int:
         """Return the most pages n such that every group has what it reads of the first n, on one of ``tiers``."""
-        best, runs = 0, [0] * len(self.groups)
-        for num_pages, prefix in enumerate(prefixes, 1):
-            for group in range(len(self.groups)):
-                found = any(self._find(tier, group, Content(group, prefix)) is not None for tier in tiers)
-                runs[group] = runs[group] + 1 if found else 0
+        runs = [self._runs_cached(group, prefixes, tiers) for group in range(len(self.groups))]
+        for num_pages in range(len(prefixes), 0, -1):
             firsts = [group.first_page(num_pages * self.page_size) for group in self.groups]
-            if all(run >= num_pages - first for run, first in zip(runs, firsts, strict=True)):
-                best = num_pages
-        return best
+            if all(run[num_pages - 1] >= num_pages - first for run, first in zip(runs, firsts, strict=True)):
+                return num_pages
+        return 0
+
+    def _runs_cached(self, group: int, prefixes: Sequence[Prefix], tiers: Sequence[Tier]) -> list[int]:
+        """Return for each prefix how many pages up to its last one are cached without a gap."""
+        contents = [Content(group, prefix) for prefix in prefixes]
+        is_cached = [False] * len(contents)
+        for tier in tiers:
+            found = self._find(tier, group, contents)
+            is_cached = [page is not None or before for page, before in zip(found, is_cached, strict=True)]
+        return list(accumulate(is_cached, lambda run, is_there: (run + 1) * is_there, initial=0))[1:]
 
     def _adopt(self, sequence: KVSequence, prefixes: Sequence[Prefix]) -> tuple[Copy, ...] | Shortage:
         """Fill an empty sequence with cached prefixes: refer to the device's pages, copy the rest from the host."""
@@ -333,66 +321,62 @@ class KVCache:
         firsts = [group.first_page(num_tokens) for group in self.groups]
         wanted = []
         for group, first in enumerate(firsts):
-            for index in range(first, len(prefixes)):
-                content = Content(group, prefixes[index])
-                source = self._find(Tier.HOST, group, content)
-                wanted.append(WantedPage(group, index, content, NO_PAGE if source is None else source))
+            contents = [Content(group, prefix) for prefix in prefixes[first:]]
+            sources = self._find(Tier.HOST, group, contents)
+            wanted.append([WantedPage(c, NO_PAGE if s is None else s) for c, s in zip(contents, sources, strict=True)])
         acquired = self._acquire(wanted, Tier.DEVICE, sequence.tenant)
         if isinstance(acquired, Shortage):
             return acquired
         sequence.prefixes, sequence.firsts, sequence.num_tokens = list(prefixes), firsts, num_tokens
-        for table in sequence.tables:
-            table.extend([NO_PAGE] * len(prefixes))
         pages, copies = acquired
-        sequence.place(pages)
+        for table, first, found in zip(sequence.tables, firsts, pages, strict=True):
+            table[:] = [NO_PAGE] * first + found
         return copies
 
     def _move(self, sequence: KVSequence, tier: Tier) -> tuple[Copy, ...] | Shortage:
         """Acquire the sequence's pages on ``tier`` from the other one; the caller changes the state."""
-        wanted = [WantedPage(g, i, sequence.content(g, i), page) for g, i, page in self._written(sequence)]
+        wanted = self._written(sequence)
         acquired = self._acquire(wanted, tier, sequence.tenant)
         if isinstance(acquired, Shortage):
             return acquired
         if tier is Tier.HOST:
-            for want in wanted:
-                if want.content is not None:
-                    self._publish(Tier.DEVICE, want.group, want.source, want.content)  # cheaper to bring back now
+            for group, moved in enumerate(wanted):  # cheaper to bring back now
+                full = [(want.source, want.content) for want in moved if want.content is not None]
+                self._publish(Tier.DEVICE, group, [page for page, _ in full], [content for _, content in full])
         self._drop_pages(sequence)
-        for table in sequence.tables:
-            del table[sequence.num_pages :]
         sequence.num_reserved = 0
         pages, copies = acquired
-        sequence.place(pages)
+        for table, first, found in zip(sequence.tables, sequence.firsts, pages, strict=True):
+            table[first:] = found
         return copies
 
     def _acquire(
-        self, wanted: Sequence[WantedPage], tier: Tier, tenant: str
-    ) -> tuple[dict[WantedPage, int], tuple[Copy, ...]] | Shortage:
-        """Acquire a page on ``tier`` for each of ``wanted``, all or none, with the copies that fill new ones.
+        self, wanted: Sequence[Sequence[WantedPage]], tier: Tier, tenant: str
+    ) -> tuple[list[list[int]], tuple[Copy, ...]] | Shortage:
+        """Acquire a page on ``tier`` for each that a group wants, all or none, with the copies that fill new ones.
 
         Pages that are there get their reference before any is taken, since taking evicts.
         """
         pool, other = self.pools[tier], Tier.HOST if tier is Tier.DEVICE else Tier.DEVICE
-        pages: dict[WantedPage, int] = {}
-        for want in wanted:
-            page = self._find(tier, want.group, want.content)
-            if page is not None:
-                pool.add_reference(self.groups[want.group].shape, page)
-                pages[want] = page
-        absent = [want for want in wanted if want not in pages]
-        counts = Counter(want.group for want in absent)
-        taken = self._take(tier, tenant, [counts[group] for group in range(len(self.groups))])
+        found = [self._find(tier, group, [want.content for want in wants]) for group, wants in enumerate(wanted)]
+        for group, pages in zip(self.groups, found, strict=True):
+            pool.add_references(group.shape, [page for page in pages if page is not None])
+        taken = self._take(tier, tenant, [pages.count(None) for pages in found])
         if isinstance(taken, Shortage):
-            for want, page in pages.items():
-                pool.drop(self.groups[want.group].shape, page)
+            for group, pages in zip(self.groups, found, strict=True):
+                pool.drop_all(group.shape, [page for page in pages if page is not None])
             return taken
-        copies = []
-        for want in absent:
-            page = pages[want] = taken[want.group].pop()
-            copies.append(Copy(self.groups[want.group].shape, other, want.source, tier, page))
-            if want.content is not None:
-                self._publish(tier, want.group, page, want.content)
-        return pages, tuple(copies)
+        acquired, copies = list[list[int]](), list[Copy]()
+        for index, (wants, pages) in enumerate(zip(wanted, found, strict=True)):
+            shape, new = self.groups[index].shape, iter(taken[index])
+            acquired.append([next(new) if page is None else page for page in pages])
+            absent = [
+                (want, page) for want, page, before in zip(wants, acquired[-1], pages, strict=True) if before is None
+            ]
+            copies += [Copy(shape, other, want.source, tier, page) for want, page in absent]
+            full = [(page, want.content) for want, page in absent if want.content is not None]
+            self._publish(tier, index, [page for page, _ in full], [content for _, content in full])
+        return acquired, tuple(copies)
 
     # --- faults ---
 

@@ -1,10 +1,10 @@
 """Pages of many shapes on one region: each is free, cached, or referred to by so many.
 
     free --take--> referenced --drop, without content--> free
-                   referenced --drop, with content--> cached --add_reference--> referenced
-                                                      cached --evicted--> free
+                   referenced --drop, with content--> cached --add_references--> referenced
+                                                      cached --evicted--> free, or taken at once
 
-A page has content once ``publish`` was called for it, and is found by it from then on, until it is free.
+A page has content once ``publish_all`` was called for it, and is found by it from then on, until it is free.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from yafsdp_like.inference.kv.eviction import LRU, Ledger, PageUse, Policy, Tenant, Victims
+from yafsdp_like.inference.kv.eviction import LRU, Ledger, Policy, Tenant, Victims
 from yafsdp_like.inference.kv.prefix import Content
 from yafsdp_like.inference.kv.ranked import Rank, Ranked
 from yafsdp_like.inference.kv.slabs import PageShape, SlabGrid, SlabPool, check
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping
+    from collections.abc import Container, Iterable, Mapping, Sequence
 
     from yafsdp_like.inference.kv.prefix import ImageContent, Prefix
 
@@ -47,9 +47,10 @@ class Stock:
 class PagePool:
     """The pages of one tier: a region on the device, or one of pinned host memory.
 
-    Each operation is O(log n) amortised in pages, slabs and tenants, times the few shapes that share the pool; evicting
-    a slab of another shape is O(log n) for each of its pages. Where that slab is protected by a tenant's floor, all
-    slabs without referenced pages are looked at.
+    Operations take many pages at once, as prompts begin and requests end with many. They are O(log n) amortised in
+    pages, slabs and tenants for each page, times the few shapes that share the pool; evicting a slab of another shape
+    is O(log n) for each of its pages. Where that slab is protected by a tenant's floor, all slabs without referenced
+    pages are looked at.
     """
 
     def __init__(
@@ -77,10 +78,8 @@ class PagePool:
     @property
     def used_and_cached_nbytes(self) -> tuple[int, int]:
         """Bytes of pages with references, and of those that are only cached."""
-        used = sum(
-            shape.nbytes * sum(page.num_references > 0 for page in stock.pages.values())
-            for shape, stock in self.stocks.items()
-        )
+        leases = self.slabs.leases
+        used = sum(num_pages * leases[slab].shape.nbytes for slab, num_pages in self._held.items())
         return used, sum(self.ledger.charges.values()) - used
 
     def num_available(self, shape: PageShape) -> int:
@@ -97,57 +96,112 @@ class PagePool:
         """Return the page that holds ``content``; None if there is none. Changes nothing."""
         return self.stocks[shape].by_content.get(content)
 
-    def take(self, shape: PageShape, tenant: str = "") -> int | None:
-        """Take a page with one reference and any bytes in it, evicting if need be; None if nothing may go."""
-        page = self.slabs.take(shape)
-        while page is None:
-            if not self._make_room(shape, tenant):
-                return None
-            page = self.slabs.take(shape)
-        self.stocks[shape].pages[page] = Page(tenant)
-        self._charge(tenant, shape.nbytes)
-        self._hold(shape, page)
-        return page
+    def find_all(self, shape: PageShape, contents: Iterable[Content | None]) -> list[int | None]:
+        """Return the pages that hold ``contents``; None where there is none. Changes nothing."""
+        by_content = self.stocks[shape].by_content
+        return [None if content is None else by_content.get(content) for content in contents]
 
-    def add_reference(self, shape: PageShape, page: int) -> None:
-        """Add a reference to a page that is not free."""
-        stock = self.stocks[shape]
-        record = stock.pages[page]
-        if not record.num_references:
-            stock.victims.remove(page, record.tenant)
-            self._hold(shape, page)
-        record.num_references += 1
-        record.num_uses += 1
+    def take(self, shape: PageShape, tenant: str = "") -> int | None:
+        """Take one page as ``take_all`` does; None if nothing may go."""
+        return next(iter(self.take_all(shape, 1, tenant)), None)
+
+    def take_all(self, shape: PageShape, count: int, tenant: str = "") -> list[int]:
+        """Take ``count`` pages with one reference each and any bytes in them, evicting if need be.
+
+        There are fewer only where nothing else may go.
+        """
+        taken = self._take_free(shape, count, tenant)
+        while len(taken) < count:
+            more = self._make_room(shape, count - len(taken), tenant)
+            if not more:
+                break
+            taken += more
+        return taken
+
+    def _take_free(self, shape: PageShape, count: int, tenant: str) -> list[int]:
+        pages = self.slabs.take_all(shape, count)
+        if pages:
+            self._enter(shape, pages, tenant)
+        return pages
+
+    def _enter(self, shape: PageShape, pages: Sequence[int], tenant: str) -> None:
+        """Give ``tenant`` pages that nobody has, with one reference each."""
+        records = self.stocks[shape].pages
+        for page in pages:
+            records[page] = Page(tenant)
+        self._charge(tenant, shape.nbytes * len(pages))
+        self._hold(shape, pages)
+
+    def add_references(self, shape: PageShape, pages: Sequence[int]) -> None:
+        """Add a reference to each of ``pages``, none of which is free."""
+        stock, kept = self.stocks[shape], dict[str, list[int]]()
+        for page in pages:
+            record = stock.pages[page]
+            if not record.num_references:
+                kept.setdefault(record.tenant, []).append(page)
+            record.num_references += 1
+            record.num_uses += 1
+        for tenant, found in kept.items():
+            stock.victims.remove_all(found, tenant)
+            self._hold(shape, found)
 
     def drop(self, shape: PageShape, page: int) -> None:
-        """Drop a reference; with the last one the page is free, or cached if it has content."""
-        stock = self.stocks[shape]
-        record = stock.pages[page]
-        assert record.num_references > 0, f"nobody refers to page {page} of {shape}"
-        record.num_references -= 1
-        if record.num_references:
-            return
-        slab = self._let_go(shape, page)
-        if record.content is None:
-            self._free(shape, page)
-        else:
-            rank = self._rank(shape, record)
-            self._ranks[slab] = max(rank, self._ranks.get(slab, rank))
-            stock.victims.put(page, record.tenant, rank)
-        self._note_unheld(shape, slab)
+        """Drop a reference to one page as ``drop_all`` does."""
+        self.drop_all(shape, [page])
 
-    def publish(self, shape: PageShape, page: int, content: Content | ImageContent, cost: float) -> None:
-        """Record what is in a page, and the seconds that it costs to bring it back.
+    def drop_all(self, shape: PageShape, pages: Iterable[int]) -> None:
+        """Drop a reference to each page; with its last one a page is free, or cached if it has content."""
+        records = self.stocks[shape].pages
+        empty, kept = list[int](), list[int]()
+        for page in pages:
+            record = records[page]
+            assert record.num_references > 0, f"nobody refers to page {page} of {shape}"
+            record.num_references -= 1
+            if not record.num_references:
+                (empty if record.content is None else kept).append(page)
+        let_go = self._let_go(shape, [*empty, *kept])
+        self._free(shape, empty)
+        self._keep(shape, kept)
+        for slab in let_go:
+            self._note_unheld(shape, slab)
 
-        The page holds just that from now on. Where another page holds the same, that one goes on being found, and this
+    def _keep(self, shape: PageShape, pages: Sequence[int]) -> None:
+        """Have pages that nobody refers to any longer, and that have content, wait for their eviction."""
+        stock, priorities = self.stocks[shape], dict[str, int]()
+        ranked: dict[str, list[tuple[int, Rank]]] = {}
+        for page in pages:
+            record = stock.pages[page]
+            if record.tenant not in ranked:
+                ranked[record.tenant], priorities[record.tenant] = [], self.ledger.tenant(record.tenant).priority
+            self._tick += 1
+            worth = self.policy.rank(self._tick, record.num_uses, shape.nbytes, record.cost)
+            ranked[record.tenant].append((page, (priorities[record.tenant], worth, self._tick)))
+        for tenant, found in ranked.items():
+            stock.victims.put_all(found, tenant)
+            ranks = dict(found)
+            for slab, on_slab in self.grid.by_slab(ranks, shape).items():
+                highest = max([ranks[page] for page in on_slab])
+                self._ranks[slab] = max(highest, self._ranks.get(slab, highest))
+
+    def publish_all(
+        self,
+        shape: PageShape,
+        pages: Iterable[int],
+        contents: Iterable[Content | ImageContent],
+        costs: Iterable[float],
+    ) -> None:
+        """Record what is in each page, and the seconds that it costs to bring it back.
+
+        A page holds just that from now on. Where another page holds the same, that one goes on being found, and this
         one has no content.
         """
         stock = self.stocks[shape]
-        record = stock.pages[page]
-        assert record.content is None or record.content == content, f"page {page} of {shape} holds something else"
-        record.cost = cost
-        if stock.by_content.setdefault(content, page) == page:
-            record.content = content
+        for page, content, cost in zip(pages, contents, costs, strict=True):
+            record = stock.pages[page]
+            assert record.content is None or record.content == content, f"page {page} of {shape} holds something else"
+            record.cost = cost
+            if stock.by_content.setdefault(content, page) == page:
+                record.content = content
 
     def claim(self, slab: int) -> bool:
         """Take a whole slab for something else than pages, and return whether it could be had.
@@ -172,21 +226,42 @@ class PagePool:
     def clear(self, prefixes: Container[Prefix] | None = None) -> None:
         """Evict all that nobody refers to, floors or not, or just the pages of some ``prefixes``."""
         for shape, stock in self.stocks.items():
-            for page in list(stock.victims):
+            gone = list[int]()
+            for page in stock.victims:
                 content = stock.pages[page].content
                 if prefixes is None or (isinstance(content, Content) and content.prefix in prefixes):
-                    self._evict(shape, page)
+                    gone.append(page)
+            self._evict(shape, gone)
 
-    def _make_room(self, shape: PageShape, tenant: str) -> bool:
-        """Evict the page of ``shape`` that goes first, or all of a slab of another shape that goes before it."""
-        victim = self.stocks[shape].victims.first(tenant)
+    def _make_room(self, shape: PageShape, count: int, tenant: str) -> list[int]:
+        """Take up to ``count`` pages for others: those of ``shape`` that go first, or of another shape's slab before.
+
+        There are none only where nothing may go.
+        """
         slabs = [found for other in self.stocks if other != shape and (found := self._first_slab(other, tenant))]
-        slab = min(slabs, default=None)
-        if slab is not None and (victim is None or slab < victim):
-            self._evict_slab(slab[1])
-        elif victim is not None:
-            self._evict(shape, victim[1])
-        return slab is not None or victim is not None
+        first = min(slabs, default=None)
+        owner, evicted = self.stocks[shape].victims.pop_all(tenant, count, first and first[0])
+        if evicted:
+            pages = [page for page, _ in evicted]
+            self._forget(shape, evicted, owner)
+            self._enter(shape, pages, tenant)
+            return pages
+        if first is None:
+            return []
+        self._evict_slab(first[1])
+        return self._take_free(shape, count, tenant)
+
+    def _forget(self, shape: PageShape, evicted: Sequence[tuple[int, Rank]], owner: str) -> None:
+        """Forget what is in pages of ``owner`` that are victims no longer; they belong to nobody then."""
+        stock = self.stocks[shape]
+        for page, rank in evicted:
+            record = stock.pages.pop(page)
+            assert not record.num_references, f"page {page} of {shape} is referred to {record.num_references} times"
+            assert record.content is not None, f"page {page} of {shape} is cached without content"
+            del stock.by_content[record.content]
+            self.policy.evicted(rank[1])
+        self._charge(owner, -shape.nbytes * len(evicted))
+        self.num_evicted += len(evicted)
 
     def _first_slab(self, shape: PageShape, tenant: str) -> tuple[Rank, int] | None:
         """Return rank and number of the slab without referenced pages that goes first for ``tenant``."""
@@ -212,61 +287,56 @@ class PagePool:
     def _evict_slab(self, slab: int) -> None:
         """Evict all pages of a slab that holds no others, at the price of a few dictionary entries each."""
         shape = self.slabs.leases[slab].shape
-        stock, victims = self.stocks[shape], self._victims_of(slab)
-        lost: dict[str, list[int]] = {}
-        for page in victims:
-            record = stock.pages.pop(page)
-            assert not record.num_references, f"page {page} of {shape} is referred to {record.num_references} times"
-            assert record.content is not None, f"page {page} of {shape} is cached without content"
-            del stock.by_content[record.content]
-            lost.setdefault(record.tenant, []).append(page)
-        for tenant, pages in lost.items():
-            for _, rank, _ in stock.victims.remove_all(pages, tenant):
-                self.policy.evicted(rank)
-            self._charge(tenant, -shape.nbytes * len(pages))
+        self._forget_all(shape, self._victims_of(slab))
         self.slabs.take_back(slab)
         self._note_unheld(shape, slab)
-        self.num_evicted += len(victims)
 
-    def _evict(self, shape: PageShape, page: int) -> None:
-        stock = self.stocks[shape]
-        record = stock.pages[page]
-        assert not record.num_references, f"page {page} of {shape} is referred to {record.num_references} times"
-        _, rank, _ = stock.victims.remove(page, record.tenant)
-        self.policy.evicted(rank)
-        self._free(shape, page)
-        self._note_unheld(shape, self.grid.slab_of(page, shape))
-        self.num_evicted += 1
+    def _evict(self, shape: PageShape, pages: Sequence[int]) -> None:
+        """Evict pages that nobody refers to."""
+        self._forget_all(shape, pages)
+        self.slabs.put_all(shape, pages)
+        for slab in self.grid.by_slab(pages, shape):
+            self._note_unheld(shape, slab)
 
-    def _free(self, shape: PageShape, page: int) -> None:
-        stock = self.stocks[shape]
-        record = stock.pages.pop(page)
-        if record.content is not None:
-            del stock.by_content[record.content]
-        self.slabs.put(shape, page)
-        self._charge(record.tenant, -shape.nbytes)
+    def _forget_all(self, shape: PageShape, pages: Iterable[int]) -> None:
+        """Forget what is in victims, whose ever they are."""
+        stock, owned = self.stocks[shape], dict[str, list[int]]()
+        for page in pages:
+            owned.setdefault(stock.pages[page].tenant, []).append(page)
+        for tenant, found in owned.items():
+            ranks = stock.victims.remove_all(found, tenant)
+            self._forget(shape, [*zip(found, ranks, strict=True)], tenant)
 
-    def _rank(self, shape: PageShape, record: Page) -> Rank:
-        self._tick += 1
-        use = PageUse(self._tick, record.num_uses, shape.nbytes, record.cost)
-        return (self.ledger.tenant(record.tenant).priority, self.policy.rank(use), self._tick)
+    def _free(self, shape: PageShape, pages: Sequence[int]) -> None:
+        """Return pages that nobody refers to, and that have no content."""
+        stock, charges = self.stocks[shape], dict[str, int]()
+        for page in pages:
+            tenant = stock.pages.pop(page).tenant
+            charges[tenant] = charges.get(tenant, 0) + shape.nbytes
+        for tenant, nbytes in charges.items():
+            self._charge(tenant, -nbytes)
+        self.slabs.put_all(shape, pages)
 
     def _charge(self, tenant: str, nbytes: int) -> None:
         self.ledger.charge(tenant, nbytes)
         for stock in self.stocks.values():
             stock.victims.refresh(tenant)
 
-    def _hold(self, shape: PageShape, page: int) -> None:
-        slab = self.grid.slab_of(page, shape)
-        self._held[slab] = self._held.get(slab, 0) + 1
-        self.stocks[shape].unheld.discard(slab)
+    def _hold(self, shape: PageShape, pages: Iterable[int]) -> None:
+        """Count the first references to pages."""
+        unheld = self.stocks[shape].unheld
+        for slab, found in self.grid.by_slab(pages, shape).items():
+            self._held[slab] = self._held.get(slab, 0) + len(found)
+            unheld.discard(slab)
 
-    def _let_go(self, shape: PageShape, page: int) -> int:
-        slab = self.grid.slab_of(page, shape)
-        self._held[slab] -= 1
-        if not self._held[slab]:
-            del self._held[slab]
-        return slab
+    def _let_go(self, shape: PageShape, pages: Iterable[int]) -> list[int]:
+        """Count the last references to pages no longer, and return their slabs."""
+        slabs = self.grid.by_slab(pages, shape)
+        for slab, found in slabs.items():
+            self._held[slab] -= len(found)
+            if not self._held[slab]:
+                del self._held[slab]
+        return list(slabs)
 
     def _note_unheld(self, shape: PageShape, slab: int) -> None:
         """Put a slab without referenced pages among the victims, unless it was just returned."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakValueDictionary
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
@@ -66,12 +66,16 @@ class PrefixTree:
         """Return the empty prefix of ``salt``; texts of different salts (an adapter, a tenant) share nothing."""
         return self._make((-1, (salt,)), None)
 
-    def child(self, parent: Prefix, tokens: tuple[int, ...]) -> Prefix:
-        """Return ``parent`` and one page more.
+    def extend(self, parent: Prefix, pages: Iterable[tuple[int, ...]]) -> list[Prefix]:
+        """Return ``parent`` and one page more, that and another one, and so on.
 
         A token that stands for an image must be equal only to those of the same image, as ``ImageToken``.
         """
-        return self._make((parent.number, tokens), parent)
+        found = list[Prefix]()
+        for tokens in pages:
+            parent = self._make((parent.number, tokens), parent)
+            found.append(parent)
+        return found
 
     def known(self, root: Prefix, tokens: Sequence[int], page_size: int) -> Iterator[Prefix]:
         """Yield the known prefixes of ``tokens``, shortest first."""

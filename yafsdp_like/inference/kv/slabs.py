@@ -147,6 +147,14 @@ class SlabGrid:
         """Return the slab that a page lies in."""
         return page * shape.nbytes // self.slab_nbytes
 
+    def by_slab(self, pages: Iterable[int], shape: PageShape) -> dict[int, list[int]]:
+        """Return ``pages`` by the slab that they lie in, in order."""
+        found: dict[int, list[int]] = {}
+        page_nbytes, slab_nbytes = shape.nbytes, self.slab_nbytes
+        for page in pages:
+            found.setdefault(page * page_nbytes // slab_nbytes, []).append(page)
+        return found
+
     def pages_per_slab(self, shape: PageShape) -> int:
         """Return the pages of ``shape`` that every slab holds at least."""
         whole, left = divmod(self.slab_nbytes, shape.nbytes)
@@ -165,9 +173,10 @@ class Lease:
 class SlabPool:
     """Which slab is lent to which shape, and which pages of it are free.
 
-    ``take`` and ``put`` are O(log slabs), plus O(pages of a slab) when a slab is lent. Pages come from the lowest slab
-    that has one, so that high slabs become empty and return to the pool. Those of ``lend_late`` come behind all others,
-    the later the higher their number there. A slab may be claimed for something else than pages.
+    ``take_all`` and ``put_all`` are O(pages + slabs touched x log slabs), plus O(pages of a slab) when a slab is lent.
+    Pages come from the lowest slab that has one, so that high slabs become empty and return to the pool. Those of
+    ``lend_late`` come behind all others, the later the higher their number there. A slab may be claimed for something
+    else than pages.
     """
 
     def __init__(self, grid: SlabGrid, lend_late: Mapping[int, int] | None = None) -> None:
@@ -209,34 +218,38 @@ class SlabPool:
         self._num_free.setdefault(shape, 0)
 
     def num_free(self, shape: PageShape) -> int:
-        """Return the pages that ``take`` would give without an eviction; a lower bound where slabs differ."""
+        """Return the pages that ``take_all`` would give without an eviction; a lower bound where slabs differ."""
         return self._num_free[shape] + self.num_idle * self.grid.pages_per_slab(shape)
 
-    def take(self, shape: PageShape) -> int | None:
-        """Take a free page, lending a slab for it if need be; None if there is neither."""
-        roomy = self._roomy[shape]
-        slab = roomy.first()
-        if slab is None:
-            slab = self._lend(shape)
-        if slab is None:
-            return None
-        free = self.leases[slab].free
-        page = free.pop()
-        self._num_free[shape] -= 1
-        if not free:
-            roomy.discard(slab)
-        return page
+    def take_all(self, shape: PageShape, count: int) -> list[int]:
+        """Take up to ``count`` free pages, lending slabs for them if need be; fewer where there are no more."""
+        roomy, taken = self._roomy[shape], list[int]()
+        while len(taken) < count:
+            slab = roomy.first()
+            if slab is None:
+                slab = self._lend(shape)
+            if slab is None:
+                break
+            free = self.leases[slab].free
+            first = max(0, len(free) - (count - len(taken)))
+            taken += free[first:][::-1]
+            del free[first:]
+            if not free:
+                roomy.discard(slab)
+        self._num_free[shape] -= len(taken)
+        return taken
 
-    def put(self, shape: PageShape, page: int) -> None:
-        """Return a page, and with its last page the slab."""
-        slab = self.grid.slab_of(page, shape)
-        lease = self.leases[slab]
-        assert lease.shape == shape and page in lease.pages, f"page {page} of {shape} is not in slab {slab}: {lease}"
-        lease.free.append(page)
-        self._num_free[shape] += 1
-        self._roomy[shape].put(slab, self._rank(slab))
-        if len(lease.free) == len(lease.pages):
-            self._end(slab, lease)
+    def put_all(self, shape: PageShape, pages: Iterable[int]) -> None:
+        """Return pages, and slabs with their last pages."""
+        for slab, returned in self.grid.by_slab(pages, shape).items():
+            lease = self.leases[slab]
+            for page in returned:
+                assert lease.shape == shape and page in lease.pages, f"{page} of {shape} is not in slab {slab}: {lease}"
+            lease.free.extend(returned)
+            self._num_free[shape] += len(returned)
+            self._roomy[shape].put(slab, self._rank(slab))
+            if len(lease.free) == len(lease.pages):
+                self._end(slab, lease)
 
     def take_back(self, slab: int) -> None:
         """End the lease of a slab whose pages are all given up at once; O(log slabs)."""
