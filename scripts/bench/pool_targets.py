@@ -24,7 +24,7 @@ from bench.sim_device import SimHardware, SimModel
 from bench.sim_run import Outcome, Scenario, Simulation, readers_saw
 from bench.sim_traces import TraceRequest, popularity, trace
 from yafsdp_like.inference.engine.request import QueueFullError, Request
-from yafsdp_like.inference.engine.scheduler import CHUNK
+from yafsdp_like.inference.engine.step_budget import CHUNK
 from yafsdp_like.inference.fleet.reader import Reader, Targets
 from yafsdp_like.inference.fleet.schedule import ScheduleOptions
 from yafsdp_like.inference.fleet.times import StepLines

@@ -4,8 +4,9 @@
 
 Steps of a GPU are graphs, so what is left to the CPU is scheduling, staging, launching and reading. Method: a tiny
 model on a CPU with recordings that do nothing, and steps padded as those of a GPU are. Requests of 512 tokens arrive so
-often that about ``--rows`` decode, each of which draws 128 tokens. Numbers of calls are the same in every run. Copies
-to and from the device are those of a CPU; times are the CPU's, of the thread that steps.
+often that about ``--rows`` decode, each of which draws 128 tokens. The KV cache is full, as a server's is after its
+first minutes, so that pages of prompts are those of others that are evicted. Numbers of calls are the same in every
+run. Copies to and from the device are those of a CPU; times are the CPU's, of the thread that steps.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ PACKAGE = str(Path(yafsdp_like.__file__).parent)
 PROMPT_TOKENS, NEW_TOKENS = 512, 128
 NUM_COUNTED = 64  # steps
 CONFIG = DecoderConfig(16, 1, 2, 1, 32, vocab_size=1024, max_seq_len=1024)
+KV_NBYTES_PER_TOKEN = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * torch.float32.itemsize
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -73,13 +75,14 @@ class SteadyTraffic:
     """Steps of an engine that leaves out what a GPU would do, whose requests arrive so that ``num_rows`` decode."""
 
     def __init__(self, num_rows: int) -> None:
-        options = EngineOptions(kv_nbytes=64 << 20, max_batch_size=128, max_batch_tokens=2048)
+        kv_nbytes = 2 * num_rows * (PROMPT_TOKENS + NEW_TOKENS) * KV_NBYTES_PER_TOKEN
+        options = EngineOptions(kv_nbytes=kv_nbytes, max_batch_size=2 * num_rows, max_batch_tokens=2048)
         self._engine = cast("Any", Engine.load(model_of(Decoder(CONFIG)), options, device="cpu", dtype=torch.float32))
         self._engine._runner._recordings, self._engine._runner._on_gpu = _NoWork(), True
         self._between, self._draw = NEW_TOKENS / num_rows, random.Random("traffic")
         self.num_rows = num_rows
         self._num_steps = self._num_added = 0
-        for _ in range(2 * NEW_TOKENS):
+        for _ in range(3 * NEW_TOKENS):
             self.step()
 
     def step(self) -> StepCosts:
@@ -154,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     steps = [traffic.step() for _ in range(options.steps)]
     for mixed in (False, True):
         us = [step.us for step in steps if step.mixed is mixed]
+        if not us:
+            continue
         print(f"{'mixed' if mixed else 'decode'}: {len(us)} steps, us least {min(us):.0f}, p50 {quantile(us, 0.5):.0f}")
         print(f"  {mean_counts(traffic, mixed)}")
     if options.functions:

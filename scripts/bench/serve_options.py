@@ -11,7 +11,7 @@ import torch
 from bench.help import Help
 from bench.options import DTYPES
 from bench.serve_quantized import LAYOUTS
-from yafsdp_like.inference.engine.scheduler import CHUNK, PROMPTS_PER_CHUNK
+from yafsdp_like.inference.engine.step_budget import CHUNK, PROMPTS_PER_CHUNK
 from yafsdp_like.inference.options import AnyMode
 
 DESCRIPTION = "Measure a served model; the method is at the top of bench_serve.py."
@@ -73,7 +73,7 @@ class ServeBenchOptions:
         return self.decode_prompt + self._num_filling(batch) + self.warmup + self.steps + NUM_HELD + 8
 
     def _num_filling(self, batch: int) -> int:
-        """Steps until a batch of prompts has been computed, at most; see the scheduler's [Note: budget of a step]."""
+        """Steps until a batch of prompts has been computed, at most; see `step_budget.py`, [Note: budget of a step]."""
         left, num_steps = batch * self.decode_prompt, 1
         while left > 0:
             num_prompts = -(-left // self.decode_prompt)

@@ -60,7 +60,7 @@ def read(of: Scheduler, batch: Batch | None, token: int = 7) -> None:
     assert batch is not None
     for run in batch.runs:
         if run.draws and run.sequence.status is not RequestStatus.ENDED:
-            of.read(run, token)
+            of.read([run], [token])
 
 
 def schedule(of: Scheduler) -> Batch | None:
@@ -121,7 +121,7 @@ def test_who_has_drawn_its_last_token_is_not_computed_again() -> None:
     batch = schedule(it)
     assert runs(batch) == [("a", 0, 2)]
     assert runs(schedule(it)) == []
-    assert batch is not None and it.read(batch.runs[0], 5) is FinishReason.LENGTH
+    assert batch is not None and it.read(batch.runs[:1], [5]) == [FinishReason.LENGTH]
     assert one.status is RequestStatus.ENDED and not it.running
 
 
@@ -129,7 +129,7 @@ def test_a_stop_token_ends_a_sequence_and_is_one_of_its_tokens() -> None:
     it = scheduler(num_pages=100)
     sequence = add(it, "a", 2, stop_tokens=frozenset({5}))
     batch = schedule(it)
-    assert batch is not None and it.read(batch.runs[0], 5) is FinishReason.STOP
+    assert batch is not None and it.read(batch.runs[:1], [5]) == [FinishReason.STOP]
     assert sequence.tokens[-1] == 5 and it.cache.sequences == set()
 
 

@@ -10,14 +10,15 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, NamedTuple
 
 from yafsdp_like.inference.engine.request import Token
-from yafsdp_like.inference.kv.kv_cache import KVSequenceState
+from yafsdp_like.inference.kv.kv_sequence import KVSequenceState
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Hashable, Iterable, Iterator
 
     from yafsdp_like.inference.engine.adapters import LoadedAdapter
     from yafsdp_like.inference.engine.request import Request
-    from yafsdp_like.inference.kv.kv_cache import Copy, KVSequence
+    from yafsdp_like.inference.kv.kv_cache import Copy
+    from yafsdp_like.inference.kv.kv_sequence import KVSequence
 
 
 class RequestStatus(Enum):
@@ -48,12 +49,14 @@ class ActiveRequest:
     prompt_scores: dict[int, Token] | None = None  # by position, of a prompt that is scored, until they are told
     is_plain: bool = field(init=False)  # whether its steps give nothing but tokens, any of which may be drawn
     needs_history: bool = field(init=False)  # whether what it draws depends on how often it has drawn it
+    has_grammar: bool = field(init=False)  # as its request has
 
     def __post_init__(self) -> None:
         request = self.request
         has_logprobs = request.num_logprobs is not None or request.num_prompt_logprobs is not None
         self.is_plain = not (request.limits or has_logprobs or request.wants_hidden or request.images)
         self.needs_history = request.sampling.needs_history
+        self.has_grammar = request.has_grammar
         if self.request.num_prompt_logprobs is not None:
             self.prompt_scores = {0: Token(self.request.prompt[0])}
 
@@ -75,8 +78,8 @@ class ActiveRequest:
     @property
     def num_left(self) -> int:
         """Tokens to compute until the next is drawn; 0 while the last one is pending."""
-        length, request = len(self.tokens) + self.num_pending, self.request
-        return 0 if length - len(request.prompt) >= request.max_tokens else length - self.num_scheduled
+        (num_left,) = nums_left_of([self])
+        return num_left
 
     @property
     def tables(self) -> tuple[list[int], ...]:
@@ -88,6 +91,16 @@ class ActiveRequest:
     def is_swapped(self) -> bool:
         """Whether its pages are on the host."""
         return self.kv is not None and self.kv.state is KVSequenceState.SWAPPED
+
+
+def nums_left_of(sequences: Iterable[ActiveRequest]) -> list[int]:
+    """Return each one's ``num_left``."""
+    nums_left = []
+    for sequence in sequences:
+        length, request = len(sequence.tokens) + sequence.num_pending, sequence.request
+        is_last = length - len(request.prompt) >= request.max_tokens
+        nums_left.append(0 if is_last else length - sequence.num_scheduled)
+    return nums_left
 
 
 @dataclass
@@ -112,11 +125,6 @@ class NextStep:
 
     num_tokens_left: int
     num_tokens: dict[ActiveRequest, int] = field(default_factory=dict)
-
-    def put(self, sequence: ActiveRequest, num_tokens: int) -> None:
-        """Give a sequence tokens."""
-        self.num_tokens[sequence] = num_tokens
-        self.num_tokens_left -= num_tokens
 
     def drop(self, sequence: ActiveRequest) -> None:
         """Take back what a sequence was given, if it was."""
@@ -165,7 +173,7 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Tokens of all runs."""
-        return sum(run.num_tokens for run in self.runs)
+        return sum([run.num_tokens for run in self.runs])
 
     @property
     def has_drafts(self) -> bool:
@@ -175,7 +183,7 @@ class Batch:
     @property
     def num_single(self) -> int:
         """Runs of one token."""
-        return sum(run.num_tokens == 1 for run in self.runs)
+        return sum([run.num_tokens == 1 for run in self.runs])
 
     @property
     def num_prompt_tokens(self) -> int:

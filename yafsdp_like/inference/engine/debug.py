@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from yafsdp_like.inference.kv.kv_cache import NO_PAGE, KVSequenceState, Tier
+from yafsdp_like.inference.kv.kv_cache import Tier
+from yafsdp_like.inference.kv.kv_sequence import NO_PAGE, KVSequenceState
 from yafsdp_like.inference.plan.guards import GUARD
 from yafsdp_like.memory.guards import damage_of, fill_guard, poison, written
 

@@ -31,7 +31,7 @@ from yafsdp_like.inference.engine.collector import collector_paused
 from yafsdp_like.inference.engine.debug import StepDebugger
 from yafsdp_like.inference.engine.draft_model import DraftModel
 from yafsdp_like.inference.engine.limits import check_limits
-from yafsdp_like.inference.engine.metrics import Metrics
+from yafsdp_like.inference.engine.metrics import Metrics, metrics_of
 from yafsdp_like.inference.engine.places import EnginePlaces, nobody_else
 from yafsdp_like.inference.engine.prompt_lookup import PromptLookup
 from yafsdp_like.inference.engine.request import Completion, FinishReason, Request, RequestOutput, joined
@@ -49,7 +49,7 @@ from yafsdp_like.inference.weights.adapter_files import open_adapter
 from yafsdp_like.inference.weights.loading import draft_of, load, load_draft, open_model, with_memory_limit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -392,46 +392,42 @@ class Engine:
             self._speculator.learn(batch.runs, *self.step_log.last)
         if launched.scored is not None:
             launched.scored.store()
-        outputs: list[RequestOutput] = []
-        for row, (run, token) in enumerate(zip(launched.drawing, self._runner.read(launched), strict=True)):
-            if run.sequence in launched.late:
-                continue
-            if run.sequence.status is RequestStatus.ENDED:
-                self._scheduler.counts.num_tokens_dropped += 1
-                continue
-            if run.drafted and not self._scheduler.accept(run):
-                continue
-            finish = self._scheduler.read(run, token.id)
-            output = self._output(run.sequence, () if finish is FinishReason.GRAMMAR else (token,), finish)
-            wants_hidden = run.sequence.request.wants_hidden
+        tokens = self._runner.read(launched)
+        rows = range(len(tokens))
+        if not batch.has_drafts:
+            return self._read_rows(launched, tokens, rows)
+        # Whether what a row verifies was drawn is known once all rows of its sequence before it are read.
+        return joined(output for row in rows for output in self._read_rows(launched, tokens, [row]))
+
+    def _read_rows(self, launched: Launched, tokens: Sequence[Token], rows: Iterable[int]) -> list[RequestOutput]:
+        """Return what rows of different sequences have drawn."""
+        scheduler, drawing = self._scheduler, launched.drawing
+        rows = [row for row in rows if drawing[row].sequence not in launched.late]
+        ended = [row for row in rows if drawing[row].sequence.status is RequestStatus.ENDED]
+        scheduler.counts.num_tokens_dropped += len(ended)
+        rows = [row for row in rows if row not in ended]
+        rows = [row for row in rows if not drawing[row].drafted or scheduler.accept(drawing[row])]
+        drawn = [tokens[row] for row in rows]
+        finishes = scheduler.read([drawing[row] for row in rows], [token.id for token in drawn])
+        outputs = list[RequestOutput]()
+        for row, token, finish in zip(rows, drawn, finishes, strict=True):
+            sequence = drawing[row].sequence
+            output = self._output(sequence, () if finish is FinishReason.GRAMMAR else (token,), finish)
+            wants_hidden = sequence.request.wants_hidden
             outputs.append(replace(output, hidden=launched.hidden_of(row)) if wants_hidden else output)
-        return joined(outputs) if batch.has_drafts else outputs
+        return outputs
 
     # --- how things stand ---
 
     def metrics(self) -> Metrics:
         """Return how things stand now, and the counts since the start."""
-        scheduler = self._scheduler
-        device, host = self.cache.pools[Tier.DEVICE], self.cache.pools.get(Tier.HOST)
-        used, cached = device.used_and_cached_nbytes
-        host_used, host_cached = (0, 0) if host is None else host.used_and_cached_nbytes
-        return Metrics(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_swapped=scheduler.num_swapped,
-            num_steps=self._num_steps,
-            **vars(scheduler.counts),
-            num_pages_evicted=device.num_evicted,
-            kv_nbytes_used=used,
-            kv_nbytes_cached=cached,
-            kv_nbytes=device.grid.num_slabs * device.grid.slab_nbytes,
-            host_kv_nbytes_used=host_used,
-            host_kv_nbytes_cached=host_cached,
-            host_kv_nbytes=0 if host is None else host.grid.num_slabs * host.grid.slab_nbytes,
-            num_adapters_woken=self.adapters.num_woken,
+        counts = {
+            "num_steps": self._num_steps,
+            "num_adapters_woken": self.adapters.num_woken,
             **self._runner.figures(),
             **vars(self.step_log.figures()),
-        )
+        }
+        return metrics_of(self._scheduler, counts)
 
     def occupancy(self) -> list[Stretch]:
         """Return who has which of the planned bytes on the device now, in the order of addresses."""

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from yafsdp_like.inference.engine.step_log import StepFigures
+from yafsdp_like.inference.kv.kv_cache import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from yafsdp_like.inference.engine.scheduler import Scheduler
 
 
 @dataclass(frozen=True)
@@ -41,3 +48,25 @@ class Metrics(StepFigures):
     def num_preempted(self) -> int:
         """Preemptions of both kinds."""
         return self.num_swapped_out + self.num_recomputed
+
+
+def metrics_of(scheduler: Scheduler, others: Mapping[str, Any]) -> Metrics:
+    """Return the metrics of an engine: its scheduler's, and ``others`` by their names."""
+    pools = scheduler.cache.pools
+    device, host = pools[Tier.DEVICE], pools.get(Tier.HOST)
+    used, cached = device.used_and_cached_nbytes
+    host_used, host_cached = (0, 0) if host is None else host.used_and_cached_nbytes
+    return Metrics(
+        num_running=len(scheduler.running),
+        num_waiting=len(scheduler.waiting),
+        num_swapped=scheduler.num_swapped,
+        **vars(scheduler.counts),
+        num_pages_evicted=device.num_evicted,
+        kv_nbytes_used=used,
+        kv_nbytes_cached=cached,
+        kv_nbytes=device.grid.num_slabs * device.grid.slab_nbytes,
+        host_kv_nbytes_used=host_used,
+        host_kv_nbytes_cached=host_cached,
+        host_kv_nbytes=0 if host is None else host.grid.num_slabs * host.grid.slab_nbytes,
+        **others,
+    )

@@ -260,7 +260,7 @@ class Runner:
 
         Where rows are limited, ``draw_limited`` ends it.
         """
-        size, drawing = _size_of(batch.runs), tuple(run for run in batch.runs if run.draws)
+        size, drawing = _size_of(batch.runs), tuple([run for run in batch.runs if run.draws])
         if self._on_gpu:
             size = self._buckets.fit(size)
         slots = batch.adapter_slots if self._adapters.slots else None

@@ -3,18 +3,6 @@
 A step takes one token of every sequence that draws, and chunks of prompts while its budget of tokens lasts. What is
 missing in pages is taken from whoever comes last in the order of priority, then arrival. No tensor is touched here;
 pages are those of ``KVCache``, and copies of pages are handed on in the order in which it hands them out.
-
-[Note: budget of a step]
-Sequences that decode wait for the chunks of prompts beside them, so a step has no more of these than pays. From about
-twice a GPU's ratio of FLOP/s to bytes/s on (150 to 300 rows), more rows make no row cheaper but all of them later: a
-step computes about ``CHUNK`` tokens of prompts beside rows that decode, and prompts that arrived together one after
-the other. Where more than a few prompts could be computed, throughput counts, and chunks grow with their number.
-Where nobody decodes, the first prompt may have the whole step. Rows that a step is padded to (``step_sizes.py``) are
-used. So budgets depend on requests alone, not on clocks, and the same calls make the same steps.
-
-A target (``EngineOptions.tpot_ms``) replaces the rule by times: beside rows that decode, a step has as many rows as
-take so long (``StepTimes``), and ``MIN_CHUNK`` tokens of prompts in any case. Prompts are computed in order, so
-the first one moves in every step.
 """
 
 from __future__ import annotations
@@ -23,26 +11,25 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.engine.adapters import Adapters
-from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, Counts, NextStep, RequestStatus, Run
+from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, Counts, NextStep, RequestStatus, Run, nums_left_of
 from yafsdp_like.inference.engine.deadlines import Deadlines
 from yafsdp_like.inference.engine.order import insert_in_order, remove_in_order
 from yafsdp_like.inference.engine.places import nobody_else
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError
-from yafsdp_like.inference.kv.kv_cache import NO_PAGE, KVCache, KVSequenceState, Shortage, Tier
+from yafsdp_like.inference.engine.step_budget import step_budget
+from yafsdp_like.inference.kv.kv_cache import KVCache, Shortage, Tier
+from yafsdp_like.inference.kv.kv_sequence import NO_PAGE, KVSequenceState
 from yafsdp_like.inference.plan.step_sizes import StepBuckets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Sequence
+    from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 
     from yafsdp_like.inference.engine.request import Request
     from yafsdp_like.inference.engine.speculator import Speculator
     from yafsdp_like.inference.engine.step_times import StepTimes
-    from yafsdp_like.inference.kv.kv_cache import Copy, KVSequence
+    from yafsdp_like.inference.kv.kv_cache import Copy
+    from yafsdp_like.inference.kv.kv_sequence import KVSequence
     from yafsdp_like.inference.options import EngineOptions
-
-
-CHUNK = 512  # tokens of prompts beside rows that decode, see [Note: budget of a step]
-PROMPTS_PER_CHUNK = 4  # that may wait for each other before chunks grow
 
 
 class _UnreadError(Exception):
@@ -122,20 +109,17 @@ class Scheduler:
 
         The caller launches it and then calls ``launched``.
         """
-        nums_left = [sequence.num_left for sequence in self.running]
-        step = NextStep(self._budget(nums_left))
+        nums_left = nums_left_of(self.running)
+        step = NextStep(step_budget(nums_left, self.waiting, self.options, self._buckets, self._times))
         try:
             self._go_on(step, nums_left)
             self._admit(step)
         except _UnreadError:
             return None
-        runs = [self._run(sequence, num_tokens) for sequence, num_tokens in step.num_tokens.items()]
-        runs += self._drafted_runs(runs, step.num_tokens_left)
-        if not runs:
-            return Batch((), self.take_copies())
-        copies = self.take_copies()
+        runs = self._runs(step)
         singles, chunks = ([run for run in runs if (run.num_tokens > 1) == is_chunk] for is_chunk in (False, True))
-        return Batch((*singles, *chunks), copies)
+        drafted = self._drafted_runs(() if chunks else singles, step.num_tokens_left)
+        return Batch((*singles, *drafted, *chunks), self.take_copies())
 
     def take_copies(self) -> tuple[Copy, ...]:
         """Return the copies that were handed out since the last call, to be issued now."""
@@ -158,9 +142,8 @@ class Scheduler:
 
     def launched(self, batch: Batch) -> None:
         """Commit the tokens of a step that was issued, so that pages they leave behind may be given away."""
-        for run in batch.runs:
-            if not run.is_pending:  # else all that is known was committed before
-                self._commit(run.sequence)
+        # Of a run that is pending all that is known was committed before.
+        self._commit(dict.fromkeys([run.sequence for run in batch.runs if not run.is_pending]))
 
     def accept(self, run: Run) -> bool:
         """Return whether what a run verifies was drawn, as its own token is then to be read."""
@@ -177,37 +160,29 @@ class Scheduler:
             sequence.num_scheduled -= 1
             sequence.num_pending -= 1
 
-    def read(self, run: Run, token: int) -> FinishReason | None:
-        """Append the token that a run drew, and return why the sequence has ended, or None if it goes on."""
-        sequence = run.sequence
-        request = sequence.request
-        sequence.num_pending -= 1
-        sequence.tokens.append(token)
-        self.counts.num_tokens_drawn += 1
-        self._commit(sequence)
-        finish = None
-        if sequence.failure is not None:
-            finish = FinishReason.GRAMMAR
-        elif token in request.stop_tokens:
-            finish = FinishReason.STOP
-        elif len(sequence.tokens) - len(request.prompt) == request.max_tokens:
-            finish = FinishReason.LENGTH
-        if finish is not None:
-            self.end(sequence)
-        return finish
+    def read(self, runs: Sequence[Run], tokens: Sequence[int]) -> list[FinishReason | None]:
+        """Append the tokens that runs of different sequences drew.
 
-    def _budget(self, nums_left: Sequence[int]) -> int:
-        """Return the tokens of the next step, ``nums_left`` being those of ``running``; [Note: budget of a step]."""
-        num_drawing, options = nums_left.count(1), self.options
-        if num_drawing and self._times is not None and options.tpot_ms is not None:
-            return min(options.max_batch_tokens, self._times.max_rows(options.tpot_ms / 1e3, num_drawing))
-        prompts_left = [num_left for num_left in nums_left if num_left > 1]
-        num_prompts = len(prompts_left) + min(len(self.waiting), options.max_batch_size - len(self.running))
-        chunk = CHUNK * max(1, num_prompts // PROMPTS_PER_CHUNK)
-        if not num_drawing:
-            first = prompts_left[0] if prompts_left else self.waiting[0].num_left if self.waiting else 0
-            chunk = max(chunk, first)
-        return min(options.max_batch_tokens, self._buckets.padded(num_drawing + chunk))
+        Returns why each sequence has ended, or None where it goes on.
+        """
+        for run, token in zip(runs, tokens, strict=True):
+            run.sequence.num_pending -= 1
+            run.sequence.tokens.append(token)
+        self.counts.num_tokens_drawn += len(runs)
+        self._commit([run.sequence for run in runs])
+        finishes = list[FinishReason | None]()
+        for run, token in zip(runs, tokens, strict=True):
+            sequence, request, finish = run.sequence, run.sequence.request, None
+            if sequence.failure is not None:
+                finish = FinishReason.GRAMMAR
+            elif token in request.stop_tokens:
+                finish = FinishReason.STOP
+            elif len(sequence.tokens) - len(request.prompt) == request.max_tokens:
+                finish = FinishReason.LENGTH
+            if finish is not None:
+                self.end(sequence)
+            finishes.append(finish)
+        return finishes
 
     def _go_on(self, step: NextStep, nums_left: Sequence[int]) -> None:
         """Give tokens to running sequences in order, and at least one to each that draws."""
@@ -219,7 +194,8 @@ class Scheduler:
             num_tokens = min(num_left, step.num_tokens_left - num_drawing)
             has_places = sequence.num_scheduled + num_tokens - kv.num_tokens <= kv.num_reserved  # as for most tokens
             if num_tokens > 0 and (has_places or self._secure(sequence, num_tokens, step)):
-                step.put(sequence, num_tokens)
+                step.num_tokens[sequence] = num_tokens
+                step.num_tokens_left -= num_tokens
 
     def _admit(self, step: NextStep) -> None:
         """Give tokens to waiting sequences in order, while there is room."""
@@ -235,7 +211,8 @@ class Scheduler:
             num_tokens = min(sequence.num_left, step.num_tokens_left)
             if not self._secure(sequence, num_tokens, step):
                 return
-            step.put(sequence, num_tokens)
+            step.num_tokens[sequence] = num_tokens
+            step.num_tokens_left -= num_tokens
 
     def _next_to_admit(self) -> ActiveRequest | None:
         """Return who waits and comes first; where running ones use all slots of adapters, of those without adapters."""
@@ -244,22 +221,23 @@ class Scheduler:
             return first
         return next((sequence for sequence in self.waiting if sequence.adapter is None), None)
 
-    def _run(self, sequence: ActiveRequest, num_tokens: int) -> Run:
-        """Schedule tokens, which count as computed from here on."""
-        start = sequence.num_scheduled
-        sequence.num_scheduled += num_tokens
-        num_known = len(sequence.tokens)
-        draws = sequence.num_scheduled == num_known + sequence.num_pending
-        run = Run(sequence, start, num_tokens, draws, sequence.num_scheduled > num_known)
-        sequence.num_pending += draws
-        self.counts.num_tokens_computed += num_tokens
-        self.counts.num_chunks += not draws
-        return run
+    def _runs(self, step: NextStep) -> list[Run]:
+        """Schedule the tokens of a step, which count as computed from here on."""
+        runs = []
+        for sequence, num_tokens in step.num_tokens.items():
+            start, num_known = sequence.num_scheduled, len(sequence.tokens)
+            end = sequence.num_scheduled = start + num_tokens
+            draws = end == num_known + sequence.num_pending
+            runs.append(Run(sequence, start, num_tokens, draws, end > num_known))
+            sequence.num_pending += draws
+            self.counts.num_chunks += not draws
+        self.counts.num_tokens_computed += sum(step.num_tokens.values())
+        return runs
 
     def _drafted_runs(self, runs: Sequence[Run], most: int) -> list[Run]:
         """Return ``most`` rows at most that verify drafts in a step that only decodes, as far as pages go."""
         found, drafts = list[Run](), {} if self._speculator is None else self._speculator.take()
-        for run in () if not drafts or any(run.num_tokens > 1 for run in runs) else runs:
+        for run in runs if drafts else ():
             drafted, kv = drafts.get(run.sequence, ())[: most - len(found)], run.sequence.kv
             if drafted and kv is not None and self.cache.reserve(kv, run.end + len(drafted) - kv.num_tokens) is None:
                 found += run.verifying(drafted)
@@ -269,13 +247,17 @@ class Scheduler:
 
     # --- pages ---
 
-    def _commit(self, sequence: ActiveRequest) -> None:
+    def _commit(self, sequences: Iterable[ActiveRequest]) -> None:
         """Commit to the cache the tokens that are both known and scheduled, and will not be computed once more."""
-        assert sequence.kv is not None
-        settled = sequence.num_scheduled - (sequence.request.has_grammar and sequence.num_pending > 0)
-        first, known = sequence.kv.num_tokens, min(settled, len(sequence.tokens))
-        if known > first:
-            self.cache.commit(sequence.kv, sequence.tokens[first:known])
+        written = []
+        for sequence in sequences:
+            kv, tokens = sequence.kv, sequence.tokens
+            assert kv is not None
+            settled = sequence.num_scheduled - (sequence.has_grammar and sequence.num_pending > 0)
+            known = min(settled, len(tokens))
+            if known > kv.num_tokens:
+                written.append((kv, tokens[kv.num_tokens : known]))
+        self.cache.commit_all(written)
 
     def _make_resident(self, sequence: ActiveRequest) -> bool:
         """Let a waiting sequence run, with its pages from the host or the prefix cache.
