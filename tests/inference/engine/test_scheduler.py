@@ -133,6 +133,20 @@ def test_a_stop_token_ends_a_sequence_and_is_one_of_its_tokens() -> None:
     assert sequence.tokens[-1] == 5 and it.cache.sequences == set()
 
 
+def test_sequences_keep_their_rows_while_others_come_and_go() -> None:
+    it = scheduler(num_pages=100)
+    add(it, "a", 2, max_tokens=2)
+    b = add(it, "b", 2)
+    add(it, "c", 2)
+    assert step(it) == [("a", 0, 2), ("b", 0, 2), ("c", 0, 2)]
+    assert step(it) == [("a", 2, 1), ("b", 2, 1), ("c", 2, 1)]
+    assert step(it) == [("c", 3, 1), ("b", 3, 1)]
+    add(it, "d", 2)
+    assert step(it) == [("c", 4, 1), ("b", 4, 1), ("d", 0, 2)]
+    it.end(b)
+    assert step(it) == [("c", 5, 1), ("d", 2, 1)]
+
+
 # --- steps ahead of their tokens ---
 
 

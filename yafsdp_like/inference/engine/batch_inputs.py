@@ -82,8 +82,7 @@ class _Side:
 
         self.inputs = inputs.map(host_table)
         self.filled: list[_Filled | None] = [None] * len(inputs.seq_lens)  # rows of page_tables
-        self.drawn: list[ActiveRequest] = []  # whose parameters of sampling are written
-        self.num_drawn = 0  # rows of them, padding included
+        self.drawn: list[ActiveRequest | None] = []  # whose parameters of sampling are written; None: padding
 
 
 class Staging:
@@ -99,7 +98,7 @@ class Staging:
         self._num_drawn = len(buffers.inputs.last_rows)  # tokens of the last step, at the start of ``token_pool``
         self._sides = [_Side(buffers.inputs, pinned) for _ in range(2)]
         self._side = self._sides[0]
-        self._drawing: tuple[list[ActiveRequest], int] = [], 0  # whose floats the device has, as ``_Side.drawn``
+        self._drawing: list[ActiveRequest | None] = []  # whose floats the device has, as ``_Side.drawn``
         self._filled: list[_Filled | None] = [None] * len(buffers.inputs.seq_lens)  # page_tables on the device
         # Rows of the last step that drew, which is where ``token_pool`` has its tokens.
         self._drawn: dict[ActiveRequest, int] = {}
@@ -272,16 +271,17 @@ class Staging:
         self._drawn = {sequence: row for row, sequence in enumerate(sequences)}
         if not size.num_drawing:
             return
-        if side.num_drawn != size.num_drawing or side.drawn != sequences:
-            self._write_sampling(sequences, size)
+        owners: list[ActiveRequest | None] = [*sequences, *[None] * (size.num_drawing - count)]
+        if side.drawn[: len(owners)] != owners:
+            self._write_sampling(owners)
         ints = inputs.sampling_ints.array
         ints[:count, _POSITION] = [run.start + run.num_tokens for run in drawing]
         for row, run in enumerate(drawing):
             # What limited rows draw here is replaced, and leaves no trace: see limited_drawing.py, [Note: drawn twice].
             if run.sequence.needs_history and not run.sequence.request.limits:
                 ints[row, _HISTORY_ROW] = self.histories.row_of(run)
-        if self._drawing != (sequences, size.num_drawing):
-            self._drawing = sequences, size.num_drawing
+        if self._drawing != owners:
+            self._drawing = owners
             inputs.sampling_floats.upload(0, size.num_drawing)
         inputs.sampling_ints.upload(0, size.num_drawing)
         if not size.draws_in_order:
@@ -290,13 +290,14 @@ class Staging:
             inputs.last_rows.array[count : size.num_drawing] = 0
             inputs.last_rows.upload(0, size.num_drawing)
 
-    def _write_sampling(self, sequences: list[ActiveRequest], size: StepSize) -> None:
-        """Write the parameters of all rows that draw; of integers, those that stay the same."""
-        side, padding = self._side, size.num_drawing - len(sequences)
-        all_params = [sequence.request.sampling for sequence in sequences] + [_GREEDY] * padding
-        side.inputs.sampling_floats.array[: size.num_drawing] = [params.floats for params in all_params]
-        side.inputs.sampling_ints.array[: size.num_drawing] = [params.ints(0) for params in all_params]
-        side.drawn, side.num_drawn = sequences, size.num_drawing
+    def _write_sampling(self, owners: list[ActiveRequest | None]) -> None:
+        """Write the parameters of rows that have other owners than before; of integers, those that stay the same."""
+        side, before = self._side, self._side.drawn
+        changed = [row for row, owner in enumerate(owners) if row >= len(before) or owner is not before[row]]
+        all_params = [_GREEDY if (owner := owners[row]) is None else owner.request.sampling for row in changed]
+        side.inputs.sampling_floats.array[changed] = [params.floats for params in all_params]
+        side.inputs.sampling_ints.array[changed] = [params.ints(0) for params in all_params]
+        side.drawn[: len(owners)] = owners
 
 
 def host_like(tensor: Tensor, pinned: bool) -> Tensor:

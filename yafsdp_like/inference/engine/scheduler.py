@@ -60,6 +60,7 @@ class Scheduler:
         self.running: list[ActiveRequest] = []  # in order, as the next
         self.waiting: list[ActiveRequest] = []
         self._copies: list[Copy] = []  # of the next step
+        self._rows: list[ActiveRequest] = []  # who had runs of one token in the last step, in order
         self.deadlines = Deadlines()
         self._num_added = 0
         self._known_to_wait: tuple[ActiveRequest, list[int]] | None = None  # and how many pages of each group it needs
@@ -118,6 +119,7 @@ class Scheduler:
             return None
         runs = self._runs(step)
         singles, chunks = ([run for run in runs if (run.num_tokens > 1) == is_chunk] for is_chunk in (False, True))
+        singles = self._in_rows(singles)
         drafted = self._drafted_runs(() if chunks else singles, step.num_tokens_left)
         return Batch((*singles, *drafted, *chunks), self.take_copies())
 
@@ -233,6 +235,24 @@ class Scheduler:
             self.counts.num_chunks += not draws
         self.counts.num_tokens_computed += sum(step.num_tokens.values())
         return runs
+
+    def _in_rows(self, runs: Sequence[Run]) -> list[Run]:
+        """Order runs of one token so that sequences keep the rows that they had in the step before.
+
+        What is staged of a row is still true then. Rows of sequences that are gone are given to new ones, then to those
+        in the last rows.
+        """
+        new = {run.sequence: run for run in runs}
+        kept = [new.pop(sequence, None) for sequence in self._rows]
+        left = iter(new.values())
+        rows = [next(left, None) if run is None else run for run in kept] + list(left)
+        while None in rows:
+            last = rows.pop()
+            if last is not None:
+                rows[rows.index(None)] = last
+        ordered = [run for run in rows if run is not None]
+        self._rows = [run.sequence for run in ordered]
+        return ordered
 
     def _drafted_runs(self, runs: Sequence[Run], most: int) -> list[Run]:
         """Return ``most`` rows at most that verify drafts in a step that only decodes, as far as pages go."""
