@@ -73,7 +73,7 @@ def compared(rows: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("last_loss", "held_out_loss"):
         values = [end[name] for end in wide.values()]
-        found[f"fp32_spread_of_{name}"] = (max(values) - min(values)) / min(values) if values else None
+        found[f"fp32_spread_of_{name}"] = (max(values) - min(values)) / min(values) if len(values) > 1 else None
     found["from_fp32_of_the_seed"] = [
         {"moments": row["moments"], "seed": row["seed"]}
         | {name: value / wide[row["seed"]][name] - 1 for name, value in ends(row).items()}
