@@ -52,7 +52,7 @@ def losses_and_graph_breaks(fully_shard: Any, compiled: Callable[[Any, Step], St
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.slow(unless=lambda compiled, transport: compiled is compiled_step and transport == "process_group")
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["process_group", "peer"])
 @pytest.mark.parametrize("compiled", [compiled_blocks, compiled_model, compiled_step])
 @on_ranks()
