@@ -16,7 +16,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from bench.forecasts import EXACT, TIMED, Forecasts, runs_of
+from bench.forecasts import IN_GIB, IN_MS, Forecasts, runs_of
 from bench.help import HelpAsWritten
 from bench.report import Row, write
 
@@ -28,7 +28,7 @@ def line_of(row: Row) -> str:
     cells = [
         f"{row['report'][11:]:36} {row['impl']:44} {row['checkpointing']:5} {row['batch_size']} x {row['seq_len']:5}"
     ]
-    for name in (*EXACT, *TIMED):
+    for name in (*IN_GIB, *IN_MS):
         if name in row:
             planned, measured = row[name]["planned"], row[name]["measured"]
             cells.append(f"{name} {planned:.2f} / {measured:.2f} ({planned / measured:.3f})" if measured else name)

@@ -40,25 +40,25 @@ ENGINE = {  # a forecast's categories of the runtime's own regions, by a report'
     "slots": ("gather slots", "gradient slots", "granule ends"),
     "staging": ("staging",),
 }
-EXACT = ("device", "reserved", "allocated", "engine")  # GiB
-TIMED = ("step", "forward_backward", "update")  # ms
+IN_GIB = ("device", "reserved", "allocated", "engine")
+IN_MS = ("step", "forward_backward", "update")
 
 # What a figure is older than, so that it says nothing of a forecast of today's code: (report, impl, checkpointing, T),
 # of which None is any.
 Key = tuple[str, str | None, str | None, int | None]
 OLDER: dict[Key, tuple[tuple[str, ...], str]] = {
-    ("2026-11-29-h200-3b-graph-three-lengths", None, None, None): (EXACT, "gradients beside the recordings' pool"),
+    ("2026-11-29-h200-3b-graph-three-lengths", None, None, None): (IN_GIB, "gradients beside the recordings' pool"),
     ("2026-11-29-h200-3b-graph-and-offload", "ours-graph", None, None): (
-        EXACT,
+        IN_GIB,
         "gradients beside the recordings' pool",
     ),
     ("2026-11-29-h200x2-8b-clip-in-update", None, None, None): (("update", "step"), "the update as it first clipped"),
     ("2026-11-29-h200x2-8b-graph", None, None, None): (
-        (*EXACT, "update", "step"),
+        (*IN_GIB, "update", "step"),
         "gradients beside the recordings' pool",
     ),
-    ("2026-11-29-h200x2-8b-checkpointing", None, None, 1024): (TIMED, "a third more of the CPU's time for a unit"),
-    ("2026-11-29-h200-3b-checkpointing", None, None, 1024): (TIMED, "a third more of the CPU's time for a unit"),
+    ("2026-11-29-h200x2-8b-checkpointing", None, None, 1024): (IN_MS, "a third more of the CPU's time for a unit"),
+    ("2026-11-29-h200-3b-checkpointing", None, None, 1024): (IN_MS, "a third more of the CPU's time for a unit"),
 }
 # The times that the rates of `H200_MACHINE` and `BOTH_WAYS` were fitted to; all others only check them.
 FITTED: tuple[Key, ...] = (
@@ -100,10 +100,13 @@ class MeasuredRun:
 
     def is_of(self, key: Key) -> bool:
         """Return whether a key names this run; an implementation is named with its keywords, or for all of them."""
-        name = self.row["impl"].partition(":")[0]
-        own = (self.report, self.row["impl"], self.row["checkpointing"], self.settings.seq_len)
-        return all(asked in (None, found) for asked, found in zip(key, own, strict=True)) or (
-            key[1] == name and self.is_of((key[0], None, key[2], key[3]))
+        report, impl, checkpointing, seq_len = key
+        own = self.row["impl"]
+        return (
+            report == self.report
+            and impl in (None, own, own.partition(":")[0])
+            and checkpointing in (None, self.row["checkpointing"])
+            and seq_len in (None, self.settings.seq_len)
         )
 
     @property
