@@ -90,7 +90,7 @@ def test_the_callers_own_weights_are_left_in_the_dict_that_was_given(kind: str, 
     assert torch.equal(full(weight.grad), torch.ones(4, 3))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own use
 @transports
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("when", ["first", "later"])

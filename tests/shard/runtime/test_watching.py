@@ -232,7 +232,7 @@ TRANSFORMS: dict[str, Callable[[nn.Module, torch.Tensor], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own use
 @transports
 @pytest.mark.parametrize("is_first", [True, False], ids=["first forward", "warm"])
 @on_ranks()
@@ -262,7 +262,7 @@ def test_gradients_of_a_transforms_gradients_are_refused_by_the_units_name() -> 
     model(rows()).sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own use
 @pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
 @on_ranks()
 def test_tracing_a_forward_is_refused(trains: bool) -> None:
