@@ -36,7 +36,7 @@ class Group:
 def transport() -> tuple[Any, Group]:
     """Return a transport of two ranks, and its group."""
     made, group = ProcessGroupTransport.__new__(ProcessGroupTransport), Group()
-    made.rank, made.world_size, made._reduces_in_place = 0, 2, True
+    made.rank, made.world_size, made._is_threaded = 0, 2, False
     made._gather_group = made._reduce_group = group  # type: ignore[assignment]
     return made, group
 

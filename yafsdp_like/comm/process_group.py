@@ -45,7 +45,7 @@ class ProcessGroupTransport:
         self.rank, self.world_size = group.rank(), group.size()
         self.description = f"process group: {reason}"
         self._gather_group = self.everybody = group
-        self._reduces_in_place = dist.get_backend(group) != "threaded"  # torch's ranks in threads, for tests
+        self._is_threaded = dist.get_backend(group) == "threaded"  # torch's ranks in threads, for tests
         self._reduce_group = _reduce_group_of(group) if self.world_size > 1 else group
 
     def all_gather(
@@ -63,7 +63,8 @@ class ProcessGroupTransport:
         options = AllgatherOptions()
         options.asyncOp = False  # on the current stream, not on one of the group's own
         for out, inp in pieces:
-            if out[0].is_cpu:  # see [Note: gloo gathers piece by piece]; as bytes, since gloo lacks float8
+            if out[0].is_cpu and not self._is_threaded:  # see [Note: gloo gathers piece by piece]
+                # As bytes, since gloo lacks float8.
                 both = [(o.view(torch.uint8), i.view(torch.uint8)) for o, i in zip(out, inp, strict=True)]
                 works = [self._gather_group._allgather_base(o, i, options) for o, i in both]
             else:
@@ -84,7 +85,7 @@ class ProcessGroupTransport:
         assert [i.dtype for i in inputs] == list(dtypes), "a collective sums in the dtype that it sends"
         # In place into this rank's chunk of the inputs when a cast or an addition follows, straight away otherwise.
         chunks = [i.view(self.world_size, -1)[self.rank] for i in inputs]
-        if not self._reduces_in_place:
+        if self._is_threaded:
             chunks = [chunk.clone() for chunk in chunks]
         same_dtype = all(out.dtype == inp.dtype for out, inp in zip(outputs, inputs, strict=True))
 
