@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -103,3 +104,33 @@ def test_large_schemas_stay_within_the_limits(tmp_path: Path) -> None:
         for token in codec.encode(text, add_special_tokens=False):
             assert state.allowed().any()
             state.accept([token])
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory: pytest.TempPathFactory) -> Codec:
+    return Codec.load(write_tokenizer(tmp_path_factory.mktemp("grammar")))
+
+
+def follow_numbers(codec: Codec, text: str) -> None:
+    """Raise GrammarError unless ``text`` begins JSON of an object with a list of integers."""
+    numbers = {"type": "array", "items": {"type": "integer"}}
+    schema = {"type": "object", "properties": {"a": numbers}, "required": ["a"]}
+    codec.grammars(codec.vocab_size).of_schema(schema).start().accept(codec.encode(text, add_special_tokens=False))
+
+
+@pytest.mark.parametrize("indent", [None, 1, 2, 4, "\t"])
+def test_json_may_be_written_on_one_line_or_with_indents(indent: int | str | None, codec: Codec) -> None:
+    text = json.dumps({"a": [1, 23]}, indent=indent)
+    for written in (text, text.replace("\n", "\r\n"), text.replace(" ", "")):
+        follow_numbers(codec, written)
+
+
+@pytest.mark.parametrize("begun", ["{", '{"a"', '{"a":', '{"a": [1', '{"a": [1,', '{"a": [1]'])
+def test_json_has_one_space_or_one_end_of_a_line_and_an_indent_between_tokens(begun: str, codec: Codec) -> None:
+    """Prevents: a weak model that fills all of its tokens with white space."""
+    for space in (" ", "\n", "\r\n", "\n" + 20 * " ", "\n" + 10 * "\t"):
+        follow_numbers(codec, begun + space)
+        for more in (" ", "\n", "\r\n", "\t"):
+            if len(space) > 2 or space == " " or "\n" in more:
+                with pytest.raises(GrammarError):
+                    follow_numbers(codec, begun + space + more)
