@@ -24,6 +24,7 @@ from yafsdp_like.comm.process_group import ProcessGroupTransport
 from yafsdp_like.kernels.adamw import AdamWTable, AdamWTensors
 from yafsdp_like.kernels.reduce import ReduceTable
 from yafsdp_like.memory.streams import COMPUTE, GATHER, REDUCE
+from yafsdp_like.ops import split_master
 from yafsdp_like.ops.split_master import SplitValues
 from yafsdp_like.optim import AdamW, offload
 from yafsdp_like.optim.offload import OffloadedMoments
@@ -302,7 +303,8 @@ def watch_offloaded_moments(patch: pytest.MonkeyPatch, detector: RaceDetector) -
         for memory in (*self.buffers, *(block.bytes for block in self._blocks)):
             detector.watch(memory)
 
-    patch.setattr(offload, "streams_of", lambda device: detector.streams)
+    for module in (offload, split_master):
+        patch.setattr(module, "streams_of", lambda device: detector.streams)
     patch.setattr(offload, "CHUNK_NBYTES", 1024)
     patch.setattr(OffloadedMoments, "_lay_out", watched)
 

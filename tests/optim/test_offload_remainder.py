@@ -24,6 +24,7 @@ from tests.ranks import on_ranks, run_ranks
 from tests.shard.test_gpu import batch, sharded_decoder
 from yafsdp_like import MixedPrecisionPolicy, RemainderOffloadPolicy, fully_shard, update_in_backward
 from yafsdp_like.kernels.split import split
+from yafsdp_like.ops import split_master
 from yafsdp_like.ops.split_master import SplitTensor, SplitValues
 from yafsdp_like.optim import AdamW, offload
 from yafsdp_like.optim.moments import FORMATS, local
@@ -253,26 +254,35 @@ def test_an_optimizer_that_copies_no_states_is_refused_before_it_updates_anythin
 # --- order ---
 
 
-def races_of(patch: pytest.MonkeyPatch, forgets: list[tuple[str, str]]) -> tuple[list[str], set[tuple[str, str]]]:
+def with_streams(patch: pytest.MonkeyPatch, streams: VectorClocks) -> None:
+    for module in (offload, split_master):
+        patch.setattr(module, "streams_of", lambda device: streams)
+
+
+def races_of(
+    patch: pytest.MonkeyPatch, forgets: list[tuple[str, str]], num_optimizers: int = 1
+) -> tuple[list[str], set[tuple[str, str]]]:
     """Those of some steps on a CPU whose streams are vector clocks, with a read and a write of values between."""
     streams = VectorClocks(forgets)
-    patch.setattr(offload, "streams_of", lambda device: streams)
+    with_streams(patch, streams)
     patch.setattr(offload, "CHUNK_NBYTES", 1024)
     values = [SplitValues(*split(torch.randn(numel)), is_offloaded=True) for numel in (96, 640, 32)]
     params = [nn.Parameter(SplitTensor(v, v.low.shape, (1,))) for v in values]
-    optimizer = AdamW(params, offload_moments=True)
+    optimizers = [AdamW(params, offload_moments=True) for _ in range(num_optimizers)]
     detector = RaceDetector(streams)
     for step in range(6):
         for k, p in enumerate(params):
             p.grad = None if step == 3 and k == 0 else torch.ones(p.shape) * (step + 1)
         if step == 1:  # by when it has its memory
-            assert optimizer._offloaded is not None
-            for memory in (*optimizer.moment_buffers, *(block.bytes for block in optimizer._offloaded._blocks)):
-                detector.watch(memory)
+            for offloaded in (optimizer._offloaded for optimizer in optimizers):
+                assert offloaded is not None
+                for memory in (*offloaded.buffers, *(block.bytes for block in offloaded._blocks)):
+                    detector.watch(memory)
             for v in values:
                 detector.watch(v.low, on_host=True)
         with detector:
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             if step == 2:
                 values[1].beside_high(values[1].low).sum()
             if step == 4:
@@ -281,10 +291,34 @@ def races_of(patch: pytest.MonkeyPatch, forgets: list[tuple[str, str]]) -> tuple
     return detector.races, set(streams.waits)
 
 
-def test_every_access_to_remainders_is_ordered() -> None:
+@pytest.mark.parametrize("num_optimizers", [1, 2])
+def test_every_access_to_remainders_is_ordered(num_optimizers: int) -> None:
+    """Prevents: a remainder that an optimizer reads before what another has made of it is there."""
     with pytest.MonkeyPatch.context() as patch:
-        races, waits = races_of(patch, [])
+        races, waits = races_of(patch, [], num_optimizers)
     assert races == [] and waits == set(WAITS)
+
+
+@on_one_rank
+def test_a_parameter_that_is_replaced_behind_an_update_is_put_where_it_lay_once_copies_have_ended() -> None:
+    """Prevents: the remainder of the update in the place of the new one."""
+    streams = VectorClocks()
+    detector = RaceDetector(streams)
+    with pytest.MonkeyPatch.context() as patch:
+        with_streams(patch, streams)
+        module, optimizer = network(OFFLOADED)
+        update(module, optimizer, 0)
+        values = {name: torch.full_like(p, 0.1) for name, p in module.named_parameters()}
+        unit = unit_of(module)
+        assert unit is not None
+        for p in unit.params:
+            detector.watch(p.main, on_host=True)
+        with detector:
+            update(module, optimizer, 1)
+            module.load_state_dict(values, assign=True)
+            module(torch.ones(2, 96)).sum().backward()
+        assert all(torch.equal(whole(p), whole(values[name])) for name, p in module.named_parameters())
+    assert detector.accesses and detector.races == []
 
 
 @pytest.mark.slow(unless=lambda forgotten: forgotten is None)
@@ -292,7 +326,7 @@ def test_every_access_to_remainders_is_ordered() -> None:
 def test_each_wait_is_needed_that_of_the_cpu_too(forgotten: tuple[str, str] | None) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if forgotten is None:
-            patch.setattr(SplitValues, "written_by", lambda self, wait: None)
+            patch.setattr(SplitValues, "_wait", lambda self: None)
         assert races_of(patch, [] if forgotten is None else [forgotten])[0]
 
 

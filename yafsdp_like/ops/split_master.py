@@ -13,22 +13,20 @@ compute shard may be written, so that what is written during a forward is comput
 [Note: remainders on the host]
 Nothing computes on the lower half but the update, which an optimizer that streams its states can bring to the device
 with them. So it may be in host memory, pinned for a GPU, whose owner is who owns the half on the device otherwise; the
-upper half never is. Whoever else reads or writes values is rare, and the CPU waits for it: until the last update's
-copies are on the host (``written_by``), and for its own copy between host and device. So a read is complete when it
-returns, a write too, and copies of a later update need no event to be behind them.
+upper half never is. Whoever else reads or writes values is rare, and the CPU waits for it: for all copies that
+``DEVICE_TO_HOST`` has been given, an update's among them, and for its own copy between host and device. So a read is
+complete when it returns, a write too, and copies of a later update need no event to be behind them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from yafsdp_like.kernels.split import join, split
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from yafsdp_like.memory.streams import DEVICE_TO_HOST, streams_of
 
 CHUNK = 1 << 24  # elements that are split at a time: of temporary memory, which may be a side stream's for good
 
@@ -46,8 +44,15 @@ class SplitValues:
         assert high.dtype == torch.bfloat16 and low.dtype == torch.int16, f"{high.dtype} and {low.dtype}"
         assert high.shape == low.shape == (high.numel(),), f"{high.shape} and {low.shape}"
         self.high, self.low, self.is_offloaded = high, low, is_offloaded
-        self._wait_for_low: Callable[[], None] | None = None  # for copies of the last update, if offloaded
         self.written: torch.Tensor | None = None  # (numel,) fp32, instead of the halves, from a write until settled
+
+    @classmethod
+    def of(cls, values: torch.Tensor, low: torch.Tensor, is_offloaded: bool) -> SplitValues:
+        """Return ``values``, ``(numel,)`` float32, with their lower half in ``low``, once no copy to it is under way."""
+        made = cls(torch.empty_like(values, dtype=torch.bfloat16), low, is_offloaded)
+        made.written = values
+        made.settle()
+        return made
 
     def settle(self) -> bool:
         """Split what was written, on the current stream; return whether anything was."""
@@ -86,14 +91,11 @@ class SplitValues:
         self._wait()
         return low.to(self.high.device)
 
-    def written_by(self, wait: Callable[[], None]) -> None:
-        """Note that copies to an offloaded lower half are under way, until ``wait`` returns."""
-        self._wait_for_low = wait
-
     def _wait(self) -> None:
-        if self._wait_for_low is not None:
-            self._wait_for_low()
-            self._wait_for_low = None
+        """Have the CPU wait for copies to an offloaded lower half."""
+        if self.is_offloaded:
+            streams = streams_of(self.high.device)
+            streams.synchronize(streams.record(DEVICE_TO_HOST))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied, by asynchronous checkpoints say: nothing is under way."""

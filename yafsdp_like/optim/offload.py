@@ -18,14 +18,13 @@ waits before it reads or writes a block, in ``wait``. Chunks and buffers are tho
 allocated, as long as batches have the same parameters.
 
 Remainders of split masters that are in host memory ([Note: remainders on the host], ``ops/split_master.py``) are copied
-with the moments of their elements, from where they lie and back there. Nobody else writes them while an event of these
-copies is pending: whoever reads or writes values has the CPU wait for the one that ``SplitValues`` is told of here.
+with the moments of their elements, from where they lie and back there. Other optimizers of the same parameters do so on
+the same streams; whoever else reads or writes values has the CPU wait for these copies.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -186,8 +185,8 @@ class OffloadedMoments:
                 self._keep(param, states[param])
         self._due = [c for chunks in self._chunks for c in chunks if _has_gradient(c)]
         self._position = 0
-        for event in self._freed:  # a chunk may have been in another buffer, from which it is still being copied back
-            self._streams.wait(HOST_TO_DEVICE, event)
+        # A chunk may still be copied back from another buffer, and remainders from those of another optimizer.
+        self._streams.wait(HOST_TO_DEVICE, self._streams.record(DEVICE_TO_HOST))
         if self._due:
             self._copy_in(0)
 
@@ -219,9 +218,7 @@ class OffloadedMoments:
         with self._streams.on(DEVICE_TO_HOST):
             for host, device in self._spans(k):
                 host.copy_(device, non_blocking=True)
-        self._freed[k % NUM_BUFFERS] = back = self._streams.record(DEVICE_TO_HOST)
-        for values in filter(None, map(_offloaded_values, self._due[k].params)):
-            values.written_by(partial(self._streams.synchronize, back))
+        self._freed[k % NUM_BUFFERS] = self._streams.record(DEVICE_TO_HOST)
 
     def _spans(self, k: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield ranges of a block with their places in the chunk's buffer."""

@@ -15,7 +15,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn.modules.batchnorm import _NormBase
 
-from yafsdp_like.kernels.split import split
 from yafsdp_like.memory.layout import contiguous_stride
 from yafsdp_like.ops.split_master import SplitTensor, SplitValues, values_of
 from yafsdp_like.shard.runtime.extension import Extension, attributes_of, is_extended, refuse_subclass
@@ -295,9 +294,8 @@ class ShardedParam:
 
     def _split_into(self, main: torch.Tensor) -> torch.Tensor:
         """Return this rank's rows with their lower halves in ``main``; the upper ones await a compute shard."""
-        high, low = split(values_of(self.local).flatten())
-        main[: low.numel()].copy_(low)
-        values = SplitValues(high, main[: low.numel()], self.offloads_remainder)
+        flat = values_of(self.local).flatten()
+        values = SplitValues.of(flat, main[: flat.numel()], self.offloads_remainder)
         return SplitTensor(values, self.local_shape, contiguous_stride(self.local_shape))
 
     def make_grad(self, device: torch.device, place: Place | None = None, guard_nbytes: int = 0) -> None:
