@@ -48,7 +48,7 @@ class SplitValues:
 
     @classmethod
     def of(cls, values: torch.Tensor, low: torch.Tensor, is_offloaded: bool) -> SplitValues:
-        """Return ``values``, ``(numel,)`` float32, with their lower half in ``low``, once no copy to it is under way."""
+        """Return ``values``, ``(numel,)`` float32, with their lower half in ``low``, behind all copies to it."""
         made = cls(torch.empty_like(values, dtype=torch.bfloat16), low, is_offloaded)
         made.written = values
         made.settle()
