@@ -264,7 +264,7 @@ def test_a_model_that_is_loaded_here_answers_in_a_terminal(tmp_path: Path) -> No
         there.type("/save /dev/stdout\r")
         there.expect("File exists")
         there.type("x" * 200 + " " + "yz" * 200 + "\r")
-        there.expect("tokens of prompt")
+        there.expect("tokens, and 256 fit")
 
 
 # --- who answers ---
