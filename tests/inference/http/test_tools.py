@@ -261,7 +261,7 @@ def is_call_of(schemas: list[dict[str, Any]], codec: Codec, text: str) -> bool:
     (choice,) = chat(parser_of(codec), [USER], tools=tools, tool_choice="required").choices
     grammar: Any = choice.request.limits.grammar
     tokens = [*codec.encode(text, add_special_tokens=False), min(codec.stop_tokens)]
-    return bool(grammar.first.deep_copy().validate_tokens(tokens) == len(tokens))
+    return bool(grammar.start()._matcher.validate_tokens(tokens) == len(tokens))
 
 
 def test_a_reference_in_a_tools_schema_is_to_that_schema_and_not_to_the_call(with_tools: Codec) -> None:
