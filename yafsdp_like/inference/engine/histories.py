@@ -40,7 +40,7 @@ class Histories:
     """The rows of one engine's history."""
 
     def __init__(self, history: Tensor, pinned: bool) -> None:
-        """``history``: (rows, V) int32, a row for each row of a step and for each sequence that runs."""
+        """``history``: (R, V) int32, as many rows as a step has that draw, or sequences that run, if these are more."""
         self._history = history
         self._on_host = torch.zeros(history.shape, dtype=history.dtype, pin_memory=pinned)
         self._free = [*range(len(history))]

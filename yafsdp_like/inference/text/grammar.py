@@ -87,11 +87,7 @@ class TextGrammar:
     def __init__(self, make: Callable[[], Any]) -> None:
         """``make`` returns a matcher, or one in an error, from any thread."""
         self._make, self._unused = make, [make()]
-
-    @property
-    def error(self) -> str:
-        """Why it was not understood; empty if it was."""
-        return str(self._unused[0].get_error())
+        self.error = str(self._unused[0].get_error())  # why it was not understood; empty if it was
 
     def start(self) -> MatcherState:
         """Begin a text; the first has the matcher that is there, and each other one takes as long to make."""
