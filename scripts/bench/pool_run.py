@@ -123,10 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             bench = _pool(options, world)
             report["plan"] = str(bench.pool.plan).splitlines()
-            for name, result in _measured(bench):
-                report[name] = result
-                say(world, _described(name, result))
-            bench.pool.check_integrity()
+            with bench.pool:
+                for name, result in _measured(bench):
+                    report[name] = result
+                    say(world, _described(name, result))
+                bench.pool.check_integrity()
         if options.out is not None and world.is_first:
             write(report, options.out)
     finally:

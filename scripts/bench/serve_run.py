@@ -100,7 +100,7 @@ def reports(options: ServeBenchOptions, world: World, arguments: Sequence[str]) 
     say(world, f"{served.plan}\nready after {seconds['engine']:.1f} s")
     bench = Bench(options, world, served, Requests(served.plan.config.vocab_size))
     results: dict[str, Result] = {}
-    with contextlib.closing(served.weights):
+    with contextlib.closing(served.engine):
         for name in options.measures:
             with timed(name, seconds):
                 results[name] = MEASURES[name].run(bench, rates)

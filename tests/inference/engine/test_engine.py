@@ -276,6 +276,8 @@ def test_recordings_beyond_the_plan_are_left_out_and_their_steps_issued(monkeypa
     assert taken == len(recorder.recorded) * (7 << 20) <= 1.05 * it._weights.plan.recordings_nbytes
     assert ids(it.generate(requests(texts))) == {str(i): expected(TINY, text) for i, text in enumerate(texts)}
     assert {size for name, size in recorder.replayed if name == "_step"} == {*steps}
+    it.close()
+    assert not it._runner._recordings and not it._runner._logprobs  # a process group would wait for their sums
 
 
 @pytest.mark.parametrize("name", ["grouped queries", "windows in one layer of three"])

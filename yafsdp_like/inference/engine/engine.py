@@ -145,6 +145,7 @@ class Engine:
 
     def close(self) -> None:
         """Close the engine: no step follows. Ranks that read each other's weights wait here for all of them."""
+        self._runner.drop_recordings()
         self._weights.close()
 
     def __enter__(self) -> Engine:

@@ -185,6 +185,11 @@ class Runner:
                 stacklevel=2,
             )
 
+    def drop_recordings(self) -> None:
+        """Free what was recorded. A process group ends only when no CUDA graph holds a sum over it."""
+        self._recordings.clear()
+        self._logprobs.clear()
+
     @torch.inference_mode()
     def measure(self) -> Costs:
         """Measure how fast this machine copies pages to the host and back, and computes prompts."""
