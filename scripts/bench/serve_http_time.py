@@ -50,6 +50,11 @@ class PacedEngine:
         """Whether any request has not ended."""
         return bool(self._left)
 
+    @property
+    def rest_s(self) -> float:
+        """A step is always due."""
+        return 0.0
+
     def add(self, request: Request) -> None:
         """Take a request."""
         self._left[request.id] = request.max_tokens

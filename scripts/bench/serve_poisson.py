@@ -137,8 +137,9 @@ def play(engine: Engine, arrivals: Sequence[Arrival], most: int | None = None) -
         while coming and coming[-1].at <= now and (most is None or num_open < most):
             engine.add(coming.pop().request)
             num_open += 1
-        if not engine.has_work:
-            time.sleep(max(0.0, coming[-1].at - now))
+        if wait_s := engine.rest_s if engine.has_work else math.inf:
+            may_come = coming and (most is None or num_open < most)
+            time.sleep(min(wait_s, max(0.0, coming[-1].at - now) if may_come else math.inf))
             continue
         outputs = engine.step()
         log.append((time.perf_counter() - start, outputs))

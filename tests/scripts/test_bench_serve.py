@@ -397,6 +397,8 @@ class Clock:
 class Metronome:
     """An engine that serves one request at a time, a token in each step of a second."""
 
+    rest_s = 0.0
+
     def __init__(self, clock: Clock) -> None:
         self._clock, self._left = clock, dict[str, int]()
 
@@ -414,6 +416,32 @@ class Metronome:
         if not self._left[request_id]:
             del self._left[request_id]
         return [RequestOutput(request_id, (Token(0),))]
+
+
+class Resting(Metronome):
+    """One whose first step is due at the second 3."""
+
+    @property
+    def rest_s(self) -> float:  # type: ignore[override]
+        return max(0.0, 3.0 - self._clock.now)
+
+
+def test_requests_are_taken_when_they_come_while_a_step_is_not_due() -> None:
+    clock, taken = Clock(), list[float]()
+    engine = Resting(clock)
+
+    def add(request: Request) -> None:
+        taken.append(clock.now)
+        Metronome.add(engine, request)
+
+    arrivals = [Arrival(at, Request(f"{at}", (1,), max_tokens=1)) for at in (0.5, 1.5)]
+    with (
+        mock.patch("bench.serve_poisson.time.perf_counter", lambda: clock.now),
+        mock.patch("bench.serve_poisson.time.sleep", clock.sleep),
+        mock.patch.object(engine, "add", add),
+    ):
+        served = play(engine, arrivals)
+    assert taken == [0.5, 1.5] and [one.tokens_at for one in served] == [[4.0], [5.0]]
 
 
 def test_latencies_count_from_arrivals_not_from_when_the_engine_took_notice() -> None:

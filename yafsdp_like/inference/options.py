@@ -6,7 +6,7 @@ Imports no torch, so that a command line can be checked before torch is imported
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from yafsdp_like.inference.kv.eviction import Costs, Tenant
@@ -103,6 +103,20 @@ class EngineOptions:
         if speculation is None or most >= MAX_DRAFTED_ROWS:
             return most
         return min(most * (1 + speculation.num_tokens), MAX_DRAFTED_ROWS, self.max_batch_tokens)
+
+    def with_budget(self, max_batch_tokens: int, tpot_ms: float | None) -> EngineOptions:
+        """Return these options with other steps, of no more tokens than an engine of these has room for.
+
+        Raises ValueError for more of them, less than 1, and for a target where these have none.
+        """
+        if not 1 <= max_batch_tokens <= self.max_batch_tokens:
+            raise ValueError(
+                f"expected max_batch_tokens from 1 to {self.max_batch_tokens}, which the engine was made for, "
+                f"found {max_batch_tokens}"
+            )
+        if tpot_ms is not None and self.tpot_ms is None:
+            raise ValueError(f"tpot_ms {tpot_ms} needs an engine that was made with a tpot_ms, which measures steps")
+        return replace(self, max_batch_tokens=max_batch_tokens, tpot_ms=tpot_ms)
 
     @property
     def is_debugged(self) -> bool:

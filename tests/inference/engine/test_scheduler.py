@@ -192,7 +192,7 @@ def test_the_last_in_rank_makes_room_and_comes_back_where_it_was() -> None:
     batch = schedule(it)
     assert batch is not None and runs(batch) == [("a", 8, 1)]
     out = [(copy.source_tier, copy.destination_tier) for copy in batch.copies]
-    assert out == [(Tier.DEVICE, Tier.HOST)] * 2 and it.num_swapped == 1
+    assert out == [(Tier.DEVICE, Tier.HOST)] * 2 and it.waiting[0].is_swapped
     read(it, batch)
     batch = schedule(it)
     assert batch is not None and runs(batch) == [("b", 8, 1)]

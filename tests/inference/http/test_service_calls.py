@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.inference.http.servers import SECONDS, Turnstile, drawn, let, make_engine, requests, run
-from yafsdp_like.inference.engine.request import QueueFullError
+from tests.inference.http.servers import SECONDS, Turnstile, Wrapped, drawn, let, make_engine, requests, run
+from yafsdp_like.inference.engine.request import QueueFullError, RequestOutput
+from yafsdp_like.inference.http import service as service_module
 from yafsdp_like.inference.http.service import Service, ServiceState, UnavailableError
 from yafsdp_like.inference.text.codec import Codec
 
@@ -84,6 +85,62 @@ def test_a_drained_service_lets_run_what_runs_and_begins_nothing(codec: Codec) -
             await service.open(requests(1))
 
     run(make_engine(codec), main)
+
+
+class Resting(Wrapped):
+    """An engine whose next step is due when somebody says so."""
+
+    rest_s = 60.0
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.num_requests = list[int]()  # of each step
+
+    def step(self) -> list[RequestOutput]:
+        metrics = self.engine.metrics()
+        self.num_requests.append(metrics.num_running + metrics.num_waiting)
+        return self.engine.step()
+
+
+def test_requests_that_come_before_a_step_is_due_are_in_it(codec: Codec) -> None:
+    engine = Resting(make_engine(codec))
+
+    async def main(service: Service[Any]) -> None:
+        first, second = [await service.open(requests(count)) for count in (1, 2)]
+        assert await service.call(lambda _: engine.num_requests) == [] and service.busy_s == 0.0
+        await service.call(lambda _: setattr(engine, "rest_s", 0.0))
+        assert await drawn(first) == {"r0": 3} and await drawn(second) == {"r0": 3, "r1": 3}
+        assert engine.num_requests[0] == 3
+
+    run(engine, main)
+
+
+def test_a_step_is_made_once_it_is_due_though_nobody_calls(codec: Codec) -> None:
+    engine = Resting(make_engine(codec))
+    engine.rest_s = 0.01
+
+    def due(_: Any) -> None:
+        threading.Timer(0.02, setattr, (engine, "rest_s", 0.0)).start()
+
+    async def main(service: Service[Any]) -> None:
+        stream = await service.open(requests(1))
+        await service.call(due)
+        assert await drawn(stream) == {"r0": 3}
+
+    run(engine, main)
+
+
+def test_a_service_ends_while_no_step_is_due(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "LAST_STEP_S", 0.1)
+
+    async def main() -> None:
+        service = Service(Resting(make_engine(codec)))
+        await service.start()
+        await service.open(requests(1))
+        await service.close()
+        assert not service._thread.is_alive()
+
+    asyncio.run(main())
 
 
 def test_a_closed_service_answers_that_it_is_closed(codec: Codec) -> None:

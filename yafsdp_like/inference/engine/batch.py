@@ -13,7 +13,7 @@ from yafsdp_like.inference.engine.request import Token
 from yafsdp_like.inference.kv.kv_sequence import KVSequenceState
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator
+    from collections.abc import Hashable, Iterable, Iterator, Sequence
 
     from yafsdp_like.inference.engine.adapters import LoadedAdapter
     from yafsdp_like.inference.engine.request import Request
@@ -161,6 +161,23 @@ class Run(NamedTuple):
         """Whether the sequence has become what was drafted; to be asked when all rows before this one were read."""
         tokens = self.sequence.tokens
         return len(tokens) == self.end and tokens[-1] == self.drafted[-1]
+
+
+def in_rows(runs: Sequence[Run], rows: Sequence[ActiveRequest]) -> list[Run]:
+    """Order runs of one token so that sequences keep the rows that they had in the step before.
+
+    What is staged of a row is still true then. Rows of sequences that are gone are given to new ones, then to those in
+    the last rows.
+    """
+    new = {run.sequence: run for run in runs}
+    kept = [new.pop(sequence, None) for sequence in rows]
+    left = iter(new.values())
+    found = [next(left, None) if run is None else run for run in kept] + list(left)
+    while None in found:
+        last = found.pop()
+        if last is not None:
+            found[found.index(None)] = last
+    return [run for run in found if run is not None]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ Owns what a step is made of and in which order its parts happen; integers are th
 [Note: one step ahead]
 With ``lookahead`` a step is launched before the tokens of the step before it are read, so the device does not wait for
 the CPU. ``step`` then returns what the step before drew. A sequence that ended with it has been computed once too
-often; that token is dropped.
+often; that token is dropped. Whoever calls ``step`` may wait for ``rest_s`` seconds before, for requests to come.
 
 Tensor parallel ranks (``store.py``, [Note: tensor parallel]) have an engine each, with the same options, and make the
 same calls in the same order. The first rank's clock holds for all: its costs, its deadlines, and its time.
@@ -30,6 +30,7 @@ from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStat
 from yafsdp_like.inference.engine.collector import collector_paused
 from yafsdp_like.inference.engine.debug import StepDebugger
 from yafsdp_like.inference.engine.draft_model import DraftModel
+from yafsdp_like.inference.engine.launch_clock import LaunchClock, LaunchKind
 from yafsdp_like.inference.engine.limits import check_limits
 from yafsdp_like.inference.engine.metrics import Metrics, metrics_of
 from yafsdp_like.inference.engine.places import EnginePlaces, nobody_else
@@ -97,8 +98,9 @@ class Engine:
         self._cancelled: list[ActiveRequest] = []
         self._unread: tuple[Batch, Launched] | None = None
         self._read_early: list[RequestOutput] = []  # while a step was launched
-        self._num_steps = 0
-        self.step_log, self._waited_s = StepLog(self._runner.timer), 0.0
+        self.step_log, self._launch_clock = StepLog(self._runner.timer), LaunchClock()
+        self._num_steps, self._called_at, self._waited_s = 0, 0.0, 0.0  # the times are of the last `step`
+        self._may_rest = options.lookahead and not self.lockstep and self._speculator is None  # see `launch_clock.py`
         check = self.check_integrity if make_room is nobody_else else self.check_sequences
         self._debug = StepDebugger(weights, places, self._sequences, check) if options.is_debugged else None
 
@@ -175,14 +177,7 @@ class Engine:
         Tensor parallel ranks must all be told before the same step. Raises ValueError for more tokens than the engine
         was made for, less than 1, and for a target where it was made without one.
         """
-        if not 1 <= max_batch_tokens <= self.options.max_batch_tokens:
-            raise ValueError(
-                f"expected max_batch_tokens from 1 to {self.options.max_batch_tokens}, which the engine was made for, "
-                f"found {max_batch_tokens}"
-            )
-        if tpot_ms is not None and self._times is None:
-            raise ValueError(f"tpot_ms {tpot_ms} needs an engine that was made with a tpot_ms, which measures steps")
-        self._scheduler.options = replace(self.options, max_batch_tokens=max_batch_tokens, tpot_ms=tpot_ms)
+        self._scheduler.options = self.options.with_budget(max_batch_tokens, tpot_ms)
 
     # --- requests ---
 
@@ -235,13 +230,23 @@ class Engine:
         """Whether ``step`` has anything to do, or to return."""
         return bool(self._sequences) or self._unread is not None
 
+    @property
+    def rest_s(self) -> float:
+        """In how many seconds the next ``step`` is due, for who waits for requests until then; 0.0: now.
+
+        It is due at once where it has no room for more of them, nothing is on the device, or ``_may_rest`` is False.
+        """
+        if not self._may_rest or self._unread is None or not self._scheduler.has_room:
+            return 0.0
+        return self._launch_clock.rest_s(time.perf_counter(), not self._scheduler.only_decodes)
+
     def step(self) -> list[RequestOutput]:
         """Launch one batch, and return what the one before (``lookahead=False``: this one) drew.
 
         The list may be empty while there is work. Where ranks step together (``Weights.lockstep``) each call makes
         exactly one forward, and all ranks must call it equally often, whether they have work or not.
         """
-        begin, self._waited_s = time.perf_counter(), 0.0
+        self._called_at, self._waited_s = time.perf_counter(), 0.0
         outputs = self.end_requests()
         if self._speculator is not None:
             outputs += self._draft(self._speculator)
@@ -257,7 +262,8 @@ class Engine:
         if not self.options.lookahead:
             outputs += self._read()
         if launched is not None:
-            self.step_log.add_cpu(time.perf_counter() - begin - self._waited_s, mixed=batch.runs[-1].num_tokens > 1)
+            cpu_s = time.perf_counter() - self._called_at - self._waited_s
+            self.step_log.add_cpu(cpu_s, mixed=batch.runs[-1].num_tokens > 1)
         if not self.has_work:
             self.step_log.pause()
         return outputs
@@ -280,6 +286,7 @@ class Engine:
                 self._runner.skip()
             return None
         launched = self._runner.launch(batch)
+        self._launch_clock.launched(LaunchKind.of(launched.size), self._called_at)
         self._scheduler.launched(batch)
         self._num_steps += 1
         if isinstance(launched, Undrawn):  # what may be drawn depends on what was
@@ -385,8 +392,10 @@ class Engine:
         batch, launched = unread
         begin = time.perf_counter()
         self._runner.wait(launched)
-        self._waited_s += time.perf_counter() - begin
+        now = time.perf_counter()
+        self._waited_s += now - begin
         step_s = self.step_log.add_device(launched.began, launched.done, batch.num_prompt_tokens)
+        self._launch_clock.read(now, now - begin, *self.step_log.last)
         if self._times is not None and self.tp_group is None:  # clocks of several ranks differ
             self._times.learn(batch.num_tokens, batch.num_single, step_s)
         if self._speculator is not None:
@@ -422,13 +431,8 @@ class Engine:
 
     def metrics(self) -> Metrics:
         """Return how things stand now, and the counts since the start."""
-        counts = {
-            "num_steps": self._num_steps,
-            "num_adapters_woken": self.adapters.num_woken,
-            **self._runner.figures(),
-            **vars(self.step_log.figures()),
-        }
-        return metrics_of(self._scheduler, counts)
+        counts = {"num_steps": self._num_steps, "num_adapters_woken": self.adapters.num_woken}
+        return metrics_of(self._scheduler, {**counts, **self._runner.figures(), **vars(self.step_log.figures())})
 
     def occupancy(self) -> list[Stretch]:
         """Return who has which of the planned bytes on the device now, in the order of addresses."""

@@ -59,7 +59,7 @@ def metrics_of(scheduler: Scheduler, others: Mapping[str, Any]) -> Metrics:
     return Metrics(
         num_running=len(scheduler.running),
         num_waiting=len(scheduler.waiting),
-        num_swapped=scheduler.num_swapped,
+        num_swapped=sum(sequence.is_swapped for sequence in scheduler.waiting),
         **vars(scheduler.counts),
         num_pages_evicted=device.num_evicted,
         kv_nbytes_used=used,

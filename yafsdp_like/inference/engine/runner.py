@@ -62,6 +62,7 @@ class DrawnTokens:
 class Launched:
     """A step that was issued, and where its results are being put."""
 
+    size: StepSize
     drawing: tuple[Run, ...]  # in order of rows
     results: DrawnTokens  # on the host, once ``done``
     began: Event  # its first work on the device, of ``Runner.timer`` as ``done`` is
@@ -79,8 +80,8 @@ class Launched:
 class Undrawn:
     """A step that was issued, but for the drawing of limited rows."""
 
+    size: StepSize  # padding included
     drawing: tuple[Run, ...]
-    num_rows: int  # that draw, padding included
     began: Event
     scored: ScoredStep | None
     is_all: bool  # whether it has no other rows, which draw nothing
@@ -293,7 +294,7 @@ class Runner:
                 recording.replay()
             if slots:
                 self._adapters.launched(slots)
-            step = Undrawn(drawing, size.num_drawing, began, scored, len(drawing) == len(batch.runs))
+            step = Undrawn(size, drawing, began, scored, len(drawing) == len(batch.runs))
             is_limited = any(run.draws and run.sequence.request.limits is not None for run in others)
             return step if is_limited else self._fetch(step)
 
@@ -367,7 +368,7 @@ class Runner:
         compute_logprobs(self._buffers.logits, self._drawn.ids[:num_rows])
 
     def _fetch(self, step: Undrawn) -> Launched:
-        drawing, num_rows = step.drawing, step.num_rows
+        drawing, num_rows = step.drawing, step.size.num_drawing
         others = [run.sequence.request for run in drawing if not run.sequence.is_plain]
         with_logprobs = any(request.num_logprobs is not None for request in others)
         if with_logprobs:
@@ -386,7 +387,7 @@ class Runner:
             self._hidden.reverse()
             hidden = self._hidden[0]
             hidden[rows].copy_(self._buffers.activations.last[rows], non_blocking=True)
-        return Launched(drawing, results, step.began, self.timer.mark(), step.scored, hidden)
+        return Launched(step.size, drawing, results, step.began, self.timer.mark(), step.scored, hidden)
 
     def _copy_pages(self, copies: Iterable[Copy]) -> None:
         for first, num_pages in _merged(copies):

@@ -11,7 +11,16 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from yafsdp_like.inference.engine.adapters import Adapters
-from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, Counts, NextStep, RequestStatus, Run, nums_left_of
+from yafsdp_like.inference.engine.batch import (
+    ActiveRequest,
+    Batch,
+    Counts,
+    NextStep,
+    RequestStatus,
+    Run,
+    in_rows,
+    nums_left_of,
+)
 from yafsdp_like.inference.engine.deadlines import Deadlines
 from yafsdp_like.inference.engine.order import insert_in_order, remove_in_order
 from yafsdp_like.inference.engine.places import nobody_else
@@ -96,12 +105,15 @@ class Scheduler:
     def only_decodes(self) -> bool:
         """Whether the next step has no part of a prompt, unless somebody must make room."""
         may_admit = self.waiting and len(self.running) < self.options.max_batch_size
-        return not may_admit and all(sequence.num_left == 1 for sequence in self.running)
+        return not may_admit and all(num_left == 1 for num_left in nums_left_of(self.running))
 
     @property
-    def num_swapped(self) -> int:
-        """Waiting requests whose pages are on the host."""
-        return sum(sequence.is_swapped for sequence in self.waiting)
+    def has_room(self) -> bool:
+        """Whether the next step has a row and a token for one more request, as far as is known of the others."""
+        if len(self.running) + len(self.waiting) >= self.options.max_batch_size:
+            return False
+        nums_left = nums_left_of(self.running)
+        return sum(nums_left) + sum(nums_left_of(self.waiting)) < self._budget(nums_left)
 
     # --- a step ---
 
@@ -111,7 +123,7 @@ class Scheduler:
         The caller launches it and then calls ``launched``.
         """
         nums_left = nums_left_of(self.running)
-        step = NextStep(step_budget(nums_left, self.waiting, self.options, self._buckets, self._times))
+        step = NextStep(self._budget(nums_left))
         try:
             self._go_on(step, nums_left)
             self._admit(step)
@@ -119,9 +131,13 @@ class Scheduler:
             return None
         runs = self._runs(step)
         singles, chunks = ([run for run in runs if (run.num_tokens > 1) == is_chunk] for is_chunk in (False, True))
-        singles = self._in_rows(singles)
+        singles = in_rows(singles, self._rows)
+        self._rows = [run.sequence for run in singles]
         drafted = self._drafted_runs(() if chunks else singles, step.num_tokens_left)
         return Batch((*singles, *drafted, *chunks), self.take_copies())
+
+    def _budget(self, nums_left: Sequence[int]) -> int:
+        return step_budget(nums_left, self.waiting, self.options, self._buckets, self._times)
 
     def take_copies(self) -> tuple[Copy, ...]:
         """Return the copies that were handed out since the last call, to be issued now."""
@@ -235,24 +251,6 @@ class Scheduler:
             self.counts.num_chunks += not draws
         self.counts.num_tokens_computed += sum(step.num_tokens.values())
         return runs
-
-    def _in_rows(self, runs: Sequence[Run]) -> list[Run]:
-        """Order runs of one token so that sequences keep the rows that they had in the step before.
-
-        What is staged of a row is still true then. Rows of sequences that are gone are given to new ones, then to those
-        in the last rows.
-        """
-        new = {run.sequence: run for run in runs}
-        kept = [new.pop(sequence, None) for sequence in self._rows]
-        left = iter(new.values())
-        rows = [next(left, None) if run is None else run for run in kept] + list(left)
-        while None in rows:
-            last = rows.pop()
-            if last is not None:
-                rows[rows.index(None)] = last
-        ordered = [run for run in rows if run is not None]
-        self._rows = [run.sequence for run in ordered]
-        return ordered
 
     def _drafted_runs(self, runs: Sequence[Run], most: int) -> list[Run]:
         """Return ``most`` rows at most that verify drafts in a step that only decodes, as far as pages go."""

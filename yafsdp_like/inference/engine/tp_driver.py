@@ -101,6 +101,11 @@ class TPDriver:
         """Whether `step` has anything to do or to return, a sign of life for the other ranks included."""
         return self._engine.has_work or self._broadcaster.is_due
 
+    @property
+    def rest_s(self) -> float:
+        """0.0: engines that step together do not rest; see `Engine.rest_s`."""
+        return self._engine.rest_s
+
     def add(self, request: Request) -> None:
         """Add a request on all ranks. Raises what `Engine.add` does."""
         self._broadcaster.tell(request)

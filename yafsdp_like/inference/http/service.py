@@ -62,6 +62,10 @@ class SteppableEngine(Protocol):
     def has_work(self) -> bool:
         """Whether a step would do anything."""
 
+    @property
+    def rest_s(self) -> float:
+        """In how many seconds the next step is due; 0.0: now."""
+
     def add(self, request: Request) -> None:
         """Queue a request."""
 
@@ -368,7 +372,7 @@ class Service(Generic[EngineT]):
             self._busy_since = None
 
     def _turn(self) -> bool:
-        """Makes the calls that wait, and a step; False at the end."""
+        """Makes the calls that wait, and a step if it is due; False at the end."""
         num_calls = self._wait()
         for _ in range(num_calls):
             with self._changed:
@@ -378,7 +382,7 @@ class Service(Generic[EngineT]):
             call.run(self._engine)
         if self._is_over:
             return False
-        if self._engine.has_work and (outputs := self._engine.step()):
+        if self._wait_s == 0.0 and (outputs := self._engine.step()):
             self._post(self._route, outputs)
         return True
 
@@ -386,10 +390,15 @@ class Service(Generic[EngineT]):
         """The number of calls to make before the next step, once there is anything to do."""
         with self._changed:
             self._busy_since = None
-            while not self._calls and not self._is_over and not self._engine.has_work:
-                self._changed.wait(self._poll_interval_s)
+            while not self._calls and not self._is_over and (wait_s := self._wait_s) != 0.0:
+                self._changed.wait(wait_s)
             self._busy_since = time.monotonic()
             return len(self._calls)
+
+    @property
+    def _wait_s(self) -> float | None:
+        """For how long there is nothing to do but calls; 0.0: a step is due, None: there is no end."""
+        return self._engine.rest_s if self._engine.has_work else self._poll_interval_s
 
     def _add(self, engine: EngineT, requests: Sequence[Request]) -> None:
         """All or none; the table forgets those that the engine refuses, even if who opened them has gone meanwhile."""

@@ -114,6 +114,11 @@ class PoolDriver:
         self._note_loads()
         return has_work or any(self._to_sleep()) or any(self._to_unload())
 
+    @property
+    def rest_s(self) -> float:
+        """0.0: models step in turn, and a call of ``step`` is taken to last as long as a step (`turns.py`)."""
+        return 0.0
+
     def add(self, request: Request) -> None:
         """Queue a request of a model, as ``ModelPool.add`` does, and raise what it raises."""
         self._calls.add(request.model, request)
