@@ -5,7 +5,7 @@ Owns how a model is cut into units, and which parameters decay. Knows nothing of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -102,6 +102,11 @@ def moments_nbytes(model: torch.nn.Module, world: World, moments: MomentsFormat,
     return sum(optim_moments.moments_nbytes(*rows, moments, saved) for rows in _trained_rows(model, world))
 
 
+def values_nbytes(model: torch.nn.Module, world: World) -> int:
+    """Of all parameters on the rank that has most, as a checkpoint has them: values, also of split masters."""
+    return sum(rows.numel() * dtype.itemsize for rows, dtype in _rows(model.parameters(), world))
+
+
 def buffers_nbytes(model: Any, world: World, options: OptimizerOptions) -> int:
     """Of AdamW on the device, on the rank that has most: what offloaded states go through; 0 for others."""
     if not options.offload_moments:
@@ -111,9 +116,12 @@ def buffers_nbytes(model: Any, world: World, options: OptimizerOptions) -> int:
 
 
 def _trained_rows(model: torch.nn.Module, world: World) -> list[tuple[torch.Size, torch.dtype]]:
+    return _rows((p for p in model.parameters() if p.requires_grad), world)
+
+
+def _rows(params: Iterable[torch.nn.Parameter], world: World) -> list[tuple[torch.Size, torch.dtype]]:
     """The shapes of the rows of the rank that has most of them, and their dtypes."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [(torch.Size((-(-p.shape[0] // world.size), *p.shape[1:])), p.dtype) for p in trained]
+    return [(torch.Size((-(-p.shape[0] // world.size), *p.shape[1:])), p.dtype) for p in params]
 
 
 def describe_plan(model: Any, world: World, options: OptimizerOptions) -> str:

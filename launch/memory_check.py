@@ -79,7 +79,7 @@ def _demands(model: Any, options: Config, world: World) -> list[MemoryDemand]:
         states.append(Allocation(FLOATS, saved, saved))  # made for a save, and given back
     copies = []
     if options.checkpoint.asynchronous and 0 < options.checkpoint.every < options.num_steps:
-        copied = plan.nbytes_of("main_shard") + plan.nbytes_of("remainder") + saved
+        copied = build.values_nbytes(model, world) + saved
         copies = [Allocation(COPY, copied, copied)]
     if plan.host_nbytes:
         copies.append(Allocation(REMAINDERS, plan.host_nbytes, plan.host_nbytes))

@@ -4,16 +4,19 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from launch import config, memory_check
+from launch import build, config, memory_check
 from launch.memory_check import Allocation, MemoryDemand
+from launch.recipe import recipe_of
 from launch.world import World
 from tests.launch.test_train import file, refused_here, text, train, world_here, written_to
 from tests.ranks import on_ranks, run_ranks
+from yafsdp_like.checkpoint.steps import HostCopy
 from yafsdp_like.comm.consistency import AgreedError
 from yafsdp_like.memory import arena
 from yafsdp_like.memory import room as memory_room
@@ -119,6 +122,29 @@ def test_a_checkpoint_s_copy_counts_too_and_can_be_left_out(file: Path) -> None:
     mib = 1 << 20
     words = run_ranks(with_free, {0: 7 * mib // 2, 1: 7 * mib // 2}, [str(file), "--model.overrides.dim=96"])[0]
     assert "a checkpoint's copy on its way to the disk" in words and "--checkpoint.asynchronous=false" in words
+
+
+def copied_and_counted(arguments: list[str]) -> tuple[int, int]:
+    """Bytes of a copy of what a checkpoint has after a step, and as they were counted before anything was allocated."""
+    options, world = config.load(arguments), world_here()
+    model: Any = build.build_model(recipe_of(options.model, options.seed), options, world)
+    [demand] = memory_check._demands(model, options, world)
+    model.to_empty(device=world.device)
+    model.init_weights()
+    optimizer = build.build_optimizer(model, options, world)
+    tokens = torch.zeros(1, 9, dtype=torch.int64)
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    optimizer.step()
+    copy = HostCopy()
+    copy.take((model.state_dict(), [[state["exp_avg"], state["exp_avg_sq"]] for state in optimizer.state.values()]))
+    return sum(t.nbytes for t in copy._copies), {part.name: part.nbytes for part in demand.parts}[memory_check.COPY]
+
+
+@pytest.mark.parametrize("split", ["true", "false"])
+def test_a_checkpoint_s_copy_has_the_values_however_they_are_kept(file: Path, split: str) -> None:
+    arguments = [str(file), "--precision.param_dtype=bfloat16", f"--precision.split_master={split}"]
+    [(copied, counted)] = run_ranks(copied_and_counted, arguments, world_size=1)
+    assert 0 < copied == counted
 
 
 @on_ranks()
