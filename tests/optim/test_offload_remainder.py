@@ -23,11 +23,12 @@ from tests.optim.test_optim import on_two_ranks, whole
 from tests.ranks import on_ranks, run_ranks
 from tests.shard.test_gpu import batch, sharded_decoder
 from yafsdp_like import MixedPrecisionPolicy, RemainderOffloadPolicy, fully_shard, update_in_backward
+from yafsdp_like.kernels.adamw import AdamWTable
 from yafsdp_like.kernels.split import split
 from yafsdp_like.ops import split_master
 from yafsdp_like.ops.split_master import SplitTensor, SplitValues
 from yafsdp_like.optim import AdamW, offload
-from yafsdp_like.optim.moments import FORMATS, local
+from yafsdp_like.optim.moments import FORMATS, MOMENTS, local
 from yafsdp_like.shard.runtime.unit_state import unit_of
 
 SPLIT: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32), "split_master": True}
@@ -119,6 +120,47 @@ def update(module: Any, optimizer: AdamW, step: int) -> float:
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
+
+
+@on_two_ranks
+def test_an_update_that_raises_leaves_each_value_and_its_moments_as_before_it_or_as_behind_it() -> None:
+    """Prevents: new upper halves beside the remainders, and moments, of the step before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offload, "CHUNK_NBYTES", 1024)
+        module, optimizer = trained(OFFLOADED)
+        whole_module, whole_optimizer = trained(OFFLOADED, 3)
+        before, behind = numbers(module, optimizer), numbers(whole_module, whole_optimizer)
+        patch.setattr(AdamWTable, "update", raising_behind(AdamWTable.update, num_updates=2))
+        with pytest.raises(KeyboardInterrupt):
+            train(module, optimizer, range(2, 3))
+    found = numbers(module, optimizer)
+    is_new = [a != b for a, b in zip(found, before, strict=True)]
+    assert any(is_new) and not all(is_new)
+    assert [b if new else a for new, a, b in zip(is_new, before, behind, strict=True)] == found
+    train(module, optimizer, range(3, 4))
+    assert all(a != b for a, b in zip(numbers(module, optimizer), found, strict=True))
+
+
+def numbers(module: nn.Module, optimizer: AdamW) -> list[tuple[float, ...]]:
+    """Each value with both of its moments."""
+    found: list[tuple[float, ...]] = []
+    for p in module.parameters():
+        tensors = p, *(optimizer.state[p][name] for name in MOMENTS)
+        found += zip(*(whole(t).flatten().tolist() for t in tensors), strict=True)
+    return found
+
+
+def raising_behind(update: Any, num_updates: int) -> Any:
+    """The same, which raises once it has done its work for the last time."""
+    left = [num_updates]
+
+    def perform(*arguments: Any) -> None:
+        update(*arguments)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    return perform
 
 
 # --- memory ---

@@ -8,6 +8,7 @@ so with ``Passes``.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from yafsdp_like.optim.moments import (
 from yafsdp_like.optim.offload import OffloadedMoments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from torch.optim.optimizer import ParamsT
 
@@ -248,13 +249,14 @@ class AdamW(torch.optim.AdamW):
         Launches a kernel for each kind of parameter. Its table is kept for the next call with the same ``batch_index``.
         """
         updates = {param: (self._tensors(param, index), self._advance(param, index)) for param, index in params}
-        for part_index, part in enumerate(self._parts(batch_index, updates)):
-            launches: dict[Kind, list[AdamWTensors]] = {}
-            for tensors, step in part:
-                launches.setdefault((tensors.main.device, tensors.dtypes, step), []).append(tensors)
-            for launch_index, ((device, _, step), tensors_of_launch) in enumerate(launches.items()):
-                table = self._tables.setdefault((batch_index, part_index, launch_index), AdamWTable())
-                table.update(tensors_of_launch, self._rates_on(device), step, self.clip_factor)
+        with closing(self._parts(batch_index, updates)) as parts:
+            for part_index, part in enumerate(parts):
+                launches: dict[Kind, list[AdamWTensors]] = {}
+                for tensors, step in part:
+                    launches.setdefault((tensors.main.device, tensors.dtypes, step), []).append(tensors)
+                for launch_index, ((device, _, step), tensors_of_launch) in enumerate(launches.items()):
+                    table = self._tables.setdefault((batch_index, part_index, launch_index), AdamWTable())
+                    table.update(tensors_of_launch, self._rates_on(device), step, self.clip_factor)
         written: list[torch.Tensor] = []
         for param, (tensors, _) in updates.items():
             written += [param, tensors.main, *([] if tensors.compute is None else [tensors.compute])]
@@ -262,14 +264,15 @@ class AdamW(torch.optim.AdamW):
 
     def _parts(
         self, batch_index: int, updates: dict[nn.Parameter, tuple[AdamWTensors, AdamWStep]]
-    ) -> Iterator[list[tuple[AdamWTensors, AdamWStep]]]:
+    ) -> Generator[list[tuple[AdamWTensors, AdamWStep]]]:
         """Yield what is updated together: a batch, or what is on the device of one whose moments are offloaded."""
         if self._offloaded is None:
             yield list(updates.values())
             return
-        for pieces in self._offloaded.pieces(batch_index):
-            found = [(piece, *updates[piece.param]) for piece in pieces if piece.param in updates]
-            yield [(tensors.with_states(*piece[1:]), step) for piece, tensors, step in found]
+        with closing(self._offloaded.pieces(batch_index)) as loaded:
+            for pieces in loaded:
+                found = [(piece, *updates[piece.param]) for piece in pieces if piece.param in updates]
+                yield [(tensors.with_states(*piece[1:]), step) for piece, tensors, step in found]
 
     def _advance(self, param: nn.Parameter, group_index: int) -> AdamWStep:
         group, count = self.param_groups[group_index], self.state[param]["step"]

@@ -17,6 +17,9 @@ device does not grow with the model. Events order the three streams, and the CPU
 waits before it reads or writes a block, in ``wait``. Chunks and buffers are those of the last step, and nothing is
 allocated, as long as batches have the same parameters.
 
+An update may end in the middle, by an interrupt say. The chunk on the device is copied back then, too: what was
+launched has written parameters, and moments and remainders must not stay those of before.
+
 Remainders of split masters that are in host memory ([Note: remainders on the host], ``ops/split_master.py``) are copied
 with the moments of their elements, from where they lie and back there. Other optimizers of the same parameters do so on
 the same streams; whoever else reads or writes values has the CPU wait for these copies.
@@ -40,7 +43,7 @@ from yafsdp_like.ops.split_master import SplitTensor, SplitValues
 from yafsdp_like.optim.moments import MOMENTS, MomentsFormat, local, moments_dtype, moments_nbytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+    from collections.abc import Generator, Iterable, Iterator, MutableMapping, Sequence
 
     from torch import nn
 
@@ -190,10 +193,11 @@ class OffloadedMoments:
         if self._due:
             self._copy_in(0)
 
-    def pieces(self, batch_index: int) -> Iterator[list[LoadedMoments]]:
+    def pieces(self, batch_index: int) -> Generator[list[LoadedMoments]]:
         """Yield a batch's chunks, with their moments on the device for the work that is issued until the next is taken.
 
-        A chunk may hold parameters that have no gradient; chunks of those alone are left out.
+        A chunk may hold parameters that have no gradient; chunks of those alone are left out. To be closed if the work
+        raises, which copies its chunk back all the same.
         """
         for chunk in filter(_has_gradient, self._chunks[batch_index]):
             k = self._position
@@ -201,8 +205,10 @@ class OffloadedMoments:
             if k + 1 < len(self._due):
                 self._copy_in(k + 1)
             self._streams.wait(COMPUTE, self._loaded[k % NUM_BUFFERS])
-            yield chunk.pieces(k % NUM_BUFFERS, self.buffers[k % NUM_BUFFERS])
-            self._copy_back(k)
+            try:
+                yield chunk.pieces(k % NUM_BUFFERS, self.buffers[k % NUM_BUFFERS])
+            finally:
+                self._copy_back(k)
             self._position += 1
 
     def _copy_in(self, k: int) -> None:
