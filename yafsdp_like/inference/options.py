@@ -107,12 +107,12 @@ class EngineOptions:
     def with_budget(self, max_batch_tokens: int, tpot_ms: float | None) -> EngineOptions:
         """Return these options with other steps, of no more tokens than an engine of these has room for.
 
-        Raises ValueError for more of them, less than 1, and for a target where these have none.
+        Raises ValueError for more of them, less than one for each sequence, and for a target where these have none.
         """
-        if not 1 <= max_batch_tokens <= self.max_batch_tokens:
+        if not self.max_batch_size <= max_batch_tokens <= self.max_batch_tokens:
             raise ValueError(
-                f"expected max_batch_tokens from 1 to {self.max_batch_tokens}, which the engine was made for, "
-                f"found {max_batch_tokens}"
+                f"expected max_batch_tokens from max_batch_size, {self.max_batch_size}, to {self.max_batch_tokens}, "
+                f"which the engine was made for, found {max_batch_tokens}"
             )
         if tpot_ms is not None and self.tpot_ms is None:
             raise ValueError(f"tpot_ms {tpot_ms} needs an engine that was made with a tpot_ms, which measures steps")

@@ -247,7 +247,8 @@ def served(it: Engine, count: int) -> dict[str, list[int]]:
 
 
 def test_a_budget_may_be_set_within_what_the_engine_was_made_for() -> None:
-    it = engine(TINY, max_batch_tokens=64)
+    it = engine(TINY, max_batch_tokens=64, max_batch_size=4)
+    it.set_budget(4)
     it.set_budget(7)
     it.add(Request("0", tuple(range(1, 30)), max_tokens=1))
     steps = 0
@@ -255,7 +256,8 @@ def test_a_budget_may_be_set_within_what_the_engine_was_made_for() -> None:
         it.step()
         steps += 1
     assert steps >= 29 / 7
-    for tokens, tpot_ms, words in ((0, None, "from 1 to 64"), (65, None, "from 1 to 64"), (8, 5.0, "made with a tpot")):
+    bounds = "from max_batch_size, 4, to 64, .* found"
+    for tokens, tpot_ms, words in ((3, None, f"{bounds} 3"), (65, None, f"{bounds} 65"), (8, 5.0, "made with a tpot")):
         with pytest.raises(ValueError, match=words):
             it.set_budget(tokens, tpot_ms)
 

@@ -175,7 +175,7 @@ class Engine:
         """Have steps from now on as many tokens as these options say; see ``EngineOptions``.
 
         Tensor parallel ranks must all be told before the same step. Raises ValueError for more tokens than the engine
-        was made for, less than 1, and for a target where it was made without one.
+        was made for, less than one for each sequence of a step, and for a target where it was made without one.
         """
         self._scheduler.options = self.options.with_budget(max_batch_tokens, tpot_ms)
 
