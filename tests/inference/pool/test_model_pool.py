@@ -345,6 +345,24 @@ def test_models_that_the_plan_does_not_know_are_refused() -> None:
         ModelPool(pool.plan, others)
 
 
+def test_each_request_is_checked_once_by_a_pool_and_by_an_engine_that_serves_it_to_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each check reads all of a prompt."""
+    checked: list[str] = []
+
+    def check(self: Engine, request: Request) -> None:
+        checked.append(request.id)
+        original(self, request)
+
+    original = Engine.check
+    monkeypatch.setattr(Engine, "check", check)
+    pool, asked = model_pool(LARGE), requests(prompts(3))
+    pool.generate({"plain": asked})
+    Engine(load(model_of(decoder(CONFIGS["plain"])), replace(ONE, kv_nbytes=256 << 10))).generate(asked)
+    assert sorted(checked) == sorted([request.id for request in asked] * 2)
+
+
 # --- pages that several models want ---
 
 

@@ -188,6 +188,10 @@ class Engine:
         wait. Tensor parallel ranks must all be given it before the same step.
         """
         self.check(request)
+        self.take(request)
+
+    def take(self, request: Request) -> None:
+        """Take a request that ``check`` has let pass since the last step; else as ``add``."""
         if self.tp_group is not None and request.deadline is not None:
             request = replace(request, deadline=self.tp_group.broadcast(request.deadline))
         is_shared = self.options.prefix_cache and request.num_prompt_logprobs is None
@@ -347,8 +351,7 @@ class Engine:
         with collector_paused():
             while left or self.has_work:
                 while left and len(self._scheduler.waiting) < self.options.max_waiting:
-                    request = left.pop()
-                    self.add(request)
+                    self.take(left.pop())
                 for output in self.step():
                     told.setdefault(output.request_id, []).append(output)
         return {name: Completion.of(outputs) for name, outputs in told.items()}

@@ -330,7 +330,7 @@ class ModelPool:
         begins = self._loads.start(member, self._members.values(), on_demand=True)
         had_work = member.engine.has_work
         try:
-            member.engine.add(request if request.tenant else replace(request, tenant=name))
+            member.engine.take(request if request.tenant else replace(request, tenant=name))
         except Exception:
             if begins:
                 self._loads.cancel(member)
