@@ -7,7 +7,8 @@ the caller exports beside them. Knows nothing of training.
 [Note: complete or not there]
 A checkpoint is written to `.step-N.partial`, which no reader looks at. Only when every rank has written and every file
 is on the disk does the first rank rename it to `step-N`; renaming is atomic. What is to go is renamed first, too. So a
-process killed at any moment leaves complete `step-N` directories, and leftovers that the next run removes.
+process killed at any moment leaves complete `step-N` directories, and leftovers that the next run removes. A save that
+fails removes its own, since a full disk is why most do.
 
 All ranks must see one directory (a shared file system, where there are several hosts).
 
@@ -247,6 +248,9 @@ class StepCheckpoints:
             raise self._unwritten(partial, f"{failure[0]} (rank {rank})") from None
         except OSError as error:
             raise self._unwritten(partial, str(error)) from error
+        finally:
+            if self._is_first:  # and all ranks have ended writing; nothing is there once it is published
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _unwritten(self, partial: Path, why: str) -> OSError:
         free = readable(shutil.disk_usage(self._directory).free)
