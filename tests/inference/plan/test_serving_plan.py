@@ -327,6 +327,18 @@ def test_a_sequence_that_is_not_limited_may_be_as_long_as_fits() -> None:
     assert long.max_seq_len == 128
 
 
+@pytest.mark.parametrize("mode", ["resident", "streamed"])
+def test_tables_have_the_positions_that_fit_beside_the_weights_and_no_more(mode: Mode) -> None:
+    """Prevents: tables of all positions that the whole limit would have pages for, weights' bytes among it."""
+    limits = EngineOptions(memory_limit_nbytes=round(16.5 * GIB), max_batch_size=4)
+    plan = plan_serving(PRESETS["8b"], limits, H200, mode)
+    tables = {name: plan.buffers.buffers[name].shape[0] for name in ("cos", "sin")}
+    assert tables == dict.fromkeys(tables, plan.max_seq_len)
+    assert plan.memory.nbytes + plan.recordings_nbytes <= limits.memory_limit_nbytes
+    asked = plan_serving(PRESETS["8b"], replace(limits, max_seq_len=plan.max_seq_len), H200, mode)
+    assert plan.memory.nbytes_of("tables") == asked.memory.nbytes_of("tables")
+
+
 # --- in words ---
 
 

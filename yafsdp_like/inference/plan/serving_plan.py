@@ -226,9 +226,8 @@ class _Frame:
     options: EngineOptions
     site: Site
     capacity: Capacity
-    buffers: PlacedBuffers
+    step: StepShape  # of the longest sequence, or of a bound on it
     share: DecoderConfig  # what one rank computes
-    max_seq_len: int  # at most
     least: int  # tokens of context that must fit
     adapters_nbytes: int  # of their slots
 
@@ -252,22 +251,24 @@ class _Frame:
         groups = LayerGroup.of_windows(windows, share.num_kv_heads, share.head_dim, options.page_size, dtype)
         capacity = Capacity(groups, options.max_batch_tokens, image_shapes(config.vision, site.dtype_name))
         longest = _longest(config, options, capacity)
-        multiprocessors = site.hardware.num_multiprocessors if site.hardware else 1
         step = StepShape(
             options.max_batch_size,
             options.max_batch_tokens,
             longest,
             options.page_size,
             len(groups),
-            multiprocessors,
+            site.hardware.num_multiprocessors if site.hardware else 1,
             adapters.rank if adapters else 0,
             adapters.num_slots if adapters else 0,
             options.max_decode_rows,
         )
-        buffers = plan_buffers(share, step, site.dtype)
         least = options.max_seq_len or min(longest, options.max_batch_tokens)
-        adapters_nbytes = adapters.region().nbytes if adapters else 0
-        return cls(config, options, site, capacity, buffers, share, longest, least, adapters_nbytes)
+        return cls(config, options, site, capacity, step, share, least, adapters.region().nbytes if adapters else 0)
+
+    @cached_property
+    def buffers(self) -> PlacedBuffers:
+        """What a step needs beside weights and pages."""
+        return plan_buffers(self.share, self.step, self.site.dtype)
 
     def choose(self, mode: Mode) -> Placement | None:
         """See [Note: what is kept]; None where not even one context fits beside the weights."""
@@ -305,13 +306,15 @@ class _Frame:
         if self.options.kv_nbytes is not None:
             return room is None or self.options.kv_nbytes <= room
         assert room is not None, "options say one or the other"
-        return room > 0 and self.capacity.holds(room, num_tokens, self.max_seq_len)
+        return room > 0 and self.capacity.holds(room, num_tokens, self.step.max_seq_len)
 
     def plan(self, placement: Placement, asked: bool) -> ServingPlan:
         """Make the plan: pages take all that is left of the limit, unless they have a number of bytes of their own."""
         grid = self.capacity.grid(self.options.kv_nbytes or self.room(placement.nbytes, placement.mode) or 0)
         assert grid is not None, "least tokens of context fit"
-        longest = self.options.max_seq_len or self.capacity.longest(grid, self.max_seq_len)
+        longest = self.options.max_seq_len or self.capacity.longest(grid, self.step.max_seq_len)
+        if longest < self.step.max_seq_len:  # tables of no more than fits leave more to pages
+            return replace(self, step=replace(self.step, max_seq_len=longest)).plan(placement, asked)
         host_grid = self._host_grid(grid)
         plan = ServingPlan(
             self.config, self.options, self.site, placement, self.capacity, self.buffers, grid, host_grid, longest
@@ -332,7 +335,7 @@ class _Frame:
     def needed_nbytes(self, tried: Sequence[Mode]) -> tuple[int, Placement, int]:
         """Return the smallest limit, the weights' places under it, and the bytes of keys and values among it."""
         smallest = min((_smallest(self._placements(mode)) for mode in tried), key=lambda p: p.nbytes)
-        context = self.options.kv_nbytes or self.capacity.nbytes_for(self.least, self.max_seq_len)
+        context = self.options.kv_nbytes or self.capacity.nbytes_for(self.least, self.step.max_seq_len)
         graphs = self.recordings_nbytes(smallest.mode)
         beside = self.buffers.nbytes + self.adapters_nbytes + graphs + self.guards_nbytes
         return smallest.nbytes + beside + context, smallest, context
@@ -356,7 +359,7 @@ class _Frame:
 
     def _smaller_contexts(self, placement: Placement) -> Iterator[str]:
         room = self.room(placement.nbytes, placement.mode) or 0
-        longest = self.capacity.longest(self.capacity.grid(room), self.max_seq_len) if room > 0 else 0
+        longest = self.capacity.longest(self.capacity.grid(room), self.step.max_seq_len) if room > 0 else 0
         if self.options.kv_nbytes and longest:
             yield f"kv_nbytes={room}"
         elif longest:
