@@ -18,10 +18,10 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 
 from tests.clocks import RaceDetector, VectorClocks
 from tests.optim.test_moments import groups, same, sharded, train
-from tests.optim.test_offload import WAITS, on_a_gpu
+from tests.optim.test_offload import WAITS, assert_equal_values, on_a_gpu, step_alike
 from tests.optim.test_optim import on_two_ranks, whole
 from tests.ranks import on_ranks, run_ranks
-from tests.shard.test_gpu import batch, sharded_decoder
+from tests.shard.test_gpu import sharded_decoder
 from yafsdp_like import MixedPrecisionPolicy, RemainderOffloadPolicy, fully_shard, update_in_backward
 from yafsdp_like.kernels.adamw import AdamWTable
 from yafsdp_like.kernels.split import split
@@ -393,16 +393,9 @@ def read_and_write() -> None:
     lows = [p.main for unit in units for p in unit.params if p.offloads_remainder]
     assert lows and all(low.device.type == "cpu" and low.is_pinned() for low in lows)
     for step in range(8):
-        for module in models:
-            module(*batch()).backward()
-        for ours, theirs in zip(*(m.parameters() for m in models), strict=True):
-            local(theirs.grad).copy_(local(ours.grad))  # attention's backward adds up in any order
-        for module in models:
-            module.optimizer.step()
-            module.optimizer.zero_grad()
-        for ours, theirs in zip(*(m.parameters() for m in models), strict=True):
-            assert torch.equal(local(ours).clone(), local(theirs).clone())
-            if step % 3 == 1:
-                with torch.no_grad():
-                    ours.mul_(1.01)
-                    theirs.mul_(1.01)
+        step_alike(*models)
+        assert_equal_values(*models)
+        if step % 3 == 1:
+            with torch.no_grad():
+                for param in itertools.chain(*(m.parameters() for m in models)):
+                    param.mul_(1.01)
