@@ -51,7 +51,20 @@ Prompts are random tokens, other ones each time but in `many`, which turns the p
 compute the same rows. The last line of output is one JSON object.
 """
 
-from bench.pool_run import main
+import sys
+from collections.abc import Sequence
+
+from bench.pool_options import parse_options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for; the last line of output is the report as one JSON object."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse_options(arguments)
+    from bench.pool_run import run  # takes seconds
+
+    run(options, arguments)
+
 
 if __name__ == "__main__":
     main()

@@ -61,7 +61,20 @@ Prompts are random tokens, other ones each time, so nothing is shared; drawing i
 `memory`. The last line of output is one JSON object, see `scripts/results/README.md`.
 """
 
-from bench.serve_run import main
+import sys
+from collections.abc import Sequence
+
+from bench.serve_options import parse_options, ranks_there
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for; the last line of output is the report as one JSON object."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse_options(arguments, ranks_there())
+    from bench.serve_run import run  # takes seconds
+
+    run(options, arguments)
+
 
 if __name__ == "__main__":
     main()

@@ -35,7 +35,20 @@ Ranks do the same work and so run out at the same place; were one to fail alone,
 ends the run. Tables come last on the output; `--out` gets everything as JSON, see `scripts/results/README.md`.
 """
 
-from bench.train import main
+import sys
+from collections.abc import Sequence
+
+from bench.options import IMPLEMENTATIONS, parse_options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for, and print its tables last; `--out` gets the report as one JSON object."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse_options(arguments, IMPLEMENTATIONS)
+    from bench.train import run  # takes seconds
+
+    run(options, arguments)
+
 
 if __name__ == "__main__":
     main()

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from bench.dtypes import DTYPES
 from bench.implementations import literal
-from bench.options import DTYPES
 from bench.subjects import Subject, new_subject
 from launch.metrics import GIB
 from yafsdp_like.hardware import MachineRates, published_rates

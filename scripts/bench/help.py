@@ -1,4 +1,7 @@
-"""Help of the scripts' command lines, and a kind of argument that several of them take."""
+"""Help of the scripts' command lines, and kinds of arguments that several of them take.
+
+Imports no torch, as no module of options does: `--help`, and what is wrong with a command line, take no seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+DTYPE_NAMES = ("bf16", "fp32")
 NUMBERS: dict[object, str] = {int: "int", float: "float"}
 
 
@@ -24,6 +28,13 @@ class Help(argparse.HelpFormatter):
 
 class HelpAsWritten(Help, argparse.RawDescriptionHelpFormatter):
     """The same below a description that keeps its lines."""
+
+
+def device_here() -> str:
+    """Return what is measured where no device is named. Imports torch: for when all else of a command line is right."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def report_file(path: str) -> dict[str, Any]:

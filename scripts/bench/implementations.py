@@ -16,7 +16,8 @@ import torch.distributed.fsdp
 
 import yafsdp_like
 from bench import zero3
-from bench.options import DTYPES, Options
+from bench.dtypes import DTYPES
+from bench.options import Options
 from bench.subjects import Model
 from bench.trainee import Graphed, Implementation, PlainGraph, Trainee, materialized, new_model
 from launch.world import World

@@ -2,16 +2,24 @@
 
 import argparse
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from bench.help import DTYPE_NAMES, Help, device_here
 
-from bench import subjects
-from bench.help import Help
+if TYPE_CHECKING:
+    from bench.subjects import Subject
 
 FIRST_COUNTED_STEP = 2  # from here on an allocator that has settled asks the device for nothing
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DECODERS = ("tiny", "small", "135m", "0.6b", "30b-a3b", "1b", "3b", "8b", "70b")  # of this package
+OF_TRANSFORMERS = ("qwen2.5-3b", "moe-7b", "vit-l")
+OF_PICTURES = ("vit-l",)
+NUM_PATCHES = 197  # of a picture of 224 x 224 by 16 x 16, and the class token: the `--seq-len` of a vision transformer
+IMPLEMENTATIONS = (
+    *("unsharded", "unsharded-graph", "ours", "ours-graph", "ours-nccl", "ours-segments"),
+    *("fsdp2", "fsdp2-expandable", "deepspeed", "deepspeed-blocks"),
+)
 REFERENCE = "fsdp2"  # whose losses the others' are compared with
 DESCRIPTION = "Compare sharding runtimes on one training step; the method is described at the top of bench_train.py."
 CHECKPOINTING = ("none", "block")
@@ -58,9 +66,11 @@ class Options:
     out: Path | None
 
     @property
-    def subject(self) -> subjects.Subject:
+    def subject(self) -> "Subject":
         """What is trained, with `num_layers` blocks where that is given."""
-        subject = subjects.new_subject(self.model)
+        from bench.subjects import new_subject  # takes seconds
+
+        subject = new_subject(self.model)
         return subject if self.num_layers is None else subject.with_num_layers(self.num_layers)
 
     @property
@@ -86,7 +96,7 @@ def parse_options(arguments: Sequence[str], implementations: Collection[str]) ->
     options = Options(**{**values, "zero3": tuple(values["zero3"])})
     if complaint := complaint_about(options, implementations):
         parser.error(complaint)
-    return options
+    return replace(options, device=options.device or device_here())
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -101,8 +111,8 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def add_subject(parser: argparse.ArgumentParser, implementations: Collection[str]) -> None:
     """Add what is compared."""
-    on_gpu = torch.cuda.is_available()
-    parser.add_argument("--model", choices=subjects.NAMES, default="8b", help="its shape; weights are random")
+    models = (*DECODERS, *OF_TRANSFORMERS)
+    parser.add_argument("--model", choices=models, default="8b", help="its shape; weights are random")
     parser.add_argument("--num-layers", type=int, help="fewer blocks than the model has")
     parser.add_argument(
         "--impl",
@@ -116,7 +126,7 @@ def add_subject(parser: argparse.ArgumentParser, implementations: Collection[str
     )
     parser.add_argument("--batch-size", dest="batch_sizes", type=numbers, default="1", help="sequences per rank")
     parser.add_argument("--seq-len", dest="seq_lens", type=numbers, default="1024,2048,4096,8192", help="tokens")
-    parser.add_argument("--reduce-dtype", choices=DTYPES, default="fp32", help="of gradients between ranks")
+    parser.add_argument("--reduce-dtype", choices=DTYPE_NAMES, default="fp32", help="of gradients between ranks")
     parser.add_argument(
         "--optimizer", choices=("torch", "fused"), default="torch", help="of ours; the others run torch's fused AdamW"
     )
@@ -130,9 +140,7 @@ def add_subject(parser: argparse.ArgumentParser, implementations: Collection[str
         metavar="KEY=VALUE",
         help="a setting of DeepSpeed's zero_optimization, to tune it",
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu", help="what is measured"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="what is measured; default: a GPU, if there is one")
 
 
 def add_effort(parser: argparse.ArgumentParser) -> None:
@@ -197,13 +205,12 @@ def complaint_about(options: Options, implementations: Collection[str]) -> str |
 
 def complaint_about_model(options: Options) -> str | None:
     """Return what is wrong with the options for a model of `transformers`, or None."""
-    subject = options.subject
-    if isinstance(subject, subjects.DecoderSubject):
+    if options.model not in OF_TRANSFORMERS:
         return None
     if others := [name for name in options.impls if name.startswith("deepspeed")]:
         return f"--impl: {', '.join(others)} trains this package's decoders alone, --model is {options.model}"
     if options.losses:
         return f"--losses are those of a decoder on text, --model is {options.model}"
-    if subject.sees_pictures and options.seq_lens != (subjects.NUM_PATCHES,):
-        return f"--seq-len: a picture is a sequence of {subjects.NUM_PATCHES}, got {options.seq_lens}"
+    if options.model in OF_PICTURES and options.seq_lens != (NUM_PATCHES,):
+        return f"--seq-len: a picture is a sequence of {NUM_PATCHES}, got {options.seq_lens}"
     return None

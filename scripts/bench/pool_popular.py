@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.options import DTYPES
+from bench.dtypes import DTYPES
 from bench.pool_fleet import Fleet
 from bench.pool_worker import END, TOKENS, ProcessSpec
 from bench.report import Row
@@ -31,7 +31,6 @@ from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.models import PRESETS, Decoder
 from yafsdp_like.models.hf import save_hf
 
-WAYS = ("pool", "apart", "disk")
 _GREEDY = SamplingParams(temperature=0.0)
 
 

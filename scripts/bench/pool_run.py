@@ -6,18 +6,17 @@ import json
 import random
 import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from bench import pool_popular, pool_targets
 from bench.allocator import allocator_counts, used_nbytes
-from bench.options import DTYPES
+from bench.dtypes import DTYPES
+from bench.pool_options import ALONE
 from bench.ranks import gathered, say
 from bench.report import Row, hardware, versions, write
 from launch import world as ranks
@@ -25,7 +24,7 @@ from launch.world import World
 from yafsdp_like.hardware import Hardware
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request
-from yafsdp_like.inference.options import AnyMode, EngineOptions, PoolOptions
+from yafsdp_like.inference.options import AnyMode, EngineOptions
 from yafsdp_like.inference.plan.quantized_fields import stored_units
 from yafsdp_like.inference.pool.memory import maps_slabs
 from yafsdp_like.inference.pool.plan import HOST_WEIGHTS, SLABS, PooledModel, plan_pool
@@ -34,8 +33,6 @@ from yafsdp_like.inference.weights.loading import random_model, world_transport
 from yafsdp_like.kernels.sampling_params import SamplingParams
 from yafsdp_like.models import PRESETS
 
-ALONE = ("popular", "targets")  # each has the device to itself
-MEASURES = ("switch", "cold", "prefetch", "awake", "many", *ALONE)
 _LINK_NBYTES = 1 << 30
 _NUM_DECODED = 128  # tokens of a request whose steps are timed
 _GREEDY = SamplingParams(temperature=0.0)
@@ -108,10 +105,8 @@ class PoolBench:
         return seconds
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Run what the command line asks for; the last line of output is the report as one JSON object."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parse(arguments)
     world = ranks.join(options.device)
     alone = next((name for name in ALONE if name in options.measure), None)
     assert world.size == 1 or alone is None, f"{alone} starts its own processes: leave out torchrun"
@@ -141,61 +136,6 @@ def _rows_of(name: str, options: argparse.Namespace, world: World) -> list[Row]:
         rows.append(row)
         say(world, _described(name, {name: value for name, value in row.items() if name != "first_tokens_s"}))
     return rows
-
-
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure a pool of models; the method is at the top of bench_pool.py.")
-    parser.add_argument("--models", default="8b,3b,1b", help="names of presets; one may come several times")
-    parser.add_argument("--limit-gib", type=float, required=True, help="of device memory, for all that is planned")
-    parser.add_argument("--measure", default="switch,cold,prefetch,awake", help=f"of {','.join(MEASURES)}")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--switches", type=int, default=1000)
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=4, help="sequences of one step")
-    parser.add_argument("--max-batch-tokens", type=int, default=512)
-    parser.add_argument("--max-seq-len", type=int, default=1024)
-    parser.add_argument("--kv-gib", type=float, help="of pages that no weights displace")
-    parser.add_argument("--max-turn-steps", type=int, default=PoolOptions.max_turn_steps)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--out", type=Path)
-    _add_popular(parser)
-    _add_targets(parser)
-    options = parser.parse_args(arguments)
-    if unknown := set(options.measure.split(",")) - set(MEASURES):
-        parser.error(f"--measure: expected some of {','.join(MEASURES)}, found {', '.join(sorted(unknown))}")
-    options.measure = [name for name in MEASURES if name in options.measure.split(",")]
-    options.ways = [way for way in pool_popular.WAYS if way in options.ways.split(",")]
-    if len(options.measure) > 1 and (alone := [name for name in ALONE if name in options.measure]):
-        parser.error(f"{alone[0]} has the device to itself: measure it alone")
-    return options
-
-
-def _add_popular(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("popular")
-    group.add_argument("--ways", default=",".join(pool_popular.WAYS), help="of the default")
-    group.add_argument("--requests", type=int, default=64)
-    group.add_argument("--rate", type=float, default=2.0, help="requests a second")
-    group.add_argument("--zipf", type=float, default=1.0, help="the k-th model is asked 1/k^this times as often")
-    group.add_argument("--most-s", type=float, default=60.0, help="seconds of a way, after which it is given up")
-    group.add_argument("--directory", type=Path, help="for the models' files; default: the system's for temporary ones")
-    group.add_argument("--workers", choices=("processes", "threads"), default="processes", help="threads are for tests")
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
-def _add_targets(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("targets, with --ways, --zipf, --most-s, --directory and --workers of popular")
-    group.add_argument("--rates", type=_numbers, default="4,16,32,64", help="requests a second of the pool, ascending")
-    group.add_argument("--apart-rates", type=_numbers, default="0.25,1,4", help="of one process per model")
-    group.add_argument("--seconds", type=float, default=15.0, help="of arrivals for a rate")
-    group.add_argument("--ttft-s", type=float, default=4.0, help="seconds to a first token that readers are promised")
-    group.add_argument("--tpot-s", type=float, default=0.05, help="and from one token to the next")
-    group.add_argument("--overload", type=float, default=0.0, help="times the pool's rate within targets; 0: none")
-    group.add_argument("--overload-s", type=float, default=60.0, help="seconds of overload")
 
 
 def _engine_options(options: argparse.Namespace) -> EngineOptions:

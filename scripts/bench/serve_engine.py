@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from bench.allocator import allocator_counts, release_cached_memory
-from bench.options import DTYPES
+from bench.dtypes import DTYPES
 from bench.serve_quantized import quantized_model
 from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.request import Request, RequestOutput

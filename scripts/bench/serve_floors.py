@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.options import DTYPES
+from bench.dtypes import DTYPES
 from bench.serve_options import ServeBenchOptions
 from launch import probes
 from yafsdp_like.hardware import Hardware

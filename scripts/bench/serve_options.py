@@ -1,22 +1,33 @@
 """The command line of the serving benchmark, and the sizes that follow from it."""
 
 import argparse
+import os
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from bench.help import Help
-from bench.options import DTYPES
-from bench.serve_quantized import LAYOUTS
+from bench.help import DTYPE_NAMES, Help, device_here
 from yafsdp_like.inference.engine.step_budget import CHUNK, PROMPTS_PER_CHUNK
 from yafsdp_like.inference.options import AnyMode
 
 DESCRIPTION = "Measure a served model; the method is at the top of bench_serve.py."
 BATCHES = {False: "1,2,4,8,16,32,64,128", True: "128,256,512"}  # by whether there are several ranks
 MODES: dict[bool, tuple[AnyMode, ...]] = {False: ("resident", "streamed"), True: ("gathered", "tensor_parallel")}
+LAYOUTS = ("fp8", "fp8-block", "awq", "gptq")  # of quantized matrices
+MEASURES = {  # in this order, whatever the order asked for; whether several ranks measure it together, or one alone
+    "memory": False,
+    "decode": False,
+    "prefill": False,
+    "poisson": False,
+    "connections": False,
+    "mixed": False,
+    "offline": False,
+    "speculation": False,
+    "limits": False,
+    "adapters": False,
+    "modes": True,
+}
 ON_REQUEST = ("speculation", "limits", "adapters")  # not by default: they take further engines, or packages
 NUM_HELD = 8  # steps that are timed while the device is held busy, see bench_serve.py
 RANDOM_PROMPT, RANDOM_NEW = 64, 16  # tokens of a random request, at most
@@ -121,17 +132,19 @@ class ServeBenchOptions:
         return max(offline, decode, shortest, sum(longest), self.max_seq_len)
 
 
-def parse_options(arguments: Sequence[str], measures: Mapping[str, bool], num_ranks: int) -> ServeBenchOptions:
-    """Exits with a message, as argparse does, where the command line cannot be run.
+def ranks_there() -> int:
+    """Before there is a process group; torchrun says it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
-    ``measures`` says of each measurement whether it is one of several ranks.
-    """
+
+def parse_options(arguments: Sequence[str], num_ranks: int) -> ServeBenchOptions:
+    """Exits with a message, as argparse does, where the command line cannot be run."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=Help)
-    add_subject(parser, tuple(measures))
+    add_subject(parser)
     add_loads(parser)
     add_rates(parser)
     values = vars(parser.parse_args(arguments))
-    possible = [name for name, of_ranks in measures.items() if of_ranks == (num_ranks > 1)]
+    possible = [name for name, of_ranks in MEASURES.items() if of_ranks == (num_ranks > 1)]
     unasked = [name for name in possible if name not in ON_REQUEST]
     asked = values["measures"].split(",") if values["measures"] else unasked
     if refused := sorted(set(asked) - set(possible)):
@@ -148,11 +161,11 @@ def parse_options(arguments: Sequence[str], measures: Mapping[str, bool], num_ra
     values["mode"] = values["mode"] or modes[0]
     if values["mode"] not in modes:
         parser.error(f"--mode: {values['mode']} is not for {num_ranks} ranks, expected one of {modes}")
-    values["dtype"] = values["dtype"] or ("bf16" if values["device"] == "cuda" else "fp32")
     options = ServeBenchOptions(**values)
     if complaint := complaint_about(options):
         parser.error(complaint)
-    return options
+    device = options.device or device_here()
+    return replace(options, device=device, dtype=options.dtype or ("bf16" if device == "cuda" else "fp32"))
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -160,9 +173,8 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(sorted(int(number) for number in text.split(",")))
 
 
-def add_subject(parser: argparse.ArgumentParser, measures: Sequence[str]) -> None:
+def add_subject(parser: argparse.ArgumentParser) -> None:
     """What is measured, and where the report goes."""
-    on_gpu = torch.cuda.is_available()
     parser.add_argument("--model", default="preset:8b", help="what launch.serve takes; preset:NAME has random weights")
     parser.add_argument("--num-layers", type=int, help="of random values, instead of the model's own number of layers")
     parser.add_argument("--quantize", choices=LAYOUTS, help="random codes in this layout, instead of values")
@@ -171,14 +183,12 @@ def add_subject(parser: argparse.ArgumentParser, measures: Sequence[str]) -> Non
         choices=[*MODES[False], *MODES[True]],
         help="of weights: on one rank resident or streamed, on several gathered or tensor_parallel; default: the first",
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu", help="what is measured"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="of weights; default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="what is measured; default: a GPU, if there is one")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of weights; default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument(
         "--measure",
         dest="measures",
-        help=f"some of {', '.join(measures)}; default: all of one rank but {', '.join(ON_REQUEST)}; or of several",
+        help=f"some of {', '.join(MEASURES)}; default: all of one rank but {', '.join(ON_REQUEST)}; or of several",
     )
     parser.add_argument("--max-batch-tokens", type=int, default=2048, help="of one step, so also of a prompt's chunk")
     parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="no CUDA graphs")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.options import DTYPES
+from bench.dtypes import DTYPES
 from bench.report import Row
 from bench.serve_engine import Bench
 from bench.serve_offline import check_count, row_of

@@ -3,11 +3,8 @@
 import contextlib
 import gc
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from bench import (
     serve_adapters,
@@ -25,20 +22,12 @@ from bench.ranks import say
 from bench.report import Row, write
 from bench.serve_engine import Bench, Requests, serve
 from bench.serve_floors import MeasuredRates, rates_of
-from bench.serve_options import ServeBenchOptions, parse_options
+from bench.serve_options import ServeBenchOptions
 from bench.serve_report import describe, describe_run
 from launch import world as ranks
 from launch.world import World
 
 Result = Row | list[Row]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A part of the report, and whether several ranks measure it together, or one alone."""
-
-    run: Callable[[Bench, MeasuredRates], Result]
-    of_ranks: bool = False
 
 
 def measure_offline(bench: Bench, rates: MeasuredRates) -> Result:
@@ -52,25 +41,23 @@ def measure_offline(bench: Bench, rates: MeasuredRates) -> Result:
     return [*ours, *serve_peers.measure(bench, ours)]
 
 
-MEASURES = {  # in this order, whatever the order asked for
-    "memory": Measure(lambda bench, rates: serve_memory.measure(bench)),
-    "decode": Measure(lambda bench, rates: list(serve_decode.measure(bench, rates))),
-    "prefill": Measure(serve_prefill.measure),
-    "poisson": Measure(lambda bench, rates: list(serve_poisson.measure(bench))),
-    "connections": Measure(lambda bench, rates: list(serve_poisson.measure_connections(bench))),
-    "mixed": Measure(lambda bench, rates: list(serve_offline.measure_mixed(bench))),
-    "offline": Measure(measure_offline),
-    "speculation": Measure(lambda bench, rates: list(serve_speculation.measure(bench))),
-    "limits": Measure(lambda bench, rates: list(serve_limits.measure(bench))),
-    "adapters": Measure(lambda bench, rates: list(serve_adapters.measure(bench))),
-    "modes": Measure(lambda bench, rates: list(serve_modes.measure(bench, rates)), of_ranks=True),
+RUNS: dict[str, Callable[[Bench, MeasuredRates], Result]] = {  # by the name of a measurement
+    "memory": lambda bench, rates: serve_memory.measure(bench),
+    "decode": lambda bench, rates: list(serve_decode.measure(bench, rates)),
+    "prefill": serve_prefill.measure,
+    "poisson": lambda bench, rates: list(serve_poisson.measure(bench)),
+    "connections": lambda bench, rates: list(serve_poisson.measure_connections(bench)),
+    "mixed": lambda bench, rates: list(serve_offline.measure_mixed(bench)),
+    "offline": measure_offline,
+    "speculation": lambda bench, rates: list(serve_speculation.measure(bench)),
+    "limits": lambda bench, rates: list(serve_limits.measure(bench)),
+    "adapters": lambda bench, rates: list(serve_adapters.measure(bench)),
+    "modes": lambda bench, rates: list(serve_modes.measure(bench, rates)),
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def run(options: ServeBenchOptions, arguments: Sequence[str]) -> None:
     """Run what the command line asks for; the last line of output is the report as one JSON object."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parse_options(arguments, {name: measure.of_ranks for name, measure in MEASURES.items()}, ranks_there())
     world = ranks.join(options.device)
     report: Row = {}
     try:
@@ -81,11 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gc.unfreeze()  # what `serve` froze
         ranks.leave()
     say(world, json.dumps(report))
-
-
-def ranks_there() -> int:
-    """Before there is a process group; torchrun says it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def reports(options: ServeBenchOptions, world: World, arguments: Sequence[str]) -> Iterator[Row]:
@@ -103,7 +85,7 @@ def reports(options: ServeBenchOptions, world: World, arguments: Sequence[str]) 
     with contextlib.closing(served.engine):
         for name in options.measures:
             with timed(name, seconds):
-                results[name] = MEASURES[name].run(bench, rates)
+                results[name] = RUNS[name](bench, rates)
             say(world, f"{describe(name, results[name])}\n  measured in {seconds[name]:.1f} s")
             yield {**describe_run(bench, rates, arguments), "wall_seconds": seconds, "results": results}
 

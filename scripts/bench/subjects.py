@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from yafsdp_like.models import PRESETS, Decoder, DecoderConfig
 
 Batch = tuple[Tensor, Tensor]
-NUM_PATCHES = 197  # of a picture of 224 x 224 by 16 x 16, and the class token: the `--seq-len` of a vision transformer
 
 
 class TransformersModel(nn.Module):

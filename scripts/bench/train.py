@@ -1,17 +1,15 @@
 """The benchmark from its command line to its tables: implementations take turns, round after round."""
 
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from bench.accounting import account
-from bench.implementations import IMPLEMENTATIONS
 from bench.largest import run_largest
 from bench.machine import Machine, survey
 from bench.measure import make_batch, measure, over_ranks
-from bench.options import REFERENCE, Options, parse_options
+from bench.options import REFERENCE, Options
 from bench.profile import profile_steps
 from bench.ranks import say, unless_out_of_memory
 from bench.report import (
@@ -37,10 +35,8 @@ Rounds = dict[BenchCase, list[Measurement | None]]
 Run = Callable[[Sequence[str], Options, World, Machine], Iterator[Row]]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def run(options: Options, arguments: Sequence[str]) -> None:
     """Run what the command line asks for, and print its tables last; `--out` gets the report as one JSON object."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parse_options(arguments, IMPLEMENTATIONS)
     world = ranks.join(options.device)
     use_expandable_segments()  # once for the process, so that each implementation's own setting holds afterwards
     names = possible(options, world)

@@ -56,7 +56,7 @@ def test_moments_are_told_in_units_that_people_read(num_params: int, moments: st
 
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "bench_train": lambda arguments: parse_options(arguments, ("ours", "fsdp2")),
-    "bench_serve": lambda arguments: parse_serve_options(arguments, {"decode": False}, 1),
+    "bench_serve": lambda arguments: parse_serve_options(arguments, 1),
     "estimate_scale": estimate_scale.main,
     "plot_train": plot_train.main,
     "plot_serve": plot_serve.main,

@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import bench_train
 from bench import train, zero3
-from bench.implementations import build_unsharded
+from bench.implementations import IMPLEMENTATIONS, build_unsharded
 from bench.losses import dealt
-from bench.options import Options, parse_options
+from bench.options import NUM_PATCHES, Options, parse_options
 from bench.profile import Work, describe, gaps_of, works_of
-from bench.subjects import NUM_PATCHES, OF_TRANSFORMERS, TransformersModel, TransformersSubject
+from bench.subjects import OF_TRANSFORMERS, TransformersModel, TransformersSubject
 from bench.trainee import Implementation, Trainee
 from launch.world import World
 from tests.ranks import run_ranks
@@ -56,7 +57,8 @@ def bench_here(arguments: list[str], out: Path) -> str:
         mock.patch("bench.train.ranks.leave"),
         redirect_stdout(io.StringIO()) as printed,
     ):
-        train.main([*TINY, *arguments, "--out", str(out)])
+        arguments = [*TINY, *arguments, "--out", str(out)]
+        train.run(parse_options(arguments, IMPLEMENTATIONS), arguments)
     return printed.getvalue()
 
 
@@ -166,7 +168,7 @@ def obstacle_on_rank_1(world: World) -> str | None:
 
 def bench_with_hungry(arguments: list[str], out: Path) -> str:
     planted = {"hungry": Implementation(build_hungry), "missing": Implementation(build_hungry, obstacle_on_rank_1)}
-    with mock.patch.dict(train.IMPLEMENTATIONS, planted):
+    with mock.patch.dict(IMPLEMENTATIONS, planted):
         return bench_here(arguments, out)
 
 
@@ -254,13 +256,13 @@ def test_bad_options_are_refused_before_anything_starts(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        train.main(arguments)
+        bench_train.main(arguments)
     assert message in capsys.readouterr().err
 
 
 def test_settings_of_deepspeed_follow_the_command_line() -> None:
     arguments = ["--batch-size", "3", "--reduce-dtype", "bf16", "--zero3", "reduce_bucket_size=7", "--clip", "0.5"]
-    settings = zero3.engine_settings(parse_options(arguments, train.IMPLEMENTATIONS))
+    settings = zero3.engine_settings(parse_options(arguments, IMPLEMENTATIONS))
     assert settings["train_micro_batch_size_per_gpu"] == 3
     assert settings["communication_data_type"] == "bf16"
     assert settings["gradient_clipping"] == 0.5

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from bench import pool_run, pool_targets
+import bench_pool
+from bench import pool_targets
 from bench.help import report_file
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ ARGUMENTS = ["--models", "tiny,tiny,tiny", *SIZES, "--rounds", "1", "--device", 
 def reported(*arguments: str) -> dict[str, object]:
     out = io.StringIO()
     with redirect_stdout(out):
-        pool_run.main([*ARGUMENTS, *arguments])
+        bench_pool.main([*ARGUMENTS, *arguments])
     found = json.loads(out.getvalue().splitlines()[-1])
     assert isinstance(found, dict)
     return found
@@ -60,9 +61,9 @@ def test_what_cannot_be_measured_is_one_line(capsys: pytest.CaptureFixture[str])
     with pytest.raises(
         SystemExit, match=r"^error: many: in --limit-gib 0\.01 all models are awake at once; give less$"
     ):
-        pool_run.main([*ARGUMENTS, "--limit-gib", "0.01", "--measure", "many"])
+        bench_pool.main([*ARGUMENTS, "--limit-gib", "0.01", "--measure", "many"])
     with pytest.raises(SystemExit):
-        pool_run.main([*ARGUMENTS, "--limit-gib", "0.01", "--measure", "swich,cold"])
+        bench_pool.main([*ARGUMENTS, "--limit-gib", "0.01", "--measure", "swich,cold"])
     assert "--measure: expected some of switch,cold,prefetch,awake,many,popular,targets, found swich" in (
         capsys.readouterr().err
     )

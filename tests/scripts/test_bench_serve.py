@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bench import serve_memory, serve_peers, serve_run
+import bench_serve
+from bench import serve_memory, serve_peers
 from bench.serve_engine import Bench, Decoding, Requests, Served, engine_options
 from bench.serve_floors import (
     MeasuredRates,
@@ -50,7 +51,6 @@ LOAD = ["--rounds", "3", "--prompt-tokens", "20", "--new-tokens", "6", "--num-re
 EFFORT = ["--seconds", "0.2", "--random-requests", "20", "--matmul-seconds", "0.05", "--device", "cpu"]
 EFFORT += ["--connections", "2", "--mixed-requests", "1"]
 ARGUMENTS = ["--model", "preset:tiny", *SIZES, *LOAD, *EFFORT]
-NAMES = {name: measure.of_ranks for name, measure in serve_run.MEASURES.items()}
 RATES = MeasuredRates(Rate(1e9, "given"), Rate(1e12, "given"))
 
 
@@ -64,13 +64,13 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_bench(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """The lines that are printed before the last, and the JSON object of the last."""
     with redirect_stdout(io.StringIO()) as printed:
-        serve_run.main([*ARGUMENTS, *arguments])
+        bench_serve.main([*ARGUMENTS, *arguments])
     *lines, last = printed.getvalue().splitlines()
     return lines, json.loads(last)
 
 
 def options_of(*arguments: str, num_ranks: int = 1) -> ServeBenchOptions:
-    return parse_options([*ARGUMENTS, *arguments], NAMES, num_ranks)
+    return parse_options([*ARGUMENTS, *arguments], num_ranks)
 
 
 # --- whole runs ---
@@ -148,10 +148,10 @@ def bench_modes(arguments: Sequence[str]) -> str:
     with (
         mock.patch("bench.serve_run.ranks.join", lambda device: world),
         mock.patch("bench.serve_run.ranks.leave"),
-        mock.patch("bench.serve_run.ranks_there", lambda: 2),
+        mock.patch("bench_serve.ranks_there", lambda: 2),
         redirect_stdout(io.StringIO()) as printed,
     ):
-        serve_run.main([*ARGUMENTS, "--model", "preset:small", *arguments])
+        bench_serve.main([*ARGUMENTS, "--model", "preset:small", *arguments])
     return printed.getvalue()
 
 

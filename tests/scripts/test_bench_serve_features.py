@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from bench import serve_adapters, serve_run
+import bench_serve
+from bench import serve_adapters
 from bench.serve_engine import Requests
 from bench.serve_floors import MeasuredRates, Rate, decode_floor_s, forward_flops, products_of
 from bench.serve_limits import opening
-from bench.serve_options import ON_REQUEST, parse_options
+from bench.serve_options import MEASURES, ON_REQUEST, parse_options
 from bench.serve_quantized import LAYOUTS, STD, quantized_model
 from bench.serve_speculation import EMBEDDING, HEAD, PERIOD, before, known_model
 from yafsdp_like.inference.engine.engine import Engine
@@ -43,17 +44,16 @@ def rows_of(measure: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> list[d
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     with redirect_stdout(io.StringIO()) as printed:
-        serve_run.main([*ARGUMENTS, "--measure", measure, *more])
+        bench_serve.main([*ARGUMENTS, "--measure", measure, *more])
     (rows,) = json.loads(printed.getvalue().splitlines()[-1])["results"].values()
     assert isinstance(rows, list)
     return rows
 
 
 def test_what_makes_further_engines_is_measured_only_where_it_is_named() -> None:
-    names = {name: measure.of_ranks for name, measure in serve_run.MEASURES.items()}
-    assert set(ON_REQUEST) < set(names)
-    assert not set(ON_REQUEST) & set(parse_options(ARGUMENTS, names, 1).measures)
-    assert parse_options([*ARGUMENTS, "--measure", "adapters,limits"], names, 1).measures == ("limits", "adapters")
+    assert set(ON_REQUEST) < set(MEASURES)
+    assert not set(ON_REQUEST) & set(parse_options(ARGUMENTS, 1).measures)
+    assert parse_options([*ARGUMENTS, "--measure", "adapters,limits"], 1).measures == ("limits", "adapters")
 
 
 def test_each_token_follows_one_and_a_circle_or_the_whole_upper_half_comes_back_to_it() -> None:
