@@ -184,7 +184,9 @@ def test_only_a_reader_that_waits_is_passed_by() -> None:
     asyncio.run(main())
 
 
-def test_what_a_sink_raises_the_reader_raises() -> None:
+def test_what_a_sink_raises_the_reader_raises_and_reads_nothing_of_what_comes_after_it() -> None:
+    """Prevents: an answer that lacks a token, of a step that was over before the reader had its turn."""
+
     async def main() -> None:
         def take(request_id: str, output: RequestOutput) -> bool:
             raise ZeroDivisionError("planted")
@@ -194,6 +196,7 @@ def test_what_a_sink_raises_the_reader_raises() -> None:
         reading = asyncio.create_task(anext(stream))
         await asyncio.sleep(0)
         assert stream.pass_on("a", RequestOutput("a", (Token(1),)))
+        stream.put(RequestOutput("a", (Token(2),)))
         with pytest.raises(ZeroDivisionError, match="planted"):
             await reading
 

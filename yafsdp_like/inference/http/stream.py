@@ -81,11 +81,12 @@ class Stream:
     def put(self, output: RequestOutput) -> None:
         """For the service: an output of one of the requests.
 
-        Tokens join those of the same request that are not read yet: a reader that lags has fewer pieces to send.
+        Tokens join those of the same request that are not read yet: a reader that lags has fewer pieces to send. What
+        comes after an error is not read: outputs before it may be missing.
         """
         if output.finish is not None:
             del self._live[output.request_id]
-        if not self._is_closed:
+        if not self._is_closed and self._error is None:
             if output.tokens and self._outputs and self._outputs[-1].request_id == output.request_id:
                 output = output.after(self._outputs.pop())
             self._outputs.append(output)
