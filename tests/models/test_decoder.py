@@ -303,6 +303,9 @@ class Slot:
     def withdraw(self) -> Tensor | None:
         return None
 
+    def check_readable(self) -> None:
+        pass
+
     def open(self) -> tuple[Tensor, bool]:
         self.num_opened += 1
         return self.view, self.num_opened > 1

@@ -27,6 +27,9 @@ class Slot:
     def withdraw(self) -> Tensor | None:
         return None
 
+    def check_readable(self) -> None:
+        pass
+
     def open(self) -> tuple[Tensor, bool] | None:
         if not self.is_open:
             return None

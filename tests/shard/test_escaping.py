@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.ranks import on_ranks
 from tests.shard.test_optimizer_step import TRANSPORTS
 from tests.training import full, ours, world_mesh
-from tests.twins import Twins
+from tests.twins import Twins, spilling
 from tests.zoo import FEATURES, Batch, Chain, Specimen, blocks, layers_of, vectors
 
 transports = pytest.mark.parametrize("transport", TRANSPORTS)
@@ -330,3 +330,38 @@ def test_a_backward_that_enters_a_released_unit_unseen_is_an_error(how: str, tra
         return
     with pytest.raises(RuntimeError, match=r"gradient of .layers\.0\.linear\.\w+. came while .layers\.0. was released"):
         twins.backward(0)
+
+
+class Regularizing(nn.Module):
+    """Leaves a term of the loss, which reads its weight, in an attribute; its input takes no gradient further down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(FEATURES, FEATURES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.tanh(self.linear(x.detach()))
+        self.term = self.linear.weight.square().sum() + y.mean()
+        return y
+
+
+class SumOfTerms(Chain):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x)
+        terms = [self.layers[k].term for k in (0, 3, 5)]
+        return out + torch.stack(terms).sum()  # type: ignore[arg-type]
+
+
+@spilling
+@transports
+@on_ranks()
+def test_a_backward_that_reads_a_released_unit_before_it_enters_is_an_error(transport: Any) -> None:
+    """Prevents: a term's gradient computed with another unit's weights, and the rest of the unit's with its own."""
+    build = lambda: SumOfTerms([Regularizing() for _ in range(8)])  # noqa: E731
+    twins = Twins(Specimen(build, vectors(FEATURES), layers_of), transport=transport)
+    loss, _ = twins.losses(0)
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        loss.backward()
+    kept = Twins(Specimen(build, vectors(FEATURES), layers_of), transport=transport, reshard_after_forward=False)
+    kept.train(0, 1)
+    kept.compare_parameters()

@@ -61,6 +61,9 @@ class Sink(Protocol):
         Autograd then adds it up in its own order.
         """
 
+    def check_readable(self) -> None:
+        """Raise a ``RuntimeError`` that says why autograd refuses to give the weight back, if that is known."""
+
 
 def attach(weight: nn.Parameter, sink: Sink) -> None:
     """From now on, linear layers write ``weight``'s gradients to ``sink``. ``weight`` is a leaf of shape (V, D)."""
@@ -179,7 +182,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         if grad is None:
             return None, None, None, None
-        input, weight = ctx.saved_tensors
+        try:
+            input, weight = ctx.saved_tensors
+        except RuntimeError:
+            ctx.sink.check_readable()
+            raise
         needs_input, _, needs_bias, _ = ctx.needs_input_grad
         rows, input_rows = _rows(grad, input)
         grad_input = rows.mm(weight).view_as(input) if needs_input else None

@@ -247,6 +247,8 @@ class ParamLifecycle:
             slot.release(self._streams.record(COMPUTE))
             if slot.extended:
                 slot.leave()
+            if slot.unit.awaits_backward and slot.unit.policy.unshard_in_backward:
+                slot.hide()
         else:
             if slot.state is FILLED:  # a prefetch that nobody read: compute may write the shards only after it
                 self._wait_until_ready(slot)

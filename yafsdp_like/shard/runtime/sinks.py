@@ -69,6 +69,12 @@ class GradientSink:
         assert unit is not None
         return unit.gradient_slot.withdraw(self.k)
 
+    def check_readable(self) -> None:
+        """Raise ``RuntimeError`` if the unit is released: see [Note: hidden slots]."""
+        unit = self.unit()
+        assert unit is not None
+        unit.gradients.check_entered(unit, self.k)
+
 
 def _take_gradient(unit_ref: weakref.ref[Unit], k: int, param: torch.Tensor) -> None:
     unit, grad = unit_ref(), param.grad

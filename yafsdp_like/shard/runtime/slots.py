@@ -9,6 +9,12 @@ at the same address, so a slot belongs to one unit for good: slots share bytes w
 (``neighbours``), never addresses with "any free slot". When execution asks for two slots at once that share bytes,
 one unit moves to a slot of its own for its later forwards, while what was saved earlier keeps the old slot
 (``ForwardUse.slot``).
+
+[Note: hidden slots]
+While a slot is released, other units' values may lie there, and no backward may read what autograd has saved of it: one
+that does has reached a tensor of the unit which forward did not return (a regularizer kept on the module, say). So
+PyTorch's version counters say of a slot that is released before its backward that it was written to, until it is held
+again, and autograd refuses to read it meanwhile.
 """
 
 from __future__ import annotations
@@ -19,6 +25,8 @@ from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
+from torch.distributed.tensor import DTensor
 
 from yafsdp_like.shard.runtime.extension import ExtendedParam
 from yafsdp_like.shard.runtime.host_shard import download_after
@@ -38,6 +46,7 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.runtime.host_shard import HostStaging
     from yafsdp_like.shard.runtime.layout_staging import LayoutStaging
     from yafsdp_like.shard.runtime.param import ShardedParam
+    from yafsdp_like.shard.spec.unit_spec import UnitPolicy
 
 
 class SlotState(enum.Enum):
@@ -57,6 +66,7 @@ class SlotUnit(Protocol):
     """What slots, and the owners of their transitions, use of a unit."""
 
     name: str  # the full name of the unit's modules
+    policy: UnitPolicy
     params: list[ShardedParam]  # in order of registration
     transport: Transport
     staging: torch.Tensor  # scratch of reduce-scatters, (nbytes,) uint8
@@ -173,6 +183,7 @@ class GatherSlot(_Slot):
         self.ready: Event = None  # the all-gather has arrived
         self.version: Version = ()  # of the main shards whose values are in it
         self._active: set[object] = set()  # uses whose backward is running
+        self._is_hidden = False
         pairs = list(zip(unit.params, places, strict=True))
         # Of classes that say themselves what is all-gathered; what modules compute on is made when it has arrived.
         self.extended = {
@@ -193,6 +204,26 @@ class GatherSlot(_Slot):
             return range(0)
         start = min(output.data_ptr() for output in self.outputs)
         return range(start, max(output.data_ptr() + output.nbytes for output in self.outputs))
+
+    @cached_property
+    def _counted(self) -> tuple[torch.Tensor, ...]:
+        """What autograd may have saved of the slot."""
+        full = [param for k, param in enumerate(self.params) if k not in self.extended]
+        return (*full, *(param._local_tensor for param in full if isinstance(param, DTensor)))
+
+    def hide(self) -> None:
+        """Have autograd refuse to read the full parameters until they are held again: see [Note: hidden slots]."""
+        if not self._is_hidden and self.extent is not None and self._counted:
+            increment_version(self._counted)
+            self._is_hidden = True
+
+    def hold(self) -> None:
+        """Note that running work reads the bytes, which are what autograd has saved."""
+        super().hold()
+        if self._is_hidden:
+            versions = tuple([param._version - 1 for param in self._counted])
+            torch._C._autograd._unsafe_set_version_counter(self._counted, versions)
+            self._is_hidden = False
 
     def aliases(self, tensor: torch.Tensor) -> bool:
         """Return whether ``tensor`` is a full parameter of this slot, or a view of one: values go with the slot."""
