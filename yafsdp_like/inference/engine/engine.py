@@ -31,7 +31,7 @@ from yafsdp_like.inference.engine.collector import collector_paused
 from yafsdp_like.inference.engine.debug import StepDebugger
 from yafsdp_like.inference.engine.draft_model import DraftModel
 from yafsdp_like.inference.engine.launch_clock import LaunchClock, LaunchKind
-from yafsdp_like.inference.engine.limits import check_limits
+from yafsdp_like.inference.engine.limits import check_length, check_limits
 from yafsdp_like.inference.engine.metrics import Metrics, metrics_of
 from yafsdp_like.inference.engine.places import EnginePlaces, nobody_else
 from yafsdp_like.inference.engine.prompt_lookup import PromptLookup
@@ -206,19 +206,10 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise ValueError for a request that can never be served, or whose id is in use."""
-        name, num_tokens = f"request {request.id!r}", len(request.prompt) + request.max_tokens
         self.adapters.salt_of(request.adapter, None)
         if request.id in self._sequences:
-            raise ValueError(f"{name}: the id is in use")
-        if num_tokens > self.max_seq_len:
-            raise ValueError(
-                f"{name}: {len(request.prompt)} tokens of prompt and max_tokens {request.max_tokens} are more than "
-                f"max_seq_len {self.max_seq_len}"
-            )
-        plan = self._weights.plan
-        if not plan.capacity.fits(plan.grid, num_tokens):
-            words = f"keys and values of {num_tokens} tokens do not fit {plan.grid.region_nbytes} bytes for pages"
-            raise ValueError(f"{name}: {words}")
+            raise ValueError(f"request {request.id!r}: the id is in use")
+        check_length(request, self._weights.plan)
         check_limits(request, self.config.vocab_size, may_follow=self.tp_group is None)
         self._runner.check_images(request)
 

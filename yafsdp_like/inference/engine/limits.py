@@ -1,7 +1,7 @@
-"""Which tokens a request may draw next, as bits on the host: fixed sets, first tokens, words, and a grammar.
+"""What a request may ask for, and which tokens it may draw next: fixed sets, first tokens, words, and a grammar.
 
-Owns what is remembered of a sequence for that, but for the grammar's masks (``grammar_masks.py``). Knows nothing of the
-device; bits are those of kernels/token_bits.py.
+Owns what is remembered of a sequence for the latter, but for the grammar's masks (``grammar_masks.py``). Tokens are
+bits on the host, those of kernels/token_bits.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from yafsdp_like.inference.engine.batch import ActiveRequest
     from yafsdp_like.inference.engine.request import Request, TokenLimits
+    from yafsdp_like.inference.plan.serving_plan import ServingPlan
 
 
 class LimitedSequence:
@@ -98,3 +99,16 @@ def bits_of(tokens: Iterable[int], vocab_size: int) -> Words:
     chosen = np.zeros(num_words(vocab_size) * 32, dtype=np.uint8)
     chosen[[token for token in tokens if 0 <= token < vocab_size]] = 1
     return np.packbits(chosen, bitorder="little").view(np.int32)
+
+
+def check_length(request: Request, plan: ServingPlan) -> None:
+    """Raise ValueError for a request of more tokens than a sequence may have, or than have room at once."""
+    name, num_tokens = f"request {request.id!r}", len(request.prompt) + request.max_tokens
+    if num_tokens > plan.max_seq_len:
+        raise ValueError(
+            f"{name}: {len(request.prompt)} tokens of prompt and max_tokens {request.max_tokens} are more than "
+            f"max_seq_len {plan.max_seq_len}"
+        )
+    if not plan.capacity.fits(plan.grid, num_tokens):
+        pages_nbytes = plan.grid.region_nbytes
+        raise ValueError(f"{name}: keys and values of {num_tokens} tokens do not fit {pages_nbytes} bytes for pages")
