@@ -165,9 +165,30 @@ def test_a_refusal_names_the_least_that_any_settings_take() -> None:
     short.append(replace(short[0], num_ranks=fit.MAX_RANKS, global_batch_size=8 * fit.MAX_RANKS))
     smallest = fit.least(bounded, BASE)
     candidates = [s for there in short for s in fit.switched(there, search.may_change)]
-    assert smallest.nbytes == min(map(peak, candidates))
+    assert needed(smallest.settings) == min(map(needed, candidates))
     assert not found.fits and found.found == () and fit.readable(smallest.nbytes) in found.text.splitlines()[-1]
     assert len(model.asked) < len(candidates)
+
+
+def needed(settings: Settings) -> int:
+    """Bytes of the smallest device that they fit."""
+    return settings.with_slack(peak(settings))
+
+
+def test_what_is_forecast_too_low_leaves_more_of_the_device_free() -> None:
+    """Prevents: nothing fits, where what takes least leaves too little free, and another takes more and fits."""
+    on_device, offloaded = (replace(BASE, offload_moments=on_host) for on_host in (False, True))
+    assert (on_device.slack, offloaded.slack) == (fit.SLACK, fit.WIDER_SLACK["offload_moments"])
+    assert replace(BASE, update_in_backward=True).slack == fit.WIDER_SLACK["update_in_backward"]
+    for settings in (on_device, offloaded):
+        for nbytes, fits in ((needed(settings), True), (needed(settings) - 2, False)):
+            assert search_of(nbytes / GIB)[0].fits(settings) == fits
+    most = replace(BASE, num_ranks=fit.MAX_RANKS, global_batch_size=8 * fit.MAX_RANKS, seq_len=fit.TOKENS_STEP)
+    candidates = list(fit.switched(replace(most, micro_batch_size=1), tuple(CHANGES)))
+    takes_least, fits_first = (min(candidates, key=by) for by in (peak, needed))
+    assert takes_least.slack > fits_first.slack
+    search, _ = search_of(needed(fits_first) / GIB)
+    assert not search.fits(takes_least) and search.fits(fit.least(search, BASE).settings)
 
 
 def test_where_two_changes_are_too_few_more_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

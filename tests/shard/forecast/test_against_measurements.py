@@ -87,6 +87,21 @@ def test_the_device_is_as_full_as_it_was(file: str, num_ranks: int, seq_len: int
     assert found.peak.nbytes["allocator"] / GIB == pytest.approx(reserved, abs=0.8)
 
 
+def test_what_fit_promises_held_in_each_measured_run_but_a_convolution_s() -> None:
+    """On a device of the size that the promise takes at least, also where moments are offloaded, or in backward."""
+    report = json.loads((RESULTS / "2026-11-30-forecasts.json").read_text())
+    runs = [row for row in report["rows"] if "device" in row and row["model"] != "vit-l"]
+    kinds = set()
+    for row in runs:
+        settings = Settings(
+            update_in_backward="in_backward=True" in row["impl"], offload_moments="offload_moments=True" in row["impl"]
+        )
+        kinds.add(settings)
+        planned, measured = (round(row["device"][which] * GIB) for which in ("planned", "measured"))
+        assert measured <= settings.with_slack(planned) <= measured * 1.05, row["impl"]
+    assert len(runs) >= 40 and len(kinds) == 3
+
+
 @pytest.mark.parametrize("seq_len", [1024, 4096])
 def test_a_recorded_step_fills_the_device_as_far_as_it_did(seq_len: int) -> None:
     (row,) = rows("2026-11-29-h200x2-8b-graph-gradients.json", seq_len, "ours-graph:split_master=True")
