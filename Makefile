@@ -2,7 +2,7 @@
 # make test       lint, type checks and the tests that need no GPU, in some 16 minutes on 2 cores; makes .venv too
 # make test-fast  what matters most while developing, in about two minutes: no lint, and FAST_TESTS below
 # make test-all   as `make test`, with every combination of models, precisions and transports
-# make test-gpu   the tests that need GPUs, most of them two
+# make test-gpu   the tests that need GPUs, most of them two, and kernels compiled for them
 # make docs       the API reference, into site/; needs no network once its packages are installed
 # make bench      ours against stock FSDP2 and the unsharded floor; see scripts/results/README.md
 #
@@ -73,6 +73,9 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# A model that is given no mesh goes to a GPU where there is one; the ranks of these tests are processes of a CPU.
+test-cpu test-fast test-all: export CUDA_VISIBLE_DEVICES :=
+
 test-cpu: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu and not slow" --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
@@ -84,6 +87,7 @@ test-all: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m "not gpu and not slow" tests/kernels
 
 docs: $(DOCS_STAMP)
 	$(BIN)/mkdocs build --quiet

@@ -22,6 +22,7 @@ from tests.optim.test_offload import WAITS, assert_equal_values, on_a_gpu, step_
 from tests.optim.test_optim import on_two_ranks, whole
 from tests.ranks import on_ranks, run_ranks
 from tests.shard.test_gpu import sharded_decoder
+from tests.training import world_mesh
 from yafsdp_like import MixedPrecisionPolicy, RemainderOffloadPolicy, fully_shard, update_in_backward
 from yafsdp_like.kernels.adamw import AdamWTable
 from yafsdp_like.kernels.split import split
@@ -110,7 +111,7 @@ def test_forwards_compute_on_what_updates_and_users_have_written() -> None:
 def network(options: dict[str, Any]) -> tuple[Any, AdamW]:
     """A model with a forward, and its optimizer."""
     torch.manual_seed(0)
-    module = fully_shard(nn.Sequential(nn.Linear(96, 7), nn.Linear(7, 3)), **options)
+    module = fully_shard(nn.Sequential(nn.Linear(96, 7), nn.Linear(7, 3)), mesh=world_mesh(), **options)
     return module, adamw(module, offload_moments="offload_policy" in options)
 
 
@@ -171,7 +172,7 @@ def test_the_device_has_two_bytes_a_parameter_less_and_the_host_as_many_more() -
     plans: list[Any] = []
     for options in (OFFLOADED, SPLIT):
         torch.manual_seed(0)
-        module: Any = fully_shard(nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 256)), **options)
+        module: Any = fully_shard(nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 256)), mesh=world_mesh(), **options)
         assert module.memory_report().host_nbytes == module.memory_plan().host_nbytes, "before a forward"
         module(torch.ones(1, 256)).sum().backward()
         plan, report = module.memory_plan(), module.memory_report()
@@ -189,7 +190,7 @@ def test_the_device_has_two_bytes_a_parameter_less_and_the_host_as_many_more() -
 @on_one_rank
 def test_parameters_that_are_not_split_stay_where_they_were() -> None:
     """Norms with running statistics, which compute in fp32."""
-    module: Any = fully_shard(nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32)), **OFFLOADED)
+    module: Any = fully_shard(nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32)), mesh=world_mesh(), **OFFLOADED)
     plan = module.memory_plan()
     assert (plan.nbytes_of("remainder"), plan.nbytes_of("main_shard")) == (2 * (32 * 32) + 256, 2 * 256)
     optimizer = adamw(module, offload_moments=True)
