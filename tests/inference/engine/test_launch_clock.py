@@ -11,15 +11,16 @@ import pytest
 from tests.inference.engine.test_engine import engine, prompts, requests
 from yafsdp_like.inference.engine import engine as engine_module
 from yafsdp_like.inference.engine import launch_clock
-from yafsdp_like.inference.engine.launch_clock import LaunchClock, LaunchKind
+from yafsdp_like.inference.engine.launch_clock import LaunchClock
 from yafsdp_like.inference.plan.step_sizes import StepSize
+from yafsdp_like.inference.weights.store import Weights
 
 if TYPE_CHECKING:
     from yafsdp_like.inference.engine.batch import Batch
     from yafsdp_like.inference.engine.engine import Engine
     from yafsdp_like.inference.engine.request import Request
 
-DECODE, MIXED = LaunchKind(32, is_mixed=False), LaunchKind(512, is_mixed=True)
+DECODE, MIXED = StepSize.decode(32), StepSize(512, num_single=32, num_chunks=8, num_drawing=40)
 RESERVE_S = launch_clock._FIRST_RESERVE_S
 SHARE = launch_clock._WAITED_SHARE
 
@@ -27,27 +28,22 @@ SHARE = launch_clock._WAITED_SHARE
 def clock() -> LaunchClock:
     """One that has seen steps of 10 ms that decode, and of 20 ms that mix."""
     it = LaunchClock()
-    for kind, seconds in ((DECODE, 0.01), (MIXED, 0.02)):
-        it.launched(kind, 0.0)
-        it.read(0.0, 0.0, seconds, 0.0)
+    for size, seconds in ((DECODE, 0.01), (MIXED, 0.02)):
+        it.launched(size, 0.0)
+        it.read(0.0, 0.0, (seconds, 0.0))
     return it
 
 
-def due_step(it: LaunchClock, device_waited_s: float, kind: LaunchKind = DECODE, early_s: float = 0.0) -> None:
+def due_step(it: LaunchClock, device_waited_s: float, size: StepSize = DECODE, early_s: float = 0.0) -> None:
     """Have a step of 10 ms, at time 0, followed by one that is launched when it is due; read both."""
     it.launched(DECODE, 0.0)
-    due_at = it.rest_s(0.0, kind.is_mixed)
-    it.launched(kind, due_at)
-    it.read(0.01, early_s, 0.01, 0.0)
-    it.read(0.03, 0.01, 0.01, device_waited_s)
+    due_at = it.rest_s(0.0, size.num_chunks > 0)
+    it.launched(size, due_at)
+    it.read(0.01, early_s, (0.01, 0.0))
+    it.read(0.03, 0.01, (0.01, device_waited_s))
 
 
 # --- the clock alone ---
-
-
-def test_a_kind_is_a_number_of_rows_with_prompts_or_without() -> None:
-    assert LaunchKind.of(StepSize.decode(32)) == DECODE
-    assert LaunchKind.of(StepSize(512, num_single=32, num_chunks=8, num_drawing=40)) == MIXED
 
 
 def test_a_step_is_due_a_reserve_before_the_one_under_way_ends() -> None:
@@ -63,7 +59,7 @@ def test_a_step_behind_another_ends_its_time_after_that_one_was_read() -> None:
     it.launched(DECODE, called_at=5.0)
     it.launched(MIXED, called_at=5.001)
     assert it.rest_s(5.001, is_mixed=False) == 0.0  # two are launched
-    it.read(now=5.01, waited_s=0.009, busy_s=0.01, device_waited_s=0.0)
+    it.read(now=5.01, waited_s=0.009, device_s=(0.01, 0.0))
     assert it.rest_s(5.01, is_mixed=False) == pytest.approx(0.02 - RESERVE_S)
 
 
@@ -71,14 +67,14 @@ def test_a_step_behind_one_that_was_done_may_have_begun_with_its_launch() -> Non
     it = clock()
     it.launched(DECODE, called_at=5.0)
     it.launched(MIXED, called_at=5.015)
-    it.read(now=5.018, waited_s=1e-6, busy_s=0.01, device_waited_s=0.0)
+    it.read(now=5.018, waited_s=1e-6, device_s=(0.01, 0.0))
     assert it.rest_s(5.018, is_mixed=False) == pytest.approx(0.017 - RESERVE_S)
 
 
 def test_nothing_rests_behind_nothing_or_behind_what_was_never_timed() -> None:
     it = clock()
     assert it.rest_s(0.0, is_mixed=False) == 0.0
-    it.launched(LaunchKind(64, is_mixed=False), called_at=0.0)
+    it.launched(StepSize.decode(64), called_at=0.0)
     assert it.rest_s(0.0, is_mixed=False) == 0.0
 
 
@@ -86,8 +82,8 @@ def test_a_shorter_step_is_believed_at_once_and_a_longer_one_slowly() -> None:
     it = clock()
     for busy_s, expected_s in ((0.008, 0.008), (0.018, 0.009), (0.005, 0.005)):
         it.launched(DECODE, 0.0)
-        it.read(0.0, 0.0, busy_s, 0.0)
-        assert it._step_s[DECODE] == pytest.approx(expected_s)
+        it.read(0.0, 0.0, (busy_s, 0.0))
+        assert it._step_s[32, False] == pytest.approx(expected_s)
 
 
 def test_the_reserve_grows_by_what_the_device_waited_and_shrinks_slowly() -> None:
@@ -97,7 +93,7 @@ def test_the_reserve_grows_by_what_the_device_waited_and_shrinks_slowly() -> Non
     assert it._reserve_s == pytest.approx({False: shrunk_s, True: RESERVE_S})
     due_step(it, device_waited_s=0.0007, early_s=0.0002)  # it had been launched before the device was free
     assert it._reserve_s[False] == pytest.approx(shrunk_s + 0.0005 - SHARE * 0.01)
-    due_step(it, device_waited_s=1.0, kind=MIXED)
+    due_step(it, device_waited_s=1.0, size=MIXED)
     assert it._reserve_s[True] == pytest.approx(RESERVE_S + launch_clock._MOST_GROWTH_S - SHARE * 0.01)
 
 
@@ -105,16 +101,16 @@ def test_the_reserve_does_not_grow_by_what_the_device_waited_for_another_reason(
     it = clock()
     it.launched(DECODE, 0.0)
     it.launched(DECODE, 0.02)  # nobody asked whether it was due
-    it.read(0.02, 0.0, 0.01, 0.0)
-    it.read(0.03, 0.01, 0.01, 0.01)
+    it.read(0.02, 0.0, (0.01, 0.0))
+    it.read(0.03, 0.01, (0.01, 0.01))
     assert it._reserve_s == {False: RESERVE_S, True: RESERVE_S}
     it._reserve_s[False] = 0.0
     it.launched(DECODE, 0.0)
     assert it.rest_s(0.0, is_mixed=False) > 0.0
     assert it.rest_s(0.009, is_mixed=True) == 0.0  # a prompt came when a step with it was over-due
     it.launched(MIXED, 0.009)
-    it.read(0.012, 0.0, 0.01, 0.0)
-    it.read(0.03, 0.01, 0.01, device_waited_s=0.002)
+    it.read(0.012, 0.0, (0.01, 0.0))
+    it.read(0.03, 0.01, (0.01, 0.002))
     assert it._reserve_s[True] == pytest.approx(RESERVE_S - SHARE * 0.01)
 
 
@@ -132,7 +128,7 @@ def test_the_device_waits_for_a_small_share_of_the_time_whatever_the_cpu_needs(c
         if number:
             early_s = max(0.0, done - now)
             now = max(now, done)
-            it.read(now, early_s, 0.01, device_waited_s)
+            it.read(now, early_s, (0.01, device_waited_s))
             rested_s += rest_s
         device_waited_s = began - done if number else 0.0
         waited_s += device_waited_s
@@ -261,6 +257,21 @@ def test_an_engine_that_does_not_launch_ahead_has_no_rest(device: Device, option
     while it.has_work:
         it.step()
         assert it.rest_s == 0.0
+
+
+def test_engines_that_step_together_have_no_rest(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Weights.__init__
+
+    def in_lockstep(weights: Weights, *arguments: Any, **options: Any) -> None:
+        plain(weights, *arguments, **options)
+        weights.lockstep = True
+
+    monkeypatch.setattr(Weights, "__init__", in_lockstep)
+    it = on(device)
+    it.add(requests(prompts(1, longest=5))[0])
+    while it.has_work:
+        it.step()
+        assert it.lockstep and it.rest_s == 0.0
 
 
 def test_an_engine_without_work_has_no_rest(device: Device) -> None:

@@ -18,10 +18,10 @@ def log() -> StepLog:
 
 def test_a_device_waits_from_the_end_of_a_step_to_the_beginning_of_the_next() -> None:
     it = log()
-    assert it.add_device(10.0, 12.0) == 2.0
-    assert it.add_device(12.5, 15.5) == 3.5
+    assert it.add_device(10.0, 12.0) == (2.0, 0.0)
+    assert it.add_device(12.5, 15.5) == (3.0, 0.5)
     it.pause()  # nobody asked anything: no wait
-    assert it.add_device(100.0, 101.0) == 1.0
+    assert it.add_device(100.0, 101.0) == (1.0, 0.0)
     figures = it.figures()
     assert (figures.device_busy_seconds, figures.device_waiting_seconds) == (6.0, 0.5)
     assert figures.device_waiting_share == pytest.approx(0.5 / 6.5)

@@ -205,7 +205,8 @@ class Batch:
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens of runs of more than one, which come last: parts of prompts, and of what is computed again."""
-        return self.num_tokens - self.num_single if self.runs and self.runs[-1].num_tokens > 1 else 0
+        is_mixed = self.runs and self.runs[-1].num_tokens > 1
+        return sum([run.num_tokens for run in self.runs if run.num_tokens > 1]) if is_mixed else 0
 
     @property
     def adapter_slots(self) -> set[int]:

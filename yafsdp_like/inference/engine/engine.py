@@ -30,7 +30,7 @@ from yafsdp_like.inference.engine.batch import ActiveRequest, Batch, RequestStat
 from yafsdp_like.inference.engine.collector import collector_paused
 from yafsdp_like.inference.engine.debug import StepDebugger
 from yafsdp_like.inference.engine.draft_model import DraftModel
-from yafsdp_like.inference.engine.launch_clock import LaunchClock, LaunchKind
+from yafsdp_like.inference.engine.launch_clock import LaunchClock
 from yafsdp_like.inference.engine.limits import check_length, check_limits
 from yafsdp_like.inference.engine.metrics import Metrics, metrics_of
 from yafsdp_like.inference.engine.places import EnginePlaces, nobody_else
@@ -281,7 +281,7 @@ class Engine:
                 self._runner.skip()
             return None
         launched = self._runner.launch(batch)
-        self._launch_clock.launched(LaunchKind.of(launched.size), self._called_at)
+        self._launch_clock.launched(launched.size, self._called_at)
         self._scheduler.launched(batch)
         self._num_steps += 1
         if isinstance(launched, Undrawn):  # what may be drawn depends on what was
@@ -388,12 +388,12 @@ class Engine:
         self._runner.wait(launched)
         now = time.perf_counter()
         self._waited_s += now - begin
-        step_s = self.step_log.add_device(launched.began, launched.done, batch.num_prompt_tokens)
-        self._launch_clock.read(now, now - begin, *self.step_log.last)
+        device_s = self.step_log.add_device(launched.began, launched.done, batch.num_prompt_tokens)
+        self._launch_clock.read(now, now - begin, device_s)
         if self._times is not None and self.tp_group is None:  # clocks of several ranks differ
-            self._times.learn(batch.num_tokens, batch.num_single, step_s)
+            self._times.learn(batch.num_tokens, batch.num_single, sum(device_s))
         if self._speculator is not None:
-            self._speculator.learn(batch.runs, *self.step_log.last)
+            self._speculator.learn(batch.runs, *device_s)
         if launched.scored is not None:
             launched.scored.store()
         tokens = self._runner.read(launched)

@@ -9,15 +9,15 @@ next. So the next one is due only a reserve before the end of the one under way.
 before it was read and what a step of its size takes, rather too little: less than expected is believed at once, more
 slowly. The reserve is what the CPU needs to make and launch a step, one with parts of prompts or one that only decodes.
 It is controlled rather than measured: it grows by what the device has waited for a step that was launched when it was
-due, and shrinks with each such step by ``_WAITED_SHARE`` of its time. So the device waits for about that share of the
-time, whatever the CPU does between steps.
+due, and shrinks with each such step by ``_WAITED_SHARE`` of its time. So the device waits for not much more than that
+share of the time, whatever the CPU does between steps. What it waited before it was known that the step was due, as
+when a prompt comes shortly before, or when the CPU was busy with something else, does not count.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from yafsdp_like.inference.plan.step_sizes import StepSize
@@ -25,28 +25,16 @@ if TYPE_CHECKING:
 _FIRST_RESERVE_S = 3e-3
 _MOST_GROWTH_S = 1e-3  # of a reserve by one step, which may have been an exception
 _WAITED_SHARE = 0.001
-_WEIGHT = 0.1  # in what is expected of a size, of a step that took longer
+_WEIGHT = 0.1  # in what is expected of a kind of steps, of one that took longer
 _DONE_S = 50e-6  # a step for which the CPU waited less was done before
-
-
-class LaunchKind(NamedTuple):
-    """Which steps take equally long."""
-
-    num_tokens: int  # padding included
-    is_mixed: bool  # whether there are parts of prompts
-
-    @classmethod
-    def of(cls, size: StepSize) -> LaunchKind:
-        """Return the kind of steps of a size."""
-        return cls(size.num_tokens, size.num_chunks > 0)
 
 
 @dataclass
 class _LaunchedStep:
-    kind: LaunchKind
+    kind: tuple[int, bool]  # tokens, padding included, and whether there are parts of prompts
     called_at: float  # when the CPU began to make it
     known_late_s: float | None  # how long after it was due that was known; None: it says nothing of the reserve
-    ends_at: float
+    ends_at: float = 0.0  # known once the step before it is read
     early_s: float = 0.0  # that the CPU waited, once it was launched, for the step before it
 
 
@@ -54,9 +42,10 @@ class LaunchClock:
     """Learns from the steps of one engine, at most two of which are launched and not read."""
 
     def __init__(self) -> None:
-        self._step_s: dict[LaunchKind, float] = {}
+        self._step_s: dict[tuple[int, bool], float] = {}  # of a kind of steps
         self._reserve_s = {False: _FIRST_RESERVE_S, True: _FIRST_RESERVE_S}  # by ``is_mixed`` of the next step
-        self._launched: deque[_LaunchedStep] = deque()
+        self._under_way: _LaunchedStep | None = None
+        self._behind: _LaunchedStep | None = None
         self._asked: dict[bool, float] = {}  # since the last launch, when it was first asked, by ``is_mixed``
 
     def rest_s(self, now: float, is_mixed: bool) -> float:
@@ -66,35 +55,38 @@ class LaunchClock:
         say nothing about the reserve.
         """
         self._asked.setdefault(is_mixed, now)
-        return max(0.0, self._due_at(is_mixed) - now)
+        if self._under_way is None or self._behind is not None:
+            return 0.0
+        return max(0.0, self._under_way.ends_at - self._reserve_s[is_mixed] - now)
 
-    def _due_at(self, is_mixed: bool) -> float:
-        return self._launched[-1].ends_at - self._reserve_s[is_mixed] if self._launched else 0.0
-
-    def launched(self, kind: LaunchKind, called_at: float) -> None:
+    def launched(self, size: StepSize, called_at: float) -> None:
         """Take a step that was launched, by a call at ``called_at``."""
-        due_at, known_at = self._due_at(kind.is_mixed), self._asked.get(kind.is_mixed)
-        known_late_s = None
-        if self._launched and known_at is not None and called_at >= due_at:
-            known_late_s = max(0.0, known_at - due_at)
-        # Of a step behind another the end is reckoned once that is read.
-        ends_at = 0.0 if self._launched else called_at + self._step_s.get(kind, 0.0)
-        self._launched.append(_LaunchedStep(kind, called_at, known_late_s, ends_at))
-        self._asked.clear()
+        kind, known_late_s = (size.num_tokens, size.num_chunks > 0), None
+        under_way, known_at = self._under_way, self._asked.get(kind[1]) if self._asked else None
+        self._asked = {}
+        if under_way is None:
+            self._under_way = _LaunchedStep(kind, called_at, None, called_at + self._step_s.get(kind, 0.0))
+            return
+        if known_at is not None:
+            due_at = under_way.ends_at - self._reserve_s[kind[1]]
+            known_late_s = max(0.0, known_at - due_at) if called_at >= due_at else None
+        self._behind = _LaunchedStep(kind, called_at, known_late_s)
 
-    def read(self, now: float, waited_s: float, busy_s: float, device_waited_s: float) -> None:
+    def read(self, now: float, waited_s: float, device_s: tuple[float, float]) -> None:
         """Take the end of the first step that is not read: the CPU has waited for it for ``waited_s``, until ``now``.
 
-        The device has computed it in ``busy_s``, before which it waited for ``device_waited_s``.
+        ``device_s``: for how long the device has computed it, and has waited before.
         """
-        step = self._launched.popleft()
+        step, following = self._under_way, self._behind
+        assert step is not None, "a step is read once, after it was launched"
+        busy_s, device_waited_s = device_s
         expected_s = self._step_s.get(step.kind, busy_s)
-        self._step_s[step.kind] = min(busy_s, expected_s + _WEIGHT * (busy_s - expected_s))
+        self._step_s[step.kind] = busy_s if busy_s < expected_s else expected_s + _WEIGHT * (busy_s - expected_s)
         if step.known_late_s is not None:
             late_s = max(0.0, device_waited_s - step.early_s - step.known_late_s)
-            reserve_s = self._reserve_s[step.kind.is_mixed] + min(late_s, _MOST_GROWTH_S) - _WAITED_SHARE * busy_s
-            self._reserve_s[step.kind.is_mixed] = max(0.0, reserve_s)
-        if self._launched:
-            following = self._launched[0]
+            reserve_s = self._reserve_s[step.kind[1]] + min(late_s, _MOST_GROWTH_S) - _WAITED_SHARE * busy_s
+            self._reserve_s[step.kind[1]] = max(0.0, reserve_s)
+        if following is not None:
             begins_at = now if waited_s >= _DONE_S else following.called_at
             following.early_s, following.ends_at = waited_s, begins_at + self._step_s.get(following.kind, 0.0)
+        self._under_way, self._behind = following, None

@@ -113,7 +113,8 @@ class Scheduler:
         if len(self.running) + len(self.waiting) >= self.options.max_batch_size:
             return False
         nums_left = nums_left_of(self.running)
-        return sum(nums_left) + sum(nums_left_of(self.waiting)) < self._budget(nums_left)
+        budget = step_budget(nums_left, self.waiting, self.options, self._buckets, self._times)
+        return sum(nums_left) + sum(nums_left_of(self.waiting)) < budget
 
     # --- a step ---
 
@@ -123,7 +124,7 @@ class Scheduler:
         The caller launches it and then calls ``launched``.
         """
         nums_left = nums_left_of(self.running)
-        step = NextStep(self._budget(nums_left))
+        step = NextStep(step_budget(nums_left, self.waiting, self.options, self._buckets, self._times))
         try:
             self._go_on(step, nums_left)
             self._admit(step)
@@ -135,9 +136,6 @@ class Scheduler:
         self._rows = [run.sequence for run in singles]
         drafted = self._drafted_runs(() if chunks else singles, step.num_tokens_left)
         return Batch((*singles, *drafted, *chunks), self.take_copies())
-
-    def _budget(self, nums_left: Sequence[int]) -> int:
-        return step_budget(nums_left, self.waiting, self.options, self._buckets, self._times)
 
     def take_copies(self) -> tuple[Copy, ...]:
         """Return the copies that were handed out since the last call, to be issued now."""

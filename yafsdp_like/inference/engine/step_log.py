@@ -49,11 +49,11 @@ class StepLog:
         self._last_cpu_s = 0.0
         self._cpu_s: dict[bool, deque[float]] = {mixed: deque(maxlen=NUM_KEPT) for mixed in (False, True)}
 
-    def add_device(self, began: Event, done: Event, num_prompt_tokens: int = 0) -> float:
-        """Add the device's time of a step that is done, and return the seconds since the one before was.
+    def add_device(self, began: Event, done: Event, num_prompt_tokens: int = 0) -> tuple[float, float]:
+        """Add a step that is done, and return for how many seconds the device was busy with it, and waited before.
 
-        Of the first step after there was nothing to do it is the time of the step alone. ``num_prompt_tokens``: how
-        many tokens of prompts it computed.
+        It has not waited for the first step after there was nothing to do. ``num_prompt_tokens``: how many tokens of
+        prompts the step computed.
         """
         self.num_steps += 1
         self.num_prompt_tokens += num_prompt_tokens
@@ -63,12 +63,7 @@ class StepLog:
         self._waiting_s += waiting_s
         self._last_done = done
         self._device_s.append((busy_s, waiting_s))
-        return busy_s + waiting_s
-
-    @property
-    def last(self) -> tuple[float, float]:
-        """The device's seconds of the last step that is done, and those that it waited before it."""
-        return self._device_s[-1]
+        return busy_s, waiting_s
 
     def add_cpu(self, seconds: float, mixed: bool) -> None:
         """Add the CPU's time of a step: all but waiting. ``mixed``: it computes parts of prompts."""
