@@ -27,6 +27,8 @@ from tests.inference.engine.test_speculation import SAMPLED, speculating
 from yafsdp_like.inference.engine.request import Completion, Request, RequestOutput, TokenLimits
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from yafsdp_like.inference.engine.engine import Engine
 
 REPEATING = replace(PENALIZED, repetition_penalty=0.7, frequency_penalty=-0.2)  # which draws tokens again and again
@@ -95,3 +97,32 @@ def test_tokens_are_those_of_an_engine_without_all_that(seed: int, monkeypatch: 
     metrics = it.metrics()
     assert 0 < metrics.num_tokens_accepted < metrics.num_tokens_drafted
     check_idle(it)
+
+
+KINDS = (  # of drawing, which share nothing
+    GREEDY,
+    replace(SAMPLED, temperature=3.0, top_k=0, top_p=1.0, min_p=0.0, seed=1),
+    replace(SAMPLED, temperature=0.7, top_k=2, seed=2),
+    PENALIZED,
+    REPEATING,
+)
+
+
+@pytest.mark.parametrize("limits", [(None,), (None, TokenLimits(biases=((3, 4.0),)), TokenLimits(allowed=(5, 6, 7)))])
+def test_each_row_is_drawn_as_its_sequence_asks_whoever_had_the_row_before(
+    limits: Sequence[TokenLimits | None],
+) -> None:
+    """Prevents: parameters that stay in a row when its sequence ends and the next one's moves there.
+
+    As one ends another begins, so that there are as many rows as before.
+    """
+    asked = [
+        Request(str(number), text, KINDS[number % len(KINDS)], 2 + number * 3 % 5, limits=limits[number % len(limits)])
+        for number, text in enumerate(prompts(10, longest=6))
+    ]
+    alone = [ids(engine(lookahead=False, max_batch_size=1).generate([request])) for request in asked]
+    for lookahead in (True, False):
+        it = engine(kv_nbytes=1 << 20, max_batch_size=3, lookahead=lookahead)
+        found = ids(it.generate(asked))
+        assert [{request.id: found[request.id]} for request in asked] == alone
+        check_idle(it)
