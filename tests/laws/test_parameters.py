@@ -1,5 +1,7 @@
 """Law 6, order is a hint: which parameters modules hold, and what may be done with them between steps."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -249,3 +251,38 @@ def test_a_write_between_forwards_is_seen_even_by_a_unit_that_stayed_whole() -> 
                 plain.mul_(1.25)
             twins.losses(20 + step)
         twins.train(step)
+
+
+# --- updates between a forward and its backward ---
+
+
+def backward_after_an_update(which: str, **options: Any) -> None:
+    """An optimizer of the sharded parameters called so steps before a backward; the unsharded twin does not."""
+    twins = Twins(chain, **options)
+    twins.train(0)
+    twins.backward(1)
+    sharded, plain = twins.losses(2)
+    optimizer = torch.optim.SGD([p for name, p in twins.parameters[0].items() if which in name], lr=0.1)
+    optimizer.step()
+    for loss in (sharded, plain):
+        loss.backward()
+    twins.compare_gradients()
+
+
+@on_ranks()
+def test_a_backward_that_would_read_updated_weights_is_an_error() -> None:
+    """Prevents: gradients that are neither of the weights before the update nor of those after it."""
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        backward_after_an_update("weight", transport="process_group")
+
+
+@pytest.mark.parametrize(
+    ("which", "transport", "reshard_after_forward"),
+    [("weight", "process_group", False), ("weight", "peer", None), ("rise.bias", "process_group", None)],
+)
+@on_ranks()
+def test_a_backward_after_an_update_has_the_gradients_of_what_forward_has_read(
+    which: str, transport: Any, reshard_after_forward: Any
+) -> None:
+    """Prevents: an error where weights were kept, were copied, or are not read again."""
+    backward_after_an_update(which, transport=transport, reshard_after_forward=reshard_after_forward)

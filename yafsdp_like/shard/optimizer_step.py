@@ -147,6 +147,7 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             engine.params.debug.check("an optimizer's step ends")
     for unit, params in owned.items():
         unit.stepped(params)
+        unit.freshness.stepped([p for p in params if p.sharded.grad is not None])
         if not isinstance(optimizer, AdamW) or not unit.freshness.is_current():
             unit.freshness.main_shards_written()
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from yafsdp_like.shard.runtime.param import ShardedParam
 
 Version = tuple[int, ...]  # of main shards: equal versions are equal values
+Writes = tuple[
+    int, list[int]
+]  # of each parameter: how often it was written since main shards were last moved, and that
 
 
 class Freshness:
@@ -28,7 +31,9 @@ class Freshness:
         self._params = params
         self._num_moves = self._num_uncounted = 0
         self._is_trusted = False
-        self.compute_version: Version = ()  # of the main shards that the compute shard was made from; (): it has none
+        self._num_steps = [0] * len(params)
+        self._computed: Writes = (0, [])  # of the main shards that the compute shard was made from
+        self.compute_version: Version = ()  # of the same; (): there is no compute shard
 
     @property
     def num_moves(self) -> int:
@@ -39,6 +44,21 @@ class Freshness:
         """Return the version of the main shards as they are now; counters only grow, so that their sum says as much."""
         num_counted = sum([p.sharded._version + p.local._version for p in self._params])
         return (self._num_moves, self._num_uncounted, num_counted)
+
+    def gathered(self) -> Writes:
+        """Return how often what an all-gather brings now was written: main shards, where those are not cast before."""
+        is_read = [p.compute is p.main or p.on_host for p in self._params]
+        if not any(is_read):
+            return self._computed
+        moves, written = self._writes()
+        if moves != self._computed[0]:
+            return moves, written
+        pairs = zip(is_read, written, self._computed[1], strict=True)
+        return moves, [now if reads_main else before for reads_main, now, before in pairs]
+
+    def _writes(self) -> Writes:
+        pairs = zip(self._params, self._num_steps, strict=True)
+        return self._num_moves, [p.sharded._version + p.local._version + steps for p, steps in pairs]
 
     def is_current(self) -> bool:
         """Return whether the compute shard need not be written before the next forward."""
@@ -52,9 +72,15 @@ class Freshness:
         """Note a write that PyTorch may not have counted, by an optimizer's kernels say."""
         self._num_uncounted += 1
 
+    def stepped(self, params: Collection[ShardedParam]) -> None:
+        """Note that an optimizer has updated ``params``."""
+        for k, p in enumerate(self._params):
+            self._num_steps[k] += p in params
+
     def compute_shard_written(self, by_update: bool = False) -> None:
         """Note that the compute shard holds what main shards do; ``by_update`` if one kernel has just written both."""
         self.compute_version, self._is_trusted = self.main_version(), by_update
+        self._computed = self._writes()
 
     def compute_shard_lost(self) -> None:
         """Note that the compute shard has no place any more."""

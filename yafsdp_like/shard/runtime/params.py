@@ -157,7 +157,7 @@ class ParamLifecycle:
                 slot.gather_kept()
             else:
                 slot.all_gather()
-        slot.fill(self._streams.record(GATHER))
+        slot.fill(self._streams.record(GATHER), kept)
 
     def prefetch(self, unit: Unit, refresh: bool) -> None:
         """All-gather the unit ahead of its use if its slot's bytes are free; do nothing otherwise."""
@@ -176,6 +176,7 @@ class ParamLifecycle:
             self.all_gather(slot, refresh)
         if slot.state is FILLED:
             self._wait_until_ready(slot)
+        slot.look_at_shards()
         slot.hold()
         if slot.extended:
             slot.arrive()

@@ -14,7 +14,8 @@ one unit moves to a slot of its own for its later forwards, while what was saved
 While a slot is released, other units' values may lie there, and no backward may read what autograd has saved of it: one
 that does has reached a tensor of the unit which forward did not return (a regularizer kept on the module, say). So
 PyTorch's version counters say of a slot that is released before its backward that it was written to, until it is held
-again, and autograd refuses to read it meanwhile.
+again, and autograd refuses to read it meanwhile. They say so for good of parameters whose values have changed, by a
+step between a forward and its backward say: what autograd saved before is then as unreadable as without sharding.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from yafsdp_like.memory.layout import FlatLayout
     from yafsdp_like.memory.streams import Event
     from yafsdp_like.shard.runtime.forward_shard import ForwardShard
-    from yafsdp_like.shard.runtime.freshness import Freshness, Version
+    from yafsdp_like.shard.runtime.freshness import Freshness, Version, Writes
     from yafsdp_like.shard.runtime.host_shard import HostStaging
     from yafsdp_like.shard.runtime.layout_staging import LayoutStaging
     from yafsdp_like.shard.runtime.param import ShardedParam
@@ -184,6 +185,8 @@ class GatherSlot(_Slot):
         self.version: Version = ()  # of the main shards whose values are in it
         self._active: set[object] = set()  # uses whose backward is running
         self._is_hidden = False
+        self._shown: Writes | None = None  # of the values that autograd may have saved
+        self._brought: Writes | None = None  # of those that are in it
         pairs = list(zip(unit.params, places, strict=True))
         # Of classes that say themselves what is all-gathered; what modules compute on is made when it has arrived.
         self.extended = {
@@ -206,10 +209,10 @@ class GatherSlot(_Slot):
         return range(start, max(output.data_ptr() + output.nbytes for output in self.outputs))
 
     @cached_property
-    def _counted(self) -> tuple[torch.Tensor, ...]:
-        """What autograd may have saved of the slot."""
-        full = [param for k, param in enumerate(self.params) if k not in self.extended]
-        return (*full, *(param._local_tensor for param in full if isinstance(param, DTensor)))
+    def _counted(self) -> dict[torch.Tensor, int]:
+        """What autograd may have saved of the slot, and of which parameter."""
+        full = {param: k for k, param in enumerate(self.params) if k not in self.extended}
+        return full | {param._local_tensor: k for param, k in full.items() if isinstance(param, DTensor)}
 
     def hide(self) -> None:
         """Have autograd refuse to read the full parameters until they are held again: see [Note: hidden slots]."""
@@ -217,13 +220,22 @@ class GatherSlot(_Slot):
             increment_version(self._counted)
             self._is_hidden = True
 
+    def look_at_shards(self) -> None:
+        """Note writes to shards that are part of the slot itself."""
+        if self.extent is None or self.aliased:
+            self._brought = self.unit.freshness.gathered()
+
     def hold(self) -> None:
-        """Note that running work reads the bytes, which are what autograd has saved."""
+        """Note that running work reads the bytes; autograd may have saved them, unless values have changed since."""
         super().hold()
-        if self._is_hidden:
-            versions = tuple([param._version - 1 for param in self._counted])
-            torch._C._autograd._unsafe_set_version_counter(self._counted, versions)
+        brought, shown = self._brought, self._shown
+        has_changed = brought is not shown and brought != shown
+        if self._is_hidden or has_changed:
+            changed = _changed(brought, shown) if has_changed else set()
+            versions = tuple([t._version - self._is_hidden + (k in changed) for t, k in self._counted.items()])
+            torch._C._autograd._unsafe_set_version_counter(tuple(self._counted), versions)
             self._is_hidden = False
+        self._shown = brought
 
     def aliases(self, tensor: torch.Tensor) -> bool:
         """Return whether ``tensor`` is a full parameter of this slot, or a view of one: values go with the slot."""
@@ -280,11 +292,13 @@ class GatherSlot(_Slot):
         for extended in self.extended.values():
             extended.leave()
 
-    def fill(self, ready: Event) -> None:
-        """Note that an all-gather of the compute shards of now was issued, which has arrived at ``ready``."""
+    def fill(self, ready: Event, kept: bool) -> None:
+        """Note that an all-gather of compute shards, or of what was ``kept``, was issued; it is done at ``ready``."""
         if self.extended:
             for extended in self.extended.values():
                 extended.is_current = False
+        if not kept:
+            self._brought = self.unit.freshness.gathered()
         self.state, self.ready, self.version = SlotState.FILLED, ready, self.unit.freshness.compute_version
 
     def hold_edited(self) -> None:
@@ -328,6 +342,13 @@ class GatherSlot(_Slot):
     def abandon_backwards(self) -> None:
         """Note that no backward runs any more."""
         self._active.clear()
+
+
+def _changed(brought: Writes | None, shown: Writes | None) -> set[int]:
+    """Return the parameters that were written in between; none where shards were moved, which counts nothing."""
+    if brought is None or shown is None or brought[0] != shown[0]:
+        return set()
+    return {k for k, (now, before) in enumerate(zip(brought[1], shown[1], strict=True)) if now != before}
 
 
 def _full_param(p: ShardedParam, place: Place) -> nn.Parameter:
