@@ -88,6 +88,11 @@ class Trainer:
         self.position += self.options.global_batch_size
         log.add(self.step, loss, measured.norm, rate)
 
+    def close(self) -> None:
+        """Free what was recorded, for which the end of a process group would wait."""
+        if isinstance(self.micro_step, GraphedStep):
+            self.micro_step.close()
+
     def settle(self) -> None:
         """Read what no one has read yet. `NotFiniteError` if a step was not what it should be."""
         unread, self._unread = self._unread, None

@@ -72,6 +72,7 @@ def run(options: Config, world: World, stopping: Stopping | None = None) -> int:
             return STOPPED
         finish(trainer, state, log)
     finally:
+        trainer.close()
         profiling.close()
         console.close()
     return 0

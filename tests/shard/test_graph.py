@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from tests.ranks import on_ranks, run_ranks
 from tests.training import world_mesh
@@ -167,6 +168,33 @@ def test_replays_spare_what_calls_before_a_recording_have_kept() -> None:
     run_ranks(keep_and_fail, device="cuda", timeout=120)
 
 
+def end_a_group_behind_a_step() -> int:
+    group = torch.distributed.new_group(backend="nccl")
+    model: Any = torch.nn.Linear(64, 64, device="cuda")
+    fully_shard(model, mesh=DeviceMesh.from_group(group, "cuda"), transport="process_group")
+
+    def forward_backward(x: torch.Tensor) -> torch.Tensor:
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    step = GraphedStep(forward_backward, model)
+    for _ in range(4):
+        step(torch.ones(2, 64, device="cuda"))
+        model.zero_grad()
+    torch.cuda.synchronize()
+    num_recordings = step.num_recordings
+    step.close()
+    torch.distributed.destroy_process_group(group)
+    return num_recordings
+
+
+@pytest.mark.gpu
+def test_a_process_group_ends_behind_a_step_that_was_closed() -> None:
+    """Prevents: waiting for CUDA graphs that have its collectives."""
+    assert run_ranks(end_a_group_behind_a_step, device="cuda", timeout=60) == [1, 1]
+
+
 class Recorder:
     """Stands for ``StepRecorder`` on a CPU: a replay finds what the recorded call has computed.
 
@@ -254,6 +282,10 @@ def test_steps_before_a_recording_run_in_its_pool_and_those_that_leave_memory_th
         losses(16, 1)
         assert recorder.log[5:] == ["in pool", "in pool", "record", "replay", "record", "replay"]
         assert step.num_recordings == 2
+        step.close()
+        assert step.num_recordings == 0
+        losses(16, 3)
+        assert recorder.log[11:] == ["in pool", "in pool", "record", "replay"]
 
 
 @on_ranks()

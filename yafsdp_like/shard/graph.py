@@ -92,7 +92,8 @@ class GraphedStep:
     The first two calls for each kind of inputs run as they are, the third is recorded, and later ones replay it; the
     numbers are the same. ``function`` takes tensors and returns tensors (nested as you like), of which the caller gets
     copies. It must not read the GPU's results on the CPU or decide by them, and must leave gradients synchronised; its
-    Python does not run in a replay. On CPUs the function is simply called.
+    Python does not run in a replay. On CPUs the function is simply called. ``destroy_process_group`` waits for as long
+    as a recording has collectives of NCCL: ``close`` the step before.
 
     All recordings, and the calls before them, have activations and gradients in one memory pool, which grows to what
     the largest takes: see [Note: gradients in the pool]. ``keeps_gradients`` says whether a step has added to
@@ -119,6 +120,11 @@ class GraphedStep:
     def num_recordings(self) -> int:
         """How many kinds of steps are recorded."""
         return len(self._steps)
+
+    def close(self) -> None:
+        """Free all recordings. A call after it begins anew."""
+        self._steps.clear()
+        self._calls.clear()
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         """Run the function, or replay it, on ``inputs``; return copies of what it returns."""
