@@ -7,6 +7,7 @@ import torch
 
 from tests.ranks import on_ranks
 from tests.shard.test_optimizer_step import TRANSPORTS
+from tests.training import ours, world_mesh
 from tests.twins import Twins
 from tests.zoo import SPECIMENS
 
@@ -68,3 +69,20 @@ def test_a_model_trains_after_one_of_its_units_was_evaluated_alone(transport: An
         twins.sharded.layers[0](torch.zeros(1, 2, 12))
     twins.train(0, 1)
     assert nbytes_of_gradients(twins.sharded) > 0
+
+
+@transports
+@on_ranks()
+def test_a_model_may_be_sharded_and_cast_in_inference_mode_and_trained_after_it(transport: Any) -> None:
+    """Prevents: parameters that count no writes, which stops the first forward, and which nothing can train."""
+    twins = Twins(SPECIMENS["nested"], transport=transport)
+    with torch.inference_mode():
+        specimen = SPECIMENS["nested"]
+        twins.sharded = specimen.wrap(specimen.fresh(), ours.fully_shard, mesh=world_mesh(), transport=transport)
+        twins.losses(0)
+        twins.sharded.double().float()
+        twins.losses(1)
+    twins.parameters[0] = dict(twins.sharded.named_parameters())
+    twins.optimizers[0] = torch.optim.SGD(twins.parameters[0].values(), lr=0.1, momentum=0.9)
+    twins.train(2, 3)
+    twins.compare_parameters()

@@ -381,9 +381,10 @@ class FSDPModule(Base):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """Apply ``.to()``, ``.to_empty()`` and the like to the sharded parameters; put these back into the arena."""
         self.reshard()
-        result = super()._apply(fn, recurse)
-        for unit in units_of(self):
-            unit.materialize()
+        with torch.inference_mode(False):  # whose tensors count no writes, and could not be trained
+            result = super()._apply(fn, recurse)
+            for unit in units_of(self):
+                unit.materialize()
         return result
 
     def _get_fsdp_state(self) -> ShardState:

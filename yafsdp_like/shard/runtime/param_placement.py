@@ -71,7 +71,7 @@ class ParamPlacement:
         start, stop = self.shards.row_range(self.rank)
         whole = param._local_tensor if isinstance(param, DTensor) else param
         rows = whole.detach().narrow(self.shards.dim, start, stop - start)
-        if rows.storage_offset() or rows.numel() < whole.numel():
+        if rows.storage_offset() or rows.numel() < whole.numel() or rows.is_inference():
             rows = rows.clone(memory_format=torch.contiguous_format)
         return rows
 
