@@ -34,7 +34,7 @@ from yafsdp_like.optim.moments import (
 from yafsdp_like.optim.offload import OffloadedMoments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from torch.optim.optimizer import ParamsT
 
@@ -262,6 +262,13 @@ class AdamW(torch.optim.AdamW):
             written += [param, tensors.main, *([] if tensors.compute is None else [tensors.compute])]
         increment_version(written)  # autograd does not see a kernel's writes
 
+    def make_states(self, params: Iterable[nn.Parameter]) -> None:
+        """Make the states of those of ``params`` that have none, on the current stream."""
+        for state, param in ((self.state[param], param) for param in params):
+            if not state:
+                state["step"] = torch.tensor(0.0, dtype=torch.float32)
+                state.update({name: new_moment(param, self.moments) for name in MOMENTS})
+
     def _parts(
         self, batch_index: int, updates: dict[nn.Parameter, tuple[AdamWTensors, AdamWStep]]
     ) -> Generator[list[tuple[AdamWTensors, AdamWStep]]]:
@@ -282,11 +289,9 @@ class AdamW(torch.optim.AdamW):
         return AdamWStep(int(count), float(beta1), float(beta2), group["eps"], self.gradient_scale, seed)
 
     def _tensors(self, param: nn.Parameter, group_index: int) -> AdamWTensors:
-        """Return this rank's part of a parameter, its gradient and its states, which are made in the first step."""
+        """Return this rank's part of a parameter, its gradient and its states, which are made by its first step."""
+        self.make_states([param])
         state = self.state[param]
-        if not state:
-            state["step"] = torch.tensor(0.0, dtype=torch.float32)
-            state.update({name: new_moment(param, self.moments) for name in MOMENTS})
         assert param.grad is not None
         main, remainder = local(param), None
         if isinstance(main, SplitTensor):

@@ -44,6 +44,17 @@ class _InBackward:
         self._task: int | None = None  # the backward, by autograd's number, in which the groups were looked up
         self._group_of: dict[nn.Parameter, int] = {}
 
+    def begin(self) -> None:
+        """Make the optimizer's states when the first backward begins.
+
+        All activations are live then, so that states are cut from no memory that a later step needs for them.
+        """
+        optimizer = self._optimizer()
+        if optimizer is not None and not optimizer.state:
+            owned = _owned(optimizer)
+            _make_room_for_states(owned)
+            optimizer.make_states(p.sharded for params in owned.values() for p in params if p.sharded.requires_grad)
+
     def update(self, unit: Unit) -> list[ShardedParam]:
         """See ``Updater``."""
         optimizer, task = self._optimizer(), backward_task()
@@ -54,8 +65,6 @@ class _InBackward:
         group_of = self._group_of
         params = [p for p in unit.params if p.sharded.grad is not None and p.sharded in group_of]
         if params:
-            if not optimizer.state:
-                _make_room_for_states([unit])
             optimizer.update(id(unit), [(p.sharded, group_of[p.sharded]) for p in params])
             if len(params) == len(unit.params):
                 unit.freshness.compute_shard_written(by_update=True)
@@ -177,8 +186,7 @@ def _make_room_for_states(units: Iterable[Unit]) -> None:
     """Empty the allocator's cache before the first update, which allocates the optimizer's states.
 
     Cut from cached blocks of activations, they would fragment those for good, and the next step would need more memory.
-    In backward they are allocated for another stream, and cached blocks, of what initialized the model say, would stay
-    beside them. The first step after such a backward does the same, for what the states were computed with.
+    The first step after updates in backward does the same, for what those were computed with.
     """
     if any(unit.device.type == "cuda" for unit in units):
         torch.cuda.empty_cache()

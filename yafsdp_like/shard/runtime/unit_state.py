@@ -51,6 +51,9 @@ class GradientReceiver(Protocol):
 class Updater(Protocol):
     """What updates parameters in backward, as an optimizer's step would after it."""
 
+    def begin(self) -> None:
+        """Prepare for the updates of a backward that begins, on the stream of compute."""
+
     def update(self, unit: Unit) -> list[ShardedParam]:
         """Update those of the unit's parameters that have a gradient, on the current stream; return them."""
 
@@ -113,13 +116,11 @@ class Unit:
         device: torch.device,
     ) -> None:
         self._modules = [weakref.ref(module) for module in modules]
-        self.params = list(params)
-        self.policy = policy
+        self.params, self.policy = list(params), policy
         self._reduction: Reduction | None = None  # of this policy and these dtypes, once it is asked for
         self.forward_prefetch: list[Unit] = []  # what the user names instead of the next unit
         self.backward_prefetch: list[Unit] = []
-        self.mesh = mesh
-        self.transport, self.custom = transport, CustomComm()
+        self.mesh, self.transport, self.custom = mesh, transport, CustomComm()
         self.device = device
         self.name = type(modules[0]).__name__  # the modules' full names, once the root is known
         self.is_on_host = policy.offload is not None  # main shard and gradients, see [Note: shards on the host]
@@ -131,8 +132,7 @@ class Unit:
         self.split: tuple[ShardedParam, ...] = ()  # the parameters whose masters are split
         self.extended: tuple[ShardedParam, ...] = ()  # those whose class says what is all-gathered
         self.freshness = Freshness(self.params)
-        self.needs = debug_needs(policy.debug)
-        self.running = RunningUnit()
+        self.needs, self.running = debug_needs(policy.debug), RunningUnit()
         self._engine: weakref.ref[object] | None = None  # see the properties
         self._gradients: weakref.ref[GradientReceiver] | None = None
         self._updater: weakref.ref[Updater] | None = None  # see the property
