@@ -108,6 +108,15 @@ def test_every_method_of_fsdp2_is_there() -> None:
         ours.share_comm_ctx([nn.Linear(2, 2)])
 
 
+@on_ranks(1)
+def test_methods_of_torchs_main_branch_that_are_not_here_say_what_to_do() -> None:
+    """Prevents: an AttributeError, or torch's own method where the installed torch has it."""
+    model: Any = ours.fully_shard(nn.Linear(2, 2), mesh=world_mesh())
+    for name in ("get_pending_gradients", "synchronize_gradients"):
+        with pytest.raises(NotImplementedError, match=rf"{name} of FSDPLinear is not supported: .*finalize_backward"):
+            getattr(model, name)()
+
+
 # --- other methods as forwards ---
 
 

@@ -1,6 +1,7 @@
 """Gradients kept in the dtype that they are reduced in: half the bytes in bf16, and the same numbers."""
 
 import io
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,3 +108,28 @@ def test_a_torch_that_has_gradients_in_the_parameters_dtype_only_is_named(monkey
     monkeypatch.setattr(requirements, "torch", SimpleNamespace(Tensor=object, __version__="2.9.1"))
     with pytest.raises(NotImplementedError, match=r"torch 2\.9\.1 does not have"):
         fully_shard(torch.nn.Linear(2, 2), mp_policy=BF16, grad_dtype=torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class WithGradDtype(MixedPrecisionPolicy):
+    """As on torch's main branch."""
+
+    grad_dtype: torch.dtype | None = field(default=None, kw_only=True)
+
+
+@on_ranks(1)
+def test_a_policy_may_say_the_dtype_of_gradients() -> None:
+    """Prevents: a field of the policy that is not read."""
+    policy = WithGradDtype(torch.bfloat16, torch.bfloat16, grad_dtype=torch.bfloat16)
+    model = fully_shard(torch.nn.Linear(2, 2), mesh=world_mesh(), mp_policy=policy)
+    model(torch.ones(1, 2)).sum().backward()  # type: ignore[operator]
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.bfloat16}
+
+
+def test_a_dtype_of_one_parameters_gradient_is_refused_where_torch_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents: gradients summed in bf16 that FSDP2 would sum in fp32."""
+    layer = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    layer.bias.grad_dtype = torch.float32
+    monkeypatch.setattr(requirements, "REDUCES_AS_GRAD", True)
+    with pytest.raises(NotImplementedError, match=r"bias.grad_dtype = torch.float32: use .*grad_dtype=torch.float32\)"):
+        fully_shard(layer)

@@ -108,7 +108,8 @@ def fully_shard(
         split_master: keep fp32 parameters that are computed on in bfloat16 as that rounding, which is what is
             all-gathered, and 16 bits of remainder: two bytes a value less, the same fp32 values for everybody.
             Not FSDP2's; see [Note: split master] in ``ops/split_master.py``.
-        grad_dtype: of ``.grad``, to which sums over several backwards are rounded; None: the parameter's own.
+        grad_dtype: of ``.grad``, to which sums over several backwards are rounded; None: that of ``mp_policy``, if it
+            has one, or the parameter's own.
         debug: see ``FSDPModule.set_debug_mode``; None: as ``YAFSDP_DEBUG`` says.
         shard_placement_fn: returns ``Shard(dim)``, or None for ``Shard(0)``, for each parameter; but for the first
             dimension, ranks must have equal parts. FSDP2's ``ShardPlacementResult`` names another mesh, over which
@@ -125,11 +126,12 @@ def fully_shard(
     """
     modules = check_modules(module)
     offloads = check_offload(offload_policy, transport, split_master)
+    grad_dtype = grad_dtype or getattr(mp_policy, "grad_dtype", None)  # a field on torch's main branch
     check_grad_dtype(grad_dtype, mp_policy)
     mesh, full = data_mesh(mesh if mesh is not None else _default_mesh(), dp_mesh_dims)
     policy = UnitPolicy(mp_policy, True, split_master, grad_dtype, debug, *offloads)
     policies = {mesh: _over(mesh, policy, reshard_after_forward)}
-    check_params(owners := params_below(modules, ignored_params or set()))
+    check_params(owners := params_below(modules, ignored_params or set()), grad_dtype)
     placed = placements_over(mesh, owners, shard_placement_fn, policies[mesh], full)
     policies |= {p.data_mesh: _over(p.data_mesh, policy, reshard_after_forward) for p in placed.values()}
     with torch.inference_mode(False):  # whose tensors count no writes, and could not be trained

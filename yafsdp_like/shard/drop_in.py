@@ -129,20 +129,27 @@ def accept(call: str, reason: str) -> None:
     warnings.warn(f"{call} does nothing here: {reason}", stacklevel=3)
 
 
+# Methods of torch's main branch, also where the installed torch has none of them, and what to do instead.
+_INSTEAD = {
+    "get_pending_gradients": "gradients of backwards without synchronization lie in slots of the plan, and are not "
+    "shown; reduce them by set_requires_gradient_sync(True) and finalize_backward(), and read .grad",
+    "synchronize_gradients": "call set_requires_gradient_sync(True) and finalize_backward()",
+}
+
+
 def refuse_others(cls: type) -> type:
     """Add to ``cls`` every public method of torch's ``FSDPModule`` that it does not have, as one that raises."""
-    for name in dir(torch.distributed.fsdp.FSDPModule):
+    for name in [*dir(torch.distributed.fsdp.FSDPModule), *_INSTEAD]:
         if not name.startswith("_") and name not in vars(cls):
             setattr(cls, name, _refusal(name))
     return cls
 
 
 def _refusal(name: str) -> Callable[..., NoReturn]:
+    instead = _INSTEAD.get(name, "leave it out, or use torch.distributed.fsdp.fully_shard for this model")
+
     def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"{name} of {type(self).__name__} is not supported: leave it out, or use "
-            "torch.distributed.fsdp.fully_shard for this model"
-        )
+        raise NotImplementedError(f"{name} of {type(self).__name__} is not supported: {instead}")
 
     refuse.__name__ = name
     refuse.__doc__ = "Not supported; see the error that it raises."

@@ -176,7 +176,8 @@ def _owned(optimizer: torch.optim.Optimizer) -> Owned:
             if param is not ownership.param.sharded:
                 raise RuntimeError(
                     f"{type(optimizer).__name__} holds {ownership.param.name!r} as it was before it was sharded or "
-                    "replaced, and would train nothing: build the optimizer after fully_shard, from model.parameters()"
+                    "replaced, or while it was whole (after a forward without a backward), and would train nothing: "
+                    "build the optimizer after fully_shard and before the first forward, from model.parameters()"
                 )
             owned.setdefault(ownership.unit, []).append(ownership.param)
     return owned

@@ -41,15 +41,29 @@ def check_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh
 
 
-def check_params(owners: Mapping[nn.Parameter, Sequence[tuple[nn.Module, str]]]) -> None:
+def check_params(
+    owners: Mapping[nn.Parameter, Sequence[tuple[nn.Module, str]]], grad_dtype: torch.dtype | None = None
+) -> None:
     """Raise for the first parameter that cannot be sharded; those of earlier calls have been checked already.
 
     ``ValueError`` for scalars; ``NotImplementedError`` for DTensors that are partial sums, subclasses without an
-    all-gather of their own, strided parameters, and embeddings that write their own weight.
+    all-gather of their own, strided parameters, embeddings that write their own weight, and, where the installed torch
+    follows it, for a ``grad_dtype`` of a parameter alone.
     """
     for param, places in owners.items():
         if ownership_of(param) is None:
             _check_param(param, places)
+            _check_own_grad_dtype(param, places[0][1], grad_dtype)
+
+
+def _check_own_grad_dtype(param: nn.Parameter, name: str, grad_dtype: torch.dtype | None) -> None:
+    own = getattr(param, "grad_dtype", param.dtype)
+    if REDUCES_AS_GRAD and own not in (param.dtype, grad_dtype):
+        raise NotImplementedError(
+            f"expected gradients of {name} to have its own dtype, {param.dtype}, or fully_shard's grad_dtype, found "
+            f"{name}.grad_dtype = {own}: use fully_shard(..., grad_dtype={own}), for all parameters of the call, or "
+            "leave it unset"
+        )
 
 
 def _check_param(param: nn.Parameter, places: Sequence[tuple[nn.Module, str]]) -> None:
