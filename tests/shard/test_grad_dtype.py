@@ -126,10 +126,12 @@ def test_a_policy_may_say_the_dtype_of_gradients() -> None:
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.bfloat16}
 
 
-def test_a_dtype_of_one_parameters_gradient_is_refused_where_torch_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@on_ranks(1)
+def test_a_dtype_of_one_parameters_gradient_is_refused_where_torch_follows_it() -> None:
     """Prevents: gradients summed in bf16 that FSDP2 would sum in fp32."""
     layer = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
     layer.bias.grad_dtype = torch.float32
-    monkeypatch.setattr(requirements, "REDUCES_AS_GRAD", True)
-    with pytest.raises(NotImplementedError, match=r"bias.grad_dtype = torch.float32: use .*grad_dtype=torch.float32\)"):
-        fully_shard(layer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(requirements, "REDUCES_AS_GRAD", True)
+        with pytest.raises(NotImplementedError, match=r"bias.grad_dtype = torch.float32: use .*=torch.float32"):
+            fully_shard(layer, mesh=world_mesh())

@@ -108,8 +108,7 @@ def fully_shard(
         split_master: keep fp32 parameters that are computed on in bfloat16 as that rounding, which is what is
             all-gathered, and 16 bits of remainder: two bytes a value less, the same fp32 values for everybody.
             Not FSDP2's; see [Note: split master] in ``ops/split_master.py``.
-        grad_dtype: of ``.grad``, to which sums over several backwards are rounded; None: that of ``mp_policy``, if it
-            has one, or the parameter's own.
+        grad_dtype: of ``.grad``, to which sums over several backwards are rounded; None: the policy's, or parameter's.
         debug: see ``FSDPModule.set_debug_mode``; None: as ``YAFSDP_DEBUG`` says.
         shard_placement_fn: returns ``Shard(dim)``, or None for ``Shard(0)``, for each parameter; but for the first
             dimension, ranks must have equal parts. FSDP2's ``ShardPlacementResult`` names another mesh, over which
@@ -126,8 +125,7 @@ def fully_shard(
     """
     modules = check_modules(module)
     offloads = check_offload(offload_policy, transport, split_master)
-    grad_dtype = grad_dtype or getattr(mp_policy, "grad_dtype", None)  # a field on torch's main branch
-    check_grad_dtype(grad_dtype, mp_policy)
+    grad_dtype = check_grad_dtype(grad_dtype, mp_policy)
     mesh, full = data_mesh(mesh if mesh is not None else _default_mesh(), dp_mesh_dims)
     policy = UnitPolicy(mp_policy, True, split_master, grad_dtype, debug, *offloads)
     policies = {mesh: _over(mesh, policy, reshard_after_forward)}
@@ -154,7 +152,8 @@ def _make_sharded(
 ) -> Any:
     _prepare_process()
     state = _shard.state(modules[0])
-    state.unit = make_units(modules, owners, placements, policies, transport)[0]
+    with torch.inference_mode(False):  # whose tensors count no writes, and could not be trained
+        state.unit = make_units(modules, owners, placements, policies, transport)[0]
     for m in modules:
         _become_fsdp_module(m)
         show_state_to_torch(m, state)

@@ -107,13 +107,15 @@ def dtype_override(policy: MixedPrecisionPolicy, param: nn.Parameter) -> torch.d
     return dtype
 
 
-def check_grad_dtype(grad_dtype: torch.dtype | None, policy: MixedPrecisionPolicy) -> None:
-    """Raise for gradients in another dtype than they are reduced in, and where torch allows only the parameter's.
+def check_grad_dtype(grad_dtype: torch.dtype | None, policy: MixedPrecisionPolicy) -> torch.dtype | None:
+    """Return it, or the field of that name that the policy has on torch's main branch.
 
-    ``ValueError`` for the former, ``NotImplementedError`` for the latter.
+    Raises ``ValueError`` for gradients in another dtype than they are reduced in, ``NotImplementedError`` where torch
+    allows only the parameter's.
     """
+    grad_dtype = grad_dtype or getattr(policy, "grad_dtype", None)
     if grad_dtype is None:
-        return
+        return None
     reduced = policy.reduce_dtype or (grad_dtype if REDUCES_AS_GRAD else policy.param_dtype)
     if grad_dtype != reduced:
         raise ValueError(
@@ -125,6 +127,7 @@ def check_grad_dtype(grad_dtype: torch.dtype | None, policy: MixedPrecisionPolic
             f"grad_dtype={grad_dtype} needs Tensor.grad_dtype, which torch {torch.__version__} does not have: "
             "use a later torch, or leave it out"
         )
+    return grad_dtype
 
 
 def check_offload(
