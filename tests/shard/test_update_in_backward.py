@@ -337,3 +337,32 @@ def test_recordings_and_other_optimizers_are_refused() -> None:
         GraphedStep(lambda x: model(x), model)(torch.ones(1, FEATURES))
     update_in_backward(optimizer, False)
     GraphedStep(lambda x: model(x), model)(torch.ones(1, FEATURES))
+
+
+@on_ranks()
+def test_states_are_made_before_the_first_gradient_and_kept() -> None:
+    """Prevents: states cut from memory of activations that have died, which the next forward then lacks."""
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].requires_grad_(False)
+    for layer in model:
+        fully_shard(layer, mesh=world_mesh())
+    fully_shard(model, mesh=world_mesh())
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    update_in_backward(optimizer)
+    seen: list[list[int]] = []
+
+    def watch(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        output.register_hook(lambda _: seen.append(moments(optimizer)))
+
+    model[1].register_forward_hook(watch)
+    for _ in range(2):
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+    assert len(seen[0]) == 2 * 4 and seen[0] == seen[1] == moments(optimizer), (seen, moments(optimizer))
+
+
+def moments(optimizer: AdamW) -> list[int]:
+    """Where the moments of all parameters are that have any."""
+    return [
+        state[name].to_local().data_ptr() for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
+    ]
