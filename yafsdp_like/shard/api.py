@@ -132,8 +132,7 @@ def fully_shard(
     check_params(owners := params_below(modules, ignored_params or set()), grad_dtype)
     placed = placements_over(mesh, owners, shard_placement_fn, policies[mesh], full)
     policies |= {p.data_mesh: _over(p.data_mesh, policy, reshard_after_forward) for p in placed.values()}
-    with torch.inference_mode(False):  # whose tensors count no writes, and could not be trained
-        return _shard(module, modules, split_tied(owners, modules), placed, policies, transport)
+    return _shard(module, modules, split_tied(owners, modules), placed, policies, transport)
 
 
 def _over(mesh: DeviceMesh, policy: UnitPolicy, reshard_after_forward: bool | int | None) -> UnitPolicy:
