@@ -165,6 +165,10 @@ class Timer:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
+    def is_complete(self, event: Event) -> bool:
+        """Return whether the device has got to the place of a mark, without waiting."""
+        return self._device.type != "cuda" or bool(event.query())
+
     def seconds(self, begin: Event, end: Event) -> float:
         """Return the seconds between two complete events."""
         return float(end - begin) if self._device.type != "cuda" else float(begin.elapsed_time(end)) / 1e3

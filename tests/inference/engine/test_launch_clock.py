@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from tests.inference.engine.test_engine import engine, prompts, requests
 from yafsdp_like.inference.engine import engine as engine_module
@@ -14,6 +15,7 @@ from yafsdp_like.inference.engine import launch_clock
 from yafsdp_like.inference.engine.launch_clock import LaunchClock
 from yafsdp_like.inference.plan.step_sizes import StepSize
 from yafsdp_like.inference.weights.store import Weights
+from yafsdp_like.memory.streams import Timer
 
 if TYPE_CHECKING:
     from yafsdp_like.inference.engine.batch import Batch
@@ -160,6 +162,9 @@ class Device:
     def seconds(self, begin: float, end: float) -> float:
         return end - begin
 
+    def is_complete(self, event: float) -> bool:
+        return event <= self.now
+
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
@@ -231,6 +236,26 @@ def test_a_request_that_comes_while_the_next_step_rests_is_in_it(device: Device)
     it.step()
     assert it.metrics().num_running == 2
     device.now += 1.0
+    assert it.rest_s == 0.0
+
+
+def test_the_device_waits_little_for_a_step_that_took_much_longer_the_last_time(device: Device) -> None:
+    """As one with an image, or a long context. Prevents: a rest as long as that, beside a device without work."""
+    it = on(device)
+    device.STEP_S = 1.0
+    it.generate(requests(prompts(1, longest=5)))
+    device.STEP_S = Device.STEP_S
+    waited_s = it.metrics().device_waiting_seconds
+    served(it, device, [(device.now, request) for request in requests(prompts(1, longest=5))], rests=True)
+    assert it.metrics().device_waiting_seconds - waited_s < 2 * engine_module._LONGEST_REST_S
+
+
+def test_nothing_rests_on_a_cpu_which_has_computed_a_step_when_it_is_launched(device: Device) -> None:
+    it = on(device)
+    it.add(requests(prompts(1, longest=5))[0])
+    while not it.rest_s:
+        it.step()
+    it._runner.timer = Timer(torch.device("cpu"))
     assert it.rest_s == 0.0
 
 

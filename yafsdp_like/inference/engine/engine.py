@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from yafsdp_like.models.decoder import DecoderConfig
 
 _Measured = TypeVar("_Measured")
+_LONGEST_REST_S = 5e-3  # for which the device may have nothing to do, where a step ends sooner than expected
 _NO_LINK = Costs(link_nbytes_per_s=1.0, prefill_tokens_per_s=1e4)  # without a host tier nothing is weighed
 
 
@@ -227,13 +228,16 @@ class Engine:
 
     @property
     def rest_s(self) -> float:
-        """In how many seconds the next ``step`` is due, for who waits for requests until then; 0.0: now.
+        """For how many seconds who waits for requests may wait, and then ask again; 0.0: the next ``step`` is due.
 
-        It is due at once where it has no room for more of them, nothing is on the device, or ``_may_rest`` is False.
+        It is due at once where it has no room for more of them, the device is idle, or ``_may_rest`` is False.
         """
-        if not self._may_rest or self._unread is None or not self._scheduler.has_room:
+        if not self._may_rest or self._unread is None or self._runner.timer.is_complete(self._unread[1].done):
             return 0.0
-        return self._launch_clock.rest_s(time.perf_counter(), not self._scheduler.only_decodes)
+        if not self._scheduler.has_room:
+            return 0.0
+        rest_s = self._launch_clock.rest_s(time.perf_counter(), not self._scheduler.only_decodes)
+        return min(rest_s, _LONGEST_REST_S)
 
     def step(self) -> list[RequestOutput]:
         """Launch one batch, and return what the one before (``lookahead=False``: this one) drew.

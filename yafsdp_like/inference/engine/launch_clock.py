@@ -11,7 +11,9 @@ slowly. The reserve is what the CPU needs to make and launch a step, one with pa
 It is controlled rather than measured: it grows by what the device has waited for a step that was launched when it was
 due, and shrinks with each such step by ``_WAITED_SHARE`` of its time. So the device waits for not much more than that
 share of the time, whatever the CPU does between steps. What it waited before it was known that the step was due, as
-when a prompt comes shortly before, or when the CPU was busy with something else, does not count.
+when a prompt comes shortly before, or when the CPU was busy with something else, does not count. A step may end much
+sooner than one of its size did before, with shorter contexts or without an image, so ``Engine.rest_s`` is asked again
+every few milliseconds, and a step is due, too, once the device has nothing to do.
 """
 
 from __future__ import annotations

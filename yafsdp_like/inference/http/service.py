@@ -64,7 +64,7 @@ class SteppableEngine(Protocol):
 
     @property
     def rest_s(self) -> float:
-        """In how many seconds the next step is due; 0.0: now."""
+        """For how many seconds to wait for calls, and then ask again; 0.0: a step is due."""
 
     def add(self, request: Request) -> None:
         """Queue a request."""
