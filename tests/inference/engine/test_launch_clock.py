@@ -275,6 +275,18 @@ def test_the_next_step_is_due_at_once_where_it_has_no_room(device: Device) -> No
     assert it.rest_s == 0.0  # of rows
 
 
+def test_a_request_is_not_refused_since_others_wait_for_a_step_that_has_room_for_them(device: Device) -> None:
+    it = on(device, max_waiting=1)
+    first, second, third = requests(prompts(3, longest=5))
+    it.add(first)
+    while not it.rest_s:
+        it.step()
+    it.add(second)
+    assert it.rest_s == 0.0
+    it.step()
+    it.add(third)
+
+
 @pytest.mark.parametrize("options", [{"lookahead": False}, {"speculate": "prompt-lookup"}])
 def test_an_engine_that_does_not_launch_ahead_has_no_rest(device: Device, options: dict[str, Any]) -> None:
     it = on(device, **options)

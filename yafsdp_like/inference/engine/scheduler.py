@@ -109,11 +109,12 @@ class Scheduler:
 
     @property
     def has_room(self) -> bool:
-        """Whether the next step has a row and a token for one more request, as far as is known of the others."""
-        if len(self.running) + len(self.waiting) >= self.options.max_batch_size:
+        """Whether one more request may wait, and the next step has a row and a token for it, as far as is known."""
+        num_waiting, options = len(self.waiting), self.options
+        if num_waiting >= options.max_waiting or len(self.running) + num_waiting >= options.max_batch_size:
             return False
         nums_left = nums_left_of(self.running)
-        budget = step_budget(nums_left, self.waiting, self.options, self._buckets, self._times)
+        budget = step_budget(nums_left, self.waiting, options, self._buckets, self._times)
         return sum(nums_left) + sum(nums_left_of(self.waiting)) < budget
 
     # --- a step ---
