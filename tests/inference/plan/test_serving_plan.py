@@ -12,7 +12,7 @@ from yafsdp_like.inference.options import EngineOptions
 from yafsdp_like.inference.plan.buffers import ALWAYS, WORKSPACE
 from yafsdp_like.inference.plan.packed_weights import pack_units, uses_of
 from yafsdp_like.inference.plan.placement import MIN_GRANULES_PER_PART, Mode, Placement, placements
-from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, plan_serving
+from yafsdp_like.inference.plan.serving_plan import ServingPlan, Site, least_nbytes, plan_serving
 from yafsdp_like.inference.plan.step_floors import decode_seconds, read_nbytes, read_numel
 from yafsdp_like.memory.layout import aligned
 from yafsdp_like.memory.plan import KINDS
@@ -337,6 +337,25 @@ def test_tables_have_the_positions_that_fit_beside_the_weights_and_no_more(mode:
     assert plan.memory.nbytes + plan.recordings_nbytes <= limits.memory_limit_nbytes
     asked = plan_serving(PRESETS["8b"], replace(limits, max_seq_len=plan.max_seq_len), H200, mode)
     assert plan.memory.nbytes_of("tables") == asked.memory.nbytes_of("tables")
+
+
+def test_what_a_refusal_says_is_enough_is_so_where_sequences_may_be_as_long_as_fits() -> None:
+    """Prevents: a limit that buys longer tables, for which it is then too small."""
+    limits = EngineOptions(memory_limit_nbytes=10 * GIB, max_batch_size=4)
+    with pytest.raises(ValueError, match="It fits with memory_limit_nbytes=") as refused:
+        plan_serving(PRESETS["8b"], limits, H200, "resident")
+    enough = int(str(refused.value).rpartition("It fits with memory_limit_nbytes=")[2])
+    plan = plan_serving(PRESETS["8b"], replace(limits, memory_limit_nbytes=enough), H200, "resident")
+    assert plan.max_seq_len == limits.max_batch_tokens
+    assert enough == least_nbytes(PRESETS["8b"], limits, H200, "resident")
+
+
+def test_a_sequence_may_be_as_long_as_fits_beside_tables_of_its_positions() -> None:
+    limits = EngineOptions(memory_limit_nbytes=round(16.5 * GIB), max_batch_size=4)
+    plan = plan_serving(PRESETS["8b"], limits, H200)
+    plan_serving(PRESETS["8b"], replace(limits, max_seq_len=plan.max_seq_len), H200, "resident")
+    with pytest.raises(ValueError, match="does not fit"):
+        plan_serving(PRESETS["8b"], replace(limits, max_seq_len=plan.max_seq_len + 1), H200, "resident")
 
 
 # --- in words ---

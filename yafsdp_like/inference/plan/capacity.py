@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from yafsdp_like.inference.kv.layer_groups import LayerGroup
+    from yafsdp_like.inference.options import EngineOptions
 
 _SLAB_NBYTES = 32 << 20  # at most, about
 _MIN_SLABS = 64  # where slabs of that size would be fewer
@@ -43,7 +44,26 @@ class Capacity:
 
     def longest(self, grid: SlabGrid | None, most: int) -> int:
         """Return the tokens of the longest context that fits alone, up to ``most``."""
-        return 0 if grid is None else _last(lambda n: self.fits(grid, n), most)
+        return 0 if grid is None else last_that_holds(lambda n: self.fits(grid, n), most)
+
+    def longest_asked(self, options: EngineOptions, most: int) -> int:
+        """Return the tokens of the longest sequence: what is asked for, or a bound on what can fit, up to ``most``.
+
+        Raises ValueError where what is asked for is more than that, or than the bytes that ``options`` say hold.
+        """
+        asked, nbytes = options.max_seq_len, options.kv_nbytes or options.memory_limit_nbytes
+        assert nbytes is not None
+        if asked is not None and asked > most:
+            raise ValueError(f"max_seq_len must be at most {most}, the model's, found {asked}")
+        longest = self.longest(self.grid(nbytes), asked or most)
+        if not longest or (options.kv_nbytes and asked and longest < asked):
+            which = "kv_nbytes" if options.kv_nbytes else "memory_limit_nbytes"
+            wanted = asked or 1
+            raise ValueError(
+                f"{which}={nbytes} hold a context of {longest} tokens, and {wanted} must fit; that takes "
+                f"{self.nbytes_for(wanted, wanted):,} bytes for keys and values alone"
+            )
+        return asked or (longest if options.kv_nbytes else most)
 
     def fits(self, grid: SlabGrid, num_tokens: int) -> bool:
         """Return whether one sequence of ``num_tokens`` tokens fits ``grid`` alone.
@@ -58,7 +78,7 @@ class Capacity:
             return 0
         usable = min(grid.num_slabs * grid.pages_per_slab(shape) * shape.nbytes for shape in self.shapes)
         contexts, left = divmod(usable, self.nbytes_of(max_seq_len))
-        return contexts * max_seq_len + _last(lambda n: self.nbytes_of(n) <= left, max_seq_len)
+        return contexts * max_seq_len + last_that_holds(lambda n: self.nbytes_of(n) <= left, max_seq_len)
 
     def nbytes_for(self, num_tokens: int, max_seq_len: int) -> int:
         """Return bytes in which ``num_tokens`` fit, close to the fewest."""
@@ -86,7 +106,7 @@ class Capacity:
         )
 
 
-def _last(holds: Callable[[int], bool], most: int) -> int:
+def last_that_holds(holds: Callable[[int], bool], most: int) -> int:
     """Return the largest number up to ``most`` for which ``holds`` is true, as it is for 0 and all between."""
     low, high = 0, most
     while low < high:

@@ -26,7 +26,7 @@ from yafsdp_like.inference.kv.layer_groups import LayerGroup
 from yafsdp_like.inference.options import AnyMode, EngineOptions
 from yafsdp_like.inference.plan.adapter_layout import AdapterLayout
 from yafsdp_like.inference.plan.buffers import PlacedBuffers, StepShape, plan_buffers
-from yafsdp_like.inference.plan.capacity import Capacity
+from yafsdp_like.inference.plan.capacity import Capacity, last_that_holds
 from yafsdp_like.inference.plan.guards import guarded, most_guards_nbytes
 from yafsdp_like.inference.plan.packed_weights import pack_units
 from yafsdp_like.inference.plan.placement import Mode, Placement, placements
@@ -226,8 +226,9 @@ class _Frame:
     options: EngineOptions
     site: Site
     capacity: Capacity
-    step: StepShape  # of the longest sequence, or of a bound on it
+    step: StepShape  # of sequences of ``least`` tokens, until the plan is made
     share: DecoderConfig  # what one rank computes
+    max_seq_len: int  # at most
     least: int  # tokens of context that must fit
     adapters_nbytes: int  # of their slots
 
@@ -250,11 +251,12 @@ class _Frame:
             )
         groups = LayerGroup.of_windows(windows, share.num_kv_heads, share.head_dim, options.page_size, dtype)
         capacity = Capacity(groups, options.max_batch_tokens, image_shapes(config.vision, site.dtype_name))
-        longest = _longest(config, options, capacity)
+        longest = capacity.longest_asked(options, config.max_seq_len)
+        least = options.max_seq_len or min(longest, options.max_batch_tokens)
         step = StepShape(
             options.max_batch_size,
             options.max_batch_tokens,
-            longest,
+            least,
             options.page_size,
             len(groups),
             site.hardware.num_multiprocessors if site.hardware else 1,
@@ -262,8 +264,8 @@ class _Frame:
             adapters.num_slots if adapters else 0,
             options.max_decode_rows,
         )
-        least = options.max_seq_len or min(longest, options.max_batch_tokens)
-        return cls(config, options, site, capacity, step, share, least, adapters.region().nbytes if adapters else 0)
+        adapters_nbytes = adapters.region().nbytes if adapters else 0
+        return cls(config, options, site, capacity, step, share, longest, least, adapters_nbytes)
 
     @cached_property
     def buffers(self) -> PlacedBuffers:
@@ -306,20 +308,29 @@ class _Frame:
         if self.options.kv_nbytes is not None:
             return room is None or self.options.kv_nbytes <= room
         assert room is not None, "options say one or the other"
-        return room > 0 and self.capacity.holds(room, num_tokens, self.step.max_seq_len)
+        return room > 0 and self.capacity.holds(room, num_tokens, self.max_seq_len)
+
+    def _beside(self, placement: Placement, num_tokens: int) -> tuple[_Frame, SlabGrid | None]:
+        """Return this with tables of so many positions, and the pages beside them, if a sequence as long fits these.
+
+        Pages take all that is left of the limit, unless they have a number of bytes of their own.
+        """
+        frame = replace(self, step=replace(self.step, max_seq_len=num_tokens))
+        room, asked = frame.room(placement.nbytes, placement.mode), self.options.kv_nbytes
+        grid = self.capacity.grid(asked or room or 0) if room is None or room >= (asked or 1) else None
+        return frame, grid if grid is not None and self.capacity.fits(grid, num_tokens) else None
 
     def plan(self, placement: Placement, asked: bool) -> ServingPlan:
-        """Make the plan: pages take all that is left of the limit, unless they have a number of bytes of their own."""
-        grid = self.capacity.grid(self.options.kv_nbytes or self.room(placement.nbytes, placement.mode) or 0)
+        """Make the plan, for sequences as long as fits with tables of their positions."""
+        least, most = self.least, self.max_seq_len
+        longest = least + last_that_holds(lambda n: self._beside(placement, least + n)[1] is not None, most - least)
+        frame, grid = self._beside(placement, longest)
         assert grid is not None, "least tokens of context fit"
-        longest = self.options.max_seq_len or self.capacity.longest(grid, self.step.max_seq_len)
-        if longest < self.step.max_seq_len:  # tables of no more than fits leave more to pages
-            return replace(self, step=replace(self.step, max_seq_len=longest)).plan(placement, asked)
         host_grid = self._host_grid(grid)
         plan = ServingPlan(
-            self.config, self.options, self.site, placement, self.capacity, self.buffers, grid, host_grid, longest
+            self.config, self.options, self.site, placement, self.capacity, frame.buffers, grid, host_grid, longest
         )
-        return replace(plan, reasons=tuple(_reasons(plan, self, asked)))
+        return replace(plan, reasons=tuple(_reasons(plan, frame, asked)))
 
     def _host_grid(self, grid: SlabGrid) -> SlabGrid | None:
         if not self.options.host_kv_nbytes:
@@ -335,7 +346,7 @@ class _Frame:
     def needed_nbytes(self, tried: Sequence[Mode]) -> tuple[int, Placement, int]:
         """Return the smallest limit, the weights' places under it, and the bytes of keys and values among it."""
         smallest = min((_smallest(self._placements(mode)) for mode in tried), key=lambda p: p.nbytes)
-        context = self.options.kv_nbytes or self.capacity.nbytes_for(self.least, self.step.max_seq_len)
+        context = self.options.kv_nbytes or self.capacity.nbytes_for(self.least, self.max_seq_len)
         graphs = self.recordings_nbytes(smallest.mode)
         beside = self.buffers.nbytes + self.adapters_nbytes + graphs + self.guards_nbytes
         return smallest.nbytes + beside + context, smallest, context
@@ -359,7 +370,7 @@ class _Frame:
 
     def _smaller_contexts(self, placement: Placement) -> Iterator[str]:
         room = self.room(placement.nbytes, placement.mode) or 0
-        longest = self.capacity.longest(self.capacity.grid(room), self.step.max_seq_len) if room > 0 else 0
+        longest = self.capacity.longest(self.capacity.grid(room), self.max_seq_len) if room > 0 else 0
         if self.options.kv_nbytes and longest:
             yield f"kv_nbytes={room}"
         elif longest:
@@ -372,23 +383,6 @@ def _smallest(candidates: Sequence[Placement]) -> Placement:
     Which of embedding and head are then best moved depends on the slots.
     """
     return min(candidates[-3:], key=lambda placement: placement.nbytes)
-
-
-def _longest(config: DecoderConfig, options: EngineOptions, capacity: Capacity) -> int:
-    """Return the tokens of the longest sequence: what is asked for, or a bound on what can fit."""
-    asked, most = options.max_seq_len, options.kv_nbytes or options.memory_limit_nbytes
-    assert most is not None
-    if asked is not None and asked > config.max_seq_len:
-        raise ValueError(f"max_seq_len must be at most {config.max_seq_len}, the model's, found {asked}")
-    longest = capacity.longest(capacity.grid(most), asked or config.max_seq_len)
-    if not longest or (options.kv_nbytes and asked and longest < asked):
-        which = "kv_nbytes" if options.kv_nbytes else "memory_limit_nbytes"
-        wanted = asked or 1
-        raise ValueError(
-            f"{which}={most} hold a context of {longest} tokens, and {wanted} must fit; that takes "
-            f"{capacity.nbytes_for(wanted, wanted):,} bytes for keys and values alone"
-        )
-    return asked or longest
 
 
 # --- in words ---
