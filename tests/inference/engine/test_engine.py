@@ -280,6 +280,19 @@ def test_recordings_beyond_the_plan_are_left_out_and_their_steps_issued(monkeypa
     assert not it._runner._recordings and not it._runner._logprobs  # a process group would wait for their sums
 
 
+def test_an_engine_that_an_error_ends_has_no_recordings_though_other_ranks_are_in_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prevents: an error that is never told, since the end of the process group waits for the recordings."""
+    it = engine()
+    record_steps(it, monkeypatch)
+    it.lockstep = True
+    with pytest.raises(ZeroDivisionError), it:
+        assert it._runner._recordings
+        raise ZeroDivisionError
+    assert not it._runner._recordings and not it._runner._logprobs
+
+
 @pytest.mark.parametrize("name", ["grouped queries", "windows in one layer of three"])
 @pytest.mark.parametrize("costs", [SWAPPING, RECOMPUTING], ids=["swap", "recompute"])
 def test_every_step_is_a_recording_also_with_preemptions_and_arrivals(

@@ -155,6 +155,7 @@ class Engine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._runner.drop_recordings()
         if kind is None or not self.lockstep:
             self.close()
 
