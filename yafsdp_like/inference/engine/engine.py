@@ -193,7 +193,7 @@ class Engine:
         self.take(request)
 
     def take(self, request: Request) -> None:
-        """Take a request that ``check`` has let pass since the last step; else as ``add``."""
+        """Take a request that ``check`` has let pass, of an id that none has begun to use since; else as ``add``."""
         if self.tp_group is not None and request.deadline is not None:
             request = replace(request, deadline=self.tp_group.broadcast(request.deadline))
         is_shared = self.options.prefix_cache and request.num_prompt_logprobs is None
