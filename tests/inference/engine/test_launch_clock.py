@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,13 @@ import torch
 from tests.inference.engine.test_engine import engine, prompts, requests
 from yafsdp_like.inference.engine import engine as engine_module
 from yafsdp_like.inference.engine import launch_clock
+from yafsdp_like.inference.engine.engine import Engine
 from yafsdp_like.inference.engine.launch_clock import LaunchClock
 from yafsdp_like.inference.plan.step_sizes import StepSize
-from yafsdp_like.inference.weights.store import Weights
 from yafsdp_like.memory.streams import Timer
 
 if TYPE_CHECKING:
     from yafsdp_like.inference.engine.batch import Batch
-    from yafsdp_like.inference.engine.engine import Engine
     from yafsdp_like.inference.engine.request import Request
 
 DECODE, MIXED = StepSize.decode(32), StepSize(512, num_single=32, num_chunks=8, num_drawing=40)
@@ -296,19 +296,14 @@ def test_an_engine_that_does_not_launch_ahead_has_no_rest(device: Device, option
         assert it.rest_s == 0.0
 
 
-def test_engines_that_step_together_have_no_rest(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Weights.__init__
-
-    def in_lockstep(weights: Weights, *arguments: Any, **options: Any) -> None:
-        plain(weights, *arguments, **options)
-        weights.lockstep = True
-
-    monkeypatch.setattr(Weights, "__init__", in_lockstep)
+def test_an_engine_whose_launches_bring_weights_has_no_rest(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents: a link that stands still at the end of each step."""
+    monkeypatch.setattr(Engine, "load", partial(Engine.load, mode="streamed"))
     it = on(device)
     it.add(requests(prompts(1, longest=5))[0])
     while it.has_work:
         it.step()
-        assert it.lockstep and it.rest_s == 0.0
+        assert it._weights.plan.mode == "streamed" and it.rest_s == 0.0
 
 
 def test_an_engine_without_work_has_no_rest(device: Device) -> None:

@@ -101,7 +101,7 @@ class Engine:
         self._read_early: list[RequestOutput] = []  # while a step was launched
         self.step_log, self._launch_clock = StepLog(self._runner.timer), LaunchClock()
         self._num_steps, self._called_at, self._waited_s = 0, 0.0, 0.0  # the times are of the last `step`
-        self._may_rest = options.lookahead and not self.lockstep and self._speculator is None  # see `launch_clock.py`
+        self._may_rest = options.lookahead and weights.plan.mode == "resident" and self._speculator is None
         check = self.check_integrity if make_room is nobody_else else self.check_sequences
         self._debug = StepDebugger(weights, places, self._sequences, check) if options.is_debugged else None
 
@@ -231,11 +231,11 @@ class Engine:
     def rest_s(self) -> float:
         """For how many seconds who waits for requests may wait, and then ask again; 0.0: the next ``step`` is due.
 
-        It is due at once where it has no room for more of them, the device is idle, or ``_may_rest`` is False.
+        It is due at once where it has no room, the device is idle, a launch brings weights, or tokens are drafted.
         """
-        if not self._may_rest or self._unread is None or self._runner.timer.is_complete(self._unread[1].done):
+        if not self._may_rest or self._unread is None or not self._scheduler.has_room:
             return 0.0
-        if not self._scheduler.has_room:
+        if self._runner.timer.is_complete(self._unread[1].done):
             return 0.0
         rest_s = self._launch_clock.rest_s(time.perf_counter(), not self._scheduler.only_decodes)
         return min(rest_s, _LONGEST_REST_S)
