@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,12 +14,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import httpx
 import pytest
 
+from launch.server import serving_switches
 from tests.inference.http.servers import (
     CHATS,
     COMPLETIONS,
@@ -318,6 +321,25 @@ def test_a_lane_for_long_bodies_rests_as_long_as_it_works() -> None:
     asyncio.run(main())
 
 
+def test_a_lane_for_long_bodies_rests_longer_after_one_that_is_refused() -> None:
+    def refuse() -> None:
+        time.sleep(0.05)
+        raise ApiError(400, "too long")
+
+    async def main() -> None:
+        at_work, raw = BodyReaderPool(), b" " * 2 * body_pool.SHORT_COST
+        with pytest.raises(ApiError, match="too long"):
+            await at_work.read(raw, refuse)
+        refused = time.monotonic()
+        await at_work.read(b"{}", lambda: None)
+        assert time.monotonic() - refused < 0.4  # short ones do not wait
+        await at_work.read(raw, lambda: None)
+        assert time.monotonic() - refused >= 0.4
+        at_work.close()
+
+    asyncio.run(main())
+
+
 def test_a_body_that_does_not_come_to_its_end_is_not_waited_for(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "BODY_S", 0.2)
     with serving(make_engine(codec), codec) as running:
@@ -359,8 +381,9 @@ def test_the_interpreter_is_free_while_a_text_is_cut_into_tokens(codec: Codec, p
 
 
 ATTACK = """
-import http.client, json, sys, time
-host, path, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
+import http.client, json, os, sys
+os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+host, path = sys.argv[1], sys.argv[2]
 said = {"role": "user", "content": "x"}
 bodies = [
     (path + "completions", {"prompt": "a b " * 1_500_000}),
@@ -371,13 +394,13 @@ bodies = [
 ]
 sent = [(path, json.dumps({"model": "tiny", **body})) for path, body in bodies]
 print("ready", flush=True)
-until = time.monotonic() + seconds
-while time.monotonic() < until:
+while True:
     for path, body in sent:
         connection = http.client.HTTPConnection(host, timeout=30)
         try:
             connection.request("POST", path, body, {"content-type": "application/json"})
             assert connection.getresponse().status in (400, 413, 429)
+            print("refused", flush=True)
         except ConnectionError:
             pass  # it has been closed
         finally:
@@ -386,20 +409,43 @@ while time.monotonic() < until:
 
 
 @contextlib.contextmanager
-def attacked_by(count: int, running: Running, seconds: float) -> Iterator[None]:
-    """Processes that ask for what could never be served, again and again."""
-    command = [sys.executable, "-c", ATTACK, running.url.removeprefix("http://"), "/v1/", str(seconds)]
+def attackers_of(running: Running, count: int, least: int) -> Iterator[Callable[[signal.Signals], None]]:
+    """Processes that ask for what could never be served, again and again, while the signal they got last is SIGCONT.
+
+    ``least``: bodies of each that must have been refused at the end.
+    """
+    command = [sys.executable, "-c", ATTACK, running.url.removeprefix("http://"), "/v1/"]
     attackers = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
+
+    def tell(what: signal.Signals) -> None:
+        for attacker in attackers:
+            attacker.send_signal(what)
+        time.sleep(0.3)  # what has been sent is refused meanwhile
+
     try:
         for attacker in attackers:
             assert attacker.stdout is not None
             assert attacker.stdout.readline() == b"ready\n"
-        yield
-        assert [attacker.poll() for attacker in attackers] == [None] * count  # nobody has been hindered meanwhile
+        yield tell
+        assert [attacker.poll() for attacker in attackers] == [None] * count  # each answer was a refusal
     finally:
         for attacker in attackers:
             attacker.kill()
-            attacker.communicate()
+        refused = [attacker.communicate()[0].count(b"refused") for attacker in attackers]
+    assert min(refused) >= least
+
+
+@contextlib.contextmanager
+def before_all_others() -> Iterator[None]:
+    """This thread, and those that it starts, get a core whenever they want one; skips where that is not allowed."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    except PermissionError:
+        pytest.skip("needs root, or `ulimit -r 1`: else the attackers' own use of the cores would be measured")
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def gaps(running: Running) -> list[float]:
@@ -426,17 +472,23 @@ def test_an_ordinary_request_does_not_wait_for_what_is_never_served(codec: Codec
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="1.2 is asked for; server and attackers share two cores here, where it is 1.2 to 1.6")
 def test_time_between_tokens_of_others_stays_what_it_was(codec: Codec) -> None:
-    """Of medians, of which the machine may spoil some: the best of three."""
-    ratios = []
-    with serving(Slow(make_engine(codec)), codec) as running:
+    """At most 1.2 times as long, for the median token and the mean: the median of pairs of streams, without and with.
+
+    Counted, on the client's clock: all that the server does about the attackers' bodies, on any thread, with the turns
+    of threads that launch.serve sets. Not counted: the cores that the attackers themselves use, nor anybody else on the
+    machine, which the server goes before; with its client, it would not get them where it shares them.
+    """
+    medians, means = list[float](), list[float]()
+    with before_all_others(), serving_switches(), serving(Slow(make_engine(codec)), codec) as running:
         gaps(running)
-        for _ in range(3):
-            alone = gaps(running)
-            with attacked_by(2, running, seconds=60):
+        with attackers_of(running, count=2, least=50) as tell:
+            for _ in range(5):
+                tell(signal.SIGSTOP)
+                alone = gaps(running)
+                tell(signal.SIGCONT)
                 attacked = gaps(running)
-            ratios.append(median(attacked) / median(alone))
-            if ratios[-1] <= 1.2:
-                return
-    raise AssertionError(f"time between tokens grows to {ratios} of what it is alone")
+                medians.append(median(attacked) / median(alone))
+                means.append(mean(attacked) / mean(alone))
+    assert median(medians) <= 1.2, medians
+    assert median(means) <= 1.2, means

@@ -3,8 +3,10 @@
 [Note: executors]
 Short bodies have threads of their own, so that they never wait for long ones. Long bodies are read one at a time, and
 after each its thread sleeps as long as it has worked: while Python runs there, the engine and the event loop get the
-interpreter late. The number of bodies that wait for an executor is limited, and so are the bytes of long bodies,
-whether they wait or are still being received.
+interpreter late. After one that is refused it sleeps `REFUSED_REST` times as long, while other long bodies wait: who
+sends such bodies again and again has the event loop receive them all, and that loop slows the engine, too. The number
+of bodies that wait for an executor is limited, and so are the bytes of long bodies, whether they wait or are still
+being received.
 
 Bodies with images have two of their own, by size: short ones wait for hosts that images are fetched from, long ones
 have images in them, whose decoding leaves the interpreter to others, so that nobody rests. So neither keeps texts
@@ -29,7 +31,7 @@ MAX_SHORT_BODIES, MAX_LONG_BODIES = 1024, 16  # that wait
 MAX_IMAGE_BODIES = 128  # that wait, of either size
 MAX_RESERVED_NBYTES = 64 * 2**20  # of long bodies
 IMAGE_FACTOR = 4  # as many bytes where bodies may have images
-MAX_REST_S = 2.0
+REST, REFUSED_REST, MAX_REST_S = 1.0, 9.0, 2.0  # times as long as the work, and in all
 # The type of a part with an image, and the same however its letters are escaped, which only short bodies are asked for.
 _IMAGE = b'"image_url"'
 _ESCAPED_IMAGE = re.compile(b'"' + b"".join(rb"(?:%c|\\u00%02x)" % (each, each) for each in _IMAGE[1:-1]) + b'"', re.I)
@@ -69,14 +71,17 @@ class BoundedExecutor:
 
     def _run(self, function: Callable[[], T]) -> T:
         began = time.monotonic()
-        if self._rests and (rest := self._rested_at - began) > 0:
-            time.sleep(rest)
+        if self._rests and (left := self._rested_at - began) > 0:
+            time.sleep(left)
             began = time.monotonic()
+        rest = REFUSED_REST
         try:
-            return function()
+            result = function()
+            rest = REST
+            return result
         finally:
             ended = time.monotonic()
-            self._rested_at = ended + min(MAX_REST_S, ended - began)
+            self._rested_at = ended + min(MAX_REST_S, rest * (ended - began))
 
 
 class BodyReservation:
