@@ -10,8 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from tests.ranks import on_ranks
 from tests.training import full, ours, world_mesh
-from tests.twins import Twins, chain, registered, rows
+from tests.twins import Twins, chain, registered, rows, spilling
 from tests.zoo import FEATURES, SPECIMENS, Block, Chain
+from yafsdp_like.optim import AdamW
 
 # --- what is registered, and moving it by hand ---
 
@@ -256,24 +257,45 @@ def test_a_write_between_forwards_is_seen_even_by_a_unit_that_stayed_whole() -> 
 # --- updates between a forward and its backward ---
 
 
-def backward_after_an_update(which: str, **options: Any) -> None:
+def backward_after_an_update(which: str, make: Any = torch.optim.SGD, **options: Any) -> None:
     """An optimizer of the sharded parameters called so steps before a backward; the unsharded twin does not."""
     twins = Twins(chain, **options)
     twins.train(0)
     twins.backward(1)
     sharded, plain = twins.losses(2)
-    optimizer = torch.optim.SGD([p for name, p in twins.parameters[0].items() if which in name], lr=0.1)
-    optimizer.step()
+    make([p for name, p in twins.parameters[0].items() if which in name], lr=0.1).step()
     for loss in (sharded, plain):
         loss.backward()
     twins.compare_gradients()
 
 
+@pytest.mark.parametrize(
+    ("which", "make", "transport"),
+    [("weight", torch.optim.SGD, "process_group"), ("weight", AdamW, "peer"), ("", AdamW, "peer")],
+)
 @on_ranks()
-def test_a_backward_that_would_read_updated_weights_is_an_error() -> None:
-    """Prevents: gradients that are neither of the weights before the update nor of those after it."""
+def test_a_backward_that_would_read_updated_weights_is_an_error(which: str, make: Any, transport: Any) -> None:
+    """Prevents: gradients that are neither of the weights before the update nor of those after it.
+
+    Our AdamW writes what peers read, also of some of a unit's parameters alone.
+    """
     with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
-        backward_after_an_update("weight", transport="process_group")
+        backward_after_an_update(which, make, transport=transport)
+
+
+@spilling
+@pytest.mark.parametrize("make", [torch.optim.AdamW, AdamW])
+@on_ranks()
+def test_a_backward_may_come_after_two_forwards_behind_an_update(make: Any) -> None:
+    """Prevents: an update that counts again where a second forward casts what it has written."""
+    twins = Twins(chain, transport="peer")
+    twins.optimizers = [make(parameters.values(), lr=0.1) for parameters in twins.parameters]
+    twins.train(0)
+    losses = twins.losses(1)
+    twins.losses(2)
+    for loss in losses:
+        loss.backward()
+    twins.step()
 
 
 @pytest.mark.parametrize(

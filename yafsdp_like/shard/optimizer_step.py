@@ -66,10 +66,7 @@ class _InBackward:
         params = [p for p in unit.params if p.sharded.grad is not None and p.sharded in group_of]
         if params:
             optimizer.update(id(unit), [(p.sharded, group_of[p.sharded]) for p in params])
-            if len(params) == len(unit.params):
-                unit.freshness.compute_shard_written(by_update=True)
-            else:
-                unit.freshness.main_shards_written()
+            unit.freshness.updated(params)
             _updated.add(optimizer)
         return params
 
@@ -156,7 +153,8 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             engine.params.debug.check("an optimizer's step ends")
     for unit, params in owned.items():
         unit.stepped(params)
-        unit.freshness.stepped([p for p in params if p.sharded.grad is not None])
+        if not isinstance(optimizer, AdamW):
+            unit.freshness.stepped([p for p in params if p.sharded.grad is not None])
         if not isinstance(optimizer, AdamW) or not unit.freshness.is_current():
             unit.freshness.main_shards_written()
 
@@ -209,11 +207,11 @@ def _pass_by_units(optimizer: AdamW, owned: Owned) -> None:
             f"(RemainderOffloadPolicy, rank {on_host[0].transport.rank}): use AdamW(offload_moments=True), which "
             "copies both, or leave the policy out of fully_shard"
         )
-    whole = [_is_updated_whole(unit, owned[unit]) for unit in units]
+    updated = [[p for p in owned[unit] if p.sharded.grad is not None] for unit in units]
     optimizer.passes = Passes(
         batches=[[p.sharded for p in owned[unit]] for unit in units],
         compute_of=_compute_of,
-        after_batch=partial(_after_batch, units, whole),
+        after_batch=partial(_after_batch, units, updated),
     )
     for engine in {engine_of(unit): None for unit in units}:
         assert engine is not None
@@ -238,10 +236,6 @@ def _refuse_late_gradients(owned: Owned) -> None:
             )
 
 
-def _is_updated_whole(unit: Unit, owned: Sequence[ShardedParam]) -> bool:
-    return len(owned) == len(unit.params) and all(p.sharded.grad is not None for p in owned)
-
-
 def _in_order_of_forward(owned: Owned) -> list[Unit]:
     engines: dict[ShardEngine, None] = {engine: None for unit in owned if (engine := engine_of(unit)) is not None}
     return [
@@ -258,10 +252,10 @@ def _compute_of(param: nn.Parameter) -> torch.Tensor | None:
     return None if p.compute is p.main or p.is_split else p.compute[: p.local.numel()]
 
 
-def _after_batch(units: Sequence[Unit], whole: Sequence[bool], index: int) -> None:
+def _after_batch(units: Sequence[Unit], updated: Sequence[list[ShardedParam]], index: int) -> None:
     if index < len(units) and (engine := engine_of(units[index])) is not None:
         unit = units[index]
         if unit.updated and unit.freshness.is_current():  # all of it in backward
             engine.params.gather_ahead(unit)
         else:
-            engine.params.after_update(unit, whole[index])
+            engine.params.after_update(unit, updated[index])

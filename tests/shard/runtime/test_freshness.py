@@ -23,11 +23,11 @@ def two() -> tuple[Freshness, list[Main]]:
 
 
 def test_only_an_update_makes_a_compute_shard_current_and_only_until_the_forward_ends() -> None:
-    freshness, _ = two()
+    freshness, params = two()
     assert not freshness.is_current()
     freshness.compute_shard_written()
     assert not freshness.is_current(), "cast by a forward, and written uncounted since, for all we know"
-    freshness.compute_shard_written(by_update=True)
+    freshness.updated(params)
     assert freshness.is_current()
     freshness.forward_ended()
     assert not freshness.is_current()
@@ -45,11 +45,11 @@ def test_only_an_update_makes_a_compute_shard_current_and_only_until_the_forward
 )
 def test_any_write_after_an_update_asks_for_a_cast(write: Callable[[Freshness, list[Main]], object]) -> None:
     freshness, params = two()
-    freshness.compute_shard_written(by_update=True)
+    freshness.updated(params)
     gathered = freshness.compute_version
     assert gathered == freshness.main_version()
     write(freshness, params)
     assert not freshness.is_current()
     assert freshness.compute_version != freshness.main_version()
-    freshness.compute_shard_written(by_update=True)
+    freshness.updated(params)
     assert freshness.is_current()

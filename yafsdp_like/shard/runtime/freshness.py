@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from yafsdp_like.shard.runtime.param import ShardedParam
 
 Version = tuple[int, ...]  # of main shards: equal versions are equal values
-Writes = tuple[
-    int, list[int]
-]  # of each parameter: how often it was written since main shards were last moved, and that
+Writes = tuple[int, list[int]]  # how often main shards were moved, and since then each parameter was written
 
 
 class Freshness:
@@ -73,14 +71,26 @@ class Freshness:
         self._num_uncounted += 1
 
     def stepped(self, params: Collection[ShardedParam]) -> None:
-        """Note that an optimizer has updated ``params``."""
+        """Note that an optimizer has written the main shards of ``params``, which PyTorch may not have counted."""
         for k, p in enumerate(self._params):
             self._num_steps[k] += p in params
 
-    def compute_shard_written(self, by_update: bool = False) -> None:
-        """Note that the compute shard holds what main shards do; ``by_update`` if one kernel has just written both."""
-        self.compute_version, self._is_trusted = self.main_version(), by_update
+    def compute_shard_written(self) -> None:
+        """Note that the compute shard holds what main shards do."""
+        self.compute_version, self._is_trusted = self.main_version(), False
         self._computed = self._writes()
+
+    def updated(self, params: Collection[ShardedParam]) -> None:
+        """Note that one kernel has just written both shards of ``params``: all, or the rest is to be cast."""
+        if len(params) == len(self._params):
+            self.compute_shard_written()
+            self._is_trusted = True
+            return
+        self.main_shards_written()
+        moves, before = self._computed
+        if before:
+            pairs = zip(self._params, self._writes()[1], before, strict=True)
+            self._computed = moves, [now if p in params else then for p, now, then in pairs]
 
     def compute_shard_lost(self) -> None:
         """Note that the compute shard has no place any more."""

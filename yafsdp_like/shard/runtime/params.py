@@ -26,6 +26,9 @@ from yafsdp_like.shard.runtime.debug import Debugger
 from yafsdp_like.shard.runtime.slots import SlotState
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from yafsdp_like.shard.runtime.param import ShardedParam
     from yafsdp_like.shard.runtime.slots import GatherSlot
     from yafsdp_like.shard.runtime.unit_state import Unit
 
@@ -112,13 +115,11 @@ class ParamLifecycle:
         for mapped in self._context.mapped:
             mapped.stream_barrier(COMPUTE)
 
-    def after_update(self, unit: Unit, is_whole: bool) -> None:
-        """Note that an optimizer has written main and compute shards of parameters (all, if ``is_whole``)."""
-        if is_whole:
-            unit.freshness.compute_shard_written(by_update=True)
+    def after_update(self, unit: Unit, params: Collection[ShardedParam]) -> None:
+        """Note that an optimizer has written main and compute shards of ``params``; all-gather if these are all."""
+        unit.freshness.updated(params)
+        if unit.freshness.is_current():
             self.gather_ahead(unit)
-        else:
-            unit.freshness.main_shards_written()
 
     def gather_ahead(self, unit: Unit) -> None:
         """All-gather an updated unit for the next forward, if its bytes are free and peers need not take part."""
