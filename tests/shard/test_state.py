@@ -477,6 +477,21 @@ def copy_deeply() -> None:
     copy.deepcopy(ours.fully_shard(nn.Linear(2, 2), mesh=world_mesh()))
 
 
+@on_ranks()
+def test_a_module_of_a_sharded_one_may_be_copied_and_its_copy_is_nobodys() -> None:
+    """Prevents: a copy of the unit, which fails at its process group, and copies that write to what they were of."""
+    model: Any = ours.fully_shard(simple.fresh(), mesh=world_mesh())
+    linear = model.layers[0].rise
+    copied = copy.deepcopy(linear)
+    assert isinstance(copied.weight, DTensor) and torch.equal(full(copied.weight), full(linear.weight))
+    with torch.no_grad():
+        copied.weight.zero_()
+    copied.bias = nn.Parameter(torch.zeros_like(full(copied.bias)))
+    assert not isinstance(copied.bias, DTensor)
+    assert full(linear.weight).any() and full(linear.bias).any()
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
 def run_on_meta() -> None:
     on_meta(simple)(torch.ones(2, FEATURES))
 

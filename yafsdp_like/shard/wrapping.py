@@ -199,9 +199,16 @@ def _keep_state_dict_sharded(unit: Unit, module: nn.Module) -> None:
     module.register_load_state_dict_post_hook(end)
 
 
+class _ShardedParams(dict[str, tuple[Unit, ShardedParam]]):
+    """The sharded parameters of a module by name. A copy of the module has none: its parameters are of no unit."""
+
+    def __reduce__(self) -> tuple[type[_ShardedParams], tuple[()]]:
+        return _ShardedParams, ()
+
+
 def _follow_assignments(unit: Unit, p: ShardedParam, module: nn.Module, name: str) -> None:
     """Shard parameters that the user assigns to ``module.name`` from now on, in the place of ``p``."""
-    vars(module).setdefault("_yafsdp_params", {})[name] = (unit, p)
+    vars(module).setdefault("_yafsdp_params", _ShardedParams())[name] = (unit, p)
     if not _registration_hook:
         adopt: Any = _adopt_assigned  # torch takes what it returns, though its types do not say so
         _registration_hook.append(register_module_parameter_registration_hook(adopt))
