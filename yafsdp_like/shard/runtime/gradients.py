@@ -226,7 +226,7 @@ class GradientLifecycle:
         """Note that the first gradient of an outermost backward has come."""
         self.filled = [unit for unit in self._ticks if unit.policy.reduces_unused]
         self._reduced.clear()
-        for updater in {unit.updater for unit in self._ticks if unit.updater is not None}:
+        for updater in dict.fromkeys(unit.updater for unit in self._ticks if unit.updater is not None):
             updater.begin()
 
     def reduce_unused(self, tick: int) -> None:
