@@ -82,6 +82,8 @@ def update_in_backward(optimizer: AdamW, enabled: bool = True) -> None:
     ``step`` without clipping: between backward and ``step``, ``clip_grad_norm_`` raises ``RuntimeError``. A factor that
     is known before the backward may be set as ``optimizer.gradient_scale``, or ``clip_factor``.
 
+    States of all parameters that are trained are made when the first backward begins, also where no gradient comes.
+
     Where gradients are accumulated over several backwards, call ``model.set_is_last_backward(False)`` before all but
     the last; ``RuntimeError`` is raised otherwise. A gradient that somebody holds keeps its values. Hooks of optimizer
     steps run in ``step`` only. What ``FSDPModule.mark_weights_changed`` says of writes after a step holds for those
