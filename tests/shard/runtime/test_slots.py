@@ -13,7 +13,9 @@ from yafsdp_like.shard.runtime.slots import GatherSlot, GradientSlot, SlotState,
 
 
 def unit(**fields: Any) -> Any:
-    return SimpleNamespace(params=[], trainable=[], freshness=SimpleNamespace(compute_version=(7,)), **fields)
+    return SimpleNamespace(
+        params=[], trainable=[], freshness=SimpleNamespace(compute_version=(7,), gathered=lambda: (0, [])), **fields
+    )
 
 
 def slots_on_one_region(*parts: Segment) -> list[GatherSlot]:
@@ -45,7 +47,7 @@ def test_a_writer_waits_once_for_the_last_access_to_its_bytes() -> None:
 
 def test_a_gathered_slot_has_the_version_of_the_compute_shards_it_was_gathered_from() -> None:
     (slot,) = slots_on_one_region(Segment(0, 512))
-    slot.fill("arrived")
+    slot.fill("arrived", kept=False)
     assert (slot.state, slot.ready, slot.version) == (SlotState.FILLED, "arrived", (7,))
     slot.rewind(is_filled=False)
     assert slot.state is SlotState.EMPTY
