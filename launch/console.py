@@ -71,6 +71,7 @@ class LoadingBars:
     def __init__(self) -> None:
         self._tasks: dict[str, Any] = {}
         self._begun: dict[str, float] = {}
+        self._said: set[str] = set()  # models that are there; a load may report its last bytes twice
         self._progress: Any = None
         if is_terminal():
             from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -96,6 +97,7 @@ class LoadingBars:
             if name not in self._tasks:
                 self._tasks[name] = self._progress.add_task(name, total=nbytes)
             self._progress.update(self._tasks[name], completed=loaded_nbytes)
-        elif loaded_nbytes == nbytes:
+        elif loaded_nbytes == nbytes and name not in self._said:
+            self._said.add(name)
             seconds = time.monotonic() - begun
             print(f"loaded {name!r}: {readable(nbytes)} in {seconds:.1f} s", flush=True)
