@@ -299,6 +299,18 @@ def test_over_http_a_template_that_fails_is_told_to_the_client(template: str, tm
     assert caught.value.status_code == 400
 
 
+def test_over_http_an_image_is_refused_by_name_where_the_template_takes_strings_alone(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ 'user: ' + m.content }}{% endfor %}"
+    parser = RequestParser(
+        Codec.load(write_tokenizer(tmp_path, template=template)),
+        ServerOptions(model_name="m", vocab_size=400, max_seq_len=64),
+    )
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": [image]}]}).encode()
+    with pytest.raises(ApiError, match="the model takes no images"):
+        parser.read(ChatBody, body)
+
+
 def test_a_panic_of_the_tokenizer_is_an_error_about_the_text() -> None:
     """It is no Exception, and ended threads: this decoder of tokenizers panics where there is nothing to strip."""
     from tokenizers import Tokenizer as Model

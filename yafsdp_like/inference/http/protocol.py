@@ -197,6 +197,8 @@ class RequestParser:
     def chat(self, body: ChatBody, arrival: float | None = None) -> ParsedRequest:
         """Raises ApiError for what is not served."""
         self._check(body, 1)
+        if body.images and self._images is None:  # before the chat template, which may fail on anything but strings
+            raise invalid("messages", "the model takes no images; send text alone", UNSUPPORTED)
         tool_format, conversation = self._tool_format(body), self._conversation(body)
         self._probe("messages", *conversation.texts)
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -219,8 +221,7 @@ class RequestParser:
         urls = body.images
         if not urls:
             return self._cut(body, prompt, max_tokens), ()
-        if self._images is None:
-            raise invalid("messages", "the model takes no images; send text alone", UNSUPPORTED)
+        assert self._images is not None  # `chat` has refused them
         if body.truncate_prompt_tokens is not None:
             raise invalid("truncate_prompt_tokens", "could cut an image; leave it out", UNSUPPORTED)
         if len(urls) > (most := self._options.max_images):
