@@ -29,6 +29,7 @@ from tests.inference.pool.test_model_pool import (
     tokens,
 )
 from yafsdp_like.inference.engine.request import FinishReason, QueueFullError, Request
+from yafsdp_like.inference.fleet.admission import Refusal
 from yafsdp_like.inference.fleet.reader import Targets
 from yafsdp_like.inference.fleet.times import LearnedTimes, StepLines
 from yafsdp_like.inference.options import EngineOptions, PoolOptions
@@ -117,6 +118,14 @@ def test_a_quota_of_steps_is_served_before_another_model_wakes() -> None:
     changes = sum(one != other for one, other in itertools.pairwise(steps))
     assert steps.count("plain") == steps.count("windows") == 40 and changes <= 1 + 80 // least
     assert len(pool.switches) == changes + 1
+
+
+def test_when_to_come_again_is_in_whole_seconds_that_are_not_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the header retry-after, which is rounded up, says it beside the message."""
+    pool = slack_pool()
+    monkeypatch.setattr(pool.turns.scheduler, "refusal", lambda job: Refusal("busy", 1.2))
+    with pytest.raises(QueueFullError, match="come again in 2 s"):
+        pool.add("plain", Request("0", (1, 2, 3), max_tokens=3))
 
 
 def test_who_would_miss_its_targets_is_told_when_to_come_and_then_is_served() -> None:

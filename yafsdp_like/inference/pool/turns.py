@@ -133,7 +133,7 @@ class SlackTurns:
         refusal = self.scheduler.refusal(_job(name, request))
         if refusal is not None:
             words = f"the targets of model {name!r} or others would be missed: {refusal.reason}"
-            raise QueueFullError(f"{words}; come again in {refusal.retry_after_s:.0f} s", refusal.retry_after_s)
+            raise QueueFullError(f"{words}; come again in {math.ceil(refusal.retry_after_s)} s", refusal.retry_after_s)
 
     def take(self, name: str, request: Request) -> None:
         """Take a request that the model's engine has taken."""
