@@ -102,7 +102,9 @@ def load_codec(model: Model, directory: str | None = None) -> Codec:
     """
     place = model.directory if directory is None else Path(directory)
     if place is None:
-        raise ValueError(f"{model.name} has no tokenizer: name a directory that has, by --tokenizer")
+        raise ValueError(
+            f"{model.name} has no tokenizer: name a directory that has, by --tokenizer (in a pool's file: tokenizer)"
+        )
     codec = Codec.load(place, model.directory)
     if codec.vocab_size > model.config.vocab_size:
         raise ValueError(

@@ -301,7 +301,7 @@ def test_what_is_wrong_on_the_command_line_is_one_line_and_status_2(
         (["MODEL", "x", "--memory-limit=10KiB"], "bytes"),
         (["MODEL", "x", "--tokenizer=/nowhere"], "no tokenizer in /nowhere"),
         (["/nowhere", "x"], "/nowhere"),
-        (["preset:tiny", "x"], "has no tokenizer: name a directory that has, by --tokenizer"),
+        (["preset:tiny", "x"], "that has, by --tokenizer (in a pool's file: tokenizer)"),
         (["preset:huge", "x"], "huge"),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
