@@ -78,11 +78,12 @@ BENCH = (
     "--impl unsharded,ours,ours-graph,ours-nccl,fsdp2 --optimizer fused"
 )
 CONTINUE = "python -m launch.generate runs/tiny/step-500 It was --max-tokens 50"
-ANSWER = f"python -m launch.generate runs/smollm2/base --chat {ASK} --max-tokens 100 --plan"
+ANSWER = f"python -m launch.generate runs/smollm2/base --chat {ASK} --max-tokens 100 --temperature 0 --plan"
 SERVE = "python -m launch.serve runs/smollm2/base --port 8000"
 CURL = (
     "curl localhost:8000/v1/chat/completions -H Content-Type: application/json -d "
-    f'{{"model": "base", "messages": [{{"role": "user", "content": "{ASK}"}}], "stream": true}}'
+    f'{{"model": "base", "messages": [{{"role": "user", "content": "{ASK}"}}], "stream": true, '
+    '"max_tokens": 100}'
 )
 CHECKED = {  # how
     "make train": "recipe",
