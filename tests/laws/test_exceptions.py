@@ -30,6 +30,7 @@ class Segments(Chain):
 
 
 @spilling
+@pytest.mark.slow(unless=lambda use_reentrant, reshard_after_forward: use_reentrant is not reshard_after_forward)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @keeping
 @on_ranks()

@@ -248,6 +248,7 @@ def test_a_child_runs_alone_after_the_root_has_run() -> None:
 
 
 @spilling
+@pytest.mark.slow(unless=lambda reshard_after_forward: reshard_after_forward is None)
 @keeping
 @on_ranks()
 def test_many_forwards_in_flight_with_and_without_synchronisation(reshard_after_forward: bool | None) -> None:
@@ -380,6 +381,7 @@ def test_gradients_pass_through_a_model_that_is_frozen_as_a_whole() -> None:
     assert all(parameter.grad is None for parameter in upper.sharded.parameters())
 
 
+@pytest.mark.slow
 @on_ranks(3)
 def test_nested_units_hold_on_three_ranks() -> None:
     """Prevents: a parent's own parameters being gathered, released or reduced with its children's."""

@@ -102,7 +102,7 @@ def compare_with_device(name: str) -> None:
         assert_equal(found, train(name, on_device, (True, True)))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_some_units_may_be_offloaded_and_others_not(world_size: int) -> None:
     run_ranks(train_mixed, world_size=world_size)
 

@@ -183,7 +183,9 @@ class Tied(Decoder):
         super().__init__(tied=True)
 
 
-@pytest.mark.slow(unless=lambda world_size, reshard_after_forward: world_size == 2 or reshard_after_forward is True)
+@pytest.mark.slow(
+    unless=lambda parts, world_size, reshard_after_forward: reshard_after_forward and world_size > len(parts)
+)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("reshard_after_forward", [True, False, None])
 @pytest.mark.parametrize("parts", [("embedding", "head"), ("embedding",), ("head",)])
