@@ -1,5 +1,5 @@
 # make train      a small model on the carried text, two ranks, a few minutes; makes its own environment in .venv
-# make test       lint, type checks and the tests that need no GPU, in some 16 minutes on 2 cores; makes .venv too
+# make test       lint, type checks and the tests that need no GPU, in 16 to 20 minutes on 2 cores; makes .venv too
 # make test-fast  what matters most while developing, in about two minutes: no lint, and FAST_TESTS below
 # make test-all   as `make test`, with every combination of models, precisions and transports
 # make test-gpu   the tests that need GPUs, most of them two, and kernels compiled for them

@@ -195,7 +195,7 @@ def test_a_finished_run_resumed_shows_its_end_again(file: Path, finished_file: P
     assert train(file, "--resume=auto") == metrics.read_records(finished_file.parent / "run")
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_weights_of_a_checkpoint_load_in_transformers_and_here_with_equal_logits(file: Path, tied: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -404,6 +404,7 @@ def test_a_deleted_model_leaves_nothing_behind() -> None:
     assert [reference() for reference in remains] == [None, None, None]
 
 
+@pytest.mark.slow
 @on_ranks(8)
 def test_eight_ranks_share_layers_of_seven_rows_and_fewer() -> None:
     """Prevents: ranks that own nothing of a parameter, or of a whole unit, falling out of step."""

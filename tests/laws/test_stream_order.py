@@ -389,9 +389,11 @@ PLANTS: dict[str, Plant] = {
 
 ALL_WAITS = {(GATHER, COMPUTE), (COMPUTE, GATHER), (REDUCE, COMPUTE), (COMPUTE, REDUCE)}
 MODELS = ["decoder", "nested", "reused", "skipped", "tied", "frozen", "group", "recomputed", "early exit"]
+QUICK = ["decoder", "nested", "reused", "skipped", "tied", "recomputed"]
 
 
-@pytest.mark.parametrize("bf16", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow(unless=lambda name, bf16: bf16 and name in QUICK)
+@pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_access_to_planned_memory_is_ordered_by_an_event(name: str, bf16: bool) -> None:
     for found in run_ranks(train, name, bf16=bf16):
@@ -400,7 +402,8 @@ def test_every_access_to_planned_memory_is_ordered_by_an_event(name: str, bf16: 
         assert set(found.waits) == ALL_WAITS
 
 
-@pytest.mark.parametrize("own_optimizer", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow(unless=lambda name, own_optimizer: own_optimizer and name in QUICK)
+@pytest.mark.parametrize("own_optimizer", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_access_of_a_peer_is_ordered_by_a_stream_barrier(name: str, own_optimizer: bool) -> None:
     for found in run_ranks(train, name, own_optimizer=own_optimizer, transport="peer"):

@@ -139,6 +139,7 @@ def test_models_of_transformers_are_compared_too(name: str, tmp_path: Path) -> N
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_varying_lengths_are_a_row_each_cycle(tmp_path: Path) -> None:
     arguments = ["--impl", "ours,fsdp2", "--seq-len", "8,24", "--varying", "5", "--cycle", "2"]
     printed, _ = run_ranks(bench_here, arguments, tmp_path / "out.json")

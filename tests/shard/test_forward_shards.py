@@ -19,7 +19,7 @@ from tests.zoo import FEATURES, Chain, blocks
 from yafsdp_like import fully_shard
 from yafsdp_like.comm.process_group import ProcessGroupTransport
 
-both_transports = pytest.mark.parametrize("transport", ["process_group", "peer"])
+both_transports = pytest.mark.parametrize("transport", [pytest.param("process_group", marks=pytest.mark.slow), "peer"])
 
 
 @contextmanager

@@ -293,6 +293,7 @@ def test_an_engine_that_an_error_ends_has_no_recordings_though_other_ranks_are_i
     assert not it._runner._recordings and not it._runner._logprobs
 
 
+@pytest.mark.slow(unless=lambda name, costs: (name == "grouped queries") == (costs is SWAPPING))
 @pytest.mark.parametrize("name", ["grouped queries", "windows in one layer of three"])
 @pytest.mark.parametrize("costs", [SWAPPING, RECOMPUTING], ids=["swap", "recompute"])
 def test_every_step_is_a_recording_also_with_preemptions_and_arrivals(
