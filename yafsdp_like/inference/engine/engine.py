@@ -11,7 +11,7 @@ Owns what a step is made of and in which order its parts happen; integers are th
 [Note: one step ahead]
 With ``lookahead`` a step is launched before the tokens of the step before it are read, so the device does not wait for
 the CPU. ``step`` then returns what the step before drew. A sequence that ended with it has been computed once too
-often; that token is dropped. Whoever calls ``step`` may wait for ``rest_s`` seconds before, for requests to come.
+often; that token is dropped. Before it calls ``step``, the caller may wait ``rest_s`` seconds for requests.
 
 Tensor parallel ranks (``store.py``, [Note: tensor parallel]) have an engine each, with the same options, and make the
 same calls in the same order. The first rank's clock holds for all: its costs, its deadlines, and its time.
@@ -155,9 +155,10 @@ class Engine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._runner.drop_recordings()
         if kind is None or not self.lockstep:
             self.close()
+        else:
+            self._runner.drop_recordings()
 
     def _kv_cache(self) -> KVCache:
         costs, pools = self.options.costs, self._places.pools
@@ -229,9 +230,9 @@ class Engine:
 
     @property
     def rest_s(self) -> float:
-        """For how many seconds who waits for requests may wait, and then ask again; 0.0: the next ``step`` is due.
+        """Seconds for which the caller may wait for more requests, and then ask again; 0.0: it should call ``step`` now.
 
-        It is due at once where it has no room, the device is idle, a launch brings weights, or tokens are drafted.
+        That is so where the next step has no room, the device is idle, a launch brings weights, or tokens are drafted.
         """
         if not self._may_rest or self._unread is None or not self._scheduler.has_room:
             return 0.0

@@ -64,7 +64,7 @@ class SteppableEngine(Protocol):
 
     @property
     def rest_s(self) -> float:
-        """For how many seconds to wait for calls, and then ask again; 0.0: a step is due."""
+        """Seconds for which to wait for calls, and then ask again; 0.0: call ``step`` now."""
 
     def add(self, request: Request) -> None:
         """Queue a request."""
