@@ -155,10 +155,9 @@ class Engine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._runner.drop_recordings()
         if kind is None or not self.lockstep:
             self.close()
-        else:
-            self._runner.drop_recordings()
 
     def _kv_cache(self) -> KVCache:
         costs, pools = self.options.costs, self._places.pools
@@ -230,7 +229,7 @@ class Engine:
 
     @property
     def rest_s(self) -> float:
-        """Seconds for which the caller may wait for more requests, and then ask again; 0.0: it should call ``step`` now.
+        """Seconds for which the caller may wait for more requests, and then ask again; 0.0: call ``step`` now.
 
         That is so where the next step has no room, the device is idle, a launch brings weights, or tokens are drafted.
         """
